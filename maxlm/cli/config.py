@@ -1,0 +1,54 @@
+"""``maxlm config``: what a config resolves to, what may stand in one, which ones are shipped."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Show configs, where each value comes from, their schema.")
+
+
+@app.command()
+def show(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config such as demo.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+) -> None:
+    """Print the resolved config as YAML, with where each value comes from."""
+    from maxlm import config as configs
+    from maxlm.run import RunConfig
+
+    _print(configs.show(configs.load(RunConfig, config, overrides or [])), "yaml")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a run config, for editors to complete and check YAML with."""
+    import json
+
+    from maxlm import config as configs
+    from maxlm.run import RunConfig
+
+    _print(json.dumps(configs.schema(RunConfig), indent=2, ensure_ascii=False), "json")
+
+
+@app.command("list")
+def list_configs() -> None:
+    """Print the names of the configs that come with maxlm."""
+    from maxlm.config import shipped_configs
+
+    for name in shipped_configs():
+        print(name)
+
+
+def _print(text: str, language: str) -> None:
+    """Coloured on a terminal, as it is elsewhere: the output may go to a file or another tool."""
+    if not sys.stdout.isatty():
+        print(text)
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    plain = {"background_color": "default", "word_wrap": True}
+    Console().print(Syntax(text, language, **plain))  # pyright: ignore[reportArgumentType]

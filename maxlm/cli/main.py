@@ -1,0 +1,176 @@
+"""The ``maxlm`` command: finds the verb, runs it, and turns a user's mistake into one line.
+
+A verb is one module here, imported only when it is called, so that ``maxlm --help`` needs Typer
+alone. The convention for ``maxlm/cli/VERB.py``:
+
+- a verb is a plain function ``command`` with Typer annotations; its docstring is its help;
+- a group of verbs is ``app = typer.Typer(...)`` with commands of its own;
+- the module's top imports no JAX, data library or config: those belong inside the function;
+- a mistake of the user raises `MaxlmError`; a run that ends badly raises ``typer.Exit(1)``;
+  ``KeyboardInterrupt("saved step 120 in runs/x")`` ends with that line and code 130.
+
+To add a verb, write its module and one line in `VERBS`.
+"""
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command, get_group
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb is written (``module:function`` or ``module:app``) and its line of help."""
+
+    target: str
+    help: str
+
+
+VERBS = {
+    "train": Verb("maxlm.cli.train:command", "Train a model, or go on where a run stopped."),
+    "smoke": Verb(
+        "maxlm.cli.smoke:command", "Check on this device, in a minute, that a config works."
+    ),
+    "plan": Verb(
+        "maxlm.cli.plan:command", "Show how a model lies on a machine, before paying for it."
+    ),
+    "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
+    "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train and try tokenizers."),
+    "corpus": Verb("maxlm.cli.corpus:app", "Turn documents into a token store."),
+    "config": Verb(
+        "maxlm.cli.config:app", "Show configs, where each value comes from, their schema."
+    ),
+}
+
+
+# Faults of the machine or its permissions: no bug of ours hides behind them.
+_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
+
+class LazyGroup(TyperGroup):
+    """Lists verbs by their one line of help; imports a verb's module when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, _import(name, VERBS[name]) if name in VERBS else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            print(f"\n{interrupt}" if str(interrupt) else "\ninterrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+def make_app() -> typer.Typer:
+    """The application; its verbs are not imported yet."""
+    app = typer.Typer(
+        name="maxlm",
+        cls=LazyGroup,
+        help="Train, inspect and serve language models from one JAX codebase.",
+        epilog="maxlm VERB --help says more. Settings are written key.path=value after a config.",
+        invoke_without_command=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def root(
+        ctx: typer.Context,
+        version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    ) -> None:
+        if version:
+            from maxlm import __version__
+
+            print(f"maxlm {__version__}")
+            raise typer.Exit()
+        if ctx.invoked_subcommand is None:
+            typer.echo(ctx.get_help())
+
+    for name, verb in VERBS.items():
+        app.command(name, help=verb.help)(lambda: None)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: what follows ``maxlm``; the process's own by default.
+
+    Returns:
+        The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on stderr), 130
+        interrupted. With MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
+    """
+    try:
+        result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
+    except Exception as error:
+        text = None if _wants_traceback() else _explain(error)
+        if text is None:
+            raise
+        print(text, file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def _import(name: str, verb: Verb) -> Any:
+    module, _, attribute = verb.target.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, typer.Typer):
+        group = get_group(found)
+        group.name = name
+        return group
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name)(found)
+    return get_command(single)
+
+
+def _explain(error: Exception) -> str | None:
+    """What to print for a mistake of the user's or of the machine; None for anything else."""
+    # Typer carries its own copy of Click, whose exceptions have no public names.
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return str(error)
+    if hasattr(error, "format_message"):
+        line = _explain_usage(error)
+    elif isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
+        line = f"{error.filename}: {(error.strerror or '').lower()}"
+    else:
+        from maxlm.config.errors import MaxlmError
+
+        if not isinstance(error, MaxlmError):
+            return None
+        line = str(error)
+    return f"error: {' '.join(line.split())}"
+
+
+def _explain_usage(error: Any) -> str:
+    """A usage error with the nearest names, or where to read on."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "maxlm"
+    text = error.format_message().rstrip(".")
+    option = getattr(error, "option_name", None)
+    if context is None or option is None or not text.startswith("No such option"):
+        text = f"{text[:1].lower()}{text[1:]}".replace(". Did you mean", "; did you mean")
+        return f"{path}: {text}" + ("" if "did you mean" in text else f"; see '{path} --help'")
+    known = [name for parameter in context.command.params for name in parameter.opts]
+    near = get_close_matches(option, [name for name in known if name.startswith("-")], n=3)
+    fix = f"did you mean {' or '.join(near)}?" if near else f"see '{path} --help'"
+    if "." in option:
+        fix = f"a setting takes no dashes: {option.lstrip('-')}=..."
+    return f"{path}: no such option {option}; {fix}"
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""maxlm train"""
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config such as demo.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on from this run's newest checkpoint, in a folder of its own."),
+    ] = None,
+) -> None:
+    """Train a model. Called again, it goes on from the newest checkpoint in the run's folder."""
+    from maxlm.config import load
+    from maxlm.run import RunConfig
+
+    run = load(RunConfig, config, settings or ()).value
+    from maxlm.programs.pretrain import pretrain
+    from maxlm.programs.report import report
+
+    report(pretrain(run, resume=resume))

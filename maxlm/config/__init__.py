@@ -1,0 +1,26 @@
+"""Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
+
+from maxlm.config.assets import asset, resolve_config, shipped_configs
+from maxlm.config.base import Config
+from maxlm.config.compare import ABSENT, differences, fingerprint
+from maxlm.config.errors import MaxlmError
+from maxlm.config.keys import Origin
+from maxlm.config.load import Loaded, load
+from maxlm.config.show import schema, show, to_yaml
+
+__all__ = [
+    "ABSENT",
+    "Config",
+    "Loaded",
+    "MaxlmError",
+    "Origin",
+    "asset",
+    "differences",
+    "fingerprint",
+    "load",
+    "resolve_config",
+    "schema",
+    "shipped_configs",
+    "show",
+    "to_yaml",
+]

@@ -1,0 +1,77 @@
+"""The files that come with maxlm: configs/ (presets and recipes) and launch/ (templates)."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from maxlm.config.errors import MaxlmError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def asset(relative: str) -> Path:
+    """A shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``.
+
+    Looks where an installed wheel keeps them, else in the source tree maxlm runs from.
+
+    Raises:
+        MaxlmError: there is no such file in this installation.
+    """
+    installed = _PACKAGE / "_assets"
+    root = installed if installed.is_dir() else _PACKAGE.parent
+    path = root / relative
+    if not path.exists():
+        raise MaxlmError(
+            f"this installation of maxlm has no {relative}", where=str(root), fix="reinstall maxlm"
+        )
+    return path
+
+
+def shipped_configs() -> list[str]:
+    """Names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``, ..."""
+    root = asset("configs")
+    return [
+        str(path.relative_to(root).with_suffix("").as_posix())
+        for folder in ("runs", "models")
+        for path in sorted((root / folder).rglob("*.yaml"))
+    ]
+
+
+def find_shipped(name: str) -> Path | None:
+    """The shipped config of this name (``demo``, ``runs/demo``, ``configs/runs/demo.yaml``)."""
+    stem = name.removeprefix("configs/").removesuffix(".yaml")
+    shipped = shipped_configs()
+    for candidate in (stem, f"runs/{stem}", f"models/{stem}"):
+        if candidate in shipped:
+            return asset("configs") / f"{candidate}.yaml"
+    return None
+
+
+def resolve_config(name: str) -> Path:
+    """The config file a user means: an existing file, else a shipped config by name.
+
+    A bare name is looked up among the recipes (configs/runs), then the presets
+    (configs/models); ``.yaml`` may be left out.
+
+    Raises:
+        MaxlmError: neither exists; names the nearest ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir() and name.endswith(("/", ".")):
+        raise MaxlmError("a folder, not a config file", where=name, fix="name a file in it")
+    found = find_shipped(name)
+    if found is not None:
+        return found
+    near = nearest_configs(path)
+    fix = f"did you mean {', '.join(near)}?" if near else "see `maxlm config list`"
+    raise MaxlmError("no such file or shipped config", where=name or "''", fix=fix)
+
+
+def nearest_configs(path: Path) -> list[str]:
+    """Up to three shipped names and neighbouring files that read like `path`, best first."""
+    stem = path.name.removesuffix(path.suffix)
+    by_stem = {name.rsplit("/", 1)[-1]: name for name in reversed(shipped_configs())}
+    if path.parent.is_dir():
+        by_stem |= {file.stem: str(file) for file in sorted(path.parent.glob("*.y*ml"))}
+    return [by_stem[match] for match in get_close_matches(stem, by_stem, n=3)]

@@ -1,0 +1,90 @@
+"""What a config class allows at each key: the tree of its field types."""
+
+import collections.abc
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel
+
+from maxlm.config.keys import Key
+
+_LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
+_MAPPINGS = (dict, collections.abc.Mapping)
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, however nested or annotated; else the type itself."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return alternatives(typing.get_args(annotation)[0])
+    if hasattr(annotation, "__value__"):  # type X = ...
+        return alternatives(annotation.__value__)
+    if origin in (Union, types.UnionType):
+        return [kind for member in typing.get_args(annotation) for kind in alternatives(member)]
+    return [annotation]
+
+
+def models(kinds: list[Any]) -> list[type[BaseModel]]:
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+
+
+def below(kinds: list[Any], part: str | int) -> list[Any]:
+    """The types allowed at a name or index below values of the given types."""
+    found: list[Any] = []
+    for kind in kinds:
+        arguments = typing.get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if part in kind.model_fields:
+                found += alternatives(kind.model_fields[str(part)].annotation)
+        elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
+            found += alternatives(arguments[1])
+        elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
+            whole = len(arguments) > part and ... not in arguments
+            found += alternatives(arguments[part if whole else 0])
+    return found
+
+
+def names(kinds: list[Any]) -> list[str]:
+    """The field names allowed at this level."""
+    return list(dict.fromkeys(name for model in models(kinds) for name in model.model_fields))
+
+
+def choices(kinds: list[Any]) -> list[Any]:
+    """The values that Literals and enums allow."""
+    found: list[Any] = []
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            found += typing.get_args(kind)
+        elif isinstance(kind, type) and issubclass(kind, Enum):
+            found += [member.value for member in kind]
+    return found
+
+
+def tagged(kinds: list[Any], label: str) -> list[Any]:
+    """The types that pydantic means by a label in an error's location: a class or union tag."""
+    found = [
+        model
+        for model in models(kinds)
+        if model.__name__ == label
+        or any(label in choices(alternatives(f.annotation)) for f in model.model_fields.values())
+    ]
+    return found or kinds
+
+
+def every_key(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
+    """Every key of the tree, parents first; an element of a list is shown as its first."""
+    for model in models(kinds):
+        if model in above:
+            continue
+        for name, info in model.model_fields.items():
+            here = (*key, name)
+            yield here
+            inner = alternatives(info.annotation)
+            yield from every_key(inner, here, (*above, model))
+            for kind in inner:
+                part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
+                if elements := below([kind], part) if typing.get_origin(kind) else []:
+                    yield from every_key(elements, (*here, part), (*above, model))

@@ -1,0 +1,82 @@
+"""Keys of a config tree and where each value came from."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str | int, ...]
+"""A path into nested mappings (names) and lists (indices); the root is ``()``."""
+
+_OVERRIDE_KEY = re.compile(r"[^\s.\[\]=]+(?:\.[^\s.\[\]=]+|\[\d+\])*")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a file and line, the command line, or nowhere (a default)."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+DEFAULT = Origin("default")
+COMMAND_LINE = Origin("command line")
+
+
+def dotted(key: Iterable[str | int]) -> str:
+    """``("data", "sources", 0, "weight")`` as ``data.sources.0.weight``."""
+    return ".".join(str(part) for part in key)
+
+
+def split_key(text: str) -> tuple[str, ...] | None:
+    """The parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; None if malformed."""
+    if not _OVERRIDE_KEY.fullmatch(text):
+        return None
+    return tuple(re.split(r"[.\[]", text.replace("]", "")))
+
+
+def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """The leaves of nested mappings and lists, in order. An empty container is a leaf."""
+    if isinstance(data, Mapping) and data:
+        for name, value in data.items():
+            yield from flatten(value, (*prefix, name))
+    elif isinstance(data, list | tuple) and data:
+        for index, value in enumerate(data):
+            yield from flatten(value, (*prefix, index))
+    else:
+        yield prefix, data
+
+
+def child(node: Any, part: str | int) -> Any:
+    """The value at one name or index, or None."""
+    if isinstance(node, Mapping):
+        return node.get(part)
+    if isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+        return node[part]
+    return None
+
+
+def descend(node: Any, key: Key) -> Any:
+    """The value at `key` below `node`, or None."""
+    for part in key:
+        node = child(node, part)
+    return node
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value for a message, much as YAML writes it, in at most `limit` characters."""
+    plain = {None: "null", True: "true", False: "false"}
+    text = plain[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def display(path: Path) -> str:
+    """A path as messages show it: relative when it lies below the working directory."""
+    absolute = Path(os.path.abspath(path))
+    working = Path.cwd()
+    return str(absolute.relative_to(working) if absolute.is_relative_to(working) else absolute)

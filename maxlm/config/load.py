@@ -1,0 +1,68 @@
+"""From a YAML file and overrides to a checked, frozen config."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from pydantic import ValidationError
+
+from maxlm.config.assets import resolve_config
+from maxlm.config.base import Config
+from maxlm.config.errors import MaxlmError
+from maxlm.config.explain import explain, place
+from maxlm.config.keys import DEFAULT, Origin, dotted, flatten
+from maxlm.config.layers import Tree, build
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[C]):
+    """A config and where each of its values comes from."""
+
+    value: C
+    origins: Mapping[str, Origin]
+    """For each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
+    or default."""
+
+
+def load(cls: type[C], source: Path | str | None, overrides: Sequence[str] = ()) -> Loaded[C]:
+    """Reads a config.
+
+    Mappings merge deeply; lists are replaced whole. From lowest to highest: the defaults of
+    `cls`, each file under ``include:`` in order, the file itself, the overrides in order.
+    ``${key.path}`` stands for another value that is written.
+
+    Args:
+        cls: the config class to check against.
+        source: a file; as text also the name of a shipped config (see `resolve_config`); None
+            for overrides alone.
+        overrides: ``key.path=value`` with the value in YAML; an element of a list is
+            ``data.sources.0.weight`` or ``data.sources[0].weight``.
+
+    Raises:
+        MaxlmError: anything wrong with the files, the overrides or the values.
+    """
+    tree = build(resolve_config(source) if isinstance(source, str) else source, overrides)
+    value = validate(cls, tree)
+    origins = {
+        dotted(key): tree.origin(key) or DEFAULT
+        for key, _ in flatten(value.model_dump(mode="json"))
+        if key
+    }
+    return Loaded(value, origins)
+
+
+def validate(cls: type[C], tree: Tree) -> C:
+    """Checks plain settings against `cls`.
+
+    Raises:
+        MaxlmError: the first fault, with its key and place.
+    """
+    try:
+        return cls.model_validate(tree.settings)
+    except ValidationError as error:
+        raise explain(error, cls, tree) from None
+    except MaxlmError as error:
+        raise place(error, cls, tree) from None

@@ -1,0 +1,158 @@
+"""From paths, folders and globs to a list of source files in a fixed order."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.config import PYTHON_STDLIB, SourceConfig
+from maxlm.data.corpus.streams import Compression, open_stream
+
+Format = Literal["text", "jsonl", "parquet"]
+
+_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+_SNIFF_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus."""
+
+    path: Path
+    name: str
+    """What documents and manifests call it: the path as the user gave it (below a folder: that
+    folder's path and the rest), or the path inside the standard library."""
+    format: Format
+    compression: Compression
+    size: int
+    """Bytes on disk."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a corpus, and how many were passed over as binary."""
+
+    files: tuple[SourceFile, ...]
+    num_binary: int
+
+
+def list_files(config: SourceConfig) -> list[SourceFile]:
+    """The files of a corpus in reading order; see `find_files`."""
+    return list(find_files(config).files)
+
+
+def find_files(config: SourceConfig) -> Listing:
+    """Resolve `config.documents` to files.
+
+    Entries keep their order; within a folder or glob the order is that of the sorted paths. A
+    file reached twice is listed once. Files that come from a folder or glob are left out when
+    hidden, or binary (a NUL in the first 8 KiB); a file named outright never is.
+
+    Raises:
+        MaxlmError: an entry that does not exist, matches nothing or holds no text file; a file
+            that cannot be read; compressed Parquet.
+    """
+    files: dict[str, SourceFile] = {}
+    num_binary = 0
+    for entry in config.documents:
+        found = binary = 0
+        for path, name, is_text in _expand(entry):
+            file = _source_file(path, name)
+            if not is_text and _is_binary(file):
+                binary += 1
+                continue
+            found += 1
+            files.setdefault(os.path.realpath(path), file)
+        if not found:
+            what = f"no text files here ({binary} binary files skipped)"
+            raise MaxlmError(what, where=entry, fix="name a folder or files that hold text")
+        num_binary += binary
+    return Listing(tuple(files.values()), num_binary)
+
+
+def _expand(entry: str) -> Iterator[tuple[Path, str, bool]]:
+    """Yield (path, name, known to be text) for each file an entry stands for."""
+    if entry == PYTHON_STDLIB:
+        yield from _python_stdlib()
+        return
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        yield from _walk(path)
+    elif path.exists():
+        yield path, path.as_posix(), True
+    elif glob.has_magic(entry):
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not matches:
+            fix = "check the pattern (and quote it, so that the shell leaves it alone)"
+            raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
+        for match in matches:
+            if match.is_dir():
+                yield from _walk(match)
+            elif match.is_file():
+                yield match, match.as_posix(), False
+    else:
+        fix = f"give a file, a folder, a quoted glob or {PYTHON_STDLIB}"
+        raise MaxlmError("no such file or folder", where=entry, fix=fix)
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, str, bool]]:
+    for relative in _relative_paths(root, skip=()):
+        path = root / relative
+        yield path, path.as_posix(), False
+
+
+def _python_stdlib() -> Iterator[tuple[Path, str, bool]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for relative in _relative_paths(root, skip=("site-packages", "dist-packages")):
+        path = root / relative
+        # A handful of test fixtures are written in other encodings on purpose.
+        if relative.endswith(".py") and _is_utf8(path):
+            yield path, relative, True
+
+
+def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
+    """Regular, non-hidden files below `root`, as sorted POSIX paths relative to it."""
+
+    def fail(error: OSError) -> None:
+        what = f"cannot list the folder: {error.strerror}"
+        raise MaxlmError(what, where=error.filename, fix="check its permissions") from error
+
+    paths = []
+    for folder, folders, names in os.walk(root, onerror=fail):
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in skip]
+        files = (Path(folder, name) for name in names if not name.startswith("."))
+        paths += [file.relative_to(root).as_posix() for file in files if file.is_file()]
+    return sorted(paths)
+
+
+def _source_file(path: Path, name: str) -> SourceFile:
+    stem = Path(path.name.lower())
+    compression = _COMPRESSIONS.get(stem.suffix, "none")
+    inner = stem if compression == "none" else stem.with_suffix("")
+    format_ = _FORMATS.get(inner.suffix, "text")
+    if format_ == "parquet" and compression != "none":
+        what = "Parquet inside another compression cannot be read in pieces"
+        fix = "decompress it (Parquet compresses its own pages)"
+        raise MaxlmError(what, where=str(path), fix=fix)
+    return SourceFile(path, name, format_, compression, path.stat().st_size)
+
+
+def _is_binary(file: SourceFile) -> bool:
+    if file.format == "parquet":
+        return False
+    with open_stream(file.path, file.compression) as stream:
+        return b"\0" in stream.read(_SNIFF_BYTES)
+
+
+def _is_utf8(path: Path) -> bool:
+    with open_stream(path, "none") as stream:
+        try:
+            stream.read().decode()
+        except UnicodeDecodeError:
+            return False
+    return True

@@ -1,0 +1,123 @@
+"""Cutting files into slices that can be read apart, and hashing them on the way."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.files import SourceFile
+from maxlm.data.corpus.streams import missing_package, open_stream
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A part of a file that holds whole documents.
+
+    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of Parquet;
+    text and compressed files are never cut. `first` is the line (from 1) or row (from 0) that
+    the slice begins with.
+    """
+
+    file: SourceFile
+    start: int
+    stop: int | None
+    first: int
+    size: int
+    """About how many bytes on disk the slice covers."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file's content hash, the state it was hashed in, and its slices."""
+
+    sha256: str
+    mtime_ns: int
+    slices: tuple[FileSlice, ...]
+
+
+def whole(file: SourceFile) -> FileSlice:
+    """The slice that is the whole file."""
+    return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
+
+
+def scan_file(file: SourceFile, slice_bytes: int) -> Scan:
+    """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
+
+    Reads the file once. Cuts depend on the file and `slice_bytes` only.
+
+    Raises:
+        MaxlmError: the file cannot be read.
+    """
+    cut_lines = file.format == "jsonl" and file.compression == "none"
+    digest, cuts = hashlib.sha256(), [(0, 1)]
+    position, line = 0, 1
+    with open_stream(file.path, "none") as stream:
+        mtime = file.path.stat().st_mtime_ns
+        while block := stream.read(_BLOCK_BYTES):
+            digest.update(block)
+            if cut_lines:
+                line = _cut_block(block, position, line, slice_bytes, cuts)
+            position += len(block)
+    if file.format == "parquet":
+        slices = tuple(_parquet_slices(file, slice_bytes))
+    elif cut_lines:
+        cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
+        stops = [start for start, _ in cuts[1:]] + [position]
+        slices = tuple(
+            FileSlice(file, start, stop, first, stop - start)
+            for (start, first), stop in zip(cuts, stops, strict=True)
+        )
+    else:
+        slices = (whole(file),)
+    return Scan(digest.hexdigest(), mtime, slices)
+
+
+def _cut_block(
+    block: bytes, position: int, line: int, slice_bytes: int, cuts: list[tuple[int, int]]
+) -> int:
+    """Append (byte offset, line number) of each cut in `block`; return the line at its end."""
+    done = 0
+    while True:
+        wanted = max(done, cuts[-1][0] + slice_bytes - 1 - position)
+        newline = block.find(b"\n", wanted) if wanted < len(block) else -1
+        if newline < 0:
+            return line + block.count(b"\n", done)
+        line += block.count(b"\n", done, newline + 1)
+        done = newline + 1
+        cuts.append((position + done, line))
+
+
+def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+    with open_parquet(file.path) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        start = first = row = size = 0
+        for index, group in enumerate(groups):
+            row += group.num_rows
+            size += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+            if size >= slice_bytes or index + 1 == len(groups):
+                yield FileSlice(file, start, index + 1, first, size)
+                start, first, size = index + 1, row, 0
+
+
+@contextmanager
+def open_parquet(path: Path):
+    """A pyarrow ParquetFile, closed on leaving.
+
+    Raises:
+        MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise missing_package("pyarrow", path) from error
+    try:
+        with pq.ParquetFile(path) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError) as error:
+        what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
+        raise MaxlmError(what, where=str(path), fix="fetch or write the file again") from error

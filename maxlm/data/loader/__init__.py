@@ -1,0 +1,22 @@
+"""Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
+
+from maxlm.data.loader.batches import Batch, Batches
+from maxlm.data.loader.loader import (
+    LoaderConfig,
+    host_rows,
+    make_batches,
+    make_loader,
+    one_pass,
+)
+from maxlm.data.loader.packing import TokenSource
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "LoaderConfig",
+    "TokenSource",
+    "host_rows",
+    "make_batches",
+    "make_loader",
+    "one_pass",
+]

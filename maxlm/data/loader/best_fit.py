@@ -1,0 +1,210 @@
+"""Best-fit-decreasing packing within blocks of consecutive documents, indexed once on disk.
+
+Documents longer than seq_len are first cut into seq_len pieces and a remainder. Within a block,
+remainders and short documents go, longest first, each into the fullest sequence that still has
+room (best-fit decreasing: Johnson 1973; for language models: Ding et al. 2024). The block bounds
+the memory of the build and keeps each sequence's documents near one another in the store.
+
+The index lies in STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
+"""
+
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maxlm.config import MaxlmError
+from maxlm.data.loader.packing import Pieces, TokenSource
+
+Int64s = NDArray[np.int64]
+_ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
+_REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class PackingIndex:
+    """Pieces in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
+
+    starts: Int64s
+    lengths: NDArray[np.int32]
+    ends: NDArray[np.bool_]
+    sequence_offsets: Int64s
+
+
+@dataclass(frozen=True)
+class BestFitPacking:
+    """Looks sequences up in an index: in a folder (mapped on first use), or held in memory."""
+
+    source: Path | PackingIndex
+
+    @cached_property
+    def index(self) -> PackingIndex:
+        if isinstance(self.source, PackingIndex):
+            return self.source
+        files = {name: self.source / f"{name}.npy" for name in _ARRAYS}
+        return PackingIndex(**{n: np.asarray(np.load(f, mmap_mode="r")) for n, f in files.items()})
+
+    def __reduce__(self):
+        # A worker process maps the files itself; the mapped arrays must not travel.
+        return BestFitPacking, (self.source,)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.index.sequence_offsets.size - 1
+
+    def pieces(self, sequences: Int64s) -> Pieces:
+        index = self.index
+        first = index.sequence_offsets[sequences]
+        counts = index.sequence_offsets[sequences + 1] - first
+        at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        return Pieces(counts, index.starts[at], index.lengths[at].astype(np.int64), index.ends[at])
+
+
+def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:
+    """The store's best-fit packing, from the index beside it, which is built if missing.
+
+    Safe when several processes or hosts build it at once: each builds its own copy (they are
+    equal) and the first to finish wins.
+
+    Raises:
+        MaxlmError: the index cannot be written into the store's folder.
+    """
+    if store.path is None:
+        return BestFitPacking(build_index(store.offsets, seq_len, block))
+    # The offsets alone decide the index, so their hash in its name leaves nothing to go stale.
+    digest = hashlib.sha256(np.ascontiguousarray(store.offsets).data).hexdigest()[:12]
+    folder = Path(store.path) / "packing" / f"best_fit-{seq_len}-{block}-{digest}"
+    if not folder.is_dir():
+        try:
+            _write(folder, store.offsets, seq_len, block)
+        except OSError as error:
+            raise MaxlmError(
+                f"cannot write the packing index ({error.strerror})",
+                where=str(folder),
+                fix="make the store's folder writable once, or use packing=concat",
+            ) from error
+    return BestFitPacking(folder)
+
+
+def build_index(offsets: Int64s, seq_len: int, block: int) -> PackingIndex:
+    """The index in memory, from document offsets int64 [num_documents + 1]."""
+    size = _num_pieces(offsets, seq_len)
+    arrays = (np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size, np.bool_))
+    return PackingIndex(*arrays, _fill(*arrays, offsets, seq_len, block))
+
+
+def _num_pieces(offsets: Int64s, seq_len: int) -> int:
+    return int((-(-np.diff(offsets) // seq_len)).sum())
+
+
+def _fill(
+    starts: Int64s,
+    lengths: NDArray[np.int32],
+    ends: NDArray[np.bool_],
+    offsets: Int64s,
+    seq_len: int,
+    block: int,
+) -> Int64s:
+    """Fills the piece arrays in place; returns sequence_offsets."""
+    done, firsts = 0, []
+    for piece_starts, piece_lengths, piece_ends, sequence in _blocks(offsets, seq_len, block):
+        here = slice(done, done + piece_starts.size)
+        starts[here], lengths[here], ends[here] = piece_starts, piece_lengths, piece_ends
+        firsts.append(done + np.flatnonzero(np.diff(sequence, prepend=-1)))
+        done = here.stop
+    return np.concatenate([*firsts, [done]]).astype(np.int64)
+
+
+def _blocks(
+    offsets: Int64s, seq_len: int, block: int
+) -> Iterator[tuple[Int64s, Int64s, NDArray[np.bool_], Int64s]]:
+    """Each block's pieces (start, length, ends, sequence), in order of (sequence, start)."""
+    num_documents = offsets.size - 1
+    began = reported = time.monotonic()
+    for first in range(0, num_documents, block):
+        bounds = np.asarray(offsets[first : min(first + block, num_documents) + 1])
+        sizes = np.diff(bounds)
+        counts = -(-sizes // seq_len)
+        starts = np.repeat(bounds[:-1], counts)
+        nth = np.arange(starts.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = starts + nth * seq_len
+        stops = np.repeat(bounds[1:], counts)
+        lengths = np.minimum(starts + seq_len, stops) - starts
+        sequence = assign_best_fit(lengths, seq_len)
+        order = np.argsort(sequence, kind="stable")
+        yield starts[order], lengths[order], (starts + lengths == stops)[order], sequence[order]
+        if (now := time.monotonic()) - reported > _REPORT_SECONDS:
+            reported, done = now, first + block
+            rate = done / (now - began)
+            logging.getLogger(__name__).info(
+                "packing: %d of %d documents, %.0f documents/s, %.0f s left",
+                *(done, num_documents, rate, (num_documents - done) / rate),
+            )
+
+
+def assign_best_fit(lengths: Int64s, capacity: int) -> Int64s:
+    """The bin of each item [n] under best-fit decreasing, bins numbered from 0 without gaps.
+
+    Bins with room r > 0 wait on the stack of r; bit r of one big integer says that the stack is
+    not empty, so "the fullest bin that fits" is the lowest set bit from the item's length up.
+    """
+    bins = np.empty(lengths.size, np.int64)
+    full = lengths == capacity
+    num_bins = int(full.sum())
+    bins[full] = np.arange(num_bins)
+    items = np.flatnonzero(~full)
+    items = items[np.argsort(-lengths[items], kind="stable")]
+    waiting: dict[int, list[int]] = {}
+    rooms, chosen = 0, []
+    for length in lengths[items].tolist():
+        if fitting := rooms >> length:
+            room = length + (fitting & -fitting).bit_length() - 1
+            stack = waiting[room]
+            target = stack.pop()
+            if not stack:
+                rooms ^= 1 << room
+            room -= length
+        else:
+            target, room = num_bins, capacity - length
+            num_bins += 1
+        chosen.append(target)
+        if room:
+            stack = waiting.setdefault(room, [])
+            if not stack:
+                rooms |= 1 << room
+            stack.append(target)
+    bins[items] = chosen
+    return bins
+
+
+def _write(folder: Path, offsets: Int64s, seq_len: int, block: int) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        size = _num_pieces(offsets, seq_len)
+        starts, lengths, ends = (
+            np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (size,))
+            for name, dtype in zip(_ARRAYS, (np.int64, np.int32, np.bool_), strict=False)
+        )
+        np.save(
+            temporary / "sequence_offsets.npy",
+            _fill(starts, lengths, ends, offsets, seq_len, block),
+        )
+        for array in (starts, lengths, ends):
+            array.flush()
+        temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # Else another process was first.
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

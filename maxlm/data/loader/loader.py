@@ -1,0 +1,200 @@
+"""Batches for training and evaluation from token stores."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from maxlm.config import Config, MaxlmError
+from maxlm.data.loader.batches import Batches, Source
+from maxlm.data.loader.best_fit import open_best_fit
+from maxlm.data.loader.mixture import Mixture
+from maxlm.data.loader.order import EndlessOrder, OnePassOrder
+from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource
+from maxlm.data.loader.permutation import derive_key
+
+if TYPE_CHECKING:
+    from maxlm.data.loader.prefetch import BatchIterator
+
+PackingMethod = Literal["concat", "best_fit"]
+
+
+class LoaderConfig(Config):
+    """How token stores become batches."""
+
+    seq_len: int = Field(default=512, ge=1)
+    """Tokens in a row."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows a step, over all hosts."""
+    packing: PackingMethod = "concat"
+    """concat cuts the stream of documents every seq_len tokens: no padding, no index, but most
+    documents are cut. best_fit keeps every document that fits in one row whole: under 1% padding
+    on common text, and an index beside the store, built at first use (seconds a million
+    documents)."""
+    packing_block: int = Field(default=16384, ge=1)
+    """Consecutive documents that best_fit packs together. More pads less; fewer keep a row's
+    documents closer in the store."""
+    shuffle: bool = True
+    """True reads each epoch in a new random order; False reads each in store order and interleaves
+    stores evenly."""
+    workers: int = Field(default=1, ge=0)
+    """Processes that make batches ahead. 0 makes them in threads of the training process: quick to
+    start, but they share its interpreter."""
+    prefetch: int = Field(default=4, ge=1)
+    """Batches made ahead, by each worker."""
+
+
+def make_batches(
+    stores: Mapping[str, TokenSource],
+    weights: Mapping[str, float],
+    config: LoaderConfig,
+    *,
+    seed: int,
+) -> Batches:
+    """The endless batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
+
+    A store's order depends on the seed and its name, not on the other stores.
+
+    Args:
+        stores: by name.
+        weights: each store's share of the sequences, by name; need not sum to 1.
+        config: seq_len, batch_size, packing and shuffle are used.
+        seed: any integer.
+
+    Raises:
+        MaxlmError: no stores, names that differ, a bad weight, a store shorter than one sequence,
+            or a best_fit index that cannot be written.
+    """
+    if stores.keys() != weights.keys():
+        raise MaxlmError(
+            f"weights are for {sorted(weights)}, stores are {sorted(stores)}",
+            where="weights",
+            fix="give each store one weight",
+        )
+    # The mixture checks the weights: before any index is built.
+    mixture_key = derive_key(seed, "mixture") if config.shuffle else None
+    mixture = Mixture.of({name: weights[name] for name in stores}, mixture_key)
+    for name, store in stores.items():
+        if store.num_tokens < config.seq_len:
+            raise MaxlmError(
+                f"the corpus has {store.num_tokens} tokens, fewer than seq_len={config.seq_len}",
+                where=f"store {name!r}",
+                fix="give more text, or lower seq_len",
+            )
+    sources = tuple(
+        Source(store, open_packing(store, config.packing, config.seq_len, config.packing_block))
+        for store in stores.values()
+    )
+    sizes = tuple(source.packing.num_sequences for source in sources)
+    keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
+    order = EndlessOrder(mixture, sizes, keys)
+    return Batches(sources, order, config.seq_len, config.batch_size)
+
+
+def make_loader(
+    stores: Mapping[str, TokenSource],
+    weights: Mapping[str, float],
+    config: LoaderConfig,
+    *,
+    seed: int,
+    start_step: int,
+    num_steps: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
+) -> "BatchIterator":
+    """Iterates over this process's rows of the batches from `start_step` on, made ahead.
+
+    To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
+
+    Args:
+        stores, weights, config, seed: see `make_batches`.
+        start_step: the first batch's step.
+        num_steps: how many batches; None is endless.
+        process_index, process_count: this process takes the contiguous block `host_rows`.
+        rows: the global rows to take instead, in this order, where a mesh needs another layout.
+
+    Raises:
+        MaxlmError: as `make_batches`, or batch_size not divisible by process_count.
+    """
+    from maxlm.data.loader.prefetch import BatchIterator
+
+    if rows is None:
+        rows = host_rows(config.batch_size, process_index, process_count)
+    batches = make_batches(stores, weights, config, seed=seed)
+    return BatchIterator(
+        partial(batches.rows, rows=rows),
+        start_step,
+        None if num_steps is None else start_step + num_steps,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def one_pass(
+    store: TokenSource,
+    seq_len: int,
+    batch_size: int,
+    *,
+    packing: PackingMethod = "concat",
+    packing_block: int = 16384,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    rows: Sequence[int] | None = None,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> "BatchIterator":
+    """Iterates once over a store in order, for evaluation: every token in exactly one batch.
+
+    All batches have one shape: the last is filled up with rows of weight 0. With either packing
+    the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
+    token but a document's first is a target once. `len()` of the result is the batches to come.
+
+    Args:
+        store: may be shorter than one sequence.
+        max_batches: stop after so many; None reads all.
+        Others: see `LoaderConfig` and `make_loader`.
+
+    Raises:
+        MaxlmError: an empty store, batch_size not divisible by process_count, or a best_fit index
+            that cannot be written.
+    """
+    from maxlm.data.loader.prefetch import BatchIterator
+
+    if store.num_tokens == 0:
+        raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
+    if rows is None:
+        rows = host_rows(batch_size, process_index, process_count)
+    source = Source(store, open_packing(store, packing, seq_len, packing_block))
+    num_sequences = source.packing.num_sequences
+    batches = Batches((source,), OnePassOrder(num_sequences), seq_len, batch_size)
+    num_batches = -(-num_sequences // batch_size)
+    if max_batches is not None:
+        num_batches = min(num_batches, max_batches)
+    make = partial(batches.rows, rows=rows)
+    return BatchIterator(make, 0, num_batches, workers=workers, prefetch=prefetch)
+
+
+def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The global rows [p B / P, (p + 1) B / P) of process p of P.
+
+    Raises:
+        MaxlmError: batch_size B is not divisible by process_count P.
+    """
+    if batch_size % process_count:
+        raise MaxlmError(
+            f"batch_size={batch_size} is not divisible by the {process_count} processes",
+            where="data.batch_size",
+            fix=f"use a multiple of {process_count}",
+        )
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)
+
+
+def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:
+    """The store's sequences; builds the best_fit index where there is none."""
+    if method == "best_fit":
+        return open_best_fit(store, seq_len, block)
+    return ConcatPacking(store, seq_len)

@@ -1,0 +1,87 @@
+"""Stateless keyed pseudo-random permutations of range(n): a shuffle nobody has to store.
+
+A Feistel network (Luby and Rackoff 1988) over the smallest power of two that holds n, its round
+function the splitmix64 finaliser (Steele, Lea and Flood 2014), made to fit any n by cycle walking
+(Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Any index is answered alone,
+in O(1), so a run can resume anywhere. Not cryptographic.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# By chi-square, 8 rounds are fair above 64 values; a few bits mix slowly. An even number of rounds
+# restores the half widths.
+_ROUNDS, _SMALL_BITS, _SMALL_ROUNDS = 8, 6, 24
+MAX_SIZE = 1 << 62
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+UInt64s = NDArray[np.uint64]
+
+
+def derive_key(*parts: int | str) -> int:
+    """A 64-bit key from a seed and names: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
+    """One 64-bit key [n] for each index [n] (an epoch, a block) under `key`."""
+    return _mix(np.uint64(key) + (_as_uint64(indices) + np.uint64(1)) * _GAMMA)
+
+
+def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
+    """Where the permutation of range(n) chosen by `keys` sends each index.
+
+    Args:
+        indices: integers [m] in range(n).
+        n: the permutation's size, 1 <= n <= 2^62.
+        keys: one key for all, or an array [m] with one for each index.
+
+    Returns:
+        int64 [m] in range(n); distinct for distinct indices under one key.
+
+    Raises:
+        ValueError: n or an index out of range.
+    """
+    if not 1 <= n <= MAX_SIZE:
+        raise ValueError(f"cannot permute range({n}): the size must be 1 to 2^62")
+    x = _as_uint64(indices)
+    if x.size and int(x.max()) >= n:
+        raise ValueError(f"index {int(x.max())} is not in range({n})")
+    keys = np.broadcast_to(_as_uint64(keys), x.shape)
+    # At least one bit in each half, or the network could not mix.
+    bits = max(2, (n - 1).bit_length())
+    result = _feistel(x, bits, keys)
+    # The domain is less than 2n (n > 2), so half of what is left falls inside at each turn.
+    while (outside := np.flatnonzero(result >= np.uint64(n))).size:
+        result[outside] = _feistel(result[outside], bits, keys[outside])
+    return result.astype(np.int64)
+
+
+def _feistel(x: UInt64s, bits: int, keys: UInt64s) -> UInt64s:
+    left_bits, right_bits = bits - bits // 2, bits // 2
+    left, right = x >> np.uint64(right_bits), x & _mask(right_bits)
+    rounds = _SMALL_ROUNDS if bits <= _SMALL_BITS else _ROUNDS
+    for round_number in range(1, rounds + 1):
+        round_keys = _mix(keys + _GAMMA * np.array([round_number], np.uint64))
+        left, right = right, left ^ (_mix(right ^ round_keys) & _mask(left_bits))
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
+
+
+def _mix(x: UInt64s) -> UInt64s:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
+
+
+def _as_uint64(values: ArrayLike) -> UInt64s:
+    # At least 1-d: numpy warns about the wrap-around of scalars, which we mean.
+    return np.atleast_1d(np.asarray(values, dtype=np.uint64))

@@ -1,0 +1,94 @@
+"""The zarr3 arrays of a token store: layout, creation, opening.
+
+Tokens lie in shards of 16 Mi (one file each, so a trillion tokens is 60,000 files) cut into
+chunks of 16 Ki that are compressed apart, so that a short random range costs one small read.
+LZ4, not zstd: 40% larger on disk, but it doubles the rate of short random reads.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+
+SHARD_TOKENS = 16 << 20
+CHUNK_TOKENS = 16 << 10
+_CODECS = {"tokens": "lz4", "offsets": "zstd"}
+
+
+def create_array(folder: Path, name: str, size: int, dtype: str):
+    """Create the 1-D array `folder/name` and return its TensorStore, open for writing."""
+    compressor = {"cname": _CODECS[name], "clevel": 5, "shuffle": "shuffle"}
+    chunk_codecs = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "blosc", "configuration": compressor},
+    ]
+    sharding = {"chunk_shape": [CHUNK_TOKENS], "codecs": chunk_codecs}
+    metadata = {
+        "shape": [size],
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [SHARD_TOKENS]}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    return _open(folder / name, {"metadata": metadata, "create": True, "delete_existing": True})
+
+
+def open_for_writing(folder: Path, name: str):
+    """The TensorStore of an array that `create_array` made."""
+    return _open(folder / name, {})
+
+
+def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
+    """Write `values` from index `start` of a TensorStore, and wait until they are on disk.
+
+    Raises:
+        MaxlmError: the disk is full or cannot be written; names `folder`.
+    """
+    try:
+        array[start : start + len(values)].write(values).result()
+    except (ValueError, OSError) as error:
+        fix = "free some disk space, or check the folder and its permissions"
+        raise array_error(folder, error, fix) from error
+
+
+def open_for_reading(folder: Path, name: str, cache_bytes: int):
+    """The TensorStore of an array, with a cache of `cache_bytes` decompressed bytes.
+
+    Raises:
+        MaxlmError: the array is missing or damaged.
+    """
+    import tensorstore as ts
+
+    context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+    # A finished store never changes, so what is cached need not be checked against the disk.
+    options = {"recheck_cached_data": False, "recheck_cached_metadata": False}
+    return _open(folder / name, options, read=True, context=context)
+
+
+def _open(path: Path, options: dict[str, Any], **kwargs: Any):
+    import tensorstore as ts
+
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        # By default a missing chunk reads as zeros, so a lost file would pass for tokens.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+    try:
+        return ts.open(spec | options, **kwargs).result()
+    except (ValueError, OSError) as error:
+        fix = "check the disk, or build the store again with maxlm corpus build"
+        raise array_error(path, error, fix) from error
+
+
+def array_error(path: Path, error: Exception, fix: str) -> MaxlmError:
+    """A TensorStore error in one line, without its source locations."""
+    reason = str(error).split(" [")[0].splitlines()[0]
+    return MaxlmError(f"array error: {reason}", where=str(path), fix=fix)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest of uint16 and uint32 that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)

@@ -1,0 +1,79 @@
+"""From finished parts to the arrays of a store."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
+from maxlm.data.store.parts import Part, part_path
+from maxlm.data.store.pool import WorkerPool
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard of the token array: tokens `start` to `stop` of the store."""
+
+    store: Path
+    parts_folder: Path
+    dtype: str
+    start: int
+    stop: int
+    pieces: tuple[tuple[int, int], ...]
+    """(index, first token within the store) of each part that overlaps the shard."""
+
+
+def assemble(
+    store: Path,
+    parts_folder: Path,
+    parts: Sequence[Part],
+    dtype: str,
+    pool: WorkerPool,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write `tokens/` and `offsets/` into the folder `store`; parts in order of their index.
+
+    A shard is one file and is written by one worker in one go, so the result does not depend on
+    the number of workers.
+
+    Raises:
+        MaxlmError: the arrays cannot be written.
+    """
+    begins = np.concatenate([[0], np.cumsum([part.num_tokens for part in parts])])
+    total = int(begins[-1])
+    create_array(store, "tokens", total, dtype)
+    done = 0
+    for size in pool.map(_write_shard, _shard_jobs(store, parts_folder, parts, begins, dtype)):
+        done += size
+        progress(done, total)
+    lengths = [np.fromfile(part_path(parts_folder, p.index, "lengths"), np.int64) for p in parts]
+    offsets = np.concatenate([np.zeros(1, np.int64), *lengths])
+    np.cumsum(offsets, out=offsets)
+    write_array(create_array(store, "offsets", len(offsets), "int64"), 0, offsets, store)
+
+
+def _shard_jobs(
+    store: Path, parts_folder: Path, parts: Sequence[Part], begins: np.ndarray, dtype: str
+) -> list[ShardJob]:
+    jobs = []
+    for start in range(0, int(begins[-1]), SHARD_TOKENS):
+        stop = min(start + SHARD_TOKENS, int(begins[-1]))
+        low = int(np.searchsorted(begins, start, "right")) - 1
+        high = int(np.searchsorted(begins, stop, "left"))
+        pieces = tuple(
+            (parts[i].index, int(begins[i])) for i in range(low, high) if parts[i].num_tokens
+        )
+        jobs.append(ShardJob(store, parts_folder, dtype, start, stop, pieces))
+    return jobs
+
+
+def _write_shard(job: ShardJob) -> int:
+    shard = np.empty(job.stop - job.start, job.dtype)
+    for index, begin in job.pieces:
+        path = part_path(job.parts_folder, index, "tokens")
+        tokens = np.memmap(path, job.dtype, "r")
+        low, high = max(begin, job.start), min(begin + len(tokens), job.stop)
+        shard[low - job.start : high - job.start] = tokens[low - begin : high - begin]
+    write_array(open_for_writing(job.store, "tokens"), job.start, shard, job.store)
+    return len(shard)

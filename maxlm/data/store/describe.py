@@ -1,0 +1,52 @@
+"""A token store's description, for people and for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from maxlm.data.store.store import TokenStore
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def describe(store: TokenStore) -> dict[str, Any]:
+    """The manifest as JSON values, with `path`, `bytes_on_disk` and `bytes_per_token`.
+
+    Bytes per token counts bos and eos among the tokens.
+    """
+    files = (path for path in store.path.rglob("*") if path.is_file())
+    derived = {
+        "path": str(store.path),
+        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "bytes_per_token": store.manifest.text_bytes / store.num_tokens,
+    }
+    return derived | store.manifest.model_dump(mode="json")
+
+
+def summary_table(store: TokenStore) -> Table:
+    """The description as a two-column table, with the sources summed up."""
+    from rich.table import Table
+
+    about, manifest = describe(store), store.manifest
+    left_out = sum(source.num_left_out for source in manifest.sources)
+    split = manifest.split
+    if split != "all":
+        split = f"{split} ({manifest.heldout_fraction:g} of documents held out)"
+    rows = {
+        "tokens": f"{manifest.num_tokens:,} ({manifest.dtype})",
+        "documents": f"{manifest.num_documents:,}",
+        "text": f"{manifest.text_bytes:,} bytes",
+        "bytes per token": f"{about['bytes_per_token']:.3f}",
+        "on disk": f"{about['bytes_on_disk']:,} bytes",
+        "split": split,
+        "source files": f"{len(manifest.sources):,}",
+        "left out": f"{left_out:,} empty or undecodable documents, "
+        f"{manifest.num_binary_files:,} binary files",
+        "vocabulary": f"{manifest.vocab_size:,} (bos {manifest.bos_id}, eos {manifest.eos_id})",
+        "tokenizer": manifest.tokenizer_fingerprint[:16],
+    }
+    table = Table(title=str(store.path), show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

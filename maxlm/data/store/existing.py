@@ -1,0 +1,62 @@
+"""What already lies where a store is to go."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.data.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from maxlm.data.store.store import TokenStore
+
+_SETTINGS = ("split", "heldout_fraction", "text_field", "on_bad_bytes")
+
+
+def check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | None:
+    """The manifest of the store in `out` if it is the planned one; None if `out` may be written.
+
+    Raises:
+        MaxlmError: `out` holds something that is no store, a damaged store, or (without `force`)
+            a store of other inputs; the message names the first difference.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / MANIFEST_NAME).is_file():
+        what = "this exists and is not a token store"
+        raise MaxlmError(what, where=str(out), fix="choose another folder or remove it")
+    if force:
+        try:
+            manifest = TokenStore.open(out).manifest
+        except MaxlmError:
+            return None
+        return None if difference(manifest, planned) else manifest
+    manifest = read_manifest(out)
+    if found := difference(manifest, planned):
+        fix = "choose another folder, or replace the store with --force (force=True)"
+        raise MaxlmError(
+            f"the store here was built from other inputs: {found}", where=str(out), fix=fix
+        )
+    return TokenStore.open(out).manifest
+
+
+def difference(existing: Manifest, planned: Manifest) -> str | None:
+    """In words, the first input in which two manifests differ; None if their inputs are equal.
+
+    Counts follow from the inputs and file names do not matter, so neither is compared.
+    """
+    return next(_differences(existing, planned), None)
+
+
+def _differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
+    if old != new:
+        yield f"another tokenizer ({old[:12]}, now {new[:12]})"
+    for name in _SETTINGS:
+        old, new = getattr(existing, name), getattr(planned, name)
+        if old != new:
+            yield f"{name} was {old}, now {new}"
+    for old, new in zip(existing.sources, planned.sources, strict=False):
+        if (old.sha256, old.format) != (new.sha256, new.format):
+            same = old.name == new.name
+            yield f"{new.name} has changed" if same else f"{old.name} where now {new.name} comes"
+    old, new = len(existing.sources), len(planned.sources)
+    if old != new:
+        yield f"{old} files, now {new}"

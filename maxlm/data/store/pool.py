@@ -1,0 +1,128 @@
+"""A pool of spawned worker processes that end with their parent."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from maxlm.config import MaxlmError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class WorkerPool:
+    """Runs picklable functions in `workers` processes; use as a context manager.
+
+    Processes are spawned, never forked (threads of JAX, tokenizers or TensorStore do not survive
+    a fork), start with the first work, and do not outlive this process even when it is killed.
+    Each keeps to one thread of the tokenizer, since the pool as a whole fills the cores. With
+    one worker the work runs in this process, where the tokenizer may use threads of its own.
+    """
+
+    def __init__(self, workers: int):
+        self._workers = workers
+        self._processes: dict[Connection, Any] = {}
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, kind, value, trace) -> None:
+        self._stop(kill=kind is not None)
+
+    def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
+        """Yield `function(job)` for each job, in order of completion.
+
+        Raises:
+            MaxlmError: a worker died, most often for want of memory.
+            Exception: whatever `function` raises.
+        """
+        if self._workers == 1 or len(jobs) < 2:
+            yield from map(function, jobs)
+            return
+        self._start(min(self._workers, len(jobs)))
+        waiting, finished = iter(jobs), False
+        busy: set[Connection] = set()
+
+        def feed(connection: Connection) -> None:
+            for job in waiting:
+                connection.send((function, job))
+                busy.add(connection)
+                return
+
+        try:
+            for connection in self._processes:
+                feed(connection)
+            while busy:
+                for connection in wait(list(busy)):
+                    assert isinstance(connection, Connection)
+                    result, error = connection.recv()
+                    busy.remove(connection)
+                    if error is not None:
+                        raise error
+                    feed(connection)
+                    yield result
+            finished = True
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            what = "a worker process died, most likely for want of memory"
+            raise MaxlmError(what, fix="run it again with fewer workers") from error
+        finally:
+            # Else a later map would be handed the answers still on their way.
+            if not finished:
+                self._stop(kill=True)
+
+    def _start(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._processes) < count:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            # Only the worker must hold its end, or its death would go unseen.
+            theirs.close()
+            self._processes[ours] = process
+
+    def _stop(self, kill: bool) -> None:
+        for connection, process in self._processes.items():
+            connection.close()
+            if kill:
+                process.terminate()
+        for process in self._processes.values():
+            process.join()
+        self._processes = {}
+
+
+def default_workers() -> int:
+    """The number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _serve(connection: Connection) -> None:
+    from maxlm.data.tokenizer import use_one_thread
+
+    use_one_thread()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        try:
+            function, job = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply = function(job), None
+        except Exception as error:
+            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+            reply = None, error
+        connection.send(reply)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,67 @@
+"""Progress of long work: a bar on a terminal, plain lines with rate and ETA elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str, int, int], None]
+"""Called as (stage, amount done, amount in all)."""
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@contextmanager
+def show_progress(unit: str = "B") -> Iterator[Progress]:
+    """A `Progress` that shows itself on stderr; `unit` is what the amounts count."""
+    if sys.stderr.isatty():
+        with _bar() as progress:
+            yield progress
+    else:
+        yield _lines(unit)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, rich_progress.TaskID] = {}
+    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield progress
+
+
+def _lines(unit: str) -> Progress:
+    began: dict[str, tuple[float, int]] = {}
+    shown: dict[str, float] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        # What an earlier run had finished is not to count as speed.
+        start, already = began.setdefault(stage, (now, done))
+        if done < total and now - shown.get(stage, start) < _SECONDS_BETWEEN_LINES:
+            return
+        shown[stage] = now
+        rate = (done - already) / max(now - start, 1e-9)
+        eta = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        line = f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} M{unit}"
+        print(f"{line}, {rate / 1e6:.2f} M{unit}/s{eta}", file=sys.stderr, flush=True)
+
+    return progress

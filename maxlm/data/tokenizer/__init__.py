@@ -1,0 +1,21 @@
+"""Text <-> ids: one interface over byte-level BPE and SentencePiece, exact for any bytes."""
+
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.files import holds_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.interface import Tokenizer
+from maxlm.data.tokenizer.stats import TokenizerStats, tokenizer_stats
+from maxlm.data.tokenizer.stream import StreamDecoder
+from maxlm.data.tokenizer.threads import use_one_thread
+from maxlm.data.tokenizer.train import train_tokenizer
+
+__all__ = [
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerStats",
+    "holds_tokenizer",
+    "load_tokenizer",
+    "tokenizer_stats",
+    "train_tokenizer",
+    "use_one_thread",
+]

@@ -1,0 +1,67 @@
+"""The settings of a tokenizer."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from maxlm.config import Config, MaxlmError
+
+Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
+
+# Printable ASCII without spaces, two or more characters: such a literal is spelled alike in text,
+# in byte-level symbols and in SentencePiece pieces, and is never one of the 256 byte tokens.
+_LITERAL = re.compile(r"[!-~]{2,64}")
+_RESERVED = re.compile(r"<unk>|<0x[0-9A-F]{2}>")
+
+
+class TokenizerConfig(Config):
+    """Which tokenizer a run uses: a trained one, or how to train it."""
+
+    kind: Kind = "bpe"
+    """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
+    words, numbers and punctuation apart. ``sentencepiece_bpe`` (the Llama-2 kind) and
+    ``sentencepiece_unigram`` (the T5 kind) learn from characters and fall back to bytes for rare
+    ones; they keep all training text in memory, Unigram about 30 times its size."""
+
+    vocab_size: int = Field(default=8192, gt=0)
+    """Number of ids, including 256 byte tokens and the special tokens. A larger vocabulary makes
+    sequences shorter and the embedding and output matrices larger. Unused when ``path`` is set."""
+
+    path: str | None = None
+    """Folder of a saved tokenizer to use as it is; None trains one from the corpus."""
+
+    bos: str = "<|endoftext|>"
+    """Literal of the token that opens each document; it may be the same token as ``eos``."""
+
+    eos: str = "<|endoftext|>"
+    """Literal of the token that closes each document and ends generation."""
+
+    pad: str | None = None
+    """Literal of a padding token, if one is wanted; training here masks by segment instead."""
+
+    extra_special_tokens: tuple[str, ...] = ()
+    """Further literals with an id of their own, such as chat roles. Text in which they occur never
+    produces those ids; only ``encode(..., allow_special=True)`` does."""
+
+    sample_bytes: int = Field(default=100_000_000, gt=0)
+    """Train on the first so many bytes of the corpus, so a corpus in order of source should be
+    shuffled first. A larger sample costs time and, with SentencePiece, memory in proportion."""
+
+    @field_validator("bos", "eos", "pad", "extra_special_tokens")
+    @classmethod
+    def _check_literals(cls, value: str | tuple[str, ...] | None):
+        for literal in (value,) if isinstance(value, str) else value or ():
+            if not _LITERAL.fullmatch(literal) or _RESERVED.fullmatch(literal):
+                raise MaxlmError(
+                    f"{literal!r} cannot be a special token",
+                    fix="use 2 to 64 printable ASCII characters without spaces, other than <unk> "
+                    "and byte names such as <0x0A>",
+                )
+        return value
+
+    @property
+    def special_literals(self) -> tuple[str, ...]:
+        """The literals of all special tokens, each once, in the order of their ids."""
+        pad = () if self.pad is None else (self.pad,)
+        return tuple(dict.fromkeys((self.bos, self.eos, *pad, *self.extra_special_tokens)))

@@ -1,0 +1,138 @@
+"""SentencePiece BPE and Unigram models (Kudo & Richardson, 2018; Kudo, 2018), with byte fallback.
+
+SentencePiece writes U+2581 for a space inside its pieces. With the identity normaliser, no added
+prefix and no collapsing of spaces, that one character is all it would not give back, so `encode`
+keeps U+2581 from it and spells it in byte tokens.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.segments import cut_long
+
+_SPACE = "\u2581"
+_UNKNOWN = "<unk>"
+# The trainer takes 4192 bytes of a sentence at most, and a character has up to four.
+_SENTENCE_CHARS = 1000
+# Sums are taken per thread, so the number of threads is part of what makes training repeatable.
+_TRAINING_THREADS = 16
+# What the trainer skips a sentence for (NUL, U+2585), mistakes for its own mark (U+2581), or would
+# find already taken if it were learned as a piece.
+_UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
+
+
+class SentencePieceModel:
+    """A trained tokenizer.model as a ``Codec``."""
+
+    file_name = "tokenizer.model"
+    reserved = _SPACE
+    # A piece holds spaces only at its start, so none straddles the place before a word's space.
+    # Unigram's float32 running score rounds less in a short segment than in a whole document.
+    cut = re.compile(r"[!-~](?= )")
+
+    def __init__(self, data: bytes):
+        from sentencepiece import SentencePieceProcessor
+
+        self.data = data
+        self._model = SentencePieceProcessor()
+        # Not by the constructor, which takes an empty model for none and says nothing.
+        self._model.load_from_serialized_proto(data)  # pyright: ignore[reportAttributeAccessIssue]
+        self.token_bytes = [self._bytes_of(i) for i in range(self._model.get_piece_size())]
+        self.byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+    def __reduce__(self):
+        return SentencePieceModel, (self.data,)
+
+    def encode_segments(self, segments: list[str]) -> list[list[int]]:
+        # The same switch as the BPE library's, so that one setting holds workers to one thread.
+        serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
+        threads = 1 if serial or len(segments) == 1 else os.cpu_count() or 1
+        return self._model.encode(segments, out_type=int, num_threads=threads)
+
+    def content(self) -> bytes:
+        return self.data
+
+    def _bytes_of(self, i: int) -> bytes:
+        piece: str = self._model.id_to_piece(i)
+        if self._model.is_byte(i):
+            return bytes([int(piece[3:5], 16)])
+        if self._model.is_unknown(i):
+            return (
+                "\ufffd".encode()
+            )  # The library insists on this id; with byte fallback it is unused.
+        if self._model.is_control(i):
+            return piece.encode()
+        return piece.replace(_SPACE, " ").encode()
+
+
+def train_sentencepiece(
+    config: TokenizerConfig, segments: Iterator[str]
+) -> tuple[bytes, dict[str, int]]:
+    """The tokenizer.model learned from ``segments``, and the special tokens' ids (from 1 on).
+
+    All the text is held in memory.
+
+    Raises:
+        MaxlmError: the text has too few pieces, or too many characters, for the vocabulary.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    literals = config.special_literals
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+            sentence_iterator=_sentences(segments),
+            model_writer=model,
+            model_type=config.kind.removeprefix("sentencepiece_"),
+            vocab_size=config.vocab_size,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            unk_piece=_UNKNOWN,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            control_symbols=list(literals),
+            num_threads=_TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _translate(error, config) from error
+    return model.getvalue(), {literal: 1 + i for i, literal in enumerate(literals)}
+
+
+def _sentences(segments: Iterator[str]) -> Iterator[str]:
+    for segment in segments:
+        for part in _UNLEARNABLE.split(segment):
+            for piece in cut_long(part, _SENTENCE_CHARS // 2, SentencePieceModel.cut):
+                for start in range(0, len(piece), _SENTENCE_CHARS):
+                    yield piece[start : start + _SENTENCE_CHARS]
+
+
+def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
+    message = str(error)
+    size = config.vocab_size
+    if found := re.search(r"Please set it to a value <= (\d+)", message):
+        return MaxlmError(
+            f"the text is too small for vocab_size={size}: it yields {found[1]} tokens",
+            fix=f"give more text or set vocab_size to {found[1]} or less",
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return MaxlmError(
+            f"vocab_size={size} is too small for the characters of the text",
+            fix=f"set vocab_size to {found[1]} or more",
+        )
+    if "!sentences_.empty()" in message:
+        return MaxlmError("no text to train a tokenizer on", fix="give text that is not empty")
+    return MaxlmError(
+        f"SentencePiece could not train on this text: {message.strip()}",
+        fix="give more text or another vocab_size",
+    )

@@ -1,0 +1,1 @@
+"""Using a trained model: cache, prefill and decode, sampling, the generation loop."""

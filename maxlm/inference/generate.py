@@ -1,0 +1,198 @@
+"""The generation loop: one prefill, then one small dispatch a token, streamed as they come."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec, reshard
+
+from maxlm.config import MaxlmError
+from maxlm.inference.decode import cast_params, decode, prefill
+from maxlm.inference.sampling import SamplingConfig, sample
+from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.layers.attention import KVCache
+from maxlm.models.params import Params
+
+Tokens = list[int]
+
+
+def generate(
+    model: Decoder,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    *,
+    eos_id: int | None,
+    key: jax.Array,
+    streams: Sequence[int] | None = None,
+    cache_length: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue a batch of prompts, yielding each step's tokens as soon as they are known.
+
+    Call and iterate under ``jax.set_mesh`` of the mesh that ``params`` lie on. A row's tokens
+    depend on its prompt, the settings, ``key`` and its stream, not on the other rows.
+
+    Args:
+        prompts: token ids, each starting as training documents do (with bos).
+        eos_id: ends a row; None: rows only end at max_new_tokens.
+        key: one key for the call.
+        streams: each row's random stream, in [0, 2**32); default: its index.
+        cache_length: slots of each row's cache; default: as many as are needed, rounded up so
+            that calls of similar lengths share a compilation.
+
+    Returns:
+        For each step a list with each row's token; None for rows that have ended. The eos token
+        itself is yielded. Stops when every row has ended.
+
+    Raises:
+        MaxlmError: before anything runs: no or empty prompts, ids outside the vocabulary, more
+            tokens than learned positions or ``cache_length``, a mesh that splits the sequence.
+    """
+    _check_prompts(model.config, prompts)
+    if model.rules.seq:
+        raise MaxlmError(
+            f"the sequence is split over {' and '.join(model.rules.seq)}",
+            where="mesh",
+            fix="generate on a mesh with context=1",
+        )
+    longest = max(map(len, prompts))
+    width, length = _sizes(model.config, longest, sampling.max_new_tokens, cache_length)
+    rows = _round_up(len(prompts), _batch_shards(model))
+    tokens = np.zeros((rows, width), np.int32)
+    lengths = np.ones(rows, np.int32)  # rows that only fill the batch hold one token
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+    seeds = np.zeros(rows, np.uint32)
+    seeds[: len(prompts)] = range(len(prompts)) if streams is None else streams
+    # Only what shapes the distribution is compiled in.
+    shape = sampling.model_copy(update={"max_new_tokens": 1, "seed": 0})
+    params = cast_params(model, params)
+    start = partial(_start, model, shape, length, params, tokens, lengths, seeds, key)
+    advance = partial(_advance, model, shape, params, seeds=seeds, key=key)
+    return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
+
+
+def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
+    ended = np.zeros(rows, bool)
+    tokens, positions, cache = start()
+    for step in range(steps):
+        drawn = tokens
+        if step + 1 < steps:  # before looking at the tokens, so that the device never waits
+            tokens, positions, cache = advance(tokens, positions, cache)
+        values = np.asarray(drawn)[:rows]
+        yield [None if over else int(token) for token, over in zip(values, ended, strict=True)]
+        ended |= values == eos_id
+        if ended.all():
+            return
+
+
+@partial(jax.jit, static_argnames=("model", "sampling", "cache_length"))
+def _start(
+    model: Decoder,
+    sampling: SamplingConfig,
+    cache_length: int,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    seeds: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    logits, cache = prefill(model, params, tokens, lengths, cache_length)
+    return _next(model, sampling, logits, lengths, seeds, key), _whole(lengths), cache
+
+
+@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("cache",))
+def _advance(
+    model: Decoder,
+    sampling: SamplingConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: KVCache,
+    seeds: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    logits, cache = decode(model, params, tokens, positions, cache)
+    positions = positions + 1
+    return _next(model, sampling, logits, positions, seeds, key), _whole(positions), cache
+
+
+def _next(
+    model: Decoder,
+    sampling: SamplingConfig,
+    logits: jax.Array,
+    positions: jax.Array,
+    seeds: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """The tokens at ``positions``, each drawn with a key of its row's stream and position."""
+
+    def row_key(seed, position):
+        return jax.random.fold_in(jax.random.fold_in(key, seed), position)
+
+    rows = model.rules.spec("batch")
+    keys = jax.vmap(row_key)(reshard(seeds, rows), reshard(positions, rows))
+    return _whole(sample(logits, keys, sampling))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """On every device, so that any process can read it."""
+    return reshard(x, PartitionSpec())
+
+
+def _batch_shards(model: Decoder) -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return prod(sizes[axis] for axis in model.rules.batch)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def bucket(n: int) -> int:
+    """n rounded up to a power of two from 16 to 128, or a multiple of 128: few distinct sizes,
+    hence few compilations, at little waste."""
+    return _round_up(n, 128) if n > 128 else max(16, 1 << (n - 1).bit_length())
+
+
+def _sizes(
+    config: DecoderConfig, longest: int, new: int, cache_length: int | None
+) -> tuple[int, int]:
+    """Width of the padded prompts, slots of the cache."""
+    limits = []
+    if config.positions.kind == "learned":
+        limits.append((config.max_seq_len, "the model has learned positions"))
+    if cache_length is not None:
+        limits.append((cache_length, "the cache has slots"))
+    limit, reason = min(limits, default=(None, ""))
+    if limit is not None and longest + new > limit:
+        room = limit - longest
+        fix = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
+        raise MaxlmError(
+            f"a prompt of {longest} tokens and {new} new ones make {longest + new}; "
+            f"{reason} for {limit}",
+            where="generate",
+            fix=fix,
+        )
+    length = cache_length or bucket(longest + new)
+    length = length if limit is None else min(length, limit)
+    return min(bucket(longest), length), length
+
+
+def _check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]]) -> None:
+    if not prompts:
+        raise MaxlmError("no prompts", where="generate", fix="give at least one")
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise MaxlmError("no tokens", where=f"prompt {number}", fix="start it with bos")
+        for token in prompt:
+            if not 0 <= token < config.vocab_size:
+                raise MaxlmError(
+                    f"token {token} is outside the model's vocabulary of {config.vocab_size}",
+                    where=f"prompt {number}",
+                    fix="use the tokenizer the model was trained with",
+                )

@@ -1,0 +1,67 @@
+"""From logits to the next token."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from pydantic import Field
+
+from maxlm.config import Config
+
+# Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
+COLDEST = 1e-30
+
+
+class SamplingConfig(Config):
+    """How a continuation is drawn: temperature first, then top_k, then top_p."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """Divides the logits: below 1 sharpens the distribution, above 1 flattens it; 0 always takes
+    the likeliest token (greedy)."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from this many likeliest tokens alone (Fan et al. 2018); 0: from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the smallest set of likeliest tokens that holds this much probability (nucleus
+    sampling, Holtzman et al. 2019); 1: from all. Costs a sort of the vocabulary unless top_k
+    is set."""
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Stop each continuation after this many tokens; an end-of-text token stops it sooner."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """The same seed, prompt and settings give the same text."""
+
+
+def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Draw one token a row.
+
+    Of tokens with equal logits the lower ids count as likelier, so that top_k keeps exactly k.
+
+    Args:
+        logits: [B, V], fp32.
+        keys: random keys [B], one a row; unused when greedy.
+        config: only temperature, top_k and top_p matter here.
+
+    Returns:
+        int32 [B].
+    """
+    if config.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+    logits -= jnp.max(logits, axis=-1, keepdims=True)
+    logits /= max(config.temperature, COLDEST)
+    vocab = logits.shape[-1]
+    if not config.top_k and config.top_p == 1:
+        return _draw(keys, logits)
+    kept, ids = lax.top_k(logits, min(config.top_k or vocab, vocab))
+    rank = _draw(keys, jnp.where(_nucleus(kept, config.top_p), kept, -jnp.inf))
+    return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _nucleus(logits: jax.Array, p: float) -> jax.Array:
+    """Which of descending logits [B, k] are needed to reach probability p; the first always is."""
+    if p == 1:  # a rounded sum may reach 1 too soon
+        return jnp.ones(logits.shape, bool, out_sharding=jax.typeof(logits).sharding.spec)
+    probability = jax.nn.softmax(logits, axis=-1)
+    return jnp.cumsum(probability, axis=-1) - probability < p
+
+
+def _draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,76 @@
+"""How layers are joined into blocks, and blocks into a scanned stack."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax import lax
+
+from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache
+from maxlm.models.layers.mlp import Mlp, MlpConfig
+from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.positions import Rotary
+from maxlm.models.remat import RematPolicy, rematerialise
+from maxlm.sharding import AxisRules
+
+BlockT = TypeVar("BlockT", bound=nnx.Module)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block: ``x += attention(norm(x)); x += mlp(norm(x))``."""
+
+    def __init__(
+        self,
+        attention: AttentionConfig,
+        mlp: MlpConfig,
+        norm: NormConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+    ):
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        self.attention_norm = Norm(norm, d_model, **kw)
+        self.attention = Attention(attention, d_model, num_layers, init_std, **kw)
+        self.mlp_norm = Norm(norm, d_model, **kw)
+        self.mlp = Mlp(mlp, d_model, num_layers, init_std, **kw)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        rotary: Rotary | None,
+        cache: KVCache | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """x [B, S, D] → the same, and the layer's cache with these tokens in it."""
+        y, cache = self.attention(self.attention_norm(x), positions, segment_ids, rotary, cache)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+def scan_blocks(
+    stacked: BlockT,
+    body: Callable[[BlockT, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: RematPolicy = "none",
+) -> tuple[Any, Any]:
+    """Run a stacked block layer after layer; compile time does not grow with depth.
+
+    Args:
+        stacked: a block whose parameters have a leading layer axis (``params.stack``).
+        body: ``(block, carry, x) -> (carry, y)`` for one layer.
+        xs: per-layer inputs, stacked on axis 0; the ys come back stacked likewise.
+    """
+    graphdef, params = nnx.split(stacked)
+
+    def layer(carry, inputs):
+        own, x = inputs
+        return body(nnx.merge(graphdef, own), carry, x)
+
+    return lax.scan(rematerialise(layer, remat), carry, (params, xs))

@@ -1,0 +1,17 @@
+"""The dtype of the maths; parameters and optimizer state are always fp32."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+ComputeDtype = Literal["auto", "bfloat16", "float32"]
+
+
+def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
+    """The dtype a setting means on a platform ("cpu", "gpu", "tpu").
+
+    ``auto`` is bfloat16 where there are matrix units for it and float32 on CPUs, which emulate it.
+    """
+    if setting == "auto":
+        setting = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(setting)

@@ -1,0 +1,104 @@
+"""Multi-head attention: multi-query, grouped and full, with an optional key-value cache."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from pydantic import Field, model_validator
+
+from maxlm.config import Config
+from maxlm.models.layers.linear import Linear, residual_std
+from maxlm.models.layers.positions import Rotary, rotate
+from maxlm.parallel.attention import sharded_attention
+from maxlm.sharding import AxisRules
+
+
+class AttentionConfig(Config):
+    num_heads: int = Field(gt=0)
+    """Query heads."""
+    num_kv_heads: int = Field(gt=0)
+    """Key and value heads: num_heads for multi-head, 1 for multi-query, between for grouped
+    (smaller caches, a little less quality)."""
+    head_dim: int = Field(gt=0)
+    bias: bool = False
+    """Offsets on all four projections (GPT-2)."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        return self
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, [B, T, K, H]; slot t holds position t."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Attention(nnx.Module):
+    """Attention (Vaswani et al. 2017, §3.2.2) with grouped kv heads (Ainslie et al. 2023)."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+    ):
+        self.rules = rules
+        outer = {"embed": d_model}
+        queries = {"heads": config.num_heads, "head_dim": config.head_dim}
+        keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
+        self.query = Linear(outer, queries, std=init_std, **kw)
+        self.key = Linear(outer, keys, std=init_std, **kw)
+        self.value = Linear(outer, keys, std=init_std, **kw)
+        self.out = Linear(queries, outer, std=residual_std(init_std, num_layers), **kw)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        rotary: Rotary | None,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Causal self-attention.
+
+        Args:
+            x: [B, S, D].
+            positions: int [B, S]; with a cache, the slots these tokens are written to.
+            segment_ids: int [B, S], 0 for padding; None: all one segment.
+            cache: keys and values of earlier tokens; the returned one holds these too.
+
+        Returns:
+            [B, S, D], and the cache (None if none was given).
+        """
+        q = self.query(x)
+        k, v = self.key(x), self.value(x)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        if cache is None:
+            segments = None if segment_ids is None else (segment_ids, segment_ids)
+            y = sharded_attention(q, k, v, rules=self.rules, segment_ids=segments)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = KVCache(
+                cache.key.at[rows, positions].set(k.astype(cache.key.dtype), mode="drop"),
+                cache.value.at[rows, positions].set(v.astype(cache.value.dtype), mode="drop"),
+            )
+            # Slots not yet written lie after every query, so the causal mask hides them too.
+            y = sharded_attention(
+                q, cache.key, cache.value, rules=self.rules, q_positions=positions
+            )
+        return self.out(checkpoint_name(y, "attention")), cache

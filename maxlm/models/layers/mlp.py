@@ -1,0 +1,60 @@
+"""Position-wise feed-forward layers."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from pydantic import Field
+
+from maxlm.config import Config
+from maxlm.models.layers.linear import Linear, residual_std
+from maxlm.sharding import AxisRules
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class MlpConfig(Config):
+    d_ff: int = Field(gt=0)
+    """Width of the hidden layer."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
+    gated: bool = True
+    """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU (Shazeer
+    2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for equal parameters."""
+    bias: bool = False
+
+
+class Mlp(nnx.Module):
+    """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not gated."""
+
+    def __init__(
+        self,
+        config: MlpConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+    ):
+        self.config = config
+        inner, outer = {"mlp": config.d_ff}, {"embed": d_model}
+        kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
+        self.gate = Linear(outer, inner, std=init_std, **kw) if config.gated else None
+        self.up = Linear(outer, inner, std=init_std, **kw)
+        self.down = Linear(inner, outer, std=residual_std(init_std, num_layers), **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, S, D] → [B, S, D]."""
+        activate = ACTIVATIONS[self.config.activation]
+        up = checkpoint_name(self.up(x), "mlp_up")
+        if self.gate is None:
+            return self.down(activate(up))
+        gate = checkpoint_name(self.gate(x), "mlp_gate")
+        return self.down(jnp.multiply(activate(gate), up))

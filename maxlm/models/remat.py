@@ -1,0 +1,31 @@
+"""What the backward pass keeps from the forward pass, by name.
+
+Layers tag their intermediates with ``checkpoint_name``; a policy lists the tags that stay in
+memory, and everything else of a layer is computed again. Costs are for one decoder layer, in
+elements a token (D: d_model, N·H: query heads, K·H: kv heads, F: FFN).
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+RematPolicy = Literal["none", "full", "attention", "matmuls"]
+
+SAVED: dict[str, tuple[str, ...]] = {
+    "full": (),  # D: the layer's input alone; one more forward pass
+    "attention": ("attention",),  # + N·H: attention itself is not computed again
+    "matmuls": ("qkv", "attention", "mlp_up", "mlp_gate"),  # + N·H + 2·K·H + 2·F: element-wise only
+}
+
+
+def rematerialise(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
+    """``layer`` under a policy; "none" keeps every intermediate."""
+    if policy == "none":
+        return layer
+    # The body of a scan needs no barrier against common-subexpression elimination.
+    return jax.checkpoint(
+        layer,
+        policy=jax.checkpoint_policies.save_only_these_names(*SAVED[policy]),
+        prevent_cse=False,
+    )

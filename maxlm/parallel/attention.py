@@ -1,0 +1,37 @@
+"""Attention on a mesh: each device attends over its own rows and heads."""
+
+import jax
+
+from maxlm.sharding import AxisRules
+from pallas_kernels.attention import attention
+
+
+def sharded_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    rules: AxisRules,
+    causal: bool = True,
+    q_positions: jax.Array | None = None,
+    segment_ids: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """:func:`pallas_kernels.attention.attention` over local rows and heads; no communication.
+
+    Args: as there; q [B, S, N, H], k and v [B, T, K, H], positions and segments [B, S] / [B, T].
+    """
+    queries = rules.spec("batch", None, "heads", None)
+    keys = rules.spec("batch", None, "kv_heads", None)
+    rows = rules.spec("batch", None)
+    optional = {"q_positions": q_positions, "segment_ids": segment_ids}
+
+    def local(q, k, v, optional):
+        return attention(q, k, v, causal=causal, **optional)
+
+    return jax.shard_map(
+        local,
+        in_specs=(queries, keys, keys, jax.tree.map(lambda _: rows, optional)),
+        out_specs=queries,
+    )(q, k, v, optional)
+
+

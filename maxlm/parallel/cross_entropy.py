@@ -1,0 +1,140 @@
+"""Cross-entropy over a vocabulary that is never held as [batch, seq, vocab].
+
+The output head, the softmax and the loss are one operation. Tokens are taken a chunk at a time;
+where a gradient is wanted it is formed in the same pass, since with one scalar loss the
+cotangent of the logits, ``softmax − onehot``, is known as soon as the logits are. Logits are thus
+computed once (not twice, as rematerialising them would) and only [chunk, V / tensor] of them
+exists at a time. The vocabulary may be split over mesh axes: each device holds its share of the
+head, and three numbers a token (max, sum, target logit) cross the wire.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maxlm.sharding import AxisRules
+
+
+def fused_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    rules: AxisRules,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """Σ weight · (logsumexp(logits) − logits[target]), with logits = hidden · head in fp32.
+
+    Args:
+        hidden: [B, S, D], compute dtype, batch and seq sharded by ``rules``.
+        head: [D, V], compute dtype, V sharded by ``rules``.
+        targets: int [B, S].
+        weights: fp32 [B, S]; 0 leaves a token out.
+        z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
+            (Chowdhery et al. 2022, §5).
+        chunk: tokens whose logits exist at once on a device; larger is a little faster.
+
+    Returns:
+        (loss with the z term, cross-entropy without it), fp32 scalars, sums over counted tokens.
+        Only the first is differentiable, in ``hidden`` and ``head``.
+    """
+    return _fused(hidden, head, targets, weights, rules, z_loss, chunk)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _fused(hidden, head, targets, weights, rules, z_loss, chunk):
+    sums, _ = _sharded(hidden, head, targets, weights, rules, z_loss, chunk, gradient=False)
+    return sums
+
+
+def _forward(hidden, head, targets, weights, rules, z_loss, chunk):
+    return _sharded(hidden, head, targets, weights, rules, z_loss, chunk, gradient=True)
+
+
+def _backward(rules, z_loss, chunk, gradients, cotangents):
+    d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
+    return d_hidden, d_head, None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
+    tokens = rules.spec("batch", "seq")
+    hidden_spec, head_spec = rules.spec("batch", "seq", None), rules.spec(None, "vocab")
+    token_axes = rules.mesh_axes("batch") + rules.mesh_axes("seq")
+    vocab_axes = rules.mesh_axes("vocab")
+    scalar = rules.spec()
+
+    def local(hidden, head, targets, weights):
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        first = lax.axis_index(vocab_axes) * head.shape[1] if vocab_axes else 0
+        step = partial(_chunk, head=head, first=first, axes=vocab_axes, z_loss=z_loss)
+        chunks = tuple(_split(a, chunk) for a in (rows, targets.ravel(), weights.ravel()))
+
+        def body(carry, inputs):
+            sums, d_head = carry
+            own, d_rows, d_own = step(*inputs, gradient=gradient)
+            d_head = d_head + d_own if gradient else None
+            return (jax.tree.map(jnp.add, sums, own), d_head), d_rows
+
+        zero = jnp.zeros((), jnp.float32)
+        sums = _varying((zero, zero), token_axes)
+        d_head = None
+        if gradient:
+            d_head = _varying(jnp.zeros(head.shape, jnp.float32), token_axes + vocab_axes)
+        (sums, d_head), d_rows = lax.scan(body, (sums, d_head), chunks)
+        sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
+        if not gradient:
+            return sums, None
+        d_head = lax.psum(d_head, token_axes) if token_axes else d_head
+        d_rows = d_rows.reshape(-1, rows.shape[1])[: len(rows)]
+        return sums, (d_rows.reshape(hidden.shape), d_head.astype(head.dtype))
+
+    return jax.shard_map(
+        local,
+        in_specs=(hidden_spec, head_spec, tokens, tokens),
+        out_specs=((scalar, scalar), (hidden_spec, head_spec) if gradient else None),
+    )(hidden, head, targets, weights)
+
+
+def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):
+    """One chunk of tokens, rows [c, D], against this device's share of the head [D, v]."""
+    logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
+    top = jnp.max(logits, axis=-1)
+    top = lax.pmax(top, axes) if axes else top
+    exp = jnp.exp(logits - top[:, None])
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
+    onehot = ids == targets[:, None]
+    sums = jnp.sum(exp, axis=-1), jnp.sum(jnp.where(onehot, logits, 0.0), axis=-1)
+    total, target = lax.psum(sums, axes) if axes else sums
+    logsumexp = top + jnp.log(total)
+    entropy = jnp.sum(weights * (logsumexp - target))
+    loss = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp))
+    if not gradient:
+        return (loss, entropy), None, None
+    scale = weights * (1.0 + 2.0 * z_loss * logsumexp) / total
+    d_logits = exp * scale[:, None] - jnp.where(onehot, weights[:, None], 0.0)
+    d_logits = d_logits.astype(rows.dtype)
+    d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
+    d_rows = lax.psum(d_rows, axes) if axes else d_rows
+    d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
+    return (loss, entropy), d_rows.astype(rows.dtype), d_head
+
+
+def _split(a: jax.Array, chunk: int) -> jax.Array:
+    """[T, ...] → [chunks, c, ...] with equal c ≤ chunk; the few rows added are zeros (weight 0)."""
+    count = -(-len(a) // chunk)
+    size = -(-len(a) // count)
+    padding = ((0, count * size - len(a)), *((0, 0),) * (a.ndim - 1))
+    return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
+
+
+def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Scan carries must enter as varying over the mesh axes that their updates vary over."""
+    return lax.pcast(tree, axes, to="varying") if axes else tree

@@ -1,0 +1,1 @@
+"""Whole programs: what each verb of the command line, or a notebook, calls."""

@@ -1,0 +1,50 @@
+"""How well a model predicts held-out text, in units that do not depend on its tokenizer."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+
+from maxlm.data.store import TokenStore
+from maxlm.programs.feed import evaluation_batches
+from maxlm.programs.setup import Setup
+from maxlm.train.loop import evaluate
+from maxlm.train.step import Batch, Sums, eval_step
+
+EvalStep = Callable[[Any, Batch], Sums]
+
+
+def compile_eval_step(setup: Setup) -> EvalStep:
+    """``(params, batch) -> sums``, jitted."""
+    return jax.jit(partial(eval_step, model=setup.model, loss=setup.loss))
+
+
+def held_out(
+    setup: Setup,
+    step: EvalStep,
+    params: Any,
+    stores: Mapping[str, TokenStore],
+    max_batches: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Each store's ``loss`` (nats a predicted token) and ``bits_per_byte``.
+
+    Documents are cut into sequences, each predicted without what came before. Every token but a
+    document's first is predicted, its end-of-text token among them; the bits of all are divided
+    by the bytes of text. After ``max_batches`` bytes are estimated from the store's own ratio of
+    bytes to tokens.
+    """
+    results = {}
+    for name, store in stores.items():
+        with evaluation_batches(setup, store, max_batches) as batches:
+            sums = evaluate(step, params, batches)
+        predictable = store.num_tokens - store.num_documents
+        text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
+        results[name] = {
+            "loss": sums["cross_entropy"] / sums["tokens"],
+            "bits_per_byte": sums["cross_entropy"] / math.log(2) / text_bytes,
+            "tokens": sums["tokens"],
+            "bytes": text_bytes,
+        }
+    return results

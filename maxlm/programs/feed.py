@@ -1,0 +1,45 @@
+"""Batches of a run, on its mesh."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from maxlm.data.loader import make_loader, one_pass
+from maxlm.data.store import TokenStore
+from maxlm.programs.prepare import Corpus
+from maxlm.programs.setup import Setup
+from maxlm.train.batch import batch_sharding, local_rows, put_batch
+from maxlm.train.step import Batch
+
+
+@contextmanager
+def training_batches(setup: Setup, corpus: Corpus, start: int) -> Iterator[Iterator[Batch]]:
+    """Arrays [micro-batches, rows, S] from step ``start`` to the run's last."""
+    data, micro = setup.config.data, setup.config.train.micro_batches
+    lead = (micro, data.batch_size // micro)
+    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    rows = local_rows(sharding, (*lead, data.seq_len))
+    with make_loader(
+        corpus.training,
+        corpus.weights,
+        data,
+        seed=setup.config.seed,
+        start_step=start,
+        num_steps=setup.config.train.steps - start,
+        rows=rows,
+    ) as loader:
+        yield (put_batch(batch, rows, sharding, lead) for batch in loader)
+
+
+@contextmanager
+def evaluation_batches(
+    setup: Setup, store: TokenStore, max_batches: int | None = None
+) -> Iterator[Iterator[Batch]]:
+    """Arrays [rows, S]: a store read once, in order, in micro-batches' size."""
+    data = setup.config.data
+    lead = (data.batch_size // setup.config.train.micro_batches,)
+    sharding = batch_sharding(setup.compute, setup.mesh, micro=False)
+    rows = local_rows(sharding, (*lead, data.seq_len))
+    with one_pass(
+        store, data.seq_len, lead[0], packing="concat", max_batches=max_batches, rows=rows
+    ) as loader:
+        yield (put_batch(batch, rows, sharding, lead) for batch in loader)

@@ -1,0 +1,100 @@
+"""A run's tokenizer and token stores: made once in its folder, then found there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.data.config import MixtureSource
+from maxlm.data.corpus import is_heldout, read_documents
+from maxlm.data.store import TokenStore, build_store, check_tokenizer
+from maxlm.data.store.progress import show_progress
+from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from maxlm.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    training: dict[str, TokenStore]
+    heldout: dict[str, TokenStore]
+    weights: dict[str, float]
+
+
+def prepare(config: RunConfig, folder: Path) -> Corpus:
+    """Train the tokenizer and build the stores, where that is not done yet, and open them.
+
+    With several processes call it on one of them first: the others then only open.
+
+    Raises:
+        MaxlmError: no sources, or anything wrong with them.
+    """
+    sources = config.data.sources
+    if not sources:
+        raise MaxlmError(
+            "no text to train on", where="data.sources", fix="name documents or a store there"
+        )
+    home = ensure_tokenizer(config, folder)
+    tokenizer = load_tokenizer(home)
+    corpus = Corpus(tokenizer, {}, {}, {source.name: source.weight for source in sources})
+    for source in sources:
+        training, heldout = _stores(config, source, home, folder / "data" / source.name)
+        corpus.training[source.name] = training
+        if heldout is not None:
+            corpus.heldout[source.name] = heldout
+    return corpus
+
+
+def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
+    """The tokenizer's folder: the one named in the config, or one trained on the run's text."""
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path)
+    home = folder / "tokenizer"
+    if not home.exists():
+        train_tokenizer(config.tokenizer, _training_text(config)).save(home)
+    return home
+
+
+def _training_text(config: RunConfig) -> Iterator[bytes]:
+    sources = [source for source in config.data.sources if source.documents]
+    if not sources:
+        raise MaxlmError(
+            "a store was made with a tokenizer, and none is named",
+            where="tokenizer.path",
+            fix="name the folder of the tokenizer the stores were built with",
+        )
+    for source in sources:
+        for document in read_documents(source.corpus()):
+            if not is_heldout(document.text, config.data.heldout_fraction):
+                yield document.text
+
+
+def _stores(
+    config: RunConfig, source: MixtureSource, tokenizer: Path, folder: Path
+) -> tuple[TokenStore, TokenStore | None]:
+    if source.store is not None:
+        named = (source.store, source.heldout_store)
+        stores = [None if path is None else TokenStore.open(path) for path in named]
+        for store in filter(None, stores):
+            check_tokenizer(store, load_tokenizer(tokenizer))
+        assert stores[0] is not None
+        return stores[0], stores[1]
+    fraction = config.data.heldout_fraction
+    built: dict[str, TokenStore] = {}
+    for split in ("train", "heldout") if fraction else ("all",):
+        if not (folder / split).exists():
+            with show_progress() as progress:
+                build_store(
+                    source.corpus(),
+                    tokenizer,
+                    folder / split,
+                    split=split,
+                    heldout_fraction=fraction,
+                    workers=config.data.build_workers,
+                    progress=progress,
+                )
+        built[split] = TokenStore.open(folder / split)
+        check_tokenizer(built[split], load_tokenizer(tokenizer))
+    return built["train"] if fraction else built["all"], built.get("heldout")

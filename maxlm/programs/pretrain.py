@@ -1,0 +1,184 @@
+"""Training, from a config to a trained model: the story of `maxlm train`."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from maxlm.config import MaxlmError, to_yaml
+from maxlm.programs.evaluation import compile_eval_step, held_out
+from maxlm.programs.feed import training_batches
+from maxlm.programs.prepare import Corpus, prepare
+from maxlm.programs.record import recorder
+from maxlm.programs.setup import Setup, run_folder, set_up
+from maxlm.run import IDENTITY, INCIDENTAL, RunConfig, vocab_fits
+from maxlm.train.checkpoint import Checkpointer, check_same
+from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.loop import Hooks, train
+from maxlm.train.metrics import MetricsLog
+from maxlm.train.state import TrainState
+from maxlm.train.step import compile_train_step
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    setup: Setup
+    corpus: Corpus
+    state: TrainState
+    folder: Path
+    heldout: dict[str, dict[str, float]]
+    """Per source: ``loss`` in nats a token, ``bits_per_byte``, ``tokens``, ``bytes``."""
+
+
+def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = print) -> Trained:
+    """Train a model, or go on from the newest checkpoint in its folder.
+
+    Args:
+        resume: another run's folder to go on from; what follows is kept in this run's own.
+        say: told, on process 0, what happens.
+
+    Raises:
+        MaxlmError: anything wrong with the config, the text, the devices or the folder;
+            interrupted.
+    """
+    lead = jax.process_index() == 0
+    say = say if lead else lambda _: None
+    folder = _make_folder(run_folder(config))
+    setup = set_up(config)  # What does not fit is refused before any text is read.
+    corpus = _prepare_together(config, folder)
+    vocab_fits(config, corpus.tokenizer.vocab_size)
+    metadata = {
+        "config": config.model_dump(mode="json"),
+        "tokenizer": corpus.tokenizer.fingerprint,
+    }
+
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
+        state = _restore(setup, keeper, resume, metadata, say) or setup.init()
+        start = int(state.step)
+        if lead:
+            _write(folder / "config.yaml", to_yaml(config))
+        log = stack.enter_context(MetricsLog(folder, start, write=lead))
+        log.event("resume" if start else "start", start, devices=jax.device_count())
+        eval_step = compile_eval_step(setup)
+
+        def quick_evaluation(state: TrainState) -> Mapping[str, float]:
+            results = held_out(
+                setup, eval_step, weights(state), corpus.heldout, config.train.eval_batches
+            )
+            first = next(iter(results.values()))
+            tokens = int(state.step) * config.data.batch_size * config.data.seq_len
+            values = {"tokens": tokens, "eval_loss": first["loss"]}
+            values |= {f"eval_bits_per_byte/{n}": r["bits_per_byte"] for n, r in results.items()}
+            return values
+
+        with (
+            training_batches(setup, corpus, start) as batches,
+            ConsoleDisplay(config.train.steps, start, show=lead) as display,
+        ):
+            state = train(
+                state,
+                compile_train_step(
+                    model=setup.model,
+                    loss=setup.loss,
+                    optimizer=setup.optimizer,
+                    schedule=setup.schedule,
+                    seed=config.seed,
+                    ema_decay=config.train.ema_decay,
+                ),
+                batches,
+                config=config.train,
+                hooks=Hooks(
+                    record=recorder(setup, corpus, log, display),
+                    evaluate=quick_evaluation if corpus.heldout else None,
+                ),
+                checkpointer=keeper,
+                metadata=metadata,
+                folder=str(folder),
+            )
+        log.event("stop", int(state.step))
+        results = held_out(setup, eval_step, weights(state), corpus.heldout)
+        if lead:
+            (folder / "plots").mkdir(exist_ok=True)
+            plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png")
+    return Trained(setup, corpus, state, folder, results)
+
+
+def weights(state: TrainState) -> Any:
+    """The parameters to use a model with: their moving average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def _make_folder(folder: Path) -> Path:
+    probe = folder / f".writable-{jax.process_index()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MaxlmError(
+            f"cannot write the run folder ({error.strerror})",
+            where=str(folder),
+            fix="set folder=PATH to a place you may write to",
+        ) from error
+    return folder
+
+
+def _prepare_together(config: RunConfig, folder: Path) -> Corpus:
+    """Process 0 builds what is missing, the others wait and open it."""
+    corpus = prepare(config, folder) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    return corpus or prepare(config, folder)
+
+
+def _restore(
+    setup: Setup,
+    keeper: Checkpointer,
+    resume: str | Path | None,
+    metadata: Mapping[str, Any],
+    say: Say,
+) -> TrainState | None:
+    """The newest state of this run, else of the one to resume from, else none."""
+    if keeper.latest() is not None:
+        return _restore_newest(setup, keeper, metadata, say)
+    if resume is None:
+        return None
+    with Checkpointer(Path(resume) / "checkpoints", read_only=True) as other:
+        return _restore_newest(setup, other, metadata, say)
+
+
+def _restore_newest(
+    setup: Setup, keeper: Checkpointer, metadata: Mapping[str, Any], say: Say
+) -> TrainState:
+    saved, where = keeper.metadata(), str(keeper.folder)
+    check_same(_lasting(saved["config"]), _lasting(metadata["config"]), IDENTITY, where)
+    check_same(saved, metadata, ("tokenizer",), where)
+    state = keeper.restore(None, setup.abstract_state)
+    say(f"resuming from step {int(state.step)} in {keeper.folder}")
+    return state
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the settings that may change from one start to the next."""
+    return {
+        part: {k: v for k, v in settings.items() if f"{part}.{k}" not in INCIDENTAL}
+        if isinstance(settings, Mapping)
+        else settings
+        for part, settings in config.items()
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

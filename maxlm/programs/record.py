@@ -1,0 +1,52 @@
+"""What the loop's raw scalars become before they are written down."""
+
+from collections.abc import Callable, Mapping
+from math import log
+
+
+from maxlm.plan.flops import training_flops
+from maxlm.plan.hardware import peak_flops
+from maxlm.programs.prepare import Corpus
+from maxlm.programs.setup import Setup
+from maxlm.train.display import ConsoleDisplay
+from maxlm.train.metrics import MetricsLog, memory_record, mfu
+
+
+def recorder(
+    setup: Setup, corpus: Corpus, log_to: MetricsLog, display: ConsoleDisplay
+) -> Callable[[int, Mapping[str, float]], None]:
+    """A hook that adds rates to a step's scalars, writes them and shows them.
+
+    ``mfu`` counts causal attention at half, ``mfu_full_attention`` in full. On a CPU the peak is
+    what a large matmul reached when the run started.
+    """
+    config = setup.config
+    tokens_a_step = config.data.batch_size * config.data.seq_len
+    flops = training_flops(setup.specs, config.model, config.data.seq_len)
+    peak = peak_flops(setup.mesh.devices.flat[0])
+    share = sum(corpus.weights.values())
+    bytes_a_token = sum(
+        corpus.weights[name] / share * store.manifest.text_bytes / store.num_tokens
+        for name, store in corpus.training.items()
+    )
+
+    def record(step: int, values: Mapping[str, float]) -> None:
+        if "seconds" in values:
+            rate = tokens_a_step / values["seconds"]
+            values = {
+                **values,
+                "tokens": step * tokens_a_step,
+                "bits_per_byte": values["cross_entropy"] / log(2) / bytes_a_token,
+                "tokens_per_second": rate,
+                **memory_record(),
+            }
+            if peak is not None:
+                total = peak * setup.mesh.size
+                values["mfu"] = mfu(rate, flops.causal, total)
+                values["mfu_full_attention"] = mfu(rate, flops.full, total)
+            display.update(step, values)
+        log_to.log(step, values)
+
+    return record
+
+

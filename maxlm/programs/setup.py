@@ -1,0 +1,101 @@
+"""From a RunConfig to the objects a run is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.dtypes import compute_dtype
+from maxlm.models.params import Params, named, param_specs
+from maxlm.objectives import OBJECTIVES
+from maxlm.run import RunConfig, check_batch
+from maxlm.sharding import AxisRules, check_unsharded, make_mesh, place
+from maxlm.train.optimizer import make_optimizer
+from maxlm.train.schedule import make_schedule
+from maxlm.train.state import TrainState, init_state, state_shardings
+from maxlm.train.step import Loss
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run is kept."""
+    return Path(config.folder) / config.name
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's mesh, model and optimizer; nothing is allocated yet."""
+
+    config: RunConfig
+    mesh: Mesh
+    storage: AxisRules
+    compute: AxisRules
+    model: Decoder
+    specs: Params
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    loss: Loss
+
+    @cached_property
+    def shardings(self) -> TrainState:
+        return state_shardings(
+            self.specs, self.optimizer, self.storage, self.mesh, ema=self._ema
+        )
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        """Shape, dtype and sharding of every array of the state."""
+        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
+        )
+
+    def init(self) -> TrainState:
+        """A fresh state, every array created in its own sharding."""
+        key = jax.random.key(self.config.seed)
+        return jax.jit(self._init, out_shardings=self.shardings)(key)
+
+    def _init(self, key: jax.Array) -> TrainState:
+        return init_state(self.specs, self.optimizer, key, ema=self._ema)
+
+    @property
+    def _ema(self) -> bool:
+        return self.config.train.ema_decay is not None
+
+
+def set_up(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
+    """Mesh, rules, model and optimizer for the devices at hand (default: all).
+
+    Raises:
+        MaxlmError: whatever does not fit: mesh and devices, a parameter's axis, the batch, a
+            schedule longer than the run, too much unsharded.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    sizes = dict(mesh.shape)
+    check_batch(config, sizes)
+    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+    dtype: Any = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
+    model = Decoder(config.model, rules=compute, dtype=dtype)
+    specs = param_specs(model)
+    for rules in (compute, storage):
+        placed = {n: place(n, s.shape, s.axes, rules, sizes) for n, s in named(specs).items()}
+    parts = {name: (spec.nbytes, placed[name]) for name, spec in named(specs).items()}
+    check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    schedule = make_schedule(config.schedule, config.train.steps)
+    objective = config.objective
+    return Setup(
+        config=config,
+        mesh=mesh,
+        storage=storage,
+        compute=compute,
+        model=model,
+        specs=specs,
+        schedule=schedule,
+        optimizer=make_optimizer(config.optimizer, schedule, specs),
+        loss=partial(OBJECTIVES[objective.kind], objective),
+    )

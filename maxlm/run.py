@@ -1,0 +1,125 @@
+"""RunConfig: the one typed description of a run, composed of each part's own config."""
+
+from collections.abc import Mapping
+from math import prod
+
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, MaxlmError
+from maxlm.data.config import DataConfig
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.dtypes import ComputeDtype
+from maxlm.objectives import ClmConfig, ObjectiveConfig
+from maxlm.sharding import MeshConfig, ShardingConfig
+from maxlm.train.checkpoint import CheckpointConfig
+from maxlm.train.config import TrainConfig
+from maxlm.train.optimizer import OptimizerConfig
+from maxlm.train.schedule import ScheduleConfig
+
+# A checkpoint can be gone on from only while these are what they were: they decide the parameters'
+# shapes, the batches, or the meaning of the optimizer's state.
+IDENTITY = ("seed", "model", "tokenizer", "data", "objective", "optimizer", "train.ema_decay")
+# ... but for these, which change how fast batches come and not which.
+INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
+
+# Axes that no layer is split over yet.
+UNUSED_AXES = ("expert", "context", "stage")
+
+
+class SamplesConfig(SamplingConfig):
+    """Text generated when training ends."""
+
+    prompts: tuple[str, ...] = ()
+
+
+class RunConfig(Config):
+    """A run: what is trained, on what, how, and where it is kept."""
+
+    name: str = Field(default="run", min_length=1)
+    """Its folder is FOLDER/NAME."""
+    folder: str = "runs"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of everything random: parameters, data order, sampling."""
+    compute_dtype: ComputeDtype = "auto"
+    """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
+    softmax, loss and optimizer are float32 in any case."""
+    model: DecoderConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    mesh: MeshConfig = MeshConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    objective: ObjectiveConfig = ClmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self):
+        check_parts(self)
+        return self
+
+
+def check_parts(config: RunConfig) -> None:
+    """Everything that two parts of a run must agree on, whatever the machine.
+
+    Raises:
+        MaxlmError: naming both settings.
+    """
+    model, data, train = config.model, config.data, config.train
+    if data.seq_len > model.max_seq_len:
+        raise MaxlmError(
+            f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}",
+            fix="shorten the sequences, or raise the model's limit",
+        )
+    if data.batch_size % train.micro_batches:
+        raise MaxlmError(
+            f"data.batch_size={data.batch_size} does not divide into "
+            f"train.micro_batches={train.micro_batches}",
+            fix="make the batch a multiple of the micro-batches",
+        )
+    for axis in UNUSED_AXES:
+        if getattr(config.mesh, axis) > 1:
+            raise MaxlmError(
+                f"mesh.{axis}={getattr(config.mesh, axis)}, but no layer is split over '{axis}'",
+                fix=f"set mesh.{axis}=1 and give its devices to data, fsdp or tensor",
+            )
+
+
+def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Check that a micro-batch divides over the devices it is split over.
+
+    Args:
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: naming the sizes.
+    """
+    axes = config.sharding.compute.batch
+    ways = prod(sizes[axis] for axis in axes)
+    rows = config.data.batch_size // config.train.micro_batches
+    if rows % ways:
+        split = "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+        raise MaxlmError(
+            f"a micro-batch of {rows} sequences does not divide over {split}",
+            where="data.batch_size",
+            fix=f"use a batch_size that is a multiple of {ways * config.train.micro_batches}, "
+            "or a smaller mesh",
+        )
+
+
+def vocab_fits(config: RunConfig, tokenizer_vocab: int) -> None:
+    """Check that every id of the tokenizer has a row in the model's table.
+
+    Raises:
+        MaxlmError: naming both sizes.
+    """
+    if tokenizer_vocab > config.model.vocab_size:
+        raise MaxlmError(
+            f"the tokenizer has {tokenizer_vocab} ids, model.vocab_size={config.model.vocab_size}",
+            where="model.vocab_size",
+            fix=f"set it to {tokenizer_vocab} or more, or train a smaller tokenizer",
+        )

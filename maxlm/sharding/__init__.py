@@ -1,0 +1,20 @@
+"""How arrays lie on devices: meshes, axis rules, partitions. No maths."""
+
+from maxlm.sharding.mesh import MESH_AXES, MeshConfig, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
+from maxlm.sharding.resolve import Placement, check_unsharded, place
+from maxlm.sharding.rules import LOGICAL_AXES, AxisRules, ShardingConfig
+
+__all__ = [
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "AxisRules",
+    "MeshConfig",
+    "Placement",
+    "ShardingConfig",
+    "abstract_mesh",
+    "check_unsharded",
+    "make_mesh",
+    "mesh_sizes",
+    "parse_mesh",
+    "place",
+]

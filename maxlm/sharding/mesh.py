@@ -1,0 +1,94 @@
+"""Device meshes: six named axes, always explicit."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from maxlm.config import Config, MaxlmError
+
+# Outermost (slowest links) first: `tensor` neighbours sit next to each other.
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+
+
+class MeshConfig(Config):
+    """How many devices each mesh axis has. One axis may be -1: whatever remains."""
+
+    data: int = 1
+    """Replicas of the parameters, each with its share of the batch."""
+    fsdp: int = -1
+    """Shards of the parameters *and* of the batch (ZeRO-3)."""
+    expert: int = 1
+    """Shards of the experts of a mixture-of-experts layer."""
+    context: int = 1
+    """Shards of the sequence."""
+    tensor: int = 1
+    """Shards of heads, FFN and vocabulary; needs the fastest links."""
+    stage: int = 1
+    """Pipeline stages, each with its share of the layers."""
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """``"fsdp=64,tensor=4"`` as a config; axes left out have size 1.
+
+    Raises:
+        MaxlmError: malformed text, or an axis that does not exist.
+    """
+    sizes = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES:
+            raise MaxlmError(
+                f"unknown mesh axis '{axis}'", where="--mesh", fix=f"use {', '.join(MESH_AXES)}"
+            )
+        if not size.isdigit() or int(size) < 1:
+            raise MaxlmError(f"'{part}' is not AXIS=SIZE", where="--mesh", fix="write fsdp=8,tensor=2")
+        sizes[axis] = int(size)
+    return MeshConfig(**{"fsdp": 1, **sizes})
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The size of every axis, in mesh order, for a number of devices.
+
+    Raises:
+        MaxlmError: two axes are -1, a size is below 1, or the product is not ``num_devices``.
+    """
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
+    described = ", ".join(f"{a}={n}" for a, n in sizes.items() if n != 1) or "all axes 1"
+    free = [axis for axis, n in sizes.items() if n == -1]
+    for axis, n in sizes.items():
+        if n < 1 and n != -1:
+            raise MaxlmError(f"mesh.{axis}={n}", where="mesh", fix="use a size ≥ 1, or -1 for the rest")
+    if len(free) > 1:
+        raise MaxlmError(f"{' and '.join(free)} are both -1", where="mesh", fix="leave one of them at -1")
+    fixed = prod(n for n in sizes.values() if n != -1)
+    if free and num_devices % fixed == 0:
+        sizes[free[0]] = num_devices // fixed
+    elif free or fixed != num_devices:
+        wanted = f"a multiple of {fixed}" if free else str(fixed)
+        raise MaxlmError(
+            f"{described} needs {wanted} devices, {num_devices} here",
+            where="mesh",
+            fix=f"set the axes so that their product is {num_devices}, or one of them to -1",
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An explicit mesh over ``devices`` (default: all of them), laid out along the hardware's links."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Explicit,) * len(sizes),
+        devices=devices,
+    )
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """The same mesh without devices, for planning and ahead-of-time work."""
+    return AbstractMesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
+    )

@@ -1,0 +1,99 @@
+"""From logical axes to partitions, with loud errors: nothing is dropped silently."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from jax.sharding import PartitionSpec
+
+from maxlm.config import MaxlmError
+from maxlm.sharding.rules import AxisRules
+
+# The mesh axes that split parameters; `data` and `context` only split activations.
+PARAMETER_AXES = ("fsdp", "tensor", "expert", "stage")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one array lies on a mesh."""
+
+    spec: PartitionSpec
+    rule: str
+    """The rules that matched, e.g. ``embed→fsdp, mlp→tensor``."""
+    shards: int
+    """Distinct pieces of the array; devices / shards is its replication."""
+
+
+def place(
+    path: str,
+    shape: Sequence[int],
+    axes: Sequence[str | None],
+    rules: AxisRules,
+    sizes: Mapping[str, int],
+) -> Placement:
+    """Resolve one array's partition.
+
+    Args:
+        path: its name, for errors.
+        shape, axes: size and logical axis of each dimension.
+        rules: logical axis → mesh axes.
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: a dimension that its mesh axes do not divide; two dimensions on one mesh axis.
+    """
+    matched, used = [], Counter()
+    for size, axis in zip(shape, axes, strict=True):
+        names = rules.mesh_axes(axis)
+        ways = prod(sizes[name] for name in names)
+        if size % ways:
+            split = "·".join(f"{name}={sizes[name]}" for name in names)
+            raise MaxlmError(
+                f"{axis}={size} does not divide over {split}",
+                where=path,
+                fix=f"change the mesh to a divisor of {size}, or set the sharding rule "
+                f"'{axis}' to null to keep it whole",
+            )
+        used.update(name for name in names if sizes[name] > 1)
+        if names:
+            matched.append(f"{axis}→{'+'.join(names)}")
+    for name, count in used.items():
+        if count > 1:
+            both = [axis for axis in axes if axis and name in rules.mesh_axes(axis)]
+            raise MaxlmError(
+                f"axes {' and '.join(both)} are both on mesh axis '{name}'",
+                where=path,
+                fix="give one of them another mesh axis, or null",
+            )
+    return Placement(
+        spec=rules.spec(*axes),
+        rule=", ".join(matched) or "whole",
+        shards=prod(sizes[name] for name in used),
+    )
+
+
+def check_unsharded(
+    parts: Mapping[str, tuple[int, Placement]], sizes: Mapping[str, int], limit: float
+) -> None:
+    """Refuse a plan that leaves too many parameter bytes whole on every device.
+
+    Args:
+        parts: path → (bytes, placement).
+        limit: the largest share allowed; only meshes that split parameters are held to it.
+
+    Raises:
+        MaxlmError: naming the share and the largest whole parameter.
+    """
+    if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
+        return
+    whole = {path: size for path, (size, placement) in parts.items() if placement.shards == 1}
+    share = sum(whole.values()) / sum(size for size, _ in parts.values())
+    if share > limit:
+        largest = max(whole, key=whole.__getitem__)
+        raise MaxlmError(
+            f"{share:.0%} of parameter bytes would be whole on every device (limit {limit:.0%}), "
+            f"the largest {largest}",
+            where="sharding.storage",
+            fix="give one of its axes a mesh axis, or raise sharding.max_unsharded",
+        )

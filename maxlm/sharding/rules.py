@@ -1,0 +1,97 @@
+"""Axis rules: which mesh axes each logical axis is split over.
+
+A run has two sets. *Storage* rules say how parameters and optimizer state rest between steps;
+*compute* rules say how parameters and activations lie while they are used. Their difference is
+the parallelism: storage ``embed: fsdp`` with compute ``embed: null`` is ZeRO-3, both ``null`` is
+plain data parallelism, ``heads: tensor`` in both is tensor parallelism.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from jax.sharding import PartitionSpec
+from pydantic import BeforeValidator, Field
+
+from maxlm.config import Config
+
+MeshAxis = Literal["data", "fsdp", "expert", "context", "tensor", "stage"]
+
+
+def _as_tuple(value: object) -> object:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+MeshAxes = Annotated[tuple[MeshAxis, ...], BeforeValidator(_as_tuple)]
+
+
+class AxisRules(Config):
+    """One field per logical axis; each names the mesh axes it is split over (null: none)."""
+
+    batch: MeshAxes = ()
+    seq: MeshAxes = ()
+    embed: MeshAxes = ()
+    """d_model: rows of weights in storage, the residual stream in compute."""
+    heads: MeshAxes = ()
+    kv_heads: MeshAxes = ()
+    head_dim: MeshAxes = ()
+    mlp: MeshAxes = ()
+    vocab: MeshAxes = ()
+    expert: MeshAxes = ()
+    layers: MeshAxes = ()
+    state: MeshAxes = ()
+    """Recurrent state of state-space layers."""
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """The partition of an array whose dimensions carry these logical axes."""
+        return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
+
+    def on(self, sizes: Mapping[str, int]) -> "AxisRules":
+        """These rules on a mesh of given sizes: axes of size 1 split nothing and are left out."""
+        kept = {a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES}
+        return AxisRules(**kept)
+
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes of one logical axis (none for ``None``)."""
+        return getattr(self, axis) if axis is not None else ()
+
+
+LOGICAL_AXES = tuple(AxisRules.model_fields)
+
+
+class StorageRules(AxisRules):
+    """Where parameters and optimizer state rest: by default ZeRO-3 over `fsdp`."""
+
+    embed: MeshAxes = ("fsdp",)
+    heads: MeshAxes = ("tensor",)
+    kv_heads: MeshAxes = ("tensor",)
+    mlp: MeshAxes = ("tensor",)
+    vocab: MeshAxes = ("tensor",)
+    expert: MeshAxes = ("expert",)
+    layers: MeshAxes = ("stage",)
+
+
+class ComputeRules(AxisRules):
+    """How arrays lie in use: the batch over every data-like axis, weights whole but for `tensor`."""
+
+    batch: MeshAxes = ("data", "fsdp", "expert")
+    seq: MeshAxes = ("context",)
+    heads: MeshAxes = ("tensor",)
+    kv_heads: MeshAxes = ("tensor",)
+    mlp: MeshAxes = ("tensor",)
+    vocab: MeshAxes = ("tensor",)
+    expert: MeshAxes = ("expert",)
+    layers: MeshAxes = ("stage",)
+
+
+class ShardingConfig(Config):
+    """How arrays lie on the mesh."""
+
+    storage: StorageRules = StorageRules()
+    """Where parameters and optimizer state rest between steps."""
+    compute: ComputeRules = ComputeRules()
+    """How parameters and activations lie while a step uses them."""
+    max_unsharded: float = Field(default=0.1, ge=0, le=1)
+    """Largest share of parameter bytes that may be whole on every device of a mesh that shards
+    parameters at all; a plan above it is refused."""

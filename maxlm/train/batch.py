@@ -1,0 +1,51 @@
+"""Batches from the host's rows to the mesh."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from maxlm.sharding import AxisRules
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
+    """The rows of a global batch that this process's devices hold, ascending.
+
+    Args:
+        sharding, shape: of the batch's arrays, [rows, ...] or [micro-batches, rows, ...]; rows are
+            counted over both leading axes together, micro-batch by micro-batch.
+    """
+    lead = shape[:-1]
+    numbers = np.arange(np.prod(lead)).reshape(lead)
+    slices = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({int(row) for index in slices for row in np.ravel(numbers[index[: len(lead)]])})
+
+
+def put_batch(
+    batch: Mapping[str, np.ndarray], rows: Sequence[int], sharding: NamedSharding, lead: tuple[int, ...]
+) -> dict[str, jax.Array]:
+    """A process's rows as its part of the global arrays.
+
+    Args:
+        batch: arrays [len(rows), S], row i being global row ``rows[i]``.
+        lead: the arrays' leading axes: (rows,) or (micro-batches, rows).
+    """
+    numbers = np.arange(np.prod(lead)).reshape(lead)
+    place_of = {row: i for i, row in enumerate(rows)}
+
+    def put(array: np.ndarray) -> jax.Array:
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = numbers[index[: len(lead)]]
+            own = np.array([place_of[row] for row in wanted.ravel()])
+            return array[own].reshape(*wanted.shape, array.shape[1])[..., index[-1]]
+
+        return jax.make_array_from_callback((*lead, array.shape[1]), sharding, piece)
+
+    return {name: put(array) for name, array in batch.items()}
+
+
+def batch_sharding(rules: AxisRules, mesh: jax.sharding.Mesh, *, micro: bool) -> NamedSharding:
+    """Of [B, S] arrays, or [A, B / A, S] with ``micro``."""
+    lead = (None,) if micro else ()
+    return NamedSharding(mesh, rules.spec(*lead, "batch", "seq"))

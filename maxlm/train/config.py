@@ -1,0 +1,22 @@
+"""How long a run is, and how often it looks up from its work."""
+
+from pydantic import Field
+
+from maxlm.config import Config
+
+
+class TrainConfig(Config):
+    steps: int = Field(default=1000, gt=0)
+    """Optimizer updates in the whole run."""
+    micro_batches: int = Field(default=1, gt=0)
+    """Parts a batch is taken in, one after the other: activation memory falls by as much, the
+    result stays the same."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the parameters with this decay (4 bytes a parameter)
+    and evaluate with it; null: none."""
+    eval_every: int = Field(default=0, ge=0)
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    eval_batches: int = Field(default=16, gt=0)
+    """Batches of one such evaluation; the one at the end reads all held-out text."""
+    log_every: int = Field(default=10, gt=0)
+    """Steps between lines on a console that is no terminal; metrics.jsonl has every step."""

@@ -1,0 +1,148 @@
+"""What a run shows: a live line on a terminal, plain lines elsewhere, and a plot at the end."""
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from maxlm.config import MaxlmError
+from maxlm.train.metrics import read_records
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``3723`` as ``1:02:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def summary(record: Mapping[str, Any]) -> str:
+    """The parts of a metrics record that one watches, on one line; what is missing is left out."""
+    parts = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+        "loader_wait": "loader wait {:.1%}",
+    }
+    return " · ".join(
+        form.format(record[name]) for name, form in parts.items() if record.get(name) is not None
+    )
+
+
+class ConsoleDisplay:
+    """Progress of a run on stderr. A context manager.
+
+    On a terminal, a bar that stays in place: step, loss, learning rate, tokens/s, MFU, loader wait
+    and time left. Elsewhere one line at most every ``every_seconds``, with the same content.
+
+    Args:
+        total_steps: of the whole run.
+        start_step: steps made before this start (a resumed run), not counted in the rate.
+        show: False on all processes but the first: every method then does nothing.
+        stream: where to print (default: stderr).
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        show: bool = True,
+        every_seconds: float = 10.0,
+        stream: TextIO | None = None,
+    ):
+        self.total_steps, self.start_step = total_steps, start_step
+        self._show, self._every = show, every_seconds
+        self._stream = stream or sys.stderr
+        self._began = time.monotonic()
+        self._printed = float("-inf")
+        self._progress = None
+        if show and self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}"),
+                console=Console(file=self._stream),
+            )
+            self._task = self._progress.add_task(
+                "", total=total_steps, completed=start_step, text=""
+            )
+
+    def update(self, step: int, record: Mapping[str, Any]) -> None:
+        """Show that ``step`` steps are done. ``record``: see :func:`summary`."""
+        if not self._show:
+            return
+        now = time.monotonic()
+        rate = (step - self.start_step) / max(now - self._began, 1e-9)
+        left = f"ETA {duration((self.total_steps - step) / rate)}" if rate else "ETA -"
+        text = " · ".join(filter(None, [summary(record), f"{rate:.2f} steps/s", left]))
+        if self._progress:
+            self._progress.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self._every or step >= self.total_steps:
+            self._printed = now
+            print(f"step {step}/{self.total_steps} · {text}", file=self._stream, flush=True)
+
+    def message(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress:
+            self._progress.console.print(text, markup=False, highlight=False)
+        elif self._show:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> "ConsoleDisplay":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+
+def plot_loss(metrics: str | Path, image: str | Path) -> None:
+    """Draw the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` as a PNG.
+
+    The axis is ``tokens`` where records have them, else steps; both axes' scales are chosen so
+    that the early fall and the late crawl can both be read: x is logarithmic.
+
+    Raises:
+        MaxlmError: the file is missing, or holds no loss.
+    """
+    records = list(read_records(Path(metrics)))
+    train = [r for r in records if r.get("loss") is not None]
+    held_out = [r for r in records if r.get("eval_loss") is not None]
+    if not train and not held_out:
+        raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
+    axis = "tokens" if all("tokens" in r for r in train + held_out) else "step"
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    if train:
+        x, y = [r[axis] for r in train], [r["loss"] for r in train]
+        axes.plot(x, y, color="#4C78A8", linewidth=1.0, alpha=0.9, label="training")
+    if held_out:
+        x, y = [r[axis] for r in held_out], [r["eval_loss"] for r in held_out]
+        axes.plot(x, y, color="#E45756", linewidth=1.5, marker="o", markersize=4, label="held out")
+        axes.annotate(
+            f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 5), textcoords="offset points", fontsize=9
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens seen" if axis == "tokens" else "step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+
+    image = Path(image)
+    temporary = image.with_name(f".{image.name}.tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(image)

@@ -1,0 +1,151 @@
+"""The loop: batches in, steps taken, what happened written down, the state kept safe."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.config import TrainConfig
+from maxlm.train.state import TrainState
+from maxlm.train.step import Batch, Sums
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls besides the step."""
+
+    record: Callable[[int, Mapping[str, float]], None]
+    """(step, scalars), once a step, in order, one step late."""
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None
+    """Scalars to record every ``eval_every`` steps."""
+
+
+def train(
+    state: TrainState,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    batches: Iterator[Batch],
+    *,
+    config: TrainConfig,
+    hooks: Hooks,
+    checkpointer: Checkpointer,
+    metadata: Mapping[str, Any],
+    folder: str,
+) -> TrainState:
+    """Train from ``state.step`` to ``config.steps``.
+
+    The device is kept one step ahead of the host: a step's scalars are read only once the next
+    step has been handed over, so that logging never holds it up.
+
+    Args:
+        step: compiled, donating its state.
+        batches: on the mesh, from step ``state.step`` on.
+        metadata: saved with every checkpoint.
+        folder: the run's, for messages.
+
+    Returns:
+        The final state, saved.
+
+    Raises:
+        MaxlmError: interrupted (after saving the state).
+    """
+    start, pending, clock = int(state.step), None, _Clock()
+    with _interrupts() as interrupted:
+        for number in range(start + 1, config.steps + 1):
+            with clock.waiting():
+                batch = next(batches)
+            state, sums = step(state, batch)
+            if pending is not None:
+                _record(hooks, clock, *pending)
+            pending = number, sums
+            if _due(config.eval_every, number) and number < config.steps and hooks.evaluate:
+                _record(hooks, clock, *pending)
+                pending = None
+                hooks.record(number, hooks.evaluate(state))
+                clock.restart()
+            checkpointer.save(number, state, metadata)
+            if interrupted():
+                break
+        if pending is not None:
+            _record(hooks, clock, *pending)
+    checkpointer.save(int(state.step), state, metadata, force=True)
+    checkpointer.wait()
+    if int(state.step) < config.steps:
+        raise MaxlmError(
+            f"interrupted at step {int(state.step)} of {config.steps}, which is saved",
+            where=folder,
+            fix="run the same command to go on from there",
+        )
+    return state
+
+
+def _due(every: int, number: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def _record(hooks: Hooks, clock: "_Clock", number: int, sums: Sums) -> None:
+    values = {name: float(value) for name, value in jax.device_get(sums).items()}
+    hooks.record(number, values | clock.lap())
+
+
+class _Clock:
+    """Seconds from one step's end to the next's, and what of them went to waiting for data."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self._lap_began, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def lap(self) -> dict[str, float]:
+        seconds, waited = time.perf_counter() - self._lap_began, self._waited
+        self.restart()
+        return {"seconds": seconds, "loader_wait": min(waited / seconds, 1.0)}
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks the loop to stop after the step in hand; a second one stops at once.
+
+    Processes of a larger job cannot each stop where they please, so there it keeps its meaning.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        before = signal.signal(signal.SIGINT, press) if jax.process_count() == 1 else None
+    except ValueError:  # Not the main thread (a notebook's worker): leave signals alone.
+        before = None
+    try:
+        yield lambda: pressed
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def evaluate(
+    step: Callable[[Any, Batch], Sums], params: Any, batches: Iterator[Batch]
+) -> dict[str, float]:
+    """The objective's sums over batches, added up in float64."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, value in jax.device_get(step(params, batch)).items():
+            totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+    return totals

@@ -1,0 +1,159 @@
+"""Optimizers: gradients in, parameter updates out, as one optax transformation.
+
+Every kind is the same chain: clip by global norm, turn gradients into a direction, add decoupled
+weight decay where it belongs, multiply by the learning rate. Only the direction differs.
+"""
+
+from math import prod, sqrt
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
+from pydantic import Field
+
+from maxlm.config import Config
+from maxlm.models.params import Params, ParamSpec
+from maxlm.train.adafactor import matrix_dims, scale_by_factored_rms
+
+
+class OptimizerConfig(Config):
+    """How gradients become updates."""
+
+    kind: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    """adamw: two fp32 moments a parameter (8 bytes). lion: the sign of one moment (4 bytes); wants
+    a learning rate 3–10× lower and a weight decay as much higher. adafactor: a factored second
+    moment (about 0 bytes) and no first. muon: one moment (4 bytes), orthogonalised, on hidden
+    matrices, at the cost of `ns_steps` × 3 matrix products each; AdamW on all else."""
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment (adamw; muon's AdamW); of lion's interpolation."""
+    b2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment (adamw; muon's AdamW); of lion's moment, whose paper has 0.99."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to adamw's denominator: gradients well below it no longer move a parameter."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Share of a parameter's value taken off each step, times the learning rate; on matrices,
+    embeddings and the output head, never on norm scales and biases."""
+    clip_norm: float | None = Field(default=1.0, ge=0)
+    """Gradients with a larger global norm are scaled down to it; 0 or null: never."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon: decay of its (Nesterov) moment."""
+    ns_steps: int = Field(default=5, ge=1, le=20)
+    """Muon: Newton–Schulz iterations; fewer leave singular values further from 1."""
+    update_rms: float = Field(default=0.2, gt=0)
+    """Muon: root mean square of a full-rank update before the learning rate. 0.2 is about AdamW's,
+    so that both use one learning rate and weight decay (arXiv 2502.16982, section 2.2)."""
+    decay_exponent: float = Field(default=0.8, gt=0, le=1)
+    """Adafactor: its second moment decays by 1 - t^-exponent at step t."""
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, specs: Params
+) -> optax.GradientTransformation:
+    """The transformation ``update(grads, state, params) -> (updates, state)``.
+
+    Gradients and parameters are fp32 trees like ``specs`` (a nested dict of ``ParamSpec``), each
+    pair in one layout; updates come out in that layout, to be *added* to the parameters. The
+    state is fp32. Runs on explicit meshes, inside or outside jit.
+    """
+    decayed = jax.tree.map(lambda spec: spec.role != "vector", specs)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        _direction(config, specs),
+        optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    if config.kind == "adamw":
+        return adam
+    if config.kind == "lion":
+        return optax.scale_by_lion(config.b1, config.b2, mu_dtype=jnp.float32)
+    if config.kind == "adafactor":
+        return scale_by_factored_rms(specs, config.decay_exponent)
+
+    def dims(spec: ParamSpec) -> MuonDimensionNumbers | optax.MaskedNode:
+        if spec.role != "matrix":
+            return optax.MaskedNode()
+        inputs, outputs = matrix_dims(spec)
+        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    def to_rms(update: jax.Array, spec: ParamSpec) -> jax.Array:
+        # An orthogonal [m, n] matrix has a root mean square of 1 / sqrt(max(m, n)).
+        fans = (prod(spec.shape[d] for d in group) for group in matrix_dims(spec))
+        return update * (config.update_rms * sqrt(max(fans)))
+
+    numbers = jax.tree.map(dims, specs)
+    matrices = jax.tree.map(lambda s: s if s.role == "matrix" else optax.MaskedNode(), specs)
+    muon = optax.chain(
+        scale_by_muon(
+            ns_steps=config.ns_steps,
+            beta=config.momentum,
+            mu_dtype=jnp.float32,
+            weight_dimension_numbers=numbers,
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(to_rms, updates, matrices)),
+    )
+    labels = jax.tree.map(lambda spec: "muon" if spec.role == "matrix" else "adamw", specs)
+    return optax.partition({"muon": _in_auto_mode(muon), "adamw": adam}, labels)
+
+
+def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let the compiler lay out what happens inside; updates and state keep their layouts."""
+
+    def update(updates, state, params=None):
+        del params
+        layouts = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        run: Any = jax.sharding.auto_axes(lambda u, s: inner.update(u, s), out_sharding=layouts)
+        return run(updates, state)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def abstract_opt_state(
+    optimizer: optax.GradientTransformation, specs: Params, shardings: Params
+) -> optax.OptState:
+    """The optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is touched.
+
+    A leaf under a parameter's path takes that parameter's mesh axes on every dimension it shares
+    with it (moments: all; factored moments: those not reduced to 1). All else is replicated.
+
+    Args:
+        specs: nested dict of ``ParamSpec``.
+        shardings: the same tree of ``NamedSharding``, over a real or an abstract mesh.
+    """
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
+    shapes = {_names(path): spec.shape for path, spec in _leaves(specs)}
+    layouts = {_names(path): sharding for path, sharding in _leaves(shardings)}
+    mesh = next(iter(layouts.values())).mesh
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names, spec = _names(path), PartitionSpec()
+        owner = next((names[i:] for i in range(len(names)) if names[i:] in shapes), None)
+        if owner and len(shapes[owner]) == len(leaf.shape):
+            axes = layouts[owner].spec
+            axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
+            kept = zip(axes, leaf.shape, shapes[owner], strict=True)
+            spec = PartitionSpec(*(axis if n == full else None for axis, n, full in kept))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def opt_state_shardings(
+    optimizer: optax.GradientTransformation, specs: Params, shardings: Params
+) -> optax.OptState:
+    """The sharding of every leaf of the optimizer's state; see :func:`abstract_opt_state`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_opt_state(optimizer, specs, shardings))
+
+
+def _leaves(tree: Params) -> list[tuple[tuple, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

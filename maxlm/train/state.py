@@ -1,0 +1,76 @@
+"""The state of a run, and how it lies on the mesh."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.models.params import Params, ParamSpec, init_params
+from maxlm.sharding import AxisRules, place
+from maxlm.train.optimizer import opt_state_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes. The data's position is ``step`` itself; so is the randomness's."""
+
+    step: jax.Array
+    """int32: steps taken."""
+    params: Params
+    """fp32 master parameters."""
+    opt_state: Any
+    ema: Params | None
+    """Exponential moving average of the parameters, where asked for."""
+
+
+def init_state(
+    specs: Params, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
+) -> TrainState:
+    """A fresh state. Pure: jit it with ``out_shardings`` to create it in place."""
+    params = init_params(specs, key)
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
+
+
+def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh) -> Params:
+    """Where every parameter rests.
+
+    Raises:
+        MaxlmError: an axis that does not divide, or two on one mesh axis.
+    """
+    sizes = dict(mesh.shape)
+
+    def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
+        name = ".".join(str(key.key) for key in path)
+        return NamedSharding(mesh, place(name, spec.shape, spec.axes, rules, sizes).spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, specs)
+
+
+def state_shardings(
+    specs: Params,
+    optimizer: optax.GradientTransformation,
+    rules: AxisRules,
+    mesh: Mesh,
+    *,
+    ema: bool,
+) -> TrainState:
+    """The sharding of every array of a state; optimizer moments lie where their parameter does.
+
+    Args:
+        rules: storage rules on this mesh.
+
+    Raises:
+        MaxlmError: as :func:`param_shardings`.
+    """
+    params = param_shardings(specs, rules, mesh)
+    return TrainState(
+        step=NamedSharding(mesh, rules.spec()),
+        params=params,
+        opt_state=opt_state_shardings(optimizer, specs, params),
+        ema=params if ema else None,
+    )

@@ -1,0 +1,1 @@
+"""Stand-alone kernels, each beside its reference. Imports nothing from maxlm."""

@@ -1,0 +1,75 @@
+"""Promise: ``maxlm config`` prints what a run resolves to, its schema and the shipped names."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from maxlm.cli.main import main
+from maxlm.config import Config
+
+
+class Model(Config):
+    d_model: int = 8
+    """Channels."""
+
+
+class RunConfig(Config):
+    model: Model = Model()
+    name: str = "x"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Runs ``maxlm config ARGUMENTS`` with a small RunConfig in an empty folder."""
+    module = ModuleType("maxlm.run")
+    module.RunConfig = RunConfig  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "maxlm.run", module)
+    monkeypatch.delenv("MAXLM_TRACEBACK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("model:\n  d_model: 16\n")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = main(["config", *arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def test_show(run):
+    assert run("show", "mine.yaml", "name=[a]") == (
+        2,
+        "",
+        "error: command line: name must be text, not ['a']\n",
+    )
+    code, out, err = run("show", "mine.yaml", "name=y")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "model:",
+        "  d_model: 16  # mine.yaml:2",
+        "name: y        # command line",
+    ]
+
+
+def test_show_of_no_such_config(run):
+    assert run("show", "mien.yaml") == (
+        2,
+        "",
+        "error: mien.yaml: no such file or shipped config; did you mean mine.yaml?\n",
+    )
+
+
+def test_schema(run):
+    code, out, _ = run("schema")
+    assert code == 0
+    body = json.loads(out)
+    assert list(body["properties"]) == ["include", "model", "name"]
+    assert body["$defs"]["Model"]["properties"]["d_model"]["description"] == "Channels."
+
+
+def test_list(run, monkeypatch):
+    monkeypatch.setattr("maxlm.config.shipped_configs", lambda: ["runs/demo", "models/tiny"])
+    assert run("list") == (0, "runs/demo\nmodels/tiny\n", "")

@@ -1,0 +1,96 @@
+"""Promise: shipped files are found in a wheel and in the source tree, by short names too."""
+
+from pathlib import Path
+
+import pytest
+
+import maxlm
+from maxlm.config import MaxlmError, asset, resolve_config, shipped_configs
+
+
+@pytest.fixture(params=["wheel", "source tree"])
+def root(request, tmp_path, monkeypatch):
+    """A pretended installation; the working directory is elsewhere and empty."""
+    package = tmp_path / "lib" / "maxlm"
+    root = package / "_assets" if request.param == "wheel" else package.parent
+    for name in ("runs/demo", "runs/llama", "models/llama", "models/gpt2_small"):
+        path = root / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}\n")
+    (root / "launch").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("maxlm.config.assets._PACKAGE", package)
+    return root
+
+
+def test_asset(root):
+    assert asset("launch") == root / "launch"
+    assert asset("configs/runs/demo.yaml") == root / "configs/runs/demo.yaml"
+    with pytest.raises(MaxlmError) as caught:
+        asset("configs/runs/none.yaml")
+    assert str(caught.value) == (
+        f"{root}: this installation of maxlm has no configs/runs/none.yaml; reinstall maxlm"
+    )
+
+
+def test_the_source_tree_has_both_folders():
+    tree = Path(maxlm.__file__).parents[1]
+    assert asset("configs") == tree / "configs"
+    assert asset("launch") == tree / "launch"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("demo", "runs/demo"),
+        ("demo.yaml", "runs/demo"),
+        ("runs/demo", "runs/demo"),
+        ("configs/runs/demo.yaml", "runs/demo"),
+        ("gpt2_small", "models/gpt2_small"),
+        ("models/gpt2_small.yaml", "models/gpt2_small"),
+        ("llama", "runs/llama"),
+        ("models/llama", "models/llama"),
+    ],
+)
+def test_resolve_config(root, name, found):
+    assert resolve_config(name) == root / "configs" / f"{found}.yaml"
+
+
+def test_a_file_of_the_users_comes_before_a_shipped_one(root):
+    Path("demo.yaml").write_text("")
+    Path("runs").mkdir()
+    assert resolve_config("demo.yaml") == Path("demo.yaml")
+    assert resolve_config("demo") == root / "configs/runs/demo.yaml"
+    Path("demo").mkdir()  # a folder of that name, say a run's, is no config
+    assert resolve_config("demo") == root / "configs/runs/demo.yaml"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("demmo", "demmo: no such file or shipped config; did you mean runs/demo?"),
+        ("models/lama", "models/lama: no such file or shipped config; did you mean runs/llama?"),
+        (
+            "gpt2_smal.yaml",
+            "gpt2_smal.yaml: no such file or shipped config; did you mean models/gpt2_small?",
+        ),
+        (
+            "mine/rnu.yaml",
+            "mine/rnu.yaml: no such file or shipped config; did you mean mine/run.yaml?",
+        ),
+        ("zzz", "zzz: no such file or shipped config; see `maxlm config list`"),
+        ("", "'': no such file or shipped config; see `maxlm config list`"),
+        ("mine/", "mine/: a folder, not a config file; name a file in it"),
+    ],
+)
+def test_no_such_config(root, name, message):
+    Path("mine").mkdir()
+    Path("mine/run.yaml").write_text("")
+    with pytest.raises(MaxlmError) as caught:
+        resolve_config(name)
+    assert str(caught.value) == message
+
+
+def test_shipped_configs(root):
+    assert shipped_configs() == ["runs/demo", "runs/llama", "models/gpt2_small", "models/llama"]

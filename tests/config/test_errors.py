@@ -1,0 +1,328 @@
+"""Promise: each mistake in a config is one line that says what, where and what to do."""
+
+import textwrap
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field, field_validator, model_validator
+
+from maxlm.config import Config, MaxlmError, load
+
+
+class Model(Config):
+    d_model: int = Field(8, gt=0)
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    activation: Literal["silu", "gelu"] = "silu"
+    dtype: Literal["bf16", "fp32"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.num_heads % self.num_kv_heads:
+            what = f"num_heads={self.num_heads} is not divisible by {self.num_kv_heads}"
+            raise MaxlmError(what, fix="choose a divisor")
+        return self
+
+
+class Adamw(Config):
+    kind: Literal["adamw"]
+    lr: float = Field(1e-3, gt=0)
+
+
+class Lion(Config):
+    kind: Literal["lion"]
+    beta: float = 0.9
+
+
+class Source(Config):
+    path: str
+    weight: float = 1.0
+
+
+class Data(Config):
+    seq_len: int = 16
+    sources: list[Source] = Field([])
+    workers: int | Literal["auto"] = "auto"
+
+    @field_validator("seq_len")
+    @classmethod
+    def _check(cls, value: int) -> int:
+        if value % 8:
+            raise ValueError(f"seq_len={value} is not a multiple of 8")
+        return value
+
+
+class Run(Config):
+    name: str = "x"
+    model: Model = Model()
+    optimizer: Annotated[Adamw | Lion, Field(discriminator="kind")] = Adamw(kind="adamw")
+    data: Data = Data()
+    mesh: dict[str, int] = Field({})
+    share: float = 0.5
+    out: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.data.seq_len > 1000:
+            raise ValueError(f"data.seq_len={self.data.seq_len} is too long for {self.name}")
+        if self.name == "raise":
+            raise MaxlmError("no such thing", where="tokenizer/vocab.json")
+        return self
+
+
+@pytest.fixture
+def message(tmp_path, monkeypatch):
+    """The message for a file run.yaml of this text, with these overrides."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text("mesh: {data: 2}\ndata:\n  sources: [{path: a}]\n")
+
+    def message(text: str | bytes, *overrides: str, cls: type[Config] = Run) -> str:
+        data = text if isinstance(text, bytes) else textwrap.dedent(text).encode()
+        Path("run.yaml").write_bytes(data)
+        with pytest.raises(MaxlmError) as caught:
+            load(cls, Path("run.yaml"), overrides)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return message
+
+
+UNKNOWN_KEYS = {
+    "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
+    "\nd_model: 3": "run.yaml:2: unknown key d_model; did you mean model.d_model or model?",
+    "d_modle: 3": "run.yaml:1: unknown key d_modle; did you mean model.d_model or model?",
+    "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
+    "did you mean data.sources.0.weight?",
+    "zzz: 3": "run.yaml:1: unknown key zzz; "
+    "valid here: name, model, optimizer, data, mesh, share, out",
+    "modle: {d_model: 3}": "run.yaml:1: unknown key modle; did you mean model?",
+    "model.d_model: 3": "run.yaml:1: unknown key model.d_model; "
+    "write it nested, one mapping inside the other",
+    "model: {include: b}": "run.yaml:1: unknown key model.include; "
+    "`include` stands at the top of a file only",
+    "data:\n  sources:\n    - path: a\n      wieght: 3": "run.yaml:4: unknown key "
+    "data.sources.0.wieght; did you mean data.sources.0.weight?",
+    "optimizer: {kind: lion, lr: 3}": "run.yaml:1: unknown key optimizer.lr; "
+    "valid here: kind, beta",
+    "optimizer: {kind: adamw, l: 3}": "run.yaml:1: unknown key optimizer.l; "
+    "did you mean optimizer.lr?",
+}
+
+WRONG_VALUES = {
+    "model:\n  d_model: four": "run.yaml:2: model.d_model must be an integer, not 'four'",
+    "model: {d_model: 3.5}": "run.yaml:1: model.d_model must be an integer, not 3.5",
+    "model: {d_model: -1}": "run.yaml:1: model.d_model must be greater than 0, not -1",
+    "model: [1]": "run.yaml:1: model must be a mapping "
+    "(d_model, num_heads, num_kv_heads, activation, dtype), not [1]",
+    "optimizer: 3": "run.yaml:1: optimizer must be a mapping (kind, lr, beta), not 3",
+    "data: {sources: x}": "run.yaml:1: data.sources must be a list, not 'x'",
+    "data:\n  sources:\n    - a": "run.yaml:3: data.sources.0 must be a mapping (path, weight), "
+    "not 'a'",
+    "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
+    "add it, or pass data.sources.0.path=...",
+    "name: 3": "run.yaml:1: name must be text, not 3; put quotes around it: '3'",
+    "name: true": "run.yaml:1: name must be text, not true; put quotes around it: 'true'",
+    "name:": "run.yaml:1: name must be text, not null",
+    "model: {activation: sillu}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', "
+    "not 'sillu'; did you mean silu?",
+    "model: {activation: 3}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', not 3",
+    "model: {dtype: bf61}": "run.yaml:1: model.dtype must be one of 'bf16', 'fp32', not 'bf61'; "
+    "did you mean bf16?",
+    "optimizer:\n  kind: adam": "run.yaml:2: optimizer.kind must be one of 'adamw', 'lion', "
+    "not 'adam'; did you mean adamw?",
+    "optimizer: {lr: 3}": "run.yaml:1: optimizer.kind is required; "
+    "set it to one of 'adamw', 'lion'",
+    "optimizer:\n  kind: adamw\n  lr: -3": "run.yaml:3: optimizer.lr must be greater than 0, "
+    "not -3",
+    "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, not 'many'",
+    "share: .nan": "run.yaml:1: share must be a finite number, not nan",
+    "share: half": "run.yaml:1: share must be a number, not 'half'",
+    "mesh: {data: b}": "run.yaml:1: mesh.data must be an integer, not 'b'",
+    "mesh:": "run.yaml:1: mesh must be a mapping, not null",
+    "out: 3": "run.yaml:1: out must be a path, not 3",
+    f"share: {'y' * 90}": f"run.yaml:1: share must be a number, not '{'y' * 56}...",
+}
+
+VALIDATORS = {
+    "data:\n  seq_len: 9": "run.yaml:2: data.seq_len: seq_len=9 is not a multiple of 8",
+    "data:\n  seq_len: 8000": "run.yaml:2: data.seq_len=8000 is too long for x",
+    "model:\n  num_heads: 6": "run.yaml:2: model: num_heads=6 is not divisible by 4; "
+    "choose a divisor",
+    "name: raise": "tokenizer/vocab.json: no such thing",
+}
+
+YAML = {
+    "a: [1\nb: 2": "run.yaml:2: not YAML: while parsing a flow sequence "
+    "expected ',' or ']', but got ':'",
+    "a:\n\t- b": "run.yaml:2: not YAML: while scanning for the next token found character '\\t' "
+    "that cannot start any token; indent with spaces, not tabs",
+    "a: b: c": "run.yaml:1: not YAML: mapping values are not allowed here",
+    "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one of the two",
+    "model:\n  d_model: 1\n  d_model: 1": "run.yaml:3: key 'd_model' is already set on line 2; "
+    "remove one of the two",
+    "# list\n- 1": "run.yaml:2: a config must be a mapping of keys to values",
+    "text": "run.yaml:1: a config must be a mapping of keys to values",
+    "a: 1\n---\nb: 1": "run.yaml:2: not YAML: expected a single document in the stream "
+    "but found another document",
+    "\nname: 'a\0'": "run.yaml:2: not YAML: character U+0000 is not allowed",
+    "a: &a [*a]": "run.yaml:1: this anchor contains itself",
+    "[a]: 3": "run.yaml:1: a key must be a plain name",
+    "a: *b": "run.yaml:1: not YAML: found undefined alias 'b'",
+    "a: !!python/object:os.system {}": "run.yaml:1: not YAML: could not determine a constructor "
+    "for the tag 'tag:yaml.org,2002:python/object:os.system'",
+    b"name: a\nout: \xff": "run.yaml:2: not UTF-8 text (byte 0xff); save it as UTF-8",
+}
+
+INCLUDES = {
+    "include: bass.yaml": "run.yaml:1: include 'bass.yaml': there is no bass.yaml; "
+    "did you mean base.yaml?",
+    "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there is no q/zzz",
+    "include: ''": "run.yaml:1: include '': there is no .",
+    "include: [base.yaml, 3]": "run.yaml:1: include must be a path or a list of paths, not 3",
+    "include:": "run.yaml:1: include must be a path or a list of paths, not null",
+    "include: run.yaml": "run.yaml:1: include cycle: run.yaml -> run.yaml; "
+    "remove one of these includes",
+    "include: base.yaml\nmesh: [1]": "run.yaml:2: mesh is a list here, but a mapping in "
+    "base.yaml:1; write both alike",
+}
+
+INTERPOLATIONS = {
+    "\nname: ${nope}": "run.yaml:2: name: Interpolation key `nope` not found; "
+    "write that key too: interpolations see what is written, not the defaults",
+    "data:\n  sources:\n    - path: ${q}": "run.yaml:3: data.sources.0.path: "
+    "Interpolation key `q` not found; "
+    "write that key too: interpolations see what is written, not the defaults",
+    "name: ${nope": "run.yaml:1: name: bad interpolation: "
+    "no viable alternative at input `${nope`; for a plain ${ write \\${",
+    "name: ${name}": "run.yaml:1: name: Recursive interpolation detected",
+    "name: ${nope:1}": "run.yaml:1: name: Unsupported interpolation type nope",
+    "name: ???": "run.yaml:1: name: left open (???); set name",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param(text, expected, id=str(text))
+        for group in (UNKNOWN_KEYS, WRONG_VALUES, VALIDATORS, YAML, INCLUDES, INTERPOLATIONS)
+        for text, expected in group.items()
+    ],
+)
+def test_a_faulty_file(message, text, expected):
+    assert message(text) == expected
+
+
+OVERRIDES = {
+    "modl.d_model=3": "command line: unknown key modl; did you mean model?",
+    "model.d_modl=3": "command line: unknown key model.d_modl; did you mean model.d_model?",
+    "include=b": "command line: unknown key include; `include` stands at the top of a file only",
+    "model.d_model=four": "command line: model.d_model must be an integer, not 'four'",
+    "name=3": "command line: name must be text, not 3; write name=\"'3'\"",
+    "name.y=3": "command line: name must be text, not {'y': 3}",
+    "name": "command line: 'name' is not an override; write key=value, such as model.num_layers=4",
+    "=3": "command line: '=3' is not an override; write key=value, such as model.num_layers=4",
+    "a..b=3": "command line: 'a..b=3' is not an override; "
+    "write key=value, such as model.num_layers=4",
+    "name=[1": "command line: name=[1: not YAML: while parsing a flow sequence "
+    "expected ',' or ']', but got '<stream end>'",
+    "name=${nope}": "command line: name: Interpolation key `nope` not found; "
+    "write that key too: interpolations see what is written, not the defaults",
+    "name=${nope": "command line: name: bad interpolation: "
+    "no viable alternative at input `${nope`; for a plain ${ write \\${",
+    "data.sources.1.path=b": "command line: data.sources is a list of 1 element; "
+    "there is no data.sources.1; count from 0, or give the whole list",
+    "data.sources.path=b": "command line: data.sources is a list of 1 element; "
+    "there is no data.sources.path; count from 0, or give the whole list",
+    "data.sources={path: b}": "command line: data.sources is a mapping here, but a list in "
+    "base.yaml:3; write both alike",
+    "mesh=[1]": "command line: mesh is a list here, but a mapping in base.yaml:1; write both alike",
+    "data=": "command line: data must be a mapping (seq_len, sources, workers), not null",
+    "data.seq_len=12": "command line: data.seq_len: seq_len=12 is not a multiple of 8",
+    "share.x=1": "command line: share is ${mesh.data}; share.x cannot be set on its own; "
+    "set what it stands for",
+}
+
+
+@pytest.mark.parametrize(("override", "expected"), OVERRIDES.items())
+def test_a_faulty_override(message, override, expected):
+    assert message("include: base.yaml\nshare: ${mesh.data}", override) == expected
+
+
+def test_a_cross_check_names_every_place_it_speaks_of(message):
+    text = "name: a\nmodel:\n  num_heads: 6\n"
+    assert message(text, "model.num_kv_heads=4").startswith("run.yaml:3: model: num_heads=6 is")
+    kv = "num_heads=6 is not divisible by num_kv_heads=4"
+
+    class Strict(Config):
+        num_heads: int
+        num_kv_heads: int
+
+        @model_validator(mode="after")
+        def _check(self):
+            raise ValueError(kv)
+
+    class Outer(Config):
+        model: Strict
+
+    assert message("model:\n  num_heads: 6\n", "model.num_kv_heads=4", cls=Outer) == (
+        f"run.yaml:2, command line: model: {kv}"
+    )
+
+
+def test_several_faults_are_counted_and_a_misspelt_key_comes_first(message):
+    class Needs(Config):
+        width: int
+        depth: int
+        name: str = ""
+
+    text = "wdith: 3\nname: 4\n"
+    assert message(text, cls=Needs) == (
+        "run.yaml:1: unknown key wdith; did you mean width or depth? (and 3 more)"
+    )
+    assert message("name: a\n", cls=Needs) == (
+        "run.yaml: width is required; add it, or pass width=... (and 1 more)"
+    )
+    assert message("width: x\ndepth: y\n", cls=Needs) == (
+        "run.yaml:1: width must be an integer, not 'x' (and 1 more)"
+    )
+
+
+def test_a_cycle_of_three_files(message):
+    Path("a.yaml").write_text("\ninclude: sub/b.yaml\n")
+    Path("sub").mkdir()
+    Path("sub/b.yaml").write_text("include: [../run.yaml]\n")
+    assert message("include: a.yaml") == (
+        "sub/b.yaml:1: include cycle: run.yaml -> a.yaml -> sub/b.yaml -> run.yaml; "
+        "remove one of these includes"
+    )
+
+
+def test_a_fault_in_an_included_file_is_placed_there(message):
+    Path("base.yaml").write_text("\nmodel:\n  d_model: x\n")
+    assert message("include: base.yaml") == (
+        "base.yaml:3: model.d_model must be an integer, not 'x'"
+    )
+
+
+def test_missing_and_unreadable_sources(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, expected in {
+        Path("nope.yaml"): "nope.yaml: cannot be read: No such file or directory",
+        Path(): ".: cannot be read: Is a directory",
+    }.items():
+        with pytest.raises(MaxlmError) as caught:
+            load(Run, source)
+        assert str(caught.value) == expected
+
+
+def test_a_mistake_of_overrides_alone():
+    with pytest.raises(MaxlmError) as caught:
+        load(Source, None)
+    assert str(caught.value) == "command line: path is required; add it, or pass path=..."
+
+
+def test_a_bare_class_still_raises_its_own_error():
+    with pytest.raises(MaxlmError) as caught:
+        Model(num_heads=6)
+    assert caught.value.where is None

@@ -1,0 +1,307 @@
+"""Promise: a config is what its layers say, and each value knows where it was written."""
+
+import re
+import textwrap
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field, field_validator
+
+from maxlm.config import Config, MaxlmError, load
+from maxlm.config.keys import COMMAND_LINE, DEFAULT, dotted, flatten
+
+
+class Mesh(Config):
+    data: int = 1
+    fsdp: int = 1
+
+
+class Model(Config):
+    d_model: int
+    bias: bool = False
+    rate: float = 0.5
+    labels: list[str] = Field([])
+
+
+class Source(Config):
+    path: str = "a"
+    weight: float = 1.0
+
+
+class Adamw(Config):
+    kind: Literal["adamw"] = "adamw"
+    beta: float = 0.9
+
+
+class Lion(Config):
+    kind: Literal["lion"]
+
+
+class Run(Config):
+    name: str = "run"
+    model: Model = Model(d_model=8)
+    sources: list[Source] = Field([])
+    mesh: Mesh = Mesh()
+    optimizer: Annotated[Adamw | Lion, Field(discriminator="kind")] = Adamw()
+    extra: dict[str, int] = Field({})
+
+    @field_validator("mesh", mode="before")
+    @classmethod
+    def _parse(cls, value):
+        if isinstance(value, str):
+            return {k: int(v) for k, v in (part.split("=") for part in value.split(","))}
+        return value
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file below the working directory and gives its relative path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, text: str) -> Path:
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def origins(loaded):
+    return {key: str(origin) for key, origin in loaded.origins.items()}
+
+
+def test_a_file_and_overrides_with_their_origins(write):
+    source = write(
+        "run.yaml",
+        """\
+        # comment
+        name: demo
+        model:
+          d_model: 64
+          rate: 1e-3
+        sources:
+          - path: x
+          - {path: y, weight: 3}
+        """,
+    )
+    loaded = load(Run, source, ["sources.1.weight=2", "sources[0].weight=5", "model.bias=true"])
+    assert loaded.value == Run(
+        name="demo",
+        model=Model(d_model=64, rate=0.001, bias=True),
+        sources=[Source(path="x", weight=5), Source(path="y", weight=2)],
+    )
+    assert origins(loaded) == {
+        "name": "run.yaml:2",
+        "model.d_model": "run.yaml:4",
+        "model.bias": "command line",
+        "model.rate": "run.yaml:5",
+        "model.labels": "default",
+        "sources.0.path": "run.yaml:7",
+        "sources.0.weight": "command line",
+        "sources.1.path": "run.yaml:8",
+        "sources.1.weight": "command line",
+        "mesh.data": "default",
+        "mesh.fsdp": "default",
+        "optimizer.kind": "default",
+        "optimizer.beta": "default",
+        "extra": "default",
+    }
+
+
+def test_every_leaf_has_an_origin(write):
+    loaded = load(Run, write("run.yaml", "extra: {a: 1, b: 2}\nsources: [{}]\n"))
+    leaves = [dotted(key) for key, _ in flatten(loaded.value.model_dump())]
+    assert sorted(loaded.origins) == sorted(leaves)
+    assert loaded.origins["sources.0.weight"] == DEFAULT
+
+
+def test_without_a_file():
+    loaded = load(Run, None, ["extra.a=3"])
+    assert loaded.value == Run(extra={"a": 3})
+    assert loaded.origins["extra.a"] == COMMAND_LINE
+    assert loaded.origins["name"] == DEFAULT
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    assert load(Run, write("empty.yaml", "# nothing\n")).value == Run()
+
+
+def test_includes_merge_in_order_and_the_file_wins(write):
+    write("presets/a.yaml", "name: a\nmodel: {d_model: 1, rate: 0.1, bias: true}\n")
+    write("presets/b.yaml", "name: b\nmodel: {d_model: 2}\nsources: [{path: b1}, {path: b2}]\n")
+    source = write(
+        "runs/run.yaml",
+        """\
+        include: [../presets/a.yaml, ../presets/b.yaml]
+        model:
+          rate: 0.25
+        sources: [{path: own}]
+        """,
+    )
+    loaded = load(Run, source)
+    assert loaded.value == Run(
+        name="b", model=Model(d_model=2, rate=0.25, bias=True), sources=[Source(path="own")]
+    )
+    assert origins(loaded) | {
+        "name": "presets/b.yaml:1",
+        "model.d_model": "presets/b.yaml:2",
+        "model.rate": "runs/run.yaml:3",
+        "model.bias": "presets/a.yaml:2",
+        "sources.0.path": "runs/run.yaml:4",
+        "sources.0.weight": "default",
+    } == origins(loaded)
+
+
+def test_includes_are_relative_to_the_including_file_and_may_form_a_diamond(write):
+    write("a/base.yaml", "name: base\nmodel: {d_model: 3}\n")
+    write("a/left.yaml", "include: base.yaml\nname: left\n")
+    write("a/right.yaml", "include: ./base.yaml\nextra: {r: 1}\n")
+    source = write("run.yaml", "include:\n  - a/left.yaml\n  - a/right.yaml\n")
+    # right brings base along again, and comes later than left
+    assert load(Run, source).value == Run(name="base", model=Model(d_model=3), extra={"r": 1})
+
+
+def test_an_include_may_name_a_shipped_config(write, monkeypatch, tmp_path):
+    package = tmp_path / "site" / "maxlm"
+    write("site/maxlm/_assets/configs/models/tiny.yaml", "model: {d_model: 5}\n")
+    monkeypatch.setattr("maxlm.config.assets._PACKAGE", package)
+    assert load(Run, write("run.yaml", "include: models/tiny\n")).value.model.d_model == 5
+    assert load(Run, "tiny").value.model.d_model == 5
+
+
+def test_interpolation(write):
+    source = write(
+        "run.yaml",
+        """\
+        name: width-${model.d_model}
+        model:
+          d_model: 7
+          labels: [a, "${name}"]
+        extra: {one: "${model.d_model}"}
+        """,
+    )
+    loaded = load(Run, source, ["model.d_model=9"])
+    assert loaded.value == Run(
+        name="width-9", model=Model(d_model=9, labels=["a", "width-9"]), extra={"one": 9}
+    )
+    assert loaded.origins["extra.one"].line == 5
+
+
+def test_a_whole_mapping_by_interpolation_is_written_where_it_is_asked_for(write):
+    source = write("run.yaml", "extra: {a: 1}\nmesh: ${m}\n")
+    with pytest.raises(MaxlmError, match=re.escape("mesh: Interpolation key `m` not found")):
+        load(Run, source)
+
+    class Twice(Config):
+        a: Mesh
+        b: Mesh
+
+    loaded = load(Twice, write("run.yaml", "a:\n  data: 2\nb: ${a}\n"))
+    assert loaded.value == Twice(a=Mesh(data=2), b=Mesh(data=2))
+    assert origins(loaded) == {
+        "a.data": "run.yaml:2",
+        "a.fsdp": "default",
+        "b.data": "run.yaml:3",
+        "b.fsdp": "default",
+    }
+
+
+def test_values_that_a_validator_took_apart_keep_their_origin(write):
+    loaded = load(Run, write("run.yaml", "\nmesh: data=2,fsdp=4\n"))
+    assert loaded.value.mesh == Mesh(data=2, fsdp=4)
+    assert {origins(loaded)["mesh.data"], origins(loaded)["mesh.fsdp"]} == {"run.yaml:2"}
+
+
+def test_a_replaced_value_forgets_what_it_replaced(write):
+    write("base.yaml", "mesh:\n  data: 2\n")
+    source = write("run.yaml", "include: base.yaml\nmesh: fsdp=4\n")
+    loaded = load(Run, source)
+    assert loaded.value.mesh == Mesh(fsdp=4)
+    assert origins(loaded)["mesh.data"] == "run.yaml:2"
+    again = load(Run, source, ["mesh={fsdp: 2}"])
+    assert again.value.mesh == Mesh(fsdp=2)
+    assert origins(again)["mesh.data"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("model.rate=1e-3", "rate", 0.001),
+        ("model.rate=3", "rate", 3.0),
+        ("model.d_model=1_024", "d_model", 1024),
+        ("model.bias=yes", "bias", True),
+        ("model.labels=[a, no, '3', 1:30]", "labels", ["a", "no", "3", "1:30"]),
+        ("model.labels=[a=b, c.d]", "labels", ["a=b", "c.d"]),
+        ("model={labels: [z]}", "labels", ["z"]),
+    ],
+)
+def test_overrides_are_yaml(override, key, value):
+    loaded = load(Run, None, ["model.d_model=2", override])
+    assert getattr(loaded.value.model, key) == value
+    assert type(getattr(loaded.value.model, key)) is type(value)
+
+
+def test_overrides_apply_in_order_and_mappings_merge(write):
+    source = write("run.yaml", "extra: {a: 1, b: 2}\nsources: [{path: x}]\n")
+    loaded = load(Run, source, ["extra={b: 3, c: 4}", "extra.c=5", "sources=[]"])
+    assert loaded.value == Run(extra={"a": 1, "b": 3, "c": 5})
+    assert origins(loaded)["extra.a"] == "run.yaml:1"
+    assert loaded.origins["sources"] == COMMAND_LINE
+
+
+def test_an_override_may_pick_a_member_of_a_union():
+    assert load(Run, None, ["optimizer.kind=lion"]).value.optimizer == Lion(kind="lion")
+
+
+def test_yaml_merge_keys_and_anchors(write):
+    source = write(
+        "run.yaml",
+        """\
+        sources:
+          - &first {path: x, weight: 2}
+          - <<: *first
+            path: y
+        """,
+    )
+    loaded = load(Run, source)
+    assert loaded.value.sources == [Source(path="x", weight=2), Source(path="y", weight=2)]
+    assert (loaded.origins["sources.1.path"].line, loaded.origins["sources.1.weight"].line) == (
+        4,
+        2,
+    )
+
+
+@given(
+    layers=st.lists(
+        st.dictionaries(
+            st.sampled_from("abc"),
+            st.integers() | st.dictionaries(st.sampled_from("xyz"), st.integers(), min_size=1),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_layers_merge_as_nested_dicts_do(layers, tmp_path_factory):
+    class Any(Config):
+        tree: dict[str, int | dict[str, int]] = Field({})
+
+    folder = tmp_path_factory.mktemp("layers")
+    expected: dict = {}
+    origin: dict[str, str] = {}
+    for number, layer in enumerate(layers):
+        include = f"include: {number - 1}.yaml\n" if number else ""
+        (folder / f"{number}.yaml").write_text(f"{include}tree: {layer}\n")
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(expected.get(key), dict)
+            expected[key] = {**expected[key], **value} if both else value
+            for leaf in value if isinstance(value, dict) else [None]:
+                origin[f"tree.{key}" + (f".{leaf}" if leaf else "")] = f"{number}.yaml"
+    loaded = load(Any, folder / f"{len(layers) - 1}.yaml")
+    assert loaded.value.tree == expected
+    for key, _ in flatten(expected, ("tree",)):
+        if key != ("tree",):
+            assert Path(loaded.origins[dotted(key)].source).name == origin[dotted(key)]

@@ -1,0 +1,74 @@
+"""Promise: YAML says what it looks like, and what is dumped reads back the same."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config.yaml_text import dump, parse
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("1E5", 1e5),
+        ("-2.5e+2", -250.0),
+        ("6.", 6.0),
+        (".5", 0.5),
+        ("-.inf", float("-inf")),
+        ("1_000", 1000),
+        ("-7", -7),
+        ("0x1F", 31),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("~", None),
+        ("no", "no"),
+        ("on", "on"),
+        ("1:30", "1:30"),
+        ("010", "010"),
+        ("2024-01-01", "2024-01-01"),
+        ("1e", "1e"),
+        ("1.2.3", "1.2.3"),
+        ("'1'", "1"),
+        ("e5", "e5"),
+        ("truely", "truely"),
+    ],
+)
+def test_scalars(text, value):
+    got = parse(f"k: {text}", "f").data["k"]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_keys_are_text():
+    assert parse("on: 1\n3: 2\nnull: 3\n1.5: 4", "f").data == {"on": 1, "3": 2, "null": 3, "1.5": 4}
+
+
+def test_origins_count_lines_from_one():
+    document = parse("\na:\n  b:\n    - 1\n    - {c: 2}\n", "f")
+    assert {key: at.line for key, at in document.origins.items()} == {
+        (): 2,
+        ("a",): 2,
+        ("a", "b"): 3,
+        ("a", "b", 0): 4,
+        ("a", "b", 1): 5,
+        ("a", "b", 1, "c"): 5,
+    }
+
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.sampled_from(
+        ["1e-3", "no", "010", "1:30", "~", "", " a ", "a\nb", "- a", "#", "2024-01-01"]
+    )
+)
+
+
+@given(st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_dump_reads_back(data):
+    assert parse(dump(data), "f").data == data

@@ -1,0 +1,35 @@
+"""Eight virtual CPU devices for every test, and meshes over them."""
+
+from collections.abc import Callable
+from math import prod
+
+import jax
+import pytest
+from hypothesis import settings
+from jax.sharding import Mesh
+
+# Before any test touches a device: JAX reads these when its first backend starts.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The same examples in every run, on every machine, however slow.
+settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)
+settings.load_profile("maxlm")
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Callable[..., Mesh]:
+    """``mesh(fsdp=2, tensor=2)``: an explicit mesh over as many of the devices; others are 1."""
+    from maxlm.sharding import MeshConfig, make_mesh
+
+    def make(**axes: int) -> Mesh:
+        sizes = {"fsdp": 1, **axes}
+        return make_mesh(MeshConfig(**sizes), jax.devices()[: prod(sizes.values())])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one_device_mesh(mesh) -> Mesh:
+    """The mesh of a laptop: every axis of size 1."""
+    return mesh()

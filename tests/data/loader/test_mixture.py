@@ -1,0 +1,90 @@
+"""Weights are kept, every store's stream is read in full, and any index is answered alone."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.data.loader.mixture import BLOCK, Mixture
+
+weight_lists = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=6)
+keys = st.none() | st.integers(0, 2**64 - 1)
+
+
+def mixture(weights, key=5):
+    return Mixture.of({str(i): w for i, w in enumerate(weights)}, key)
+
+
+@given(weights=weight_lists, key=keys, blocks=st.integers(1, 20))
+def test_each_stream_is_read_in_full(weights, key, blocks):
+    """After whole blocks each store has given exactly the first of its sequences, once each."""
+    stores, streams = mixture(weights, key).locate(np.arange(blocks * BLOCK))
+    for store in range(len(weights)):
+        given_out = np.sort(streams[stores == store])
+        assert np.array_equal(given_out, np.arange(given_out.size))
+
+
+@given(weights=weight_lists, total=st.integers(1, 5000))
+def test_counts_stay_within_two_of_the_weights(weights, total):
+    stores, _ = mixture(weights, None).locate(np.arange(total))
+    counts = np.bincount(stores, minlength=len(weights))
+    assert np.abs(counts - total * np.array(weights) / sum(weights)).max() <= 2
+
+
+def test_realised_mixture_of_a_thousand_batches():
+    weights = np.array([0.7, 0.2, 0.09, 0.01])
+    for first in (0, 1234, 10**9 + 7):
+        stores, _ = mixture(weights).locate(np.arange(first, first + 8 * 1000))
+        realised = np.bincount(stores, minlength=4) / 8000
+        assert (np.abs(realised - weights) < 0.01).all()
+        assert (np.abs(realised / weights - 1) < 0.05).all()
+
+
+@settings(max_examples=30)
+@given(weights=weight_lists, key=keys, far=st.integers(0, 2**61))
+def test_any_index_alone(weights, key, far):
+    made = mixture(weights, key)
+    stores, streams = made.locate(np.arange(far, far + 20))
+    for i in range(20):
+        store, stream = made.locate(np.array([far + i]))
+        assert (store[0], stream[0]) == (stores[i], streams[i])
+
+
+def test_far_along_the_weights_hold():
+    """A drift of a share would show in the streams' own indices by now."""
+    weights = np.array([3.0, 1.0, 1e-6])
+    stores, streams = mixture(weights).locate(np.arange(10**17, 10**17 + 10**4))
+    for store in (0, 1):
+        expected = 10**17 * weights[store] / weights.sum()
+        assert abs(streams[stores == store].mean() / expected - 1) < 1e-6
+
+
+def test_no_store_sits_at_fixed_rows():
+    stores, _ = mixture([1, 1]).locate(np.arange(8 * 400))
+    share = stores.reshape(400, 8).mean(0)
+    assert (np.abs(share - 0.5) < 0.15).all()
+    plain, _ = mixture([1, 1], None).locate(np.arange(8 * 400))
+    assert (np.abs(plain.reshape(400, 8).mean(0) - 0.5) == 0.5).all()
+
+
+def test_the_order_of_the_mapping_does_not_matter():
+    a = Mixture.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
+    b = Mixture.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
+    assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])
+
+
+@pytest.mark.parametrize("weight", [0, -1.5, float("nan"), float("inf")])
+def test_refuses_weights(weight):
+    with pytest.raises(MaxlmError) as error:
+        Mixture.of({"web": 1.0, "code": weight}, 0)
+    assert str(error.value) == (
+        f"weights: the weight of store 'code' is {weight}, not a positive number; "
+        "give a weight above 0, or leave the store out"
+    )
+
+
+def test_refuses_no_stores():
+    with pytest.raises(MaxlmError) as error:
+        Mixture.of({}, 0)
+    assert str(error.value) == "weights: no stores to mix; name at least one store"

@@ -1,0 +1,140 @@
+"""Both packings lay every token into one sequence, once, in pieces of single documents."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.data.loader import best_fit
+from maxlm.data.loader.best_fit import assign_best_fit, build_index, open_best_fit
+from maxlm.data.loader.loader import open_packing
+from maxlm.data.loader.packing import utilisation
+
+documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum)
+methods = st.sampled_from(["concat", "best_fit"])
+
+
+@given(lengths=documents, seq_len=st.integers(1, 17), block=st.integers(1, 70), method=methods)
+def test_every_token_once_in_pieces_of_documents(memory_store, lengths, seq_len, block, method):
+    store = memory_store(lengths)
+    packing = open_packing(store, method, seq_len, block)
+    pieces = packing.pieces(np.arange(packing.num_sequences))
+    assert pieces.counts.sum() == pieces.starts.size
+    assert (pieces.counts > 0).all()
+    assert (pieces.lengths > 0).all()
+    covered = [np.arange(a, a + n) for a, n in zip(pieces.starts, pieces.lengths, strict=True)]
+    assert np.array_equal(np.sort(np.concatenate(covered)), np.arange(store.num_tokens))
+
+    row = np.repeat(np.arange(packing.num_sequences), pieces.counts)
+    assert (np.bincount(row, pieces.lengths) <= seq_len).all()
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    stops = pieces.starts + pieces.lengths
+    assert np.array_equal(document[pieces.starts], document[stops - 1])
+    assert np.array_equal(pieces.ends, stops == store.offsets[document[pieces.starts] + 1])
+
+
+@given(lengths=documents, seq_len=st.integers(1, 17), method=methods, data=st.data())
+def test_any_sequences_alone_and_in_any_order(memory_store, lengths, seq_len, method, data):
+    packing = open_packing(memory_store(lengths), method, seq_len, 7)
+    number = st.integers(0, packing.num_sequences - 1)
+    some = data.draw(st.lists(number, min_size=1, max_size=9))
+    together = packing.pieces(np.array(some))
+    alone = [packing.pieces(np.array([i])) for i in some]
+    for field, values in enumerate(together):
+        assert np.array_equal(values, np.concatenate([one[field] for one in alone]))
+
+
+@given(lengths=documents, seq_len=st.integers(1, 17))
+def test_concat_pads_only_the_end(memory_store, lengths, seq_len):
+    packing = open_packing(memory_store(lengths), "concat", seq_len, 1)
+    assert packing.num_sequences == -(-sum(lengths) // seq_len)
+    row = np.repeat(
+        np.arange(packing.num_sequences),
+        (pieces := packing.pieces(np.arange(packing.num_sequences))).counts,
+    )
+    assert (np.bincount(row, pieces.lengths)[:-1] == seq_len).all()
+
+
+@given(items=st.lists(st.integers(1, 30), min_size=1, max_size=80))
+def test_bins_are_those_of_textbook_best_fit_decreasing(items):
+    rooms = []
+    for item in sorted(items, reverse=True):
+        fitting = [room for room in rooms if room >= item]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else 30) - item)
+    bins = assign_best_fit(np.array(items), 30)
+    assert sorted(30 - np.bincount(bins, items)) == sorted(rooms)
+
+
+@given(lengths=documents, seq_len=st.integers(1, 50))
+def test_best_fit_cuts_only_what_does_not_fit(memory_store, lengths, seq_len):
+    index = build_index(memory_store(lengths).offsets, seq_len, 16)
+    assert index.starts.size == sum(-(-n // seq_len) for n in lengths)
+
+
+def standard_library_lengths(count, seed=0):
+    """Like the bytes of the standard library's files over four, in tokens: log-normal."""
+    return np.random.default_rng(seed).lognormal(7.5, 1.5, count).astype(np.int64) + 2
+
+
+@pytest.mark.parametrize("seq_len", [512, 2048])
+def test_best_fit_utilisation(memory_store, seq_len):
+    store = memory_store(standard_library_lengths(4000))
+    packing = open_packing(store, "best_fit", seq_len, 4000)
+    assert utilisation(packing, store.num_tokens, seq_len) >= 0.99
+
+
+def test_index_lies_beside_the_store_and_is_built_once(memory_store, tmp_path, monkeypatch):
+    store = memory_store([5, 9, 30, 2, 2], tmp_path)
+    made = open_best_fit(store, 10, 4)
+    (folder,) = (tmp_path / "packing").iterdir()
+    assert folder.name.startswith("best_fit-10-4-")
+    in_memory = open_best_fit(memory_store([5, 9, 30, 2, 2]), 10, 4)
+    monkeypatch.setattr(best_fit, "_write", None)
+    for packing in (made, open_best_fit(store, 10, 4)):
+        for a, b in zip(vars(packing.index).values(), vars(in_memory.index).values(), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_other_documents_get_another_index(memory_store, tmp_path):
+    open_best_fit(memory_store([5, 9], tmp_path), 10, 4)
+    changed = open_best_fit(memory_store([5, 9, 3], tmp_path), 10, 4)
+    assert changed.index.lengths.sum() == 17
+
+
+def test_many_builders_at_once_agree(memory_store, tmp_path):
+    store = memory_store(standard_library_lengths(500), tmp_path)
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda _: open_best_fit(store, 64, 50).index, range(6)))
+    assert len(list((tmp_path / "packing").iterdir())) == 1
+    for index in made:
+        assert np.array_equal(index.sequence_offsets, made[0].sequence_offsets)
+        assert index.lengths.sum() == store.num_tokens
+
+
+def test_a_failed_build_leaves_nothing(memory_store, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(best_fit, "_fill", full_disk)
+    with pytest.raises(MaxlmError) as error:
+        open_best_fit(memory_store([5, 9], tmp_path), 10, 4)
+    where = tmp_path / "packing" / "best_fit-10-4-"
+    message = str(error.value)
+    assert message.startswith(str(where))
+    assert message.endswith(
+        ": cannot write the packing index (No space left on device); "
+        "make the store's folder writable once, or use packing=concat"
+    )
+    assert not list((tmp_path / "packing").iterdir())
+
+
+def test_long_builds_report(memory_store, monkeypatch, caplog):
+    monkeypatch.setattr(best_fit, "_REPORT_SECONDS", -1)
+    with caplog.at_level("INFO"):
+        build_index(memory_store([3, 4, 5, 6]).offsets, 10, 2)
+    assert "packing: 2 of 4 documents, " in caplog.text

@@ -1,0 +1,80 @@
+"""A keyed permutation of range(n): exact, stateless, without visible pattern."""
+
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.data.loader.permutation import MAX_SIZE, derive_key, derive_keys, permute
+
+keys = st.integers(0, 2**64 - 1)
+GOLDEN_SMALL = [0, 5, 2, 7, 4, 6, 8, 1]
+GOLDEN_LARGE = [831524700906, 674818367796, 847717140350]
+
+
+@given(n=st.integers(1, 3000), key=keys)
+def test_is_a_bijection(n, key):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
+@given(n=st.integers(1, MAX_SIZE), key=keys, data=st.data())
+def test_any_size_and_any_index_alone(n, key, data):
+    indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8, unique=True))
+    together = permute(np.array(indices), n, key)
+    assert ((together >= 0) & (together < n)).all()
+    assert len(set(together.tolist())) == len(indices)
+    assert [int(permute(i, n, key)[0]) for i in indices] == together.tolist()
+
+
+def test_one_key_for_each_index_equals_one_call_for_each_key():
+    many = derive_keys(7, np.arange(50))
+    mixed = permute(np.arange(50), 1000, many)
+    assert mixed.tolist() == [int(permute(i, 1000, int(k))[0]) for i, k in enumerate(many.tolist())]
+
+
+def test_golden_values():
+    """Old runs must resume with the batches they had: these may never change."""
+    assert permute(np.arange(8), 10, derive_key(0, "shuffle", "a")).tolist() == GOLDEN_SMALL
+    assert permute(np.arange(3), 10**12, derive_key(1, "mixture")).tolist() == GOLDEN_LARGE
+
+
+def test_keys_differ():
+    orders = {tuple(permute(np.arange(100), 100, derive_key(seed))) for seed in range(200)}
+    assert len(orders) == 200
+    assert derive_key(1, "a") != derive_key("1", "a") != derive_key(1, "b")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_all_orders_are_equally_likely(n):
+    """Chi-square over all n! orders, 400 expected of each; the bound is about six sigma."""
+    orders = list(permutations(range(n)))
+    many = derive_keys(n, np.arange(400 * len(orders)))
+    columns = np.stack([permute(np.full(many.size, i), n, many) for i in range(n)], axis=1)
+    counts = Counter(map(tuple, columns.tolist()))
+    chi2 = sum((counts[order] - 400) ** 2 / 400 for order in orders)
+    freedom = len(orders) - 1
+    assert chi2 < freedom + 6 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_part_and_places_are_uniform():
+    n = 100_003
+    order = permute(np.arange(n), n, derive_key(3))
+    # Of a random order: correlation of neighbours ~ N(0, 1/n), fixed points ~ Poisson(1).
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 6 / n**0.5
+    assert (order == np.arange(n)).sum() < 12
+    halves = np.histogram(order[: n // 2], bins=50, range=(0, n))[0]
+    assert ((halves - n / 100) ** 2 / (n / 100)).sum() < 50 + 6 * 10
+
+
+@pytest.mark.parametrize("n", [0, MAX_SIZE + 1])
+def test_refuses_sizes(n):
+    with pytest.raises(ValueError, match="the size must be 1 to 2"):
+        permute(0, n, 0)
+
+
+def test_refuses_an_index_outside():
+    with pytest.raises(ValueError, match=r"index 5 is not in range\(5\)"):
+        permute([1, 5], 5, 0)

@@ -1,0 +1,171 @@
+"""Batches made ahead in threads and processes: the same batches, and nothing left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maxlm.data.loader import LoaderConfig, make_batches, make_loader
+from maxlm.data.loader import prefetch as prefetch_module
+from maxlm.data.loader.prefetch import WARM_UP_STEPS
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def children(pid):
+    """Any thread may have started a worker, and each lists its own children."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def shared_memory(pid):
+    """The segments of shared memory that the process has mapped."""
+    return set(re.findall(r"/dev/shm/psm_\w+", Path(f"/proc/{pid}/maps").read_text()))
+
+
+def test_workers_make_the_same_batches_across_the_handover(memory_store):
+    stores = {"a": memory_store([5, 30, 9, 200]), "b": memory_store([70])}
+    weights = {"a": 1, "b": 2}
+    config = LoaderConfig(seq_len=16, batch_size=4, packing="best_fit", workers=2, prefetch=2)
+    batches = make_batches(stores, weights, config, seed=1)
+    steps = WARM_UP_STEPS + 5
+    loader = make_loader(stores, weights, config, seed=1, start_step=37, num_steps=steps)
+    made = list(loader)
+    assert len(made) == steps
+    for step, batch in enumerate(made, start=37):
+        expected = batches.rows(step)
+        for name in expected:
+            assert type(batch[name]) is np.ndarray
+            assert np.array_equal(batch[name], expected[name])
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)
+    assert not shared_memory(os.getpid())
+
+
+def test_an_early_close_ends_the_workers(memory_store):
+    before = set(children(os.getpid()))
+    config = LoaderConfig(seq_len=16, batch_size=4, workers=1)
+    loader = make_loader({"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=0)
+    next(loader)
+    wait_until(lambda: len(worker_pids(os.getpid()) - before) == 1)
+    loader.close()
+    loader.close()
+    wait_until(lambda: not worker_pids(os.getpid()) - before)
+
+
+def worker_pids(pid):
+    """Child processes less Python's own resource tracker."""
+    return {
+        child
+        for child in children(pid)
+        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
+    }
+
+
+def test_a_short_run_starts_no_workers(memory_store, monkeypatch):
+    monkeypatch.setattr(prefetch_module, "_in_processes", None)
+    config = LoaderConfig(seq_len=16, batch_size=4, workers=2)
+    loader = make_loader(
+        {"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=5, num_steps=WARM_UP_STEPS
+    )
+    assert len(list(loader)) == WARM_UP_STEPS
+
+
+def test_ready_says_whether_the_next_batch_is_there(memory_store):
+    config = LoaderConfig(seq_len=16, batch_size=4, workers=0)
+    with make_loader(
+        {"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=0, num_steps=1
+    ) as loader:
+        wait_until(loader.ready)
+        next(loader)
+        assert not loader.ready()
+
+
+def test_an_error_in_a_batch_reaches_the_caller(memory_store):
+    store = memory_store([99])
+    store.read_many = None
+    config = LoaderConfig(seq_len=16, batch_size=4, workers=0)
+    with (
+        make_loader({"a": store}, {"a": 1}, config, seed=1, start_step=0) as loader,
+        pytest.raises(TypeError, match="NoneType"),
+    ):
+        next(loader)
+
+
+SCRIPT = """
+    import sys, time
+    import numpy as np
+    from maxlm.data.loader import LoaderConfig, make_loader
+
+    class Store:
+        path, num_tokens, offsets = None, 999, np.array([0, 999])
+        def read_many(self, starts, stops):
+            return [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, stops)]
+
+    if __name__ == "__main__":
+        config = LoaderConfig(seq_len=16, batch_size=4, workers=1)
+        loader = make_loader({"a": Store()}, {"a": 1}, config, seed=1, start_step=0)
+        for _ in range(20):
+            next(loader)
+        try:
+            print("going", flush=True)
+            time.sleep(600)
+        except KeyboardInterrupt:
+            for _ in range(20):
+                next(loader)
+            print("went on", loader.step, flush=True)
+"""
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    (tmp_path / "trainer.py").write_text(textwrap.dedent(SCRIPT))
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "trainer.py")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "going\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_kill_9_leaves_no_workers(trainer):
+    pids = children(trainer.pid)
+    assert len(pids) == 2  # The worker and Python's resource tracker.
+    trainer.kill()
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_ctrl_c_spares_the_workers_and_the_exit_is_clean(trainer):
+    """The terminal sends Ctrl-C to all processes; the trainer may still want batches."""
+    pids = children(trainer.pid)
+    os.killpg(trainer.pid, signal.SIGINT)
+    out, errors = trainer.communicate(timeout=100)
+    assert (errors, out, trainer.returncode) == ("", "went on 40\n", 0)
+    wait_until(lambda: not any(map(alive, pids)))

@@ -1,0 +1,63 @@
+"""A tokenizer double: one token a byte, ids known without any tokenizer library."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+
+class ByteTokenizer:
+    """id = byte + shift; bos and eos after them."""
+
+    def __init__(self, shift: int = 0, vocab_size: int = 300):
+        self.shift, self.vocab_size = shift, vocab_size
+        self.bos_id, self.eos_id = 256 + shift, 257 + shift
+        self.special_tokens = {"<bos>": self.bos_id, "<eos>": self.eos_id}
+        self.fingerprint = hashlib.sha256(f"{shift} {vocab_size}".encode()).hexdigest()
+
+    def encode(self, text, *, allow_special=False):
+        data = text.encode() if isinstance(text, str) else text
+        return [byte + self.shift for byte in data]
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids):
+        return bytes(int(i) - self.shift for i in ids if i - self.shift < 256)
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, folder):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "double.json").write_text(json.dumps([self.shift, self.vocab_size]))
+
+
+def _load(folder):
+    return ByteTokenizer(*json.loads(Path(folder, "double.json").read_text()))
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path, monkeypatch):
+    """Saves a double with these settings, makes it loadable, and returns its folder."""
+    monkeypatch.setattr("maxlm.data.tokenizer.load_tokenizer", _load, raising=False)
+
+    def save(shift: int = 0, vocab_size: int = 300) -> Path:
+        folder = tmp_path / f"tokenizer-{shift}-{vocab_size}"
+        if not folder.exists():
+            ByteTokenizer(shift, vocab_size).save(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def folder_bytes():
+    """All files of a folder: relative path -> bytes."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    return read

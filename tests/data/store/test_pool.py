@@ -1,0 +1,74 @@
+"""The pool of worker processes."""
+
+import math
+import operator
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.store.pool import WorkerPool, default_workers
+
+
+def test_results_errors_and_several_maps():
+    with WorkerPool(2) as pool:
+        assert sorted(pool.map(math.factorial, [3, 4, 5, 6, 7])) == [6, 24, 120, 720, 5040]
+        assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
+        with pytest.raises(ValueError, match="math domain error|nonnegative") as caught:
+            list(pool.map(math.sqrt, [1.0, -1.0]))
+        assert "in a worker process" in caught.value.__notes__[0]
+        # Answers of the failed map that were still on their way are not taken for these.
+        assert sorted(pool.map(abs, [-8, -9, -10])) == [8, 9, 10]
+
+
+def test_workers_have_single_threaded_tokenizers_and_other_pids():
+    before = dict(os.environ)
+    with WorkerPool(2) as pool:
+        env = list(pool.map(os.getenv, ["TOKENIZERS_PARALLELISM"] * 2))
+        pids = list(pool.map(operator.call, [os.getpid, os.getpid]))
+    assert env == ["false", "false"]
+    assert os.getpid() not in pids
+    assert os.environ == before
+
+
+def test_one_worker_works_here():
+    with WorkerPool(1) as pool:
+        assert list(pool.map(operator.call, [os.getpid, os.getpid])) == [os.getpid()] * 2
+
+
+def test_a_dead_worker_is_an_error():
+    with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
+        list(pool.map(os._exit, [1, 1]))
+    assert str(caught.value) == (
+        "a worker process died, most likely for want of memory; run it again with fewer workers"
+    )
+
+
+def test_workers_end_when_their_parent_is_killed():
+    script = (
+        "import time\n"
+        "from maxlm.data.store.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        list(pool.map(abs, [1, 2]))\n"
+        "        print('ready', flush=True)\n"
+        "        list(pool.map(time.sleep, [100, 100]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="no affinity here")
+def test_default_workers_is_the_number_of_usable_cores():
+    assert default_workers() == len(psutil.Process().cpu_affinity())

@@ -1,0 +1,196 @@
+"""Reading token stores."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus import SourceConfig
+from maxlm.data.store import TokenStore, arrays, build_store, check_tokenizer
+
+REBUILD = "build the store again with maxlm corpus build"
+# The long run of zeros covers whole chunks and shards with zarr's fill value.
+TEXTS = [bytes([97 + i % 26]) * (i * 37 % 101 + 1) for i in range(60)] + [bytes(1500)]
+FLAT = np.concatenate([np.array([256, *text, 257], np.uint16) for text in TEXTS])
+
+
+@pytest.fixture
+def store(tmp_path, byte_tokenizer, monkeypatch):
+    """Several shards of several chunks, with ragged ends."""
+    monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
+    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
+    monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text.decode()}) + "\n" for text in TEXTS))
+    source = SourceConfig(documents=(str(path),))
+    build_store(source, byte_tokenizer(), tmp_path / "store", workers=1, shard_bytes=300)
+    return TokenStore.open(tmp_path / "store")
+
+
+def test_read_any_range(store):
+    assert store.num_tokens == len(FLAT)
+    assert len(list((store.path / "tokens" / "c").iterdir())) > 5
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.tuples(*[st.integers(0, len(FLAT))] * 2), max_size=5))
+    def check(pairs):
+        ranges = [sorted(pair) for pair in pairs]
+        starts, stops = [r[0] for r in ranges], [r[1] for r in ranges]
+        many = store.read_many(starts, stops)
+        assert len(many) == len(ranges)
+        for (start, stop), tokens in zip(ranges, many, strict=True):
+            np.testing.assert_array_equal(tokens, FLAT[start:stop])
+            np.testing.assert_array_equal(store.read(start, stop), FLAT[start:stop])
+
+    check()
+
+
+def test_numpy_integers_are_indices(store):
+    tokens = store.read_many(store.offsets[:3], store.offsets[1:4])
+    assert [len(each) for each in tokens] == [len(text) + 2 for text in TEXTS[:3]]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 4), (0, len(FLAT) + 1)])
+def test_ranges_outside_the_store(store, start, stop):
+    with pytest.raises(IndexError, match="does not lie within"):
+        store.read(start, stop)
+    with pytest.raises(IndexError, match="does not lie within"):
+        store.read_many([0, start], [1, stop])
+
+
+def test_documents(store):
+    for index in (0, 17, len(TEXTS) - 1):
+        assert store.document(index).tolist() == [256, *TEXTS[index], 257]
+    for index in (-1, len(TEXTS)):
+        with pytest.raises(MaxlmError) as caught:
+            store.document(index)
+        assert str(caught.value) == (
+            f"{store.path}: there is no document {index}; the store has 61; choose 0 to 60"
+        )
+
+
+def test_pickles_small_and_reopens(store):
+    store.read(0, 9), store.offsets
+    data = pickle.dumps(store)
+    assert len(data) < 4096
+    copy = pickle.loads(data)
+    assert copy.manifest == store.manifest
+    np.testing.assert_array_equal(copy.read(100, 700), FLAT[100:700])
+    np.testing.assert_array_equal(copy.offsets, store.offsets)
+
+
+def test_verify_accepts_a_good_store(store):
+    store.verify()
+    # Windows that begin and end inside documents.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maxlm.data.store.store._VERIFY_TOKENS", 7)
+        store.verify()
+
+
+def fails(call) -> str:
+    with pytest.raises(MaxlmError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_no_store(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        assert fails(lambda path=path: TokenStore.open(path)) == (
+            f"{path}: there is no token store here; {REBUILD}"
+        )
+
+
+def edit_manifest(store, **changes):
+    path = store.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return lambda: TokenStore.open(store.path)
+
+
+def test_damaged_manifests(store):
+    path = store.path / "manifest.json"
+    n = store.num_tokens
+    assert fails(edit_manifest(store, num_tokens=n - 1)) == (
+        f"{store.path}: damaged store: tokens are uint16 [{n}], the manifest says uint16 [{n - 1}]; "
+        f"{REBUILD}"
+    )
+    assert fails(edit_manifest(store, num_tokens=n, num_documents=3)) == (
+        f"{store.path}: damaged store: offsets are int64 [62], the manifest says int64 [4]; {REBUILD}"
+    )
+    assert fails(edit_manifest(store, format_version=9)) == (
+        f"{path}: store format 9; this maxlm reads 1; {REBUILD}"
+    )
+    assert fails(edit_manifest(store, format_version=1, dtype="int3")) == (
+        f"{path}: damaged manifest (dtype: Input should be 'uint16' or 'uint32'); {REBUILD}"
+    )
+    path.write_text("{")
+    assert fails(lambda: TokenStore.open(store.path)).startswith(f"{path}: damaged manifest (")
+
+
+@pytest.mark.parametrize("name", ["tokens", "offsets"])
+def test_missing_array(store, name):
+    shutil.rmtree(store.path / name)
+    message = fails(lambda: TokenStore.open(store.path))
+    assert message.startswith(f"{store.path}/{name}: array error: NOT_FOUND: ")
+    assert message.endswith("; check the disk, or " + REBUILD)
+
+
+def test_lost_and_damaged_shards_are_errors_not_zeros(store):
+    shard = store.path / "tokens" / "c" / "1"
+    data = bytearray(shard.read_bytes())
+    shard.unlink()
+    message = fails(lambda: TokenStore.open(store.path).read(500, 600))
+    assert message.startswith(f"{store.path}/tokens: array error: NOT_FOUND: ")
+    assert message.endswith("; " + REBUILD)
+    shard.write_bytes(data[:-20])
+    assert f"{store.path}/tokens: array error: " in fails(TokenStore.open(store.path).verify)
+
+
+def overwrite(store, name, index, value):
+    arrays.open_for_writing(store.path, name)[index].write(value).result()
+    return TokenStore.open(store.path).verify
+
+
+def test_verify_finds_wrong_values(store):
+    prefix = f"{store.path}: damaged store: "
+    inside, first, last = (
+        int(store.offsets[5]) + 1,
+        int(store.offsets[5]),
+        int(store.offsets[6]) - 1,
+    )
+    kept = FLAT[[inside, first, last]].tolist()
+    assert fails(overwrite(store, "tokens", inside, 300)) == (
+        f"{prefix}token 300 lies outside the vocabulary; {REBUILD}"
+    )
+    overwrite(store, "tokens", inside, kept[0])
+    assert fails(overwrite(store, "tokens", first, 5)) == (
+        f"{prefix}a document does not begin with bos; {REBUILD}"
+    )
+    overwrite(store, "tokens", first, kept[1])
+    assert fails(overwrite(store, "tokens", last, 5)) == (
+        f"{prefix}a document does not end with eos; {REBUILD}"
+    )
+    overwrite(store, "tokens", last, kept[2])()
+    assert fails(overwrite(store, "offsets", 3, 0)) == (
+        f"{prefix}offsets do not rise by at least two (bos and eos); {REBUILD}"
+    )
+    assert fails(overwrite(store, "offsets", 0, 1)) == (
+        f"{prefix}offsets run from 1 to {len(FLAT)}, not from 0 to {len(FLAT)}; {REBUILD}"
+    )
+
+
+def test_check_tokenizer(store, byte_tokenizer):
+    from maxlm.data import tokenizer
+
+    check_tokenizer(store, tokenizer.load_tokenizer(store.tokenizer_folder))
+    other = tokenizer.load_tokenizer(byte_tokenizer(1))
+    mine = store.manifest.tokenizer_fingerprint
+    assert fails(lambda: check_tokenizer(store, other)) == (
+        f"{store.path}: the store was made with another tokenizer ({mine[:12]}, not "
+        f"{other.fingerprint[:12]}); use the tokenizer in {store.path}/tokenizer, or build the "
+        "store again with yours"
+    )

@@ -1,0 +1,175 @@
+"""Saving and loading, and folders that are not what they should be."""
+
+import json
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer, train_tokenizer
+
+TEXT = "the quick <|user|> größer\n\u2581\t 12 猫"
+
+
+@pytest.fixture
+def folder(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "t")
+    return tmp_path / "new" / "t"
+
+
+def model_file(folder):
+    (path,) = folder.glob("tokenizer.*")
+    return path
+
+
+def message(folder) -> str:
+    with pytest.raises(MaxlmError) as error:
+        load_tokenizer(folder)
+    return str(error.value)
+
+
+def test_a_loaded_tokenizer_is_the_saved_one(tokenizer, folder):
+    loaded = load_tokenizer(str(folder))
+    assert isinstance(loaded, Tokenizer)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert loaded.vocab_size == tokenizer.vocab_size
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+    )
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    assert sorted(path.name for path in folder.parent.rglob("*") if path.is_file()) == sorted(
+        ["maxlm_tokenizer.json", tokenizer.codec.file_name]
+    )
+
+
+def test_saving_again_gives_the_same_bytes(folder, tmp_path):
+    load_tokenizer(folder).save(tmp_path / "again")
+    for path in folder.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_saving_over_another_kind_leaves_nothing_of_it(tokenizer, make_config, texts, folder):
+    other = train_tokenizer(make_config("bpe", vocab_size=300), texts)
+    other.save(folder)
+    assert load_tokenizer(folder).fingerprint == other.fingerprint
+    assert {path.name for path in folder.iterdir()} == {"maxlm_tokenizer.json", "tokenizer.json"}
+
+
+def test_fingerprint_tells_roles_and_vocabularies_apart(make_config, texts):
+    kinds = ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
+    changes = [{}, {"vocab_size": 601}, {"pad": None}, {"eos": "<|user|>"}]
+    configs = [make_config(kind, **change) for kind in kinds for change in changes]
+    found = {train_tokenizer(config, texts).fingerprint for config in configs}
+    assert len(found) == len(configs)
+    assert all(len(fingerprint) == 64 for fingerprint in found)
+
+
+def test_fingerprint_ignores_how_the_file_is_laid_out(make_config, texts, tmp_path):
+    tokenizer = train_tokenizer(make_config("bpe"), texts)
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_holds_tokenizer(folder, tmp_path):
+    assert holds_tokenizer(folder)
+    assert not holds_tokenizer(tmp_path / "missing")
+    assert not holds_tokenizer(tmp_path)
+    (folder / "maxlm_tokenizer.json").unlink()
+    assert holds_tokenizer(folder)
+
+
+def test_missing_folder(tmp_path):
+    path = tmp_path / "missing"
+    assert message(path) == (
+        f"{path}: no such folder; name a folder that `maxlm tokenizer train` wrote"
+    )
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert message(path) == (
+        f"{path}: not a folder; name a folder that `maxlm tokenizer train` wrote"
+    )
+
+
+def test_missing_files(folder):
+    for path in (model_file(folder), folder / "maxlm_tokenizer.json"):
+        path.unlink()
+        assert message(folder) == (
+            f"{path}: no such file; name a folder that `maxlm tokenizer train` wrote"
+        )
+
+
+def test_a_file_that_cannot_be_read(folder):
+    path = folder / "maxlm_tokenizer.json"
+    path.unlink()
+    path.mkdir()
+    assert message(folder) == f"{path}: cannot read it: Is a directory; make it readable"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
+        ("", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
+        ("[]", "Input should be an object"),
+    ],
+)
+def test_corrupt_metadata(folder, content, fault):
+    path = folder / "maxlm_tokenizer.json"
+    path.write_text(content)
+    assert message(folder) == (
+        f"{path}: damaged tokenizer file ({fault}); "
+        "copy it again from a good tokenizer, or train it again"
+    )
+
+
+def test_metadata_of_another_shape(folder):
+    path = folder / "maxlm_tokenizer.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "kind": "wordpiece"}))
+    assert message(folder) == (
+        f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe' or "
+        "'sentencepiece_unigram'); copy it again from a good tokenizer, or train it again"
+    )
+    path.write_text(json.dumps({**data, "format": 7}))
+    assert message(folder) == (
+        f"{path}: tokenizer format 7 is not 1; read it with the version of maxlm that wrote it"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\x00garbage", b"null"])
+def test_corrupt_model(folder, content):
+    path = model_file(folder)
+    path.write_bytes(content)
+    found = message(folder)
+    assert found.startswith(f"{path}: damaged tokenizer file (")
+    assert found.endswith("); copy it again from a good tokenizer, or train it again")
+    assert "\n" not in found
+
+
+def test_model_of_another_tokenizer(folder, make_config, texts, tmp_path):
+    kind = load_tokenizer(folder).kind
+    train_tokenizer(make_config(kind, vocab_size=590), texts).save(tmp_path / "other")
+    path = model_file(folder)
+    path.write_bytes(model_file(tmp_path / "other").read_bytes())
+    assert message(folder) == (
+        f"{folder}: {path.name} and maxlm_tokenizer.json do not belong together; "
+        "copy both from one tokenizer, or train it again"
+    )
+
+
+def test_unwritable_folder(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "t"):
+        with pytest.raises(MaxlmError) as error:
+            tokenizer.save(path)
+        assert str(error.value) == (
+            f"{path}: cannot write the tokenizer: Not a directory; choose a folder you may write to"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

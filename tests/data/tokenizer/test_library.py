@@ -1,0 +1,113 @@
+"""Our ids against the libraries' own, on the same model files."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import pre_tokenizers
+
+import maxlm.data.tokenizer.codec as codec
+import maxlm.data.tokenizer.segments as segments
+from maxlm.data.tokenizer import train_tokenizer
+from maxlm.data.tokenizer.bpe import PATTERN, byte_alphabet
+from maxlm.data.tokenizer.segments import split_segments
+
+HARD = (
+    "  two  spaces\n\n\n\tdef f(x):\r\n    return x   \n  \n \n12345 don't"
+    " \u00a0 x\u2028y \x0b\x1c z"
+    '\u2003wide   \r\r\n#!/bin/sh\n<|endoftext|>\n"""größer"""  猫が  e\u0301\u0301 ok\n'
+)
+
+
+@pytest.fixture
+def bpe(make_config, texts):
+    return train_tokenizer(make_config("bpe"), texts)
+
+
+def test_byte_alphabet_is_the_librarys():
+    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in ("Az~ \n\t\0", "é¡®ÿ", "猫", "\U0010ffff"):
+        (symbols, _), *_ = level.pre_tokenize_str(text)
+        assert symbols == "".join(byte_alphabet()[byte] for byte in text.encode())
+
+
+def test_bpe_ids_are_those_of_the_file_in_the_library(bpe, texts, tmp_path):
+    bpe.save(tmp_path / "t")
+    library = Library.from_file(str(tmp_path / "t" / "tokenizer.json"))
+    for text in (*texts, HARD.replace("<|endoftext|>", "")):
+        if "the" not in text and "[x" not in text:
+            assert bpe.encode(text) == library.encode(text).ids
+    marked = "<|user|>quick brown<|endoftext|>"
+    assert bpe.encode(marked, allow_special=True) == library.encode(marked).ids
+    assert library.decode(bpe.encode(HARD)) == HARD
+
+
+def test_sentencepiece_ids_are_those_of_the_file_in_the_library(make_config, texts, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    for kind in ("sentencepiece_bpe", "sentencepiece_unigram"):
+        tokenizer = train_tokenizer(make_config(kind), texts)
+        tokenizer.save(tmp_path / kind)
+        library = SentencePieceProcessor(model_file=str(tmp_path / kind / "tokenizer.model"))
+        for text in (*texts, HARD):
+            ids = tokenizer.encode(text)
+            assert ids == library.encode(text)
+            assert library.decode(ids) == text
+
+
+@pytest.mark.parametrize("limit", [1, 7, 50])
+def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
+    long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]
+    whole = tokenizer.encode_batch(long)
+    monkeypatch.setattr(segments, "SEGMENT_CHARS", limit)
+    pieces = split_segments(HARD * 3, reserved="", cut=tokenizer.codec.cut)
+    assert len(pieces) > 3
+    assert "".join(map(str, pieces)) == HARD * 3
+    cut = tokenizer.encode_batch(long)
+    if tokenizer.kind == "sentencepiece_unigram":
+        # Segmentations of equal likelihood are told apart by rounding: compare what they score.
+        score = tokenizer.codec._model.get_score
+        for one, other in zip(cut, whole, strict=True):
+            assert sum(map(score, one)) == pytest.approx(sum(map(score, other)), rel=1e-6)
+    else:
+        assert cut == whole
+
+
+def test_batches_larger_than_one_library_call(tokenizer, monkeypatch):
+    texts = [HARD, "", b"\xff" + HARD.encode() + b"\xfe", "a", HARD * 2]
+    monkeypatch.setattr(segments, "SEGMENT_CHARS", 20)
+    whole = tokenizer.encode_batch(texts)
+    monkeypatch.setattr(codec, "BATCH_CHARS", 30)
+    assert tokenizer.encode_batch(texts) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("the quick  fox", ["the", " quick", " ", " fox"]),
+        ("don't", ["don", "'t"]),
+        ("1234567", ["123", "456", "7"]),
+        ("x = y1;\n", ["x", " =", " y", "1", ";\n"]),
+        ("a\n\n    b", ["a", "\n\n", "   ", " b"]),
+        ("a  \r\n \nb", ["a", "  \r\n", " \n", "b"]),
+        ("end   ", ["end", "   "]),
+        ("\t\tif", ["\t", "\tif"]),
+        ("(größer)", ["(größer", ")"]),
+        ("हिन्दी", ["हिन्दी"]),
+        (" ...!?\n\nA", [" ...!?\n\n", "A"]),
+    ],
+)
+def test_pre_tokeniser(text, words):
+    from tokenizers import Regex
+
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    assert [word for word, _ in split.pre_tokenize_str(text)] == words
+
+
+def test_no_learned_token_crosses_the_pre_tokenisers_borders(bpe):
+    merges = json.loads(bpe.codec.data)["model"]["merges"]
+    learned = [bpe.decode_bytes([i]) for i in range(256, bpe.vocab_size - 5)]
+    assert len(merges) == len(learned)
+    assert all(b"\n" not in token.rstrip(b"\r\n") for token in learned)
+    assert all(not token[:-1].strip().isdigit() or len(token) <= 3 for token in learned)

@@ -1,0 +1,82 @@
+"""Special ids come from our own hand only, never from text."""
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+
+
+def test_one_token_opens_and_closes_by_default(make_config, texts):
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), texts)
+    assert tokenizer.special_tokens == {"<|endoftext|>": 299}
+    assert tokenizer.bos_id == tokenizer.eos_id == 299
+    assert tokenizer.pad_id is None
+
+
+def test_special_tokens_have_distinct_ids_in_order(tokenizer):
+    special = tokenizer.special_tokens
+    assert list(special) == ["<|endoftext|>", "<|pad|>", "<|user|>", "the", "[x]"]
+    assert list(special.values()) == list(range(tokenizer.bos_id, tokenizer.bos_id + len(special)))
+    assert tokenizer.pad_id == special["<|pad|>"]
+    for literal, i in special.items():
+        assert tokenizer.decode([i]) == literal
+
+
+def test_a_special_literal_is_ordinary_text_even_where_training_text_was_full_of_it(
+    make_config, tokenizer
+):
+    # "the" is a special token here and the commonest word of the training text.
+    ids = tokenizer.encode("the the<|user|>[x]")
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+    assert tokenizer.decode(ids) == "the the<|user|>[x]"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
+def test_training_text_full_of_reserved_names(make_config, texts, kind):
+    reserved = ["<unk><0x41>", "<|endoftext|> <unk> <0x41>", "\u2581a\u2585b\0c"] * 50
+    tokenizer = train_tokenizer(make_config(kind), texts + reserved)
+    text = "".join(reserved)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_tokens.values())
+
+
+def test_allow_special_gives_ids_for_literals_and_leaves_the_rest_alone(tokenizer):
+    special = tokenizer.special_tokens
+    text = "<|user|>quick\u2581 dog<|endoftext|><|pad|>"
+    assert tokenizer.encode(text, allow_special=True) == [
+        special["<|user|>"],
+        *tokenizer.encode("quick\u2581 dog"),
+        special["<|endoftext|>"],
+        special["<|pad|>"],
+    ]
+
+
+def test_allow_special_takes_bytes_and_lone_surrogates(tokenizer):
+    user = tokenizer.special_tokens["<|user|>"]
+    ids = tokenizer.encode(b"\xff<|user|>\xe7\x8c", allow_special=True)
+    assert user in ids
+    assert tokenizer.decode_bytes(ids) == b"\xff<|user|>\xe7\x8c"
+    ids = tokenizer.encode("\ud800<|user|>", allow_special=True)
+    assert tokenizer.decode_bytes(ids) == b"\xed\xa0\x80<|user|>"
+
+
+def test_the_longest_special_token_wins(texts):
+    config = TokenizerConfig(vocab_size=300, extra_special_tokens=("<a", "<a>", "<a>b"))
+    tokenizer = train_tokenizer(config, texts)
+    special = tokenizer.special_tokens
+    assert tokenizer.encode("<a>b<a><a", allow_special=True) == [
+        special["<a>b"],
+        special["<a>"],
+        special["<a"],
+    ]
+
+
+@pytest.mark.parametrize("literal", ["", "a", "a b", "é!", "<unk>", "<0x0A>", "x" * 65])
+def test_literals_that_could_be_confused_are_refused(literal):
+    with pytest.raises(MaxlmError) as error:
+        TokenizerConfig(extra_special_tokens=("<|ok|>", literal))
+    assert str(error.value) == (
+        f"{literal!r} cannot be a special token; use 2 to 64 printable ASCII characters without "
+        "spaces, other than <unk> and byte names such as <0x0A>"
+    )

@@ -1,0 +1,51 @@
+"""Promise: a cache changes how logits are computed, not what they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.inference.decode import cast_params, decode, prefill
+from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.params import named
+
+
+def test_cached_logits_equal_uncached_ones_at_every_step(tiny):
+    texts = np.random.default_rng(0).integers(0, 67, (3, 23))
+    lengths = np.array([1, 9, 5], np.int32)
+    padded = np.where(np.arange(11) < lengths[:, None], texts[:, :11], 13).astype(np.int32)
+    full = [tiny.logits(text) for text in texts]
+
+    start = jax.jit(lambda p, t, n: prefill(tiny.model, p, t, n, cache_length=24))
+    step = jax.jit(lambda p, t, i, c: decode(tiny.model, p, t, i, c))
+    logits, cache = start(tiny.params, padded, lengths)
+    positions = lengths
+    for _ in range(14):
+        assert logits.dtype == jnp.float32
+        for row, position in enumerate(positions):
+            np.testing.assert_allclose(logits[row], full[row][position - 1], rtol=0, atol=2e-5)
+        fed = np.array([texts[row, position] for row, position in enumerate(positions)])
+        logits, cache = step(tiny.params, fed.astype(np.int32), positions, cache)
+        positions = positions + 1
+
+
+def test_the_logits_are_far_enough_apart_for_the_comparison_to_mean_something(tiny):
+    logits = tiny.logits([1, 2, 3, 4])
+    assert logits.std() > 1
+    assert abs(logits[-1] - tiny.logits([2, 1, 3, 4])[-1]).max() > 0.1
+
+
+def test_cast_once_equals_cast_at_every_use(tiny):
+    model = Decoder(tiny.model.config, rules=tiny.model.rules, dtype=jnp.bfloat16)
+    once = cast_params(model, tiny.params)
+    assert {str(v.dtype) for v in named(once).values()} == {"bfloat16", "float32"}
+    tokens, lengths = np.array([[1, 2, 3, 4, 5]], np.int32), np.array([5], np.int32)
+    run = jax.jit(lambda p: prefill(model, p, tokens, lengths, cache_length=8))
+    (a, cache), (b, _) = run(tiny.params), run(once)
+    assert cache.key.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(a, b)
+
+
+def test_casting_copies_nothing_that_is_in_the_dtype_already(tiny):
+    cast, own = named(cast_params(tiny.model, tiny.params)), named(tiny.params)
+    for name, value in cast.items():
+        assert value.unsafe_buffer_pointer() == own[name].unsafe_buffer_pointer()

@@ -1,0 +1,152 @@
+"""What a decoder makes of its inputs: packed rows, padding, ids out of range, bf16, a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.layers.attention import KVCache
+from maxlm.models.params import bind
+from tests.models import building, reference
+from tests.models.building import GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
+
+
+def forward(config: DecoderConfig, mesh, dtype=jnp.float32):
+    """A jitted ``(tokens, positions, segments) -> (hidden, logits)`` of NumPy arrays."""
+    model = building.decoder(config, mesh, dtype)
+    params = building.on_devices(
+        building.random_params(config, mesh), building.storage(config, mesh)
+    )
+
+    @jax.jit(compiler_options=QUICK)
+    def run(params, tokens, positions, segments):
+        bound = bind(model, params)
+        hidden, _ = bound(tokens, positions, segments)
+        return hidden, bound.logits(hidden)
+
+    def call(tokens, positions, segments=None):
+        arrays = (None if a is None else np.asarray(a, np.int32) for a in (tokens, positions, segments))
+        with jax.set_mesh(mesh):
+            placed = [None if a is None else building.rows(mesh, a)[0] for a in arrays]
+            return jax.device_get(run(params, *placed))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def llama(one_device_mesh):
+    return forward(LLAMA_GQA, one_device_mesh)
+
+
+@pytest.fixture(scope="module")
+def gpt2(one_device_mesh):
+    return forward(GPT2, one_device_mesh)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_packed_document_equals_the_same_document_alone(name, request):
+    run = request.getfixturevalue(name)
+    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    packed, _ = run(tokens, POSITIONS, SEGMENTS)
+    for row, first, last in ((1, 0, 4), (1, 4, 9), (2, 0, 8), (2, 8, 11)):
+        alone, positions, segments = np.zeros((3, *SEGMENTS.shape), np.int32)
+        size = last - first
+        alone[0, :size] = tokens[row, first:last]
+        positions[0, :size], segments[0, :size] = np.arange(size), 7
+        hidden, _ = run(alone, positions, segments)
+        np.testing.assert_allclose(hidden[0, :size], packed[row, first:last], atol=2e-5)
+
+
+def test_later_tokens_and_other_documents_change_nothing(llama):
+    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    before, _ = llama(tokens, POSITIONS, SEGMENTS)
+    changed = tokens.copy()
+    changed[1, :4] += 1  # the first document of row 1
+    changed[0, 6:] += 1
+    after, _ = llama(changed, POSITIONS, SEGMENTS)
+    np.testing.assert_array_equal(after[1, 4:9], before[1, 4:9])
+    np.testing.assert_array_equal(after[0, :6], before[0, :6])
+    assert np.abs(after[0, 6:] - before[0, 6:]).max(axis=-1).min() > 0
+
+
+def test_without_segments_each_row_is_one_document(llama):
+    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    positions = np.broadcast_to(np.arange(11), SEGMENTS.shape)
+    bare, _ = llama(tokens, positions)
+    ones, _ = llama(tokens, positions, np.ones_like(SEGMENTS))
+    np.testing.assert_allclose(bare, ones, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [-1, GPT2.vocab_size, 2**31 - 1])
+def test_a_token_outside_the_vocabulary_gives_nan_in_its_row_alone(gpt2, bad):
+    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens[1, 3] = bad
+    hidden, _ = gpt2(tokens, POSITIONS, SEGMENTS)
+    assert np.isnan(hidden[1, 3]).all()
+    assert np.isfinite(hidden[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("bad", [-1, GPT2.max_seq_len])
+def test_a_position_past_the_learned_table_gives_nan(gpt2, bad):
+    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    positions = POSITIONS.copy()
+    positions[2, 5] = bad
+    hidden, _ = gpt2(tokens, positions, SEGMENTS)
+    assert np.isnan(hidden[2, 5]).all()
+    assert np.isfinite(hidden[:2]).all()
+
+
+def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(one_device_mesh):
+    mesh = one_device_mesh
+    values = building.random_params(LLAMA_GQA, mesh)
+    tokens, targets, weights = building.tokens_and_targets(LLAMA_GQA.vocab_size, SEGMENTS.shape)
+    with jax.set_mesh(mesh):
+        params = building.on_devices(values, building.storage(LLAMA_GQA, mesh))
+        names = ("tokens", "positions", "segments", "targets", "weights")
+        arrays = building.rows(mesh, tokens, POSITIONS, SEGMENTS, targets, weights)
+        batch = dict(zip(names, arrays, strict=True))
+        model = building.decoder(LLAMA_GQA, mesh, jnp.bfloat16)
+        step = jax.jit(
+            jax.value_and_grad(lambda p, b: building.loss(model, p, b), has_aux=True),
+            compiler_options=QUICK,
+        )
+        (_, (hidden, logits)), grads = step(params, batch)
+    assert hidden.dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves((params, grads))} == {jnp.dtype(jnp.float32)}
+    config = LLAMA_GQA.model_dump()
+    for row in range(len(SEGMENTS)):
+        _, exact = reference.decoder(config, values, tokens[row], POSITIONS[row], SEGMENTS[row])
+        error = np.abs(np.asarray(logits)[row] - exact).max() / np.abs(exact).max()
+        assert 1e-5 < error < 5e-2  # neither exact (fp32 by mistake) nor far away
+
+
+def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(one_device_mesh):
+    """7 at once, then one by one; unwritten slots of the cache hold large garbage."""
+    mesh, config = one_device_mesh, LLAMA_GQA
+    values = building.random_params(config, mesh)
+    tokens, _, _ = building.tokens_and_targets(config.vocab_size, (2, 11))
+    model = building.decoder(config, mesh)
+
+    @jax.jit(compiler_options=QUICK)
+    def advance(params, tokens, positions, cache):
+        bound = bind(model, params)
+        hidden, cache = bound(tokens, positions, None, cache)
+        return bound.logits(hidden), cache
+
+    with jax.set_mesh(mesh):
+        params = building.on_devices(values, building.storage(config, mesh))
+        shape = (config.num_layers, 2, config.max_seq_len, 2, 6)
+        cache = KVCache(jnp.full(shape, 1e3), jnp.full(shape, -1e3))
+        found = []
+        for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
+            positions = np.broadcast_to(np.arange(first, last, dtype=np.int32), (2, last - first))
+            logits, cache = advance(params, tokens[:, first:last], positions, cache)
+            found.append(np.asarray(logits))
+    found = np.concatenate(found, axis=1)
+    for row in range(2):
+        _, exact = reference.decoder(
+            config.model_dump(), values, tokens[row], np.arange(11), np.ones(11)
+        )
+        assert np.abs(found[row] - exact).max() <= 1e-5 * np.abs(exact).max()

@@ -1,0 +1,138 @@
+"""Parameters: declared once, initialised by name and layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.params import bind, init_params, named, param_specs
+from maxlm.sharding import AxisRules
+from tests.models.building import GPT2, LLAMA_GQA
+
+WIDE = DecoderConfig.model_validate(
+    {
+        "vocab_size": 301,
+        "num_layers": 3,
+        "d_model": 64,
+        "max_seq_len": 77,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 24, "bias": True},
+        "mlp": {"d_ff": 90},
+        "norm": {"kind": "layernorm", "bias": True},
+        "positions": {"kind": "learned"},
+        "init_std": 0.05,
+    }
+)
+
+
+def model(config: DecoderConfig) -> Decoder:
+    return Decoder(config, rules=AxisRules(), dtype=jnp.float32)
+
+
+def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    params = init_params(param_specs(model(config)), jax.random.key(seed))
+    return {name: np.asarray(value) for name, value in named(params).items()}
+
+
+def test_declarations_of_a_llama():
+    specs = named(param_specs(model(LLAMA_GQA)))
+    found = {n: (s.shape, s.axes, s.role, s.contract) for n, s in specs.items()}
+    queries = ("layers", "embed", "heads", "head_dim")
+    keys = ("layers", "embed", "kv_heads", "head_dim")
+    scale = ((3, 14), ("layers", None), "vector", ())
+    wide = ((3, 14, 18), ("layers", "embed", "mlp"), "matrix", (1,))
+    assert found == {
+        "embedding.table": ((41, 14), ("vocab", "embed"), "table", ()),
+        "final_norm.scale": ((14,), (None,), "vector", ()),
+        "head.kernel": ((14, 41), ("embed", "vocab"), "table", (0,)),
+        "layers.attention.key.kernel": ((3, 14, 2, 6), keys, "matrix", (1,)),
+        "layers.attention.out.kernel": (
+            (3, 4, 6, 14),
+            ("layers", "heads", "head_dim", "embed"),
+            "matrix",
+            (1, 2),
+        ),
+        "layers.attention.query.kernel": ((3, 14, 4, 6), queries, "matrix", (1,)),
+        "layers.attention.value.kernel": ((3, 14, 2, 6), keys, "matrix", (1,)),
+        "layers.attention_norm.scale": scale,
+        "layers.mlp.down.kernel": ((3, 18, 14), ("layers", "mlp", "embed"), "matrix", (1,)),
+        "layers.mlp.gate.kernel": wide,
+        "layers.mlp.up.kernel": wide,
+        "layers.mlp_norm.scale": scale,
+    }
+    assert {s.dtype for s in specs.values()} == {jnp.float32}
+
+
+def test_gpt2_ties_its_head_and_has_every_bias():
+    names = named(param_specs(model(GPT2)))
+    assert "head.kernel" not in names
+    biases = {n for n in names if n.endswith(".bias")}
+    assert biases == {
+        *(f"layers.attention.{n}.bias" for n in ("query", "key", "value", "out")),
+        *(f"layers.mlp.{n}.bias" for n in ("up", "down")),
+        *(f"{n}.bias" for n in ("layers.attention_norm", "layers.mlp_norm", "final_norm")),
+    }
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, np.ndarray]:
+    return initial(WIDE)
+
+
+def test_initial_values_have_the_configured_deviation(values):
+    """Within five standard errors; maps into the residual stream are scaled by 1/√(2L)."""
+    tables = {"embedding.table", "positions.table", "head.kernel"}
+    into_residual = {"layers.attention.out.kernel", "layers.mlp.down.kernel"}
+    for name, x in values.items():
+        if name.endswith("scale"):
+            assert (x == 1).all(), name
+        elif name.endswith("bias"):
+            assert (x == 0).all(), name
+        else:
+            std = 0.05 / np.sqrt(6) if name in into_residual else 0.05
+            assert abs(x.mean()) < 5 * std / np.sqrt(x.size), name
+            assert abs(x.std() / std - 1) < 5 / np.sqrt(2 * x.size), name
+            assert np.abs(x).max() < 2.3 * std, name  # cut at two deviations before the cut
+    assert tables | into_residual <= set(values)
+
+
+def test_equal_keys_give_equal_parameters_and_others_do_not(values):
+    again, other = initial(WIDE), initial(WIDE, seed=1)
+    for name, x in values.items():
+        np.testing.assert_array_equal(x, again[name])
+        if not name.endswith(("scale", "bias")):
+            assert (x != other[name]).mean() > 0.99, name
+
+
+def test_every_layer_and_every_parameter_differs(values):
+    kernels = {n: x for n, x in values.items() if n.endswith("kernel") and n.startswith("layers")}
+    for name, x in kernels.items():
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            assert (x[i] != x[j]).mean() > 0.99, name
+    gate, up = values["layers.mlp.gate.kernel"], values["layers.mlp.up.kernel"]
+    assert (gate != up).mean() > 0.99
+
+
+def test_a_deeper_model_begins_with_the_same_layers(values):
+    deeper = initial(WIDE.model_copy(update={"num_layers": 5}))
+    for name in ("layers.attention.query.kernel", "layers.mlp.up.kernel"):
+        np.testing.assert_array_equal(deeper[name][:3], values[name])
+    np.testing.assert_array_equal(deeper["embedding.table"], values["embedding.table"])
+
+
+def test_binding_leaves_the_module_as_it_was():
+    declared = model(LLAMA_GQA)
+    params = init_params(param_specs(declared), jax.random.key(0))
+    bound = bind(declared, params)
+    np.testing.assert_array_equal(bound.embedding.table[...], params["embedding"]["table"])
+    assert isinstance(declared.embedding.table[...], jax.ShapeDtypeStruct)
+    assert param_specs(bound) == param_specs(declared)
+
+
+def test_binding_refuses_parameters_of_another_model():
+    declared = model(LLAMA_GQA)
+    params = init_params(param_specs(declared), jax.random.key(0))
+    with pytest.raises(AssertionError, match="params hold names the module lacks"):
+        bind(declared, {**params, "extra": jnp.zeros(3)})
+    with pytest.raises(KeyError, match="head"):
+        bind(declared, {k: v for k, v in params.items() if k != "head"})

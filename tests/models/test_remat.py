@@ -1,0 +1,75 @@
+"""Remat policies trade memory for work and change no result."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.models import building
+from tests.models.building import GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
+
+POLICIES = ("none", "matmuls", "attention", "full")
+
+
+@pytest.fixture(scope="module")
+def inputs(one_device_mesh):
+    mesh = one_device_mesh
+    tokens, targets, weights = building.tokens_and_targets(23, SEGMENTS.shape)
+    arrays = building.rows(mesh, tokens, POSITIONS, SEGMENTS, targets, weights)
+    names = ("tokens", "positions", "segments", "targets", "weights")
+    return mesh, dict(zip(names, arrays, strict=True))
+
+
+def test_loss_and_gradients_are_the_same_under_every_policy(inputs):
+    mesh, batch = inputs
+    results = {}
+    with jax.set_mesh(mesh):
+        params = building.on_devices(
+            building.random_params(LLAMA_GQA, mesh), building.storage(LLAMA_GQA, mesh)
+        )
+        for policy in POLICIES:
+            model = building.decoder(LLAMA_GQA.model_copy(update={"remat": policy}), mesh)
+            step = jax.jit(
+                jax.value_and_grad(lambda p, m=model: building.loss(m, p, batch)[0]),
+                compiler_options=QUICK,
+            )
+            results[policy] = jax.device_get(step(params))
+    loss, grads = results["none"]
+    for policy in POLICIES[1:]:
+        np.testing.assert_allclose(results[policy][0], loss, rtol=1e-6)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max()),
+            results[policy][1],
+            grads,
+        )
+
+
+def saved_per_token_and_layer(config, mesh, batch) -> int:
+    """Elements of a layer that the forward pass hands to the backward pass, for each token."""
+    model = building.decoder(config, mesh)
+
+    def residuals(params):
+        return jax.vjp(lambda p: building.loss(model, p, batch)[0], params)[1]
+
+    with jax.set_mesh(mesh):
+        params = building.on_devices(
+            building.random_params(config, mesh), building.storage(config, mesh)
+        )
+        kept = jax.tree.leaves(jax.eval_shape(residuals, params))
+    of_layers = [x for x in kept if x.shape[:3] == (config.num_layers, *SEGMENTS.shape)]
+    return sum(x.size for x in of_layers) // (config.num_layers * SEGMENTS.size)
+
+
+@pytest.mark.parametrize("config", [LLAMA_GQA, GPT2], ids=["llama", "gpt2"])
+def test_each_policy_keeps_what_it_documents(inputs, config):
+    D, F = config.d_model, config.mlp.d_ff
+    heads = config.attention
+    queries, keys = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+    hidden = 2 * F if config.mlp.gated else F
+    kept = {
+        policy: saved_per_token_and_layer(config.model_copy(update={"remat": policy}), *inputs)
+        for policy in POLICIES
+    }
+    assert kept["full"] == D
+    assert kept["attention"] == D + queries
+    assert kept["matmuls"] == D + queries + (queries + 2 * keys) + hidden
+    assert kept["none"] > kept["matmuls"]

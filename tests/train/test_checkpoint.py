@@ -1,0 +1,318 @@
+"""Checkpoints: written on one layout and read on another, interrupted, broken, or not ours."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from maxlm.config import MaxlmError
+from maxlm.train.checkpoint import CheckpointConfig, Checkpointer, check_same, named_leaves
+
+ROOT = Path(__file__).parents[2]
+METADATA = {"config": {"model": {"d_model": 6}}, "loader": 3}
+
+
+def make_state(fill=None):
+    """Parameters, AdamW's state over them and a step, as numpy; odd sizes, known values."""
+    random = np.random.default_rng(7)
+
+    def array(*shape):
+        value = random.normal(size=shape) if fill is None else np.full(shape, fill)
+        return value.astype(np.float32)
+
+    params = {"embed": {"table": array(10, 8)}, "layers": {"up": array(3, 8, 14)}}
+    opt_state = optax.scale_by_adam().init(params)
+    opt_state = opt_state._replace(nu=jax.tree.map(lambda p: np.asarray(p**2), params))
+    return {
+        "params": params,
+        "opt_state": jax.tree.map(np.asarray, (optax.EmptyState(), opt_state)),
+        "step": np.int32(12 if fill is None else fill),
+    }
+
+
+def on_one_device(state):
+    return jax.tree.map(jnp.array, state)
+
+
+def abstract(state):
+    here = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+
+
+def save(folder, *steps, state=None, **config):
+    with Checkpointer(folder, CheckpointConfig(**{"every_steps": 1, **config})) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, on_one_device(state or make_state()), METADATA)
+
+
+def start(script, *args):
+    return subprocess.Popen(
+        [sys.executable, "-c", script, __file__, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def finish(*processes):
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        assert out.endswith("done\n"), err[-3000:]
+
+
+# Restores argv[2] onto a mesh, checks every bit and layout, and saves what it got to argv[3].
+ON_EIGHT_DEVICES = """
+import jax, numpy as np, runpy, sys
+_, here, source, target, *cluster = sys.argv
+jax.config.update("jax_num_cpu_devices", 4 if cluster else 8)
+if cluster:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{cluster[0]}", 2, int(cluster[1]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from maxlm.sharding import MeshConfig, make_mesh
+from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+want = runpy.run_path(here)["make_state"]()
+specs = {0: P(), 2: P("tensor", "fsdp"), 3: P(None, "fsdp", "tensor")}
+asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=NamedSharding(mesh, specs[x.ndim])), want)
+with Checkpointer(source, read_only=True) as checkpoints:
+    state = checkpoints.restore(None, asked)
+    params = checkpoints.restore_params(12, asked["params"])
+assert jax.tree.structure(state) == jax.tree.structure(want)
+def check(got, asked, want):
+    assert got.sharding == asked.sharding
+    for shard in got.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[shard.index])
+jax.tree.map(check, state, asked, want)
+jax.tree.map(check, params, asked["params"], want["params"])
+with Checkpointer(target, CheckpointConfig()) as checkpoints:
+    assert checkpoints.save(12, state, {"config": {}}, force=True)
+print("done")
+"""
+
+
+def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_path):
+    one, eight, two = tmp_path / "one", tmp_path / "eight", tmp_path / "two"
+    save(one, 12)
+    finish(start(ON_EIGHT_DEVICES, one, eight))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    finish(*(start(ON_EIGHT_DEVICES, eight, two, port, process) for process in (0, 1)))
+    want = make_state()
+    for folder in (one, eight, two):
+        with Checkpointer(folder, read_only=True) as checkpoints:
+            assert_same(checkpoints.restore(None, abstract(want)), want)
+
+
+# Saves states filled with their own step, one after the other, until killed.
+SAVES_FOR_EVER = """
+import itertools, runpy, sys
+here = runpy.run_path(sys.argv[1])
+from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+checkpoints = Checkpointer(sys.argv[2], CheckpointConfig(keep_last=1))
+start = (checkpoints.latest() or 0) + 1
+for step in itertools.count(start):
+    state = here["on_one_device"](here["make_state"](step))
+    checkpoints.save(step, state, {"at": step}, force=True)
+    print(step, flush=True)
+"""
+
+
+def kill_mid_save(process, folder):
+    """Freeze it again and again until a save is under way, then kill it there and then."""
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), process.stderr.read()
+        if any(not path.name.isdigit() for path in folder.iterdir()):
+            process.kill()
+            return
+        process.send_signal(signal.SIGCONT)
+
+
+def test_kill_9_while_saving_leaves_the_old_or_the_new_checkpoint(tmp_path):
+    for _ in range(2):
+        process = start(SAVES_FOR_EVER, tmp_path)
+        begun = [int(process.stdout.readline()) for _ in range(2)]
+        kill_mid_save(process, tmp_path)
+        begun += map(int, process.communicate()[0].split())
+        with Checkpointer(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+            step = checkpoints.latest()
+            # A save is only begun once the one before it is complete.
+            assert begun[-1] - 1 <= step <= begun[-1] + 1
+            want = make_state(step)
+            assert_same(checkpoints.restore(step, abstract(want)), want)
+            assert checkpoints.metadata(step)["at"] == step
+        leftovers = {path.name for path in tmp_path.iterdir()} - {str(step)}
+        assert not leftovers, "of the interrupted save"
+
+
+def test_arrays_can_be_donated_as_soon_as_save_returns(tmp_path):
+    state = {f"a{i}": jnp.full((250, 1000), float(i)) for i in range(20)}
+    want = {name: np.full((250, 1000), i, np.float32) for i, name in enumerate(state)}
+    next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, force=True)
+        for _ in range(10):
+            state = next_step(state)
+        assert_same(checkpoints.restore(1, abstract(want)), want)
+
+
+def test_saves_when_due_or_forced_and_once_a_step(tmp_path):
+    state = {"params": {"a": jnp.ones(3)}}
+    with Checkpointer(tmp_path, CheckpointConfig(every_steps=4, keep_last=9)) as checkpoints:
+        assert checkpoints.latest() is None
+        begun = [checkpoints.save(step, state, {}) for step in range(3, 9)]
+        assert begun == [False, True, False, False, False, True]
+        assert checkpoints.save(8, state, {}, force=True) is False
+        assert checkpoints.save(9, state, {}, force=True) is True
+        assert (checkpoints.steps(), checkpoints.latest()) == ([4, 8, 9], 9)
+    with Checkpointer(tmp_path / "never", CheckpointConfig(every_steps=0)) as checkpoints:
+        assert checkpoints.save(0, state, {}) is False
+
+
+def test_keeps_the_newest_and_the_multiples(tmp_path):
+    save(tmp_path, *range(1, 9), state={"params": np.ones(2)}, keep_last=2, keep_every=3)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [3, 6, 7, 8]
+
+
+def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
+    save(tmp_path, 3, 5)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        metadata = checkpoints.metadata()
+    assert metadata == METADATA | {"step": 5, "versions": metadata["versions"]}
+    assert metadata["versions"]["jax"] == jax.__version__
+
+
+def test_synchronous_saving_is_complete_when_save_returns(tmp_path):
+    with Checkpointer(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
+        checkpoints.save(1, on_one_device(make_state()), METADATA, force=True)
+        with Checkpointer(tmp_path, read_only=True) as reader:
+            assert_same(reader.restore(1, abstract(make_state())), make_state())
+
+
+def test_restores_parameters_alone_in_another_dtype(tmp_path):
+    save(tmp_path, 1)
+    want = make_state()["params"]
+    asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), want)
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        params = checkpoints.restore_params(None, asked)
+    assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), want))
+
+
+def test_names_are_paths_of_keys_attributes_and_indices():
+    names = list(named_leaves(make_state()))
+    assert names[:2] == ["opt_state.1.count", "opt_state.1.mu.embed.table"]
+    assert names[-2:] == ["params.layers.up", "step"]
+
+
+def message(call, *args):
+    with pytest.raises(MaxlmError) as error:
+        call(*args)
+    return str(error.value)
+
+
+def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):
+    missing = tmp_path / "missing"
+    with pytest.raises(MaxlmError) as error:
+        Checkpointer(missing, read_only=True)
+    assert str(error.value) == f"{missing}: no such folder; name a run's checkpoints"
+    assert not missing.exists()
+    with Checkpointer(tmp_path) as checkpoints:
+        empty = f"{tmp_path}: no checkpoint here; train for longer"
+        assert message(checkpoints.restore, None, {}) == empty
+        assert message(checkpoints.metadata) == empty
+        assert message(checkpoints.restore_params, 3, {}) == empty
+
+
+def test_a_missing_step_is_an_error_that_names_those_there_are(tmp_path):
+    save(tmp_path, 2, 4, state={"params": np.ones(2)})
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        assert message(checkpoints.metadata, 3) == (
+            f"{tmp_path}: no checkpoint of step 3; use one of 2, 4"
+        )
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "checkpoints"
+    with pytest.raises(MaxlmError) as error:
+        Checkpointer(folder)
+    assert str(error.value).startswith(f"{folder}: cannot keep checkpoints here (")
+    assert str(error.value).endswith("; name a folder that can be written")
+
+
+def test_another_models_checkpoint_is_refused_naming_the_first_parameter(tmp_path):
+    save(tmp_path, 1)
+    fix = "use the config it was trained with, or another run folder"
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        wider = make_state()
+        wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
+        assert message(checkpoints.restore, 1, abstract(wider)) == (
+            f"{tmp_path}/1: checkpoint of another model: params.layers.up is [3, 8, 14] in it, "
+            f"[3, 8, 15] in this run; {fix}"
+        )
+        assert "params.layers.up" in message(
+            checkpoints.restore_params, 1, abstract(wider["params"])
+        )
+        more = make_state()
+        more["params"]["head"] = np.ones((8, 10), np.float32)
+        assert message(checkpoints.restore, 1, abstract(more)) == (
+            f"{tmp_path}/1: checkpoint of another model: params.head is absent in it, "
+            f"[8, 10] in this run; {fix}"
+        )
+        fewer = make_state()
+        del fewer["params"]["embed"]
+        assert message(checkpoints.restore_params, 1, abstract(fewer["params"])) == (
+            f"{tmp_path}/1: checkpoint of another model: params.embed.table is [10, 8] in it, "
+            f"absent in this run; {fix}"
+        )
+        other = make_state() | {"opt_state": ()}
+        assert message(checkpoints.restore, 1, abstract(other)) == (
+            f"{tmp_path}/1: checkpoint of another optimizer or training state: opt_state.1.count "
+            f"is [] in it, absent in this run; {fix}"
+        )
+
+
+def test_an_unreadable_checkpoint_is_an_error(tmp_path):
+    save(tmp_path, 1, 2)
+    for path in (tmp_path / "2").rglob("*"):
+        if path.is_file() and "commit_success" not in path.name:
+            path.write_bytes(b"\x00broken")
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        for call in (checkpoints.restore, checkpoints.restore_params):
+            text = message(call, 2, abstract(make_state()))
+            assert text.startswith(f"{tmp_path}: checkpoint 2 is unreadable (")
+            assert text.endswith("; restore another step")
+        assert "checkpoint 2 is unreadable" in message(checkpoints.metadata, 2)
+        assert_same(checkpoints.restore(1, abstract(make_state())), make_state())
+
+
+def test_a_different_config_is_refused_where_it_must_be_the_same():
+    saved = {"model": {"layers": 2, "norm": {"eps": 1e-5}}, "seed": 1, "steps": 10}
+    check_same(saved, saved | {"steps": 20}, ["model", "seed"])
+    check_same(saved, saved | {"model_name": "x"}, ["model", "seed"])
+    changed = {"model": {"layers": 3, "norm": {"eps": 1e-5}}, "seed": 2, "steps": 20}
+    assert message(check_same, saved, changed, ["model", "seed"], "runs/a") == (
+        "runs/a: the checkpoint was written with another config: model.layers=2 became 3, "
+        "seed=1 became 2; set them back, or train in another run folder"
+    )

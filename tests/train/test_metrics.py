@@ -1,0 +1,214 @@
+"""Metrics: the numbers, the files a killed and resumed run leaves, what is shown and drawn."""
+
+import io
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.train.display import ConsoleDisplay, duration, plot_loss, summary
+from maxlm.train.metrics import (
+    MetricsLog,
+    global_norm,
+    memory_record,
+    mfu,
+    read_records,
+    tree_norms,
+)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_norms_are_global_and_summed_in_fp32():
+    random = np.random.default_rng(0)
+    tree = {"a": random.normal(size=(7, 3)), "b": {"c": random.normal(size=11)}}
+    want = np.sqrt(sum((x**2).sum() for x in (tree["a"], tree["b"]["c"])))
+    got = tree_norms(
+        *(jax.tree.map(lambda x, k=k: jnp.float32(k * x), tree) for k in (1.0, 2.0, 3.0))
+    )
+    assert list(got) == ["grad_norm", "param_norm", "update_norm"]
+    np.testing.assert_allclose(list(got.values()), [want, 2 * want, 3 * want], rtol=1e-6)
+    # In bf16 itself, a sum of ones stalls at 256.
+    assert global_norm({"ones": jnp.ones(10_000, jnp.bfloat16)}) == 100.0
+    assert global_norm({}).dtype == jnp.float32
+
+
+def test_mfu_is_the_share_of_peak():
+    assert mfu(tokens_per_second=1000, flops_per_token=6e9, peak_flops=2e13) == pytest.approx(0.3)
+
+
+def test_memory_is_labelled_by_what_was_measured():
+    record = memory_record()
+    assert list(record) == ["process_memory_peak"]  # the CPU backend counts nothing
+    assert 50e6 < record["process_memory_peak"] < 1e12
+
+
+def run(folder, steps, resume_step=0, **options):
+    with MetricsLog(folder, resume_step, **options) as log:
+        log.event("resume" if resume_step else "start", resume_step)
+        for step in steps:
+            log.log(step, {"loss": jnp.float32(1 / step), "tokens": 8 * step})
+
+
+def test_an_interrupted_runs_file_equals_an_unbroken_ones(tmp_path):
+    run(tmp_path / "whole", range(1, 8), tensorboard=False)
+    run(tmp_path / "broken", range(1, 6), tensorboard=False)
+    with (tmp_path / "broken/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    run(tmp_path / "broken", range(4, 8), resume_step=3, tensorboard=False)
+    whole, broken = (tmp_path / name / "metrics.jsonl" for name in ("whole", "broken"))
+    assert broken.read_bytes() == whole.read_bytes()
+    assert lines(whole)[2] == {"step": 3, "loss": pytest.approx(1 / 3), "tokens": 24}
+    assert [p.name for p in sorted((tmp_path / "broken").iterdir())] == [
+        "events.jsonl",
+        "metrics.jsonl",
+    ]
+
+
+def test_events_only_grow_and_have_wall_times(tmp_path):
+    run(tmp_path, [1], tensorboard=False)
+    run(tmp_path, [2], resume_step=1, tensorboard=False)
+    with MetricsLog(tmp_path, 2, tensorboard=False) as log:
+        log.event("stop", 2, reason="interrupt")
+    events = lines(tmp_path / "events.jsonl")
+    assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("resume", 1), ("stop", 2)]
+    assert events[-1]["reason"] == "interrupt"
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)
+
+
+def test_a_new_run_begins_an_empty_file(tmp_path):
+    run(tmp_path, [1, 2], tensorboard=False)
+    run(tmp_path, [1], tensorboard=False)
+    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_lacks_is_null(tmp_path, value):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.log(1, {"loss": value})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_tensorboard_has_every_scalar(tmp_path):
+    run(tmp_path, [1, 2])
+    run(tmp_path, [2], resume_step=1)
+    files = sorted((tmp_path / "tensorboard").iterdir())
+    data = b"".join(path.read_bytes() for path in files)
+    assert data.count(b"loss") == 3
+    assert struct.pack("<f", 0.5) in data
+
+
+def test_other_processes_write_nothing(tmp_path):
+    run(tmp_path / "none", [1, 2], write=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "run"
+    with pytest.raises(MaxlmError) as error:
+        MetricsLog(folder)
+    assert str(error.value) == (
+        f"{folder}: cannot write metrics (Not a directory); name a folder that can be written"
+    )
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+RECORD = {
+    "loss": 2.5,
+    "learning_rate": 3e-4,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.421,
+    "loader_wait": 0.0012,
+}
+SHOWN = "loss 2.5000 · lr 3.00e-04 · 12,346 tokens/s · MFU 42.1% · loader wait 0.1%"
+
+
+def test_the_summary_leaves_out_what_is_missing():
+    assert summary(RECORD) == SHOWN
+    assert summary({"loss": 2.5, "mfu": None, "other": 1}) == "loss 2.5000"
+
+
+def test_plain_lines_have_rate_and_eta_and_are_not_printed_too_often():
+    stream = io.StringIO()
+    with ConsoleDisplay(20, start_step=10, every_seconds=1e9, stream=stream) as display:
+        for step in range(11, 21):
+            display.update(step, RECORD)
+        display.message("held out: 1.23 bits per byte")
+    first, last, message = stream.getvalue().splitlines()
+    assert first.startswith(f"step 11/20 · {SHOWN} · ")
+    assert last.startswith(f"step 20/20 · {SHOWN} · ")
+    assert " steps/s · ETA " in first
+    assert last.endswith("ETA 0:00")
+    assert message == "held out: 1.23 bits per byte"
+
+
+def test_a_terminal_gets_a_bar_that_ends_full(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal()
+    with ConsoleDisplay(20, stream=stream) as display:
+        display.update(7, RECORD)
+        display.message("a [bold] note")
+        display.update(20, RECORD)
+    shown = stream.getvalue()
+    assert "20/20" in shown
+    assert "MFU 42.1%" in shown
+    assert "a [bold] note" in shown
+    assert "\x1b[" in shown
+
+
+def test_other_processes_show_nothing():
+    stream = Terminal()
+    with ConsoleDisplay(20, show=False, stream=stream) as display:
+        display.update(20, RECORD)
+        display.message("hello")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3723, "1:02:03"), (90061, "25:01:01")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_plot_is_a_png_of_training_and_held_out_losses(tmp_path):
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        for step in range(1, 30):
+            held_out = {"eval_loss": 5 / step + 0.1} if step % 10 == 0 else {}
+            log.log(step, {"loss": 5 / step, "tokens": 512 * step, **held_out})
+    image = tmp_path / "plots.png"
+    plot_loss(tmp_path / "metrics.jsonl", image)
+    data = image.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (1200, 675)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "loss": null}\n'])
+def test_nothing_to_plot_is_an_error(tmp_path, content):
+    path = tmp_path / "metrics.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(MaxlmError) as error:
+        plot_loss(path, tmp_path / "loss.png")
+    assert str(error.value) == f"{path}: no losses to plot; train for a few steps first"
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_records_skip_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert [r["step"] for r in read_records(path)] == [1, 2]

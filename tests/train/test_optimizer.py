@@ -1,0 +1,305 @@
+"""Optimizers against independent float64 formulas, and sharded against one device."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.models.params import ParamSpec
+from maxlm.sharding import abstract_mesh
+from maxlm.sharding.rules import StorageRules
+from maxlm.train.optimizer import (
+    OptimizerConfig,
+    abstract_opt_state,
+    make_optimizer,
+    opt_state_shardings,
+)
+
+ROOT = Path(__file__).parents[2]
+LR, WD = 0.01, 0.3
+KINDS = ["adamw", "lion", "adafactor", "muon"]
+
+
+def make_specs():
+    """One of each role; heads before and after, a stack of layers, odd sizes."""
+    return {
+        "embed": {
+            "table": ParamSpec((10, 6), ("vocab", "embed"), jax.nn.initializers.normal(), "table")
+        },
+        "norm": ParamSpec((6,), ("embed",), jax.nn.initializers.normal(), "vector"),
+        "layers": {
+            "scale": ParamSpec((3, 6), ("layers", "embed"), jax.nn.initializers.normal(), "vector"),
+            "query": ParamSpec(
+                (3, 6, 2, 5),
+                ("layers", "embed", "heads", "head_dim"),
+                jax.nn.initializers.normal(),
+                "matrix",
+                (1,),
+            ),
+            "output": ParamSpec(
+                (3, 2, 5, 6),
+                ("layers", "heads", "head_dim", "embed"),
+                jax.nn.initializers.normal(),
+                "matrix",
+                (1, 2),
+            ),
+            "up": ParamSpec(
+                (3, 6, 14), ("layers", "embed", "mlp"), jax.nn.initializers.normal(), "matrix", (1,)
+            ),
+        },
+    }
+
+
+SPECS = make_specs()
+
+
+def values(seed, specs=SPECS):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda s: random.normal(size=s.shape).astype(np.float32), specs)
+
+
+def run(config, steps=3):
+    """(parameters, gradients of each step, parameters after each step), the last two lists."""
+    optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
+    grads, after = [values(step + 1) for step in range(steps)], [values(0)]
+    state, step = jax.jit(optimizer.init)(after[0]), jax.jit(partial(one_step, optimizer))
+    for g in grads:
+        params, state = step(after[-1], state, g)
+        after.append(params)
+    return after[0], grads, after[1:]
+
+
+def one_step(optimizer, params, state, grads):
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def f64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def per_leaf(formula, params, grads, decay=True):
+    """Run ``formula(t, g, memory) -> direction`` for each leaf in numpy, then decay and step."""
+
+    def leaf(spec, p, *gs):
+        memory = {}
+        for t, g in enumerate(gs, start=1):
+            direction = formula(t, g, memory)
+            p = p - LR * (direction + (WD * p if decay and spec.role != "vector" else 0.0))
+        return p
+
+    return jax.tree.map(leaf, SPECS, f64(params), *map(f64, grads))
+
+
+def assert_close(got, want, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), f64(got), want)
+
+
+def test_adamw_equals_its_formula_with_decay_on_matrices_and_tables_only():
+    b1, b2, eps = 0.8, 0.9, 1e-3
+    config = OptimizerConfig(b1=b1, b2=b2, eps=eps, weight_decay=WD, clip_norm=None)
+
+    def adam(t, g, memory):
+        memory["m"] = b1 * memory.get("m", 0) + (1 - b1) * g
+        memory["v"] = b2 * memory.get("v", 0) + (1 - b2) * g**2
+        return memory["m"] / (1 - b1**t) / (np.sqrt(memory["v"] / (1 - b2**t)) + eps)
+
+    params, grads, after = run(config)
+    assert_close(after[-1], per_leaf(adam, params, grads), rtol=1e-5, atol=1e-6)
+
+
+def test_lion_equals_its_formula_with_decay_on_matrices_and_tables_only():
+    b1, b2 = 0.9, 0.7
+    config = OptimizerConfig(kind="lion", b1=b1, b2=b2, weight_decay=WD, clip_norm=None)
+
+    def lion(t, g, memory):
+        m = memory.get("m", 0.0)
+        memory["m"] = b2 * m + (1 - b2) * g
+        return np.sign(b1 * m + (1 - b1) * g)
+
+    params, grads, after = run(config)
+    assert_close(after[-1], per_leaf(lion, params, grads), rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_equals_optax_on_each_layers_matrix():
+    config = OptimizerConfig(kind="adafactor", weight_decay=0.0, clip_norm=None)
+    params, grads, after = run(config)
+    reference = optax.adafactor(LR, min_dim_size_to_factor=1, multiply_by_parameter_scale=False)
+    init, step = jax.jit(reference.init), jax.jit(partial(one_step, reference))
+    flat = {"query": (6, 10), "output": (10, 6), "up": (6, 14), "scale": (6,)}
+    for name, shape in flat.items():
+        for layer in range(3):
+            p = params["layers"][name][layer].reshape(shape)
+            state = init(p)
+            for g in grads:
+                p, state = step(p, state, g["layers"][name][layer].reshape(shape))
+            got = after[-1]["layers"][name][layer].reshape(shape)
+            np.testing.assert_allclose(got, p, rtol=1e-5, atol=1e-6, err_msg=f"{name} {layer}")
+
+
+def test_muon_orthogonalises_each_layers_matrix_and_leaves_the_rest_to_adamw():
+    shared = {"weight_decay": 0.0, "clip_norm": None}
+    config = OptimizerConfig(kind="muon", update_rms=0.2, **shared)
+    params, _, after = run(config, steps=1)
+    adamw = run(OptimizerConfig(kind="adamw", **shared), steps=1)[2]
+    flat = {"query": (6, 10), "output": (10, 6), "up": (6, 14)}
+    for name, shape in flat.items():
+        moved = (np.asarray(after[-1]["layers"][name]) - params["layers"][name]) / -LR
+        for layer in range(3):
+            singular = np.linalg.svd(moved[layer].reshape(shape), compute_uv=False)
+            # Five iterations bring singular values between about 0.7 and 1.2.
+            singular /= 0.2 * np.sqrt(max(shape))
+            assert singular.min() > 0.6, (name, layer, singular)
+            assert singular.max() < 1.3, (name, layer, singular)
+    for path in (("norm",), ("embed", "table"), ("layers", "scale")):
+        got, want = after[-1], adamw[-1]
+        for key in path:
+            got, want = got[key], want[key]
+        np.testing.assert_array_equal(got, want)
+
+
+def test_muons_directions_are_those_of_the_exact_polar_factor():
+    """Same singular vectors as the gradient: U' G V is diagonal and positive."""
+    config = OptimizerConfig(kind="muon", weight_decay=0.0, clip_norm=None)
+    params, grads, after = run(config, steps=1)
+    moved = (np.asarray(after[-1]["layers"]["output"]) - params["layers"]["output"]) / -LR
+    for layer in range(3):
+        u, _, vt = np.linalg.svd(f64(grads[0])["layers"]["output"][layer].reshape(10, 6), False)
+        inner = u.T @ moved[layer].reshape(10, 6) @ vt.T
+        assert np.diag(inner).min() > 0
+        assert np.abs(inner - np.diag(np.diag(inner))).max() < 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_not_decayed_and_all_else_is(kind):
+    """With gradients of zero, decay is all that is left."""
+    config = OptimizerConfig(kind=kind, weight_decay=WD)
+    optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
+    params = values(0)
+    zeros = jax.tree.map(np.zeros_like, params)
+    after, _ = jax.jit(partial(one_step, optimizer))(params, optimizer.init(params), zeros)
+
+    def check(spec, before, got):
+        kept = 1.0 if spec.role == "vector" else 1.0 - LR * WD
+        np.testing.assert_allclose(f64(got), kept * f64(before), rtol=1e-6)
+
+    jax.tree.map(check, SPECS, params, after)
+
+
+def test_clipping_scales_all_gradients_to_the_global_norm():
+    config = OptimizerConfig(kind="lion", clip_norm=0.5, b1=0.0, b2=0.0)
+    optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
+    params, grads = values(0), values(1)
+    _, state = jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params), params)
+    momentum = f64(state[1].mu)  # with b2 = 0, the clipped gradient
+    norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(f64(grads))))
+    assert norm > 0.5
+    want = jax.tree.map(lambda g: g * 0.5 / norm, f64(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), momentum, want)
+
+
+@pytest.mark.parametrize("off", [0, None])
+def test_clipping_can_be_turned_off(off):
+    config = OptimizerConfig(kind="lion", clip_norm=off, b1=0.0, b2=0.0)
+    optimizer = make_optimizer(config, optax.constant_schedule(LR), SPECS)
+    state = jax.jit(optimizer.init)(values(0))
+    _, state = jax.jit(optimizer.update)(values(1), state, values(0))
+    jax.tree.map(np.testing.assert_array_equal, state[1].mu, values(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
+    mesh = abstract_mesh({"stage": 1, "fsdp": 2, "tensor": 2})
+    shardings = jax.tree.map(lambda s: NamedSharding(mesh, StorageRules().spec(*s.axes)), SPECS)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS)
+    state = abstract_opt_state(optimizer, SPECS, shardings)
+    real = jax.jit(optimizer.init)(values(0))
+    for abstract, array in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
+        assert (abstract.shape, abstract.dtype) == (array.shape, array.dtype)
+    leaves = jax.tree.leaves(state)
+    assert {leaf.dtype for leaf in leaves} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert jax.tree.structure(state) == jax.tree.structure(real)
+    query = shardings["layers"]["query"].spec
+    assert query == P("stage", "fsdp", "tensor", None)
+    by_name = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+    }
+    moments = {name: spec for name, spec in by_name.items() if name.endswith("layers.query")}
+    if kind == "adafactor":
+        rows, columns = P("stage", "fsdp", None, None), P("stage", None, "tensor", None)
+        assert set(moments.values()) == {rows, columns}
+    else:
+        assert len(moments) == {"adamw": 2, "lion": 1, "muon": 1}[kind]
+        assert set(moments.values()) == {query}
+    counts = [spec for name, spec in by_name.items() if name.endswith("count")]
+    assert counts
+    assert set(counts) == {P()}
+
+
+SHARDED = """
+import jax, numpy as np, optax, runpy, sys
+from functools import partial
+jax.config.update("jax_num_cpu_devices", 8)
+from jax.sharding import NamedSharding
+from maxlm.sharding import MeshConfig, make_mesh
+from maxlm.sharding.rules import StorageRules
+from maxlm.train.optimizer import OptimizerConfig, make_optimizer, opt_state_shardings
+
+here = runpy.run_path(sys.argv[1])
+specs, values, one_step = here["SPECS"], here["values"], here["one_step"]
+del specs["layers"]["up"]
+mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+layout = jax.tree.map(lambda s: NamedSharding(mesh, StorageRules().spec(*s.axes)), specs)
+
+def same_layout(arrays, shardings):
+    jax.tree.map(lambda a, s: np.testing.assert_(a.sharding.is_equivalent_to(s, a.ndim),
+                                                 (a.sharding, s)), arrays, shardings)
+
+for kind in ("adamw", "lion", "adafactor", "muon"):
+    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(1e-2), specs)
+    step = jax.jit(partial(one_step, optimizer))
+    params = values(0, specs)
+    alone = step(params, jax.jit(optimizer.init)(params), values(1, specs))
+    alone = step(*alone, values(2, specs))
+    with jax.set_mesh(mesh):
+        shardings = opt_state_shardings(optimizer, specs, layout)
+        params = jax.device_put(params, layout)
+        sharded = (params, jax.jit(optimizer.init, out_shardings=shardings)(params))
+        for seed in (1, 2):
+            sharded = step(*sharded, jax.device_put(values(seed, specs), layout))
+    same_layout(sharded, (layout, shardings))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, err_msg=kind),
+                 jax.device_get(alone), jax.device_get(sharded))
+print("same")
+"""
+
+
+def test_eight_devices_equal_one_and_keep_their_layout():
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED), __file__],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_shardings_are_those_of_the_abstract_state():
+    mesh = abstract_mesh({"fsdp": 2})
+    layout = jax.tree.map(lambda s: NamedSharding(mesh, P()), SPECS)
+    optimizer = make_optimizer(OptimizerConfig(), optax.constant_schedule(LR), SPECS)
+    state = abstract_opt_state(optimizer, SPECS, layout)
+    want = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert opt_state_shardings(optimizer, SPECS, layout) == want
