@@ -30,7 +30,7 @@ SETTLE_STEPS = WARM_UP_STEPS + 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="The loader's speed.")
     parser.add_argument("--tokens", type=int, default=20_000_000)
     parser.add_argument("--seq-len", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--batch-tokens", type=int, default=65536)
@@ -74,7 +74,7 @@ def measure(store: TokenStore, config: LoaderConfig, workers: list[int], seconds
             first = time.perf_counter() - began
             for _ in range(SETTLE_STEPS):
                 next(loader)
-            speed = tokens * rate(lambda: next(loader), seconds)  # noqa: B023
+            speed = tokens * rate(lambda: next(loader), seconds)
         print(
             f"{head}                     workers {count}  {speed:12,.0f} tokens/s"
             f"  first batch {first:.2f} s"

@@ -2,23 +2,15 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
-
-import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.programs.feed import evaluation_batches
 from maxlm.programs.setup import Setup
 from maxlm.train.loop import evaluate
-from maxlm.train.step import Batch, Sums, eval_step
+from maxlm.train.step import Batch, Sums
 
 EvalStep = Callable[[Any, Batch], Sums]
-
-
-def compile_eval_step(setup: Setup) -> EvalStep:
-    """``(params, batch) -> sums``, jitted."""
-    return jax.jit(partial(eval_step, model=setup.model, loss=setup.loss))
 
 
 def held_out(

@@ -1,26 +1,30 @@
 """Batches of a run, on its mesh."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from maxlm.data.loader import make_loader, one_pass
+from maxlm.data.loader import TokenSource, make_loader, one_pass
 from maxlm.data.store import TokenStore
-from maxlm.programs.prepare import Corpus
 from maxlm.programs.setup import Setup
 from maxlm.train.batch import batch_sharding, local_rows, put_batch
 from maxlm.train.step import Batch
 
 
 @contextmanager
-def training_batches(setup: Setup, corpus: Corpus, start: int) -> Iterator[Iterator[Batch]]:
+def training_batches(
+    setup: Setup,
+    stores: Mapping[str, TokenSource],
+    weights: Mapping[str, float],
+    start: int,
+) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, S] from step ``start`` to the run's last."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
     rows = local_rows(sharding, (*lead, data.seq_len))
     with make_loader(
-        corpus.training,
-        corpus.weights,
+        stores,
+        weights,
         data,
         seed=setup.config.seed,
         start_step=start,

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.programs.evaluation import compile_eval_step, held_out
+from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import Corpus, prepare
 from maxlm.programs.record import recorder
@@ -21,7 +21,6 @@ from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Hooks, train
 from maxlm.train.metrics import MetricsLog
 from maxlm.train.state import TrainState
-from maxlm.train.step import compile_train_step
 
 Say = Callable[[str], None]
 
@@ -69,7 +68,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             _write(folder / "config.yaml", to_yaml(config))
         log = stack.enter_context(MetricsLog(folder, start, write=lead))
         log.event("resume" if start else "start", start, devices=jax.device_count())
-        eval_step = compile_eval_step(setup)
+        eval_step = setup.compile_evaluation()
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
             results = held_out(
@@ -82,19 +81,12 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             return values
 
         with (
-            training_batches(setup, corpus, start) as batches,
+            training_batches(setup, corpus.training, corpus.weights, start) as batches,
             ConsoleDisplay(config.train.steps, start, show=lead) as display,
         ):
             state = train(
                 state,
-                compile_train_step(
-                    model=setup.model,
-                    loss=setup.loss,
-                    optimizer=setup.optimizer,
-                    schedule=setup.schedule,
-                    seed=config.seed,
-                    ema_decay=config.train.ema_decay,
-                ),
+                setup.compile_step(),
                 batches,
                 config=config.train,
                 hooks=Hooks(

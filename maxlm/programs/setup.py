@@ -1,6 +1,6 @@
 """From a RunConfig to the objects a run is made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from maxlm.sharding import AxisRules, check_unsharded, make_mesh, place
 from maxlm.train.optimizer import make_optimizer
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
-from maxlm.train.step import Loss
+from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -60,6 +60,23 @@ class Setup:
         key = jax.random.key(self.config.seed)
         return jax.jit(self._init, out_shardings=self.shardings)(key)
 
+    def compile_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+        """The jitted training step; it donates the state it is given."""
+        step = partial(
+            train_step,
+            model=self.model,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            seed=self.config.seed,
+            ema_decay=self.config.train.ema_decay,
+        )
+        return jax.jit(step, donate_argnums=0)
+
+    def compile_evaluation(self) -> Callable[[Params, Batch], Sums]:
+        """The jitted evaluation step."""
+        return jax.jit(partial(eval_step, model=self.model, loss=self.loss))
+
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
 
@@ -68,8 +85,16 @@ class Setup:
         return self.config.train.ema_decay is not None
 
 
-def set_up(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Setup:
+def set_up(
+    config: RunConfig,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    for_training: bool = True,
+) -> Setup:
     """Mesh, rules, model and optimizer for the devices at hand (default: all).
+
+    Args:
+        for_training: the batch must divide over the mesh.
 
     Raises:
         MaxlmError: whatever does not fit: mesh and devices, a parameter's axis, the batch, a
@@ -77,7 +102,8 @@ def set_up(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Se
     """
     mesh = make_mesh(config.mesh, devices)
     sizes = dict(mesh.shape)
-    check_batch(config, sizes)
+    if for_training:
+        check_batch(config, sizes)
     storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
     dtype: Any = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     model = Decoder(config.model, rules=compute, dtype=dtype)

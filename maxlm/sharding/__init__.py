@@ -1,6 +1,14 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.mesh import MESH_AXES, MeshConfig, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
+from maxlm.sharding.mesh import (
+    MESH_AXES,
+    MeshConfig,
+    abstract_mesh,
+    make_mesh,
+    mesh_sizes,
+    parse_mesh,
+    smallest,
+)
 from maxlm.sharding.resolve import Placement, check_unsharded, place
 from maxlm.sharding.rules import LOGICAL_AXES, AxisRules, ShardingConfig
 
@@ -17,4 +25,5 @@ __all__ = [
     "mesh_sizes",
     "parse_mesh",
     "place",
+    "smallest",
 ]

@@ -75,6 +75,11 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
+def smallest(config: MeshConfig) -> int:
+    """The fewest devices a mesh can have: an axis of -1 counts as 1."""
+    return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """An explicit mesh over ``devices`` (default: all of them), laid out along the hardware's links."""
     devices = jax.devices() if devices is None else devices

@@ -1,7 +1,6 @@
 """One step of training, and one of evaluation: pure functions of state and batch."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -83,8 +82,3 @@ def _accumulate(summed, params: Params, batch: Batch):
 def eval_step(params: Params, batch: Batch, *, model: Any, loss: Loss) -> Sums:
     """The objective's sums over one batch [B, ...], without gradients."""
     return loss(bind(model, params), batch, jax.random.key(0))[1]
-
-
-def compile_train_step(**parts: Any) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """:func:`train_step` jitted, its state donated: the old one's memory becomes the new one's."""
-    return jax.jit(partial(train_step, **parts), donate_argnums=0)

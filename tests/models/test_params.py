@@ -1,14 +1,18 @@
 """Parameters: declared once, initialised by name and layer."""
 
+from collections.abc import Callable
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
-from maxlm.models.params import bind, init_params, named, param_specs
+from maxlm.models.params import Params, bind, init_params, named, param_specs
 from maxlm.sharding import AxisRules
-from tests.models.building import GPT2, LLAMA_GQA
+from tests.models import building
+from tests.models.building import GPT2, LLAMA_GQA, QUICK
 
 WIDE = DecoderConfig.model_validate(
     {
@@ -29,8 +33,14 @@ def model(config: DecoderConfig) -> Decoder:
     return Decoder(config, rules=AxisRules(), dtype=jnp.float32)
 
 
+@cache
+def initialiser(config: DecoderConfig) -> Callable[[jax.Array], Params]:
+    specs = param_specs(model(config))
+    return jax.jit(lambda key: init_params(specs, key), compiler_options=QUICK)
+
+
 def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    params = init_params(param_specs(model(config)), jax.random.key(seed))
+    params = initialiser(config)(jax.random.key(seed))
     return {name: np.asarray(value) for name, value in named(params).items()}
 
 
@@ -120,19 +130,17 @@ def test_a_deeper_model_begins_with_the_same_layers(values):
     np.testing.assert_array_equal(deeper["embedding.table"], values["embedding.table"])
 
 
-def test_binding_leaves_the_module_as_it_was():
-    declared = model(LLAMA_GQA)
-    params = init_params(param_specs(declared), jax.random.key(0))
+def test_binding_leaves_the_module_as_it_was(one_device_mesh):
+    declared, params = model(LLAMA_GQA), building.random_params(LLAMA_GQA, one_device_mesh)
     bound = bind(declared, params)
     np.testing.assert_array_equal(bound.embedding.table[...], params["embedding"]["table"])
-    assert isinstance(declared.embedding.table[...], jax.ShapeDtypeStruct)
+    assert isinstance(declared.embedding.table.get_value(), jax.ShapeDtypeStruct)
     assert param_specs(bound) == param_specs(declared)
 
 
-def test_binding_refuses_parameters_of_another_model():
-    declared = model(LLAMA_GQA)
-    params = init_params(param_specs(declared), jax.random.key(0))
+def test_binding_refuses_parameters_of_another_model(one_device_mesh):
+    declared, params = model(LLAMA_GQA), building.random_params(LLAMA_GQA, one_device_mesh)
     with pytest.raises(AssertionError, match="params hold names the module lacks"):
-        bind(declared, {**params, "extra": jnp.zeros(3)})
+        bind(declared, {**params, "extra": np.zeros(3)})
     with pytest.raises(KeyError, match="head"):
         bind(declared, {k: v for k, v in params.items() if k != "head"})

@@ -12,7 +12,7 @@ exactly one sequence:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class TokenSource(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
-    def offsets(self) -> Int64s:
+    def offsets(self) -> Any:  # An array; Any also admits a cached_property.
         """Where documents start, int64 [num_documents + 1], from 0 to num_tokens."""
         ...
 

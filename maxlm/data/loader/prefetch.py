@@ -104,6 +104,7 @@ class _Ahead:
         self._next = self._thread.submit(_fetch, iterator)
 
     def take(self) -> Batch:
+        assert self._iterator is not None, "closed"
         batch = self._next.result()
         if batch is None:
             raise RuntimeError("the Grain pipeline ended before the last step")

@@ -250,7 +250,8 @@ def test_full_disk(tmp_path):
         (root / "a.txt").write_text("x" * 100_000)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         try:
-            build_store(SourceConfig(documents=(str(root / "a.txt"),)), "t", root / "out", workers=1)
+            source = SourceConfig(documents=(str(root / "a.txt"),))
+            build_store(source, "t", root / "out", workers=1)
         except MaxlmError as error:
             print(error)
         """

@@ -17,7 +17,7 @@ def test_results_errors_and_several_maps():
     with WorkerPool(2) as pool:
         assert sorted(pool.map(math.factorial, [3, 4, 5, 6, 7])) == [6, 24, 120, 720, 5040]
         assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
-        with pytest.raises(ValueError, match="math domain error|nonnegative") as caught:
+        with pytest.raises(ValueError, match=r"math domain error|nonnegative") as caught:
             list(pool.map(math.sqrt, [1.0, -1.0]))
         assert "in a worker process" in caught.value.__notes__[0]
         # Answers of the failed map that were still on their way are not taken for these.

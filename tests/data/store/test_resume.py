@@ -37,6 +37,17 @@ def stop_after(count, monkeypatch, name="make_part"):
     return calls
 
 
+def build_until_stopped(source, tokenizer, out, count, name="make_part", **settings):
+    """Build, stopped at call number `count` of `name`; returns the parts that were made."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = stop_after(count if name == "make_part" else 10**9, patch)
+        if name != "make_part":
+            stop_after(count, patch, name)
+        with pytest.raises(Stopped):
+            build_store(source, tokenizer, out, **settings)
+    return made
+
+
 SETTINGS = {"workers": 1, "shard_bytes": 100}
 
 
@@ -45,15 +56,10 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
     out = tmp_path / "store"
     done = 0
     for count in (0, 1, 3):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            stop_after(count, patch)
-            build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+        build_until_stopped(corpus, byte_tokenizer(), out, count, **SETTINGS)
         done += count
         assert not out.exists()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        calls = stop_after(10**9, patch)
-        stop_after(0, patch, "assemble")
-        build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+    calls = build_until_stopped(corpus, byte_tokenizer(), out, 0, "assemble", **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         again = stop_after(0, patch)
         build_store(corpus, byte_tokenizer(), out, **SETTINGS)
@@ -72,9 +78,7 @@ def test_a_damaged_part_is_made_again(
 ):
     build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", **SETTINGS)
     out = tmp_path / "store"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_after(2, patch)
-        build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+    build_until_stopped(corpus, byte_tokenizer(), out, 2, **SETTINGS)
     path = tmp_path / ".store.building" / "parts" / f"000001.{suffix}"
     path.write_bytes(path.read_bytes() + damage if suffix != "json" else damage)
     calls = stop_after(10**9, monkeypatch)
@@ -86,9 +90,7 @@ def test_a_damaged_part_is_made_again(
 @pytest.mark.parametrize("change", ["text", "tokenizer", "part size"])
 def test_parts_of_other_inputs_are_not_used(tmp_path, corpus, byte_tokenizer, change):
     out, tokenizer, settings = tmp_path / "store", byte_tokenizer(), dict(SETTINGS)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_after(3, patch)
-        build_store(corpus, tokenizer, out, **settings)
+    build_until_stopped(corpus, tokenizer, out, 3, **settings)
     if change == "text":
         path = tmp_path / "a.jsonl"
         path.write_text(path.read_text().replace("text 0", "next 0"))

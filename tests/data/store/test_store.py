@@ -115,11 +115,12 @@ def test_damaged_manifests(store):
     path = store.path / "manifest.json"
     n = store.num_tokens
     assert fails(edit_manifest(store, num_tokens=n - 1)) == (
-        f"{store.path}: damaged store: tokens are uint16 [{n}], the manifest says uint16 [{n - 1}]; "
-        f"{REBUILD}"
+        f"{store.path}: damaged store: tokens are uint16 [{n}], the manifest says "
+        f"uint16 [{n - 1}]; {REBUILD}"
     )
     assert fails(edit_manifest(store, num_tokens=n, num_documents=3)) == (
-        f"{store.path}: damaged store: offsets are int64 [62], the manifest says int64 [4]; {REBUILD}"
+        f"{store.path}: damaged store: offsets are int64 [62], the manifest says int64 [4]; "
+        f"{REBUILD}"
     )
     assert fails(edit_manifest(store, format_version=9)) == (
         f"{path}: store format 9; this maxlm reads 1; {REBUILD}"

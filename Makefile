@@ -1,0 +1,45 @@
+# The front door. Needs Python 3.11 or newer and make; everything else goes into .venv.
+PYTHON ?= python3
+TEXT ?=
+NAME ?= $(if $(TEXT),$(basename $(notdir $(patsubst %/,%,$(firstword $(TEXT))))),demo)
+
+# Another interpreter gets an environment of its own.
+venv := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+bin := $(venv)/bin
+ready := $(venv)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format smoke clean
+
+help: ## show this
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@echo
+	@echo '  PYTHON=python3.13 picks the interpreter; TEXT=path/or/glob is your own text for make train'
+
+setup: $(ready) ## make the virtual environment
+
+$(ready): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo 'maxlm needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
+	$(PYTHON) -m venv $(venv)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(ready) ## train a small language model here, in minutes, and show how good it is
+	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='[$(TEXT)]' data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
+
+test: $(ready) ## run the test suite
+	$(bin)/python -m pytest -q -n 2
+
+check: $(ready) ## formatting, lint, types, directions of imports
+	$(bin)/ruff format --check .
+	$(bin)/ruff check .
+	$(bin)/pyright
+	$(bin)/lint-imports
+
+format: $(ready) ## format the code
+	$(bin)/ruff format .
+	$(bin)/ruff check --fix .
+
+clean: ## remove environments and caches; keeps runs/
+	rm -rf .venv .venv-* .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,30 @@
+"""maxlm smoke"""
+
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
+    ] = None,
+) -> None:
+    """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
+    from maxlm.config import load
+    from maxlm.run import RunConfig
+
+    run = load(RunConfig, config, settings or ()).value
+    from rich.console import Console
+
+    from maxlm.programs.smoke import smoke
+
+    console, failed = Console(highlight=False), 0
+    for check in smoke(run):
+        failed += not check.passed
+        verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+        console.print(f"{verdict}  {check.name:<34} [dim]{check.detail}[/]")
+    console.print(f"{config}: {f'{failed} checks failed' if failed else 'works'}")
+    if failed:
+        raise typer.Exit(1)

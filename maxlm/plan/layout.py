@@ -1,0 +1,124 @@
+"""How a run's arrays lie on a mesh, parameter by parameter; no device is needed."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.params import ParamSpec, named, param_specs
+from maxlm.plan.flops import training_flops
+from maxlm.run import RunConfig, check_batch
+from maxlm.sharding import Placement, abstract_mesh, check_unsharded, place
+from maxlm.train.optimizer import abstract_opt_state, make_optimizer
+from maxlm.train.schedule import make_schedule
+
+
+@dataclass(frozen=True)
+class ParamRow:
+    """One parameter's place; bytes are of its fp32 master copy."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    spec: tuple[tuple[str, ...], ...]
+    """Mesh axes of each dimension."""
+    rule: str
+    """The rules that matched."""
+    bytes_total: int
+    bytes_per_device: int
+    replicas: int
+    """Devices that hold the same piece."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run on a mesh."""
+
+    name: str
+    mesh: dict[str, int]
+    devices: int
+    parameters: int
+    rows: tuple[ParamRow, ...]
+    parameter_bytes: int
+    """Per device, like the two below: fp32 master parameters, ..."""
+    gradient_bytes: int
+    """... their gradients, in the same layout, ..."""
+    optimizer_bytes: int
+    """... and the optimizer's state."""
+    tokens_per_step: int
+    tokens_total: int
+    flops_per_token: float
+    """Training, causal attention counted at half; see plan/flops.py."""
+    flops_per_token_full_attention: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
+    """Place every array of a run on a mesh of given sizes.
+
+    Raises:
+        MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
+            divide, too much unsharded.
+    """
+    check_batch(config, sizes)
+    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+    tree = param_specs(Decoder(config.model, rules=compute, dtype=jnp.float32))
+    specs: dict[str, ParamSpec] = named(tree)
+    for name, spec in specs.items():
+        place(name, spec.shape, spec.axes, compute, sizes)
+    placed = {name: place(name, s.shape, s.axes, storage, sizes) for name, s in specs.items()}
+    parts = {name: (spec.nbytes, placed[name]) for name, spec in specs.items()}
+    check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    devices = prod(sizes.values())
+    rows = tuple(_row(name, specs[name], placed[name], devices) for name in specs)
+    schedule = make_schedule(config.schedule, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, tree)
+    mesh = abstract_mesh(sizes)
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, placed[".".join(key.key for key in path)].spec), tree
+    )
+    state = jax.tree.leaves(abstract_opt_state(optimizer, tree, shardings))
+    parameter_bytes = sum(row.bytes_per_device for row in rows)
+    flops = training_flops(tree, config.model, config.data.seq_len)
+    tokens = config.data.batch_size * config.data.seq_len
+    return Layout(
+        name=config.name,
+        mesh=dict(sizes),
+        devices=devices,
+        parameters=sum(spec.size for spec in specs.values()),
+        rows=rows,
+        parameter_bytes=parameter_bytes,
+        gradient_bytes=parameter_bytes,
+        optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in state),
+        tokens_per_step=tokens,
+        tokens_total=tokens * config.train.steps,
+        flops_per_token=flops.causal,
+        flops_per_token_full_attention=flops.full,
+    )
+
+
+def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> ParamRow:
+    return ParamRow(
+        path=name,
+        shape=spec.shape,
+        dtype=jnp.dtype(spec.dtype).name,
+        axes=spec.axes,
+        spec=tuple((p,) if isinstance(p, str) else tuple(p or ()) for p in placement.spec),
+        rule=placement.rule,
+        bytes_total=spec.nbytes,
+        bytes_per_device=spec.nbytes // placement.shards,
+        replicas=devices // placement.shards,
+    )
+
+
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    assert leaf.sharding is not None
+    return prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,171 @@
+"""Does a config work? The whole life of a model in a minute, on whatever device is here."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.params import named
+from maxlm.programs.feed import training_batches
+from maxlm.programs.setup import Setup, set_up
+from maxlm.run import RunConfig
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.state import TrainState
+
+STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
+VOCAB, SEQ_LEN, LAYERS, HEAD_DIM = 512, 64, 2, 16
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def shrink(config: RunConfig, num_devices: int) -> RunConfig:
+    """A small run of the same structure: the same layers, ratios, objective, optimizer and packing.
+
+    Depth, widths, vocabulary and sequence shrink; the ratio of query to kv heads stays (up to 8),
+    so do ties, biases, norms, positions, gating, remat and precision. The mesh is this machine's.
+    """
+    model = config.model
+    group = min(model.attention.num_heads // model.attention.num_kv_heads, 8)
+    kv_heads = 1 if model.attention.num_kv_heads == 1 else 2
+    d_model = group * kv_heads * HEAD_DIM
+    ratio = model.mlp.d_ff / model.d_model
+    small = model.model_copy(
+        update={
+            "vocab_size": min(model.vocab_size, VOCAB),
+            "num_layers": min(model.num_layers, LAYERS),
+            "d_model": d_model,
+            "max_seq_len": SEQ_LEN,
+            "attention": model.attention.model_copy(
+                update={
+                    "num_heads": group * kv_heads,
+                    "num_kv_heads": kv_heads,
+                    "head_dim": HEAD_DIM,
+                }
+            ),
+            "mlp": model.mlp.model_copy(update={"d_ff": max(1, round(ratio * d_model / 8)) * 8}),
+        }
+    )
+    micro = min(config.train.micro_batches, 2)
+    data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
+    changes: dict[str, Any] = {
+        "model": small,
+        "mesh": {"data": 1, "fsdp": num_devices},
+        "data": config.data.model_copy(update=data),
+        "train": config.train.model_copy(update={"steps": STEPS, "micro_batches": micro}),
+        "schedule": config.schedule.model_copy(
+            update={"kind": "constant", "warmup_steps": 0, "learning_rate": _rate(config)}
+        ),
+    }
+    return RunConfig.model_validate({**dict(config), **changes})
+
+
+def _rate(config: RunConfig) -> float:
+    """High enough that ten steps show: small models bear it."""
+    return 1e-3 if config.optimizer.kind == "lion" else 1e-2
+
+
+class CountingText:
+    """A token source that is quickly learnt: documents that count up and around, in few tokens."""
+
+    path = None
+
+    def __init__(self, vocab_size: int, documents: int = 512, seed: int = 0):
+        random = np.random.default_rng(seed)
+        lengths = random.integers(20, 100, documents)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        used = min(vocab_size, 32)
+        starts, steps = random.integers(used, size=documents), random.integers(1, 4, documents)
+        self._tokens = np.concatenate(
+            [
+                (start + step * np.arange(length)) % used
+                for start, step, length in zip(starts, steps, lengths, strict=True)
+            ]
+        ).astype(np.uint32)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
+
+
+def smoke(config: RunConfig) -> Iterator[Check]:
+    """Shrink a run to this device and try it, yielding each check as it is made.
+
+    Anything a config can get wrong raises a MaxlmError before the first check.
+    """
+    setup = set_up(shrink(config, jax.device_count()))
+    with jax.set_mesh(setup.mesh), tempfile.TemporaryDirectory() as folder:
+        yield from _checks(setup, Path(folder))
+
+
+def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
+    state = setup.init()
+    count = sum(spec.size for spec in named(setup.specs).values())
+    right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
+    yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
+
+    step = setup.compile_step()
+    began = time.perf_counter()
+    state, first = _run(setup, step, state, SAVED_AT)
+    saved = jax.tree.map(np.asarray, state)
+    seconds = time.perf_counter() - began
+    detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
+    yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
+
+    with Checkpointer(folder) as keeper:
+        keeper.save(SAVED_AT, state, {}, force=True)
+        state, rest = _run(setup, step, state, STEPS)
+        losses = first + rest
+        finite = all(map(math.isfinite, losses))
+        yield Check("losses are finite", finite, f"{losses[0]:.3f} at first")
+        falls = sum(losses[-3:]) / 3 < losses[0]
+        yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
+        keeper.wait()
+        restored = keeper.restore(SAVED_AT, setup.abstract_state)
+    equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
+    yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")
+    _, again = _run(setup, step, restored, STEPS)
+    yield Check("restored steps repeat exactly", again == rest, f"steps {SAVED_AT + 1} to {STEPS}")
+
+    tokens = _generate(setup, state)
+    right = len(tokens) == NEW_TOKENS and max(tokens) < setup.config.model.vocab_size
+    yield Check("the model generates", right, " ".join(map(str, tokens)))
+
+
+def _run(
+    setup: Setup, step: Callable[..., Any], state: TrainState, stop: int
+) -> tuple[TrainState, list[float]]:
+    """Steps up to ``stop``, and their losses."""
+    stores = {"text": CountingText(setup.config.model.vocab_size)}
+    start, losses = int(state.step), []
+    with training_batches(setup, stores, {"text": 1.0}, start) as batches:
+        for batch in islice(batches, stop - start):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def _generate(setup: Setup, state: TrainState) -> list[int]:
+    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS)
+    steps = generate(
+        setup.model, state.params, [[1, 2, 3]], sampling, eos_id=None, key=jax.random.key(0)
+    )
+    return [token for (token,) in steps if token is not None]
