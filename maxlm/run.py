@@ -13,8 +13,7 @@ from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.objectives import ClmConfig, ObjectiveConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
-from maxlm.train.checkpoint import CheckpointConfig
-from maxlm.train.config import TrainConfig
+from maxlm.train.config import CheckpointConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig
 from maxlm.train.schedule import ScheduleConfig
 

@@ -32,6 +32,9 @@ def build(
         Literal["error", "replace", "keep", "skip"],
         typer.Option(help="What to do with text that is not valid UTF-8."),
     ] = "error",
+    piece_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer text files into pieces, at line ends.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a store of other inputs.")
     ] = False,
@@ -41,7 +44,12 @@ def build(
     from maxlm.data.store import build_store
     from maxlm.data.store.progress import show_progress
 
-    source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes=on_bad_bytes)
+    source = SourceConfig(
+        documents=tuple(text),
+        text_field=text_field,
+        on_bad_bytes=on_bad_bytes,
+        piece_bytes=piece_bytes,
+    )
     with show_progress() as progress:
         build_store(
             source,

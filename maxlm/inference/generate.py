@@ -5,7 +5,6 @@ from functools import partial
 from math import prod
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, reshard
 
@@ -28,6 +27,7 @@ def generate(
     eos_id: int | None,
     key: jax.Array,
     streams: Sequence[int] | None = None,
+    vocab_size: int | None = None,
     cache_length: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue a batch of prompts, yielding each step's tokens as soon as they are known.
@@ -40,6 +40,7 @@ def generate(
         eos_id: ends a row; None: rows only end at max_new_tokens.
         key: one key for the call.
         streams: each row's random stream, in [0, 2**32); default: its index.
+        vocab_size: ids the tokenizer knows, where the model's table is larger; no other is drawn.
         cache_length: slots of each row's cache; default: as many as are needed, rounded up so
             that calls of similar lengths share a compilation.
 
@@ -71,8 +72,9 @@ def generate(
     # Only what shapes the distribution is compiled in.
     shape = sampling.model_copy(update={"max_new_tokens": 1, "seed": 0})
     params = cast_params(model, params)
-    start = partial(_start, model, shape, length, params, tokens, lengths, seeds, key)
-    advance = partial(_advance, model, shape, params, seeds=seeds, key=key)
+    fixed = {"seeds": seeds, "key": key, "vocab_size": vocab_size}
+    start = partial(_start, model, shape, length, params, tokens, lengths, **fixed)
+    advance = partial(_advance, model, shape, params, **fixed)
     return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
 
 
@@ -90,7 +92,7 @@ def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
             return
 
 
-@partial(jax.jit, static_argnames=("model", "sampling", "cache_length"))
+@partial(jax.jit, static_argnames=("model", "sampling", "cache_length", "vocab_size"))
 def _start(
     model: Decoder,
     sampling: SamplingConfig,
@@ -100,12 +102,14 @@ def _start(
     lengths: jax.Array,
     seeds: jax.Array,
     key: jax.Array,
+    vocab_size: int | None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     logits, cache = prefill(model, params, tokens, lengths, cache_length)
-    return _next(model, sampling, logits, lengths, seeds, key), _whole(lengths), cache
+    first = _next(model, sampling, logits, lengths, seeds, key, vocab_size)
+    return first, _whole(lengths), cache
 
 
-@partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames=("cache",))
 def _advance(
     model: Decoder,
     sampling: SamplingConfig,
@@ -115,10 +119,12 @@ def _advance(
     cache: KVCache,
     seeds: jax.Array,
     key: jax.Array,
+    vocab_size: int | None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
     logits, cache = decode(model, params, tokens, positions, cache)
     positions = positions + 1
-    return _next(model, sampling, logits, positions, seeds, key), _whole(positions), cache
+    drawn = _next(model, sampling, logits, positions, seeds, key, vocab_size)
+    return drawn, _whole(positions), cache
 
 
 def _next(
@@ -128,6 +134,7 @@ def _next(
     positions: jax.Array,
     seeds: jax.Array,
     key: jax.Array,
+    vocab_size: int | None,
 ) -> jax.Array:
     """The tokens at ``positions``, each drawn with a key of its row's stream and position."""
 
@@ -136,7 +143,7 @@ def _next(
 
     rows = model.rules.spec("batch")
     keys = jax.vmap(row_key)(reshard(seeds, rows), reshard(positions, rows))
-    return _whole(sample(logits, keys, sampling))
+    return _whole(sample(logits[:, :vocab_size], keys, sampling))
 
 
 def _whole(x: jax.Array) -> jax.Array:

@@ -47,18 +47,19 @@ def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Ar
     logits = logits.astype(jnp.float32)
     logits -= jnp.max(logits, axis=-1, keepdims=True)
     logits /= max(config.temperature, COLDEST)
+    logits = jnp.where(logits == 0, 0.0, logits)  # top_k sorts -0.0 below 0.0
     vocab = logits.shape[-1]
     if not config.top_k and config.top_p == 1:
         return _draw(keys, logits)
     kept, ids = lax.top_k(logits, min(config.top_k or vocab, vocab))
-    rank = _draw(keys, jnp.where(_nucleus(kept, config.top_p), kept, -jnp.inf))
+    if config.top_p < 1:
+        kept = jnp.where(_nucleus(kept, config.top_p), kept, -jnp.inf)
+    rank = _draw(keys, kept)
     return jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
 def _nucleus(logits: jax.Array, p: float) -> jax.Array:
     """Which of descending logits [B, k] are needed to reach probability p; the first always is."""
-    if p == 1:  # a rounded sum may reach 1 too soon
-        return jnp.ones(logits.shape, bool, out_sharding=jax.typeof(logits).sharding.spec)
     probability = jax.nn.softmax(logits, axis=-1)
     return jnp.cumsum(probability, axis=-1) - probability < p
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import MixtureSource
-from maxlm.data.corpus import is_heldout, read_documents
+from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
+from maxlm.data.store.manifest import Split
 from maxlm.data.store.progress import show_progress
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.run import RunConfig
@@ -83,7 +84,7 @@ def _stores(
         return stores[0], stores[1]
     fraction = config.data.heldout_fraction
     built: dict[str, TokenStore] = {}
-    for split in ("train", "heldout") if fraction else ("all",):
+    for split in _splits(source.corpus(), fraction, folder):
         if not (folder / split).exists():
             with show_progress() as progress:
                 build_store(
@@ -97,4 +98,19 @@ def _stores(
                 )
         built[split] = TokenStore.open(folder / split)
         check_tokenizer(built[split], load_tokenizer(tokenizer))
-    return built["train"] if fraction else built["all"], built.get("heldout")
+    training = built["train"] if "train" in built else built["all"]
+    return training, built.get("heldout")
+
+
+def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:
+    """Which stores a source gets: a few documents may leave none to hold out, or none to train on."""
+    if (folder / "all").exists():
+        return ("all",)
+    if (folder / "heldout").exists():
+        return "train", "heldout"
+    sides = set()
+    for document in read_documents(corpus):
+        sides.add(is_heldout(document.text, fraction))
+        if len(sides) == 2:
+            return "train", "heldout"
+    return ("all",)

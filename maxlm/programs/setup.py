@@ -15,7 +15,7 @@ from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params, named, param_specs
 from maxlm.objectives import OBJECTIVES
 from maxlm.run import RunConfig, check_batch
-from maxlm.sharding import AxisRules, check_unsharded, make_mesh, place
+from maxlm.sharding import AxisRules, check_unsharded, jit_in_place, make_mesh, place
 from maxlm.train.optimizer import make_optimizer
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
@@ -58,7 +58,7 @@ class Setup:
     def init(self) -> TrainState:
         """A fresh state, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return jax.jit(self._init, out_shardings=self.shardings)(key)
+        return jit_in_place(self._init, self.shardings)(key)
 
     def compile_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The jitted training step; it donates the state it is given."""

@@ -1,5 +1,6 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
+from maxlm.sharding.create import jit_in_place
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
@@ -21,6 +22,7 @@ __all__ = [
     "ShardingConfig",
     "abstract_mesh",
     "check_unsharded",
+    "jit_in_place",
     "make_mesh",
     "mesh_sizes",
     "parse_mesh",

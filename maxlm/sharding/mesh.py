@@ -42,8 +42,14 @@ def parse_mesh(text: str) -> MeshConfig:
             raise MaxlmError(
                 f"unknown mesh axis '{axis}'", where="--mesh", fix=f"use {', '.join(MESH_AXES)}"
             )
-        if not size.isdigit() or int(size) < 1:
-            raise MaxlmError(f"'{part}' is not AXIS=SIZE", where="--mesh", fix="write fsdp=8,tensor=2")
+        if axis in sizes:
+            raise MaxlmError(
+                f"axis '{axis}' is given twice", where="--mesh", fix="give each axis once"
+            )
+        if not size.isdecimal() or int(size) < 1:
+            raise MaxlmError(
+                f"'{part}' is not AXIS=SIZE", where="--mesh", fix="write fsdp=8,tensor=2"
+            )
         sizes[axis] = int(size)
     return MeshConfig(**{"fsdp": 1, **sizes})
 
@@ -59,9 +65,13 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     free = [axis for axis, n in sizes.items() if n == -1]
     for axis, n in sizes.items():
         if n < 1 and n != -1:
-            raise MaxlmError(f"mesh.{axis}={n}", where="mesh", fix="use a size ≥ 1, or -1 for the rest")
+            raise MaxlmError(
+                f"mesh.{axis}={n}", where="mesh", fix="use a size ≥ 1, or -1 for the rest"
+            )
     if len(free) > 1:
-        raise MaxlmError(f"{' and '.join(free)} are both -1", where="mesh", fix="leave one of them at -1")
+        raise MaxlmError(
+            f"{' and '.join(free)} are both -1", where="mesh", fix="leave one of them at -1"
+        )
     fixed = prod(n for n in sizes.values() if n != -1)
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed

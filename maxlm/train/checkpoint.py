@@ -16,26 +16,11 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
-from pydantic import Field
 
-from maxlm.config import Config, MaxlmError
-from maxlm.config.compare import differences
+from maxlm.config import MaxlmError, differences
+from maxlm.train.config import CheckpointConfig
 
 PyTree = Any
-
-
-class CheckpointConfig(Config):
-    """When checkpoints are written, and which are kept."""
-
-    every_steps: int = Field(default=500, ge=0)
-    """Steps between checkpoints; 0: only where the run stops."""
-    keep_last: int = Field(default=2, ge=1)
-    """How many of the newest are kept."""
-    keep_every: int | None = Field(default=None, ge=1)
-    """Keep also, for good, those at multiples of this many steps; null: none."""
-    asynchronous: bool = True
-    """true: training goes on while files are written, for one more copy of the state in host
-    memory. false: it waits for them."""
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> dict[str, Any]:

@@ -20,3 +20,17 @@ class TrainConfig(Config):
     """Batches of one such evaluation; the one at the end reads all held-out text."""
     log_every: int = Field(default=10, gt=0)
     """Steps between lines on a console that is no terminal; metrics.jsonl has every step."""
+
+
+class CheckpointConfig(Config):
+    """When checkpoints are written, and which are kept."""
+
+    every_steps: int = Field(default=500, ge=0)
+    """Steps between checkpoints; 0: only where the run stops."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest are kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep also, for good, those at multiples of this many steps; null: none."""
+    asynchronous: bool = True
+    """true: training goes on while files are written, for one more copy of the state in host
+    memory. false: it waits for them."""

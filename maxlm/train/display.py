@@ -108,8 +108,8 @@ class ConsoleDisplay:
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
     """Draw the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` as a PNG.
 
-    The axis is ``tokens`` where records have them, else steps; both axes' scales are chosen so
-    that the early fall and the late crawl can both be read: x is logarithmic.
+    The x axis is ``tokens`` where every step has them (in any of its records), else steps; it is
+    logarithmic, so that the early fall and the late crawl can both be read.
 
     Raises:
         MaxlmError: the file is missing, or holds no loss.
@@ -119,7 +119,11 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
     held_out = [r for r in records if r.get("eval_loss") is not None]
     if not train and not held_out:
         raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
-    axis = "tokens" if all("tokens" in r for r in train + held_out) else "step"
+    tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
+    counted = all(r["step"] in tokens for r in train + held_out)
+
+    def where(record: Mapping[str, Any]) -> int:
+        return tokens[record["step"]] if counted else record["step"]
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -127,16 +131,16 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     if train:
-        x, y = [r[axis] for r in train], [r["loss"] for r in train]
+        x, y = [where(r) for r in train], [r["loss"] for r in train]
         axes.plot(x, y, color="#4C78A8", linewidth=1.0, alpha=0.9, label="training")
     if held_out:
-        x, y = [r[axis] for r in held_out], [r["eval_loss"] for r in held_out]
+        x, y = [where(r) for r in held_out], [r["eval_loss"] for r in held_out]
         axes.plot(x, y, color="#E45756", linewidth=1.5, marker="o", markersize=4, label="held out")
         axes.annotate(
             f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 5), textcoords="offset points", fontsize=9
         )
     axes.set_xscale("log")
-    axes.set_xlabel("tokens seen" if axis == "tokens" else "step")
+    axes.set_xlabel("tokens seen" if counted else "step")
     axes.set_ylabel("loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)

@@ -78,8 +78,9 @@ class MetricsLog:
     """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and TensorBoard events beside them.
 
     Resuming at a step drops every record after it, so that a run that was killed leaves the same
-    ``metrics.jsonl`` as one that was not, but for times and rates. ``events.jsonl`` only grows:
-    from its starts, resumes, checkpoints and stops, with wall times, goodput can be computed.
+    ``metrics.jsonl`` as one that was not, but for times, rates and memory. ``events.jsonl`` only
+    grows: from its starts, resumes, checkpoints and stops, with wall times, goodput can be
+    computed.
 
     Args:
         folder: the run folder; made if missing.

@@ -30,7 +30,7 @@ class TrainState:
 def init_state(
     specs: Params, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
 ) -> TrainState:
-    """A fresh state. Pure: jit it with ``out_shardings`` to create it in place."""
+    """A fresh state. Pure; ``maxlm.sharding.jit_in_place`` creates it in its shards."""
     params = init_params(specs, key)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)

@@ -1,5 +1,6 @@
 """Tiny random models, and what their continuations are without a cache."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -7,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
-from maxlm.models.params import Params, bind, init_params, param_specs
-from maxlm.sharding import AxisRules, MeshConfig, ShardingConfig, make_mesh
+from maxlm.models.params import Params, bind, param_specs
+from maxlm.sharding import ShardingConfig, place
 
-VOCAB = 67
-# A large init_std: logits of a random model must differ enough that a wrong cache shows.
+VOCAB = 66
+# A large init_std: logits of a random model must differ enough for a wrong cache to show.
 LLAMA = {
     "vocab_size": VOCAB,
     "num_layers": 3,
@@ -35,6 +37,9 @@ GPT2 = {
     "tie_embeddings": True,
     "init_std": 0.5,
 }
+
+
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
 
 
 @dataclass(frozen=True)
@@ -65,32 +70,51 @@ def _forward(model, params, ids):
     return bound.logits(hidden)
 
 
-def build(config: dict, rules: AxisRules, dtype=jnp.float32) -> Tiny:
-    """The same values on any mesh; noise everywhere, so that biases and scales matter too."""
-    model = Decoder(DecoderConfig(**config), rules=rules, dtype=dtype)
-    specs = param_specs(model)
-
-    def values(key):
-        params = init_params(specs, key)
-        leaves, treedef = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        noisy = [
-            x + 0.3 * jax.random.normal(k, x.shape) if spec.role == "vector" else x
-            for x, k, spec in zip(leaves, keys, treedef.flatten_up_to(specs), strict=True)
-        ]
-        return treedef.unflatten(noisy)
-
-    return Tiny(model, jax.jit(values)(jax.random.key(3)))
-
-
-@pytest.fixture
-def one_device():
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
+    """The same values on any mesh, none of them special: biases and scales matter too."""
+    sharding, sizes = ShardingConfig(), dict(mesh.shape)
     with jax.set_mesh(mesh):
-        yield mesh
+        model = Decoder(DecoderConfig(**config), rules=sharding.compute.on(sizes), dtype=dtype)
+
+        def value(spec):
+            drawn = np.random.default_rng(spec.shape).normal(0, 1, spec.shape)
+            if spec.role == "vector":
+                drawn = 0.3 * drawn + spec.init(jax.random.key(0), spec.shape, jnp.float32)
+            else:
+                drawn *= config["init_std"]
+            drawn = np.asarray(drawn, np.float32)
+            placed = place("", spec.shape, spec.axes, sharding.storage.on(sizes), sizes)
+            return jax.device_put(drawn, NamedSharding(mesh, placed.spec))
+
+        return Tiny(model, jax.tree.map(value, param_specs(model)))
+
+
+@pytest.fixture(scope="session")
+def tinies(one_device_mesh) -> dict[str, Tiny]:
+    """Built once, so that tests share what they compile."""
+    return {name: build(config, one_device_mesh) for name, config in CONFIGS.items()}
 
 
 @pytest.fixture(params=["llama", "gpt2"])
-def tiny(request, one_device) -> Tiny:
-    rules = ShardingConfig().compute.on(dict(one_device.shape))
-    return build({"llama": LLAMA, "gpt2": GPT2}[request.param], rules)
+def tiny(request, tinies, one_device_mesh) -> Iterator[Tiny]:
+    """Each of the two, for what depends on the architecture."""
+    with jax.set_mesh(one_device_mesh):
+        yield tinies[request.param]
+
+
+@pytest.fixture
+def llama(tinies, one_device_mesh) -> Iterator[Tiny]:
+    with jax.set_mesh(one_device_mesh):
+        yield tinies["llama"]
+
+
+@pytest.fixture
+def gpt2(tinies, one_device_mesh) -> Iterator[Tiny]:
+    with jax.set_mesh(one_device_mesh):
+        yield tinies["gpt2"]
+
+
+@pytest.fixture(scope="session")
+def build_tiny():
+    """``build_tiny("llama", mesh)``: the values of ``tiny`` on another mesh."""
+    return lambda name, mesh: build(CONFIGS[name], mesh)

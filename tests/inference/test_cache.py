@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from maxlm.config import MaxlmError
 from maxlm.inference.cache import cache_bytes, init_cache
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh
+from maxlm.sharding import ShardingConfig
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -21,35 +21,36 @@ CONFIG = DecoderConfig(
 
 
 @pytest.fixture
-def mesh():
-    return make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+def eight(mesh):
+    return mesh(data=2, fsdp=2, tensor=2)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
-def test_shape_dtype_and_bytes(one_device, dtype, size):
-    rules = ShardingConfig().compute.on(dict(one_device.shape))
-    cache = init_cache(CONFIG, 3, 7, dtype, rules)
+def test_shape_dtype_and_bytes(one_device_mesh, dtype, size):
+    rules = ShardingConfig().compute.on(dict(one_device_mesh.shape))
+    with jax.set_mesh(one_device_mesh):
+        cache = init_cache(CONFIG, 3, 7, dtype, rules)
     assert cache.key.shape == cache.value.shape == (5, 3, 7, 2, 4)
     assert cache.key.dtype == dtype
     assert cache_bytes(CONFIG, 3, 7, dtype) == cache.key.nbytes * 2 == 5 * 3 * 7 * 2 * 4 * 2 * size
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_layout_on_a_mesh(mesh, jit):
-    rules = ShardingConfig().compute.on(dict(mesh.shape))
+def test_layout_on_a_mesh(eight, jit):
+    rules = ShardingConfig().compute.on(dict(eight.shape))
 
     def make():
         return init_cache(CONFIG, 4, 7, jnp.float32, rules)
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(eight):
         cache = (jax.jit(make) if jit else make)()
     expected = PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
     assert cache.key.sharding.spec == expected
     assert {shard.data.shape for shard in cache.value.addressable_shards} == {(5, 1, 7, 1, 4)}
 
 
-def test_what_does_not_divide_is_refused(mesh):
-    rules = ShardingConfig().compute.on(dict(mesh.shape))
-    with jax.set_mesh(mesh), pytest.raises(MaxlmError) as refused:
+def test_what_does_not_divide_is_refused(eight):
+    rules = ShardingConfig().compute.on(dict(eight.shape))
+    with jax.set_mesh(eight), pytest.raises(MaxlmError) as refused:
         init_cache(CONFIG, 3, 7, jnp.float32, rules)
     assert str(refused.value).startswith("cache: batch=3 does not divide over data=2·fsdp=2; ")

@@ -26,7 +26,9 @@ def forward(config: DecoderConfig, mesh, dtype=jnp.float32):
         return hidden, bound.logits(hidden)
 
     def call(tokens, positions, segments=None):
-        arrays = (None if a is None else np.asarray(a, np.int32) for a in (tokens, positions, segments))
+        arrays = (
+            None if a is None else np.asarray(a, np.int32) for a in (tokens, positions, segments)
+        )
         with jax.set_mesh(mesh):
             placed = [None if a is None else building.rows(mesh, a)[0] for a in arrays]
             return jax.device_get(run(params, *placed))

@@ -197,6 +197,24 @@ def test_the_plot_is_a_png_of_training_and_held_out_losses(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_held_out_losses_find_their_tokens_in_the_steps_other_record(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k)))
+    path, image = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        log.log(1, {"loss": 3.0, "tokens": 512})
+        log.log(1, {"eval_loss": 2.0})
+    plot_loss(path, image)
+    assert drawn == [([512], [3.0]), ([512], [2.0])]
+    with path.open("a") as file:  # a step whose tokens nothing tells: steps for all
+        file.write('{"step": 2, "eval_loss": 1.5}\n')
+    drawn.clear()
+    plot_loss(path, image)
+    assert drawn == [([1], [3.0]), ([1, 2], [2.0, 1.5])]
+
+
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "loss": null}\n'])
 def test_nothing_to_plot_is_an_error(tmp_path, content):
     path = tmp_path / "metrics.jsonl"

@@ -1,11 +1,6 @@
 """Optimizers against independent float64 formulas, and sharded against one device."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,42 +20,37 @@ from maxlm.train.optimizer import (
     opt_state_shardings,
 )
 
-ROOT = Path(__file__).parents[2]
 LR, WD = 0.01, 0.3
 KINDS = ["adamw", "lion", "adafactor", "muon"]
 
 
-def make_specs():
-    """One of each role; heads before and after, a stack of layers, odd sizes."""
-    return {
-        "embed": {
-            "table": ParamSpec((10, 6), ("vocab", "embed"), jax.nn.initializers.normal(), "table")
-        },
-        "norm": ParamSpec((6,), ("embed",), jax.nn.initializers.normal(), "vector"),
-        "layers": {
-            "scale": ParamSpec((3, 6), ("layers", "embed"), jax.nn.initializers.normal(), "vector"),
-            "query": ParamSpec(
-                (3, 6, 2, 5),
-                ("layers", "embed", "heads", "head_dim"),
-                jax.nn.initializers.normal(),
-                "matrix",
-                (1,),
-            ),
-            "output": ParamSpec(
-                (3, 2, 5, 6),
-                ("layers", "heads", "head_dim", "embed"),
-                jax.nn.initializers.normal(),
-                "matrix",
-                (1, 2),
-            ),
-            "up": ParamSpec(
-                (3, 6, 14), ("layers", "embed", "mlp"), jax.nn.initializers.normal(), "matrix", (1,)
-            ),
-        },
-    }
-
-
-SPECS = make_specs()
+# One of each role; heads before and after, a stack of layers, odd sizes.
+SPECS = {
+    "embed": {
+        "table": ParamSpec((10, 6), ("vocab", "embed"), jax.nn.initializers.normal(), "table")
+    },
+    "norm": ParamSpec((6,), ("embed",), jax.nn.initializers.normal(), "vector"),
+    "layers": {
+        "scale": ParamSpec((3, 6), ("layers", "embed"), jax.nn.initializers.normal(), "vector"),
+        "query": ParamSpec(
+            (3, 6, 2, 5),
+            ("layers", "embed", "heads", "head_dim"),
+            jax.nn.initializers.normal(),
+            "matrix",
+            (1,),
+        ),
+        "output": ParamSpec(
+            (3, 2, 5, 6),
+            ("layers", "heads", "head_dim", "embed"),
+            jax.nn.initializers.normal(),
+            "matrix",
+            (1, 2),
+        ),
+        "up": ParamSpec(
+            (3, 6, 14), ("layers", "embed", "mlp"), jax.nn.initializers.normal(), "matrix", (1,)
+        ),
+    },
+}
 
 
 def values(seed, specs=SPECS):
@@ -247,53 +237,30 @@ def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
     assert set(counts) == {P()}
 
 
-SHARDED = """
-import jax, numpy as np, optax, runpy, sys
-from functools import partial
-jax.config.update("jax_num_cpu_devices", 8)
-from jax.sharding import NamedSharding
-from maxlm.sharding import MeshConfig, make_mesh
-from maxlm.sharding.rules import StorageRules
-from maxlm.train.optimizer import OptimizerConfig, make_optimizer, opt_state_shardings
-
-here = runpy.run_path(sys.argv[1])
-specs, values, one_step = here["SPECS"], here["values"], here["one_step"]
-del specs["layers"]["up"]
-mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-layout = jax.tree.map(lambda s: NamedSharding(mesh, StorageRules().spec(*s.axes)), specs)
-
-def same_layout(arrays, shardings):
-    jax.tree.map(lambda a, s: np.testing.assert_(a.sharding.is_equivalent_to(s, a.ndim),
-                                                 (a.sharding, s)), arrays, shardings)
-
-for kind in ("adamw", "lion", "adafactor", "muon"):
-    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(1e-2), specs)
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_devices_equal_one_and_keep_their_layout(kind, mesh):
+    specs = {**SPECS, "layers": {k: v for k, v in SPECS["layers"].items() if k != "up"}}
+    optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), specs)
     step = jax.jit(partial(one_step, optimizer))
-    params = values(0, specs)
-    alone = step(params, jax.jit(optimizer.init)(params), values(1, specs))
-    alone = step(*alone, values(2, specs))
-    with jax.set_mesh(mesh):
+
+    alone = (values(0, specs), jax.jit(optimizer.init)(values(0, specs)))
+    for seed in (1, 2):
+        alone = step(*alone, values(seed, specs))
+
+    eight = mesh(data=2, fsdp=2, tensor=2)
+    layout = jax.tree.map(lambda s: NamedSharding(eight, StorageRules().spec(*s.axes)), specs)
+    with jax.set_mesh(eight):
         shardings = opt_state_shardings(optimizer, specs, layout)
-        params = jax.device_put(params, layout)
+        params = jax.device_put(values(0, specs), layout)
         sharded = (params, jax.jit(optimizer.init, out_shardings=shardings)(params))
         for seed in (1, 2):
             sharded = step(*sharded, jax.device_put(values(seed, specs), layout))
-    same_layout(sharded, (layout, shardings))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, err_msg=kind),
-                 jax.device_get(alone), jax.device_get(sharded))
-print("same")
-"""
 
+    def check(array, asked, want):
+        assert array.sharding.is_equivalent_to(asked, array.ndim)
+        np.testing.assert_allclose(jax.device_get(array), jax.device_get(want), atol=1e-6)
 
-def test_eight_devices_equal_one_and_keep_their_layout():
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED), __file__],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout == "same\n", done.stderr
+    jax.tree.map(check, sharded, (layout, shardings), alone)
 
 
 def test_shardings_are_those_of_the_abstract_state():

@@ -32,3 +32,8 @@ class SourceConfig(Config):
     `error` stops and names the place. `replace` puts U+FFFD for each bad sequence: always valid
     text, but the original bytes are lost. `keep` passes the bytes on as they are: nothing is
     lost, but the model learns to produce invalid UTF-8. `skip` leaves out the whole document."""
+
+    piece_bytes: int | None = Field(default=None, gt=0)
+    """Cut text files longer than this into documents of about this many bytes, at line ends; null:
+    a file is one document. For a corpus of few, long files (a book, a log), which otherwise has
+    too few documents to hold any out."""

@@ -21,7 +21,8 @@ class Document:
     """One text: what a model sees between its first and last token."""
 
     id: str
-    """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0)."""
+    """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0); for
+    pieces of a text file by `#number` (from 0)."""
     text: bytes
     """UTF-8, except under the policy `on_bad_bytes="keep"`. Never empty."""
 
@@ -51,7 +52,22 @@ def _read_text(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, byt
     file = part.file
     with open_stream(file.path, file.compression) as stream:
         data = stream.read()
-    yield file.name, apply_policy(data, config.on_bad_bytes, str(file.path))
+    text = apply_policy(data, config.on_bad_bytes, str(file.path))
+    if config.piece_bytes is None or text is None or len(text) <= config.piece_bytes:
+        yield file.name, text
+        return
+    for number, piece in enumerate(_pieces(text, config.piece_bytes)):
+        yield f"{file.name}#{number}", piece
+
+
+def _pieces(text: bytes, size: int) -> Iterator[bytes]:
+    """Runs of whole lines, each the shortest of at least ``size`` bytes; a long line stays whole."""
+    start = 0
+    while start < len(text):
+        newline = text.find(b"\n", start + size - 1)
+        stop = len(text) if newline < 0 else newline + 1
+        yield text[start:stop]
+        start = stop
 
 
 def _read_jsonl(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:

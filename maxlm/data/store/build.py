@@ -88,6 +88,7 @@ def build_store(
         heldout_fraction=heldout_fraction if split != "all" else 0.0,
         text_field=source.text_field,
         on_bad_bytes=source.on_bad_bytes,
+        piece_bytes=source.piece_bytes,
         num_binary_files=listing.num_binary,
         sources=tuple(
             Source(

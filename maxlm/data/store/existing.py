@@ -7,7 +7,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from maxlm.data.store.store import TokenStore
 
-_SETTINGS = ("split", "heldout_fraction", "text_field", "on_bad_bytes")
+_SETTINGS = ("split", "heldout_fraction", "text_field", "on_bad_bytes", "piece_bytes")
 
 
 def check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | None:

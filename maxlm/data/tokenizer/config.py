@@ -22,7 +22,7 @@ class TokenizerConfig(Config):
     """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
     words, numbers and punctuation apart. ``sentencepiece_bpe`` (the Llama-2 kind) and
     ``sentencepiece_unigram`` (the T5 kind) learn from characters and fall back to bytes for rare
-    ones; they keep all training text in memory, Unigram about 30 times its size."""
+    ones; their training holds 20 to 25 times the text's size in memory."""
 
     vocab_size: int = Field(default=8192, gt=0)
     """Number of ids, including 256 byte tokens and the special tokens. A larger vocabulary makes

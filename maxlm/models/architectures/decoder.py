@@ -67,9 +67,7 @@ class Decoder(nnx.Module):
             if config.positions.kind == "learned"
             else None
         )
-        block = Block(
-            config.attention, config.mlp, config.norm, D, config.num_layers, std, **kw
-        )
+        block = Block(config.attention, config.mlp, config.norm, D, config.num_layers, std, **kw)
         self.layers = stack(block, config.num_layers)
         self.final_norm = Norm(config.norm, D, **kw)
         self.head = (

@@ -16,9 +16,7 @@ class Embedding(nnx.Module):
         self, axis: str | None, size: int, d_model: int, std: float, *, rules: AxisRules, dtype: Any
     ):
         self.rules, self.dtype = rules, dtype
-        self.table = declare(
-            (size, d_model), (axis, "embed"), truncated_normal(std), "table"
-        )
+        self.table = declare((size, d_model), (axis, "embed"), truncated_normal(std), "table")
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [B, S] → [B, S, D] in the compute dtype."""

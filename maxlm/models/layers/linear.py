@@ -62,4 +62,3 @@ class Linear(nnx.Module):
 def residual_std(std: float, num_layers: int) -> float:
     """GPT-2's scaling of maps that write into the residual stream (Radford et al. 2019, §2.3)."""
     return std * (2 * num_layers) ** -0.5
-

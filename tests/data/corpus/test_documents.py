@@ -203,3 +203,18 @@ def test_missing_packages(tmp_path, monkeypatch, name, package):
         f"{tmp_path / name}: reading this file needs {package}, which is not installed; "
         "pip install 'maxlm[data]'"
     )
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\0", b"x")), max_size=30))
+def test_pieces_are_whole_lines_that_add_up(tmp_path_factory, lines):
+    text = b"\n".join(line.decode("latin1").encode() for line in lines)
+    path = tmp_path_factory.mktemp("pieces") / "long.txt"
+    path.write_bytes(text)
+    pieces = texts(path, piece_bytes=50)
+    assert b"".join(pieces) == text
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+    if len(text) > 50:
+        for piece in pieces[:-1]:
+            assert len(piece) >= 50 > piece.rstrip(b"\n").rfind(b"\n") + 1
+    else:
+        assert len(pieces) <= 1

@@ -60,6 +60,15 @@ def test_far_along_the_weights_hold():
         assert abs(streams[stores == store].mean() / expected - 1) < 1e-6
 
 
+@given(weights=weight_lists, key=keys, high=st.integers(1, 2**30))
+def test_no_sequence_is_lost_where_the_arithmetic_is_split(weights, key, high):
+    first = high * 2**31 - BLOCK
+    stores, streams = mixture(weights, key).locate(np.arange(first, first + 2 * BLOCK))
+    for store in np.unique(stores):
+        given_out = np.sort(streams[stores == store])
+        assert (np.diff(given_out) == 1).all()
+
+
 def test_no_store_sits_at_fixed_rows():
     stores, _ = mixture([1, 1]).locate(np.arange(8 * 400))
     share = stores.reshape(400, 8).mean(0)

@@ -1,0 +1,79 @@
+"""maxlm generate"""
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run's folder, such as runs/demo.")],
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue; - is stdin.")
+    ],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many; the end of the text stops it sooner.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: always the likeliest token; above 1: wilder.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from this many likeliest tokens; 0: all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest with this probability; 1: all.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+) -> None:
+    """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
+    from maxlm.config import load
+    from maxlm.inference.sampling import SamplingConfig
+
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    chosen = load(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
+    texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
+
+    import jax
+
+    from maxlm.programs.generate import generate_text
+    from maxlm.programs.load import load_run
+
+    opened = load_run(run, step=step)
+    samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
+    sampling = SamplingConfig(**{**samples, **chosen})
+    with jax.set_mesh(opened.mesh):
+        steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
+        _show(texts, steps)
+
+
+def _show(prompts: Sequence[bytes], steps: Iterator[list[str]]) -> None:
+    """The first text as it comes, the others when all are done; headings if there are several."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot
+
+    def open_text(number: int) -> None:
+        if len(prompts) > 1:
+            print(f"──── prompt {number} ────")
+        print(prompts[number - 1].decode("utf-8", "replace"), end="", flush=True)
+
+    open_text(1)
+    others = [""] * (len(prompts) - 1)
+    for first, *rest in steps:
+        print(first, end="", flush=True)
+        others = [text + piece for text, piece in zip(others, rest, strict=True)]
+    print()
+    for number, text in enumerate(others, 2):
+        print()
+        open_text(number)
+        print(text)

@@ -1,0 +1,56 @@
+"""Text in, text out: what lies between a tokenizer and the generation loop."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from maxlm.data.tokenizer import StreamDecoder, Tokenizer
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.params import Params
+
+
+def generate_text(
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | bytes],
+    sampling: SamplingConfig,
+) -> Iterator[list[str]]:
+    """Continue prompts, each as the opening of a document; literals of special tokens in them are
+    plain text. Call and iterate under ``jax.set_mesh`` of the mesh that ``params`` lie on.
+
+    Args:
+        prompts: bytes need not be UTF-8.
+
+    Returns:
+        At each step a list with the text that each row's new token completes, often empty; all of
+        a row's pieces joined are its continuation. The end-of-document token gives no text.
+
+    Raises:
+        MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
+    """
+    steps = generate(
+        model,
+        params,
+        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+        sampling,
+        eos_id=tokenizer.eos_id,
+        key=jax.random.key(sampling.seed),
+        vocab_size=tokenizer.vocab_size,
+    )
+    return _decode(steps, tokenizer, len(prompts))
+
+
+def _decode(
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, rows: int
+) -> Iterator[list[str]]:
+    decoders = [StreamDecoder(tokenizer) for _ in range(rows)]
+    silent = (None, tokenizer.eos_id)
+    for tokens in steps:
+        yield [
+            "" if token in silent else decoder.push(token)
+            for token, decoder in zip(tokens, decoders, strict=True)
+        ]
+    yield [decoder.flush() for decoder in decoders]

@@ -1,0 +1,21 @@
+"""Arrays made on a mesh from nothing: random values, zeros."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import auto_axes
+
+
+def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+    """``function`` jitted so that every output is computed in its shards, never whole on a device.
+
+    Under an explicit mesh, values made from nothing are replicated by their type: with plain
+    ``out_shardings`` each device would make every array whole and cut it at the end. Here the
+    compiler lays out the computation, from the outputs backwards.
+
+    Args:
+        function: takes replicated arguments (a random key).
+        shardings: one for every output, on the mesh in use (``jax.set_mesh``).
+    """
+    return jax.jit(auto_axes(function, out_sharding=shardings))

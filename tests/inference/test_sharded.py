@@ -1,0 +1,71 @@
+"""Promise: a mesh changes where a model generates, not what."""
+
+import jax
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.inference import generate as generation
+from maxlm.inference.decode import prefill
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures.decoder import Decoder
+from maxlm.sharding import AxisRules
+
+PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7]]  # 3 rows on 4 shards of the batch
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
+SAMPLED = SamplingConfig(temperature=2.0, top_k=50, top_p=0.95, max_new_tokens=6)
+
+
+def tokens(tiny, mesh, sampling):
+    with jax.set_mesh(mesh):
+        steps = generate(
+            tiny.model, tiny.params, PROMPTS, sampling, eos_id=None, key=jax.random.key(0)
+        )
+        return list(steps)
+
+
+@pytest.fixture(scope="module")
+def eight(mesh):
+    return mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def sharded(eight, build_tiny):
+    return build_tiny("llama", eight)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_the_same_tokens_on_eight_devices_as_on_one(
+    sharded, eight, tinies, one_device_mesh, sampling
+):
+    expected = tokens(tinies["llama"], one_device_mesh, sampling)
+    assert tokens(sharded, eight, sampling) == expected
+
+
+def test_the_cache_stays_split_and_is_never_gathered(sharded, eight):
+    batch, width, length = 4, 8, 16
+    with jax.set_mesh(eight):
+        start = jax.jit(lambda p, t, n: prefill(sharded.model, p, t, n, length))
+        ids, lengths = np.ones((batch, width), np.int32), np.full(batch, width, np.int32)
+        _, cache = start(sharded.params, ids, lengths)
+        assert {s.data.shape for s in cache.key.addressable_shards} == {(3, 1, length, 1, 6)}
+        seeds = np.zeros(batch, np.uint32)
+        step = generation._advance.lower(
+            sharded.model, GREEDY, sharded.params, lengths, lengths, cache, seeds,
+            jax.random.key(0), None,
+        ).compile().as_text()  # fmt: skip
+    # A gathered cache would show its length on more than one row or head of a layer.
+    for rows, heads in ((4, 1), (1, 2), (4, 2), (2, 1)):
+        assert f"[{rows},{length},{heads},6]" not in step
+    assert f"[1,{length},1,6]" in step
+
+
+def test_a_mesh_that_splits_the_sequence_is_refused(tinies):
+    model = tinies["llama"].model
+    model = Decoder(model.config, rules=AxisRules(seq=("context",)), dtype=model.dtype)
+    with pytest.raises(MaxlmError) as refused:
+        generate(model, tinies["llama"].params, [[1]], GREEDY, eos_id=None, key=jax.random.key(0))
+    assert str(refused.value) == (
+        "mesh: the sequence is split over context; generate on a mesh with context=1"
+    )
