@@ -103,7 +103,9 @@ def bare_step(remat: bool) -> Step:
         shapes = {
             **dict.fromkeys("qkv", (LAYERS, D, HEADS, HEAD)),
             "o": (LAYERS, HEADS, HEAD, D),
-            **{"gate": (LAYERS, D, FF), "up": (LAYERS, D, FF), "down": (LAYERS, FF, D)},
+            "gate": (LAYERS, D, FF),
+            "up": (LAYERS, D, FF),
+            "down": (LAYERS, FF, D),
         }
         keys = iter(jax.random.split(key, 16))
         random = {n: 0.02 * jax.random.normal(next(keys), s) for n, s in shapes.items()}

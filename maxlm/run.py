@@ -22,6 +22,8 @@ from maxlm.train.schedule import ScheduleConfig
 IDENTITY = ("seed", "model", "tokenizer", "data", "objective", "optimizer", "train.ema_decay")
 # ... but for these, which change how fast batches come and not which.
 INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
+# What the tokenizer and the token stores in a run's folder were made with.
+PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")
 
 # Axes that no layer is split over yet.
 UNUSED_AXES = ("expert", "context", "stage")

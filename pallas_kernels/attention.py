@@ -61,7 +61,7 @@ def attention(
     Args:
         q_positions: int [B, S], where the queries stand among the keys (decoding); default 0..S-1.
         segment_ids: int [B, S] and [B, T]; tokens attend within their own segment, 0 is padding.
-            A query with no key left gives zeros.
+            A query with no key left gives zeros. Masked keys and values may hold anything finite.
         scale: default H ** -0.5.
 
     Returns:

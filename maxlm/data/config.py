@@ -2,7 +2,6 @@
 
 from pydantic import Field, model_validator
 
-from maxlm.config import Config
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.loader.loader import LoaderConfig
 

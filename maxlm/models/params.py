@@ -113,7 +113,7 @@ def param_specs(module: nnx.Module) -> Params:
     return specs
 
 
-def named(tree: Params, prefix: str = "") -> dict[str, Any]:
+def named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict flattened to canonical names, ``{"layers.attention.query": ...}``."""
     flat: dict[str, Any] = {}
     for key in sorted(tree):
@@ -135,7 +135,7 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(spec.shape[0]))
         return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.dtype))(layers)
 
-    def walk(tree: Params, prefix: str) -> Params:
+    def walk(tree: Mapping[str, Any], prefix: str) -> Params:
         return {
             k: walk(v, f"{prefix}{k}.") if isinstance(v, Mapping) else init(f"{prefix}{k}", v)
             for k, v in tree.items()

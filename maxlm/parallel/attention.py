@@ -33,5 +33,3 @@ def sharded_attention(
         in_specs=(queries, keys, keys, jax.tree.map(lambda _: rows, optional)),
         out_specs=queries,
     )(q, k, v, optional)
-
-

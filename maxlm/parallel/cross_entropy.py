@@ -80,7 +80,7 @@ def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
         def body(carry, inputs):
             sums, d_head = carry
             own, d_rows, d_own = step(*inputs, gradient=gradient)
-            d_head = d_head + d_own if gradient else None
+            d_head = None if d_head is None else d_head + d_own
             return (jax.tree.map(jnp.add, sums, own), d_head), d_rows
 
         zero = jnp.zeros((), jnp.float32)
@@ -90,7 +90,7 @@ def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
             d_head = _varying(jnp.zeros(head.shape, jnp.float32), token_axes + vocab_axes)
         (sums, d_head), d_rows = lax.scan(body, (sums, d_head), chunks)
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
-        if not gradient:
+        if d_head is None:
             return sums, None
         d_head = lax.psum(d_head, token_axes) if token_axes else d_head
         d_rows = d_rows.reshape(-1, rows.shape[1])[: len(rows)]

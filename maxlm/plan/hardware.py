@@ -1,6 +1,7 @@
 """What a device can do."""
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """A device's peak in FLOP/s; for a CPU, what one large fp32 matmul reaches now; or unknown."""
     if device.platform == "cpu":
         return _measured_matmul(device)
@@ -26,7 +27,7 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
-def _measured_matmul(device: jax.Device, size: int = 1024, rounds: int = 5) -> float:
+def _measured_matmul(device: Any, size: int = 1024, rounds: int = 5) -> float:
     a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     multiply = jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()

@@ -7,6 +7,7 @@ from pathlib import Path
 from maxlm.config import MaxlmError
 from maxlm.data.config import MixtureSource
 from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
+from maxlm.data.loader import make_batches
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.store.progress import show_progress
@@ -45,7 +46,19 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
         corpus.training[source.name] = training
         if heldout is not None:
             corpus.heldout[source.name] = heldout
+    # Refuses a store shorter than a sequence, and builds what indices are missing.
+    make_batches(corpus.training, corpus.weights, config.data, seed=config.seed)
     return corpus
+
+
+def planned_vocab(config: RunConfig) -> int:
+    """Ids of the tokenizer that a run will use.
+
+    Raises:
+        MaxlmError: it is named and cannot be read.
+    """
+    path = config.tokenizer.path
+    return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
 
 
 def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
@@ -103,7 +116,7 @@ def _stores(
 
 
 def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:
-    """Which stores a source gets: a few documents may leave none to hold out, or none to train on."""
+    """The stores a source gets: of few documents all may fall on one side of the split."""
     if (folder / "all").exists():
         return ("all",)
     if (folder / "heldout").exists():

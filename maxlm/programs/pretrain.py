@@ -1,7 +1,7 @@
 """Training, from a config to a trained model: the story of `maxlm train`."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from maxlm.config import MaxlmError, to_yaml
+from maxlm.config import MaxlmError, load, to_yaml
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
-from maxlm.programs.prepare import Corpus, prepare
+from maxlm.programs.prepare import Corpus, planned_vocab, prepare
 from maxlm.programs.record import recorder
 from maxlm.programs.setup import Setup, run_folder, set_up
-from maxlm.run import IDENTITY, INCIDENTAL, RunConfig, vocab_fits
+from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
 from maxlm.train.checkpoint import Checkpointer, check_same
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Hooks, train
@@ -50,22 +50,24 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     """
     lead = jax.process_index() == 0
     say = say if lead else lambda _: None
-    folder = _make_folder(run_folder(config))
-    setup = set_up(config)  # What does not fit is refused before any text is read.
-    corpus = _prepare_together(config, folder)
-    vocab_fits(config, corpus.tokenizer.vocab_size)
-    metadata = {
-        "config": config.model_dump(mode="json"),
-        "tokenizer": corpus.tokenizer.fingerprint,
-    }
-
+    folder = run_folder(config)
+    # What does not fit is refused before anything is written or read.
+    setup = set_up(config)
+    vocab_fits(config, planned_vocab(config))
     with ExitStack() as stack:
+        origin = _origin(config, folder, resume, stack)
+        stack.enter_context(_writable(folder))
+        corpus = _prepare_together(config, folder)
+        metadata = {
+            "config": config.model_dump(mode="json"),
+            "tokenizer": corpus.tokenizer.fingerprint,
+        }
         stack.enter_context(jax.set_mesh(setup.mesh))
-        keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
-        state = _restore(setup, keeper, resume, metadata, say) or setup.init()
+        state = _restore(setup, origin, metadata, say) if origin else setup.init()
         start = int(state.step)
         if lead:
             _write(folder / "config.yaml", to_yaml(config))
+        keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
         log = stack.enter_context(MetricsLog(folder, start, write=lead))
         log.event("resume" if start else "start", start, devices=jax.device_count())
         eval_step = setup.compile_evaluation()
@@ -110,7 +112,10 @@ def weights(state: TrainState) -> Any:
     return state.params if state.ema is None else state.ema
 
 
-def _make_folder(folder: Path) -> Path:
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """The folder, made if missing; taken away again if nothing came of it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".writable-{jax.process_index()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +127,12 @@ def _make_folder(folder: Path) -> Path:
             where=str(folder),
             fix="set folder=PATH to a place you may write to",
         ) from error
-    return folder
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Not empty.
+            for path in made:
+                path.rmdir()
 
 
 def _prepare_together(config: RunConfig, folder: Path) -> Corpus:
@@ -133,30 +143,35 @@ def _prepare_together(config: RunConfig, folder: Path) -> Corpus:
     return corpus or prepare(config, folder)
 
 
+def _origin(
+    config: RunConfig, folder: Path, resume: str | Path | None, stack: ExitStack
+) -> Checkpointer | None:
+    """The checkpoints to go on from: this run's own, else those of the one to resume, else none.
+
+    Raises:
+        MaxlmError: they, or the text prepared here, are of another config; none to resume from.
+    """
+    now = _lasting(config.model_dump(mode="json"))
+    for home, required in ((folder, False), (resume, True)):
+        if home is None or not (required or (Path(home) / "checkpoints").is_dir()):
+            continue
+        keeper = stack.enter_context(Checkpointer(Path(home) / "checkpoints", read_only=True))
+        if required or keeper.latest() is not None:
+            saved = _lasting(keeper.metadata()["config"])
+            check_same(saved, now, IDENTITY, str(keeper.folder))
+            return keeper
+    if (folder / "config.yaml").exists():
+        before = load(RunConfig, folder / "config.yaml").value.model_dump(mode="json")
+        check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
+    return None
+
+
 def _restore(
-    setup: Setup,
-    keeper: Checkpointer,
-    resume: str | Path | None,
-    metadata: Mapping[str, Any],
-    say: Say,
-) -> TrainState | None:
-    """The newest state of this run, else of the one to resume from, else none."""
-    if keeper.latest() is not None:
-        return _restore_newest(setup, keeper, metadata, say)
-    if resume is None:
-        return None
-    with Checkpointer(Path(resume) / "checkpoints", read_only=True) as other:
-        return _restore_newest(setup, other, metadata, say)
-
-
-def _restore_newest(
-    setup: Setup, keeper: Checkpointer, metadata: Mapping[str, Any], say: Say
+    setup: Setup, origin: Checkpointer, metadata: Mapping[str, Any], say: Say
 ) -> TrainState:
-    saved, where = keeper.metadata(), str(keeper.folder)
-    check_same(_lasting(saved["config"]), _lasting(metadata["config"]), IDENTITY, where)
-    check_same(saved, metadata, ("tokenizer",), where)
-    state = keeper.restore(None, setup.abstract_state)
-    say(f"resuming from step {int(state.step)} in {keeper.folder}")
+    check_same(origin.metadata(), metadata, ("tokenizer",), str(origin.folder))
+    state = origin.restore(None, setup.abstract_state)
+    say(f"resuming from step {int(state.step)} in {origin.folder}")
     return state
 
 

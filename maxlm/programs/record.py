@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from math import log
 
-
 from maxlm.plan.flops import training_flops
 from maxlm.plan.hardware import peak_flops
 from maxlm.programs.prepare import Corpus
@@ -48,5 +47,3 @@ def recorder(
         log_to.log(step, values)
 
     return record
-
-

@@ -97,6 +97,4 @@ def _places(folder: Path) -> str:
     there = {name: what for name, what in kinds.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
-    return "\n".join(
-        ["Everything is in", *lines, f'Try: maxlm generate {folder} "your prompt"']
-    )
+    return "\n".join(["Everything is in", *lines, f'Try: maxlm generate {folder} "your prompt"'])

@@ -43,9 +43,7 @@ class Setup:
 
     @cached_property
     def shardings(self) -> TrainState:
-        return state_shardings(
-            self.specs, self.optimizer, self.storage, self.mesh, ema=self._ema
-        )
+        return state_shardings(self.specs, self.optimizer, self.storage, self.mesh, ema=self._ema)
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -87,7 +85,7 @@ class Setup:
 
 def set_up(
     config: RunConfig,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     *,
     for_training: bool = True,
 ) -> Setup:

@@ -18,4 +18,4 @@ def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., 
         function: takes replicated arguments (a random key).
         shardings: one for every output, on the mesh in use (``jax.set_mesh``).
     """
-    return jax.jit(auto_axes(function, out_sharding=shardings))
+    return jax.jit(auto_axes(function, out_sharding=shardings), out_shardings=shardings)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -90,8 +91,8 @@ def smallest(config: MeshConfig) -> int:
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """An explicit mesh over ``devices`` (default: all of them), laid out along the hardware's links."""
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """An explicit mesh over ``devices`` (default: all), laid out along the hardware's links."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     return jax.make_mesh(

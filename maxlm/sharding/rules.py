@@ -73,7 +73,7 @@ class StorageRules(AxisRules):
 
 
 class ComputeRules(AxisRules):
-    """How arrays lie in use: the batch over every data-like axis, weights whole but for `tensor`."""
+    """How arrays lie in use: the batch over all data-like axes, weights whole but for `tensor`."""
 
     batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = ("context",)

@@ -1,6 +1,8 @@
 """Batches from the host's rows to the mesh."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,14 +18,16 @@ def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
         sharding, shape: of the batch's arrays, [rows, ...] or [micro-batches, rows, ...]; rows are
             counted over both leading axes together, micro-batch by micro-batch.
     """
-    lead = shape[:-1]
-    numbers = np.arange(np.prod(lead)).reshape(lead)
-    slices = sharding.addressable_devices_indices_map(shape).values()
-    return sorted({int(row) for index in slices for row in np.ravel(numbers[index[: len(lead)]])})
+    numbers = _numbered(shape[:-1])
+    slices: Any = sharding.addressable_devices_indices_map(shape).values()
+    return sorted({row for index in slices for row in numbers[index[:-1]].ravel().tolist()})
 
 
 def put_batch(
-    batch: Mapping[str, np.ndarray], rows: Sequence[int], sharding: NamedSharding, lead: tuple[int, ...]
+    batch: Mapping[str, np.ndarray],
+    rows: Sequence[int],
+    sharding: NamedSharding,
+    lead: tuple[int, ...],
 ) -> dict[str, jax.Array]:
     """A process's rows as its part of the global arrays.
 
@@ -31,18 +35,22 @@ def put_batch(
         batch: arrays [len(rows), S], row i being global row ``rows[i]``.
         lead: the arrays' leading axes: (rows,) or (micro-batches, rows).
     """
-    numbers = np.arange(np.prod(lead)).reshape(lead)
+    numbers = _numbered(lead)
     place_of = {row: i for i, row in enumerate(rows)}
 
     def put(array: np.ndarray) -> jax.Array:
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            wanted = numbers[index[: len(lead)]]
-            own = np.array([place_of[row] for row in wanted.ravel()])
+        def piece(index: Any) -> np.ndarray:
+            wanted = numbers[index[:-1]]
+            own = np.array([place_of[row] for row in wanted.ravel().tolist()])
             return array[own].reshape(*wanted.shape, array.shape[1])[..., index[-1]]
 
         return jax.make_array_from_callback((*lead, array.shape[1]), sharding, piece)
 
     return {name: put(array) for name, array in batch.items()}
+
+
+def _numbered(lead: tuple[int, ...]) -> np.ndarray:
+    return np.arange(prod(lead)).reshape(lead)
 
 
 def batch_sharding(rules: AxisRules, mesh: jax.sharding.Mesh, *, micro: bool) -> NamedSharding:

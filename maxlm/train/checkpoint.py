@@ -68,6 +68,11 @@ class Checkpointer:
                 ),
             )
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written at ``step``."""
+        every = self.config.every_steps
+        return every > 0 and step % every == 0
+
     def save(
         self, step: int, state: PyTree, metadata: Mapping[str, Any], force: bool = False
     ) -> bool:
@@ -84,9 +89,7 @@ class Checkpointer:
         Raises:
             MaxlmError: this checkpoint, or the one before it, could not be written.
         """
-        every = self.config.every_steps
-        due = force or (every > 0 and step % every == 0)
-        if not due or step in self._manager.all_steps():
+        if not (force or self.due(step)) or step in self._manager.all_steps():
             return False
         versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
         metadata = {"step": step, "versions": versions, **metadata}
@@ -232,13 +235,18 @@ def _check_same_arrays(
 
 
 def check_same(
-    saved: Mapping[str, Any], current: Mapping[str, Any], keys: Sequence[str], where: str = "resume"
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    keys: Sequence[str],
+    where: str = "resume",
+    what: str = "the checkpoint was written",
 ) -> None:
     """Refuse to go on from a checkpoint whose config differs where it must not.
 
     Args:
         saved, current: configs as (nested) JSON values.
         keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
+        what: was done with the saved config, for the message.
 
     Raises:
         MaxlmError: naming every key that differs, with both values.
@@ -250,7 +258,7 @@ def check_same(
     ]
     if different:
         raise MaxlmError(
-            f"the checkpoint was written with another config: {', '.join(different)}",
+            f"{what} with another config: {', '.join(different)}",
             where=where,
             fix="set them back, or train in another run folder",
         )

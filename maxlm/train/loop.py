@@ -22,7 +22,7 @@ class Hooks:
     """What the loop calls besides the step."""
 
     record: Callable[[int, Mapping[str, float]], None]
-    """(step, scalars), once a step, in order, one step late."""
+    """(step, scalars), once a step, in order, mostly one step late."""
     evaluate: Callable[[TrainState], Mapping[str, float]] | None
     """Scalars to record every ``eval_every`` steps."""
 
@@ -64,9 +64,12 @@ def train(
             if pending is not None:
                 _record(hooks, clock, *pending)
             pending = number, sums
-            if _due(config.eval_every, number) and number < config.steps and hooks.evaluate:
+            evaluating = _due(config.eval_every, number) and number < config.steps
+            if evaluating or checkpointer.due(number):
+                # A checkpoint never comes before the records up to it: a run may be killed between.
                 _record(hooks, clock, *pending)
                 pending = None
+            if evaluating and hooks.evaluate:
                 hooks.record(number, hooks.evaluate(state))
                 clock.restart()
             checkpointer.save(number, state, metadata)

@@ -16,15 +16,17 @@ from maxlm.train.optimizer import opt_state_shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes. The data's position is ``step`` itself; so is the randomness's."""
+    """Everything a step changes; with other leaves than arrays, their shapes or shardings.
 
-    step: jax.Array
+    The data's position is ``step`` itself; so is the randomness's."""
+
+    step: Any
     """int32: steps taken."""
-    params: Params
-    """fp32 master parameters."""
+    params: Any
+    """fp32 master parameters, a nested dict."""
     opt_state: Any
-    ema: Params | None
-    """Exponential moving average of the parameters, where asked for."""
+    ema: Any
+    """Exponential moving average of the parameters, or None."""
 
 
 def init_state(
@@ -59,7 +61,9 @@ def state_shardings(
     *,
     ema: bool,
 ) -> TrainState:
-    """The sharding of every array of a state; optimizer moments lie where their parameter does.
+    """The sharding of every array of a state, as a TrainState of shardings.
+
+    Optimizer moments lie where their parameter does.
 
     Args:
         rules: storage rules on this mesh.

@@ -52,8 +52,8 @@ def train_step(
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    params: Any = optax.apply_updates(state.params, updates)
+    ema: Any = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
     means = {name: value / tokens for name, value in sums.items() if name != "tokens"}

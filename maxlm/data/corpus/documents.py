@@ -61,7 +61,7 @@ def _read_text(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, byt
 
 
 def _pieces(text: bytes, size: int) -> Iterator[bytes]:
-    """Runs of whole lines, each the shortest of at least ``size`` bytes; a long line stays whole."""
+    """Runs of whole lines, each the shortest of at least ``size`` bytes."""
     start = 0
     while start < len(text):
         newline = text.find(b"\n", start + size - 1)

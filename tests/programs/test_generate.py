@@ -1,0 +1,57 @@
+"""Promise: the text is what the model's tokens decode to, whole characters at a time."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.params import init_params, param_specs
+from maxlm.programs.generate import generate_text
+from maxlm.sharding import AxisRules
+
+BOS, EOS, NAMED = 0, 1, 258
+SAMPLING = SamplingConfig(temperature=2.0, max_new_tokens=40, seed=3)
+
+
+class ByteTokenizer:
+    """One id a byte, from 2 on."""
+
+    vocab_size, bos_id, eos_id = NAMED, BOS, EOS
+
+    def encode(self, text):
+        return [b + 2 for b in (text.encode() if isinstance(text, str) else text)]
+
+    def decode_bytes(self, ids):
+        return b"".join(bytes([i - 2]) if i > 1 else b"<special>" for i in ids)
+
+
+@pytest.fixture
+def model(one_device_mesh):
+    config = DecoderConfig(
+        vocab_size=NAMED + 300,  # a padded table: more rows than the tokenizer has ids
+        num_layers=1,
+        d_model=8,
+        max_seq_len=64,
+        attention={"num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+        mlp={"d_ff": 8},
+    )
+    with jax.set_mesh(one_device_mesh):
+        yield Decoder(config, rules=AxisRules(), dtype=jnp.float32)
+
+
+def test_pieces_join_to_the_decoded_tokens(model):
+    tokenizer, prompts = ByteTokenizer(), ["größer", b"\xff\x00", ""]
+    params = jax.jit(lambda key: init_params(param_specs(model), key))(jax.random.key(0))
+    ids = [[BOS, *tokenizer.encode(prompt)] for prompt in prompts]
+    options = {"eos_id": EOS, "key": jax.random.key(3), "vocab_size": NAMED}
+    columns = zip(*generate(model, params, ids, SAMPLING, **options), strict=True)
+    tokens = [[t for t in column if t not in (None, EOS)] for column in columns]
+    expected = [tokenizer.decode_bytes(row).decode("utf-8", "replace") for row in tokens]
+
+    steps = list(generate_text(model, params, tokenizer, prompts, SAMPLING))
+    assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == expected
+    # Tokens of a nearly uniform model are mostly parts of no character.
+    assert all("\ufffd" in text for text in expected)
+    assert sum(len(piece) == 1 for piece, *_ in steps) > 5

@@ -1,0 +1,85 @@
+"""Runs small enough to be trained many times, on text made here."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a process that runs maxlm: what one of them compiles, the next ones load."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+def write_text(folder: Path, documents: int = 12, seed: int = 0) -> str:
+    """Files of words drawn from a short list; the folder's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    words = [
+        "the",
+        "sun",
+        "rises",
+        "over",
+        "a",
+        "quiet",
+        "sea",
+        "and",
+        "grey",
+        "gulls",
+        "turn",
+        "slowly",
+        "into",
+        "wind",
+    ]
+    for number in range(documents):
+        chosen = random.choice(words, int(random.integers(100, 400)))
+        (folder / f"{number:02}.txt").write_text(" ".join([f"{number}:", *chosen]) + "\n")
+    return str(folder)
+
+
+def settings(folder: Path, text: str, **top: Any) -> dict[str, Any]:
+    """A run in ``folder``/tiny, as YAML would hold it; ``top`` replaces whole parts."""
+    return {
+        "name": "tiny",
+        "folder": str(folder),
+        "model": {
+            "vocab_size": 304,
+            "num_layers": 2,
+            "d_model": 32,
+            "max_seq_len": 32,
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+            "mlp": {"d_ff": 64},
+        },
+        "tokenizer": {"vocab_size": 300},
+        "data": {
+            "sources": [{"name": "text", "documents": [text]}],
+            "heldout_fraction": 0.2,
+            "seq_len": 32,
+            "batch_size": 8,
+            "workers": 0,
+            "build_workers": 1,
+        },
+        "schedule": {"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-2},
+        "train": {"steps": 20},
+        "checkpoint": {"every_steps": 10},
+        **top,
+    }
+
+
+def write_config(folder: Path, text: str, **top: Any) -> str:
+    """The same as a file, beside the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, text, **top)))
+    return str(path)
