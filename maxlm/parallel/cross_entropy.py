@@ -90,7 +90,7 @@ def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
             d_head = _varying(jnp.zeros(head.shape, jnp.float32), token_axes + vocab_axes)
         (sums, d_head), d_rows = lax.scan(body, (sums, d_head), chunks)
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
-        if d_head is None:
+        if d_head is None or d_rows is None:
             return sums, None
         d_head = lax.psum(d_head, token_axes) if token_axes else d_head
         d_rows = d_rows.reshape(-1, rows.shape[1])[: len(rows)]
@@ -109,9 +109,10 @@ def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + first
-    onehot = ids == targets[:, None]
-    sums = jnp.sum(exp, axis=-1), jnp.sum(jnp.where(onehot, logits, 0.0), axis=-1)
+    own = targets - first  # where this device's share of the vocabulary has the target, if it does
+    size = logits.shape[1]
+    found = jnp.take_along_axis(logits, jnp.clip(own, 0, size - 1)[:, None], axis=-1)[:, 0]
+    sums = jnp.sum(exp, axis=-1), jnp.where((own >= 0) & (own < size), found, 0.0)
     total, target = lax.psum(sums, axes) if axes else sums
     logsumexp = top + jnp.log(total)
     entropy = jnp.sum(weights * (logsumexp - target))
@@ -119,6 +120,7 @@ def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):
     if not gradient:
         return (loss, entropy), None, None
     scale = weights * (1.0 + 2.0 * z_loss * logsumexp) / total
+    onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == own[:, None]
     d_logits = exp * scale[:, None] - jnp.where(onehot, weights[:, None], 0.0)
     d_logits = d_logits.astype(rows.dtype)
     d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
