@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from math import log
 
+import jax
+
 from maxlm.plan.flops import training_flops
 from maxlm.plan.hardware import peak_flops
 from maxlm.programs.prepare import Corpus
@@ -22,7 +24,7 @@ def recorder(
     config = setup.config
     tokens_a_step = config.data.batch_size * config.data.seq_len
     flops = training_flops(setup.specs, config.model, config.data.seq_len)
-    peak = peak_flops(setup.mesh.devices.flat[0])
+    peak = peak_flops(jax.local_devices()[0])
     share = sum(corpus.weights.values())
     bytes_a_token = sum(
         corpus.weights[name] / share * store.manifest.text_bytes / store.num_tokens
