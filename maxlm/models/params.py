@@ -105,7 +105,7 @@ def stack(module: ModuleT, depth: int) -> ModuleT:
 def param_specs(module: nnx.Module) -> Params:
     """The declarations of all parameters, as a nested dict of :class:`ParamSpec`."""
     specs: Params = {}
-    for path, param in nnx.split(module)[1].flat_state():
+    for path, param in nnx.to_flat_state(nnx.split(module)[1]):
         node = specs
         for name in path[:-1]:
             node = node.setdefault(str(name), {})
@@ -147,16 +147,10 @@ def init_params(specs: Params, key: jax.Array) -> Params:
 def bind(module: ModuleT, params: Params) -> ModuleT:
     """The module with values in place of its declarations; pure, ``module`` is unchanged."""
     graphdef, state = nnx.split(module)
-    paths = [path for path, _ in state.flat_state()]
-
-    def value(path: tuple) -> Any:
-        node: Any = params
-        for name in path:
-            node = node[str(name)]
-        return node
-
-    filled = nnx.State.from_flat_path(
-        {path: nnx.Param(value(path), spec=spec_of(p)) for path, p in state.flat_state()}
-    )
-    assert len(paths) == len(jax.tree.leaves(params)), "params hold names the module lacks"
-    return nnx.merge(graphdef, filled)
+    values = named(params)
+    flat = [
+        (path, nnx.Param(values.pop(".".join(map(str, path))), spec=spec_of(param)))
+        for path, param in nnx.to_flat_state(state)
+    ]
+    assert not values, f"the module has no parameter {next(iter(values))}"
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))

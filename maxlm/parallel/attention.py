@@ -1,9 +1,31 @@
 """Attention on a mesh: each device attends over its own rows and heads."""
 
 import jax
+import jax.numpy as jnp
 
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention
+
+
+def write_slots(
+    cache: jax.Array, new: jax.Array, positions: jax.Array, *, rules: AxisRules
+) -> jax.Array:
+    """``cache`` with ``new`` written over the slots ``positions`` of each row; no communication.
+
+    Args:
+        cache: [B, T, K, H].
+        new: [B, S, K, H].
+        positions: int [B, S]; those outside 0..T-1 are not written.
+    """
+    keys = rules.spec("batch", None, "kv_heads", None)
+
+    def local(cache, new, positions):
+        rows = jnp.arange(cache.shape[0])[:, None]
+        return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
+
+    return jax.shard_map(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
+        cache, new, positions
+    )
 
 
 def sharded_attention(

@@ -1,9 +1,9 @@
 """Multi-head attention: multi-query, grouped and full, with an optional key-value cache."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config
 from maxlm.models.layers.linear import Linear, residual_std
 from maxlm.models.layers.positions import Rotary, rotate
-from maxlm.parallel.attention import sharded_attention
+from maxlm.parallel.attention import sharded_attention, write_slots
 from maxlm.sharding import AxisRules
 
 
@@ -92,11 +92,9 @@ class Attention(nnx.Module):
             segments = None if segment_ids is None else (segment_ids, segment_ids)
             y = sharded_attention(q, k, v, rules=self.rules, segment_ids=segments)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = KVCache(
-                cache.key.at[rows, positions].set(k.astype(cache.key.dtype), mode="drop"),
-                cache.value.at[rows, positions].set(v.astype(cache.value.dtype), mode="drop"),
-            )
+            new = KVCache(k, v)
+            write = partial(write_slots, positions=positions, rules=self.rules)
+            cache = KVCache(*map(write, cache, new))
             # Slots not yet written lie after every query, so the causal mask hides them too.
             y = sharded_attention(
                 q, cache.key, cache.value, rules=self.rules, q_positions=positions
