@@ -1,7 +1,8 @@
 # The front door. Needs Python 3.11 or newer and make; everything else goes into .venv.
 PYTHON ?= python3
 TEXT ?=
-NAME ?= $(if $(TEXT),$(basename $(notdir $(patsubst %/,%,$(firstword $(TEXT))))),demo)
+# Your own text gets a run folder of its own, named after it.
+NAME ?= $(if $(TEXT),$(shell printf '%s' '$(TEXT)' | tr -cs 'A-Za-z0-9\n' '-' | sed 's/^-*//; s/-*$$//'),demo)
 
 # Another interpreter gets an environment of its own.
 venv := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -26,7 +27,8 @@ $(ready): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(ready) ## train a small language model here, in minutes, and show how good it is
-	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='[$(TEXT)]' data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
+	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
+		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
 test: $(ready) ## run the test suite
 	$(bin)/python -m pytest -q -n 2

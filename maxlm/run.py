@@ -43,6 +43,9 @@ class RunConfig(Config):
     folder: str = "runs"
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: parameters, data order, sampling."""
+    compilation_cache: str | None = "~/.cache/maxlm/xla"
+    """Folder of compiled programs: the second start of a run skips most of its compilation; null:
+    compile anew each time."""
     compute_dtype: ComputeDtype = "auto"
     """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
     softmax, loss and optimizer are float32 in any case."""
@@ -82,10 +85,22 @@ def check_parts(config: RunConfig) -> None:
             f"train.micro_batches={train.micro_batches}",
             fix="make the batch a multiple of the micro-batches",
         )
+    check_axes(config.mesh.model_dump())
+
+
+def check_axes(sizes: Mapping[str, int]) -> None:
+    """Check that a mesh has devices only where layers are split.
+
+    Args:
+        sizes: mesh axis → devices; -1 is allowed.
+
+    Raises:
+        MaxlmError: naming the axis.
+    """
     for axis in UNUSED_AXES:
-        if getattr(config.mesh, axis) > 1:
+        if sizes[axis] > 1:
             raise MaxlmError(
-                f"mesh.{axis}={getattr(config.mesh, axis)}, but no layer is split over '{axis}'",
+                f"mesh.{axis}={sizes[axis]}, but no layer is split over '{axis}'",
                 fix=f"set mesh.{axis}=1 and give its devices to data, fsdp or tensor",
             )
 

@@ -1,4 +1,4 @@
-"""Exact attention: a reference in plain jnp, and a tiled form that any XLA backend compiles.
+"""Exact attention, tiled, in a form that any XLA backend compiles.
 
 Shapes: q [B, S, N, H]; k, v [B, T, K, H] with N a multiple of K (grouped queries: query head n
 reads kv head n // (N / K)). Query s sits at position ``q_positions[b, s]`` (default s), key t at t.
@@ -6,7 +6,7 @@ reads kv head n // (N / K)). Query s sits at position ``q_positions[b, s]`` (def
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ def attention(
     grouped = q.reshape(B, S, K, N // K, H)
     where = (q_positions, *(segment_ids or (None, None)))
     scale = 1 / math.sqrt(H) if scale is None else scale
-    return _tiled(grouped, k, v, where, causal, scale).reshape(B, S, N, H)
+    o: Any = _tiled(grouped, k, v, where, causal, scale)
+    return o.reshape(B, S, N, H)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

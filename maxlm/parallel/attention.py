@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention
@@ -28,6 +29,14 @@ def write_slots(
     )
 
 
+def _own_heads(a: jax.Array, num_heads: int, group: int, split: tuple[str, ...]) -> jax.Array:
+    """The kv heads [B, T, k, H] that this device's ``num_heads`` query heads read."""
+    if num_heads % group and group % num_heads:
+        raise ValueError(f"{num_heads} query heads a device straddle groups of {group}")
+    first = lax.axis_index(split) * num_heads // group
+    return lax.dynamic_slice_in_dim(a, first, max(num_heads // group, 1), axis=2)
+
+
 def sharded_attention(
     q: jax.Array,
     k: jax.Array,
@@ -40,6 +49,9 @@ def sharded_attention(
 ) -> jax.Array:
     """:func:`pallas_kernels.attention.attention` over local rows and heads; no communication.
 
+    Where query heads are split over more devices than there are kv heads, kv heads are kept whole
+    (``kv_heads: null``) and each device takes those that its own query heads read.
+
     Args: as there; q [B, S, N, H], k and v [B, T, K, H], positions and segments [B, S] / [B, T].
     """
     queries = rules.spec("batch", None, "heads", None)
@@ -47,7 +59,12 @@ def sharded_attention(
     rows = rules.spec("batch", None)
     optional = {"q_positions": q_positions, "segment_ids": segment_ids}
 
+    split = rules.mesh_axes("heads") if not rules.mesh_axes("kv_heads") else ()
+    group = q.shape[2] // k.shape[2]
+
     def local(q, k, v, optional):
+        if split:
+            k, v = (_own_heads(a, q.shape[2], group, split) for a in (k, v))
         return attention(q, k, v, causal=causal, **optional)
 
     return jax.shard_map(

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 from maxlm.models.architectures.decoder import Decoder
 from maxlm.models.params import ParamSpec, named, param_specs
 from maxlm.plan.flops import training_flops
-from maxlm.run import RunConfig, check_batch
-from maxlm.sharding import Placement, abstract_mesh, check_unsharded, place
+from maxlm.run import RunConfig, check_axes, check_batch
+from maxlm.sharding import Placement, abstract_mesh, check_activations, check_unsharded, place
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
 
@@ -50,7 +50,9 @@ class Layout:
     gradient_bytes: int
     """... their gradients, in the same layout, ..."""
     optimizer_bytes: int
-    """... and the optimizer's state."""
+    """... the optimizer's state, ..."""
+    average_bytes: int
+    """... and the parameters' moving average, where one is kept."""
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
@@ -68,8 +70,10 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
+    check_axes(sizes)
     check_batch(config, sizes)
     storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+    check_activations(compute)
     tree = param_specs(Decoder(config.model, rules=compute, dtype=jnp.float32))
     specs: dict[str, ParamSpec] = named(tree)
     for name, spec in specs.items():
@@ -98,6 +102,7 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         parameter_bytes=parameter_bytes,
         gradient_bytes=parameter_bytes,
         optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in state),
+        average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
         tokens_total=tokens * config.train.steps,
         flops_per_token=flops.causal,

@@ -8,20 +8,25 @@ from maxlm.plan.layout import Layout, ParamRow
 
 
 def human_bytes(size: float) -> str:
-    """``1.5 GiB``: three significant digits at most, binary units."""
+    """``1.5 GiB``: three significant digits, binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        if size < 1023.5:
+            return f"{_three_digits(size)} {unit}"
         size /= 1024
-    return f"{size:.3g} TiB"
+    return f"{_three_digits(size)} TiB"
 
 
 def human_count(count: float) -> str:
     """``6.74B``: thousands, millions, billions, trillions."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:
-            return f"{count / limit:.3g}{unit}"
+            return f"{_three_digits(count / limit)}{unit}"
     return f"{count:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    """Never in scientific notation."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def tables(layout: Layout) -> Group:
@@ -75,6 +80,8 @@ def _totals(layout: Layout) -> Table:
         "gradients (fp32)": layout.gradient_bytes,
         "optimizer state": layout.optimizer_bytes,
     }
+    if layout.average_bytes:
+        parts["moving average (fp32)"] = layout.average_bytes
     for name, size in {**parts, "together": sum(parts.values())}.items():
         table.add_row(name, f"{size:,}", human_bytes(size))
     return table

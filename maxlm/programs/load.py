@@ -54,6 +54,5 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: MeshConfig | 
             setup.shardings.params,
         )
         params = keeper.restore_params(step, abstract, name="ema" if average else "params")
-    path = config.tokenizer.path
-    tokenizer = load_tokenizer(folder / "tokenizer" if path is None else Path(path))
+    tokenizer = load_tokenizer(folder / "tokenizer")
     return Run(config, setup.mesh, setup.model, params, tokenizer, step or 0)

@@ -62,12 +62,20 @@ def planned_vocab(config: RunConfig) -> int:
 
 
 def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
-    """The tokenizer's folder: the one named in the config, or one trained on the run's text."""
-    if config.tokenizer.path is not None:
-        return Path(config.tokenizer.path)
+    """The run's own tokenizer: a copy of the one named, or one trained on its text."""
     home = folder / "tokenizer"
-    if not home.exists():
-        train_tokenizer(config.tokenizer, _training_text(config)).save(home)
+    if home.exists():
+        return home
+    if config.tokenizer.path is not None:
+        load_tokenizer(config.tokenizer.path).save(home)
+    else:
+        try:
+            trained = train_tokenizer(config.tokenizer, _training_text(config))
+        except MaxlmError as error:
+            raise MaxlmError(
+                error.what, where=error.where or "data.sources", fix=error.fix
+            ) from None
+        trained.save(home)
     return home
 
 

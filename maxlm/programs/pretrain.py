@@ -14,7 +14,7 @@ from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import Corpus, planned_vocab, prepare
 from maxlm.programs.record import recorder
-from maxlm.programs.setup import Setup, run_folder, set_up
+from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
 from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
 from maxlm.train.checkpoint import Checkpointer, check_same
 from maxlm.train.display import ConsoleDisplay, plot_loss
@@ -53,11 +53,14 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     folder = run_folder(config)
     # What does not fit is refused before anything is written or read.
     setup = set_up(config)
+    use_compilation_cache(config)
     vocab_fits(config, planned_vocab(config))
     with ExitStack() as stack:
         origin = _origin(config, folder, resume, stack)
         stack.enter_context(_writable(folder))
-        corpus = _prepare_together(config, folder)
+        with _described(config, folder, lead):
+            corpus = _prepare_together(config, folder)
+        vocab_fits(config, corpus.tokenizer.vocab_size)
         metadata = {
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
@@ -65,6 +68,12 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         stack.enter_context(jax.set_mesh(setup.mesh))
         state = _restore(setup, origin, metadata, say) if origin else setup.init()
         start = int(state.step)
+        if start > config.train.steps:
+            raise MaxlmError(
+                f"the run is at step {start}, train.steps={config.train.steps}",
+                where=str(folder),
+                fix=f"set train.steps to {start} or more, or train in another run folder",
+            )
         if lead:
             _write(folder / "config.yaml", to_yaml(config))
         keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
@@ -74,7 +83,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
             results = held_out(
-                setup, eval_step, weights(state), corpus.heldout, config.train.eval_batches
+                setup, eval_step, parameters(state), corpus.heldout, config.train.eval_batches
             )
             first = next(iter(results.values()))
             tokens = int(state.step) * config.data.batch_size * config.data.seq_len
@@ -100,14 +109,14 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 folder=str(folder),
             )
         log.event("stop", int(state.step))
-        results = held_out(setup, eval_step, weights(state), corpus.heldout)
+        results = held_out(setup, eval_step, parameters(state), corpus.heldout)
         if lead:
             (folder / "plots").mkdir(exist_ok=True)
             plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png")
     return Trained(setup, corpus, state, folder, results)
 
 
-def weights(state: TrainState) -> Any:
+def parameters(state: TrainState) -> Any:
     """The parameters to use a model with: their moving average where there is one."""
     return state.params if state.ema is None else state.ema
 
@@ -133,6 +142,21 @@ def _writable(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # Not empty.
             for path in made:
                 path.rmdir()
+
+
+@contextmanager
+def _described(config: RunConfig, folder: Path, lead: bool) -> Iterator[None]:
+    """A folder that text is prepared in says of which config it is, even if that is cut short."""
+    path = folder / "config.yaml"
+    new = lead and not path.exists()
+    if new:
+        _write(path, to_yaml(config))
+    try:
+        yield
+    except MaxlmError:
+        if new and list(folder.iterdir()) == [path]:
+            path.unlink()
+        raise
 
 
 def _prepare_together(config: RunConfig, folder: Path) -> Corpus:

@@ -26,8 +26,11 @@ def recorder(
     flops = training_flops(setup.specs, config.model, config.data.seq_len)
     peak = peak_flops(jax.local_devices()[0])
     share = sum(corpus.weights.values())
-    bytes_a_token = sum(
-        corpus.weights[name] / share * store.manifest.text_bytes / store.num_tokens
+    bytes_a_target = sum(
+        corpus.weights[name]
+        / share
+        * store.manifest.text_bytes
+        / (store.num_tokens - store.num_documents)
         for name, store in corpus.training.items()
     )
 
@@ -37,7 +40,7 @@ def recorder(
             values = {
                 **values,
                 "tokens": step * tokens_a_step,
-                "bits_per_byte": values["cross_entropy"] / log(2) / bytes_a_token,
+                "bits_per_byte": values["cross_entropy"] / log(2) / bytes_a_target,
                 "tokens_per_second": rate,
                 **memory_record(),
             }

@@ -9,8 +9,11 @@ import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.inference.generate import generate
-from maxlm.programs.pretrain import Trained, weights
+from maxlm.programs.generate import generate_text
+from maxlm.programs.pretrain import Trained, parameters
+
+# Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
+COMPARED_BYTES = 16 << 20
 
 
 def report(run: Trained) -> None:
@@ -43,11 +46,20 @@ def _comparison(run: Trained):
         table.add_column(column, justify="left" if column == "source" else "right")
     for name, result in run.heldout.items():
         store = run.corpus.heldout[name]
-        text = b"".join(texts(store, run.corpus.tokenizer))
+        text = _beginning(texts(store, run.corpus.tokenizer))
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
-        table.add_row(name, f"{len(text):,}", f"{result['bits_per_byte']:.3f}", *rivals)
+        table.add_row(name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
     return table
+
+
+def _beginning(documents: Iterator[bytes]) -> bytes:
+    text = bytearray()
+    for document in documents:
+        if len(text) >= COMPARED_BYTES:
+            break
+        text += document
+    return bytes(text)
 
 
 def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
@@ -58,27 +70,15 @@ def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
 
 def samples(run: Trained) -> str:
     """One continuation of each of the run's prompts, each under a rule."""
-    config, tokenizer = run.setup.config.samples, run.corpus.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in config.prompts]
-    continuations: list[list[int]] = [[] for _ in prompts]
+    config = run.setup.config.samples
     with jax.set_mesh(run.setup.mesh):
-        steps = generate(
-            run.setup.model,
-            weights(run.state),
-            prompts,
-            config,
-            eos_id=tokenizer.eos_id,
-            key=jax.random.key(config.seed),
+        steps = generate_text(
+            run.setup.model, parameters(run.state), run.corpus.tokenizer, config.prompts, config
         )
-        for step in steps:
-            for row, token in enumerate(step):
-                if token is not None and token != tokenizer.eos_id:
-                    continuations[row].append(token)
+        continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
-        f"──── sample {number} ────\n{prompt}{tokenizer.decode(tokens)}"
-        for number, (prompt, tokens) in enumerate(
-            zip(config.prompts, continuations, strict=True), start=1
-        )
+        f"──── sample {number} ────\n{prompt}{text}"
+        for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"
 

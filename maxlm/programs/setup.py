@@ -14,8 +14,15 @@ from maxlm.models.architectures.decoder import Decoder
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params, named, param_specs
 from maxlm.objectives import OBJECTIVES
-from maxlm.run import RunConfig, check_batch
-from maxlm.sharding import AxisRules, check_unsharded, jit_in_place, make_mesh, place
+from maxlm.run import RunConfig, check_axes, check_batch
+from maxlm.sharding import (
+    AxisRules,
+    check_activations,
+    check_unsharded,
+    jit_in_place,
+    make_mesh,
+    place,
+)
 from maxlm.train.optimizer import make_optimizer
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
@@ -25,6 +32,13 @@ from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
 def run_folder(config: RunConfig) -> Path:
     """Where a run is kept."""
     return Path(config.folder) / config.name
+
+
+def use_compilation_cache(config: RunConfig) -> None:
+    """Let this process find on disk what an earlier one compiled: a setting of JAX's own."""
+    if config.compilation_cache is not None:
+        path = Path(config.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 @dataclass(frozen=True)
@@ -100,9 +114,11 @@ def set_up(
     """
     mesh = make_mesh(config.mesh, devices)
     sizes = dict(mesh.shape)
+    check_axes(sizes)
     if for_training:
         check_batch(config, sizes)
     storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+    check_activations(compute)
     dtype: Any = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     model = Decoder(config.model, rules=compute, dtype=dtype)
     specs = param_specs(model)

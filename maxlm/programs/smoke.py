@@ -12,12 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from maxlm.data.corpus import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import named
+from maxlm.plan.layout import lay_out
 from maxlm.programs.feed import training_batches
-from maxlm.programs.setup import Setup, set_up
-from maxlm.run import RunConfig
+from maxlm.programs.prepare import planned_vocab
+from maxlm.programs.setup import Setup, set_up, use_compilation_cache
+from maxlm.run import RunConfig, vocab_fits
+from maxlm.sharding import mesh_sizes, smallest
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.state import TrainState
 
@@ -106,12 +110,21 @@ class CountingText:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def smoke(config: RunConfig) -> Iterator[Check]:
-    """Shrink a run to this device and try it, yielding each check as it is made.
+def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
+    """Shrink a run to these devices (default: all) and try it, yielding each check as it is made.
 
-    Anything a config can get wrong raises a MaxlmError before the first check.
+    Before the first check the run itself is looked at, in its own size, without devices: whatever
+    a mesh, a schedule, a batch, a tokenizer's size or missing documents make impossible raises a
+    MaxlmError.
     """
-    setup = set_up(shrink(config, jax.device_count()))
+    lay_out(config, mesh_sizes(config.mesh, smallest(config.mesh)))
+    vocab_fits(config, planned_vocab(config))
+    for source in config.data.sources:
+        if source.documents:
+            find_files(source.corpus())
+    use_compilation_cache(config)
+    devices = jax.devices() if devices is None else devices
+    setup = set_up(shrink(config, len(devices)), devices)
     with jax.set_mesh(setup.mesh), tempfile.TemporaryDirectory() as folder:
         yield from _checks(setup, Path(folder))
 

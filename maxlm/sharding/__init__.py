@@ -10,7 +10,7 @@ from maxlm.sharding.mesh import (
     parse_mesh,
     smallest,
 )
-from maxlm.sharding.resolve import Placement, check_unsharded, place
+from maxlm.sharding.resolve import Placement, check_activations, check_unsharded, place
 from maxlm.sharding.rules import LOGICAL_AXES, AxisRules, ShardingConfig
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Placement",
     "ShardingConfig",
     "abstract_mesh",
+    "check_activations",
     "check_unsharded",
     "jit_in_place",
     "make_mesh",

@@ -12,6 +12,14 @@ from maxlm.sharding.rules import AxisRules
 
 # The mesh axes that split parameters; `data` and `context` only split activations.
 PARAMETER_AXES = ("fsdp", "tensor", "expert", "stage")
+# Logical axes that occur together in what a model computes.
+ACTIVATIONS = (
+    ("batch", "seq", "embed"),
+    ("batch", "seq", "heads", "head_dim"),
+    ("batch", "seq", "kv_heads", "head_dim"),
+    ("batch", "seq", "mlp"),
+    ("batch", "seq", "vocab"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,28 @@ def place(
         rule=", ".join(matched) or "whole",
         shards=prod(sizes[name] for name in used),
     )
+
+
+def check_activations(rules: AxisRules) -> None:
+    """Refuse compute rules that split two dimensions of one activation over the same mesh axis.
+
+    Args:
+        rules: on the mesh at hand, so without axes of size 1.
+
+    Raises:
+        MaxlmError: naming both logical axes.
+    """
+    for axes in ACTIVATIONS:
+        seen: dict[str, str] = {}
+        for axis in axes:
+            for name in rules.mesh_axes(axis):
+                if name in seen:
+                    raise MaxlmError(
+                        f"axes {seen[name]} and {axis} are both on mesh axis '{name}'",
+                        where="sharding.compute",
+                        fix="give one of them another mesh axis, or null",
+                    )
+                seen[name] = axis
 
 
 def check_unsharded(

@@ -48,7 +48,8 @@ class Checkpointer:
         self.config = config or CheckpointConfig()
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each file it touches.
         if read_only and not self.folder.is_dir():
-            raise MaxlmError("no such folder", where=str(folder), fix="name a run's checkpoints")
+            fix = "name a run that has saved one"
+            raise MaxlmError("no checkpoints here", where=str(folder), fix=fix)
         policies: list[Any] = [LatestN(self.config.keep_last)]
         if self.config.keep_every:
             policies.append(EveryNSteps(self.config.keep_every))

@@ -18,8 +18,6 @@ class TrainConfig(Config):
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_batches: int = Field(default=16, gt=0)
     """Batches of one such evaluation; the one at the end reads all held-out text."""
-    log_every: int = Field(default=10, gt=0)
-    """Steps between lines on a console that is no terminal; metrics.jsonl has every step."""
 
 
 class CheckpointConfig(Config):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def train(
         The final state, saved.
 
     Raises:
-        MaxlmError: interrupted (after saving the state).
+        MaxlmError: interrupted (after saving the state); a loss that is no number (without saving:
+            the newest checkpoint is from before it).
     """
     start, pending, clock = int(state.step), None, _Clock()
     with _interrupts() as interrupted:
@@ -95,6 +97,13 @@ def _due(every: int, number: int) -> bool:
 def _record(hooks: Hooks, clock: "_Clock", number: int, sums: Sums) -> None:
     values = {name: float(value) for name, value in jax.device_get(sums).items()}
     hooks.record(number, values | clock.lap())
+    if not isfinite(values["loss"]):
+        raise MaxlmError(
+            f"the loss is {values['loss']} at step {number}",
+            where="train",
+            fix="go on from the last checkpoint with a lower schedule.learning_rate or "
+            "optimizer.clip_norm, in another run folder (--resume)",
+        )
 
 
 class _Clock:
@@ -113,7 +122,8 @@ class _Clock:
         self._waited += time.perf_counter() - began
 
     def lap(self) -> dict[str, float]:
-        seconds, waited = time.perf_counter() - self._lap_began, self._waited
+        seconds = max(time.perf_counter() - self._lap_began, 1e-9)
+        waited = self._waited
         self.restart()
         return {"seconds": seconds, "loader_wait": min(waited / seconds, 1.0)}
 

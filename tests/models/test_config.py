@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
+from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.layers.attention import AttentionConfig
 from tests.models.building import GPT2, LLAMA_GQA
 
 
@@ -22,8 +24,11 @@ def refused(config: DecoderConfig, **changes) -> str:
 
 
 def test_query_heads_must_be_a_multiple_of_kv_heads():
-    assert refused(LLAMA_GQA, attention__num_kv_heads=3) == (
-        "attention: Value error, num_heads=4 is not a multiple of num_kv_heads=3"
+    with pytest.raises(MaxlmError) as error:
+        AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=6)
+    assert str(error.value) == (
+        "num_heads=4 is not a multiple of num_kv_heads=3; let every kv head serve as many query "
+        "heads as the others"
     )
 
 

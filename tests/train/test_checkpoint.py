@@ -235,7 +235,7 @@ def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):
     missing = tmp_path / "missing"
     with pytest.raises(MaxlmError) as error:
         Checkpointer(missing, read_only=True)
-    assert str(error.value) == f"{missing}: no such folder; name a run's checkpoints"
+    assert str(error.value) == f"{missing}: no checkpoints here; name a run that has saved one"
     assert not missing.exists()
     with Checkpointer(tmp_path) as checkpoints:
         empty = f"{tmp_path}: no checkpoint here; train for longer"

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import Linear, residual_std
 from maxlm.models.layers.positions import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
@@ -28,8 +28,9 @@ class AttentionConfig(Config):
     @model_validator(mode="after")
     def _heads_divide(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            raise MaxlmError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
+                fix="let every kv head serve as many query heads as the others",
             )
         return self
 

@@ -1,0 +1,264 @@
+"""Every mistake a user can make costs one line that says what is wrong, where, and what to do; exit
+code 2; and leaves nothing half-written."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+
+from maxlm.cli.main import main
+from maxlm.config import load, to_yaml
+from maxlm.data.corpus import SourceConfig
+from maxlm.data.store import build_store
+from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.programs.setup import set_up
+from maxlm.run import RunConfig
+from maxlm.train.checkpoint import Checkpointer
+from tests.programs import tiny
+
+NAMED = "tokenizer.path=tokenizer300"
+
+# A config with one odd setting → what `maxlm train` says to it. None of these needs any text.
+REFUSED_AT_ONCE = {
+    "model.num_layer=3": "command line: unknown key model.num_layer; did you mean model.num_layers?",
+    "trian.steps=3": "command line: unknown key trian; did you mean train?",
+    "mesh.dat=3": "command line: unknown key mesh.dat; did you mean mesh.data?",
+    "train.steps=many": "command line: train.steps must be an integer, not 'many'",
+    "model.attention.num_kv_heads=3": (
+        "tiny.yaml:17, command line: model.attention: num_heads=4 is not a multiple of "
+        "num_kv_heads=3; let every kv head serve as many query heads as the others"
+    ),
+    "mesh.data=3 mesh.fsdp=1": (
+        "mesh: data=3 needs 3 devices, 8 here; set the axes so that their product is 8, or one of "
+        "them to -1"
+    ),
+    "mesh.data=3": (
+        "mesh: data=3, fsdp=-1 needs a multiple of 3 devices, 8 here; set the axes so that their "
+        "product is 8, or one of them to -1"
+    ),
+    "mesh.tensor=8": (
+        "layers.attention.key.kernel: kv_heads=2 does not divide over tensor=8; change the mesh to "
+        "a divisor of 2, or set the sharding rule 'kv_heads' to null to keep it whole"
+    ),
+    "mesh.expert=2": (
+        "command line: mesh.expert=2, but no layer is split over 'expert'; set mesh.expert=1 and "
+        "give its devices to data, fsdp or tensor"
+    ),
+    "mesh.context=2": (
+        "command line: mesh.context=2, but no layer is split over 'context'; set mesh.context=1 "
+        "and give its devices to data, fsdp or tensor"
+    ),
+    "mesh.stage=-1 mesh.fsdp=1": (
+        "mesh.stage=8, but no layer is split over 'stage'; set mesh.stage=1 and give its devices "
+        "to data, fsdp or tensor"
+    ),
+    "data.batch_size=12": (
+        "data.batch_size: a micro-batch of 12 sequences does not divide over fsdp=8; use a "
+        "batch_size that is a multiple of 8, or a smaller mesh"
+    ),
+    "train.micro_batches=3": (
+        "tiny.yaml:4, command line: data.batch_size=8 does not divide into train.micro_batches=3; "
+        "make the batch a multiple of the micro-batches"
+    ),
+    "data.seq_len=64": (
+        "command line, tiny.yaml:20: data.seq_len=64 is longer than model.max_seq_len=32; shorten "
+        "the sequences, or raise the model's limit"
+    ),
+    "schedule.warmup_steps=30": (
+        "schedule: warmup_steps=30 is longer than the run of 20 steps; set warmup_steps to 20 or "
+        "less, or train for longer"
+    ),
+    "tokenizer.vocab_size=305": (
+        "model.vocab_size: the tokenizer has 305 ids, model.vocab_size=304; set it to 305 or more, "
+        "or train a smaller tokenizer"
+    ),
+    "tokenizer.path=tokenizer305": (
+        "model.vocab_size: the tokenizer has 305 ids, model.vocab_size=304; set it to 305 or more, "
+        "or train a smaller tokenizer"
+    ),
+    "tokenizer.path=tokenizer999": (
+        "tokenizer999: no such folder; name a folder that `maxlm tokenizer train` wrote"
+    ),
+    "data.sources=[]": "data.sources: no text to train on; name documents or a store there",
+    "data.sources.0.documents=[]": (
+        "command line: data.sources.0: give either documents or a store"
+    ),
+    "data.sources.0.documents=[nowhere]": (
+        "nowhere: no such file or folder; give a file, a folder, a quoted glob or python-stdlib"
+    ),
+    "data.sources=[{name: a, documents: [text]},{name: a, documents: [text]}]": (
+        "tiny.yaml:3: data: source names must differ: a, a"
+    ),
+    "data.sources=[{name: a, store: store}]": (
+        "tokenizer.path: a store was made with a tokenizer, and none is named; name the folder of "
+        "the tokenizer the stores were built with"
+    ),
+    "data.sources=[{name: a, store: store}] tokenizer.path=tokenizer305 model.vocab_size=320": (
+        "store: the store was made with another tokenizer (FINGERPRINT300, not FINGERPRINT305); "
+        "use the tokenizer in store/tokenizer, or build the store again with yours"
+    ),
+    "data.sources.0.documents=[empty.txt]": (
+        "data.sources: no text to train a tokenizer on; give text that is not empty"
+    ),
+    "data.sources.0.documents=[bad.txt]": (
+        "bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes to "
+        '"replace", "keep" or "skip", or convert the text to UTF-8'
+    ),
+    "--resume untrained": "untrained/checkpoints: no checkpoints here; name a run that has saved one",
+    "--resume trained model.d_model=48 model.mlp.d_ff=32": (
+        "~/trained/checkpoints: the checkpoint was written with another config: model.d_model=32 "
+        "became 48, model.mlp.d_ff=64 became 32; set them back, or train in another run folder"
+    ),
+    "name=trained model.d_model=48 optimizer.kind=lion": (
+        "~/trained/checkpoints: the checkpoint was written with another config: model.d_model=32 "
+        "became 48, optimizer.kind='adamw' became 'lion'; set them back, or train in another run "
+        "folder"
+    ),
+    "name=untrained tokenizer.vocab_size=290": (
+        "~/untrained: the text here was prepared with another config: tokenizer.vocab_size=300 "
+        "became 290; set them back, or train in another run folder"
+    ),
+    "folder=tiny.yaml/runs": (
+        "tiny.yaml/runs/tiny: cannot write the run folder (Not a directory); set folder=PATH to a "
+        "place you may write to"
+    ),
+    "folder=/proc/runs": (
+        "/proc/runs/tiny: cannot write the run folder (No such file or directory); set folder=PATH "
+        "to a place you may write to"
+    ),
+}
+
+# The same for other verbs.
+REFUSED_ELSEWHERE = {
+    "train demmo": "demmo: no such file or shipped config; did you mean runs/demo?",
+    "plan tiny.yaml --mesh fdsp=3": (
+        "--mesh: unknown mesh axis 'fdsp'; use stage, data, fsdp, expert, context, tensor"
+    ),
+    "plan tiny.yaml --mesh tensor=3": (
+        "embedding.table: vocab=304 does not divide over tensor=3; change the mesh to a divisor of "
+        "304, or set the sharding rule 'vocab' to null to keep it whole"
+    ),
+    "plan tiny.yaml --mesh fsdp=3": (
+        "data.batch_size: a micro-batch of 8 sequences does not divide over fsdp=3; use a "
+        "batch_size that is a multiple of 3, or a smaller mesh"
+    ),
+    "plan tiny.yaml --mesh expert=2": (
+        "mesh.expert=2, but no layer is split over 'expert'; set mesh.expert=1 and give its "
+        "devices to data, fsdp or tensor"
+    ),
+    "generate nowhere x": "nowhere: no run here (no config.yaml); name a folder like runs/demo",
+    "generate untrained x": "untrained/checkpoints: no checkpoints here; name a run that has saved one",
+    "generate trained x --step 4": "~/trained/checkpoints: no checkpoint of step 4; use one of 3",
+}
+
+
+class Home:
+    """A folder with text, tokenizers, a store, a config, and runs of it: one with a checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        text = tiny.write_text(folder / "text")
+        tiny.write_config(folder, text)
+        words = [path.read_bytes() for path in sorted(Path(text).iterdir())]
+        for size in (300, 305):
+            config = TokenizerConfig(vocab_size=size)
+            train_tokenizer(config, words).save(folder / f"tokenizer{size}")
+        source = SourceConfig(documents=(text,))
+        build_store(source, folder / "tokenizer300", folder / "store", workers=1)
+        (folder / "empty.txt").write_bytes(b"")
+        (folder / "short.txt").write_bytes(b"few words")
+        (folder / "bad.txt").write_bytes(b"good\nba\xffd\n")
+        self._run("trained", checkpoint=True)
+        self._run("untrained", checkpoint=False)
+
+    def _run(self, name: str, checkpoint: bool) -> None:
+        config = load(RunConfig, self.folder / "tiny.yaml", [f"name={name}"]).value
+        setup = set_up(config, jax.devices()[:1])
+        run = self.folder / name
+        run.mkdir()
+        (run / "config.yaml").write_text(to_yaml(config))
+        if checkpoint:
+            with jax.set_mesh(setup.mesh), Checkpointer(run / "checkpoints") as keeper:
+                metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
+                keeper.save(3, setup.init(), metadata, force=True)
+
+    def content(self) -> dict[Path, bytes | None]:
+        """Every file's bytes, and the names of folders."""
+        found = sorted(self.folder.rglob("*"))
+        return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+    def fill_in(self, message: str) -> str:
+        for size in (300, 305):
+            fingerprint = load_tokenizer(self.folder / f"tokenizer{size}").fingerprint
+            message = message.replace(f"FINGERPRINT{size}", fingerprint[:12])
+        return message.replace("~", str(self.folder))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return Home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def run(home, capfd, monkeypatch):
+    """Runs ``maxlm ARGUMENTS`` in the folder: (exit code, lines on stdout, lines on stderr)."""
+    monkeypatch.delenv("MAXLM_TRACEBACK", raising=False)
+    monkeypatch.chdir(home.folder)
+
+    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
+        code = main(arguments)
+        out, err = capfd.readouterr()
+        return code, out.splitlines(), err.splitlines()
+
+    return run
+
+
+def check_refused(home, run, arguments: list[str], message: str) -> None:
+    before = home.content()
+    assert run(*arguments) == (2, [], [f"error: {home.fill_in(message)}"])
+    assert home.content() == before
+
+
+@pytest.mark.parametrize("settings", REFUSED_AT_ONCE)
+def test_train_refuses_and_leaves_the_disk_as_it_was(home, run, settings):
+    # Values in braces hold spaces.
+    parts = settings.replace(": ", ":\0").replace(", ", ",\0").split(" ")
+    arguments = ["train", "tiny.yaml", *(part.replace("\0", " ") for part in parts)]
+    check_refused(home, run, arguments, REFUSED_AT_ONCE[settings])
+
+
+@pytest.mark.parametrize("command", REFUSED_ELSEWHERE)
+def test_other_verbs_refuse_too(home, run, command):
+    check_refused(home, run, command.split(" "), REFUSED_ELSEWHERE[command])
+
+
+@pytest.fixture
+def run_folder(home):
+    """Where the run of tiny.yaml goes: not there before, taken away after."""
+    folder = home.folder / "tiny"
+    assert not folder.exists()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_a_corpus_shorter_than_a_sequence(run, run_folder):
+    code, out, err = run("train", "tiny.yaml", "data.sources.0.documents=[short.txt]", NAMED)
+    assert (code, out) == (2, [])
+    assert err[-1] == (
+        "error: store 'text': the corpus has 11 tokens, fewer than seq_len=32; give more text, or "
+        "lower seq_len"
+    )
+    # What was prepared is whole, and no run was begun.
+    assert [path.name for path in run_folder.iterdir()] == ["data"]
+    assert [path.name for path in (run_folder / "data/text").iterdir()] == ["all"]
+
+
+def test_undecodable_bytes_met_while_a_store_is_built(home, run, run_folder):
+    documents = "data.sources.0.documents=[text,bad.txt]"
+    code, out, err = run("train", "tiny.yaml", documents, NAMED)
+    assert (code, out) == (2, [])
+    assert err[-1] == f"error: {REFUSED_AT_ONCE['data.sources.0.documents=[bad.txt]']}"
+    # A build that was stopped goes on from its hidden folder; no store is there.
+    assert [path.name for path in run_folder.iterdir()] == ["data"]
+    assert all(path.name.startswith(".") for path in (run_folder / "data/text").iterdir())

@@ -1,0 +1,197 @@
+"""The plan is what happens: its bytes add up, and are those of the arrays a run really makes."""
+
+import json
+import subprocess
+import sys
+from math import prod
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.cli.main import main
+from maxlm.config import load
+from maxlm.config.assets import shipped_configs
+from maxlm.models.params import named
+from maxlm.plan.layout import lay_out
+from maxlm.plan.show import human_bytes, human_count
+from maxlm.programs.setup import set_up
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES, MeshConfig
+from tests.programs import tiny
+
+
+def tiny_run(**top) -> RunConfig:
+    return RunConfig.model_validate(tiny.settings("runs", "text", **top))
+
+
+def sizes(**axes: int) -> dict[str, int]:
+    return {axis: axes.get(axis, 1) for axis in MESH_AXES}
+
+
+def llama(**settings) -> RunConfig:
+    return load(RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]).value
+
+
+# Powers of two that divide every axis of Llama 3 8B, whose 8 kv heads are the least.
+MESHES = st.builds(
+    sizes,
+    data=st.sampled_from([1, 2, 3]),
+    fsdp=st.sampled_from([2**n for n in range(9)]),
+    tensor=st.sampled_from([1, 2, 4, 8]),
+)
+
+
+@given(mesh=MESHES)
+def test_bytes_over_devices_add_up(mesh):
+    batch = mesh["data"] * mesh["fsdp"]
+    layout = lay_out(llama(**{"data.batch_size": batch}), mesh)
+    assert layout.devices == prod(mesh.values())
+    assert layout.parameters == 8_030_261_248
+    for row in layout.rows:
+        assert row.bytes_per_device * layout.devices == row.bytes_total * row.replicas
+        assert row.bytes_total == 4 * prod(row.shape)
+    assert layout.parameter_bytes == sum(row.bytes_per_device for row in layout.rows)
+    assert layout.gradient_bytes == layout.parameter_bytes
+    # AdamW: two moments of each parameter, and two counters (the chain's and the schedule's).
+    assert layout.optimizer_bytes == 2 * layout.parameter_bytes + 8
+
+
+@given(mesh=MESHES, kind=st.sampled_from(["adamw", "lion", "muon", "adafactor"]))
+def test_more_fsdp_devices_never_cost_bytes(mesh, kind):
+    settings = {"optimizer.kind": kind, "data.batch_size": 2 * mesh["data"] * mesh["fsdp"]}
+    run = llama(**settings)
+    less, more = (lay_out(run, {**mesh, "fsdp": n * mesh["fsdp"]}) for n in (1, 2))
+    assert more.parameter_bytes <= less.parameter_bytes
+    assert more.optimizer_bytes <= less.optimizer_bytes
+    for few, many in zip(less.rows, more.rows, strict=True):
+        assert many.bytes_per_device <= few.bytes_per_device
+
+
+def test_a_run_makes_the_arrays_that_were_planned():
+    axes = {"data": 2, "fsdp": 2, "tensor": 2}
+    run = tiny_run(mesh=axes)
+    setup, layout = set_up(run), lay_out(run, sizes(**axes))
+    with jax.set_mesh(setup.mesh):
+        state = setup.init()
+    arrays = named(state.params)
+    assert [row.path for row in layout.rows] == list(arrays)
+    for row in layout.rows:
+        array = arrays[row.path]
+        assert row.shape == array.shape
+        assert row.dtype == array.dtype.name
+        assert row.bytes_per_device == array.addressable_shards[0].data.nbytes
+        copies = sum(s.index == array.addressable_shards[0].index for s in array.addressable_shards)
+        assert row.replicas == copies
+        spec = [(p,) if isinstance(p, str) else p or () for p in array.sharding.spec]
+        assert list(row.spec) == spec
+    assert layout.parameter_bytes == bytes_on_a_device(state.params)
+    assert layout.optimizer_bytes == bytes_on_a_device(state.opt_state)
+
+
+def bytes_on_a_device(tree) -> int:
+    return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("kind", ["lion", "muon", "adafactor"])
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8}], ids=str)
+def test_other_optimizers_lie_as_planned(axes, kind):
+    run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
+    state = set_up(run).abstract_state.opt_state
+    planned = lay_out(run, sizes(**axes)).optimizer_bytes
+    assert planned == sum(
+        prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(state)
+    )
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_plans(name, capsys):
+    assert main(["plan", name, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["devices"] == 1
+    assert plan["parameters"] == sum(prod(row["shape"]) for row in plan["rows"])
+    assert plan["parameter_bytes"] == 4 * plan["parameters"]
+
+
+def test_the_largest_on_its_machine(capsys):
+    assert main(["plan", "llama3_405b", "--mesh", "fsdp=512,tensor=8", "data.batch_size=512"]) == 0
+    out = capsys.readouterr().out
+    assert "405,853,388,800 parameters · 4,096 devices (fsdp=512 tensor=8)" in out
+    assert "fsdp" in out.split("Bytes on each device")[0]
+
+
+TABLES = """\
+tiny · 38,048 parameters · 8 devices (fsdp=4 tensor=2)
+256 tokens a step · 5.12K in the run (0.135 a parameter)
+1.812e+05 FLOPs a token with causal attention at half, 1.935e+05 in full
+Parameters
+parameter                      layout: logical axis = size → mesh axes                     bytes  a device  copies
+embedding.table                vocab=304→tensor · embed=32→fsdp                           38 KiB  4.75 KiB       1
+final_norm.scale               32                                                          128 B     128 B       8
+head.kernel                    embed=32→fsdp · vocab=304→tensor                           38 KiB  4.75 KiB       1
+layers.attention.key.kernel    layers=2 · embed=32→fsdp · kv_heads=2→tensor · head_dim=8   4 KiB     512 B       1
+layers.attention.out.kernel    layers=2 · heads=4→tensor · head_dim=8 · embed=32→fsdp      8 KiB     1 KiB       1
+layers.attention.query.kernel  layers=2 · embed=32→fsdp · heads=4→tensor · head_dim=8      8 KiB     1 KiB       1
+layers.attention.value.kernel  layers=2 · embed=32→fsdp · kv_heads=2→tensor · head_dim=8   4 KiB     512 B       1
+layers.attention_norm.scale    layers=2 · 32                                               256 B     256 B       8
+layers.mlp.down.kernel         layers=2 · mlp=64→tensor · embed=32→fsdp                   16 KiB     2 KiB       1
+layers.mlp.gate.kernel         layers=2 · embed=32→fsdp · mlp=64→tensor                   16 KiB     2 KiB       1
+layers.mlp.up.kernel           layers=2 · embed=32→fsdp · mlp=64→tensor                   16 KiB     2 KiB       1
+layers.mlp_norm.scale          layers=2 · 32                                               256 B     256 B       8
+Bytes on each device
+what                bytes
+parameters (fp32)  19,584  19.1 KiB
+gradients (fp32)   19,584  19.1 KiB
+optimizer state    39,176  38.3 KiB
+together           78,344  76.5 KiB
+"""
+
+
+def test_tables(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    config = tiny.write_config(tmp_path, "text")
+    assert main(["plan", config, "--mesh", "fsdp=4,tensor=2"]) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == TABLES.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.5 KiB"),
+        (1023 << 10, "1023 KiB"),
+        ((1 << 20) - 1, "1 MiB"),
+        (5 << 30, "5 GiB"),
+        (3 << 41, "6 TiB"),
+        (3 << 50, "3072 TiB"),
+    ],
+)
+def test_bytes_for_people(size, text):
+    assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(12, "12"), (1500, "1.5K"), (6.738e9, "6.74B"), (1.5e13, "15T"), (9.996e8, "1000M")],
+)
+def test_counts_for_people(count, text):
+    assert human_count(count) == text
+
+
+def test_a_mesh_axis_of_minus_one_is_filled(capsys):
+    assert main(["plan", "llama3_8b", "--devices", "8", "data.batch_size=8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mesh"] == sizes(fsdp=8)
+    assert MeshConfig().fsdp == -1
+
+
+def test_planning_loads_neither_orbax_nor_grain():
+    code = """
+import sys
+from maxlm.cli.main import main
+assert main(["plan", "llama3_8b"]) == 0
+print("loaded:", *({name.split(".")[0] for name in sys.modules} & {"orbax", "grain", "tokenizers"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("loaded:\n")

@@ -1,0 +1,143 @@
+"""`maxlm smoke` passes what works, whatever the model, and fails what does not."""
+
+import jax
+import pytest
+
+from maxlm.cli.main import main
+from maxlm.config import load
+from maxlm.config.assets import shipped_configs
+from maxlm.programs import smoke as smoke_program
+from maxlm.programs.setup import Setup
+from maxlm.programs.smoke import shrink, smoke
+from maxlm.run import RunConfig
+from maxlm.train.checkpoint import Checkpointer
+
+CHECKS = [
+    "parameters lie as planned",
+    "the step compiles and runs",
+    "losses are finite",
+    "the loss falls",
+    "a checkpoint restores bit for bit",
+    "restored steps repeat exactly",
+    "the model generates",
+]
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile():
+    """Not what is measured here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def read(name: str) -> RunConfig:
+    return load(RunConfig, name).value
+
+
+def distinct() -> dict[str, list[str]]:
+    """Shipped configs by what they shrink to: sizes of one family come to the same."""
+    groups: dict[str, list[str]] = {}
+    for name in shipped_configs():
+        small = shrink(read(name), 1).model_copy(update={"name": "", "samples": None})
+        groups.setdefault(str(small), []).append(name)
+    return {names[-1]: names for names in groups.values()}
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_every_shipped_config_passes(name):
+    checks = list(smoke(read(name), jax.devices()[:1]))
+    assert [check.name for check in checks] == CHECKS
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_it_passes_on_all_devices_and_says_so(capsys):
+    assert main(["smoke", "smollm2_135m"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines] == ["pass  "] * len(CHECKS)
+    assert all(line.startswith(f"pass  {name}") for line, name in zip(lines, CHECKS, strict=True))
+    assert lines[0].endswith("on 8 device(s)")
+    assert last == "smollm2_135m: works"
+
+
+def failed(name: str) -> list[str]:
+    return [check.name for check in smoke(read(name), jax.devices()[:1]) if not check.passed]
+
+
+def test_a_step_that_learns_nothing_fails(monkeypatch, capsys):
+    compile_step = Setup.compile_step
+
+    def broken(self):
+        step = compile_step(self)
+
+        def forgetful(state, batch):
+            params = jax.tree.map(lambda p: p.copy(), state.params)
+            new, metrics = step(state, batch)
+            return type(new)(new.step, params, new.opt_state, new.ema), metrics
+
+        return forgetful
+
+    monkeypatch.setattr(Setup, "compile_step", broken)
+    monkeypatch.setattr(smoke_program.jax, "devices", lambda devices=jax.devices(): devices[:1])
+    assert main(["smoke", "llama3_8b"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line[6:40].strip() for line in lines if line.startswith("FAIL")] == ["the loss falls"]
+    assert last == "llama3_8b: 1 checks failed"
+
+
+def test_a_checkpoint_that_loses_something_fails(monkeypatch):
+    restore = Checkpointer.restore
+
+    def lossy(self, step, abstract):
+        state = restore(self, step, abstract)
+        params = jax.tree.map(lambda p: p * (1 + 1e-3), state.params)
+        return type(state)(state.step, params, state.opt_state, state.ema)
+
+    monkeypatch.setattr(Checkpointer, "restore", lossy)
+    assert failed("llama3_8b") == [
+        "a checkpoint restores bit for bit",
+        "restored steps repeat exactly",
+    ]
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("devices", [1, 8])
+def test_shrinking_keeps_the_structure(name, devices):
+    run = read(name)
+    small = shrink(run, devices)
+    assert small.model.num_layers <= 2
+    assert small.model.d_model <= 256
+    assert small.data.batch_size % devices == 0
+    sizes = {"vocab_size", "num_layers", "d_model", "max_seq_len", "attention", "mlp"}
+    kept = set(type(run.model).model_fields) - sizes
+    assert small.model.model_dump(include=kept) == run.model.model_dump(include=kept)
+    was, now = run.model.attention, small.model.attention
+    assert now.bias == was.bias
+    assert (now.num_kv_heads == 1) == (was.num_kv_heads == 1)
+    group = was.num_heads // was.num_kv_heads
+    assert now.num_heads // now.num_kv_heads == min(group, 8)
+    assert now.num_heads * now.head_dim == small.model.d_model
+    ratio = run.model.mlp.d_ff / run.model.d_model
+    assert small.model.mlp.d_ff / small.model.d_model == pytest.approx(ratio, rel=0.15)
+    assert small.model.mlp.model_dump(exclude={"d_ff"}) == run.model.mlp.model_dump(
+        exclude={"d_ff"}
+    )
+    for part in ("objective", "optimizer", "sharding", "compute_dtype", "seed"):
+        assert getattr(small, part) == getattr(run, part)
+    assert small.data.packing == run.data.packing
+
+
+def test_every_setting_of_a_run_can_be_smoked():
+    settings = [
+        "optimizer.kind=muon",
+        "train.ema_decay=0.9",
+        "train.micro_batches=2",
+        "data.batch_size=8",
+        "data.packing=best_fit",
+        "objective.z_loss=1e-4",
+    ]
+    run = load(RunConfig, "smollm2_135m", settings).value
+    small = shrink(run, 1)
+    assert small.train.ema_decay == 0.9
+    assert small.train.micro_batches == 2
+    assert [c.name for c in smoke(run, jax.devices()[:1]) if not c.passed] == []
