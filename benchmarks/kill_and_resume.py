@@ -75,6 +75,7 @@ def write_config(folder: Path, text: list[str], *, steps: int, every: int, worke
 
     config = {
         "folder": str(folder),
+        "compilation_cache": str(folder / "compiled"),
         "model": {
             "vocab_size": 320,
             "num_layers": 2,

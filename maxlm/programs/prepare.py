@@ -67,7 +67,11 @@ def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
     if home.exists():
         return home
     if config.tokenizer.path is not None:
-        load_tokenizer(config.tokenizer.path).save(home)
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        for source in config.data.sources:
+            if source.store is not None:
+                _named_stores(source, tokenizer)  # Refused before anything is written.
+        tokenizer.save(home)
     else:
         try:
             trained = train_tokenizer(config.tokenizer, _training_text(config))
@@ -97,12 +101,7 @@ def _stores(
     config: RunConfig, source: MixtureSource, tokenizer: Path, folder: Path
 ) -> tuple[TokenStore, TokenStore | None]:
     if source.store is not None:
-        named = (source.store, source.heldout_store)
-        stores = [None if path is None else TokenStore.open(path) for path in named]
-        for store in filter(None, stores):
-            check_tokenizer(store, load_tokenizer(tokenizer))
-        assert stores[0] is not None
-        return stores[0], stores[1]
+        return _named_stores(source, load_tokenizer(tokenizer))
     fraction = config.data.heldout_fraction
     built: dict[str, TokenStore] = {}
     for split in _splits(source.corpus(), fraction, folder):
@@ -121,6 +120,18 @@ def _stores(
         check_tokenizer(built[split], load_tokenizer(tokenizer))
     training = built["train"] if "train" in built else built["all"]
     return training, built.get("heldout")
+
+
+def _named_stores(
+    source: MixtureSource, tokenizer: Tokenizer
+) -> tuple[TokenStore, TokenStore | None]:
+    """Stores built before, if this tokenizer made them."""
+    named = (source.store, source.heldout_store)
+    stores = [None if path is None else TokenStore.open(path) for path in named]
+    for store in filter(None, stores):
+        check_tokenizer(store, tokenizer)
+    assert stores[0] is not None
+    return stores[0], stores[1]
 
 
 def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:

@@ -26,6 +26,8 @@ from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.state import TrainState
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
+# The least share by which the loss must fall: more than chance, far less than what a model learns.
+FALL = 0.1
 VOCAB, SEQ_LEN, LAYERS, HEAD_DIM = 512, 64, 2, 16
 
 
@@ -149,7 +151,7 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
         losses = first + rest
         finite = all(map(math.isfinite, losses))
         yield Check("losses are finite", finite, f"{losses[0]:.3f} at first")
-        falls = sum(losses[-3:]) / 3 < losses[0]
+        falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         keeper.wait()
         restored = keeper.restore(SAVED_AT, setup.abstract_state)

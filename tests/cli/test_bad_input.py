@@ -21,12 +21,14 @@ NAMED = "tokenizer.path=tokenizer300"
 
 # A config with one odd setting → what `maxlm train` says to it. None of these needs any text.
 REFUSED_AT_ONCE = {
-    "model.num_layer=3": "command line: unknown key model.num_layer; did you mean model.num_layers?",
+    "model.num_layer=3": (
+        "command line: unknown key model.num_layer; did you mean model.num_layers?"
+    ),
     "trian.steps=3": "command line: unknown key trian; did you mean train?",
     "mesh.dat=3": "command line: unknown key mesh.dat; did you mean mesh.data?",
     "train.steps=many": "command line: train.steps must be an integer, not 'many'",
     "model.attention.num_kv_heads=3": (
-        "tiny.yaml:17, command line: model.attention: num_heads=4 is not a multiple of "
+        "tiny.yaml:18, command line: model.attention: num_heads=4 is not a multiple of "
         "num_kv_heads=3; let every kv head serve as many query heads as the others"
     ),
     "mesh.data=3 mesh.fsdp=1": (
@@ -58,11 +60,11 @@ REFUSED_AT_ONCE = {
         "batch_size that is a multiple of 8, or a smaller mesh"
     ),
     "train.micro_batches=3": (
-        "tiny.yaml:4, command line: data.batch_size=8 does not divide into train.micro_batches=3; "
+        "tiny.yaml:5, command line: data.batch_size=8 does not divide into train.micro_batches=3; "
         "make the batch a multiple of the micro-batches"
     ),
     "data.seq_len=64": (
-        "command line, tiny.yaml:20: data.seq_len=64 is longer than model.max_seq_len=32; shorten "
+        "command line, tiny.yaml:21: data.seq_len=64 is longer than model.max_seq_len=32; shorten "
         "the sequences, or raise the model's limit"
     ),
     "schedule.warmup_steps=30": (
@@ -88,7 +90,7 @@ REFUSED_AT_ONCE = {
         "nowhere: no such file or folder; give a file, a folder, a quoted glob or python-stdlib"
     ),
     "data.sources=[{name: a, documents: [text]},{name: a, documents: [text]}]": (
-        "tiny.yaml:3: data: source names must differ: a, a"
+        "tiny.yaml:4: data: source names must differ: a, a"
     ),
     "data.sources=[{name: a, store: store}]": (
         "tokenizer.path: a store was made with a tokenizer, and none is named; name the folder of "
@@ -105,7 +107,9 @@ REFUSED_AT_ONCE = {
         "bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes to "
         '"replace", "keep" or "skip", or convert the text to UTF-8'
     ),
-    "--resume untrained": "untrained/checkpoints: no checkpoints here; name a run that has saved one",
+    "--resume untrained": (
+        "untrained/checkpoints: no checkpoints here; name a run that has saved one"
+    ),
     "--resume trained model.d_model=48 model.mlp.d_ff=32": (
         "~/trained/checkpoints: the checkpoint was written with another config: model.d_model=32 "
         "became 48, model.mlp.d_ff=64 became 32; set them back, or train in another run folder"
@@ -148,7 +152,9 @@ REFUSED_ELSEWHERE = {
         "devices to data, fsdp or tensor"
     ),
     "generate nowhere x": "nowhere: no run here (no config.yaml); name a folder like runs/demo",
-    "generate untrained x": "untrained/checkpoints: no checkpoints here; name a run that has saved one",
+    "generate untrained x": (
+        "untrained/checkpoints: no checkpoints here; name a run that has saved one"
+    ),
     "generate trained x --step 4": "~/trained/checkpoints: no checkpoint of step 4; use one of 3",
 }
 
@@ -250,7 +256,8 @@ def test_a_corpus_shorter_than_a_sequence(run, run_folder):
         "lower seq_len"
     )
     # What was prepared is whole, and no run was begun.
-    assert [path.name for path in run_folder.iterdir()] == ["data"]
+    assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "data", "tokenizer"}
+    assert load_tokenizer(run_folder / "tokenizer").vocab_size == 300
     assert [path.name for path in (run_folder / "data/text").iterdir()] == ["all"]
 
 
@@ -260,5 +267,5 @@ def test_undecodable_bytes_met_while_a_store_is_built(home, run, run_folder):
     assert (code, out) == (2, [])
     assert err[-1] == f"error: {REFUSED_AT_ONCE['data.sources.0.documents=[bad.txt]']}"
     # A build that was stopped goes on from its hidden folder; no store is there.
-    assert [path.name for path in run_folder.iterdir()] == ["data"]
+    assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "data", "tokenizer"}
     assert all(path.name.startswith(".") for path in (run_folder / "data/text").iterdir())

@@ -126,19 +126,26 @@ tiny · 38,048 parameters · 8 devices (fsdp=4 tensor=2)
 256 tokens a step · 5.12K in the run (0.135 a parameter)
 1.812e+05 FLOPs a token with causal attention at half, 1.935e+05 in full
 Parameters
-parameter                      layout: logical axis = size → mesh axes                     bytes  a device  copies
-embedding.table                vocab=304→tensor · embed=32→fsdp                           38 KiB  4.75 KiB       1
-final_norm.scale               32                                                          128 B     128 B       8
-head.kernel                    embed=32→fsdp · vocab=304→tensor                           38 KiB  4.75 KiB       1
-layers.attention.key.kernel    layers=2 · embed=32→fsdp · kv_heads=2→tensor · head_dim=8   4 KiB     512 B       1
-layers.attention.out.kernel    layers=2 · heads=4→tensor · head_dim=8 · embed=32→fsdp      8 KiB     1 KiB       1
-layers.attention.query.kernel  layers=2 · embed=32→fsdp · heads=4→tensor · head_dim=8      8 KiB     1 KiB       1
-layers.attention.value.kernel  layers=2 · embed=32→fsdp · kv_heads=2→tensor · head_dim=8   4 KiB     512 B       1
-layers.attention_norm.scale    layers=2 · 32                                               256 B     256 B       8
-layers.mlp.down.kernel         layers=2 · mlp=64→tensor · embed=32→fsdp                   16 KiB     2 KiB       1
-layers.mlp.gate.kernel         layers=2 · embed=32→fsdp · mlp=64→tensor                   16 KiB     2 KiB       1
-layers.mlp.up.kernel           layers=2 · embed=32→fsdp · mlp=64→tensor                   16 KiB     2 KiB       1
-layers.mlp_norm.scale          layers=2 · 32                                               256 B     256 B       8
+parameter                      layout: logical axis = size → mesh axes   bytes  a device  copies
+embedding.table                vocab=304→tensor · embed=32→fsdp         38 KiB  4.75 KiB       1
+final_norm.scale               32                                        128 B     128 B       8
+head.kernel                    embed=32→fsdp · vocab=304→tensor         38 KiB  4.75 KiB       1
+layers.attention.key.kernel    layers=2 · embed=32→fsdp ·                4 KiB     512 B       1
+                               kv_heads=2→tensor · head_dim=8
+layers.attention.out.kernel    layers=2 · heads=4→tensor · head_dim=8    8 KiB     1 KiB       1
+                               · embed=32→fsdp
+layers.attention.query.kernel  layers=2 · embed=32→fsdp ·                8 KiB     1 KiB       1
+                               heads=4→tensor · head_dim=8
+layers.attention.value.kernel  layers=2 · embed=32→fsdp ·                4 KiB     512 B       1
+                               kv_heads=2→tensor · head_dim=8
+layers.attention_norm.scale    layers=2 · 32                             256 B     256 B       8
+layers.mlp.down.kernel         layers=2 · mlp=64→tensor ·               16 KiB     2 KiB       1
+                               embed=32→fsdp
+layers.mlp.gate.kernel         layers=2 · embed=32→fsdp ·               16 KiB     2 KiB       1
+                               mlp=64→tensor
+layers.mlp.up.kernel           layers=2 · embed=32→fsdp ·               16 KiB     2 KiB       1
+                               mlp=64→tensor
+layers.mlp_norm.scale          layers=2 · 32                             256 B     256 B       8
 Bytes on each device
 what                bytes
 parameters (fp32)  19,584  19.1 KiB
@@ -149,7 +156,7 @@ together           78,344  76.5 KiB
 
 
 def test_tables(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "96")
     config = tiny.write_config(tmp_path, "text")
     assert main(["plan", config, "--mesh", "fsdp=4,tensor=2"]) == 0
     assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == TABLES.splitlines()

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.programs import tiny
 
 
+@pytest.mark.timeout(900)
 def test_a_run_killed_three_times_ends_like_an_unbroken_one(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"
     text = tiny.write_text(tmp_path / "text", documents=40)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def train(folder: Path, config: str, runs: dict[str, list[str]]) -> None:
                 assert process.wait() == 0, log.read_text()[-3000:]
                 assert log.read_text().endswith("done\n")
     finally:
-        for process in sum(processes.values(), []):
+        for process in chain.from_iterable(processes.values()):
             process.kill()
 
 
@@ -56,6 +57,7 @@ def losses(run: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records}
 
 
+@pytest.mark.timeout(900)
 def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
     text = tiny.write_text(tmp_path / "text")
     config = tiny.write_config(

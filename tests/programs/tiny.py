@@ -54,6 +54,7 @@ def settings(folder: Path, text: str, **top: Any) -> dict[str, Any]:
     return {
         "name": "tiny",
         "folder": str(folder),
+        "compilation_cache": None,
         "model": {
             "vocab_size": 304,
             "num_layers": 2,

@@ -137,6 +137,25 @@ def test_a_second_interrupt_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.parametrize("save_every", [0, 4])
+def test_a_lost_loss_stops_the_run_before_it_is_saved(save_every):
+    journal = Journal(save_every=save_every)
+    take = journal.step
+
+    def step(state, batch):
+        state, sums = take(state, batch)
+        return state, {"loss": np.float32("nan")} if state.step >= 4 else sums
+
+    journal.step = step
+    with pytest.raises(MaxlmError) as error:
+        run(journal, steps=9)
+    assert str(error.value) == (
+        "train: the loss is nan at step 4; go on from the last checkpoint with a lower "
+        "schedule.learning_rate or optimizer.clip_norm, in another run folder (--resume)"
+    )
+    assert journal.lines == [("record", n) for n in range(1, 5)]
+
+
 def test_the_share_of_time_spent_waiting_for_data(monkeypatch):
     class Clock:
         now = 0.0
