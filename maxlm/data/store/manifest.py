@@ -54,7 +54,7 @@ class Manifest(Config):
     """Share of documents held out; 0 for the split "all"."""
     text_field: str
     on_bad_bytes: BadBytes
-    piece_bytes: int | None
+    piece_bytes: int | None = None
     num_binary_files: int
     """Files passed over as binary."""
     sources: tuple[Source, ...]
