@@ -36,7 +36,7 @@ test: $(ready) ## run the test suite
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .
 	$(bin)/ruff check .
-	$(bin)/pyright
+	$(bin)/pyright --pythonpath $(bin)/python
 	$(bin)/lint-imports
 
 format: $(ready) ## format the code
