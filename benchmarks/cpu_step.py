@@ -56,7 +56,7 @@ def maxlm_step() -> Step:
     }
     with jax.set_mesh(setup.mesh):
         batch = {name: jnp.asarray(array)[None] for name, array in batch.items()}
-        state, step = setup.init(), setup.compile_step()
+        state, step = setup.init(), setup.step_function()
 
     def run() -> float:
         nonlocal state

@@ -9,10 +9,10 @@ from maxlm.config import Config, MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.objectives import ClmConfig, ObjectiveConfig
-from maxlm.sharding import MeshConfig, ShardingConfig
+from maxlm.sharding import MeshConfig, ShardingConfig, check_used
 from maxlm.train.config import CheckpointConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig
 from maxlm.train.schedule import ScheduleConfig
@@ -24,9 +24,6 @@ IDENTITY = ("seed", "model", "tokenizer", "data", "objective", "optimizer", "tra
 INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
 # What the tokenizer and the token stores in a run's folder were made with.
 PREPARED = ("tokenizer", "data.sources", "data.heldout_fraction")
-
-# Axes that no layer is split over yet.
-UNUSED_AXES = ("expert", "context", "stage")
 
 
 class SamplesConfig(SamplingConfig):
@@ -49,7 +46,7 @@ class RunConfig(Config):
     compute_dtype: ComputeDtype = "auto"
     """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
     softmax, loss and optimizer are float32 in any case."""
-    model: DecoderConfig
+    model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -85,24 +82,7 @@ def check_parts(config: RunConfig) -> None:
             f"train.micro_batches={train.micro_batches}",
             fix="make the batch a multiple of the micro-batches",
         )
-    check_axes(config.mesh.model_dump())
-
-
-def check_axes(sizes: Mapping[str, int]) -> None:
-    """Check that a mesh has devices only where layers are split.
-
-    Args:
-        sizes: mesh axis → devices; -1 is allowed.
-
-    Raises:
-        MaxlmError: naming the axis.
-    """
-    for axis in UNUSED_AXES:
-        if sizes[axis] > 1:
-            raise MaxlmError(
-                f"mesh.{axis}={sizes[axis]}, but no layer is split over '{axis}'",
-                fix=f"set mesh.{axis}=1 and give its devices to data, fsdp or tensor",
-            )
+    check_used(config.mesh.model_dump())
 
 
 def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:

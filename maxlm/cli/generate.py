@@ -44,17 +44,14 @@ def command(
     chosen = load(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
 
-    import jax
-
     from maxlm.programs.generate import generate_text
     from maxlm.programs.load import load_run
 
     opened = load_run(run, step=step)
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
     sampling = SamplingConfig(**{**samples, **chosen})
-    with jax.set_mesh(opened.mesh):
-        steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
-        _show(texts, steps)
+    steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
+    _show(texts, steps)
 
 
 def _show(prompts: Sequence[bytes], steps: Iterator[list[str]]) -> None:

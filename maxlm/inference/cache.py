@@ -9,27 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.layers.attention import KVCache
 from maxlm.sharding import AxisRules, place
 
 CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
 
 
-def cache_shape(config: DecoderConfig, batch: int, length: int) -> tuple[int, ...]:
-    """[L, B, T, K, H] of the keys, and again of the values."""
-    attention = config.attention
-    return (config.num_layers, batch, length, attention.num_kv_heads, attention.head_dim)
-
-
-def cache_bytes(config: DecoderConfig, batch: int, length: int, dtype: Any) -> int:
-    """Bytes of keys and values together, over all devices."""
-    layers, _, _, heads, size = cache_shape(config, batch, length)
-    return 2 * layers * batch * length * heads * size * jnp.dtype(dtype).itemsize
-
-
 def init_cache(
-    config: DecoderConfig, batch: int, length: int, dtype: Any, rules: AxisRules
+    config: ModelConfig, batch: int, length: int, dtype: Any, rules: AxisRules
 ) -> KVCache:
     """An empty cache, created in its compute layout on the current mesh; pure, also under jit.
 
@@ -42,7 +30,7 @@ def init_cache(
     Raises:
         MaxlmError: rows or kv heads that do not divide over their mesh axes.
     """
-    shape = cache_shape(config, batch, length)
+    shape = config.cache_shape(batch, length)
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     spec = place("cache", shape, CACHE_AXES, rules, sizes).spec
     return KVCache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in KVCache._fields))

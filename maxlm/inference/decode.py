@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures import Model
 from maxlm.models.layers.attention import KVCache
 from maxlm.models.params import Params, bind, param_specs
 
 
-def cast_params(model: Decoder, params: Params) -> Params:
+def cast_params(model: Model, params: Params) -> Params:
     """Matrices and tables in the compute dtype, once rather than at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
     return jax.tree.map(
@@ -21,7 +21,7 @@ def cast_params(model: Decoder, params: Params) -> Params:
 
 
 def prefill(
-    model: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array, cache_length: int
+    model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, cache_length: int
 ) -> tuple[jax.Array, KVCache]:
     """Run whole prompts, padded on the right, through the model.
 
@@ -49,7 +49,7 @@ def prefill(
 
 
 def decode(
-    model: Decoder, params: Params, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    model: Model, params: Params, tokens: jax.Array, positions: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """One token a row.
 

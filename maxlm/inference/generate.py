@@ -11,15 +11,16 @@ from jax.sharding import PartitionSpec, reshard
 from maxlm.config import MaxlmError
 from maxlm.inference.decode import cast_params, decode, prefill
 from maxlm.inference.sampling import SamplingConfig, sample
-from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.layers.attention import KVCache
 from maxlm.models.params import Params
+from maxlm.sharding import on_mesh
 
 Tokens = list[int]
 
 
 def generate(
-    model: Decoder,
+    model: Model,
     params: Params,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
@@ -32,10 +33,11 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Continue a batch of prompts, yielding each step's tokens as soon as they are known.
 
-    Call and iterate under ``jax.set_mesh`` of the mesh that ``params`` lie on. A row's tokens
-    depend on its prompt, the settings, ``key`` and its stream, not on the other rows.
+    A row's tokens depend on its prompt, the settings, ``key`` and its stream, not on the other
+    rows.
 
     Args:
+        params: on an explicit mesh, where everything then runs.
         prompts: token ids, each starting as training documents do (with bos).
         eos_id: ends a row; None: rows only end at max_new_tokens.
         key: one key for the call.
@@ -61,7 +63,8 @@ def generate(
         )
     longest = max(map(len, prompts))
     width, length = _sizes(model.config, longest, sampling.max_new_tokens, cache_length)
-    rows = _round_up(len(prompts), _batch_shards(model))
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    rows = _round_up(len(prompts), prod(mesh.shape[axis] for axis in model.rules.batch))
     tokens = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)  # rows that only fill the batch hold one token
     for row, prompt in enumerate(prompts):
@@ -71,10 +74,10 @@ def generate(
     seeds[: len(prompts)] = range(len(prompts)) if streams is None else streams
     # Only what shapes the distribution is compiled in.
     shape = sampling.model_copy(update={"max_new_tokens": 1, "seed": 0})
-    params = cast_params(model, params)
+    params = on_mesh(mesh, cast_params)(model, params)
     fixed = {"seeds": seeds, "key": key, "vocab_size": vocab_size}
-    start = partial(_start, model, shape, length, params, tokens, lengths, **fixed)
-    advance = partial(_advance, model, shape, params, **fixed)
+    start = partial(on_mesh(mesh, _start), model, shape, length, params, tokens, lengths, **fixed)
+    advance = partial(on_mesh(mesh, _advance), model, shape, params, **fixed)
     return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
 
 
@@ -94,7 +97,7 @@ def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
 
 @partial(jax.jit, static_argnames=("model", "sampling", "cache_length", "vocab_size"))
 def _start(
-    model: Decoder,
+    model: Model,
     sampling: SamplingConfig,
     cache_length: int,
     params: Params,
@@ -111,7 +114,7 @@ def _start(
 
 @partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames=("cache",))
 def _advance(
-    model: Decoder,
+    model: Model,
     sampling: SamplingConfig,
     params: Params,
     tokens: jax.Array,
@@ -128,7 +131,7 @@ def _advance(
 
 
 def _next(
-    model: Decoder,
+    model: Model,
     sampling: SamplingConfig,
     logits: jax.Array,
     positions: jax.Array,
@@ -151,11 +154,6 @@ def _whole(x: jax.Array) -> jax.Array:
     return reshard(x, PartitionSpec())
 
 
-def _batch_shards(model: Decoder) -> int:
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return prod(sizes[axis] for axis in model.rules.batch)
-
-
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -167,12 +165,12 @@ def bucket(n: int) -> int:
 
 
 def _sizes(
-    config: DecoderConfig, longest: int, new: int, cache_length: int | None
+    config: ModelConfig, longest: int, new: int, cache_length: int | None
 ) -> tuple[int, int]:
     """Width of the padded prompts, slots of the cache."""
     limits = []
-    if config.positions.kind == "learned":
-        limits.append((config.max_seq_len, "the model has learned positions"))
+    if config.position_limit is not None:
+        limits.append((config.position_limit, "the model has learned positions"))
     if cache_length is not None:
         limits.append((cache_length, "the cache has slots"))
     limit, reason = min(limits, default=(None, ""))
@@ -190,7 +188,7 @@ def _sizes(
     return min(bucket(longest), length), length
 
 
-def _check_prompts(config: DecoderConfig, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts:
         raise MaxlmError("no prompts", where="generate", fix="give at least one")
     for number, prompt in enumerate(prompts, 1):

@@ -6,7 +6,7 @@ import jax
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures import Model
 from maxlm.parallel.cross_entropy import fused_cross_entropy
 
 Batch = dict[str, jax.Array]
@@ -22,7 +22,7 @@ class ClmConfig(Config):
 
 
 def clm(
-    config: ClmConfig, model: Decoder, batch: Batch, key: jax.Array
+    config: ClmConfig, model: Model, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed next-token loss of a batch.
 

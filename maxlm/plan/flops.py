@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, named
 
 
@@ -16,16 +16,15 @@ class Flops:
     """Attention counted at half, as a causal kernel computes it."""
 
 
-def training_flops(specs: Params, config: DecoderConfig, seq_len: int) -> Flops:
+def training_flops(specs: Params, config: ModelConfig, seq_len: int) -> Flops:
     """FLOPs a token of a training step.
 
     6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices and the
     output head, tied or not, but not table look-ups, norms and biases. Attention's two products
-    take 2 · 2 · N · H · S a layer forward and twice that backward.
+    take their forward FLOPs and twice as many backward.
     """
     flat = named(specs)
     weights = sum(spec.size for spec in flat.values() if spec.role == "matrix")
     weights += config.vocab_size * config.d_model
-    heads = config.attention.num_heads * config.attention.head_dim
-    attention = 12.0 * config.num_layers * heads * seq_len
+    attention = 3.0 * config.attention_flops(seq_len)
     return Flops(full=6.0 * weights + attention, causal=6.0 * weights + attention / 2)

@@ -9,11 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from maxlm.models.architectures.decoder import Decoder
 from maxlm.models.params import ParamSpec, named, param_specs
 from maxlm.plan.flops import training_flops
-from maxlm.run import RunConfig, check_axes, check_batch
-from maxlm.sharding import Placement, abstract_mesh, check_activations, check_unsharded, place
+from maxlm.run import RunConfig, check_batch
+from maxlm.sharding import (
+    Placement,
+    abstract_mesh,
+    check_activations,
+    check_unsharded,
+    check_used,
+    place,
+)
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
 
@@ -70,11 +76,11 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
-    check_axes(sizes)
+    check_used(sizes)
     check_batch(config, sizes)
     storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
     check_activations(compute)
-    tree = param_specs(Decoder(config.model, rules=compute, dtype=jnp.float32))
+    tree = param_specs(config.model.build(rules=compute, dtype=jnp.float32))
     specs: dict[str, ParamSpec] = named(tree)
     for name, spec in specs.items():
         place(name, spec.shape, spec.axes, compute, sizes)

@@ -7,19 +7,19 @@ import jax
 from maxlm.data.tokenizer import StreamDecoder, Tokenizer
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures import Model
 from maxlm.models.params import Params
 
 
 def generate_text(
-    model: Decoder,
+    model: Model,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
     sampling: SamplingConfig,
 ) -> Iterator[list[str]]:
     """Continue prompts, each as the opening of a document; literals of special tokens in them are
-    plain text. Call and iterate under ``jax.set_mesh`` of the mesh that ``params`` lie on.
+    plain text.
 
     Args:
         prompts: bytes need not be UTF-8.

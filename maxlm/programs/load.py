@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures import Model
 from maxlm.models.params import Params
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
@@ -22,7 +22,7 @@ class Run:
 
     config: RunConfig
     mesh: Mesh
-    model: Decoder
+    model: Model
     params: Params
     tokenizer: Tokenizer
     step: int

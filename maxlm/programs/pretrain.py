@@ -1,5 +1,6 @@
 """Training, from a config to a trained model: the story of `maxlm train`."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.plan.layout import lay_out
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import Corpus, planned_vocab, prepare
@@ -65,7 +67,6 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
         }
-        stack.enter_context(jax.set_mesh(setup.mesh))
         state = _restore(setup, origin, metadata, say) if origin else setup.init()
         start = int(state.step)
         if start > config.train.steps:
@@ -76,10 +77,12 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             )
         if lead:
             _write(folder / "config.yaml", to_yaml(config))
+            plan = lay_out(config, dict(setup.mesh.shape)).to_json()
+            _write(folder / "plan.json", f"{json.dumps(plan, indent=2)}\n")
         keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
         log = stack.enter_context(MetricsLog(folder, start, write=lead))
         log.event("resume" if start else "start", start, devices=jax.device_count())
-        eval_step = setup.compile_evaluation()
+        eval_step = setup.evaluation_function()
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
             results = held_out(
@@ -97,12 +100,13 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         ):
             state = train(
                 state,
-                setup.compile_step(),
+                setup.step_function(),
                 batches,
                 config=config.train,
                 hooks=Hooks(
                     record=recorder(setup, corpus, log, display),
                     evaluate=quick_evaluation if corpus.heldout else None,
+                    event=log.event,
                 ),
                 checkpointer=keeper,
                 metadata=metadata,

@@ -13,6 +13,14 @@ from maxlm.train.display import ConsoleDisplay
 from maxlm.train.metrics import MetricsLog, memory_record, mfu
 
 
+def _evaluated(step: int, values: Mapping[str, float]) -> str:
+    """``step 140 · held out: loss 4.8662 · text 1.923 bits per byte``"""
+    prefix = "eval_bits_per_byte/"
+    rates = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
+    parts = [f"{name} {rate:.3f} bits per byte" for name, rate in rates.items()]
+    return " · ".join([f"step {step}", f"held out: loss {values['eval_loss']:.4f}", *parts])
+
+
 def recorder(
     setup: Setup, corpus: Corpus, log_to: MetricsLog, display: ConsoleDisplay
 ) -> Callable[[int, Mapping[str, float]], None]:
@@ -49,6 +57,8 @@ def recorder(
                 values["mfu"] = mfu(rate, flops.causal, total)
                 values["mfu_full_attention"] = mfu(rate, flops.full, total)
             display.update(step, values)
+        else:
+            display.message(_evaluated(step, values))
         log_to.log(step, values)
 
     return record

@@ -71,11 +71,10 @@ def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
 def samples(run: Trained) -> str:
     """One continuation of each of the run's prompts, each under a rule."""
     config = run.setup.config.samples
-    with jax.set_mesh(run.setup.mesh):
-        steps = generate_text(
-            run.setup.model, parameters(run.state), run.corpus.tokenizer, config.prompts, config
-        )
-        continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
+    steps = generate_text(
+        run.setup.model, parameters(run.state), run.corpus.tokenizer, config.prompts, config
+    )
+    continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
         f"──── sample {number} ────\n{prompt}{text}"
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
@@ -86,6 +85,7 @@ def samples(run: Trained) -> str:
 def _places(folder: Path) -> str:
     kinds = {
         "config.yaml": "the run, resolved",
+        "plan.json": "where every parameter lies",
         "checkpoints": "the model and its optimizer",
         "tokenizer": "text to ids",
         "data": "token stores",

@@ -10,17 +10,19 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from maxlm.models.architectures.decoder import Decoder
+from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params, named, param_specs
 from maxlm.objectives import OBJECTIVES
-from maxlm.run import RunConfig, check_axes, check_batch
+from maxlm.run import RunConfig, check_batch
 from maxlm.sharding import (
     AxisRules,
     check_activations,
     check_unsharded,
+    check_used,
     jit_in_place,
     make_mesh,
+    on_mesh,
     place,
 )
 from maxlm.train.optimizer import make_optimizer
@@ -49,7 +51,7 @@ class Setup:
     mesh: Mesh
     storage: AxisRules
     compute: AxisRules
-    model: Decoder
+    model: Model
     specs: Params
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -62,7 +64,7 @@ class Setup:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every array of the state."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = on_mesh(self.mesh, jax.eval_shape)(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
@@ -70,10 +72,10 @@ class Setup:
     def init(self) -> TrainState:
         """A fresh state, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return jit_in_place(self._init, self.shardings)(key)
+        return on_mesh(self.mesh, jit_in_place(self._init, self.shardings))(key)
 
-    def compile_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-        """The jitted training step; it donates the state it is given."""
+    def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+        """The training step, compiled at its first call; it donates the state it is given."""
         step = partial(
             train_step,
             model=self.model,
@@ -83,11 +85,12 @@ class Setup:
             seed=self.config.seed,
             ema_decay=self.config.train.ema_decay,
         )
-        return jax.jit(step, donate_argnums=0)
+        return on_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
-    def compile_evaluation(self) -> Callable[[Params, Batch], Sums]:
-        """The jitted evaluation step."""
-        return jax.jit(partial(eval_step, model=self.model, loss=self.loss))
+    def evaluation_function(self) -> Callable[[Params, Batch], Sums]:
+        """The evaluation step, compiled at its first call."""
+        step = partial(eval_step, model=self.model, loss=self.loss)
+        return on_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
@@ -114,13 +117,13 @@ def set_up(
     """
     mesh = make_mesh(config.mesh, devices)
     sizes = dict(mesh.shape)
-    check_axes(sizes)
+    check_used(sizes)
     if for_training:
         check_batch(config, sizes)
     storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
     check_activations(compute)
     dtype: Any = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
-    model = Decoder(config.model, rules=compute, dtype=dtype)
+    model = config.model.build(rules=compute, dtype=dtype)
     specs = param_specs(model)
     for rules in (compute, storage):
         placed = {n: place(n, s.shape, s.axes, rules, sizes) for n, s in named(specs).items()}

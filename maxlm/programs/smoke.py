@@ -43,29 +43,10 @@ class Check:
 def shrink(config: RunConfig, num_devices: int) -> RunConfig:
     """A small run of the same structure: the same layers, ratios, objective, optimizer and packing.
 
-    Depth, widths, vocabulary and sequence shrink; the ratio of query to kv heads stays (up to 8),
-    so do ties, biases, norms, positions, gating, remat and precision. The mesh is this machine's.
+    Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
     """
-    model = config.model
-    group = min(model.attention.num_heads // model.attention.num_kv_heads, 8)
-    kv_heads = 1 if model.attention.num_kv_heads == 1 else 2
-    d_model = group * kv_heads * HEAD_DIM
-    ratio = model.mlp.d_ff / model.d_model
-    small = model.model_copy(
-        update={
-            "vocab_size": min(model.vocab_size, VOCAB),
-            "num_layers": min(model.num_layers, LAYERS),
-            "d_model": d_model,
-            "max_seq_len": SEQ_LEN,
-            "attention": model.attention.model_copy(
-                update={
-                    "num_heads": group * kv_heads,
-                    "num_kv_heads": kv_heads,
-                    "head_dim": HEAD_DIM,
-                }
-            ),
-            "mlp": model.mlp.model_copy(update={"d_ff": max(1, round(ratio * d_model / 8)) * 8}),
-        }
+    small = config.model.shrunk(
+        vocab_size=VOCAB, num_layers=LAYERS, head_dim=HEAD_DIM, seq_len=SEQ_LEN
     )
     micro = min(config.train.micro_batches, 2)
     data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
@@ -127,7 +108,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
     setup = set_up(shrink(config, len(devices)), devices)
-    with jax.set_mesh(setup.mesh), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         yield from _checks(setup, Path(folder))
 
 
@@ -137,7 +118,7 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
     yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
 
-    step = setup.compile_step()
+    step = setup.step_function()
     began = time.perf_counter()
     state, first = _run(setup, step, state, SAVED_AT)
     saved = jax.tree.map(np.asarray, state)

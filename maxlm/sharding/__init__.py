@@ -1,10 +1,11 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.create import jit_in_place
+from maxlm.sharding.create import jit_in_place, on_mesh
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
     abstract_mesh,
+    check_used,
     make_mesh,
     mesh_sizes,
     parse_mesh,
@@ -23,9 +24,11 @@ __all__ = [
     "abstract_mesh",
     "check_activations",
     "check_unsharded",
+    "check_used",
     "jit_in_place",
     "make_mesh",
     "mesh_sizes",
+    "on_mesh",
     "parse_mesh",
     "place",
     "smallest",

@@ -1,10 +1,11 @@
-"""Arrays made on a mesh from nothing: random values, zeros."""
+"""Programs on a mesh, and arrays made there from nothing: random values, zeros."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import jax
-from jax.sharding import auto_axes
+from jax.sharding import Mesh, auto_axes
 
 
 def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
@@ -19,3 +20,14 @@ def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., 
         shardings: one for every output, on the mesh in use (``jax.set_mesh``).
     """
     return jax.jit(auto_axes(function, out_sharding=shardings), out_shardings=shardings)
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with ``mesh`` as JAX's current one, which layers read while being traced."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return call

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -10,11 +10,19 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from maxlm.config import Config, MaxlmError
 
 # Outermost (slowest links) first: `tensor` neighbours sit next to each other.
-MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]
+MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
+# Those that split parameters; the others only split activations.
+PARAMETER_AXES = ("stage", "fsdp", "expert", "tensor")
+# Those that no layer is split over yet.
+UNUSED_AXES = ("stage", "expert", "context")
 
 
 class MeshConfig(Config):
-    """How many devices each mesh axis has. One axis may be -1: whatever remains."""
+    """How many devices each mesh axis has. One axis may be -1: whatever remains.
+
+    One field for every one of ``MESH_AXES``.
+    """
 
     data: int = 1
     """Replicas of the parameters, each with its share of the batch."""
@@ -28,6 +36,23 @@ class MeshConfig(Config):
     """Shards of heads, FFN and vocabulary; needs the fastest links."""
     stage: int = 1
     """Pipeline stages, each with its share of the layers."""
+
+
+def check_used(sizes: Mapping[str, int]) -> None:
+    """Check that a mesh has devices only where layers are split.
+
+    Args:
+        sizes: mesh axis → devices; -1 is allowed.
+
+    Raises:
+        MaxlmError: naming the axis.
+    """
+    for axis in UNUSED_AXES:
+        if sizes[axis] > 1:
+            raise MaxlmError(
+                f"mesh.{axis}={sizes[axis]}, but no layer is split over '{axis}'",
+                fix=f"set mesh.{axis}=1 and give its devices to data, fsdp or tensor",
+            )
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -8,10 +8,9 @@ from math import prod
 from jax.sharding import PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.sharding.mesh import PARAMETER_AXES
 from maxlm.sharding.rules import AxisRules
 
-# The mesh axes that split parameters; `data` and `context` only split activations.
-PARAMETER_AXES = ("fsdp", "tensor", "expert", "stage")
 # Logical axes that occur together in what a model computes.
 ACTIVATIONS = (
     ("batch", "seq", "embed"),

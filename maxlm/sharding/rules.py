@@ -7,14 +7,13 @@ plain data parallelism, ``heads: tensor`` in both is tensor parallelism.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated
 
 from jax.sharding import PartitionSpec
 from pydantic import BeforeValidator, Field
 
 from maxlm.config import Config
-
-MeshAxis = Literal["data", "fsdp", "expert", "context", "tensor", "stage"]
+from maxlm.sharding.mesh import MeshAxis
 
 
 def _as_tuple(value: object) -> object:

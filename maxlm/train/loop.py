@@ -26,6 +26,8 @@ class Hooks:
     """(step, scalars), once a step, in order, mostly one step late."""
     evaluate: Callable[[TrainState], Mapping[str, float]] | None
     """Scalars to record every ``eval_every`` steps."""
+    event: Callable[[str, int], None]
+    """(``checkpoint`` or ``interrupt``, step), as it happens."""
 
 
 def train(
@@ -74,14 +76,17 @@ def train(
             if evaluating and hooks.evaluate:
                 hooks.record(number, hooks.evaluate(state))
                 clock.restart()
-            checkpointer.save(number, state, metadata)
+            if checkpointer.save(number, state, metadata):
+                hooks.event("checkpoint", number)
             if interrupted():
                 break
         if pending is not None:
             _record(hooks, clock, *pending)
-    checkpointer.save(int(state.step), state, metadata, force=True)
+    if checkpointer.save(int(state.step), state, metadata, force=True):
+        hooks.event("checkpoint", int(state.step))
     checkpointer.wait()
     if int(state.step) < config.steps:
+        hooks.event("interrupt", int(state.step))
         raise MaxlmError(
             f"interrupted at step {int(state.step)} of {config.steps}, which is saved",
             where=folder,

@@ -185,7 +185,7 @@ class Home:
         run.mkdir()
         (run / "config.yaml").write_text(to_yaml(config))
         if checkpoint:
-            with jax.set_mesh(setup.mesh), Checkpointer(run / "checkpoints") as keeper:
+            with Checkpointer(run / "checkpoints") as keeper:
                 metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
                 keeper.save(3, setup.init(), metadata, force=True)
 

@@ -81,7 +81,8 @@ def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
         for name in runs:
             assert losses(tmp_path / name) == pytest.approx(want, rel=1e-5), name
             kinds = [json.loads(e)["event"] for e in (tmp_path / name / "events.jsonl").open()]
-            assert kinds == ["start", "stop", "resume", "stop"]
+            begun = ["start", "checkpoint", "checkpoint", "stop"]
+            assert kinds == [*begun, "resume", "checkpoint", "stop"]
         log = (tmp_path / f"{reader}-0.log").read_text()
         assert log.count(f"resuming from step {SAVED_AT} in ") == 3
     assert "resuming" not in (tmp_path / "two-1.log").read_text()

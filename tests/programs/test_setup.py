@@ -24,14 +24,14 @@ def test_a_step_takes_the_memory_of_its_state_and_compiles_once():
     run = RunConfig.model_validate(tiny.settings("runs", "text", mesh=mesh, train=train))
     setup = set_up(run, jax.devices()[:4])
     stores = {"text": CountingText(run.model.vocab_size)}
-    with jax.set_mesh(setup.mesh), training_batches(setup, stores, {"text": 1.0}, 0) as batches:
-        step, state = setup.compile_step(), setup.init()
+    with training_batches(setup, stores, {"text": 1.0}, 0) as batches:
+        step, state = setup.step_function(), setup.init()
         for batch in batches:
             before = state
             state, metrics = step(state, batch)
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
             assert jax.tree.map(lambda leaf: leaf.sharding, state) == setup.shardings
-        assert step._cache_size() == 1
+        assert step.__wrapped__._cache_size() == 1
     assert int(state.step) == 3
     # Untrained, every token is about as likely as any other.
     assert float(metrics["loss"]) == pytest.approx(np.log(run.model.vocab_size), rel=0.3)

@@ -70,10 +70,10 @@ def failed(name: str) -> list[str]:
 
 
 def test_a_step_that_learns_nothing_fails(monkeypatch, capsys):
-    compile_step = Setup.compile_step
+    step_function = Setup.step_function
 
     def broken(self):
-        step = compile_step(self)
+        step = step_function(self)
 
         def forgetful(state, batch):
             params = jax.tree.map(lambda p: p.copy(), state.params)
@@ -82,7 +82,7 @@ def test_a_step_that_learns_nothing_fails(monkeypatch, capsys):
 
         return forgetful
 
-    monkeypatch.setattr(Setup, "compile_step", broken)
+    monkeypatch.setattr(Setup, "step_function", broken)
     first = jax.devices()[:1]
     monkeypatch.setattr(smoke_program.jax, "devices", lambda: first)
     assert main(["smoke", "llama3_8b", "compilation_cache=null"]) == 1

@@ -153,7 +153,7 @@ def test_rules_on_a_mesh_leave_out_axes_of_size_one():
 
 
 def test_rules_name_only_axes_that_exist():
-    with pytest.raises(ValueError, match="Input should be 'data', 'fsdp', 'expert'"):
+    with pytest.raises(ValueError, match="Input should be 'stage', 'data', 'fsdp'"):
         AxisRules(embed="fspd")
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         AxisRules.model_validate({"embd": "fsdp"})

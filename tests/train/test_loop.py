@@ -24,6 +24,7 @@ class Journal:
     save_every: int = 0
     interrupt_at: tuple[int, ...] = ()
     lines: list[tuple] = field(default_factory=list)
+    events: list[tuple[str, int]] = field(default_factory=list)
     records: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def due(self, step):
@@ -31,8 +32,10 @@ class Journal:
 
     def save(self, step, state, metadata, force=False):
         assert (step, metadata) == (state.step, {"meta": 1})
-        if force or self.due(step):
+        begun = force or self.due(step)
+        if begun:
             self.lines.append(("save", step))
+        return begun
 
     def wait(self):
         self.lines.append(("wait",))
@@ -41,6 +44,9 @@ class Journal:
         kind = "evaluated" if "eval_loss" in values else "record"
         self.lines.append((kind, step))
         self.records.setdefault(step, {}).update(values)
+
+    def event(self, kind, step):
+        self.events.append((kind, step))
 
     def evaluate(self, state):
         return {"eval_loss": 100.0 + state.step}
@@ -58,7 +64,7 @@ def run(journal, start=0, evaluating=True, batches=None, **config):
         journal.step,
         iter(range(start, 1000)) if batches is None else batches,
         config=TrainConfig(**config),
-        hooks=Hooks(journal.record, journal.evaluate if evaluating else None),
+        hooks=Hooks(journal.record, journal.evaluate if evaluating else None, journal.event),
         checkpointer=journal,
         metadata={"meta": 1},
         folder="runs/x",
@@ -105,6 +111,7 @@ def test_a_checkpoint_comes_after_all_records_up_to_it():
     run(journal, steps=5, eval_every=4)
     saves = [(i, line[1]) for i, line in enumerate(journal.lines) if line[0] == "save"]
     assert [step for _, step in saves] == [2, 4, 5]
+    assert journal.events == [("checkpoint", step) for step in (2, 4, 5)]
     for index, step in saves:
         before = journal.lines[:index]
         assert [s for kind, s in before if kind == "record"] == list(range(1, step + 1))
@@ -120,6 +127,7 @@ def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on():
         "there"
     )
     assert journal.lines == [*(("record", n) for n in (1, 2, 3)), ("save", 3), ("wait",)]
+    assert journal.events == [("checkpoint", 3), ("interrupt", 3)]
     assert signal.getsignal(signal.SIGINT) is before
 
 

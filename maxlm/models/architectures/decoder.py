@@ -48,6 +48,55 @@ class DecoderConfig(Config):
             raise ValueError(f"rope needs an even head_dim, not {self.attention.head_dim}")
         return self
 
+    def build(self, *, rules: AxisRules, dtype: Any) -> "Decoder":
+        """The model; see :class:`Decoder`."""
+        return Decoder(self, rules=rules, dtype=dtype)
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions it can be run at; None: any, if not equally well past ``max_seq_len``."""
+        return self.max_seq_len if self.positions.kind == "learned" else None
+
+    def attention_flops(self, seq_len: int) -> float:
+        """Forward FLOPs a token of attention's two products, masked pairs included: 4 N H S L."""
+        width = self.attention.num_heads * self.attention.head_dim
+        return 4.0 * self.num_layers * width * seq_len
+
+    def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
+        """[L, B, T, K, H] of the keys that generation keeps, and again of the values."""
+        attention = self.attention
+        return (self.num_layers, batch, length, attention.num_kv_heads, attention.head_dim)
+
+    def shrunk(
+        self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int
+    ) -> "DecoderConfig":
+        """A small model of the same structure: the ratio of query to kv heads stays (up to 8), so
+        do that of the FFN to the width, ties, biases, norms, positions, gating and remat.
+
+        Args:
+            vocab_size, num_layers: upper bounds.
+            head_dim, seq_len: the new sizes.
+        """
+        group = min(self.attention.num_heads // self.attention.num_kv_heads, 8)
+        kv_heads = 1 if self.attention.num_kv_heads == 1 else 2
+        heads = {
+            "num_heads": group * kv_heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+        }
+        d_model = group * kv_heads * head_dim
+        d_ff = max(1, round(self.mlp.d_ff / self.d_model * d_model / 8)) * 8
+        return self.model_copy(
+            update={
+                "vocab_size": min(self.vocab_size, vocab_size),
+                "num_layers": min(self.num_layers, num_layers),
+                "d_model": d_model,
+                "max_seq_len": seq_len,
+                "attention": self.attention.model_copy(update=heads),
+                "mlp": self.mlp.model_copy(update={"d_ff": d_ff}),
+            }
+        )
+
 
 class Decoder(nnx.Module):
     """Tokens to hidden states to logits.
