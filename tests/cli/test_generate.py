@@ -4,7 +4,6 @@ import io
 import sys
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from maxlm.cli.main import main
@@ -13,7 +12,7 @@ from maxlm.run import SamplesConfig
 
 
 @pytest.fixture
-def calls(monkeypatch, one_device_mesh):
+def calls(monkeypatch):
     """What the command asked for; every row is continued by its number, piece by piece."""
     seen = SimpleNamespace()
 
@@ -21,13 +20,11 @@ def calls(monkeypatch, one_device_mesh):
         seen.folder, seen.step = folder, step
         samples = SamplesConfig(temperature=0.25, top_k=7, prompts=("x",))
         return SimpleNamespace(
-            model=None, params=None, tokenizer=None, mesh=one_device_mesh,
-            config=SimpleNamespace(samples=samples),
-        )  # fmt: skip
+            model=None, params=None, tokenizer=None, config=SimpleNamespace(samples=samples)
+        )
 
     def generate_text(model, params, tokenizer, prompts, sampling):
         seen.prompts, seen.sampling = prompts, sampling
-        assert jax.sharding.get_abstract_mesh().shape == one_device_mesh.shape
         for piece in (" a", "", "ß"):
             yield [f"{piece}{row}" if piece else "" for row in range(len(prompts))]
 

@@ -1,10 +1,12 @@
 """The one linear map every other layer is made of."""
 
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from maxlm.models.params import compute_view, declare, truncated_normal
 from maxlm.sharding import AxisRules
@@ -49,14 +51,46 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype."""
         kernel = compute_view(self.kernel, self.rules, self.dtype)
-        contracted = tuple(range(x.ndim - self.num_inputs, x.ndim))
-        y = lax.dot_general(
-            x.astype(self.dtype),
-            kernel,
-            ((contracted, tuple(range(self.num_inputs))), ((), ())),
-            out_sharding=self.rules.spec("batch", "seq", *self.out_axes),
-        )
+        layout = self.rules.spec("batch", "seq", *self.out_axes)
+        y = _project(x.astype(self.dtype), kernel, self.num_inputs, layout)
         return y if self.bias is None else y + compute_view(self.bias, self.rules, self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(x: jax.Array, kernel: jax.Array, num_inputs: int, layout: PartitionSpec) -> jax.Array:
+    """x [B, S, *inputs] · kernel [*inputs, *outputs] → [B, S, *outputs] in ``layout``.
+
+    The kernel's gradient is xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around.
+    JAX's own rule always turns dy, which took a sixth of a step on a CPU where dy is the wide
+    hidden layer of an MLP.
+    """
+    inputs = tuple(range(num_inputs))
+    last = tuple(range(x.ndim - num_inputs, x.ndim))
+    return lax.dot_general(x, kernel, ((last, inputs), ((), ())), out_sharding=layout)
+
+
+def _project_forward(x, kernel, num_inputs, layout):
+    return _project(x, kernel, num_inputs, layout), (x, kernel)
+
+
+def _project_backward(num_inputs, layout, saved, d_y):
+    del layout
+    x, kernel = saved
+    outputs = tuple(range(num_inputs, kernel.ndim))
+    last = tuple(range(2, d_y.ndim))
+    # A cotangent lies as its primal does.
+    x_layout, kernel_layout = (jax.typeof(a).sharding.spec for a in (x, kernel))
+    d_x = lax.dot_general(d_y, kernel, ((last, outputs), ((), ())), out_sharding=x_layout)
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if x.size <= d_y.size:
+        return d_x, lax.dot_general(x, d_y, tokens, out_sharding=kernel_layout)
+    turned = PartitionSpec(*kernel_layout[num_inputs:], *kernel_layout[:num_inputs])
+    d_kernel = lax.dot_general(d_y, x, tokens, out_sharding=turned)
+    order = (*range(len(outputs), kernel.ndim), *range(len(outputs)))
+    return d_x, d_kernel.transpose(order)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def residual_std(std: float, num_layers: int) -> float:

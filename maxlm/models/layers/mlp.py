@@ -1,9 +1,9 @@
 """Position-wise feed-forward layers."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
@@ -55,6 +55,14 @@ class Mlp(nnx.Module):
         activate = ACTIVATIONS[self.config.activation]
         up = checkpoint_name(self.up(x), "mlp_up")
         if self.gate is None:
-            return self.down(activate(up))
+            return self.down(_element_wise(activate)(up))
         gate = checkpoint_name(self.gate(x), "mlp_gate")
-        return self.down(jnp.multiply(activate(gate), up))
+        return self.down(_element_wise(lambda gate, up: activate(gate) * up)(gate, up))
+
+
+def _element_wise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``function``, of which the backward pass keeps the arguments alone.
+
+    Its factors would be as large again, several times over, and are cheap to compute anew.
+    """
+    return jax.checkpoint(function, prevent_cse=False)
