@@ -29,3 +29,9 @@ def rematerialise(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..
         policy=jax.checkpoint_policies.save_only_these_names(*SAVED[policy]),
         prevent_cse=False,
     )
+
+
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An element-wise ``function`` of which the backward pass keeps the arguments alone, under any
+    policy: its factors are as large again, several times over, and cheap to compute anew."""
+    return jax.checkpoint(function, prevent_cse=False)

@@ -1,6 +1,5 @@
 """Position-wise feed-forward layers."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.layers.linear import Linear, residual_std
+from maxlm.models.remat import recomputed
 from maxlm.sharding import AxisRules
 
 ACTIVATIONS = {
@@ -55,14 +55,6 @@ class Mlp(nnx.Module):
         activate = ACTIVATIONS[self.config.activation]
         up = checkpoint_name(self.up(x), "mlp_up")
         if self.gate is None:
-            return self.down(_element_wise(activate)(up))
+            return self.down(recomputed(activate)(up))
         gate = checkpoint_name(self.gate(x), "mlp_gate")
-        return self.down(_element_wise(lambda gate, up: activate(gate) * up)(gate, up))
-
-
-def _element_wise(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """``function``, of which the backward pass keeps the arguments alone.
-
-    Its factors would be as large again, several times over, and are cheap to compute anew.
-    """
-    return jax.checkpoint(function, prevent_cse=False)
+        return self.down(recomputed(lambda gate, up: activate(gate) * up)(gate, up))

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.params import compute_view, declare
+from maxlm.models.remat import recomputed
 from maxlm.sharding import AxisRules
 
 
@@ -33,12 +34,17 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] → the same shape in the compute dtype."""
+        scale = compute_view(self.scale, self.rules, jnp.float32)
+        bias = compute_view(self.bias, self.rules, jnp.float32) if self.bias is not None else None
+        return recomputed(self._normalise)(x, scale, bias)
+
+    def _normalise(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
         x32 = x.astype(jnp.float32)
         if self.config.kind == "layernorm":
             x32 -= jnp.mean(x32, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(variance + self.config.eps)
-        y *= compute_view(self.scale, self.rules, jnp.float32)
-        if self.bias is not None:
-            y += compute_view(self.bias, self.rules, jnp.float32)
+        y *= scale
+        if bias is not None:
+            y += bias
         return y.astype(self.dtype)
