@@ -34,8 +34,9 @@ def summary(record: Mapping[str, Any]) -> str:
 class ConsoleDisplay:
     """Progress of a run on stderr. A context manager.
 
-    On a terminal, a bar that stays in place: step, loss, learning rate, tokens/s, MFU, loader wait
-    and time left. Elsewhere one line at most every ``every_seconds``, with the same content.
+    On a terminal, a bar that stays in place: step, time left, loss, learning rate, tokens/s, MFU,
+    loader wait and steps/s. Elsewhere one line at most every ``every_seconds``, with the same
+    content.
 
     Args:
         total_steps: of the whole run.
@@ -61,14 +62,18 @@ class ConsoleDisplay:
         self._progress = None
         if show and self._stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import BarColumn, Progress, TextColumn
+            from rich.table import Column
 
+            # A narrow terminal loses the end of the text, never the step.
+            counts = Column(no_wrap=True, min_width=len(f"step {total_steps}/{total_steps}"))
+            text = Column(no_wrap=True, overflow="ellipsis", ratio=1)
             self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=counts),
+                BarColumn(bar_width=14),
+                TextColumn("{task.fields[text]}", table_column=text),
                 console=Console(file=self._stream),
+                expand=True,
             )
             self._task = self._progress.add_task(
                 "", total=total_steps, completed=start_step, text=""
@@ -81,7 +86,7 @@ class ConsoleDisplay:
         now = time.monotonic()
         rate = (step - self.start_step) / max(now - self._began, 1e-9)
         left = f"ETA {duration((self.total_steps - step) / rate)}" if rate else "ETA -"
-        text = " · ".join(filter(None, [summary(record), f"{rate:.2f} steps/s", left]))
+        text = " · ".join(filter(None, [left, summary(record), f"{rate:.2f} steps/s"]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._every or step >= self.total_steps:
