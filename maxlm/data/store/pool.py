@@ -68,8 +68,11 @@ class WorkerPool:
                     yield result
             finished = True
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            what = "a worker process died, most likely for want of memory"
-            raise MaxlmError(what, fix="run it again with fewer workers") from error
+            raise MaxlmError(
+                "a worker process died, most likely for want of memory",
+                fix="run it again with fewer workers; a script of your own must start under "
+                "if __name__ == '__main__'",
+            ) from error
         finally:
             # Else a later map would be handed the answers still on their way.
             if not finished:

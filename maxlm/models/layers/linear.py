@@ -52,7 +52,7 @@ class Linear(nnx.Module):
         """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype."""
         kernel = compute_view(self.kernel, self.rules, self.dtype)
         layout = self.rules.spec("batch", "seq", *self.out_axes)
-        y = _project(x.astype(self.dtype), kernel, self.num_inputs, layout)
+        y: Any = _project(x.astype(self.dtype), kernel, self.num_inputs, layout)
         return y if self.bias is None else y + compute_view(self.bias, self.rules, self.dtype)
 
 

@@ -43,7 +43,8 @@ def test_a_dead_worker_is_an_error():
     with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
         list(pool.map(os._exit, [1, 1]))
     assert str(caught.value) == (
-        "a worker process died, most likely for want of memory; run it again with fewer workers"
+        "a worker process died, most likely for want of memory; run it again with fewer workers; "
+        "a script of your own must start under if __name__ == '__main__'"
     )
 
 
