@@ -36,6 +36,7 @@ def maxlm_step() -> Step:
     from maxlm.config import load
     from maxlm.programs.setup import set_up
     from maxlm.run import RunConfig
+    from maxlm.train.batch import batch_sharding
 
     settings = [
         *(f"model.vocab_size={VOCAB}", f"model.num_layers={LAYERS}", f"model.d_model={D}"),
@@ -54,15 +55,14 @@ def maxlm_step() -> Step:
         "segment_ids": np.ones((BATCH, SEQ), np.int32),
         "weights": np.ones((BATCH, SEQ), np.float32),
     }
-    with jax.set_mesh(setup.mesh):
-        batch = {name: jnp.asarray(array)[None] for name, array in batch.items()}
-        state, step = setup.init(), setup.step_function()
+    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
+    state, step = setup.init(), setup.step_function()
 
     def run() -> float:
         nonlocal state
-        with jax.set_mesh(setup.mesh):
-            state, metrics = step(state, batch)
-            return float(metrics["loss"])
+        state, metrics = step(state, batch)
+        return float(metrics["loss"])
 
     return run
 

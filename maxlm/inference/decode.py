@@ -1,4 +1,7 @@
-"""Prefill and decode: the model with a cache, as two pure functions to jit."""
+"""Prefill and decode: the model with a cache, as two pure functions to jit.
+
+Call them on the mesh that the parameters lie on: ``on_mesh(mesh, jax.jit(prefill, ...))``.
+"""
 
 import jax
 import jax.numpy as jnp

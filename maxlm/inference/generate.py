@@ -6,7 +6,7 @@ from math import prod
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
 from maxlm.inference.decode import cast_params, decode, prefill
@@ -52,7 +52,8 @@ def generate(
 
     Raises:
         MaxlmError: before anything runs: no or empty prompts, ids outside the vocabulary, more
-            tokens than learned positions or ``cache_length``, a mesh that splits the sequence.
+            tokens than the model's positions or ``cache_length``, a mesh that splits the sequence
+            or no mesh.
     """
     _check_prompts(model.config, prompts)
     if model.rules.seq:
@@ -63,7 +64,7 @@ def generate(
         )
     longest = max(map(len, prompts))
     width, length = _sizes(model.config, longest, sampling.max_new_tokens, cache_length)
-    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    mesh = _mesh_of(params)
     rows = _round_up(len(prompts), prod(mesh.shape[axis] for axis in model.rules.batch))
     tokens = np.zeros((rows, width), np.int32)
     lengths = np.ones(rows, np.int32)  # rows that only fill the batch hold one token
@@ -154,6 +155,15 @@ def _whole(x: jax.Array) -> jax.Array:
     return reshard(x, PartitionSpec())
 
 
+def _mesh_of(params: Params) -> Mesh:
+    sharding = jax.tree.leaves(params)[0].sharding
+    if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
+        raise MaxlmError(
+            "the parameters lie on no mesh", where="generate", fix="place them with a NamedSharding"
+        )
+    return sharding.mesh
+
+
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -170,7 +180,7 @@ def _sizes(
     """Width of the padded prompts, slots of the cache."""
     limits = []
     if config.position_limit is not None:
-        limits.append((config.position_limit, "the model has learned positions"))
+        limits.append((config.position_limit, "the model has positions"))
     if cache_length is not None:
         limits.append((cache_length, "the cache has slots"))
     limit, reason = min(limits, default=(None, ""))

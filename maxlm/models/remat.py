@@ -20,7 +20,7 @@ SAVED: dict[str, tuple[str, ...]] = {
 
 
 def rematerialise(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
-    """``layer`` under a policy; "none" keeps every intermediate."""
+    """``layer`` under a policy; "none" runs nothing of it again but what is :func:`recomputed`."""
     if policy == "none":
         return layer
     # The body of a scan needs no barrier against common-subexpression elimination.
@@ -32,6 +32,6 @@ def rematerialise(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..
 
 
 def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An element-wise ``function`` of which the backward pass keeps the arguments alone, under any
-    policy: its factors are as large again, several times over, and cheap to compute anew."""
+    """A cheap ``function`` of which a scanned layer's backward pass keeps the arguments alone,
+    under any policy: what lies between is as large again, several times over."""
     return jax.checkpoint(function, prevent_cse=False)

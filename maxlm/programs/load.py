@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -20,6 +21,7 @@ class Run:
     """A trained model and what belongs to it."""
 
     config: RunConfig
+    mesh: Mesh
     model: Model
     params: Params
     tokenizer: Tokenizer
@@ -53,4 +55,4 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: MeshConfig | 
         )
         params = keeper.restore_params(step, abstract, name="ema" if average else "params")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return Run(config, setup.model, params, tokenizer, step or 0)
+    return Run(config, setup.mesh, setup.model, params, tokenizer, step or 0)

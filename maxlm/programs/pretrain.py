@@ -112,7 +112,6 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 metadata=metadata,
                 folder=str(folder),
             )
-        log.event("stop", int(state.step))
         results = held_out(setup, eval_step, parameters(state), corpus.heldout)
         if lead:
             (folder / "plots").mkdir(exist_ok=True)

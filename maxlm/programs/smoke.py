@@ -56,15 +56,14 @@ def shrink(config: RunConfig, num_devices: int) -> RunConfig:
         "data": config.data.model_copy(update=data),
         "train": config.train.model_copy(update={"steps": STEPS, "micro_batches": micro}),
         "schedule": config.schedule.model_copy(
-            update={"kind": "constant", "warmup_steps": 0, "learning_rate": _rate(config)}
+            update={
+                "kind": "constant",
+                "warmup_steps": 0,
+                "learning_rate": config.optimizer.brisk_rate,
+            }
         ),
     }
     return RunConfig.model_validate({**dict(config), **changes})
-
-
-def _rate(config: RunConfig) -> float:
-    """High enough that ten steps show: small models bear it."""
-    return 1e-3 if config.optimizer.kind == "lion" else 1e-2
 
 
 class CountingText:

@@ -23,7 +23,10 @@ def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., 
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with ``mesh`` as JAX's current one, which layers read while being traced."""
+    """``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
+
+    Not for use within a trace; ``__wrapped__`` is ``function`` itself, say to lower it.
+    """
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

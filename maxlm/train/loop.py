@@ -26,8 +26,9 @@ class Hooks:
     """(step, scalars), once a step, in order, mostly one step late."""
     evaluate: Callable[[TrainState], Mapping[str, float]] | None
     """Scalars to record every ``eval_every`` steps."""
-    event: Callable[[str, int], None]
-    """(``checkpoint`` or ``interrupt``, step), as it happens."""
+    event: Callable[..., None]
+    """``checkpoint`` (begun, not yet written), step; ``stop``, step, reason=done, interrupt or
+    loss."""
 
 
 def train(
@@ -86,12 +87,13 @@ def train(
         hooks.event("checkpoint", int(state.step))
     checkpointer.wait()
     if int(state.step) < config.steps:
-        hooks.event("interrupt", int(state.step))
+        hooks.event("stop", int(state.step), reason="interrupt")
         raise MaxlmError(
             f"interrupted at step {int(state.step)} of {config.steps}, which is saved",
             where=folder,
             fix="run the same command to go on from there",
         )
+    hooks.event("stop", int(state.step), reason="done")
     return state
 
 
@@ -103,6 +105,7 @@ def _record(hooks: Hooks, clock: "_Clock", number: int, sums: Sums) -> None:
     values = {name: float(value) for name, value in jax.device_get(sums).items()}
     hooks.record(number, values | clock.lap())
     if not isfinite(values["loss"]):
+        hooks.event("stop", number, reason="loss")
         raise MaxlmError(
             f"the loss is {values['loss']} at step {number}",
             where="train",

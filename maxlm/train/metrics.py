@@ -79,7 +79,7 @@ class MetricsLog:
 
     Resuming at a step drops every record after it, so that a run that was killed leaves the same
     ``metrics.jsonl`` as one that was not, but for times, rates and memory. ``events.jsonl`` only
-    grows: from its starts, resumes, checkpoints and stops, with wall times, goodput can be
+    grows: from its starts, resumes, checkpoints begun and stops, with wall times, goodput can be
     computed.
 
     Args:

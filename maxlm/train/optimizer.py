@@ -48,6 +48,11 @@ class OptimizerConfig(Config):
     decay_exponent: float = Field(default=0.8, gt=0, le=1)
     """Adafactor: its second moment decays by 1 - t^-exponent at step t."""
 
+    @property
+    def brisk_rate(self) -> float:
+        """A learning rate that a tiny model bears, and that shows within ten steps."""
+        return 1e-3 if self.kind == "lion" else 1e-2
+
 
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule, specs: Params

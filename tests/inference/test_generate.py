@@ -143,11 +143,11 @@ def test_rope_goes_past_max_seq_len(llama):
 
 def test_past_the_learned_positions(gpt2):
     assert refusal(gpt2, [[1], [1] * 35]) == (
-        "generate: a prompt of 35 tokens and 9 new ones make 44; the model has learned positions "
+        "generate: a prompt of 35 tokens and 9 new ones make 44; the model has positions "
         "for 40; ask for at most 5 new tokens"
     )
     assert refusal(gpt2, [[1] * 40]) == (
-        "generate: a prompt of 40 tokens and 9 new ones make 49; the model has learned positions "
+        "generate: a prompt of 40 tokens and 9 new ones make 49; the model has positions "
         "for 40; shorten the prompt"
     )
 

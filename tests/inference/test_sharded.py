@@ -19,12 +19,9 @@ GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
 SAMPLED = SamplingConfig(temperature=2.0, top_k=50, top_p=0.95, max_new_tokens=6)
 
 
-def tokens(tiny, mesh, sampling):
-    with jax.set_mesh(mesh):
-        steps = generate(
-            tiny.model, tiny.params, PROMPTS, sampling, eos_id=None, key=jax.random.key(0)
-        )
-        return list(steps)
+def tokens(tiny, sampling):
+    steps = generate(tiny.model, tiny.params, PROMPTS, sampling, eos_id=None, key=jax.random.key(0))
+    return list(steps)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +35,9 @@ def sharded(eight, build_tiny):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_the_same_tokens_on_eight_devices_as_on_one(
-    sharded, eight, tinies, one_device_mesh, sampling
-):
-    expected = tokens(tinies["llama"], one_device_mesh, sampling)
-    assert tokens(sharded, eight, sampling) == expected
+def test_the_same_tokens_on_eight_devices_as_on_one(sharded, tinies, sampling):
+    expected = tokens(tinies["llama"], sampling)
+    assert tokens(sharded, sampling) == expected
 
 
 def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
@@ -70,4 +65,14 @@ def test_a_mesh_that_splits_the_sequence_is_refused(tinies):
         generate(model, tinies["llama"].params, [[1]], GREEDY, eos_id=None, key=jax.random.key(0))
     assert str(refused.value) == (
         "mesh: the sequence is split over context; generate on a mesh with context=1"
+    )
+
+
+def test_parameters_that_lie_on_no_mesh_are_refused(tinies):
+    tiny = tinies["llama"]
+    loose = jax.tree.map(lambda p: jax.device_put(np.asarray(p), jax.devices()[0]), tiny.params)
+    with pytest.raises(MaxlmError) as refused:
+        generate(tiny.model, loose, [[1]], GREEDY, eos_id=None, key=jax.random.key(0))
+    assert str(refused.value) == (
+        "generate: the parameters lie on no mesh; place them with a NamedSharding"
     )

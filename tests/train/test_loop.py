@@ -45,8 +45,8 @@ class Journal:
         self.lines.append((kind, step))
         self.records.setdefault(step, {}).update(values)
 
-    def event(self, kind, step):
-        self.events.append((kind, step))
+    def event(self, kind, step, reason=None):
+        self.events.append((kind, step, *filter(None, [reason])))
 
     def evaluate(self, state):
         return {"eval_loss": 100.0 + state.step}
@@ -111,7 +111,10 @@ def test_a_checkpoint_comes_after_all_records_up_to_it():
     run(journal, steps=5, eval_every=4)
     saves = [(i, line[1]) for i, line in enumerate(journal.lines) if line[0] == "save"]
     assert [step for _, step in saves] == [2, 4, 5]
-    assert journal.events == [("checkpoint", step) for step in (2, 4, 5)]
+    assert journal.events == [
+        *(("checkpoint", step) for step in (2, 4, 5)),
+        ("stop", 5, "done"),
+    ]
     for index, step in saves:
         before = journal.lines[:index]
         assert [s for kind, s in before if kind == "record"] == list(range(1, step + 1))
@@ -127,7 +130,7 @@ def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on():
         "there"
     )
     assert journal.lines == [*(("record", n) for n in (1, 2, 3)), ("save", 3), ("wait",)]
-    assert journal.events == [("checkpoint", 3), ("interrupt", 3)]
+    assert journal.events == [("checkpoint", 3), ("stop", 3, "interrupt")]
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -39,8 +39,8 @@ class DecoderConfig(Config):
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights (truncated normal)."""
     remat: RematPolicy = "full"
-    """What the backward pass keeps: none (everything, most memory), matmuls, attention, full
-    (only each layer's input: least memory, one more forward pass)."""
+    """What the backward pass keeps: none (all but norms and activations, most memory), matmuls,
+    attention, full (only each layer's input: least memory, one more forward pass)."""
 
     @model_validator(mode="after")
     def _rope_pairs(self):

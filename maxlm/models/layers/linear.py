@@ -1,6 +1,7 @@
 """The one linear map every other layer is made of."""
 
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -60,9 +61,9 @@ class Linear(nnx.Module):
 def _project(x: jax.Array, kernel: jax.Array, num_inputs: int, layout: PartitionSpec) -> jax.Array:
     """x [B, S, *inputs] · kernel [*inputs, *outputs] → [B, S, *outputs] in ``layout``.
 
-    The kernel's gradient is xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around.
-    JAX's own rule always turns dy, which took a sixth of a step on a CPU where dy is the wide
-    hidden layer of an MLP.
+    The kernel's gradient is xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around, on
+    each device. JAX's own rule always turns dy, which on a CPU is slow where dy is the wide hidden
+    layer of an MLP (docs/performance.md). Reverse mode only.
     """
     inputs = tuple(range(num_inputs))
     last = tuple(range(x.ndim - num_inputs, x.ndim))
@@ -82,12 +83,16 @@ def _project_backward(num_inputs, layout, saved, d_y):
     x_layout, kernel_layout = (jax.typeof(a).sharding.spec for a in (x, kernel))
     d_x = lax.dot_general(d_y, kernel, ((last, outputs), ((), ())), out_sharding=x_layout)
     tokens = (((0, 1), (0, 1)), ((), ()))
-    if x.size <= d_y.size:
+    if _local_size(x) <= _local_size(d_y):
         return d_x, lax.dot_general(x, d_y, tokens, out_sharding=kernel_layout)
     turned = PartitionSpec(*kernel_layout[num_inputs:], *kernel_layout[:num_inputs])
     d_kernel = lax.dot_general(d_y, x, tokens, out_sharding=turned)
     order = (*range(len(outputs), kernel.ndim), *range(len(outputs)))
     return d_x, d_kernel.transpose(order)
+
+
+def _local_size(x: jax.Array) -> int:
+    return prod(jax.typeof(x).sharding.shard_shape(x.shape))
 
 
 _project.defvjp(_project_forward, _project_backward)
