@@ -251,7 +251,7 @@ def differences(folder: Path) -> dict[str, tuple[int, list[str]]]:
     odd = [f"line {i + 1} ({a} became {b})" for i, (a, b) in numbered if a != b]
     if len(records[0]) != len(records[1]):
         odd.append(f"{len(records[0])} lines became {len(records[1])}")
-    last, again = records[0][-1], records[1][-1]
+    last, again = ([r for r in run if "loss" in r][-1] for run in records)
     apart = [name for name in {**last, **again} if last.get(name) != again.get(name)]
     return {
         "arrays of the last checkpoint": (len(arrays[0]), wrong),

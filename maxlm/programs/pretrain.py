@@ -21,7 +21,7 @@ from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
 from maxlm.train.checkpoint import Checkpointer, check_same
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Hooks, train
-from maxlm.train.metrics import MetricsLog
+from maxlm.train.metrics import MetricsLog, read_records
 from maxlm.train.state import TrainState
 
 Say = Callable[[str], None]
@@ -85,14 +85,9 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         eval_step = setup.evaluation_function()
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
-            results = held_out(
-                setup, eval_step, parameters(state), corpus.heldout, config.train.eval_batches
-            )
-            first = next(iter(results.values()))
-            tokens = int(state.step) * config.data.batch_size * config.data.seq_len
-            values = {"tokens": tokens, "eval_loss": first["loss"]}
-            values |= {f"eval_bits_per_byte/{n}": r["bits_per_byte"] for n, r in results.items()}
-            return values
+            batches = config.train.eval_batches
+            results = held_out(setup, eval_step, parameters(state), corpus.heldout, batches)
+            return _evaluation_record(config, int(state.step), results)
 
         with (
             training_batches(setup, corpus.training, corpus.weights, start) as batches,
@@ -114,9 +109,26 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             )
         results = held_out(setup, eval_step, parameters(state), corpus.heldout)
         if lead:
+            if results and not _evaluated_at(folder, int(state.step)):
+                log.log(int(state.step), _evaluation_record(config, int(state.step), results))
             (folder / "plots").mkdir(exist_ok=True)
             plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png")
     return Trained(setup, corpus, state, folder, results)
+
+
+def _evaluation_record(
+    config: RunConfig, step: int, results: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """``eval_loss`` is the first source's."""
+    tokens = step * config.data.batch_size * config.data.seq_len
+    record = {"tokens": tokens, "eval_loss": next(iter(results.values()))["loss"]}
+    return record | {f"eval_bits_per_byte/{n}": r["bits_per_byte"] for n, r in results.items()}
+
+
+def _evaluated_at(folder: Path, step: int) -> bool:
+    """Whether the evaluation that ends a run is in its records: it may be started once more."""
+    records = read_records(folder / "metrics.jsonl")
+    return any(record["step"] == step and "eval_loss" in record for record in records)
 
 
 def parameters(state: TrainState) -> Any:

@@ -2,9 +2,11 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.train.metrics import read_records
@@ -110,10 +112,20 @@ class ConsoleDisplay:
             self._progress.stop()
 
 
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Means over a centred window of 1% of the values, shorter at both ends."""
+    half = len(values) // 200
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
     """Draw the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` as a PNG.
 
-    The x axis is ``tokens`` where every step has them (in any of its records), else steps; it is
+    Training losses are drawn twice, faintly each and boldly their means over 1% of the steps. The
+    x axis is ``tokens`` where every step has them (in any of its records), else steps; it is
     logarithmic, so that the early fall and the late crawl can both be read.
 
     Raises:
@@ -137,7 +149,8 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     if train:
         x, y = [where(r) for r in train], [r["loss"] for r in train]
-        axes.plot(x, y, color="#4C78A8", linewidth=1.0, alpha=0.9, label="training")
+        axes.plot(x, y, color="#4C78A8", linewidth=0.8, alpha=0.3)
+        axes.plot(x, _smooth(y), color="#4C78A8", linewidth=1.5, label="training")
     if held_out:
         x, y = [where(r) for r in held_out], [r["eval_loss"] for r in held_out]
         axes.plot(x, y, color="#E45756", linewidth=1.5, marker="o", markersize=4, label="held out")

@@ -68,4 +68,10 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
     assert again.returncode == 0, err
     assert out.splitlines()[0] == f"resuming from step {stopped} in {broken / 'checkpoints'}"
     assert results(broken) == results(tmp_path / "unbroken")
-    assert [step for step, values in results(broken) if "eval_loss" in values] == [10, 20]
+    assert [step for step, values in results(broken) if "eval_loss" in values] == [10, 20, STEPS]
+
+    # Finished, it has nothing left to do, and nothing is written down twice.
+    once_more = start(config, "broken", environment)
+    _, err = once_more.communicate()
+    assert once_more.returncode == 0, err
+    assert results(broken) == results(tmp_path / "unbroken")

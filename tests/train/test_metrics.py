@@ -211,18 +211,37 @@ def test_held_out_losses_find_their_tokens_in_the_steps_other_record(tmp_path, m
     from matplotlib.axes import Axes
 
     drawn, plot = [], Axes.plot
-    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k)))
+
+    def record(self, x, y, **options):
+        drawn.append((list(x), list(y)))
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
     path, image = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
     with MetricsLog(tmp_path, tensorboard=False) as log:
         log.log(1, {"loss": 3.0, "tokens": 512})
         log.log(1, {"eval_loss": 2.0})
     plot_loss(path, image)
-    assert drawn == [([512], [3.0]), ([512], [2.0])]
+    assert drawn == [([512], [3.0]), ([512], [3.0]), ([512], [2.0])]
     with path.open("a") as file:  # a step whose tokens nothing tells: steps for all
         file.write('{"step": 2, "eval_loss": 1.5}\n')
     drawn.clear()
     plot_loss(path, image)
-    assert drawn == [([1], [3.0]), ([1, 2], [2.0, 1.5])]
+    assert drawn == [([1], [3.0]), ([1], [3.0]), ([1, 2], [2.0, 1.5])]
+
+
+def test_training_losses_are_also_drawn_as_means_over_one_in_a_hundred_steps(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k)))
+    losses = np.random.default_rng(0).normal(size=407).tolist()
+    with MetricsLog(tmp_path, tensorboard=False) as log:
+        for step, loss in enumerate(losses, 1):
+            log.log(step, {"loss": loss})
+    plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    means = [np.mean(losses[max(i - 2, 0) : i + 3]) for i in range(407)]
+    np.testing.assert_allclose(drawn[1][1], means, rtol=1e-9)
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "loss": null}\n'])
