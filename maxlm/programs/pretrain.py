@@ -119,9 +119,11 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
 def _evaluation_record(
     config: RunConfig, step: int, results: Mapping[str, Mapping[str, float]]
 ) -> dict[str, float]:
-    """``eval_loss`` is the first source's."""
+    """``eval_loss`` is over the tokens of all sources, the rates are each source's own."""
+    counted = sum(result["tokens"] for result in results.values())
+    loss = sum(result["loss"] * result["tokens"] for result in results.values()) / counted
     tokens = step * config.data.batch_size * config.data.seq_len
-    record = {"tokens": tokens, "eval_loss": next(iter(results.values()))["loss"]}
+    record = {"tokens": tokens, "eval_loss": loss}
     return record | {f"eval_bits_per_byte/{n}": r["bits_per_byte"] for n, r in results.items()}
 
 
