@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from maxlm.models.params import ParamSpec, named, param_specs
+from maxlm.models.params import ParamSpec, named
 from maxlm.plan.flops import training_flops
-from maxlm.run import RunConfig, check_batch
-from maxlm.sharding import (
-    Placement,
-    abstract_mesh,
-    check_activations,
-    check_unsharded,
-    check_used,
-    place,
-)
+from maxlm.plan.placement import place_model
+from maxlm.run import RunConfig
+from maxlm.sharding import Placement, abstract_mesh
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
 
@@ -76,24 +70,15 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
-    check_used(sizes)
-    check_batch(config, sizes)
-    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
-    check_activations(compute)
-    tree = param_specs(config.model.build(rules=compute, dtype=jnp.float32))
-    specs: dict[str, ParamSpec] = named(tree)
-    for name, spec in specs.items():
-        place(name, spec.shape, spec.axes, compute, sizes)
-    placed = {name: place(name, s.shape, s.axes, storage, sizes) for name, s in specs.items()}
-    parts = {name: (spec.nbytes, placed[name]) for name, spec in specs.items()}
-    check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    placed = place_model(config, sizes, jnp.float32)
+    tree, specs = placed.specs, named(placed.specs)
     devices = prod(sizes.values())
-    rows = tuple(_row(name, specs[name], placed[name], devices) for name in specs)
+    rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
     schedule = make_schedule(config.schedule, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, tree)
     mesh = abstract_mesh(sizes)
     shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, placed[".".join(key.key for key in path)].spec), tree
+        lambda path, _: NamedSharding(mesh, placed.placements[_name(path)].spec), tree
     )
     state = jax.tree.leaves(abstract_opt_state(optimizer, tree, shardings))
     parameter_bytes = sum(row.bytes_per_device for row in rows)
@@ -114,6 +99,10 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         flops_per_token=flops.causal,
         flops_per_token_full_attention=flops.full,
     )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(key.key for key in path)
 
 
 def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> ParamRow:

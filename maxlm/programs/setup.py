@@ -12,19 +12,11 @@ from jax.sharding import Mesh
 
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
-from maxlm.models.params import Params, named, param_specs
+from maxlm.models.params import Params
 from maxlm.objectives import OBJECTIVES
-from maxlm.run import RunConfig, check_batch
-from maxlm.sharding import (
-    AxisRules,
-    check_activations,
-    check_unsharded,
-    check_used,
-    jit_in_place,
-    make_mesh,
-    on_mesh,
-    place,
-)
+from maxlm.plan.placement import place_model
+from maxlm.run import RunConfig
+from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
 from maxlm.train.optimizer import make_optimizer
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
@@ -116,29 +108,18 @@ def set_up(
             schedule longer than the run, too much unsharded.
     """
     mesh = make_mesh(config.mesh, devices)
-    sizes = dict(mesh.shape)
-    check_used(sizes)
-    if for_training:
-        check_batch(config, sizes)
-    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
-    check_activations(compute)
-    dtype: Any = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
-    model = config.model.build(rules=compute, dtype=dtype)
-    specs = param_specs(model)
-    for rules in (compute, storage):
-        placed = {n: place(n, s.shape, s.axes, rules, sizes) for n, s in named(specs).items()}
-    parts = {name: (spec.nbytes, placed[name]) for name, spec in named(specs).items()}
-    check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
+    placed = place_model(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)
     objective = config.objective
     return Setup(
         config=config,
         mesh=mesh,
-        storage=storage,
-        compute=compute,
-        model=model,
-        specs=specs,
+        storage=placed.storage,
+        compute=placed.compute,
+        model=placed.model,
+        specs=placed.specs,
         schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, schedule, specs),
+        optimizer=make_optimizer(config.optimizer, schedule, placed.specs),
         loss=partial(OBJECTIVES[objective.kind], objective),
     )

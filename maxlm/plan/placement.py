@@ -1,0 +1,60 @@
+"""A run's model laid out on a mesh, with every check that it can be; no device is needed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm.models.architectures import Model
+from maxlm.models.params import Params, named, param_specs
+from maxlm.run import RunConfig, check_batch
+from maxlm.sharding import (
+    AxisRules,
+    Placement,
+    check_activations,
+    check_unsharded,
+    check_used,
+    place,
+)
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model and where its parameters lie; nothing is allocated."""
+
+    model: Model
+    storage: AxisRules
+    compute: AxisRules
+    """Both without mesh axes of size 1."""
+    specs: Params
+    placements: dict[str, Placement]
+    """Every parameter's place in storage, by its canonical name."""
+
+
+def place_model(
+    config: RunConfig, sizes: Mapping[str, int], dtype: Any, *, for_training: bool = True
+) -> PlacedModel:
+    """Lay a run's model out on a mesh of given sizes.
+
+    Args:
+        sizes: mesh axis → devices.
+        dtype: of the maths.
+        for_training: the batch must divide over the mesh.
+
+    Raises:
+        MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
+            divide, too much unsharded.
+    """
+    check_used(sizes)
+    if for_training:
+        check_batch(config, sizes)
+    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+    check_activations(compute)
+    model = config.model.build(rules=compute, dtype=dtype)
+    specs = param_specs(model)
+    flat = named(specs)
+    for name, spec in flat.items():
+        place(name, spec.shape, spec.axes, compute, sizes)
+    placements = {n: place(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
+    parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
+    check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    return PlacedModel(model, storage, compute, specs, placements)
