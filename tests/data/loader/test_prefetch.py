@@ -114,7 +114,7 @@ def test_an_error_in_a_batch_reaches_the_caller(memory_store):
 
 
 SCRIPT = """
-    import sys, time
+    import signal, sys, time
     import numpy as np
     from maxlm.data.loader import LoaderConfig, make_loader
 
@@ -124,6 +124,8 @@ SCRIPT = """
             return [np.arange(a, b, dtype=np.uint16) for a, b in zip(starts, stops)]
 
     if __name__ == "__main__":
+        # A shell's background job is born ignoring it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         config = LoaderConfig(seq_len=16, batch_size=4, workers=1)
         loader = make_loader({"a": Store()}, {"a": 1}, config, seed=1, start_step=0)
         for _ in range(20):
