@@ -1,0 +1,102 @@
+"""Programs written for one device's shards, and the collectives between layouts.
+
+The only place that calls ``shard_map``. Two rules hold for everything run through it:
+
+- JAX never differentiates it. Whoever runs a program on shards writes its gradient as another one
+  (``jax.custom_vjp``), and so decides what crosses the wire: JAX's own transposes all-reduce whole
+  gradients where a reduce-scatter would do, and fail inside another shard_map (jax 0.10–0.12).
+- Programs do not ask for their place (``lax.axis_index`` fails there too): they take
+  :func:`axis_numbers` as an argument.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """``function`` over each device's shards, manual over every mesh axis that is not so yet.
+
+    Args:
+        in_specs, out_specs: layouts of arguments and results, on axes that are not manual yet. A
+            result that a spec leaves whole over an axis must be equal along it; nothing checks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )
+
+
+def axis_numbers(axes: Axes) -> jax.Array:
+    """Each device's number along ``axes``, int32 [ways]: pass it with the spec ``P(axes)`` and
+    read element 0 of the shard."""
+    return jnp.arange(axis_size(axes), dtype=jnp.int32, out_sharding=PartitionSpec(axes or None))
+
+
+def axis_size(axes: Sequence[str]) -> int:
+    """Devices along mesh axes together."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return prod(shape[axis] for axis in axes)
+
+
+def layout(x: jax.Array) -> tuple[Axes, ...]:
+    """The mesh axes that split each dimension of an array, by its type."""
+    return dimensions(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def dimensions(spec: PartitionSpec, ndim: int) -> tuple[Axes, ...]:
+    """A spec as one tuple of mesh axes for every dimension."""
+    parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in spec]
+    return (*parts, *((),) * (ndim - len(parts)))
+
+
+def spec_of(dims: Sequence[Axes]) -> PartitionSpec:
+    """The inverse of :func:`dimensions`."""
+    return PartitionSpec(*(axes or None for axes in dims))
+
+
+def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
+    """On shards: from layout ``have`` to layout ``want``, whose axes begin ``have``'s in every
+    dimension; an all-gather over the others."""
+    for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
+        extra = _beyond(own, kept)
+        if extra:
+            x = lax.all_gather(x, extra, axis=dim, tiled=True)
+    return x
+
+
+def reduce(
+    x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]
+) -> jax.Array:
+    """On shards: the sum over the ``partial`` axes, from layout ``have`` to ``want``.
+
+    Each dimension of ``want`` begins with ``have``'s axes. What it adds is split off by a
+    reduce-scatter; the other partial axes are all-reduced. An axis that ``want`` adds and along
+    which x is equal rather than partial is scattered too, after division by its size.
+    """
+    left = list(partial)
+    for dim, (own, wanted) in enumerate(zip(have, want, strict=True)):
+        extra = _beyond(wanted, own)
+        if extra:
+            equal = axis_size([axis for axis in extra if axis not in left])
+            x = x / equal if equal > 1 else x
+            x = lax.psum_scatter(x, extra, scatter_dimension=dim, tiled=True)
+            left = [axis for axis in left if axis not in extra]
+    return lax.psum(x, tuple(left)) if left else x
+
+
+def _beyond(longer: Axes, shorter: Axes) -> Axes:
+    if longer[: len(shorter)] != shorter:
+        raise ValueError(f"{longer} does not begin with {shorter}")
+    return longer[len(shorter) :]
