@@ -12,6 +12,7 @@ from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import Rotary
 from maxlm.models.remat import RematPolicy, rematerialise
+from maxlm.parallel.layers import scan_layers
 from maxlm.sharding import AxisRules
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
@@ -54,23 +55,36 @@ class Block(nnx.Module):
 
 def scan_blocks(
     stacked: BlockT,
-    body: Callable[[BlockT, Any, Any], tuple[Any, Any]],
+    body: Callable[[BlockT, Any, Any], Any],
     carry: Any,
-    xs: Any = None,
+    context: Any,
     *,
     remat: RematPolicy = "none",
-) -> tuple[Any, Any]:
+) -> Any:
     """Run a stacked block layer after layer; compile time does not grow with depth.
 
     Args:
         stacked: a block whose parameters have a leading layer axis (``params.stack``).
-        body: ``(block, carry, x) -> (carry, y)`` for one layer.
-        xs: per-layer inputs, stacked on axis 0; the ys come back stacked likewise.
+        body: ``(block, carry, context) -> carry`` for one layer.
+        context: arrays that every layer reads.
     """
     graphdef, params = nnx.split(stacked)
 
-    def layer(carry, inputs):
-        own, x = inputs
-        return body(nnx.merge(graphdef, own), carry, x)
+    def layer(own, carry, context):
+        return body(nnx.merge(graphdef, own), carry, context)
 
-    return lax.scan(rematerialise(layer, remat), carry, (params, xs))
+    return scan_layers(rematerialise(layer, remat), params, carry, context)
+
+
+def scan_cached(
+    stacked: BlockT, body: Callable[[BlockT, Any, Any], tuple[Any, Any]], carry: Any, cache: Any
+) -> tuple[Any, Any]:
+    """The same for inference: ``(block, carry, layer's cache) -> (carry, cache)``, without
+    gradient; the cache is stacked by layer."""
+    graphdef, params = nnx.split(stacked)
+
+    def layer(carry, inputs):
+        own, cache = inputs
+        return body(nnx.merge(graphdef, own), carry, cache)
+
+    return lax.scan(layer, carry, (params, cache))

@@ -11,13 +11,15 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
+from maxlm.parallel.local import Dims, dimensions, layout
+from maxlm.parallel.local import spec_of as dims_spec
 from maxlm.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -72,16 +74,33 @@ def spec_of(param: nnx.Param) -> ParamSpec:
     return param.get_metadata("spec")
 
 
-def compute_view(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
-    """A parameter as the maths wants it: cast first, then moved to its compute layout.
+class Weight(NamedTuple):
+    """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
 
-    Under ZeRO-3 this is the all-gather of a layer's weights, in the compute dtype; its transpose
-    is the reduction of their gradient. Call it inside the rematerialised layer, so that gathered
-    weights are not kept for the backward pass.
+    value: jax.Array
+    """In its storage layout."""
+    used: Dims
+    """The mesh axes of its dimensions in use; they begin those in storage."""
+
+
+def weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
+    """A parameter cast to ``dtype``, for ``maxlm.parallel``.
+
+    Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
     """
-    value = param[...]
+    value = param[...].astype(dtype)
     axes = spec_of(param).axes[-value.ndim :]  # inside a scan the leading layer axis is gone
-    return reshard(value.astype(dtype), rules.spec(*axes))
+    used = dimensions(rules.spec(*axes), value.ndim)
+    if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
+        value = reshard(value, rules.spec(*axes))  # stored on other axes altogether
+    return Weight(value, used)
+
+
+def compute_view(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
+    """A parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
+    gradient may be reduced whole, and where there is no gradient."""
+    value, used = weight(param, rules, dtype)
+    return reshard(value, dims_spec(used))
 
 
 def stack(module: ModuleT, depth: int) -> ModuleT:

@@ -36,12 +36,13 @@ def clm(
         weight to divide by) and ``cross_entropy`` in nats.
     """
     hidden, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    head, used = model.unembedding()
     loss, cross_entropy = fused_cross_entropy(
         hidden,
-        model.unembedding(),
+        head,
         batch["targets"],
         batch["weights"],
-        rules=model.rules,
+        used=used,
         z_loss=config.z_loss,
         chunk=config.chunk_tokens,
     )

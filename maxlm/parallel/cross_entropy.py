@@ -5,17 +5,26 @@ where a gradient is wanted it is formed in the same pass, since with one scalar 
 cotangent of the logits, ``softmax − onehot``, is known as soon as the logits are. Logits are thus
 computed once (not twice, as rematerialising them would) and only [chunk, V / tensor] of them
 exists at a time. The vocabulary may be split over mesh axes: each device holds its share of the
-head, and three numbers a token (max, sum, target logit) cross the wire.
+head, and three numbers a token (max, sum, target logit) cross the wire; then, once, the gradient of
+the hidden states.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import reshard
 
-from maxlm.sharding import AxisRules
+from maxlm.parallel.local import (
+    Dims,
+    axis_numbers,
+    gather,
+    layout,
+    on_shards,
+    reduce,
+    spec_of,
+)
 
 
 def fused_cross_entropy(
@@ -24,17 +33,18 @@ def fused_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     *,
-    rules: AxisRules,
+    used: Dims,
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
     """Σ weight · (logsumexp(logits) − logits[target]), with logits = hidden · head in fp32.
 
     Args:
-        hidden: [B, S, D], compute dtype, batch and seq sharded by ``rules``.
-        head: [D, V], compute dtype, V sharded by ``rules``.
-        targets: int [B, S].
-        weights: fp32 [B, S]; 0 leaves a token out.
+        hidden: [..., D], compute dtype; tokens split over any mesh axes, D over none.
+        head: [D, V], compute dtype, in its storage layout.
+        targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
+        weights: fp32 [...], likewise; 0 leaves a token out.
+        used: the mesh axes of the head's dimensions in use.
         z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
             (Chowdhery et al. 2022, §5).
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
@@ -43,20 +53,20 @@ def fused_cross_entropy(
         (loss with the z term, cross-entropy without it), fp32 scalars, sums over counted tokens.
         Only the first is differentiable, in ``hidden`` and ``head``.
     """
-    return _fused(hidden, head, targets, weights, rules, z_loss, chunk)
+    return _fused(hidden, head, targets, weights, used, z_loss, chunk)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _fused(hidden, head, targets, weights, rules, z_loss, chunk):
-    sums, _ = _sharded(hidden, head, targets, weights, rules, z_loss, chunk, gradient=False)
+def _fused(hidden, head, targets, weights, used, z_loss, chunk):
+    sums, _ = _sharded(hidden, head, targets, weights, used, z_loss, chunk, gradient=False)
     return sums
 
 
-def _forward(hidden, head, targets, weights, rules, z_loss, chunk):
-    return _sharded(hidden, head, targets, weights, rules, z_loss, chunk, gradient=True)
+def _forward(hidden, head, targets, weights, used, z_loss, chunk):
+    return _sharded(hidden, head, targets, weights, used, z_loss, chunk, gradient=True)
 
 
-def _backward(rules, z_loss, chunk, gradients, cotangents):
+def _backward(used, z_loss, chunk, gradients, cotangents):
     d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
     return d_hidden, d_head, None, None
 
@@ -64,17 +74,18 @@ def _backward(rules, z_loss, chunk, gradients, cotangents):
 _fused.defvjp(_forward, _backward)
 
 
-def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
-    tokens = rules.spec("batch", "seq")
-    hidden_spec, head_spec = rules.spec("batch", "seq", None), rules.spec(None, "vocab")
-    token_axes = rules.mesh_axes("batch") + rules.mesh_axes("seq")
-    vocab_axes = rules.mesh_axes("vocab")
-    scalar = rules.spec()
+def _sharded(hidden, head, targets, weights, used, z_loss, chunk, *, gradient):
+    have, stored, vocab = layout(hidden), layout(head), used[1]
+    # Devices that share a token's vocabulary all need the token.
+    tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
+    token_axes = tuple(axis for axes in tokens for axis in axes)
+    targets, weights = (reshard(a, spec_of(tokens[:-1])) for a in (targets, weights))
 
-    def local(hidden, head, targets, weights):
+    def local(hidden, head, targets, weights, number):
+        hidden, head = gather(hidden, have, tokens), gather(head, stored, used)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        first = lax.axis_index(vocab_axes) * head.shape[1] if vocab_axes else 0
-        step = partial(_chunk, head=head, first=first, axes=vocab_axes, z_loss=z_loss)
+        first = number[0] * head.shape[1]
+        step = partial(_chunk, head=head, first=first, axes=vocab, z_loss=z_loss)
         chunks = tuple(_split(a, chunk) for a in (rows, targets.ravel(), weights.ravel()))
 
         def body(carry, inputs):
@@ -84,23 +95,22 @@ def _sharded(hidden, head, targets, weights, rules, z_loss, chunk, *, gradient):
             return (jax.tree.map(jnp.add, sums, own), d_head), d_rows
 
         zero = jnp.zeros((), jnp.float32)
-        sums = _varying((zero, zero), token_axes)
-        d_head = None
-        if gradient:
-            d_head = _varying(jnp.zeros(head.shape, jnp.float32), token_axes + vocab_axes)
-        (sums, d_head), d_rows = lax.scan(body, (sums, d_head), chunks)
+        d_head = jnp.zeros(head.shape, jnp.float32) if gradient else None
+        (sums, d_head), d_rows = lax.scan(body, ((zero, zero), d_head), chunks)
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if d_head is None or d_rows is None:
             return sums, None
-        d_head = lax.psum(d_head, token_axes) if token_axes else d_head
-        d_rows = d_rows.reshape(-1, rows.shape[1])[: len(rows)]
-        return sums, (d_rows.reshape(hidden.shape), d_head.astype(head.dtype))
+        d_head = reduce(d_head.astype(head.dtype), token_axes, used, stored)
+        d_hidden = d_rows.reshape(-1, rows.shape[1])[: len(rows)].reshape(hidden.shape)
+        return sums, (reduce(d_hidden, vocab, tokens, have), d_head)
 
-    return jax.shard_map(
+    hidden_spec, head_spec, scalar = spec_of(have), spec_of(stored), spec_of(())
+    token_spec = spec_of(tokens[:-1])
+    return on_shards(
         local,
-        in_specs=(hidden_spec, head_spec, tokens, tokens),
-        out_specs=((scalar, scalar), (hidden_spec, head_spec) if gradient else None),
-    )(hidden, head, targets, weights)
+        (hidden_spec, head_spec, token_spec, token_spec, spec_of((vocab,))),
+        ((scalar, scalar), (hidden_spec, head_spec) if gradient else None),
+    )(hidden, head, targets, weights, axis_numbers(vocab))
 
 
 def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):
@@ -124,7 +134,6 @@ def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):
     d_logits = exp * scale[:, None] - jnp.where(onehot, weights[:, None], 0.0)
     d_logits = d_logits.astype(rows.dtype)
     d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
-    d_rows = lax.psum(d_rows, axes) if axes else d_rows
     d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
     return (loss, entropy), d_rows.astype(rows.dtype), d_head
 
@@ -135,8 +144,3 @@ def _split(a: jax.Array, chunk: int) -> jax.Array:
     size = -(-len(a) // count)
     padding = ((0, count * size - len(a)), *((0, 0),) * (a.ndim - 1))
     return jnp.pad(a, padding).reshape(count, size, *a.shape[1:])
-
-
-def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Scan carries must enter as varying over the mesh axes that their updates vary over."""
-    return lax.pcast(tree, axes, to="varying") if axes else tree

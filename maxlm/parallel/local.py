@@ -19,6 +19,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 Axes = tuple[str, ...]
+Dims = tuple[Axes, ...]
+"""The mesh axes that split each dimension of an array."""
 
 
 def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -50,12 +52,12 @@ def axis_size(axes: Sequence[str]) -> int:
     return prod(shape[axis] for axis in axes)
 
 
-def layout(x: jax.Array) -> tuple[Axes, ...]:
+def layout(x: jax.Array) -> Dims:
     """The mesh axes that split each dimension of an array, by its type."""
     return dimensions(jax.typeof(x).sharding.spec, x.ndim)
 
 
-def dimensions(spec: PartitionSpec, ndim: int) -> tuple[Axes, ...]:
+def dimensions(spec: PartitionSpec, ndim: int) -> Dims:
     """A spec as one tuple of mesh axes for every dimension."""
     parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in spec]
     return (*parts, *((),) * (ndim - len(parts)))
@@ -76,9 +78,7 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
     return x
 
 
-def reduce(
-    x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]
-) -> jax.Array:
+def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
     """On shards: the sum over the ``partial`` axes, from layout ``have`` to ``want``.
 
     Each dimension of ``want`` begins with ``have``'s axes. What it adds is split off by a

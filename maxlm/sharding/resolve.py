@@ -13,7 +13,7 @@ from maxlm.sharding.rules import AxisRules
 
 # Logical axes that occur together in what a model computes.
 ACTIVATIONS = (
-    ("batch", "seq", "embed"),
+    ("batch", "residual", "embed"),
     ("batch", "seq", "heads", "head_dim"),
     ("batch", "seq", "kv_heads", "head_dim"),
     ("batch", "seq", "mlp"),

@@ -30,6 +30,10 @@ class AxisRules(Config):
 
     batch: MeshAxes = ()
     seq: MeshAxes = ()
+    """The sequence within attention and MLP."""
+    residual: MeshAxes = ()
+    """The sequence of the residual stream and its norms: beyond `seq`'s axes it may have those
+    that split heads and FFN (Megatron's sequence parallelism)."""
     embed: MeshAxes = ()
     """d_model: rows of weights in storage, the residual stream in compute."""
     heads: MeshAxes = ()
@@ -76,6 +80,7 @@ class ComputeRules(AxisRules):
 
     batch: MeshAxes = ("data", "fsdp", "expert")
     seq: MeshAxes = ("context",)
+    residual: MeshAxes = ("context",)
     heads: MeshAxes = ("tensor",)
     kv_heads: MeshAxes = ("tensor",)
     mlp: MeshAxes = ("tensor",)

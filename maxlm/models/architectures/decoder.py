@@ -9,15 +9,16 @@ from jax.sharding import reshard
 from pydantic import Field, model_validator
 
 from maxlm.config import Config
-from maxlm.models.blocks import Block, scan_blocks
+from maxlm.models.blocks import Block, scan_blocks, scan_cached
 from maxlm.models.layers.attention import AttentionConfig, KVCache
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import PositionsConfig, rotary
-from maxlm.models.params import compute_view, stack
+from maxlm.models.params import Weight, stack, weight
 from maxlm.models.remat import RematPolicy
+from maxlm.parallel.local import spec_of
 from maxlm.sharding import AxisRules
 
 
@@ -153,24 +154,35 @@ class Decoder(nnx.Module):
         if config.positions.kind == "rope":
             turns = rotary(positions, config.attention.head_dim, config.positions.theta)
 
-        def body(block: Block, x: jax.Array, layer_cache: KVCache | None):
-            return block(x, positions, segment_ids, turns, layer_cache)
-
-        x, cache = scan_blocks(self.layers, body, x, cache, remat=config.remat)
+        context = (positions, segment_ids, turns)
+        if cache is None:
+            x = scan_blocks(
+                self.layers,
+                lambda block, x, context: block(x, *context, None)[0],
+                x,
+                context,
+                remat=config.remat,
+            )
+        else:
+            x, cache = scan_cached(
+                self.layers, lambda block, x, cache: block(x, *context, cache), x, cache
+            )
         return self.final_norm(x), cache
 
-    def unembedding(self) -> jax.Array:
-        """The output head [D, V] in its compute layout and dtype."""
+    def unembedding(self) -> Weight:
+        """The output head [D, V] in the compute dtype."""
         if self.head is not None:
-            return compute_view(self.head.kernel, self.rules, self.dtype)
-        return compute_view(self.embedding.table, self.rules, self.dtype).T
+            return weight(self.head.kernel, self.rules, self.dtype)
+        table, (rows, columns) = weight(self.embedding.table, self.rules, self.dtype)
+        return Weight(table.T, (columns, rows))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] → fp32 logits [B, S, V] (inference; training fuses the loss)."""
+        head, used = self.unembedding()
         logits = jnp.einsum(
             "bsd,dv->bsv",
             hidden,
-            self.unembedding(),
+            reshard(head, spec_of(used)),
             preferred_element_type=jnp.float32,
             out_sharding=self.rules.spec("batch", "seq", "vocab"),
         )

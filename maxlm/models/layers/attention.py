@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.layers.linear import Linear, residual_std
+from maxlm.models.layers.linear import Linear, apply_together, residual_std
 from maxlm.models.layers.positions import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
 from maxlm.sharding import AxisRules
@@ -84,8 +84,7 @@ class Attention(nnx.Module):
         Returns:
             [B, S, D], and the cache (None if none was given).
         """
-        q = self.query(x)
-        k, v = self.key(x), self.value(x)
+        q, k, v = apply_together(x, self.query, self.key, self.value)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
@@ -100,4 +99,4 @@ class Attention(nnx.Module):
             y = sharded_attention(
                 q, cache.key, cache.value, rules=self.rules, q_positions=positions
             )
-        return self.out(checkpoint_name(y, "attention")), cache
+        return self.out(checkpoint_name(y, "attention"), seq="residual"), cache

@@ -3,9 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.models.params import compute_view, declare, truncated_normal
+from maxlm.models.params import declare, truncated_normal, weight
+from maxlm.parallel.embedding import lookup
+from maxlm.parallel.local import dimensions, layout
 from maxlm.sharding import AxisRules
 
 
@@ -19,11 +22,8 @@ class Embedding(nnx.Module):
         self.table = declare((size, d_model), (axis, "embed"), truncated_normal(std), "table")
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """ids int [B, S] → [B, S, D] in the compute dtype."""
-        table = compute_view(self.table, self.rules, self.dtype)
-        # JAX would by default wrap negative indices and clamp the others.
-        return table.at[ids].get(
-            mode="fill",
-            wrap_negative_indices=False,
-            out_sharding=self.rules.spec("batch", "seq", "embed"),
-        )
+        """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
+        table, used = weight(self.table, self.rules, jnp.float32)
+        lead = layout(ids)[:-1]
+        residual, embed = dimensions(self.rules.spec("residual", "embed"), 2)
+        return lookup(table, ids, used, (*lead, residual, embed), self.dtype)

@@ -1,15 +1,13 @@
 """The one linear map every other layer is made of."""
 
-from functools import partial
-from math import prod
 from typing import Any
 
 import jax
 from flax import nnx
-from jax import lax
-from jax.sharding import PartitionSpec
 
-from maxlm.models.params import compute_view, declare, truncated_normal
+from maxlm.models.params import compute_view, declare, truncated_normal, weight
+from maxlm.parallel.linear import project
+from maxlm.parallel.local import dimensions
 from maxlm.sharding import AxisRules
 
 
@@ -49,53 +47,30 @@ class Linear(nnx.Module):
         else:
             self.bias = None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype."""
-        kernel = compute_view(self.kernel, self.rules, self.dtype)
-        layout = self.rules.spec("batch", "seq", *self.out_axes)
-        y: Any = _project(x.astype(self.dtype), kernel, self.num_inputs, layout)
-        return y if self.bias is None else y + compute_view(self.bias, self.rules, self.dtype)
+    def __call__(self, x: jax.Array, *, seq: str = "seq") -> jax.Array:
+        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`apply_together`."""
+        return apply_together(x, self, seq=seq)[0]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _project(x: jax.Array, kernel: jax.Array, num_inputs: int, layout: PartitionSpec) -> jax.Array:
-    """x [B, S, *inputs] · kernel [*inputs, *outputs] → [B, S, *outputs] in ``layout``.
+def apply_together(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array, ...]:
+    """Several maps of one input [B, S, *inputs], which then crosses the wire once.
 
-    The kernel's gradient is xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around, on
-    each device. JAX's own rule always turns dy, which on a CPU is slow where dy is the wide hidden
-    layer of an MLP (docs/performance.md). Reverse mode only.
+    Args:
+        seq: the logical axis of the results' sequence: "seq" within a layer, "residual" for what
+            is added to the residual stream.
     """
-    inputs = tuple(range(num_inputs))
-    last = tuple(range(x.ndim - num_inputs, x.ndim))
-    return lax.dot_general(x, kernel, ((last, inputs), ((), ())), out_sharding=layout)
-
-
-def _project_forward(x, kernel, num_inputs, layout):
-    return _project(x, kernel, num_inputs, layout), (x, kernel)
-
-
-def _project_backward(num_inputs, layout, saved, d_y):
-    del layout
-    x, kernel = saved
-    outputs = tuple(range(num_inputs, kernel.ndim))
-    last = tuple(range(2, d_y.ndim))
-    # A cotangent lies as its primal does.
-    x_layout, kernel_layout = (jax.typeof(a).sharding.spec for a in (x, kernel))
-    d_x = lax.dot_general(d_y, kernel, ((last, outputs), ((), ())), out_sharding=x_layout)
-    tokens = (((0, 1), (0, 1)), ((), ()))
-    if _local_size(x) <= _local_size(d_y):
-        return d_x, lax.dot_general(x, d_y, tokens, out_sharding=kernel_layout)
-    turned = PartitionSpec(*kernel_layout[num_inputs:], *kernel_layout[:num_inputs])
-    d_kernel = lax.dot_general(d_y, x, tokens, out_sharding=turned)
-    order = (*range(len(outputs), kernel.ndim), *range(len(outputs)))
-    return d_x, d_kernel.transpose(order)
-
-
-def _local_size(x: jax.Array) -> int:
-    return prod(jax.typeof(x).sharding.shard_shape(x.shape))
-
-
-_project.defvjp(_project_forward, _project_backward)
+    rules, dtype = layers[0].rules, layers[0].dtype
+    weights = [weight(layer.kernel, rules, dtype) for layer in layers]
+    ys = project(
+        x.astype(dtype),
+        tuple(w.value for w in weights),
+        tuple(w.used for w in weights),
+        dimensions(rules.spec("batch", seq), 2),
+    )
+    return tuple(
+        y if layer.bias is None else y + compute_view(layer.bias, rules, dtype)
+        for layer, y in zip(layers, ys, strict=True)
+    )
 
 
 def residual_std(std: float, num_layers: int) -> float:

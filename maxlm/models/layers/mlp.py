@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.layers.linear import Linear, residual_std
+from maxlm.models.layers.linear import Linear, apply_together, residual_std
 from maxlm.models.remat import recomputed
 from maxlm.sharding import AxisRules
 
@@ -53,8 +53,11 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
         activate = ACTIVATIONS[self.config.activation]
-        up = checkpoint_name(self.up(x), "mlp_up")
         if self.gate is None:
-            return self.down(recomputed(activate)(up))
-        gate = checkpoint_name(self.gate(x), "mlp_gate")
-        return self.down(recomputed(lambda gate, up: activate(gate) * up)(gate, up))
+            up = checkpoint_name(self.up(x), "mlp_up")
+            hidden = recomputed(activate)(up)
+        else:
+            gate, up = apply_together(x, self.gate, self.up)
+            gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+            hidden = recomputed(lambda gate, up: activate(gate) * up)(gate, up)
+        return self.down(hidden, seq="residual")

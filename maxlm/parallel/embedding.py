@@ -1,0 +1,123 @@
+"""Table look-ups on a mesh: rows split over the vocabulary, columns over storage.
+
+A table stored in slices of columns (ZeRO-3) is never gathered. Each device looks up, in its own
+columns, the tokens of all devices that share the table, and an all-to-all turns slices of columns
+into slices of tokens: tokens × D crosses the wire rather than vocabulary × D, and only once back
+for the gradient. Rows split over the vocabulary (tensor parallelism) give partial sums.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maxlm.parallel.local import (
+    Dims,
+    axis_numbers,
+    axis_size,
+    gather,
+    layout,
+    on_shards,
+    reduce,
+    spec_of,
+)
+
+
+def lookup(table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike):
+    """Rows of a table; reverse-mode differentiable in the table.
+
+    Args:
+        table: [V, D], fp32, in its storage layout.
+        ids: int [..., S]; those outside 0..V-1 give NaN.
+        used: the mesh axes of V and D in use; they begin those in storage.
+        out: the mesh axes of the result's dimensions, which begin with those of ``ids``.
+        dtype: of the result; gradients are summed within a device in fp32, between devices in it.
+
+    Returns:
+        [..., S, D].
+    """
+    return _lookup(table, ids, used, out, dtype)
+
+
+class _Layouts(NamedTuple):
+    ids: Dims
+    table: Dims
+    """In storage ..."""
+    held: Dims
+    """... and during the look-up: what cannot be exchanged by all-to-all is gathered."""
+    exchanged: tuple[tuple[str, int], ...]
+    """(mesh axis, dimension of ``ids`` it splits), of the columns; outermost first."""
+
+
+def _layouts(table, ids, used) -> _Layouts:
+    stored, tokens = layout(table), layout(ids)
+    columns, exchanged = stored[1][len(used[1]) :], []
+    for axis in columns:
+        dim = next((d for d, axes in enumerate(tokens) if axis in axes), None)
+        if dim is None:
+            exchanged = []  # an inner axis cannot be exchanged without the outer ones
+            break
+        exchanged.append((axis, dim))
+    held = (used[0], stored[1] if exchanged else used[1])
+    return _Layouts(tokens, stored, held, tuple(exchanged))
+
+
+def _own_rows(ids, table, number):
+    """Indices into this device's rows, and whether they are there."""
+    rows = ids - number[0] * table.shape[0]
+    return rows, (rows >= 0) & (rows < table.shape[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _lookup(table, ids, used, out, dtype):
+    own, vocab = _layouts(table, ids, used), used[0]
+    size = table.shape[0]
+
+    def local(table, ids, number):
+        table = gather(table.astype(dtype), own.table, own.held)
+        everyone = ids
+        for axis, dim in own.exchanged:
+            everyone = lax.all_gather(everyone, axis, axis=dim, tiled=True)
+        rows, here = _own_rows(everyone, table, number)
+        y = jnp.where(here[..., None], table[jnp.where(here, rows, 0)], 0)
+        y = reduce(y, vocab, (*own.ids, used[1]), out)
+        for axis, dim in reversed(own.exchanged):
+            y = lax.all_to_all(y, axis, split_axis=dim, concat_axis=y.ndim - 1, tiled=True)
+        return y
+
+    specs = spec_of(own.table), spec_of(own.ids), spec_of((vocab,))
+    y = on_shards(local, specs, spec_of(out))(table, ids, axis_numbers(vocab))
+    known = (ids >= 0) & (ids < size)
+    return jnp.where(jax.sharding.reshard(known, spec_of(out[:-1]))[..., None], y, jnp.nan)
+
+
+def _forward(table, ids, used, out, dtype):
+    return _lookup(table, ids, used, out, dtype), (table, ids)
+
+
+def _backward(used, out, dtype, saved, d_y):
+    table, ids = saved
+    own, vocab = _layouts(table, ids, used), used[0]
+
+    def local(table, ids, number, d_y):
+        held = (table.shape[0] * axis_size(own.table[0]) // axis_size(vocab), -1)
+        for axis, dim in own.exchanged:
+            ids = lax.all_gather(ids, axis, axis=dim, tiled=True)
+            d_y = lax.all_to_all(d_y, axis, split_axis=d_y.ndim - 1, concat_axis=dim, tiled=True)
+        d_y = gather(d_y, out, (*own.ids, used[1]))
+        zeros = jnp.zeros((held[0], d_y.shape[-1]), jnp.float32)
+        rows, here = _own_rows(ids, zeros, number)
+        rows = jnp.where(here, rows, held[0])  # dropped
+        d_table = zeros.at[rows].add(d_y.astype(jnp.float32), mode="drop").astype(dtype)
+        summed = {axis for axes in own.ids for axis in axes} - {axis for axis, _ in own.exchanged}
+        d_table = reduce(d_table, tuple(sorted(summed)), own.held, own.table)
+        return d_table.astype(table.dtype)
+
+    specs = spec_of(own.table), spec_of(own.ids), spec_of((vocab,)), spec_of(out)
+    run = on_shards(local, specs, spec_of(own.table))
+    return run(table, ids, axis_numbers(vocab), d_y), None
+
+
+_lookup.defvjp(_forward, _backward)

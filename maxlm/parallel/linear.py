@@ -1,0 +1,180 @@
+"""Linear maps on a mesh, with ZeRO-3, tensor and sequence parallelism in one program.
+
+A map is ``y = x · kernel``; several that read the same x are done together, so that x is gathered
+once and its gradient reduced once. What crosses the wire follows from three layouts alone (how x
+lies, how a kernel is stored and how it is used, how y shall lie):
+
+=======================  ==========================  ===============================
+layouts differ in        forward                     backward
+=======================  ==========================  ===============================
+kernel: stored and used  all-gather the kernel       all-gather it, reduce-scatter
+(ZeRO-3)                                             its gradient into storage
+x split over more of     all-gather x                all-gather x, reduce-scatter
+the sequence than y                                  its gradient
+y split over more of it  reduce-scatter y            all-gather its gradient
+kernel's inputs split    all-reduce y                nothing
+kernel's outputs split   nothing                     all-reduce the gradient of x
+=======================  ==========================  ===============================
+
+Rows two and three with the last two turned into scatters are Megatron's sequence parallelism
+(Korthikanti et al. 2022, §4.2.2).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, takewhile
+from math import prod
+
+import jax
+from jax import lax
+
+from maxlm.parallel.local import Axes, Dims, axis_size, gather, layout, on_shards, reduce, spec_of
+
+
+def project(
+    x: jax.Array,
+    kernels: tuple[jax.Array, ...],
+    used: tuple[Dims, ...],
+    tokens: Dims,
+) -> tuple[jax.Array, ...]:
+    """``x · kernel`` for every kernel; reverse-mode differentiable.
+
+    Args:
+        x: [B, S, *inputs].
+        kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
+        used: the mesh axes of every kernel's dimensions in use; they begin those in storage.
+        tokens: the mesh axes of B and S in the results.
+
+    Returns:
+        One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
+    """
+    return _project(x, kernels, used, tokens)
+
+
+@dataclass(frozen=True)
+class _Layouts:
+    """How everything lies, from the arguments' types."""
+
+    x: Dims
+    stored: tuple[Dims, ...]
+    used: tuple[Dims, ...]
+    tokens: Dims
+    """Of the results, outermost two dimensions."""
+
+    @property
+    def inputs(self) -> int:
+        return len(self.x) - 2
+
+    @property
+    def inner(self) -> Dims:
+        """Of the tokens while they are multiplied: what x and the results have in common."""
+        return tuple(map(_common, self.x[:2], self.tokens))
+
+    @property
+    def summed(self) -> Axes:
+        """The axes over which a product of x and a kernel is a partial sum."""
+        return _flat(self.x[2:])
+
+    def outputs(self, kernel: int) -> Dims:
+        return self.used[kernel][self.inputs :]
+
+    @property
+    def spread(self) -> Axes:
+        """The axes over which the gradient of x is a partial sum."""
+        outputs = (self.outputs(i) for i in range(len(self.used)))
+        return tuple(dict.fromkeys(_flat(chain.from_iterable(outputs))))
+
+    @property
+    def specs(self):
+        return spec_of(self.x), tuple(map(spec_of, self.stored))
+
+    @property
+    def results(self):
+        return tuple(spec_of((*self.tokens, *self.outputs(i))) for i in range(len(self.used)))
+
+
+def _layouts(x, kernels, used, tokens) -> _Layouts:
+    found = _Layouts(layout(x), tuple(map(layout, kernels)), used, tokens)
+    for dims in used:
+        if dims[: found.inputs] != found.x[2:]:
+            raise ValueError(f"x is split as {found.x[2:]}, the kernel's inputs as {dims}")
+    return found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(x, kernels, used, tokens):
+    own = _layouts(x, kernels, used, tokens)
+
+    def local(x, kernels):
+        x = gather(x, own.x, (*own.inner, *own.x[2:]))
+        ys = []
+        for i, kernel in enumerate(kernels):
+            y = _contract(x, gather(kernel, own.stored[i], used[i]), own.inputs)
+            outputs = own.outputs(i)
+            ys.append(reduce(y, own.summed, (*own.inner, *outputs), (*tokens, *outputs)))
+        return tuple(ys)
+
+    return on_shards(local, own.specs, own.results)(x, kernels)
+
+
+def _forward(x, kernels, used, tokens):
+    return _project(x, kernels, used, tokens), (x, kernels)
+
+
+def _backward(used, tokens, saved, d_ys):
+    x, kernels = saved
+    own = _layouts(x, kernels, used, tokens)
+
+    def local(x, kernels, d_ys):
+        x = gather(x, own.x, (*own.inner, *own.x[2:]))
+        d_x, d_kernels = None, []
+        for i, (kernel, d_y) in enumerate(zip(kernels, d_ys, strict=True)):
+            outputs = own.outputs(i)
+            d_y = gather(d_y, (*tokens, *outputs), (*own.inner, *outputs))
+            part = _contract_back(d_y, gather(kernel, own.stored[i], used[i]), own.inputs)
+            # A kernel that is whole where its siblings are split gives its whole share everywhere.
+            copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
+            part = part / copies if copies > 1 else part
+            d_x = part if d_x is None else d_x + part
+            d_kernel = _outer(x, d_y)
+            d_kernels.append(reduce(d_kernel, _flat(own.inner), used[i], own.stored[i]))
+        d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)
+        return d_x, tuple(d_kernels)
+
+    return on_shards(local, (*own.specs, own.results), own.specs)(x, kernels, d_ys)
+
+
+_project.defvjp(_forward, _backward)
+
+
+def _contract(x, kernel, inputs):
+    last = tuple(range(x.ndim - inputs, x.ndim))
+    return lax.dot_general(x, kernel, ((last, tuple(range(inputs))), ((), ())))
+
+
+def _contract_back(d_y, kernel, inputs):
+    dims = tuple(range(2, d_y.ndim)), tuple(range(inputs, kernel.ndim))
+    return lax.dot_general(d_y, kernel, (dims, ((), ())))
+
+
+def _outer(x, d_y):
+    """xᵀ·dy or (dyᵀ·x)ᵀ: whichever turns the smaller of the two around. JAX's own rule always
+    turns dy, which on a CPU is slow where dy is the wide hidden layer of an MLP
+    (docs/performance.md)."""
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if prod(x.shape) <= prod(d_y.shape):
+        return lax.dot_general(x, d_y, tokens)
+    turned = lax.dot_general(d_y, x, tokens)
+    outputs = d_y.ndim - 2
+    return turned.transpose((*range(outputs, turned.ndim), *range(outputs)))
+
+
+def _common(a: Axes, b: Axes) -> Axes:
+    """The longest beginning of both."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))
+    return tuple(axis for axis, _ in same)
+
+
+def _flat(dims: Iterable[Axes]) -> Axes:
+    return tuple(chain.from_iterable(dims))
