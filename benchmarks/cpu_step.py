@@ -55,7 +55,7 @@ def maxlm_step() -> Step:
         "segment_ids": np.ones((BATCH, SEQ), np.int32),
         "weights": np.ones((BATCH, SEQ), np.float32),
     }
-    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    sharding = batch_sharding(setup.compute, setup.mesh)
     batch = {name: jax.device_put(array[None], sharding) for name, array in batch.items()}
     state, step = setup.init(), setup.step_function()
 

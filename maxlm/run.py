@@ -12,7 +12,8 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
 from maxlm.objectives import ClmConfig, ObjectiveConfig
-from maxlm.sharding import MeshConfig, ShardingConfig, check_used
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.train.config import CheckpointConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig
 from maxlm.train.schedule import ScheduleConfig
@@ -51,6 +52,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     sharding: ShardingConfig = ShardingConfig()
+    parallel: ParallelConfig = ParallelConfig()
     objective: ObjectiveConfig = ClmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -82,11 +84,10 @@ def check_parts(config: RunConfig) -> None:
             f"train.micro_batches={train.micro_batches}",
             fix="make the batch a multiple of the micro-batches",
         )
-    check_used(config.mesh.model_dump())
 
 
 def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:
-    """Check that a micro-batch divides over the devices it is split over.
+    """Check that a micro-batch divides over the devices it is split over: rows and sequence.
 
     Args:
         sizes: mesh axis → devices.
@@ -104,6 +105,52 @@ def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:
             where="data.batch_size",
             fix=f"use a batch_size that is a multiple of {ways * config.train.micro_batches}, "
             "or a smaller mesh",
+        )
+    for name in ("seq", "residual"):
+        split_over = [axis for axis in getattr(config.sharding.compute, name) if sizes[axis] > 1]
+        ways = prod(sizes[axis] for axis in split_over)
+        if config.data.seq_len % ways:
+            split = "·".join(f"{axis}={sizes[axis]}" for axis in split_over)
+            raise MaxlmError(
+                f"a sequence of {config.data.seq_len} tokens does not divide over {split} "
+                f"(sharding.compute.{name})",
+                where="data.seq_len",
+                fix=f"use a seq_len that is a multiple of {ways}, or a smaller mesh",
+            )
+
+
+def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Check that micro-batches fill a pipeline, and that its settings mean something.
+
+    Args:
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: naming the sizes.
+    """
+    stages, micro = sizes["stage"], config.train.micro_batches
+    parallel = config.parallel
+    if stages == 1:
+        return
+    if config.sharding.compute.layers != ("stage",) or config.sharding.storage.layers != ("stage",):
+        raise MaxlmError(
+            f"mesh.stage={stages}, but layers are not split over it",
+            where="sharding",
+            fix="set sharding.storage.layers and sharding.compute.layers to stage, or mesh.stage=1",
+        )
+    if micro % stages:
+        few = "fewer than" if micro < stages else "not a multiple of"
+        raise MaxlmError(
+            f"train.micro_batches={micro} are {few} the {stages} pipeline stages",
+            where="train.micro_batches",
+            fix=f"set it to {-(-micro // stages) * stages}, or mesh.stage to a divisor of {micro}",
+        )
+    if parallel.layer_groups > 1 and parallel.schedule != "circular":
+        raise MaxlmError(
+            f"parallel.layer_groups={parallel.layer_groups} has no place in a "
+            f"{parallel.schedule} pipeline",
+            where="parallel",
+            fix="set parallel.schedule=circular, or layer_groups=1",
         )
 
 

@@ -44,8 +44,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
     cache = init_cache(model.config, batch, cache_length, model.dtype, rules)
     bound = bind(model, params)
-    hidden, cache = bound(reshard(tokens, rows), reshard(positions, rows), None, cache)
-    assert cache is not None
+    hidden, cache = bound.cached(reshard(tokens, rows), reshard(positions, rows), cache)
     last = reshard(lengths - 1, rules.spec("batch"))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
@@ -68,6 +67,5 @@ def decode(
     rows = model.rules.spec("batch", None)
     bound = bind(model, params)
     tokens, positions = (reshard(a[:, None], rows) for a in (tokens, positions))
-    hidden, cache_ = bound(tokens, positions, None, cache)
-    assert cache_ is not None
-    return bound.logits(hidden)[:, 0], cache_
+    hidden, cache = bound.cached(tokens, positions, cache)
+    return bound.logits(hidden)[:, 0], cache

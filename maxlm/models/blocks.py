@@ -11,6 +11,7 @@ from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import Rotary
+from maxlm.models.params import Params, bind, values
 from maxlm.models.remat import RematPolicy, rematerialise
 from maxlm.parallel.layers import scan_layers
 from maxlm.sharding import AxisRules
@@ -54,7 +55,8 @@ class Block(nnx.Module):
 
 
 def scan_blocks(
-    stacked: BlockT,
+    block: BlockT,
+    params: Params,
     body: Callable[[BlockT, Any, Any], Any],
     carry: Any,
     context: Any,
@@ -64,14 +66,14 @@ def scan_blocks(
     """Run a stacked block layer after layer; compile time does not grow with depth.
 
     Args:
-        stacked: a block whose parameters have a leading layer axis (``params.stack``).
+        block: the stacked block; only its structure is used.
+        params: its parameters, with a leading layer axis (``params.stack``).
         body: ``(block, carry, context) -> carry`` for one layer.
         context: arrays that every layer reads.
     """
-    graphdef, params = nnx.split(stacked)
 
     def layer(own, carry, context):
-        return body(nnx.merge(graphdef, own), carry, context)
+        return body(bind(block, own), carry, context)
 
     return scan_layers(rematerialise(layer, remat), params, carry, context)
 
@@ -80,11 +82,10 @@ def scan_cached(
     stacked: BlockT, body: Callable[[BlockT, Any, Any], tuple[Any, Any]], carry: Any, cache: Any
 ) -> tuple[Any, Any]:
     """The same for inference: ``(block, carry, layer's cache) -> (carry, cache)``, without
-    gradient; the cache is stacked by layer."""
-    graphdef, params = nnx.split(stacked)
+    gradient; the block is bound and the cache stacked by layer."""
 
     def layer(carry, inputs):
         own, cache = inputs
-        return body(nnx.merge(graphdef, own), carry, cache)
+        return body(bind(stacked, own), carry, cache)
 
-    return lax.scan(layer, carry, (params, cache))
+    return lax.scan(layer, carry, (values(stacked), cache))

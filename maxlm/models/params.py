@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
+from maxlm.config import MaxlmError
 from maxlm.parallel.local import Dims, dimensions, layout
 from maxlm.parallel.local import spec_of as dims_spec
 from maxlm.sharding import AxisRules
@@ -41,6 +42,11 @@ class ParamSpec:
     contract: tuple[int, ...] = ()
     """Of a matrix: the dimensions summed over with the input; the others index the output."""
     dtype: Any = jnp.float32
+
+    @property
+    def lead(self) -> int:
+        """Leading dimensions that count layers: 0 of a parameter outside the stack."""
+        return self.axes.index("layers") + 1 if "layers" in self.axes else 0
 
     @property
     def size(self) -> int:
@@ -103,17 +109,33 @@ def compute_view(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     return reshard(value, dims_spec(used))
 
 
-def stack(module: ModuleT, depth: int) -> ModuleT:
-    """Give every parameter of ``module`` a leading ``layers`` axis of size ``depth``."""
+def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
+    """Give every parameter of ``module`` a leading ``layers`` axis of size ``depth``.
+
+    Args:
+        groups: of layers in a pipeline stage; for more than one the axis becomes two,
+            [groups, depth / groups], so that splitting the second gives each stage its share of
+            every group.
+
+    Raises:
+        MaxlmError: a depth that does not divide into groups.
+    """
+    if depth % groups:
+        raise MaxlmError(
+            f"{depth} layers do not divide into {groups} groups a stage",
+            where="parallel.layer_groups",
+            fix=f"use a divisor of {depth}",
+        )
+    lead = (depth,) if groups == 1 else (groups, depth // groups)
     graphdef, state = nnx.split(module)
 
     def deepen(param: nnx.Param) -> nnx.Param:
         spec = spec_of(param)
         spec = replace(
             spec,
-            shape=(depth, *spec.shape),
-            axes=("layers", *spec.axes),
-            contract=tuple(d + 1 for d in spec.contract),
+            shape=(*lead, *spec.shape),
+            axes=(*(None,) * (len(lead) - 1), "layers", *spec.axes),
+            contract=tuple(d + len(lead) for d in spec.contract),
         )
         return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
@@ -123,13 +145,22 @@ def stack(module: ModuleT, depth: int) -> ModuleT:
 
 def param_specs(module: nnx.Module) -> Params:
     """The declarations of all parameters, as a nested dict of :class:`ParamSpec`."""
-    specs: Params = {}
+    return _nested(module, spec_of)
+
+
+def values(module: nnx.Module) -> Params:
+    """The parameters of a bound module; the inverse of :func:`bind`."""
+    return _nested(module, lambda param: param[...])
+
+
+def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:
+    nested: Params = {}
     for path, param in nnx.to_flat_state(nnx.split(module)[1]):
-        node = specs
+        node = nested
         for name in path[:-1]:
             node = node.setdefault(str(name), {})
-        node[str(path[-1])] = spec_of(param)
-    return specs
+        node[str(path[-1])] = leaf(param)
+    return nested
 
 
 def named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -149,10 +180,12 @@ def init_params(specs: Params, key: jax.Array) -> Params:
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        if spec.axes[:1] != ("layers",):
+        if not spec.lead:
             return spec.init(own, spec.shape, spec.dtype)
-        layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(jnp.arange(spec.shape[0]))
-        return jax.vmap(lambda k: spec.init(k, spec.shape[1:], spec.dtype))(layers)
+        numbers = jnp.arange(prod(spec.shape[: spec.lead]))
+        layers = jax.vmap(lambda i: jax.random.fold_in(own, i))(numbers)
+        values = jax.vmap(lambda k: spec.init(k, spec.shape[spec.lead :], spec.dtype))(layers)
+        return values.reshape(spec.shape)
 
     def walk(tree: Mapping[str, Any], prefix: str) -> Params:
         return {
@@ -164,12 +197,15 @@ def init_params(specs: Params, key: jax.Array) -> Params:
 
 
 def bind(module: ModuleT, params: Params) -> ModuleT:
-    """The module with values in place of its declarations; pure, ``module`` is unchanged."""
+    """The module with values in place of its declarations; pure, ``module`` is unchanged.
+
+    Of a stacked block's parameters, those of one layer make a block.
+    """
     graphdef, state = nnx.split(module)
-    values = named(params)
+    given = named(params)
     flat = [
-        (path, nnx.Param(values.pop(".".join(map(str, path))), spec=spec_of(param)))
+        (path, nnx.Param(given.pop(".".join(map(str, path))), spec=spec_of(param)))
         for path, param in nnx.to_flat_state(state)
     ]
-    assert not values, f"the module has no parameter {next(iter(values))}"
+    assert not given, f"the module has no parameter {next(iter(given))}"
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

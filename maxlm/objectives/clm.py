@@ -28,14 +28,15 @@ def clm(
 
     Args:
         model: bound to its parameters.
-        batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S].
+        batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S], or
+            [M, B, S] on pipeline stages.
         key: unused; other objectives draw masks from it.
 
     Returns:
         The loss to differentiate, summed over counted tokens, and sums to log: ``tokens`` (the
         weight to divide by) and ``cross_entropy`` in nats.
     """
-    hidden, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     head, used = model.unembedding()
     loss, cross_entropy = fused_cross_entropy(
         hidden,
@@ -46,4 +47,5 @@ def clm(
         z_loss=config.z_loss,
         chunk=config.chunk_tokens,
     )
-    return loss, {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+    sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
+    return loss + aux.loss, sums | aux.sums

@@ -6,7 +6,7 @@ from typing import Any
 
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, named, param_specs
-from maxlm.run import RunConfig, check_batch
+from maxlm.run import RunConfig, check_batch, check_stages
 from maxlm.sharding import (
     AxisRules,
     Placement,
@@ -45,11 +45,16 @@ def place_model(
             divide, too much unsharded.
     """
     check_used(sizes)
+    sharding = config.sharding
+    storage, compute = sharding.storage.on(sizes), sharding.compute.on(sizes)
     if for_training:
         check_batch(config, sizes)
-    storage, compute = config.sharding.storage.on(sizes), config.sharding.compute.on(sizes)
+        check_stages(config, sizes)
+    else:
+        # One token at a time cannot be split: the residual stream lies as it does within layers.
+        compute = compute.model_copy(update={"residual": compute.seq})
     check_activations(compute)
-    model = config.model.build(rules=compute, dtype=dtype)
+    model = config.model.build(rules=compute, dtype=dtype, parallel=config.parallel)
     specs = param_specs(model)
     flat = named(specs)
     for name, spec in flat.items():

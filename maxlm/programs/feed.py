@@ -20,7 +20,7 @@ def training_batches(
     """Arrays [micro-batches, rows, S] from step ``start`` to the run's last."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
-    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    sharding = batch_sharding(setup.compute, setup.mesh)
     rows = local_rows(sharding, (*lead, data.seq_len))
     with make_loader(
         stores,
@@ -38,12 +38,12 @@ def training_batches(
 def evaluation_batches(
     setup: Setup, store: TokenStore, max_batches: int | None = None
 ) -> Iterator[Iterator[Batch]]:
-    """Arrays [rows, S]: a store read once, in order, in micro-batches' size."""
-    data = setup.config.data
-    lead = (data.batch_size // setup.config.train.micro_batches,)
-    sharding = batch_sharding(setup.compute, setup.mesh, micro=False)
+    """Arrays [micro-batches, rows, S]: a store read once, in order."""
+    data, micro = setup.config.data, setup.config.train.micro_batches
+    lead = (micro, data.batch_size // micro)
+    sharding = batch_sharding(setup.compute, setup.mesh)
     rows = local_rows(sharding, (*lead, data.seq_len))
     with one_pass(
-        store, data.seq_len, lead[0], packing="concat", max_batches=max_batches, rows=rows
+        store, data.seq_len, data.batch_size, packing="concat", max_batches=max_batches, rows=rows
     ) as loader:
         yield (put_batch(batch, rows, sharding, lead) for batch in loader)

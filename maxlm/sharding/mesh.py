@@ -15,7 +15,7 @@ MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
 # Those that split parameters; the others only split activations.
 PARAMETER_AXES = ("stage", "fsdp", "expert", "tensor")
 # Those that no layer is split over yet.
-UNUSED_AXES = ("stage", "expert", "context")
+UNUSED_AXES = ("expert", "context")
 
 
 class MeshConfig(Config):

@@ -27,7 +27,7 @@ class FactoredState(NamedTuple):
 
 def matrix_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The (input, output) dimensions of a matrix or table; layers and experts are neither."""
-    inner = [d for d, axis in enumerate(spec.axes) if axis not in ("layers", "expert")]
+    inner = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
     inputs = spec.contract or (inner[0],)
     return inputs, tuple(d for d in inner if d not in inputs)
 
@@ -78,8 +78,8 @@ def scale_by_factored_rms(
                 columns = decay * columns + (1 - decay) * square.mean(inputs, keepdims=True)
                 share = rows / rows.mean(inputs, keepdims=True)
                 out = g * jax.lax.rsqrt(share) * jax.lax.rsqrt(columns)
-            layer = tuple(d for d, axis in enumerate(spec.axes) if axis not in ("layers", "expert"))
-            rms = jnp.sqrt(jnp.square(out).mean(layer, keepdims=True))
+            layer = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
+            rms = jnp.sqrt(jnp.square(out).mean(tuple(layer), keepdims=True))
             return out / jnp.maximum(1.0, rms / clip_rms), rows, columns
 
         results = jax.tree.map(one, specs, updates, state.rows, state.columns)

@@ -53,7 +53,6 @@ def _numbered(lead: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(lead)).reshape(lead)
 
 
-def batch_sharding(rules: AxisRules, mesh: jax.sharding.Mesh, *, micro: bool) -> NamedSharding:
-    """Of [B, S] arrays, or [A, B / A, S] with ``micro``."""
-    lead = (None,) if micro else ()
-    return NamedSharding(mesh, rules.spec(*lead, "batch", "seq"))
+def batch_sharding(rules: AxisRules, mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Of [A, B / A, S] arrays: micro-batches are whole, over pipeline stages too."""
+    return NamedSharding(mesh, rules.spec(None, "batch", "seq"))

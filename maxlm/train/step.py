@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from maxlm.models.params import Params, bind
+from maxlm.train.gradients import loss_and_gradients
 from maxlm.train.metrics import tree_norms
 from maxlm.train.state import TrainState
 
@@ -32,9 +33,10 @@ def train_step(
     """Gradients over micro-batches, one optimizer update.
 
     Args:
-        batch: arrays [A, B / A, ...]: A micro-batches, accumulated one after the other. Their
-            losses are summed and divided by the tokens of the whole batch, so that A changes
-            memory and nothing else.
+        batch: arrays [A, B / A, ...]: A micro-batches, accumulated one after the other or run
+            through a pipeline. Their losses are summed and divided by the tokens of the whole
+            batch, so that A changes memory and nothing else (but for the balance of experts,
+            which is measured over a micro-batch).
         model: the module whose parameters ``state.params`` holds.
         schedule: the optimizer's, to be reported.
 
@@ -45,10 +47,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def summed(params: Params, micro: Batch, index: jax.Array):
-        return loss(bind(model, params), micro, jax.random.fold_in(key, index))
-
-    (total, sums), grads = _accumulate(summed, state.params, batch)
+    (total, sums), grads = loss_and_gradients(model, loss, state.params, batch, key)
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -62,23 +61,13 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _accumulate(summed, params: Params, batch: Batch):
-    """((loss, sums), gradients), each summed over the leading axis of ``batch``."""
-    value_and_grad = jax.value_and_grad(summed, has_aux=True)
-    count = batch["tokens"].shape[0]
-    first = jax.tree.map(lambda a: a[0], batch), jnp.int32(0)
-    if count == 1:
-        return value_and_grad(params, *first)
-
-    def body(carry, inputs):
-        return jax.tree.map(jnp.add, carry, value_and_grad(params, *inputs)), None
-
-    scalars, _ = jax.eval_shape(value_and_grad, params, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), scalars)
-    carry = zeros, jax.tree.map(jnp.zeros_like, params)
-    return lax.scan(body, carry, (batch, jnp.arange(count)))[0]
-
-
 def eval_step(params: Params, batch: Batch, *, model: Any, loss: Loss) -> Sums:
-    """The objective's sums over one batch [B, ...], without gradients."""
-    return loss(bind(model, params), batch, jax.random.key(0))[1]
+    """The objective's sums over a batch of arrays [M, B, ...], without gradients."""
+    bound, key = bind(model, params), jax.random.key(0)
+    if getattr(model, "schedule", None) is not None:
+        return loss(bound, batch, key)[1]
+
+    def body(_, micro):
+        return None, loss(bound, micro, key)[1]
+
+    return jax.tree.map(lambda x: x.sum(0), lax.scan(body, None, batch)[1])

@@ -134,7 +134,7 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(one_device_me
     @jax.jit(compiler_options=QUICK)
     def advance(params, tokens, positions, cache):
         bound = bind(model, params)
-        hidden, cache = bound(tokens, positions, None, cache)
+        hidden, cache = bound.cached(tokens, positions, cache)
         return bound.logits(hidden), cache
 
     with jax.set_mesh(mesh):

@@ -1,5 +1,6 @@
 """Decoder-only language models: GPT-2, Llama and their like, by configuration."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -9,17 +10,24 @@ from jax.sharding import reshard
 from pydantic import Field, model_validator
 
 from maxlm.config import Config
+from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, scan_blocks, scan_cached
 from maxlm.models.layers.attention import AttentionConfig, KVCache
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.layers.positions import PositionsConfig, rotary
-from maxlm.models.params import Weight, stack, weight
+from maxlm.models.layers.positions import PositionsConfig, Rotary, rotary
+from maxlm.models.params import Params, Weight, stack, values, weight
 from maxlm.models.remat import RematPolicy
+from maxlm.parallel.config import ParallelConfig, Schedule
 from maxlm.parallel.local import spec_of
+from maxlm.parallel.pipeline import pipeline
 from maxlm.sharding import AxisRules
+
+Where = tuple[jax.Array, jax.Array | None]
+"""Positions and segment ids."""
+Layers = Callable[[jax.Array, Where], tuple[jax.Array, Aux]]
 
 
 class DecoderConfig(Config):
@@ -49,9 +57,11 @@ class DecoderConfig(Config):
             raise ValueError(f"rope needs an even head_dim, not {self.attention.head_dim}")
         return self
 
-    def build(self, *, rules: AxisRules, dtype: Any) -> "Decoder":
+    def build(
+        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
+    ) -> "Decoder":
         """The model; see :class:`Decoder`."""
-        return Decoder(self, rules=rules, dtype=dtype)
+        return Decoder(self, rules=rules, dtype=dtype, parallel=parallel)
 
     @property
     def position_limit(self) -> int | None:
@@ -107,8 +117,15 @@ class Decoder(nnx.Module):
         dtype: compute dtype; parameters are fp32.
     """
 
-    def __init__(self, config: DecoderConfig, *, rules: AxisRules, dtype: Any):
-        self.config, self.rules, self.dtype = config, rules, dtype
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig = ParallelConfig(),
+    ):
+        self.config, self.rules, self.dtype, self.parallel = config, rules, dtype, parallel
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         D, std = config.d_model, config.init_std
         self.embedding = Embedding("vocab", config.vocab_size, D, std, **kw)
@@ -118,7 +135,7 @@ class Decoder(nnx.Module):
             else None
         )
         block = Block(config.attention, config.mlp, config.norm, D, config.num_layers, std, **kw)
-        self.layers = stack(block, config.num_layers)
+        self.layers = stack(block, config.num_layers, self.layer_groups)
         self.final_norm = Norm(config.norm, D, **kw)
         self.head = (
             None
@@ -127,46 +144,95 @@ class Decoder(nnx.Module):
                 {"embed": D}, {"vocab": config.vocab_size}, bias=False, std=std, role="table", **kw
             )
         )
+        self.between: Layers | None = None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How layers are pipelined over stages; None: they are not."""
+        return self.parallel.schedule if self.rules.layers else None
+
+    @property
+    def layer_groups(self) -> int:
+        """Groups of layers a pipeline stage holds."""
+        return self.parallel.layer_groups if self.schedule == "circular" else 1
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states after the final norm.
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states after the final norm; for training, differentiable in reverse mode.
 
         Args:
-            tokens: int [B, S].
-            positions: int [B, S], restarting at 0 with each segment.
-            segment_ids: int [B, S], 0 for padding; None: each row is one segment.
-            cache: stacked by layer, [L, B, T, K, H] (inference); see inference/cache.py.
+            tokens: int [B, S]; on pipeline stages [M, B, S], M micro-batches.
+            positions: likewise, restarting at 0 with each segment.
+            segment_ids: likewise, 0 for padding; None: each row is one segment.
 
         Returns:
-            [B, S, D] in the compute dtype, and the cache with these tokens in it.
+            [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
         """
-        config = self.config
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions(positions)
-        turns = None
-        if config.positions.kind == "rope":
-            turns = rotary(positions, config.attention.head_dim, config.positions.theta)
+        run = self.between or self.run_layers
+        x, aux = run(self.embed(tokens, positions), (positions, segment_ids))
+        return self.final_norm(x), aux
 
-        context = (positions, segment_ids, turns)
-        if cache is None:
-            x = scan_blocks(
-                self.layers,
-                lambda block, x, context: block(x, *context, None)[0],
-                x,
-                context,
-                remat=config.remat,
-            )
-        else:
-            x, cache = scan_cached(
-                self.layers, lambda block, x, cache: block(x, *context, cache), x, cache
-            )
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """The first layer's input."""
+        if tokens.ndim == 3:  # outside the layers, stages are one more data axis
+            split = self.rules.spec("layers", "batch", "seq")
+            tokens, positions = reshard(tokens, split), reshard(positions, split)
+        x = self.embedding(tokens)
+        return x if self.positions is None else x + self.positions(positions)
+
+    def run_layers(self, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
+        """All layers, one after the other or in a pipeline."""
+        if self.schedule is None:
+            return self.stage(values(self.layers), x, where)
+        return pipeline(
+            self.stage,
+            values(self.layers),
+            x,
+            where,
+            micro_batches=x.shape[0],
+            groups=self.layer_groups,
+        )
+
+    def stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
+        """Some layers.
+
+        Args:
+            layers: the parameters of ``self.layers``, or a part of them along the layer axis.
+            x: [B, S, D].
+            where: positions and segment ids [B, S].
+        """
+
+        def layer(block: Block, carry: jax.Array, context: Any) -> jax.Array:
+            return block(carry, *context, None)[0]
+
+        context = (*where, self.rotary(where[0]))
+        return scan_blocks(self.layers, layers, layer, x, context, remat=self.config.remat), Aux()
+
+    def rotary(self, positions: jax.Array) -> Rotary | None:
+        """The angles of positions, where the model turns queries and keys."""
+        if self.config.positions.kind != "rope":
+            return None
+        return rotary(positions, self.config.attention.head_dim, self.config.positions.theta)
+
+    def cached(
+        self, tokens: jax.Array, positions: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """For inference: hidden states of tokens that come after those in the cache.
+
+        Args:
+            tokens, positions: int [B, S].
+            cache: stacked by layer, [L, B, T, K, H]; see inference/cache.py.
+
+        Returns:
+            [B, S, D], and the cache with these tokens in it.
+        """
+        turns = self.rotary(positions)
+
+        def layer(block: Block, x: jax.Array, cache: KVCache):
+            return block(x, positions, None, turns, cache)
+
+        x, cache = scan_cached(self.layers, layer, self.embed(tokens, positions), cache)
         return self.final_norm(x), cache
 
     def unembedding(self) -> Weight:

@@ -1,0 +1,16 @@
+"""What layers add to a model's result beside hidden states."""
+
+from dataclasses import dataclass, field
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Aux:
+    """Sums over layers and tokens."""
+
+    loss: jax.Array | float = 0.0
+    """To be added to the objective's own loss, as it is."""
+    sums: dict[str, jax.Array] = field(default_factory=dict)
+    """To be logged; divided by tokens in the end."""

@@ -1,0 +1,22 @@
+"""How work is cut where axis rules alone do not say."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from maxlm.config import Config
+
+Schedule = Literal["gpipe", "circular", "1f1b"]
+
+
+class ParallelConfig(Config):
+    """Methods of the axes `stage` and `context`; without effect where these have one device."""
+
+    schedule: Schedule = "1f1b"
+    """Order in which pipeline stages take micro-batches (train.micro_batches, a multiple of the
+    stages). gpipe: all forward, then all backward; keeps every micro-batch's stage inputs.
+    circular: as gpipe, but each stage holds `layer_groups` groups of layers and micro-batches go
+    round that often: the bubble shrinks as often. 1f1b: backward as soon as possible; keeps the
+    inputs of at most 2·stages − 1 micro-batches."""
+    layer_groups: int = Field(default=1, ge=1)
+    """circular: groups of layers a stage."""

@@ -1,0 +1,182 @@
+"""The parity matrix: layouts × models, each a few training steps that must equal one device's."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from maxlm.models.architectures import DecoderConfig
+from maxlm.models.params import named
+from maxlm.programs.setup import Setup, set_up
+from maxlm.run import RunConfig
+from maxlm.sharding import on_mesh
+from maxlm.train.batch import batch_sharding, put_batch
+from maxlm.train.state import TrainState
+from tests.models.building import QUICK
+
+STEPS, MICRO, ROWS, SEQ = 3, 4, 8, 24
+RATE = 1e-2
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mha": {
+        "vocab_size": 72,
+        "num_layers": 4,
+        "d_model": 24,
+        "max_seq_len": SEQ,
+        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6, "bias": True},
+        "mlp": {"d_ff": 40, "gated": False, "activation": "gelu_tanh", "bias": True},
+        "norm": {"kind": "layernorm", "bias": True},
+        "positions": {"kind": "learned"},
+        "tie_embeddings": True,
+    },
+    "gqa_window": {
+        "vocab_size": 88,
+        "num_layers": 4,
+        "d_model": 32,
+        "max_seq_len": SEQ,
+        "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6},
+        "mlp": {"d_ff": 48},
+        "remat": "none",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layout: a mesh and settings over the defaults."""
+
+    mesh: dict[str, int]
+    settings: dict[str, Any]
+
+
+WHOLE = {"storage": {"embed": None}}
+SEQUENCE_PARALLEL = {"compute": {"residual": ["context", "tensor"]}}
+
+
+def _cell(settings: dict[str, Any] | None = None, **mesh: int) -> Cell:
+    return Cell({"fsdp": 1, **mesh}, settings or {})
+
+
+def _pipe(schedule: str, groups: int = 1, **more: Any) -> dict[str, Any]:
+    return {"parallel": {"schedule": schedule, "layer_groups": groups}, **more}
+
+
+CELLS: dict[str, Cell] = {
+    "dp": _cell({"sharding": WHOLE}, data=8),
+    "hsdp": _cell(data=2, fsdp=4),
+    "fsdp": _cell(fsdp=8),
+    "tp": _cell(tensor=4),
+    "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=4),
+    "pp gpipe": _cell(_pipe("gpipe"), stage=4),
+    "pp circular": _cell(_pipe("circular", 2), stage=2),
+    "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
+    "fsdp × tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, data=2, fsdp=2, tensor=2),
+    "fsdp × tp × pp 1f1b": _cell(
+        _pipe("1f1b", sharding=SEQUENCE_PARALLEL), stage=2, fsdp=2, tensor=2
+    ),
+    "fsdp × tp × pp circular": _cell(
+        _pipe("circular", 2, sharding=SEQUENCE_PARALLEL), stage=2, fsdp=2, tensor=2
+    ),
+}
+
+
+def config_of(model: str, cell: Cell) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": MODELS[model],
+            "data": {"seq_len": SEQ, "batch_size": ROWS * MICRO},
+            "mesh": cell.mesh,
+            "train": {"steps": STEPS, "micro_batches": MICRO},
+            "schedule": {"kind": "constant", "warmup_steps": 0, "learning_rate": RATE},
+            "optimizer": {
+                "eps": 1e-2
+            },  # smaller: where gradients are small, updates are rounding alone
+            "compute_dtype": "float32",
+            **cell.settings,
+            "sharding": {"max_unsharded": 1.0, **cell.settings.get("sharding", {})},
+        }
+    )
+
+
+@cache
+def batches(vocab_size: int, packed: bool) -> list[dict[str, np.ndarray]]:
+    """Rows of one document each, or of several and padding."""
+    rng = np.random.default_rng(1)
+    shape = (ROWS * MICRO, SEQ)
+    made = []
+    for _ in range(STEPS):
+        tokens, targets = rng.integers(0, vocab_size, (2, *shape), dtype=np.int32)
+        starts = rng.random(shape) < (0.2 if packed else 0.0)
+        starts[:, 0] = True
+        segments = np.cumsum(starts, axis=1, dtype=np.int32)
+        begun = np.maximum.accumulate(np.where(starts, np.arange(SEQ), 0), axis=1)
+        positions = (np.arange(SEQ) - begun).astype(np.int32)
+        if packed:
+            ends = rng.integers(SEQ // 2, SEQ + 1, shape[0])
+            padding = np.arange(SEQ) >= ends[:, None]
+            segments, positions = (np.where(padding, 0, a) for a in (segments, positions))
+        weights = rng.random(shape, dtype=np.float32) * (segments > 0)
+        made.append(
+            {
+                "tokens": tokens,
+                "targets": targets,
+                "positions": positions,
+                "segment_ids": segments,
+                "weights": weights,
+            }
+        )
+    return made
+
+
+def devices_of(config: RunConfig) -> list[Any]:
+    count = int(np.prod(list(config.mesh.model_dump().values())))
+    return jax.devices()[:count]
+
+
+@cache
+def initial(model: str) -> TrainState:
+    """The checkpoint all layouts start from; compiled once a model."""
+    config = config_of("mha", _cell()).model_copy(
+        update={"model": DecoderConfig.model_validate_json(model)}
+    )
+    return jax.tree.map(np.asarray, set_up(config, devices_of(config)).init())
+
+
+def train(setup: Setup, packed: bool) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
+    """Metrics and every parameter, under its canonical name and shape, after each step."""
+    config = setup.config
+    shapes, places = setup.abstract_state, setup.shardings
+    state = jax.tree.map(
+        lambda value, shape, place: jax.device_put(value.reshape(shape.shape), place),
+        initial(json.dumps(config.model.model_dump(mode="json"))),
+        shapes,
+        places,
+    )
+    jitted: Any = setup.step_function().__wrapped__
+    sharding = batch_sharding(setup.compute, setup.mesh)
+    results = []
+    for batch in batches(config.model.vocab_size, packed):
+        put = put_batch(batch, range(ROWS * MICRO), sharding, (MICRO, ROWS))
+        if not results:  # XLA compiles a model twice as fast when it does not optimise
+            step = on_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
+        state, metrics = step(state, put)
+        params = {
+            name: np.asarray(value).reshape(-1, *value.shape[2:])
+            if spec.lead == 2
+            else np.asarray(value)
+            for (name, value), spec in zip(
+                named(state.params).items(), named(setup.specs).values(), strict=True
+            )
+        }
+        results.append(({k: float(v) for k, v in metrics.items()}, params))
+    return results
+
+
+@cache
+def one_device(model: str, packed: bool):
+    """What one device makes of it."""
+    config = config_of(model, _cell())
+    return train(set_up(config, devices_of(config)), packed)
