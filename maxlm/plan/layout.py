@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from maxlm.models.params import ParamSpec, named
 from maxlm.plan.flops import training_flops
+from maxlm.plan.notes import notes
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig
 from maxlm.sharding import Placement, abstract_mesh
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
+from maxlm.train.state import param_shardings
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Layout:
     parameter_bytes: int
     """Per device, like the two below: fp32 master parameters, ..."""
     gradient_bytes: int
-    """... their gradients, in the same layout, ..."""
+    """... their gradients, ..."""
     optimizer_bytes: int
     """... the optimizer's state, ..."""
     average_bytes: int
@@ -58,13 +59,20 @@ class Layout:
     flops_per_token: float
     """Training, causal attention counted at half; see plan/flops.py."""
     flops_per_token_full_attention: float
+    notes: tuple[str, ...]
+    """How the run is parallel, in words."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
+def lay_out(
+    config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
+) -> Layout:
     """Place every array of a run on a mesh of given sizes.
+
+    Args:
+        links: what each mesh axis runs over (``maxlm.sharding.links``), where devices are at hand.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
@@ -77,10 +85,8 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
     schedule = make_schedule(config.schedule, config.train.steps)
     optimizer = make_optimizer(config.optimizer, schedule, tree)
     mesh = abstract_mesh(sizes)
-    shardings = jax.tree_util.tree_map_with_path(
-        lambda path, _: NamedSharding(mesh, placed.placements[_name(path)].spec), tree
-    )
-    state = jax.tree.leaves(abstract_opt_state(optimizer, tree, shardings))
+    state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
+    gradients = param_shardings(tree, placed.gradients, mesh)
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     flops = training_flops(tree, config.model, config.data.seq_len)
     tokens = config.data.batch_size * config.data.seq_len
@@ -91,18 +97,18 @@ def lay_out(config: RunConfig, sizes: Mapping[str, int]) -> Layout:
         parameters=sum(spec.size for spec in specs.values()),
         rows=rows,
         parameter_bytes=parameter_bytes,
-        gradient_bytes=parameter_bytes,
-        optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in state),
+        gradient_bytes=sum(
+            prod(gradient.shard_shape(spec.shape)) * jnp.dtype(spec.dtype).itemsize
+            for spec, gradient in zip(specs.values(), named(gradients).values(), strict=True)
+        ),
+        optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
         tokens_total=tokens * config.train.steps,
         flops_per_token=flops.causal,
         flops_per_token_full_attention=flops.full,
+        notes=notes(config, placed, sizes, links),
     )
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(key.key for key in path)
 
 
 def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> ParamRow:

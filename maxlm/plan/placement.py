@@ -23,8 +23,10 @@ class PlacedModel:
 
     model: Model
     storage: AxisRules
+    gradients: AxisRules
+    optimizer: AxisRules
     compute: AxisRules
-    """Both without mesh axes of size 1."""
+    """All without mesh axes of size 1."""
     specs: Params
     placements: dict[str, Placement]
     """Every parameter's place in storage, by its canonical name."""
@@ -46,7 +48,9 @@ def place_model(
     """
     check_used(sizes)
     sharding = config.sharding
-    storage, compute = sharding.storage.on(sizes), sharding.compute.on(sizes)
+    gradients = sharding.gradients or sharding.storage
+    rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)
+    storage, gradients, optimizer, compute = (own.on(sizes) for own in rules)
     if for_training:
         check_batch(config, sizes)
         check_stages(config, sizes)
@@ -58,8 +62,11 @@ def place_model(
     specs = param_specs(model)
     flat = named(specs)
     for name, spec in flat.items():
-        place(name, spec.shape, spec.axes, compute, sizes)
+        for own in (gradients, optimizer, compute):
+            place(name, spec.shape, spec.axes, own, sizes)
     placements = {n: place(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
     parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
-    check_unsharded(parts, sizes, config.sharding.max_unsharded)
-    return PlacedModel(model, storage, compute, specs, placements)
+    # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
+    if storage == optimizer:
+        check_unsharded(parts, sizes, config.sharding.max_unsharded)
+    return PlacedModel(model, storage, gradients, optimizer, compute, specs, placements)

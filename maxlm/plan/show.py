@@ -40,6 +40,7 @@ def tables(layout: Layout) -> Group:
         f" ({layout.tokens_total / layout.parameters:.3g} a parameter)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
+        *(f"\n{note}" for note in layout.notes),
     )
     return Group(facts, _parameters(layout), _totals(layout))
 

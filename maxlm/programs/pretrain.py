@@ -18,6 +18,7 @@ from maxlm.programs.prepare import Corpus, planned_vocab, prepare
 from maxlm.programs.record import recorder
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
 from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
+from maxlm.sharding import links
 from maxlm.train.checkpoint import Checkpointer, check_same
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Hooks, train
@@ -77,7 +78,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             )
         if lead:
             _write(folder / "config.yaml", to_yaml(config))
-            plan = lay_out(config, dict(setup.mesh.shape)).to_json()
+            plan = lay_out(config, dict(setup.mesh.shape), links(setup.mesh)).to_json()
             _write(folder / "plan.json", f"{json.dumps(plan, indent=2)}\n")
         keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
         log = stack.enter_context(MetricsLog(folder, start, write=lead))

@@ -17,7 +17,7 @@ from maxlm.objectives import OBJECTIVES
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
-from maxlm.train.optimizer import make_optimizer
+from maxlm.train.optimizer import make_optimizer, updated_in
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
 from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
@@ -42,6 +42,8 @@ class Setup:
     config: RunConfig
     mesh: Mesh
     storage: AxisRules
+    gradients: AxisRules
+    optimizer_rules: AxisRules
     compute: AxisRules
     model: Model
     specs: Params
@@ -51,7 +53,14 @@ class Setup:
 
     @cached_property
     def shardings(self) -> TrainState:
-        return state_shardings(self.specs, self.optimizer, self.storage, self.mesh, ema=self._ema)
+        return state_shardings(
+            self.specs,
+            self.optimizer,
+            self.storage,
+            self.mesh,
+            ema=self._ema,
+            optimizer_rules=self.optimizer_rules,
+        )
 
     @cached_property
     def abstract_state(self) -> TrainState:
@@ -111,15 +120,18 @@ def set_up(
     dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     placed = place_model(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, schedule, placed.specs)
     objective = config.objective
     return Setup(
         config=config,
         mesh=mesh,
         storage=placed.storage,
+        gradients=placed.gradients,
+        optimizer_rules=placed.optimizer,
         compute=placed.compute,
         model=placed.model,
         specs=placed.specs,
         schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, schedule, placed.specs),
+        optimizer=updated_in(optimizer, placed.specs, placed.optimizer, placed.storage),
         loss=partial(OBJECTIVES[objective.kind], objective),
     )

@@ -1,6 +1,7 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
 from maxlm.sharding.create import jit_in_place, on_mesh
+from maxlm.sharding.links import links
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
@@ -26,6 +27,7 @@ __all__ = [
     "check_unsharded",
     "check_used",
     "jit_in_place",
+    "links",
     "make_mesh",
     "mesh_sizes",
     "on_mesh",

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maxlm.config import Config, MaxlmError
+from maxlm.sharding.links import arrange
 
 # Outermost (slowest links) first: `tensor` neighbours sit next to each other.
 MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]
@@ -117,15 +118,11 @@ def smallest(config: MeshConfig) -> int:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """An explicit mesh over ``devices`` (default: all), laid out along the hardware's links."""
+    """An explicit mesh over ``devices`` (default: all), laid out along the hardware's links; see
+    ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Explicit,) * len(sizes),
-        devices=devices,
-    )
+    return Mesh(arrange(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

@@ -1,9 +1,20 @@
 """Axis rules: which mesh axes each logical axis is split over.
 
-A run has two sets. *Storage* rules say how parameters and optimizer state rest between steps;
-*compute* rules say how parameters and activations lie while they are used. Their difference is
-the parallelism: storage ``embed: fsdp`` with compute ``embed: null`` is ZeRO-3, both ``null`` is
-plain data parallelism, ``heads: tensor`` in both is tensor parallelism.
+*Storage* rules say how parameters rest between steps, and two further sets, where they differ, how
+gradients and the optimizer's state do; *compute* rules say how parameters and activations lie while
+they are used. Their difference is the parallelism, here by what ``embed`` is split over:
+
+==========================  =========  =========  =========  =======
+kind                        storage    gradients  optimizer  compute
+==========================  =========  =========  =========  =======
+data parallel               null       null       null       null
+ZeRO-1                      null       null       fsdp       null
+ZeRO-2                      null       fsdp       fsdp       null
+ZeRO-3, FSDP (the default)  fsdp       fsdp       fsdp       null
+==========================  =========  =========  =========  =======
+
+(Rajbhandari et al. 2020, §5.) With replicas over `data` as well, ZeRO-3 is HSDP. ``heads: tensor``
+in storage and compute is tensor parallelism.
 """
 
 from collections.abc import Mapping
@@ -64,7 +75,7 @@ LOGICAL_AXES = tuple(AxisRules.model_fields)
 
 
 class StorageRules(AxisRules):
-    """Where parameters and optimizer state rest: by default ZeRO-3 over `fsdp`."""
+    """Where parameters and what belongs to them rest: by default ZeRO-3 over `fsdp`."""
 
     embed: MeshAxes = ("fsdp",)
     heads: MeshAxes = ("tensor",)
@@ -93,7 +104,11 @@ class ShardingConfig(Config):
     """How arrays lie on the mesh."""
 
     storage: StorageRules = StorageRules()
-    """Where parameters and optimizer state rest between steps."""
+    """Where parameters rest between steps."""
+    gradients: StorageRules | None = None
+    """Where gradients lie between micro-batches; null: as parameters in storage."""
+    optimizer: StorageRules | None = None
+    """Where the optimizer's state rests; null: as gradients."""
     compute: ComputeRules = ComputeRules()
     """How parameters and activations lie while a step uses them."""
     max_unsharded: float = Field(default=0.1, ge=0, le=1)

@@ -36,16 +36,24 @@ class Checkpointer:
     Args:
         folder: made if missing. What an interrupted save left behind in it is removed.
         read_only: change nothing, so that a run that is still writing can be read.
+        grouped: of parameters that a circular pipeline holds as [groups, layers / groups, ...],
+            by canonical name, these two sizes; on disk they are [layers, ...].
 
     Raises:
         MaxlmError: the folder cannot be made; or, ``read_only``, does not exist.
     """
 
     def __init__(
-        self, folder: str | Path, config: CheckpointConfig | None = None, *, read_only: bool = False
+        self,
+        folder: str | Path,
+        config: CheckpointConfig | None = None,
+        *,
+        read_only: bool = False,
+        grouped: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
+        self._grouped = grouped or {}
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each file it touches.
         if read_only and not self.folder.is_dir():
             fix = "name a run that has saved one"
@@ -98,7 +106,7 @@ class Checkpointer:
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(named_leaves(state)),
+                    state=ocp.args.PyTreeSave(ungrouped(named_leaves(state), self._grouped)),
                     metadata=ocp.args.JsonSave(metadata),
                 ),
                 force=True,
@@ -182,7 +190,8 @@ class Checkpointer:
 
     def _restore(self, step: int | None, abstract: PyTree, prefix: str, complete: bool) -> PyTree:
         step = self._existing(step)
-        wanted = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
+        held = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
+        wanted = {name: _ungrouped_place(leaf, self._group(name, leaf)) for name, leaf in held.items()}
         with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
             stored = self._manager.item_metadata(step)["state"].tree
         shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
@@ -198,6 +207,7 @@ class Checkpointer:
                     )
                 ),
             )["state"]
+        restored = regrouped(restored, held)
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[n] for n in wanted])
 
     @contextmanager
@@ -212,6 +222,11 @@ class Checkpointer:
             raise MaxlmError(
                 f"{what} ({lines[0][:200]})", where=str(self.folder), fix=fix
             ) from error
+
+
+def group_sizes(specs: PyTree) -> dict[str, tuple[int, ...]]:
+    """The ``grouped`` argument of :class:`Checkpointer`, from declarations (``ParamSpec``)."""
+    return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

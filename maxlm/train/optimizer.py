@@ -10,12 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.params import Params, ParamSpec
+from maxlm.sharding import AxisRules
 from maxlm.train.adafactor import matrix_dims, scale_by_factored_rms
 
 
@@ -70,6 +71,28 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, decayed),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def updated_in(
+    inner: optax.GradientTransformation, specs: Params, rules: AxisRules, storage: AxisRules
+) -> optax.GradientTransformation:
+    """An optimizer whose state, and so its work, lies by ``rules``; updates come out in storage.
+
+    Where the two differ (ZeRO-1 and 2), each device updates its share of every parameter, and the
+    updates are gathered.
+    """
+    if rules == storage:
+        return inner
+
+    def moved(tree: Params, rules: AxisRules) -> Params:
+        return jax.tree.map(lambda s, x: reshard(x, rules.spec(*s.axes)), specs, tree)
+
+    def update(updates, state, params=None):
+        params = None if params is None else moved(params, rules)
+        updates, state = inner.update(moved(updates, rules), state, params)
+        return moved(updates, storage), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransformation:

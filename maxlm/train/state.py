@@ -60,13 +60,13 @@ def state_shardings(
     mesh: Mesh,
     *,
     ema: bool,
+    optimizer_rules: AxisRules | None = None,
 ) -> TrainState:
     """The sharding of every array of a state, as a TrainState of shardings.
 
-    Optimizer moments lie where their parameter does.
-
     Args:
         rules: storage rules on this mesh.
+        optimizer_rules: by which moments lie; default: where their parameter does.
 
     Raises:
         MaxlmError: as :func:`param_shardings`.
@@ -75,6 +75,8 @@ def state_shardings(
     return TrainState(
         step=NamedSharding(mesh, rules.spec()),
         params=params,
-        opt_state=opt_state_shardings(optimizer, specs, params),
+        opt_state=opt_state_shardings(
+            optimizer, specs, param_shardings(specs, optimizer_rules or rules, mesh)
+        ),
         ema=params if ema else None,
     )

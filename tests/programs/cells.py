@@ -52,6 +52,7 @@ class Cell:
     settings: dict[str, Any]
 
 
+ZERO1 = {"storage": {"embed": None}, "gradients": {"embed": None}, "optimizer": {}}
 WHOLE = {"storage": {"embed": None}}
 SEQUENCE_PARALLEL = {"compute": {"residual": ["context", "tensor"]}}
 
@@ -67,6 +68,7 @@ def _pipe(schedule: str, groups: int = 1, **more: Any) -> dict[str, Any]:
 CELLS: dict[str, Cell] = {
     "dp": _cell({"sharding": WHOLE}, data=8),
     "hsdp": _cell(data=2, fsdp=4),
+    "zero1": _cell({"sharding": ZERO1}, fsdp=8),
     "fsdp": _cell(fsdp=8),
     "tp": _cell(tensor=4),
     "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=4),

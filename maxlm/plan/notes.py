@@ -1,0 +1,99 @@
+"""What a reader of a plan should know beside its table, one line each."""
+
+from collections.abc import Mapping
+
+from maxlm.parallel.pipeline import bubble
+from maxlm.plan.placement import PlacedModel
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+
+
+def notes(
+    config: RunConfig,
+    placed: PlacedModel,
+    sizes: Mapping[str, int],
+    links: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """How a run is parallel, in words.
+
+    Args:
+        links: what each mesh axis runs over, where devices are at hand.
+    """
+    return tuple(
+        line
+        for line in (
+            _mesh(sizes, links),
+            _zero(placed, sizes),
+            _sequence(placed, sizes),
+            _kv_heads(config, placed, sizes),
+            _pipeline(config, sizes),
+        )
+        if line
+    )
+
+
+def _ways(axes: tuple[str, ...], sizes: Mapping[str, int]) -> str:
+    return " · ".join(f"{axis}={sizes[axis]}" for axis in axes)
+
+
+def _mesh(sizes: Mapping[str, int], links: Mapping[str, str] | None) -> str | None:
+    used = [axis for axis in MESH_AXES if sizes[axis] > 1]
+    if not used:
+        return None
+    where = {axis: f" ({links[axis]})" if links else "" for axis in used}
+    line = " → ".join(f"{axis}={sizes[axis]}{where[axis]}" for axis in used)
+    return f"devices, from the slowest links to the fastest: {line}"
+
+
+def _zero(placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
+    """Where parameters, gradients and optimizer state are split though the maths wants them whole."""
+    whole = set(placed.compute.embed)
+    parts = {
+        "parameters": placed.storage,
+        "gradients": placed.gradients,
+        "optimizer state": placed.optimizer,
+    }
+    split = {
+        name: tuple(axis for axis in rules.embed if axis not in whole)
+        for name, rules in parts.items()
+    }
+    kept = [f"{name} over {_ways(axes, sizes)}" for name, axes in split.items() if axes]
+    if not kept:
+        return None
+    kind = {3: "ZeRO-3", 2: "ZeRO-2", 1: "ZeRO-1"}[len(kept)]
+    replicas = f", {sizes['data']} replicas over data" if sizes["data"] > 1 else ""
+    return f"{kind}: {', '.join(kept)}{replicas}"
+
+
+def _sequence(placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
+    more = placed.compute.residual[len(placed.compute.seq) :]
+    if not more:
+        return None
+    return f"sequence parallel: residual stream and norms split over {_ways(more, sizes)} as well"
+
+
+def _kv_heads(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
+    rules = placed.compute
+    if not rules.heads or rules.kv_heads == rules.heads:
+        return None
+    attention = config.model.attention
+    return (
+        f"{attention.num_kv_heads} kv heads are whole on every device of "
+        f"{_ways(rules.heads, sizes)}, each of which computes them all and reads those of its own "
+        "query heads"
+    )
+
+
+def _pipeline(config: RunConfig, sizes: Mapping[str, int]) -> str | None:
+    stages, micro = sizes["stage"], config.train.micro_batches
+    if stages == 1:
+        return None
+    own = config.parallel
+    groups = own.layer_groups if own.schedule == "circular" else 1
+    layers = config.model.num_layers // (stages * groups)
+    held = f"{groups} groups of {layers} layers" if groups > 1 else f"{layers} layers"
+    share = bubble(own.schedule, stages, micro, groups)
+    return (
+        f"pipeline: {own.schedule}, {stages} stages of {held}, {micro} micro-batches, "
+        f"{share:.1%} of the time idle"
+    )

@@ -1,0 +1,90 @@
+"""Which device stands where in a mesh, so that the busiest axes have the fastest links."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh
+
+from maxlm.config import MaxlmError
+
+# Axes that may lie over the network between TPU slices, the most willing first: `data` crosses it
+# once a step, `stage` with one activation a micro-batch.
+BETWEEN_SLICES = ("data", "stage")
+
+
+def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the shape of a mesh, ``sizes`` outermost first.
+
+    A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else
+    `stage`; GPUs host by host, so that `tensor`, innermost, stays within one.
+
+    Raises:
+        MaxlmError: slices that neither `data` nor `stage` divides over; `tensor` across GPU hosts.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "gpu":
+        return _by_host(sizes, devices)
+    # These have two dimensions only, which logical axes must be free to share.
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e", "TPU v6 lite")
+    options: dict[str, Any] = {"allow_split_physical_axes": split}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **options)
+    outer = _between_slices(sizes, slices)
+    inner = {axis: n // outer[axis] for axis, n in sizes.items()}
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner.values()), tuple(outer.values()), devices, **options
+    )
+
+
+def _between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How many ways each axis is cut by the boundaries of slices."""
+    outer = dict.fromkeys(sizes, 1)
+    for axis in BETWEEN_SLICES:
+        if sizes[axis] % slices == 0:
+            return outer | {axis: slices}
+    raise MaxlmError(
+        f"{slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
+        "divides over them",
+        where="mesh",
+        fix=f"set mesh.data to a multiple of {slices}: only it or stage may cross slices",
+    )
+
+
+def _by_host(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered, object).reshape(tuple(sizes.values()))
+    for row in grid.reshape(-1, sizes["tensor"]):
+        hosts = {device.process_index for device in row}
+        if len(hosts) > 1:
+            most = len(ordered) // len({device.process_index for device in ordered})
+            raise MaxlmError(
+                f"tensor={sizes['tensor']} would lie across hosts of {most} GPUs",
+                where="mesh.tensor",
+                fix=f"use a divisor of {most}",
+            )
+    return grid
+
+
+def links(mesh: Mesh) -> dict[str, str]:
+    """What each mesh axis of more than one device runs over, in words."""
+    return {
+        axis: _link(np.moveaxis(mesh.devices, dim, -1).reshape(-1, mesh.devices.shape[dim]))
+        for dim, axis in enumerate(mesh.axis_names)
+        if mesh.devices.shape[dim] > 1
+    }
+
+
+def _link(rows: np.ndarray) -> str:
+    """Of groups of devices, one a row: the slowest link within any of them."""
+
+    def differ(attribute: str) -> bool:
+        return any(len({getattr(d, attribute, 0) for d in row}) > 1 for row in rows)
+
+    platform = rows[0, 0].platform
+    if platform == "tpu":
+        return "network between slices" if differ("slice_index") else "torus of a slice"
+    if platform == "gpu":
+        return "network between hosts" if differ("process_index") else "links within a host"
+    return "network between processes" if differ("process_index") else "one process"
