@@ -46,7 +46,7 @@ def _mesh(sizes: Mapping[str, int], links: Mapping[str, str] | None) -> str | No
 
 
 def _zero(placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
-    """Where parameters, gradients and optimizer state are split though the maths wants them whole."""
+    """Where parameters, gradients and optimizer state are split that the maths wants whole."""
     whole = set(placed.compute.embed)
     parts = {
         "parameters": placed.storage,

@@ -19,7 +19,7 @@ from maxlm.programs.record import recorder
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
 from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
 from maxlm.sharding import links
-from maxlm.train.checkpoint import Checkpointer, check_same
+from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Hooks, train
 from maxlm.train.metrics import MetricsLog, read_records
@@ -59,7 +59,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     use_compilation_cache(config)
     vocab_fits(config, planned_vocab(config))
     with ExitStack() as stack:
-        origin = _origin(config, folder, resume, stack)
+        origin = _origin(setup, folder, resume, stack)
         stack.enter_context(_writable(folder))
         with _described(config, folder, lead):
             corpus = _prepare_together(config, folder)
@@ -80,7 +80,11 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             _write(folder / "config.yaml", to_yaml(config))
             plan = lay_out(config, dict(setup.mesh.shape), links(setup.mesh)).to_json()
             _write(folder / "plan.json", f"{json.dumps(plan, indent=2)}\n")
-        keeper = stack.enter_context(Checkpointer(folder / "checkpoints", config.checkpoint))
+        keeper = stack.enter_context(
+            Checkpointer(
+                folder / "checkpoints", config.checkpoint, grouped=group_sizes(setup.specs)
+            )
+        )
         log = stack.enter_context(MetricsLog(folder, start, write=lead))
         log.event("resume" if start else "start", start, devices=jax.device_count())
         eval_step = setup.evaluation_function()
@@ -186,18 +190,22 @@ def _prepare_together(config: RunConfig, folder: Path) -> Corpus:
 
 
 def _origin(
-    config: RunConfig, folder: Path, resume: str | Path | None, stack: ExitStack
+    setup: Setup, folder: Path, resume: str | Path | None, stack: ExitStack
 ) -> Checkpointer | None:
     """The checkpoints to go on from: this run's own, else those of the one to resume, else none.
 
     Raises:
         MaxlmError: they, or the text prepared here, are of another config; none to resume from.
     """
-    now = _lasting(config.model_dump(mode="json"))
+    now = _lasting(setup.config.model_dump(mode="json"))
     for home, required in ((folder, False), (resume, True)):
         if home is None or not (required or (Path(home) / "checkpoints").is_dir()):
             continue
-        keeper = stack.enter_context(Checkpointer(Path(home) / "checkpoints", read_only=True))
+        keeper = stack.enter_context(
+            Checkpointer(
+                Path(home) / "checkpoints", read_only=True, grouped=group_sizes(setup.specs)
+            )
+        )
         if required or keeper.latest() is not None:
             saved = _lasting(keeper.metadata()["config"])
             check_same(saved, now, IDENTITY, str(keeper.folder))

@@ -22,7 +22,7 @@ from maxlm.programs.prepare import planned_vocab
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
 from maxlm.run import RunConfig, vocab_fits
 from maxlm.sharding import mesh_sizes, smallest
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
@@ -125,7 +125,7 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
-    with Checkpointer(folder) as keeper:
+    with Checkpointer(folder, grouped=group_sizes(setup.specs)) as keeper:
         keeper.save(SAVED_AT, state, {}, force=True)
         state, rest = _run(setup, step, state, STEPS)
         losses = first + rest

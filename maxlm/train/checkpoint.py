@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from maxlm.config import MaxlmError, differences
 from maxlm.train.config import CheckpointConfig
+from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
 
 PyTree = Any
 
@@ -49,7 +50,7 @@ class Checkpointer:
         config: CheckpointConfig | None = None,
         *,
         read_only: bool = False,
-        grouped: Mapping[str, tuple[int, ...]] | None = None,
+        grouped: Groups | None = None,
     ):
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
@@ -106,7 +107,7 @@ class Checkpointer:
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(ungrouped(named_leaves(state), self._grouped)),
+                    state=ocp.args.PyTreeSave(self._ungrouped(named_leaves(state))),
                     metadata=ocp.args.JsonSave(metadata),
                 ),
                 force=True,
@@ -191,7 +192,8 @@ class Checkpointer:
     def _restore(self, step: int | None, abstract: PyTree, prefix: str, complete: bool) -> PyTree:
         step = self._existing(step)
         held = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
-        wanted = {name: _ungrouped_place(leaf, self._group(name, leaf)) for name, leaf in held.items()}
+        grouped = {name for name, leaf in held.items() if self._is_grouped(name, leaf)}
+        wanted = {name: on_disk(leaf) if name in grouped else leaf for name, leaf in held.items()}
         with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
             stored = self._manager.item_metadata(step)["state"].tree
         shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
@@ -207,8 +209,18 @@ class Checkpointer:
                     )
                 ),
             )["state"]
-        restored = regrouped(restored, held)
+        for name in grouped:
+            restored[name] = reshaped(restored[name], held[name])
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[n] for n in wanted])
+
+    def _is_grouped(self, name: str, leaf: Any) -> bool:
+        return is_grouped(name, leaf.shape, self._grouped)
+
+    def _ungrouped(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: reshaped(leaf, on_disk(_placed(leaf))) if self._is_grouped(name, leaf) else leaf
+            for name, leaf in leaves.items()
+        }
 
     @contextmanager
     def _explained(self, what: str, fix: str) -> Iterator[None]:
@@ -224,7 +236,7 @@ class Checkpointer:
             ) from error
 
 
-def group_sizes(specs: PyTree) -> dict[str, tuple[int, ...]]:
+def group_sizes(specs: PyTree) -> Groups:
     """The ``grouped`` argument of :class:`Checkpointer`, from declarations (``ParamSpec``)."""
     return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
 

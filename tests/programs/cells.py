@@ -1,19 +1,21 @@
 """The parity matrix: layouts × models, each a few training steps that must equal one device's."""
 
-import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from maxlm.models.architectures import DecoderConfig
 from maxlm.models.params import named
+from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
-from maxlm.sharding import on_mesh
+from maxlm.sharding import MeshConfig, on_mesh
 from maxlm.train.batch import batch_sharding, put_batch
+from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
 
@@ -65,6 +67,7 @@ def _pipe(schedule: str, groups: int = 1, **more: Any) -> dict[str, Any]:
     return {"parallel": {"schedule": schedule, "layer_groups": groups}, **more}
 
 
+ALONE = _cell()
 CELLS: dict[str, Cell] = {
     "dp": _cell({"sharding": WHOLE}, data=8),
     "hsdp": _cell(data=2, fsdp=4),
@@ -138,47 +141,37 @@ def devices_of(config: RunConfig) -> list[Any]:
     return jax.devices()[:count]
 
 
-@cache
-def initial(model: str) -> TrainState:
-    """The checkpoint all layouts start from; compiled once a model."""
-    config = config_of("mha", _cell()).model_copy(
-        update={"model": DecoderConfig.model_validate_json(model)}
-    )
-    return jax.tree.map(np.asarray, set_up(config, devices_of(config)).init())
+def start_from(folder: Path, setup: Setup) -> TrainState:
+    """The one checkpoint, written by one device, that all layouts of a model start from."""
+    if not folder.exists():
+        alone = setup.config.model_copy(update={"mesh": MeshConfig(fsdp=1), "parallel": ParallelConfig()})
+        fresh = set_up(alone, devices_of(alone))
+        with Checkpointer(folder) as keeper:
+            keeper.save(0, fresh.init(), {}, force=True)
+    with Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
+        return keeper.restore(0, setup.abstract_state)
 
 
-def train(setup: Setup, packed: bool) -> list[tuple[dict[str, float], dict[str, np.ndarray]]]:
-    """Metrics and every parameter, under its canonical name and shape, after each step."""
-    config = setup.config
-    shapes, places = setup.abstract_state, setup.shardings
-    state = jax.tree.map(
-        lambda value, shape, place: jax.device_put(value.reshape(shape.shape), place),
-        initial(json.dumps(config.model.model_dump(mode="json"))),
-        shapes,
-        places,
-    )
+def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str, float], Any]]:
+    """Metrics and state after each step."""
     jitted: Any = setup.step_function().__wrapped__
     sharding = batch_sharding(setup.compute, setup.mesh)
-    results = []
-    for batch in batches(config.model.vocab_size, packed):
+    results, step = [], None
+    for batch in batches(setup.config.model.vocab_size, packed):
         put = put_batch(batch, range(ROWS * MICRO), sharding, (MICRO, ROWS))
-        if not results:  # XLA compiles a model twice as fast when it does not optimise
+        if step is None:  # XLA compiles a model twice as fast when it does not optimise
             step = on_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
-        state, metrics = step(state, put)
-        params = {
-            name: np.asarray(value).reshape(-1, *value.shape[2:])
-            if spec.lead == 2
-            else np.asarray(value)
-            for (name, value), spec in zip(
-                named(state.params).items(), named(setup.specs).values(), strict=True
-            )
-        }
-        results.append(({k: float(v) for k, v in metrics.items()}, params))
+        state, metrics = step(jax.tree.map(jnp.copy, state), put)
+        results.append(({k: float(v) for k, v in metrics.items()}, state))
     return results
 
 
-@cache
-def one_device(model: str, packed: bool):
-    """What one device makes of it."""
-    config = config_of(model, _cell())
-    return train(set_up(config, devices_of(config)), packed)
+def canonical(setup: Setup, params: Any) -> dict[str, np.ndarray]:
+    """Every parameter under its canonical name, layers on one axis."""
+    groups = group_sizes(setup.specs)
+    return {
+        name: np.asarray(value).reshape(-1, *value.shape[2:])
+        if name in groups
+        else np.asarray(value)
+        for name, value in named(params).items()
+    }
