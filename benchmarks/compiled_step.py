@@ -138,14 +138,17 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     columns = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
     print(f"  {'':<26}{'maxlm':>9}  {columns}")
     for what, value in ours.items():
-        cells = ""
-        for peer, row in peers.items():
-            theirs = _theirs(row).get(what)
-            blank = theirs is None or not theirs
-            cells += f"{'' if theirs is None else f'{theirs:.2f}':>{max(len(peer), 8)}} "
-            cells += f"{'' if blank else f'{value / theirs:.2f}':>6}  "
+        cells = "".join(
+            f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(value / theirs if theirs else None):>6}  "
+            for peer, row in peers.items()
+            for theirs in [_theirs(row).get(what)]
+        )
         print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _theirs(row: Peer) -> dict[str, float | None]:

@@ -175,9 +175,7 @@ def compiled_cost(
         found[1] += count * event.flops
     products = [Matmul(*key, *found) for key, found in matmuls.items()]
     collectives = [
-        Collective(
-            **vars(event), count=count, wire_bytes=round(count * ring_bytes(**_ring(event)))
-        )
+        Collective(**vars(event), count=count, wire_bytes=round(count * ring_bytes(**_ring(event))))
         for event, count in _events(total, _Exchange)
     ]
     custom = [
@@ -293,7 +291,9 @@ class _Reader:
             if trips is None:
                 total.events[instruction.op_name or instruction.name] += 1
             for called in instruction.calls("body"):
-                total.add(self.cost(self.module.computations[called]), 1 if trips is None else trips)
+                total.add(
+                    self.cost(self.module.computations[called]), 1 if trips is None else trips
+                )
         elif opcode == "conditional":
             names = instruction.calls(
                 "branch_computations", "true_computation", "false_computation"

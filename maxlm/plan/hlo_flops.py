@@ -103,7 +103,14 @@ def _window(attributes: str, count: int) -> list[dict[str, int]]:
 
 @lru_cache(maxsize=4096)
 def _positions(
-    inputs: int, kernel: int, outputs: int, *, stride: int, lhs_dilate: int, rhs_dilate: int, low: int
+    inputs: int,
+    kernel: int,
+    outputs: int,
+    *,
+    stride: int,
+    lhs_dilate: int,
+    rhs_dilate: int,
+    low: int,
 ) -> int:
     """Pairs of output and kernel positions that meet an input element along one dimension."""
     starts, count = np.arange(outputs) * stride - low, 0

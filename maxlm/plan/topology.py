@@ -74,6 +74,8 @@ def _torus(text: str, count: int, cores: int, dimensions: int) -> tuple[int, ...
             f"no standard slice is {text}", fix=f"use {least}, or name the shape, as in v5p:4x4x6"
         )
     doublings = chips.bit_length() - 1
-    sides = [2 ** (doublings // dimensions + (d < doublings % dimensions)) for d in range(dimensions)]
+    sides = [
+        2 ** (doublings // dimensions + (d < doublings % dimensions)) for d in range(dimensions)
+    ]
     # A torus of three dimensions is named with its longest side first, one of two with its last.
     return tuple(sorted(sides, reverse=dimensions == 3))
