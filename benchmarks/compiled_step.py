@@ -135,14 +135,14 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
         **{f"  {kind}": cost.wire_bytes(kind=kind) / GB for kind in kinds},
     }
     peers = {"MaxText": case.peer, **case.others}
-    columns = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
-    print(f"  {'':<26}{'maxlm':>9}  {columns}")
+    header = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
+    print(f"  {'':<26}{'maxlm':>9}  {header}".rstrip())
     for what, value in ours.items():
-        cells = "".join(
-            f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(value / theirs if theirs else None):>6}  "
-            for peer, row in peers.items()
-            for theirs in [_theirs(row).get(what)]
-        )
+        cells = ""
+        for peer, row in peers.items():
+            theirs = _theirs(row).get(what)
+            ratio = value / theirs if theirs else None
+            cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
         print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
     _print_wire(cost)
 
@@ -169,9 +169,8 @@ def _print_wire(cost: Any) -> None:
     large = [c for c in cost.collectives if c.kind == "all-reduce" and c.payload_bytes > MB]
     print(f"  all-reduces over 1 MB: {len(large) or 'none'}")
     for c in large:
-        print(
-            f"    {c.count:>4} × {c.payload_bytes / MB:8.1f} MB over {c.axes}: {c.shape} {c.op_name}"
-        )
+        size = f"{c.payload_bytes / MB:8.1f} MB"
+        print(f"    {c.count:>4} × {size} over {c.axes}: {c.shape} {c.op_name}")
     for c in cost.custom_calls:
         flops = "" if c.flops is None else f", {c.flops / TERA:.1f} TFLOP by its own account"
         print(f"  not seen by the compiler: {c.count} × {c.target} {c.op_name}{flops}")

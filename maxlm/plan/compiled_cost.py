@@ -13,6 +13,7 @@ from maxlm.plan.hlo import Computation, Instruction, Module, parse
 from maxlm.plan.hlo_bytes import memory_traffic
 from maxlm.plan.hlo_flops import declared_flops, matmul_flops
 from maxlm.plan.hlo_groups import group_of
+from maxlm.plan.hlo_loops import trip_count
 
 COLLECTIVES = (
     "all-gather",
@@ -287,7 +288,7 @@ class _Reader:
         total.memory += memory_traffic(instruction, computation, self.module, self.on_chip)
         opcode = instruction.opcode
         if opcode == "while":
-            trips = self.module.trip_count(instruction, computation)
+            trips = trip_count(instruction, computation, self.module)
             if trips is None:
                 total.events[instruction.op_name or instruction.name] += 1
             for called in instruction.calls("body"):

@@ -1,4 +1,4 @@
-"""The text of a compiled program (scheduled HLO, ``compiled.as_text()``) as a graph of instructions.
+"""A compiled program's text (scheduled HLO, ``compiled.as_text()``) as a graph of instructions.
 
 Only what costs are read from: shapes, operands, called computations, loop trip counts and where
 an instruction comes from. The text differs a little between backends and versions; what is read
@@ -115,15 +115,6 @@ class Module:
         found = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
         return (found[1],) if found else ()
 
-    def trip_count(self, loop: Instruction, caller: Computation) -> int | None:
-        """How often a ``while`` runs its body: by the compiler's own word, else by its condition,
-        a counter from a constant, compared with another; None where neither tells."""
-        known = re.search(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)', loop.attributes)
-        if known:
-            return int(known[1])
-        condition = self.computations[loop.calls("condition")[0]]
-        return _counted(condition, loop, caller, self)
-
 
 def parse(text: str) -> Module:
     """Read a module (of several joined, the first).
@@ -216,57 +207,3 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
 def _table(text: str, title: str) -> str:
     found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
     return found[1] if found else ""
-
-
-def _counted(
-    condition: Computation, loop: Instruction, caller: Computation, module: Module
-) -> int | None:
-    """Trips of ``for (i = first; i < limit; ++i)``."""
-    root = condition.instructions[condition.root]
-    if root.opcode == "fusion":
-        # The comparison alone, wrapped: its parameters are the fusion's operands.
-        body = module.computations[root.calls("calls")[0]]
-        given = dict(zip((p.name for p in body.parameters), root.operands, strict=False))
-        root = body.instructions[body.root]
-        sides = [_through(body, name, given, condition) for name in root.operands]
-    else:
-        sides = [condition.instructions[name] for name in root.operands]
-    direction = root.attribute("direction")
-    if root.opcode != "compare" or direction not in ("LT", "GT", "LE", "GE", "NE"):
-        return None
-    values = [_value(side, loop, caller) for side in sides]
-    if direction in ("GT", "GE"):
-        values.reverse()
-    first, limit = values
-    if limit is None:
-        return None
-    return max(limit - (first or 0) + (direction in ("LE", "GE")), 0)
-
-
-def _through(
-    body: Computation, name: str, given: Mapping[str, str], outside: Computation
-) -> Instruction:
-    inner = body.instructions[name]
-    return outside.instructions[given[name]] if name in given else inner
-
-
-def _value(side: Instruction, loop: Instruction, caller: Computation) -> int | None:
-    """A constant, or what an element of the loop's tuple starts with."""
-    if side.opcode == "constant":
-        return _integer(side.literal)
-    if side.opcode != "get-tuple-element":
-        return None
-    start = caller.instructions[loop.operands[0]]
-    index = side.integers("index")[0]
-    while start.opcode in ("copy", "optimization-barrier", "bitcast"):
-        start = caller.instructions[start.operands[0]]
-    if start.opcode != "tuple":
-        return None
-    element = caller.instructions[start.operands[index]]
-    while element.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        element = caller.instructions[element.operands[0]]
-    return _integer(element.literal) if element.opcode == "constant" else None
-
-
-def _integer(literal: str) -> int | None:
-    return int(literal) if re.fullmatch(r"-?\d+", literal) else None

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from maxlm.plan.hlo import Computation, Instruction, Module, Shape
 
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
-    "optimization-barrier partition-id replica-id add-dependency async-start domain".split()
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
+    *("while", "conditional", "call", "async-start"),
+    *("after-all", "add-dependency", "optimization-barrier", "partition-id", "replica-id"),
 )
 _PART = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape")

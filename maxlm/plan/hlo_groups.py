@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -96,7 +97,7 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[i
     for name, size in sizes.items():
         own = [(b, n) for axis, b, n in wanted if axis == name]
         cuts = sorted({1, size, *(b for b, _ in own), *(b * n for b, n in own)})
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in pairwise(cuts):
             place[name, low] = len(dims)
             dims.append(high // low)
     last = []

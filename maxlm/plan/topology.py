@@ -9,7 +9,29 @@ from maxlm.config import MaxlmError
 
 # TensorCores a chip and dimensions of the torus; v4 and v5p are named after their cores.
 _TPUS = {"v4": (2, 3), "v5p": (2, 3), "v5e": (1, 2), "v6e": (1, 2)}
-GPUS = ("h100",)
+# What XLA's GPU compiler asks of a card, by the names it gives them, where no card is there to be
+# asked. CUDA's device properties of an H100 SXM5 80 GB; NVIDIA H100 architecture white paper.
+_H100 = {
+    "threads_per_warp": 32,
+    "threads_per_block_limit": 1024,
+    "threads_per_core_limit": 2048,
+    "registers_per_block_limit": 65_536,
+    "registers_per_core_limit": 65_536,
+    "shared_memory_per_block": 48 * 1024,
+    "shared_memory_per_block_optin": 227 * 1024,
+    "shared_memory_per_core": 228 * 1024,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65_535,
+    "block_dim_limit_z": 65_535,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "clock_rate_ghz": 1.98,
+    "l2_cache_size": 50 * 1024**2,
+    "memory_bandwidth": 3_352_320_000_000,
+    "device_memory_size": 84_942_979_072,
+}
+# (properties, compute capability, name)
+_GPUS = {"h100": (_H100, (9, 0), "NVIDIA H100 80GB HBM3")}
 _GPUS_PER_HOST = 8
 _FIX = "use v5p-64, v5e-256, v6e-64, 2xv5p-512, v5p:4x4x2, h100x64 or the like"
 
@@ -48,7 +70,7 @@ def parse_topology(text: str) -> Topology:
         raise MaxlmError(f"'{text}' is not the name of a machine", fix=_FIX)
     slices, kind, count = int(found[1] or 1), found[2], int(found[4] or 0)
     shape = tuple(int(n) for n in found[5].split("x")) if found[5] else ()
-    if kind in GPUS:
+    if kind in _GPUS:
         return Topology("gpu", kind, shape or _hosts(text, count), slices)
     if shape:
         return Topology("tpu", kind, shape, slices)
@@ -56,6 +78,23 @@ def parse_topology(text: str) -> Topology:
         raise MaxlmError(f"no machine is called '{text}'", fix=_FIX)
     cores, dimensions = _TPUS[kind]
     return Topology("tpu", kind, _torus(text, count, cores, dimensions), slices)
+
+
+def gpu_target(kind: str) -> str:
+    """A GPU described to XLA's compiler: a GpuTargetConfigProto as text."""
+    properties, (major, minor), name = _GPUS[kind]
+    lines = [f"  {key}: {value}" for key, value in properties.items()]
+    lines.append(f"  cuda_compute_capability {{ major: {major} minor: {minor} }}")
+    return "\n".join(
+        [
+            "gpu_device_info {",
+            *lines,
+            "}",
+            'platform_name: "CUDA"',
+            "dnn_version_info { major: 9 minor: 10 }",
+            f'device_description_str: "{name}"',
+        ]
+    )
 
 
 def _hosts(text: str, count: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
 from maxlm.plan.compiled_cost import CompiledCost, Memory, compiled_cost, compiled_memory
-from maxlm.plan.topology import Topology, parse_topology
+from maxlm.plan.topology import Topology, gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.train.batch import batch_sharding
@@ -122,7 +122,10 @@ def topology_devices(topology: Topology) -> list[Any]:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
             return get_topology_desc(topology.compiler_name, "tpu", **slices).devices
-        raise NotImplementedError(topology.platform)
+        target = gpu_target(topology.kind)
+        return get_topology_desc(
+            platform="cuda", topology=topology.compiler_name, target_config=target
+        ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise MaxlmError(
             f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})",
