@@ -1,0 +1,206 @@
+"""What the TPU compiler makes of our training step, beside a peer's; no accelerator is needed.
+
+    python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides key=value ...]
+
+Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, fp32 master, bf16
+compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
+(jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
+memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
+(maxlm/plan/compiled_cost.py). The peer's attention is in kernels whose products are not counted,
+so ours stands apart. One case takes a minute or three.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.topology import parse_topology
+from maxlm.run import RunConfig
+
+MB, GB, TERA = 1e6, 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A row of the peer's, in GB and TFLOP; None: not measured."""
+
+    arguments: float
+    temp: float
+    wire: float
+    parts: dict[str, float]
+    matmul: float | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    run: str
+    """A shipped recipe."""
+    topology: str
+    rows: int
+    """Sequences a device."""
+    seq_len: int
+    mesh: dict[str, int]
+    peer: Peer
+    settings: tuple[str, ...] = ("model.remat=full",)
+    others: dict[str, Peer] = field(default_factory=dict)
+    """The peer's other rows for the same case."""
+
+    def overrides(self) -> list[str]:
+        devices = parse_topology(self.topology).devices
+        return [
+            f"data.batch_size={self.rows * devices}",
+            f"data.seq_len={self.seq_len}",
+            *(f"mesh.{axis}={size}" for axis, size in self.mesh.items()),
+            *self.settings,
+        ]
+
+
+LLAMA2, LLAMA3 = "runs/llama2_7b", "runs/llama3_8b"
+CASES = {
+    "llama2-7b-fsdp32": Case(
+        LLAMA2,
+        "v5p-64",
+        *(4, 4096, {"fsdp": 32}),
+        Peer(2.53, 16.04, 40.3, {"all-gather": 10.0, "collective-permute": 30.0}, 814),
+        others={
+            "windowed einsums off": Peer(
+                2.53, 13.92, 51.3, {"all-gather": 25.4, "all-reduce": 25.6}, 814
+            )
+        },
+    ),
+    "llama2-7b-fsdp8-tensor4": Case(
+        LLAMA2,
+        "v5p-64",
+        *(4, 4096, {"fsdp": 8, "tensor": 4}),
+        Peer(
+            *(2.53, 17.27, 183.7),
+            {"all-gather": 71.0, "reduce-scatter": 40.0, "collective-permute": 72.5},
+            814,
+        ),
+    ),
+    "llama2-7b-v5e-fsdp256": Case(
+        LLAMA2,
+        "v5e-256",
+        *(4, 4096, {"fsdp": 256}),
+        Peer(0.32, 9.68, 103.0, {"all-gather": 76.3, "all-reduce": 26.4}, 814),
+    ),
+    "llama3-8b-fsdp32": Case(
+        LLAMA3,
+        "v5p-64",
+        *(2, 8192, {"fsdp": 32}),
+        Peer(3.01, 18.76, 44.9, {"all-gather": 10.9, "collective-permute": 33.7}, 905),
+    ),
+    "llama3-8b-fsdp8-tensor4": Case(
+        LLAMA3,
+        "v5p-64",
+        *(2, 8192, {"fsdp": 8, "tensor": 4}),
+        Peer(
+            *(3.01, 19.78, 184.9),
+            {"all-gather": 71.6, "reduce-scatter": 40.3, "collective-permute": 72.8},
+            905,
+        ),
+    ),
+}
+
+
+def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
+    """Compile one case and print it."""
+    from maxlm.programs.compile import compile_step
+
+    config = load(RunConfig, case.run, [*case.overrides(), *extra]).value
+    mesh = " × ".join(f"{axis} {size}" for axis, size in case.mesh.items())
+    print(f"\n{name}: {case.rows}×{case.seq_len} a device, {case.topology}, {mesh}", flush=True)
+    if extra:
+        print(f"  with {' '.join(extra)}")
+    step = compile_step(config, case.topology)
+    print(f"  traced in {step.trace_seconds:.1f} s, compiled in {step.compile_seconds:.1f} s")
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / f"{name}.hlo").write_text(step.text)
+    memory, cost = step.memory, step.cost
+    kinds = sorted({kind for kind, _ in cost.wire_by_kind_and_axes()} | set(case.peer.parts))
+    ours: dict[str, float] = {
+        "arguments, GB": memory.argument / GB,
+        "temp, GB": memory.temp / GB,
+        "arguments + temp, GB": (memory.argument + memory.temp) / GB,
+        "peak, GB": memory.peak / GB,
+        "matmul, TFLOP": cost.matmul_flops / TERA,
+        "attention matmul, TFLOP": cost.attention_flops / TERA,
+        "main memory traffic, GB": cost.memory_bytes / GB,
+        "wire, GB": cost.wire_bytes() / GB,
+        **{f"  {kind}": cost.wire_bytes(kind=kind) / GB for kind in kinds},
+    }
+    peers = {"MaxText": case.peer, **case.others}
+    header = "".join(f"{peer:>{max(len(peer), 8)}} {'ratio':>6}  " for peer in peers)
+    print(f"  {'':<26}{'maxlm':>9}  {header}".rstrip())
+    for what, value in ours.items():
+        cells = ""
+        for peer, row in peers.items():
+            theirs = _theirs(row).get(what)
+            ratio = value / theirs if theirs else None
+            cells += f"{_figure(theirs):>{max(len(peer), 8)}} {_figure(ratio):>6}  "
+        print(f"  {what:<26}{value:>9.2f}  {cells}".rstrip())
+    _print_wire(cost)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _theirs(row: Peer) -> dict[str, float | None]:
+    return {
+        "arguments, GB": row.arguments,
+        "temp, GB": row.temp,
+        "arguments + temp, GB": row.arguments + row.temp,
+        "matmul, TFLOP": row.matmul,
+        "wire, GB": row.wire,
+        **{f"  {kind}": value for kind, value in row.parts.items()},
+    }
+
+
+def _print_wire(cost: Any) -> None:
+    print("  on the wire, by kind and mesh axes, GB:")
+    for (kind, axes), size in cost.wire_by_kind_and_axes().items():
+        print(f"    {kind:<20}{axes:<14}{size / GB:>9.3f}")
+    large = [c for c in cost.collectives if c.kind == "all-reduce" and c.payload_bytes > MB]
+    print(f"  all-reduces over 1 MB: {len(large) or 'none'}")
+    for c in large:
+        size = f"{c.payload_bytes / MB:8.1f} MB"
+        print(f"    {c.count:>4} × {size} over {c.axes}: {c.shape} {c.op_name}")
+    for c in cost.custom_calls:
+        flops = "" if c.flops is None else f", {c.flops / TERA:.1f} TFLOP by its own account"
+        print(f"  not seen by the compiler: {c.count} × {c.target} {c.op_name}{flops}")
+    for loop in cost.unknown_loops:
+        print(f"  counted once, trips unknown: {loop}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write the compiled HLO there")
+    parser.add_argument(
+        "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="change the run"
+    )
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(CASES))
+        return
+    unknown = set(args.cases) - set(CASES)
+    if unknown:
+        parser.error(f"no case {', '.join(sorted(unknown))}; --list prints them")
+    # This process only compiles: whatever accelerator is here stays untouched.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        for name in args.cases or CASES:
+            measure(name, CASES[name], args.overrides, args.dump)
+    except MaxlmError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""What a compiled program costs each device, with every loop's trips counted.
+
+XLA's own ``cost_analysis()`` counts a loop's body once, so that a scanned model seems to have one
+layer.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from maxlm.plan.hlo import Computation, Instruction, Module, parse
+from maxlm.plan.hlo_bytes import memory_traffic
+from maxlm.plan.hlo_flops import declared_flops, matmul_flops
+from maxlm.plan.hlo_groups import group_of
+from maxlm.plan.hlo_loops import trip_count
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
+# Bookkeeping of the compiler, not kernels.
+_NO_KERNELS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
+_CALLS = {
+    "call": ("to_apply",),
+    "async-start": ("calls", "called_computation", "called_computations"),
+    "custom-call": ("called_computations",),
+}
+
+IsAttention = Callable[[str, tuple[str, ...]], bool]
+"""(op_name, source files) -> whether a matrix product is one of attention's own two."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """All runs of one collective in a step; bytes are a device's."""
+
+    kind: str
+    axes: str
+    """Mesh axes, joined by "+"."""
+    group_size: int
+    shape: str
+    """The largest array of it, as one device holds it."""
+    op_name: str
+    count: int
+    """Times it runs in a step."""
+    payload_bytes: int
+    """Of one run: the operands on one device."""
+    wire_bytes: int
+    """Of all runs: what a ring sends from each device."""
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """All runs of the matrix products that one operation became."""
+
+    op_name: str
+    attention: bool
+    count: int
+    flops: int
+    """Of all runs."""
+
+
+@dataclass(frozen=True)
+class CustomCall:
+    """All runs of a kernel whose inside the compiler does not see."""
+
+    target: str
+    op_name: str
+    count: int
+    flops: int | None
+    """Of all runs, as declared by its author; None: not declared."""
+
+
+@dataclass(frozen=True)
+class CompiledCost:
+    """A device's share of one run of the program."""
+
+    matmul_flops: int
+    """2·M·N·K of every matrix product but attention's, ..."""
+    attention_flops: int
+    """... and of attention's; those within custom kernels are in neither."""
+    memory_bytes: int
+    """Read from and written to main memory; see ``hlo_bytes``."""
+    matmuls: tuple[Matmul, ...]
+    collectives: tuple[Collective, ...]
+    custom_calls: tuple[CustomCall, ...]
+    """All three, largest first."""
+    unknown_loops: tuple[str, ...]
+    """Loops whose trips cannot be read; their bodies are counted once."""
+
+    def wire_bytes(self, *, kind: str | None = None, axes: str | None = None) -> int:
+        """Bytes that a device sends, of one kind, along given axes, or all."""
+        return sum(
+            c.wire_bytes
+            for c in self.collectives
+            if (kind is None or c.kind == kind) and (axes is None or c.axes == axes)
+        )
+
+    def wire_by_kind_and_axes(self) -> dict[tuple[str, str], int]:
+        """(kind, axes) → bytes that a device sends, largest first."""
+        total: Counter[tuple[str, str]] = Counter()
+        for c in self.collectives:
+            total[c.kind, c.axes] += c.wire_bytes
+        return dict(total.most_common())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A compiled program's main memory on each device, bytes."""
+
+    argument: int
+    output: int
+    alias: int
+    """Of the output, what takes an argument's place."""
+    temp: int
+
+    @property
+    def peak(self) -> int:
+        """Everything alive at once, as the compiler lays it out."""
+        return self.argument + self.temp + self.output - self.alias
+
+
+def compiled_memory(compiled: Any) -> Memory:
+    """From ``compiled.memory_analysis()``."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        argument=stats.argument_size_in_bytes,
+        output=stats.output_size_in_bytes,
+        alias=stats.alias_size_in_bytes,
+        temp=stats.temp_size_in_bytes,
+    )
+
+
+def attention_by_file(op_name: str, files: tuple[str, ...]) -> bool:
+    """Attention's products are those traced through a file of kernels or of programs on shards
+    that is about attention; a layer's projections are not."""
+    del op_name
+    parts = (path.replace("\\", "/").split("/")[-2:] for path in files)
+    return any(
+        folder in ("pallas_kernels", "parallel") and "attention" in name
+        for folder, name in (p for p in parts if len(p) == 2)
+    )
+
+
+def compiled_cost(
+    text: str,
+    sizes: Mapping[str, int],
+    *,
+    on_chip: Iterable[int] = (),
+    is_attention: IsAttention = attention_by_file,
+) -> CompiledCost:
+    """Read costs out of a compiled program's text.
+
+    Args:
+        text: ``compiled.as_text()``.
+        sizes: mesh axis → devices, outermost first, of the mesh that it was compiled for.
+        on_chip: memory spaces that are not main memory (1 on a TPU: its VMEM).
+        is_attention: which matrix products are attention's.
+
+    Raises:
+        ValueError: text that is not an HLO module's.
+    """
+    reader = _Reader(parse(text), sizes, frozenset(on_chip), is_attention)
+    total = reader.cost(reader.module.entry)
+    matmuls: dict[tuple[str, bool], list[int]] = defaultdict(lambda: [0, 0])
+    for event, count in _events(total, _Product):
+        found = matmuls[event.op_name, event.attention]
+        found[0] += count
+        found[1] += count * event.flops
+    products = [Matmul(*key, *found) for key, found in matmuls.items()]
+    collectives = [
+        Collective(**vars(event), count=count, wire_bytes=round(count * ring_bytes(**_ring(event))))
+        for event, count in _events(total, _Exchange)
+    ]
+    custom = [
+        CustomCall(e.target, e.op_name, count, None if e.flops is None else count * e.flops)
+        for e, count in _events(total, _Kernel)
+    ]
+    return CompiledCost(
+        matmul_flops=sum(m.flops for m in products if not m.attention),
+        attention_flops=sum(m.flops for m in products if m.attention),
+        memory_bytes=total.memory,
+        matmuls=tuple(sorted(products, key=lambda m: -m.flops)),
+        collectives=tuple(sorted(collectives, key=lambda c: -c.wire_bytes)),
+        custom_calls=tuple(sorted(custom, key=lambda c: -(c.flops or 0))),
+        unknown_loops=tuple(sorted(e for e in total.events if isinstance(e, str))),
+    )
+
+
+def ring_bytes(kind: str, group_size: int, payload_bytes: int) -> float:
+    """What each device sends in one run of a collective, on a ring.
+
+    Args:
+        payload_bytes: the operands on one device: the shard of an all-gather, the whole of a
+            reduce-scatter, an all-reduce or an all-to-all.
+    """
+    n = group_size
+    if n < 2:
+        return 0.0
+    share = {
+        "all-gather": float(n - 1),
+        "all-reduce": 2 * (n - 1) / n,
+        "reduce-scatter": (n - 1) / n,
+        "all-to-all": (n - 1) / n,
+        "ragged-all-to-all": (n - 1) / n,
+    }
+    return share.get(kind, 1.0) * payload_bytes
+
+
+@dataclass(frozen=True)
+class _Product:
+    op_name: str
+    attention: bool
+    flops: int
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    kind: str
+    axes: str
+    group_size: int
+    shape: str
+    op_name: str
+    payload_bytes: int
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    target: str
+    op_name: str
+    flops: int | None
+
+
+@dataclass
+class _Tally:
+    """Events and how often each happens; a loop of unknown trips is its name."""
+
+    events: Counter[Any] = field(default_factory=Counter)
+    memory: int = 0
+
+    def add(self, other: "_Tally", times: int = 1) -> None:
+        self.memory += times * other.memory
+        for event, count in other.events.items():
+            self.events[event] += times * count
+
+    def weight(self) -> tuple[float, ...]:
+        """To choose the costliest branch by: FLOPs, then the wire, then memory."""
+        flops = sum(count * e.flops for e, count in _events(self, _Product))
+        wire = sum(count * ring_bytes(**_ring(e)) for e, count in _events(self, _Exchange))
+        return flops, wire, self.memory
+
+
+def _events(tally: _Tally, kind: type) -> list[tuple[Any, int]]:
+    return [(e, count) for e, count in tally.events.items() if isinstance(e, kind)]
+
+
+def _ring(event: _Exchange) -> dict[str, Any]:
+    return {n: getattr(event, n) for n in ("kind", "group_size", "payload_bytes")}
+
+
+@dataclass
+class _Reader:
+    """Walks the call graph; every computation is read once."""
+
+    module: Module
+    sizes: Mapping[str, int]
+    on_chip: frozenset[int]
+    is_attention: IsAttention
+    known: dict[str, _Tally] = field(default_factory=dict)
+
+    def cost(self, computation: Computation) -> _Tally:
+        """Of one run, everything that it calls included."""
+        if computation.name not in self.known:
+            total = _Tally()
+            for instruction in computation.instructions.values():
+                self._add(total, instruction, computation)
+            self.known[computation.name] = total
+        return self.known[computation.name]
+
+    def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
+        total.memory += memory_traffic(instruction, computation, self.module, self.on_chip)
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = trip_count(instruction, computation, self.module)
+            if trips is None:
+                total.events[instruction.op_name or instruction.name] += 1
+            for called in instruction.calls("body"):
+                total.add(
+                    self.cost(self.module.computations[called]), 1 if trips is None else trips
+                )
+        elif opcode == "conditional":
+            names = instruction.calls(
+                "branch_computations", "true_computation", "false_computation"
+            )
+            branches = [self.cost(self.module.computations[name]) for name in names]
+            total.add(max(branches, key=_Tally.weight))
+        elif opcode == "fusion":
+            self._add_fusion(total, self.module.computations[instruction.calls("calls")[0]])
+        else:
+            self._add_alone(total, instruction, computation)
+            for called in instruction.calls(*_CALLS.get(opcode, ())):
+                total.add(self.cost(self.module.computations[called]))
+
+    def _add_fusion(self, total: _Tally, body: Computation) -> None:
+        """Its memory is counted where it is called. An all-reduce of which the same fusion keeps
+        a slice is how XLA:TPU writes a reduce-scatter."""
+        sliced = any(i.opcode == "dynamic-slice" for i in body.instructions.values())
+        for instruction in body.instructions.values():
+            if instruction.opcode == "fusion":
+                self._add_fusion(total, self.module.computations[instruction.calls("calls")[0]])
+            else:
+                self._add_alone(total, instruction, body, scattered=sliced)
+
+    def _add_alone(
+        self,
+        total: _Tally,
+        instruction: Instruction,
+        computation: Computation,
+        *,
+        scattered: bool = False,
+    ) -> None:
+        opcode, op_name = instruction.opcode, instruction.op_name
+        if opcode in _KINDS:
+            exchange = self._exchange(instruction, computation, scattered)
+            if exchange.group_size > 1:
+                total.events[exchange] += 1
+            return
+        flops = matmul_flops(instruction, computation)
+        if flops:
+            attention = self.is_attention(op_name, self.module.source(instruction))
+            total.events[_Product(op_name, attention, flops)] += 1
+        elif opcode == "custom-call":
+            target = (instruction.attribute("custom_call_target") or "").strip('"')
+            if target not in _NO_KERNELS:
+                total.events[_Kernel(target, op_name, declared_flops(instruction))] += 1
+
+    def _exchange(
+        self, instruction: Instruction, computation: Computation, scattered: bool
+    ) -> _Exchange:
+        kind = _KINDS[instruction.opcode]
+        operands = [s for o in computation.operands(instruction) for s in o.shapes]
+        if kind in ("ragged-all-to-all", "collective-permute") and len(operands) > 2:
+            # Behind the data: the buffer it is written into, and offsets.
+            operands = operands[:1]
+        group = group_of(instruction, self.sizes)
+        return _Exchange(
+            kind="reduce-scatter" if kind == "all-reduce" and scattered else kind,
+            axes=group.axes,
+            group_size=group.size,
+            shape=str(max(operands, key=lambda s: s.nbytes)),
+            op_name=instruction.op_name,
+            payload_bytes=sum(s.nbytes for s in operands),
+        )

@@ -1,0 +1,209 @@
+"""A compiled program's text (scheduled HLO, ``compiled.as_text()``) as a graph of instructions.
+
+Only what costs are read from: shapes, operands, called computations, loop trip counts and where
+an instruction comes from. The text differs a little between backends and versions; what is read
+here is common to all. Attributes are kept as text and searched when asked for.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+_LEAF = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_OPCODE = re.compile(r"\s*([\w\-]+)\(")
+_BRACKET = re.compile(r"[()]")
+_SPACE = re.compile(r"S\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array, as it lies on one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+    """Memory space of its layout; 0 is the device's main memory."""
+
+    @property
+    def size(self) -> int:
+        return prod(self.dims)
+
+    @property
+    def nbytes(self) -> int:
+        return (self.size * _bits(self.dtype) + 7) // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    """The arrays of the result, a tuple's flattened."""
+    operands: tuple[str, ...]
+    literal: str
+    """What stands between the parentheses: a constant's value, a parameter's number."""
+    attributes: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shape.nbytes for shape in self.shapes)
+
+    @cached_property
+    def op_name(self) -> str:
+        """JAX's name stack and primitive."""
+        found = re.search(r'\bop_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str | None:
+        """The text of ``name=...``: a word, or what stands within its braces."""
+        found = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
+        return None if found is None else found[1] if found[1] is not None else found[2]
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """An attribute that lists numbers: ``dimensions={0,1}``; absent: none."""
+        return tuple(int(n) for n in re.findall(r"\d+", self.attribute(name) or ""))
+
+    def calls(self, *names: str) -> tuple[str, ...]:
+        """The computations under attributes of these names."""
+        return tuple(n for name in names for n in _NAME.findall(self.attribute(name) or ""))
+
+
+@dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: Mapping[str, Instruction]
+    """In the order they run."""
+    root: str
+
+    def operands(self, instruction: Instruction) -> Iterator[Instruction]:
+        return (self.instructions[name] for name in instruction.operands)
+
+    @cached_property
+    def parameters(self) -> tuple[Instruction, ...]:
+        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return tuple(sorted(found, key=lambda i: int(i.literal)))
+
+    @cached_property
+    def users(self) -> Mapping[str, tuple[Instruction, ...]]:
+        users: dict[str, list[Instruction]] = {}
+        for instruction in self.instructions.values():
+            for name in dict.fromkeys(instruction.operands):
+                users.setdefault(name, []).append(instruction)
+        return {name: tuple(found) for name, found in users.items()}
+
+
+@dataclass(frozen=True)
+class Module:
+    computations: Mapping[str, Computation]
+    entry: Computation
+    files: Mapping[int, tuple[str, ...]]
+    """Stack frame id → the source files on that stack, innermost first."""
+
+    def source(self, instruction: Instruction) -> tuple[str, ...]:
+        """The source files an instruction was traced through, innermost first; may be empty."""
+        found = re.search(r"\bstack_frame_id=(\d+)", instruction.attributes)
+        if found:
+            return self.files.get(int(found[1]), ())
+        found = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
+        return (found[1],) if found else ()
+
+
+def parse(text: str) -> Module:
+    """Read a module (of several joined, the first).
+
+    Raises:
+        ValueError: no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry: Computation | None = None
+    name, is_entry, root, found = "", False, "", {}
+    for line in text.splitlines():
+        if line.startswith("}") and name:
+            computations[name] = Computation(name, found, root)
+            entry = computations[name] if is_entry and entry is None else entry
+            name = ""
+        elif name:
+            head = _INSTRUCTION.match(line)
+            if head:
+                found[head[2]] = _instruction(head[2], line[head.end() :])
+                root = head[2] if head[1] else root
+        else:
+            header = _HEADER.match(line)
+            if header:
+                is_entry, name, root, found = bool(header[1]), header[2], "", {}
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of an HLO module")
+    return Module(computations, entry, _frames(text))
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """The arrays in the text of a type, tuples flattened."""
+    return tuple(_shape(*found) for found in _LEAF.findall(text))
+
+
+def _shape(dtype: str, dims: str, layout: str) -> Shape:
+    space = _SPACE.search(layout)
+    sizes = tuple(int(n) for n in re.findall(r"\d+", dims))
+    return Shape(dtype, sizes, int(space[1]) if space else 0)
+
+
+def _bits(dtype: str) -> int:
+    """f8e4m3fn → 8: the first number in the name; pred is a byte, tokens are nothing."""
+    width = re.search(r"\d+", dtype)
+    return int(width[0]) if width else 8 if dtype == "pred" else 0
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    """From what follows ``%name =``: ``type opcode(operands), attributes``."""
+    end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
+    shapes = shapes_of(text[:end])
+    opcode = _OPCODE.match(text, end)
+    if opcode is None:
+        raise ValueError(f"no opcode in: %{name} = {text[:200]}")
+    close = _balanced(text, opcode.end() - 1)
+    inner = text[opcode.end() : close - 1]
+    operands = () if opcode[1] == "constant" else tuple(_NAME.findall(inner))
+    return Instruction(name, opcode[1], shapes, operands, inner, text[close:])
+
+
+def _balanced(text: str, start: int) -> int:
+    """The place after the parenthesis that closes the one at ``start``."""
+    depth = 0
+    for found in _BRACKET.finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    return len(text)
+
+
+def _frames(text: str) -> dict[int, tuple[str, ...]]:
+    """The tables FileNames, FileLocations and StackFrames, joined."""
+    names = dict(re.findall(r'^(\d+) "(.*)"$', _table(text, "FileNames"), re.MULTILINE))
+    locations = dict(
+        re.findall(r"^(\d+) \{file_name_id=(\d+)", _table(text, "FileLocations"), re.MULTILINE)
+    )
+    rows = re.findall(
+        r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?",
+        _table(text, "StackFrames"),
+        re.MULTILINE,
+    )
+    # Parents come before their children; some versions print them one too high.
+    shift = any(own == parent for own, _, parent in rows)
+    frames: dict[int, tuple[str, ...]] = {}
+    for own, location, parent in rows:
+        above = frames.get(int(parent or 0) - shift, ())
+        frames[int(own)] = (names.get(locations.get(location, ""), ""), *above)
+    return frames
+
+
+def _table(text: str, title: str) -> str:
+    found = re.search(rf"^{title}\n(.*?)(?:^\s*$|\Z)", text, re.MULTILINE | re.DOTALL)
+    return found[1] if found else ""

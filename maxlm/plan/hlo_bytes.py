@@ -1,0 +1,99 @@
+"""Bytes that instructions of a compiled program read from and write to main memory.
+
+An instruction reads its operands and writes its result, once each, whatever a cache might save.
+What is only named costs nothing: tuples, bitcasts, loops. What is changed in place or read in part
+counts for the part: a scan's stacked arrays are not read whole in every trip. This holds inside a
+fusion too, of which nothing but its parameters and roots touches memory.
+"""
+
+from collections.abc import Iterator
+
+from maxlm.plan.hlo import Computation, Instruction, Module, Shape
+
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
+    *("while", "conditional", "call", "async-start"),
+    *("after-all", "add-dependency", "optimization-barrier", "partition-id", "replica-id"),
+)
+_PART = ("dynamic-slice", "slice", "gather")
+_SAME = ("bitcast", "reshape")
+
+
+def memory_traffic(
+    instruction: Instruction, computation: Computation, module: Module, on_chip: frozenset[int]
+) -> int:
+    """Bytes between main memory and the chip, for one run of a scheduled instruction.
+
+    Args:
+        on_chip: memory spaces that are not main memory.
+    """
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _allocates(instruction):
+        return 0
+    operands = [_off_chip(o.shapes, on_chip) for o in computation.operands(instruction)]
+    result = _off_chip(instruction.shapes, on_chip)
+    if opcode == "fusion":
+        body = module.computations[instruction.calls("calls")[0]]
+        reads = sum(
+            min(size, _read(body, parameter.name, size, module))
+            for parameter, size in zip(body.parameters, operands, strict=False)
+        )
+        writes = sum(
+            size if shape is None else min(size, shape.nbytes)
+            for size, shape in zip(
+                (_off_chip((s,), on_chip) for s in instruction.shapes),
+                _written(body, len(instruction.shapes)),
+                strict=True,
+            )
+        )
+        return reads + writes
+    if opcode in _PART:
+        return min(operands[0], result) + sum(operands[1:]) + result
+    if opcode in ("dynamic-update-slice", "scatter"):
+        part = sum(operands[1:])
+        return part + min(operands[-1] if opcode == "scatter" else operands[1], result)
+    if opcode.endswith("-start"):
+        # The result names the operand again, beside the array it fills.
+        return sum(operands) + max(result - sum(operands), 0)
+    return sum(operands) + result
+
+
+def _allocates(instruction: Instruction) -> bool:
+    return instruction.attribute("custom_call_target") == '"AllocateBuffer"'
+
+
+def _off_chip(shapes: tuple[Shape, ...], on_chip: frozenset[int]) -> int:
+    return sum(shape.nbytes for shape in shapes if shape.space not in on_chip)
+
+
+def _read(body: Computation, name: str, size: int, module: Module) -> int:
+    """Bytes of a fusion's parameter that its inside looks at."""
+    total = 0
+    for user in body.users.get(name, ()):
+        if user.opcode in _SAME:
+            total += _read(body, user.name, size, module)
+        elif user.opcode in _PART and user.operands[0] == name:
+            total += user.nbytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue
+        elif user.opcode == "fusion":
+            inner = module.computations[user.calls("calls")[0]]
+            for parameter, operand in zip(inner.parameters, user.operands, strict=False):
+                total += _read(inner, parameter.name, size, module) if operand == name else 0
+        else:
+            return size
+    return total
+
+
+def _written(body: Computation, count: int) -> Iterator[Shape | None]:
+    """For each array of a fusion's result: the part that is written; None: all of it."""
+    root = body.instructions[body.root]
+    roots = list(body.operands(root)) if root.opcode == "tuple" else [root]
+    if len(roots) != count:
+        yield from [None] * count
+        return
+    for found in roots:
+        while found.opcode in _SAME:
+            found = body.instructions[found.operands[0]]
+        in_place = found.opcode == "dynamic-update-slice"
+        yield body.instructions[found.operands[1]].shapes[0] if in_place else None

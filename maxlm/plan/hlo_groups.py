@@ -1,0 +1,134 @@
+"""Which devices a collective joins, and along which mesh axes they lie.
+
+Ids in a compiled program number the devices of its mesh in order (``mesh.devices.flat``), whatever
+the hardware calls them, so that the mesh's sizes are enough to tell axes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+
+from maxlm.plan.hlo import Instruction
+
+_EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
+_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_ASSIGNED = re.compile(rf"replica_groups={_IOTA}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]\s*(?:,\s*device_ids=\(([^{]*)\)\s*)?\s*\{([^}]*)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A collective's reach."""
+
+    axes: str
+    """Mesh axes along which its members differ, joined by "+"; "" for a device on its own."""
+    size: int
+    """Members of one group; for a permute 2, or 1 where no data moves."""
+
+
+def group_of(instruction: Instruction, sizes: Mapping[str, int]) -> Group:
+    """The mesh axes of a collective.
+
+    Args:
+        sizes: mesh axis → devices, outermost first.
+
+    Raises:
+        ValueError: groups in a form that is not known.
+    """
+    text = instruction.attributes
+    start = max(text.find("replica_groups="), text.find("source_target_pairs="))
+    return _group(text[start:] if start >= 0 else "", tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4096)
+def _group(text: str, sizes: tuple[tuple[str, int], ...]) -> Group:
+    pairs = _PAIRS.match(text)
+    if pairs:
+        moves = [pair for pair in _lists(pairs[1]) if pair[0] != pair[1]]
+        return Group(_axes(moves, sizes), 2 if moves else 1)
+    groups = replica_groups(text, int(np.prod([n for _, n in sizes])))
+    return Group(_axes(groups, sizes), max(map(len, groups)))
+
+
+def replica_groups(text: str, devices: int) -> list[list[int]]:
+    """``replica_groups=...`` in any printed form as lists of ids.
+
+    Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together; ``[2,4]<=[4,2]T(1,0)``, ids
+    counted up in the shape on the right, transposed, and read in rows of the shape on the left;
+    ``mesh['a'=2,'b'=4] {'b'}``, the axes of a mesh (not by their JAX names) that a group spans,
+    where ``'b':(2)2`` is a part of one: of b = 2 · 2 the factor 2 that comes after a factor of 2.
+
+    Raises:
+        ValueError: another form.
+    """
+    explicit, assigned, mesh = (p.match(text) for p in (_EXPLICIT, _ASSIGNED, _MESH))
+    if explicit:
+        return _lists(explicit[1]) or [list(range(devices))]
+    if assigned:
+        return _iota(*assigned.groups()).tolist()
+    if mesh:
+        return _mesh_groups(*mesh.groups())
+    if text.startswith("replica_groups="):
+        raise ValueError(f"unknown form: {text[:120]}")
+    return [list(range(devices))]
+
+
+def _iota(shape: str, base: str, order: str | None) -> np.ndarray:
+    dims = _integers(base)
+    ids = np.arange(np.prod(dims)).reshape(dims)
+    return (ids.transpose(_integers(order)) if order else ids).reshape(_integers(shape))
+
+
+def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[int]]:
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
+    wanted = [
+        (name, int(before or 1), int(size or sizes[name]))
+        for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", spanned)
+    ]
+    # Every axis cut where one of the wanted parts begins or ends.
+    dims, place = [], {}
+    for name, size in sizes.items():
+        own = [(b, n) for axis, b, n in wanted if axis == name]
+        cuts = sorted({1, size, *(b for b, _ in own), *(b * n for b, n in own)})
+        for low, high in pairwise(cuts):
+            place[name, low] = len(dims)
+            dims.append(high // low)
+    last = []
+    for name, before, size in wanted:
+        inner = [k for k in place if k[0] == name and before <= k[1] < before * size]
+        last += [place[k] for k in sorted(inner)]
+    ids = _device_ids(device_ids, int(np.prod(dims))).reshape(dims)
+    first = [d for d in range(len(dims)) if d not in last]
+    members = int(np.prod([dims[d] for d in last]))
+    return ids.transpose(*first, *last).reshape(-1, members).tolist()
+
+
+def _device_ids(text: str | None, count: int) -> np.ndarray:
+    if not text:
+        return np.arange(count)
+    iota = re.match(_IOTA, text)
+    return _iota(*iota.groups()).ravel() if iota else np.array(_integers(text))
+
+
+def _axes(groups: Sequence[Sequence[int]], sizes: tuple[tuple[str, int], ...]) -> str:
+    names, dims = zip(*sizes, strict=True)
+    varies = np.zeros(len(dims), bool)
+    for members in groups:
+        places = np.stack(np.unravel_index(np.array(members), dims))
+        varies |= (places != places[:, :1]).any(axis=1)
+    return "+".join(name for name, here in zip(names, varies, strict=True) if here)
+
+
+def _lists(text: str) -> list[list[int]]:
+    return [_integers(inner) for inner in re.findall(r"\{([\d, ]*)\}", text)]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]

@@ -1,0 +1,145 @@
+"""A run's training step compiled for a machine that is not here."""
+
+import importlib.util
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maxlm.config import MaxlmError
+from maxlm.plan.compiled_cost import CompiledCost, Memory, compiled_cost, compiled_memory
+from maxlm.plan.topology import Topology, gpu_target, parse_topology
+from maxlm.programs.setup import Setup, set_up
+from maxlm.run import RunConfig
+from maxlm.train.batch import batch_sharding
+
+# VMEM, where XLA:TPU keeps what it prefetches.
+_ON_CHIP = {"tpu": (1,)}
+_PACKAGES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda")}
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A training step as the machine's own compiler made it."""
+
+    topology: Topology
+    setup: Setup
+    compiled: Any
+    """``jax.stages.Compiled``."""
+    trace_seconds: float
+    compile_seconds: float
+
+    @cached_property
+    def text(self) -> str:
+        """Scheduled HLO.
+
+        Raises:
+            MaxlmError: a compiler too new for this JAX to read.
+        """
+        try:
+            return self.compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise MaxlmError(
+                f"this JAX cannot read what its compiler wrote ({str(error).splitlines()[0]})",
+                fix=f"install the versions maxlm is tested with: {_install(self.topology)}",
+            ) from error
+
+    @cached_property
+    def cost(self) -> CompiledCost:
+        return compiled_cost(
+            self.text,
+            dict(self.setup.mesh.shape),
+            on_chip=_ON_CHIP.get(self.topology.platform, ()),
+        )
+
+    @property
+    def memory(self) -> Memory:
+        return compiled_memory(self.compiled)
+
+
+def compile_step(
+    config: RunConfig, topology: str, *, options: dict[str, Any] | None = None
+) -> CompiledStep:
+    """Compile a run's training step ahead of time; no accelerator is needed.
+
+    Keep JAX on this machine's CPU (``JAX_PLATFORMS=cpu``) before anything touches a device.
+
+    Args:
+        topology: the machine, as ``maxlm.plan.topology.parse_topology`` reads it.
+        options: of the compiler (XLA flags).
+
+    Raises:
+        MaxlmError: an unknown machine, its compiler not installed, or a run that does not fit it.
+    """
+    machine = parse_topology(topology)
+    setup = set_up(config, topology_devices(machine))
+    # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
+    arguments = setup.abstract_state, abstract_batch(setup)
+    step: Any = setup.step_function()
+    began = time.perf_counter()
+    with jax.set_mesh(setup.mesh):
+        lowered = step.__wrapped__.lower(*arguments)
+    traced = time.perf_counter()
+    compiled = lowered.compile(compiler_options=options)
+    ended = time.perf_counter()
+    return CompiledStep(machine, setup, compiled, traced - began, ended - traced)
+
+
+def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+    """A training batch [micro-batches, rows, S] without its data."""
+    data, micro = setup.config.data, setup.config.train.micro_batches
+    shape = (micro, data.batch_size // micro, data.seq_len)
+    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    integers = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in {**integers, "weights": jnp.float32}.items()
+    }
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """Devices to compile for; nothing can be run on them.
+
+    Sets two variables of the TPU library's, unless they are set: not to ask a metadata server
+    which TPU this is, and not to insist on being the only process that loads it.
+
+    Raises:
+        MaxlmError: the compiler is not installed, or knows no such machine.
+    """
+    from jax.experimental.topologies import get_topology_desc
+
+    if not has_compiler(topology.platform):
+        raise MaxlmError(
+            f"no compiler for {topology.platform.upper()}s is installed", fix=_install(topology)
+        )
+    try:
+        if topology.platform == "tpu":
+            os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+            slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            return get_topology_desc(topology.compiler_name, "tpu", **slices).devices
+        target = gpu_target(topology.kind)
+        return get_topology_desc(
+            platform="cuda", topology=topology.compiler_name, target_config=target
+        ).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise MaxlmError(
+            f"the compiler knows no {topology.compiler_name} ({str(error).splitlines()[0]})",
+            fix="name a shape that exists, such as v5p:4x4x2",
+        ) from error
+
+
+def has_compiler(platform: str) -> bool:
+    """Whether the packages that compile for a platform are installed."""
+    try:
+        return importlib.util.find_spec(_PACKAGES[platform][0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _install(topology: Topology) -> str:
+    return f"pip install -c constraints.txt 'maxlm[{_PACKAGES[topology.platform][1]}]'"
