@@ -80,6 +80,19 @@ def spec_of(param: nnx.Param) -> ParamSpec:
     return param.get_metadata("spec")
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Whole:
+    """A parameter that is at hand whole, with the share of it that its gradient is kept for.
+
+    ZeRO-2: the gradient is reduced straight to that share, ``value``; ``whole`` is only read, and
+    saves gathering it. Stands in a module where a parameter's array does.
+    """
+
+    value: jax.Array
+    whole: jax.Array
+
+
 class Weight(NamedTuple):
     """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
 
@@ -87,6 +100,8 @@ class Weight(NamedTuple):
     """In its storage layout."""
     used: Dims
     """The mesh axes of its dimensions in use; they begin those in storage."""
+    whole: jax.Array | None = None
+    """The same in use, if it need not be gathered."""
 
 
 def weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
@@ -94,19 +109,22 @@ def weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
 
     Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
     """
-    value = param[...].astype(dtype)
+    held, whole = param.get_value(), None
+    value = (held.value if isinstance(held, Whole) else held).astype(dtype)
     axes = spec_of(param).axes[-value.ndim :]  # inside a scan the leading layer axis is gone
     used = dimensions(rules.spec(*axes), value.ndim)
+    if isinstance(held, Whole):
+        whole = reshard(jax.lax.stop_gradient(held.whole).astype(dtype), dims_spec(used))
     if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
         value = reshard(value, rules.spec(*axes))  # stored on other axes altogether
-    return Weight(value, used)
+    return Weight(value, used, whole)
 
 
 def compute_view(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     """A parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
     gradient may be reduced whole, and where there is no gradient."""
-    value, used = weight(param, rules, dtype)
-    return reshard(value, dims_spec(used))
+    own = weight(param, rules, dtype)
+    return reshard(own.value, dims_spec(own.used))
 
 
 def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
@@ -150,7 +168,7 @@ def param_specs(module: nnx.Module) -> Params:
 
 def values(module: nnx.Module) -> Params:
     """The parameters of a bound module; the inverse of :func:`bind`."""
-    return _nested(module, lambda param: param[...])
+    return _nested(module, lambda param: param.get_value())
 
 
 def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:

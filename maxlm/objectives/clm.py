@@ -37,13 +37,14 @@ def clm(
         weight to divide by) and ``cross_entropy`` in nats.
     """
     hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    head, used = model.unembedding()
+    head, used, whole = model.unembedding()
     loss, cross_entropy = fused_cross_entropy(
         hidden,
         head,
         batch["targets"],
         batch["weights"],
         used=used,
+        whole=whole,
         z_loss=config.z_loss,
         chunk=config.chunk_tokens,
     )

@@ -34,6 +34,7 @@ def fused_cross_entropy(
     weights: jax.Array,
     *,
     used: Dims,
+    whole: jax.Array | None = None,
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +46,7 @@ def fused_cross_entropy(
         targets: int [...], split as the tokens of ``hidden`` are, save for ``vocab`` axes.
         weights: fp32 [...], likewise; 0 leaves a token out.
         used: the mesh axes of the head's dimensions in use.
+        whole: the head in use, where it need not be gathered; gradients go to ``head``.
         z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
             (Chowdhery et al. 2022, §5).
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
@@ -53,36 +55,37 @@ def fused_cross_entropy(
         (loss with the z term, cross-entropy without it), fp32 scalars, sums over counted tokens.
         Only the first is differentiable, in ``hidden`` and ``head``.
     """
-    return _fused(hidden, head, targets, weights, used, z_loss, chunk)
+    return _fused(hidden, head, whole, targets, weights, used, z_loss, chunk)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _fused(hidden, head, targets, weights, used, z_loss, chunk):
-    sums, _ = _sharded(hidden, head, targets, weights, used, z_loss, chunk, gradient=False)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _fused(hidden, head, whole, targets, weights, used, z_loss, chunk):
+    sums, _ = _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, gradient=False)
     return sums
 
 
-def _forward(hidden, head, targets, weights, used, z_loss, chunk):
-    return _sharded(hidden, head, targets, weights, used, z_loss, chunk, gradient=True)
+def _forward(hidden, head, whole, targets, weights, used, z_loss, chunk):
+    return _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, gradient=True)
 
 
 def _backward(used, z_loss, chunk, gradients, cotangents):
     d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
-    return d_hidden, d_head, None, None
+    return d_hidden, d_head, None, None, None
 
 
 _fused.defvjp(_forward, _backward)
 
 
-def _sharded(hidden, head, targets, weights, used, z_loss, chunk, *, gradient):
+def _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, *, gradient):
     have, stored, vocab = layout(hidden), layout(head), used[1]
     # Devices that share a token's vocabulary all need the token.
     tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
     token_axes = tuple(axis for axes in tokens for axis in axes)
     targets, weights = (reshard(a, spec_of(tokens[:-1])) for a in (targets, weights))
 
-    def local(hidden, head, targets, weights, number):
-        hidden, head = gather(hidden, have, tokens), gather(head, stored, used)
+    def local(hidden, head, whole, targets, weights, number):
+        hidden = gather(hidden, have, tokens)
+        head = gather(head, stored, used) if whole is None else whole
         rows = hidden.reshape(-1, hidden.shape[-1])
         first = number[0] * head.shape[1]
         step = partial(_chunk, head=head, first=first, axes=vocab, z_loss=z_loss)
@@ -108,9 +111,16 @@ def _sharded(hidden, head, targets, weights, used, z_loss, chunk, *, gradient):
     token_spec = spec_of(tokens[:-1])
     return on_shards(
         local,
-        (hidden_spec, head_spec, token_spec, token_spec, spec_of((vocab,))),
+        (
+            hidden_spec,
+            head_spec,
+            None if whole is None else spec_of(used),
+            token_spec,
+            token_spec,
+            spec_of((vocab,)),
+        ),
         ((scalar, scalar), (hidden_spec, head_spec) if gradient else None),
-    )(hidden, head, targets, weights, axis_numbers(vocab))
+    )(hidden, head, whole, targets, weights, axis_numbers(vocab))
 
 
 def _chunk(rows, targets, weights, *, head, first, axes, z_loss, gradient):

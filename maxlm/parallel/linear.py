@@ -37,6 +37,7 @@ def project(
     kernels: tuple[jax.Array, ...],
     used: tuple[Dims, ...],
     tokens: Dims,
+    wholes: tuple[jax.Array | None, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
     """``x · kernel`` for every kernel; reverse-mode differentiable.
 
@@ -45,11 +46,12 @@ def project(
         kernels: each [*inputs, *outputs], in x's dtype and in its storage layout.
         used: the mesh axes of every kernel's dimensions in use; they begin those in storage.
         tokens: the mesh axes of B and S in the results.
+        wholes: kernels in use, where they need not be gathered; gradients go to ``kernels``.
 
     Returns:
         One [B, S, *outputs] a kernel, its outputs split as the kernel's are in use.
     """
-    return _project(x, kernels, used, tokens)
+    return _project(x, kernels, wholes or (None,) * len(kernels), used, tokens)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,17 @@ class _Layouts:
         return tuple(dict.fromkeys(_flat(chain.from_iterable(outputs))))
 
     @property
-    def specs(self):
-        return spec_of(self.x), tuple(map(spec_of, self.stored))
+    def kernels(self):
+        return tuple(map(spec_of, self.stored))
+
+    def wholes(self, given):
+        return tuple(
+            None if w is None else spec_of(u) for w, u in zip(given, self.used, strict=True)
+        )
+
+    def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
+        """On shards: a kernel in use."""
+        return gather(kernel, self.stored[i], self.used[i]) if whole is None else whole
 
     @property
     def results(self):
@@ -102,37 +113,38 @@ def _layouts(x, kernels, used, tokens) -> _Layouts:
     return found
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _project(x, kernels, used, tokens):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _project(x, kernels, wholes, used, tokens):
     own = _layouts(x, kernels, used, tokens)
 
-    def local(x, kernels):
+    def local(x, kernels, wholes):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
         ys = []
-        for i, kernel in enumerate(kernels):
-            y = _contract(x, gather(kernel, own.stored[i], used[i]), own.inputs)
+        for i, pair in enumerate(zip(kernels, wholes, strict=True)):
+            y = _contract(x, own.kernel(i, *pair), own.inputs)
             outputs = own.outputs(i)
             ys.append(reduce(y, own.summed, (*own.inner, *outputs), (*tokens, *outputs)))
         return tuple(ys)
 
-    return on_shards(local, own.specs, own.results)(x, kernels)
+    specs = spec_of(own.x), own.kernels, own.wholes(wholes)
+    return on_shards(local, specs, own.results)(x, kernels, wholes)
 
 
-def _forward(x, kernels, used, tokens):
-    return _project(x, kernels, used, tokens), (x, kernels)
+def _forward(x, kernels, wholes, used, tokens):
+    return _project(x, kernels, wholes, used, tokens), (x, kernels, wholes)
 
 
 def _backward(used, tokens, saved, d_ys):
-    x, kernels = saved
+    x, kernels, wholes = saved
     own = _layouts(x, kernels, used, tokens)
 
-    def local(x, kernels, d_ys):
+    def local(x, kernels, wholes, d_ys):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
         d_x, d_kernels = None, []
-        for i, (kernel, d_y) in enumerate(zip(kernels, d_ys, strict=True)):
+        for i, (*pair, d_y) in enumerate(zip(kernels, wholes, d_ys, strict=True)):
             outputs = own.outputs(i)
             d_y = gather(d_y, (*tokens, *outputs), (*own.inner, *outputs))
-            part = _contract_back(d_y, gather(kernel, own.stored[i], used[i]), own.inputs)
+            part = _contract_back(d_y, own.kernel(i, *pair), own.inputs)
             # A kernel that is whole where its siblings are split gives its whole share everywhere.
             copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
             part = part / copies if copies > 1 else part
@@ -142,7 +154,9 @@ def _backward(used, tokens, saved, d_ys):
         d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)
         return d_x, tuple(d_kernels)
 
-    return on_shards(local, (*own.specs, own.results), own.specs)(x, kernels, d_ys)
+    results = spec_of(own.x), own.kernels
+    specs = (*results, own.wholes(wholes), own.results)
+    return (*on_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
 
 
 _project.defvjp(_forward, _backward)

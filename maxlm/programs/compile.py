@@ -93,7 +93,7 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch [micro-batches, rows, S] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     shape = (micro, data.batch_size // micro, data.seq_len)
-    sharding = batch_sharding(setup.compute, setup.mesh, micro=True)
+    sharding = batch_sharding(setup.compute, setup.mesh)
     integers = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

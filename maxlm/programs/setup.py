@@ -85,6 +85,7 @@ class Setup:
             schedule=self.schedule,
             seed=self.config.seed,
             ema_decay=self.config.train.ema_decay,
+            gradient_layouts=self._gradient_layouts,
         )
         return on_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
@@ -95,6 +96,12 @@ class Setup:
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
+
+    @property
+    def _gradient_layouts(self) -> Params | None:
+        if self.gradients == self.storage:
+            return None
+        return jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.specs)
 
     @property
     def _ema(self) -> bool:

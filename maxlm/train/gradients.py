@@ -6,16 +6,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.params import Params, bind
+from maxlm.models.params import Params, Whole, bind, values
 from maxlm.parallel.pipeline import one_f_one_b
 
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
 
 def loss_and_gradients(
-    model: Any, loss: Any, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    model: Any,
+    loss: Any,
+    params: Params,
+    batch: dict[str, jax.Array],
+    key: jax.Array,
+    layouts: Params | None = None,
 ) -> Gradients:
     """((loss, sums), gradients), all summed over the batch.
 
@@ -23,7 +29,12 @@ def loss_and_gradients(
         model: the module whose parameters ``params`` holds.
         loss: see ``maxlm.train.step.Loss``.
         batch: arrays [M, B, ...], M micro-batches.
+        layouts: each gradient's partition, where it is finer than its parameter's (ZeRO-2);
+            gradients are reduced straight to it.
     """
+    if layouts is not None:
+        whole, params = params, jax.tree.map(reshard, params, layouts)
+        loss = _reading(whole, loss)
     schedule = getattr(model, "schedule", None)
     if schedule == "1f1b":
         return _one_f_one_b(model, loss, params, batch, key)
@@ -35,6 +46,15 @@ def loss_and_gradients(
     if schedule is not None:
         return value_and_grad(params, batch, 0)
     return _accumulate(value_and_grad, params, batch)
+
+
+def _reading(whole: Params, loss: Any) -> Any:
+    """``loss`` of a model that reads whole parameters, differentiated in its own share of them."""
+
+    def read(model: Any, batch: dict[str, jax.Array], key: jax.Array):
+        return loss(bind(model, jax.tree.map(Whole, values(model), whole)), batch, key)
+
+    return read
 
 
 def _accumulate(value_and_grad: Any, params: Params, batch: dict[str, jax.Array]) -> Gradients:

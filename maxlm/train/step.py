@@ -29,6 +29,7 @@ def train_step(
     schedule: optax.Schedule,
     seed: int,
     ema_decay: float | None = None,
+    gradient_layouts: Params | None = None,
 ) -> tuple[TrainState, Sums]:
     """Gradients over micro-batches, one optimizer update.
 
@@ -39,6 +40,7 @@ def train_step(
             which is measured over a micro-batch).
         model: the module whose parameters ``state.params`` holds.
         schedule: the optimizer's, to be reported.
+        gradient_layouts: see ``loss_and_gradients``.
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the objective's other sums per counted
@@ -47,7 +49,9 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    (total, sums), grads = loss_and_gradients(model, loss, state.params, batch, key)
+    (total, sums), grads = loss_and_gradients(
+        model, loss, state.params, batch, key, gradient_layouts
+    )
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -55,6 +55,7 @@ class Cell:
 
 
 ZERO1 = {"storage": {"embed": None}, "gradients": {"embed": None}, "optimizer": {}}
+ZERO2 = {"storage": {"embed": None}, "gradients": {}}
 WHOLE = {"storage": {"embed": None}}
 SEQUENCE_PARALLEL = {"compute": {"residual": ["context", "tensor"]}}
 
@@ -72,6 +73,7 @@ CELLS: dict[str, Cell] = {
     "dp": _cell({"sharding": WHOLE}, data=8),
     "hsdp": _cell(data=2, fsdp=4),
     "zero1": _cell({"sharding": ZERO1}, fsdp=8),
+    "zero2": _cell({"sharding": ZERO2}, fsdp=8),
     "fsdp": _cell(fsdp=8),
     "tp": _cell(tensor=4),
     "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=4),
@@ -144,7 +146,9 @@ def devices_of(config: RunConfig) -> list[Any]:
 def start_from(folder: Path, setup: Setup) -> TrainState:
     """The one checkpoint, written by one device, that all layouts of a model start from."""
     if not folder.exists():
-        alone = setup.config.model_copy(update={"mesh": MeshConfig(fsdp=1), "parallel": ParallelConfig()})
+        alone = setup.config.model_copy(
+            update={"mesh": MeshConfig(fsdp=1), "parallel": ParallelConfig()}
+        )
         fresh = set_up(alone, devices_of(alone))
         with Checkpointer(folder) as keeper:
             keeper.save(0, fresh.init(), {}, force=True)

@@ -239,12 +239,13 @@ class Decoder(nnx.Module):
         """The output head [D, V] in the compute dtype."""
         if self.head is not None:
             return weight(self.head.kernel, self.rules, self.dtype)
-        table, (rows, columns) = weight(self.embedding.table, self.rules, self.dtype)
-        return Weight(table.T, (columns, rows))
+        table = weight(self.embedding.table, self.rules, self.dtype)
+        whole = None if table.whole is None else table.whole.T
+        return Weight(table.value.T, table.used[::-1], whole)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] → fp32 logits [B, S, V] (inference; training fuses the loss)."""
-        head, used = self.unembedding()
+        head, used, _ = self.unembedding()
         logits = jnp.einsum(
             "bsd,dv->bsv",
             hidden,

@@ -23,7 +23,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
-        table, used = weight(self.table, self.rules, jnp.float32)
+        table = weight(self.table, self.rules, jnp.float32)
         lead = layout(ids)[:-1]
         residual, embed = dimensions(self.rules.spec("residual", "embed"), 2)
-        return lookup(table, ids, used, (*lead, residual, embed), self.dtype)
+        return lookup(table.value, ids, table.used, (*lead, residual, embed), self.dtype)

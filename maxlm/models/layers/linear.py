@@ -66,6 +66,7 @@ def apply_together(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax
         tuple(w.value for w in weights),
         tuple(w.used for w in weights),
         dimensions(rules.spec("batch", seq), 2),
+        tuple(w.whole for w in weights),
     )
     return tuple(
         y if layer.bias is None else y + compute_view(layer.bias, rules, dtype)
