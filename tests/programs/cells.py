@@ -14,7 +14,7 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, on_mesh
-from maxlm.train.batch import batch_sharding, put_batch
+from maxlm.train.batch import batch_sharding, local_rows, put_batch
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_layers": 4,
         "d_model": 24,
         "max_seq_len": SEQ,
-        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6, "bias": True},
+        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 3, "bias": True},
         "mlp": {"d_ff": 40, "gated": False, "activation": "gelu_tanh", "bias": True},
         "norm": {"kind": "layernorm", "bias": True},
         "positions": {"kind": "learned"},
@@ -87,6 +87,20 @@ CELLS: dict[str, Cell] = {
     "fsdp × tp × pp circular": _cell(
         _pipe("circular", 2, sharding=SEQUENCE_PARALLEL), stage=2, fsdp=2, tensor=2
     ),
+}
+
+# The same for eight devices of two processes, which every axis then crosses, and the model of each.
+HOST_CELLS: dict[str, Cell] = {
+    "fsdp": _cell(fsdp=8),
+    "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=8),
+    "pp circular": _cell(_pipe("circular", 2), stage=2, fsdp=4),
+    "pp 1f1b": _cell(_pipe("1f1b"), stage=4, tensor=2),
+}
+HOST_MODELS = {
+    "fsdp": "gqa_window",
+    "tp+sp": "mha",
+    "pp circular": "gqa_window",
+    "pp 1f1b": "mha",
 }
 
 
@@ -162,7 +176,9 @@ def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str,
     sharding = batch_sharding(setup.compute, setup.mesh)
     results, step = [], None
     for batch in batches(setup.config.model.vocab_size, packed):
-        put = put_batch(batch, range(ROWS * MICRO), sharding, (MICRO, ROWS))
+        rows = local_rows(sharding, (MICRO, ROWS, SEQ))
+        own = {name: array[rows] for name, array in batch.items()}
+        put = put_batch(own, rows, sharding, (MICRO, ROWS))
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
             step = on_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
         state, metrics = step(jax.tree.map(jnp.copy, state), put)
