@@ -24,6 +24,9 @@ class AttentionConfig(Config):
     head_dim: int = Field(gt=0)
     bias: bool = False
     """Offsets on all four projections (GPT-2)."""
+    window: int | None = Field(default=None, gt=0)
+    """How many tokens a token sees: itself and the window − 1 before it (Mistral's sliding window);
+    cost then grows with the window, not the sequence. null: all before it."""
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -55,7 +58,7 @@ class Attention(nnx.Module):
         rules: AxisRules,
         dtype: Any,
     ):
-        self.rules = rules
+        self.rules, self.window = rules, config.window
         outer = {"embed": d_model}
         queries = {"heads": config.num_heads, "head_dim": config.head_dim}
         keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -89,15 +92,14 @@ class Attention(nnx.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        attend = partial(sharded_attention, rules=self.rules, window=self.window)
         if cache is None:
             segments = None if segment_ids is None else (segment_ids, segment_ids)
-            y = sharded_attention(q, k, v, rules=self.rules, segment_ids=segments)
+            y = attend(q, k, v, segment_ids=segments)
         else:
             new = KVCache(k, v)
             write = partial(write_slots, positions=positions, rules=self.rules)
             cache = KVCache(*map(write, cache, new))
             # Slots not yet written lie after every query, so the causal mask hides them too.
-            y = sharded_attention(
-                q, cache.key, cache.value, rules=self.rules, q_positions=positions
-            )
+            y = attend(q, cache.key, cache.value, q_positions=positions)
         return self.out(checkpoint_name(y, "attention")), cache
