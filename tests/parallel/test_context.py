@@ -142,12 +142,12 @@ def test_each_method_communicates_as_it_should(method, forward, backward, mesh):
     with jax.set_mesh(axes):
         operands = laid_out(axes, rules, *arrays(1, 16, 4, 4, 3))[:4]
         attend = partial(sharded_attention, rules=rules, method=method, balanced=True)
-        o, pull = jax.jit(lambda *qkv: jax.vjp(attend, *qkv))(*operands[:3])
-        there = jax.jit(attend).lower(*operands[:3]).compile().as_text()
-        back = jax.jit(pull).lower(operands[3]).compile().as_text()
+        both = jax.jit(lambda *qkv: jax.vjp(attend, *qkv), compiler_options=QUICK)
+        o, pull = both(*operands[:3])
+        there = jax.jit(attend).lower(*operands[:3]).compile(compiler_options=QUICK).as_text()
+        back = jax.jit(pull).lower(operands[3]).compile(compiler_options=QUICK).as_text()
     assert set(re.findall(COLLECTIVES, there)) == forward
     assert set(re.findall(COLLECTIVES, back)) == backward
-    # What crosses the wire is never larger than it must be: o lies as q does.
     assert o.sharding.spec == operands[0].sharding.spec
 
 
@@ -158,13 +158,13 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
     with jax.set_mesh(axes):
         operands = laid_out(axes, rules, *arrays(1, 32, 1, 1, 3))
         run = attend_and_pull(rules, {"method": "ring", "window": 5}, packed=False)
-        text = jax.jit(run).lower(*operands).compile().as_text()
+        text = jax.jit(run).lower(*operands).compile(compiler_options=QUICK).as_text()
     assert " while(" not in text
     hops = re.findall(r"collective-permute(?:-start)?\(.*source_target_pairs=\{\{0,(\d)\}", text)
     assert set(hops) == {"1", "7"}
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 11, 30])
+@pytest.mark.parametrize("window", [None, 1, 4, 6, 30])
 @pytest.mark.parametrize(("ways", "balanced"), [(1, True), (4, False), (4, True), (3, True)])
 def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     """Chunks of queries and keys that a device computes with are those with a pair in sight."""
