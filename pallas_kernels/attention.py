@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
@@ -192,6 +193,16 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, where, how, dtype):
+    if count := _loop_length(q.shape[1], where, how):
+        rows = _rows_of((q, *_query_side(where, q.shape[1])), count)
+
+        def one(rows):
+            q, positions, segments = rows
+            part = where._replace(q_positions=positions, q_segments=segments)
+            return _forward(q, k, v, part, how, dtype)
+
+        return _joined(lax.map(one, rows))
+
     (B, S, N, H), K = q.shape, k.shape[2]
     q = q.reshape(B, S, K, N // K, H)
 
@@ -221,6 +232,19 @@ def _forward(q, k, v, where, how, dtype):
 
 def _backward(q, k, v, lse, delta, d_o, where, how):
     """Weights are recomputed from scores and log-sum-exp."""
+    if count := _loop_length(q.shape[1], where, how):
+        rows = _rows_of((q, lse, delta, d_o, *_query_side(where, q.shape[1])), count)
+
+        def add(sums, rows):
+            q, lse, delta, d_o, positions, segments = rows
+            part = where._replace(q_positions=positions, q_segments=segments)
+            d_q, *terms = _backward(q, k, v, lse, delta, d_o, part, how)
+            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q
+
+        zeros = jnp.zeros(k.shape, jnp.float32)
+        (d_k, d_v), d_q = lax.scan(add, (zeros, zeros), rows)
+        return _joined(d_q), d_k, d_v
+
     (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
     heads = (B, S, K, N // K)
     q, d_o = q.reshape(*heads, H), d_o.reshape(*heads, H)
@@ -289,11 +313,54 @@ def _mask(q_positions, k_positions, q_segments, k_segments, how: _How):
     return reduce(and_, parts) if parts else None
 
 
+def _tile_size(S: int) -> int:
+    return max(MIN_TILE, -(-S // MAX_TILES))
+
+
+def _default_positions(where: _Where) -> bool:
+    return where.q_positions is None and where.k_positions is None
+
+
 def _tiles(S: int, T: int, where: _Where, how: _How) -> list[_Tile]:
     """At most MAX_TILES runs of queries: the program grows with their number."""
-    size = max(MIN_TILE, -(-S // MAX_TILES))
+    size = _tile_size(S)
     bounds = [(start, min(start + size, S)) for start in range(0, S, size)]
-    if not how.causal or where.q_positions is not None or where.k_positions is not None:
+    if not how.causal or not _default_positions(where):
         return [_Tile(start, stop, 0, T) for start, stop in bounds]
     window = S if how.window is None else how.window
     return [_Tile(start, stop, max(start - window + 1, 0), min(stop, T)) for start, stop in bounds]
+
+
+# Where every tile reads all keys, tiles of one size are a loop: the program is one tile's.
+
+
+def _loop_length(S: int, where: _Where, how: _How) -> int:
+    """Tiles to loop over; 0: none."""
+    size = _tile_size(S)
+    same = not how.causal or not _default_positions(where)
+    return S // size if same and size < S and S % size == 0 else 0
+
+
+def _query_side(where: _Where, S: int) -> tuple[jax.Array, jax.Array | None]:
+    """Positions and segments of the queries."""
+    default = jnp.arange(S, dtype=jnp.int32)[None]
+    return default if where.q_positions is None else where.q_positions, where.q_segments
+
+
+def _rows_of(tree: Any, count: int) -> Any:
+    """[B, S, ...] → [count, B, S / count, ...]"""
+
+    def cut(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+def _joined(tree: Any) -> Any:
+    """The inverse of :func:`_rows_of`."""
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+    return jax.tree.map(join, tree)

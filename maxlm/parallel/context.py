@@ -3,7 +3,7 @@
 Three methods, the same numbers; all on shards, with gradients of their own:
 
 - ``all_gather``: every device gathers all keys and values, and attends with its own queries. Two
-  large collectives and the whole sequence's keys in memory; simple, and fast where kv heads are few.
+  large collectives and a whole sequence's keys in memory; simple, and fast where kv heads are few.
 - ``ring``: keys and values travel around the ring of devices, a block at a time, while the device
   computes with the block it has (Liu et al. 2023, ring attention). Memory for two blocks; the
   transfer hides behind the computation where blocks are long.

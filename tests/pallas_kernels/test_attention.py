@@ -29,7 +29,7 @@ def exact(q, k, v, **options):
 @settings(max_examples=12)
 @given(
     st.integers(1, 2),
-    st.sampled_from([1, 2, 7, 127, 128, 129, 260]),
+    st.sampled_from([1, 2, 7, 127, 128, 129, 256, 260]),
     st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 2), (5, 1)]),
     st.integers(1, 9),
     st.booleans(),
@@ -50,7 +50,7 @@ def test_self_attention_equals_the_reference(B, S, heads, H, causal, packed, see
 @settings(max_examples=12)
 @given(
     st.integers(1, 2),
-    st.sampled_from([1, 3, 130]),
+    st.sampled_from([1, 3, 130, 256]),
     st.sampled_from([1, 5, 131, 200]),
     st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     st.integers(0, 99),
@@ -207,11 +207,11 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("case", BLOCKS)
-@pytest.mark.parametrize("heads", [(4, 2), (2, 1)])
-def test_blocks_of_keys_merge_to_the_whole_and_share_out_its_gradients(case, heads):
+@pytest.mark.parametrize(("S", "heads"), [(37, (4, 2)), (256, (2, 1))])
+def test_blocks_of_keys_merge_to_the_whole_and_share_out_its_gradients(case, S, heads):
     """Keys in three blocks, met out of order: outputs merge, each block yields its own dK, dV."""
     options, is_packed = BLOCKS[case]
-    S, cuts = 37, (0, 11, 12, 37)
+    cuts = (0, 11, 12, S)
     q, k, v = operands(2, S, S, *heads, 3)
     rng = np.random.default_rng(5)
     d_o = rng.standard_normal(q.shape).astype(np.float32)
