@@ -164,7 +164,7 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
     assert set(hops) == {"1", "7"}
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 6, 30])
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 30])
 @pytest.mark.parametrize(("ways", "balanced"), [(1, True), (4, False), (4, True), (3, True)])
 def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     """Chunks of queries and keys that a device computes with are those with a pair in sight."""
