@@ -13,6 +13,7 @@ from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import Rotary
 from maxlm.models.params import Params, bind, values
 from maxlm.models.remat import RematPolicy, rematerialise
+from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
 from maxlm.sharding import AxisRules
 
@@ -33,10 +34,13 @@ class Block(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
+        parallel: ParallelConfig,
     ):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         self.attention_norm = Norm(norm, d_model, **kw)
-        self.attention = Attention(attention, d_model, num_layers, init_std, **kw)
+        self.attention = Attention(
+            attention, d_model, num_layers, init_std, parallel=parallel, **kw
+        )
         self.mlp_norm = Norm(norm, d_model, **kw)
         self.mlp = Mlp(mlp, d_model, num_layers, init_std, **kw)
 

@@ -1,17 +1,27 @@
 """Attention on a mesh: each device attends over its own rows and heads."""
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from maxlm.parallel import blocks, ulysses
+from maxlm.parallel.context import ContextMethod, Split, check_context
+from maxlm.parallel.local import Axes, axis_numbers, axis_size, on_shards, spec_of
 from maxlm.sharding import AxisRules
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import attention_backward, attention_forward, row_delta
 
 
 def write_slots(
     cache: jax.Array, new: jax.Array, positions: jax.Array, *, rules: AxisRules
 ) -> jax.Array:
     """``cache`` with ``new`` written over the slots ``positions`` of each row; no communication.
+
+    Not differentiable.
 
     Args:
         cache: [B, T, K, H].
@@ -24,17 +34,9 @@ def write_slots(
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
 
-    return jax.shard_map(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
+    return on_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
         cache, new, positions
     )
-
-
-def _own_heads(a: jax.Array, num_heads: int, group: int, split: tuple[str, ...]) -> jax.Array:
-    """The kv heads [B, T, k, H] that this device's ``num_heads`` query heads read."""
-    if num_heads % group and group % num_heads:
-        raise ValueError(f"{num_heads} query heads a device straddle groups of {group}")
-    first = lax.axis_index(split) * num_heads // group
-    return lax.dynamic_slice_in_dim(a, first, max(num_heads // group, 1), axis=2)
 
 
 def sharded_attention(
@@ -44,31 +46,156 @@ def sharded_attention(
     *,
     rules: AxisRules,
     causal: bool = True,
+    window: int | None = None,
     q_positions: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
+    method: ContextMethod = "all_gather",
+    balanced: bool = False,
 ) -> jax.Array:
-    """:func:`pallas_kernels.attention.attention` over local rows and heads; no communication.
+    """:func:`pallas_kernels.attention.attention` on a mesh, each device with its rows and heads.
 
-    Where query heads are split over more devices than there are kv heads, kv heads are kept whole
-    (``kv_heads: null``) and each device takes those that its own query heads read.
+    Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), and for
+    the gradients of kv heads that are whole on devices which split the query heads: where there
+    are more such devices than kv heads, these are kept whole (``kv_heads: null``) and each device
+    takes those that its own query heads read.
 
-    Args: as there; q [B, S, N, H], k and v [B, T, K, H], positions and segments [B, S] / [B, T].
+    Args: as there; q [B, S, N, H], k and v [B, T, K, H], positions and segments [B, S] / [B, T],
+        laid out by ``rules``; and, where the sequence is split,
+
+        method: how the devices that share a sequence exchange it.
+        balanced: rows stand in the balanced order of :func:`~maxlm.parallel.context.sequence_order`
+            for the number of shards; masks compare places in the sequence, not in the arrays.
+
+    Returns:
+        [B, S, N, H] in v's dtype, laid out as q.
+
+    Raises:
+        MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.check_context`).
+        ValueError: q_positions, or k and v longer than q, with a split sequence; shapes that do not
+            belong together; a window without ``causal``.
     """
-    queries = rules.spec("batch", None, "heads", None)
-    keys = rules.spec("batch", None, "kv_heads", None)
-    rows = rules.spec("batch", None)
-    optional = {"q_positions": q_positions, "segment_ids": segment_ids}
+    axes = rules.mesh_axes("seq")
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    options: dict[str, Any] = {"window": window, "method": method, "balanced": balanced}
+    check_context(q.shape[1], q.shape[2], k.shape[2], rules=rules, sizes=sizes, **options)
+    if axes and (q_positions is not None or q.shape[1] != k.shape[1]):
+        raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
+    split = Split(axes, method, balanced, causal, window)
+    o: Any = _sharded(q, k, v, (q_positions, segment_ids), rules, split)
+    return o
 
-    split = rules.mesh_axes("heads") if not rules.mesh_axes("kv_heads") else ()
-    group = q.shape[2] // k.shape[2]
 
-    def local(q, k, v, optional):
-        if split:
-            k, v = (_own_heads(a, q.shape[2], group, split) for a in (k, v))
-        return attention(q, k, v, causal=causal, **optional)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _sharded(q, k, v, where, rules, split):
+    return _forward(q, k, v, where, rules, split)[0]
 
-    return jax.shard_map(
+
+def _forward(q, k, v, where, rules, split):
+    at = _Layout.of(rules, split, q, k)
+
+    def local(q, k, v, where, numbers):
+        k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
+        positions, segments = where
+        if split.axes and split.method == "ulysses":
+            return ulysses.forward(split, q, k, v, segments)
+        if split.axes:
+            return blocks.forward(split, numbers["seq"][0], q, k, v, segments)
+        return attention_forward(q, k, v, q_positions=positions, segment_ids=segments, **split.mask)
+
+    numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
+    o, lse = on_shards(local, in_specs=at.operands(where), out_specs=(at.queries, at.lse))(
+        q, k, v, where, numbers
+    )
+    # Named here and not outside: the backward pass wants both, or attention is computed again.
+    o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
+    return o, (q, k, v, where, o, lse)
+
+
+def _backward(rules, split, saved, d_o):
+    q, k, v, where, o, lse = saved
+    at = _Layout.of(rules, split, q, k)
+
+    def local(q, k, v, where, numbers, o, lse, d_o):
+        own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
+        positions, segments = where
+        saved = (q, own_k, own_v, segments, o, lse, d_o)
+        if split.axes and split.method == "ulysses":
+            grads = ulysses.backward(split, *saved)
+        elif split.axes:
+            grads = blocks.backward(split, numbers["seq"][0], *saved)
+        else:
+            placed = {"q_positions": positions, "segment_ids": segments, **split.mask}
+            delta = row_delta(o, d_o)
+            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, **placed)
+        d_q, d_k, d_v = grads
+        d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
+        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
+    grads = on_shards(
         local,
-        in_specs=(queries, keys, keys, jax.tree.map(lambda _: rows, optional)),
-        out_specs=queries,
-    )(q, k, v, optional)
+        in_specs=(*at.operands(where), at.queries, at.lse, at.queries),
+        out_specs=(at.queries, at.keys, at.keys),
+    )(q, k, v, where, numbers, o, lse, d_o)
+    return *grads, None
+
+
+_sharded.defvjp(_forward, _backward)
+
+
+class _Layout(NamedTuple):
+    """How operands lie on devices."""
+
+    queries: PartitionSpec
+    keys: PartitionSpec
+    rows: PartitionSpec
+    lse: PartitionSpec
+    numbered: dict[str, Axes]
+    """Axes along which a device needs its number: `seq`, and `heads` where kv heads are whole."""
+    num_kv_heads: int
+    group: int
+    """Query heads that read one kv head."""
+
+    @classmethod
+    def of(cls, rules: AxisRules, split: Split, q: jax.Array, k: jax.Array) -> "_Layout":
+        batch, seq, heads = (rules.mesh_axes(axis) for axis in ("batch", "seq", "heads"))
+        whole_rows = split.axes and split.method == "ulysses"
+        lse = ((), heads + seq) if whole_rows else (seq, heads)
+        numbered = {"seq": seq, "heads": () if rules.mesh_axes("kv_heads") else heads}
+        return cls(
+            queries=rules.spec("batch", "seq", "heads", None),
+            keys=rules.spec("batch", "seq", "kv_heads", None),
+            rows=rules.spec("batch", "seq"),
+            lse=spec_of((batch, *lse)),
+            numbered={name: axes for name, axes in numbered.items() if axes},
+            num_kv_heads=k.shape[2],
+            group=q.shape[2] // k.shape[2],
+        )
+
+    def operands(self, where: Any) -> tuple[Any, ...]:
+        """Specs of q, k, v, positions and segments, and the devices' numbers."""
+        numbers = {name: spec_of((axes,)) for name, axes in self.numbered.items()}
+        return self.queries, self.keys, self.keys, jax.tree.map(lambda _: self.rows, where), numbers
+
+    def own_heads(self, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
+        """On shards: of kv heads [B, T, K, H], those that this device's query heads read."""
+        if "heads" not in self.numbered:
+            return x
+        first, count = self._own(numbers)
+        return lax.dynamic_slice_in_dim(x, first, count, axis=2)
+
+    def all_heads(self, d_own: jax.Array, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
+        """On shards: the gradient of whole kv heads x, summed over devices, from that of each
+        device's :meth:`own_heads`."""
+        if "heads" not in self.numbered:
+            return d_own
+        first, _ = self._own(numbers)
+        zeros = jnp.zeros(x.shape, d_own.dtype)
+        d_x = lax.dynamic_update_slice_in_dim(zeros, d_own, first, axis=2)
+        return lax.psum(d_x, self.numbered["heads"])
+
+    def _own(self, numbers: dict[str, jax.Array]) -> tuple[jax.Array, int]:
+        """The first kv head that this device reads, and how many. Never a part of a group beside
+        another group's: ``check_context`` sees to it."""
+        heads = self.num_kv_heads * self.group // axis_size(self.numbered["heads"])
+        return numbers["heads"][0] * heads // self.group, max(heads // self.group, 1)

@@ -10,6 +10,7 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -104,17 +105,23 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
     XLA:TPU replaces a reduce-scatter over more than one dimension of a torus by an all-reduce and
     a slice: twice the bytes (docs/performance.md). Two scatters, each over fewer devices, stay
-    what they are; the first leaves device i·b + j, of a·b, the i-th part, the second its j-th.
+    what they are; of a·b devices, number i·b + j gets the i-th part in the first, and of that the
+    j-th in the second.
     """
     size = axis_size(axes)
     inner = size // SCATTERED_TOGETHER if size > SCATTERED_TOGETHER else 2
     if platform() != "tpu" or size <= 4 or size % inner:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
-    strides = [list(range(j, size, inner)) for j in range(inner)]
-    runs = [list(range(i, i + inner)) for i in range(0, size, inner)]
-    for groups in (strides, runs):
-        x = lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
-    return x
+    outer_groups = [list(range(j, size, inner)) for j in range(inner)]
+    inner_groups = [list(range(i, i + inner)) for i in range(0, size, inner)]
+    scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+    x = scatter(x, axis_index_groups=outer_groups)
+    if inner > 2:
+        return scatter(x, axis_index_groups=inner_groups)
+    # Scatters over pairs are padded; an exchange of halves is not.
+    halves = x.reshape(*x.shape[:dim], 2, -1, *x.shape[dim + 1 :])
+    halves = lax.all_to_all(halves, axes, dim, dim, axis_index_groups=inner_groups, tiled=True)
+    return halves.sum(dim)
 
 
 def platform() -> str:

@@ -25,6 +25,7 @@ def notes(
             _mesh(sizes, links),
             _zero(placed, sizes),
             _sequence(placed, sizes),
+            _context(config, placed, sizes),
             _kv_heads(config, placed, sizes),
             _pipeline(config, sizes),
         )
@@ -70,6 +71,17 @@ def _sequence(placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
     if not more:
         return None
     return f"sequence parallel: residual stream and norms split over {_ways(more, sizes)} as well"
+
+
+def _context(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
+    if not placed.compute.seq:
+        return None
+    parallel = config.parallel
+    order = "an early and a late part each" if parallel.balance_sequence else "in its own order"
+    return (
+        f"context parallel: the sequence over {_ways(placed.compute.seq, sizes)}, {order}; "
+        f"attention by {parallel.context}"
+    )
 
 
 def _kv_heads(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:

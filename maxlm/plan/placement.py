@@ -6,6 +6,7 @@ from typing import Any
 
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, named, param_specs
+from maxlm.parallel.context import check_context
 from maxlm.run import RunConfig, check_batch, check_stages
 from maxlm.sharding import (
     AxisRules,
@@ -58,6 +59,18 @@ def place_model(
         # One token at a time cannot be split: the residual stream lies as it does within layers.
         compute = compute.model_copy(update={"residual": compute.seq})
     check_activations(compute)
+    if for_training:
+        attention, parallel = config.model.attention, config.parallel
+        check_context(
+            config.data.seq_len,
+            attention.num_heads,
+            attention.num_kv_heads,
+            rules=compute,
+            sizes=sizes,
+            window=attention.window,
+            method=parallel.context,
+            balanced=parallel.balance_sequence,
+        )
     model = config.model.build(rules=compute, dtype=dtype, parallel=config.parallel)
     specs = param_specs(model)
     flat = named(specs)

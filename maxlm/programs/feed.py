@@ -21,7 +21,7 @@ def training_batches(
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh)
-    rows = local_rows(sharding, (*lead, data.seq_len))
+    rows, order = local_rows(sharding, (*lead, data.seq_len)), setup.token_order
     with make_loader(
         stores,
         weights,
@@ -31,7 +31,7 @@ def training_batches(
         num_steps=setup.config.train.steps - start,
         rows=rows,
     ) as loader:
-        yield (put_batch(batch, rows, sharding, lead) for batch in loader)
+        yield (put_batch(batch, rows, sharding, lead, order) for batch in loader)
 
 
 @contextmanager
@@ -42,8 +42,8 @@ def evaluation_batches(
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh)
-    rows = local_rows(sharding, (*lead, data.seq_len))
+    rows, order = local_rows(sharding, (*lead, data.seq_len)), setup.token_order
     with one_pass(
         store, data.seq_len, data.batch_size, packing="concat", max_batches=max_batches, rows=rows
     ) as loader:
-        yield (put_batch(batch, rows, sharding, lead) for batch in loader)
+        yield (put_batch(batch, rows, sharding, lead, order) for batch in loader)

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -14,6 +16,7 @@ from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
 from maxlm.objectives import OBJECTIVES
+from maxlm.parallel.context import sequence_order
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
@@ -61,6 +64,15 @@ class Setup:
             ema=self._ema,
             optimizer_rules=self.optimizer_rules,
         )
+
+    @property
+    def token_order(self) -> np.ndarray | None:
+        """The token that stands at each place of a row, where context parallelism wants another
+        order than the sequence's own."""
+        ways = prod(self.mesh.shape[axis] for axis in self.compute.seq)
+        if ways == 1 or not self.config.parallel.balance_sequence:
+            return None
+        return sequence_order(self.config.data.seq_len, ways, balanced=True)
 
     @cached_property
     def abstract_state(self) -> TrainState:

@@ -16,7 +16,7 @@ MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
 # Those that split parameters; the others only split activations.
 PARAMETER_AXES = ("stage", "fsdp", "expert", "tensor")
 # Those that no layer is split over yet.
-UNUSED_AXES = ("expert", "context")
+UNUSED_AXES = ("expert",)
 
 
 class MeshConfig(Config):

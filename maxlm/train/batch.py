@@ -28,12 +28,14 @@ def put_batch(
     rows: Sequence[int],
     sharding: NamedSharding,
     lead: tuple[int, ...],
+    order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
     """A process's rows as its part of the global arrays.
 
     Args:
         batch: arrays [len(rows), S], row i being global row ``rows[i]``.
         lead: the arrays' leading axes: (rows,) or (micro-batches, rows).
+        order: the token that stands at each place of a row; default: its own.
     """
     numbers = _numbered(lead)
     place_of = {row: i for i, row in enumerate(rows)}
@@ -42,7 +44,8 @@ def put_batch(
         def piece(index: Any) -> np.ndarray:
             wanted = numbers[index[:-1]]
             own = np.array([place_of[row] for row in wanted.ravel().tolist()])
-            return array[own].reshape(*wanted.shape, array.shape[1])[..., index[-1]]
+            tokens = np.arange(array.shape[1]) if order is None else order
+            return array[np.ix_(own, tokens[index[-1]])].reshape(*wanted.shape, -1)
 
         return jax.make_array_from_callback((*lead, array.shape[1]), sharding, piece)
 

@@ -30,7 +30,7 @@ GPT2 = {
     "num_layers": 2,
     "d_model": 24,
     "max_seq_len": 40,
-    "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 8, "bias": True},
+    "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 8, "bias": True, "window": 6},
     "mlp": {"d_ff": 36, "activation": "gelu_tanh", "gated": False, "bias": True},
     "norm": {"kind": "layernorm", "bias": True},
     "positions": {"kind": "learned"},

@@ -41,7 +41,7 @@ LLAMA_MQA = DecoderConfig.model_validate(
         "num_layers": 1,
         "d_model": 10,
         "max_seq_len": 13,
-        "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 4},
+        "attention": {"num_heads": 3, "num_kv_heads": 1, "head_dim": 4, "window": 4},
         "mlp": {"d_ff": 7, "activation": "relu"},
         "tie_embeddings": True,
     }

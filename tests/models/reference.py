@@ -78,7 +78,7 @@ def self_attention(x, params, positions, segments, config, theta):
         group = n // (N // K)
         q, k, v = project("query", n), project("key", group), project("value", group)
         for s in range(S):
-            before = np.arange(S) <= s
+            before = (np.arange(S) <= s) & (np.arange(S) > s - (config["window"] or S))
             allowed = before & (segments == segments[s]) & (segments[s] != 0)
             y[s] += head_attention(q[s], k, v, allowed) @ params["out"]["kernel"][n]
     return y + params["out"].get("bias", 0)

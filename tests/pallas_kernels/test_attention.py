@@ -1,6 +1,6 @@
 """attention() equals a float64 NumPy softmax, its gradient too, and never reads what is masked."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -10,59 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernel
+from tests.pallas_kernels import reference
+from tests.pallas_kernels.reference import operands
 
 # Compiling is most of these tests' time, and twice as fast without optimisation.
 QUICK = {"xla_backend_optimization_level": 0}
-attention = jax.jit(kernel.attention, static_argnames=("causal", "scale"), compiler_options=QUICK)
+STATIC = ("causal", "window", "scale")
+attention, forward, backward = (
+    jax.jit(f, static_argnames=STATIC, compiler_options=QUICK)
+    for f in (kernel.attention, kernel.attention_forward, kernel.attention_backward)
+)
 
 
-def mask(S, T, causal, q_positions, segment_ids):
-    """bool [B, S, T]: which keys each query may read."""
-    allowed = np.ones((1, S, T), bool)
-    if causal:
-        at = np.arange(S)[None] if q_positions is None else q_positions
-        allowed = at[:, :, None] >= np.arange(T)
-    if segment_ids is not None:
-        own, other = segment_ids
-        allowed = allowed & (own[:, :, None] == other[:, None]) & (own[:, :, None] > 0)
-    return allowed
-
-
-def exact(q, k, v, *, causal=True, q_positions=None, segment_ids=None, scale=None):
-    """Vaswani et al. 2017, eq. 1, one head and one query at a time in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
-    allowed = np.broadcast_to(mask(S, T, causal, q_positions, segment_ids), (B, S, T))
-    out = np.zeros((B, S, N, H))
-    for b in range(B):
-        for n in range(N):
-            keys, values = k[b, :, n // (N // K)], v[b, :, n // (N // K)]
-            for s in range(S):
-                seen = allowed[b, s]
-                if seen.any():
-                    score = keys[seen] @ q[b, s, n] * (H**-0.5 if scale is None else scale)
-                    weight = np.exp(score - score.max())
-                    out[b, s, n] = weight / weight.sum() @ values[seen]
-    return out
-
-
-def operands(B, S, T, N, K, H, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = ((B, S, N, H), (B, T, K, H), (B, T, K, H))
-    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-
-
-def sorted_segments(rng, B, S):
-    """int32 [B, S]: up to three documents, then padding."""
-    cuts = np.sort(rng.integers(0, S + 1, (B, 3)), axis=1)
-    segments = 1 + (np.arange(S) >= cuts[:, :1]) + (np.arange(S) >= cuts[:, 1:2])
-    return np.where(np.arange(S) < cuts[:, 2:], segments, 0).astype(np.int32)
+def exact(q, k, v, **options):
+    return reference.attention(q, k, v, **options)[0]
 
 
 @settings(max_examples=12)
 @given(
     st.integers(1, 2),
-    st.sampled_from([1, 2, 7, 127, 128, 129, 260]),
+    st.sampled_from([1, 2, 7, 127, 128, 129, 256, 260]),
     st.sampled_from([(1, 1), (3, 3), (4, 2), (6, 2), (5, 1)]),
     st.integers(1, 9),
     st.booleans(),
@@ -73,7 +40,7 @@ def test_self_attention_equals_the_reference(B, S, heads, H, causal, packed, see
     q, k, v = operands(B, S, S, *heads, H, seed)
     options = {"causal": causal}
     if packed:
-        segments = sorted_segments(np.random.default_rng(seed), B, S)
+        segments = reference.packed(np.random.default_rng(seed), B, S)
         options["segment_ids"] = (segments, segments)
     found = np.asarray(attention(q, k, v, **options))
     assert found.dtype == np.float32
@@ -83,7 +50,7 @@ def test_self_attention_equals_the_reference(B, S, heads, H, causal, packed, see
 @settings(max_examples=12)
 @given(
     st.integers(1, 2),
-    st.sampled_from([1, 3, 130]),
+    st.sampled_from([1, 3, 130, 256]),
     st.sampled_from([1, 5, 131, 200]),
     st.sampled_from([(2, 2), (4, 2), (3, 1)]),
     st.integers(0, 99),
@@ -130,18 +97,20 @@ def test_scores_too_large_for_exp_give_no_infinities():
     np.testing.assert_allclose(found, exact(100 * q, 100 * k, v), atol=2e-3)
 
 
-@pytest.mark.parametrize(("S", "heads"), [(9, (4, 2)), (131, (2, 1))])
-def test_gradients_equal_finite_differences(S, heads):
+@pytest.mark.parametrize(
+    ("S", "heads", "window"), [(9, (4, 2), None), (131, (2, 1), None), (260, (2, 1), 3)]
+)
+def test_gradients_equal_finite_differences(S, heads, window):
     """Along a random direction of each operand, packed rows and padding included."""
     q, k, v = operands(2, S, S, *heads, 3)
     rng, step = np.random.default_rng(1), 1e-5
-    segments = sorted_segments(rng, 2, S)
+    segments = reference.packed(rng, 2, S)
     pull = rng.standard_normal(q.shape)
 
     @partial(jax.jit, compiler_options=QUICK)
     @partial(jax.grad, argnums=(0, 1, 2))
     def gradient(q, k, v):
-        out = kernel.attention(q, k, v, segment_ids=(segments, segments))
+        out = kernel.attention(q, k, v, segment_ids=(segments, segments), window=window)
         return jnp.sum(out * pull.astype(np.float32))
 
     for i, grad in enumerate(gradient(q, k, v)):
@@ -150,10 +119,62 @@ def test_gradients_equal_finite_differences(S, heads):
         def at(sign, i=i, toward=toward):
             moved = [x.astype(np.float64) for x in (q, k, v)]
             moved[i] = moved[i] + sign * step * toward
-            return np.sum(exact(*moved, segment_ids=(segments, segments)) * pull)
+            return np.sum(exact(*moved, segment_ids=(segments, segments), window=window) * pull)
 
         slope = (at(1) - at(-1)) / (2 * step)
         assert np.vdot(grad, toward) == pytest.approx(slope, rel=1e-4, abs=1e-4)
+
+
+@settings(max_examples=15)
+@given(
+    st.sampled_from([1, 7, 128, 129, 300]),
+    st.sampled_from([1, 2, 5, 127, 128, 130, 400]),
+    st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_windows_equal_the_reference(S, window, heads, packed, seed):
+    q, k, v = operands(2, S, S, *heads, 4, seed)
+    options = {"window": window}
+    if packed:
+        options["segment_ids"] = (reference.packed(np.random.default_rng(seed), 2, S),) * 2
+    found = attention(q, k, v, **options)
+    np.testing.assert_allclose(found, exact(q, k, v, **options), atol=3e-6)
+
+
+@pytest.mark.parametrize("T", [3, 200])
+def test_queries_whose_window_lies_past_the_last_key_give_zeros(T):
+    q, k, v = operands(1, 300, T, 2, 1, 4)
+    found = attention(q, k, v, window=2)
+    np.testing.assert_allclose(found, exact(q, k, v, window=2), atol=3e-6)
+    np.testing.assert_array_equal(found[:, T + 1 :], 0)
+
+
+def test_a_window_over_positions_anywhere():
+    """As in decoding, and as keys of a block that stands elsewhere in its sequence."""
+    q, k, v = operands(2, 5, 140, 4, 2, 3)
+    rng = np.random.default_rng(0)
+    at = {
+        "q_positions": rng.integers(0, 150, (2, 5)).astype(np.int32),
+        "k_positions": rng.permuted(np.tile(np.arange(140, dtype=np.int32), (2, 1)), axis=1),
+    }
+    for options in ({}, {"window": 1}, {"window": 40}, {"k_positions": None, "window": 3}):
+        options = {**at, **options}
+        found = attention(q, k, v, **options)
+        np.testing.assert_allclose(found, exact(q, k, v, **options), atol=3e-6)
+    shared = {"q_positions": at["q_positions"][:1], "k_positions": at["k_positions"][:1]}
+    found = attention(q, k, v, **shared, window=9)
+    np.testing.assert_allclose(found, exact(q, k, v, **shared, window=9), atol=3e-6)
+
+
+def test_a_window_saves_its_work():
+    """Tiles wholly outside it are not computed: the cost grows with the window."""
+    q, k, v = operands(1, 2048, 2048, 1, 1, 8)
+
+    def flops(window):
+        return attention.lower(q, k, v, window=window).compile().cost_analysis()["flops"]
+
+    assert flops(128) < 0.3 * flops(None)
 
 
 @pytest.mark.parametrize("S", [6, 133])
@@ -176,6 +197,73 @@ def test_queries_with_no_key_give_zeros_and_no_gradient(S):
         assert np.isfinite(grad).all()
         np.testing.assert_array_equal(grad[segments == 0], 0)
     assert np.abs(np.asarray(y)[segments == 1]).min() > 0
+
+
+BLOCKS = {
+    "causal": ({}, False),
+    "window, packed": ({"window": 9}, True),
+    "packed, not causal": ({"causal": False}, True),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize(("S", "heads"), [(37, (4, 2)), (256, (2, 1))])
+def test_blocks_of_keys_merge_to_the_whole_and_share_out_its_gradients(case, S, heads):
+    """Keys in three blocks, met out of order: outputs merge, each block yields its own dK, dV."""
+    options, is_packed = BLOCKS[case]
+    cuts = (0, 11, 12, S)
+    q, k, v = operands(2, S, S, *heads, 3)
+    rng = np.random.default_rng(5)
+    d_o = rng.standard_normal(q.shape).astype(np.float32)
+    segments = reference.packed(rng, 2, S)
+    at = np.arange(S, dtype=np.int32)[None]
+
+    def block(i):
+        rows = slice(cuts[i], cuts[i + 1])
+        mask = {"q_positions": at, "k_positions": at[:, rows], **options}
+        if is_packed:
+            mask["segment_ids"] = (segments, segments[:, rows])
+        return (q, k[:, rows], v[:, rows]), mask
+
+    parts = []
+    for i in (2, 0, 1):
+        keys, mask = block(i)
+        parts.append(forward(*keys, **mask))
+        for found, wanted in zip(parts[-1], reference.attention(*keys, **mask), strict=True):
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted, atol=3e-6)
+    o, lse = reduce(kernel.merge, parts)
+    whole = {**options, "segment_ids": (segments, segments) if is_packed else None}
+    wanted = reference.attention(q, k, v, d_o=d_o, **whole)
+    np.testing.assert_allclose(o, wanted[0], atol=3e-6)
+    np.testing.assert_allclose(lse, wanted[1], atol=3e-6)
+
+    delta = kernel.row_delta(o, d_o)
+    d_q = 0
+    for i in range(3):
+        keys, mask = block(i)
+        rows = slice(cuts[i], cuts[i + 1])
+        term, d_k, d_v = backward(*keys, lse, delta, d_o, **mask)
+        d_q += term
+        np.testing.assert_allclose(d_k, wanted[3][:, rows], atol=1e-5)
+        np.testing.assert_allclose(d_v, wanted[4][:, rows], atol=1e-5)
+    np.testing.assert_allclose(d_q, wanted[2], atol=1e-5)
+
+
+def test_half_precision_blocks_leave_fp32_results():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in operands(1, 5, 5, 2, 1, 4))
+    o, lse = forward(q, k, v)
+    assert (o.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    o, lse = kernel.attention_forward(q, k, v, dtype=jnp.float32)
+    grads = backward(q, k, v, lse, kernel.row_delta(o, o), o.astype(q.dtype))
+    assert {x.dtype for x in (o, *grads)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("window", "causal"), [(0, True), (-1, True), (3, False)])
+def test_windows_that_look_nowhere_are_refused(window, causal):
+    q, k, v = operands(1, 3, 3, 1, 1, 2)
+    with pytest.raises(ValueError, match="windows look back"):
+        kernel.attention(q, k, v, window=window, causal=causal)
 
 
 @pytest.mark.parametrize("garbage", [1e4, -1e4, 3e38])

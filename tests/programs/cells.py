@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_layers": 4,
         "d_model": 32,
         "max_seq_len": SEQ,
-        "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6},
+        "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "window": 7},
         "mlp": {"d_ff": 48},
         "remat": "none",
     },
@@ -77,10 +77,27 @@ CELLS: dict[str, Cell] = {
     "fsdp": _cell(fsdp=8),
     "tp": _cell(tensor=4),
     "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=4),
+    "cp all-gather": _cell({"parallel": {"context": "all_gather"}}, context=4),
+    "cp ring": _cell({"parallel": {"context": "ring"}}, context=4),
+    "cp ulysses": _cell({"parallel": {"context": "ulysses"}}, context=4),
     "pp gpipe": _cell(_pipe("gpipe"), stage=4),
     "pp circular": _cell(_pipe("circular", 2), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "fsdp × tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, data=2, fsdp=2, tensor=2),
+    "fsdp × cp ring × tp+sp": _cell(
+        {"parallel": {"context": "ring"}, "sharding": SEQUENCE_PARALLEL},
+        fsdp=2,
+        context=2,
+        tensor=2,
+    ),
+    "cp ulysses × tp": _cell({"parallel": {"context": "ulysses"}}, data=2, context=2, tensor=2),
+    "cp ring in order × pp 1f1b": _cell(
+        {"parallel": {"context": "ring", "balance_sequence": False, "schedule": "1f1b"}},
+        stage=2,
+        fsdp=2,
+        context=2,
+    ),
+    "cp all-gather × pp circular": _cell(_pipe("circular", 2), stage=2, context=2, data=2),
     "fsdp × tp × pp 1f1b": _cell(
         _pipe("1f1b", sharding=SEQUENCE_PARALLEL), stage=2, fsdp=2, tensor=2
     ),
@@ -95,12 +112,18 @@ HOST_CELLS: dict[str, Cell] = {
     "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=8),
     "pp circular": _cell(_pipe("circular", 2), stage=2, fsdp=4),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4, tensor=2),
+    "cp ring": _cell({"parallel": {"context": "ring"}}, context=4, fsdp=2),
+    "cp all-gather": _cell({"parallel": {"context": "all_gather"}}, context=4, fsdp=2),
+    "cp ulysses": _cell({"parallel": {"context": "ulysses"}}, context=4, fsdp=2),
 }
 HOST_MODELS = {
     "fsdp": "gqa_window",
     "tp+sp": "mha",
     "pp circular": "gqa_window",
     "pp 1f1b": "mha",
+    "cp ring": "gqa_window",
+    "cp all-gather": "gqa_window",
+    "cp ulysses": "mha",
 }
 
 
@@ -178,7 +201,7 @@ def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str,
     for batch in batches(setup.config.model.vocab_size, packed):
         rows = local_rows(sharding, (MICRO, ROWS, SEQ))
         own = {name: array[rows] for name, array in batch.items()}
-        put = put_batch(own, rows, sharding, (MICRO, ROWS))
+        put = put_batch(own, rows, sharding, (MICRO, ROWS), setup.token_order)
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
             step = on_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
         state, metrics = step(jax.tree.map(jnp.copy, state), put)

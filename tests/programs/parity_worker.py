@@ -26,8 +26,8 @@ def main() -> None:
         config = cells.config_of(model, cells.HOST_CELLS[cell])
         setup = set_up(config)
         state = cells.start_from(Path(folder) / model, setup)
-        for step, (metrics, state) in enumerate(cells.train(setup, state, packed=True)):
-            whole = multihost_utils.process_allgather(state.params, tiled=True)
+        for step, (metrics, after) in enumerate(cells.train(setup, state, packed=True)):
+            whole = multihost_utils.process_allgather(after.params, tiled=True)
             ours = cells.canonical(setup, whole)
             with np.load(Path(folder) / f"{model}-{step}.npz") as theirs:
                 wrong = differences(metrics, ours, dict(theirs))

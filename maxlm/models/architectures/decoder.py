@@ -134,7 +134,8 @@ class Decoder(nnx.Module):
             if config.positions.kind == "learned"
             else None
         )
-        block = Block(config.attention, config.mlp, config.norm, D, config.num_layers, std, **kw)
+        layers = (config.attention, config.mlp, config.norm, D, config.num_layers, std)
+        block = Block(*layers, parallel=parallel, **kw)
         self.layers = stack(block, config.num_layers, self.layer_groups)
         self.final_norm = Norm(config.norm, D, **kw)
         self.head = (

@@ -12,6 +12,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import Linear, apply_together, residual_std
 from maxlm.models.layers.positions import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
+from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
 
@@ -24,6 +25,9 @@ class AttentionConfig(Config):
     head_dim: int = Field(gt=0)
     bias: bool = False
     """Offsets on all four projections (GPT-2)."""
+    window: int | None = Field(default=None, gt=0)
+    """How many tokens a token sees: itself and the window − 1 before it (Mistral's sliding window);
+    cost then grows with the window, not the sequence. null: all before it."""
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -54,8 +58,9 @@ class Attention(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
+        parallel: ParallelConfig,
     ):
-        self.rules = rules
+        self.rules, self.window, self.parallel = rules, config.window, parallel
         outer = {"embed": d_model}
         queries = {"heads": config.num_heads, "head_dim": config.head_dim}
         keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
@@ -73,7 +78,8 @@ class Attention(nnx.Module):
         rotary: Rotary | None,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Causal self-attention.
+        """Causal self-attention; a sequence split over devices stands in the order of
+        ``maxlm.parallel.context.sequence_order``.
 
         Args:
             x: [B, S, D].
@@ -88,15 +94,17 @@ class Attention(nnx.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        attend = partial(sharded_attention, rules=self.rules, window=self.window)
         if cache is None:
             segments = None if segment_ids is None else (segment_ids, segment_ids)
-            y = sharded_attention(q, k, v, rules=self.rules, segment_ids=segments)
+            own = self.parallel
+            y = attend(
+                q, k, v, segment_ids=segments, method=own.context, balanced=own.balance_sequence
+            )
         else:
             new = KVCache(k, v)
             write = partial(write_slots, positions=positions, rules=self.rules)
             cache = KVCache(*map(write, cache, new))
             # Slots not yet written lie after every query, so the causal mask hides them too.
-            y = sharded_attention(
-                q, cache.key, cache.value, rules=self.rules, q_positions=positions
-            )
-        return self.out(checkpoint_name(y, "attention"), seq="residual"), cache
+            y = attend(q, cache.key, cache.value, q_positions=positions)
+        return self.out(y, seq="residual"), cache

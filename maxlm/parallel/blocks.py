@@ -1,0 +1,299 @@
+"""Attention with keys and values in blocks, a device's share each: the ring and the all-gather.
+
+A device keeps its own queries and takes the keys of one device after another, its own first. What
+the causal mask or the window wholly empties is skipped, and what they leave whole is not masked.
+Everything here runs on shards (:mod:`maxlm.parallel.local`).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maxlm.parallel.context import Split
+from maxlm.parallel.local import gather, reduce
+from pallas_kernels.attention import attention_backward, attention_forward, merge, row_delta
+
+Segments = tuple[jax.Array, jax.Array] | None
+Sums = tuple[jax.Array, jax.Array]
+"""dK and dV of one device's keys, fp32."""
+
+
+class Block(NamedTuple):
+    """The keys of one device, or of all."""
+
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array | None
+
+
+Partial = tuple[tuple[jax.Array, jax.Array], ...]
+"""For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
+
+
+def forward(
+    split: Split,
+    number: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+) -> tuple[jax.Array, jax.Array]:
+    """This device's rows of the output, and their log-sum-exps.
+
+    Args:
+        number: int32 scalar, this device's number along the context axes.
+        q: [B, S / n, N, H], this device's rows; k, v [B, S / n, K, H] likewise, with those kv
+            heads that the query heads read.
+        segments: int [B, S / n] of queries and of keys, or None.
+
+    Returns:
+        o [B, S / n, N, H] in v's dtype; log-sum-exps, fp32 [B, S / n, N].
+    """
+    run = _ring_forward if split.method == "ring" else _gathered_forward
+    q_segments, k_segments = segments or (None, None)
+    queries = _Queries.cut(split, number, q_segments, q)
+    o, lse = zip(*run(split, queries, Block(k, v, k_segments)), strict=True)
+    return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
+
+
+def backward(
+    split: Split,
+    number: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    o: jax.Array,
+    lse: jax.Array,
+    d_o: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """fp32 gradients of this device's q, k and v.
+
+    Keys and values are sent again, not kept from the forward pass: memory for one layer's, not for
+    every layer's.
+
+    Args: as :func:`forward`'s, its results, and the output's cotangent.
+    """
+    run = _ring_backward if split.method == "ring" else _gathered_backward
+    q_segments, k_segments = segments or (None, None)
+    queries = _Queries.cut(split, number, q_segments, q, lse, row_delta(o, d_o), d_o)
+    d_q, (d_k, d_v) = run(split, queries, Block(k, v, k_segments))
+    return jnp.concatenate(d_q, axis=1), d_k, d_v
+
+
+class _Queries(NamedTuple):
+    """A device's own rows, in chunks of neighbours."""
+
+    split: Split
+    number: jax.Array
+    segments: tuple[Any, ...]
+    arrays: tuple[tuple[jax.Array, ...], ...]
+    """For each chunk: its q, and in the backward pass lse, delta and d_o."""
+
+    @classmethod
+    def cut(cls, split: Split, number: jax.Array, segments: Any, *arrays: jax.Array) -> "_Queries":
+        pieces = zip(*(_cut(x, split) for x in arrays), strict=True)
+        return cls(split, number, _cut(segments, split), tuple(pieces))
+
+    def pairs(self, block: Block, number: jax.Array | None) -> Iterator["_Pair"]:
+        """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
+        every device. A chunk of queries meets the nearest keys first.
+
+        Args:
+            number: of the device whose keys these are, another than the queries'; None: the same.
+        """
+        split, size = self.split, self.arrays[0][0].shape[1]
+        keys = list(zip(*(_cut(x, split) for x in block), strict=True))
+        starts = split.chunk_starts(self.number, size)
+        key_starts = starts if number is None else split.chunk_starts(number, size)
+        at = jnp.arange(size, dtype=jnp.int32)[None]
+        for a in range(split.chunks):
+            for b in reversed(range(split.chunks)):
+                k, v, k_segments = keys[b]
+                segments = None if k_segments is None else (self.segments[a], k_segments)
+                mask, live = {"segment_ids": segments, "causal": False}, None
+                if not split.causal:
+                    pass
+                elif a < b:
+                    continue  # every device's first chunk lies before all second ones
+                elif number is None and a == b:
+                    mask |= split.mask  # the same indices: both may count from 0
+                elif split.window is None:
+                    # All keys before the queries, or all after; second chunks lie after first ones.
+                    live = None if a > b else key_starts[b] < starts[a]
+                else:
+                    mask |= split.mask
+                    mask |= {"q_positions": starts[a] + at, "k_positions": key_starts[b] + at}
+                    oldest = starts[a] - split.window + 1
+                    live = (key_starts[b] < starts[a]) & (oldest < key_starts[b] + size)
+                yield _Pair(a, b, k, v, mask, live)
+
+    def fold(self, block: Block, number: jax.Array | None, partial: Partial | None) -> Partial:
+        """``partial`` (None: nothing yet) with a block of keys added."""
+        parts: list[Any] = list(partial or (None,) * self.split.chunks)
+        for pair in self.pairs(block, number):
+            (q,) = self.arrays[pair.query]
+
+            def attend(before, pair=pair, q=q):
+                here = attention_forward(q, pair.k, pair.v, dtype=jnp.float32, **pair.mask)
+                return here if before is None else merge(before, here)
+
+            parts[pair.query] = pair.where_live(attend, parts[pair.query])
+        return tuple(parts)
+
+    def pull(self, block: Block, number: jax.Array | None, d_q: Any) -> tuple[Any, Sums]:
+        """dQ's chunks (None: nothing yet) with this block's part added, and the block's dK, dV."""
+        d_q = [jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays] if d_q is None else d_q
+        d_q = list(d_q)
+        zeros = jnp.zeros(_cut(block.k, self.split)[0].shape, jnp.float32)
+        d_keys: list[Any] = [(zeros, zeros)] * self.split.chunks
+        for pair in self.pairs(block, number):
+            q, *saved = self.arrays[pair.query]
+
+            def add(sums, pair=pair, q=q, saved=saved):
+                return _add(sums, attention_backward(q, pair.k, pair.v, *saved, **pair.mask))
+
+            sums = (d_q[pair.query], *d_keys[pair.key])
+            d_q[pair.query], *d_keys[pair.key] = pair.where_live(add, sums)
+        d_k, d_v = (jnp.concatenate(x, axis=1) for x in zip(*d_keys, strict=True))
+        return tuple(d_q), (d_k, d_v)
+
+
+class _Pair(NamedTuple):
+    """One chunk of queries and one of keys."""
+
+    query: int
+    key: int
+    k: jax.Array
+    v: jax.Array
+    mask: dict[str, Any]
+    """Arguments of the kernel."""
+    live: jax.Array | None
+    """bool scalar, whether any query sees any key by its index, where devices differ in that."""
+
+    def where_live(self, function: Any, state: Any) -> Any:
+        # Devices take different branches: there must be no collective in them.
+        if self.live is None:
+            return function(state)
+        return lax.cond(self.live, function, lambda same: same, state)
+
+
+def _cut(x: Any, split: Split) -> tuple[Any, ...]:
+    return (None,) * split.chunks if x is None else tuple(jnp.split(x, split.chunks, axis=1))
+
+
+def _add(xs: Any, ys: Any) -> Any:
+    return tuple(x + y for x, y in zip(xs, ys, strict=True))
+
+
+def _before(number: jax.Array, steps: Any, split: Split) -> jax.Array:
+    """The device ``steps`` places before one in the ring."""
+    return (number + split.ways - steps) % split.ways
+
+
+def _steps(step: Any, carry: Any, stop: int) -> Any:
+    """``step(carry, t)`` for t = 1 .. stop − 1: a loop, so that programs do not grow with it."""
+    numbers = jnp.arange(1, stop, dtype=jnp.int32)
+    return lax.scan(lambda carry, t: (step(carry, t), None), carry, numbers)[0]
+
+
+def _rotate(tree: Any, split: Split, places: int = 1) -> Any:
+    """Everything to the next device of the ring, or so many on."""
+    around = [(i, (i + places) % split.ways) for i in range(split.ways)]
+    return jax.tree.map(lambda x: lax.ppermute(x, split.axes, around), tree)
+
+
+# At step t of a ring a device has the keys of the t-th device before it. It sends them on before
+# it computes with them: neither waits for the other, so XLA's scheduler runs the transfer under
+# the computation, in a loop's body as in straight code. Outside the loop stand the first step (own
+# keys, whose mask is known before) and the last (no keys to send).
+
+
+def _ring_forward(split: Split, queries: _Queries, block: Block) -> Partial:
+    def step(carry, t):
+        partial, block = carry
+        coming = _rotate(block, split)
+        return queries.fold(block, _before(queries.number, t, split), partial), coming
+
+    last = split.last_step(block.k.shape[1])
+    if last == 0:
+        return queries.fold(block, None, None)
+    coming = _rotate(block, split)
+    partial = queries.fold(block, None, None)
+    partial, block = _steps(step, (partial, coming), last)
+    return queries.fold(block, _before(queries.number, last, split), partial)
+
+
+def _ring_backward(split: Split, queries: _Queries, block: Block) -> tuple[Any, Sums]:
+    # dK and dV travel with their keys, one step behind: a step sends on the sums that the step
+    # before has finished, and adds its own terms to those that arrive for its block. So no
+    # transfer waits for its own step's computation. A last hop brings the sums home.
+    def step(carry, t):
+        d_q, block, sums = carry
+        coming, arriving = _rotate((block, sums), split)
+        d_q, terms = queries.pull(block, _before(queries.number, t, split), d_q)
+        return d_q, coming, _add(arriving, terms)
+
+    last = split.last_step(block.k.shape[1])
+    if last == 0:
+        return queries.pull(block, None, None)
+    coming = _rotate(block, split)
+    d_q, sums = queries.pull(block, None, None)
+    d_q, block, sums = _steps(step, (d_q, coming, sums), last)
+    arriving = _rotate(sums, split)
+    d_q, terms = queries.pull(block, _before(queries.number, last, split), d_q)
+    return d_q, _rotate(_add(arriving, terms), split, split.ways - last)
+
+
+# The all-gather takes the same steps over keys that are all here.
+
+
+def _gathered(split: Split, block: Block) -> Block:
+    def whole(x):
+        rest = ((),) * (x.ndim - 2)
+        return gather(x, ((), split.axes, *rest), ((), (), *rest))
+
+    return jax.tree.map(whole, block)
+
+
+def _block_of(split: Split, whole: Block, number: jax.Array) -> Block:
+    size = whole.k.shape[1] // split.ways
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole)
+
+
+def _gathered_forward(split: Split, queries: _Queries, block: Block) -> Partial:
+    whole = _gathered(split, block)
+
+    def step(partial, t):
+        number = _before(queries.number, t, split)
+        return queries.fold(_block_of(split, whole, number), number, partial)
+
+    stop = split.last_step(block.k.shape[1]) + 1
+    return _steps(step, queries.fold(block, None, None), stop)
+
+
+def _gathered_backward(split: Split, queries: _Queries, block: Block) -> tuple[Any, Sums]:
+    whole, size = _gathered(split, block), block.k.shape[1]
+
+    def put(sums, number, terms):
+        return tuple(
+            lax.dynamic_update_slice_in_dim(x, term, number * size, axis=1)
+            for x, term in zip(sums, terms, strict=True)
+        )
+
+    def step(carry, t):
+        d_q, sums = carry
+        number = _before(queries.number, t, split)
+        d_q, terms = queries.pull(_block_of(split, whole, number), number, d_q)
+        return d_q, put(sums, number, terms)
+
+    d_q, own = queries.pull(block, None, None)
+    zeros = jnp.zeros(whole.k.shape, jnp.float32)
+    sums = put((zeros, zeros), queries.number, own)
+    d_q, sums = _steps(step, (d_q, sums), split.last_step(size) + 1)
+    everywhere, rows = ((),) * 4, ((), split.axes, (), ())
+    d_k, d_v = (reduce(x, split.axes, everywhere, rows) for x in sums)
+    return d_q, (d_k, d_v)

@@ -1,0 +1,173 @@
+"""Context parallelism: self-attention over a sequence that is split over devices.
+
+Three methods, the same numbers; all on shards, with gradients of their own:
+
+- ``all_gather``: every device gathers all keys and values, and attends with its own queries. Two
+  large collectives and a whole sequence's keys in memory; simple, and fast where kv heads are few.
+- ``ring``: keys and values travel around the ring of devices, a block at a time, while the device
+  computes with the block it has (Liu et al. 2023, ring attention). Memory for two blocks; the
+  transfer hides behind the computation where blocks are long.
+- ``ulysses``: an all-to-all turns a share of the sequence with all heads into the whole sequence
+  with a share of heads, and one more turns the output back (Jacobs et al. 2023). The least traffic
+  where heads are many; its size is limited by the query heads.
+
+In sequence order a causal mask gives the first device the least work and the last the most, and
+all wait for it. **Balanced order** cuts the sequence into 2n chunks for n devices and gives device
+i the chunks i and 2n−1−i, so that ``all_gather`` and ``ring`` do equal work everywhere: half of
+what no mask would need. Ulysses is balanced in any order, and so is a window much shorter than a
+device's share of the sequence; in sequence order the ring then ends at the last device in reach.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.parallel.local import Axes, axis_size
+from maxlm.sharding import AxisRules
+
+ContextMethod = Literal["all_gather", "ring", "ulysses"]
+
+
+class Split(NamedTuple):
+    """How a sequence is split, and who may see whom in it."""
+
+    axes: Axes
+    """The mesh axes over which rows are split."""
+    method: ContextMethod
+    balanced: bool
+    causal: bool
+    window: int | None
+
+    @property
+    def ways(self) -> int:
+        return axis_size(self.axes)
+
+    @property
+    def mask(self) -> dict[str, Any]:
+        return {"causal": self.causal, "window": self.window}
+
+    @property
+    def chunks(self) -> int:
+        """Runs of neighbouring tokens that a device holds."""
+        return 2 if self.balanced else 1
+
+    def last_step(self, rows: int) -> int:
+        """How many devices before its own, of ``rows`` tokens each, hold keys that a device may
+        need. A future one's come by the way where the ring closes."""
+        if self.window is None or self.balanced:
+            return self.ways - 1
+        return min(self.ways - 1, (self.window + rows - 2) // rows)
+
+    def chunk_starts(self, number: Any, size: int) -> list[Any]:
+        """The index in the sequence of the first token of each chunk, of ``size`` tokens, of the
+        device with a number along ``axes``."""
+        return _chunk_starts(number, size, self.ways, self.balanced)
+
+
+def check_context(
+    seq_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    rules: AxisRules,
+    sizes: Mapping[str, int],
+    window: int | None = None,
+    method: ContextMethod = "all_gather",
+    balanced: bool = False,
+) -> None:
+    """Check that attention can be split over the sequence as asked; nothing is compiled.
+
+    Args:
+        seq_len: tokens in a row of the batch.
+        rules: compute rules.
+        sizes: mesh axis → devices.
+        window: keys that a query sees; None: all up to its own.
+
+    Raises:
+        MaxlmError: a length that does not divide; heads that Ulysses cannot share out; heads split
+            so that a query head's kv head would lie on another device; a window below 1.
+    """
+    seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
+    if window is not None and window < 1:
+        raise MaxlmError(
+            f"window={window}", where="attention.window", fix="use 1 or more, or null for no window"
+        )
+    if kv_heads not in ((), heads):
+        raise MaxlmError(
+            f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}",
+            where="sharding.compute",
+            fix="give kv_heads the axes of heads, or null",
+        )
+    shares, ways = (prod(sizes[axis] for axis in axes) for axes in (heads, seq))
+    own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
+    if heads and not kv_heads and own % group and group % own:
+        raise MaxlmError(
+            f"{own} query heads a device straddle the groups of {group} that share a kv head",
+            where="sharding.compute.kv_heads",
+            fix=f"split heads over a multiple or a divisor of {num_kv_heads} devices",
+        )
+    if not seq:
+        return
+    _check_length(seq_len, ways, balanced)
+    if method == "ulysses" and num_heads % (shares * ways):
+        raise MaxlmError(
+            f"ulysses splits query heads, and {num_heads} do not divide over "
+            f"{_named(heads + seq, sizes)} ({num_kv_heads} kv heads would be copied as needed)",
+            where="context parallelism",
+            fix="use ring or all_gather, or fewer devices on these axes",
+        )
+
+
+def _named(axes: Axes, sizes: Mapping[str, int]) -> str:
+    return "·".join(f"{axis}={sizes[axis]}" for axis in axes) or "none"
+
+
+def _check_length(length: int, ways: int, balanced: bool) -> None:
+    chunks = ways * (2 if balanced else 1)
+    if length % chunks:
+        below, above = length // chunks * chunks, -(-length // chunks) * chunks
+        raise MaxlmError(
+            f"a sequence of {length} does not divide into {chunks} chunks "
+            f"({ways} context shards{', two chunks each when balanced' if balanced else ''})",
+            where="seq_len",
+            fix=f"use {f'{below} or ' if below else ''}{above}"
+            + (", or the plain order" if balanced and length % ways == 0 else ""),
+        )
+
+
+def sequence_order(length: int, ways: int, balanced: bool) -> np.ndarray:
+    """The order in which tokens are laid out so that contiguous shares are what devices hold.
+
+    Returns:
+        int [length]: the index of the token that stands at each place. Device i of ``ways`` holds
+        places i·length/ways and on.
+
+    Raises:
+        MaxlmError: the length does not divide.
+    """
+    _check_length(length, ways, balanced)
+    if not balanced:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * ways, -1)
+    return np.stack([chunks[:ways], chunks[ways:][::-1]], axis=1).reshape(-1)
+
+
+def own_indices(number: jax.Array, length: int, ways: int, balanced: bool) -> jax.Array:
+    """The indices in the whole sequence of a device's own rows, int32 [length / ways].
+
+    Args:
+        number: int32 scalar, the device's number along the context axes (``axis_numbers``).
+        length: of the whole sequence.
+    """
+    size = length // (ways * (2 if balanced else 1))
+    starts = _chunk_starts(number, size, ways, balanced)
+    return jnp.concatenate([start + jnp.arange(size, dtype=jnp.int32) for start in starts])
+
+
+def _chunk_starts(number: Any, size: int, ways: int, balanced: bool) -> list[Any]:
+    return [number * size, (2 * ways - 1 - number) * size] if balanced else [number * size]

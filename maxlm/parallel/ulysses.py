@@ -1,0 +1,119 @@
+"""Attention over a split sequence by all-to-all between rows and heads (Jacobs et al. 2023).
+
+Everything here runs on shards (:mod:`maxlm.parallel.local`).
+"""
+
+from math import gcd
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from maxlm.parallel.context import Split, sequence_order
+from maxlm.parallel.local import gather
+from pallas_kernels.attention import attention_backward, attention_forward, row_delta
+
+Segments = tuple[jax.Array, jax.Array] | None
+
+
+def forward(
+    split: Split, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+) -> tuple[jax.Array, jax.Array]:
+    """This device's rows of the output, and the log-sum-exps of its heads.
+
+    Args:
+        q: [B, S / n, N, H], this device's rows; k, v [B, S / n, K, H] likewise, with those kv
+            heads that the query heads read. N divides by n.
+        segments: int [B, S / n] of queries and of keys, or None.
+
+    Returns:
+        o [B, S / n, N, H] in v's dtype; log-sum-exps of all rows in sequence order and this
+        device's share of heads, fp32 [B, S, N / n].
+    """
+    q, k, v = _whole_rows(split, q, k, v)
+    segments = _whole_segments(split, segments)
+    o, lse = attention_forward(q, k, v, segment_ids=segments, **split.mask)
+    return _to_rows(o, split), lse
+
+
+def backward(
+    split: Split,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    o: jax.Array,
+    lse: jax.Array,
+    d_o: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of this device's q, k and v.
+
+    q, k and v are sent again, not kept a second time from the forward pass.
+
+    Args: as :func:`forward`'s, its results, and the output's cotangent.
+    """
+    copies = _copies(k.shape[2], split.ways)
+    delta = _to_heads(row_delta(o, d_o), split)
+    d_o = _to_heads(d_o, split)
+    q, k, v = _whole_rows(split, q, k, v)
+    segments = _whole_segments(split, segments)
+    grads = attention_backward(q, k, v, lse, delta, d_o, segment_ids=segments, **split.mask)
+    # fp32 on the wire only where the terms of a head's copies are still to be summed.
+    wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
+    d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
+    B, S, K, H = d_k.shape
+    d_k, d_v = (g.reshape(B, S, K // copies, copies, H).sum(axis=3) for g in (d_k, d_v))
+    return d_q, d_k, d_v
+
+
+def _copies(kv_heads: int, ways: int) -> int:
+    """How often each kv head is repeated so that devices get equal numbers of them.
+
+    The query heads that a device gets then read exactly the kv heads that it gets, in order: the
+    repeated number, lcm(kv_heads, ways), divides the query heads, as both its factors do. With one
+    kv head, every device gets it whole: nothing smaller would do.
+    """
+    return ways // gcd(kv_heads, ways)
+
+
+def _whole_rows(split: Split, q, k, v):
+    copies = _copies(k.shape[2], split.ways)
+    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
+    return tuple(_to_heads(x, split) for x in (q, k, v))
+
+
+def _whole_segments(split: Split, segments: Segments) -> Segments:
+    if segments is None:
+        return None
+    of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
+    return _in_order(of_queries, split), _in_order(of_keys, split)
+
+
+def _to_heads(x: jax.Array, split: Split) -> jax.Array:
+    """[B, S / n, N, ...] → [B, S, N / n, ...], rows in sequence order."""
+    x = lax.all_to_all(x, split.axes, split_axis=2, concat_axis=1, tiled=True)
+    return _in_order(x, split)
+
+
+def _to_rows(x: jax.Array, split: Split) -> jax.Array:
+    """The inverse of :func:`_to_heads`."""
+    x = _permute(x, split, _chunk_order(split))
+    return lax.all_to_all(x, split.axes, split_axis=1, concat_axis=2, tiled=True)
+
+
+def _in_order(x: jax.Array, split: Split) -> jax.Array:
+    """Rows from the devices' order to the sequence's, in which the tiles that a causal mask or a
+    window empties are known before the program runs."""
+    return _permute(x, split, np.argsort(_chunk_order(split)))
+
+
+def _chunk_order(split: Split) -> np.ndarray:
+    return sequence_order(split.ways * split.chunks, split.ways, split.balanced)
+
+
+def _permute(x: jax.Array, split: Split, order: np.ndarray) -> jax.Array:
+    if not split.balanced:
+        return x
+    chunks = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])
+    return chunks[:, order].reshape(x.shape)
