@@ -150,10 +150,9 @@ class Capacity:
         return out.reshape(len(rows), -1)
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        """fp32 [experts, D, F] from [R, D] and [R, F]."""
+        """[experts, D, F] from [R, D] and [R, F]."""
         dims = (((1,), (1,)), ((0,), (0,)))
-        pair = self._split(rows), self._split(others)
-        return lax.dot_general(*pair, dims, preferred_element_type=jnp.float32)
+        return lax.dot_general(self._split(rows), self._split(others), dims)
 
     def _split(self, rows: jax.Array) -> jax.Array:
         return rows.reshape(self.experts, -1, rows.shape[-1])

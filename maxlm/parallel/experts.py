@@ -221,13 +221,11 @@ def _backward(how: _Layouts, residuals, d_y):
         d_x, d_weights = (reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights))
         partials = tuple(a for a in how.spread if a not in how.expert_axes)
         # Reduced in the compute dtype, as the gradients of all other weights are.
-        grads = {
-            name: reduce(
-                grad.astype(rows.dtype), partials, how.used[name], how.stored[name]
-            ).astype(masters[name].dtype)
-            for name, grad in grads.items()
+        d_kernels = {
+            name: reduce(grads[name], partials, how.used[name], how.stored[name]).astype(m.dtype)
+            for name, m in masters.items()
         }
-        return d_x, d_weights, {name: grads[name] for name in masters}
+        return d_x, d_weights, d_kernels
 
     d_x, d_weights, grads = on_shards(
         program,

@@ -32,12 +32,10 @@ def dot(
     if native:
         contracted = (((1,), (2 if turned else 1,)), ((), ()))
         numbers = lax.RaggedDotDimensionNumbers(contracted, [0], [0])
-        out = lax.ragged_dot_general(
-            rows, kernels, sizes, numbers, preferred_element_type=jnp.float32
-        )
+        out = lax.ragged_dot_general(rows, kernels, sizes, numbers)
         # What a ragged dot leaves beyond its groups is not defined.
         inside = jnp.arange(len(rows)) < sizes.sum()
-        return jnp.where(inside[:, None], out, 0).astype(rows.dtype)
+        return jnp.where(inside[:, None], out, 0)
     block, (groups, starts, counts) = _blocks(len(rows), sizes)
     padded = _padded(rows, block)
 
@@ -62,13 +60,11 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, native: bool)
         rows, others: [R, D] and [R, F], finite also beyond the last group, and zero there in one.
 
     Returns:
-        fp32 [G, D, F].
+        [G, D, F] in the rows' dtype, accumulated in fp32.
     """
     if native:
         numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        return lax.ragged_dot_general(
-            rows, others, sizes, numbers, preferred_element_type=jnp.float32
-        )
+        return lax.ragged_dot_general(rows, others, sizes, numbers)
     block, steps = _blocks(len(rows), sizes)
     left, right = _padded(rows, block), _padded(others, block)
 
@@ -80,7 +76,7 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, native: bool)
         return total.at[group].add(own), None
 
     zeros = jnp.zeros((len(sizes), rows.shape[1], others.shape[1]), jnp.float32)
-    return lax.scan(body, zeros, steps)[0]
+    return lax.scan(body, zeros, steps)[0].astype(rows.dtype)
 
 
 def _blocks(num_rows: int, sizes: jax.Array):

@@ -86,7 +86,7 @@ def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
     return jax.tree.map(put, param_specs(layer(config, AxisRules())), params)
 
 
-def outputs_and_gradients(mesh: Mesh, config: MoeConfig, batch=None, **settings: Any) -> Any:
+def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:
     """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy.
 
     Args:
@@ -94,12 +94,11 @@ def outputs_and_gradients(mesh: Mesh, config: MoeConfig, batch=None, **settings:
     """
     kw = {"native": settings.pop("native")} if "native" in settings else {}
     model = layer(config, compute_rules(mesh, **settings), **kw)
-    batch = inputs() if batch is None else batch
     with jax.set_mesh(mesh):
         spec = model.rules.spec("batch", "seq")
         x, counted, d_y = (
             jax.device_put(a.astype(np.float32) if a.ndim == 3 else a, NamedSharding(mesh, spec))
-            for a in batch
+            for a in inputs()
         )
 
         def loss(params, x):

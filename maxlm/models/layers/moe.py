@@ -254,7 +254,9 @@ def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routi
         allowed = (kept[..., None] == jnp.arange(config.groups)).any(-2)
         ranked = jnp.where(jnp.repeat(allowed, size, axis=-1), ranked, -jnp.inf)
     _, chosen = lax.top_k(ranked, config.experts_per_token)
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    # Not take_along_axis: its gradient would be a scatter into [B, S, E].
+    onehot = chosen[..., None] == jnp.arange(config.num_experts)
+    weights = jnp.where(onehot, scores[..., None, :], 0.0).sum(-1)
     if config.renormalise:
         # The sum of sigmoids can underflow to 0.
         weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
