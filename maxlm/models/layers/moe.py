@@ -118,9 +118,10 @@ class Moe(nnx.Module):
 
     Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D], ``shared``
     (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule: its gradient is
-    load − mean load, whatever the losses are. An optimizer that steps against its sign by a fixed
-    amount (0.001 in DeepSeek-V3) is algorithm 1 of arXiv 2408.15664; since the load is that of
-    all devices and gradients add up over micro-batches, the step does not depend on the layout.
+    load − mean load, whatever the losses are, and it is declared ``by_rule``: optimizers step
+    against its sign by a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is
+    that of all devices and gradients add up over micro-batches, the step does not depend on the
+    layout.
 
     Args:
         native: whether XLA's ragged operations may be used; None: as the current mesh's devices
@@ -153,7 +154,8 @@ class Moe(nnx.Module):
         self.down = declare((e, f, d_model), outer, out_of, "matrix", contract=(1,))
         zeros = jax.nn.initializers.zeros
         biased = config.selection_bias
-        self.selection_bias = declare((e,), (None,), zeros, "vector") if biased else None
+        bias: dict[str, Any] = {"init": zeros, "role": "vector", "by_rule": True}
+        self.selection_bias = declare((e,), (None,), **bias) if biased else None
         dense = MlpConfig(
             d_ff=max(1, config.shared_experts) * f,
             activation=config.activation,
