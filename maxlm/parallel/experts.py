@@ -74,11 +74,17 @@ def experts(
         [B, S, D] in x's dtype and layout; differentiable in x, weights and kernels, reverse mode.
 
     Raises:
-        MaxlmError: experts split over axes that do not split tokens; sequences split over devices
-            with ``room``.
+        MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
+            devices with ``room``.
     """
     tokens = layout(x)
     used = {name: dimensions(compute[name], 3) for name in kernels}
+    if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
+        raise MaxlmError(
+            f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole",
+            where="sharding.compute.embed",
+            fix="set it to null",
+        )
     f_axes = used["up"][2]
     # Tokens that share F's axes are gathered over them: each device then computes its part of F.
     whole = tuple(tuple(a for a in axes if a not in f_axes) for axes in tokens)

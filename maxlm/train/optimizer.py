@@ -73,8 +73,8 @@ def make_optimizer(
     )
     learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.by_rule else spec, specs)
     labels = jax.tree.map(lambda spec: "rule" if spec.by_rule else "gradient", specs)
-    transforms = {"gradient": _by_gradient(config, schedule, learned), "rule": rule}
-    return optax.partition(transforms, labels)
+    by_gradient = _by_gradient(config, schedule, learned)
+    return optax.partition({"gradient": by_gradient, "rule": rule}, labels)
 
 
 def _by_gradient(

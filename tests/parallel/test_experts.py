@@ -190,6 +190,11 @@ def test_experts_are_refused_over_axes_that_do_not_split_tokens(mesh):
         building.outputs_and_gradients(mesh(expert=2), MIXTRAL, batch=())
 
 
+def test_a_split_embedding_is_refused(mesh):
+    with pytest.raises(MaxlmError, match="mesh axis 'tensor' splits activations in embed"):
+        building.outputs_and_gradients(mesh(tensor=2), MIXTRAL, embed=("tensor",), mlp=())
+
+
 def test_capacity_is_a_share_of_the_sequence_rounded_up():
     assert dispatch.capacity(10, 2, 8, 1.0) == 3
     assert dispatch.capacity(10, 2, 8, 1.25) == 4
