@@ -37,10 +37,13 @@ class ParamSpec:
     """Logical axis of each dimension (a field of AxisRules, or None)."""
     init: Initializer
     role: Literal["matrix", "table", "vector"]
-    """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings
-    and the output head (decayed); vector: norm scales and biases (neither)."""
+    """matrix: a hidden layer's linear map (decayed, orthogonalised by Muon); table: embeddings,
+    the output head and routers (decayed); vector: norm scales and biases (neither)."""
     contract: tuple[int, ...] = ()
     """Of a matrix: the dimensions summed over with the input; the others index the output."""
+    by_rule: bool = False
+    """Its gradient is no slope of the loss but what a rule says to move against; optimizers step
+    against its sign by a fixed amount, and keep it out of clipping."""
     dtype: Any = jnp.float32
 
     @property
@@ -63,9 +66,10 @@ def declare(
     init: Initializer,
     role: Literal["matrix", "table", "vector"],
     contract: tuple[int, ...] = (),
+    by_rule: bool = False,
 ) -> nnx.Param:
     """A parameter without values, to be assigned to a module's attribute."""
-    spec = ParamSpec(shape, axes, init, role, contract)
+    spec = ParamSpec(shape, axes, init, role, contract, by_rule)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
 

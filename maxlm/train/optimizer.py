@@ -48,6 +48,9 @@ class OptimizerConfig(Config):
     so that both use one learning rate and weight decay (arXiv 2502.16982, section 2.2)."""
     decay_exponent: float = Field(default=0.8, gt=0, le=1)
     """Adafactor: its second moment decays by 1 - t^-exponent at step t."""
+    rule_step: float = Field(default=1e-3, ge=0)
+    """Step of parameters that learn by a rule, the selection biases of routers, whatever the
+    learning rate; DeepSeek-V3 has 0.001, and 0 for the last of its tokens."""
 
     @property
     def brisk_rate(self) -> float:
@@ -64,6 +67,20 @@ def make_optimizer(
     pair in one layout; updates come out in that layout, to be *added* to the parameters. The
     state is fp32. Runs on explicit meshes, inside or outside jit.
     """
+    if not any(spec.by_rule for spec in jax.tree.leaves(specs)):
+        return _by_gradient(config, schedule, specs)
+    rule = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda g: -config.rule_step * jnp.sign(g), updates)
+    )
+    learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.by_rule else spec, specs)
+    labels = jax.tree.map(lambda spec: "rule" if spec.by_rule else "gradient", specs)
+    by_gradient = _by_gradient(config, schedule, learned)
+    return optax.partition({"gradient": by_gradient, "rule": rule}, labels)
+
+
+def _by_gradient(
+    config: OptimizerConfig, schedule: optax.Schedule, specs: Params
+) -> optax.GradientTransformation:
     decayed = jax.tree.map(lambda spec: spec.role != "vector", specs)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),

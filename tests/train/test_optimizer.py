@@ -198,6 +198,26 @@ def test_clipping_scales_all_gradients_to_the_global_norm():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), momentum, want)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_by_rule_steps_against_the_sign_and_changes_nothing_else(kind):
+    spec = ParamSpec((3, 5), ("layers", None), jax.nn.initializers.zeros, "vector", by_rule=True)
+    specs = {**SPECS, "layers": {**SPECS["layers"], "selection_bias": spec}}
+    rule = np.array([[7e3, -1e-3, 0, 2, -9]] * 3, np.float32)  # too large to be let into clipping
+    config = OptimizerConfig(kind=kind, rule_step=0.25, weight_decay=WD, clip_norm=0.5)
+
+    def update(specs, params, grads):
+        optimizer = make_optimizer(config, optax.constant_schedule(LR), specs)
+        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
+
+    params, grads = values(0), values(1)
+    want = update(SPECS, params, grads)
+    params["layers"]["selection_bias"] = np.ones_like(rule)
+    grads["layers"]["selection_bias"] = rule
+    got = update(specs, params, grads)
+    np.testing.assert_array_equal(got["layers"].pop("selection_bias"), -0.25 * np.sign(rule))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize("off", [0, None])
 def test_clipping_can_be_turned_off(off):
     config = OptimizerConfig(kind="lion", clip_norm=off, b1=0.0, b2=0.0)

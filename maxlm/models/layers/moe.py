@@ -1,0 +1,295 @@
+"""Mixture of experts: many feed-forward layers, of which each token passes a few.
+
+A router scores every token against every expert; the k best serve it, and their outputs are
+added, weighted by score. Parameters grow with the number of experts, work with k alone.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, MaxlmError
+from maxlm.models.layers.linear import residual_std
+from maxlm.models.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
+from maxlm.models.params import compute_view, declare, spec_of, truncated_normal
+from maxlm.parallel import dispatch, experts
+from maxlm.parallel import local as shards
+from maxlm.sharding import AxisRules
+
+
+class MoeConfig(Config):
+    num_experts: int = Field(gt=0)
+    """Routed experts."""
+    experts_per_token: int = Field(gt=0)
+    """Routed experts that serve a token (k)."""
+    d_ff: int = Field(gt=0)
+    """Width of one expert's hidden layer."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
+    gated: bool = True
+    """As of a dense layer: silu + gated is SwiGLU."""
+    shared_experts: int = Field(default=0, ge=0)
+    """Experts that serve every token with weight 1 (DeepSeekMoE, arXiv 2401.06066, eq. 9); n of
+    them are one dense layer of width n · d_ff."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: experts compete for a token (Mixtral, DeepSeek-V2, Qwen). sigmoid: each is scored
+    by itself (DeepSeek-V3, arXiv 2412.19437, eq. 15)."""
+    renormalise: bool = True
+    """Divide a token's k weights by their sum (Mixtral, DeepSeek-V3). Otherwise they are the
+    scores themselves (DeepSeek-V2, OLMoE), small where scores are spread over many experts."""
+    scale: float = Field(default=1.0, gt=0)
+    """Factor on the weights after that; DeepSeek-V3 has 2.5."""
+    selection_bias: bool = False
+    """A bias for each expert, added to scores to choose by and to nothing else, which a rule moves
+    towards equal load: balance without a loss that pulls at the model (arXiv 2408.15664)."""
+    groups: int = Field(default=1, gt=0)
+    """Equal groups of consecutive experts, say one a node; a token's experts come from few of
+    them (arXiv 2405.04434, §2.1.3)."""
+    groups_per_token: int = Field(default=1, gt=0)
+    """How many; all of them: no limit."""
+    group_score: Literal["max", "top2"] = "max"
+    """A group's rank by its best expert's score (DeepSeek-V2), or by the sum of its best two
+    (DeepSeek-V3)."""
+    balance_loss: float = Field(default=0.01, ge=0)
+    """Coefficient of E · Σ_e f_e · P_e: f_e the share of all assignments that expert e gets, P_e
+    its mean share of the scores; 1 when balanced (Switch, arXiv 2101.03961, eq. 4–6). Both are
+    taken over the micro-batch on all devices. Implementations whose f sums to k want it 1/k as
+    large."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean squared log-sum-exp of router logits, which keeps them small
+    (ST-MoE, arXiv 2202.08906, eq. 5, who use 1e-3)."""
+    dispatch: Literal["dropless", "capacity"] = "dropless"
+    """dropless: every token is served, by ragged exchanges and products; receive buffers have room
+    for the worst case. capacity: an expert serves a bounded share of each sequence and drops the
+    rest, by dense exchanges and batched products (GShard, arXiv 2006.16668, §2.2); cheaper where
+    ragged operations are slow, and the sequence may not be split over devices."""
+    capacity_factor: float = Field(default=1.25, gt=0)
+    """With capacity: an expert's room in a sequence, over its share if load were equal."""
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.experts_per_token > self.num_experts:
+            raise MaxlmError(
+                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}",
+                fix="choose at most as many experts as there are",
+            )
+        if self.num_experts % self.groups:
+            raise MaxlmError(
+                f"num_experts={self.num_experts} is not a multiple of groups={self.groups}",
+                fix="make groups a divisor of num_experts",
+            )
+        if self.groups_per_token > self.groups:
+            raise MaxlmError(
+                f"groups_per_token={self.groups_per_token} of groups={self.groups}",
+                fix="choose at most as many groups as there are",
+            )
+        size = self.num_experts // self.groups
+        if self.experts_per_token > self.groups_per_token * size:
+            raise MaxlmError(
+                f"experts_per_token={self.experts_per_token} cannot come from groups_per_token="
+                f"{self.groups_per_token} groups of {size} experts",
+                fix="raise groups_per_token, or lower experts_per_token or groups",
+            )
+        if self.group_score == "top2" and size < 2:
+            raise MaxlmError(
+                f"group_score=top2 with groups of {size} expert",
+                fix="use group_score: max, or fewer groups",
+            )
+        return self
+
+
+class MoeAux(NamedTuple):
+    """What a layer reports beside its output, fp32, the same on all devices."""
+
+    loss: jax.Array
+    """Scalar to add to a loss summed over tokens: balance and z losses times their coefficients
+    and the number of tokens counted. Zero plus a gradient for the selection bias; see ``Moe``."""
+    load: jax.Array
+    """[E]: assignments to each expert, dropped ones included."""
+    dropped: jax.Array
+    """Scalar: assignments that no expert had room for."""
+
+
+class Moe(nnx.Module):
+    """``shared(x) + Σ_j weight_j · expert_j(x)`` over the k experts of each token.
+
+    Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D], ``shared``
+    (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule: its gradient is
+    load − mean load, whatever the losses are, and it is declared ``by_rule``: optimizers step
+    against its sign by a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is
+    that of all devices and gradients add up over micro-batches, the step does not depend on the
+    layout.
+
+    Args:
+        native: whether XLA's ragged operations may be used; None: as the current mesh's devices
+            have it (``maxlm.parallel.experts.native_ragged``).
+    """
+
+    def __init__(
+        self,
+        config: MoeConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        native: bool | None = None,
+    ):
+        self.config, self.rules, self.dtype, self.native = config, rules, dtype, native
+        e, f = config.num_experts, config.d_ff
+        # Like an output head it classifies tokens; it is no map between hidden layers.
+        self.router = declare(
+            (d_model, e), ("embed", None), truncated_normal(init_std), "table", contract=(0,)
+        )
+        inner, outer = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+        maps: dict[str, Any] = {"init": truncated_normal(init_std), "contract": (1,)}
+        gated = config.gated
+        self.gate = declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
+        self.up = declare((e, d_model, f), inner, role="matrix", **maps)
+        out_of = truncated_normal(residual_std(init_std, num_layers))
+        self.down = declare((e, f, d_model), outer, out_of, "matrix", contract=(1,))
+        zeros = jax.nn.initializers.zeros
+        biased = config.selection_bias
+        bias: dict[str, Any] = {"init": zeros, "role": "vector", "by_rule": True}
+        self.selection_bias = declare((e,), (None,), **bias) if biased else None
+        dense = MlpConfig(
+            d_ff=max(1, config.shared_experts) * f,
+            activation=config.activation,
+            gated=config.gated,
+        )
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        shared = config.shared_experts > 0
+        self.shared = Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+
+    def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
+        """One layer.
+
+        Args:
+            x: [B, S, D].
+            counted: bool [B, S], laid out as x; False for padding, which no routed expert serves
+                and no statistic counts. None: all tokens.
+
+        Returns:
+            [B, S, D] in the compute dtype, and what there is to add to the loss and to log.
+
+        Raises:
+            MaxlmError: experts split over mesh axes that tokens are not split over; sequences
+                split over devices with ``dispatch: capacity``.
+        """
+        config = self.config
+        x = x.astype(self.dtype)
+        logits = self._logits(x)
+        bias = None if self.selection_bias is None else self.selection_bias[...]
+        routing = route(logits, bias, config)
+        if counted is None:
+            counted = jnp.ones_like(logits[..., 0], dtype=bool)
+        chosen = jnp.where(counted[..., None], routing.chosen, config.num_experts)
+        load = _load(chosen, config.num_experts)  # [B, E]
+        room, dropped = None, jnp.zeros((), jnp.float32)
+        if config.dispatch == "capacity":
+            size = x.shape[1], config.experts_per_token, config.num_experts
+            room = dispatch.capacity(*size, config.capacity_factor)
+            dropped = jnp.maximum(load - room, 0).sum()
+        load = load.sum(0)
+        loss = router_loss(logits, routing.scores, load, counted, config)
+        if bias is not None:
+            rule = lax.stop_gradient(load - load.mean())
+            loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
+        named = {"gate": self.gate, "up": self.up, "down": self.down}
+        kernels = {name: param for name, param in named.items() if param is not None}
+        y = experts.experts(
+            x,
+            routing.weights,
+            chosen,
+            {name: param[...] for name, param in kernels.items()},
+            activation=ACTIVATIONS[config.activation],
+            compute={n: self.rules.spec(*spec_of(p).axes[-3:]) for n, p in kernels.items()},
+            room=room,
+            native=self.native,
+        )
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, MoeAux(loss, load, dropped)
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """fp32 [B, S, E], laid out over B and S as x."""
+        router = compute_view(self.router, self.rules, jnp.float32)
+        return jnp.einsum(
+            "bsd,de->bse",
+            x.astype(jnp.float32),
+            router,
+            precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
+            out_sharding=shards.spec_of((*shards.layout(x)[:2], ())),
+        )
+
+
+class Routing(NamedTuple):
+    scores: jax.Array
+    """fp32 [B, S, E]."""
+    weights: jax.Array
+    """fp32 [B, S, k]."""
+    chosen: jax.Array
+    """int32 [B, S, k], best first, ties to the lower number."""
+
+
+def route(logits: jax.Array, bias: jax.Array | None, config: MoeConfig) -> Routing:
+    """The experts of each token and their weights.
+
+    Args:
+        logits: fp32 [B, S, E].
+        bias: fp32 [E], added to the scores that experts and groups are chosen by.
+
+    Differentiable in the logits through scores and weights; not in the bias.
+    """
+    normalise = jax.nn.softmax if config.score == "softmax" else jax.nn.sigmoid
+    scores = normalise(logits)
+    ranked = lax.stop_gradient(scores if bias is None else scores + bias)
+    if config.groups_per_token < config.groups:
+        size = config.num_experts // config.groups
+        grouped = ranked.reshape(*ranked.shape[:-1], config.groups, size)
+        best = lax.top_k(grouped, 1 if config.group_score == "max" else 2)[0].sum(-1)
+        _, kept = lax.top_k(best, config.groups_per_token)
+        allowed = (kept[..., None] == jnp.arange(config.groups)).any(-2)
+        ranked = jnp.where(jnp.repeat(allowed, size, axis=-1), ranked, -jnp.inf)
+    _, chosen = lax.top_k(ranked, config.experts_per_token)
+    # Not take_along_axis: its gradient would be a scatter into [B, S, E].
+    onehot = chosen[..., None] == jnp.arange(config.num_experts)
+    weights = jnp.where(onehot, scores[..., None, :], 0.0).sum(-1)
+    if config.renormalise:
+        # The sum of sigmoids can underflow to 0.
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    return Routing(scores, weights * config.scale, chosen)
+
+
+def router_loss(
+    logits: jax.Array, scores: jax.Array, load: jax.Array, counted: jax.Array, config: MoeConfig
+) -> jax.Array:
+    """Balance and z losses times coefficients and counted tokens: an fp32 scalar.
+
+    Args:
+        logits, scores: fp32 [B, S, E].
+        load: fp32 [E], assignments to each expert.
+        counted: bool [B, S].
+    """
+    loss = jnp.zeros((), jnp.float32)
+    if config.balance_loss:
+        shares = scores
+        if config.score == "sigmoid":
+            shares = scores / (scores.sum(-1, keepdims=True) + 1e-20)  # DeepSeek-V3, eq. 19
+        mass = jnp.where(counted[..., None], shares, 0.0).sum((0, 1))
+        tokens = jnp.maximum(counted.sum(dtype=jnp.float32), 1.0)
+        f, p = lax.stop_gradient(load) / (tokens * config.experts_per_token), mass / tokens
+        loss += config.balance_loss * tokens * config.num_experts * jnp.sum(f * p)
+    if config.z_loss:
+        squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        loss += config.z_loss * jnp.where(counted, squares, 0.0).sum()
+    return loss
+
+
+def _load(chosen: jax.Array, num_experts: int) -> jax.Array:
+    """fp32 [B, E]: assignments of each row of [B, S, k] to each expert."""
+    return (chosen[..., None] == jnp.arange(num_experts)).sum((1, 2), dtype=jnp.float32)

@@ -1,0 +1,225 @@
+"""Which rows go to which expert, and the way there and back. All of it runs on shards.
+
+A token's k choices are its *assignments*, numbered t·k + j. A plan puts them into *slots*, sorted
+by expert; ``send`` takes an array of slots to the devices that hold the experts, ``receive``
+brings one back. Each is the other's transpose: the gradient of a sent array is received.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from maxlm.parallel import grouped
+from maxlm.parallel.local import Axes, axis_size
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropless:
+    """Every assignment is served. Slots: one each; those of tokens that go nowhere come last.
+
+    On the owner rows are sorted by expert, then by device of origin. There may be as many as all
+    peers' tokens, each once for every expert here that it can choose:
+    ways × tokens a device × min(k, experts a device), the size of every array of rows.
+    """
+
+    order: jax.Array
+    """int32 [T·k]: the assignment in each slot."""
+    slot: jax.Array
+    """int32 [T, k]: the slot of each assignment."""
+    counts: jax.Array
+    """int32 [ways, E]: assignments of each device of the expert axes to each expert."""
+    here: jax.Array
+    """int32 [1]: this device's number along the expert axes."""
+    axes: Axes = field(metadata={"static": True})
+    native: bool = field(metadata={"static": True})
+    """XLA's ragged all-to-all and ragged dot (TPU, GPU); otherwise (CPU, which lacks the first) an
+    all-to-all of worst-case blocks, and blocked products."""
+
+    def send(self, slots: jax.Array) -> jax.Array:
+        """[T·k, ...] → [R, ...]; rows beyond the groups are zeros where devices are several."""
+        if not self.axes:
+            return slots
+        there, back = self._slices()
+        if self.native:
+            out = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
+            return lax.ragged_all_to_all(slots, out, *there, axis_name=self.axes)
+        # Rows bound for one device are contiguous: send as many as there may be from its first.
+        ways, room = len(self.counts), self._num_rows // len(self.counts)
+        first = there[0].reshape(ways, -1)[:, :1]
+        got = self._swap(slots[jnp.minimum(first + jnp.arange(room), len(slots) - 1)])
+        starts, sizes = (a.reshape(ways, -1).T for a in back[:2])  # [experts here, ways]
+        own = self.counts.reshape(ways, ways, -1)[:, self.here[0]]
+        at = room * jnp.arange(ways) + (jnp.cumsum(own, 1) - own).T
+        return _pick(got, self._num_rows, starts.ravel(), sizes.ravel(), at.ravel())
+
+    def receive(self, rows: jax.Array) -> jax.Array:
+        """[R, ...] → [T·k, ...]; zeros in slots sent nowhere where devices are several."""
+        if not self.axes:
+            return rows
+        there, back = self._slices()
+        if self.native:
+            out = jnp.zeros((len(self.order), *rows.shape[1:]), rows.dtype)
+            return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
+        ways, room = len(self.counts), self._num_rows // len(self.counts)
+        own = self.counts.reshape(ways, ways, -1)[:, self.here[0]]  # [ways, experts here]
+        block = jax.vmap(lambda *slices: _pick(rows, room, *slices))
+        got = self._swap(block(jnp.cumsum(own, 1) - own, own, back[0].reshape(ways, -1)))
+        starts, sizes = there[:2]
+        first = starts.reshape(ways, -1)[:, :1]
+        at = room * jnp.arange(ways)[:, None] + starts.reshape(ways, -1) - first
+        return _pick(got, len(self.order), starts, sizes, at.ravel())
+
+    def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
+        return grouped.dot(rows, kernels, self._sizes, turned=turned, native=self.native)
+
+    def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
+        return grouped.outer(rows, others, self._sizes, native=self.native)
+
+    @property
+    def _num_rows(self) -> int:
+        (tokens, k), (ways, experts) = self.slot.shape, self.counts.shape
+        return ways * tokens * min(k, experts // ways)
+
+    @property
+    def _sizes(self) -> jax.Array:
+        """Rows of each expert here."""
+        return self.counts.sum(0).reshape(len(self.counts), -1)[self.here[0]]
+
+    def _slices(self):
+        """Of the ragged exchanges there and back: (first row, rows) of each slice sent, its first
+        row at the receiver, rows of each slice received; a slice for each peer and expert."""
+        ways, here = len(self.counts), self.here[0]
+        mine = self.counts[here]
+        first = jnp.cumsum(self.counts, 1) - self.counts  # of each expert's slots, by origin
+        per_owner = self.counts.reshape(ways, ways, -1)  # origin, owner, expert of the owner
+        totals = per_owner.sum(0)
+        # Where rows of an origin begin at their owner: after other experts, then other origins.
+        begin = jnp.cumsum(totals, 1) - totals + jnp.cumsum(per_owner, 0) - per_owner
+        received = per_owner[:, here].ravel()
+        there = (first[here], mine, begin[here].ravel(), received)
+        at_origin = first.reshape(ways, ways, -1)[:, here].ravel()
+        return there, (begin[:, here].ravel(), received, at_origin, mine)
+
+    def _swap(self, blocks: jax.Array) -> jax.Array:
+        """[ways, room, ...]: block i to device i; what came, as [ways · room, ...]."""
+        got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
+        return got.reshape(-1, *blocks.shape[2:])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Capacity:
+    """Every expert serves a fixed number of assignments of each sequence: C slots, some empty.
+
+    On the owner rows are sorted by expert, each with as many: a plain all-to-all and batched
+    matrix products, on any backend.
+    """
+
+    order: jax.Array
+    """int32 [E·b·C]: the assignment in each slot; T·k in an empty one."""
+    slot: jax.Array
+    """int32 [T, k]: the slot of each assignment; E·b·C for one that is dropped."""
+    axes: Axes = field(metadata={"static": True})
+    experts: int = field(metadata={"static": True})
+    """Experts a device."""
+
+    def send(self, slots: jax.Array) -> jax.Array:
+        """[E·b·C, ...] → [R, ...], R = experts a device × ways · b · C."""
+        if not self.axes:
+            return slots
+        blocks = slots.reshape(axis_size(self.axes), self.experts, -1, *slots.shape[1:])
+        got = lax.all_to_all(blocks, self.axes, 0, 0, tiled=True)
+        return got.swapaxes(0, 1).reshape(-1, *slots.shape[1:])
+
+    def receive(self, rows: jax.Array) -> jax.Array:
+        """[R, ...] → [E·b·C, ...]."""
+        if not self.axes:
+            return rows
+        blocks = rows.reshape(self.experts, axis_size(self.axes), -1, *rows.shape[1:])
+        got = lax.all_to_all(blocks.swapaxes(0, 1), self.axes, 0, 0, tiled=True)
+        return got.reshape(-1, *rows.shape[1:])
+
+    def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
+        """[R, D] by kernels [experts, D, F] ([experts, F, D] when turned) → [R, F]."""
+        dims = (((2,), (2 if turned else 1,)), ((0,), (0,)))
+        out = lax.dot_general(self._split(rows), kernels, dims)
+        return out.reshape(len(rows), -1)
+
+    def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
+        """[experts, D, F] from [R, D] and [R, F]."""
+        dims = (((1,), (1,)), ((0,), (0,)))
+        return lax.dot_general(self._split(rows), self._split(others), dims)
+
+    def _split(self, rows: jax.Array) -> jax.Array:
+        return rows.reshape(self.experts, -1, rows.shape[-1])
+
+
+Plan = Dropless | Capacity
+
+
+def plan_dropless(
+    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, native: bool
+) -> Dropless:
+    """Sort this device's assignments by expert and learn the counts of its peers.
+
+    Args:
+        chosen: int32 [b, s, k], a token's distinct experts; ``num_experts`` for nowhere.
+        axes: mesh axes that split the experts; they also split the tokens.
+        here: int32 [1], this device's number along them.
+    """
+    k = chosen.shape[-1]
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    slot = jnp.argsort(order).astype(jnp.int32)  # the inverse; a TPU sorts faster than it scatters
+    counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    counts = lax.all_gather(counts, axes) if axes else counts[None]
+    return Dropless(order, slot.reshape(-1, k), counts, here, axes, native)
+
+
+def capacity(seq_len: int, k: int, num_experts: int, factor: float) -> int:
+    """Assignments that an expert serves of one sequence: ⌈S·k/E · factor⌉, at most S."""
+    return min(seq_len, ceil(seq_len * k / num_experts * factor))
+
+
+def plan_capacity(chosen: jax.Array, num_experts: int, room: int, axes: Axes) -> Capacity:
+    """Give each sequence's assignments their slots: all first choices in the order of tokens, then
+    all second choices, and so on, until an expert has ``room`` (GShard, algorithm 1).
+
+    Args:
+        chosen: int32 [b, S, k] whole sequences; ``num_experts`` for nowhere.
+    """
+    b, s, k = chosen.shape
+    by_rank = chosen.swapaxes(1, 2).reshape(b, k * s)
+    order = jnp.argsort(by_rank, axis=1, stable=True)
+    counts = (by_rank[..., None] == jnp.arange(num_experts + 1)).sum(1, dtype=jnp.int32)
+    first = jnp.cumsum(counts, 1) - counts  # [b, E + 1], of those that chose the same expert
+    place = jnp.argsort(order, axis=1) - jnp.take_along_axis(first, by_rank, 1)
+    place = place.reshape(b, k, s).swapaxes(1, 2)
+    kept = (place < room) & (chosen < num_experts)
+    rows = jnp.arange(b)[:, None, None]
+    slot = jnp.where(kept, (chosen * b + rows) * room + place, num_experts * b * room)
+    slot = slot.reshape(-1, k).astype(jnp.int32)
+    # Of slot c of expert e, in each row: the c-th of its assignments, if there are as many.
+    within = jnp.arange(room)
+    index = jnp.minimum(first[:, :num_experts, None] + within, k * s - 1)  # [b, E, C]
+    rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), s)
+    order = jnp.where(
+        within < counts[:, :num_experts, None], (rows * s + token) * k + rank, b * s * k
+    )
+    order = order.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
+    return Capacity(order, slot, axes, num_experts // axis_size(axes))
+
+
+def _pick(
+    source: jax.Array, length: int, starts: jax.Array, sizes: jax.Array, at: jax.Array
+) -> jax.Array:
+    """[length, ...] whose rows starts[i] … + sizes[i] are the source's from at[i] on, for slices
+    in order and without gaps; zeros beyond them."""
+    row = jnp.arange(length)
+    which = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), row, side="right"), len(sizes) - 1)
+    index = jnp.where(row < sizes.sum(), at[which] + row - starts[which], len(source))
+    return jnp.take(source, index, axis=0, mode="fill", fill_value=0)

@@ -1,0 +1,274 @@
+"""The experts of a mixture-of-experts layer, on tokens and weights split over devices.
+
+One program on shards forward, one backward. Tokens go to the devices that hold their experts and
+come back (:mod:`maxlm.parallel.dispatch`); in between each row meets one expert's feed-forward
+layer. What crosses the wire, with every mesh axis of size 1 left out:
+
+    forward     weights: all-gather of what storage splits and compute does not (fsdp)
+                tokens split over `tensor` in seq: all-gather over it
+                rows, routing weights: there and back over `expert`
+                outputs, partial over `tensor`: reduce-scatter into seq, or all-reduce
+    backward    the same for cotangents, and weight gradients by reduce-scatter over fsdp,
+                all-reduce over data and context
+
+The routing weight is multiplied in before the down-projection, at the expert. Its gradient is
+then known from hidden activations alone, so the backward pass needs neither the experts' outputs
+nor their way back: under rematerialisation neither is computed again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec, reshard
+
+from maxlm.config import MaxlmError
+from maxlm.parallel.dispatch import Plan, plan_capacity, plan_dropless
+from maxlm.parallel.local import (
+    Axes,
+    axis_numbers,
+    dimensions,
+    gather,
+    layout,
+    on_shards,
+    reduce,
+    spec_of,
+)
+
+Kernels = dict[str, jax.Array]
+Dims = tuple[Axes, ...]
+
+
+def experts(
+    x: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    kernels: Kernels,
+    *,
+    activation: Callable[[jax.Array], jax.Array],
+    compute: dict[str, PartitionSpec],
+    room: int | None = None,
+    native: bool | None = None,
+) -> jax.Array:
+    """``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where hidden is
+    ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
+
+    Args:
+        x: [B, S, D] in the compute dtype, B and S split in any way, D whole.
+        weights: fp32 [B, S, k].
+        chosen: int32 [B, S, k], distinct for a token; E sends an assignment nowhere.
+        kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], master values in their
+            storage layouts. Gradients come back in the same.
+        activation: element-wise; a module-level function, lest each trace compile anew.
+        compute: the layout of each kernel in use: E over axes that also split tokens, or none;
+            D whole; F over any.
+        room: assignments that each expert serves of each sequence; others are dropped. None: all
+            are served, in buffers for the worst case (``dispatch.Dropless``).
+        native: see :func:`native_ragged`, which decides when None.
+
+    Returns:
+        [B, S, D] in x's dtype and layout; differentiable in x, weights and kernels, reverse mode.
+
+    Raises:
+        MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
+            devices with ``room``.
+    """
+    tokens = layout(x)
+    used = {name: dimensions(compute[name], 3) for name in kernels}
+    if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
+        raise MaxlmError(
+            f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole",
+            where="sharding.compute.embed",
+            fix="set it to null",
+        )
+    f_axes = used["up"][2]
+    # Tokens that share F's axes are gathered over them: each device then computes its part of F.
+    whole = tuple(tuple(a for a in axes if a not in f_axes) for axes in tokens)
+    spread = whole[0] + whole[1]
+    if missing := [a for a in used["up"][0] if a not in spread]:
+        raise MaxlmError(
+            f"experts are split over mesh axis '{missing[0]}', tokens are not",
+            where="sharding.compute",
+            fix=f"add '{missing[0]}' to the rule 'batch', or take it from the rule 'expert'",
+        )
+    if room is not None and whole[1]:
+        raise MaxlmError(
+            f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}",
+            where="dispatch",
+            fix="use dispatch: dropless, or the mesh without a context axis",
+        )
+    stored = {}
+    for name, kernel in kernels.items():
+        own = layout(kernel)
+        if any(a[: len(b)] != b for a, b in zip(own, used[name], strict=True)):
+            own = used[name]  # compute splits what storage does not: cut it first
+            kernels = kernels | {name: reshard(kernel, spec_of(own))}
+        stored[name] = own
+    native = native_ragged() if native is None else native
+    how = _Layouts(tokens, whole, used, stored, activation, room, native)
+    lies = spec_of((*tokens[:2], ()))
+    return _experts(x, reshard(weights, lies), reshard(chosen, lies), kernels, how)
+
+
+def native_ragged() -> bool:
+    """Whether programs for the current mesh may use XLA's ragged all-to-all and ragged dot.
+
+    TPU and GPU have both. The CPU lacks the first, and does E times the work of the second. Read
+    from the mesh, not from the default backend: a program for a TPU may be traced on a CPU host.
+    A mesh without devices counts as a CPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform != "cpu"
+
+
+@dataclass(frozen=True, eq=False)
+class _Layouts:
+    """Everything static. Compared by identity: it lives as long as one trace."""
+
+    tokens: Dims
+    """Of x."""
+    whole: Dims
+    """Of tokens gathered over F's axes."""
+    used: dict[str, Dims]
+    stored: dict[str, Dims]
+    activation: Callable[[jax.Array], jax.Array]
+    room: int | None
+    native: bool
+
+    @property
+    def expert_axes(self) -> Axes:
+        return self.used["up"][0]
+
+    @property
+    def f_axes(self) -> Axes:
+        return self.used["up"][2]
+
+    @property
+    def spread(self) -> Axes:
+        """Axes that rows differ along."""
+        return self.whole[0] + self.whole[1]
+
+    @property
+    def residual_specs(self) -> dict[str, PartitionSpec]:
+        rows, hidden = spec_of((self.spread,)), spec_of((self.spread, self.f_axes))
+        return {"rows": rows, "scale": rows, "hidden": hidden, "plan": rows}
+
+    def kernel_specs(self) -> dict[str, PartitionSpec]:
+        return {name: spec_of(dims) for name, dims in self.stored.items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _experts(x, weights, chosen, kernels, how):
+    return _run(x, weights, chosen, kernels, how)[0]
+
+
+def _forward(x, weights, chosen, kernels, how):
+    y, saved = _run(x, weights, chosen, kernels, how)
+    saved["hidden"] = {n: checkpoint_name(h, f"mlp_{n}") for n, h in saved["hidden"].items()}
+    for name in ("rows", "scale", "plan"):
+        saved[name] = jax.tree.map(lambda a, n=name: checkpoint_name(a, f"expert_{n}"), saved[name])
+    return y, (saved, kernels)
+
+
+def _run(x, weights, chosen, kernels, how: _Layouts):
+    num_experts = kernels["up"].shape[0]
+    tokens = spec_of(how.tokens)
+
+    def program(x, weights, chosen, kernels, here):
+        x, weights, chosen = (gather(a, how.tokens, how.whole) for a in (x, weights, chosen))
+        kernels = _gathered(kernels, x.dtype, how)
+        plan: Plan
+        if how.room is None:
+            plan = plan_dropless(chosen, num_experts, how.expert_axes, here, native=how.native)
+        else:
+            plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
+        flat = x.reshape(-1, x.shape[-1])
+        rows = plan.send(_to_slots(flat, plan, chosen.shape[-1]))
+        scale = plan.send(_to_slots(weights.reshape(-1, 1), plan, 1))
+        hidden = {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
+        out = plan.dot(_weighted(hidden, scale, how.activation), kernels["down"])
+        y = _from_slots(plan.receive(out), plan).astype(x.dtype).reshape(x.shape)
+        y = reduce(y, how.f_axes, how.whole, how.tokens)
+        return y, {"rows": rows, "scale": scale, "hidden": hidden, "plan": plan}
+
+    return on_shards(
+        program,
+        in_specs=(tokens, tokens, tokens, how.kernel_specs(), spec_of((how.expert_axes,))),
+        out_specs=(tokens, how.residual_specs),
+    )(x, weights, chosen, kernels, axis_numbers(how.expert_axes))
+
+
+def _backward(how: _Layouts, residuals, d_y):
+    saved, kernels = residuals
+    tokens = spec_of(how.tokens)
+
+    def program(d_y, saved, masters):
+        plan, rows = saved["plan"], saved["rows"]
+        d_y = gather(d_y, how.tokens, how.whole)
+        shape, k = d_y.shape, plan.slot.shape[1]
+        kernels = _gathered(masters, rows.dtype, how)
+        d_out = plan.send(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
+        weighted, transpose = jax.vjp(
+            partial(_weighted, activation=how.activation), saved["hidden"], saved["scale"]
+        )
+        d_hidden, d_scale = transpose(plan.dot(d_out, kernels["down"], turned=True))
+        grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
+        grads["down"] = plan.outer(weighted, d_out)
+        d_rows = jnp.zeros(rows.shape, jnp.float32)
+        for name, d in d_hidden.items():
+            d_rows += plan.dot(d, kernels[name], turned=True)
+        d_rows = d_rows.astype(rows.dtype)
+        d_x = _from_slots(plan.receive(d_rows), plan).astype(rows.dtype).reshape(shape)
+        d_weights = _taken(plan.receive(d_scale)[:, 0], plan.slot).reshape(*shape[:2], k)
+        d_x, d_weights = (reduce(d, how.f_axes, how.whole, how.tokens) for d in (d_x, d_weights))
+        partials = tuple(a for a in how.spread if a not in how.expert_axes)
+        # Reduced in the compute dtype, as the gradients of all other weights are.
+        d_kernels = {
+            name: reduce(grads[name], partials, how.used[name], how.stored[name]).astype(m.dtype)
+            for name, m in masters.items()
+        }
+        return d_x, d_weights, d_kernels
+
+    d_x, d_weights, grads = on_shards(
+        program,
+        in_specs=(tokens, how.residual_specs, how.kernel_specs()),
+        out_specs=(tokens, tokens, how.kernel_specs()),
+    )(d_y, saved, kernels)
+    return d_x, d_weights, None, grads
+
+
+_experts.defvjp(_forward, _backward)
+
+
+def _gathered(kernels: Kernels, dtype: Any, how: _Layouts) -> Kernels:
+    return {
+        name: gather(kernel.astype(dtype), how.stored[name], how.used[name])
+        for name, kernel in kernels.items()
+    }
+
+
+def _weighted(
+    hidden: Kernels, scale: jax.Array, activation: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Hidden activations [R, F] times their rows' routing weights fp32 [R, 1]."""
+    up = hidden["up"]
+    product = activation(hidden["gate"]) * up if "gate" in hidden else activation(up)
+    return (product * scale).astype(up.dtype)
+
+
+def _to_slots(values: jax.Array, plan: Plan, k: int) -> jax.Array:
+    """[T, ...], each for the k assignments of a token → one for each slot, zeros in empty ones."""
+    return _taken(values, plan.order // k)
+
+
+def _from_slots(slots: jax.Array, plan: Plan) -> jax.Array:
+    """The sum over a token's assignments, fp32 [T, D]; those dropped add nothing."""
+    return jnp.sum(_taken(slots, plan.slot), axis=1, dtype=jnp.float32)
+
+
+def _taken(values: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(values, index, axis=0, mode="fill", fill_value=0)

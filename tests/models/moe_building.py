@@ -1,0 +1,113 @@
+"""Small odd-sized mixture-of-experts layers on any mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.models.layers.moe import Moe, MoeConfig
+from maxlm.models.params import Params, bind, param_specs
+from maxlm.sharding import AxisRules, ShardingConfig, place
+from tests.models.building import QUICK
+
+D_MODEL = 10
+SMALL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 3, "d_ff": 6}
+MIXTRAL = MoeConfig(**SMALL, balance_loss=0.3, z_loss=0.05)
+DEEPSEEK_V2 = MoeConfig(
+    **SMALL,
+    renormalise=False,
+    scale=1.5,
+    groups=4,
+    groups_per_token=2,
+    balance_loss=0.2,
+    shared_experts=2,
+)
+DEEPSEEK_V3 = MoeConfig(
+    **SMALL,
+    score="sigmoid",
+    scale=2.5,
+    selection_bias=True,
+    groups=4,
+    groups_per_token=2,
+    group_score="top2",
+    balance_loss=0.1,
+    shared_experts=1,
+)
+UNGATED = MoeConfig(
+    num_experts=5, experts_per_token=1, d_ff=7, gated=False, activation="gelu", renormalise=False
+)
+CAPACITY = MoeConfig(**SMALL, dispatch="capacity", capacity_factor=0.7, balance_loss=0.3)
+CONFIGS = {
+    "mixtral": MIXTRAL,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
+    "ungated": UNGATED,
+    "capacity": CAPACITY,
+}
+
+
+def compute_rules(mesh: Mesh, **changes: Any) -> AxisRules:
+    compute = ShardingConfig().compute.model_dump() | changes
+    return AxisRules(**compute).on(dict(mesh.shape))
+
+
+def layer(config: MoeConfig, rules: AxisRules, dtype: Any = jnp.float32, **kw: Any) -> Moe:
+    return Moe(config, D_MODEL, 3, 0.3, rules=rules, dtype=dtype, **kw)
+
+
+def random_params(config: MoeConfig, seed: int = 0) -> Params:
+    """float64 NumPy values that fp32 holds exactly."""
+    rng = np.random.default_rng(seed)
+
+    def draw(spec):
+        return (0.5 * rng.standard_normal(spec.shape)).astype(np.float32).astype(np.float64)
+
+    return jax.tree.map(draw, param_specs(layer(config, AxisRules())))
+
+
+def inputs(shape=(8, 6), seed: int = 1):
+    """(x [B, S, D], counted [B, S] with some padding, cotangent [B, S, D])."""
+    rng = np.random.default_rng(seed)
+    x, d_y = rng.standard_normal((2, *shape, D_MODEL)).astype(np.float32).astype(np.float64)
+    return x, rng.random(shape) < 0.8, d_y
+
+
+def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
+    """Parameters in the default storage layout."""
+    sizes = dict(mesh.shape)
+    rules = ShardingConfig().storage.on(sizes)
+
+    def put(spec, value):
+        spec = place("", spec.shape, spec.axes, rules, sizes).spec
+        return jax.device_put(np.asarray(value, np.float32), NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, param_specs(layer(config, AxisRules())), params)
+
+
+def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:
+    """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy.
+
+    Args:
+        settings: ``native`` of the layer; all else are compute rules.
+    """
+    kw = {"native": settings.pop("native")} if "native" in settings else {}
+    model = layer(config, compute_rules(mesh, **settings), **kw)
+    with jax.set_mesh(mesh):
+        spec = model.rules.spec("batch", "seq")
+        x, counted, d_y = (
+            jax.device_put(a.astype(np.float32) if a.ndim == 3 else a, NamedSharding(mesh, spec))
+            for a in inputs()
+        )
+
+        def loss(params, x):
+            y, aux = bind(model, params)(x, counted)
+            return jnp.sum(y * d_y) + aux.loss, (y, aux)
+
+        run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=QUICK)
+        params = placed(mesh, config, random_params(config))
+        (_, (y, aux)), grads = run(params, x)
+        for param, grad in zip(*map(jax.tree.leaves, (params, grads[0])), strict=True):
+            assert grad.sharding.is_equivalent_to(param.sharding, grad.ndim)
+    return jax.tree.map(np.asarray, (y, aux, grads))

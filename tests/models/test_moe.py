@@ -1,0 +1,242 @@
+"""The mixture-of-experts layer on one device, against loops in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.models.layers.moe import MoeConfig, route, router_loss
+from maxlm.models.params import bind, param_specs, stack
+from maxlm.sharding import AxisRules
+from maxlm.train.optimizer import OptimizerConfig, make_optimizer
+from tests.models import moe_building as building
+from tests.models import moe_reference as reference
+from tests.models.building import QUICK
+from tests.models.moe_building import CONFIGS, D_MODEL, SMALL
+
+
+@pytest.fixture(scope="module")
+def computed(one_device_mesh):
+    results = {}
+
+    def get(name):
+        if name not in results:
+            results[name] = building.outputs_and_gradients(one_device_mesh, CONFIGS[name])
+        return results[name]
+
+    return get
+
+
+def _apply(model, params, x, counted):
+    run = jax.jit(lambda p, *args: bind(model, p)(*args), compiler_options=QUICK)
+    return run(params, jnp.asarray(x), jnp.asarray(counted))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_loss_load_and_drops_equal_the_reference(name, computed):
+    config = CONFIGS[name].model_dump()
+    x, counted, _ = building.inputs()
+    want = reference.moe(building.random_params(CONFIGS[name]), x, counted, config)
+    y, aux, _ = computed(name)
+    np.testing.assert_allclose(y, want[0], atol=2e-5)
+    np.testing.assert_allclose(aux.loss, want[1], rtol=1e-5)
+    np.testing.assert_array_equal(aux.load, want[2])
+    assert aux.dropped == want[3]
+    assert (aux.dropped > 0) == (config["dispatch"] == "capacity")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_equal_finite_differences_of_the_reference(name, computed):
+    config = CONFIGS[name].model_dump()
+    x, counted, d_y = building.inputs()
+    params = building.random_params(CONFIGS[name])
+    d_params, d_x = computed(name)[2]
+    rng = np.random.default_rng(5)
+
+    def total(params, x):
+        y, loss, _, _ = reference.moe(params, x, counted, config)
+        return (y * d_y).sum() + loss
+
+    def check(change, grad, direction):
+        step = 1e-6
+        slope = (total(*change(step)) - total(*change(-step))) / (2 * step)
+        assert np.isclose((grad * direction).sum(), slope, rtol=1e-4, atol=1e-3)
+
+    direction = rng.standard_normal(x.shape)
+    check(lambda s: (params, x + s * direction), d_x, direction)
+    for path, value in jax.tree_util.tree_leaves_with_path(params):
+        keys = [key.key for key in path]
+        if keys == ["selection_bias"]:
+            continue  # its gradient is a rule, not a slope
+        direction = rng.standard_normal(value.shape)
+
+        def moved(step, keys=keys, value=value, direction=direction):
+            return jax.tree_util.tree_map_with_path(
+                lambda p, v: value + step * direction if [k.key for k in p] == keys else v, params
+            ), x
+
+        grad = d_params
+        for key in keys:
+            grad = grad[key]
+        check(moved, grad, direction)
+
+
+def test_the_selection_bias_gets_load_minus_mean_load_and_adds_nothing(computed):
+    _, aux, (d_params, _) = computed("deepseek_v3")
+    np.testing.assert_array_equal(d_params["selection_bias"], aux.load - aux.load.mean())
+
+
+def test_padding_is_served_by_shared_experts_alone(computed):
+    _, counted, _ = building.inputs()
+    y, aux, (_, d_x) = computed("mixtral")
+    assert not counted.all()
+    assert (y[~counted] == 0).all()
+    assert (d_x[~counted] == 0).all()
+    assert aux.load.sum() == 3 * counted.sum()
+
+
+def test_capacity_keeps_first_choices_of_first_tokens(one_device_mesh):
+    # Every token of a row chooses expert 0 before expert 1: each has room for ⌈5·2/4⌉ = 3.
+    config = MoeConfig(
+        num_experts=4, experts_per_token=2, d_ff=3, dispatch="capacity", capacity_factor=1.0
+    )
+    model = building.layer(config, AxisRules())
+    params = jax.tree.map(lambda v: np.asarray(v, np.float32), building.random_params(config))
+    params["router"] = np.zeros_like(params["router"])
+    params["router"][0] = [3.0, 2.0, 1.0, 0.0]
+    x = np.random.default_rng(0).random((2, 5, D_MODEL)).astype(np.float32) + 0.5
+    counted = np.ones((2, 5), bool)
+    counted[1, 1] = False  # padding takes no room
+    with jax.set_mesh(one_device_mesh):
+        y, aux = _apply(model, params, x, counted)
+    assert (np.abs(np.asarray(y)).sum(-1) > 0).tolist() == [
+        [True, True, True, False, False],
+        [True, False, True, True, False],
+    ]
+    assert aux.dropped == 2 * 2 + 2 * 1
+    np.testing.assert_array_equal(aux.load, [9, 9, 0, 0])
+
+
+def test_the_balance_loss_is_its_coefficient_a_token_when_balanced_and_more_when_not():
+    config = MoeConfig(num_experts=4, experts_per_token=2, d_ff=1, balance_loss=0.5)
+    counted = jnp.ones((1, 6), bool)
+
+    def loss(logits, load):
+        routing = route(logits, None, config)
+        return router_loss(logits, routing.scores, jnp.array(load), counted, config)
+
+    flat, skewed = jnp.zeros((1, 6, 4)), jnp.broadcast_to(jnp.array([9.0, 9, 0, 0]), (1, 6, 4))
+    assert np.isclose(loss(flat, [3.0] * 4), 6 * 0.5)
+    # Half of all assignments and half of the score go to each of two experts: 4 · 2 · ½ · ½ = 2.
+    assert np.isclose(loss(skewed, [6.0, 6.0, 0.0, 0.0]), 6 * 0.5 * 2, rtol=1e-3)
+
+
+def test_the_router_works_in_fp32_when_the_layer_does_not(one_device_mesh):
+    config = MoeConfig(num_experts=64, experts_per_token=4, d_ff=2)
+    params = building.random_params(config)
+    x, counted, _ = building.inputs((4, 32))
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    want = reference.moe(params, x, counted, config.model_dump())
+    model = building.layer(config, AxisRules(), jnp.bfloat16)
+    with jax.set_mesh(one_device_mesh):
+        params = building.placed(one_device_mesh, config, params)
+        y, aux = _apply(model, params, x.astype(np.float32), counted)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(aux.load, want[2])
+    np.testing.assert_allclose(np.asarray(y, np.float64), want[0], atol=0.15)
+
+
+def _imbalance_after_training(mesh, config, bias_step=0.0, steps=60):
+    """Largest over mean load, before and after, from a router that prefers two experts."""
+    model = building.layer(config, AxisRules())
+    params = jax.tree.map(lambda v: 0.2 * v, building.random_params(config))
+    params["router"][0] += np.array([2.0, 2.0, *[0.0] * 6])
+    x, counted, _ = building.inputs((4, 16))
+    x[..., 0] = 1.0  # what the router's preference reads
+    target = np.tanh(x @ np.random.default_rng(3).standard_normal((D_MODEL, D_MODEL)))
+    with jax.set_mesh(mesh):
+        params = building.placed(mesh, config, params)
+        x, target, counted = jnp.asarray(x, jnp.float32), jnp.asarray(target), jnp.asarray(counted)
+
+        def loss(params):
+            y, aux = bind(model, params)(x, counted)
+            return (jnp.sum(jnp.square(y - target)) + aux.loss) / counted.sum(), aux
+
+        @jax.jit
+        def step(params):
+            grads, aux = jax.grad(loss, has_aux=True)(params)
+            new = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+            if "selection_bias" in params:
+                rule = jnp.sign(grads["selection_bias"])
+                new["selection_bias"] = params["selection_bias"] - bias_step * rule
+            return new, aux.load
+
+        loads = []
+        for _ in range(steps):
+            params, load = step(params)
+            loads.append(np.asarray(load))
+    worst = [load.max() / load.mean() for load in loads]
+    return worst[0], np.mean(worst[-5:])
+
+
+def test_the_balance_loss_balances_a_skewed_router(one_device_mesh):
+    config = MoeConfig(**SMALL, balance_loss=0.0)
+    before, without = _imbalance_after_training(one_device_mesh, config)
+    config = config.model_copy(update={"balance_loss": 1.0})
+    _, balanced = _imbalance_after_training(one_device_mesh, config)
+    assert before > 2.2
+    assert without > 2.0
+    assert balanced < 1.6
+
+
+def test_the_selection_bias_rule_balances_a_skewed_router(one_device_mesh):
+    config = MoeConfig(**SMALL, balance_loss=0.0, selection_bias=True, score="sigmoid")
+    before, without = _imbalance_after_training(one_device_mesh, config)
+    _, balanced = _imbalance_after_training(one_device_mesh, config, bias_step=0.02)
+    assert before > 2.2
+    assert without > 2.0
+    assert balanced < 1.6
+
+
+@pytest.mark.parametrize("kind", ["muon", "adafactor"])
+def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
+    specs = param_specs(stack(building.layer(MoeConfig(**SMALL), AxisRules()), 2))
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), specs)
+    params = jax.tree.map(np.zeros_like, grads)
+
+    def update(specs, params, grads):
+        config = OptimizerConfig(kind=kind, clip_norm=None)
+        optimizer = make_optimizer(config, optax.constant_schedule(1.0), specs)
+        return jax.jit(lambda p, g: optimizer.update(g, optimizer.init(p), p)[0])(params, grads)
+
+    whole = update(specs, params, grads)
+    one = MoeConfig(**SMALL | {"num_experts": 1, "experts_per_token": 1})
+    alone = param_specs(stack(building.layer(one, AxisRules()), 2))
+    names = ("gate", "up", "down")
+    for e in (0, 5):
+
+        def cut(tree, e=e):
+            return {name: tree[name][:, e : e + 1] for name in names}
+
+        got = update({name: alone[name] for name in names}, cut(params), cut(grads))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), cut(whole), got)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts_per_token": 9}, "experts_per_token=9 of num_experts=8"),
+        ({"groups": 3}, "num_experts=8 is not a multiple of groups=3"),
+        ({"groups": 2, "groups_per_token": 3}, "groups_per_token=3 of groups=2"),
+        ({"groups": 4, "groups_per_token": 1}, "experts_per_token=3 cannot come from"),
+        ({"groups": 8, "groups_per_token": 8, "group_score": "top2"}, "groups of 1 expert"),
+    ],
+)
+def test_impossible_settings_are_refused_with_their_values(change, message):
+    with pytest.raises(MaxlmError, match=message):
+        MoeConfig(**SMALL | change)

@@ -1,0 +1,243 @@
+"""Experts split over devices: the same numbers as on one, and what crosses the wire."""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import MaxlmError
+from maxlm.models.layers.moe import MoeConfig
+from maxlm.models.params import bind, param_specs
+from maxlm.models.remat import rematerialise
+from maxlm.parallel import dispatch, grouped
+from maxlm.sharding import ShardingConfig, place
+from tests.models import moe_building as building
+from tests.models.building import QUICK
+from tests.models.moe_building import CAPACITY, DEEPSEEK_V3, MIXTRAL, UNGATED
+
+SPLIT_SEQ = {"seq": ("context", "tensor")}
+
+
+def assert_equal(got, want, tolerance=1e-5):
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, np.abs(b).max()))
+
+    jax.tree.map(close, got, want)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(one_device_mesh):
+    results = {}
+
+    def get(config):
+        if id(config) not in results:
+            results[id(config)] = building.outputs_and_gradients(one_device_mesh, config)
+        return results[id(config)]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("config", "axes", "rules"),
+    [
+        (MIXTRAL, {"expert": 2}, {}),
+        (DEEPSEEK_V3, {"expert": 4}, {}),
+        (MIXTRAL, {"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+        (MIXTRAL, {"expert": 2, "context": 3}, {}),
+        (MIXTRAL, {"context": 3, "data": 2}, {}),
+        (MIXTRAL, {"expert": 2, "fsdp": 2, "tensor": 2}, SPLIT_SEQ),
+        (UNGATED, {"fsdp": 2, "context": 3}, {}),
+        # Experts over two axes; experts whole in use though split in storage.
+        (MIXTRAL, {"expert": 2, "fsdp": 2}, {"expert": ("expert", "fsdp")}),
+        (MIXTRAL, {"expert": 4}, {"expert": ()}),
+        (CAPACITY, {"expert": 4}, {}),
+        (CAPACITY, {"expert": 2, "fsdp": 2, "tensor": 2}, {}),
+        (CAPACITY, {"expert": 2, "tensor": 2}, SPLIT_SEQ),
+    ],
+)
+def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
+    got = building.outputs_and_gradients(mesh(**axes), config, **rules)
+    assert_equal(got, on_one_device(config))
+
+
+def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_name):
+    """What JAX's documentation says of lax.ragged_all_to_all, which XLA has not for CPUs."""
+    ways = lax.axis_size(axis_name)
+    here = lax.axis_index(axis_name)
+    everyone = [lax.all_gather(a, axis_name) for a in (operand, starts, sizes, put)]
+    index = jnp.arange(len(operand))
+    per_device = len(starts) // ways
+    for peer in range(ways):
+        rows, first, count, at = (a[peer] for a in everyone)
+        for i in range(per_device):
+            slice_ = here * per_device + i
+            inside = (index >= first[slice_]) & (index < first[slice_] + count[slice_])
+            agreed = count[slice_] == received[peer * per_device + i]
+            target = jnp.where(inside & agreed, at[slice_] + index - first[slice_], len(output))
+            output = output.at[target].set(rows, mode="drop")
+    return output
+
+
+@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}])
+def test_ragged_operations_equal_the_portable_ones(axes, mesh, on_one_device, monkeypatch):
+    monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
+    got = building.outputs_and_gradients(mesh(**axes), MIXTRAL, native=True)
+    assert_equal(got, on_one_device(MIXTRAL))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_grouped_products_are_those_of_each_group_whatever_lies_beyond(native, monkeypatch):
+    exact = lax.ragged_dot_general
+
+    def undefined_beyond(rows, kernels, sizes, numbers):
+        out = exact(rows, kernels, sizes, numbers)
+        if not numbers.rhs_group_dimensions:
+            return out
+        return jnp.where(jnp.arange(len(rows))[:, None] < sizes.sum(), out, jnp.nan)  # as on a TPU
+
+    monkeypatch.setattr(lax, "ragged_dot_general", undefined_beyond)
+    rng = np.random.default_rng(0)
+    sizes = [0, 300, 1, 17, 0, 140]
+    used, padding = sum(sizes), 23
+    rows = rng.standard_normal((used + padding, 5)).astype(np.float32)
+    others = rng.standard_normal((used + padding, 3)).astype(np.float32)
+    kernels = rng.standard_normal((6, 5, 3)).astype(np.float32)
+    ends = np.cumsum(sizes)
+    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    outers = [rows[g].T.astype(np.float64) @ others[g] for g in groups]
+    dots = np.concatenate([rows[g] @ kernels[i] for i, g in enumerate(groups)])
+    others[used:] = 0
+    with_garbage = rows.copy()
+    with_garbage[used:] = np.nan
+
+    @jax.jit
+    def run(rows, with_garbage, others, kernels, sizes):
+        return (
+            grouped.dot(with_garbage, kernels, sizes, native=native),
+            grouped.dot(with_garbage, kernels.swapaxes(1, 2), sizes, turned=True, native=native),
+            grouped.outer(rows, others, sizes, native=native),
+        )
+
+    dot, turned, outer = run(rows, with_garbage, others, kernels, jnp.array(sizes, jnp.int32))
+    for got in (dot, turned):
+        np.testing.assert_allclose(got[:used], dots, atol=1e-5)
+        assert (got[used:] == 0).all()
+    np.testing.assert_allclose(outer, outers, atol=1e-4)
+
+
+def _accumulated(mesh, config, remat, *, staged, options=QUICK):
+    """(outputs, losses, gradients of x and, summed over two micro-batches, of the parameters) as a
+    pipeline stage computes them: jax.vjp in the body of a scan, manual over `stage` or not."""
+    model = building.layer(config, building.compute_rules(mesh))
+    params = building.placed(mesh, config, building.random_params(config))
+    x, _, d_y = (np.stack([a, -2 * a, a[::-1]]) for a in building.inputs())
+    spec = P(None, *model.rules.spec("batch", "seq"))
+    x, d_y = (jax.device_put(a.astype(np.float32), NamedSharding(mesh, spec)) for a in (x, d_y))
+
+    def layer(params, x):
+        y, aux = bind(model, params)(x)
+        return y, aux.loss
+
+    layer = rematerialise(layer, remat)
+
+    def program(params, x, d_y):
+        def body(total, inputs):
+            x, d_y = inputs
+            (y, loss), transpose = jax.vjp(layer, params, x)
+            d_params, d_x = transpose((d_y, jnp.ones_like(loss)))
+            return jax.tree.map(jnp.add, total, d_params), (y, loss, d_x)
+
+        return lax.scan(body, jax.tree.map(jnp.zeros_like, params), (x, d_y))
+
+    if staged:
+        program = jax.shard_map(
+            program, in_specs=(P(), P(), P()), out_specs=P(), axis_names={"stage"}, check_vma=False
+        )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(program).lower(params, x, d_y).compile(compiler_options=options)
+        return jax.tree.map(np.asarray, compiled(params, x, d_y)), compiled.as_text()
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, CAPACITY])
+def test_it_runs_inside_a_pipeline_stage(config, mesh, one_device_mesh):
+    want, _ = _accumulated(one_device_mesh, config, "none", staged=False)
+    axes = {"stage": 2, "expert": 2, "tensor": 2}
+    got, _ = _accumulated(mesh(**axes), config, "full", staged=True)
+    assert_equal(got, want)
+
+
+def test_the_backward_pass_repeats_no_exchange_but_the_one_it_needs(mesh):
+    # There: rows and their weights; back: outputs. Then the first two again under remat, and
+    # cotangents there, gradients of rows and of weights back.
+    for remat, count in (("none", 6), ("full", 8)):
+        _, text = _accumulated(mesh(expert=2), MIXTRAL, remat, staged=False, options={})
+        assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == count
+
+
+def test_capacity_is_refused_where_sequences_are_split(mesh):
+    with pytest.raises(MaxlmError, match="whole sequences, which are split over context"):
+        building.outputs_and_gradients(mesh(context=3), CAPACITY)
+
+
+def test_experts_are_refused_over_axes_that_do_not_split_tokens(mesh):
+    with pytest.raises(MaxlmError, match="split over mesh axis 'expert', tokens are not"):
+        building.outputs_and_gradients(mesh(expert=2), MIXTRAL, batch=())
+
+
+def test_a_split_embedding_is_refused(mesh):
+    with pytest.raises(MaxlmError, match="mesh axis 'tensor' splits activations in embed"):
+        building.outputs_and_gradients(mesh(tensor=2), MIXTRAL, embed=("tensor",), mlp=())
+
+
+def test_capacity_is_a_share_of_the_sequence_rounded_up():
+    assert dispatch.capacity(10, 2, 8, 1.0) == 3
+    assert dispatch.capacity(10, 2, 8, 1.25) == 4
+    assert dispatch.capacity(10, 2, 4, 9.0) == 10  # a token chooses an expert at most once
+
+
+@pytest.fixture(scope="module")
+def tpu_mesh():
+    """Eight TPU v5p chips, described, not present."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+    axes = {"stage": 1, "data": 1, "fsdp": 2, "expert": 4, "context": 1, "tensor": 1}
+    return Mesh(
+        np.array(chips).reshape(*axes.values()), tuple(axes), axis_types=(AxisType.Explicit,) * 6
+    )
+
+
+def test_a_tpu_gets_ragged_exchanges_products_and_scattered_gradients(tpu_mesh):
+    config = MoeConfig(num_experts=16, experts_per_token=2, d_ff=256)
+    sizes = dict(tpu_mesh.shape)
+    rules = building.compute_rules(tpu_mesh)
+    model = building.Moe(config, 512, 2, 0.02, rules=rules, dtype=jnp.bfloat16)
+    storage = ShardingConfig().storage.on(sizes)
+
+    def abstract(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(tpu_mesh, spec))
+
+    params = jax.tree.map(
+        lambda s: abstract(s.shape, s.dtype, place("", s.shape, s.axes, storage, sizes).spec),
+        param_specs(model),
+    )
+    x = abstract((8, 64, 512), jnp.bfloat16, rules.spec("batch", "seq"))
+
+    def loss(params, x):
+        y, aux = bind(model, params)(x)
+        return jnp.sum(jnp.square(y.astype(jnp.float32))) + aux.loss
+
+    with jax.set_mesh(tpu_mesh):
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x).compile().as_text()
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) == 6
+    assert not re.search(r" all-to-all(?:-start)?\(", text)
+    assert len(re.findall(r"reduce-scatter", text)) >= 3
+    assert "tpu_custom_call" in text  # grouped products are kernels
