@@ -154,6 +154,42 @@ def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
         )
 
 
+def check_experts(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Check that experts can be split as asked.
+
+    Args:
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: naming the sizes.
+    """
+    moe, compute = config.model.moe, config.sharding.compute
+    if moe is None:
+        if sizes["expert"] > 1:
+            raise MaxlmError(
+                f"mesh.expert={sizes['expert']}, but the model has no experts",
+                where="mesh.expert",
+                fix="set it to 1 and give its devices to data, fsdp or tensor",
+            )
+        return
+    tokens = compute.batch + compute.seq
+    for axis in compute.expert:
+        if sizes[axis] > 1 and axis not in tokens:
+            raise MaxlmError(
+                f"experts are split over '{axis}', the tokens they serve are not",
+                where="sharding.compute",
+                fix=f"add {axis} to the rule batch, or take it from the rule expert",
+            )
+    split = [axis for axis in compute.seq if sizes[axis] > 1]
+    if moe.dispatch == "capacity" and split:
+        raise MaxlmError(
+            f"an expert's capacity is counted in whole sequences, which {split[0]}="
+            f"{sizes[split[0]]} splits",
+            where="model.moe.dispatch",
+            fix="use dispatch=dropless, or mesh.context=1",
+        )
+
+
 def vocab_fits(config: RunConfig, tokenizer_vocab: int) -> None:
     """Check that every id of the tokenizer has a row in the model's table.
 

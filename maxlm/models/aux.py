@@ -13,4 +13,4 @@ class Aux:
     loss: jax.Array | float = 0.0
     """To be added to the objective's own loss, as it is."""
     sums: dict[str, jax.Array] = field(default_factory=dict)
-    """To be logged; divided by tokens in the end."""
+    """To be logged. Those named ``expert_*`` are of experts' loads, in assignments."""

@@ -1,9 +1,10 @@
 """Model FLOPs: what the maths needs, whatever the implementation spends."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.params import Params, named
+from maxlm.models.params import Params, ParamSpec, named
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,21 @@ class Flops:
     """Attention counted at half, as a causal kernel computes it."""
 
 
+def active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
+    """Parameters that one token meets: all but the routed experts it is not sent to."""
+    share = config.expert_share
+    return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
+
+
 def training_flops(specs: Params, config: ModelConfig, seq_len: int) -> Flops:
     """FLOPs a token of a training step.
 
-    6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices and the
+    Of routed experts, only those a token meets. 6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices and the
     output head, tied or not, but not table look-ups, norms and biases. Attention's two products
     take their forward FLOPs and twice as many backward.
     """
     flat = named(specs)
-    weights = sum(spec.size for spec in flat.values() if spec.role == "matrix")
-    weights += config.vocab_size * config.d_model
+    multiplied = {n: s for n, s in flat.items() if s.role == "matrix" or n.endswith(".router")}
+    weights = active_parameters(multiplied, config) + config.vocab_size * config.d_model
     attention = 3.0 * config.attention_flops(seq_len)
     return Flops(full=6.0 * weights + attention, causal=6.0 * weights + attention / 2)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, named
-from maxlm.plan.flops import training_flops
+from maxlm.plan.flops import active_parameters, training_flops
 from maxlm.plan.notes import notes
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig
@@ -45,6 +45,8 @@ class Layout:
     mesh: dict[str, int]
     devices: int
     parameters: int
+    active_parameters: int
+    """Those that one token meets; fewer with experts."""
     rows: tuple[ParamRow, ...]
     parameter_bytes: int
     """Per device, like the two below: fp32 master parameters, ..."""
@@ -95,6 +97,7 @@ def lay_out(
         mesh=dict(sizes),
         devices=devices,
         parameters=sum(spec.size for spec in specs.values()),
+        active_parameters=round(active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
         gradient_bytes=sum(

@@ -7,13 +7,12 @@ from typing import Any
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, named, param_specs
 from maxlm.parallel.context import check_context
-from maxlm.run import RunConfig, check_batch, check_stages
+from maxlm.run import RunConfig, check_batch, check_experts, check_stages
 from maxlm.sharding import (
     AxisRules,
     Placement,
     check_activations,
     check_unsharded,
-    check_used,
     place,
 )
 
@@ -47,7 +46,6 @@ def place_model(
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
-    check_used(sizes)
     sharding = config.sharding
     gradients = sharding.gradients or sharding.storage
     rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)
@@ -59,6 +57,7 @@ def place_model(
         # One token at a time cannot be split: the residual stream lies as it does within layers.
         compute = compute.model_copy(update={"residual": compute.seq})
     check_activations(compute)
+    check_experts(config, sizes)
     if for_training:
         attention, parallel = config.model.attention, config.parallel
         check_context(

@@ -32,9 +32,11 @@ def _three_digits(value: float) -> str:
 def tables(layout: Layout) -> Group:
     """Facts, one row a parameter, and totals per device."""
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1)
+    sparse = layout.active_parameters < layout.parameters
+    active = f", {layout.active_parameters:,} of them active" if sparse else ""
     facts = Text.assemble(
         (layout.name, "bold"),
-        f" · {layout.parameters:,} parameters · {layout.devices:,} devices"
+        f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
         f"{layout.tokens_per_step:,} tokens a step · {human_count(layout.tokens_total)} in the run"
         f" ({layout.tokens_total / layout.parameters:.3g} a parameter)\n",

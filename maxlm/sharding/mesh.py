@@ -15,8 +15,6 @@ MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]
 MESH_AXES: tuple[str, ...] = get_args(MeshAxis)
 # Those that split parameters; the others only split activations.
 PARAMETER_AXES = ("stage", "fsdp", "expert", "tensor")
-# Those that no layer is split over yet.
-UNUSED_AXES = ("expert",)
 
 
 class MeshConfig(Config):
@@ -37,23 +35,6 @@ class MeshConfig(Config):
     """Shards of heads, FFN and vocabulary; needs the fastest links."""
     stage: int = 1
     """Pipeline stages, each with its share of the layers."""
-
-
-def check_used(sizes: Mapping[str, int]) -> None:
-    """Check that a mesh has devices only where layers are split.
-
-    Args:
-        sizes: mesh axis → devices; -1 is allowed.
-
-    Raises:
-        MaxlmError: naming the axis.
-    """
-    for axis in UNUSED_AXES:
-        if sizes[axis] > 1:
-            raise MaxlmError(
-                f"mesh.{axis}={sizes[axis]}, but no layer is split over '{axis}'",
-                fix=f"set mesh.{axis}=1 and give its devices to data, fsdp or tensor",
-            )
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -26,6 +26,15 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
+def per_token(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """An objective's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
+    the idlest's load over the mean, and the share of assignments dropped."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
+    loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
+    return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}
+
+
 def tree_norms(grads: Any, params: Any, updates: Any) -> dict[str, jax.Array]:
     """fp32 scalars: ``grad_norm`` (before clipping), ``param_norm`` and ``update_norm``."""
     return {

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from maxlm.models.params import Params, bind
+from maxlm.models.params import Params, bind, param_specs
 from maxlm.train.gradients import loss_and_gradients
-from maxlm.train.metrics import tree_norms
+from maxlm.train.metrics import per_token, tree_norms
 from maxlm.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -59,10 +59,15 @@ def train_step(
     ema: Any = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
-    means = {name: value / tokens for name, value in sums.items() if name != "tokens"}
-    metrics = {"loss": total / tokens, **means, "batch_tokens": sums["tokens"]}
-    metrics |= {"learning_rate": schedule(state.step), **tree_norms(grads, params, updates)}
+    metrics = {"loss": total / tokens, **per_token(sums), "batch_tokens": sums["tokens"]}
+    learned = (_learned(model, tree) for tree in (grads, params, updates))
+    metrics |= {"learning_rate": schedule(state.step), **tree_norms(*learned)}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _learned(model: Any, tree: Params) -> Params:
+    """Without parameters that follow a rule: their "gradient" is none."""
+    return jax.tree.map(lambda spec, x: None if spec.by_rule else x, param_specs(model), tree)
 
 
 def eval_step(params: Params, batch: Batch, *, model: Any, loss: Loss) -> Sums:

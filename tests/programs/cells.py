@@ -43,6 +43,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "mlp": {"d_ff": 48},
         "remat": "none",
     },
+    "moe": {
+        "vocab_size": 56,
+        "num_layers": 4,
+        "d_model": 32,
+        "max_seq_len": SEQ,
+        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6},
+        "moe": {
+            "num_experts": 8,
+            "experts_per_token": 2,
+            "d_ff": 16,
+            "shared_experts": 1,
+            "z_loss": 1e-3,
+        },
+    },
 }
 
 
@@ -80,6 +94,7 @@ CELLS: dict[str, Cell] = {
     "cp all-gather": _cell({"parallel": {"context": "all_gather"}}, context=4),
     "cp ring": _cell({"parallel": {"context": "ring"}}, context=4),
     "cp ulysses": _cell({"parallel": {"context": "ulysses"}}, context=4),
+    "ep": _cell(expert=8),
     "pp gpipe": _cell(_pipe("gpipe"), stage=4),
     "pp circular": _cell(_pipe("circular", 2), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
@@ -90,6 +105,12 @@ CELLS: dict[str, Cell] = {
         context=2,
         tensor=2,
     ),
+    "ep × fsdp × tp": _cell(expert=2, fsdp=2, tensor=2),
+    "ep × cp ring": _cell({"parallel": {"context": "ring"}}, expert=4, context=2),
+    "ep × pp 1f1b × tp+sp": _cell(
+        _pipe("1f1b", sharding=SEQUENCE_PARALLEL), stage=2, expert=2, tensor=2
+    ),
+    "ep × pp circular": _cell(_pipe("circular", 2), stage=2, expert=4),
     "cp ulysses × tp": _cell({"parallel": {"context": "ulysses"}}, data=2, context=2, tensor=2),
     "cp ring in order × pp 1f1b": _cell(
         {"parallel": {"context": "ring", "balance_sequence": False, "schedule": "1f1b"}},
@@ -115,6 +136,8 @@ HOST_CELLS: dict[str, Cell] = {
     "cp ring": _cell({"parallel": {"context": "ring"}}, context=4, fsdp=2),
     "cp all-gather": _cell({"parallel": {"context": "all_gather"}}, context=4, fsdp=2),
     "cp ulysses": _cell({"parallel": {"context": "ulysses"}}, context=4, fsdp=2),
+    "ep": _cell(expert=8),
+    "ep × pp circular": _cell(_pipe("circular", 2), stage=2, expert=4),
 }
 HOST_MODELS = {
     "fsdp": "gqa_window",
@@ -124,6 +147,8 @@ HOST_MODELS = {
     "cp ring": "gqa_window",
     "cp all-gather": "gqa_window",
     "cp ulysses": "mha",
+    "ep": "moe",
+    "ep × pp circular": "moe",
 }
 
 

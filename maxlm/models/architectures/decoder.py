@@ -9,13 +9,14 @@ from flax import nnx
 from jax.sharding import reshard
 from pydantic import Field, model_validator
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, scan_blocks, scan_cached
 from maxlm.models.layers.attention import AttentionConfig, KVCache
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mlp import MlpConfig
+from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import PositionsConfig, Rotary, rotary
 from maxlm.models.params import Params, Weight, stack, values, weight
@@ -40,7 +41,9 @@ class DecoderConfig(Config):
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
     attention: AttentionConfig
-    mlp: MlpConfig
+    mlp: MlpConfig | None = None
+    moe: MoeConfig | None = None
+    """A mixture of experts in place of ``mlp``."""
     norm: NormConfig = NormConfig()
     positions: PositionsConfig = PositionsConfig()
     tie_embeddings: bool = False
@@ -50,6 +53,13 @@ class DecoderConfig(Config):
     remat: RematPolicy = "full"
     """What the backward pass keeps: none (all but norms and activations, most memory), matmuls,
     attention, full (only each layer's input: least memory, one more forward pass)."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_mlp(self):
+        if (self.mlp is None) == (self.moe is None):
+            given = "neither mlp nor moe" if self.mlp is None else "both mlp and moe"
+            raise MaxlmError(f"{given}", where="model", fix="give one of them")
+        return self
 
     @model_validator(mode="after")
     def _rope_pairs(self):
@@ -72,6 +82,11 @@ class DecoderConfig(Config):
         """Forward FLOPs a token of attention's two products, masked pairs included: 4 N H S L."""
         width = self.attention.num_heads * self.attention.head_dim
         return 4.0 * self.num_layers * width * seq_len
+
+    @property
+    def expert_share(self) -> float:
+        """The share of a layer's routed experts that a token meets; 1 without experts."""
+        return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
 
     def cache_shape(self, batch: int, length: int) -> tuple[int, ...]:
         """[L, B, T, K, H] of the keys that generation keeps, and again of the values."""
@@ -96,7 +111,13 @@ class DecoderConfig(Config):
             "head_dim": head_dim,
         }
         d_model = group * kv_heads * head_dim
-        d_ff = max(1, round(self.mlp.d_ff / self.d_model * d_model / 8)) * 8
+
+        def narrowed(layer: Any) -> Any:
+            if layer is None:
+                return None
+            d_ff = max(1, round(layer.d_ff / self.d_model * d_model / 8)) * 8
+            return layer.model_copy(update={"d_ff": d_ff})
+
         return self.model_copy(
             update={
                 "vocab_size": min(self.vocab_size, vocab_size),
@@ -104,7 +125,8 @@ class DecoderConfig(Config):
                 "d_model": d_model,
                 "max_seq_len": seq_len,
                 "attention": self.attention.model_copy(update=heads),
-                "mlp": self.mlp.model_copy(update={"d_ff": d_ff}),
+                "mlp": narrowed(self.mlp),
+                "moe": narrowed(self.moe),
             }
         )
 
@@ -134,7 +156,9 @@ class Decoder(nnx.Module):
             if config.positions.kind == "learned"
             else None
         )
-        layers = (config.attention, config.mlp, config.norm, D, config.num_layers, std)
+        mlp = config.mlp or config.moe
+        assert mlp is not None
+        layers = (config.attention, mlp, config.norm, D, config.num_layers, std)
         block = Block(*layers, parallel=parallel, **kw)
         self.layers = stack(block, config.num_layers, self.layer_groups)
         self.final_norm = Norm(config.norm, D, **kw)
@@ -204,11 +228,12 @@ class Decoder(nnx.Module):
             where: positions and segment ids [B, S].
         """
 
-        def layer(block: Block, carry: jax.Array, context: Any) -> jax.Array:
-            return block(carry, *context, None)[0]
+        def layer(block: Block, x: jax.Array, context: Any) -> tuple[jax.Array, Aux]:
+            x, _, aux = block(x, *context, None)
+            return x, aux
 
         context = (*where, self.rotary(where[0]))
-        return scan_blocks(self.layers, layers, layer, x, context, remat=self.config.remat), Aux()
+        return scan_blocks(self.layers, layers, layer, x, context, remat=self.config.remat)
 
     def rotary(self, positions: jax.Array) -> Rotary | None:
         """The angles of positions, where the model turns queries and keys."""
@@ -230,8 +255,9 @@ class Decoder(nnx.Module):
         """
         turns = self.rotary(positions)
 
-        def layer(block: Block, x: jax.Array, cache: KVCache):
-            return block(x, positions, None, turns, cache)
+        def layer(block: Block, x: jax.Array, cache: Any):
+            x, cache, _ = block(x, positions, None, turns, cache)
+            return x, cache
 
         x, cache = scan_cached(self.layers, layer, self.embed(tokens, positions), cache)
         return self.final_norm(x), cache

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
-from maxlm.models.params import compute_view, declare, spec_of, truncated_normal
+from maxlm.models.params import compute_view, declare, spec_of, truncated_normal, weight
 from maxlm.parallel import dispatch, experts
 from maxlm.parallel import local as shards
 from maxlm.sharding import AxisRules
@@ -183,7 +183,7 @@ class Moe(nnx.Module):
         config = self.config
         x = x.astype(self.dtype)
         logits = self._logits(x)
-        bias = None if self.selection_bias is None else self.selection_bias[...]
+        bias = self._own(self.selection_bias) if self.selection_bias is not None else None
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
@@ -205,7 +205,7 @@ class Moe(nnx.Module):
             x,
             routing.weights,
             chosen,
-            {name: param[...] for name, param in kernels.items()},
+            {name: self._own(param) for name, param in kernels.items()},
             activation=ACTIVATIONS[config.activation],
             compute={n: self.rules.spec(*spec_of(p).axes[-3:]) for n, p in kernels.items()},
             room=room,
@@ -214,6 +214,10 @@ class Moe(nnx.Module):
         if self.shared is not None:
             y = y + self.shared(x)
         return y, MoeAux(loss, load, dropped)
+
+    def _own(self, param: nnx.Param) -> jax.Array:
+        """A parameter's fp32 value in its storage layout."""
+        return weight(param, self.rules, jnp.float32).value
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """fp32 [B, S, E], laid out over B and S as x."""
