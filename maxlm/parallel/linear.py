@@ -27,6 +27,7 @@ from itertools import chain, takewhile
 from math import prod
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from maxlm.parallel.local import Axes, Dims, axis_size, gather, layout, on_shards, reduce, spec_of
@@ -140,7 +141,7 @@ def _backward(used, tokens, saved, d_ys):
 
     def local(x, kernels, wholes, d_ys):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
-        d_x, d_kernels = None, []
+        d_x, d_kernels = jnp.zeros((), x.dtype), []
         for i, (*pair, d_y) in enumerate(zip(kernels, wholes, d_ys, strict=True)):
             outputs = own.outputs(i)
             d_y = gather(d_y, (*tokens, *outputs), (*own.inner, *outputs))
@@ -148,7 +149,7 @@ def _backward(used, tokens, saved, d_ys):
             # A kernel that is whole where its siblings are split gives its whole share everywhere.
             copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
             part = part / copies if copies > 1 else part
-            d_x = part if d_x is None else d_x + part
+            d_x = d_x + part
             d_kernel = _outer(x, d_y)
             d_kernels.append(reduce(d_kernel, _flat(own.inner), used[i], own.stored[i]))
         d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)

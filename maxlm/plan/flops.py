@@ -26,9 +26,10 @@ def active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> flo
 def training_flops(specs: Params, config: ModelConfig, seq_len: int) -> Flops:
     """FLOPs a token of a training step.
 
-    Of routed experts, only those a token meets. 6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices and the
-    output head, tied or not, but not table look-ups, norms and biases. Attention's two products
-    take their forward FLOPs and twice as many backward.
+    6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
+    routed experts those a token meets, routers and the output head, tied or not, but not table
+    look-ups, norms and biases. Attention's two products take their forward FLOPs and twice as many
+    backward.
     """
     flat = named(specs)
     multiplied = {n: s for n, s in flat.items() if s.role == "matrix" or n.endswith(".router")}

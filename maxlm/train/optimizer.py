@@ -101,7 +101,7 @@ def updated_in(
     if rules == storage:
         return inner
 
-    def moved(tree: Params, rules: AxisRules) -> Params:
+    def moved(tree: Any, rules: AxisRules) -> Any:
         return jax.tree.map(lambda s, x: reshard(x, rules.spec(*s.axes)), specs, tree)
 
     def update(updates, state, params=None):

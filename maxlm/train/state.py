@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from maxlm.models.params import Params, ParamSpec, init_params
 from maxlm.sharding import AxisRules, place
@@ -38,7 +38,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
 
 
-def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh) -> Params:
+def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) -> Params:
     """Where every parameter rests.
 
     Raises:

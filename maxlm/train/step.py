@@ -59,13 +59,14 @@ def train_step(
     ema: Any = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
-    metrics = {"loss": total / tokens, **per_token(sums), "batch_tokens": sums["tokens"]}
+    metrics: Sums = {"loss": total / tokens, **per_token(sums), "batch_tokens": sums["tokens"]}
     learned = (_learned(model, tree) for tree in (grads, params, updates))
-    metrics |= {"learning_rate": schedule(state.step), **tree_norms(*learned)}
+    rate: Any = schedule(state.step)
+    metrics |= {"learning_rate": rate, **tree_norms(*learned)}
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _learned(model: Any, tree: Params) -> Params:
+def _learned(model: Any, tree: Any) -> Any:
     """Without parameters that follow a rule: their "gradient" is none."""
     return jax.tree.map(lambda spec, x: None if spec.by_rule else x, param_specs(model), tree)
 

@@ -229,7 +229,8 @@ class Decoder(nnx.Module):
         """
 
         def layer(block: Block, x: jax.Array, context: Any) -> tuple[jax.Array, Aux]:
-            x, _, aux = block(x, *context, None)
+            positions, segment_ids, turns = context
+            x, _, aux = block(x, positions, segment_ids, turns, None)
             return x, aux
 
         context = (*where, self.rotary(where[0]))
