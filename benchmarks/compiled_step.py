@@ -104,6 +104,18 @@ CASES = {
             905,
         ),
     ),
+    "mixtral-8x7b-fsdp32": Case(
+        "runs/mixtral_8x7b",
+        "v5p-64",
+        *(4, 4096, {"fsdp": 32}),
+        Peer(17.52, 32.69, 361.1, {"all-gather": 180.2, "all-reduce": 174.8}),
+    ),
+    "mixtral-8x7b-fsdp4-expert8": Case(
+        "runs/mixtral_8x7b",
+        "v5p-64",
+        *(4, 4096, {"fsdp": 4, "expert": 8}),
+        Peer(17.52, 41.55, 268.1, {"ragged-all-to-all": 225.5, "all-gather": 22.4}),
+    ),
 }
 
 

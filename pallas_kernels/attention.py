@@ -21,6 +21,8 @@ from jax import lax
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
+# Scores that exist at once, of which there are a few copies; large batches go a part at a time.
+SCORE_BYTES = 1 << 28
 
 Segments = tuple[jax.Array, jax.Array]
 
@@ -193,6 +195,13 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, where, how, dtype):
+    if parts := _batch_parts(q, k):
+
+        def part(operands):
+            q, k, v, where = operands
+            return _forward(q, k, v, where, how, dtype)
+
+        return _whole(lax.map(part, (*_cut((q, k, v), parts), _cut_where(where, q, parts))))
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, *_query_side(where, q.shape[1])), count)
 
@@ -232,6 +241,13 @@ def _forward(q, k, v, where, how, dtype):
 
 def _backward(q, k, v, lse, delta, d_o, where, how):
     """Weights are recomputed from scores and log-sum-exp."""
+    if parts := _batch_parts(q, k):
+
+        def part(operands):
+            return _backward(*operands, how)
+
+        operands = (*_cut((q, k, v, lse, delta, d_o), parts), _cut_where(where, q, parts))
+        return _whole(lax.map(part, operands))
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, lse, delta, d_o, *_query_side(where, q.shape[1])), count)
 
@@ -268,6 +284,33 @@ def _backward(q, k, v, lse, delta, d_o, where, how):
         weights = weights.astype(d_o.dtype)
         d_v += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", weights, d_o[:, rows], **into), outside)
     return jnp.concatenate(d_q, axis=1).reshape(B, S, N, H), d_k, d_v
+
+
+def _batch_parts(q, k) -> int:
+    """Equal parts of the batch, so that a tile's scores stay in bounds; 0: it need not be cut."""
+    (B, S, N, _), T = q.shape, k.shape[1]
+    rows = max(1, SCORE_BYTES // (4 * N * min(_tile_size(S), S) * T))
+    parts = next(parts for parts in range(1, B + 1) if B % parts == 0 and B // parts <= rows)
+    return parts if parts > 1 else 0
+
+
+def _cut(tree: Any, parts: int) -> Any:
+    """[B, ...] → [parts, B / parts, ...]"""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+
+
+def _cut_where(where: _Where, q: jax.Array, parts: int) -> _Where:
+    """The same of indices and segments, which may be one row for all."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
+
+    return _cut(jax.tree.map(rows, where), parts)
+
+
+def _whole(tree: Any) -> Any:
+    """[parts, B / parts, ...] → [B, ...]"""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 class _Tile(NamedTuple):
