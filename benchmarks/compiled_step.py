@@ -59,6 +59,7 @@ class Case:
         ]
 
 
+SEQUENCE_PARALLEL = ("model.remat=full", "sharding.compute.residual=[context,tensor]")
 LLAMA2, LLAMA3 = "runs/llama2_7b", "runs/llama3_8b"
 CASES = {
     "llama2-7b-fsdp32": Case(
@@ -81,6 +82,7 @@ CASES = {
             {"all-gather": 71.0, "reduce-scatter": 40.0, "collective-permute": 72.5},
             814,
         ),
+        SEQUENCE_PARALLEL,
     ),
     "llama2-7b-v5e-fsdp256": Case(
         LLAMA2,
@@ -103,6 +105,7 @@ CASES = {
             {"all-gather": 71.6, "reduce-scatter": 40.3, "collective-permute": 72.8},
             905,
         ),
+        SEQUENCE_PARALLEL,
     ),
     "mixtral-8x7b-fsdp32": Case(
         "runs/mixtral_8x7b",
