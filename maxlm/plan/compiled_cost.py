@@ -26,7 +26,10 @@ COLLECTIVES = (
 )
 _KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
 # Bookkeeping of the compiler, not kernels.
-_NO_KERNELS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
+_NO_KERNELS = (
+    *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
+    *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
+)
 _CALLS = {
     "call": ("to_apply",),
     "async-start": ("calls", "called_computation", "called_computations"),
@@ -329,17 +332,16 @@ class _Reader:
         opcode, op_name = instruction.opcode, instruction.op_name
         if opcode in _KINDS:
             exchange = self._exchange(instruction, computation, scattered)
-            if exchange.group_size > 1:
+            if exchange.group_size > 1 and not self.module.goes_on(instruction, computation):
                 total.events[exchange] += 1
             return
         flops = matmul_flops(instruction, computation)
         if flops:
             attention = self.is_attention(op_name, self.module.source(instruction))
             total.events[_Product(op_name, attention, flops)] += 1
-        elif opcode == "custom-call":
-            target = (instruction.attribute("custom_call_target") or "").strip('"')
-            if target not in _NO_KERNELS:
-                total.events[_Kernel(target, op_name, declared_flops(instruction))] += 1
+        elif opcode == "custom-call" and instruction.target not in _NO_KERNELS:
+            kernel = _Kernel(instruction.target, op_name, declared_flops(instruction))
+            total.events[kernel] += 1
 
     def _exchange(
         self, instruction: Instruction, computation: Computation, scattered: bool

@@ -339,6 +339,65 @@ replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, use_global_device_ids=tru
     }
 
 
+def test_a_collective_spread_under_several_fusions_is_one():
+    """XLA:TPU prints it where it starts, in each computation that it runs under, and where it
+    ends; the bytes in flight are counted once too."""
+    started = "(bf16[16,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)})"
+    gather = """channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, \
+use_global_device_ids=true"""
+    text = module(
+        f"""
+  %x = bf16[16,64]{{1,0}} parameter(0)
+  %y = bf16[32,32]{{1,0}} parameter(1)
+  %s = {started} fusion(%x), kind=kCustom, calls=%starts
+  %s0 = bf16[16,64]{{1,0}} get-tuple-element(%s), index=0
+  %s1 = bf16[128,64]{{1,0}} get-tuple-element(%s), index=1
+  %s2 = u32[]{{:S(2)}} get-tuple-element(%s), index=2
+  %m = (bf16[32,32]{{1,0}}, bf16[16,64]{{1,0}}, bf16[128,64]{{1,0}}, u32[]{{:S(2)}}) \
+fusion(%s0, %s1, %s2, %y), kind=kOutput, calls=%under
+  %m0 = bf16[32,32]{{1,0}} get-tuple-element(%m), index=0
+  %m1 = bf16[16,64]{{1,0}} get-tuple-element(%m), index=1
+  %m2 = bf16[128,64]{{1,0}} get-tuple-element(%m), index=2
+  %m3 = u32[]{{:S(2)}} get-tuple-element(%m), index=3
+  ROOT %e = bf16[128,64]{{1,0}} fusion(%m1, %m2, %m3), kind=kCustom, calls=%ends
+""",
+        f"""
+%starts (p: bf16[16,64]) -> (bf16[16,64], bf16[128,64], u32[]) {{
+  %p = bf16[16,64]{{1,0}} parameter(0)
+  %g = bf16[128,64]{{1,0}} all-gather(%p), {gather}
+  ROOT %c = {started} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%under (p: bf16[16,64], q: bf16[128,64], r: u32[], y: bf16[32,32]) -> (bf16[32,32], bf16[16,64], \
+bf16[128,64], u32[]) {{
+  %p = bf16[16,64]{{1,0}} parameter(0)
+  %q = bf16[128,64]{{1,0}} parameter(1)
+  %r = u32[]{{:S(2)}} parameter(2)
+  %y = bf16[32,32]{{1,0}} parameter(3)
+  %d = bf16[32,32]{{1,0}} dot(%y, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %g = bf16[128,64]{{1,0}} all-gather(%p), {gather}
+  ROOT %t = (bf16[32,32]{{1,0}}, bf16[16,64]{{1,0}}, bf16[128,64]{{1,0}}, u32[]) \
+tuple(%d, %p, %g, %r)
+}}
+
+%ends (p: bf16[16,64], q: bf16[128,64], r: u32[]) -> bf16[128,64] {{
+  %p = bf16[16,64]{{1,0}} parameter(0)
+  %q = bf16[128,64]{{1,0}} parameter(1)
+  %g = bf16[128,64]{{1,0}} all-gather(%p), {gather}
+  %r = u32[]{{:S(2)}} parameter(2)
+  ROOT %c = bf16[128,64]{{1,0}} custom-call(%p, %q, %g, %r), \
+custom_call_target="AsyncCollectiveDone"
+}}
+""",
+    )
+    cost = compiled_cost(text, {"fsdp": 8}, on_chip=(1, 2))
+    (found,) = cost.collectives
+    assert (found.count, found.wire_bytes) == (1, 7 * 16 * 64 * 2)
+    assert cost.custom_calls == ()
+    started_bytes, under = (16 + 16 + 128) * 64 * 2, 2 * 32 * 32 * 2
+    assert cost.memory_bytes == started_bytes + under
+
+
 # window and labels, lhs, rhs, result, 2·M·N·K
 CONVOLUTIONS = {
     "a plain product": (
