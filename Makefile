@@ -35,7 +35,7 @@ test: $(ready) ## run the test suite
 
 test-aot: $(ready) ## compile training steps for TPUs and read their collectives (libtpu: 0.7 GB)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
-	$(bin)/python -m pytest -q tests/aot tests/plan/test_hlo.py
+	$(bin)/python -m pytest -q tests/aot tests/plan
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .
