@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maxlm.plan.hlo import Computation, Instruction, Module, parse
-from maxlm.plan.hlo_bytes import memory_traffic
+from maxlm.plan.hlo_bytes import FREE, memory_traffic
 from maxlm.plan.hlo_flops import declared_flops, matmul_flops
 from maxlm.plan.hlo_groups import group_of
 from maxlm.plan.hlo_loops import trip_count
@@ -82,6 +82,16 @@ class CustomCall:
 
 
 @dataclass(frozen=True)
+class Array:
+    """A kind of array that the program makes in main memory, whole on one device."""
+
+    shape: str
+    nbytes: int
+    op_name: str
+    """Of one operation that makes it."""
+
+
+@dataclass(frozen=True)
 class CompiledCost:
     """A device's share of one run of the program."""
 
@@ -95,6 +105,8 @@ class CompiledCost:
     collectives: tuple[Collective, ...]
     custom_calls: tuple[CustomCall, ...]
     """All three, largest first."""
+    arrays: tuple[Array, ...]
+    """The largest kinds of arrays made; how many of each are alive together is not told."""
     unknown_loops: tuple[str, ...]
     """Loops whose trips cannot be read; their bodies are counted once."""
 
@@ -193,8 +205,13 @@ def compiled_cost(
         matmuls=tuple(sorted(products, key=lambda m: -m.flops)),
         collectives=tuple(sorted(collectives, key=lambda c: -c.wire_bytes)),
         custom_calls=tuple(sorted(custom, key=lambda c: -(c.flops or 0))),
+        arrays=_largest(reader.arrays),
         unknown_loops=tuple(sorted(e for e in total.events if isinstance(e, str))),
     )
+
+
+def _largest(arrays: Mapping[str, Array], count: int = 20) -> tuple[Array, ...]:
+    return tuple(sorted(arrays.values(), key=lambda a: -a.nbytes)[:count])
 
 
 def ring_bytes(kind: str, group_size: int, payload_bytes: int) -> float:
@@ -277,6 +294,7 @@ class _Reader:
     on_chip: frozenset[int]
     is_attention: IsAttention
     known: dict[str, _Tally] = field(default_factory=dict)
+    arrays: dict[str, Array] = field(default_factory=dict)
 
     def cost(self, computation: Computation) -> _Tally:
         """Of one run, everything that it calls included."""
@@ -289,6 +307,8 @@ class _Reader:
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
         total.memory += memory_traffic(instruction, computation, self.module, self.on_chip)
+        if instruction.opcode not in FREE:
+            self._note_arrays(instruction)
         opcode = instruction.opcode
         if opcode == "while":
             trips = trip_count(instruction, computation, self.module)
@@ -310,6 +330,13 @@ class _Reader:
             self._add_alone(total, instruction, computation)
             for called in instruction.calls(*_CALLS.get(opcode, ())):
                 total.add(self.cost(self.module.computations[called]))
+
+    def _note_arrays(self, instruction: Instruction) -> None:
+        for shape in instruction.shapes:
+            name = str(shape)
+            named = name in self.arrays and self.arrays[name].op_name
+            if shape.space not in self.on_chip and not named:
+                self.arrays[name] = Array(name, shape.nbytes, instruction.op_name)
 
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
         """Its memory is counted where it is called. An all-reduce of which the same fusion keeps

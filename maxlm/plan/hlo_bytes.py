@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from maxlm.plan.hlo import Computation, Instruction, Module, Shape
 
-_FREE = (
+FREE = (
+    # Names for what is already there, and what runs other computations.
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
     *("while", "conditional", "call", "async-start"),
     *("after-all", "add-dependency", "optimization-barrier", "partition-id", "replica-id"),
@@ -29,7 +30,7 @@ def memory_traffic(
     """
     opcode = instruction.opcode
     if (
-        opcode in _FREE
+        opcode in FREE
         or opcode.endswith(("-done", "-update"))
         or instruction.target == "AllocateBuffer"
     ):

@@ -5,6 +5,9 @@ import pytest
 from maxlm.plan.topology import parse_topology
 from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D
 
+# The first to need a step waits for its compiler.
+pytestmark = pytest.mark.timeout(1800)
+
 # Elements of the weights: a layer's matrices, and the table and the head.
 LAYER = LAYERS * (4 * D * D + 3 * D * FF)
 TABLES = 2 * D * VOCAB

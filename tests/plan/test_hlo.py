@@ -165,6 +165,16 @@ def test_stacked_arrays_of_a_loop_are_not_read_whole_in_every_trip():
     assert 1 <= few / (8 * 4 * K * 512 * 4) < 2.5
 
 
+def test_the_largest_arrays_are_named():
+    def function(x):
+        with jax.named_scope("outer"):
+            return jnp.sin(x @ x.T) @ x
+
+    largest = cost_of(function, (512, 64)).arrays[0]
+    assert (largest.shape, largest.nbytes) == ("f32[512,512]", 512 * 512 * 4)
+    assert "outer" in largest.op_name
+
+
 def test_memory_is_the_compilers_own():
     compiled = jax.jit(lambda x: (x @ x.T) @ x).lower(jnp.ones((64, 32))).compile()
     memory = compiled_memory(compiled)
