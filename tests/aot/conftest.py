@@ -18,18 +18,27 @@ MATRIX_BYTES = 2 * D * D
 """The smallest matrix of a layer, in bf16."""
 
 
-def small_run(rows_per_device: int = 1, devices: int = 1, **top: Any) -> RunConfig:
-    """A Llama of two layers whose every dimension divides over any axis of these machines."""
+def small_run(
+    rows_per_device: int = 1,
+    devices: int = 1,
+    model_changes: dict[str, Any] | None = None,
+    **top: Any,
+) -> RunConfig:
+    """A Llama of two layers whose every dimension divides over any axis of these machines; in a
+    pipeline of four, and as many rows as its micro-batches want."""
+    piped = top.get("train") is not None
+    rows_per_device *= 4 if piped else 1
     return RunConfig.model_validate(
         {
             "model": {
                 "vocab_size": VOCAB,
-                "num_layers": LAYERS,
+                "num_layers": 2 * LAYERS if piped else LAYERS,
                 "d_model": D,
                 "max_seq_len": SEQ,
                 "attention": {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": D // HEADS},
                 "mlp": {"d_ff": FF},
                 "remat": "full",
+                **(model_changes or {}),
             },
             "data": {"seq_len": SEQ, "batch_size": rows_per_device * devices},
             **top,
