@@ -22,7 +22,7 @@ from jax import lax
 MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
 # Scores that exist at once, of which there are a few copies; large batches go a part at a time.
-SCORE_BYTES = 1 << 28
+SCORE_BYTES = 1 << 27
 
 Segments = tuple[jax.Array, jax.Array]
 
@@ -106,6 +106,7 @@ def attention_backward(
     k_positions: jax.Array | None = None,
     segment_ids: Segments | None = None,
     scale: float | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients that pass through these keys (Dao et al. 2022, appendix B).
 
@@ -116,13 +117,15 @@ def attention_backward(
         lse: fp32 [B, S, N], the log-sum-exp of every score of each query.
         delta: fp32 [B, S, N], :func:`row_delta` of the whole output.
         d_o: [B, S, N, H], the output's cotangent.
+        dtype: of the results; they are summed in fp32.
 
     Returns:
-        dQ, dK, dV in fp32, shaped as q, k and v.
+        dQ, dK, dV, shaped as q, k and v.
     """
     _check(q, k, v, causal, window)
     where = _Where(q_positions, k_positions, *(segment_ids or (None, None)))
-    return _backward(q, k, v, lse, delta, d_o, where, _How(causal, window, _scale(q, scale)))
+    how = _How(causal, window, _scale(q, scale))
+    return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
 
 
 def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
@@ -187,8 +190,7 @@ def _attention_forward(q, k, v, where, how):
 
 def _attention_backward(how, saved, d_o):
     q, k, v, where, o, lse = saved
-    grads = _backward(q, k, v, lse, row_delta(o, d_o), d_o, where, how)
-    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
+    return *_backward(q, k, v, lse, row_delta(o, d_o), d_o, where, how, q.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -239,12 +241,12 @@ def _forward(q, k, v, where, how, dtype):
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
 
-def _backward(q, k, v, lse, delta, d_o, where, how):
+def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
     """Weights are recomputed from scores and log-sum-exp."""
     if parts := _batch_parts(q, k):
 
         def part(operands):
-            return _backward(*operands, how)
+            return _backward(*operands, how, dtype)
 
         operands = (*_cut((q, k, v, lse, delta, d_o), parts), _cut_where(where, q, parts))
         return _whole(lax.map(part, operands))
@@ -254,12 +256,12 @@ def _backward(q, k, v, lse, delta, d_o, where, how):
         def add(sums, rows):
             q, lse, delta, d_o, positions, segments = rows
             part = where._replace(q_positions=positions, q_segments=segments)
-            d_q, *terms = _backward(q, k, v, lse, delta, d_o, part, how)
-            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q
+            d_q, *terms = _backward(q, k, v, lse, delta, d_o, part, how, jnp.float32)
+            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         (d_k, d_v), d_q = lax.scan(add, (zeros, zeros), rows)
-        return _joined(d_q), d_k, d_v
+        return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype)
 
     (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
     heads = (B, S, K, N // K)
@@ -273,17 +275,19 @@ def _backward(q, k, v, lse, delta, d_o, where, how):
     for tile in _tiles(S, T, where, how):
         rows, keys = slice(tile.start, tile.stop), slice(tile.begin, tile.end)
         if tile.begin >= tile.end:
-            d_q.append(jnp.zeros(q[:, rows].shape, jnp.float32))
+            d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         outside = ((0, 0), (tile.begin, T - tile.end), (0, 0), (0, 0))
         weights = jnp.exp(tile.scores(q, k, where, how) - lse[..., rows, :])
         d_weights = jnp.einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys], **into)
         d_scores = (weights * (d_weights - delta[..., rows, :]) * how.scale).astype(q.dtype)
-        d_q.append(jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into))
+        own = jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into)
+        d_q.append(own.astype(dtype))
         d_k += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", d_scores, q[:, rows], **into), outside)
         weights = weights.astype(d_o.dtype)
         d_v += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", weights, d_o[:, rows], **into), outside)
-    return jnp.concatenate(d_q, axis=1).reshape(B, S, N, H), d_k, d_v
+    d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
+    return d_q, d_k.astype(dtype), d_v.astype(dtype)
 
 
 def _batch_parts(q, k) -> int:
