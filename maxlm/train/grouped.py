@@ -32,9 +32,22 @@ def on_disk(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def reshaped(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array in another shape of the same order, in place on its devices."""
-    reshape = jit_in_place(lambda x: x.reshape(want.shape), want.sharding)
-    sharding: Any = want.sharding
-    mesh = getattr(sharding, "mesh", None)
-    return on_mesh(mesh, reshape)(x) if mesh is not None else x.reshape(want.shape)
+def reshaped(
+    arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Arrays in other shapes of the same order, in place on their devices.
+
+    One program for all: hosts would run several in different orders, and wait for each other.
+    """
+    if not arrays:
+        return {}
+    shapes = {name: want[name].shape for name in arrays}
+    shardings: Any = {name: want[name].sharding for name in arrays}
+
+    def reshape(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+
+    mesh = getattr(next(iter(shardings.values())), "mesh", None)
+    if mesh is None:
+        return reshape(dict(arrays))
+    return on_mesh(mesh, jit_in_place(reshape, shardings))(dict(arrays))
