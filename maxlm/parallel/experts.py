@@ -240,6 +240,7 @@ def _backward(how: _Layouts, residuals, d_y):
 
         zeros = jnp.zeros(rows.shape, jnp.float32), jnp.zeros_like(saved["scale"])
         (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
+        assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
         d_x = _from_slots(plan.receive(d_rows), plan).astype(rows.dtype).reshape(shape)
         d_weights = _taken(plan.receive(d_scale)[:, 0], plan.slot).reshape(*shape[:2], k)
