@@ -111,17 +111,18 @@ def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
 def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The sum over ``axes``, split along ``dim``; see :func:`_two_steps`."""
-    scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
     groups = _two_steps(axes)
     if groups is None:
-        return scatter(x)
-    x = scatter(x, axis_index_groups=groups.outer)
+        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+    scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)
+    # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced after all.
+    x = scatter(jnp.moveaxis(x, dim, 0), axis_index_groups=groups.outer)
     if len(groups.inner[0]) > 2:
-        return scatter(x, axis_index_groups=groups.inner)
-    # Scatters over pairs are padded; an exchange of halves is not.
-    halves = x.reshape(*x.shape[:dim], 2, -1, *x.shape[dim + 1 :])
-    halves = lax.all_to_all(halves, axes, dim, dim, axis_index_groups=groups.inner, tiled=True)
-    return halves.sum(dim)
+        x = scatter(x, axis_index_groups=groups.inner)
+    else:  # scatters over pairs are padded; an exchange of halves is not
+        halves = x.reshape(2, -1, *x.shape[1:])
+        x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=groups.inner, tiled=True).sum(0)
+    return jnp.moveaxis(x, 0, dim)
 
 
 class _Groups(NamedTuple):
