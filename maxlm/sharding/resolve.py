@@ -59,8 +59,8 @@ def place(
             raise MaxlmError(
                 f"{axis}={size} does not divide over {split}",
                 where=path,
-                fix=f"change the mesh to a divisor of {size}, or set the sharding rule "
-                f"'{axis}' to null to keep it whole",
+                fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
+                "sharding.storage and sharding.compute to keep it whole",
             )
         used.update(name for name in names if sizes[name] > 1)
         if names:

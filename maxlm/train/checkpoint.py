@@ -209,18 +209,16 @@ class Checkpointer:
                     )
                 ),
             )["state"]
-        for name in grouped:
-            restored[name] = reshaped(restored[name], held[name])
+        restored |= reshaped({name: restored[name] for name in grouped}, held)
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[n] for n in wanted])
 
     def _is_grouped(self, name: str, leaf: Any) -> bool:
         return is_grouped(name, leaf.shape, self._grouped)
 
     def _ungrouped(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: reshaped(leaf, on_disk(_placed(leaf))) if self._is_grouped(name, leaf) else leaf
-            for name, leaf in leaves.items()
-        }
+        grouped = {name: leaf for name, leaf in leaves.items() if self._is_grouped(name, leaf)}
+        flat = {name: on_disk(_placed(leaf)) for name, leaf in grouped.items()}
+        return dict(leaves) | reshaped(grouped, flat)
 
     @contextmanager
     def _explained(self, what: str, fix: str) -> Iterator[None]:

@@ -32,9 +32,19 @@ def on_disk(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def reshaped(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
-    """An array in another shape of the same order, in place on its devices."""
-    reshape = jit_in_place(lambda x: x.reshape(want.shape), want.sharding)
-    sharding: Any = want.sharding
-    mesh = getattr(sharding, "mesh", None)
-    return on_mesh(mesh, reshape)(x) if mesh is not None else x.reshape(want.shape)
+def reshaped(
+    arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Arrays of one mesh in other shapes of the same order, by one program on their devices."""
+    if not arrays:
+        return {}
+    shapes = {name: want[name].shape for name in arrays}
+
+    def reshape(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: x.reshape(shapes[name]) for name, x in arrays.items()}
+
+    shardings: Any = {name: want[name].sharding for name in arrays}
+    mesh = getattr(next(iter(shardings.values())), "mesh", None)
+    if mesh is None:
+        return reshape(arrays)
+    return on_mesh(mesh, jit_in_place(reshape, shardings))(dict(arrays))

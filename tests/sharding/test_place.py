@@ -90,12 +90,12 @@ def test_an_axis_that_does_not_divide_is_refused():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
     assert message(place, "head.kernel", (8, 50257), ("embed", "vocab"), STORAGE, sizes) == (
         "head.kernel: vocab=50257 does not divide over tensor=2; change the mesh to a divisor of "
-        "50257, or set the sharding rule 'vocab' to null to keep it whole"
+        "50257, or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole"
     )
     both = AxisRules(embed=("data", "fsdp"))
     assert message(place, "w", (8, 3), ("embed", None), both, sizes) == (
         "w: embed=8 does not divide over data=3·fsdp=4; change the mesh to a divisor of 8, "
-        "or set the sharding rule 'embed' to null to keep it whole"
+        "or set 'embed' to null in sharding.storage and sharding.compute to keep it whole"
     )
 
 
