@@ -190,12 +190,6 @@ def check_experts(config: RunConfig, sizes: Mapping[str, int]) -> None:
                 where="sharding.compute.expert",
                 fix=f"add {axis} to sharding.compute.batch, or take it from this rule",
             )
-    if widths := [axis for axis in compute.embed if sizes[axis] > 1]:
-        raise MaxlmError(
-            f"experts need d_model whole, which {widths[0]}={sizes[widths[0]]} splits",
-            where="sharding.compute.embed",
-            fix=f"set it to null; {widths[0]} can split the batch instead",
-        )
     split = [axis for axis in compute.seq if sizes[axis] > 1]
     if moe.dispatch == "capacity" and split:
         raise MaxlmError(

@@ -81,14 +81,28 @@ def place(
 
 
 def check_activations(rules: AxisRules) -> None:
-    """Refuse compute rules that split two dimensions of one activation over the same mesh axis.
+    """Refuse compute rules that split two dimensions of one activation over the same mesh axis, or
+    the width of the residual stream or of a head.
 
     Args:
         rules: on the mesh at hand, so without axes of size 1.
 
     Raises:
-        MaxlmError: naming both logical axes.
+        MaxlmError: naming the logical axes.
     """
+    if rules.embed:
+        raise MaxlmError(
+            f"mesh axis '{rules.embed[0]}' splits the residual stream's width, which norms, "
+            "experts and the loss need whole",
+            where="sharding.compute.embed",
+            fix="set it to null (sharding.storage.embed splits weights at rest)",
+        )
+    if rules.head_dim:
+        raise MaxlmError(
+            f"mesh axis '{rules.head_dim[0]}' splits a head's width, which attention needs whole",
+            where="sharding.compute.head_dim",
+            fix="set it to null and split heads",
+        )
     for axes in ACTIVATIONS:
         seen: dict[str, str] = {}
         for axis in axes:

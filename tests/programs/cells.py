@@ -217,10 +217,11 @@ REFUSED: dict[str, dict[str, str]] = {
         "moe": "parallel.context: ulysses splits query heads, and 4 do not divide over "
         "tensor=2·context=4; use ring or all_gather, or fewer devices on these axes"
     },
-    "d_model split in compute": {
-        "moe": "sharding.compute.embed: experts need d_model whole, which fsdp=2 splits; set it to "
-        "null; fsdp can split the batch instead"
-    },
+    "d_model split in compute": _for_all(
+        "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's width, which norms, "
+        "experts and the loss need whole; set it to null (sharding.storage.embed splits weights at "
+        "rest)"
+    ),
     "pp 1f1b, 2 micro-batches": _for_all(
         "train.micro_batches: 2 is less than the 4 pipeline stages; set it to 4, or mesh.stage to "
         "a divisor of 2"

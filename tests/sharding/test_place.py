@@ -19,6 +19,7 @@ from maxlm.sharding import (
     MeshConfig,
     Placement,
     ShardingConfig,
+    check_activations,
     check_unsharded,
     make_mesh,
     place,
@@ -109,6 +110,27 @@ def test_two_axes_on_one_mesh_axis_are_refused():
         "w: axes embed and embed are both on mesh axis 'fsdp'; "
         "give one of them another mesh axis, or null"
     )
+
+
+def test_activations_split_twice_or_in_their_width_are_refused():
+    assert message(check_activations, AxisRules(seq="context", heads=("tensor", "context"))) == (
+        "sharding.compute: axes seq and heads are both on mesh axis 'context'; give one of them "
+        "another mesh axis, or null"
+    )
+    assert message(check_activations, AxisRules(batch="fsdp", residual="fsdp")) == (
+        "sharding.compute: axes batch and residual are both on mesh axis 'fsdp'; give one of them "
+        "another mesh axis, or null"
+    )
+    assert message(check_activations, AxisRules(embed="fsdp")) == (
+        "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's width, which norms, "
+        "experts and the loss need whole; set it to null (sharding.storage.embed splits weights at "
+        "rest)"
+    )
+    assert message(check_activations, AxisRules(head_dim="tensor")) == (
+        "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention needs "
+        "whole; set it to null and split heads"
+    )
+    check_activations(ShardingConfig().compute)
 
 
 def test_a_name_too_many_is_a_fault_of_the_caller():
