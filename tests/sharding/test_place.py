@@ -127,8 +127,8 @@ def test_activations_split_twice_or_in_their_width_are_refused():
         "rest)"
     )
     assert message(check_activations, AxisRules(head_dim="tensor")) == (
-        "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention needs "
-        "whole; set it to null and split heads"
+        "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention "
+        "needs whole; set it to null and split heads"
     )
     check_activations(ShardingConfig().compute)
 
