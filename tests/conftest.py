@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, and meshes over them."""
 
+import os
 from collections.abc import Callable
 from math import prod
 
@@ -11,6 +12,9 @@ from jax.sharding import Mesh
 # Before any test touches a device: JAX reads these when its first backend starts.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# A device that waits in a collective holds a thread, and may wait in two at once: with no more
+# threads than devices the last one now and then finds none left to arrive by, and all wait on.
+os.environ["PJRT_NPROC"] = "32"
 
 # The same examples in every run, on every machine, however slow.
 settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)

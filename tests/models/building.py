@@ -67,12 +67,8 @@ CONFIGS = {
 }
 
 # For jax.jit: XLA compiles a model four times as fast when it does not optimise; nothing else
-# changes. Its concurrent schedule lets virtual devices enter two collectives in unlike order, which
-# now and then stops a program for good (seen with ZeRO-2 in a 1F1B pipeline).
-QUICK: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
-}
+# changes.
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0}
 if jax.__version_info__ < (0, 11):
     QUICK["xla_cpu_use_fusion_emitters"] = False
 
