@@ -10,10 +10,10 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format smoke clean
+.PHONY: help setup train test test-aot check format smoke clean
 
 help: ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 	@echo
 	@echo '  PYTHON=python3.13 picks the interpreter; TEXT=path/or/glob is your own text for make train'
 
@@ -31,7 +31,11 @@ train: $(ready) ## train a small language model here, in minutes, and show how g
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
 test: $(ready) ## run the test suite
-	$(bin)/python -m pytest -q -n 2
+	$(bin)/python -m pytest -q -n 2 --ignore=tests/aot
+
+test-aot: $(ready) ## compile training steps for TPUs and read their collectives (libtpu: 0.7 GB)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
+	$(bin)/python -m pytest -q tests/aot tests/plan
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .

@@ -59,6 +59,7 @@ class Case:
         ]
 
 
+SEQUENCE_PARALLEL = ("model.remat=full", "sharding.compute.residual=[context,tensor]")
 LLAMA2, LLAMA3 = "runs/llama2_7b", "runs/llama3_8b"
 CASES = {
     "llama2-7b-fsdp32": Case(
@@ -81,6 +82,7 @@ CASES = {
             {"all-gather": 71.0, "reduce-scatter": 40.0, "collective-permute": 72.5},
             814,
         ),
+        SEQUENCE_PARALLEL,
     ),
     "llama2-7b-v5e-fsdp256": Case(
         LLAMA2,
@@ -103,6 +105,19 @@ CASES = {
             {"all-gather": 71.6, "reduce-scatter": 40.3, "collective-permute": 72.8},
             905,
         ),
+        SEQUENCE_PARALLEL,
+    ),
+    "mixtral-8x7b-fsdp32": Case(
+        "runs/mixtral_8x7b",
+        "v5p-64",
+        *(4, 4096, {"fsdp": 32}),
+        Peer(17.52, 32.69, 361.1, {"all-gather": 180.2, "all-reduce": 174.8}),
+    ),
+    "mixtral-8x7b-fsdp4-expert8": Case(
+        "runs/mixtral_8x7b",
+        "v5p-64",
+        *(4, 4096, {"fsdp": 4, "expert": 8}),
+        Peer(17.52, 41.55, 268.1, {"ragged-all-to-all": 225.5, "all-gather": 22.4}),
     ),
 }
 
@@ -171,6 +186,9 @@ def _print_wire(cost: Any) -> None:
     for c in large:
         size = f"{c.payload_bytes / MB:8.1f} MB"
         print(f"    {c.count:>4} × {size} over {c.axes}: {c.shape} {c.op_name}")
+    print("  the largest arrays made, MB:")
+    for array in cost.arrays[:10]:
+        print(f"    {array.nbytes / MB:9.1f} {array.shape} {array.op_name}")
     for c in cost.custom_calls:
         flops = "" if c.flops is None else f", {c.flops / TERA:.1f} TFLOP by its own account"
         print(f"  not seen by the compiler: {c.count} × {c.target} {c.op_name}{flops}")

@@ -21,6 +21,8 @@ from jax import lax
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
+# Scores that exist at once, of which there are a few copies; large batches go a part at a time.
+SCORE_BYTES = 1 << 27
 
 Segments = tuple[jax.Array, jax.Array]
 
@@ -104,6 +106,7 @@ def attention_backward(
     k_positions: jax.Array | None = None,
     segment_ids: Segments | None = None,
     scale: float | None = None,
+    dtype: Any = jnp.float32,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients that pass through these keys (Dao et al. 2022, appendix B).
 
@@ -114,13 +117,15 @@ def attention_backward(
         lse: fp32 [B, S, N], the log-sum-exp of every score of each query.
         delta: fp32 [B, S, N], :func:`row_delta` of the whole output.
         d_o: [B, S, N, H], the output's cotangent.
+        dtype: of the results; they are summed in fp32.
 
     Returns:
-        dQ, dK, dV in fp32, shaped as q, k and v.
+        dQ, dK, dV, shaped as q, k and v.
     """
     _check(q, k, v, causal, window)
     where = _Where(q_positions, k_positions, *(segment_ids or (None, None)))
-    return _backward(q, k, v, lse, delta, d_o, where, _How(causal, window, _scale(q, scale)))
+    how = _How(causal, window, _scale(q, scale))
+    return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
 
 
 def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
@@ -185,14 +190,20 @@ def _attention_forward(q, k, v, where, how):
 
 def _attention_backward(how, saved, d_o):
     q, k, v, where, o, lse = saved
-    grads = _backward(q, k, v, lse, row_delta(o, d_o), d_o, where, how)
-    return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
+    return *_backward(q, k, v, lse, row_delta(o, d_o), d_o, where, how, q.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, where, how, dtype):
+    if parts := _batch_parts(q, k):
+
+        def part(operands):
+            q, k, v, where = operands
+            return _forward(q, k, v, where, how, dtype)
+
+        return _whole(lax.map(part, (*_cut((q, k, v), parts), _cut_where(where, q, parts))))
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, *_query_side(where, q.shape[1])), count)
 
@@ -230,20 +241,27 @@ def _forward(q, k, v, where, how, dtype):
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
 
-def _backward(q, k, v, lse, delta, d_o, where, how):
+def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
     """Weights are recomputed from scores and log-sum-exp."""
+    if parts := _batch_parts(q, k):
+
+        def part(operands):
+            return _backward(*operands, how, dtype)
+
+        operands = (*_cut((q, k, v, lse, delta, d_o), parts), _cut_where(where, q, parts))
+        return _whole(lax.map(part, operands))
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, lse, delta, d_o, *_query_side(where, q.shape[1])), count)
 
         def add(sums, rows):
             q, lse, delta, d_o, positions, segments = rows
             part = where._replace(q_positions=positions, q_segments=segments)
-            d_q, *terms = _backward(q, k, v, lse, delta, d_o, part, how)
-            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q
+            d_q, *terms = _backward(q, k, v, lse, delta, d_o, part, how, jnp.float32)
+            return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
         zeros = jnp.zeros(k.shape, jnp.float32)
         (d_k, d_v), d_q = lax.scan(add, (zeros, zeros), rows)
-        return _joined(d_q), d_k, d_v
+        return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype)
 
     (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
     heads = (B, S, K, N // K)
@@ -257,17 +275,46 @@ def _backward(q, k, v, lse, delta, d_o, where, how):
     for tile in _tiles(S, T, where, how):
         rows, keys = slice(tile.start, tile.stop), slice(tile.begin, tile.end)
         if tile.begin >= tile.end:
-            d_q.append(jnp.zeros(q[:, rows].shape, jnp.float32))
+            d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         outside = ((0, 0), (tile.begin, T - tile.end), (0, 0), (0, 0))
         weights = jnp.exp(tile.scores(q, k, where, how) - lse[..., rows, :])
         d_weights = jnp.einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys], **into)
         d_scores = (weights * (d_weights - delta[..., rows, :]) * how.scale).astype(q.dtype)
-        d_q.append(jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into))
+        own = jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into)
+        d_q.append(own.astype(dtype))
         d_k += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", d_scores, q[:, rows], **into), outside)
         weights = weights.astype(d_o.dtype)
         d_v += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", weights, d_o[:, rows], **into), outside)
-    return jnp.concatenate(d_q, axis=1).reshape(B, S, N, H), d_k, d_v
+    d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
+    return d_q, d_k.astype(dtype), d_v.astype(dtype)
+
+
+def _batch_parts(q, k) -> int:
+    """Equal parts of the batch, so that a tile's scores stay in bounds; 0: it need not be cut."""
+    (B, S, N, _), T = q.shape, k.shape[1]
+    rows = max(1, SCORE_BYTES // (4 * N * min(_tile_size(S), S) * T))
+    parts = next(parts for parts in range(1, B + 1) if B % parts == 0 and B // parts <= rows)
+    return parts if parts > 1 else 0
+
+
+def _cut(tree: Any, parts: int) -> Any:
+    """[B, ...] → [parts, B / parts, ...]"""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
+
+
+def _cut_where(where: _Where, q: jax.Array, parts: int) -> _Where:
+    """The same of indices and segments, which may be one row for all."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
+
+    return _cut(jax.tree.map(rows, where), parts)
+
+
+def _whole(tree: Any) -> Any:
+    """[parts, B / parts, ...] → [B, ...]"""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
 class _Tile(NamedTuple):

@@ -14,8 +14,9 @@ RematPolicy = Literal["none", "full", "attention", "matmuls"]
 
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),  # D: the layer's input alone; one more forward pass
-    "attention": ("attention",),  # + N·H: attention itself is not computed again
-    "matmuls": ("qkv", "attention", "mlp_up", "mlp_gate"),  # + N·H + 2·K·H + 2·F: element-wise only
+    "attention": ("attention",),  # + N·H + N: attention itself is not computed again
+    # + N·H + 2·K·H + 2·F: element-wise maps only
+    "matmuls": ("qkv", "attention", "mlp_up", "mlp_gate"),
 }
 
 

@@ -126,7 +126,7 @@ def _backward(rules, split, saved, d_o):
         else:
             placed = {"q_positions": positions, "segment_ids": segments, **split.mask}
             delta = row_delta(o, d_o)
-            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, **placed)
+            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **placed)
         d_q, d_k, d_v = grads
         d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

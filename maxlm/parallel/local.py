@@ -12,15 +12,15 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-# Devices that XLA:TPU reduce-scatters over in one go, whatever the torus.
-SCATTERED_TOGETHER = 16
+# Devices over which XLA:TPU keeps a reduce-scatter, whatever the torus.
+STEP = 16
 
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]
@@ -78,7 +78,7 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
     for dim, (own, kept) in enumerate(zip(have, want, strict=True)):
         extra = _beyond(own, kept)
         if extra:
-            x = lax.all_gather(x, extra, axis=dim, tiled=True)
+            x = _gather(x, extra, dim)
     return x
 
 
@@ -100,28 +100,54 @@ def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axe
     return lax.psum(x, tuple(left)) if left else x
 
 
-def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """The sum over ``axes``, split along ``dim``.
+def _gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """All shards of ``dim`` over ``axes``; see :func:`_two_steps`."""
+    collect = partial(lax.all_gather, axis_name=axes, axis=dim, tiled=True)
+    groups = _two_steps(axes)
+    if groups is None:
+        return collect(x)
+    return collect(collect(x, axis_index_groups=groups.inner), axis_index_groups=groups.outer)
 
-    XLA:TPU replaces a reduce-scatter over more than one dimension of a torus by an all-reduce and
-    a slice: twice the bytes (docs/performance.md). Two scatters, each over fewer devices, stay
-    what they are; of a·b devices, number i·b + j gets the i-th part in the first, and of that the
-    j-th in the second.
-    """
-    size = axis_size(axes)
-    inner = size // SCATTERED_TOGETHER if size > SCATTERED_TOGETHER else 2
-    if platform() != "tpu" or size <= 4 or size % inner:
-        return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
-    outer_groups = [list(range(j, size, inner)) for j in range(inner)]
-    inner_groups = [list(range(i, i + inner)) for i in range(0, size, inner)]
+
+def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The sum over ``axes``, split along ``dim``; see :func:`_two_steps`."""
     scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
-    x = scatter(x, axis_index_groups=outer_groups)
-    if inner > 2:
-        return scatter(x, axis_index_groups=inner_groups)
+    groups = _two_steps(axes)
+    if groups is None:
+        return scatter(x)
+    x = scatter(x, axis_index_groups=groups.outer)
+    if len(groups.inner[0]) > 2:
+        return scatter(x, axis_index_groups=groups.inner)
     # Scatters over pairs are padded; an exchange of halves is not.
     halves = x.reshape(*x.shape[:dim], 2, -1, *x.shape[dim + 1 :])
-    halves = lax.all_to_all(halves, axes, dim, dim, axis_index_groups=inner_groups, tiled=True)
+    halves = lax.all_to_all(halves, axes, dim, dim, axis_index_groups=groups.inner, tiled=True)
     return halves.sum(dim)
+
+
+class _Groups(NamedTuple):
+    """Devices i·b + j of a·b, as those of equal j and those of equal i."""
+
+    outer: list[list[int]]
+    inner: list[list[int]]
+
+
+def _two_steps(axes: Axes) -> _Groups | None:
+    """How to gather or scatter over ``axes`` in two steps, where that is better.
+
+    Over more than one dimension of a torus XLA:TPU replaces reduce-scatters, and in three
+    dimensions all-gathers too, by an all-reduce and a slice: twice the bytes
+    (docs/performance.md). Two steps, each over fewer devices, stay what they are. A scatter over
+    equal j gives device i·b + j the i-th part, one over equal i of that the j-th; a gather goes
+    back the same way.
+    """
+    size = axis_size(axes)
+    inner = size // STEP if size > STEP else 2
+    if platform() != "tpu" or size <= 4 or size % inner:
+        return None
+    return _Groups(
+        outer=[list(range(j, size, inner)) for j in range(inner)],
+        inner=[list(range(i, i + inner)) for i in range(0, size, inner)],
+    )
 
 
 def platform() -> str:

@@ -180,14 +180,8 @@ def _pipeline_forward(stage, micro_batches, groups, params, x, context):
             outgoing = jnp.where(own == stages - 1, y, outgoing)
             due = (t >= delivered) & ((t - delivered) % rounds == 0)
             results = _store(results, outgoing, due, (t - delivered) // rounds)
-            carry = (
-                _to_next(y, stages),
-                _to_previous(incoming, stages),
-                _to_previous(outgoing, stages),
-                results,
-                sums,
-            )
-            return carry, given
+            streams = _to_previous(jnp.stack([incoming, outgoing]), stages)
+            return (_to_next(y, stages), *streams, results, sums), given
 
         part = jax.eval_shape(stage, _group(params, own, groups), empty, _at(context, own))[1]
         sums = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), part)
@@ -220,8 +214,7 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
             d_current, d_incoming, d_outgoing, d_x, d_params = carry
             t, given = inputs
             d_y = _to_previous(d_current, stages)
-            d_incoming = _to_next(d_incoming, stages)
-            d_outgoing = _to_next(d_outgoing, stages)
+            d_incoming, d_outgoing = _to_next(jnp.stack([d_incoming, d_outgoing]), stages)
             due = (t >= delivered) & ((t - delivered) % rounds == 0)
             slot = jnp.clip((t - delivered) // rounds, 0, d_out.shape[0] - 1)
             d_outgoing = jnp.where(due, _at(d_out, slot), d_outgoing)

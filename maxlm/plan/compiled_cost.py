@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maxlm.plan.hlo import Computation, Instruction, Module, parse
-from maxlm.plan.hlo_bytes import memory_traffic
+from maxlm.plan.hlo_bytes import FREE, memory_traffic
 from maxlm.plan.hlo_flops import declared_flops, matmul_flops
 from maxlm.plan.hlo_groups import group_of
 from maxlm.plan.hlo_loops import trip_count
@@ -26,7 +26,10 @@ COLLECTIVES = (
 )
 _KINDS = {name + end: name for name in COLLECTIVES for end in ("", "-start")}
 # Bookkeeping of the compiler, not kernels.
-_NO_KERNELS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
+_NO_KERNELS = (
+    *("AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone"),
+    *("AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
+)
 _CALLS = {
     "call": ("to_apply",),
     "async-start": ("calls", "called_computation", "called_computations"),
@@ -79,6 +82,16 @@ class CustomCall:
 
 
 @dataclass(frozen=True)
+class Array:
+    """A kind of array that the program makes in main memory, whole on one device."""
+
+    shape: str
+    nbytes: int
+    op_name: str
+    """Of one operation that makes it."""
+
+
+@dataclass(frozen=True)
 class CompiledCost:
     """A device's share of one run of the program."""
 
@@ -92,6 +105,8 @@ class CompiledCost:
     collectives: tuple[Collective, ...]
     custom_calls: tuple[CustomCall, ...]
     """All three, largest first."""
+    arrays: tuple[Array, ...]
+    """The largest kinds of arrays made; how many of each are alive together is not told."""
     unknown_loops: tuple[str, ...]
     """Loops whose trips cannot be read; their bodies are counted once."""
 
@@ -190,8 +205,13 @@ def compiled_cost(
         matmuls=tuple(sorted(products, key=lambda m: -m.flops)),
         collectives=tuple(sorted(collectives, key=lambda c: -c.wire_bytes)),
         custom_calls=tuple(sorted(custom, key=lambda c: -(c.flops or 0))),
+        arrays=_largest(reader.arrays),
         unknown_loops=tuple(sorted(e for e in total.events if isinstance(e, str))),
     )
+
+
+def _largest(arrays: Mapping[str, Array], count: int = 20) -> tuple[Array, ...]:
+    return tuple(sorted(arrays.values(), key=lambda a: -a.nbytes)[:count])
 
 
 def ring_bytes(kind: str, group_size: int, payload_bytes: int) -> float:
@@ -274,6 +294,7 @@ class _Reader:
     on_chip: frozenset[int]
     is_attention: IsAttention
     known: dict[str, _Tally] = field(default_factory=dict)
+    arrays: dict[str, Array] = field(default_factory=dict)
 
     def cost(self, computation: Computation) -> _Tally:
         """Of one run, everything that it calls included."""
@@ -286,6 +307,8 @@ class _Reader:
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
         total.memory += memory_traffic(instruction, computation, self.module, self.on_chip)
+        if instruction.opcode not in FREE:
+            self._note_arrays(instruction)
         opcode = instruction.opcode
         if opcode == "while":
             trips = trip_count(instruction, computation, self.module)
@@ -308,6 +331,13 @@ class _Reader:
             for called in instruction.calls(*_CALLS.get(opcode, ())):
                 total.add(self.cost(self.module.computations[called]))
 
+    def _note_arrays(self, instruction: Instruction) -> None:
+        for shape in instruction.shapes:
+            name = str(shape)
+            named = name in self.arrays and self.arrays[name].op_name
+            if shape.space not in self.on_chip and not named:
+                self.arrays[name] = Array(name, shape.nbytes, instruction.op_name)
+
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
         """Its memory is counted where it is called. An all-reduce of which the same fusion keeps
         a slice is how XLA:TPU writes a reduce-scatter."""
@@ -329,17 +359,16 @@ class _Reader:
         opcode, op_name = instruction.opcode, instruction.op_name
         if opcode in _KINDS:
             exchange = self._exchange(instruction, computation, scattered)
-            if exchange.group_size > 1:
+            if exchange.group_size > 1 and not self.module.goes_on(instruction, computation):
                 total.events[exchange] += 1
             return
         flops = matmul_flops(instruction, computation)
         if flops:
             attention = self.is_attention(op_name, self.module.source(instruction))
             total.events[_Product(op_name, attention, flops)] += 1
-        elif opcode == "custom-call":
-            target = (instruction.attribute("custom_call_target") or "").strip('"')
-            if target not in _NO_KERNELS:
-                total.events[_Kernel(target, op_name, declared_flops(instruction))] += 1
+        elif opcode == "custom-call" and instruction.target not in _NO_KERNELS:
+            kernel = _Kernel(instruction.target, op_name, declared_flops(instruction))
+            total.events[kernel] += 1
 
     def _exchange(
         self, instruction: Instruction, computation: Computation, scattered: bool

@@ -17,6 +17,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
+_STARTS = "AsyncCollectiveStart"
 _SPACE = re.compile(r"S\((\d+)\)")
 
 
@@ -62,6 +63,11 @@ class Instruction:
         found = re.search(r'\bop_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
+    @cached_property
+    def target(self) -> str:
+        """What a custom call calls; "" for anything else."""
+        return (self.attribute("custom_call_target") or "").strip('"')
+
     def attribute(self, name: str) -> str | None:
         """The text of ``name=...``: a word, or what stands within its braces."""
         found = re.search(rf"(?:^|[ ,]){name}=(?:\{{([^}}]*)\}}|([^,\s]+))", self.attributes)
@@ -85,6 +91,10 @@ class Computation:
 
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
         return (self.instructions[name] for name in instruction.operands)
+
+    def holds(self, custom_call: str) -> bool:
+        """Whether it has a custom call of this target."""
+        return any(i.target == custom_call for i in self.instructions.values())
 
     @cached_property
     def parameters(self) -> tuple[Instruction, ...]:
@@ -114,6 +124,23 @@ class Module:
             return self.files.get(int(found[1]), ())
         found = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
         return (found[1],) if found else ()
+
+    def goes_on(self, collective: Instruction, body: Computation) -> bool:
+        """Whether a collective in a fusion is one that another fusion has started: XLA:TPU spreads
+        one under several computations, and prints it in each of them."""
+        channel = collective.attribute("channel_id")
+        return channel in self._spread and not body.holds(_STARTS)
+
+    @cached_property
+    def _spread(self) -> frozenset[str]:
+        """Channels of collectives that a fusion starts and leaves to others."""
+        channels = (
+            instruction.attribute("channel_id")
+            for body in self.computations.values()
+            if body.holds(_STARTS)
+            for instruction in body.instructions.values()
+        )
+        return frozenset(channel for channel in channels if channel is not None)
 
 
 def parse(text: str) -> Module:

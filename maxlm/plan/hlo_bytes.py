@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from maxlm.plan.hlo import Computation, Instruction, Module, Shape
 
-_FREE = (
+FREE = (
+    # Names for what is already there, and what runs other computations.
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
     *("while", "conditional", "call", "async-start"),
     *("after-all", "add-dependency", "optimization-barrier", "partition-id", "replica-id"),
@@ -28,21 +29,27 @@ def memory_traffic(
         on_chip: memory spaces that are not main memory.
     """
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _allocates(instruction):
+    if (
+        opcode in FREE
+        or opcode.endswith(("-done", "-update"))
+        or instruction.target == "AllocateBuffer"
+    ):
         return 0
     operands = [_off_chip(o.shapes, on_chip) for o in computation.operands(instruction)]
     result = _off_chip(instruction.shapes, on_chip)
     if opcode == "fusion":
         body = module.computations[instruction.calls("calls")[0]]
+        if body.holds("AsyncCollectiveDone"):
+            return 0
         reads = sum(
             min(size, _read(body, parameter.name, size, module))
             for parameter, size in zip(body.parameters, operands, strict=False)
         )
         writes = sum(
-            size if shape is None else min(size, shape.nbytes)
-            for size, shape in zip(
+            size if part is None else min(size, part)
+            for size, part in zip(
                 (_off_chip((s,), on_chip) for s in instruction.shapes),
-                _written(body, len(instruction.shapes)),
+                _written(body, len(instruction.shapes), module),
                 strict=True,
             )
         )
@@ -58,10 +65,6 @@ def memory_traffic(
     return sum(operands) + result
 
 
-def _allocates(instruction: Instruction) -> bool:
-    return instruction.attribute("custom_call_target") == '"AllocateBuffer"'
-
-
 def _off_chip(shapes: tuple[Shape, ...], on_chip: frozenset[int]) -> int:
     return sum(shape.nbytes for shape in shapes if shape.space not in on_chip)
 
@@ -74,7 +77,7 @@ def _read(body: Computation, name: str, size: int, module: Module) -> int:
             total += _read(body, user.name, size, module)
         elif user.opcode in _PART and user.operands[0] == name:
             total += user.nbytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif _passes_on(user, name, body, module):
             continue
         elif user.opcode == "fusion":
             inner = module.computations[user.calls("calls")[0]]
@@ -85,8 +88,18 @@ def _read(body: Computation, name: str, size: int, module: Module) -> int:
     return total
 
 
-def _written(body: Computation, count: int) -> Iterator[Shape | None]:
-    """For each array of a fusion's result: the part that is written; None: all of it."""
+def _passes_on(user: Instruction, name: str, body: Computation, module: Module) -> bool:
+    """Whether an instruction in a fusion only hands a parameter on: changed in place, to the
+    result, or to a collective under way, whose memory is counted where it starts."""
+    if user.opcode == "dynamic-update-slice":
+        return user.operands[0] == name
+    if user.opcode == "tuple":
+        return user.name == body.root
+    return module.goes_on(user, body)
+
+
+def _written(body: Computation, count: int, module: Module) -> Iterator[int | None]:
+    """For each array of a fusion's result: the bytes of it that are written; None: all."""
     root = body.instructions[body.root]
     roots = list(body.operands(root)) if root.opcode == "tuple" else [root]
     if len(roots) != count:
@@ -95,5 +108,9 @@ def _written(body: Computation, count: int) -> Iterator[Shape | None]:
     for found in roots:
         while found.opcode in _SAME:
             found = body.instructions[found.operands[0]]
-        in_place = found.opcode == "dynamic-update-slice"
-        yield body.instructions[found.operands[1]].shapes[0] if in_place else None
+        if found.opcode == "dynamic-update-slice":
+            yield body.instructions[found.operands[1]].nbytes
+        elif found.opcode == "parameter" or module.goes_on(found, body):
+            yield 0
+        else:
+            yield None

@@ -24,7 +24,7 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _convolution(instruction, operands[0][0], operands[1][0])
     if opcode == "ragged-dot":
         return _ragged(instruction, operands[0][0], operands[1][0])
-    if "gemm" in (instruction.attribute("custom_call_target") or ""):
+    if "gemm" in instruction.target:
         contracted = _gemm_contraction(instruction.attributes)
         return _dot(operands[0][0], instruction.shapes[0], contracted) if contracted else 0
     return 0

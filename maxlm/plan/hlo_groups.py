@@ -20,6 +20,7 @@ _ASSIGNED = re.compile(rf"replica_groups={_IOTA}")
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]\s*(?:,\s*device_ids=\(([^{]*)\)\s*)?\s*\{([^}]*)\}"
 )
+_AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
 
@@ -63,7 +64,8 @@ def replica_groups(text: str, devices: int) -> list[list[int]]:
     Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together; ``[2,4]<=[4,2]T(1,0)``, ids
     counted up in the shape on the right, transposed, and read in rows of the shape on the left;
     ``mesh['a'=2,'b'=4] {'b'}``, the axes of a mesh (not by their JAX names) that a group spans,
-    where ``'b':(2)2`` is a part of one: of b = 2 · 2 the factor 2 that comes after a factor of 2.
+    where ``'b':(2)2`` is a part of one (of b = 2 · 2 the factor 2 that comes after a factor of 2),
+    and ``device_ids=(...)`` between the two gives the ids where they do not just count up.
 
     Raises:
         ValueError: another form.
@@ -87,10 +89,10 @@ def _iota(shape: str, base: str, order: str | None) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[int]]:
-    sizes = {name: int(n) for name, n in re.findall(r"'([^']*)'=(\d+)", axes)}
+    sizes = {name: int(n) for name, n in re.findall(r"([^',=\s]+)'?=(\d+)", axes)}
     wanted = [
         (name, int(before or 1), int(size or sizes[name]))
-        for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", spanned)
+        for name, before, size in _AXIS.findall(spanned)
     ]
     # Every axis cut where one of the wanted parts begins or ends.
     dims, place = [], {}
@@ -113,8 +115,10 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[i
 def _device_ids(text: str | None, count: int) -> np.ndarray:
     if not text:
         return np.arange(count)
-    iota = re.match(_IOTA, text)
-    return _iota(*iota.groups()).ravel() if iota else np.array(_integers(text))
+    counted = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if counted:
+        return _iota(str(count), counted[1], counted[2])
+    return np.array(_integers(text))
 
 
 def _axes(groups: Sequence[Sequence[int]], sizes: tuple[tuple[str, int], ...]) -> str:

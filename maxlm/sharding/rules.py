@@ -53,6 +53,8 @@ class AxisRules(Config):
     mlp: MeshAxes = ()
     vocab: MeshAxes = ()
     expert: MeshAxes = ()
+    expert_embed: MeshAxes = ()
+    """d_model of routed experts' weights, whose experts may take one of embed's mesh axes."""
     layers: MeshAxes = ()
     state: MeshAxes = ()
     """Recurrent state of state-space layers."""
@@ -77,12 +79,13 @@ LOGICAL_AXES = tuple(AxisRules.model_fields)
 class StorageRules(AxisRules):
     """Where parameters and what belongs to them rest: by default ZeRO-3 over `fsdp`."""
 
-    embed: MeshAxes = ("fsdp",)
+    embed: MeshAxes = ("fsdp", "expert")
     heads: MeshAxes = ("tensor",)
     kv_heads: MeshAxes = ("tensor",)
     mlp: MeshAxes = ("tensor",)
     vocab: MeshAxes = ("tensor",)
     expert: MeshAxes = ("expert",)
+    expert_embed: MeshAxes = ("fsdp",)
     layers: MeshAxes = ("stage",)
 
 

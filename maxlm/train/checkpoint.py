@@ -217,8 +217,8 @@ class Checkpointer:
 
     def _ungrouped(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
         grouped = {name: leaf for name, leaf in leaves.items() if self._is_grouped(name, leaf)}
-        flat = {name: on_disk(_placed(leaf)) for name, leaf in grouped.items()}
-        return dict(leaves) | reshaped(grouped, flat)
+        want = {name: on_disk(_placed(leaf)) for name, leaf in grouped.items()}
+        return dict(leaves) | reshaped(grouped, want)
 
     @contextmanager
     def _explained(self, what: str, fix: str) -> Iterator[None]:

@@ -35,16 +35,19 @@ def on_disk(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def reshaped(
     arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Arrays of one mesh in other shapes of the same order, by one program on their devices."""
+    """Arrays in other shapes of the same order, in place on their devices.
+
+    One program for all: hosts would run several in different orders, and wait for each other.
+    """
     if not arrays:
         return {}
     shapes = {name: want[name].shape for name in arrays}
-
-    def reshape(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: x.reshape(shapes[name]) for name, x in arrays.items()}
-
     shardings: Any = {name: want[name].sharding for name in arrays}
+
+    def reshape(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
     if mesh is None:
-        return reshape(arrays)
+        return reshape(dict(arrays))
     return on_mesh(mesh, jit_in_place(reshape, shardings))(dict(arrays))

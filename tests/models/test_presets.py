@@ -41,6 +41,12 @@ def llama(layers: int, d: int, kv: int, ff: int, vocab: int, tables: int = 2) ->
     return tables * vocab * d + layers * (2 * d * d + 2 * d * kv + 3 * d * ff + 2 * d) + d
 
 
+def mixtral(layers: int, d: int, kv: int, ff: int, vocab: int, experts: int) -> int:
+    """Llama with ``experts`` MLPs a layer and a router."""
+    more = (experts - 1) * 3 * d * ff + experts * d
+    return llama(layers, d, kv, ff, vocab) + layers * more
+
+
 PUBLISHED = {
     "gpt2": (124_439_808, gpt2(12, 768)),
     "gpt2_medium": (354_823_168, gpt2(24, 1024)),
@@ -52,6 +58,7 @@ PUBLISHED = {
     "llama3_8b": (8_030_261_248, llama(32, 4096, 1024, 14336, 128256)),
     "llama3_70b": (70_553_706_496, llama(80, 8192, 1024, 28672, 128256)),
     "llama3_405b": (405_853_388_800, llama(126, 16384, 1024, 53248, 128256)),
+    "mixtral_8x7b": (46_702_792_704, mixtral(32, 4096, 1024, 14336, 32000, 8)),
     "smollm2_135m": (134_515_008, llama(30, 576, 192, 1536, 49152, tables=1)),
 }
 

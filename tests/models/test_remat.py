@@ -70,7 +70,8 @@ def test_each_policy_keeps_what_it_documents(inputs, config):
         for policy in POLICIES
     }
     assert kept["full"] == D
-    assert kept["attention"] == D + queries
-    assert kept["matmuls"] == D + queries + (queries + 2 * keys) + hidden
-    # Inputs of both norms and of all linear maps, and q, k, v and the output of attention.
-    assert kept["none"] == 4 * D + 3 * queries + 2 * keys + hidden + F
+    attended = queries + heads.num_heads  # the output, and a log-sum-exp a head
+    assert kept["attention"] == D + attended
+    assert kept["matmuls"] == D + attended + (queries + 2 * keys) + hidden
+    # Inputs of both norms and of all linear maps, and q, k, v and what attention gave.
+    assert kept["none"] == 4 * D + queries + attended + 2 * keys + hidden + F

@@ -76,9 +76,10 @@ class Cell:
     """Those it is tried with."""
 
 
-ZERO1 = {"storage": {"embed": None}, "gradients": {"embed": None}, "optimizer": {}}
-ZERO2 = {"storage": {"embed": None}, "gradients": {}}
-WHOLE = {"storage": {"embed": None}}
+REST = {"embed": None, "expert_embed": None}
+WHOLE = {"storage": REST}
+ZERO1 = {"storage": REST, "gradients": REST, "optimizer": {}}
+ZERO2 = {"storage": REST, "gradients": {}}
 SEQUENCE_PARALLEL = {"compute": {"residual": ["context", "tensor"]}}
 
 

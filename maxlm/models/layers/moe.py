@@ -145,7 +145,7 @@ class Moe(nnx.Module):
         self.router = declare(
             (d_model, e), ("embed", None), truncated_normal(init_std), "table", contract=(0,)
         )
-        inner, outer = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+        inner, outer = ("expert", "expert_embed", "mlp"), ("expert", "mlp", "expert_embed")
         maps: dict[str, Any] = {"init": truncated_normal(init_std), "contract": (1,)}
         gated = config.gated
         self.gate = declare((e, d_model, f), inner, role="matrix", **maps) if gated else None

@@ -1,0 +1,69 @@
+"""A small model's training step, compiled by the TPU's and the GPU's own compilers; skipped where
+those are not installed (``make test-aot`` installs the TPU's)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import CompiledStep, compile_step, has_compiler
+from maxlm.run import RunConfig
+
+MACHINES = ("v5p:4x4x4", "v5e:16x16", "v6e:8x8", "h100:8x8")
+# Wide enough that a shard of 256 still fills the tiles of a TPU: smaller ones it gathers by other
+# means, and shallow and short, for quick compiles.
+LAYERS, D, FF, HEADS, VOCAB, SEQ = 2, 4096, 8192, 32, 8192, 256
+MATRIX_BYTES = 2 * D * D
+"""The smallest matrix of a layer, in bf16."""
+
+
+def small_run(
+    rows_per_device: int = 1,
+    devices: int = 1,
+    model_changes: dict[str, Any] | None = None,
+    **top: Any,
+) -> RunConfig:
+    """A Llama of two layers whose every dimension divides over any axis of these machines; in a
+    pipeline of four, and as many rows as its micro-batches want."""
+    piped = top.get("train") is not None
+    rows_per_device *= 4 if piped else 1
+    return RunConfig.model_validate(
+        {
+            "model": {
+                "vocab_size": VOCAB,
+                "num_layers": 2 * LAYERS if piped else LAYERS,
+                "d_model": D,
+                "max_seq_len": SEQ,
+                "attention": {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": D // HEADS},
+                "mlp": {"d_ff": FF},
+                "remat": "full",
+                **(model_changes or {}),
+            },
+            "data": {"seq_len": SEQ, "batch_size": rows_per_device * devices},
+            **top,
+        }
+    )
+
+
+@pytest.fixture(scope="session", params=MACHINES)
+def machine(request) -> str:
+    if not has_compiler(parse_topology(request.param).platform):
+        pytest.skip("the compiler is not installed")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Callable[..., CompiledStep]:
+    """``compiled(machine, {"fsdp": 64})``: the step on a mesh, compiled once a session."""
+    done: dict[Any, CompiledStep] = {}
+
+    def compile_once(machine: str, mesh: dict[str, int], **top: Any) -> CompiledStep:
+        key = (machine, *mesh.items(), repr(top))
+        if key not in done:
+            devices = parse_topology(machine).devices
+            config = small_run(devices=devices, mesh={"fsdp": 1, **mesh}, **top)
+            done[key] = compile_step(config, machine)
+        return done[key]
+
+    return compile_once

@@ -1,0 +1,143 @@
+"""Every strategy compiles for every machine, and what it sends goes over its own mesh axes."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from maxlm.plan.compiled_cost import CompiledCost
+from maxlm.plan.topology import parse_topology
+from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, VOCAB, D
+
+pytestmark = pytest.mark.timeout(1800)
+
+MICRO = 4
+WHOLE = {"embed": None, "expert_embed": None}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A mesh (-1: the devices that are left, over fsdp or data), settings, and what large
+    collectives (a matrix's or an activation's size) there must be and may be, by mesh axes."""
+
+    mesh: dict[str, int]
+    must: set[tuple[str, str]]
+    may: set[tuple[str, str]] = field(default_factory=set)
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+FSDP = {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
+# An embedding's rows and gradients; the exchange of halves that ends a scatter in two steps.
+EXCHANGE = {("all-to-all", "fsdp"), ("collective-permute", "fsdp")}
+STAGES = {("collective-permute", "stage")}
+MOE = {
+    "mlp": None,
+    "moe": {"num_experts": 8, "experts_per_token": 2, "d_ff": FF // 2, "balance_loss": 0.01},
+}
+
+
+def sharding(**rules: Any) -> dict[str, Any]:
+    return {"sharding": rules}
+
+
+def pipe(schedule: str, groups: int = 1) -> dict[str, Any]:
+    return {
+        "parallel": {"schedule": schedule, "layer_groups": groups},
+        "train": {"micro_batches": MICRO},
+    }
+
+
+def context(method: str) -> dict[str, Any]:
+    return {"parallel": {"context": method}}
+
+
+STRATEGIES = {
+    "dp": Strategy({"data": -1}, {("all-reduce", "data")}, settings=sharding(storage=WHOLE)),
+    "fsdp": Strategy({"fsdp": -1}, FSDP, EXCHANGE),
+    "hsdp": Strategy({"data": 2, "fsdp": -1}, FSDP, EXCHANGE | {("all-reduce", "data")}),
+    "zero1": Strategy(
+        {"fsdp": -1},
+        {("all-reduce", "fsdp"), ("all-gather", "fsdp")},
+        EXCHANGE,
+        sharding(storage=WHOLE, gradients=WHOLE, optimizer={}),
+    ),
+    "zero2": Strategy({"fsdp": -1}, FSDP, EXCHANGE, sharding(storage=WHOLE, gradients={})),
+    "tp+sp": Strategy(
+        {"fsdp": -1, "tensor": 4},
+        FSDP | {("all-gather", "tensor"), ("reduce-scatter", "tensor")},
+        EXCHANGE | {("collective-permute", "tensor")},
+        sharding(compute={"residual": ["context", "tensor"]}),
+    ),
+    "cp all-gather": Strategy(
+        {"fsdp": -1, "context": 4},
+        FSDP | {("all-gather", "context"), ("reduce-scatter", "context")},
+        EXCHANGE | {("all-reduce", "context"), ("collective-permute", "context")},
+        context("all_gather"),
+    ),
+    "cp ring": Strategy(
+        {"fsdp": -1, "context": 4},
+        FSDP | {("collective-permute", "context")},
+        EXCHANGE | {("all-reduce", "context")},
+        context("ring"),
+    ),
+    "cp ulysses": Strategy(
+        {"fsdp": -1, "context": 4},
+        FSDP | {("all-to-all", "context")},
+        EXCHANGE | {("all-reduce", "context")},
+        context("ulysses"),
+    ),
+    # All-reduces over stages are of the embedding's and the head's gradients alone.
+    "pp gpipe": Strategy(
+        {"stage": 2, "fsdp": -1}, FSDP | STAGES, EXCHANGE | {("all-reduce", "stage")}, pipe("gpipe")
+    ),
+    "pp circular": Strategy(
+        {"stage": 2, "fsdp": -1},
+        FSDP | STAGES,
+        EXCHANGE | {("all-reduce", "stage")},
+        pipe("circular", 2),
+    ),
+    "pp 1f1b": Strategy(
+        {"stage": 2, "fsdp": -1}, FSDP | STAGES, EXCHANGE | {("all-reduce", "stage")}, pipe("1f1b")
+    ),
+    "ep": Strategy(
+        {"fsdp": -1, "expert": 8},
+        FSDP | {("ragged-all-to-all", "expert")},
+        EXCHANGE
+        | {("all-reduce", "expert"), ("all-to-all", "expert")}
+        # Layers without experts rest on both axes.
+        | {(kind, "fsdp+expert") for kind in ("all-gather", "reduce-scatter", "all-to-all")},
+        model=MOE,
+    ),
+}
+
+
+def compile_strategy(compiled: Any, machine: str, strategy: Strategy) -> CompiledCost:
+    devices = parse_topology(machine).devices
+    fixed = 1
+    for size in strategy.mesh.values():
+        fixed *= max(size, 1)
+    mesh = {axis: devices // fixed if n == -1 else n for axis, n in strategy.mesh.items()}
+    return compiled(machine, mesh, model_changes=strategy.model, **strategy.settings).cost
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_sends_over_its_own_axes(machine, compiled, name):
+    strategy = STRATEGIES[name]
+    cost = compile_strategy(compiled, machine, strategy)
+    # Smaller ones are sums of norms, metrics and indices.
+    large = {(c.kind, c.axes) for c in cost.collectives if c.payload_bytes >= MATRIX_BYTES // 32}
+    assert strategy.must <= large, f"missing: {strategy.must - large}"
+    allowed = strategy.must | strategy.may
+    assert large <= allowed, f"unexpected: {large - allowed}"
+
+
+@pytest.mark.parametrize("name", ["pp gpipe", "pp circular", "pp 1f1b"])
+def test_no_layer_crosses_stages(machine, compiled, name):
+    """What is all-reduced over stages is at most the embedding and the head, once a step."""
+    cost = compile_strategy(compiled, machine, STRATEGIES[name])
+    sums = [c for c in cost.collectives if c.kind == "all-reduce" and "stage" in c.axes]
+    assert sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * D * VOCAB
+    moved = cost.wire_bytes(kind="collective-permute", axes="stage")
+    activation = SEQ * D * 2
+    assert moved >= 2 * MICRO * activation
