@@ -90,13 +90,14 @@ def check_activations(rules: AxisRules) -> None:
     Raises:
         MaxlmError: naming the logical axes.
     """
-    if rules.embed:
-        raise MaxlmError(
-            f"mesh axis '{rules.embed[0]}' splits the residual stream's width, which norms, "
-            "experts and the loss need whole",
-            where="sharding.compute.embed",
-            fix="set it to null (sharding.storage.embed splits weights at rest)",
-        )
+    for axis in ("embed", "expert_embed"):
+        if names := rules.mesh_axes(axis):
+            raise MaxlmError(
+                f"mesh axis '{names[0]}' splits the residual stream's width, which norms, experts "
+                "and the loss need whole",
+                where=f"sharding.compute.{axis}",
+                fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
+            )
     if rules.head_dim:
         raise MaxlmError(
             f"mesh axis '{rules.head_dim[0]}' splits a head's width, which attention needs whole",

@@ -139,7 +139,7 @@ REFUSED_AT_ONCE = {
     ),
     "sharding.compute.sequence=context": (
         "command line: unknown key sharding.compute.sequence; valid here: batch, seq, residual, "
-        "embed, heads, kv_heads, head_dim, mlp, vocab, expert, layers, state"
+        "embed, heads, kv_heads, head_dim, mlp, vocab, expert, expert_embed, layers, ..."
     ),
     "data.batch_size=12": (
         "data.batch_size: a micro-batch of 12 sequences does not divide over fsdp=8; use a "

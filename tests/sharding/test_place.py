@@ -75,8 +75,8 @@ def test_a_placement_names_its_rules():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
     assert place("w", (5, 8, 6, 3), ("layers", "embed", "heads", "head_dim"), STORAGE, sizes) == (
         Placement(
-            spec=P("stage", "fsdp", "tensor", None),
-            rule="layers→stage, embed→fsdp, heads→tensor",
+            spec=P("stage", ("fsdp", "expert"), "tensor", None),
+            rule="layers→stage, embed→fsdp+expert, heads→tensor",
             shards=8,
         )
     )
@@ -121,11 +121,12 @@ def test_activations_split_twice_or_in_their_width_are_refused():
         "sharding.compute: axes batch and residual are both on mesh axis 'fsdp'; give one of them "
         "another mesh axis, or null"
     )
-    assert message(check_activations, AxisRules(embed="fsdp")) == (
-        "sharding.compute.embed: mesh axis 'fsdp' splits the residual stream's width, which norms, "
-        "experts and the loss need whole; set it to null (sharding.storage.embed splits weights at "
-        "rest)"
-    )
+    for axis in ("embed", "expert_embed"):
+        assert message(check_activations, AxisRules(**{axis: "fsdp"})) == (
+            f"sharding.compute.{axis}: mesh axis 'fsdp' splits the residual stream's width, which "
+            f"norms, experts and the loss need whole; set it to null (sharding.storage.{axis} "
+            "splits weights at rest)"
+        )
     assert message(check_activations, AxisRules(head_dim="tensor")) == (
         "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention "
         "needs whole; set it to null and split heads"
