@@ -73,6 +73,14 @@ CASES = {
             )
         },
     ),
+    # The peer offers "full" above, or "minimal": 650 TFLOP and 58 GB.
+    "llama2-7b-fsdp32-mlp": Case(
+        LLAMA2,
+        "v5p-64",
+        *(4, 4096, {"fsdp": 32}),
+        Peer(2.53, 55.66, 40.9, {"collective-permute": 40.3}, 650),
+        ("model.remat=mlp",),
+    ),
     "llama2-7b-fsdp8-tensor4": Case(
         LLAMA2,
         "v5p-64",

@@ -246,7 +246,8 @@ def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
     if parts := _batch_parts(q, k):
 
         def part(operands):
-            return _backward(*operands, how, dtype)
+            q, k, v, lse, delta, d_o, where = operands
+            return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
 
         operands = (*_cut((q, k, v, lse, delta, d_o), parts), _cut_where(where, q, parts))
         return _whole(lax.map(part, operands))

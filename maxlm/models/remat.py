@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import jax
 
-RematPolicy = Literal["none", "full", "attention", "matmuls"]
+RematPolicy = Literal["none", "full", "attention", "mlp", "matmuls"]
 
 SAVED: dict[str, tuple[str, ...]] = {
     "full": (),  # D: the layer's input alone; one more forward pass
     "attention": ("attention",),  # + N·H + N: attention itself is not computed again
-    # + N·H + 2·K·H + 2·F: element-wise maps only
+    "mlp": ("mlp_up", "mlp_gate"),  # + 2·F: the widest products are not; attention is
+    # + N·H + N + N·H + 2·K·H + 2·F: element-wise maps only
     "matmuls": ("qkv", "attention", "mlp_up", "mlp_gate"),
 }
 

@@ -14,6 +14,10 @@ layer. What crosses the wire, with every mesh axis of size 1 left out:
 The routing weight is multiplied in before the down-projection, at the expert. Its gradient is
 then known from hidden activations alone, so the backward pass needs neither the experts' outputs
 nor their way back: under rematerialisation neither is computed again.
+
+Receive buffers hold the worst case, so that hidden activations would be by far the largest arrays
+of a step. They are made for a part of F at a time, never kept, and made again in the backward pass
+whatever the remat policy.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
@@ -38,6 +43,9 @@ from maxlm.parallel.local import (
     reduce,
     spec_of,
 )
+
+# Of one hidden activation at a time; a layer has two or three, and as many gradients.
+HIDDEN_BYTES = 1 << 30
 
 Kernels = dict[str, jax.Array]
 Dims = tuple[Axes, ...]
@@ -154,8 +162,7 @@ class _Layouts:
 
     @property
     def residual_specs(self) -> dict[str, PartitionSpec]:
-        rows, hidden = spec_of((self.spread,)), spec_of((self.spread, self.f_axes))
-        return {"rows": rows, "scale": rows, "hidden": hidden, "plan": rows}
+        return dict.fromkeys(("rows", "scale", "plan"), spec_of((self.spread,)))
 
     def kernel_specs(self) -> dict[str, PartitionSpec]:
         return {name: spec_of(dims) for name, dims in self.stored.items()}
@@ -168,7 +175,6 @@ def _experts(x, weights, chosen, kernels, how):
 
 def _forward(x, weights, chosen, kernels, how):
     y, saved = _run(x, weights, chosen, kernels, how)
-    saved["hidden"] = {n: checkpoint_name(h, f"mlp_{n}") for n, h in saved["hidden"].items()}
     for name in ("rows", "scale", "plan"):
         saved[name] = jax.tree.map(lambda a, n=name: checkpoint_name(a, f"expert_{n}"), saved[name])
     return y, (saved, kernels)
@@ -189,11 +195,16 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
         flat = x.reshape(-1, x.shape[-1])
         rows = plan.send(_to_slots(flat, plan, chosen.shape[-1]))
         scale = plan.send(_to_slots(weights.reshape(-1, 1), plan, 1))
-        hidden = {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
-        out = plan.dot(_weighted(hidden, scale, how.activation), kernels["down"])
+
+        def add(out, own: Kernels):
+            weighted = _weighted(_hidden(plan, rows, own), scale, how.activation)
+            return out + plan.dot(weighted, own["down"]), None
+
+        out, _ = _over_parts(add, jnp.zeros(rows.shape, jnp.float32), kernels, len(rows))
+        out = out.astype(rows.dtype)
         y = _from_slots(plan.receive(out), plan).astype(x.dtype).reshape(x.shape)
         y = reduce(y, how.f_axes, how.whole, how.tokens)
-        return y, {"rows": rows, "scale": scale, "hidden": hidden, "plan": plan}
+        return y, {"rows": rows, "scale": scale, "plan": plan}
 
     return on_shards(
         program,
@@ -212,15 +223,24 @@ def _backward(how: _Layouts, residuals, d_y):
         shape, k = d_y.shape, plan.slot.shape[1]
         kernels = _gathered(masters, rows.dtype, how)
         d_out = plan.send(_to_slots(d_y.reshape(-1, shape[-1]), plan, k))
-        weighted, transpose = jax.vjp(
-            partial(_weighted, activation=how.activation), saved["hidden"], saved["scale"]
-        )
-        d_hidden, d_scale = transpose(plan.dot(d_out, kernels["down"], turned=True))
-        grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
-        grads["down"] = plan.outer(weighted, d_out)
-        d_rows = jnp.zeros(rows.shape, jnp.float32)
-        for name, d in d_hidden.items():
-            d_rows += plan.dot(d, kernels[name], turned=True)
+
+        def add(sums, own: Kernels):
+            d_rows, d_scale = sums
+            weighted, transpose = jax.vjp(
+                partial(_weighted, activation=how.activation),
+                _hidden(plan, rows, own),
+                saved["scale"],
+            )
+            d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], turned=True))
+            grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
+            grads["down"] = plan.outer(weighted, d_out)
+            for name, d in d_hidden.items():
+                d_rows += plan.dot(d, own[name], turned=True)
+            return (d_rows, d_scale + d_own_scale), grads
+
+        zeros = jnp.zeros(rows.shape, jnp.float32), jnp.zeros_like(saved["scale"])
+        (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
+        assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
         d_x = _from_slots(plan.receive(d_rows), plan).astype(rows.dtype).reshape(shape)
         d_weights = _taken(plan.receive(d_scale)[:, 0], plan.slot).reshape(*shape[:2], k)
@@ -249,6 +269,42 @@ def _gathered(kernels: Kernels, dtype: Any, how: _Layouts) -> Kernels:
         name: gather(kernel.astype(dtype), how.stored[name], how.used[name])
         for name, kernel in kernels.items()
     }
+
+
+def _hidden(plan: Plan, rows: jax.Array, kernels: Kernels) -> Kernels:
+    return {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
+
+
+def _over_parts(
+    body: Callable[[Any, Kernels], tuple[Any, Kernels | None]],
+    carry: Any,
+    kernels: Kernels,
+    num_rows: int,
+) -> tuple[Any, Kernels | None]:
+    """``body(carry, kernels) -> (carry, arrays like the kernels)`` for a part of F at a time."""
+    width = kernels["up"].shape[2]
+    size = num_rows * width * kernels["up"].dtype.itemsize
+    fitting = (n for n in range(1, width) if width % n == 0 and size // n <= HIDDEN_BYTES)
+    parts = next(fitting, width)
+    if parts == 1:
+        return body(carry, kernels)
+    dims = {name: 1 if name == "down" else 2 for name in kernels}
+
+    def step(carry, at):
+        own = {
+            name: lax.dynamic_slice_in_dim(kernel, at, width // parts, dims[name])
+            for name, kernel in kernels.items()
+        }
+        return body(carry, own)
+
+    carry, out = lax.scan(step, carry, jnp.arange(parts) * (width // parts))
+    if out is None:
+        return carry, None
+    # [parts, E, ...] → the parts side by side in F.
+    whole = {
+        name: jnp.moveaxis(o, 0, dims[name]).reshape(kernels[name].shape) for name, o in out.items()
+    }
+    return carry, whole
 
 
 def _weighted(

@@ -12,7 +12,7 @@ from maxlm.models.params import Params, bind, param_specs
 from maxlm.sharding import AxisRules, ShardingConfig, place
 from tests.models.building import QUICK
 
-D_MODEL = 10
+D_MODEL = 12
 SMALL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 3, "d_ff": 6}
 MIXTRAL = MoeConfig(**SMALL, balance_loss=0.3, z_loss=0.05)
 DEEPSEEK_V2 = MoeConfig(

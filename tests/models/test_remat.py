@@ -7,7 +7,7 @@ import pytest
 from tests.models import building
 from tests.models.building import GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
 
-POLICIES = ("none", "matmuls", "attention", "full")
+POLICIES = ("none", "matmuls", "mlp", "attention", "full")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_each_policy_keeps_what_it_documents(inputs, config):
     assert kept["full"] == D
     attended = queries + heads.num_heads  # the output, and a log-sum-exp a head
     assert kept["attention"] == D + attended
+    assert kept["mlp"] == D + hidden
     assert kept["matmuls"] == D + attended + (queries + 2 * keys) + hidden
     # Inputs of both norms and of all linear maps, and q, k, v and what attention gave.
     assert kept["none"] == 4 * D + queries + attended + 2 * keys + hidden + F

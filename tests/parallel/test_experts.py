@@ -15,7 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.params import bind, param_specs
 from maxlm.models.remat import rematerialise
-from maxlm.parallel import dispatch, grouped
+from maxlm.parallel import dispatch, experts, grouped
 from maxlm.sharding import ShardingConfig, place
 from tests.models import moe_building as building
 from tests.models.building import QUICK
@@ -64,6 +64,22 @@ def on_one_device(one_device_mesh):
 def test_any_layout_equals_one_device(config, axes, rules, mesh, on_one_device):
     got = building.outputs_and_gradients(mesh(**axes), config, **rules)
     assert_equal(got, on_one_device(config))
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, UNGATED, CAPACITY])
+def test_hidden_activations_may_be_made_in_parts(config, mesh, on_one_device, monkeypatch):
+    whole = on_one_device(config)
+    widths = []
+    exact = experts._hidden
+
+    def seen(plan, rows, kernels):
+        widths.append(kernels["up"].shape[2])
+        return exact(plan, rows, kernels)
+
+    monkeypatch.setattr(experts, "_hidden", seen)
+    monkeypatch.setattr(experts, "HIDDEN_BYTES", 1 << 9)
+    assert_equal(building.outputs_and_gradients(mesh(fsdp=2), config), whole)
+    assert max(widths) < config.d_ff
 
 
 def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_name):
@@ -192,7 +208,7 @@ def test_experts_are_refused_over_axes_that_do_not_split_tokens(mesh):
 
 def test_a_split_embedding_is_refused(mesh):
     with pytest.raises(MaxlmError, match="mesh axis 'tensor' splits activations in embed"):
-        building.outputs_and_gradients(mesh(tensor=2), MIXTRAL, embed=("tensor",), mlp=())
+        building.outputs_and_gradients(mesh(tensor=2), MIXTRAL, expert_embed=("tensor",), mlp=())
 
 
 def test_capacity_is_a_share_of_the_sequence_rounded_up():

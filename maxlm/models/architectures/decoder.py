@@ -52,7 +52,7 @@ class DecoderConfig(Config):
     """Standard deviation of initial weights (truncated normal)."""
     remat: RematPolicy = "full"
     """What the backward pass keeps: none (all but norms and activations, most memory), matmuls,
-    attention, full (only each layer's input: least memory, one more forward pass)."""
+    mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
 
     @model_validator(mode="after")
     def _one_kind_of_mlp(self):
