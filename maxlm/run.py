@@ -135,22 +135,32 @@ def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
     if config.sharding.compute.layers != ("stage",) or config.sharding.storage.layers != ("stage",):
         raise MaxlmError(
             f"mesh.stage={stages}, but layers are not split over it",
-            where="sharding",
-            fix="set sharding.storage.layers and sharding.compute.layers to stage, or mesh.stage=1",
+            where="sharding.storage.layers, sharding.compute.layers",
+            fix="set both to stage, or mesh.stage=1",
         )
     if micro % stages:
-        few = "fewer than" if micro < stages else "not a multiple of"
+        few = "less than" if micro < stages else "not a multiple of"
+        fewer = f"a divisor of {micro}" if micro > 1 else "1"
         raise MaxlmError(
-            f"train.micro_batches={micro} are {few} the {stages} pipeline stages",
+            f"{micro} is {few} the {stages} pipeline stages",
             where="train.micro_batches",
-            fix=f"set it to {-(-micro // stages) * stages}, or mesh.stage to a divisor of {micro}",
+            fix=f"set it to {-(-micro // stages) * stages}, or mesh.stage to {fewer}",
         )
     if parallel.layer_groups > 1 and parallel.schedule != "circular":
         raise MaxlmError(
-            f"parallel.layer_groups={parallel.layer_groups} has no place in a "
-            f"{parallel.schedule} pipeline",
-            where="parallel",
-            fix="set parallel.schedule=circular, or layer_groups=1",
+            f"{parallel.layer_groups} layer groups have no place in a {parallel.schedule} pipeline",
+            where="parallel.layer_groups",
+            fix="set it to 1, or parallel.schedule=circular",
+        )
+    layers, groups = config.model.num_layers, parallel.layer_groups
+    if layers % (stages * groups):
+        of, or_groups = "", ""
+        if groups > 1:
+            of, or_groups = f" of {groups} layer groups", " or layer groups"
+        raise MaxlmError(
+            f"{layers} layers do not divide over {stages} pipeline stages{of}",
+            where="model.num_layers",
+            fix=f"use a multiple of {stages * groups}, or fewer stages{or_groups}",
         )
 
 
@@ -167,7 +177,7 @@ def check_experts(config: RunConfig, sizes: Mapping[str, int]) -> None:
     if moe is None:
         if sizes["expert"] > 1:
             raise MaxlmError(
-                f"mesh.expert={sizes['expert']}, but the model has no experts",
+                f"expert={sizes['expert']}, but the model has no experts",
                 where="mesh.expert",
                 fix="set it to 1 and give its devices to data, fsdp or tensor",
             )
@@ -177,8 +187,8 @@ def check_experts(config: RunConfig, sizes: Mapping[str, int]) -> None:
         if sizes[axis] > 1 and axis not in tokens:
             raise MaxlmError(
                 f"experts are split over '{axis}', the tokens they serve are not",
-                where="sharding.compute",
-                fix=f"add {axis} to the rule batch, or take it from the rule expert",
+                where="sharding.compute.expert",
+                fix=f"add {axis} to sharding.compute.batch, or take it from this rule",
             )
     split = [axis for axis in compute.seq if sizes[axis] > 1]
     if moe.dispatch == "capacity" and split:

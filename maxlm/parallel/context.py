@@ -95,13 +95,15 @@ def check_context(
     seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
     if window is not None and window < 1:
         raise MaxlmError(
-            f"window={window}", where="attention.window", fix="use 1 or more, or null for no window"
+            f"a window of {window} tokens",
+            where="model.attention.window",
+            fix="use 1 or more, or null for no window",
         )
     if kv_heads not in ((), heads):
         raise MaxlmError(
             f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}",
-            where="sharding.compute",
-            fix="give kv_heads the axes of heads, or null",
+            where="sharding.compute.kv_heads",
+            fix="give them the axes of heads, or null",
         )
     shares, ways = (prod(sizes[axis] for axis in axes) for axes in (heads, seq))
     own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
@@ -117,8 +119,8 @@ def check_context(
     if method == "ulysses" and num_heads % (shares * ways):
         raise MaxlmError(
             f"ulysses splits query heads, and {num_heads} do not divide over "
-            f"{_named(heads + seq, sizes)} ({num_kv_heads} kv heads would be copied as needed)",
-            where="context parallelism",
+            f"{_named(heads + seq, sizes)}",
+            where="parallel.context",
             fix="use ring or all_gather, or fewer devices on these axes",
         )
 
@@ -134,9 +136,9 @@ def _check_length(length: int, ways: int, balanced: bool) -> None:
         raise MaxlmError(
             f"a sequence of {length} does not divide into {chunks} chunks "
             f"({ways} context shards{', two chunks each when balanced' if balanced else ''})",
-            where="seq_len",
+            where="data.seq_len",
             fix=f"use {f'{below} or ' if below else ''}{above}"
-            + (", or the plain order" if balanced and length % ways == 0 else ""),
+            + (", or parallel.balance_sequence=false" if balanced and length % ways == 0 else ""),
         )
 
 

@@ -106,8 +106,8 @@ def experts(
     if room is not None and whole[1]:
         raise MaxlmError(
             f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}",
-            where="dispatch",
-            fix="use dispatch: dropless, or the mesh without a context axis",
+            where="model.moe.dispatch",
+            fix="use dispatch=dropless, or mesh.context=1",
         )
     stored = {}
     for name, kernel in kernels.items():

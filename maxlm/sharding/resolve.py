@@ -59,8 +59,8 @@ def place(
             raise MaxlmError(
                 f"{axis}={size} does not divide over {split}",
                 where=path,
-                fix=f"change the mesh to a divisor of {size}, or set the sharding rule "
-                f"'{axis}' to null to keep it whole",
+                fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
+                "sharding.storage and sharding.compute to keep it whole",
             )
         used.update(name for name in names if sizes[name] > 1)
         if names:
@@ -81,14 +81,29 @@ def place(
 
 
 def check_activations(rules: AxisRules) -> None:
-    """Refuse compute rules that split two dimensions of one activation over the same mesh axis.
+    """Refuse compute rules that split two dimensions of one activation over the same mesh axis, or
+    the width of the residual stream or of a head.
 
     Args:
         rules: on the mesh at hand, so without axes of size 1.
 
     Raises:
-        MaxlmError: naming both logical axes.
+        MaxlmError: naming the logical axes.
     """
+    for axis in ("embed", "expert_embed"):
+        if names := rules.mesh_axes(axis):
+            raise MaxlmError(
+                f"mesh axis '{names[0]}' splits the residual stream's width, which norms, experts "
+                "and the loss need whole",
+                where=f"sharding.compute.{axis}",
+                fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
+            )
+    if rules.head_dim:
+        raise MaxlmError(
+            f"mesh axis '{rules.head_dim[0]}' splits a head's width, which attention needs whole",
+            where="sharding.compute.head_dim",
+            fix="set it to null and split heads",
+        )
     for axes in ACTIVATIONS:
         seen: dict[str, str] = {}
         for axis in axes:

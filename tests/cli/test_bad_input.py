@@ -18,6 +18,12 @@ from maxlm.train.checkpoint import Checkpointer
 from tests.programs import tiny
 
 NAMED = "tokenizer.path=tokenizer300"
+MOE = "model.mlp=null model.moe={num_experts: 6, experts_per_token: 2, d_ff: 16}"
+EXPERTS_ON_TENSOR = (
+    "sharding.storage.expert=tensor sharding.storage.mlp=null "
+    "sharding.compute.expert=tensor sharding.compute.mlp=null"
+)
+KV_WHOLE = "sharding.storage.kv_heads=null sharding.compute.kv_heads=null"
 
 # A config with one odd setting → what `maxlm train` says to it. None of these needs any text.
 REFUSED_AT_ONCE = {
@@ -41,19 +47,99 @@ REFUSED_AT_ONCE = {
     ),
     "mesh.tensor=8": (
         "layers.attention.key.kernel: kv_heads=2 does not divide over tensor=8; change the mesh to "
-        "a divisor of 2, or set the sharding rule 'kv_heads' to null to keep it whole"
+        "a divisor of 2, or set 'kv_heads' to null in sharding.storage and sharding.compute to "
+        "keep it whole"
     ),
     "mesh.expert=2": (
-        "command line: mesh.expert=2, but no layer is split over 'expert'; set mesh.expert=1 and "
-        "give its devices to data, fsdp or tensor"
+        "mesh.expert: expert=2, but the model has no experts; set it to 1 and give its devices to "
+        "data, fsdp or tensor"
     ),
-    "mesh.context=2": (
-        "command line: mesh.context=2, but no layer is split over 'context'; set mesh.context=1 "
-        "and give its devices to data, fsdp or tensor"
+    f"mesh.tensor=8 {KV_WHOLE}": (
+        "layers.attention.out.kernel: heads=4 does not divide over tensor=8; change the mesh to a "
+        "divisor of 4, or set 'heads' to null in sharding.storage and sharding.compute to "
+        "keep it whole"
+    ),
+    f"mesh.tensor=2 model.attention.num_heads=6 model.attention.num_kv_heads=3 {KV_WHOLE}": (
+        "sharding.compute.kv_heads: 3 query heads a device straddle the groups of 2 that share a "
+        "kv head; split heads over a multiple or a divisor of 3 devices"
+    ),
+    f"{MOE} mesh.expert=4": (
+        "layers.moe.down: expert=6 does not divide over expert=4; change the mesh to a divisor of "
+        "6, or set 'expert' to null in sharding.storage and sharding.compute to keep it whole"
+    ),
+    f"{MOE} mesh.tensor=2 {EXPERTS_ON_TENSOR}": (
+        "sharding.compute.expert: experts are split over 'tensor', the tokens they serve are not; "
+        "add tensor to sharding.compute.batch, or take it from this rule"
+    ),
+    "model.mlp=null model.moe={num_experts: 6, experts_per_token: 7, d_ff: 16}": (
+        "command line: model.moe: experts_per_token=7 of num_experts=6; choose at most as many "
+        "experts as there are"
+    ),
+    f"{MOE} model.moe.dispatch=capacity mesh.context=2": (
+        "model.moe.dispatch: an expert's capacity is counted in whole sequences, which context=2 "
+        "splits; use dispatch=dropless, or mesh.context=1"
+    ),
+    "model.moe={num_experts: 6, experts_per_token: 2, d_ff: 16}": (
+        "tiny.yaml:15: model: both mlp and moe; set one of them to null"
+    ),
+    "model.mlp=null": ("command line: model: neither mlp nor moe; give one of them"),
+    "mesh.context=4 data.seq_len=30": (
+        "data.seq_len: a sequence of 30 tokens does not divide over context=4 "
+        "(sharding.compute.seq); use a seq_len that is a multiple of 4, or a smaller mesh"
+    ),
+    "mesh.context=2 data.seq_len=30": (
+        "data.seq_len: a sequence of 30 does not divide into 4 chunks (2 context shards, two "
+        "chunks each when balanced); use 28 or 32, or parallel.balance_sequence=false"
+    ),
+    "mesh.context=8 parallel.context=ulysses": (
+        "parallel.context: ulysses splits query heads, and 4 do not divide over context=8; use "
+        "ring or all_gather, or fewer devices on these axes"
+    ),
+    "mesh.context=8 parallel.context=rings": (
+        "command line: parallel.context must be one of 'all_gather', 'ring', 'ulysses', not "
+        "'rings'; did you mean ring?"
+    ),
+    "model.attention.window=0": (
+        "command line: model.attention.window must be greater than 0, not 0"
     ),
     "mesh.stage=-1 mesh.fsdp=1": (
-        "mesh.stage=8, but no layer is split over 'stage'; set mesh.stage=1 and give its devices "
-        "to data, fsdp or tensor"
+        "train.micro_batches: 1 is less than the 8 pipeline stages; set it to 8, or mesh.stage to 1"
+    ),
+    "mesh.stage=4 data.batch_size=12 train.micro_batches=6": (
+        "train.micro_batches: 6 is not a multiple of the 4 pipeline stages; set it to 8, or "
+        "mesh.stage to a divisor of 6"
+    ),
+    "mesh.stage=4 train.micro_batches=4": (
+        "model.num_layers: 2 layers do not divide over 4 pipeline stages; use a multiple of 4, or "
+        "fewer stages"
+    ),
+    "mesh.stage=2 train.micro_batches=2 parallel.layer_groups=2": (
+        "parallel.layer_groups: 2 layer groups have no place in a 1f1b pipeline; set it to 1, or "
+        "parallel.schedule=circular"
+    ),
+    "mesh.stage=2 train.micro_batches=2 parallel.schedule=circular parallel.layer_groups=2": (
+        "model.num_layers: 2 layers do not divide over 2 pipeline stages of 2 layer groups; use a "
+        "multiple of 4, or fewer stages or layer groups"
+    ),
+    "mesh.stage=2 train.micro_batches=2 sharding.compute.layers=null": (
+        "sharding.storage.layers, sharding.compute.layers: mesh.stage=2, but layers are not split "
+        "over it; set both to stage, or mesh.stage=1"
+    ),
+    "mesh.tensor=2 sharding.compute.seq=[context,tensor]": (
+        "sharding.compute: axes seq and heads are both on mesh axis 'tensor'; give one of them "
+        "another mesh axis, or null"
+    ),
+    "sharding.storage.mlp=[tensor,fsdp]": (
+        "layers.mlp.down.kernel: axes mlp and embed are both on mesh axis 'fsdp'; give one of "
+        "them another mesh axis, or null"
+    ),
+    "sharding.compute.seq=contxt": (
+        "command line: sharding.compute.seq.0 must be one of 'stage', 'data', 'fsdp', 'expert', "
+        "'context', 'tensor', not 'contxt'; did you mean context?"
+    ),
+    "sharding.compute.sequence=context": (
+        "command line: unknown key sharding.compute.sequence; valid here: batch, seq, residual, "
+        "embed, heads, kv_heads, head_dim, mlp, vocab, expert, expert_embed, layers, ..."
     ),
     "data.batch_size=12": (
         "data.batch_size: a micro-batch of 12 sequences does not divide over fsdp=8; use a "
@@ -141,15 +227,23 @@ REFUSED_ELSEWHERE = {
     ),
     "plan tiny.yaml --mesh tensor=3": (
         "embedding.table: vocab=304 does not divide over tensor=3; change the mesh to a divisor of "
-        "304, or set the sharding rule 'vocab' to null to keep it whole"
+        "304, or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole"
     ),
     "plan tiny.yaml --mesh fsdp=3": (
         "data.batch_size: a micro-batch of 8 sequences does not divide over fsdp=3; use a "
         "batch_size that is a multiple of 3, or a smaller mesh"
     ),
     "plan tiny.yaml --mesh expert=2": (
-        "mesh.expert=2, but no layer is split over 'expert'; set mesh.expert=1 and give its "
-        "devices to data, fsdp or tensor"
+        "mesh.expert: expert=2, but the model has no experts; set it to 1 and give its devices to "
+        "data, fsdp or tensor"
+    ),
+    "plan tiny.yaml --mesh context=2,tensor=4": (
+        "layers.attention.key.kernel: kv_heads=2 does not divide over tensor=4; change the mesh to "
+        "a divisor of 2, or set 'kv_heads' to null in sharding.storage and sharding.compute to "
+        "keep it whole"
+    ),
+    "plan tiny.yaml --mesh stage=2": (
+        "train.micro_batches: 1 is less than the 2 pipeline stages; set it to 2, or mesh.stage to 1"
     ),
     "generate nowhere x": "nowhere: no run here (no config.yaml); name a folder like runs/demo",
     "generate untrained x": (

@@ -220,26 +220,28 @@ def refused(seq_len=24, heads=8, kv_heads=8, *, rules=None, sizes=None, **option
 
 def test_sizes_that_do_not_divide_are_refused_with_a_way_out():
     assert refused(25) == (
-        "seq_len: a sequence of 25 does not divide into 2 chunks (2 context shards); use 24 or 26"
+        "data.seq_len: a sequence of 25 does not divide into 2 chunks (2 context shards); use 24 "
+        "or 26"
     )
     assert refused(26, balanced=True) == (
-        "seq_len: a sequence of 26 does not divide into 4 chunks (2 context shards, two chunks "
-        "each when balanced); use 24 or 28, or the plain order"
+        "data.seq_len: a sequence of 26 does not divide into 4 chunks (2 context shards, two "
+        "chunks each when balanced); use 24 or 28, or parallel.balance_sequence=false"
     )
     assert refused(heads=6, kv_heads=2, method="ulysses") == (
-        "context parallelism: ulysses splits query heads, and 6 do not divide over "
-        "tensor=2·context=2 (2 kv heads would be copied as needed); use ring or all_gather, or "
-        "fewer devices on these axes"
+        "parallel.context: ulysses splits query heads, and 6 do not divide over "
+        "tensor=2·context=2; use ring or all_gather, or fewer devices on these axes"
     )
     assert refused(heads=6, kv_heads=3, rules={"kv_heads": ()}, sizes={"tensor": 2}) == (
         "sharding.compute.kv_heads: 3 query heads a device straddle the groups of 2 that share a "
         "kv head; split heads over a multiple or a divisor of 3 devices"
     )
     assert refused(rules={"heads": ()}) == (
-        "sharding.compute: heads are on mesh axes none, kv_heads on tensor=2; give kv_heads the "
-        "axes of heads, or null"
+        "sharding.compute.kv_heads: heads are on mesh axes none, kv_heads on tensor=2; give them "
+        "the axes of heads, or null"
     )
-    assert refused(window=0).startswith("attention.window: window=0")
+    assert refused(window=0) == (
+        "model.attention.window: a window of 0 tokens; use 1 or more, or null for no window"
+    )
 
 
 def test_attention_itself_refuses_before_anything_is_compiled(mesh):

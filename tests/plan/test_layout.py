@@ -124,6 +124,8 @@ TABLES = """\
 tiny · 38,048 parameters · 8 devices (fsdp=4 tensor=2)
 256 tokens a step · 5.12K in the run (0.135 a parameter)
 1.812e+05 FLOPs a token with causal attention at half, 1.935e+05 in full
+devices, from the slowest links to the fastest: fsdp=4 → tensor=2
+ZeRO-3: parameters over fsdp=4, gradients over fsdp=4, optimizer state over fsdp=4
 Parameters
 parameter                      layout: logical axis = size → mesh axes   bytes  a device  copies
 embedding.table                vocab=304→tensor · embed=32→fsdp         38 KiB  4.75 KiB       1

@@ -1,5 +1,5 @@
 """Every layout trains as one device does, from the same checkpoint: the loss and every parameter
-after each step. What it then writes, one device reads."""
+after each step. What it then writes, one device reads. What cannot be is refused."""
 
 from typing import Any
 
@@ -12,6 +12,8 @@ from maxlm.train.checkpoint import Checkpointer, group_sizes
 from tests.programs import cells
 
 TOLERANCE = 1e-5
+# Writing depends on the layout and not on the model: one of each, with most kinds of parameters.
+WRITTEN = dict(cells.TRAINED).items()
 
 
 def with_metrics(params: dict[str, np.ndarray], metrics: dict[str, float]) -> dict[str, Any]:
@@ -54,8 +56,23 @@ def one_device(tmp_path_factory):
     return find
 
 
-@pytest.mark.parametrize("model", cells.MODELS)
-@pytest.mark.parametrize("name", cells.CELLS)
+@pytest.fixture(scope="module")
+def compilations():
+    """Names of what JAX measures, among them every compilation, as it happens."""
+    events: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: events.append(name))
+    return events
+
+
+@pytest.mark.parametrize(("name", "model"), cells.PAIRS)
+def test_what_is_refused_says_why_and_nothing_else_is_refused(name, model, compilations):
+    compilations.clear()
+    found = cells.refusal(model, cells.CELLS[name])
+    assert found == cells.REFUSED.get(name, {}).get(model)
+    assert not [event for event in compilations if "compile" in event]
+
+
+@pytest.mark.parametrize(("name", "model"), cells.TRAINED)
 def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
     alone, want, checkpoint = one_device(model, packed=True)
     config = cells.config_of(model, cells.CELLS[name])
@@ -65,11 +82,16 @@ def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
         ours, theirs = cells.canonical(setup, state.params), cells.canonical(alone, one.params)
         wrong = differences(metrics, ours, with_metrics(theirs, one_metrics))
         assert not wrong, f"step {step}"
+    if (name, model) in WRITTEN:
+        written_here_is_read_there(setup, got[-1][1], alone, tmp_path / "saved")
 
-    with Checkpointer(tmp_path / "saved", grouped=group_sizes(setup.specs)) as keeper:
+
+def written_here_is_read_there(setup, state, alone, folder) -> None:
+    with Checkpointer(folder, grouped=group_sizes(setup.specs)) as keeper:
         keeper.save(cells.STEPS, state, {}, force=True)
-    with Checkpointer(tmp_path / "saved", read_only=True) as keeper:
+    with Checkpointer(folder, read_only=True) as keeper:
         restored = keeper.restore(cells.STEPS, alone.abstract_state)
+    ours = cells.canonical(setup, state.params)
     for path, value in cells.canonical(alone, restored.params).items():
         np.testing.assert_array_equal(value, ours[path], err_msg=path)
     for mine, read in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):

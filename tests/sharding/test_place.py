@@ -19,6 +19,7 @@ from maxlm.sharding import (
     MeshConfig,
     Placement,
     ShardingConfig,
+    check_activations,
     check_unsharded,
     make_mesh,
     place,
@@ -74,8 +75,8 @@ def test_a_placement_names_its_rules():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
     assert place("w", (5, 8, 6, 3), ("layers", "embed", "heads", "head_dim"), STORAGE, sizes) == (
         Placement(
-            spec=P("stage", "fsdp", "tensor", None),
-            rule="layers→stage, embed→fsdp, heads→tensor",
+            spec=P("stage", ("fsdp", "expert"), "tensor", None),
+            rule="layers→stage, embed→fsdp+expert, heads→tensor",
             shards=8,
         )
     )
@@ -90,12 +91,12 @@ def test_an_axis_that_does_not_divide_is_refused():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
     assert message(place, "head.kernel", (8, 50257), ("embed", "vocab"), STORAGE, sizes) == (
         "head.kernel: vocab=50257 does not divide over tensor=2; change the mesh to a divisor of "
-        "50257, or set the sharding rule 'vocab' to null to keep it whole"
+        "50257, or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole"
     )
     both = AxisRules(embed=("data", "fsdp"))
     assert message(place, "w", (8, 3), ("embed", None), both, sizes) == (
         "w: embed=8 does not divide over data=3·fsdp=4; change the mesh to a divisor of 8, "
-        "or set the sharding rule 'embed' to null to keep it whole"
+        "or set 'embed' to null in sharding.storage and sharding.compute to keep it whole"
     )
 
 
@@ -109,6 +110,28 @@ def test_two_axes_on_one_mesh_axis_are_refused():
         "w: axes embed and embed are both on mesh axis 'fsdp'; "
         "give one of them another mesh axis, or null"
     )
+
+
+def test_activations_split_twice_or_in_their_width_are_refused():
+    assert message(check_activations, AxisRules(seq="context", heads=("tensor", "context"))) == (
+        "sharding.compute: axes seq and heads are both on mesh axis 'context'; give one of them "
+        "another mesh axis, or null"
+    )
+    assert message(check_activations, AxisRules(batch="fsdp", residual="fsdp")) == (
+        "sharding.compute: axes batch and residual are both on mesh axis 'fsdp'; give one of them "
+        "another mesh axis, or null"
+    )
+    for axis in ("embed", "expert_embed"):
+        assert message(check_activations, AxisRules(**{axis: "fsdp"})) == (
+            f"sharding.compute.{axis}: mesh axis 'fsdp' splits the residual stream's width, which "
+            f"norms, experts and the loss need whole; set it to null (sharding.storage.{axis} "
+            "splits weights at rest)"
+        )
+    assert message(check_activations, AxisRules(head_dim="tensor")) == (
+        "sharding.compute.head_dim: mesh axis 'tensor' splits a head's width, which attention "
+        "needs whole; set it to null and split heads"
+    )
+    check_activations(ShardingConfig().compute)
 
 
 def test_a_name_too_many_is_a_fault_of_the_caller():

@@ -57,8 +57,9 @@ class DecoderConfig(Config):
     @model_validator(mode="after")
     def _one_kind_of_mlp(self):
         if (self.mlp is None) == (self.moe is None):
-            given = "neither mlp nor moe" if self.mlp is None else "both mlp and moe"
-            raise MaxlmError(f"{given}", where="model", fix="give one of them")
+            if self.mlp is None:
+                raise MaxlmError("neither mlp nor moe", fix="give one of them")
+            raise MaxlmError("both mlp and moe", fix="set one of them to null")
         return self
 
     @model_validator(mode="after")

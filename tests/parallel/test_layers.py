@@ -1,0 +1,78 @@
+"""A stack of layers differentiated one by one: JAX's own gradients, and nothing kept twice."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from maxlm.parallel.layers import scan_layers
+
+L, B, D = 5, 3, 7
+
+
+def layer(own, carry, context):
+    x, total = carry
+    shift, scale = context
+    y = jnp.tanh(x @ own["w"] + shift) * scale + own["b"]
+    return x + y, total + jnp.sum(y**2)
+
+
+def inputs(size: int = D):
+    draw = np.random.default_rng(0).standard_normal
+    params = {"w": draw((L, size, size)) / size**0.5, "b": draw((L, size))}
+    x, context = draw((B, size)), (draw((B, size)), draw((B, 1)))
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (params, x, context))
+
+
+def by_scan(layer, params, x, context):
+    out, total = scan_layers(layer, params, (x, jnp.zeros(())), context)
+    return jnp.sum(jnp.sin(out)) + 0.5 * total
+
+
+def unrolled(layer, params, x, context):
+    carry = x, jnp.zeros(())
+    for number in range(L):
+        carry = layer(jax.tree.map(lambda a, n=number: a[n], params), carry, context)
+    return jnp.sum(jnp.sin(carry[0])) + 0.5 * carry[1]
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients_are_those_of_layers_written_out(remat):
+    own = jax.checkpoint(layer) if remat else layer
+    got = jax.jit(jax.value_and_grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
+    want = jax.value_and_grad(partial(unrolled, layer), argnums=(0, 1))(*inputs())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_parameters_and_context_are_not_kept_again(remat):
+    """What the forward scan stacks for the backward one is of activations' shapes."""
+    own = jax.checkpoint(layer) if remat else layer
+    jaxpr = jax.make_jaxpr(jax.grad(partial(by_scan, own), argnums=(0, 1)))(*inputs())
+    (forward, backward) = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    stacked = [v.aval.shape for v in forward.outvars[2:]]  # after the carry: x and total
+    assert stacked
+    assert set(stacked) <= {(L, B, D), (L,)}
+    if remat:
+        assert stacked.count((L, B, D)) == 1  # each layer's input alone
+    assert backward.params["reverse"]
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(depth: int) -> int:
+        params, x, context = inputs()
+        deep = jax.tree.map(lambda a: jnp.concatenate([a] * depth), params)
+        lowered = jax.jit(jax.grad(partial(by_scan, layer))).lower(deep, x, context)
+        return len(lowered.as_text().splitlines())
+
+    assert size(1) == size(8)
+
+
+def test_it_is_lax_scan_forward():
+    params, x, context = inputs()
+    want, _ = lax.scan(lambda c, own: (layer(own, c, context), None), (x, jnp.zeros(())), params)
+    got = scan_layers(layer, params, (x, jnp.zeros(())), context)
+    jax.tree.map(np.testing.assert_array_equal, got, want)

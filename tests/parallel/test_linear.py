@@ -1,0 +1,171 @@
+"""Linear maps on shards: values and gradients in every layout are those of float64 NumPy, and
+nothing but what the module's table says crosses the wire."""
+
+import re
+from functools import partial
+from math import prod
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+from maxlm.parallel.linear import project
+from maxlm.parallel.local import Dims, layout, spec_of
+from tests.models.building import QUICK
+
+F, T, C = ("fsdp",), ("tensor",), ("context",)
+FC, CT = ("fsdp", "context"), ("context", "tensor")
+
+
+class Case(NamedTuple):
+    """Kernels [6, n] of one x [4, 12, 6]; the mesh axes of every dimension."""
+
+    mesh: dict[str, int]
+    x: Dims
+    stored: tuple[Dims, ...]
+    used: tuple[Dims, ...]
+    tokens: Dims
+    outputs: tuple[int, ...] = (10, 14)
+
+
+CASES = {
+    "one device": Case({}, ((), (), ()), (((), ()),) * 2, (((), ()),) * 2, ((), ())),
+    "fsdp": Case({"fsdp": 2}, (F, (), ()), ((F, ()),) * 2, (((), ()),) * 2, (F, ())),
+    "fsdp over outputs": Case({"fsdp": 2}, (F, (), ()), (((), F),) * 2, (((), ()),) * 2, (F, ())),
+    "fsdp without batch": Case(
+        {"fsdp": 2}, ((), (), ()), ((F, ()),) * 2, (((), ()),) * 2, ((), ())
+    ),
+    "context": Case({"context": 3}, ((), C, ()), (((), ()),) * 2, (((), ()),) * 2, ((), C)),
+    "columns": Case({"tensor": 2}, ((), (), ()), (((), T),) * 2, (((), T),) * 2, ((), ())),
+    "columns beside a whole kernel": Case(
+        {"tensor": 2}, ((), (), ()), (((), T), ((), ())), (((), T), ((), ())), ((), ())
+    ),
+    "columns, x split over the sequence": Case(
+        {"tensor": 2}, ((), T, ()), (((), T),) * 2, (((), T),) * 2, ((), ())
+    ),
+    "columns beside a whole one, x split": Case(
+        {"tensor": 2}, ((), T, ()), (((), T), ((), ())), (((), T), ((), ())), ((), ())
+    ),
+    "rows": Case({"tensor": 2}, ((), (), T), ((T, ()),) * 2, ((T, ()),) * 2, ((), ())),
+    "rows, y split over the sequence": Case(
+        {"tensor": 2}, ((), (), T), ((T, ()),) * 2, ((T, ()),) * 2, ((), T)
+    ),
+    "columns of everything": Case(
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        (F, CT, ()),
+        ((F, T),) * 2,
+        (((), T),) * 2,
+        (F, C),
+    ),
+    "rows of everything": Case(
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        (F, C, T),
+        ((T, F),) * 2,
+        ((T, ()),) * 2,
+        (F, CT),
+    ),
+    "stored over batch and sequence": Case(
+        {"fsdp": 2, "context": 3}, (F, C, ()), ((FC, ()),) * 2, (((), ()),) * 2, (F, C)
+    ),
+}
+
+
+def placed(on: Mesh, array: np.ndarray, dims: Dims) -> jax.Array:
+    return jax.device_put(array.astype(np.float32), NamedSharding(on, spec_of(dims)))
+
+
+def arrays(outputs: tuple[int, ...]):
+    draw = np.random.default_rng(0).standard_normal
+    x = draw((4, 12, 6))
+    return x, [draw((6, n)) for n in outputs], [draw((4, 12, n)) for n in outputs]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_formula(name, mesh):
+    case = CASES[name]
+    on = mesh(**case.mesh)
+    x, kernels, d_ys = arrays(case.outputs)
+
+    def run(x, kernels, d_ys):
+        ys, back = jax.vjp(lambda x, k: project(x, k, case.used, case.tokens), x, kernels)
+        d_x, d_kernels = back(d_ys)
+        for got, kernel in zip(d_kernels, kernels, strict=True):
+            assert layout(got) == layout(kernel)
+        assert layout(d_x) == case.x
+        return ys, d_x, d_kernels
+
+    with jax.set_mesh(on):
+        ys, d_x, d_kernels = jax.jit(run, compiler_options=QUICK)(
+            placed(on, x, case.x),
+            tuple(placed(on, k, s) for k, s in zip(kernels, case.stored, strict=True)),
+            tuple(
+                placed(on, d, (*case.tokens, u[1])) for d, u in zip(d_ys, case.used, strict=True)
+            ),
+        )
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for y, d_kernel, kernel, d_y in zip(ys, d_kernels, kernels, d_ys, strict=True):
+        close(y, x @ kernel)
+        close(d_kernel, np.tensordot(x, d_y, ([0, 1], [0, 1])))
+    close(d_x, sum(d_y @ kernel.T for d_y, kernel in zip(d_ys, kernels, strict=True)))
+
+
+def collectives(case: Case, on: Mesh) -> set[tuple[str, int]]:
+    """(kind, elements of a device's result) of all there are, forward and backward."""
+    x, kernels, d_ys = arrays(case.outputs)
+
+    def run(x, kernels, d_ys):
+        _, back = jax.vjp(lambda x, k: project(x, k, case.used, case.tokens), x, kernels)
+        return back(d_ys)
+
+    with jax.set_mesh(on):
+        text = (
+            jax.jit(run)
+            .lower(
+                placed(on, x, case.x),
+                tuple(placed(on, k, s) for k, s in zip(kernels, case.stored, strict=True)),
+                tuple(
+                    placed(on, d, (*case.tokens, u[1]))
+                    for d, u in zip(d_ys, case.used, strict=True)
+                ),
+            )
+            .compile(compiler_options=QUICK)
+            .as_text()
+        )
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return {
+        (kind, prod(map(int, shape.split(","))))
+        for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text)
+        for shape in re.findall(r"f32\[([\d,]+)\]", result)
+    }
+
+
+def test_fsdp_gathers_kernels_and_scatters_their_gradients(mesh):
+    """60 and 84 elements of kernels: whole ones come by all-gather alone, gradients go by halves,
+    and there is no all-reduce of anything."""
+    found = collectives(CASES["fsdp"], mesh(fsdp=2))
+    assert found == {
+        ("all-gather", 60), ("all-gather", 84), ("reduce-scatter", 30), ("reduce-scatter", 42)
+    }  # fmt: skip
+
+
+def test_sequence_parallelism_gathers_and_scatters_activations_alone(mesh):
+    """x has 288 elements; of 144 each device has its share of the gradient."""
+    found = collectives(CASES["columns, x split over the sequence"], mesh(tensor=2))
+    assert found == {("all-gather", 288), ("reduce-scatter", 144)}
+
+
+def test_plain_tensor_parallelism_reduces_activations_alone(mesh):
+    assert collectives(CASES["columns"], mesh(tensor=2)) == {("all-reduce", 288)}
+
+
+def test_a_layout_that_does_not_fit_its_kernel_is_a_fault_of_the_caller(mesh):
+    on = mesh(tensor=2)
+    x, kernels, _ = arrays((10,))
+    with jax.set_mesh(on), pytest.raises(ValueError, match="x is split as"):
+        jax.eval_shape(
+            lambda x, k: project(x, (k,), ((T, ()),), ((), ())),
+            placed(on, x, ((), (), ())),
+            placed(on, kernels[0], (T, ())),
+        )

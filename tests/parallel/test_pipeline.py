@@ -1,0 +1,161 @@
+"""Pipeline schedules: every micro-batch once a stage and in order, the bubble of the formula, and
+1F1B's memory, which does not grow with the number of micro-batches."""
+
+from fractions import Fraction
+from itertools import product
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.parallel.pipeline import bubble, forward_slots, one_f_one_b_slots
+from maxlm.programs.setup import set_up
+from maxlm.run import RunConfig
+from maxlm.sharding import on_mesh
+from maxlm.train.batch import batch_sharding
+from tests.models.building import QUICK
+
+STAGES = st.integers(2, 6)
+ROUNDS = st.integers(1, 5)
+"""Micro-batches are as many times the stages."""
+
+
+def when(slots: np.ndarray) -> dict[tuple[int, ...], int]:
+    """The tick in which each (stage, *what) is done; no two ticks do the same."""
+    done = {}
+    for tick, row in enumerate(slots):
+        for stage, what in enumerate(row):
+            if (what >= 0).all():
+                key = (stage, *what.tolist())
+                assert key not in done
+                done[key] = tick
+    return done
+
+
+@given(stages=STAGES, rounds=ROUNDS, groups=st.integers(1, 4))
+def test_circular_does_everything_once_and_in_order(stages, rounds, groups):
+    micro = stages * rounds
+    done = when(forward_slots(stages, micro, groups))
+    assert set(done) == set(product(range(stages), range(micro), range(groups)))
+    for (stage, batch, group), tick in done.items():
+        if stage > 0:
+            before = done[stage - 1, batch, group]
+        elif group > 0:
+            before = done[stages - 1, batch, group - 1]
+        else:
+            continue
+        # Sent at the end of a tick, taken up in the next: a stage keeps nothing that waits.
+        assert tick == before + 1
+
+
+@given(stages=STAGES, rounds=ROUNDS)
+def test_1f1b_does_everything_once_and_in_order(stages, rounds):
+    micro = stages * rounds
+    slots = one_f_one_b_slots(stages, micro)
+    forward, backward = when(slots[..., :1]), when(slots[..., 1:])
+    assert set(forward) == set(backward) == set(product(range(stages), range(micro)))
+    for (stage, batch), tick in forward.items():
+        assert stage == 0 or tick == forward[stage - 1, batch] + 1
+    for (stage, batch), tick in backward.items():
+        if stage == stages - 1:
+            assert tick == forward[stage, batch]
+        else:
+            assert tick == backward[stage + 1, batch] + 1
+    # The phases that lack one kind of pass: what the program's three scans assume.
+    assert (slots[: stages - 1, :, 1] == -1).all()
+    assert (slots[len(slots) - stages + 1 :, :, 0] == -1).all()
+
+
+@given(stages=STAGES, rounds=ROUNDS)
+def test_1f1b_keeps_few_inputs(stages, rounds):
+    """Of stage i at most 2(S − 1 − i) + 1, so that places number turn mod (2S − 1) never clash."""
+    slots = one_f_one_b_slots(stages, stages * rounds)
+    most = 0
+    for stage in range(stages):
+        held: set[int] = set()
+        for forward, backward in slots[:, stage].tolist():
+            held |= {forward} - {-1}
+            most = max(most, len(held))
+            assert len(held) <= 2 * (stages - 1 - stage) + 1
+            assert len({turn % (2 * stages - 1) for turn in held}) == len(held)
+            held -= {backward}
+        assert not held
+    assert most == min(2 * stages - 1, stages * rounds)
+
+
+@given(stages=STAGES, rounds=ROUNDS, groups=st.integers(1, 4))
+def test_the_idle_share_of_the_tables_is_the_formula(stages, rounds, groups):
+    micro = stages * rounds
+
+    def idle(slots: np.ndarray) -> Fraction:
+        return Fraction(int((slots < 0).sum()), slots.size)
+
+    circular = idle(forward_slots(stages, micro, groups))
+    assert circular == Fraction(stages - 1, micro * groups + stages - 1)
+    assert bubble("circular", stages, micro, groups) == pytest.approx(float(circular))
+    gpipe = idle(forward_slots(stages, micro))
+    assert bubble("gpipe", stages, micro) == pytest.approx(float(gpipe))
+    # Of 1F1B's ticks the first S − 1 are forward and the last S − 1 backward passes alone.
+    slots = one_f_one_b_slots(stages, micro)
+    both = slots[: micro + stages - 1, :, 0], slots[stages - 1 :, :, 1]
+    assert idle(np.stack(both)) == Fraction(stages - 1, micro + stages - 1)
+    assert bubble("1f1b", stages, micro) == pytest.approx(float(idle(np.stack(both))))
+
+
+def test_the_tables_of_the_module():
+    o = -1
+    np.testing.assert_array_equal(
+        one_f_one_b_slots(3, 4).transpose(1, 0, 2),
+        [
+            [(0, o), (1, o), (2, o), (3, o), (o, 0), (o, 1), (o, 2), (o, 3)],
+            [(o, o), (0, o), (1, o), (2, 0), (3, 1), (o, 2), (o, 3), (o, o)],
+            [(o, o), (o, o), (0, 0), (1, 1), (2, 2), (3, 3), (o, o), (o, o)],
+        ],
+    )  # fmt: skip
+    circular = forward_slots(2, 4, 2)[:, 0].tolist()
+    assert circular[:8] == [[0, 0], [1, 0], [0, 1], [1, 1], [2, 0], [3, 0], [2, 1], [3, 1]]
+
+
+def temp_bytes(schedule: str, micro_batches: int) -> int:
+    """Of one compiled step on two stages, beside its arguments and results."""
+    config = RunConfig.model_validate(
+        {
+            "model": {
+                "vocab_size": 16,
+                "num_layers": 4,
+                "d_model": 32,
+                "max_seq_len": 64,
+                "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8},
+                "mlp": {"d_ff": 32},
+            },
+            "data": {"seq_len": 64, "batch_size": 4 * micro_batches},
+            "mesh": {"fsdp": 1, "stage": 2},
+            "parallel": {"schedule": schedule},
+            "sharding": {"max_unsharded": 1.0},
+            "train": {"micro_batches": micro_batches},
+            "compute_dtype": "float32",
+        }
+    )
+    setup = set_up(config, jax.devices()[:2])
+    sharding = batch_sharding(setup.compute, setup.mesh)
+    shape = (micro_batches, 4, 64)
+    integers = ("tokens", "targets", "positions", "segment_ids")
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in {**dict.fromkeys(integers, "int32"), "weights": "float32"}.items()
+    }
+    step = setup.step_function().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+    lowered = on_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
+    memory = lowered.compile(compiler_options=QUICK).memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def test_only_1f1bs_memory_is_flat():
+    """From 4 to 32 micro-batches of one size. GPipe keeps every input of a stage: of 28
+    micro-batches more, [4, 64, 32] in fp32."""
+    few, many = (temp_bytes("1f1b", micro) for micro in (4, 32))
+    assert many <= 1.1 * few
+    few, many = (temp_bytes("gpipe", micro) for micro in (4, 32))
+    assert many >= few + 28 * 4 * 64 * 32 * 4
