@@ -1,0 +1,68 @@
+"""Gathers and scatters between layouts, in one step and in the two that TPUs want."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.parallel import local
+from tests.models.building import QUICK
+
+
+@pytest.fixture(params=["one step", "4 × 2", "2 × 4"])
+def steps(request, monkeypatch):
+    """How eight devices gather and scatter."""
+    if request.param != "one step":
+        monkeypatch.setattr(local, "platform", lambda: "tpu")
+        monkeypatch.setattr(local, "STEP", {"4 × 2": 16, "2 × 4": 2}[request.param])
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_shards_are_gathered_in_order(dim, mesh, steps):
+    grid = mesh(data=2, fsdp=4)
+    shape = [3, 5, 7]
+    shape[dim] *= 8
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    have = tuple(("data", "fsdp") if d == dim else () for d in range(3))
+    with jax.set_mesh(grid):
+        put = jax.device_put(x, NamedSharding(grid, local.spec_of(have)))
+        run = local.on_shards(
+            lambda x: local.gather(x, have, ((),) * 3), local.spec_of(have), local.spec_of(())
+        )
+        np.testing.assert_array_equal(jax.jit(run, compiler_options=QUICK)(put), x)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_partial_sums_are_reduced_to_the_shard_they_belong_to(dim, mesh, steps):
+    grid = mesh(data=2, fsdp=4)
+    shape = [3, 5, 7]
+    shape[dim] *= 8
+    parts = np.random.default_rng(0).integers(-9, 9, (8, *shape)).astype(np.float32)
+    want = tuple(("data", "fsdp") if d == dim else () for d in range(3))
+    with jax.set_mesh(grid):
+        put = jax.device_put(parts, NamedSharding(grid, P(("data", "fsdp"))))
+        run = local.on_shards(
+            lambda x: local.reduce(x[0], ("data", "fsdp"), ((),) * 3, want),
+            P(("data", "fsdp")),
+            local.spec_of(want),
+        )
+        got = jax.jit(run, compiler_options=QUICK)(put)
+    assert got.sharding.spec == local.spec_of(want)
+    np.testing.assert_array_equal(got, parts.sum(0))
+
+
+def test_what_is_equal_along_an_axis_is_divided_by_it(mesh):
+    """A gradient split over an axis that its tokens are not split over."""
+    grid = mesh(data=2, fsdp=4)
+    x = np.random.default_rng(0).integers(-9, 9, (8, 3)).astype(np.float32)
+    with jax.set_mesh(grid):
+        run = local.on_shards(
+            lambda x: local.reduce(x, ("data",), ((), ()), (("fsdp",), ())), P(), P("fsdp")
+        )
+        np.testing.assert_array_equal(jax.jit(run, compiler_options=QUICK)(x), 2 * x)
+
+
+def test_a_layout_that_does_not_begin_with_the_other_is_refused(mesh):
+    with jax.set_mesh(mesh(data=2, fsdp=2)), pytest.raises(ValueError, match="does not begin with"):
+        local.gather(np.zeros((4,)), (("fsdp",),), (("data",),))
