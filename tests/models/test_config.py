@@ -63,5 +63,5 @@ def test_sizes_are_positive(key):
 def test_unknown_keys_and_names_are_refused():
     assert refused(LLAMA_GQA, dropout=0.1) == "dropout: Extra inputs are not permitted"
     assert refused(LLAMA_GQA, remat="some") == (
-        "remat: Input should be 'none', 'full', 'attention' or 'matmuls'"
+        "remat: Input should be 'none', 'full', 'attention', 'mlp' or 'matmuls'"
     )

@@ -1,5 +1,7 @@
 """`maxlm smoke` passes what works, whatever the model, and fails what does not."""
 
+from typing import Any
+
 import jax
 import pytest
 
@@ -35,14 +37,20 @@ def read(name: str) -> RunConfig:
     return load(RunConfig, name, ["compilation_cache=null"]).value
 
 
+def _feed_forward(run: RunConfig) -> tuple[str, Any]:
+    """A model's MLP, or the experts in its place."""
+    return ("mlp", run.model.mlp) if run.model.mlp else ("moe", run.model.moe)
+
+
 def distinct() -> list[str]:
     """One shipped config of each structure: a family's sizes shrink to the same, but for d_ff."""
     found: dict[str, str] = {}
     for name in shipped_configs():
         small = shrink(read(name), 1)
-        mlp = small.model.mlp.model_copy(update={"d_ff": 1})
+        name_of, layer = _feed_forward(small)
         kinds = {"norm": small.model.norm.kind, "positions": small.model.positions.kind}
-        model = small.model.model_copy(update={"mlp": mlp, **kinds})
+        narrow = {name_of: layer.model_copy(update={"d_ff": 1})}
+        model = small.model.model_copy(update={**narrow, **kinds})
         train = (small.train.micro_batches, small.train.ema_decay, small.data.packing)
         optimizer = (small.optimizer.kind, small.objective, small.sharding)
         found[str((vars(model), train, optimizer, small.compute_dtype))] = name
@@ -114,7 +122,7 @@ def test_shrinking_keeps_the_structure(name, devices):
     assert small.model.num_layers <= 2
     assert small.model.d_model <= 256
     assert small.data.batch_size % devices == 0
-    sizes = {"vocab_size", "num_layers", "d_model", "max_seq_len", "attention", "mlp"}
+    sizes = {"vocab_size", "num_layers", "d_model", "max_seq_len", "attention", "mlp", "moe"}
     kept = set(type(run.model).model_fields) - sizes
     assert small.model.model_dump(include=kept) == run.model.model_dump(include=kept)
     was, now = run.model.attention, small.model.attention
@@ -123,11 +131,11 @@ def test_shrinking_keeps_the_structure(name, devices):
     group = was.num_heads // was.num_kv_heads
     assert now.num_heads // now.num_kv_heads == min(group, 8)
     assert now.num_heads * now.head_dim == small.model.d_model
-    ratio = run.model.mlp.d_ff / run.model.d_model
-    assert small.model.mlp.d_ff / small.model.d_model == pytest.approx(ratio, rel=0.15)
-    assert small.model.mlp.model_dump(exclude={"d_ff"}) == run.model.mlp.model_dump(
-        exclude={"d_ff"}
-    )
+    (name_of, wide), (same, narrow) = _feed_forward(run), _feed_forward(small)
+    assert same == name_of
+    ratio = wide.d_ff / run.model.d_model
+    assert narrow.d_ff / small.model.d_model == pytest.approx(ratio, rel=0.15)
+    assert narrow.model_dump(exclude={"d_ff"}) == wide.model_dump(exclude={"d_ff"})
     for part in ("objective", "optimizer", "sharding", "compute_dtype", "seed"):
         assert getattr(small, part) == getattr(run, part)
     assert small.data.packing == run.data.packing

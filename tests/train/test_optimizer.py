@@ -230,7 +230,8 @@ def test_clipping_can_be_turned_off(off):
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_is_fp32_and_laid_out_like_its_parameters_without_devices(kind):
     mesh = abstract_mesh({"stage": 1, "fsdp": 2, "tensor": 2})
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, StorageRules().spec(*s.axes)), SPECS)
+    rules = StorageRules(embed=("fsdp",))
+    shardings = jax.tree.map(lambda s: NamedSharding(mesh, rules.spec(*s.axes)), SPECS)
     optimizer = make_optimizer(OptimizerConfig(kind=kind), optax.constant_schedule(LR), SPECS)
     state = abstract_opt_state(optimizer, SPECS, shardings)
     real = jax.jit(optimizer.init)(values(0))
