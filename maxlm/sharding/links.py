@@ -26,21 +26,28 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
         return _by_host(sizes, devices)
-    # These have two dimensions only, which logical axes must be free to share.
-    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e", "TPU v6 lite")
-    options: dict[str, Any] = {"allow_split_physical_axes": split}
-    if slices == 1:
-        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **options)
     outer = _between_slices(sizes, slices)
-    inner = {axis: n // outer[axis] for axis, n in sizes.items()}
-    return mesh_utils.create_hybrid_device_mesh(
-        tuple(inner.values()), tuple(outer.values()), devices, **options
-    )
+    inner = tuple(n // outer[axis] for axis, n in sizes.items())
+
+    def along_the_torus(shared: bool) -> np.ndarray:
+        options: dict[str, Any] = {"allow_split_physical_axes": shared}
+        if slices == 1:
+            return mesh_utils.create_device_mesh(inner, devices, **options)
+        return mesh_utils.create_hybrid_device_mesh(
+            inner, tuple(outer.values()), devices, **options
+        )
+
+    try:
+        return along_the_torus(shared=False)
+    except NotImplementedError:  # an axis is no product of the torus's dimensions
+        return along_the_torus(shared=True)
 
 
 def _between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     """How many ways each axis is cut by the boundaries of slices."""
     outer = dict.fromkeys(sizes, 1)
+    if slices == 1:
+        return outer
     for axis in BETWEEN_SLICES:
         if sizes[axis] % slices == 0:
             return outer | {axis: slices}

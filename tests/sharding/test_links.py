@@ -89,6 +89,12 @@ def test_neighbours_on_a_torus_are_neighbours_in_the_mesh(shape, kind, axes):
     )
 
 
+def test_axes_that_are_no_product_of_the_torus_share_its_dimensions():
+    devices = tpus((4, 4, 4))
+    grid = arrange(sizes(fsdp=8, expert=8), devices)
+    assert grid.size == len(set(map(id, grid.flat))) == len(devices)
+
+
 @pytest.mark.parametrize("axis", ["data", "stage"])
 def test_slices_are_crossed_by_data_or_else_by_stage(axis):
     devices = tpus((2, 2, 1), slices=2)
