@@ -105,8 +105,12 @@ STRATEGIES = {
         FSDP | {("ragged-all-to-all", "expert")},
         EXCHANGE
         | {("all-reduce", "expert"), ("all-to-all", "expert")}
-        # Layers without experts rest on both axes.
-        | {(kind, "fsdp+expert") for kind in ("all-gather", "reduce-scatter", "all-to-all")},
+        # Layers without experts rest on both axes, and are gathered in two steps, one on each.
+        | {
+            (kind, axes)
+            for kind in ("all-gather", "reduce-scatter", "all-to-all")
+            for axes in ("fsdp+expert", "expert")
+        },
         model=MOE,
     ),
 }
