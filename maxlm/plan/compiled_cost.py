@@ -359,7 +359,7 @@ class _Reader:
         opcode, op_name = instruction.opcode, instruction.op_name
         if opcode in _KINDS:
             exchange = self._exchange(instruction, computation, scattered)
-            if exchange.group_size > 1 and not self.module.goes_on(instruction, computation):
+            if exchange.group_size > 1 and not computation.goes_on(instruction):
                 total.events[exchange] += 1
             return
         flops = matmul_flops(instruction, computation)

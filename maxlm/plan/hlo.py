@@ -17,8 +17,9 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
-_STARTS = "AsyncCollectiveStart"
 _SPACE = re.compile(r"S\((\d+)\)")
+# XLA:TPU's memory space for them.
+SEMAPHORES = 2
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,18 @@ class Computation:
         """Whether it has a custom call of this target."""
         return any(i.target == custom_call for i in self.instructions.values())
 
+    def goes_on(self, instruction: Instruction) -> bool:
+        """Whether an instruction of a fusion's body is a collective that another fusion has
+        started: XLA:TPU spreads one under several computations, and prints it in each of them.
+
+        These are handed its semaphores. Channels do not tell: many collectives share one.
+        """
+        return (
+            instruction.attribute("channel_id") is not None
+            and any(len(p.shapes) == 1 and p.shapes[0].space == SEMAPHORES for p in self.parameters)
+            and not self.holds("AsyncCollectiveStart")
+        )
+
     @cached_property
     def parameters(self) -> tuple[Instruction, ...]:
         found = [i for i in self.instructions.values() if i.opcode == "parameter"]
@@ -124,23 +137,6 @@ class Module:
             return self.files.get(int(found[1]), ())
         found = re.search(r'\bsource_file="([^"]*)"', instruction.attributes)
         return (found[1],) if found else ()
-
-    def goes_on(self, collective: Instruction, body: Computation) -> bool:
-        """Whether a collective in a fusion is one that another fusion has started: XLA:TPU spreads
-        one under several computations, and prints it in each of them."""
-        channel = collective.attribute("channel_id")
-        return channel in self._spread and not body.holds(_STARTS)
-
-    @cached_property
-    def _spread(self) -> frozenset[str]:
-        """Channels of collectives that a fusion starts and leaves to others."""
-        channels = (
-            instruction.attribute("channel_id")
-            for body in self.computations.values()
-            if body.holds(_STARTS)
-            for instruction in body.instructions.values()
-        )
-        return frozenset(channel for channel in channels if channel is not None)
 
 
 def parse(text: str) -> Module:

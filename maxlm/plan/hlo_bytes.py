@@ -49,7 +49,7 @@ def memory_traffic(
             size if part is None else min(size, part)
             for size, part in zip(
                 (_off_chip((s,), on_chip) for s in instruction.shapes),
-                _written(body, len(instruction.shapes), module),
+                _written(body, len(instruction.shapes)),
                 strict=True,
             )
         )
@@ -77,7 +77,7 @@ def _read(body: Computation, name: str, size: int, module: Module) -> int:
             total += _read(body, user.name, size, module)
         elif user.opcode in _PART and user.operands[0] == name:
             total += user.nbytes
-        elif _passes_on(user, name, body, module):
+        elif _passes_on(user, name, body):
             continue
         elif user.opcode == "fusion":
             inner = module.computations[user.calls("calls")[0]]
@@ -88,17 +88,17 @@ def _read(body: Computation, name: str, size: int, module: Module) -> int:
     return total
 
 
-def _passes_on(user: Instruction, name: str, body: Computation, module: Module) -> bool:
+def _passes_on(user: Instruction, name: str, body: Computation) -> bool:
     """Whether an instruction in a fusion only hands a parameter on: changed in place, to the
     result, or to a collective under way, whose memory is counted where it starts."""
     if user.opcode == "dynamic-update-slice":
         return user.operands[0] == name
     if user.opcode == "tuple":
         return user.name == body.root
-    return module.goes_on(user, body)
+    return body.goes_on(user)
 
 
-def _written(body: Computation, count: int, module: Module) -> Iterator[int | None]:
+def _written(body: Computation, count: int) -> Iterator[int | None]:
     """For each array of a fusion's result: the bytes of it that are written; None: all."""
     root = body.instructions[body.root]
     roots = list(body.operands(root)) if root.opcode == "tuple" else [root]
@@ -110,7 +110,7 @@ def _written(body: Computation, count: int, module: Module) -> Iterator[int | No
             found = body.instructions[found.operands[0]]
         if found.opcode == "dynamic-update-slice":
             yield body.instructions[found.operands[1]].nbytes
-        elif found.opcode == "parameter" or module.goes_on(found, body):
+        elif found.opcode == "parameter" or body.goes_on(found):
             yield 0
         else:
             yield None

@@ -97,7 +97,8 @@ replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, use_global_device_ids=tru
 
 def test_a_collective_spread_under_several_fusions_is_one():
     """XLA:TPU prints it where it starts, in each computation that it runs under, and where it
-    ends; the bytes in flight are counted once too."""
+    ends; the bytes in flight are counted once too. Another one of the same channel, alone or in a
+    fusion of its own, is another one."""
     started = "(bf16[16,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)})"
     gather = """channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}, \
 use_global_device_ids=true"""
@@ -105,6 +106,9 @@ use_global_device_ids=true"""
         f"""
   %x = bf16[16,64]{{1,0}} parameter(0)
   %y = bf16[32,32]{{1,0}} parameter(1)
+  %z = bf16[64,64]{{1,0}} parameter(2)
+  %alone = bf16[8,64]{{1,0}} reduce-scatter(%z), {gather}, to_apply=%add
+  %fused = bf16[8,64]{{1,0}} fusion(%z), kind=kCustom, calls=%scatters
   %s = {started} fusion(%x), kind=kCustom, calls=%starts
   %s0 = bf16[16,64]{{1,0}} get-tuple-element(%s), index=0
   %s1 = bf16[128,64]{{1,0}} get-tuple-element(%s), index=1
@@ -122,6 +126,11 @@ fusion(%s0, %s1, %s2, %y), kind=kOutput, calls=%under
   %p = bf16[16,64]{{1,0}} parameter(0)
   %g = bf16[128,64]{{1,0}} all-gather(%p), {gather}
   ROOT %c = {started} custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}}
+
+%scatters (p: bf16[64,64]) -> bf16[8,64] {{
+  %p = bf16[64,64]{{1,0}} parameter(0)
+  ROOT %g = bf16[8,64]{{1,0}} reduce-scatter(%p), {gather}, to_apply=%add
 }}
 
 %under (p: bf16[16,64], q: bf16[128,64], r: u32[], y: bf16[32,32]) -> (bf16[32,32], bf16[16,64], \
@@ -147,11 +156,13 @@ custom_call_target="AsyncCollectiveDone"
 """,
     )
     cost = compiled_cost(text, {"fsdp": 8}, on_chip=(1, 2))
-    (found,) = cost.collectives
-    assert (found.count, found.wire_bytes) == (1, 7 * 16 * 64 * 2)
+    assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
+        "all-gather": (1, 7 * 16 * 64 * 2),
+        "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),
+    }
     assert cost.custom_calls == ()
-    started_bytes, under = (16 + 16 + 128) * 64 * 2, 2 * 32 * 32 * 2
-    assert cost.memory_bytes == started_bytes + under
+    started_bytes, under, scatters = (16 + 16 + 128) * 64 * 2, 2 * 32 * 32 * 2, (64 + 8) * 64 * 2
+    assert cost.memory_bytes == started_bytes + under + 2 * scatters
 
 
 # window and labels, lhs, rhs, result, 2·M·N·K
