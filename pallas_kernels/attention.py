@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.parts import Part
+
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
-# Scores that exist at once, of which there are a few copies; large batches go a part at a time.
-SCORE_BYTES = 1 << 27
+# Scores that exist at once, of which there are a few copies; what has more goes a part at a time.
+SCORE_BYTES = 1 << 26
 
 Segments = tuple[jax.Array, jax.Array]
 
@@ -197,13 +199,16 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(q, k, v, where, how, dtype):
-    if parts := _batch_parts(q, k):
+    if part := _part(q, k):
 
-        def part(operands):
-            q, k, v, where = operands
-            return _forward(q, k, v, where, how, dtype)
+        def one_part(out, i):
+            own_q, own_k, own_v = part.cut(i, (q, k, v))
+            own = _forward(own_q, own_k, own_v, part.cut_rows(i, where), how, dtype)
+            return part.put(i, out, own), None
 
-        return _whole(lax.map(part, (*_cut((q, k, v), parts), _cut_where(where, q, parts))))
+        out = jnp.zeros(q.shape, dtype), jnp.zeros(q.shape[:3], jnp.float32)
+        (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
+        return o, lse
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, *_query_side(where, q.shape[1])), count)
 
@@ -243,14 +248,21 @@ def _forward(q, k, v, where, how, dtype):
 
 def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
     """Weights are recomputed from scores and log-sum-exp."""
-    if parts := _batch_parts(q, k):
+    if part := _part(q, k):
+        like = q, k, v
 
-        def part(operands):
-            q, k, v, lse, delta, d_o, where = operands
-            return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
+        def one_part(places, i):
+            read = zip(part.cut(i, places), like, strict=True)
+            own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
+            own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
+            at = part.cut_rows(i, where)
+            grads = _backward(own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, how, dtype)
+            return part.put(i, places, grads), None
 
-        operands = (*_cut((q, k, v, lse, delta, d_o), parts), _cut_where(where, q, parts))
-        return _whole(lax.map(part, operands))
+        # A part's gradients take the places of its q, k and v, which nobody reads again.
+        places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
+        (d_q, d_k, d_v), _ = lax.scan(one_part, places, jnp.arange(part.count))
+        return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype)
     if count := _loop_length(q.shape[1], where, how):
         rows = _rows_of((q, lse, delta, d_o, *_query_side(where, q.shape[1])), count)
 
@@ -275,47 +287,30 @@ def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
 
     for tile in _tiles(S, T, where, how):
         rows, keys = slice(tile.start, tile.stop), slice(tile.begin, tile.end)
+        # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
+        q, d_o, d_k, d_v = lax.optimization_barrier((q, d_o, d_k, d_v))
         if tile.begin >= tile.end:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
-        outside = ((0, 0), (tile.begin, T - tile.end), (0, 0), (0, 0))
         weights = jnp.exp(tile.scores(q, k, where, how) - lse[..., rows, :])
         d_weights = jnp.einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys], **into)
         d_scores = (weights * (d_weights - delta[..., rows, :]) * how.scale).astype(q.dtype)
         own = jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into)
         d_q.append(own.astype(dtype))
-        d_k += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", d_scores, q[:, rows], **into), outside)
-        weights = weights.astype(d_o.dtype)
-        d_v += jnp.pad(jnp.einsum("bkgst,bskgh->btkh", weights, d_o[:, rows], **into), outside)
+        own = jnp.einsum("bkgst,bskgh->btkh", d_scores, q[:, rows], **into)
+        d_k = d_k.at[:, keys].add(own)
+        own = jnp.einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows], **into)
+        d_v = d_v.at[:, keys].add(own)
     d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
     return d_q, d_k.astype(dtype), d_v.astype(dtype)
 
 
-def _batch_parts(q, k) -> int:
-    """Equal parts of the batch, so that a tile's scores stay in bounds; 0: it need not be cut."""
-    (B, S, N, _), T = q.shape, k.shape[1]
-    rows = max(1, SCORE_BYTES // (4 * N * min(_tile_size(S), S) * T))
-    parts = next(parts for parts in range(1, B + 1) if B % parts == 0 and B // parts <= rows)
-    return parts if parts > 1 else 0
-
-
-def _cut(tree: Any, parts: int) -> Any:
-    """[B, ...] → [parts, B / parts, ...]"""
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
-
-
-def _cut_where(where: _Where, q: jax.Array, parts: int) -> _Where:
-    """The same of indices and segments, which may be one row for all."""
-
-    def rows(x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(x, (q.shape[0], x.shape[1]))
-
-    return _cut(jax.tree.map(rows, where), parts)
-
-
-def _whole(tree: Any) -> Any:
-    """[parts, B / parts, ...] → [B, ...]"""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+def _part(q, k) -> Part | None:
+    """What is attended to at once, so that a tile's scores stay in bounds; None: everything."""
+    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
+    score_bytes = 4 * (N // K) * min(_tile_size(S), S) * T
+    part = Part.of(B, K, SCORE_BYTES // score_bytes)
+    return part if part.count > 1 else None
 
 
 class _Tile(NamedTuple):
