@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 
 # Devices over which XLA:TPU keeps a reduce-scatter, whatever the torus.
 STEP = 16
+# The last dimension of a TPU's tiles.
+LANES = 128
 
 Axes = tuple[str, ...]
 Dims = tuple[Axes, ...]
@@ -82,6 +84,15 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
     return x
 
 
+def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """An array in another layout. Where that is its own with less split, by :func:`gather`, which
+    on a TPU stays a gather; otherwise the compiler moves it. Not differentiable."""
+    have, want = layout(x), dimensions(spec, x.ndim)
+    if have == want or any(own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)):
+        return reshard(x, spec)
+    return on_shards(lambda x: gather(x, have, want), spec_of(have), spec_of(want))(x)
+
+
 def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
     """On shards: the sum over the ``partial`` axes, from layout ``have`` to ``want``.
 
@@ -115,14 +126,19 @@ def _scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     if groups is None:
         return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
     scatter = partial(lax.psum_scatter, axis_name=axes, tiled=True)
-    # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced after all.
-    x = scatter(jnp.moveaxis(x, dim, 0), axis_index_groups=groups.outer)
+    # Along the last dimension, shards narrower than a TPU's lanes would be all-reduced after all;
+    # so are some matrices, or padded by up to a quarter, that are not in rows of lanes.
+    x = jnp.moveaxis(x, dim, 0)
+    whole = x.shape
+    if x.ndim == 2 and whole[1] % LANES == 0:
+        x = x.reshape(whole[0], -1, LANES)
+    x = scatter(x, axis_index_groups=groups.outer)
     if len(groups.inner[0]) > 2:
         x = scatter(x, axis_index_groups=groups.inner)
     else:  # scatters over pairs are padded; an exchange of halves is not
         halves = x.reshape(2, -1, *x.shape[1:])
         x = lax.all_to_all(halves, axes, 0, 0, axis_index_groups=groups.inner, tiled=True).sum(0)
-    return jnp.moveaxis(x, 0, dim)
+    return jnp.moveaxis(x.reshape(-1, *whole[1:]), 0, dim)
 
 
 class _Groups(NamedTuple):

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.params import Params, ParamSpec
+from maxlm.parallel.local import gathered
 from maxlm.sharding import AxisRules
 from maxlm.train.adafactor import matrix_dims, scale_by_factored_rms
 
@@ -102,7 +103,7 @@ def updated_in(
         return inner
 
     def moved(tree: Any, rules: AxisRules) -> Any:
-        return jax.tree.map(lambda s, x: reshard(x, rules.spec(*s.axes)), specs, tree)
+        return jax.tree.map(lambda s, x: gathered(x, rules.spec(*s.axes)), specs, tree)
 
     def update(updates, state, params=None):
         params = None if params is None else moved(params, rules)

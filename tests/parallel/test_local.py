@@ -52,6 +52,36 @@ def test_partial_sums_are_reduced_to_the_shard_they_belong_to(dim, mesh, steps):
     np.testing.assert_array_equal(got, parts.sum(0))
 
 
+def test_a_matrix_is_scattered_in_rows_of_lanes(mesh, steps):
+    """As TPUs want it; the result is a matrix like any other."""
+    grid = mesh(data=2, fsdp=4)
+    parts = np.random.default_rng(0).integers(-9, 9, (8, 384, 24)).astype(np.float32)
+    for shape, dim in (((24, 384), 0), ((384, 24), 1)):
+        own = parts.reshape(8, *shape)
+        want = tuple(("data", "fsdp") if d == dim else () for d in range(2))
+        with jax.set_mesh(grid):
+            put = jax.device_put(own, NamedSharding(grid, P(("data", "fsdp"))))
+            run = local.on_shards(
+                lambda x, want=want: local.reduce(x[0], ("data", "fsdp"), ((), ()), want),
+                P(("data", "fsdp")),
+                local.spec_of(want),
+            )
+            got = jax.jit(run, compiler_options=QUICK)(put)
+        np.testing.assert_array_equal(got, own.sum(0))
+
+
+@pytest.mark.parametrize("want", [P(), P("data"), P(None, "fsdp"), P(("data", "fsdp"))])
+def test_an_array_moves_to_another_layout_and_keeps_its_values(want, mesh, steps):
+    """By gathers where it is to be split less, by whatever it takes otherwise."""
+    grid = mesh(data=2, fsdp=4)
+    x = np.arange(16 * 12, dtype=np.float32).reshape(16, 12)
+    with jax.set_mesh(grid):
+        put = jax.device_put(x, NamedSharding(grid, P(("data", "fsdp"))))
+        got = jax.jit(lambda x: local.gathered(x, want), compiler_options=QUICK)(put)
+    assert local.layout(got) == local.dimensions(want, 2)
+    np.testing.assert_array_equal(got, x)
+
+
 def test_what_is_equal_along_an_axis_is_divided_by_it(mesh):
     """A gradient split over an axis that its tokens are not split over."""
     grid = mesh(data=2, fsdp=4)
