@@ -7,6 +7,7 @@ brings one back. Each is the other's transpose: the gradient of a sent array is 
 
 from dataclasses import dataclass, field
 from math import ceil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,15 @@ from jax import lax
 
 from maxlm.parallel import grouped
 from maxlm.parallel.local import Axes, axis_size
+
+
+class Ragged(NamedTuple):
+    """Which ragged operations of XLA's a program uses; otherwise portable ones."""
+
+    exchange: bool
+    """Ragged all-to-all; otherwise an all-to-all of worst-case blocks."""
+    products: bool
+    """Ragged dot; otherwise products of blocks of rows, one after the other."""
 
 
 @jax.tree_util.register_dataclass
@@ -35,16 +45,14 @@ class Dropless:
     here: jax.Array
     """int32 [1]: this device's number along the expert axes."""
     axes: Axes = field(metadata={"static": True})
-    native: bool = field(metadata={"static": True})
-    """XLA's ragged all-to-all and ragged dot (TPU, GPU); otherwise (CPU, which lacks the first) an
-    all-to-all of worst-case blocks, and blocked products."""
+    native: Ragged = field(metadata={"static": True})
 
     def send(self, slots: jax.Array) -> jax.Array:
         """[T·k, ...] → [R, ...]; rows beyond the groups are zeros where devices are several."""
         if not self.axes:
             return slots
         there, back = self._slices()
-        if self.native:
+        if self.native.exchange:
             out = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
             return lax.ragged_all_to_all(slots, out, *there, axis_name=self.axes)
         # Rows bound for one device are contiguous: send as many as there may be from its first.
@@ -61,7 +69,7 @@ class Dropless:
         if not self.axes:
             return rows
         there, back = self._slices()
-        if self.native:
+        if self.native.exchange:
             out = jnp.zeros((len(self.order), *rows.shape[1:]), rows.dtype)
             return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
         ways, room = len(self.counts), self._num_rows // len(self.counts)
@@ -74,10 +82,10 @@ class Dropless:
         return _pick(got, len(self.order), starts, sizes, at.ravel())
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
-        return grouped.dot(rows, kernels, self._sizes, turned=turned, native=self.native)
+        return grouped.dot(rows, kernels, self._sizes, turned=turned, native=self.native.products)
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        return grouped.outer(rows, others, self._sizes, native=self.native)
+        return grouped.outer(rows, others, self._sizes, native=self.native.products)
 
     @property
     def _num_rows(self) -> int:
@@ -162,7 +170,7 @@ Plan = Dropless | Capacity
 
 
 def plan_dropless(
-    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, native: bool
+    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, native: Ragged
 ) -> Dropless:
     """Sort this device's assignments by expert and learn the counts of its peers.
 

@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.parallel.dispatch import Plan, plan_capacity, plan_dropless
+from maxlm.parallel.dispatch import Plan, Ragged, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
     Axes,
     axis_numbers,
@@ -60,7 +60,7 @@ def experts(
     activation: Callable[[jax.Array], jax.Array],
     compute: dict[str, PartitionSpec],
     room: int | None = None,
-    native: bool | None = None,
+    native: Ragged | None = None,
 ) -> jax.Array:
     """``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where hidden is
     ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
@@ -69,8 +69,8 @@ def experts(
         x: [B, S, D] in the compute dtype, B and S split in any way, D whole.
         weights: fp32 [B, S, k].
         chosen: int32 [B, S, k], distinct for a token; E sends an assignment nowhere.
-        kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], master values in their
-            storage layouts. Gradients come back in the same.
+        kernels: ``up`` and perhaps ``gate`` [E, D, F], ``down`` [E, F, D], in their storage
+            layouts; gradients come back in the same, and in their dtype.
         activation: element-wise; a module-level function, lest each trace compile anew.
         compute: the layout of each kernel in use: E over axes that also split tokens, or none;
             D whole; F over any.
@@ -122,15 +122,17 @@ def experts(
     return _experts(x, reshard(weights, lies), reshard(chosen, lies), kernels, how)
 
 
-def native_ragged() -> bool:
-    """Whether programs for the current mesh may use XLA's ragged all-to-all and ragged dot.
+def native_ragged() -> Ragged:
+    """Which of XLA's ragged operations programs for the current mesh may use.
 
-    TPU and GPU have both. The CPU lacks the first, and does E times the work of the second. Read
-    from the mesh, not from the default backend: a program for a TPU may be traced on a CPU host.
-    A mesh without devices counts as a CPU.
+    TPU and GPU have both, but for the exchange on v5e, whose compiler refuses it. The CPU lacks the
+    exchange, and does E times the work of the products. Read from the mesh, not from the default
+    backend: a program for a TPU may be traced on a CPU host. Without devices, as on a CPU.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform != "cpu"
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None or device.platform == "cpu":
+        return Ragged(exchange=False, products=False)
+    return Ragged(exchange=device.device_kind != "TPU v5 lite", products=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,7 @@ class _Layouts:
     stored: dict[str, Dims]
     activation: Callable[[jax.Array], jax.Array]
     room: int | None
-    native: bool
+    native: Ragged
 
     @property
     def expert_axes(self) -> Axes:

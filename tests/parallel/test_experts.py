@@ -100,10 +100,17 @@ def _ragged_all_to_all(operand, output, starts, sizes, put, received, *, axis_na
     return output
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4}, {"expert": 2, "fsdp": 2, "tensor": 2}])
-def test_ragged_operations_equal_the_portable_ones(axes, mesh, on_one_device, monkeypatch):
+@pytest.mark.parametrize(
+    ("axes", "native"),
+    [
+        ({"expert": 4}, dispatch.Ragged(True, True)),
+        ({"expert": 2, "fsdp": 2, "tensor": 2}, dispatch.Ragged(True, True)),
+        ({"expert": 4}, dispatch.Ragged(False, True)),  # v5e
+    ],
+)
+def test_ragged_operations_equal_the_portable_ones(axes, native, mesh, on_one_device, monkeypatch):
     monkeypatch.setattr(lax, "ragged_all_to_all", _ragged_all_to_all)
-    got = building.outputs_and_gradients(mesh(**axes), MIXTRAL, native=True)
+    got = building.outputs_and_gradients(mesh(**axes), MIXTRAL, native=native)
     assert_equal(got, on_one_device(MIXTRAL))
 
 

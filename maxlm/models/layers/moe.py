@@ -124,8 +124,8 @@ class Moe(nnx.Module):
     layout.
 
     Args:
-        native: whether XLA's ragged operations may be used; None: as the current mesh's devices
-            have it (``maxlm.parallel.experts.native_ragged``).
+        native: which of XLA's ragged operations may be used; None: those that the current mesh's
+            devices have (``maxlm.parallel.experts.native_ragged``).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Moe(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
-        native: bool | None = None,
+        native: dispatch.Ragged | None = None,
     ):
         self.config, self.rules, self.dtype, self.native = config, rules, dtype, native
         e, f = config.num_experts, config.d_ff
@@ -183,7 +183,9 @@ class Moe(nnx.Module):
         config = self.config
         x = x.astype(self.dtype)
         logits = self._logits(x)
-        bias = self._own(self.selection_bias) if self.selection_bias is not None else None
+        bias = None
+        if self.selection_bias is not None:
+            bias = weight(self.selection_bias, self.rules, jnp.float32).value
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
@@ -205,7 +207,7 @@ class Moe(nnx.Module):
             x,
             routing.weights,
             chosen,
-            {name: self._own(param) for name, param in kernels.items()},
+            {name: weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
             activation=ACTIVATIONS[config.activation],
             compute={n: self.rules.spec(*spec_of(p).axes[-3:]) for n, p in kernels.items()},
             room=room,
@@ -214,10 +216,6 @@ class Moe(nnx.Module):
         if self.shared is not None:
             y = y + self.shared(x)
         return y, MoeAux(loss, load, dropped)
-
-    def _own(self, param: nnx.Param) -> jax.Array:
-        """A parameter's fp32 value in its storage layout."""
-        return weight(param, self.rules, jnp.float32).value
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """fp32 [B, S, E], laid out over B and S as x."""
