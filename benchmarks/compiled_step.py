@@ -1,13 +1,15 @@
 """What the TPU compiler makes of our training step, beside a peer's; no accelerator is needed.
 
     python benchmarks/compiled_step.py [CASE ...] [--list] [--dump DIR] [--overrides key=value ...]
+    python benchmarks/compiled_step.py CASE --depths 32 80 --rounds 3
 
 Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, fp32 master, bf16
 compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
 (jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
 memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
 (maxlm/plan/compiled_cost.py). The peer's attention is in kernels whose products are not counted,
-so ours stands apart. One case takes a minute or three.
+so ours stands apart. One case takes a minute or three. With --depths: seconds to trace and to
+compile the same step with as many layers, alternately, and their ratio to the first depth's.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from maxlm.config import MaxlmError, load
@@ -170,6 +173,25 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     _print_wire(cost)
 
 
+def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], rounds: int) -> None:
+    """Seconds to trace and compile one case with so many layers: medians, after a round that is not
+    counted (the first compilation also loads the compiler)."""
+    from maxlm.programs.compile import compile_step
+
+    taken: dict[int, list[float]] = {depth: [] for depth in depths}
+    for number in range(rounds + 1):
+        for depth in depths:
+            overrides = [*case.overrides(), f"model.num_layers={depth}", *extra]
+            step = compile_step(load(RunConfig, case.run, overrides).value, case.topology)
+            seconds = step.trace_seconds + step.compile_seconds
+            print(f"{name}, {depth} layers, round {number}: {seconds:.1f} s", flush=True)
+            if number:
+                taken[depth].append(seconds)
+    first = median(taken[depths[0]])
+    for depth, seconds in taken.items():
+        print(f"{depth:>4} layers: median {median(seconds):.1f} s, {median(seconds) / first:.2f}")
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
@@ -212,6 +234,10 @@ def main() -> None:
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="change the run"
     )
+    parser.add_argument(
+        "--depths", nargs="+", type=int, metavar="LAYERS", help="time compilation at these depths"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of --depths; default 3")
     args = parser.parse_args()
     if args.list:
         print("\n".join(CASES))
@@ -223,6 +249,9 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         for name in args.cases or CASES:
+            if args.depths:
+                measure_depths(name, CASES[name], args.overrides, args.depths, args.rounds)
+                continue
             measure(name, CASES[name], args.overrides, args.dump)
     except MaxlmError as error:
         sys.exit(str(error))

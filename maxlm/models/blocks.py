@@ -1,12 +1,14 @@
 """How layers are joined into blocks, and blocks into a scanned stack."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
@@ -15,11 +17,11 @@ from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeAux, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import Rotary
-from maxlm.models.params import Params, bind, values
+from maxlm.models.params import Params, ParamSpec, bind, param_specs, values
 from maxlm.models.remat import RematPolicy, rematerialise
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import scan_layers
-from maxlm.parallel.local import layout, spec_of
+from maxlm.parallel.local import LANES, axis_size, layout, spec_of
 from maxlm.sharding import AxisRules
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
@@ -92,6 +94,7 @@ def scan_blocks(
     x: Any,
     context: Any,
     *,
+    dtype: Any,
     remat: RematPolicy = "none",
 ) -> tuple[Any, Aux]:
     """Run a stacked block layer after layer; compile time does not grow with depth.
@@ -101,6 +104,7 @@ def scan_blocks(
         params: its parameters, with a leading layer axis (``params.stack``).
         body: ``(block, x, context) -> (x, aux)`` for one layer.
         context: arrays that every layer reads.
+        dtype: of matrices in use, and of their gradients until all layers are through.
 
     Returns:
         x after all layers, and their ``Aux`` added up.
@@ -111,10 +115,32 @@ def scan_blocks(
         x, aux = body(bind(block, own), x, context)
         return x, jax.tree.map(jnp.add, total, aux)
 
+    specs = param_specs(block)
+
+    def cast(own: Params) -> Params:
+        def one(spec: ParamSpec, held: Any) -> Any:  # an array, or a Whole
+            return (
+                jax.tree.map(partial(rounded, dtype=dtype), held) if spec.role == "matrix" else held
+            )
+
+        return jax.tree.map(one, specs, own)
+
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: body(bind(block, own), x, context), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(jnp.shape(s), jnp.float32), aux)
-    return scan_layers(rematerialise(layer, remat), params, (x, zeros), context)
+    return scan_layers(rematerialise(layer, remat), params, (x, zeros), context, cast=cast)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x.astype(dtype)``, of one layer at a time: left alone, XLA:TPU casts the parameters of all
+    layers before the loop, and turns their dimensions around, and holds these copies throughout."""
+    if x.dtype == dtype:
+        return x
+    to = jnp.finfo(dtype)
+    x = lax.reduce_precision(x, to.nexp, to.nmant).astype(dtype)
+    if x.shape[-1] // axis_size(layout(x)[-1]) < LANES:
+        return x  # a TPU keeps so narrow a shard turned around to begin with
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def scan_cached(

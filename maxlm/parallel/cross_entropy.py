@@ -105,6 +105,8 @@ def _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, *, grad
             return sums, None
         d_head = reduce(d_head.astype(head.dtype), token_axes, used, stored)
         d_hidden = d_rows.reshape(-1, rows.shape[1])[: len(rows)].reshape(hidden.shape)
+        # Or the whole head's gradient waits, in fp32, for the layers' backward pass to end.
+        d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
         return sums, (reduce(d_hidden, vocab, tokens, have), d_head)
 
     hidden_spec, head_spec, scalar = spec_of(have), spec_of(stored), spec_of(())

@@ -27,9 +27,14 @@ class _Residuals:
 
 
 def scan_layers(
-    layer: Callable[[Any, Any, Any], Any], params: Any, carry: Any, context: Any
+    layer: Callable[[Any, Any, Any], Any],
+    params: Any,
+    carry: Any,
+    context: Any,
+    *,
+    cast: Callable[[Any], Any] = lambda own: own,
 ) -> Any:
-    """``carry`` after ``layer(params[l], carry, context)`` for every l; reverse-mode
+    """``carry`` after ``layer(cast(params[l]), carry, context)`` for every l; reverse-mode
     differentiable in ``params`` and ``carry``.
 
     Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of one layer
@@ -40,22 +45,25 @@ def scan_layers(
         params: arrays with a leading layer axis.
         carry: arrays; the layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
+        cast: one layer's parameters to the dtypes it computes in, and nothing else. Until all
+            layers are through, gradients are held in these too.
     """
-    return _scan(layer, params, carry, context)
+    return _scan(layer, cast, params, carry, context)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(layer, params, carry, context):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(layer, cast, params, carry, context):
     def body(carry, own):
-        return layer(own, carry, context), None
+        return layer(cast(own), carry, context), None
 
     return lax.scan(body, carry, params)[0]
 
 
-def _forward(layer, params, carry, context):
+def _forward(layer, cast, params, carry, context):
     found: list[_Residuals] = []
 
     def body(carry, own):
+        own = cast(own)
         carry, backward = jax.vjp(lambda own, carry: layer(own, carry, context), own, carry)
         leaves, tree = jax.tree.flatten(backward)
         known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((own, context)))}
@@ -74,18 +82,19 @@ def _forward(layer, params, carry, context):
     return out, (params, context, stacked, found[-1])
 
 
-def _backward(layer, saved, d_carry):
+def _backward(layer, cast, saved, d_carry):
     del layer
     params, context, stacked, residuals = saved
 
     def body(d_carry, inputs):
         own, kept = inputs
-        known = jax.tree.leaves((own, context))
+        known = jax.tree.leaves((cast(own), context))
         leaves = [known[i] if i >= 0 else kept[-1 - i] for i in residuals.places]
         d_own, d_carry = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
         return d_carry, d_own
 
     d_carry, d_params = lax.scan(body, d_carry, (params, stacked), reverse=True)
+    d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
     return d_params, d_carry, None
 
 

@@ -139,21 +139,33 @@ def _backward(used, tokens, saved, d_ys):
     x, kernels, wholes = saved
     own = _layouts(x, kernels, used, tokens)
 
+    # Left alone, a compiler puts off what nothing waits for, the kernels' gradients, and holds
+    # every d_y until then. Where these are wider than x, one kernel follows the other, and d_x
+    # waits for both; what a gradient then has to travel may still be put off under other work.
+    wide = sum(d_y.size for d_y in d_ys) > x.size
+
+    def in_order(*arrays):
+        return lax.optimization_barrier(arrays) if wide else arrays
+
     def local(x, kernels, wholes, d_ys):
         x = gather(x, own.x, (*own.inner, *own.x[2:]))
-        d_x, d_kernels = jnp.zeros((), x.dtype), []
-        for i, (*pair, d_y) in enumerate(zip(kernels, wholes, d_ys, strict=True)):
+        d_x, products = jnp.zeros((), x.dtype), []
+        for i, pair in enumerate(zip(kernels, wholes, strict=True)):
             outputs = own.outputs(i)
-            d_y = gather(d_y, (*tokens, *outputs), (*own.inner, *outputs))
+            d_y = gather(d_ys[i], (*tokens, *outputs), (*own.inner, *outputs))
             part = _contract_back(d_y, own.kernel(i, *pair), own.inputs)
             # A kernel that is whole where its siblings are split gives its whole share everywhere.
             copies = axis_size([axis for axis in own.spread if axis not in _flat(outputs)])
             part = part / copies if copies > 1 else part
-            d_x = d_x + part
-            d_kernel = _outer(x, d_y)
-            d_kernels.append(reduce(d_kernel, _flat(own.inner), used[i], own.stored[i]))
+            d_x, d_y = in_order(d_x + part, d_y)
+            d_x, d_ys, product = in_order(d_x, d_ys, _outer(x, d_y))
+            products.append(product)
+        d_kernels = tuple(
+            reduce(product, _flat(own.inner), used[i], own.stored[i])
+            for i, product in enumerate(products)
+        )
         d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)
-        return d_x, tuple(d_kernels)
+        return d_x, d_kernels
 
     results = spec_of(own.x), own.kernels
     specs = (*results, own.wholes(wholes), own.results)

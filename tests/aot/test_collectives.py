@@ -4,7 +4,8 @@ import pytest
 
 from maxlm.plan.compiled_cost import Collective, CompiledCost
 from maxlm.plan.topology import parse_topology
-from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D
+from maxlm.programs.compile import compile_step, has_compiler
+from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D, small_run
 
 # The first to need a step waits for its compiler.
 pytestmark = pytest.mark.timeout(1800)
@@ -86,3 +87,20 @@ def test_products_are_those_of_full_remat(machine, compiled, mesh):
     expected = 2 * tokens * (4 * LAYER - LAYERS * D * FF + 3 * D * VOCAB)
     assert cost.matmul_flops == pytest.approx(expected, rel=1e-6)
     assert cost.unknown_loops == ()
+
+
+def test_a_layer_more_takes_its_input_and_its_gradients_in_bf16():
+    """Of temporary memory under full remat: no copies of all layers' parameters in another dtype or
+    layout, and gradients in fp32 for none but the layer at hand."""
+    machine, rows = "v5p:4x4x4", 8  # enough rows for the layers' backward pass to be the peak
+    if not has_compiler("tpu"):
+        pytest.skip("the compiler is not installed")
+    n = devices(machine)
+    few, more = (
+        compile_step(
+            small_run(rows, n, {"num_layers": layers}, mesh={"fsdp": n}), machine
+        ).memory.temp
+        for layers in (4, 8)
+    )
+    layer_input, gradients = 2 * rows * SEQ * D, 2 * LAYER / LAYERS / n
+    assert (more - few) / 4 <= 1.12 * (layer_input + gradients)

@@ -76,3 +76,24 @@ def test_it_is_lax_scan_forward():
     want, _ = lax.scan(lambda c, own: (layer(own, c, context), None), (x, jnp.zeros(())), params)
     got = scan_layers(layer, params, (x, jnp.zeros(())), context)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
+    """bf16 until all layers are through, fp32 at the end, and the same as with the cast within."""
+
+    def cast(own):
+        return own | {"w": own["w"].astype(jnp.bfloat16)}
+
+    def loss(params, x, context):
+        out, total = scan_layers(layer, params, (x, jnp.zeros(())), context, cast=cast)
+        return jnp.sum(jnp.sin(out)) + 0.5 * total
+
+    args = inputs()
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(*args)
+    backward = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"][-1]
+    stacked = {v.aval.shape: v.aval.dtype for v in backward.outvars if v.aval.ndim > 2}
+    assert stacked == {(L, D, D): jnp.bfloat16}
+    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(*args)
+    assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
+    within = jax.grad(partial(unrolled, lambda own, *rest: layer(cast(own), *rest)), argnums=(0, 1))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args))

@@ -235,7 +235,8 @@ class Decoder(nnx.Module):
             return x, aux
 
         context = (*where, self.rotary(where[0]))
-        return scan_blocks(self.layers, layers, layer, x, context, remat=self.config.remat)
+        how: Any = {"dtype": self.dtype, "remat": self.config.remat}
+        return scan_blocks(self.layers, layers, layer, x, context, **how)
 
     def rotary(self, positions: jax.Array) -> Rotary | None:
         """The angles of positions, where the model turns queries and keys."""

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from pydantic import Field
 
 from maxlm.config import Config
@@ -35,8 +36,23 @@ def rotary(positions: jax.Array, head_dim: int, theta: float) -> Rotary:
     return Rotary(jnp.cos(angle), jnp.sin(angle))
 
 
+@jax.custom_vjp
 def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotate x [B, S, N, H]; dimension i pairs with i + H/2 (the layout of published weights)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotate x [B, S, N, H]; dimension i pairs with i + H/2 (the layout of published weights).
+    Differentiable in x."""
+    # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
+    x = lax.optimization_barrier(x)
+    a, b = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
     turned = (a * rotary.cos - b * rotary.sin, b * rotary.cos + a * rotary.sin)
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.concatenate([half.astype(x.dtype) for half in turned], axis=-1)
+
+
+def _rotate_forward(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, Rotary]:
+    return rotate(x, rotary), rotary
+
+
+def _rotate_backward(rotary: Rotary, d_y: jax.Array) -> tuple[jax.Array, None]:
+    return rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
