@@ -1,6 +1,9 @@
 # The front door. Needs Python 3.11 or newer and make; everything else goes into .venv.
 PYTHON ?= python3
 TEXT ?=
+K ?=
+CUDA ?=
+comma := ,
 # Your own text gets a run folder of its own, named after it.
 NAME ?= $(if $(TEXT),$(shell printf '%s' '$(TEXT)' | tr -cs 'A-Za-z0-9\n' '-' | sed 's/^-*//; s/-*$$//'),demo)
 
@@ -33,9 +36,10 @@ train: $(ready) ## train a small language model here, in minutes, and show how g
 test: $(ready) ## run the test suite
 	$(bin)/python -m pytest -q -n 2 --ignore=tests/aot
 
-test-aot: $(ready) ## compile training steps for TPUs and read their collectives (libtpu: 0.7 GB)
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,tpu]'
-	$(bin)/python -m pytest -q tests/aot tests/plan
+test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
+	$(bin)/python -m pytest -q tests/aot tests/plan tests/parallel/test_experts.py $(if $(K),-k '$(K)')
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .

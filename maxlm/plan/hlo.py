@@ -18,7 +18,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
 _SPACE = re.compile(r"S\((\d+)\)")
-# XLA:TPU's memory space for them.
+# Where XLA:TPU keeps semaphores.
 SEMAPHORES = 2
 
 
