@@ -26,6 +26,8 @@ MIN_TILE, MAX_TILES = 128, 16
 # Scores that exist at once, of which there are a few copies; what has more goes a part at a time.
 SCORE_BYTES = 1 << 26
 
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 Segments = tuple[jax.Array, jax.Array]
 
 
@@ -132,7 +134,7 @@ def attention_backward(
 
 def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
     """fp32 [B, S, N]: d_o · o for each query and head, what softmax's gradient subtracts."""
-    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=jnp.float32)
+    return _einsum("bsnh,bsnh->bsn", d_o, o)
 
 
 def merge(
@@ -230,12 +232,8 @@ def _forward(q, k, v, where, how, dtype):
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        o = jnp.einsum(
-            "bkgst,btkh->bkgsh",
-            weights.astype(v.dtype),
-            v[:, tile.begin : tile.end],
-            preferred_element_type=jnp.float32,
-        )
+        values = v[:, tile.begin : tile.end]
+        o = _einsum("bkgst,btkh->bkgsh", weights.astype(v.dtype), values)
         some = top > MASKED / 2  # rows with a key left
         o = jnp.where(some, o / total, 0.0)
         return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
@@ -283,7 +281,6 @@ def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     lse, delta = (x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    into = {"preferred_element_type": jnp.float32}
 
     for tile in _tiles(S, T, where, how):
         rows, keys = slice(tile.start, tile.stop), slice(tile.begin, tile.end)
@@ -293,13 +290,13 @@ def _backward(q, k, v, lse, delta, d_o, where, how, dtype):
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         weights = jnp.exp(tile.scores(q, k, where, how) - lse[..., rows, :])
-        d_weights = jnp.einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys], **into)
+        d_weights = _einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys])
         d_scores = (weights * (d_weights - delta[..., rows, :]) * how.scale).astype(q.dtype)
-        own = jnp.einsum("bkgst,btkh->bskgh", d_scores, k[:, keys], **into)
+        own = _einsum("bkgst,btkh->bskgh", d_scores, k[:, keys])
         d_q.append(own.astype(dtype))
-        own = jnp.einsum("bkgst,bskgh->btkh", d_scores, q[:, rows], **into)
+        own = _einsum("bkgst,bskgh->btkh", d_scores, q[:, rows])
         d_k = d_k.at[:, keys].add(own)
-        own = jnp.einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows], **into)
+        own = _einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows])
         d_v = d_v.at[:, keys].add(own)
     d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
     return d_q, d_k.astype(dtype), d_v.astype(dtype)
@@ -335,10 +332,7 @@ class _Tile(NamedTuple):
             None if where.k_segments is None else where.k_segments[:, keys],
             how,
         )
-        scores = jnp.einsum(
-            "bskgh,btkh->bkgst", q[:, rows], k[:, keys], preferred_element_type=jnp.float32
-        )
-        scores = scores * how.scale
+        scores = _einsum("bskgh,btkh->bkgst", q[:, rows], k[:, keys]) * how.scale
         return scores if mask is None else jnp.where(mask[:, None, None], scores, MASKED)
 
 
