@@ -162,12 +162,14 @@ def _near(fault: Fault, cls: type[BaseModel]) -> str:
     found = [dotted(key) for key in everywhere if key[-1] == leaf]
     for name in get_close_matches(leaf, {**anywhere, **here}, n=3):
         # Far from here, only a close match is worth naming.
-        if name in here or get_close_matches(leaf, [name], cutoff=0.75):
+        if name in here or get_close_matches(leaf, [name], cutoff=0.8):
             found.append(here.get(name) or anywhere[name])
     found = [name for name in dict.fromkeys(found) if name != dotted(fault.key)][:3]
-    if found:
-        return f"did you mean {' or '.join(found)}?"
-    return f"valid here: {_listed(siblings)}" if siblings else "no keys are allowed here"
+    valid = f"valid here: {_listed(siblings)}" if siblings else "no keys are allowed here"
+    if not found:
+        return valid
+    guess = f"did you mean {' or '.join(found)}?"
+    return guess if set(found) & {*here.values()} or not siblings else f"{guess} {valid}"
 
 
 def _culprit(kinds: list[Any], data: Any, text: str, key: Key) -> Key | None:

@@ -32,6 +32,15 @@ REFUSED_AT_ONCE = {
     ),
     "trian.steps=3": "command line: unknown key trian; did you mean train?",
     "mesh.dat=3": "command line: unknown key mesh.dat; did you mean mesh.data?",
+    # Far from its parent, only a name that is almost the same is offered (not tokenizer.bos here).
+    "mesh.bogus=2": (
+        "command line: unknown key mesh.bogus; "
+        "valid here: data, fsdp, expert, context, tensor, stage"
+    ),
+    "mesh.model=2": (
+        "command line: unknown key mesh.model; did you mean model or model.d_model? "
+        "valid here: data, fsdp, expert, context, tensor, stage"
+    ),
     "train.steps=many": "command line: train.steps must be an integer, not 'many'",
     "model.attention.num_kv_heads=3": (
         "tiny.yaml:18, command line: model.attention: num_heads=4 is not a multiple of "

@@ -93,7 +93,8 @@ UNKNOWN_KEYS = {
     "\nd_model: 3": "run.yaml:2: unknown key d_model; did you mean model.d_model or model?",
     "d_modle: 3": "run.yaml:1: unknown key d_modle; did you mean model.d_model or model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
-    "did you mean data.sources.0.weight?",
+    "did you mean data.sources.0.weight? "
+    "valid here: d_model, num_heads, num_kv_heads, activation, dtype",
     "zzz: 3": "run.yaml:1: unknown key zzz; "
     "valid here: name, model, optimizer, data, mesh, share, out",
     "modle: {d_model: 3}": "run.yaml:1: unknown key modle; did you mean model?",
