@@ -33,8 +33,9 @@ train: $(ready) ## train a small language model here, in minutes, and show how g
 	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
+# Its programs run for an instant: LLVM's optimizations would cost more than they give.
 test: $(ready) ## run the test suite
-	$(bin)/python -m pytest -q -n 2 --ignore=tests/aot
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 --ignore=tests/aot
 
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \

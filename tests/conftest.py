@@ -14,7 +14,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # With more threads a virtual device may enter two independent collectives at once, or in another
 # order than its peers; XLA:CPU tells those of shard_map apart by their devices alone, and now and
-# then stops for good (seen in 1F1B pipelines).
+# then stops for good. ``jit_on_mesh`` makes programs keep one order; this is for those compiled
+# without it.
 os.environ["PJRT_NPROC"] = "1"
 
 # The same examples in every run, on every machine, however slow.

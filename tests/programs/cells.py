@@ -151,8 +151,8 @@ CELLS: dict[str, Cell] = {
     "zero1 × pp circular": _cell(
         _pipe("circular", 2, sharding=ZERO1), ("gqa_window",), stage=2, fsdp=4
     ),
-    # With 1F1B it trains too, but XLA:CPU stops about once in 200 steps (tests/conftest.py).
     "zero2 × pp gpipe": _cell(_pipe("gpipe", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4),
+    "zero2 × pp 1f1b": _cell(_pipe("1f1b", sharding=ZERO2), ("gqa_window",), stage=2, fsdp=4),
     "fsdp × tp+sp × pp 1f1b": _cell(_pipe("1f1b", **SP), stage=2, fsdp=2, tensor=2),
     "fsdp × tp+sp × pp circular": _cell(_pipe("circular", 2, **SP), stage=2, fsdp=2, tensor=2),
     "cp all-gather × pp circular": _cell(_pipe("circular", 2), stage=2, context=2, data=2),
