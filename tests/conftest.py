@@ -12,11 +12,10 @@ from jax.sharding import Mesh
 # Before any test touches a device: JAX reads these when its first backend starts.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# With more threads a virtual device may enter two independent collectives at once, or in another
-# order than its peers; XLA:CPU tells those of shard_map apart by their devices alone, and now and
-# then stops for good. ``jit_on_mesh`` makes programs keep one order; this is for those compiled
-# without it.
-os.environ["PJRT_NPROC"] = "1"
+# XLA:CPU runs all virtual devices on one pool, by default of as many threads as there are devices.
+# A device that waits for its peers keeps its thread, and work that would bring them there may then
+# find none: 1F1B pipelines stopped for good within a few hundred steps.
+os.environ["PJRT_NPROC"] = "32"
 
 # The same examples in every run, on every machine, however slow.
 settings.register_profile("maxlm", derandomize=True, deadline=None, max_examples=25, database=None)

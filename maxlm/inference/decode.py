@@ -1,6 +1,6 @@
 """Prefill and decode: the model with a cache, as two pure functions to jit.
 
-Compile them for the mesh that the parameters lie on: ``jit_on_mesh(mesh, prefill, ...)``.
+Call them on the mesh that the parameters lie on: ``on_mesh(mesh, jax.jit(prefill, ...))``.
 """
 
 import jax

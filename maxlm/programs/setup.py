@@ -19,7 +19,7 @@ from maxlm.objectives import OBJECTIVES
 from maxlm.parallel.context import sequence_order
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig
-from maxlm.sharding import AxisRules, jit_in_place, jit_on_mesh, make_mesh, on_mesh
+from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
 from maxlm.train.optimizer import make_optimizer, updated_in
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings
@@ -85,7 +85,7 @@ class Setup:
     def init(self) -> TrainState:
         """A fresh state, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return jit_in_place(self.mesh, self._init, self.shardings)(key)
+        return on_mesh(self.mesh, jit_in_place(self._init, self.shardings))(key)
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
@@ -99,12 +99,12 @@ class Setup:
             ema_decay=self.config.train.ema_decay,
             gradient_layouts=self._gradient_layouts,
         )
-        return jit_on_mesh(self.mesh, step, donate_argnums=0)
+        return on_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def evaluation_function(self) -> Callable[[Params, Batch], Sums]:
         """The evaluation step, compiled at its first call."""
         step = partial(eval_step, model=self.model, loss=self.loss)
-        return jit_on_mesh(self.mesh, step)
+        return on_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)

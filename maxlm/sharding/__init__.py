@@ -1,6 +1,6 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.create import jit_in_place, jit_on_mesh, on_mesh
+from maxlm.sharding.create import jit_in_place, on_mesh
 from maxlm.sharding.links import links
 from maxlm.sharding.mesh import (
     MESH_AXES,
@@ -25,7 +25,6 @@ __all__ = [
     "check_activations",
     "check_unsharded",
     "jit_in_place",
-    "jit_on_mesh",
     "links",
     "make_mesh",
     "mesh_sizes",

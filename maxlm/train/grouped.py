@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxlm.sharding import jit_in_place
+from maxlm.sharding import jit_in_place, on_mesh
 
 Groups = Mapping[str, tuple[int, ...]]
 """Of each parameter held in groups, by canonical name: (groups, layers a group)."""
@@ -50,4 +50,4 @@ def reshaped(
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
     if mesh is None:
         return reshape(dict(arrays))
-    return jit_in_place(mesh, reshape, shardings)(dict(arrays))
+    return on_mesh(mesh, jit_in_place(reshape, shardings))(dict(arrays))

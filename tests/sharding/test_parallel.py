@@ -2,7 +2,6 @@
 device ever holds a whole sharded parameter."""
 
 import re
-from typing import Any
 
 import jax
 import numpy as np
@@ -106,8 +105,8 @@ def created(mesh):
     with jax.set_mesh(axes):
         specs = param_specs(building.decoder(CONFIG, axes))
         shardings = building.storage(CONFIG, axes)
-        start: Any = jit_in_place(axes, lambda key: init_params(specs, key), shardings)
-        compiled = start.__wrapped__.lower(jax.random.key(3)).compile(compiler_options=QUICK)
+        start = jit_in_place(lambda key: init_params(specs, key), shardings)
+        compiled = start.lower(jax.random.key(3)).compile(compiler_options=QUICK)
         return specs, compiled, compiled(jax.random.key(3))
 
 
