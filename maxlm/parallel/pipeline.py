@@ -331,7 +331,10 @@ def one_f_one_b(
                     "d_ends": jax.tree.map(jnp.add, state["d_ends"], d_ends),
                 }
             (_, context), pull_first = jax.vjp(lambda e: first(e, ours), ends)
-            given = _at(state["inputs"], turn % kept)
+            # A stage without a turn may take anything; `d_y` has this pass wait for the forward one
+            # and the loss. XLA:CPU would run them side by side, and virtual devices then wait for
+            # each other for good, one in this pass's collectives and one in the others'.
+            given = jnp.where(works, _at(state["inputs"], turn % kept), d_y)
             (_, part), pull = jax.vjp(lambda p, x: stage(p, x, context), params, given)
             d_part = jax.tree.map(lambda d: jnp.where(works, d, 0), sums_cotangent(part))
             d_params, d_x = pull((jnp.where(works, d_y, 0), d_part))
