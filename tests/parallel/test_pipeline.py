@@ -2,7 +2,9 @@
 1F1B's memory, which does not grow with the number of micro-batches."""
 
 from fractions import Fraction
-from itertools import product
+from itertools import pairwise, product
+from math import prod
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.parallel.pipeline import bubble, forward_slots, one_f_one_b_slots
+from maxlm.plan.compiled_cost import COLLECTIVES
+from maxlm.plan.hlo import Computation, Module, parse
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import on_mesh
@@ -118,8 +122,8 @@ def test_the_tables_of_the_module():
     assert circular[:8] == [[0, 0], [1, 0], [0, 1], [1, 1], [2, 0], [3, 0], [2, 1], [3, 1]]
 
 
-def temp_bytes(schedule: str, micro_batches: int) -> int:
-    """Of one compiled step on two stages, beside its arguments and results."""
+def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
+    """On two stages."""
     config = RunConfig.model_validate(
         {
             "model": {
@@ -131,14 +135,14 @@ def temp_bytes(schedule: str, micro_batches: int) -> int:
                 "mlp": {"d_ff": 32},
             },
             "data": {"seq_len": 64, "batch_size": 4 * micro_batches},
-            "mesh": {"fsdp": 1, "stage": 2},
+            "mesh": {"fsdp": 1, "stage": 2, **mesh},
             "parallel": {"schedule": schedule},
             "sharding": {"max_unsharded": 1.0},
             "train": {"micro_batches": micro_batches},
             "compute_dtype": "float32",
         }
     )
-    setup = set_up(config, jax.devices()[:2])
+    setup = set_up(config, jax.devices()[: 2 * prod(mesh.values())])
     sharding = batch_sharding(setup.compute, setup.mesh)
     shape = (micro_batches, 4, 64)
     integers = ("tokens", "targets", "positions", "segment_ids")
@@ -148,8 +152,12 @@ def temp_bytes(schedule: str, micro_batches: int) -> int:
     }
     step = setup.step_function().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
     lowered = on_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
-    memory = lowered.compile(compiler_options=QUICK).memory_analysis()
-    return memory.temp_size_in_bytes
+    return lowered.compile(compiler_options=QUICK)
+
+
+def temp_bytes(schedule: str, micro_batches: int) -> int:
+    """Of a compiled step, beside its arguments and results."""
+    return compiled_step(schedule, micro_batches).memory_analysis().temp_size_in_bytes
 
 
 def test_only_1f1bs_memory_is_flat():
@@ -159,3 +167,43 @@ def test_only_1f1bs_memory_is_flat():
     assert many <= 1.1 * few
     few, many = (temp_bytes("gpipe", micro) for micro in (4, 32))
     assert many >= few + 28 * 4 * 64 * 32 * 4
+
+
+def test_1f1bs_loops_wait_for_each_other():
+    """XLA:CPU runs what is independent side by side, and virtual devices would come to the
+    collectives of two of them in different orders."""
+    module = parse(compiled_step("1f1b", 4, fsdp=2).as_text())
+    body, loops = max(  # of a tick with both passes; the first and the last tick are unrolled
+        (
+            (body, loops_with_collectives(body, module))
+            for body in module.computations.values()
+            if body is not module.entry
+        ),
+        key=lambda found: len(found[1]),
+    )
+    assert len(loops) == 3  # through layers: forward, forward once more, backward
+    for earlier, later in pairwise(loops):
+        assert earlier in what_it_needs(later, body)
+
+
+def loops_with_collectives(body: Computation, module: Module) -> list[str]:
+    """Names of its loops in the order they run."""
+
+    def communicates(computation: Computation) -> bool:
+        return any(i.opcode in COLLECTIVES for i in computation.instructions.values())
+
+    return [
+        i.name
+        for i in body.instructions.values()
+        if i.opcode == "while" and communicates(module.computations[i.calls("body")[0]])
+    ]
+
+
+def what_it_needs(name: str, body: Computation) -> set[str]:
+    """Names of all instructions that one depends on."""
+    found, new = set(), [name]
+    while new:
+        operands = set(body.instructions[new.pop()].operands) - found
+        found |= operands
+        new.extend(operands)
+    return found
