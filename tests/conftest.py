@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Two threads a virtual device: one may wait for its peers in a step that holds up the next. With
-# one each, XLA:CPU's default, steps that are started ahead now and then stop for good.
+# one each, XLA:CPU's default on few cores, steps that are started ahead may stop for good.
 os.environ["PJRT_NPROC"] = "16"
 
 # The same examples in every run, on every machine, however slow.

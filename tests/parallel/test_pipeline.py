@@ -123,7 +123,7 @@ def test_the_tables_of_the_module():
 
 
 def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
-    """On two stages."""
+    """A training step on two stages, and as many devices of each as ``mesh`` says."""
     config = RunConfig.model_validate(
         {
             "model": {
