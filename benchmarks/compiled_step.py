@@ -7,7 +7,7 @@ Needs the `tpu` extra. A case is the model, batch, sequence, optimizer (AdamW, f
 compute), remat and mesh of a row of MaxText 0.2.5's, measured with its own ahead-of-time tool
 (jax 0.11.1, libtpu 0.0.46, splash attention, default XLA flags). All figures are one device's:
 memory in GB (1e9), matrix products in TFLOP and bytes sent in GB a step, every loop's trips counted
-(maxlm/plan/compiled_cost.py). The peer's attention is in kernels whose products are not counted,
+(maxlm/plan/compiled/cost.py). The peer's attention is in kernels whose products are not counted,
 so ours stands apart. One case takes a minute or three. With --depths: seconds to trace and to
 compile the same step with as many layers, alternately, and their ratio to the first depth's.
 """

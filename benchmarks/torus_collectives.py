@@ -26,7 +26,7 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
     from jax.sharding import NamedSharding, PartitionSpec
 
     from maxlm.parallel import local
-    from maxlm.plan.compiled_cost import compiled_cost
+    from maxlm.plan.compiled.cost import compiled_cost
 
     axes, rows = ("fsdp",), PartitionSpec("fsdp")
     split, whole = (axes, ()), ((), ())

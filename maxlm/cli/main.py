@@ -16,8 +16,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -32,6 +32,8 @@ class Verb:
 
     target: str
     help: str
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Commands of its own, by their first word; all else is the verb's."""
 
 
 VERBS = {
@@ -40,7 +42,9 @@ VERBS = {
         "maxlm.cli.smoke:command", "Check on this device, in a minute, that a config works."
     ),
     "plan": Verb(
-        "maxlm.cli.plan:command", "Show how a model lies on a machine, before paying for it."
+        "maxlm.cli.plan:command",
+        "Show what a run holds, sends and takes on a machine, before paying for it.",
+        {"diff": "maxlm.cli.plan:diff"},
     ),
     "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
     "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train and try tokenizers."),
@@ -60,7 +64,13 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        return name, _import(name, VERBS[name]) if name in VERBS else command, rest
+        if name not in VERBS:
+            return name, command, rest
+        verb = VERBS[name]
+        if rest and rest[0] in verb.more:
+            word, *rest = rest
+            return f"{name} {word}", _import(f"{name} {word}", verb.more[word]), rest
+        return name, _import(name, verb.target), rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -121,8 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _import(name: str, verb: Verb) -> Any:
-    module, _, attribute = verb.target.partition(":")
+def _import(name: str, target: str) -> Any:
+    module, _, attribute = target.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
         group = get_group(found)

@@ -1,6 +1,8 @@
 """maxlm plan"""
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -10,30 +12,181 @@ def command(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ..."),
+    ] = None,
     mesh: Annotated[
         str | None, typer.Option(help="The mesh, e.g. fsdp=64,tensor=4; default: the config's.")
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="How many devices a mesh axis of -1 is to fill.")
+        int | None,
+        typer.Option(min=1, help="Without --on: how many devices an axis of -1 is to fill."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Ask the machine's own compiler as well (a minute).")
+    ] = False,
+    searching: Annotated[
+        bool, typer.Option("--search", help="Find the quickest mesh, micro-batches and remat.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many a search shows.")] = 10,
+    compile_top: Annotated[
+        int, typer.Option(min=0, help="How many of them to verify by the compiler.")
+    ] = 0,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to look at, all in one file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of an accelerator's hour: shows the run's.")
+    ] = None,
+    device_mtbf: Annotated[
+        float | None, typer.Option(min=1, help="Hours between failures of one device.")
+    ] = None,
+    restart: Annotated[
+        float | None, typer.Option(min=0, help="Seconds from a failure to the next step.")
+    ] = None,
+    checkpoint: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that a checkpoint holds the run up.")
+    ] = None,
 ) -> None:
-    """Show where every parameter of a run lies, and what each device must hold. Needs no device."""
-    from maxlm.config import load
-    from maxlm.plan.layout import lay_out
+    """Show what a run holds, sends and takes on a machine, before it is paid for.
+
+    Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given. `maxlm plan diff A B`
+    compares two plans.
+    """
+    from maxlm.config import MaxlmError, load
+    from maxlm.plan.goodput import Reliability
+    from maxlm.plan.predict import Machine, predict
     from maxlm.run import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh, smallest
 
     run = load(RunConfig, config, settings or ()).value
-    chosen = parse_mesh(mesh) if mesh else run.mesh
-    layout = lay_out(run, mesh_sizes(chosen, devices or smallest(chosen)))
+    if mesh:
+        run = run.model_copy(update={"mesh": parse_mesh(mesh)})
+    if on is None:
+        asked = {"--compile": compiled, "--search": searching or compile_top > 0}
+        for option, given in asked.items():
+            if given:
+                raise MaxlmError(f"{option} needs a machine", fix="name it: --on v5p-128")
+        machine, sizes = None, mesh_sizes(run.mesh, devices or smallest(run.mesh))
+    else:
+        _stay_off_devices(on)
+        machine, sizes = Machine.of(on), None
+    given = {
+        "device_mtbf_hours": device_mtbf,
+        "restart_seconds": restart,
+        "checkpoint_seconds": checkpoint,
+    }
+    reliability = Reliability(**{k: v for k, v in given.items() if v is not None})
+    if machine and (searching or compile_top):
+        run = _search(run, machine, config, settings or [], top, compile_top, as_json)
+        if run is None:
+            raise typer.Exit(1)
+    result = predict(run, machine, sizes=sizes, reliability=reliability)
+    out, fits = result.to_json(), result.fits
+    compared = None
+    if machine and compiled:
+        from maxlm.programs.compare import compare
+        from maxlm.programs.compile import compile_step
+
+        step = compile_step(run, machine.name)
+        compared = compare(run, machine, result, step)
+        fits = step.memory.peak <= machine.chip.memory
+        out |= {
+            "fits": fits,
+            "compiled": {k: {"plan": a, "compiler": b} for k, (a, b) in compared.items()},
+        }
+    if html:
+        from maxlm.plan.html import write_report
+
+        write_report(out, html)
     if as_json:
         import json
 
-        print(json.dumps(layout.to_json(), indent=2))
+        print(json.dumps(out, indent=2))
+    else:
+        from rich.console import Console
+
+        from maxlm.plan.show import comparison, tables
+
+        console = Console(highlight=False)
+        console.print(tables(result, price=price))
+        if compared:
+            console.print(comparison(compared, "The plan beside the compiler"))
+        if html:
+            console.print(f"written: {html}")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="A plan's JSON, a run's folder, or a config.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    on: Annotated[str | None, typer.Option(help="The machine that configs are planned on.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what differs between two plans."""
+    from maxlm.plan.diff import diff as compare_plans
+    from maxlm.plan.diff import tables
+    from maxlm.programs.plans import read_plan
+
+    if on:
+        _stay_off_devices(on)
+    found = compare_plans(read_plan(first, on), read_plan(second, on))
+    if as_json:
+        import json
+
+        print(json.dumps(found, indent=2))
         return
     from rich.console import Console
 
-    from maxlm.plan.show import tables
+    Console(highlight=False).print(tables(found, (first, second)))
 
-    Console().print(tables(layout))
+
+def _stay_off_devices(on: str) -> None:
+    """Planning for one machine touches no accelerator of another's; `cpuxN` is N virtual devices of
+    this one's CPU."""
+    import os
+
+    import jax
+
+    from maxlm.plan.topology import parse_topology
+
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    machine = parse_topology(on)
+    if machine.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", machine.devices)
+
+
+def _search(
+    run: Any, machine: Any, source: str, settings: list[str], top: int, verify: int, quiet: bool
+) -> Any:
+    """The quickest run that fits, or None; says what was found."""
+    from rich.console import Console
+
+    from maxlm.plan.search import search, snippet
+    from maxlm.plan.show import candidates, human_bytes
+    from maxlm.programs.plans import nested, verified
+
+    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False)
+    found = search(run, machine, top=max(top, verify))
+    limit = machine.chip.memory
+    console.print(
+        f"{found.tried:,} candidates in {found.taken:.2f} s "
+        f"({found.tried / max(found.taken, 1e-9):,.0f} a second): {found.possible:,} divide, "
+        f"{found.fitting:,} fit"
+    )
+    if not found.best:
+        console.print(f"none fits; the least that any needs is {human_bytes(found.least)} a device")
+        return None
+    peaks = verified(run, machine, found.best[:verify])
+    console.print(candidates(found, limit, peaks))
+    good = [i for i in range(len(found.best)) if peaks.get(i, 0) <= limit]
+    if not good:
+        console.print("none of those compiled fits by the compiler's account")
+        return None
+    winner = found.best[good[0]]
+    console.print("\n# the quickest, as a config for maxlm train", markup=False)
+    console.print(snippet(winner, source, nested(settings)), markup=False)
+    return winner.apply(run)

@@ -1,39 +1,150 @@
-"""What a device can do."""
+"""What devices can do: vendors' figures, each with its source.
+
+A row is one device as JAX counts them. Peaks are dense. What a program reaches of them is in
+``plan/timing.py``.
+"""
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 peak, FLOP/s, by the name JAX gives the device.
-PEAK_FLOPS = {
-    "TPU v4": 2.75e14,  # cloud.google.com/tpu/docs/v4
-    "TPU v5 lite": 1.97e14,  # cloud.google.com/tpu/docs/v5e
-    "TPU v5": 4.59e14,  # cloud.google.com/tpu/docs/v5p
-    "TPU v6 lite": 9.18e14,  # cloud.google.com/tpu/docs/v6e
-    "NVIDIA H100": 9.89e14,  # NVIDIA H100 datasheet, SXM, without sparsity
-    "NVIDIA H200": 9.89e14,  # NVIDIA H200 datasheet, SXM, without sparsity
-    "NVIDIA A100": 3.12e14,  # NVIDIA A100 datasheet, without sparsity
+GB, GIB, TERA = 1e9, 2.0**30, 1e12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One kind of device."""
+
+    name: str
+    family: str
+    """What its efficiency is looked up by (``plan/timing.py``)."""
+    device_kind: str
+    """How the name that JAX gives such a device begins."""
+    peak: Mapping[str, float]
+    """FLOP/s (int8: OP/s) of matrix products, by dtype."""
+    memory: float
+    """Bytes that a program may use."""
+    bandwidth: float
+    """B/s between main memory and the chip."""
+    link: float
+    """B/s one way: of each link of a TPU's torus; of a GPU's NVLinks together."""
+    network: float
+    """B/s one way for each device between slices, or between GPU hosts."""
+    vector: float
+    """fp32 operations a second outside of matrix units."""
+    latency: float
+    """Seconds that a collective takes with nothing in it: a hop on a torus, a whole one on GPUs."""
+    sources: str
+    domain: int = 0
+    """GPUs that NVLink joins; 0: a TPU's torus does, or nothing."""
+
+
+_TPU, _NVIDIA = 1e-6, 2e-5
+_BOOK = "links and network: jax-ml.github.io/scaling-book/tpus"
+_XLA = "memory: openxla/xla xla/backends/gpu/target_config/specs"
+
+# Memory of TPUs: the limit that libtpu's compiler names when a program does not fit, which is what
+# the vendor's figure leaves after its own share.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            *("v4", "tpu", "TPU v4", {"bf16": 275 * TERA, "int8": 275 * TERA}),
+            *(30.75 * GIB, 1200 * GB, 45 * GB, 6.25 * GB, 8.6 * TERA, _TPU),
+            f"docs.cloud.google.com/tpu/docs/v4; {_BOOK}",
+        ),
+        Chip(
+            *("v5e", "tpu", "TPU v5 lite", {"bf16": 197 * TERA, "int8": 393 * TERA}),
+            *(15.75 * GIB, 819 * GB, 45 * GB, 3.125 * GB, 6.1 * TERA, _TPU),
+            f"docs.cloud.google.com/tpu/docs/v5e; {_BOOK}",
+        ),
+        Chip(
+            *("v5p", "tpu", "TPU v5", {"bf16": 459 * TERA, "int8": 918 * TERA}),
+            *(95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 14.3 * TERA, _TPU),
+            f"docs.cloud.google.com/tpu/docs/v5p; int8, {_BOOK}",
+        ),
+        Chip(
+            *("v6e", "tpu", "TPU v6 lite", {"bf16": 918 * TERA, "int8": 1836 * TERA}),
+            *(31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, 7.2 * TERA, _TPU),
+            f"docs.cloud.google.com/tpu/docs/v6e; {_BOOK}",
+        ),
+        # A chip is two devices, one a chiplet, which share its links and network.
+        Chip(
+            *("tpu7x", "tpu", "TPU7x", {"bf16": 1153.5 * TERA, "fp8": 2307 * TERA}),
+            *(94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, 7.2 * TERA, _TPU),
+            "docs.cloud.google.com/tpu/docs/tpu7x, halves of a chip",
+        ),
+        Chip(
+            *("a100", "nvidia", "NVIDIA A100", {"bf16": 312 * TERA, "tf32": 156 * TERA}),
+            *(85_100_068_864.0, 2039 * GB, 300 * GB, 25 * GB, 9.7 * TERA, _NVIDIA),
+            f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
+            domain=8,
+        ),
+        Chip(
+            *("h100", "nvidia", "NVIDIA H100", {"bf16": 989.4 * TERA, "fp8": 1978.9 * TERA}),
+            *(84_942_979_072.0, 3350 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
+            f"NVIDIA H100 architecture white paper, SXM5; network: DGX H100 datasheet; {_XLA}",
+            domain=8,
+        ),
+        Chip(
+            *("h200", "nvidia", "NVIDIA H200", {"bf16": 989.4 * TERA, "fp8": 1978.9 * TERA}),
+            *(150 * GB, 4800 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
+            "NVIDIA H200 datasheet, SXM; memory: of its 141 GB, what a driver reports",
+            domain=8,
+        ),
+        Chip(
+            *("b200", "nvidia", "NVIDIA B200", {"bf16": 2250 * TERA, "fp8": 4500 * TERA}),
+            *(191_514_411_008.0, 7672 * GB, 900 * GB, 50 * GB, 37.2 * TERA, _NVIDIA),
+            f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
+            domain=8,
+        ),
+    )
 }
 
 
-def peak_flops(device: Any) -> float | None:
-    """A device's peak in FLOP/s; for a CPU, what one large fp32 matmul reaches now; or unknown."""
+def chip_of(device: Any) -> Chip | None:
+    """What a device of JAX's is; None: not in the table. A CPU is measured, once a process."""
     if device.platform == "cpu":
-        return _measured_matmul(device)
-    kind = device.device_kind
-    found = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+        return measured_cpu(len(device.client.local_devices()))
+    found = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.device_kind)]
+    return max(found, key=lambda chip: len(chip.device_kind), default=None)
 
 
-def _measured_matmul(device: Any, size: int = 1024, rounds: int = 5) -> float:
-    multiply, times = jax.jit(jnp.matmul), []
+@cache
+def measured_cpu(devices: int) -> Chip:
+    """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
+    and SiLU reach now, and the memory there is."""
+    peak = 2 * 1024**3 / _seconds(jnp.matmul, 1024, rounds=20) / devices
+    # An element-wise map as programs have them, which here computes rather than waits for memory.
+    # In place, as in a program's own buffers: fresh pages would cost several times more.
+    bandwidth = 2 * 4 * 4096**2 / _seconds(jax.nn.silu, 4096, in_place=True) / devices
+    return Chip(
+        *("cpu", "cpu", "cpu", {"fp32": peak, "bf16": peak}, _machine_memory() / devices),
+        *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
+        "measured on this machine",
+    )
+
+
+def _seconds(function: Any, size: int, *, in_place: bool = False, rounds: int = 5) -> float:
+    """The quickest of some runs over fp32 [size, size]."""
+    device = jax.local_devices(backend="cpu")[0]
+    run = jax.jit(function, donate_argnums=0 if in_place else ())
     a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
-    multiply(a, a).block_until_ready()
-    for _ in range(rounds):
+    times = []
+    for _ in range(rounds + 1):
         began = time.perf_counter()
-        multiply(a, a).block_until_ready()
+        out = run(a).block_until_ready() if in_place else run(a, a).block_until_ready()
         times.append(time.perf_counter() - began)
-    # Several virtual CPU devices share the same cores.
-    return 2 * size**3 / min(times) / len(device.client.local_devices())
+        a = out if in_place else a
+    return min(times[1:])
+
+
+def _machine_memory() -> float:
+    import os
+
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

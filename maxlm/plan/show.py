@@ -1,19 +1,28 @@
-"""A layout as tables for a terminal."""
+"""A plan as tables for a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from maxlm.plan.layout import Layout, ParamRow
+from maxlm.plan.predict import Plan
+from maxlm.plan.search import Candidate, Found
+
+# Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
+OPTIMAL = 20
 
 
 def human_bytes(size: float) -> str:
     """``1.5 GiB``: three significant digits, binary units."""
+    sign, size = ("-" if size < 0 else ""), abs(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1023.5:
-            return f"{_three_digits(size)} {unit}"
+            return f"{sign}{_three_digits(size)} {unit}"
         size /= 1024
-    return f"{_three_digits(size)} TiB"
+    return f"{sign}{_three_digits(size)} TiB"
 
 
 def human_count(count: float) -> str:
@@ -24,31 +33,78 @@ def human_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def human_seconds(seconds: float) -> str:
+    """``1.5 ms``, ``12 s``, ``3.2 h``, ``14 days``."""
+    for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
+        if seconds < limit:
+            return f"{_three_digits(seconds * scale)} {unit}"
+    if seconds < 7200:
+        return f"{_three_digits(seconds / 60)} min"
+    hours = seconds / 3600
+    return f"{_three_digits(hours)} h" if hours < 72 else f"{_three_digits(hours / 24)} days"
+
+
 def _three_digits(value: float) -> str:
     """Never in scientific notation."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def tables(layout: Layout) -> Group:
-    """Facts, one row a parameter, and totals per device."""
+def tables(plan: Plan, *, price: float | None = None) -> Group:
+    """Facts, one row a parameter, memory, communication and time.
+
+    Args:
+        price: of an accelerator's hour, in whatever currency.
+    """
+    parts: list[Any] = [facts(plan.layout), _parameters(plan.layout), _memory(plan)]
+    if plan.sends:
+        parts.append(_communication(plan))
+    if plan.machine:
+        parts += [_time(plan), Text(run_words(plan, price)), Text(verdict(plan), style="bold")]
+        parts.insert(1, Text(f"{plan.machine.name}: {plan.machine.words}"))
+    return Group(*parts)
+
+
+def facts(layout: Layout) -> Text:
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1)
     sparse = layout.active_parameters < layout.parameters
     active = f", {layout.active_parameters:,} of them active" if sparse else ""
-    facts = Text.assemble(
+    per_parameter = layout.tokens_total / layout.parameters
+    return Text.assemble(
         (layout.name, "bold"),
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
         f"{layout.tokens_per_step:,} tokens a step · {human_count(layout.tokens_total)} in the run"
-        f" ({layout.tokens_total / layout.parameters:.3g} a parameter)\n",
+        f" ({per_parameter:.3g} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
         *(f"\n{note}" for note in layout.notes),
     )
-    return Group(facts, _parameters(layout), _totals(layout))
+
+
+def planned_words(plan: Plan) -> str:
+    """A prediction in a line."""
+    memory = f"{human_bytes(float(plan.memory.total))} a device"
+    if plan.step_seconds is None:
+        return f"planned: {memory}"
+    return f"planned: {human_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {memory}"
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, in a line."""
+    assert plan.limit is not None
+    total = float(plan.memory.total)
+    need = f"{human_bytes(total)} of {human_bytes(plan.limit)} a device"
+    if plan.fits:
+        return f"fits: {need}, {1 - total / plan.limit:.0%} to spare"
+    return (
+        f"does not fit: {need}; raise train.micro_batches, choose a model.remat that keeps less, "
+        "split over more devices, or let --search choose"
+    )
 
 
 def _parameters(layout: Layout) -> Table:
-    table = Table(title="Parameters", title_justify="left", box=None, pad_edge=False)
+    dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
+    table = _table(f"Parameters ({dtypes})")
     table.add_column("parameter", overflow="fold")
     table.add_column("layout: logical axis = size → mesh axes", overflow="fold")
     for column in ("bytes", "a device", "copies"):
@@ -73,18 +129,158 @@ def _dimensions(row: ParamRow) -> str:
     return " · ".join(parts)
 
 
-def _totals(layout: Layout) -> Table:
-    table = Table(title="Bytes on each device", title_justify="left", box=None, pad_edge=False)
-    table.add_column("what")
-    table.add_column("bytes", justify="right")
-    table.add_column("", justify="right")
+def _memory(plan: Plan) -> Table:
+    table = _table("Memory of each device at the peak of a step")
+    for column in ("what", "bytes", ""):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    held = plan.memory
     parts = {
-        "parameters (fp32)": layout.parameter_bytes,
-        "gradients (fp32)": layout.gradient_bytes,
-        "optimizer state": layout.optimizer_bytes,
+        "parameters (fp32)": held.parameters,
+        "optimizer state": held.optimizer,
+        "moving average (fp32)": held.average,
+        "batch": held.batch,
+        "gradients": held.gradients,
+        f"activations kept ({plan.remat})": held.activations,
+        f"working set of {held.phase}": held.working,
+        "together": held.total,
     }
-    if layout.average_bytes:
-        parts["moving average (fp32)"] = layout.average_bytes
-    for name, size in {**parts, "together": sum(parts.values())}.items():
-        table.add_row(name, f"{size:,}", human_bytes(size))
+    if plan.limit is not None:
+        parts |= {"limit": plan.limit, "margin": plan.limit - float(held.total)}
+    for name, size in parts.items():
+        if float(size):
+            table.add_row(name, f"{float(size):,.0f}", human_bytes(float(size)))
     return table
+
+
+def _communication(plan: Plan) -> Table:
+    table = _table("Communication of each device in a step")
+    for column in ("what", "kind", "over", "runs", "sent", "time", "computation"):
+        numeric = column in ("runs", "sent", "time")
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+    for key, (runs, sent, taken) in grouped(plan).items():
+        what, kind, axes, link, waits = key
+        table.add_row(
+            what,
+            kind,
+            f"{axes} ({link})" if link else axes,
+            f"{runs:,}",
+            human_bytes(sent),
+            "" if taken is None else human_seconds(taken),
+            "waits for it" if waits else "can hide it",
+        )
+    return table
+
+
+def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
+    """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
+    passes."""
+    kernels = {row.path.removeprefix("layers.").removesuffix(".kernel") for row in plan.layout.rows}
+    kernels |= {"head"}
+    total: dict[tuple[Any, ...], tuple[int, float, float | None]] = {}
+    for s in plan.sends:
+        owner, _, rest = s.what.partition(": ")
+        what = f"kernels{f': {rest}s' if rest else ''}" if owner in kernels else s.what
+        key = (what, s.kind, "+".join(s.axes), s.link, s.waits)
+        runs, sent, taken = total.get(key, (0, 0.0, None if s.seconds is None else 0.0))
+        more = None if taken is None or s.seconds is None else taken + s.seconds
+        total[key] = (runs + s.count, sent + s.sent_bytes, more)
+    return total
+
+
+def _time(plan: Plan) -> Table:
+    table = _table("Time of a step")
+    for column in ("what", "time", "share"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    time = plan.time
+    assert time is not None
+    parts = {
+        "matrix products": time.products,
+        "attention": time.attention,
+        "element-wise maps, optimizer": time.traffic,
+        "communication that nothing hides": time.exposed,
+        "pipeline idle": time.idle,
+        "together": time.total,
+    }
+    for name, value in parts.items():
+        if float(value):
+            share = float(value) / float(time.total)
+            table.add_row(name, human_seconds(float(value)), f"{share:.1%}")
+    return table
+
+
+def run_words(plan: Plan, price: float | None = None) -> str:
+    """Rates, the whole run, and what failures cost of it."""
+    layout, good = plan.layout, plan.goodput
+    rate, hours = plan.tokens_per_second, plan.run_hours
+    if rate is None or good is None:
+        return ""
+    lines = [
+        f"{human_count(rate)} tokens/s, {human_count(rate / layout.devices)} a device · "
+        f"MFU {plan.mfu():.1%} (attention at half), {plan.mfu(full_attention=True):.1%} (in full)"
+    ]
+    if hours is not None:
+        steps = layout.tokens_total // layout.tokens_per_step
+        words = f"{steps:,} steps in {human_seconds(3600 * hours)}, "
+        words += f"{hours * layout.devices:,.0f} device-hours"
+        if price is not None:
+            words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
+        lines.append(words)
+    step = plan.step_seconds or 1.0
+    every = max(1, round(good.best_interval_seconds / step))
+    lines.append(
+        f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "
+        f"({human_seconds(good.best_interval_seconds)}), "
+        + (
+            f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
+            if plan.checkpoint_every
+            else "none are configured"
+        )
+        + f"; a failure every {human_seconds(3600 * good.mtbf_hours)}"
+    )
+    return "\n".join(lines)
+
+
+def comparison(rows: Mapping[str, tuple[float, float]], title: str) -> Table:
+    """Analytic figures beside the compiler's."""
+    table = _table(title)
+    for column in ("what", "plan", "compiler", "plan ÷ compiler"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for what, (ours, theirs) in rows.items():
+        ratio = f"{ours / theirs:.3f}" if theirs else ""
+        table.add_row(what, f"{ours:,.3f}", f"{theirs:,.3f}", ratio)
+    return table
+
+
+def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -> Table:
+    """A search's best.
+
+    Args:
+        verified: of some, by their place, the compiler's peak in bytes.
+    """
+    table = _table("The quickest that fit")
+    columns = ["mesh", "micro-batches", "remat", "residual", "step", "memory", "of limit"]
+    for column in columns + (["compiler's"] if verified else []):
+        table.add_column(column, justify="right" if column in columns[4:] else "left")
+    for place, own in enumerate(found.best):
+        cells = _candidate(own, limit)
+        if verified:
+            cells.append(human_bytes(verified[place]) if place in verified else "")
+        table.add_row(*cells)
+    return table
+
+
+def _candidate(own: Candidate, limit: float) -> list[str]:
+    mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
+    return [
+        mesh,
+        str(own.micro_batches),
+        own.remat,
+        "+".join(own.residual) or "whole",
+        human_seconds(own.seconds),
+        human_bytes(own.memory),
+        f"{own.memory / limit:.0%}",
+    ]
+
+
+def _table(title: str) -> Table:
+    return Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
-from maxlm.plan.compiled_cost import CompiledCost, Memory, compiled_cost, compiled_memory
+from maxlm.plan.compiled.cost import CompiledCost, Memory, compiled_cost, compiled_memory
 from maxlm.plan.topology import Topology, gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig

@@ -11,7 +11,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, load, to_yaml
-from maxlm.plan.layout import lay_out
+from maxlm.plan.predict import Machine, Plan, predict
+from maxlm.plan.show import planned_words
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import Corpus, planned_vocab, prepare
@@ -34,6 +35,7 @@ class Trained:
 
     setup: Setup
     corpus: Corpus
+    plan: Plan
     state: TrainState
     folder: Path
     heldout: dict[str, dict[str, float]]
@@ -76,10 +78,16 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 where=str(folder),
                 fix=f"set train.steps to {start} or more, or train in another run folder",
             )
+        plan = predict(
+            config,
+            Machine.here(setup.mesh.devices.ravel().tolist()),
+            sizes=dict(setup.mesh.shape),
+            links=links(setup.mesh),
+        )
+        say(planned_words(plan))
         if lead:
             _write(folder / "config.yaml", to_yaml(config))
-            plan = lay_out(config, dict(setup.mesh.shape), links(setup.mesh)).to_json()
-            _write(folder / "plan.json", f"{json.dumps(plan, indent=2)}\n")
+            _write(folder / "plan.json", f"{json.dumps(plan.to_json(), indent=2)}\n")
         keeper = stack.enter_context(
             Checkpointer(
                 folder / "checkpoints", config.checkpoint, grouped=group_sizes(setup.specs)
@@ -104,7 +112,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 batches,
                 config=config.train,
                 hooks=Hooks(
-                    record=recorder(setup, corpus, log, display),
+                    record=recorder(setup, corpus, plan, log, display),
                     evaluate=quick_evaluation if corpus.heldout else None,
                     event=log.event,
                 ),
@@ -118,7 +126,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 log.log(int(state.step), _evaluation_record(config, int(state.step), results))
             (folder / "plots").mkdir(exist_ok=True)
             plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png")
-    return Trained(setup, corpus, state, folder, results)
+    return Trained(setup, corpus, plan, state, folder, results)
 
 
 def _evaluation_record(

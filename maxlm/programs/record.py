@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping
 from math import log
 
-import jax
-
 from maxlm.plan.flops import training_flops
-from maxlm.plan.hardware import peak_flops
+from maxlm.plan.predict import Plan
 from maxlm.programs.prepare import Corpus
 from maxlm.programs.setup import Setup
 from maxlm.train.display import ConsoleDisplay
@@ -22,17 +20,24 @@ def _evaluated(step: int, values: Mapping[str, float]) -> str:
 
 
 def recorder(
-    setup: Setup, corpus: Corpus, log_to: MetricsLog, display: ConsoleDisplay
+    setup: Setup, corpus: Corpus, plan: Plan, log_to: MetricsLog, display: ConsoleDisplay
 ) -> Callable[[int, Mapping[str, float]], None]:
     """A hook that adds rates to a step's scalars, writes them and shows them.
 
     ``mfu`` counts causal attention at half, ``mfu_full_attention`` in full. On a CPU the peak is
-    what a large matmul reached when the run started.
+    what a large matmul reached when the run started. What the plan predicted stands beside what is
+    measured: ``planned_seconds``, ``planned_mfu``, ``planned_memory``.
     """
     config = setup.config
     tokens_a_step = config.data.batch_size * config.data.seq_len
     flops = training_flops(setup.specs, config.model, config.data.seq_len)
-    peak = peak_flops(jax.local_devices()[0])
+    peak, planned = plan.peak_flops, {}
+    if plan.step_seconds is not None:
+        planned = {
+            "planned_seconds": plan.step_seconds,
+            "planned_mfu": plan.mfu(),
+            "planned_memory": float(plan.memory.total),
+        }
     share = sum(corpus.weights.values())
     bytes_a_target = sum(
         corpus.weights[name]
@@ -51,11 +56,11 @@ def recorder(
                 "bits_per_byte": values["cross_entropy"] / log(2) / bytes_a_target,
                 "tokens_per_second": rate,
                 **memory_record(),
+                **planned,
             }
             if peak is not None:
-                total = peak * setup.mesh.size
-                values["mfu"] = mfu(rate, flops.causal, total)
-                values["mfu_full_attention"] = mfu(rate, flops.full, total)
+                values["mfu"] = mfu(rate, flops.causal, peak)
+                values["mfu_full_attention"] = mfu(rate, flops.full, peak)
             display.update(step, values)
         else:
             display.message(_evaluated(step, values))

@@ -4,13 +4,17 @@ import gzip
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.plan.show import human_bytes, human_seconds
 from maxlm.programs.generate import generate_text
 from maxlm.programs.pretrain import Trained, parameters
+from maxlm.train.metrics import read_records
 
 # Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
 COMPARED_BYTES = 16 << 20
@@ -29,6 +33,8 @@ def report(run: Trained) -> None:
     console = Console(highlight=False)
     if run.heldout:
         console.print(_comparison(run))
+    if measured := _measured(run):
+        console.print(measured)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
         text = samples(run)
         path = run.folder / "samples" / f"step-{int(run.state.step)}.txt"
@@ -50,6 +56,34 @@ def _comparison(run: Trained):
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
         table.add_row(name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
+    return table
+
+
+def _measured(run: Trained):
+    """The plan's figures beside medians of what was measured; None: nothing to compare."""
+    from rich.table import Table
+
+    # The first step of a start compiles.
+    records = [r for r in read_records(run.folder / "metrics.jsonl") if r.get("seconds")][1:]
+    plan = run.plan
+    if plan.step_seconds is None or not records:
+        return None
+    table = Table(title="Planned and measured", title_justify="left")
+    for column in ("", "planned", "median", "planned ÷ measured"):
+        table.add_column(column, justify="right" if column else "left")
+    seconds = median(r["seconds"] for r in records)
+    share = plan.mfu() or 0.0
+    measured = median(r.get("mfu") or 0.0 for r in records)
+    memory = float(plan.memory.total)
+    rows: list[Any] = [
+        ("step", human_seconds, plan.step_seconds, seconds),
+        ("MFU", "{:.1%}".format, share, measured),
+    ]
+    if "device_memory_peak" in records[-1]:
+        peak = max(r["device_memory_peak"] for r in records)
+        rows.append(("memory of a device", human_bytes, memory, peak))
+    for name, word, ours, theirs in rows:
+        table.add_row(name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
     return table
 
 
@@ -85,7 +119,7 @@ def samples(run: Trained) -> str:
 def _places(folder: Path) -> str:
     kinds = {
         "config.yaml": "the run, resolved",
-        "plan.json": "where every parameter lies",
+        "plan.json": "what was planned: maxlm plan diff compares two",
         "checkpoints": "the model and its optimizer",
         "tokenizer": "text to ids",
         "data": "token stores",

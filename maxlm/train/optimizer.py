@@ -4,6 +4,7 @@ Every kind is the same chain: clip by global norm, turn gradients into a directi
 weight decay where it belongs, multiply by the learning rate. Only the direction differs.
 """
 
+from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, Literal
 
@@ -160,34 +161,62 @@ def _in_auto_mode(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformation(inner.init, update)
 
 
+@dataclass(frozen=True)
+class StateArray:
+    """An array of a state before it has values; a leaf of JAX trees."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+    """Logical axis of each dimension."""
+    owner: tuple[str, ...] | None
+    """The path of the parameter that it belongs to."""
+
+
+def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
+    """The optimizer's state with a :class:`StateArray` for every array.
+
+    An array under a parameter's path has that parameter's axes on every dimension it shares with
+    it (moments: all; factored moments: those not reduced to 1). All else is whole everywhere.
+    """
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
+    owners = {_names(path): spec for path, spec in _leaves(specs)}
+
+    def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> StateArray:
+        names, axes = _names(path), (None,) * len(leaf.shape)
+        owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
+        if owner and len(owners[owner].shape) == len(leaf.shape):
+            spec = owners[owner]
+            kept = zip(spec.axes, leaf.shape, spec.shape, strict=True)
+            axes = tuple(axis if n == full else None for axis, n, full in kept)
+        return StateArray(leaf.shape, leaf.dtype, axes, owner)
+
+    return jax.tree_util.tree_map_with_path(describe, jax.eval_shape(optimizer.init, params))
+
+
 def abstract_opt_state(
     optimizer: optax.GradientTransformation, specs: Params, shardings: Params
 ) -> optax.OptState:
     """The optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is touched.
 
-    A leaf under a parameter's path takes that parameter's mesh axes on every dimension it shares
-    with it (moments: all; factored moments: those not reduced to 1). All else is replicated.
+    Where an array has an axis of its parameter's, it lies as the parameter does.
 
     Args:
         specs: nested dict of ``ParamSpec``.
         shardings: the same tree of ``NamedSharding``, over a real or an abstract mesh.
     """
-    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
-    shapes = {_names(path): spec.shape for path, spec in _leaves(specs)}
     layouts = {_names(path): sharding for path, sharding in _leaves(shardings)}
     mesh = next(iter(layouts.values())).mesh
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names, spec = _names(path), PartitionSpec()
-        owner = next((names[i:] for i in range(len(names)) if names[i:] in shapes), None)
-        if owner and len(shapes[owner]) == len(leaf.shape):
-            axes = layouts[owner].spec
-            axes = (*axes, *(None,) * (len(leaf.shape) - len(axes)))
-            kept = zip(axes, leaf.shape, shapes[owner], strict=True)
-            spec = PartitionSpec(*(axis if n == full else None for axis, n, full in kept))
+    def place(leaf: StateArray) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec()
+        if leaf.owner and any(leaf.axes):
+            own = layouts[leaf.owner].spec
+            own = (*own, *(None,) * (len(leaf.shape) - len(own)))
+            spec = PartitionSpec(*(m if a else None for m, a in zip(own, leaf.axes, strict=True)))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+    return jax.tree.map(place, described_opt_state(optimizer, specs))
 
 
 def opt_state_shardings(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.plan.compiled_cost import Collective, CompiledCost
+from maxlm.plan.compiled.cost import Collective, CompiledCost
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import compile_step, has_compiler
 from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D, small_run

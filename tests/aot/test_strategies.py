@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from maxlm.plan.compiled_cost import CompiledCost
+from maxlm.plan.compiled.cost import CompiledCost
 from maxlm.plan.topology import parse_topology
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, VOCAB, D
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.parallel.pipeline import bubble, forward_slots, one_f_one_b_slots
-from maxlm.plan.compiled_cost import COLLECTIVES
-from maxlm.plan.hlo import Computation, Module, parse
+from maxlm.plan.compiled.cost import COLLECTIVES
+from maxlm.plan.compiled.hlo import Computation, Module, parse
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import on_mesh

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maxlm.plan.hlo import Computation, Instruction, Module
+from maxlm.plan.compiled.hlo import Computation, Instruction, Module
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {

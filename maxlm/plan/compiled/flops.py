@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.hlo import Computation, Instruction, Shape
+from maxlm.plan.compiled.hlo import Computation, Instruction, Shape
 
 _PADDING = re.compile(r"(-?\d+)_(-?\d+)(?:_(-?\d+))?")
 

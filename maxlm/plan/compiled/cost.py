@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from maxlm.plan.hlo import Computation, Instruction, Module, parse
-from maxlm.plan.hlo_bytes import FREE, memory_traffic
-from maxlm.plan.hlo_flops import declared_flops, matmul_flops
-from maxlm.plan.hlo_groups import group_of
-from maxlm.plan.hlo_loops import trip_count
+from maxlm.plan.compiled.bytes import FREE, memory_traffic
+from maxlm.plan.compiled.flops import declared_flops, matmul_flops
+from maxlm.plan.compiled.groups import group_of
+from maxlm.plan.compiled.hlo import Computation, Instruction, Module, parse
+from maxlm.plan.compiled.loops import trip_count
 
 COLLECTIVES = (
     "all-gather",
@@ -100,7 +100,7 @@ class CompiledCost:
     attention_flops: int
     """... and of attention's; those within custom kernels are in neither."""
     memory_bytes: int
-    """Read from and written to main memory; see ``hlo_bytes``."""
+    """Read from and written to main memory; see ``bytes.py``."""
     matmuls: tuple[Matmul, ...]
     collectives: tuple[Collective, ...]
     custom_calls: tuple[CustomCall, ...]

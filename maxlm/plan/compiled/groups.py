@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from maxlm.plan.hlo import Instruction
+from maxlm.plan.compiled.hlo import Instruction
 
 _EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
 _IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"

@@ -8,7 +8,7 @@ fusion too, of which nothing but its parameters and roots touches memory.
 
 from collections.abc import Iterator
 
-from maxlm.plan.hlo import Computation, Instruction, Module, Shape
+from maxlm.plan.compiled.hlo import Computation, Instruction, Module, Shape
 
 FREE = (
     # Names for what is already there, and what runs other computations.

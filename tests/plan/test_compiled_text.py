@@ -3,9 +3,9 @@ of writing products and collectives, and every form of replica groups."""
 
 import pytest
 
-from maxlm.plan.compiled_cost import compiled_cost, ring_bytes
-from maxlm.plan.hlo import parse
-from maxlm.plan.hlo_groups import replica_groups
+from maxlm.plan.compiled.cost import compiled_cost, ring_bytes
+from maxlm.plan.compiled.groups import replica_groups
+from maxlm.plan.compiled.hlo import parse
 
 ONE = {"data": 1}
 

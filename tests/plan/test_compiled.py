@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.plan.compiled_cost import CompiledCost, compiled_cost, compiled_memory
+from maxlm.plan.compiled.cost import CompiledCost, compiled_cost, compiled_memory
 from pallas_kernels.attention import attention
 
 ONE = {"data": 1}

@@ -1,0 +1,73 @@
+"""Of a mixture's layers (``parallel/experts.py``): rows there and back, weights, outputs."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from maxlm.plan.communication.collective import FP32, Collective, Phase
+from maxlm.plan.communication.layers import weights
+from maxlm.plan.shape import Shape, received_rows
+from maxlm.plan.workload import Kernel, Number
+
+
+def experts(shape: Shape) -> Iterator[Collective]:
+    """Of a mixture's layers (``parallel/experts.py``): rows there and back, weights, outputs."""
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    moe = work.config.model.moe
+    if moe is None:
+        return
+    runs = shape.slots * shape.stage_layers
+    forward = runs * np.where(shape.pipelined, 2, 1)
+    again = runs if shape.remat != "none" else 0
+    itemsize, width = work.dtype_bytes, work.config.model.d_model * work.dtype_bytes
+    for map_ in work.maps:
+        if map_.experts:
+            for kernel in map_.kernels:
+                tokens = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
+                yield from weights(shape, kernel, forward, runs, tokens)
+    router = work.specs["layers.moe.router"]
+    rest = _kernel_of(router)
+    axes = split.extra(split.storage, rest)
+    size = rest.size * FP32
+    yield Collective("router", "all-gather", axes, size, forward, "forward", False)
+    yield Collective("router", "all-gather", axes, size, runs, "backward", False)
+    yield Collective(
+        "router: gradient",
+        "all-reduce",
+        (*rules.batch, *rules.residual),
+        size,
+        runs,
+        "backward",
+        False,
+    )
+    rows = shape.tokens * moe.experts_per_token
+    if moe.dispatch == "capacity" or not shape.ragged:
+        rows = received_rows(shape)
+    routed = rows * width
+
+    def moved(what: str, runs: Number, phase: Phase):
+        ragged = shape.ragged and moe.dispatch == "dropless"
+        kind = "ragged-all-to-all" if ragged else "all-to-all"
+        return Collective(f"experts: {what}", kind, rules.expert, routed, runs, phase, True)
+
+    yield moved("rows there", forward, "forward")
+    yield moved("rows back", forward, "forward")
+    yield moved("rows there", again, "backward")
+    yield moved("gradients there", runs, "backward")
+    yield moved("gradients back", runs, "backward")
+    inner = rules.mlp
+    sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
+    tokens = shape.tokens * work.config.model.d_model * itemsize
+    # Shared experts gather the same arrays, and the compiler gathers them once.
+    gathered = () if moe.shared_experts else sequence
+    for what, kind, axes in (
+        ("output", "reduce-scatter", sequence),
+        ("output", "all-reduce", tuple(a for a in inner if a not in sequence)),
+        ("input", "all-gather", gathered),
+    ):
+        yield Collective(f"experts: {what}", kind, axes, tokens, forward, "forward", True)
+        yield Collective(f"experts: {what}", kind, axes, tokens, runs, "backward", True)
+
+
+def _kernel_of(spec) -> Kernel:
+    return Kernel("router", spec.shape[spec.lead :], spec.axes[spec.lead :], 1)

@@ -1,0 +1,163 @@
+"""Of linear maps, norms and attention: the table in ``parallel/linear.py``, counted."""
+
+from collections.abc import Iterator
+from math import gcd
+
+import numpy as np
+
+from maxlm.plan.communication.collective import FP32, PASSES, Collective, Phase
+from maxlm.plan.shape import Shape
+from maxlm.plan.workload import Kernel, Map, Number
+
+
+def layers(shape: Shape) -> Iterator[Collective]:
+    work, split = shape.work, shape.split
+    runs = shape.slots * shape.stage_layers
+    # A pipeline's backward pass runs a stage forward once more, to differentiate it.
+    forward = runs * np.where(shape.pipelined, 2, 1)
+    for map_ in work.maps:
+        if not map_.experts:
+            yield from _map(shape, map_, forward, runs)
+    yield from _attention(shape, forward, runs)
+    vectors = [s for s in work.layer_specs.values() if s.role == "vector" and not s.by_rule]
+    size = sum(s.size for s in vectors) / work.layers * FP32
+    axes = (*split.compute.batch, *split.compute.residual)
+    yield Collective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
+
+
+def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator[Collective]:
+    """Of a layer's map; see the table in ``parallel/linear.py``."""
+    work, rules = shape.work, shape.split.compute
+    width, tokens = work.config.model.d_model * work.dtype_bytes, shape.tokens
+    sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
+    again = backward if work.recomputed(map_, shape.remat) else 0
+    for kernel in map_.kernels:
+        yield from weights(shape, kernel, forward, backward, (*rules.batch, *rules.seq))
+    sides = {
+        "in": {a for k in map_.kernels for x in k.axes[: k.inputs] for a in rules.mesh_axes(x)},
+        "out": {a for k in map_.kernels for x in k.axes[k.inputs :] for a in rules.mesh_axes(x)},
+    }
+    summed, spread = (tuple(sorted(sides[side])) for side in ("in", "out"))
+
+    def moved(what: str, kind: str, axes: tuple[str, ...], runs: Number, phase: Phase):
+        return Collective(f"{map_.name}: {what}", kind, axes, tokens * width, runs, phase, True)
+
+    if map_.reads == "residual":
+        yield moved("input", "all-gather", sequence, forward, "forward")
+        yield moved("input", "all-gather", sequence, backward, "backward")
+        yield moved("its gradient", "reduce-scatter", sequence, backward, "backward")
+        rest = tuple(axis for axis in spread if axis not in sequence)
+        yield moved("its gradient", "all-reduce", rest, backward, "backward")
+    if map_.writes == "residual":
+        yield moved("output", "reduce-scatter", sequence, forward, "forward")
+        yield moved("output", "reduce-scatter", sequence, again, "backward")
+        yield moved("its gradient", "all-gather", sequence, backward, "backward")
+        rest = tuple(axis for axis in summed if axis not in sequence)
+        yield moved("output", "all-reduce", rest, forward, "forward")
+        yield moved("output", "all-reduce", rest, again, "backward")
+
+
+def weights(
+    shape: Shape, kernel: Kernel, forward: Number, backward: Number, token_axes: tuple[str, ...]
+) -> Iterator[Collective]:
+    """Kernels gathered from storage, and their gradients reduced into it.
+
+    Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
+    and all of a 1F1B pipeline, are gathered from such shares too.
+    """
+    split, itemsize = shape.split, shape.work.dtype_bytes
+    used = kernel.size * itemsize / split.shards(split.compute, kernel.axes)
+    name = kernel.name.removeprefix("layers.").removesuffix(".kernel")
+    gathered, here = split.extra(split.gradients, kernel), 1.0
+    if split.gradients != split.storage and "expert" not in kernel.axes:
+        one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
+        here = np.where(shape.pipelined & one_f_one_b, 1.0, 0.0)
+    yield Collective(name, "all-gather", gathered, used, here * forward, "forward", False)
+    yield Collective(name, "all-gather", gathered, used, here * backward, "backward", False)
+    scattered = split.extra(split.gradients, kernel)
+    rest = tuple(axis for axis in token_axes if axis not in scattered)
+    what = f"{name}: gradient"
+    yield Collective(what, "reduce-scatter", scattered, used, backward, "backward", False)
+    left = used / split.ways(scattered)
+    yield Collective(what, "all-reduce", rest, left, backward, "backward", False)
+
+
+def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Collective]:
+    """Of a sequence split over devices, and of kv heads that are whole on several."""
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    config, axes = work.config.model.attention, shape.split.compute.seq
+    ways, kv_ways = split.ways(axes), split.ways(rules.kv_heads)
+    query_heads = config.num_heads / split.ways(rules.heads)
+    kv_heads = config.num_kv_heads / kv_ways
+    head = shape.tokens * config.head_dim
+    itemsize, again = work.dtype_bytes, 0
+    if work.attention_recomputed(shape.remat):
+        again = backward
+    # Each device takes those kv heads that its query heads read.
+    read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.ways(rules.heads), 1))
+
+    def moved(what: str, kind: str, whole: Number, runs: Number, phase: Phase):
+        return Collective(f"attention: {what}", kind, axes, whole, runs, phase, True)
+
+    method = work.config.parallel.context
+    if method == "all_gather":
+        whole = head * read * ways
+        yield moved("keys and values", "all-gather", whole * itemsize, 2 * forward, "forward")
+        yield moved("keys and values", "all-gather", whole * itemsize, 2 * backward, "backward")
+        yield moved("their gradients", "reduce-scatter", whole * FP32, 2 * backward, "backward")
+    elif method == "ring":
+        block, steps = head * read, _steps(shape, ways)
+        yield moved(
+            "keys and values",
+            "collective-permute",
+            block * itemsize,
+            2 * steps * forward,
+            "forward",
+        )
+        yield moved(
+            "keys and values",
+            "collective-permute",
+            block * itemsize,
+            2 * steps * (backward + again),
+            "backward",
+        )
+        yield moved(
+            "their gradients",
+            "collective-permute",
+            block * FP32,
+            2 * np.where(np.greater(steps, 0), steps + 1, 0) * backward,
+            "backward",
+        )
+    else:
+        copies = np.vectorize(lambda k, n: n // gcd(int(max(k, 1)), int(n)))(read, ways)
+        keys = head * read * copies
+        whole = head * query_heads
+        for runs, phase in zip((forward, backward), PASSES, strict=True):
+            yield moved("queries", "all-to-all", whole * itemsize, runs, phase)
+            yield moved("keys and values", "all-to-all", keys * itemsize, 2 * runs, phase)
+        yield moved("output", "all-to-all", whole * itemsize, forward + again, "forward")
+        yield moved("gradients", "all-to-all", whole * itemsize, 2 * backward, "backward")
+        wire = np.where(np.greater(copies, 1), FP32, itemsize)
+        yield moved(
+            "gradients of keys and values", "all-to-all", keys * wire, 2 * backward, "backward"
+        )
+    if rules.heads and not rules.kv_heads:
+        yield Collective(
+            "whole kv heads: gradients",
+            "all-reduce",
+            rules.heads,
+            head * config.num_kv_heads * FP32,
+            2 * backward,
+            "backward",
+            True,
+        )
+
+
+def _steps(shape: Shape, ways: Number) -> Number:
+    """Turns of a ring in which keys come from another device (``parallel/context.py``)."""
+    config = shape.work.config
+    window = config.model.attention.window
+    if window is None or config.parallel.balance_sequence:
+        return ways - 1
+    rows = config.data.seq_len / ways
+    return np.minimum(ways - 1, np.floor((window + rows - 2) / rows))

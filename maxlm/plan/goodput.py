@@ -1,0 +1,91 @@
+"""How much of a run's time is progress: failures, restarts and checkpoints.
+
+Daly 2006 ("A higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22,
+eq. 20 and 37): with a mean time M between failures, checkpoints of δ seconds and restarts of R
+seconds, work of T seconds checkpointed every τ takes M·exp(R/M)·(exp((τ+δ)/M) − 1)·T/τ.
+"""
+
+from dataclasses import dataclass
+from math import exp, expm1, sqrt
+
+# Grattafiori et al. 2024 (arXiv 2407.21783), section 3.3.4: 419 unexpected interruptions in 54 days
+# on 16,384 GPUs.
+DEVICE_MTBF_HOURS = 54 * 24 * 16_384 / 419
+RESTART_SECONDS = 600.0
+# What a device's share of its host's network gives to storage, B/s.
+STORAGE_RATE = 1e9
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What a machine does to a run."""
+
+    device_mtbf_hours: float = DEVICE_MTBF_HOURS
+    """Mean time between failures of one device that stop the run."""
+    restart_seconds: float = RESTART_SECONDS
+    """From a failure to the next step."""
+    checkpoint_seconds: float | None = None
+    """That a checkpoint keeps the run waiting; None: as long as its bytes take to storage."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Shares of time that are progress."""
+
+    mtbf_hours: float
+    """Of the whole machine."""
+    checkpoint_seconds: float
+    restart_seconds: float
+    best_interval_seconds: float
+    """Daly's optimum; Young's (1974) is its first term, √(2·δ·M)."""
+    best: float
+    configured_interval_seconds: float
+    configured: float
+    """At the run's own interval."""
+
+
+def goodput(
+    reliability: Reliability, devices: int, state_bytes: float, interval_seconds: float
+) -> Goodput:
+    """The share of a run's time that is progress.
+
+    Args:
+        state_bytes: of a checkpoint, a device's share of it.
+        interval_seconds: between the run's checkpoints; 0: there are none.
+    """
+    mean = reliability.device_mtbf_hours * 3600 / devices
+    write = reliability.checkpoint_seconds
+    write = state_bytes / STORAGE_RATE if write is None else write
+    best = best_interval(mean, write)
+    share = {
+        tau: progress(tau, mean, write, reliability.restart_seconds)
+        for tau in (best, interval_seconds)
+    }
+    return Goodput(
+        mtbf_hours=mean / 3600,
+        checkpoint_seconds=write,
+        restart_seconds=reliability.restart_seconds,
+        best_interval_seconds=best,
+        best=share[best],
+        configured_interval_seconds=interval_seconds,
+        configured=share[interval_seconds],
+    )
+
+
+def best_interval(mean: float, write: float) -> float:
+    """Daly's optimum interval, seconds, between failures ``mean`` apart and for checkpoints of
+    ``write`` seconds."""
+    if write >= 2 * mean:
+        return mean
+    x = write / (2 * mean)
+    return max(sqrt(2 * write * mean) * (1 + sqrt(x) / 3 + x / 9) - write, 1.0)
+
+
+def progress(interval: float, mean: float, write: float, restart: float) -> float:
+    """Work done a second of a run that checkpoints every ``interval`` seconds of work."""
+    if interval <= 0:
+        return 0.0
+    exponent = (interval + write) / mean
+    if exponent > 500:  # hardly an interval is ever finished
+        return 0.0
+    return interval / (mean * exp(min(restart / mean, 500.0)) * expm1(exponent))

@@ -1,0 +1,130 @@
+"""What a collective's bytes run over, and how long that takes.
+
+A TPU's torus: an axis of n of a slice's N chips, laid along the torus, has about log n / log N of
+its dimensions, and each gives a ring both of its directions; half of that where a dimension is not
+closed. GPUs: NVLink joins a host's, the network every GPU with its own card; groups of several
+hosts' GPUs are rings that leave a host as often as they have members there. Several slices are
+crossed over the network by `data`, else `stage`, after the collective within each.
+
+Algorithms are rings: (n − 1) / n of an array for an all-gather or a reduce-scatter, twice that for
+an all-reduce. An all-to-all on a ring of n sends its bytes n / 4 hops on average.
+"""
+
+from dataclasses import dataclass
+from math import log, prod
+from typing import Any
+
+import numpy as np
+
+from maxlm.plan.hardware import Chip
+from maxlm.plan.topology import Topology
+from maxlm.plan.workload import Number, Split
+from maxlm.sharding import MESH_AXES
+from maxlm.sharding.links import BETWEEN_SLICES
+
+_PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
+
+
+def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
+    """What each device sends in one run.
+
+    Args:
+        ways: devices in a group.
+        whole: bytes of the whole array of an all-gather, a reduce-scatter or an all-reduce; of
+            what one device holds before an all-to-all; of what it passes on in a permute.
+    """
+    if kind == "collective-permute":
+        return np.where(np.greater(ways, 1), whole, 0.0)
+    return _PASSES.get(kind, 1.0) * whole * (ways - 1) / ways
+
+
+@dataclass(frozen=True)
+class Network:
+    """A machine's links."""
+
+    topology: Topology
+    chip: Chip
+
+    def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+        """Of one run of a collective over mesh axes; see :func:`sent_bytes` for ``whole``."""
+        if self.topology.platform == "tpu":
+            return self._on_torus(kind, axes, whole, split)
+        return self._on_hosts(kind, axes, whole, split)
+
+    def link(self, axes: tuple[str, ...], split: Split) -> str:
+        """In words, what mesh axes of one mesh run over."""
+        ways, inner = split.ways(axes), self._inner(axes, split)
+        if self.topology.platform == "cpu":
+            return "memory"
+        near, far = ("ICI", "DCN") if self.topology.platform == "tpu" else ("NVLink", "network")
+        used = [near] if inner > 1 else []
+        return " + ".join(used + ([far] if ways > inner else []))
+
+    def _inner(self, axes: tuple[str, ...], split: Split) -> Number:
+        """Devices of a group within one slice, or within one host."""
+        if self.topology.platform == "tpu":
+            return split.ways(axes) / self._across(axes, split)
+        if self.topology.platform == "cpu":
+            return split.ways(axes)
+        inner, stride = 1.0, 1.0
+        domain = min(self.chip.domain, self.topology.shape[-1])
+        for axis in reversed(MESH_AXES):
+            if axis in axes:
+                inner = inner * np.clip(domain / stride, 1, split.sizes[axis])
+            stride = stride * split.sizes[axis]
+        return inner
+
+    def _across(self, axes: tuple[str, ...], split: Split) -> Number:
+        """Slices that a group spans."""
+        slices = self.topology.slices
+        if slices == 1:
+            return 1.0
+        first, second = BETWEEN_SLICES
+        by_first = np.equal(np.mod(split.sizes[first], slices), 0)
+        return np.where(
+            by_first, slices if first in axes else 1.0, slices if second in axes else 1.0
+        )
+
+    def _on_torus(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+        shape, chip, cores = self.topology.shape, self.chip, 1
+        if self.topology.kind == "tpu7x":
+            cores = 2
+        chips = cores * prod(shape)
+        across = self._across(axes, split)
+        inner = split.ways(axes) / across
+        share = np.log(np.maximum(inner, 1)) / log(max(chips, 2))
+        closed = float(np.mean([1.0 if wraps else 0.5 for wraps in self.topology.wraps]))
+        dimensions = sum(n > 1 for n in shape) or 1
+        links = np.maximum(2 * dimensions * share * closed, 1.0)
+        side = np.maximum(inner, 1) ** (1 / np.maximum(dimensions * share, 1))
+        hops = np.where(np.greater(inner, 1), side * np.maximum(dimensions * share, 1), 0.0)
+        if kind == "collective-permute":
+            near = np.where(np.greater(inner, 1), whole / chip.link, 0.0)
+            far = np.where(np.greater(across, 1), whole / chip.network, 0.0)
+            return np.maximum(near, far) + chip.latency
+        if kind.endswith("all-to-all"):
+            near = np.where(np.greater(inner, 1), whole * side / (8 * closed * chip.link), 0.0)
+            return near + sent_bytes(kind, across, whole) / chip.network + hops * chip.latency
+        near = sent_bytes(kind, inner, whole) / (links * chip.link)
+        # Between slices each device exchanges its part of what its slice has summed up.
+        far = sent_bytes(kind, across, whole / inner) / chip.network
+        return near + far + hops * chip.latency
+
+    def _on_hosts(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+        chip, ways = self.chip, split.ways(axes)
+        inner = self._inner(axes, split)
+        leaves = np.greater(ways, inner)
+        latency = np.where(np.greater(ways, 1), chip.latency, 0.0)
+        if kind == "collective-permute":
+            rate = np.where(leaves, chip.network, chip.link)
+            return sent_bytes(kind, ways, whole) / rate + latency
+        if kind.endswith("all-to-all"):
+            far = whole * (ways - inner) / ways / chip.network
+            return far + whole * (inner - 1) / ways / chip.link + latency
+        rate = np.where(leaves, np.minimum(inner * chip.network, chip.link), chip.link)
+        return sent_bytes(kind, ways, whole) / rate + latency
+
+
+def stride(axis: str, sizes: dict[str, Any]) -> int:
+    """Devices between neighbours along a mesh axis, `tensor` being innermost."""
+    return prod(sizes[inner] for inner in MESH_AXES[MESH_AXES.index(axis) + 1 :])

@@ -1,0 +1,301 @@
+"""A run on a machine: what it holds, what it sends and how long it takes, before it is paid for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.models.dtypes import compute_dtype
+from maxlm.plan.communication import Collective, collectives
+from maxlm.plan.goodput import Goodput, Reliability, goodput
+from maxlm.plan.hardware import CHIPS, Chip, chip_of, measured_cpu
+from maxlm.plan.layout import Layout, lay_out
+from maxlm.plan.memory import Memory, memory
+from maxlm.plan.network import Network
+from maxlm.plan.shape import Shape
+from maxlm.plan.timing import EFFICIENCY, Time, seconds
+from maxlm.plan.topology import Topology, parse_topology, torus_dimensions
+from maxlm.plan.workload import Split, Work
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES, mesh_sizes
+from maxlm.sharding.links import BETWEEN_SLICES
+
+FORMAT = 1
+# No kernel of ours keeps attention's scores on the chip yet.
+FUSED_ATTENTION = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to be."""
+
+    name: str
+    words: str
+    topology: Topology
+    chip: Chip
+
+    @classmethod
+    def of(cls, name: str) -> "Machine":
+        """By its name (``plan/topology.py``); a CPU is measured.
+
+        Raises:
+            MaxlmError: no such machine.
+        """
+        topology = parse_topology(name)
+        if topology.platform == "cpu":
+            return cls(name, topology.words, topology, measured_cpu(topology.devices))
+        return cls(name, topology.words, topology, CHIPS[topology.kind])
+
+    @classmethod
+    def here(cls, devices: Sequence[Any]) -> "Machine | None":
+        """The one that these devices are; None: a kind whose figures are not known."""
+        chip, first = chip_of(devices[0]), devices[0]
+        if chip is None:
+            return None
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        hosts = len({device.process_index for device in devices})
+        shape = (len(devices),)
+        if first.platform == "gpu":
+            slices, shape = 1, (hosts, len(devices) // hosts)
+        elif first.platform == "tpu":
+            places = np.array([device.coords for device in devices])
+            sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
+            shape = sides[: torus_dimensions(chip.name)]
+        topology = Topology(first.platform, chip.name, shape, slices)
+        return cls(topology.words, topology.words, topology, chip)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether devices exchange as many rows as there are (``parallel/experts.py``)."""
+        return self.topology.kind not in ("v5e", "cpu")
+
+    @property
+    def network(self) -> Network:
+        return Network(self.topology, self.chip)
+
+    def mesh(self, config: RunConfig) -> dict[str, int]:
+        """The config's mesh on this machine.
+
+        Raises:
+            MaxlmError: a mesh of another size, or one that slices or hosts cannot be laid along.
+        """
+        sizes = mesh_sizes(config.mesh, self.topology.devices)
+        slices = self.topology.slices
+        if self.topology.platform == "tpu" and all(sizes[a] % slices for a in BETWEEN_SLICES):
+            raise MaxlmError(
+                f"{slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
+                "divides over them",
+                where="mesh",
+                fix=f"set mesh.data to a multiple of {slices}: only it or stage may cross slices",
+            )
+        per_host = self.topology.shape[-1]
+        if self.topology.platform == "gpu" and per_host % sizes["tensor"]:
+            raise MaxlmError(
+                f"tensor={sizes['tensor']} would lie across hosts of {per_host} GPUs",
+                where="mesh.tensor",
+                fix=f"use a divisor of {per_host}",
+            )
+        return sizes
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A collective of one plan."""
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    devices: int
+    """In a group."""
+    link: str | None
+    count: int
+    """Runs a step."""
+    whole_bytes: float
+    sent_bytes: float
+    """By each device, a step."""
+    seconds: float | None
+    """A step."""
+    phase: str
+    waits: bool
+    """Whether computation waits for it; otherwise it can run beside other layers' work."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known of a run before it starts. Without a machine there are no times."""
+
+    layout: Layout
+    machine: Machine | None
+    memory: Memory
+    sends: tuple[Sent, ...]
+    time: Time | None
+    goodput: Goodput | None
+    remat: str
+    micro_batches: int
+    checkpoint_every: int
+
+    @property
+    def limit(self) -> float | None:
+        """Bytes of main memory that a program may use."""
+        return self.machine.chip.memory if self.machine else None
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or float(self.memory.total) <= self.limit
+
+    @property
+    def step_seconds(self) -> float | None:
+        return None if self.time is None else float(self.time.total)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        seconds = self.step_seconds
+        return None if seconds is None else self.layout.tokens_per_step / seconds
+
+    @property
+    def peak_flops(self) -> float | None:
+        """FLOP/s of all devices together."""
+        return self.machine and self.machine.chip.peak["bf16"] * self.layout.devices
+
+    def mfu(self, *, full_attention: bool = False) -> float | None:
+        """Share of the machine's peak spent on the model's own work."""
+        if self.peak_flops is None or self.tokens_per_second is None:
+            return None
+        layout = self.layout
+        flops = layout.flops_per_token_full_attention if full_attention else layout.flops_per_token
+        return self.tokens_per_second * flops / self.peak_flops
+
+    @property
+    def run_hours(self) -> float | None:
+        """Of the whole run, failures and checkpoints included."""
+        if self.step_seconds is None or self.goodput is None or not self.goodput.best:
+            return None
+        steps = self.layout.tokens_total / self.layout.tokens_per_step
+        return steps * self.step_seconds / self.goodput.best / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the layout's first."""
+        machine = self.machine
+        limit = self.limit
+        total = float(self.memory.total)
+        result: dict[str, Any] = {"format": FORMAT, **self.layout.to_json()}
+        result["remat"], result["micro_batches"] = self.remat, self.micro_batches
+        result["memory"] = {
+            **{part: float(size) for part, size in asdict(self.memory).items() if part != "peak"},
+            "peak_at": self.memory.phase,
+            "total": total,
+            "limit": limit,
+            "margin": None if limit is None else limit - total,
+        }
+        result["checkpoint_every"] = self.checkpoint_every
+        result["fits"] = self.fits
+        result["collectives"] = [asdict(sent) for sent in self.sends]
+        result["machine"] = machine and {
+            "name": machine.name,
+            "words": machine.words,
+            "chip": machine.chip.name,
+            "shape": list(machine.topology.shape),
+            "slices": machine.topology.slices,
+            "memory": machine.chip.memory,
+            "peak": machine.chip.peak["bf16"],
+            "bandwidth": machine.chip.bandwidth,
+            "sources": machine.chip.sources,
+            "efficiency": asdict(EFFICIENCY[machine.chip.family]),
+        }
+        result["time"] = self.time and {
+            **{part: float(value) for part, value in asdict(self.time).items()},
+            "step": self.step_seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu(),
+            "mfu_full_attention": self.mfu(full_attention=True),
+            "run_hours": self.run_hours,
+            "device_hours": None
+            if self.run_hours is None
+            else self.run_hours * self.layout.devices,
+        }
+        result["goodput"] = self.goodput and asdict(self.goodput)
+        return result
+
+
+def predict(
+    config: RunConfig,
+    machine: Machine | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    links: Mapping[str, str] | None = None,
+    reliability: Reliability = Reliability(),
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        machine: where; None: bytes alone.
+        sizes: mesh axis → devices; default: the config's mesh on the machine.
+        links: see :func:`~maxlm.plan.layout.lay_out`; default: the machine's.
+
+    Raises:
+        MaxlmError: whatever does not fit together; not: too little memory.
+    """
+    platform = machine.topology.platform if machine else "tpu"
+    dtype = compute_dtype(config.compute_dtype, platform)
+    if sizes is None:
+        assert machine is not None
+        sizes = machine.mesh(config)
+    split = Split(config, sizes)
+    network = machine.network if machine else None
+    if links is None and network:
+        links = {axis: network.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1}
+    layout = lay_out(config, sizes, links)
+    work = Work.of(config, dtype)
+    shape = Shape(
+        *(work, split, config.train.micro_batches, config.model.remat),
+        ragged=machine is None or machine.ragged,
+    )
+    sends = collectives(shape)
+    time = good = None
+    held = memory(shape)
+    if machine and network:
+        kind = matmul_dtype(shape.work.dtype_bytes, machine)
+        time = seconds(shape, network, sends, dtype=kind, fused_attention=FUSED_ATTENTION)
+        every = config.checkpoint.every_steps * float(time.total)
+        state = float(held.parameters) + float(held.optimizer) + float(held.average)
+        good = goodput(reliability, layout.devices, state, every)
+    return Plan(
+        layout=layout,
+        machine=machine,
+        memory=held,
+        sends=tuple(s for s in (_sent(c, split, network) for c in sends) if s.sent_bytes > 0),
+        time=time,
+        goodput=good,
+        remat=config.model.remat,
+        micro_batches=config.train.micro_batches,
+        checkpoint_every=config.checkpoint.every_steps,
+    )
+
+
+def matmul_dtype(itemsize: int, machine: Machine) -> str:
+    """The column of a chip's peaks. Where fp32 has none of its own it is several products of
+    smaller parts: a third of the bf16 rate at best, which this does not count."""
+    return "fp32" if itemsize == 4 and "fp32" in machine.chip.peak else "bf16"
+
+
+def _sent(c: Collective, split: Split, network: Network | None) -> Sent:
+    axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
+    taken = None
+    if network:
+        one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
+        taken = float(c.count * one / EFFICIENCY[network.chip.family].network)
+    return Sent(
+        what=c.what,
+        kind=c.kind,
+        axes=axes,
+        devices=round(float(split.ways(axes))),
+        link=network.link(axes, split) if network else None,
+        count=round(float(c.count)),
+        whole_bytes=float(c.whole_bytes),
+        sent_bytes=float(c.sent(split)),
+        seconds=taken,
+        phase=c.phase,
+        waits=c.waits,
+    )

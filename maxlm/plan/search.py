@@ -1,0 +1,262 @@
+"""The best way to lay a run on a machine: every mesh, micro-batch and remat policy, by the plan.
+
+Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes. What is
+searched are powers and products that divide the machine; batch, sequence and model stay as they
+are, so that every candidate trains the same run.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+
+from maxlm.config import MaxlmError
+from maxlm.models.dtypes import compute_dtype
+from maxlm.models.remat import RematPolicy
+from maxlm.plan.communication import collectives
+from maxlm.plan.memory import memory
+from maxlm.plan.predict import FUSED_ATTENTION, Machine, Plan, matmul_dtype, predict
+from maxlm.plan.shape import Shape
+from maxlm.plan.timing import seconds
+from maxlm.plan.workload import Split, Work
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+from maxlm.sharding.links import BETWEEN_SLICES
+
+# Of the memory limit, what the analytic peak may come to: it is off by a few per cent.
+FILL = 0.95
+# Rules for the residual stream's sequence: whole on devices of `tensor`, or split (Megatron's
+# sequence parallelism).
+_RESIDUAL = (("context",), ("context", "tensor"))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way."""
+
+    sizes: dict[str, int]
+    micro_batches: int
+    remat: RematPolicy
+    residual: tuple[str, ...]
+    seconds: float
+    """A step, predicted."""
+    memory: float
+    """Bytes at the peak, predicted."""
+
+    def changes(self) -> dict[str, Any]:
+        """The settings that make a run this candidate, nested."""
+        return {
+            "mesh": dict(self.sizes),
+            "model": {"remat": self.remat},
+            "train": {"micro_batches": self.micro_batches},
+            "sharding": {"compute": {"residual": list(self.residual)}},
+        }
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """The run laid out so."""
+        changes = self.changes()
+        dumped = config.model_dump()
+        for part in ("mesh", "model", "train"):
+            dumped[part] = {**dumped[part], **changes[part]}
+        dumped["sharding"]["compute"]["residual"] = self.residual
+        return RunConfig.model_validate(dumped)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    best: tuple[Candidate, ...]
+    """Quickest first; every one fits and passes all of a run's own checks."""
+    tried: int
+    possible: int
+    """Of those, that divide as they must."""
+    fitting: int
+    least: float
+    """Bytes at the peak of whichever needs least; infinite where none is possible."""
+    taken: float
+    """Seconds."""
+
+
+def search(config: RunConfig, machine: Machine, *, top: int = 10) -> Found:
+    """Rank all ways to lay a run on a machine; where none fits there is no best."""
+    began = time.perf_counter()
+    found: list[Candidate] = []
+    tried = possible = fitting = 0
+    least = np.inf
+    for batch in _batches(config, machine):
+        tried += batch.count
+        possible += int(batch.divides.sum())
+        if batch.divides.any():
+            own = batch.kept(batch.divides)
+            need, taken = own.evaluate(machine)
+            least = min(least, float(need.min()))
+            fits = need <= FILL * machine.chip.memory
+            fitting += int(fits.sum())
+            # Some may fail a check that only the plan itself makes.
+            order = np.argsort(np.where(fits, taken, np.inf), kind="stable")[: 4 * top]
+            found += [own.candidate(i, need, taken) for i in order if fits[i]]
+    taken_seconds = time.perf_counter() - began
+    found.sort(key=lambda c: (c.seconds, c.memory))
+    best = tuple(_accepted(config, machine, found, top))
+    return Found(best, tried, possible, fitting, float(least), taken_seconds)
+
+
+def _accepted(
+    config: RunConfig, machine: Machine, found: list[Candidate], top: int
+) -> Iterator[Candidate]:
+    count = 0
+    for candidate in found:
+        if count == top:
+            return
+        try:
+            predict(candidate.apply(config), machine)
+        except MaxlmError:
+            continue
+        count += 1
+        yield candidate
+
+
+def plan_of(config: RunConfig, machine: Machine, candidate: Candidate) -> Plan:
+    """A candidate's whole plan."""
+    return predict(candidate.apply(config), machine)
+
+
+def snippet(candidate: Candidate, source: str, settings: dict[str, Any]) -> str:
+    """YAML that ``maxlm train`` takes: the source with the settings given and the candidate's.
+
+    Args:
+        source: a config file or the name of a shipped config.
+        settings: nested, as they were given beside it.
+    """
+    merged = _merge(settings, candidate.changes())
+    merged["mesh"] = {axis: n for axis, n in merged["mesh"].items() if n > 1 or axis == "fsdp"}
+    return yaml.safe_dump({"include": source, **merged}, sort_keys=False, default_flow_style=None)
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    both = dict(low)
+    for key, value in high.items():
+        known = both.get(key)
+        both[key] = _merge(known, value) if isinstance(known, dict) else value
+    return both
+
+
+def _factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write n as an ordered product."""
+    if parts == 1:
+        yield (n,)
+        return
+    for first in range(1, n + 1):
+        if n % first == 0:
+            for rest in _factorisations(n // first, parts - 1):
+                yield (first, *rest)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Candidates with one remat policy and one set of rules."""
+
+    work: Work
+    sizes: dict[str, np.ndarray]
+    micro: np.ndarray
+    remat: RematPolicy
+    residual: tuple[str, ...]
+    divides: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return len(self.micro)
+
+    def kept(self, which: np.ndarray) -> "_Batch":
+        sizes = {axis: n[which] for axis, n in self.sizes.items()}
+        return replace(self, sizes=sizes, micro=self.micro[which], divides=self.divides[which])
+
+    def evaluate(self, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes at the peak and seconds a step."""
+        split = Split(self.work.config, self.sizes)
+        shape = Shape(self.work, split, self.micro, self.remat, ragged=machine.ragged)
+        time = seconds(
+            shape,
+            machine.network,
+            collectives(shape),
+            dtype=matmul_dtype(self.work.dtype_bytes, machine),
+            fused_attention=FUSED_ATTENTION,
+        )
+        ones = np.ones(self.count)
+        return np.asarray(memory(shape).total) * ones, np.asarray(time.total) * ones
+
+    def candidate(self, i: int, need: np.ndarray, taken: np.ndarray) -> Candidate:
+        return Candidate(
+            {axis: int(n[i]) for axis, n in self.sizes.items()},
+            int(self.micro[i]),
+            self.remat,
+            self.residual,
+            float(taken[i]),
+            float(need[i]),
+        )
+
+
+def _batches(config: RunConfig, machine: Machine) -> Iterator[_Batch]:
+    dtype = compute_dtype(config.compute_dtype, machine.topology.platform)
+    batch = config.data.batch_size
+    micro = [n for n in range(1, batch + 1) if batch % n == 0]
+    axes = [a for a in MESH_AXES if a != "expert" or config.model.moe is not None]
+    meshes = [
+        dict(zip(axes, m, strict=True))
+        for m in _factorisations(machine.topology.devices, len(axes))
+    ]
+    pairs = list(product(meshes, micro))
+    sizes = {a: np.array([m.get(a, 1) for m, _ in pairs], float) for a in MESH_AXES}
+    counts = np.array([n for _, n in pairs], float)
+    given = config.sharding.compute.residual
+    for residual in dict.fromkeys((given, *_RESIDUAL)):
+        compute = config.sharding.compute.model_copy(update={"residual": residual})
+        rules = config.sharding.model_copy(update={"compute": compute})
+        own = config.model_copy(update={"sharding": rules})
+        work = Work.of(own, dtype)
+        divides = _divides(work, sizes, counts, machine)
+        if residual != given:
+            # Rules that differ over axes of one device are the same candidate.
+            differing = set(residual) ^ set(given)
+            divides &= np.any([sizes[axis] > 1 for axis in differing], axis=0)
+        for remat in get_args(RematPolicy):
+            yield _Batch(work, sizes, counts, remat, residual, divides)
+
+
+def _divides(
+    work: Work, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
+) -> np.ndarray:
+    """Which candidates divide as they must; see ``run.py`` for each check's words."""
+    config, split = work.config, Split(work.config, sizes)
+    rules, seq_len = split.compute, config.data.seq_len
+    good = np.equal(np.mod(config.data.batch_size / micro, split.ways(rules.batch)), 0)
+    good &= np.equal(np.mod(seq_len, split.ways(rules.residual)), 0)
+    chunks = split.ways(rules.seq) * np.where(
+        np.greater(split.ways(rules.seq), 1) & config.parallel.balance_sequence, 2, 1
+    )
+    good &= np.equal(np.mod(seq_len, chunks), 0)
+    heads = config.model.attention.num_heads
+    if config.parallel.context == "ulysses":
+        good &= np.equal(np.mod(heads, split.ways((*rules.heads, *rules.seq))), 0)
+    for spec in work.specs.values():
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            for own in (split.storage, split.gradients, split.optimizer, rules):
+                good &= np.equal(np.mod(size, split.ways(own.mesh_axes(axis))), 0)
+    stages = sizes["stage"]
+    groups = Shape(work, split, micro, "full").groups
+    piped = np.greater(stages, 1)
+    good &= ~piped | np.equal(np.mod(micro, stages), 0)
+    good &= np.equal(np.mod(config.model.num_layers, stages * np.where(piped, groups, 1)), 0)
+    topology = machine.topology
+    if topology.platform == "gpu":
+        good &= np.equal(np.mod(topology.shape[-1], sizes["tensor"]), 0)
+    if topology.platform == "tpu" and topology.slices > 1:
+        good &= np.any(
+            [np.equal(np.mod(sizes[a], topology.slices), 0) for a in BETWEEN_SLICES], axis=0
+        )
+    return good

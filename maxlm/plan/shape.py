@@ -1,0 +1,83 @@
+"""A step's repetitions, and what one micro-batch is on one device."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from maxlm.models.remat import RematPolicy
+from maxlm.plan.workload import Number, Split, Work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A run on a mesh, or on many."""
+
+    work: Work
+    split: Split
+    micro: Number
+    """Micro-batches."""
+    remat: RematPolicy
+    ragged: bool = True
+    """Whether the devices exchange as many rows as there are; otherwise blocks for the worst case
+    (``parallel/experts.py: native_ragged``)."""
+
+    @property
+    def rows(self) -> Number:
+        """Sequences of a micro-batch on a device."""
+        batch = self.work.config.data.batch_size
+        return batch / self.micro / self.split.ways(self.split.compute.batch)
+
+    @property
+    def tokens(self) -> Number:
+        """Tokens of a micro-batch on a device, within layers ..."""
+        seq_len = self.work.config.data.seq_len
+        return self.rows * seq_len / self.split.ways(self.split.compute.seq)
+
+    @property
+    def residual_tokens(self) -> Number:
+        """... and of the residual stream."""
+        return (
+            self.rows * self.work.config.data.seq_len / self.split.ways(self.split.compute.residual)
+        )
+
+    @property
+    def stages(self) -> Number:
+        return self.split.ways(self.split.compute.layers)
+
+    @property
+    def stage_layers(self) -> Number:
+        """Layers that a device holds."""
+        return self.work.layers / self.stages
+
+    @property
+    def groups(self) -> int:
+        """Layer groups of a stage."""
+        parallel = self.work.config.parallel
+        return parallel.layer_groups if parallel.schedule == "circular" else 1
+
+    @property
+    def pipelined(self) -> Number:
+        return np.greater(self.stages, 1)
+
+    @property
+    def slots(self) -> Number:
+        """Times that a stage passes all its layers, forward or backward, idle turns included:
+        a device computes, and sends, in these too."""
+        idle = (self.stages - 1) / self.groups
+        return np.where(self.pipelined, self.micro + idle, self.micro)
+
+    @property
+    def ticks(self) -> Number:
+        """Turns of a pipeline: of a stage, or of one of its groups of layers."""
+        return self.slots * self.groups
+
+
+def received_rows(shape: Shape) -> Number:
+    """Rows of the buffers that experts receive: room for the worst case, or for their capacity."""
+    moe, split = shape.work.config.model.moe, shape.split
+    assert moe is not None
+    ways = split.ways(split.compute.expert)
+    if moe.dispatch == "capacity":
+        return shape.tokens * moe.experts_per_token * moe.capacity_factor
+    here = np.minimum(moe.experts_per_token, moe.num_experts / ways)
+    return shape.tokens * np.where(np.greater(ways, 1), ways * here, moe.experts_per_token)

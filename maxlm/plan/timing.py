@@ -1,0 +1,272 @@
+"""How long a step takes: a roofline with three constants a family of chips.
+
+Matrix products run at a share of the peak, everything else that touches memory at the memory's
+bandwidth, and communication beside them where it can. Per micro-batch, forward and backward apart:
+
+    products     FLOPs / (peak · matmul)
+    attention    its FLOPs likewise, and its scores' element-wise work on the vector units
+    traffic      bytes of element-wise maps, of attention's scores where no kernel keeps them on
+                 the chip, of gradients and the optimizer's state: / bandwidth
+    exposed      of communication: what nothing waits for, beyond the share ``hidden`` of it and
+                 beyond the computation there is to hide it under; of what the next computation
+                 waits for, all but the share ``hidden``
+
+A pipeline's idle turns take as long as its others (``Shape.slots``).
+
+The constants (``EFFICIENCY``) are fitted to published runs by ``benchmarks/plan_mfu.py``, for all
+rows of a family together; a CPU's to runs here (``benchmarks/plan_cpu.py``).
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from maxlm.plan.communication.collective import FP32, Collective
+from maxlm.plan.memory import resting
+from maxlm.plan.network import Network
+from maxlm.plan.shape import Shape
+from maxlm.plan.workload import Number
+from maxlm.train.adafactor import matrix_dims
+
+# Vector operations for each score of attention: softmax and masks, forward; their gradients and the
+# softmax again, backward. From the static schedules of the best published TPU kernels at head size
+# 128: 138 µs forward and 393 µs backward on a v5p, 161 and 277 µs on a v6e, for 67 M scores, less
+# the products' time.
+_SCORE_OPS = {"forward": 12.0, "backward": 20.0}
+# Passes over fp32 scores in memory where no kernel keeps them on the chip.
+_SCORE_PASSES = {"forward": 4.0, "backward": 8.0}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What programs reach of a chip's figures."""
+
+    matmul: float
+    """Share of the peak that large matrix products reach."""
+    hidden: float
+    """Share of communication that runs beside computation."""
+    network: float
+    """Share of the links' rates that collectives reach."""
+
+
+EFFICIENCY = {
+    "tpu": Efficiency(matmul=0.82, hidden=0.65, network=0.63),
+    "nvidia": Efficiency(matmul=0.53, hidden=0.56, network=0.54),
+    "cpu": Efficiency(matmul=0.66, hidden=0.0, network=1.0),
+}
+# Share of the memory bandwidth that element-wise maps reach, on all chips.
+MEMORY = 0.8
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step on the busiest device."""
+
+    products: Number
+    """Of matrices, recomputed ones included."""
+    attention: Number
+    traffic: Number
+    """Element-wise work, by the bytes it moves."""
+    exposed: Number
+    """Communication that nothing hides."""
+    idle: Number
+    """A pipeline's turns without work."""
+    communication: Number
+    """All of it, hidden or not; no part of the total."""
+    forward: Number
+    """What of products, attention and traffic is of forward passes."""
+
+    @property
+    def total(self) -> Number:
+        return self.products + self.attention + self.traffic + self.exposed + self.idle
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of a device in one pass of all its layers and ends, recomputation included."""
+
+    forward: Number
+    backward: Number
+    attention_forward: Number
+    attention_backward: Number
+
+
+def flops(shape: Shape) -> Flops:
+    """What a device computes for one micro-batch."""
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    config = work.config
+    forward = backward = 0.0
+    for map_ in work.maps:
+        share = config.model.expert_share if map_.experts else 1.0
+        for kernel in map_.kernels:
+            # Rows go to their experts: over `expert` a device has as many as it had tokens.
+            axes = tuple(axis for axis in kernel.axes if axis != "expert")
+            one = 2 * kernel.size * share * shape.tokens / split.shards(rules, axes)
+            forward += one
+            backward += one * (3 if work.recomputed(map_, shape.remat) else 2)
+            if map_.experts and shape.remat == "none" and map_.writes == "mlp":
+                backward += one  # experts' hidden activations are never kept
+    layers = shape.stage_layers
+    heads = config.model.attention_flops(config.data.seq_len) / work.layers
+    attention = heads * shape.tokens / split.ways(rules.heads) * causal_share(shape)
+    again = 1.0 if work.attention_recomputed(shape.remat) else 0.0
+    ends = 2 * work.head.size * shape.tokens / split.ways(rules.vocab)
+    twice = np.where(shape.pipelined, forward, 0.0), np.where(shape.pipelined, attention, 0.0)
+    one_f_one_b = config.parallel.schedule == "1f1b"
+    shared = 1.0 if one_f_one_b else shape.stages
+    return Flops(
+        forward=layers * forward + ends / shared,
+        backward=layers * (backward + twice[0]) + 2 * ends / shared,
+        attention_forward=layers * attention,
+        attention_backward=layers * (attention * (2.5 + again) + twice[1]),
+    )
+
+
+def update_flops(shape: Shape) -> Number:
+    """Of the optimizer, on each device: Muon's Newton–Schulz products, three an iteration, of each
+    hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were split as the moments
+    are."""
+    work, config = shape.work, shape.work.config.optimizer
+    if config.kind != "muon":
+        return 0.0
+    total = 0.0
+    for spec in work.specs.values():
+        if spec.role == "matrix":
+            inputs, outputs = matrix_dims(spec)
+            fans = sorted(prod(spec.shape[d] for d in dims) for dims in (inputs, outputs))
+            m, n = fans
+            one = 4.0 * m * m * n + 2.0 * m**3
+            shards = shape.split.shards(shape.split.optimizer, spec.axes)
+            total = total + config.ns_steps * one * spec.size / (m * n) / shards
+    return total
+
+
+def causal_share(shape: Shape) -> float:
+    """The share of all pairs that is computed: tiles of queries skip the keys after them, and
+    those before their window."""
+    config = shape.work.config
+    seq_len = config.data.seq_len
+    window = min(config.model.attention.window or seq_len, seq_len)
+    tile = max(128, -(-seq_len // 16))
+    starts = np.arange(0, seq_len, tile)
+    stops = np.minimum(starts + tile, seq_len)
+    keys = stops - np.maximum(starts - window + 1, 0)
+    return float(np.sum(keys * (stops - starts)) / seq_len**2)
+
+
+def traffic(shape: Shape, *, fused_attention: bool) -> tuple[Number, Number, Number]:
+    """Bytes between memory and chip of one micro-batch forward, backward, and of the update,
+    beside what matrix products hide."""
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    model, itemsize = work.config.model, work.dtype_bytes
+    attention, heads = model.attention, split.ways(rules.heads)
+    stream = shape.residual_tokens * model.d_model
+    queries = attention.num_heads * attention.head_dim / heads
+    keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
+    hidden = 0.0
+    for map_ in work.maps:
+        if map_.writes == "mlp":
+            tokens = shape.tokens * (
+                model.moe.experts_per_token if map_.experts and model.moe else 1
+            )
+            for kernel in map_.kernels:
+                hidden += tokens * kernel.shape[-1] / split.shards(rules, kernel.axes[-1:])
+    # Norms read and write the stream, additions read it twice; rotations; the activation.
+    maps = 8 * stream + shape.tokens * (4 * queries + 4 * keys) + 1.5 * hidden
+    again = 0 if shape.remat == "none" else 1
+    scores = 0.0
+    if not fused_attention:
+        pairs = work.config.data.seq_len * causal_share(shape)
+        scores = shape.tokens * pairs * attention.num_heads / heads * FP32
+    layers = shape.stage_layers
+    recomputed = 1 if work.attention_recomputed(shape.remat) else 0
+    forward = layers * (maps * itemsize + scores * _SCORE_PASSES["forward"])
+    backward = layers * (
+        maps * itemsize * (2 + again)
+        + scores * (_SCORE_PASSES["backward"] + recomputed * _SCORE_PASSES["forward"])
+    )
+    chunk = model.vocab_size / split.ways(rules.vocab)
+    loss = 4 * shape.tokens * chunk * FP32
+    state = resting(shape)
+    # Parameters, moments and gradients are read, and written but for the gradients.
+    update = 2 * (state["parameters"] + state["optimizer"]) + 2 * state["parameters"]
+    return forward + loss / shape.stages, backward, update
+
+
+def seconds(
+    shape: Shape,
+    network: Network,
+    sends: tuple[Collective, ...],
+    *,
+    efficiency: Efficiency | None = None,
+    dtype: str = "bf16",
+    fused_attention: bool = False,
+) -> Time:
+    """A step's time.
+
+    Args:
+        sends: :func:`maxlm.plan.communication.collectives` of ``shape``.
+        efficiency: default: of the chip's family.
+        dtype: of matrix products.
+        fused_attention: whether a kernel keeps attention's scores on the chip.
+    """
+    chip = network.chip
+    own = efficiency or EFFICIENCY[chip.family]
+    work = flops(shape)
+    rate, attention_rate = chip.peak[dtype] * own.matmul, chip.peak["bf16"] * own.matmul
+    bandwidth = chip.bandwidth * MEMORY
+    head = shape.work.config.model.attention.head_dim
+    vector = {
+        phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if fused_attention else 0.0
+        for phase in _SCORE_OPS
+    }
+    ahead, back, update = traffic(shape, fused_attention=fused_attention)
+    products = {"forward": work.forward / rate, "backward": work.backward / rate}
+    # Vector work goes by the scores: the backward pass does 2.5 times the products for each.
+    softmax = (
+        work.attention_forward * vector["forward"],
+        (
+            work.attention_forward * vector["backward"]
+            + (work.attention_backward - 2.5 * work.attention_forward) * vector["forward"]
+        ),
+    )
+    attention = {
+        "forward": work.attention_forward / attention_rate + softmax[0],
+        "backward": work.attention_backward / attention_rate + softmax[1],
+    }
+    moved = {"forward": ahead / bandwidth, "backward": back / bandwidth}
+    slots, exposed, communication = shape.slots, 0.0, 0.0
+
+    def one(c: Collective) -> Number:
+        taken = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split)
+        return taken / own.network
+
+    for phase in ("forward", "backward"):
+        free = late = 0.0
+        for c in sends:
+            if c.phase == phase:
+                taken = c.count * one(c)
+                free, late = (free, late + taken) if c.waits else (free + taken, late)
+        busy = slots * (products[phase] + attention[phase] + moved[phase])
+        under = np.minimum(free * own.hidden, busy)
+        beside = np.minimum(late * own.hidden, busy - under)
+        exposed += free - under + late - beside
+        communication += free + late
+    for c in sends:
+        if c.phase == "once":
+            taken = c.count * one(c)
+            exposed, communication = exposed + taken, communication + taken
+    micro = shape.micro
+    share = (slots - micro) / slots
+    parts = [sum(part.values()) * micro for part in (products, attention, moved)]
+    idle = sum(parts) / micro * (slots - micro) + exposed * share
+    return Time(
+        products=parts[0] + update_flops(shape) / rate,
+        attention=parts[1],
+        traffic=parts[2] + update / bandwidth,
+        exposed=exposed * (1 - share),
+        idle=idle,
+        communication=communication,
+        forward=micro * (products["forward"] + attention["forward"] + moved["forward"]),
+    )

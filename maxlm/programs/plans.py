@@ -1,0 +1,62 @@
+"""Plans from files, folders and configs, and candidates verified by a compiler."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.predict import Machine, predict
+from maxlm.plan.search import Candidate
+from maxlm.programs.compile import compile_step
+from maxlm.run import RunConfig
+from maxlm.sharding import mesh_sizes, smallest
+
+
+def read_plan(source: str, on: str | None) -> dict[str, Any]:
+    """A plan as ``Plan.to_json`` gives it.
+
+    Args:
+        source: a JSON file, a run's folder (its plan.json), or a config.
+        on: the machine that a config is planned on; None: the smallest mesh there is.
+
+    Raises:
+        MaxlmError: it cannot be read, or is no plan.
+    """
+    path = Path(source)
+    path = path / "plan.json" if path.is_dir() else path
+    if path.suffix != ".json":
+        run = load(RunConfig, source).value
+        if on is None:
+            return predict(run, sizes=mesh_sizes(run.mesh, smallest(run.mesh))).to_json()
+        return predict(run, Machine.of(on)).to_json()
+    try:
+        plan = json.loads(path.read_text())
+    except OSError as error:
+        raise MaxlmError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    except ValueError:
+        plan = None
+    if not isinstance(plan, dict) or not {"mesh", "rows", "memory"} <= plan.keys():
+        raise MaxlmError(
+            "is no plan", where=str(path), fix="write one with maxlm plan CONFIG --json"
+        )
+    return plan
+
+
+def verified(run: RunConfig, machine: Machine, candidates: Sequence[Candidate]) -> dict[int, float]:
+    """By its place, each candidate's peak in bytes as the machine's compiler lays it out.
+
+    Raises:
+        MaxlmError: the compiler is not installed.
+    """
+    return {
+        i: float(compile_step(own.apply(run), machine.name).memory.peak)
+        for i, own in enumerate(candidates)
+    }
+
+
+def nested(settings: Sequence[str]) -> dict[str, Any]:
+    """``key.path=value`` settings as nested plain data."""
+    return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(settings))))  # type: ignore[arg-type]

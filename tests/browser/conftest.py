@@ -1,0 +1,70 @@
+"""A headless Chromium, and reports open in it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+# By module: while it lives, no other test of this process could start an event loop.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium: the program that $CHROMIUM names, or the first on the path."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip(f"needs Chromium: set CHROMIUM, or install one of {', '.join(NAMES)}")
+    with api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=program, timeout=120_000)
+        yield running
+        running.close()
+
+
+@dataclass
+class Report:
+    """An open report."""
+
+    page: Any
+    complaints: list[str] = field(default_factory=list)
+    """Errors and warnings of the console, and exceptions."""
+    requests: list[str] = field(default_factory=list)
+    """Of anything but the page itself."""
+
+    def text(self, selector: str) -> str:
+        """As it is read: units do not break away from their figures by a special space."""
+        return self.page.inner_text(selector).replace("\u00a0", " ")
+
+
+@pytest.fixture
+def open_report(browser: Any, tmp_path) -> Iterator[Callable[..., Report]]:
+    """``open_report(plan, width=1200)``: the page of a plan's JSON, loaded."""
+    from maxlm.plan.html import write_report
+
+    opened = []
+
+    def opening(plan: dict[str, Any], width: int = 1200, **options: Any) -> Report:
+        path = tmp_path / "report.html"
+        write_report(plan, path)
+        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        report = Report(page)
+        opened.append(report)
+        page.on("console", lambda m: m.type in ("error", "warning") and _add(report, m.text))
+        page.on("pageerror", lambda error: _add(report, str(error)))
+        page.on("request", lambda request: report.requests.append(request.url))
+        page.goto(path.as_uri())
+        report.requests.remove(path.as_uri())
+        return report
+
+    yield opening
+    for report in opened:
+        report.page.close()
+    assert [(r.complaints, r.requests) for r in opened] == [([], [])] * len(opened)
+
+
+def _add(report: Report, complaint: str) -> None:
+    report.complaints.append(complaint)

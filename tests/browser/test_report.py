@@ -1,0 +1,234 @@
+"""A plan's report works in a browser, and shows the plan's figures and JAX's own shards."""
+
+import json
+from functools import cache
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxlm.config import load
+from maxlm.plan.predict import Machine, predict
+from maxlm.plan.show import human_bytes, human_seconds
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+
+RUNS = {
+    "llama3_8b": ("h100x64", ()),
+    "mixtral_8x7b": ("v5p-128", ("mesh.expert=8", "train.micro_batches=4")),
+    "llama3_405b": (
+        "v5p-8192",
+        ("mesh.tensor=8", "sharding.compute.residual=[context,tensor]"),
+    ),
+}
+PIPELINE = ("mesh.stage=4", "mesh.tensor=2", "train.micro_batches=16", "parallel.schedule=1f1b")
+
+
+@cache
+def plan_of(name: str, machine: str | None = None, *settings: str) -> str:
+    config = load(RunConfig, name, list(settings)).value
+    if machine:
+        return json.dumps(predict(config, Machine.of(machine)).to_json())
+    sizes = {axis: 2 if axis in ("data", "fsdp", "tensor") else 1 for axis in MESH_AXES}
+    return json.dumps(predict(config, sizes=sizes).to_json())
+
+
+def make(name: str, machine: str | None = None, *settings: str) -> dict[str, Any]:
+    return json.loads(plan_of(name, machine, *settings))
+
+
+@pytest.fixture(params=RUNS)
+def plan(request) -> dict[str, Any]:
+    machine, settings = RUNS[request.param]
+    return make(request.param, machine, *settings)
+
+
+def visible(report, table: str) -> list[list[str]]:
+    rows = report.page.evaluate(
+        "id => [...document.querySelectorAll(`#${id} tbody tr`)].filter(r => r.offsetParent)"
+        ".map(r => [...r.cells].map(c => c.innerText))",
+        table,
+    )
+    return [[cell.replace("\u00a0", " ") for cell in row] for row in rows]
+
+
+def slices(shape: list[int], index: tuple[slice, ...]) -> str:
+    """``[:, 0:4]``, as the page writes them."""
+    parts = []
+    for size, part in zip(shape, index, strict=True):
+        start, stop, _ = part.indices(size)
+        parts.append(":" if (start, stop) == (0, size) else f"{start}:{stop}")
+    return f"[{', '.join(parts)}]"
+
+
+def test_the_headline_has_the_plans_figures(open_report, plan):
+    report = open_report(plan)
+    head = report.text("header")
+    assert report.text("h1") == plan["name"]
+    assert plan["machine"]["words"] in head
+    assert f"Fits: {human_bytes(plan['memory']['margin'])}" in head
+    assert human_bytes(plan["memory"]["total"]) in head
+    for mfu in ("mfu", "mfu_full_attention"):
+        assert f"{100 * plan['time'][mfu]:.1f}%" in head
+    for note in plan["notes"]:
+        assert note in head
+
+
+def test_figures_read_as_on_the_terminal(open_report):
+    page = open_report(make("llama3_8b")).page
+    numbers = [2**e * k / 100 for e in range(0, 44, 3) for k in (25, 98, 99.94, 99.96, 1225)]
+    for name, python in (("humanBytes", human_bytes), ("humanSeconds", human_seconds)):
+        values = numbers if python is human_bytes else [n / 2**18 for n in numbers]
+        shown = page.evaluate(f"values => values.map(maxlmReport.{name})", values)
+        assert [text.replace("\u00a0", " ") for text in shown] == [python(v) for v in values]
+
+
+def test_a_parameter_is_found_and_shown(open_report, plan):
+    report = open_report(plan)
+    page, devices = report.page, plan["devices"]
+    row = next(row for row in plan["rows"] if "attention.out" in row["path"])
+    page.fill("#search", "heads out")
+    assert row["path"] in page.inner_text("#tensor")
+    assert "norm" not in page.inner_text("#tensor")
+    page.fill("#search", "")
+    page.select_option("#tensor", label=row["path"])
+    ways = [prod(plan["mesh"][axis] for axis in axes) for axes in row["spec"]]
+    shard = [size // way for size, way in zip(row["shape"], ways, strict=True)]
+    chosen = report.text("#chosen")
+    assert f"{prod(ways):,} shards of {shard}" in chosen
+    assert human_bytes(row["bytes_per_device"]) in chosen
+    assert ("one copy" if row["replicas"] == 1 else f"{row['replicas']} copies") in chosen
+
+    page.focus("#all canvas")
+    page.keyboard.press("End")
+    assert report.text("#held").startswith(f"Device {devices - 1} (")
+    last = tuple(slice(n - s, n) for n, s in zip(row["shape"], shard, strict=True))
+    assert report.text("#held").endswith(slices(row["shape"], last))
+    page.mouse.move(0, 0)
+    page.hover("#all canvas", position={"x": 3, "y": 3})
+    assert report.text("#held").startswith("Device 0 (")
+    # A cell that is pointed at is the cell that is drawn there.
+    axis = next(axis for axis in reversed(plan["mesh"]) if plan["mesh"][axis] > 1)
+    page.fill(f"#at-{axis}", "3")
+    assert report.text("#held").startswith("Device 3 (")
+
+
+def test_tables_filter_sort_and_add_up(open_report, plan):
+    report = open_report(plan)
+    page = report.page
+    page.fill("#sent-table-filter", "all-gather backward")
+    kept = [
+        c for c in plan["collectives"] if c["kind"] == "all-gather" and c["phase"] == "backward"
+    ]
+    rows = visible(report, "sent-table")
+    assert sorted(row[0] for row in rows) == sorted(c["what"] for c in kept)
+    assert f"{len(kept)} of {len(plan['collectives'])} rows" in report.text("#sent")
+    total = human_bytes(sum(c["sent_bytes"] for c in kept))
+    assert total in report.text("#sent-table tfoot")
+
+    for direction in ("ascending", "descending"):
+        page.get_by_role("button", name="Sent").click()
+        assert page.get_attribute("#sent-table th:has-text('Sent')", "aria-sort") == direction
+        sent = sorted((c["sent_bytes"] for c in kept), reverse=direction == "descending")
+        assert [row[8] for row in visible(report, "sent-table")] == [human_bytes(s) for s in sent]
+
+    assert human_bytes(plan["parameter_bytes"]) in report.text("#parameters-table tfoot")
+    page.click("#parameters-table button:has-text('final_norm.scale')")
+    assert "final_norm.scale" in report.text("#chosen")
+    assert "whole on every device" in report.text("#chosen")
+
+
+def test_paper_shows_all_rows(open_report, plan):
+    report = open_report(plan)
+    report.page.fill("#parameters-table-filter", "norm")
+    assert len(visible(report, "parameters-table")) < len(plan["rows"])
+    report.page.emulate_media(media="print")
+    assert len(visible(report, "parameters-table")) == len(plan["rows"])
+    assert not report.page.is_visible("#search")
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_it_fits_a_phone(open_report, plan, colours):
+    report = open_report(plan, width=360, color_scheme=colours)
+    wide, there = report.page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert wide <= there
+
+
+def test_the_schedule_takes_as_long_as_the_step(open_report, plan):
+    drawn = open_report(plan).page.evaluate("maxlmReport.schedule(maxlmReport.plan)")
+    lane = [b["seconds"] for b in drawn["blocks"] if b["lane"] == "computation"]
+    links = [b["seconds"] for b in drawn["blocks"] if b["lane"] != "computation"]
+    assert sum(lane) == pytest.approx(plan["time"]["step"])
+    assert drawn["total"] == pytest.approx(plan["time"]["step"])
+    # Collectives that send nothing are not listed, though their latency counts.
+    assert sum(links) == pytest.approx(plan["time"]["communication"], rel=1e-3)
+
+
+def test_the_curve_of_goodput_is_the_plans(open_report, plan):
+    page, good = open_report(plan).page, plan["goodput"]
+    for name, share in (("best_interval", "best"), ("configured_interval", "configured")):
+        drawn = page.evaluate(
+            "([t, g]) => maxlmReport.progress(t, g.mtbf_hours * 3600, g.checkpoint_seconds,"
+            " g.restart_seconds)",
+            [good[f"{name}_seconds"], good],
+        )
+        assert drawn == pytest.approx(good[share])
+
+
+def test_shards_are_where_jax_puts_them(open_report):
+    """On data=2, fsdp=2, tensor=2; rows with two axes on one dimension, in both orders, besides."""
+    plan = make("llama3_8b")
+    for n, axes in enumerate((["fsdp", "tensor"], ["tensor", "fsdp"], ["tensor", "data"])):
+        plan["rows"].append(
+            {**plan["rows"][0], "path": f"two.{n}", "spec": [axes, []], "shape": [16, 6]}
+            | {"axes": ["vocab", "embed"], "bytes_per_device": 96, "replicas": 2}
+        )
+    report = open_report(plan)
+    page, sizes = report.page, plan["mesh"]
+    assert prod(sizes.values()) == 8
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(*sizes.values()), tuple(sizes))
+    for row in plan["rows"]:
+        spec = PartitionSpec(*(tuple(axes) or None for axes in row["spec"]))
+        held = NamedSharding(mesh, spec).devices_indices_map(tuple(row["shape"]))
+        expected = [slices(row["shape"], held[device]) for device in mesh.devices.flat]
+        page.select_option("#tensor", label=row["path"])
+        page.focus("#all canvas")
+        page.keyboard.press("Home")
+        shown = []
+        for _ in expected:
+            shown.append(report.text("#held").partition(": ")[2])
+            page.keyboard.press("ArrowRight")
+        assert shown == expected, row["path"]
+        # One colour and number for one piece, and no other.
+        numbers = page.evaluate(
+            "maxlmReport.shardMap(maxlmReport.state.row, maxlmReport.plan.mesh)"
+        )
+        assert len(set(zip(numbers, expected, strict=True))) == len(set(expected))
+        assert set(numbers) == set(range(len(set(expected))))
+
+
+def test_without_a_machine_there_are_bytes_alone(open_report):
+    plan = make("llama3_8b")
+    report = open_report(plan)
+    assert f"Needs {human_bytes(plan['memory']['total'])} a device" in report.text("header")
+    assert "Times need a machine" in report.text("#step")
+    assert len(visible(report, "sent-table")) == len(plan["collectives"])
+
+
+def test_stages_have_a_strip_each_and_idle_time(open_report):
+    plan = make("llama3_8b", "h100x64", *PIPELINE)
+    report = open_report(plan)
+    assert report.page.locator(".strip canvas").count() == 4
+    assert "idle in the pipeline" in report.text("#step")
+
+
+def test_a_run_that_does_not_fit_says_so(open_report):
+    plan = make("llama3_405b", "v5e-256")
+    report = open_report(plan)
+    assert f"Does not fit: {human_bytes(-plan['memory']['margin'])}" in report.text("header")
+    assert report.page.is_visible("#memory .limit")

@@ -1,0 +1,103 @@
+"""The report page holds the whole plan, needs no network, and is written whole or not at all."""
+
+import json
+import re
+
+import pytest
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.html import report, write_report
+from maxlm.plan.predict import Machine, predict
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+
+HOSTILE = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}} ü"
+
+
+def plan(name="demo", machine=None):
+    config = load(RunConfig, "llama3_8b", []).value.model_copy(update={"name": name})
+    where = Machine.of(machine) if machine else None
+    sizes = None if where else {axis: 8 if axis == "fsdp" else 1 for axis in MESH_AXES}
+    return json.loads(json.dumps(predict(config, where, sizes=sizes).to_json()))
+
+
+def data_of(page):
+    return re.findall(r'<script id="plan" type="application/json">(.*?)</script>', page, re.S)
+
+
+@pytest.mark.parametrize("machine", ["h100x64", None])
+def test_the_plan_can_be_read_back(machine):
+    expected = plan(machine=machine)
+    (data,) = data_of(report(expected))
+    assert json.loads(data) == expected
+    assert (expected["time"] is None) == (machine is None)
+
+
+def test_a_name_cannot_break_out():
+    (data,) = data_of(report(plan(HOSTILE)))
+    assert json.loads(data)["name"] == HOSTILE
+    page, usual = report(plan(HOSTILE)), report(plan())
+    assert page.count("<script") == usual.count("<script")
+    assert page.count("</script") == usual.count("</script")
+    title = "a &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt; &lt;!--&lt;script&gt; &amp;"
+    assert f"<title>{title} {{{{plan}}}} {{{{title}}}} ü · plan</title>" in page
+
+
+def test_nothing_is_fetched():
+    page = report(plan(machine="h100x64"))
+    outside = re.compile(
+        r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
+    )
+    assert not outside.search(page)
+    assert "default-src 'none'" in page
+
+
+def test_numbers_that_json_lacks_are_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        report({"name": "demo", "fits": float("inf")})
+
+
+def test_it_replaces_what_was_there(tmp_path):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    write_report(plan(), path)
+    assert path.read_text("utf-8") == report(plan())
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def unwritable(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    return {
+        "no folder": tmp_path / "missing" / "report.html",
+        "in a file": tmp_path / "file" / "report.html",
+        "a folder": tmp_path / "folder",
+        "too long": tmp_path / ("x" * 300),
+    }
+
+
+@pytest.mark.parametrize("case", ["no folder", "in a file", "a folder", "too long"])
+def test_an_unwritable_path_is_one_line_and_leaves_nothing(tmp_path, case):
+    path = unwritable(tmp_path)[case]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(MaxlmError) as raised:
+        write_report(plan(), path)
+    assert raised.value.where == str(path)
+    assert raised.value.fix
+    assert "\n" not in str(raised.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_write_that_fails_midway_keeps_the_old_page(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+
+    def full(self, text, encoding):
+        self.write_bytes(text.encode(encoding)[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", full)
+    with pytest.raises(MaxlmError, match="No space left on device"):
+        write_report(plan(), path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
