@@ -73,14 +73,14 @@ def tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
     for part, entries in found.items():
         if not entries:
             continue
-        table = Table(title=f"\n{part}", title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         table.add_column("what", overflow="fold")
         for name in names:
             table.add_column(name, justify="right", overflow="fold")
         table.add_column("", justify="right")
         for what, (a, b) in entries.items():
             table.add_row(what, _word(part, what, a), _word(part, what, b), _change(a, b))
-        parts.append(table)
+        parts += [Text(f"\n{part}", style="italic"), table]
     return Group(*parts)
 
 

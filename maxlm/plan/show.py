@@ -46,7 +46,7 @@ def human_seconds(seconds: float) -> str:
 
 def _three_digits(value: float) -> str:
     """Never in scientific notation."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def tables(plan: Plan, *, price: float | None = None) -> Group:
@@ -102,9 +102,9 @@ def verdict(plan: Plan) -> str:
     )
 
 
-def _parameters(layout: Layout) -> Table:
+def _parameters(layout: Layout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
-    table = _table(f"Parameters ({dtypes})")
+    table = _table()
     table.add_column("parameter", overflow="fold")
     table.add_column("layout: logical axis = size → mesh axes", overflow="fold")
     for column in ("bytes", "a device", "copies"):
@@ -117,7 +117,7 @@ def _parameters(layout: Layout) -> Table:
             human_bytes(row.bytes_per_device),
             str(row.replicas),
         )
-    return table
+    return _titled(f"Parameters ({dtypes})", table)
 
 
 def _dimensions(row: ParamRow) -> str:
@@ -129,8 +129,8 @@ def _dimensions(row: ParamRow) -> str:
     return " · ".join(parts)
 
 
-def _memory(plan: Plan) -> Table:
-    table = _table("Memory of each device at the peak of a step")
+def _memory(plan: Plan) -> Group:
+    table = _table()
     for column in ("what", "bytes", ""):
         table.add_column(column, justify="left" if column == "what" else "right")
     held = plan.memory
@@ -149,12 +149,13 @@ def _memory(plan: Plan) -> Table:
     for name, size in parts.items():
         if float(size):
             table.add_row(name, f"{float(size):,.0f}", human_bytes(float(size)))
-    return table
+    return _titled("Memory of each device, at the peak of a step", table)
 
 
-def _communication(plan: Plan) -> Table:
-    table = _table("Communication of each device in a step")
-    for column in ("what", "kind", "over", "runs", "sent", "time", "computation"):
+def _communication(plan: Plan) -> Group:
+    table = _table()
+    timed = ("time",) if plan.machine else ()
+    for column in ("what", "kind", "over", "runs", "sent", *timed, "computation"):
         numeric = column in ("runs", "sent", "time")
         table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
     for key, (runs, sent, taken) in grouped(plan).items():
@@ -165,10 +166,10 @@ def _communication(plan: Plan) -> Table:
             f"{axes} ({link})" if link else axes,
             f"{runs:,}",
             human_bytes(sent),
-            "" if taken is None else human_seconds(taken),
+            *(() if taken is None else (human_seconds(taken),)),
             "waits for it" if waits else "can hide it",
         )
-    return table
+    return _titled("Communication of each device, in a step", table)
 
 
 def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
@@ -187,8 +188,8 @@ def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]
     return total
 
 
-def _time(plan: Plan) -> Table:
-    table = _table("Time of a step")
+def _time(plan: Plan) -> Group:
+    table = _table()
     for column in ("what", "time", "share"):
         table.add_column(column, justify="left" if column == "what" else "right")
     time = plan.time
@@ -205,7 +206,7 @@ def _time(plan: Plan) -> Table:
         if float(value):
             share = float(value) / float(time.total)
             table.add_row(name, human_seconds(float(value)), f"{share:.1%}")
-    return table
+    return _titled("Time of a step", table)
 
 
 def run_words(plan: Plan, price: float | None = None) -> str:
@@ -240,24 +241,24 @@ def run_words(plan: Plan, price: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def comparison(rows: Mapping[str, tuple[float, float]], title: str) -> Table:
+def comparison(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
     """Analytic figures beside the compiler's."""
-    table = _table(title)
+    table = _table()
     for column in ("what", "plan", "compiler", "plan ÷ compiler"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for what, (ours, theirs) in rows.items():
         ratio = f"{ours / theirs:.3f}" if theirs else ""
         table.add_row(what, f"{ours:,.3f}", f"{theirs:,.3f}", ratio)
-    return table
+    return _titled(title, table)
 
 
-def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -> Table:
+def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -> Group:
     """A search's best.
 
     Args:
         verified: of some, by their place, the compiler's peak in bytes.
     """
-    table = _table("The quickest that fit")
+    table = _table()
     columns = ["mesh", "micro-batches", "remat", "residual", "step", "memory", "of limit"]
     for column in columns + (["compiler's"] if verified else []):
         table.add_column(column, justify="right" if column in columns[4:] else "left")
@@ -266,7 +267,7 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
         if verified:
             cells.append(human_bytes(verified[place]) if place in verified else "")
         table.add_row(*cells)
-    return table
+    return _titled("The quickest that fit", table)
 
 
 def _candidate(own: Candidate, limit: float) -> list[str]:
@@ -282,5 +283,10 @@ def _candidate(own: Candidate, limit: float) -> list[str]:
     ]
 
 
-def _table(title: str) -> Table:
-    return Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+def _table() -> Table:
+    return Table(box=None, pad_edge=False)
+
+
+def _titled(title: str, table: Table) -> Group:
+    # A table's own title is as narrow as the table.
+    return Group(Text(f"\n{title}", style="italic"), table)

@@ -38,7 +38,7 @@ CASES = {
     "fsdp × cp ring × tp+sp": ("gqa_window", 0.02),
     "ep": ("moe", 0.1),
     "ep × fsdp × tp": ("moe", 0.1),
-    "fsdp × tp+sp × pp 1f1b": ("mha", 0.06),
+    "fsdp × tp+sp × pp 1f1b": ("mha", 0.1),
     "hsdp × pp gpipe": ("gqa_window", 0.03),
 }
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.

@@ -1,5 +1,7 @@
 """Names of machines mean what their vendors mean."""
 
+from math import prod
+
 import pytest
 
 from maxlm.config import MaxlmError
@@ -15,13 +17,19 @@ KNOWN = {
     "v5e-8": ("tpu", "v5e:2x4", 8),
     "v5e-256": ("tpu", "v5e:16x16", 256),
     "v6e-64": ("tpu", "v6e:8x8", 64),
-    "v5p:4x4x6": ("tpu", "v5p:4x4x6", 96),
-    "tpu7x:2x2x1": ("tpu", "tpu7x:2x2x1", 4),
+    "v5p:4x4x8": ("tpu", "v5p:4x4x8", 128),
+    "v5p-384": ("tpu", "v5p:12x4x4", 192),
+    "tpu7x:2x2x1": ("tpu", "tpu7x:2x2x1", 8),
+    "7x-128": ("tpu", "tpu7x:4x4x4", 128),
     "2xv5p-512": ("tpu", "v5p:8x8x4", 512),
     "h100x64": ("gpu", "1x8x8", 64),
     "h100x4": ("gpu", "1x1x4", 4),
     "h100:2x4": ("gpu", "1x2x4", 8),
     "2xh100x64": ("gpu", "2x8x8", 128),
+    "h200x8": ("gpu", "1x1x8", 8),
+    "a100x16": ("gpu", "1x2x8", 16),
+    "b200x72": ("gpu", "1x9x8", 72),
+    "cpux8": ("cpu", "1x8", 8),
 }
 
 
@@ -39,6 +47,13 @@ def test_vendors_names(name):
         ("v6e-0", "no standard slice"),
         ("h100x12", "whole number of hosts"),
         ("v9-8", "no machine is called"),
+        ("h10x8", "did you mean h100"),
+        ("v5p:4x4x6", "no v5p slice is 4x4x6"),
+        ("v5e:3x3", "no v5e slice is 3x3"),
+        ("v5e-512", "no standard slice"),
+        ("v5p-32768", "no standard slice"),
+        ("0xv5p-8", "has no devices"),
+        ("cpux0", "no machine is called"),
         ("v5e x 8", "not the name"),
         ("", "not the name"),
     ],
@@ -46,3 +61,35 @@ def test_vendors_names(name):
 def test_names_of_no_machine(name, message):
     with pytest.raises(MaxlmError, match=message):
         parse_topology(name)
+
+
+# From the vendors' pages: what a name counts, and which dimensions close to a ring.
+WORDS = {
+    "v5p-64": ("32 chips, 64 cores, 8 hosts of 4", (False, False, False)),
+    "v5p-128": ("64 chips, 128 cores, 16 hosts of 4", (True, True, True)),
+    "v5e-256": ("256 chips, 64 hosts of 4", (True, True)),
+    "v5e-128": ("128 chips, 32 hosts of 4", (False, True)),
+    "2xv5p-512": ("2 slices of 8×8×4 v5p chips: 512 chips, 1024 cores", (True, True, True)),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_what_a_name_counts(name):
+    words, wraps = WORDS[name]
+    found = parse_topology(name)
+    assert words in found.words
+    assert found.wraps == wraps
+
+
+@pytest.mark.parametrize("chips", [64, 128, 192, 256, 512, 768, 4096])
+def test_large_slices_are_as_cubic_as_they_can_be(chips):
+    shape = parse_topology(f"v5p-{2 * chips}").shape
+    assert prod(shape) == chips
+    assert all(n % 4 == 0 for n in shape)
+    cubes = [
+        (a, b, chips // (a * b))
+        for a in range(4, chips + 1, 4)
+        for b in range(4, chips + 1, 4)
+        if chips % (a * b) == 0 and chips // (a * b) % 4 == 0
+    ]
+    assert max(shape) == min(map(max, cubes))

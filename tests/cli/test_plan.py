@@ -1,0 +1,104 @@
+"""maxlm plan: exit codes that gate a pull request, one line for a mistake, what is written."""
+
+import json
+
+import pytest
+
+from maxlm.cli.main import main
+from maxlm.config import load
+from maxlm.run import RunConfig
+
+FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
+
+
+def test_exit_codes(capsys):
+    assert main(FITS) == 0
+    assert "fits: " in capsys.readouterr().out
+    assert main(["plan", "llama3_70b", "--on", "v5p-128"]) == 1
+    out = capsys.readouterr().out
+    assert "does not fit: " in out
+    assert "train.micro_batches" in out.split("does not fit")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["llama2_7b", "--on", "v9-8"], "no machine is called 'v9-8'"),
+        (["llama2_7b", "--on", "v5p:3x3x3"], "no v5p slice is 3x3x3"),
+        (["llama2_7b", "--on", "v5p-64", "--mesh", "fsdp=7"], "needs 7 devices, 32 here"),
+        (["llama2_7b", "--on", "h100x16", "--mesh", "tensor=16"], "across hosts"),
+        (["llama2_7b", "--on", "v5p-64", "model.nonsense=1"], "nonsense"),
+        (["llama2_7b", "--search"], "--search needs a machine"),
+        (["llama2_7b", "--compile"], "--compile needs a machine"),
+        (["llama2_7b", "--on", "v5p-64", "data.batch_size=7"], "does not divide"),
+        ([], "missing argument 'config'"),
+        (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
+        (["diff", "llama2_7b"], "missing argument 'second'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys):
+    assert main(["plan", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert words in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_no_compiler_here(capsys, monkeypatch):
+    monkeypatch.setattr("maxlm.programs.compile.has_compiler", lambda platform: False)
+    assert main([*FITS, "--compile"]) == 2
+    assert "pip install" in capsys.readouterr().err
+
+
+def test_the_page_and_json(tmp_path, capsys):
+    page = tmp_path / "report.html"
+    assert main([*FITS, "--html", str(page), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["machine"]["name"] == "v5p-64"
+    assert "llama2_7b" in page.read_text()
+    assert main([*FITS, "--html", str(tmp_path / "nowhere" / "report.html")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_diff_of_files_folders_and_configs(tmp_path, capsys):
+    for name, more in (("a", []), ("b", ["model.remat=mlp"])):
+        assert main([*FITS, *more, "--json"]) == 0
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text(capsys.readouterr().out)
+    first, second = tmp_path / "a", tmp_path / "b" / "plan.json"
+    assert main(["plan", "diff", str(first), str(second), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["facts"] == {"remat": ["full", "mlp"]}
+    assert main(["plan", "diff", str(first), str(first)]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    assert main(["plan", "diff", "llama2_7b", "llama2_13b", "--on", "v5p-1024"]) == 0
+    assert "num" not in capsys.readouterr().err
+    second.write_text("{}")
+    assert main(["plan", "diff", str(first), str(second)]) == 2
+    assert "is no plan" in capsys.readouterr().err
+
+
+def test_a_search_prints_what_train_takes(tmp_path, capsys):
+    settings = ["data.batch_size=256", "train.steps=20000"]
+    assert main(["plan", "llama3_8b", *settings, "--on", "v5p-64", "--search", "--top", "2"]) == 0
+    out = capsys.readouterr().out
+    text = out.split("for maxlm train\n")[1].split("\n\n")[0]
+    file = tmp_path / "found.yaml"
+    file.write_text(text)
+    found = load(RunConfig, file).value
+    assert (found.data.batch_size, found.train.steps) == (256, 20000)
+    assert f"fits: {out.rsplit('fits: ')[1]}" in out
+    assert main(["plan", str(file), "--on", "v5p-64"]) == 0
+
+
+def test_a_search_in_vain(capsys):
+    assert main(["plan", "llama3_405b", "--on", "v5e-8", "--search"]) == 1
+    assert "none fits; the least that any needs is" in capsys.readouterr().out
+
+
+def test_json_stays_json_beside_a_search(capsys):
+    assert main(["plan", "gpt2", "--on", "v5e-16", "--search", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["fits"]
+    assert "candidates in" in printed.err

@@ -1,0 +1,75 @@
+"""Goodput is what a run that really fails gets done; the best interval is the best."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from maxlm.plan.goodput import Reliability, best_interval, goodput, progress
+
+
+def simulated(interval: float, mean: float, write: float, restart: float, hours: float) -> float:
+    """Progress of a run whose failures come at random, interval by interval; a restart may fail
+    too."""
+    random = np.random.default_rng(0)
+    now, done, end = 0.0, 0.0, hours * 3600
+    failure = random.exponential(mean)
+    while now < end:
+        if now + interval + write <= failure:
+            now, done = now + interval + write, done + interval
+            continue
+        now = failure
+        failure = now + random.exponential(mean)
+        while now + restart > failure:
+            now = failure
+            failure = now + random.exponential(mean)
+        now += restart
+    return done / now
+
+
+@pytest.mark.parametrize(
+    ("interval", "mean", "write", "restart"),
+    [(600, 7200, 30, 300), (3600, 40_000, 120, 600), (900, 3600, 60, 900), (60, 90_000, 5, 60)],
+)
+def test_progress_is_what_a_simulated_run_makes(interval, mean, write, restart):
+    own = progress(interval, mean, write, restart)
+    assert own == pytest.approx(simulated(interval, mean, write, restart, 60_000), rel=0.02)
+
+
+@given(
+    mean=st.floats(1e3, 1e7),
+    share=st.floats(1e-5, 0.2),
+    restart=st.floats(0, 1e3),
+)
+def test_the_best_interval_is(mean, share, restart):
+    write = share * mean
+    found = minimize_scalar(
+        lambda tau: -progress(tau, mean, write, restart),
+        bounds=(write / 100, 5 * mean),
+        method="bounded",
+        options={"xatol": 1e-4 * write},
+    )
+    best = progress(best_interval(mean, write), mean, write, restart)
+    assert best == pytest.approx(-found.fun, rel=1e-3)
+    # Young's first-order formula is where Daly's tends to.
+    if share < 1e-4:
+        assert best_interval(mean, write) == pytest.approx((2 * write * mean) ** 0.5, rel=0.02)
+
+
+def test_a_larger_machine_fails_more_often():
+    few, many = (goodput(Reliability(), n, 1e9, 3600) for n in (256, 16_384))
+    assert few.mtbf_hours == pytest.approx(64 * many.mtbf_hours)
+    # 419 interruptions in 54 days on 16,384 devices: one every three hours.
+    assert many.mtbf_hours == pytest.approx(54 * 24 / 419)
+    assert many.best < few.best < 1
+    assert many.configured <= many.best
+
+
+def test_no_checkpoints_no_progress():
+    assert goodput(Reliability(), 64, 1e9, 0).configured == 0
+    assert progress(1e9, 60, 1, 1) == 0
+
+
+def test_checkpoints_that_cost_nothing_are_taken_often():
+    assert goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 3600).best > 0.999

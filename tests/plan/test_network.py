@@ -1,0 +1,112 @@
+"""What runs over what, and how long that takes, against figures worked out by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import load
+from maxlm.plan.compiled.cost import ring_bytes
+from maxlm.plan.hardware import CHIPS
+from maxlm.plan.network import Network, sent_bytes
+from maxlm.plan.topology import parse_topology
+from maxlm.plan.workload import Split
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+
+CONFIG = load(RunConfig, "llama2_7b").value
+
+
+def network(name: str) -> Network:
+    topology = parse_topology(name)
+    return Network(topology, CHIPS[topology.kind])
+
+
+def split(**sizes: int) -> Split:
+    return Split(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
+
+
+@given(
+    kind=st.sampled_from(["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]),
+    n=st.integers(1, 64),
+    size=st.integers(1, 10**9),
+)
+def test_bytes_are_those_read_off_compiled_programs(kind, n, size):
+    """There the operand is counted, here the whole array."""
+    operand = size / n if kind == "all-gather" else size
+    assert sent_bytes(kind, n, size) == pytest.approx(ring_bytes(kind, n, operand), rel=1e-9)
+
+
+def test_a_whole_torus_uses_all_its_links():
+    """v5p:4x4x4, six links of 90 GB/s each way."""
+    taken = network("v5p-128").seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
+    assert float(taken) == pytest.approx(63e9 / (6 * 90e9), rel=0.001)
+
+
+def test_an_axis_along_one_dimension_uses_two():
+    own = split(fsdp=16, tensor=4)
+    taken = network("v5p-128").seconds("reduce-scatter", ("tensor",), 1e9, own)
+    assert float(taken) == pytest.approx(0.75e9 / (2 * 90e9), rel=0.01)
+
+
+def test_a_slice_without_rings_has_half():
+    open_, closed = (
+        float(network(name).seconds("all-gather", ("fsdp",), 1e12, split(fsdp=n)))
+        for name, n in (("v5e-64", 64), ("v5e-256", 256))
+    )
+    assert open_ / closed == pytest.approx(2 * (63 / 64) / (255 / 256), rel=0.01)
+
+
+def test_between_slices_goes_what_a_slice_has_summed():
+    """Each of 256 chips all-reduces a 256th over the network: 2 · 31/32 of it at 3.125 GB/s."""
+    own = split(data=32, fsdp=256)
+    taken = network("32xv5e-256").seconds("all-reduce", ("data",), 1e9, own)
+    assert float(taken) == pytest.approx(2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
+    both = network("32xv5e-256").seconds("all-reduce", ("data", "fsdp"), 256e9, own)
+    inside = 2 * 255 / 256 * 256e9 / (4 * 45e9)
+    assert float(both) == pytest.approx(inside + 2 * 31 / 32 * 1e9 / 3.125e9, rel=0.001)
+
+
+def test_gpus_within_a_host_and_between_hosts():
+    hosts = network("h100x64")
+    near = hosts.seconds("all-gather", ("tensor",), 8e9, split(data=8, tensor=8))
+    assert float(near) == pytest.approx(7e9 / 450e9, rel=0.01)
+    # A ring of all leaves each host once with eight cards' worth of network: 400 GB/s.
+    far = hosts.seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
+    assert float(far) == pytest.approx(63e9 / 400e9, rel=0.01)
+    # One of a host's eight GPUs in each group: its own card alone.
+    alone = hosts.seconds("all-reduce", ("data",), 1e9, split(data=8, fsdp=8))
+    assert float(alone) == pytest.approx(2 * 7 / 8 * 1e9 / 50e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "axes", "link"),
+    [
+        ("h100x64", {"data": 8, "fsdp": 8}, ("fsdp",), "NVLink"),
+        ("h100x64", {"data": 8, "fsdp": 8}, ("data",), "network"),
+        ("h100x64", {"fsdp": 64}, ("fsdp",), "NVLink + network"),
+        ("2xv5p-128", {"data": 2, "fsdp": 64}, ("data",), "DCN"),
+        ("2xv5p-128", {"data": 4, "fsdp": 32}, ("data",), "ICI + DCN"),
+        ("2xv5p-128", {"data": 4, "fsdp": 32}, ("fsdp",), "ICI"),
+        ("2xv5p-128", {"stage": 2, "fsdp": 64}, ("stage",), "DCN"),
+    ],
+)
+def test_links_in_words(name, sizes, axes, link):
+    assert network(name).link(axes, split(**{"fsdp": 1, **sizes})) == link
+
+
+@given(
+    name=st.sampled_from(["v5p-512", "4xv5e-64", "h100x256"]),
+    kind=st.sampled_from(["all-gather", "all-reduce", "all-to-all", "collective-permute"]),
+    axes=st.sampled_from([("data",), ("fsdp",), ("tensor",), ("data", "fsdp"), MESH_AXES]),
+)
+def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
+    meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]
+    names = ("data", "fsdp", "context", "tensor")
+    each = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
+    every = Split(CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES})
+    own = network(name)
+    together = np.broadcast_to(own.seconds(kind, axes, 1e9, every), len(meshes))
+    alone = [float(own.seconds(kind, axes, 1e9, one)) for one in each]
+    assert together == pytest.approx(alone, rel=1e-12)
+    assert all(t >= 0 for t in alone)

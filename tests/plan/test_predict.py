@@ -1,0 +1,167 @@
+"""A plan as a whole: facts that must hold of any run, and machines that are here."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.diff import diff
+from maxlm.plan.hardware import CHIPS, chip_of
+from maxlm.plan.predict import Machine, predict
+from maxlm.plan.timing import EFFICIENCY
+from maxlm.run import RunConfig
+
+FACTORS = {"none": 3.0, "full": 4.0}
+
+
+def run(name: str, *settings: str) -> RunConfig:
+    return load(RunConfig, name, settings).value
+
+
+@pytest.mark.parametrize("remat", FACTORS)
+def test_mfu_follows_from_the_time_alone(remat):
+    plan = predict(run("llama3_8b", f"model.remat={remat}"), Machine.of("v5p-128"))
+    rate = plan.layout.tokens_per_step / (plan.step_seconds or 0.0)
+    peak = 64 * CHIPS["v5p"].peak["bf16"]
+    assert plan.mfu() == pytest.approx(rate * plan.layout.flops_per_token / peak)
+    assert plan.mfu(full_attention=True) > plan.mfu()
+    # 6 FLOPs a parameter and token without anything computed again, nearly 8 with.
+    products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
+    matrices = plan.layout.parameters - 128256 * 4096
+    again = products / (2 * matrices * plan.layout.tokens_per_step)
+    assert FACTORS[remat] - 0.4 < again <= FACTORS[remat]
+
+
+def test_recomputing_trades_memory_for_time():
+    plans = {
+        remat: predict(run("llama2_7b", f"model.remat={remat}"), Machine.of("v5p-512"))
+        for remat in ("none", "matmuls", "mlp", "full")
+    }
+    memory = [float(p.memory.total) for p in plans.values()]
+    assert memory == sorted(memory, reverse=True)
+    assert plans["none"].step_seconds < plans["full"].step_seconds
+
+
+def test_more_micro_batches_take_less_memory():
+    totals = [
+        float(
+            predict(
+                run("llama3_8b", f"train.micro_batches={n}"), Machine.of("v5p-64")
+            ).memory.activations
+        )
+        for n in (1, 2, 4, 8)
+    ]
+    assert [totals[0] / t for t in totals] == pytest.approx([1, 2, 4, 8])
+
+
+def test_a_pipeline_idles_as_its_schedule_says():
+    config = run("llama2_7b", "mesh.stage=4", "train.micro_batches=8", "model.remat=none")
+    time = predict(config, Machine.of("v5p-64")).time
+    assert float(time.idle / time.total) == pytest.approx(3 / 11, rel=0.15)
+
+
+def test_json_is_plain_and_whole():
+    plan = predict(run("mixtral_8x7b", "mesh.expert=8"), Machine.of("v5p-128"))
+    out = json.loads(json.dumps(plan.to_json(), allow_nan=False))
+    parts = {"parameters", "optimizer", "average", "batch", "gradients", "activations", "working"}
+    assert sum(out["memory"][part] for part in parts) == pytest.approx(out["memory"]["total"])
+    steps = ("products", "attention", "traffic", "exposed", "idle")
+    assert sum(out["time"][part] for part in steps) == pytest.approx(out["time"]["step"])
+    assert {c["kind"] for c in out["collectives"]} >= {"all-gather", "ragged-all-to-all"}
+    assert all(c["sent_bytes"] > 0 and c["axes"] and c["link"] for c in out["collectives"])
+    assert sum(c["seconds"] for c in out["collectives"]) == pytest.approx(
+        out["time"]["communication"], rel=1e-3
+    )
+
+
+def test_a_v5e_exchanges_blocks_for_the_worst_case():
+    """Its compiler refuses ragged exchanges (docs/performance.md)."""
+
+    def rows(on: str) -> float:
+        plan = predict(run("mixtral_8x7b", "mesh.expert=8"), Machine.of(on))
+        return sum(s.sent_bytes for s in plan.sends if s.what.startswith("experts: "))
+
+    assert rows("v5e-64") == pytest.approx(4 * rows("v6e-64"))
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "words"),
+    [
+        ("h100x16", ["mesh.fsdp=1", "mesh.tensor=16"], "tensor=16 would lie across hosts"),
+        ("2xv5p-128", ["mesh.data=1"], "2 slices, but neither data=1 nor stage=1"),
+        ("v5p-128", ["mesh.fsdp=100"], "needs 100 devices, 64 here"),
+    ],
+)
+def test_a_mesh_that_the_machine_cannot_have(on, settings, words):
+    with pytest.raises(MaxlmError, match=words):
+        predict(run("llama2_7b", *settings), Machine.of(on))
+
+
+def test_every_chip_has_sources_and_constants():
+    for chip in CHIPS.values():
+        assert chip.sources
+        assert chip.family in EFFICIENCY
+        assert chip.peak["bf16"] > 1e14
+    assert all(
+        0 < value <= 1 for own in EFFICIENCY.values() for value in vars(own).values() if value
+    )
+
+
+# What JAX calls them.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H200": "h200",
+    "Tesla T4": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_are_recognised(kind):
+    found = chip_of(SimpleNamespace(platform="tpu", device_kind=kind))
+    assert (found and found.name) == KINDS[kind]
+
+
+def tpu(coords, slice_index: int = 0):
+    return SimpleNamespace(
+        platform="tpu",
+        device_kind="TPU v5",
+        coords=coords,
+        slice_index=slice_index,
+        process_index=coords[0],
+    )
+
+
+def test_the_machine_that_is_here():
+    places = [(x, y, z) for x in range(4) for y in range(4) for z in range(2)]
+    found = Machine.here([tpu(p, s) for s in range(2) for p in places])
+    assert found.topology == Machine.of("2xv5p-64").topology
+    gpus = [
+        SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", process_index=i // 8)
+        for i in range(16)
+    ]
+    assert Machine.here(gpus).topology == Machine.of("h100x16").topology
+    assert Machine.here(jax.devices()).topology.shape == (8,)
+    assert Machine.here([SimpleNamespace(platform="gpu", device_kind="Tesla T4")]) is None
+
+
+def test_a_diff_says_what_changed():
+    a, b = (
+        predict(
+            run("llama2_7b", f"model.remat={remat}", "data.batch_size=128"), Machine.of("v5p-64")
+        ).to_json()
+        for remat in ("full", "mlp")
+    )
+    found = diff(a, b)
+    assert found["facts"] == {"remat": ["full", "mlp"]}
+    assert found["mesh"] == found["parameters"] == found["communication"] == {}
+    assert found["memory"]["activations"][1] > found["memory"]["activations"][0]
+    assert set(found["time"]) >= {"products", "step", "mfu"}
+    assert not any(diff(a, a).values())

@@ -1,0 +1,122 @@
+"""The search is the plan, many times over: it misses nothing better, and what it finds trains."""
+
+from itertools import product
+from math import prod
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.predict import Machine, predict
+from maxlm.plan.search import FILL, search, snippet
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+
+REMATS = ("none", "full", "attention", "mlp", "matmuls")
+
+
+def run(name: str = "gpt2_medium", **settings) -> RunConfig:
+    return load(RunConfig, name, [f"{k}={v}" for k, v in settings.items()]).value
+
+
+def brute_force(config: RunConfig, machine: Machine) -> list[tuple[float, dict]]:
+    """Every mesh of data, fsdp, tensor and stage, one by one, through everything a run checks."""
+    found = []
+    n = machine.topology.devices
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    for data, tensor, stage in product(divisors, repeat=3):
+        if n % (data * tensor * stage):
+            continue
+        mesh = {
+            "data": data,
+            "tensor": tensor,
+            "stage": stage,
+            "fsdp": n // (data * tensor * stage),
+        }
+        for micro, remat, residual in product(
+            (1, 2, 4, 8), REMATS, (["context"], ["context", "tensor"])
+        ):
+            settings = config.model_dump()
+            settings["mesh"] = {**mesh, "expert": 1, "context": 1}
+            settings["train"]["micro_batches"] = micro
+            settings["model"]["remat"] = remat
+            settings["sharding"]["compute"]["residual"] = residual
+            try:
+                plan = predict(RunConfig.model_validate(settings), machine)
+            except MaxlmError:
+                continue
+            if float(plan.memory.total) <= FILL * machine.chip.memory:
+                found.append((plan.step_seconds or 0.0, mesh))
+    return sorted(found, key=lambda f: f[0])
+
+
+@pytest.mark.parametrize("on", ["v5e-8", "h100x8"])
+def test_nothing_better_is_missed(on):
+    config, machine = run(**{"data.batch_size": 32}), Machine.of(on)
+    found = search(config, machine, top=3)
+    best = brute_force(config, machine)
+    assert found.best[0].seconds <= best[0][0] * (1 + 1e-9)
+    assert found.tried >= found.possible >= found.fitting >= len(found.best)
+
+
+@pytest.mark.parametrize(
+    ("name", "on"),
+    [("llama3_70b", "v5p-128"), ("mixtral_8x7b", "v5e-256"), ("llama3_8b", "h100x64")],
+)
+def test_what_is_found_is_a_plan(name, on):
+    config, machine = run(name), Machine.of(on)
+    found = search(config, machine, top=5)
+    assert len(found.best) == 5
+    assert [c.seconds for c in found.best] == sorted(c.seconds for c in found.best)
+    for candidate in found.best:
+        plan = predict(candidate.apply(config), machine)
+        assert plan.fits
+        assert prod(candidate.sizes.values()) == machine.topology.devices
+        assert plan.step_seconds == pytest.approx(candidate.seconds, rel=1e-9)
+        assert float(plan.memory.total) == pytest.approx(candidate.memory, rel=1e-9)
+        assert plan.layout.tokens_per_step == config.data.batch_size * config.data.seq_len
+    try:
+        by_hand = predict(config, machine)
+    except MaxlmError:
+        return
+    assert found.best[0].seconds <= (by_hand.step_seconds or 0.0)
+
+
+def test_the_snippet_is_the_candidate(tmp_path):
+    config, machine = run("llama3_8b", **{"data.batch_size": 256}), Machine.of("v5p-64")
+    best = search(config, machine, top=1).best[0]
+    file = tmp_path / "found.yaml"
+    file.write_text(snippet(best, "llama3_8b", {"data": {"batch_size": 256}}))
+    assert load(RunConfig, file).value == best.apply(config)
+    assert "include" in yaml.safe_load(file.read_text())
+
+
+def test_none_fits():
+    found = search(run("llama3_405b"), Machine.of("v5e-8"))
+    assert not found.best
+    assert found.fitting == 0
+    assert found.least > 16e9
+
+
+def test_slices_are_crossed_by_data_or_stages_alone():
+    machine = Machine.of("2xv5e-16")
+    found = search(run(**{"data.batch_size": 64}), machine, top=20)
+    assert all(c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best)
+
+
+@given(
+    data=st.sampled_from([1, 2, 4]),
+    tensor=st.sampled_from([1, 2, 4, 8]),
+    micro=st.sampled_from([1, 2, 4]),
+    remat=st.sampled_from(REMATS),
+)
+def test_adding_devices_on_fsdp_never_costs_memory(data, tensor, micro, remat):
+    settings = {"data.batch_size": 1024, "train.micro_batches": micro, "model.remat": remat}
+    config = run("llama3_8b", **settings)
+    totals = []
+    for fsdp in (2, 4, 8, 16, 32, 64):
+        sizes = dict.fromkeys(MESH_AXES, 1) | {"data": data, "tensor": tensor, "fsdp": fsdp}
+        totals.append(float(predict(config, sizes=sizes).memory.total))
+    assert totals == sorted(totals, reverse=True)
