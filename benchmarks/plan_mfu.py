@@ -233,10 +233,8 @@ def main() -> None:
     if args.fit:
         fit()
         return
-    print(
-        f"{'':<22}{'published':>10}{'predicted':>10}{'error':>8}   of the step: products, attention,"
-    )
-    print(f"{'':<50}   traffic, exposed communication, idle")
+    print(f"{'':<22}{'published':>10}{'predicted':>10}{'error':>8}   of the step: products, ")
+    print(f"{'':<50}   attention, traffic, exposed communication, idle")
     points, wrong = [], []
     for row in ROWS:
         value, time = predict(row)
@@ -250,7 +248,8 @@ def main() -> None:
             f"   {shares}  {unit}"
         )
     print(
-        f"mean absolute percentage error: {np.mean(wrong):.1%} over {len(wrong)} rows, worst {max(wrong):.1%}"
+        f"mean absolute percentage error: {np.mean(wrong):.1%} over {len(wrong)} rows, "
+        f"worst {max(wrong):.1%}"
     )
     if args.plot:
         plot(args.plot, points)

@@ -7,7 +7,7 @@ Their working sets are counted in arrays that are alive together, as XLA's buffe
 them (``benchmarks/plan_memory.py`` compares).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,9 @@ import numpy as np
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.workload import Map, Number, Split
+from maxlm.plan.working import LOSS, UPDATE, Parts, hidden_elements, working_sets
+from maxlm.plan.workload import Number, Split
 from maxlm.sharding import AxisRules
-
-# Scores of attention at once (pallas_kernels/attention.py) and of an expert's hidden activations.
-_SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
-
-
-PHASES = ("one layer's backward pass", "the loss", "the update")
 
 
 @dataclass(frozen=True)
@@ -40,30 +35,48 @@ class Memory:
     working: Number
     """What is alive besides."""
     peak: Number
-    """When that is: an index into ``PHASES``; no part of the total."""
+    """When that is: an index into ``working_sets``."""
+    working_sets: dict[str, Parts]
+    """What is alive besides in each phase of a step, by part."""
 
     @property
     def total(self) -> Number:
-        parts = (getattr(self, f.name) for f in fields(self) if f.name != "peak")
-        return sum(parts, start=0.0)
+        return sum((getattr(self, part) for part in PARTS), start=0.0)
 
     @property
     def phase(self) -> str:
         """Of one plan: when the peak is."""
-        return PHASES[int(self.peak)]
+        return list(self.working_sets)[int(self.peak)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Of one plan, as plain data."""
+        sets = {
+            phase: {part: float(size) for part, size in parts.items()}
+            for phase, parts in self.working_sets.items()
+        }
+        parts = {part: float(getattr(self, part)) for part in PARTS}
+        return {**parts, "total": float(self.total), "peak_at": self.phase, "working_sets": sets}
+
+
+PARTS = ("parameters", "optimizer", "average", "batch", "gradients", "activations", "working")
 
 
 def memory(shape: Shape) -> Memory:
     """What a training step needs."""
     layers, sums = _gradients(shape)
     activations = _kept(shape) + _carried(shape)
-    ends, gathered = _update(shape)
-    # What is alive in each phase beside what rests: (gradients, activations, working set).
-    phases = (
-        (layers + sums, activations, _layer(shape)),
-        (sums, activations, _loss(shape)),
-        (layers + sums + ends, 0.0, gathered),
-    )
+    ends = [(s.nbytes, s.axes) for s in shape.work.outer_specs.values()]
+    outer = _spread(shape.split, shape.split.gradients, ends)
+    # Beside what rests: gradients and kept activations in each phase.
+    beside = {
+        LOSS: (sums, activations),
+        UPDATE: (layers + sums + outer, 0.0),
+    }
+    sets = working_sets(shape)
+    phases = [
+        (*beside.get(phase, (layers + sums, activations)), sum(parts.values(), start=0.0))
+        for phase, parts in sets.items()
+    ]
     totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in phases)))
     peak = np.argmax(totals, axis=0)
     gradients, activations, working = (
@@ -75,6 +88,7 @@ def memory(shape: Shape) -> Memory:
         activations=activations,
         working=working,
         peak=peak,
+        working_sets=sets,
     )
 
 
@@ -116,18 +130,6 @@ def _gradients(shape: Shape) -> tuple[Number, Number]:
     return layers, np.where(added, sums, 0.0)
 
 
-def _update(shape: Shape) -> tuple[Number, Number]:
-    """Gradients of what is not scanned; and, where each device updates a part of what it holds
-    (ZeRO-1 and 2), the updates of the two largest parameters, gathered."""
-    work, split = shape.work, shape.split
-    ends = [(s.nbytes, s.axes) for s in work.outer_specs.values()]
-    if split.optimizer == split.storage:
-        return _spread(split, split.gradients, ends), 0.0
-    whole = [s.nbytes / split.shards(split.storage, s.axes) for s in work.specs.values()]
-    largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
-    return _spread(split, split.gradients, ends), largest.sum(axis=0)
-
-
 def _carried(shape: Shape) -> Number:
     """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too."""
     work, stages, micro = shape.work, shape.stages, shape.micro
@@ -148,7 +150,7 @@ def _kept(shape: Shape) -> Number:
     queries = attention.num_heads * attention.head_dim / heads
     keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
     lse = attention.num_heads / heads * FP32 / itemsize
-    hidden = sum(_writes_hidden(m, split) for m in work.maps if not m.experts)
+    hidden = sum(hidden_elements(m, split) for m in work.maps if not m.experts)
     kept = SAVED.get(shape.remat, ())
     within = 0.0
     if "qkv" in kept:
@@ -160,7 +162,7 @@ def _kept(shape: Shape) -> Number:
     residual = 0.0
     if shape.remat == "none":
         gated = [m for m in work.maps if m.writes == "mlp" and not m.experts]
-        products = sum(_writes_hidden(m, split) / len(m.kernels) for m in gated)
+        products = sum(hidden_elements(m, split) / len(m.kernels) for m in gated)
         within = 2 * queries + lse + 2 * keys + hidden + products
         residual = 3.0 * model.d_model  # both norms' outputs, and the stream between the branches
     layers = shape.stage_layers / shape.groups
@@ -172,100 +174,3 @@ def _kept_of_experts(shape: Shape) -> Number:
     if shape.work.config.model.moe is None or shape.remat != "none":
         return 0.0
     return received_rows(shape) * (shape.work.config.model.d_model * shape.work.dtype_bytes + FP32)
-
-
-def _writes_hidden(map_: Map, split: Split) -> Number:
-    """Elements a token of what a map writes into the FFN's width on one device."""
-    if map_.writes != "mlp":
-        return 0.0
-    return sum(k.shape[-1] / split.shards(split.compute, k.axes[-1:]) for k in map_.kernels)
-
-
-def _weights_of(map_: Map, shape: Shape) -> Number:
-    """Bytes of a map's kernels in use."""
-    split = shape.split
-    return sum(
-        k.size * shape.work.dtype_bytes / split.shards(split.compute, k.axes) for k in map_.kernels
-    )
-
-
-def _layer(shape: Shape) -> Number:
-    """One layer's backward pass, at its widest: the feed-forward's, attention's, or the experts'.
-
-    Of the feed-forward: its maps' outputs and their cotangents, their kernels and one's gradient
-    before it is scattered, the residual stream and its gradient, norms' inputs and outputs.
-    """
-    work, itemsize = shape.work, shape.work.dtype_bytes
-    model = work.config.model
-    stream = shape.residual_tokens * model.d_model * itemsize
-    inner = shape.tokens * model.d_model * itemsize
-    widest = 0.0
-    for map_ in work.maps:
-        if map_.writes != "mlp" or map_.experts:
-            continue
-        back = next(m for m in work.maps if m.reads == "mlp" and _module(m) == _module(map_))
-        one = shape.tokens * _writes_hidden(map_, shape.split) / len(map_.kernels) * itemsize
-        count = len(map_.kernels)
-        outputs = count + 1 if shape.remat == "none" or "mlp_up" not in SAVED[shape.remat] else 1
-        if shape.remat == "none":
-            outputs = 0
-        weights = _weights_of(map_, shape) + _weights_of(back, shape)
-        # Where the sequence is gathered, the stream's width is there five times in both lengths.
-        width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
-        widest = np.maximum(widest, one * (outputs + count) + weights + width)
-    widest = np.maximum(widest, _attention(shape, stream))
-    if model.moe is not None:
-        widest = np.maximum(widest, _experts(shape, stream))
-    return widest
-
-
-def _module(map_: Map) -> str:
-    return map_.name.partition(":")[0]
-
-
-def _attention(shape: Shape, stream: Number) -> Number:
-    split, rules = shape.split, shape.split.compute
-    attention, itemsize = shape.work.config.model.attention, shape.work.dtype_bytes
-    heads = attention.num_heads / split.ways(rules.heads)
-    keys = attention.num_kv_heads / split.ways(rules.kv_heads)
-    one = shape.tokens * attention.head_dim
-    queries = one * heads
-    seq_len = shape.work.config.data.seq_len
-    # A tile of queries with all keys (pallas_kernels/attention.py).
-    scores = shape.rows * heads * min(max(128, seq_len / 16), seq_len) * seq_len * FP32
-    scores = np.minimum(scores, _SCORE_BYTES)
-    wide = 3 * queries * itemsize + queries * FP32
-    return (
-        wide
-        + one * keys * split.ways(rules.seq) * (2 * itemsize + 2 * FP32)
-        + 3 * scores
-        + 4 * stream
-    )
-
-
-def _experts(shape: Shape, stream: Number) -> Number:
-    work, moe = shape.work, shape.work.config.model.moe
-    assert moe is not None
-    rows, itemsize = received_rows(shape), work.dtype_bytes
-    width = work.config.model.d_model
-    weights = sum(_weights_of(m, shape) for m in work.maps if m.experts)
-    hidden = np.minimum(
-        rows * moe.d_ff / shape.split.ways(shape.split.compute.mlp) * itemsize, _HIDDEN_BYTES
-    )
-    kernel = max(k.size for m in work.maps if m.experts for k in m.kernels) / (
-        sum(k.size for m in work.maps if m.experts for k in m.kernels)
-    )
-    return (1 + kernel) * weights + rows * width * (2 * itemsize + FP32) + 3 * hidden + 4 * stream
-
-
-def _loss(shape: Shape) -> Number:
-    """The head and its fp32 gradient, one chunk's logits, and hidden states with theirs."""
-    work, split = shape.work, shape.split
-    model, itemsize = work.config.model, work.dtype_bytes
-    size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
-    stages = np.where(shape.pipelined & (work.config.parallel.schedule != "1f1b"), shape.stages, 1)
-    tokens = shape.tokens * np.where(stages > 1, shape.micro / stages, 1)
-    chunk = np.minimum(work.config.objective.chunk_tokens, tokens)
-    logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
-    hidden = tokens * model.d_model * itemsize
-    return size * (itemsize + FP32) + logits * (FP32 + itemsize) + 5 * hidden

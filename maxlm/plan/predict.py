@@ -14,9 +14,10 @@ from maxlm.plan.hardware import CHIPS, Chip, chip_of, measured_cpu
 from maxlm.plan.layout import Layout, lay_out
 from maxlm.plan.memory import Memory, memory
 from maxlm.plan.network import Network
+from maxlm.plan.physical import torus_dimensions
 from maxlm.plan.shape import Shape
 from maxlm.plan.timing import EFFICIENCY, Time, seconds
-from maxlm.plan.topology import Topology, parse_topology, torus_dimensions
+from maxlm.plan.topology import Topology, dimensions, parse_topology
 from maxlm.plan.workload import Split, Work
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, mesh_sizes
@@ -62,7 +63,7 @@ class Machine:
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
-            shape = sides[: torus_dimensions(chip.name)]
+            shape = sides[: dimensions(chip.name)]
         topology = Topology(first.platform, chip.name, shape, slices)
         return cls(topology.words, topology.words, topology, chip)
 
@@ -179,16 +180,10 @@ class Plan:
         """Plain data, the layout's first."""
         machine = self.machine
         limit = self.limit
-        total = float(self.memory.total)
         result: dict[str, Any] = {"format": FORMAT, **self.layout.to_json()}
         result["remat"], result["micro_batches"] = self.remat, self.micro_batches
-        result["memory"] = {
-            **{part: float(size) for part, size in asdict(self.memory).items() if part != "peak"},
-            "peak_at": self.memory.phase,
-            "total": total,
-            "limit": limit,
-            "margin": None if limit is None else limit - total,
-        }
+        margin = None if limit is None else limit - float(self.memory.total)
+        result["memory"] = {**self.memory.to_json(), "limit": limit, "margin": margin}
         result["checkpoint_every"] = self.checkpoint_every
         result["fits"] = self.fits
         result["collectives"] = [asdict(sent) for sent in self.sends]
@@ -245,7 +240,7 @@ def predict(
     split = Split(config, sizes)
     network = machine.network if machine else None
     if links is None and network:
-        links = {axis: network.link((axis,), split) for axis in MESH_AXES if sizes[axis] > 1}
+        links = _links(network, split)
     layout = lay_out(config, sizes, links)
     work = Work.of(config, dtype)
     shape = Shape(
@@ -278,6 +273,15 @@ def matmul_dtype(itemsize: int, machine: Machine) -> str:
     """The column of a chip's peaks. Where fp32 has none of its own it is several products of
     smaller parts: a third of the bf16 rate at best, which this does not count."""
     return "fp32" if itemsize == 4 and "fp32" in machine.chip.peak else "bf16"
+
+
+def _links(network: Network, split: Split) -> dict[str, str]:
+    """What each mesh axis runs over, and on a TPU along which dimensions of the torus."""
+    links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
+    if network.topology.platform == "tpu":
+        along = torus_dimensions(network.topology, split.sizes)
+        links = {a: f"{link} along {along[a]}" if along[a] else link for a, link in links.items()}
+    return links
 
 
 def _sent(c: Collective, split: Split, network: Network | None) -> Sent:

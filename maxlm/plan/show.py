@@ -142,6 +142,7 @@ def _memory(plan: Plan) -> Group:
         "gradients": held.gradients,
         f"activations kept ({plan.remat})": held.activations,
         f"working set of {held.phase}": held.working,
+        **{f"  {what}": size for what, size in held.working_sets[held.phase].items()},
         "together": held.total,
     }
     if plan.limit is not None:

@@ -188,8 +188,8 @@ def _check_shape(text: str, kind: str, shape: tuple[int, ...]) -> None:
         raise MaxlmError(f"no {kind} slice is {'x'.join(map(str, shape))}", fix=f"use {allowed}")
 
 
-def torus_dimensions(kind: str) -> int:
-    """Of a kind of TPU."""
+def dimensions(kind: str) -> int:
+    """Of the torus of a kind of TPU."""
     return _TPUS[kind][1]
 
 

@@ -112,6 +112,14 @@ def topology_devices(topology: Topology) -> list[Any]:
     """
     from jax.experimental.topologies import get_topology_desc
 
+    if topology.platform == "cpu":
+        here = jax.devices("cpu")
+        if len(here) < topology.devices:
+            raise MaxlmError(
+                f"{topology.devices} CPU devices, {len(here)} here",
+                fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}",
+            )
+        return here[: topology.devices]
     if not has_compiler(topology.platform):
         raise MaxlmError(
             f"no compiler for {topology.platform.upper()}s is installed", fix=_install(topology)
@@ -134,7 +142,9 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def has_compiler(platform: str) -> bool:
-    """Whether the packages that compile for a platform are installed."""
+    """Whether the packages that compile for a platform are installed; a CPU's come with JAX."""
+    if platform == "cpu":
+        return True
     try:
         return importlib.util.find_spec(_PACKAGES[platform][0]) is not None
     except ModuleNotFoundError:

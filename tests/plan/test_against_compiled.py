@@ -1,4 +1,4 @@
-"""What the plan counts is what the compiled step does: products, and bytes sent by kind and axes."""
+"""What the plan counts is what the compiled step does: products, bytes sent by kind and axes."""
 
 from collections import Counter
 from math import prod
@@ -96,7 +96,7 @@ def test_bytes_sent_and_products(layout):
     ours, theirs = sent(shape), Counter(cost.wire_by_kind_and_axes())
     assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=off)
     large = (0.1 if model != "moe" else 1.0) * sum(theirs.values())
-    for key in (ours | theirs).keys():
+    for key in ours | theirs:
         if max(ours[key], theirs[key]) > large:
             assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
     assert sum(resting(shape).values()) == pytest.approx(held.argument, rel=1e-3)

@@ -1,0 +1,111 @@
+"""The plan's peak memory and bytes sent beside the compiler's, for many runs on many machines.
+
+    python benchmarks/plan_memory.py [CASE ...] [--list]
+
+Needs the `tpu` and `cuda` extras. Each case compiles a whole training step for a machine that is
+not here, in a process of its own: one to three minutes each, half an hour for all. GB (1e9) of one
+device. The first thirteen were looked at when maxlm/plan/memory.py was written, the others after;
+it has no constant of any case's own.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from statistics import median
+
+SP = ("sharding.compute.residual=[context,tensor]",)
+WHOLE = ("sharding.storage.embed=null", "sharding.gradients.embed=null")
+# name → run, machine, rows of a batch, mesh, remat, other settings
+CASES = {
+    "gpt2 none": ("gpt2", "v5e-16", 256, "fsdp=16", "none", ()),
+    "gpt2-xl full": ("gpt2_xl", "v5e-64", 512, "fsdp=64", "full", ()),
+    "gpt2-medium mlp": ("gpt2_medium", "h100x8", 128, "fsdp=8", "mlp", ()),
+    "llama2-7b full": ("llama2_7b", "v5p-64", 128, "fsdp=32", "full", ()),
+    "llama2-7b mlp": ("llama2_7b", "v5p-64", 128, "fsdp=32", "mlp", ()),
+    "llama2-7b tp 4": ("llama2_7b", "v5p-64", 128, "fsdp=8,tensor=4", "full", SP),
+    "llama2-7b v5e": ("llama2_7b", "v5e-256", 1024, "fsdp=256", "full", ()),
+    "llama3-8b full": ("llama3_8b", "h100x64", 128, "fsdp=64", "full", ()),
+    "llama3-8b hsdp": ("llama3_8b", "h100x64", 128, "data=8,fsdp=8", "attention", ()),
+    "llama3-8b matmuls": ("llama3_8b", "v6e-64", 64, "fsdp=64", "matmuls", ()),
+    "llama3-70b full": ("llama3_70b", "v5p-128", 128, "fsdp=64", "full", ()),
+    "llama3-70b tp 8": ("llama3_70b", "h100x256", 128, "fsdp=32,tensor=8", "full", SP),
+    "mixtral full": ("mixtral_8x7b", "v5p-64", 128, "fsdp=32", "full", ()),
+    "mixtral ep 8": ("mixtral_8x7b", "v5p-64", 128, "fsdp=4,expert=8", "full", ()),
+    "mixtral ep 8 gpu": ("mixtral_8x7b", "h100x64", 128, "fsdp=8,expert=8", "full", ()),
+    "llama3-8b ring 4": (
+        *("llama3_8b", "v5p-64", 32, "fsdp=8,context=4", "full"),
+        ("parallel.context=ring",),
+    ),
+    "llama3-8b 1f1b 4": (
+        *("llama3_8b", "v5p-64", 128, "fsdp=8,stage=4", "full"),
+        ("train.micro_batches=8",),
+    ),
+    "llama2-13b attention": ("llama2_13b", "v6e-256", 512, "fsdp=256", "attention", ()),
+    "smollm2 accumulated": (
+        *("smollm2_135m", "v5e-16", 512, "fsdp=16", "none"),
+        ("train.micro_batches=4",),
+    ),
+    "llama3-8b tp 4 none": ("llama3_8b", "v5p-64", 32, "fsdp=8,tensor=4", "none", ()),
+    "llama3-8b zero-1": (
+        *("llama3_8b", "v5p-64", 64, "fsdp=32", "full"),
+        (*WHOLE, "sharding.optimizer.embed=fsdp"),
+    ),
+}
+
+
+def measure(name: str) -> None:
+    """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
+    from maxlm.config import load
+    from maxlm.plan.predict import Machine, predict
+    from maxlm.programs.compile import compile_step
+    from maxlm.run import RunConfig
+
+    run, on, rows, mesh, remat, more = CASES[name]
+    settings = [f"data.batch_size={rows}", f"model.remat={remat}", "mesh.fsdp=1"]
+    settings += [f"mesh.{part}" for part in mesh.split(",")]
+    config = load(RunConfig, f"runs/{run}", [*settings, *more]).value
+    plan = predict(config, Machine.of(on))
+    step = compile_step(config, on)
+    sent = sum(s.sent_bytes for s in plan.sends)
+    print(float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(CASES))
+        return
+    unknown = set(args.cases) - set(CASES)
+    if unknown:
+        parser.error(f"no case {', '.join(sorted(unknown))}; --list prints them")
+    if args.child:
+        measure(args.cases[0])
+        return
+    header = f"{'case':<22}{'machine':<10}{'mesh':<18}{'remat':<11}"
+    print(f"{header}{'planned':>9}{'compiled':>9}{'error':>7}   {'sent':>8}{'compiled':>9}")
+    errors = []
+    for name in args.cases or CASES:
+        command = [sys.executable, __file__, name, "--child"]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        planned, compiled, sent, wire = map(float, done.stdout.split())
+        _, on, _, mesh, remat, _ = CASES[name]
+        errors.append(planned / compiled - 1)
+        print(
+            f"{name:<22}{on:<10}{mesh:<18}{remat:<11}{planned / 1e9:>9.2f}{compiled / 1e9:>9.2f}"
+            f"{errors[-1]:>+7.1%}   {sent / 1e9:>8.2f}{wire / 1e9:>9.2f}",
+            flush=True,
+        )
+    sizes = [abs(error) for error in errors]
+    print(f"error of the peak: median {median(sizes):.1%}, worst {max(sizes):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Where a mesh lies on a machine that is not here: its axes along the dimensions of a torus.
+
+The layout is the one that a run would have (``sharding/links.py: arrange``), of devices that are
+nothing but places.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from maxlm.plan.hardware import CHIPS
+from maxlm.plan.topology import Topology
+from maxlm.sharding.links import arrange
+
+_NAMES = "xyz"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the layout asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, ...]
+    core_on_chip: int
+    slice_index: int
+    process_index: int
+
+
+def _places(topology: Topology) -> list[_Place]:
+    kind = CHIPS[topology.kind].device_kind
+    sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
+    cores = 2 if topology.kind == "tpu7x" else 1
+    where = product(range(topology.slices), *(range(n) for n in reversed(sides)), range(cores))
+    return [
+        _Place(i, "tpu", kind, (x, y, z), core, part, part)
+        for i, (part, z, y, x, core) in enumerate(where)
+    ]
+
+
+def torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
+    """For each mesh axis of more than one device, the dimensions of a TPU's torus that neighbours
+    along it differ in, as ``x·y``; "" for one that only crosses slices.
+
+    Raises:
+        MaxlmError: slices that neither `data` nor `stage` divides over.
+        ValueError, NotImplementedError: a mesh that the layout cannot place.
+    """
+    grid = arrange(sizes, _places(topology))
+    coords = np.array([place.coords for place in grid.ravel()]).reshape(*grid.shape, 3)
+    found = {}
+    for dim, axis in enumerate(sizes):
+        if sizes[axis] == 1:
+            continue
+        along = np.moveaxis(coords, dim, 0)
+        differs = (along != along[:1]).any(axis=tuple(range(along.ndim - 1)))
+        found[axis] = "·".join(name for name, yes in zip(_NAMES, differs, strict=True) if yes)
+    return found
