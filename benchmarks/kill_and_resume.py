@@ -26,7 +26,7 @@ from typing import Any
 
 # What differs between two runs of the same maths.
 TIMES = ("seconds", "loader_wait", "tokens_per_second", "mfu", "mfu_full_attention")
-TIMES += ("process_memory_peak", "device_memory_peak")
+TIMES += ("process_memory_peak", "device_memory_peak", "planned_seconds", "planned_mfu")
 KINDS = ("start-up", "step", "save")
 PATIENCE = 300.0
 POLL = 0.001

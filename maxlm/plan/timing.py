@@ -4,9 +4,9 @@ Matrix products run at a share of the peak, everything else that touches memory 
 bandwidth, and communication beside them where it can. Per micro-batch, forward and backward apart:
 
     products     FLOPs / (peak · matmul)
-    attention    its FLOPs likewise, and its scores' element-wise work on the vector units
-    traffic      bytes of element-wise maps, of attention's scores where no kernel keeps them on
-                 the chip, of gradients and the optimizer's state: / bandwidth
+    attention    its FLOPs likewise, and its scores' element-wise work: on the vector units, or
+                 through memory where no kernel keeps them on the chip
+    traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth
     exposed      of communication: what nothing waits for, beyond the share ``hidden`` of it and
                  beyond the computation there is to hide it under; of what the next computation
                  waits for, all but the share ``hidden``
@@ -26,6 +26,7 @@ from maxlm.plan.communication.collective import FP32, Collective
 from maxlm.plan.memory import resting
 from maxlm.plan.network import Network
 from maxlm.plan.shape import Shape
+from maxlm.plan.working import hidden_elements
 from maxlm.plan.workload import Number
 from maxlm.train.adafactor import matrix_dims
 
@@ -66,8 +67,9 @@ class Time:
     products: Number
     """Of matrices, recomputed ones included."""
     attention: Number
+    """Its products, and its scores' element-wise work."""
     traffic: Number
-    """Element-wise work, by the bytes it moves."""
+    """Other element-wise work, by the bytes it moves."""
     exposed: Number
     """Communication that nothing hides."""
     idle: Number
@@ -155,43 +157,40 @@ def causal_share(shape: Shape) -> float:
     return float(np.sum(keys * (stops - starts)) / seq_len**2)
 
 
-def traffic(shape: Shape, *, fused_attention: bool) -> tuple[Number, Number, Number]:
-    """Bytes between memory and chip of one micro-batch forward, backward, and of the update,
-    beside what matrix products hide."""
+def traffic(shape: Shape) -> tuple[Number, Number, Number]:
+    """Bytes that element-wise maps move between memory and chip: forward and backward of one
+    micro-batch, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
-    attention, heads = model.attention, split.ways(rules.heads)
+    attention = model.attention
     stream = shape.residual_tokens * model.d_model
-    queries = attention.num_heads * attention.head_dim / heads
+    queries = attention.num_heads * attention.head_dim / split.ways(rules.heads)
     keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
     hidden = 0.0
     for map_ in work.maps:
-        if map_.writes == "mlp":
-            tokens = shape.tokens * (
-                model.moe.experts_per_token if map_.experts and model.moe else 1
-            )
-            for kernel in map_.kernels:
-                hidden += tokens * kernel.shape[-1] / split.shards(rules, kernel.axes[-1:])
+        served = model.moe.experts_per_token if map_.experts and model.moe else 1
+        hidden += shape.tokens * served * hidden_elements(map_, split)
     # Norms read and write the stream, additions read it twice; rotations; the activation.
     maps = 8 * stream + shape.tokens * (4 * queries + 4 * keys) + 1.5 * hidden
-    again = 0 if shape.remat == "none" else 1
-    scores = 0.0
-    if not fused_attention:
-        pairs = work.config.data.seq_len * causal_share(shape)
-        scores = shape.tokens * pairs * attention.num_heads / heads * FP32
-    layers = shape.stage_layers
-    recomputed = 1 if work.attention_recomputed(shape.remat) else 0
-    forward = layers * (maps * itemsize + scores * _SCORE_PASSES["forward"])
-    backward = layers * (
-        maps * itemsize * (2 + again)
-        + scores * (_SCORE_PASSES["backward"] + recomputed * _SCORE_PASSES["forward"])
-    )
+    forward = shape.stage_layers * maps * itemsize
+    again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     chunk = model.vocab_size / split.ways(rules.vocab)
     loss = 4 * shape.tokens * chunk * FP32
     state = resting(shape)
     # Parameters, moments and gradients are read, and written but for the gradients.
     update = 2 * (state["parameters"] + state["optimizer"]) + 2 * state["parameters"]
-    return forward + loss / shape.stages, backward, update
+    return forward + loss / shape.stages, forward * (2 + again), update
+
+
+def score_traffic(shape: Shape) -> tuple[Number, Number]:
+    """The same of attention's scores, forward and backward, where they go through memory."""
+    work, split = shape.work, shape.split
+    heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
+    pairs = shape.tokens * work.config.data.seq_len * causal_share(shape)
+    one = shape.stage_layers * pairs * heads * FP32
+    again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
+    forward = one * _SCORE_PASSES["forward"]
+    return forward, one * _SCORE_PASSES["backward"] + again * forward
 
 
 def seconds(
@@ -221,7 +220,8 @@ def seconds(
         phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if fused_attention else 0.0
         for phase in _SCORE_OPS
     }
-    ahead, back, update = traffic(shape, fused_attention=fused_attention)
+    ahead, back, update = traffic(shape)
+    scores = (0.0, 0.0) if fused_attention else score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
     # Vector work goes by the scores: the backward pass does 2.5 times the products for each.
     softmax = (
@@ -232,8 +232,8 @@ def seconds(
         ),
     )
     attention = {
-        "forward": work.attention_forward / attention_rate + softmax[0],
-        "backward": work.attention_backward / attention_rate + softmax[1],
+        "forward": work.attention_forward / attention_rate + softmax[0] + scores[0] / bandwidth,
+        "backward": work.attention_backward / attention_rate + softmax[1] + scores[1] / bandwidth,
     }
     moved = {"forward": ahead / bandwidth, "backward": back / bandwidth}
     slots, exposed, communication = shape.slots, 0.0, 0.0

@@ -1,5 +1,6 @@
 """Ctrl-C saves, says so in one line, and the same command goes on to the same result."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
     unbroken = start(config, "unbroken", environment)
     _, err = unbroken.communicate()
     assert unbroken.returncode == 0, err
+
+    # What was planned stands beside what was measured.
+    plan = json.loads((tmp_path / "unbroken" / "plan.json").read_text())
+    steps = [r for r in read_records(tmp_path / "unbroken" / "metrics.jsonl") if "loss" in r]
+    assert plan["machine"]["words"] == "1 CPU device on one host"
+    assert {r["planned_seconds"] for r in steps} == {plan["time"]["step"]}
+    assert {r["planned_memory"] for r in steps} == {plan["memory"]["total"]}
+    assert all(r["seconds"] > 0 and r["mfu"] > 0 and r["planned_mfu"] > 0 for r in steps)
 
     broken = tmp_path / "broken"
     process = start(config, "broken", environment)
