@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-aot check format smoke clean
+.PHONY: help setup train test test-aot test-browser check format smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,6 +41,10 @@ test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: G
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 		-e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
 	$(bin)/python -m pytest -q tests/aot tests/plan tests/parallel/test_experts.py $(if $(K),-k '$(K)')
+
+test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(bin)/python -m pytest -q tests/browser
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .

@@ -147,14 +147,12 @@ def diff(
 def _stay_off_devices(on: str) -> None:
     """Planning for one machine touches no accelerator of another's; `cpuxN` is N virtual devices of
     this one's CPU."""
-    import os
-
     import jax
 
     from maxlm.plan.topology import parse_topology
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     machine = parse_topology(on)
+    jax.config.update("jax_platforms", "cpu")
     if machine.platform == "cpu":
         jax.config.update("jax_num_cpu_devices", machine.devices)
 

@@ -130,6 +130,7 @@ def topology_devices(topology: Topology) -> list[Any]:
             os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
             return get_topology_desc(topology.compiler_name, "tpu", **slices).devices
+        jax.devices("cpu")  # plugins are found when the first backend starts
         target = gpu_target(topology.kind)
         return get_topology_desc(
             platform="cuda", topology=topology.compiler_name, target_config=target
