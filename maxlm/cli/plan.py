@@ -153,7 +153,7 @@ def _stay_off_devices(on: str) -> None:
 
     machine = parse_topology(on)
     jax.config.update("jax_platforms", "cpu")
-    if machine.platform == "cpu":
+    if machine.platform == "cpu" and jax.config.values["jax_num_cpu_devices"] != machine.devices:
         jax.config.update("jax_num_cpu_devices", machine.devices)
 
 

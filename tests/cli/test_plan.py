@@ -50,6 +50,17 @@ def test_no_compiler_here(capsys, monkeypatch):
     assert "pip install" in capsys.readouterr().err
 
 
+def test_on_this_machine_with_its_own_compiler(capsys):
+    settings = ["data.batch_size=8", "model.num_layers=2", "optimizer.kind=adamw"]
+    assert main(["plan", "demo", *settings, "--on", "cpux8", "--compile", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["machine"]["words"] == "8 CPU devices on one host"
+    rest = out["compiled"]["resting: state and batch, GB"]
+    assert rest["plan"] == pytest.approx(rest["compiler"], rel=1e-3)
+    sent = out["compiled"]["sent, GB"]
+    assert sent["plan"] == pytest.approx(sent["compiler"], rel=0.05)
+
+
 def test_the_page_and_json(tmp_path, capsys):
     page = tmp_path / "report.html"
     assert main([*FITS, "--html", str(page), "--json"]) == 0
