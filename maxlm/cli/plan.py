@@ -55,37 +55,41 @@ def command(
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given. `maxlm plan diff A B`
     compares two plans.
     """
-    from maxlm.config import MaxlmError, load
+    from maxlm.config import load
     from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import Machine, predict
     from maxlm.run import RunConfig
     from maxlm.sharding import mesh_sizes, parse_mesh, smallest
 
+    numbers = {
+        "device_mtbf_hours": ("--device-mtbf", device_mtbf),
+        "restart_seconds": ("--restart", restart),
+        "checkpoint_seconds": ("--checkpoint", checkpoint),
+    }
+    search = searching or compile_top > 0
+    on_machines = {"--compile": compiled, "--search": search, "--price": price is not None}
+    on_machines |= {option: value is not None for option, value in numbers.values()}
+    _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
+    _refuse({"--devices": devices and on}, "goes without --on", "leave one of the two out")
+    _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
+    _finite({"--price": price, **dict(numbers.values())})
     run = load(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
+    machine, sizes = None, None
     if on is None:
-        asked = {"--compile": compiled, "--search": searching or compile_top > 0}
-        for option, given in asked.items():
-            if given:
-                raise MaxlmError(f"{option} needs a machine", fix="name it: --on v5p-128")
-        machine, sizes = None, mesh_sizes(run.mesh, devices or smallest(run.mesh))
+        sizes = mesh_sizes(run.mesh, devices or smallest(run.mesh))
     else:
         _stay_off_devices(on)
-        machine, sizes = Machine.of(on), None
-    given = {
-        "device_mtbf_hours": device_mtbf,
-        "restart_seconds": restart,
-        "checkpoint_seconds": checkpoint,
-    }
-    reliability = Reliability(**{k: v for k, v in given.items() if v is not None})
-    if machine and (searching or compile_top):
-        run = _search(run, machine, config, settings or [], top, compile_top, as_json)
-        if run is None:
-            raise typer.Exit(1)
-    result = predict(run, machine, sizes=sizes, reliability=reliability)
-    out, fits = result.to_json(), result.fits
-    compared = None
+        machine = Machine.of(on)
+    given = {name: value for name, (_, value) in numbers.items() if value is not None}
+    found = None
+    if machine and search:
+        run, found = _search(run, machine, config, settings or [], top, compile_top, as_json)
+    result = predict(run, machine, sizes=sizes, reliability=Reliability(**given))
+    out, fits, compared = result.to_json(), result.fits, None
+    if found:
+        out["search"] = found
     if machine and compiled:
         from maxlm.programs.compare import compare
         from maxlm.programs.compile import compile_step
@@ -93,10 +97,8 @@ def command(
         step = compile_step(run, machine.name)
         compared = compare(run, machine, result, step)
         fits = step.memory.peak <= machine.chip.memory
-        out |= {
-            "fits": fits,
-            "compiled": {k: {"plan": a, "compiler": b} for k, (a, b) in compared.items()},
-        }
+        figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
+        out |= {"fits": fits, "compiled": figures}
     if html:
         from maxlm.plan.html import write_report
 
@@ -104,7 +106,7 @@ def command(
     if as_json:
         import json
 
-        print(json.dumps(out, indent=2))
+        print(json.dumps(out, indent=2, allow_nan=False))
     else:
         from rich.console import Console
 
@@ -116,7 +118,7 @@ def command(
             console.print(comparison(compared, "The plan beside the compiler"))
         if html:
             console.print(f"written: {html}")
-    if not fits:
+    if fits is False:
         raise typer.Exit(1)
 
 
@@ -157,10 +159,35 @@ def _stay_off_devices(on: str) -> None:
         jax.config.update("jax_num_cpu_devices", machine.devices)
 
 
+def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
+    """Refuse options that would say nothing here."""
+    from maxlm.config import MaxlmError
+
+    for option, given in options.items():
+        if given:
+            raise MaxlmError(f"{option} {what}", fix=fix)
+
+
+def _finite(options: dict[str, float | None]) -> None:
+    from math import isfinite
+
+    from maxlm.config import MaxlmError
+
+    for option, value in options.items():
+        if value is not None and not isfinite(value):
+            raise MaxlmError(f"{option}={value} is no number", fix="give a finite one")
+
+
 def _search(
     run: Any, machine: Any, source: str, settings: list[str], top: int, verify: int, quiet: bool
-) -> Any:
-    """The quickest run that fits, or None; says what was found."""
+) -> tuple[Any, dict[str, Any]]:
+    """The quickest run that fits, and what was found as plain data; says it too.
+
+    Raises:
+        typer.Exit: nothing fits.
+    """
+    from dataclasses import asdict
+
     from rich.console import Console
 
     from maxlm.plan.search import search, snippet
@@ -176,15 +203,23 @@ def _search(
         f"{found.fitting:,} fit"
     )
     if not found.best:
-        console.print(f"none fits; the least that any needs is {human_bytes(found.least)} a device")
-        return None
+        words = "none divides: batch, sequence, heads and layers must divide over the devices"
+        if found.possible:
+            words = f"none fits; the least that any needs is {human_bytes(found.least)} a device"
+        if found.fitting:
+            words = f"none that fits can be: {found.refusal}"
+        console.print(words, markup=False)
+        raise typer.Exit(1)
     peaks = verified(run, machine, found.best[:verify])
     console.print(candidates(found, limit, peaks))
     good = [i for i in range(len(found.best)) if peaks.get(i, 0) <= limit]
     if not good:
         console.print("none of those compiled fits by the compiler's account")
-        return None
+        raise typer.Exit(1)
     winner = found.best[good[0]]
+    text = snippet(winner, source, nested(settings))
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
-    console.print(snippet(winner, source, nested(settings)), markup=False)
-    return winner.apply(run)
+    console.print(text, markup=False)
+    best = [{**asdict(own), "compiled": peaks.get(i)} for i, own in enumerate(found.best)]
+    counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
+    return winner.apply(run), {**counts, "best": best, "config": text}

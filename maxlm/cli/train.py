@@ -16,9 +16,14 @@ def command(
     ] = None,
 ) -> None:
     """Train a model. Called again, it goes on from the newest checkpoint in the run's folder."""
+    import os
+
     from maxlm.config import load
+    from maxlm.plan.hardware import GPU_SHARE
     from maxlm.run import RunConfig
 
+    # Read when JAX starts; the plan's limit of a GPU's memory is the same.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load(RunConfig, config, settings or ()).value
     from maxlm.programs.pretrain import pretrain
     from maxlm.programs.report import report

@@ -31,13 +31,23 @@ def diff(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
         Each part's entries as [first, second]; None where one has none.
     """
     return {
-        "facts": _pairs({k: first.get(k) for k in _FACTS}, {k: second.get(k) for k in _FACTS}),
+        "facts": _pairs(_facts(first), _facts(second)),
         "mesh": _pairs(first["mesh"], second["mesh"]),
-        "memory": _pairs(first.get("memory") or {}, second.get("memory") or {}),
+        "memory": _pairs(_memory(first), _memory(second)),
         "time": _pairs(first.get("time") or {}, second.get("time") or {}),
         "communication": _pairs(_sent(first), _sent(second)),
         "parameters": _pairs(_layouts(first), _layouts(second)),
     }
+
+
+def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+    machine, good = plan.get("machine"), plan.get("goodput")
+    facts = {"machine": machine and machine["name"]} | {k: plan.get(k) for k in _FACTS}
+    return facts | {"goodput": good and round(good["best"], 4)}
+
+
+def _memory(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in plan["memory"].items() if k != "working_sets"}
 
 
 def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -102,4 +112,4 @@ def _word(part: str, what: str, value: Any) -> str:
 
 def _change(a: Any, b: Any) -> str:
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (a, b))
-    return f"{b / a - 1:+.1%}" if numbers and a else ""
+    return f"{b / a - 1:+.1%}" if numbers and a > 0 and b >= 0 else ""

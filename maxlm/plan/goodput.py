@@ -11,8 +11,9 @@ from math import exp, expm1, sqrt
 # Grattafiori et al. 2024 (arXiv 2407.21783), section 3.3.4: 419 unexpected interruptions in 54 days
 # on 16,384 GPUs.
 DEVICE_MTBF_HOURS = 54 * 24 * 16_384 / 419
+# Two assumptions, for want of figures that hold everywhere: ten minutes to be scheduled, start and
+# compile again, and 1 GB/s from a device to storage.
 RESTART_SECONDS = 600.0
-# What a device's share of its host's network gives to storage, B/s.
 STORAGE_RATE = 1e9
 
 
@@ -45,18 +46,19 @@ class Goodput:
 
 
 def goodput(
-    reliability: Reliability, devices: int, state_bytes: float, interval_seconds: float
+    reliability: Reliability, devices: int, state_bytes: float, step_seconds: float, every: int
 ) -> Goodput:
     """The share of a run's time that is progress.
 
     Args:
         state_bytes: of a checkpoint, a device's share of it.
-        interval_seconds: between the run's checkpoints; 0: there are none.
+        every: steps between the run's checkpoints; 0: there are none.
     """
+    interval_seconds = every * step_seconds
     mean = reliability.device_mtbf_hours * 3600 / devices
     write = reliability.checkpoint_seconds
     write = state_bytes / STORAGE_RATE if write is None else write
-    best = best_interval(mean, write)
+    best = max(best_interval(mean, write), step_seconds)
     share = {
         tau: progress(tau, mean, write, reliability.restart_seconds)
         for tau in (best, interval_seconds)

@@ -23,8 +23,8 @@ class Chip:
     name: str
     family: str
     """What its efficiency is looked up by (``plan/timing.py``)."""
-    device_kind: str
-    """How the name that JAX gives such a device begins."""
+    device_kinds: tuple[str, ...]
+    """What JAX calls such a device."""
     peak: Mapping[str, float]
     """FLOP/s (int8: OP/s) of matrix products, by dtype."""
     memory: float
@@ -45,61 +45,74 @@ class Chip:
 
 
 _TPU, _NVIDIA = 1e-6, 2e-5
+_H100 = {"bf16": 989.4 * TERA, "tf32": 494.7 * TERA}
+# The share of a GPU's memory that training asks JAX for (cli/train.py); JAX's own default is 0.75.
+GPU_SHARE = 0.92
 _BOOK = "links and network: jax-ml.github.io/scaling-book/tpus"
 _XLA = "memory: openxla/xla xla/backends/gpu/target_config/specs"
 
 # Memory of TPUs: the limit that libtpu's compiler names when a program does not fit, which is what
-# the vendor's figure leaves after its own share.
+# the vendor's figure leaves after its own share. Of GPUs: a share of what CUDA reports.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            *("v4", "tpu", "TPU v4", {"bf16": 275 * TERA, "int8": 275 * TERA}),
+            *("v4", "tpu", ("TPU v4",), {"bf16": 275 * TERA, "int8": 275 * TERA}),
             *(30.75 * GIB, 1200 * GB, 45 * GB, 6.25 * GB, 8.6 * TERA, _TPU),
             f"docs.cloud.google.com/tpu/docs/v4; {_BOOK}",
         ),
         Chip(
-            *("v5e", "tpu", "TPU v5 lite", {"bf16": 197 * TERA, "int8": 393 * TERA}),
+            *("v5e", "tpu", ("TPU v5 lite", "TPU v5e"), {"bf16": 197 * TERA, "int8": 393 * TERA}),
             *(15.75 * GIB, 819 * GB, 45 * GB, 3.125 * GB, 6.1 * TERA, _TPU),
             f"docs.cloud.google.com/tpu/docs/v5e; {_BOOK}",
         ),
         Chip(
-            *("v5p", "tpu", "TPU v5", {"bf16": 459 * TERA, "int8": 918 * TERA}),
+            *("v5p", "tpu", ("TPU v5", "TPU v5p"), {"bf16": 459 * TERA, "int8": 918 * TERA}),
             *(95.74 * GIB, 2765 * GB, 90 * GB, 6.25 * GB, 14.3 * TERA, _TPU),
             f"docs.cloud.google.com/tpu/docs/v5p; int8, {_BOOK}",
         ),
         Chip(
-            *("v6e", "tpu", "TPU v6 lite", {"bf16": 918 * TERA, "int8": 1836 * TERA}),
+            *("v6e", "tpu", ("TPU v6 lite", "TPU v6e"), {"bf16": 918 * TERA, "int8": 1836 * TERA}),
             *(31.25 * GIB, 1638 * GB, 90 * GB, 12.5 * GB, 7.2 * TERA, _TPU),
             f"docs.cloud.google.com/tpu/docs/v6e; {_BOOK}",
         ),
         # A chip is two devices, one a chiplet, which share its links and network.
         Chip(
-            *("tpu7x", "tpu", "TPU7x", {"bf16": 1153.5 * TERA, "fp8": 2307 * TERA}),
+            *("tpu7x", "tpu", ("TPU7x", "TPU v7x"), {"bf16": 1153.5 * TERA, "fp8": 2307 * TERA}),
             *(94.75 * GIB, 3690 * GB, 50 * GB, 6.25 * GB, 7.2 * TERA, _TPU),
             "docs.cloud.google.com/tpu/docs/tpu7x, halves of a chip",
         ),
         Chip(
-            *("a100", "nvidia", "NVIDIA A100", {"bf16": 312 * TERA, "tf32": 156 * TERA}),
-            *(85_100_068_864.0, 2039 * GB, 300 * GB, 25 * GB, 9.7 * TERA, _NVIDIA),
+            *(
+                "a100",
+                "nvidia",
+                ("NVIDIA A100-SXM4-80GB",),
+                {"bf16": 312 * TERA, "tf32": 156 * TERA},
+            ),
+            *(GPU_SHARE * 85_100_068_864.0, 2039 * GB, 300 * GB, 25 * GB, 9.7 * TERA, _NVIDIA),
             f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
             domain=8,
         ),
         Chip(
-            *("h100", "nvidia", "NVIDIA H100", {"bf16": 989.4 * TERA, "fp8": 1978.9 * TERA}),
-            *(84_942_979_072.0, 3350 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
+            *("h100", "nvidia", ("NVIDIA H100 80GB HBM3",), {**_H100, "fp8": 1978.9 * TERA}),
+            *(GPU_SHARE * 84_942_979_072.0, 3350 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
             f"NVIDIA H100 architecture white paper, SXM5; network: DGX H100 datasheet; {_XLA}",
             domain=8,
         ),
         Chip(
-            *("h200", "nvidia", "NVIDIA H200", {"bf16": 989.4 * TERA, "fp8": 1978.9 * TERA}),
-            *(150 * GB, 4800 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
+            *("h200", "nvidia", ("NVIDIA H200",), {**_H100, "fp8": 1978.9 * TERA}),
+            *(GPU_SHARE * 150 * GB, 4800 * GB, 450 * GB, 50 * GB, 33.5 * TERA, _NVIDIA),
             "NVIDIA H200 datasheet, SXM; memory: of its 141 GB, what a driver reports",
             domain=8,
         ),
         Chip(
-            *("b200", "nvidia", "NVIDIA B200", {"bf16": 2250 * TERA, "fp8": 4500 * TERA}),
-            *(191_514_411_008.0, 7672 * GB, 900 * GB, 50 * GB, 37.2 * TERA, _NVIDIA),
+            *(
+                "b200",
+                "nvidia",
+                ("NVIDIA B200",),
+                {"bf16": 2250 * TERA, "fp8": 4500 * TERA, "tf32": 1100 * TERA},
+            ),
+            *(GPU_SHARE * 191_514_411_008.0, 7672 * GB, 900 * GB, 50 * GB, 37.2 * TERA, _NVIDIA),
             f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
             domain=8,
         ),
@@ -111,8 +124,7 @@ def chip_of(device: Any) -> Chip | None:
     """What a device of JAX's is; None: not in the table. A CPU is measured, once a process."""
     if device.platform == "cpu":
         return measured_cpu(len(device.client.local_devices()))
-    found = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.device_kind)]
-    return max(found, key=lambda chip: len(chip.device_kind), default=None)
+    return next((c for c in CHIPS.values() if device.device_kind in c.device_kinds), None)
 
 
 @cache
@@ -124,7 +136,7 @@ def measured_cpu(devices: int) -> Chip:
     # In place, as in a program's own buffers: fresh pages would cost several times more.
     bandwidth = 2 * 4 * 4096**2 / _seconds(jax.nn.silu, 4096, in_place=True) / devices
     return Chip(
-        *("cpu", "cpu", "cpu", {"fp32": peak, "bf16": peak}, _machine_memory() / devices),
+        *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, _machine_memory() / devices),
         *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
         "measured on this machine",
     )

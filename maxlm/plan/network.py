@@ -12,7 +12,6 @@ an all-reduce. An all-to-all on a ring of n sends its bytes n / 4 hops on averag
 
 from dataclasses import dataclass
 from math import log, prod
-from typing import Any
 
 import numpy as np
 
@@ -101,7 +100,7 @@ class Network:
         if kind == "collective-permute":
             near = np.where(np.greater(inner, 1), whole / chip.link, 0.0)
             far = np.where(np.greater(across, 1), whole / chip.network, 0.0)
-            return np.maximum(near, far) + chip.latency
+            return np.maximum(near, far) + np.where(inner * across > 1, chip.latency, 0.0)
         if kind.endswith("all-to-all"):
             near = np.where(np.greater(inner, 1), whole * side / (8 * closed * chip.link), 0.0)
             return near + sent_bytes(kind, across, whole) / chip.network + hops * chip.latency
@@ -123,8 +122,3 @@ class Network:
             return far + whole * (inner - 1) / ways / chip.link + latency
         rate = np.where(leaves, np.minimum(inner * chip.network, chip.link), chip.link)
         return sent_bytes(kind, ways, whole) / rate + latency
-
-
-def stride(axis: str, sizes: dict[str, Any]) -> int:
-    """Devices between neighbours along a mesh axis, `tensor` being innermost."""
-    return prod(sizes[inner] for inner in MESH_AXES[MESH_AXES.index(axis) + 1 :])

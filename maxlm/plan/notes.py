@@ -28,6 +28,7 @@ def notes(
             _context(config, placed, sizes),
             _kv_heads(config, placed, sizes),
             _pipeline(config, sizes),
+            _muon(config, placed),
         )
         if line
     )
@@ -109,3 +110,10 @@ def _pipeline(config: RunConfig, sizes: Mapping[str, int]) -> str | None:
         f"pipeline: {own.schedule}, {stages} stages of {held}, {micro} micro-batches, "
         f"{share:.1%} of the time idle"
     )
+
+
+def _muon(config: RunConfig, placed: PlacedModel) -> str | None:
+    """Its iterations are left to the compiler, which gathers what it likes."""
+    if config.optimizer.kind != "muon" or not (placed.optimizer.embed or placed.optimizer.mlp):
+        return None
+    return "what Muon's orthogonalisation gathers over devices is not among the bytes sent"

@@ -31,7 +31,7 @@ class _Place:
 
 
 def _places(topology: Topology) -> list[_Place]:
-    kind = CHIPS[topology.kind].device_kind
+    kind = CHIPS[topology.kind].device_kinds[0]
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     cores = 2 if topology.kind == "tpu7x" else 1
     where = product(range(topology.slices), *(range(n) for n in reversed(sides)), range(cores))

@@ -1,12 +1,11 @@
 """A run on a machine: what it holds, what it sends and how long it takes, before it is paid for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from maxlm.config import MaxlmError
 from maxlm.models.dtypes import compute_dtype
 from maxlm.plan.communication import Collective, collectives
 from maxlm.plan.goodput import Goodput, Reliability, goodput
@@ -21,9 +20,11 @@ from maxlm.plan.topology import Topology, dimensions, parse_topology
 from maxlm.plan.workload import Split, Work
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, mesh_sizes
-from maxlm.sharding.links import BETWEEN_SLICES
+from maxlm.sharding.links import between_slices, check_hosts
 
 FORMAT = 1
+# Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
+FILL = 0.95
 # No kernel of ours keeps attention's scores on the chip yet.
 FUSED_ATTENTION = False
 
@@ -55,11 +56,16 @@ class Machine:
         chip, first = chip_of(devices[0]), devices[0]
         if chip is None:
             return None
+        limit = (getattr(first, "memory_stats", lambda: None)() or {}).get("bytes_limit")
+        if limit:
+            chip = replace(chip, memory=float(limit))
         slices = len({getattr(device, "slice_index", 0) for device in devices})
-        hosts = len({device.process_index for device in devices})
         shape = (len(devices),)
         if first.platform == "gpu":
-            slices, shape = 1, (hosts, len(devices) // hosts)
+            # Processes may have one GPU each: then a host is as many as NVLink joins.
+            a_process = len(devices) // len({device.process_index for device in devices})
+            a_host = a_process if a_process > 1 else min(chip.domain, len(devices))
+            slices, shape = 1, (len(devices) // a_host, a_host)
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
@@ -83,21 +89,10 @@ class Machine:
             MaxlmError: a mesh of another size, or one that slices or hosts cannot be laid along.
         """
         sizes = mesh_sizes(config.mesh, self.topology.devices)
-        slices = self.topology.slices
-        if self.topology.platform == "tpu" and all(sizes[a] % slices for a in BETWEEN_SLICES):
-            raise MaxlmError(
-                f"{slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
-                "divides over them",
-                where="mesh",
-                fix=f"set mesh.data to a multiple of {slices}: only it or stage may cross slices",
-            )
-        per_host = self.topology.shape[-1]
-        if self.topology.platform == "gpu" and per_host % sizes["tensor"]:
-            raise MaxlmError(
-                f"tensor={sizes['tensor']} would lie across hosts of {per_host} GPUs",
-                where="mesh.tensor",
-                fix=f"use a divisor of {per_host}",
-            )
+        if self.topology.platform == "tpu":
+            between_slices(sizes, self.topology.slices)
+        if self.topology.platform == "gpu":
+            check_hosts(sizes, self.topology.shape[-1])
         return sizes
 
 
@@ -143,8 +138,14 @@ class Plan:
         return self.machine.chip.memory if self.machine else None
 
     @property
-    def fits(self) -> bool:
-        return self.limit is None or float(self.memory.total) <= self.limit
+    def fits(self) -> bool | None:
+        """None: there is no machine to fit on."""
+        return None if self.limit is None else float(self.memory.total) <= self.limit
+
+    @property
+    def close(self) -> bool:
+        """Whether it fits by less than the plan may be wrong."""
+        return bool(self.fits) and float(self.memory.total) > FILL * (self.limit or 0.0)
 
     @property
     def step_seconds(self) -> float | None:
@@ -170,7 +171,7 @@ class Plan:
 
     @property
     def run_hours(self) -> float | None:
-        """Of the whole run, failures and checkpoints included."""
+        """Of the whole run, failures included, with checkpoints at the best interval."""
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
@@ -253,9 +254,9 @@ def predict(
     if machine and network:
         kind = matmul_dtype(shape.work.dtype_bytes, machine)
         time = seconds(shape, network, sends, dtype=kind, fused_attention=FUSED_ATTENTION)
-        every = config.checkpoint.every_steps * float(time.total)
         state = float(held.parameters) + float(held.optimizer) + float(held.average)
-        good = goodput(reliability, layout.devices, state, every)
+        every = config.checkpoint.every_steps
+        good = goodput(reliability, layout.devices, state, float(time.total), every)
     return Plan(
         layout=layout,
         machine=machine,
@@ -270,9 +271,10 @@ def predict(
 
 
 def matmul_dtype(itemsize: int, machine: Machine) -> str:
-    """The column of a chip's peaks. Where fp32 has none of its own it is several products of
-    smaller parts: a third of the bf16 rate at best, which this does not count."""
-    return "fp32" if itemsize == 4 and "fp32" in machine.chip.peak else "bf16"
+    """The column of a chip's peaks. By JAX's default precision fp32 products are TF32 on NVIDIA's
+    GPUs, and one pass of bf16 on TPUs."""
+    wanted = ("fp32", "tf32", "bf16") if itemsize == 4 else ("bf16",)
+    return next(dtype for dtype in wanted if dtype in machine.chip.peak)
 
 
 def _links(network: Network, split: Split) -> dict[str, str]:

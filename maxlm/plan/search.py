@@ -1,8 +1,8 @@
 """The best way to lay a run on a machine: every mesh, micro-batch and remat policy, by the plan.
 
-Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes. What is
-searched are powers and products that divide the machine; batch, sequence and model stay as they
-are, so that every candidate trains the same run.
+Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes. Every way
+to write the machine's devices as a product of mesh axes is one; batch, sequence and model stay as
+they are, so that every candidate trains the same run.
 """
 
 import time
@@ -19,7 +19,7 @@ from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.communication import collectives
 from maxlm.plan.memory import memory
-from maxlm.plan.predict import FUSED_ATTENTION, Machine, Plan, matmul_dtype, predict
+from maxlm.plan.predict import FILL, FUSED_ATTENTION, Machine, matmul_dtype, predict
 from maxlm.plan.shape import Shape
 from maxlm.plan.timing import seconds
 from maxlm.plan.workload import Split, Work
@@ -27,8 +27,8 @@ from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
-# Of the memory limit, what the analytic peak may come to: it is off by a few per cent.
-FILL = 0.95
+# Candidates that fit but fail a check which only the plan itself makes, before a search gives up.
+_REFUSALS = 500
 # Rules for the residual stream's sequence: whole on devices of `tensor`, or split (Megatron's
 # sequence parallelism).
 _RESIDUAL = (("context",), ("context", "tensor"))
@@ -80,12 +80,14 @@ class Found:
     """Bytes at the peak of whichever needs least; infinite where none is possible."""
     taken: float
     """Seconds."""
+    refusal: str | None
+    """Why the last one that fits and is not among the best was refused."""
 
 
 def search(config: RunConfig, machine: Machine, *, top: int = 10) -> Found:
     """Rank all ways to lay a run on a machine; where none fits there is no best."""
     began = time.perf_counter()
-    found: list[Candidate] = []
+    fitted: list[tuple[_Batch, np.ndarray, np.ndarray]] = []
     tried = possible = fitting = 0
     least = np.inf
     for batch in _batches(config, machine):
@@ -97,33 +99,45 @@ def search(config: RunConfig, machine: Machine, *, top: int = 10) -> Found:
             least = min(least, float(need.min()))
             fits = need <= FILL * machine.chip.memory
             fitting += int(fits.sum())
-            # Some may fail a check that only the plan itself makes.
-            order = np.argsort(np.where(fits, taken, np.inf), kind="stable")[: 4 * top]
-            found += [own.candidate(i, need, taken) for i in order if fits[i]]
-    taken_seconds = time.perf_counter() - began
-    found.sort(key=lambda c: (c.seconds, c.memory))
-    best = tuple(_accepted(config, machine, found, top))
-    return Found(best, tried, possible, fitting, float(least), taken_seconds)
+            if fits.any():
+                fitted.append((own.kept(fits), need[fits], taken[fits]))
+    ranked = _quickest_first(fitted)
+    spent = time.perf_counter() - began
+    best, refusal = _accepted(config, machine, ranked, top)
+    return Found(best, tried, possible, fitting, float(least), spent, refusal)
+
+
+def _quickest_first(
+    fitted: list[tuple["_Batch", np.ndarray, np.ndarray]],
+) -> Iterator[Candidate]:
+    """Candidates of all batches, one by one: few of very many are ever looked at."""
+    if not fitted:
+        return iter(())
+    batches, needs, times = zip(*fitted, strict=True)
+    owner = np.concatenate([np.full(len(taken), i) for i, taken in enumerate(times)])
+    place = np.concatenate([np.arange(len(taken)) for taken in times])
+    need, taken = np.concatenate(needs), np.concatenate(times)
+    order = np.lexsort((need, taken)).tolist()
+    return (
+        batches[owner[i]].candidate(int(place[i]), float(need[i]), float(taken[i])) for i in order
+    )
 
 
 def _accepted(
-    config: RunConfig, machine: Machine, found: list[Candidate], top: int
-) -> Iterator[Candidate]:
-    count = 0
-    for candidate in found:
-        if count == top:
-            return
+    config: RunConfig, machine: Machine, ranked: Iterator[Candidate], top: int
+) -> tuple[tuple[Candidate, ...], str | None]:
+    """The first that pass every check of a run; and the last refusal in words."""
+    best: list[Candidate] = []
+    refusal, refused = None, 0
+    for candidate in ranked:
         try:
             predict(candidate.apply(config), machine)
-        except MaxlmError:
-            continue
-        count += 1
-        yield candidate
-
-
-def plan_of(config: RunConfig, machine: Machine, candidate: Candidate) -> Plan:
-    """A candidate's whole plan."""
-    return predict(candidate.apply(config), machine)
+            best.append(candidate)
+        except MaxlmError as error:
+            refusal, refused = str(error), refused + 1
+        if len(best) == top or refused == _REFUSALS:
+            break
+    return tuple(best), refusal
 
 
 def snippet(candidate: Candidate, source: str, settings: dict[str, Any]) -> str:
@@ -190,14 +204,14 @@ class _Batch:
         ones = np.ones(self.count)
         return np.asarray(memory(shape).total) * ones, np.asarray(time.total) * ones
 
-    def candidate(self, i: int, need: np.ndarray, taken: np.ndarray) -> Candidate:
+    def candidate(self, i: int, need: float, taken: float) -> Candidate:
         return Candidate(
             {axis: int(n[i]) for axis, n in self.sizes.items()},
             int(self.micro[i]),
             self.remat,
             self.residual,
-            float(taken[i]),
-            float(need[i]),
+            taken,
+            need,
         )
 
 
@@ -247,9 +261,16 @@ def _divides(
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, rules):
                 good &= np.equal(np.mod(size, split.ways(own.mesh_axes(axis))), 0)
+    if config.model.moe is not None and config.model.moe.dispatch == "capacity":
+        good &= np.equal(split.ways(rules.seq), 1)
+    good &= _heads_align(config, split)
     stages = sizes["stage"]
     groups = Shape(work, split, micro, "full").groups
     piped = np.greater(stages, 1)
+    on_stages = rules.layers == split.storage.layers == ("stage",)
+    grouped = config.parallel.layer_groups > 1 and config.parallel.schedule != "circular"
+    if grouped or not on_stages:
+        good &= ~piped
     good &= ~piped | np.equal(np.mod(micro, stages), 0)
     good &= np.equal(np.mod(config.model.num_layers, stages * np.where(piped, groups, 1)), 0)
     topology = machine.topology
@@ -260,3 +281,15 @@ def _divides(
             [np.equal(np.mod(sizes[a], topology.slices), 0) for a in BETWEEN_SLICES], axis=0
         )
     return good
+
+
+def _heads_align(config: RunConfig, split: Split) -> np.ndarray:
+    """Where kv heads are whole, no device's query heads straddle two of their groups
+    (``parallel/context.py: check_context``)."""
+    rules, attention = split.compute, config.model.attention
+    shares = split.ways(rules.heads)
+    if rules.kv_heads or not rules.heads:
+        return np.ones_like(shares, bool)
+    own = attention.num_heads / shares
+    group = attention.num_heads // attention.num_kv_heads
+    return np.equal(np.mod(own, group), 0) | np.equal(np.mod(group, np.maximum(own, 1)), 0)

@@ -55,12 +55,18 @@ def tables(plan: Plan, *, price: float | None = None) -> Group:
     Args:
         price: of an accelerator's hour, in whatever currency.
     """
-    parts: list[Any] = [facts(plan.layout), _parameters(plan.layout), _memory(plan)]
+    parts: list[Any] = [facts(plan.layout)]
+    if plan.machine:
+        parts += [
+            Text(f"{plan.machine.name}: {plan.machine.words}"),
+            Text(verdict(plan), style="bold"),
+            Text(run_words(plan, price)),
+        ]
+    parts += [_parameters(plan.layout), _memory(plan)]
     if plan.sends:
         parts.append(_communication(plan))
     if plan.machine:
-        parts += [_time(plan), Text(run_words(plan, price)), Text(verdict(plan), style="bold")]
-        parts.insert(1, Text(f"{plan.machine.name}: {plan.machine.words}"))
+        parts.append(_time(plan))
     return Group(*parts)
 
 
@@ -69,12 +75,13 @@ def facts(layout: Layout) -> Text:
     sparse = layout.active_parameters < layout.parameters
     active = f", {layout.active_parameters:,} of them active" if sparse else ""
     per_parameter = layout.tokens_total / layout.parameters
+    ratio = human_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
     return Text.assemble(
         (layout.name, "bold"),
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
         f"{layout.tokens_per_step:,} tokens a step · {human_count(layout.tokens_total)} in the run"
-        f" ({per_parameter:.3g} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
+        f" ({ratio} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
         *(f"\n{note}" for note in layout.notes),
@@ -94,6 +101,8 @@ def verdict(plan: Plan) -> str:
     assert plan.limit is not None
     total = float(plan.memory.total)
     need = f"{human_bytes(total)} of {human_bytes(plan.limit)} a device"
+    if plan.close:
+        return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
         return f"fits: {need}, {1 - total / plan.limit:.0%} to spare"
     return (
@@ -105,7 +114,7 @@ def verdict(plan: Plan) -> str:
 def _parameters(layout: Layout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
     table = _table()
-    table.add_column("parameter", overflow="fold")
+    table.add_column("parameter", no_wrap=True)
     table.add_column("layout: logical axis = size → mesh axes", overflow="fold")
     for column in ("bytes", "a device", "copies"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -158,7 +167,8 @@ def _communication(plan: Plan) -> Group:
     timed = ("time",) if plan.machine else ()
     for column in ("what", "kind", "over", "runs", "sent", *timed, "computation"):
         numeric = column in ("runs", "sent", "time")
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=numeric)
+        justify: Any = "right" if numeric else "left"
+        table.add_column(column, justify=justify, no_wrap=numeric, overflow="fold")
     for key, (runs, sent, taken) in grouped(plan).items():
         what, kind, axes, link, waits = key
         table.add_row(
@@ -216,8 +226,10 @@ def run_words(plan: Plan, price: float | None = None) -> str:
     rate, hours = plan.tokens_per_second, plan.run_hours
     if rate is None or good is None:
         return ""
+    step = plan.step_seconds or 1.0
     lines = [
-        f"{human_count(rate)} tokens/s, {human_count(rate / layout.devices)} a device · "
+        f"{human_seconds(step)} a step · {human_count(rate)} tokens/s, "
+        f"{human_count(rate / layout.devices)} a device · "
         f"MFU {plan.mfu():.1%} (attention at half), {plan.mfu(full_attention=True):.1%} (in full)"
     ]
     if hours is not None:
@@ -227,7 +239,6 @@ def run_words(plan: Plan, price: float | None = None) -> str:
         if price is not None:
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
         lines.append(words)
-    step = plan.step_seconds or 1.0
     every = max(1, round(good.best_interval_seconds / step))
     lines.append(
         f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "

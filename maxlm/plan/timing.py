@@ -23,6 +23,7 @@ from math import prod
 import numpy as np
 
 from maxlm.plan.communication.collective import FP32, Collective
+from maxlm.plan.hardware import Chip
 from maxlm.plan.memory import resting
 from maxlm.plan.network import Network
 from maxlm.plan.shape import Shape
@@ -179,7 +180,8 @@ def traffic(shape: Shape) -> tuple[Number, Number, Number]:
     state = resting(shape)
     # Parameters, moments and gradients are read, and written but for the gradients.
     update = 2 * (state["parameters"] + state["optimizer"]) + 2 * state["parameters"]
-    return forward + loss / shape.stages, forward * (2 + again), update
+    one_f_one_b = work.config.parallel.schedule == "1f1b"
+    return forward + loss / (1.0 if one_f_one_b else shape.stages), forward * (2 + again), update
 
 
 def score_traffic(shape: Shape) -> tuple[Number, Number]:
@@ -213,7 +215,7 @@ def seconds(
     chip = network.chip
     own = efficiency or EFFICIENCY[chip.family]
     work = flops(shape)
-    rate, attention_rate = chip.peak[dtype] * own.matmul, chip.peak["bf16"] * own.matmul
+    rate, attention_rate = chip.peak[dtype] * own.matmul, _attention_peak(chip, dtype) * own.matmul
     bandwidth = chip.bandwidth * MEMORY
     head = shape.work.config.model.attention.head_dim
     vector = {
@@ -253,10 +255,7 @@ def seconds(
         beside = np.minimum(late * own.hidden, busy - under)
         exposed += free - under + late - beside
         communication += free + late
-    for c in sends:
-        if c.phase == "once":
-            taken = c.count * one(c)
-            exposed, communication = exposed + taken, communication + taken
+    once = sum((c.count * one(c) for c in sends if c.phase == "once"), start=0.0)
     micro = shape.micro
     share = (slots - micro) / slots
     parts = [sum(part.values()) * micro for part in (products, attention, moved)]
@@ -265,8 +264,13 @@ def seconds(
         products=parts[0] + update_flops(shape) / rate,
         attention=parts[1],
         traffic=parts[2] + update / bandwidth,
-        exposed=exposed * (1 - share),
+        exposed=exposed * (1 - share) + once,
         idle=idle,
-        communication=communication,
+        communication=communication + once,
         forward=micro * (products["forward"] + attention["forward"] + moved["forward"]),
     )
+
+
+def _attention_peak(chip: Chip, dtype: str) -> float:
+    """Attention is in bf16 where other products are in fp8."""
+    return chip.peak["bf16" if dtype == "fp8" else dtype]

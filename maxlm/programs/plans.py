@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from maxlm.config import MaxlmError, load
-from maxlm.plan.predict import Machine, predict
+from maxlm.plan.predict import FORMAT, Machine, predict
 from maxlm.plan.search import Candidate
 from maxlm.programs.compile import compile_step
 from maxlm.run import RunConfig
@@ -38,9 +38,11 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
         raise MaxlmError(f"cannot be read: {error.strerror}", where=str(path)) from None
     except ValueError:
         plan = None
-    if not isinstance(plan, dict) or not {"mesh", "rows", "memory"} <= plan.keys():
+    if not isinstance(plan, dict) or plan.get("format") != FORMAT:
         raise MaxlmError(
-            "is no plan", where=str(path), fix="write one with maxlm plan CONFIG --json"
+            "is no plan that this version reads",
+            where=str(path),
+            fix="write one with maxlm plan CONFIG --json",
         )
     return plan
 

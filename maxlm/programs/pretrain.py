@@ -36,6 +36,8 @@ class Trained:
     setup: Setup
     corpus: Corpus
     plan: Plan
+    start: int
+    """The step that it began or went on from."""
     state: TrainState
     folder: Path
     heldout: dict[str, dict[str, float]]
@@ -126,7 +128,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 log.log(int(state.step), _evaluation_record(config, int(state.step), results))
             (folder / "plots").mkdir(exist_ok=True)
             plot_loss(folder / "metrics.jsonl", folder / "plots" / "loss.png")
-    return Trained(setup, corpus, plan, state, folder, results)
+    return Trained(setup, corpus, plan, start, state, folder, results)
 
 
 def _evaluation_record(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from math import log
 
-from maxlm.plan.flops import training_flops
 from maxlm.plan.predict import Plan
 from maxlm.programs.prepare import Corpus
 from maxlm.programs.setup import Setup
@@ -30,7 +29,7 @@ def recorder(
     """
     config = setup.config
     tokens_a_step = config.data.batch_size * config.data.seq_len
-    flops = training_flops(setup.specs, config.model, config.data.seq_len)
+    layout = plan.layout
     peak, planned = plan.peak_flops, {}
     if plan.step_seconds is not None:
         planned = {
@@ -59,8 +58,10 @@ def recorder(
                 **planned,
             }
             if peak is not None:
-                values["mfu"] = mfu(rate, flops.causal, peak)
-                values["mfu_full_attention"] = mfu(rate, flops.full, peak)
+                values["mfu"] = mfu(rate, layout.flops_per_token, peak)
+                values["mfu_full_attention"] = mfu(
+                    rate, layout.flops_per_token_full_attention, peak
+                )
             display.update(step, values)
         else:
             display.message(_evaluated(step, values))

@@ -63,8 +63,12 @@ def _measured(run: Trained):
     """The plan's figures beside medians of what was measured; None: nothing to compare."""
     from rich.table import Table
 
-    # The first step of a start compiles.
-    records = [r for r in read_records(run.folder / "metrics.jsonl") if r.get("seconds")][1:]
+    # The first step of a start compiles; those before it may be another machine's.
+    records = [
+        r
+        for r in read_records(run.folder / "metrics.jsonl")
+        if r.get("seconds") and r["step"] > run.start + 1
+    ]
     plan = run.plan
     if plan.step_seconds is None or not records:
         return None

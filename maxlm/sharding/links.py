@@ -26,7 +26,7 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
         return _by_host(sizes, devices)
-    outer = _between_slices(sizes, slices)
+    outer = between_slices(sizes, slices)
     inner = tuple(n // outer[axis] for axis, n in sizes.items())
 
     def along_the_torus(shared: bool) -> np.ndarray:
@@ -43,8 +43,12 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
         return along_the_torus(shared=True)
 
 
-def _between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
-    """How many ways each axis is cut by the boundaries of slices."""
+def between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How many ways each axis is cut by the boundaries of slices.
+
+    Raises:
+        MaxlmError: neither `data` nor `stage` divides over them.
+    """
     outer = dict.fromkeys(sizes, 1)
     if slices == 1:
         return outer
@@ -62,16 +66,23 @@ def _between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
 def _by_host(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered, object).reshape(tuple(sizes.values()))
-    for row in grid.reshape(-1, sizes["tensor"]):
-        hosts = {device.process_index for device in row}
-        if len(hosts) > 1:
-            most = len(ordered) // len({device.process_index for device in ordered})
-            raise MaxlmError(
-                f"tensor={sizes['tensor']} would lie across hosts of {most} GPUs",
-                where="mesh.tensor",
-                fix=f"use a divisor of {most}",
-            )
+    hosts = len({device.process_index for device in ordered})
+    check_hosts(sizes, len(ordered) // hosts)
     return grid
+
+
+def check_hosts(sizes: Mapping[str, int], gpus: int) -> None:
+    """Check that `tensor` stays within hosts of so many GPUs.
+
+    Raises:
+        MaxlmError: it does not.
+    """
+    if gpus % sizes["tensor"]:
+        raise MaxlmError(
+            f"tensor={sizes['tensor']} would lie across hosts of {gpus} GPUs",
+            where="mesh.tensor",
+            fix=f"use a divisor of {gpus}",
+        )
 
 
 def links(mesh: Mesh) -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_the_best_interval_is(mean, share, restart):
 
 
 def test_a_larger_machine_fails_more_often():
-    few, many = (goodput(Reliability(), n, 1e9, 3600) for n in (256, 16_384))
+    few, many = (goodput(Reliability(), n, 1e9, 36.0, 100) for n in (256, 16_384))
     assert few.mtbf_hours == pytest.approx(64 * many.mtbf_hours)
     # 419 interruptions in 54 days on 16,384 devices: one every three hours.
     assert many.mtbf_hours == pytest.approx(54 * 24 / 419)
@@ -67,9 +67,11 @@ def test_a_larger_machine_fails_more_often():
 
 
 def test_no_checkpoints_no_progress():
-    assert goodput(Reliability(), 64, 1e9, 0).configured == 0
+    assert goodput(Reliability(), 64, 1e9, 10.0, 0).configured == 0
     assert progress(1e9, 60, 1, 1) == 0
 
 
 def test_checkpoints_that_cost_nothing_are_taken_often():
-    assert goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 3600).best > 0.999
+    found = goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 30.0, 100)
+    assert found.best > 0.999
+    assert found.best_interval_seconds == 30.0  # no oftener than there are steps

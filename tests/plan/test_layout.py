@@ -153,13 +153,17 @@ layers.mlp.up.kernel           layers=2 · embed=32→fsdp ·               16 K
 layers.mlp_norm.scale          layers=2 · 32                             256 B     256 B       8
 
 Memory of each device, at the peak of a step
-what                       bytes
-parameters (fp32)         19,584  19.1 KiB
-optimizer state           39,176  38.3 KiB
-batch                      1,280  1.25 KiB
-activations kept (none)   70,656    69 KiB
-working set of the loss  108,032   106 KiB
-together                 238,728   233 KiB
+what                                   bytes
+parameters (fp32)                     19,584  19.1 KiB
+optimizer state                       39,176  38.3 KiB
+batch                                  1,280  1.25 KiB
+activations kept (none)               70,656    69 KiB
+working set of the loss              108,032   106 KiB
+  head, gathered                       9,728   9.5 KiB
+  its gradient                        19,456    19 KiB
+  logits of a chunk                   58,368    57 KiB
+  hidden states and their gradients   20,480    20 KiB
+together                             238,728   233 KiB
 
 Communication of each device, in a step
 what                                        kind            over    runs      sent  computation

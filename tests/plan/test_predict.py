@@ -12,6 +12,7 @@ from maxlm.plan.hardware import CHIPS, chip_of
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
 
 FACTORS = {"none": 3.0, "full": 4.0}
 
@@ -42,6 +43,25 @@ def test_recomputing_trades_memory_for_time():
     memory = [float(p.memory.total) for p in plans.values()]
     assert memory == sorted(memory, reverse=True)
     assert plans["none"].step_seconds < plans["full"].step_seconds
+
+
+def test_fp32_is_slower_than_bf16_on_a_gpu():
+    auto, fp32 = (
+        predict(run("llama3_8b", f"compute_dtype={dtype}"), Machine.of("h100x64")).time
+        for dtype in ("bfloat16", "float32")
+    )
+    assert float(fp32.products / auto.products) == pytest.approx(2)
+
+
+def test_one_device_sends_nothing():
+    plan = predict(run("gpt2", "data.batch_size=8"), Machine.of("v5e-1"))
+    assert plan.sends == ()
+    assert float(plan.time.communication) == float(plan.time.exposed) == 0
+
+
+def test_without_a_machine_nothing_is_said_to_fit():
+    plan = predict(run("gpt2"), sizes=dict.fromkeys(MESH_AXES, 1))
+    assert plan.fits is plan.step_seconds is plan.mfu() is None
 
 
 def test_more_micro_batches_take_less_memory():
@@ -119,13 +139,17 @@ KINDS = {
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA H200": "h200",
+    "TPU v5e": "v5e",
+    "NVIDIA A100-SXM4-40GB": None,
+    "NVIDIA H100 PCIe": None,
     "Tesla T4": None,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices_are_recognised(kind):
-    found = chip_of(SimpleNamespace(platform="tpu", device_kind=kind))
+    platform = "tpu" if kind.startswith("TPU") else "gpu"
+    found = chip_of(SimpleNamespace(platform=platform, device_kind=kind))
     assert (found and found.name) == KINDS[kind]
 
 
@@ -143,11 +167,15 @@ def test_the_machine_that_is_here():
     places = [(x, y, z) for x in range(4) for y in range(4) for z in range(2)]
     found = Machine.here([tpu(p, s) for s in range(2) for p in places])
     assert found.topology == Machine.of("2xv5p-64").topology
-    gpus = [
-        SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", process_index=i // 8)
-        for i in range(16)
-    ]
-    assert Machine.here(gpus).topology == Machine.of("h100x16").topology
+    kind = "NVIDIA H100 80GB HBM3"
+    for a_process in (8, 1):
+        gpus = [
+            SimpleNamespace(platform="gpu", device_kind=kind, process_index=i // a_process)
+            for i in range(16)
+        ]
+        assert Machine.here(gpus).topology == Machine.of("h100x16").topology
+    gpus[0].memory_stats = lambda: {"bytes_limit": 7}
+    assert Machine.here(gpus).chip.memory == 7
     assert Machine.here(jax.devices()).topology.shape == (8,)
     assert Machine.here([SimpleNamespace(platform="gpu", device_kind="Tesla T4")]) is None
 

@@ -103,6 +103,7 @@ def test_none_fits():
 def test_slices_are_crossed_by_data_or_stages_alone():
     machine = Machine.of("2xv5e-16")
     found = search(run(**{"data.batch_size": 64}), machine, top=20)
+    assert len(found.best) == 20
     assert all(c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best)
 
 
