@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from maxlm.models.dtypes import compute_dtype
@@ -53,7 +54,10 @@ class Machine:
     @classmethod
     def here(cls, devices: Sequence[Any]) -> "Machine | None":
         """The one that these devices are; None: a kind whose figures are not known."""
-        chip, first = chip_of(devices[0]), devices[0]
+        # Of another process's devices the memory cannot be asked for.
+        own = (d for d in devices if getattr(d, "process_index", 0) == jax.process_index())
+        first = next(own, devices[0])
+        chip = chip_of(first)
         if chip is None:
             return None
         limit = (getattr(first, "memory_stats", lambda: None)() or {}).get("bytes_limit")

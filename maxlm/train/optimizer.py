@@ -170,7 +170,7 @@ class StateArray:
     axes: tuple[str | None, ...]
     """Logical axis of each dimension."""
     owner: tuple[str, ...] | None
-    """The path of the parameter that it belongs to."""
+    """The path of the parameter whose dimensions it has."""
 
 
 def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
@@ -185,7 +185,9 @@ def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) 
     def describe(path: tuple, leaf: jax.ShapeDtypeStruct) -> StateArray:
         names, axes = _names(path), (None,) * len(leaf.shape)
         owner = next((names[i:] for i in range(len(names)) if names[i:] in owners), None)
-        if owner and len(owners[owner].shape) == len(leaf.shape):
+        if owner and len(owners[owner].shape) != len(leaf.shape):
+            owner = None
+        if owner:
             spec = owners[owner]
             kept = zip(spec.axes, leaf.shape, spec.shape, strict=True)
             axes = tuple(axis if n == full else None for axis, n, full in kept)
@@ -210,7 +212,7 @@ def abstract_opt_state(
 
     def place(leaf: StateArray) -> jax.ShapeDtypeStruct:
         spec = PartitionSpec()
-        if leaf.owner and any(leaf.axes):
+        if leaf.owner:
             own = layouts[leaf.owner].spec
             own = (*own, *(None,) * (len(leaf.shape) - len(own)))
             spec = PartitionSpec(*(m if a else None for m, a in zip(own, leaf.axes, strict=True)))
