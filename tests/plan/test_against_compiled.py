@@ -39,7 +39,7 @@ CASES = {
     "ep": ("moe", 0.1),
     "ep × fsdp × tp": ("moe", 0.1),
     "fsdp × tp+sp × pp 1f1b": ("mha", 0.1),
-    "hsdp × pp gpipe": ("gqa_window", 0.03),
+    "hsdp × pp gpipe": ("gqa_window", 0.05),
 }
 # jax 0.10 gathers what leaves a program that is manual over `stage` alone.
 OLD = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
