@@ -60,7 +60,7 @@ class Machine:
         chip = chip_of(first)
         if chip is None:
             return None
-        limit = (getattr(first, "memory_stats", lambda: None)() or {}).get("bytes_limit")
+        limit = _memory_limit(first)
         if limit:
             chip = replace(chip, memory=float(limit))
         slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -272,6 +272,15 @@ def predict(
         micro_batches=config.train.micro_batches,
         checkpoint_every=config.checkpoint.every_steps,
     )
+
+
+def _memory_limit(device: Any) -> float | None:
+    """Bytes that JAX may take of a device that is here; None: not told, or only described."""
+    try:
+        stats = device.memory_stats()
+    except (AttributeError, jax.errors.JaxRuntimeError):
+        return None
+    return (stats or {}).get("bytes_limit")
 
 
 def matmul_dtype(itemsize: int, machine: Machine) -> str:
