@@ -23,7 +23,7 @@ def test_what_is_planned_is_compiled(machine, compiled):
     rows = compare(config, found, predict(config, found), step)
     for what, off in (
         ("resting: state and batch, GB", 0.02),
-        ("peak, GB", 0.25),  # of one row of 256 tokens: buffers that no real run would notice
+        ("peak, GB", 0.5),  # of one row of 256 tokens: weights in flight outweigh all else
         ("matrix products, TFLOP", 1e-3),
         ("sent, GB", 0.05),
     ):
