@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cases import add_cases, chosen
+
 from maxlm.config import MaxlmError, load
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
@@ -228,8 +230,7 @@ def _print_wire(cost: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    add_cases(parser)
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write the compiled HLO there")
     parser.add_argument(
         "--overrides", nargs="+", default=[], metavar="KEY=VALUE", help="change the run"
@@ -239,16 +240,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="of --depths; default 3")
     args = parser.parse_args()
-    if args.list:
-        print("\n".join(CASES))
-        return
-    unknown = set(args.cases) - set(CASES)
-    if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}; --list prints them")
+    names = chosen(parser, args, CASES)
     # This process only compiles: whatever accelerator is here stays untouched.
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        for name in args.cases or CASES:
+        for name in names:
             if args.depths:
                 measure_depths(name, CASES[name], args.overrides, args.depths, args.rounds)
                 continue

@@ -1,19 +1,19 @@
 """The plan's step time beside measured ones, on this machine's CPU.
 
-    python benchmarks/plan_cpu.py [CASE ...] [--steps N]
+    python benchmarks/plan_cpu.py [CASE ...] [--steps N] [--rounds N]
 
 Each case runs in a process of its own, with as many virtual devices as its mesh has: the machine's
-figures are measured there, the plan is made, then steps are taken and the median is compared.
+figures are measured there, the plan is made, then steps are taken and the median is compared. All
+of it some rounds over, since a machine's neighbours come and go; medians of the rounds.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import json
 import time
 from statistics import median
 
-LLAMA = ("model.attention.num_kv_heads=2", "model.remat=none")
+from cases import add_cases, chosen, in_child
+
 CASES = {
     "demo": ("demo", 1, ()),
     "demo, adamw": ("demo", 1, ("optimizer.kind=adamw",)),
@@ -34,6 +34,44 @@ CASES = {
             *("model.d_model=512", "model.attention.num_heads=8", "model.attention.num_kv_heads=2"),
             *("model.num_layers=8", "model.mlp.d_ff=1376", "data.batch_size=4"),
             *("optimizer.kind=adamw", "model.remat=full"),
+        ),
+    ),
+    "narrow": (
+        "demo",
+        1,
+        (
+            *("model.d_model=64", "model.attention.num_heads=1", "model.attention.num_kv_heads=1"),
+            *("model.mlp.d_ff=192", "optimizer.kind=adamw"),
+        ),
+    ),
+    "vocabulary 32000": (
+        "demo",
+        1,
+        (
+            *("model.vocab_size=32000", "tokenizer.vocab_size=32000", "data.batch_size=4"),
+            "optimizer.kind=adamw",
+        ),
+    ),
+    "sequences of 1024": (
+        "demo",
+        1,
+        (
+            *("model.d_model=256", "model.attention.num_heads=4", "model.attention.num_kv_heads=4"),
+            *("model.max_seq_len=1024", "data.seq_len=1024", "data.batch_size=4"),
+            "optimizer.kind=adamw",
+        ),
+    ),
+    "4 micro-batches": (
+        *("demo", 1),
+        ("train.micro_batches=4", "data.batch_size=32", "optimizer.kind=adamw"),
+    ),
+    "d 384, remat attention": (
+        "demo",
+        1,
+        (
+            *("model.d_model=384", "model.attention.num_heads=6", "model.attention.num_kv_heads=6"),
+            *("model.mlp.d_ff=1024", "model.num_layers=6", "model.remat=attention"),
+            "optimizer.kind=adamw",
         ),
     ),
     "gpt2": ("gpt2", 1, ("data.seq_len=256", "data.batch_size=2", "model.remat=none")),
@@ -79,39 +117,50 @@ def measure(name: str, steps: int) -> None:
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - began)
-    measured, planned = median(times[2:]), plan.step_seconds or 0.0
-    t = plan.time
+    t, chip = plan.time, machine.chip
     assert t is not None
-    parts = " ".join(
-        f"{1e3 * float(part):8.1f}" for part in (t.products, t.attention, t.traffic, t.exposed)
-    )
-    print(
-        f"{name:<20}{1e3 * planned:>10.1f}{1e3 * measured:>10.1f}{planned / measured - 1:>+9.1%}"
-        f"   {parts}   {machine.chip.peak['fp32'] / 1e9:6.1f} {machine.chip.bandwidth / 1e9:6.1f}",
-        flush=True,
-    )
+    parts = [float(part) for part in (t.products, t.attention, t.traffic, t.exposed)]
+    rates = [chip.peak["fp32"], chip.bandwidth, chip.pages]
+    print(json.dumps([plan.step_seconds, median(times[2:]), parts, rates]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
-    parser.add_argument("--steps", type=int, default=8)
+    add_cases(parser)
+    parser.add_argument("--steps", type=int, default=16, help="of a case in a round; default 16")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    unknown = set(args.cases) - set(CASES)
-    if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    names = chosen(parser, args, CASES)
     if args.child:
-        measure(args.cases[0], args.steps)
+        measure(names[0], args.steps)
         return
     print(
-        f"{'ms a step':<20}{'planned':>10}{'measured':>10}{'error':>9}   products, attention, "
-        "element-wise, exposed; GFLOP/s, GB/s",
+        f"{'ms a step':<24}{'planned':>10}{'measured':>10}{'error':>9}   products, attention, "
+        "element-wise, exposed; GFLOP/s, GB/s, GB/s of new memory",
         flush=True,
     )
-    for name in args.cases or CASES:
-        command = [sys.executable, __file__, name, "--child", "--steps", str(args.steps)]
-        subprocess.run(command, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            planned, measured, parts, rates = in_child(__file__, name, "--steps", str(args.steps))
+            found[name].append((planned, measured))
+            columns = "".join(f"{1e3 * part:8.1f}" for part in parts)
+            columns += "  ;" + "".join(f"{rate / 1e9:8.1f}" for rate in rates)
+            print(row(name, planned, measured) + columns, flush=True)
+    print("medians of the rounds")
+    errors = []
+    for name in names:
+        planned, measured = (median(column) for column in zip(*found[name], strict=True))
+        errors.append(abs(planned / measured - 1))
+        print(row(name, planned, measured))
+    print(f"error: median {median(errors):.1%}, worst {max(errors):.1%}")
+
+
+def row(name: str, planned: float, measured: float) -> str:
+    return (
+        f"{name:<24}{1e3 * planned:>10.1f}{1e3 * measured:>10.1f}{planned / measured - 1:>+9.1%}   "
+    )
 
 
 if __name__ == "__main__":

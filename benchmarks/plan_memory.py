@@ -9,10 +9,10 @@ it has no constant of any case's own.
 """
 
 import argparse
-import os
-import subprocess
-import sys
+import json
 from statistics import median
+
+from cases import add_cases, chosen, in_child
 
 SP = ("sharding.compute.residual=[context,tensor]",)
 WHOLE = ("sharding.storage.embed=null", "sharding.gradients.embed=null")
@@ -68,34 +68,23 @@ def measure(name: str) -> None:
     plan = predict(config, Machine.of(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.sends)
-    print(float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes())
+    print(json.dumps([float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes()]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    add_cases(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.list:
-        print("\n".join(CASES))
-        return
-    unknown = set(args.cases) - set(CASES)
-    if unknown:
-        parser.error(f"no case {', '.join(sorted(unknown))}; --list prints them")
+    names = chosen(parser, args, CASES)
     if args.child:
-        measure(args.cases[0])
+        measure(names[0])
         return
     header = f"{'case':<22}{'machine':<10}{'mesh':<18}{'remat':<11}"
     print(f"{header}{'planned':>9}{'compiled':>9}{'error':>7}   {'sent':>8}{'compiled':>9}")
     errors = []
-    for name in args.cases or CASES:
-        command = [sys.executable, __file__, name, "--child"]
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
-        planned, compiled, sent, wire = map(float, done.stdout.split())
+    for name in names:
+        planned, compiled, sent, wire = in_child(__file__, name)
         _, on, _, mesh, remat, _ = CASES[name]
         errors.append(planned / compiled - 1)
         print(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import Any
 
 import jax
@@ -42,6 +43,8 @@ class Chip:
     sources: str
     domain: int = 0
     """GPUs that NVLink joins; 0: a TPU's torus does, or nothing."""
+    pages: float = inf
+    """B/s at which a step gets the memory that it gives back; a pool's costs nothing."""
 
 
 _TPU, _NVIDIA = 1e-6, 2e-5
@@ -130,15 +133,18 @@ def chip_of(device: Any) -> Chip | None:
 @cache
 def measured_cpu(devices: int) -> Chip:
     """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
-    and SiLU reach now, and the memory there is."""
+    and SiLU reach now, how fast new memory is, and how much there is."""
     peak = 2 * 1024**3 / _seconds(jnp.matmul, 1024, rounds=20) / devices
     # An element-wise map as programs have them, which here computes rather than waits for memory.
-    # In place, as in a program's own buffers: fresh pages would cost several times more.
+    # In place: fresh pages cost several times more, and are counted apart.
     bandwidth = 2 * 4 * 4096**2 / _seconds(jax.nn.silu, 4096, in_place=True) / devices
+    # The C library hands an array of this size back to the system at once.
+    pages = 4 * 4096**2 / _seconds(jnp.add, 4096) / devices
     return Chip(
         *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, _machine_memory() / devices),
         *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
         "measured on this machine",
+        pages=pages,
     )
 
 

@@ -44,6 +44,11 @@ class Memory:
         return sum((getattr(self, part) for part in PARTS), start=0.0)
 
     @property
+    def allocated(self) -> Number:
+        """What a step takes and gives back."""
+        return self.gradients + self.activations + self.working
+
+    @property
     def phase(self) -> str:
         """Of one plan: when the peak is."""
         return list(self.working_sets)[int(self.peak)]

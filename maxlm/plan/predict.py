@@ -257,7 +257,12 @@ def predict(
     held = memory(shape)
     if machine and network:
         kind = matmul_dtype(shape.work.dtype_bytes, machine)
-        time = seconds(shape, network, sends, dtype=kind, fused_attention=FUSED_ATTENTION)
+        time = seconds(
+            *(shape, network, sends),
+            dtype=kind,
+            fused_attention=FUSED_ATTENTION,
+            allocated=held.allocated,
+        )
         state = float(held.parameters) + float(held.optimizer) + float(held.average)
         every = config.checkpoint.every_steps
         good = goodput(reliability, layout.devices, state, float(time.total), every)

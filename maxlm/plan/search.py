@@ -194,15 +194,17 @@ class _Batch:
         """Bytes at the peak and seconds a step."""
         split = Split(self.work.config, self.sizes)
         shape = Shape(self.work, split, self.micro, self.remat, ragged=machine.ragged)
+        held = memory(shape)
         time = seconds(
             shape,
             machine.network,
             collectives(shape),
             dtype=matmul_dtype(self.work.dtype_bytes, machine),
             fused_attention=FUSED_ATTENTION,
+            allocated=held.allocated,
         )
         ones = np.ones(self.count)
-        return np.asarray(memory(shape).total) * ones, np.asarray(time.total) * ones
+        return np.asarray(held.total) * ones, np.asarray(time.total) * ones
 
     def candidate(self, i: int, need: float, taken: float) -> Candidate:
         return Candidate(

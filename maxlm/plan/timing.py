@@ -1,12 +1,13 @@
 """How long a step takes: a roofline with three constants a family of chips.
 
-Matrix products run at a share of the peak, everything else that touches memory at the memory's
+Matrix products run at a share of the peak, everything else that touches memory at a share of its
 bandwidth, and communication beside them where it can. Per micro-batch, forward and backward apart:
 
     products     FLOPs / (peak · matmul)
     attention    its FLOPs likewise, and its scores' element-wise work: on the vector units, or
                  through memory where no kernel keeps them on the chip
-    traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth
+    traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth;
+                 on a CPU also a step's memory, which the system hands out page by page
     exposed      of communication: what nothing waits for, beyond the share ``hidden`` of it and
                  beyond the computation there is to hide it under; of what the next computation
                  waits for, all but the share ``hidden``
@@ -38,6 +39,8 @@ from maxlm.train.adafactor import matrix_dims
 _SCORE_OPS = {"forward": 12.0, "backward": 20.0}
 # Passes over fp32 scores in memory where no kernel keeps them on the chip.
 _SCORE_PASSES = {"forward": 4.0, "backward": 8.0}
+# Blocks up to this size the C library keeps for the next step (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
+_KEPT_BLOCK = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,16 @@ class Efficiency:
     """Share of communication that runs beside computation."""
     network: float
     """Share of the links' rates that collectives reach."""
+    memory: float = 0.8
+    """Share of the memory's bandwidth that element-wise maps reach."""
 
 
 EFFICIENCY = {
     "tpu": Efficiency(matmul=0.82, hidden=0.65, network=0.63),
     "nvidia": Efficiency(matmul=0.53, hidden=0.56, network=0.54),
-    "cpu": Efficiency(matmul=0.66, hidden=0.0, network=1.0),
+    # Copies and transpositions between products, which other compilers fuse, are in ``memory``.
+    "cpu": Efficiency(matmul=0.79, hidden=0.0, network=1.0, memory=0.4),
 }
-# Share of the memory bandwidth that element-wise maps reach, on all chips.
-MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,7 @@ def seconds(
     efficiency: Efficiency | None = None,
     dtype: str = "bf16",
     fused_attention: bool = False,
+    allocated: Number = 0.0,
 ) -> Time:
     """A step's time.
 
@@ -211,12 +216,13 @@ def seconds(
         efficiency: default: of the chip's family.
         dtype: of matrix products.
         fused_attention: whether a kernel keeps attention's scores on the chip.
+        allocated: bytes that a step takes and gives back.
     """
     chip = network.chip
     own = efficiency or EFFICIENCY[chip.family]
     work = flops(shape)
     rate, attention_rate = chip.peak[dtype] * own.matmul, _attention_peak(chip, dtype) * own.matmul
-    bandwidth = chip.bandwidth * MEMORY
+    bandwidth = chip.bandwidth * own.memory
     head = shape.work.config.model.attention.head_dim
     vector = {
         phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if fused_attention else 0.0
@@ -259,11 +265,12 @@ def seconds(
     micro = shape.micro
     share = (slots - micro) / slots
     parts = [sum(part.values()) * micro for part in (products, attention, moved)]
+    new = np.where(np.greater(allocated, _KEPT_BLOCK), allocated, 0.0)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return Time(
         products=parts[0] + update_flops(shape) / rate,
         attention=parts[1],
-        traffic=parts[2] + update / bandwidth,
+        traffic=parts[2] + update / bandwidth + new / chip.pages,
         exposed=exposed * (1 - share) + once,
         idle=idle,
         communication=communication + once,

@@ -19,7 +19,6 @@ def compare(
     exchange are counted by the compiler at the room they have.
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
-    rest = held.parameters + held.optimizer + held.average + held.batch
     work = Work.of(config, step.setup.model.dtype)
     split = Split(config, plan.layout.mesh)
     shape = Shape(work, split, plan.micro_batches, config.model.remat, ragged=machine.ragged)
@@ -27,9 +26,9 @@ def compare(
     products = shape.slots * (counted.forward + counted.backward)
     attention = shape.slots * (counted.attention_forward + counted.attention_backward)
     rows = {
-        "resting: state and batch, GB": (rest / GB, compiled.argument / GB),
+        "resting: state and batch, GB": ((held.total - held.allocated) / GB, compiled.argument / GB),
         "more at the peak, GB": (
-            (held.total - rest) / GB,
+            held.allocated / GB,
             (compiled.peak - compiled.argument) / GB,
         ),
         "peak, GB": (held.total / GB, compiled.peak / GB),

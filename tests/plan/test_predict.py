@@ -1,6 +1,7 @@
 """A plan as a whole: facts that must hold of any run, and machines that are here."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -80,6 +81,18 @@ def test_a_pipeline_idles_as_its_schedule_says():
     config = run("llama2_7b", "mesh.stage=4", "train.micro_batches=8", "model.remat=none")
     time = predict(config, Machine.of("v5p-64")).time
     assert float(time.idle / time.total) == pytest.approx(3 / 11, rel=0.15)
+
+
+def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
+    config, machine = run("demo", "data.batch_size=64"), Machine.of("v5e-1")
+    pool = predict(config, machine)
+    slow = replace(machine, chip=replace(machine.chip, pages=1e9))
+    memory = pool.memory
+    new = float(memory.total - memory.parameters - memory.optimizer - memory.batch)
+    waited = predict(config, slow).step_seconds - pool.step_seconds
+    assert waited == pytest.approx(new / 1e9, rel=1e-6)
+    small = run("demo", "data.batch_size=1", "data.seq_len=64")
+    assert predict(small, slow).step_seconds == predict(small, machine).step_seconds
 
 
 def test_json_is_plain_and_whole():
