@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+_MOST = 1e12
+
 
 def command(
     config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
@@ -29,7 +31,7 @@ def command(
     searching: Annotated[
         bool, typer.Option("--search", help="Find the quickest mesh, micro-batches and remat.")
     ] = False,
-    top: Annotated[int, typer.Option(min=1, help="How many a search shows.")] = 10,
+    top: Annotated[int | None, typer.Option(min=1, help="How many a search shows: 10.")] = None,
     compile_top: Annotated[
         int, typer.Option(min=0, help="How many of them to verify by the compiler.")
     ] = 0,
@@ -38,7 +40,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of an accelerator's hour: shows the run's.")
+        float | None, typer.Option(min=0, help="Of a device's hour: shows the run's.")
     ] = None,
     device_mtbf: Annotated[
         float | None, typer.Option(min=1, help="Hours between failures of one device.")
@@ -67,12 +69,14 @@ def command(
         "checkpoint_seconds": ("--checkpoint", checkpoint),
     }
     search = searching or compile_top > 0
-    on_machines = {"--compile": compiled, "--search": search, "--price": price is not None}
+    on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
+    on_machines["--price"] = price is not None
     on_machines |= {option: value is not None for option, value in numbers.values()}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
     _refuse({"--devices": devices and on}, "goes without --on", "leave one of the two out")
+    _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
-    _finite({"--price": price, **dict(numbers.values())})
+    _bounded({"--price": price, **dict(numbers.values())})
     run = load(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
@@ -85,20 +89,19 @@ def command(
     given = {name: value for name, (_, value) in numbers.items() if value is not None}
     found = None
     if machine and search:
-        run, found = _search(run, machine, config, settings or [], top, compile_top, as_json)
+        run, found = _search(run, machine, config, top or 10, compile_top, as_json)
     result = predict(run, machine, sizes=sizes, reliability=Reliability(**given))
-    out, fits, compared = result.to_json(), result.fits, None
+    out, fits, words, compared = result.to_json(), result.fits, "", {}
     if found:
         out["search"] = found
+    if price is not None and result.run_hours is not None:
+        out["price"] = price * result.run_hours * result.layout.devices
     if machine and compiled:
-        from maxlm.programs.compare import compare
-        from maxlm.programs.compile import compile_step
+        from maxlm.programs.plans import asked
 
-        step = compile_step(run, machine.name)
-        compared = compare(run, machine, result, step)
-        fits = step.memory.peak <= machine.chip.memory
+        fits, words, compared = asked(run, machine, result)
         figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
-        out |= {"fits": fits, "compiled": figures}
+        out["compiled"] = {"fits": fits, "words": words, "figures": figures}
     if html:
         from maxlm.plan.html import write_report
 
@@ -116,6 +119,8 @@ def command(
         console.print(tables(result, price=price))
         if compared:
             console.print(comparison(compared, "The plan beside the compiler"))
+        if words:
+            console.print(f"\n{words}", markup=False)
         if html:
             console.print(f"written: {html}")
     if fits is False:
@@ -168,34 +173,36 @@ def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
             raise MaxlmError(f"{option} {what}", fix=fix)
 
 
-def _finite(options: dict[str, float | None]) -> None:
-    from math import isfinite
-
+def _bounded(options: dict[str, float | None]) -> None:
+    """Numbers that arithmetic can go on with."""
     from maxlm.config import MaxlmError
 
     for option, value in options.items():
-        if value is not None and not isfinite(value):
-            raise MaxlmError(f"{option}={value} is no number", fix="give a finite one")
+        if value is not None and not value <= _MOST:
+            raise MaxlmError(f"{option}={value} is too much", fix=f"give {_MOST:g} at most")
 
 
 def _search(
-    run: Any, machine: Any, source: str, settings: list[str], top: int, verify: int, quiet: bool
+    run: Any, machine: Any, source: str, top: int, verify: int, quiet: bool
 ) -> tuple[Any, dict[str, Any]]:
     """The quickest run that fits, and what was found as plain data; says it too.
 
     Raises:
         typer.Exit: nothing fits.
     """
+    import json
     from dataclasses import asdict
+    from math import inf
 
     from rich.console import Console
 
     from maxlm.plan.search import search, snippet
     from maxlm.plan.show import candidates, human_bytes
-    from maxlm.programs.plans import nested, verified
+    from maxlm.programs.plans import verified
 
-    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False)
     found = search(run, machine, top=max(top, verify))
+    counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
+    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False)
     limit = machine.chip.memory
     console.print(
         f"{found.tried:,} candidates in {found.taken:.2f} s "
@@ -209,17 +216,21 @@ def _search(
         if found.fitting:
             words = f"none that fits can be: {found.refusal}"
         console.print(words, markup=False)
+        if quiet:
+            print(json.dumps({"fits": False, "search": {**counts, "best": []}}, indent=2))
         raise typer.Exit(1)
     peaks = verified(run, machine, found.best[:verify])
     console.print(candidates(found, limit, peaks))
-    good = [i for i in range(len(found.best)) if peaks.get(i, 0) <= limit]
+    good = [i for i in (peaks or range(len(found.best))) if peaks.get(i, 0) <= limit]
     if not good:
         console.print("none of those compiled fits by the compiler's account")
         raise typer.Exit(1)
-    winner = found.best[good[0]]
-    text = snippet(winner, source, nested(settings))
+    winner = found.best[good[0]].apply(run)
+    text = snippet(winner, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
     console.print(text, markup=False)
-    best = [{**asdict(own), "compiled": peaks.get(i)} for i, own in enumerate(found.best)]
-    counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
-    return winner.apply(run), {**counts, "best": best, "config": text}
+    best = [
+        {**asdict(own), "compiled": peaks[i] if peaks.get(i, inf) < inf else None}
+        for i, own in enumerate(found.best)
+    ]
+    return winner, {**counts, "best": best, "config": text}

@@ -23,7 +23,8 @@ def command(
     from maxlm.run import RunConfig
 
     # Read when JAX starts; the plan's limit of a GPU's memory is the same.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load(RunConfig, config, settings or ()).value
     from maxlm.programs.pretrain import pretrain
     from maxlm.programs.report import report

@@ -33,7 +33,7 @@ def write_report(plan: Mapping[str, Any], path: str | Path) -> None:
         MaxlmError: the file cannot be written.
     """
     path, page = Path(path), report(plan)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         try:
             temporary.write_text(page, "utf-8")

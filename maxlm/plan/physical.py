@@ -46,8 +46,7 @@ def torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, 
     along it differ in, as ``x·y``; "" for one that only crosses slices.
 
     Raises:
-        MaxlmError: slices that neither `data` nor `stage` divides over.
-        ValueError, NotImplementedError: a mesh that the layout cannot place.
+        MaxlmError: a mesh that the layout cannot place.
     """
     grid = arrange(sizes, _places(topology))
     coords = np.array([place.coords for place in grid.ravel()]).reshape(*grid.shape, 3)

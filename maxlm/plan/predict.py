@@ -128,6 +128,7 @@ class Plan:
 
     layout: Layout
     machine: Machine | None
+    shape: Shape
     memory: Memory
     sends: tuple[Sent, ...]
     time: Time | None
@@ -252,23 +253,16 @@ def predict(
         *(work, split, config.train.micro_batches, config.model.remat),
         ragged=machine is None or machine.ragged,
     )
-    sends = collectives(shape)
-    time = good = None
-    held = memory(shape)
-    if machine and network:
-        kind = matmul_dtype(shape.work.dtype_bytes, machine)
-        time = seconds(
-            *(shape, network, sends),
-            dtype=kind,
-            fused_attention=FUSED_ATTENTION,
-            allocated=held.allocated,
-        )
+    held, sends, time = costs(shape, machine)
+    good = None
+    if time:
         state = float(held.parameters) + float(held.optimizer) + float(held.average)
         every = config.checkpoint.every_steps
         good = goodput(reliability, layout.devices, state, float(time.total), every)
     return Plan(
         layout=layout,
         machine=machine,
+        shape=shape,
         memory=held,
         sends=tuple(s for s in (_sent(c, split, network) for c in sends) if s.sent_bytes > 0),
         time=time,
@@ -277,6 +271,22 @@ def predict(
         micro_batches=config.train.micro_batches,
         checkpoint_every=config.checkpoint.every_steps,
     )
+
+
+def costs(
+    shape: Shape, machine: Machine | None
+) -> tuple[Memory, tuple[Collective, ...], Time | None]:
+    """What a run, or each of many, holds, sends and takes; without a machine there is no time."""
+    held, sends = memory(shape), collectives(shape)
+    if machine is None:
+        return held, sends, None
+    time = seconds(
+        *(shape, machine.network, sends),
+        dtype=matmul_dtype(shape.work.dtype_bytes, machine),
+        fused_attention=FUSED_ATTENTION,
+        allocated=held.allocated,
+    )
+    return held, sends, time
 
 
 def _memory_limit(device: Any) -> float | None:

@@ -14,14 +14,11 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
-from maxlm.config import MaxlmError
+from maxlm.config import MaxlmError, load
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.communication import collectives
-from maxlm.plan.memory import memory
-from maxlm.plan.predict import FILL, FUSED_ATTENTION, Machine, matmul_dtype, predict
+from maxlm.plan.predict import FILL, Machine, costs, predict
 from maxlm.plan.shape import Shape
-from maxlm.plan.timing import seconds
 from maxlm.plan.workload import Split, Work
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -47,23 +44,14 @@ class Candidate:
     memory: float
     """Bytes at the peak, predicted."""
 
-    def changes(self) -> dict[str, Any]:
-        """The settings that make a run this candidate, nested."""
-        return {
-            "mesh": dict(self.sizes),
-            "model": {"remat": self.remat},
-            "train": {"micro_batches": self.micro_batches},
-            "sharding": {"compute": {"residual": list(self.residual)}},
-        }
-
     def apply(self, config: RunConfig) -> RunConfig:
         """The run laid out so."""
-        changes = self.changes()
-        dumped = config.model_dump()
-        for part in ("mesh", "model", "train"):
-            dumped[part] = {**dumped[part], **changes[part]}
-        dumped["sharding"]["compute"]["residual"] = self.residual
-        return RunConfig.model_validate(dumped)
+        run = config.model_dump()
+        run["mesh"] |= self.sizes
+        run["model"]["remat"] = self.remat
+        run["train"]["micro_batches"] = self.micro_batches
+        run["sharding"]["compute"]["residual"] = self.residual
+        return RunConfig.model_validate(run)
 
 
 @dataclass(frozen=True)
@@ -140,24 +128,32 @@ def _accepted(
     return tuple(best), refusal
 
 
-def snippet(candidate: Candidate, source: str, settings: dict[str, Any]) -> str:
-    """YAML that ``maxlm train`` takes: the source with the settings given and the candidate's.
+def snippet(run: RunConfig, source: str) -> str:
+    """YAML that ``maxlm train`` takes: a source, and whatever in the run is not as it is there.
 
     Args:
         source: a config file or the name of a shipped config.
-        settings: nested, as they were given beside it.
     """
-    merged = _merge(settings, candidate.changes())
-    merged["mesh"] = {axis: n for axis, n in merged["mesh"].items() if n > 1 or axis == "fsdp"}
-    return yaml.safe_dump({"include": source, **merged}, sort_keys=False, default_flow_style=None)
+    wanted = run.model_dump(mode="json")
+    try:
+        known = load(RunConfig, source).value.model_dump(mode="json")
+        data = {"include": source, **_differing(known, wanted)}
+    except MaxlmError:  # it is no run without the settings that were given beside it
+        data = wanted
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=None)
 
 
-def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    both = dict(low)
+def _differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """What of ``high`` laid over ``low`` makes ``high``."""
+    found = {}
     for key, value in high.items():
-        known = both.get(key)
-        both[key] = _merge(known, value) if isinstance(known, dict) else value
-    return both
+        known = low.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            if inner := _differing(known, value):
+                found[key] = inner
+        elif key not in low or known != value:
+            found[key] = value
+    return found
 
 
 def _factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -194,15 +190,8 @@ class _Batch:
         """Bytes at the peak and seconds a step."""
         split = Split(self.work.config, self.sizes)
         shape = Shape(self.work, split, self.micro, self.remat, ragged=machine.ragged)
-        held = memory(shape)
-        time = seconds(
-            shape,
-            machine.network,
-            collectives(shape),
-            dtype=matmul_dtype(self.work.dtype_bytes, machine),
-            fused_attention=FUSED_ATTENTION,
-            allocated=held.allocated,
-        )
+        held, _, time = costs(shape, machine)
+        assert time is not None
         ones = np.ones(self.count)
         return np.asarray(held.total) * ones, np.asarray(time.total) * ones
 

@@ -67,9 +67,37 @@ class Shape:
         return np.where(self.pipelined, self.micro + idle, self.micro)
 
     @property
+    def spread(self) -> Number:
+        """Whether micro-batches lie spread over a pipeline's stages before layers and after, and
+        embedding and loss see all of a device's at once (GPipe, circular)."""
+        return self.pipelined & (self.work.config.parallel.schedule != "1f1b")
+
+    @property
+    def end_tokens(self) -> Number:
+        """Tokens that embedding and loss see at once on a device ..."""
+        return self.tokens * np.where(self.spread, self.micro / self.stages, 1.0)
+
+    @property
+    def losses(self) -> Number:
+        """... how often the loss does: under 1F1B on every stage, for each micro-batch ..."""
+        return np.where(self.spread, 1.0, self.micro)
+
+    @property
+    def lookups(self) -> Number:
+        """... and the embedding: there each turn."""
+        return np.where(self.spread, 1.0, self.slots)
+
+    @property
     def ticks(self) -> Number:
         """Turns of a pipeline: of a stage, or of one of its groups of layers."""
         return self.slots * self.groups
+
+
+def expert_rows(shape: Shape) -> float:
+    """Rows of a token that experts multiply, empty places of a capacity included."""
+    moe = shape.work.config.model.moe
+    assert moe is not None
+    return moe.experts_per_token * (moe.capacity_factor if moe.dispatch == "capacity" else 1.0)
 
 
 def received_rows(shape: Shape) -> Number:
@@ -78,6 +106,6 @@ def received_rows(shape: Shape) -> Number:
     assert moe is not None
     ways = split.ways(split.compute.expert)
     if moe.dispatch == "capacity":
-        return shape.tokens * moe.experts_per_token * moe.capacity_factor
+        return shape.tokens * expert_rows(shape)
     here = np.minimum(moe.experts_per_token, moe.num_experts / ways)
     return shape.tokens * np.where(np.greater(ways, 1), ways * here, moe.experts_per_token)

@@ -1,6 +1,7 @@
 """A plan as tables for a terminal."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from rich.console import Group
@@ -268,7 +269,7 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
     """A search's best.
 
     Args:
-        verified: of some, by their place, the compiler's peak in bytes.
+        verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
     """
     table = _table()
     columns = ["mesh", "micro-batches", "remat", "residual", "step", "memory", "of limit"]
@@ -277,7 +278,9 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
     for place, own in enumerate(found.best):
         cells = _candidate(own, limit)
         if verified:
-            cells.append(human_bytes(verified[place]) if place in verified else "")
+            peak = verified.get(place)
+            room = "" if peak is None else human_bytes(peak) if peak < inf else "no room"
+            cells.append(room)
         table.add_row(*cells)
     return _titled("The quickest that fit", table)
 

@@ -8,9 +8,8 @@ bandwidth, and communication beside them where it can. Per micro-batch, forward 
                  through memory where no kernel keeps them on the chip
     traffic      bytes of element-wise maps, of parameters and the optimizer's state / bandwidth;
                  on a CPU also a step's memory, which the system hands out page by page
-    exposed      of communication: what nothing waits for, beyond the share ``hidden`` of it and
-                 beyond the computation there is to hide it under; of what the next computation
-                 waits for, all but the share ``hidden``
+    exposed      of communication: all but the share ``hidden`` of it, and but what there is
+                 computation for to run beside it
 
 A pipeline's idle turns take as long as its others (``Shape.slots``).
 
@@ -23,11 +22,11 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.communication.collective import FP32, Collective
+from maxlm.plan.communication.collective import FP32, PASSES, Collective
 from maxlm.plan.hardware import Chip
 from maxlm.plan.memory import resting
 from maxlm.plan.network import Network
-from maxlm.plan.shape import Shape
+from maxlm.plan.shape import Shape, expert_rows
 from maxlm.plan.working import hidden_elements
 from maxlm.plan.workload import Number
 from maxlm.train.adafactor import matrix_dims
@@ -91,21 +90,33 @@ class Time:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a device in one pass of all its layers and ends, recomputation included."""
+    """Of a device in one pass of all its layers, recomputation included; and of the loss."""
 
     forward: Number
     backward: Number
     attention_forward: Number
     attention_backward: Number
+    loss: Number
+    """Its forward part, for all micro-batches; the backward part is twice that."""
+
+    def products(self, slots: Number) -> Number:
+        """Of a step without attention's, a pipeline's idle turns included."""
+        return slots * (self.forward + self.backward) + 3 * self.loss
+
+    def attention(self, slots: Number) -> Number:
+        """Attention's likewise."""
+        return slots * (self.attention_forward + self.attention_backward)
 
 
 def flops(shape: Shape) -> Flops:
-    """What a device computes for one micro-batch."""
+    """What a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config = work.config
     forward = backward = 0.0
     for map_ in work.maps:
-        share = config.model.expert_share if map_.experts else 1.0
+        share = 1.0
+        if map_.experts and config.model.moe is not None:
+            share = expert_rows(shape) / config.model.moe.num_experts
         for kernel in map_.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
@@ -114,19 +125,22 @@ def flops(shape: Shape) -> Flops:
             backward += one * (3 if work.recomputed(map_, shape.remat) else 2)
             if map_.experts and shape.remat == "none" and map_.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
+    if config.model.moe is not None:
+        router = 2 * config.model.d_model * config.model.moe.num_experts * shape.tokens
+        forward += router
+        backward += router * (2 if shape.remat == "none" else 3)
     layers = shape.stage_layers
     heads = config.model.attention_flops(config.data.seq_len) / work.layers
     attention = heads * shape.tokens / split.ways(rules.heads) * causal_share(shape)
     again = 1.0 if work.attention_recomputed(shape.remat) else 0.0
-    ends = 2 * work.head.size * shape.tokens / split.ways(rules.vocab)
     twice = np.where(shape.pipelined, forward, 0.0), np.where(shape.pipelined, attention, 0.0)
-    one_f_one_b = config.parallel.schedule == "1f1b"
-    shared = 1.0 if one_f_one_b else shape.stages
+    seen = shape.losses * shape.end_tokens
     return Flops(
-        forward=layers * forward + ends / shared,
-        backward=layers * (backward + twice[0]) + 2 * ends / shared,
+        forward=layers * forward,
+        backward=layers * (backward + twice[0]),
         attention_forward=layers * attention,
         attention_backward=layers * (attention * (2.5 + again) + twice[1]),
+        loss=2 * work.head.size * seen / split.ways(rules.vocab),
     )
 
 
@@ -162,9 +176,9 @@ def causal_share(shape: Shape) -> float:
     return float(np.sum(keys * (stops - starts)) / seq_len**2)
 
 
-def traffic(shape: Shape) -> tuple[Number, Number, Number]:
-    """Bytes that element-wise maps move between memory and chip: forward and backward of one
-    micro-batch, and of the update."""
+def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
+    """Bytes that element-wise maps move between memory and chip: layers' forward and backward of
+    one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
     attention = model.attention
@@ -173,19 +187,20 @@ def traffic(shape: Shape) -> tuple[Number, Number, Number]:
     keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
     hidden = 0.0
     for map_ in work.maps:
-        served = model.moe.experts_per_token if map_.experts and model.moe else 1
+        served = expert_rows(shape) if map_.experts else 1.0
         hidden += shape.tokens * served * hidden_elements(map_, split)
     # Norms read and write the stream, additions read it twice; rotations; the activation.
     maps = 8 * stream + shape.tokens * (4 * queries + 4 * keys) + 1.5 * hidden
     forward = shape.stage_layers * maps * itemsize
     again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     chunk = model.vocab_size / split.ways(rules.vocab)
-    loss = 4 * shape.tokens * chunk * FP32
+    loss = 4 * shape.losses * shape.end_tokens * chunk * FP32
     state = resting(shape)
-    # Parameters, moments and gradients are read, and written but for the gradients.
-    update = 2 * (state["parameters"] + state["optimizer"]) + 2 * state["parameters"]
-    one_f_one_b = work.config.parallel.schedule == "1f1b"
-    return forward + loss / (1.0 if one_f_one_b else shape.stages), forward * (2 + again), update
+    # Parameters, their average and moments are read and written, and so are gradients, by what
+    # adds them up.
+    update = 2 * (state["parameters"] + state["average"] + state["optimizer"])
+    update += 2 * state["parameters"]
+    return forward, forward * (2 + again), loss, update
 
 
 def score_traffic(shape: Shape) -> tuple[Number, Number]:
@@ -228,7 +243,7 @@ def seconds(
         phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if fused_attention else 0.0
         for phase in _SCORE_OPS
     }
-    ahead, back, update = traffic(shape)
+    ahead, back, loss_bytes, update = traffic(shape)
     scores = (0.0, 0.0) if fused_attention else score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
     # Vector work goes by the scores: the backward pass does 2.5 times the products for each.
@@ -244,37 +259,33 @@ def seconds(
         "backward": work.attention_backward / attention_rate + softmax[1] + scores[1] / bandwidth,
     }
     moved = {"forward": ahead / bandwidth, "backward": back / bandwidth}
+    loss = work.loss / rate + loss_bytes / bandwidth, 2 * work.loss / rate
     slots, exposed, communication = shape.slots, 0.0, 0.0
 
     def one(c: Collective) -> Number:
         taken = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split)
         return taken / own.network
 
-    for phase in ("forward", "backward"):
-        free = late = 0.0
-        for c in sends:
-            if c.phase == phase:
-                taken = c.count * one(c)
-                free, late = (free, late + taken) if c.waits else (free + taken, late)
-        busy = slots * (products[phase] + attention[phase] + moved[phase])
-        under = np.minimum(free * own.hidden, busy)
-        beside = np.minimum(late * own.hidden, busy - under)
-        exposed += free - under + late - beside
-        communication += free + late
+    for phase, end in zip(PASSES, loss, strict=True):
+        sent = sum((c.count * one(c) for c in sends if c.phase == phase), start=0.0)
+        busy = slots * (products[phase] + attention[phase] + moved[phase]) + end
+        exposed += sent - np.minimum(sent * own.hidden, busy)
+        communication += sent
     once = sum((c.count * one(c) for c in sends if c.phase == "once"), start=0.0)
     micro = shape.micro
     share = (slots - micro) / slots
     parts = [sum(part.values()) * micro for part in (products, attention, moved)]
-    new = np.where(np.greater(allocated, _KEPT_BLOCK), allocated, 0.0)
+    # In between, it may be either: the plan's bytes are off by some per cent.
+    new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 0.95), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return Time(
-        products=parts[0] + update_flops(shape) / rate,
+        products=parts[0] + (3 * work.loss + update_flops(shape)) / rate,
         attention=parts[1],
-        traffic=parts[2] + update / bandwidth + new / chip.pages,
+        traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,
         exposed=exposed * (1 - share) + once,
         idle=idle,
         communication=communication + once,
-        forward=micro * (products["forward"] + attention["forward"] + moved["forward"]),
+        forward=micro * (products["forward"] + attention["forward"] + moved["forward"]) + loss[0],
     )
 
 

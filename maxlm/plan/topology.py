@@ -220,7 +220,7 @@ def _hosts(text: str, count: int) -> tuple[int, int]:
 def _torus(text: str, count: int, cores: int, dimensions: int, most: int) -> tuple[int, ...]:
     """The slice that the vendor gives out for a count: sides as equal as they can be."""
     chips = count // cores
-    shapes = _FLAT if dimensions == 2 else (*_SMALL, *_cubes(chips))
+    shapes = _FLAT if dimensions == 2 else (*_SMALL, *_cubes(min(chips, most)))
     found = [shape for shape in shapes if prod(shape) == chips]
     if count % cores or not found or chips > most:
         least = f"{cores}, {4 * cores}, {8 * cores}, ... up to {most * cores}"

@@ -95,8 +95,7 @@ def _loss(shape: Shape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
-    spread = np.where(shape.pipelined & (work.config.parallel.schedule != "1f1b"), shape.stages, 1)
-    tokens = shape.tokens * np.where(spread > 1, shape.micro / spread, 1)
+    tokens = shape.end_tokens
     chunk = np.minimum(work.config.objective.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
     return {
@@ -111,9 +110,14 @@ def _update(shape: Shape) -> Parts:
     """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
     two largest parameters' are alive together."""
     work, split = shape.work, shape.split
-    if split.optimizer == split.storage:
-        return {"updates, gathered": 0.0}
-    whole = [s.nbytes / split.shards(split.storage, s.axes) for s in work.specs.values()]
+    whole = [
+        np.where(
+            np.greater(split.shards(split.optimizer, s.axes), split.shards(split.storage, s.axes)),
+            s.nbytes / split.shards(split.storage, s.axes),
+            0.0,
+        )
+        for s in work.specs.values()
+    ]
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}
 

@@ -101,7 +101,7 @@ class Work:
         for name, spec in self.layer_specs.items():
             if spec.role == "matrix":
                 module = name.removesuffix(".kernel").rpartition(".")[0]
-                groups.setdefault((module, _inputs(spec)), []).append(_kernel(name, spec))
+                groups.setdefault((module, _inputs(spec)), []).append(kernel_of(name, spec))
         return tuple(
             Map(
                 name=f"{module.removeprefix('layers.')}: {', '.join(map(_short, kernels))}",
@@ -139,7 +139,8 @@ def _inputs(spec: ParamSpec) -> tuple[str | None, ...]:
     return tuple(spec.axes[d] for d in spec.contract)
 
 
-def _kernel(name: str, spec: ParamSpec) -> Kernel:
+def kernel_of(name: str, spec: ParamSpec) -> Kernel:
+    """A layer's own part of a stack of matrices."""
     return Kernel(name, spec.shape[spec.lead :], spec.axes[spec.lead :], len(spec.contract))
 
 

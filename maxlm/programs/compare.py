@@ -1,39 +1,38 @@
 """The plan's figures beside the compiler's, for one run on one machine."""
 
-from maxlm.plan.predict import Machine, Plan
-from maxlm.plan.shape import Shape
+from maxlm.plan.predict import Plan
 from maxlm.plan.timing import flops
-from maxlm.plan.workload import Split, Work
 from maxlm.programs.compile import CompiledStep
-from maxlm.run import RunConfig
 
 GB, TERA = 1e9, 1e12
 
 
-def compare(
-    config: RunConfig, machine: Machine, plan: Plan, step: CompiledStep
-) -> dict[str, tuple[float, float]]:
+Figures = dict[str, tuple[float, float]]
+
+
+def compare(plan: Plan, step: CompiledStep) -> Figures:
     """What → (planned, compiled), GB and TFLOP of one device and step.
 
-    Products of experts are in kernels that the compiler does not see into; rows of a ragged
-    exchange are counted by the compiler at the room they have.
+    Products of a dropless mixture's experts are in kernels that the compiler does not see into;
+    rows of a ragged exchange are counted by the compiler at the room they have.
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
-    work = Work.of(config, step.setup.model.dtype)
-    split = Split(config, plan.layout.mesh)
-    shape = Shape(work, split, plan.micro_batches, config.model.remat, ragged=machine.ragged)
-    counted = flops(shape)
-    products = shape.slots * (counted.forward + counted.backward)
-    attention = shape.slots * (counted.attention_forward + counted.attention_backward)
+    counted, slots = flops(plan.shape), plan.shape.slots
     rows = {
-        "resting: state and batch, GB": ((held.total - held.allocated) / GB, compiled.argument / GB),
+        "resting: state and batch, GB": (
+            (held.total - held.allocated) / GB,
+            compiled.argument / GB,
+        ),
         "more at the peak, GB": (
             held.allocated / GB,
             (compiled.peak - compiled.argument) / GB,
         ),
         "peak, GB": (held.total / GB, compiled.peak / GB),
-        "matrix products, TFLOP": (products / TERA, cost.matmul_flops / TERA),
-        "attention's products, TFLOP": (attention / TERA, cost.attention_flops / TERA),
+        "matrix products, TFLOP": (counted.products(slots) / TERA, cost.matmul_flops / TERA),
+        "attention's products, TFLOP": (
+            counted.attention(slots) / TERA,
+            cost.attention_flops / TERA,
+        ),
         "sent, GB": (sum(s.sent_bytes for s in plan.sends) / GB, cost.wire_bytes() / GB),
     }
     planned: dict[tuple[str, str], float] = {}

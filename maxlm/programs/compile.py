@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +62,10 @@ class CompiledStep:
         return compiled_memory(self.compiled)
 
 
+class DoesNotFit(MaxlmError):
+    """A program that the compiler finds no room for."""
+
+
 def compile_step(
     config: RunConfig, topology: str, *, options: dict[str, Any] | None = None
 ) -> CompiledStep:
@@ -73,7 +78,8 @@ def compile_step(
         options: of the compiler (XLA flags).
 
     Raises:
-        MaxlmError: an unknown machine, its compiler not installed, or a run that does not fit it.
+        MaxlmError: an unknown machine, its compiler not installed, or a mesh it cannot have.
+        DoesNotFit: too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
     setup = set_up(config, topology_devices(machine))
@@ -84,7 +90,14 @@ def compile_step(
     with jax.set_mesh(setup.mesh):
         lowered = step.__wrapped__.lower(*arguments)
     traced = time.perf_counter()
-    compiled = lowered.compile(compiler_options=options)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = re.search(r"required[\w ]*\(\S+\) exceeds available HBM \(\S+\)", str(error))
+        words = found.group() if found else str(error).splitlines()[0]
+        raise DoesNotFit(f"the compiler finds no room: {words}") from None
     ended = time.perf_counter()
     return CompiledStep(machine, setup, compiled, traced - began, ended - traced)
 

@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from maxlm.config import MaxlmError, load
-from maxlm.plan.predict import FORMAT, Machine, predict
+from maxlm.plan.predict import FORMAT, Machine, Plan, predict
 from maxlm.plan.search import Candidate
-from maxlm.programs.compile import compile_step
+from maxlm.plan.show import human_bytes
+from maxlm.programs.compare import Figures, compare
+from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
 from maxlm.sharding import mesh_sizes, smallest
 
@@ -48,17 +49,33 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
 
 
 def verified(run: RunConfig, machine: Machine, candidates: Sequence[Candidate]) -> dict[int, float]:
-    """By its place, each candidate's peak in bytes as the machine's compiler lays it out.
+    """By its place, each candidate's peak in bytes as the machine's compiler lays it out; infinite
+    where it finds no room.
 
     Raises:
         MaxlmError: the compiler is not installed.
     """
-    return {
-        i: float(compile_step(own.apply(run), machine.name).memory.peak)
-        for i, own in enumerate(candidates)
-    }
+    peaks = {}
+    for i, own in enumerate(candidates):
+        try:
+            peaks[i] = float(compile_step(own.apply(run), machine.name).memory.peak)
+        except DoesNotFit:
+            peaks[i] = inf
+    return peaks
 
 
-def nested(settings: Sequence[str]) -> dict[str, Any]:
-    """``key.path=value`` settings as nested plain data."""
-    return dict(OmegaConf.to_container(OmegaConf.from_dotlist(list(settings))))  # type: ignore[arg-type]
+def asked(run: RunConfig, machine: Machine, plan: Plan) -> tuple[bool, str, Figures]:
+    """What the machine's compiler says of a run: whether it fits, that in words, and figures beside
+    the plan's.
+
+    Raises:
+        MaxlmError: the compiler is not installed.
+    """
+    try:
+        step = compile_step(run, machine.name)
+    except DoesNotFit as error:
+        return False, f"does not fit: {error.what}", {}
+    fits = step.memory.peak <= machine.chip.memory
+    words = f"{human_bytes(step.memory.peak)} of {human_bytes(machine.chip.memory)} a device"
+    verdict = "fits" if fits else "does not fit"
+    return fits, f"{verdict} by the compiler's account: {words}", compare(plan, step)

@@ -21,7 +21,8 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     `stage`; GPUs host by host, so that `tensor`, innermost, stays within one.
 
     Raises:
-        MaxlmError: slices that neither `data` nor `stage` divides over; `tensor` across GPU hosts.
+        MaxlmError: slices that neither `data` nor `stage` divides over; `tensor` across GPU hosts;
+            axes that a torus has no room for.
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
@@ -40,7 +41,15 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     try:
         return along_the_torus(shared=False)
     except NotImplementedError:  # an axis is no product of the torus's dimensions
+        pass
+    try:
         return along_the_torus(shared=True)
+    except (NotImplementedError, TypeError, ValueError):  # as JAX words what it finds no way for
+        axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+        raise MaxlmError(
+            f"the mesh {axes} cannot be laid along this torus",
+            fix="choose axes whose sizes are products of its sides, or of parts of them",
+        ) from None
 
 
 def between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:

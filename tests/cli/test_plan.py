@@ -1,11 +1,13 @@
 """maxlm plan: exit codes that gate a pull request, one line for a mistake, what is written."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import load
+from maxlm.programs.compile import DoesNotFit
 from maxlm.run import RunConfig
 
 FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
@@ -37,7 +39,15 @@ def test_exit_codes(capsys):
             ["llama2_7b", "--on", "v5p-64", "--search", "--mesh", "fsdp=32"],
             "--mesh is what --search",
         ),
-        (["llama2_7b", "--on", "v5p-64", "--restart", "inf"], "--restart=inf is no number"),
+        (["llama2_7b", "--on", "v5p-64", "--restart", "inf"], "--restart=inf is too much"),
+        (["llama2_7b", "--on", "v5p-64", "--device-mtbf", "1e308"], "1e+308 is too much"),
+        (["llama2_7b", "--compile-top", "2"], "--compile-top needs a machine"),
+        (["llama2_7b", "--on", "v5p-64", "--top", "2"], "--top is how many a search shows"),
+        (
+            ["gpt2", "data.batch_size=640", "--on", "v5p-640", "--mesh", "data=10,fsdp=32"],
+            "cannot be laid",
+        ),
+        (["llama2_7b", "--on", "v5p-128000000000"], "no standard slice"),
         ([], "missing argument 'config'"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
@@ -62,9 +72,10 @@ def test_on_this_machine_with_its_own_compiler(capsys):
     assert main(["plan", "demo", *settings, "--on", "cpux8", "--compile", "--json"]) == 0
     out = json.loads(capsys.readouterr().out)
     assert out["machine"]["words"] == "8 CPU devices on one host"
-    rest = out["compiled"]["resting: state and batch, GB"]
+    assert out["compiled"]["fits"]
+    rest = out["compiled"]["figures"]["resting: state and batch, GB"]
     assert rest["plan"] == pytest.approx(rest["compiler"], rel=1e-3)
-    sent = out["compiled"]["sent, GB"]
+    sent = out["compiled"]["figures"]["sent, GB"]
     assert sent["plan"] == pytest.approx(sent["compiler"], rel=0.05)
 
 
@@ -76,6 +87,8 @@ def test_the_page_and_json(tmp_path, capsys):
     assert "llama2_7b" in page.read_text()
     assert main([*FITS, "--html", str(tmp_path / "nowhere" / "report.html")]) == 2
     assert "nowhere" in capsys.readouterr().err
+    assert main([*FITS, "--html", "."]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -115,6 +128,33 @@ def test_a_search_prints_what_train_takes(tmp_path, capsys):
 def test_a_search_in_vain(capsys):
     assert main(["plan", "llama3_405b", "--on", "v5e-8", "--search"]) == 1
     assert "none fits; the least that any needs is" in capsys.readouterr().out
+    assert main(["plan", "llama3_405b", "--on", "v5e-8", "--search", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["fits"], found["search"]["best"], found["search"]["fitting"]) == (False, [], 0)
+
+
+def test_where_the_compiler_finds_no_room(capsys, monkeypatch):
+    def no_room(run, machine):
+        if run.train.micro_batches < 4:
+            raise DoesNotFit("the compiler finds no room: 20G of 16G")
+        return SimpleNamespace(memory=SimpleNamespace(peak=7e9))
+
+    monkeypatch.setattr("maxlm.programs.plans.compile_step", no_room)
+    settings = ["gpt2", "data.batch_size=64", "--on", "v5e-8"]
+    assert main(["plan", *settings, "train.micro_batches=1", "--compile", "--json"]) == 1
+    out = json.loads(capsys.readouterr().out)
+    assert out["fits"]
+    assert not out["compiled"]["fits"]
+    assert "20G of 16G" in out["compiled"]["words"]
+    # The first that fits by both accounts wins; where none compiled does, none is printed.
+    search = ["plan", *settings, "--search", "--json"]
+    assert main([*search, "--top", "40", "--compile-top", "40"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["micro_batches"] >= 4
+    rooms = [(own["micro_batches"], own["compiled"]) for own in found["search"]["best"]]
+    assert (1, None) in rooms
+    assert all((compiled is None) == (micro < 4) for micro, compiled in rooms)
+    assert main([*search, "--top", "10", "--compile-top", "1"]) == 1
 
 
 def test_a_search_keeps_to_what_a_run_allows(capsys):

@@ -23,12 +23,9 @@ def run(name: str, *settings: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("remat", FACTORS)
-def test_mfu_follows_from_the_time_alone(remat):
+def test_products_follow_from_parameters_and_tokens(remat):
     plan = predict(run("llama3_8b", f"model.remat={remat}"), Machine.of("v5p-128"))
-    rate = plan.layout.tokens_per_step / (plan.step_seconds or 0.0)
     peak = 64 * CHIPS["v5p"].peak["bf16"]
-    assert plan.mfu() == pytest.approx(rate * plan.layout.flops_per_token / peak)
-    assert plan.mfu(full_attention=True) > plan.mfu()
     # 6 FLOPs a parameter and token without anything computed again, nearly 8 with.
     products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
     matrices = plan.layout.parameters - 128256 * 4096

@@ -85,12 +85,29 @@ def test_what_is_found_is_a_plan(name, on):
 
 
 def test_the_snippet_is_the_candidate(tmp_path):
-    config, machine = run("llama3_8b", **{"data.batch_size": 256}), Machine.of("v5p-64")
-    best = search(config, machine, top=1).best[0]
-    file = tmp_path / "found.yaml"
-    file.write_text(snippet(best, "llama3_8b", {"data": {"batch_size": 256}}))
-    assert load(RunConfig, file).value == best.apply(config)
-    assert "include" in yaml.safe_load(file.read_text())
+    source, file = tmp_path / "own.yaml", tmp_path / "found.yaml"
+    mine = {"include": "llama3_8b", "mesh": {"tensor": 8}}
+    mine["data"] = {"sources": [{"name": "a", "documents": ["x"], "weight": 1.0}]}
+    source.write_text(yaml.safe_dump(mine))
+    settings = {"data.batch_size": 256, "data.sources.0.weight": 2.0, "optimizer.kind": "lion"}
+    config, machine = run(str(source), **settings), Machine.of("v5p-64")
+    for best in search(config, machine, top=3).best:
+        wanted = best.apply(config)
+        file.write_text(snippet(wanted, str(source)))
+        assert load(RunConfig, file).value == wanted
+        assert yaml.safe_load(file.read_text())["include"] == str(source)
+
+
+def test_the_snippet_of_settings_alone_is_whole(tmp_path):
+    """A source that is no run by itself cannot be built on."""
+    source, file = tmp_path / "own.yaml", tmp_path / "found.yaml"
+    source.write_text("data: {batch_size: 64}")
+    model = load(RunConfig, "gpt2").value.model.model_dump(mode="json")
+    config = load(
+        RunConfig, str(source), [f"model={yaml.safe_dump(model, default_flow_style=True)}"]
+    )
+    file.write_text(snippet(config.value, str(source)))
+    assert load(RunConfig, file).value == config.value
 
 
 def test_none_fits():

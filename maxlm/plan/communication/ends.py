@@ -2,35 +2,35 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from maxlm.plan.communication.collective import PASSES, Collective
 from maxlm.plan.communication.layers import weights
 from maxlm.plan.shape import Shape
-from maxlm.plan.workload import Kernel, Number
+from maxlm.plan.workload import Kernel
 
 
 def ends(shape: Shape) -> Iterator[Collective]:
-    """Of the embedding and the loss.
+    """Of the embedding, learned positions and the loss."""
+    yield from _loss(shape)
+    for name, spec in shape.work.outer_specs.items():
+        if name.endswith(".table"):
+            yield from _lookup(shape, Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1))
 
-    Under 1F1B every stage computes both each turn, and the embedding twice, to differentiate it.
-    """
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    one_f_one_b = work.config.parallel.schedule == "1f1b"
-    spread = 1.0 if one_f_one_b else shape.stages
-    runs = np.where(shape.pipelined & one_f_one_b, shape.slots, shape.micro / spread)
-    width, tokens = work.config.model.d_model * work.dtype_bytes, shape.tokens
-    head = work.head
-    data = (*rules.batch, *rules.residual)
-    yield from weights(shape, head, runs, 0 * runs, data)
+
+def _loss(shape: Shape) -> Iterator[Collective]:
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.losses
+    head, hidden = work.head, shape.end_tokens * work.config.model.d_model * work.dtype_bytes
+    yield from weights(shape, head, runs, 0 * runs, ())
     used = head.size * work.dtype_bytes / split.shards(rules, head.axes)
     scattered = split.extra(split.gradients, head)
-    rest = tuple(axis for axis in data if axis not in (*scattered, *rules.vocab))
+    rest = tuple(
+        axis
+        for axis in (*rules.batch, *rules.residual, *_stages(shape))
+        if axis not in (*scattered, *rules.vocab)
+    )
     what = "head: gradient"
     yield Collective(what, "reduce-scatter", scattered, used, runs, "backward", False)
-    yield Collective(
-        what, "all-reduce", rest, used / split.ways(scattered), runs, "backward", False
-    )
+    left = used / split.ways(scattered)
+    yield Collective(what, "all-reduce", rest, left, runs, "backward", False)
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
     vocab = tuple(axis for axis in rules.vocab if axis not in sequence)
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
@@ -39,40 +39,43 @@ def ends(shape: Shape) -> Iterator[Collective]:
         ("loss: their gradient", "reduce-scatter", shared),
         ("loss: their gradient", "all-reduce", vocab),
     ):
-        yield Collective(what, kind, axes, tokens * width, runs, "backward", True)
-    yield from _embedding(shape, runs)
+        yield Collective(what, kind, axes, hidden, runs, "backward", True)
 
 
-def _embedding(shape: Shape, runs: Number) -> Iterator[Collective]:
+def _lookup(shape: Shape, table: Kernel) -> Iterator[Collective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
-    partial sums (``parallel/embedding.py``)."""
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    spec = work.specs["embedding.table"]
-    table = Kernel("embedding", spec.shape, spec.axes, 1)
-    width = work.config.model.d_model * work.dtype_bytes
+    partial sums, and what splits the residual stream further is scattered
+    (``parallel/embedding.py``)."""
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
+    vocab = rules.mesh_axes(table.axes[0])
     extra = split.extra(split.gradients, table)
-    again = runs * np.where(shape.pipelined & (work.config.parallel.schedule == "1f1b"), 2, 1)
     exchanged = tuple(axis for axis in extra if axis in (*rules.batch, *rules.seq))
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
-    scattered = tuple(axis for axis in rules.vocab if axis in sequence)
-    summed = tuple(axis for axis in rules.vocab if axis not in sequence)
-    rows = shape.tokens * width
-    for what, kind, axes, whole in (
-        ("rows", "all-to-all", exchanged, rows / split.ways(scattered)),
-        ("rows", "reduce-scatter", scattered, rows),
-        ("rows", "all-reduce", summed, rows),
+    summed = tuple(axis for axis in vocab if axis not in sequence)
+    rows = shape.end_tokens * work.config.model.d_model * work.dtype_bytes
+    for kind, axes, whole in (
+        ("all-to-all", exchanged, rows / split.ways(sequence)),
+        ("reduce-scatter", sequence, rows),
+        ("all-reduce", summed, rows),
     ):
-        yield Collective(f"embedding: {what}", kind, axes, whole, again, "forward", True)
-    yield Collective(
-        *("embedding: gradient", "all-to-all", exchanged, rows / split.ways(scattered)),
-        *(runs, "backward", True),
-    )
-    yield Collective(
-        *("embedding: gradient", "all-gather", scattered, rows, runs, "backward", True)
-    )
-    held = spec.size * work.dtype_bytes / split.shards(split.gradients, spec.axes)
-    rest = tuple(a for a in (*rules.batch, *rules.seq) if a not in (*exchanged, *rules.vocab))
-    yield Collective("embedding: gradient", "all-reduce", rest, held, runs, "backward", False)
+        yield Collective(f"{table.name}: rows", kind, axes, whole, runs, "forward", True)
+    held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
+    tokens = (*rules.batch, *rules.seq, *_stages(shape))
+    rest = tuple(axis for axis in tokens if axis not in (*exchanged, *vocab))
+    yield Collective(f"{table.name}: gradient", "all-reduce", rest, held, runs, "backward", False)
+    if table.name == "embedding":
+        # Once for all tables: rows of each are added up, and have the same gradient.
+        for kind, axes, whole in (
+            ("all-to-all", exchanged, rows / split.ways(sequence)),
+            ("all-gather", sequence, rows),
+        ):
+            yield Collective(f"{table.name}: gradient", kind, axes, whole, runs, "backward", True)
+
+
+def _stages(shape: Shape) -> tuple[str, ...]:
+    """Mesh axes of a pipeline over which tokens lie spread before its layers and after."""
+    one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
+    return () if one_f_one_b else shape.split.compute.layers
 
 
 def pipeline(shape: Shape) -> Iterator[Collective]:

@@ -7,11 +7,10 @@ import numpy as np
 from maxlm.plan.communication.collective import FP32, Collective, Phase
 from maxlm.plan.communication.layers import weights
 from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.workload import Kernel, Number
+from maxlm.plan.workload import Number, kernel_of
 
 
 def experts(shape: Shape) -> Iterator[Collective]:
-    """Of a mixture's layers (``parallel/experts.py``): rows there and back, weights, outputs."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     moe = work.config.model.moe
     if moe is None:
@@ -26,9 +25,8 @@ def experts(shape: Shape) -> Iterator[Collective]:
                 tokens = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
                 yield from weights(shape, kernel, forward, runs, tokens)
     router = work.specs["layers.moe.router"]
-    rest = _kernel_of(router)
-    axes = split.extra(split.storage, rest)
-    size = rest.size * FP32
+    axes = split.extra(split.storage, kernel_of("router", router))
+    size = router.size / work.layers * FP32
     yield Collective("router", "all-gather", axes, size, forward, "forward", False)
     yield Collective("router", "all-gather", axes, size, runs, "backward", False)
     yield Collective(
@@ -67,7 +65,3 @@ def experts(shape: Shape) -> Iterator[Collective]:
     ):
         yield Collective(f"experts: {what}", kind, axes, tokens, forward, "forward", True)
         yield Collective(f"experts: {what}", kind, axes, tokens, runs, "backward", True)
-
-
-def _kernel_of(spec) -> Kernel:
-    return Kernel("router", spec.shape[spec.lead :], spec.axes[spec.lead :], 1)

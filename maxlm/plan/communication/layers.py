@@ -1,7 +1,6 @@
 """Of linear maps, norms and attention: the table in ``parallel/linear.py``, counted."""
 
 from collections.abc import Iterator
-from math import gcd
 
 import numpy as np
 
@@ -68,13 +67,12 @@ def weights(
     split, itemsize = shape.split, shape.work.dtype_bytes
     used = kernel.size * itemsize / split.shards(split.compute, kernel.axes)
     name = kernel.name.removeprefix("layers.").removesuffix(".kernel")
-    gathered, here = split.extra(split.gradients, kernel), 1.0
+    scattered, here = split.extra(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
         here = np.where(shape.pipelined & one_f_one_b, 1.0, 0.0)
-    yield Collective(name, "all-gather", gathered, used, here * forward, "forward", False)
-    yield Collective(name, "all-gather", gathered, used, here * backward, "backward", False)
-    scattered = split.extra(split.gradients, kernel)
+    yield Collective(name, "all-gather", scattered, used, here * forward, "forward", False)
+    yield Collective(name, "all-gather", scattered, used, here * backward, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     what = f"{name}: gradient"
     yield Collective(what, "reduce-scatter", scattered, used, backward, "backward", False)
@@ -129,7 +127,8 @@ def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Coll
             "backward",
         )
     else:
-        copies = np.vectorize(lambda k, n: n // gcd(int(max(k, 1)), int(n)))(read, ways)
+        shared = np.gcd(np.asarray(np.maximum(read, 1), int), np.asarray(ways, int))
+        copies = ways / shared
         keys = head * read * copies
         whole = head * query_heads
         for runs, phase in zip((forward, backward), PASSES, strict=True):
@@ -142,14 +141,12 @@ def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Coll
             "gradients of keys and values", "all-to-all", keys * wire, 2 * backward, "backward"
         )
     if rules.heads and not rules.kv_heads:
+        # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
+        wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
+        whole = head * config.num_kv_heads * wire
         yield Collective(
-            "whole kv heads: gradients",
-            "all-reduce",
-            rules.heads,
-            head * config.num_kv_heads * FP32,
-            2 * backward,
-            "backward",
-            True,
+            *("whole kv heads: gradients", "all-reduce", rules.heads, whole),
+            *(2 * backward, "backward", True),
         )
 
 
