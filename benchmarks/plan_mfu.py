@@ -6,7 +6,7 @@ Each row is a model, a machine, a mesh, a batch and a recomputation as published
 maxlm/plan/timing.py with its three constants a family of chips; none is a row's own. MFU is
 counted as the source counts it: causal attention in full or at half. Prints every row and the mean
 absolute percentage error. --fit looks for the constants anew, over all rows but the mixtures of
-experts, whose grouped products are slower than the dense ones that the constants stand for.
+experts, whose products are slower than the dense ones that the constants stand for.
 Sources: AI-Hypercomputer/maxtext README and configs at 76bd53b (v5p), 5ebcd67, 9bc243c and
 e47fa1b (v5e), docs/reference/tiering.md at f588ed5 (v6e, Llama 2 70B); tpu-recipes
 training/trillium; pytorch/torchtitan benchmarks/llama3_h100_202412_torchtitan.md.
@@ -244,7 +244,7 @@ def main() -> None:
         return
     print(f"{'':<26}{'published':>10}{'predicted':>10}{'error':>8}   of the step: products, ")
     print(f"{'':<54}   attention, traffic, exposed communication, idle")
-    points = []
+    points, all_wrong = [], []
     for rows in (ROWS, MORE):
         wrong = []
         for row in rows:
@@ -262,6 +262,8 @@ def main() -> None:
             f"mean absolute percentage error: {np.mean(wrong):.1%} over {len(wrong)} rows, "
             f"worst {max(wrong):.1%}\n"
         )
+        all_wrong += wrong
+    print(f"over all {len(all_wrong)} rows: {np.mean(all_wrong):.1%}")
     if args.plot:
         plot(args.plot, points)
 

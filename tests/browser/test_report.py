@@ -75,6 +75,14 @@ def test_the_headline_has_the_plans_figures(open_report, plan):
         assert f"{100 * plan['time'][mfu]:.1f}%" in head
     for note in plan["notes"]:
         assert note in head
+    assert f"The peak is at {plan['memory']['peak_at']}." in report.text("#memory")
+
+
+def test_the_compilers_verdict_stands_beside_the_plans(open_report, plan):
+    words = "does not fit: the compiler finds no room"
+    report = open_report({**plan, "compiled": {"fits": False, "words": words, "figures": {}}})
+    assert "✓ Fits" in report.text("#fits")
+    assert report.text("#compiled") == f"✗ Compiled, it {words}"
 
 
 def test_figures_read_as_on_the_terminal(open_report):
