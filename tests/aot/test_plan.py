@@ -20,7 +20,7 @@ def test_what_is_planned_is_compiled(machine, compiled):
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
     found, step = Machine.of(machine), compiled(machine, {"fsdp": devices})
-    rows = compare(config, found, predict(config, found), step)
+    rows = compare(predict(config, found), step)
     for what, off in (
         ("resting: state and batch, GB", 0.02),
         ("peak, GB", 0.5),  # of one row of 256 tokens: weights in flight outweigh all else

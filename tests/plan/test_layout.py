@@ -110,7 +110,10 @@ def test_every_shipped_config_plans(name, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["devices"] == prod(plan["mesh"].values())
     assert plan["parameters"] == sum(prod(row["shape"]) for row in plan["rows"])
+    # Arrays as they lie, and formulas over sizes.
     assert plan["parameter_bytes"] == plan["memory"]["parameters"]
+    assert plan["optimizer_bytes"] == plan["memory"]["optimizer"]
+    assert plan["average_bytes"] == plan["memory"]["average"]
     for row in plan["rows"]:
         pieces = prod(plan["mesh"][axis] for axes in row["spec"] for axis in axes)
         assert row["bytes_per_device"] * pieces == row["bytes_total"] == 4 * prod(row["shape"])
