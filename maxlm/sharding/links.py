@@ -38,18 +38,17 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
             inner, tuple(outer.values()), devices, **options
         )
 
-    try:
-        return along_the_torus(shared=False)
-    except NotImplementedError:  # an axis is no product of the torus's dimensions
-        pass
-    try:
-        return along_the_torus(shared=True)
-    except (NotImplementedError, TypeError, ValueError):  # as JAX words what it finds no way for
-        axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
-        raise MaxlmError(
-            f"the mesh {axes} cannot be laid along this torus",
-            fix="choose axes whose sizes are products of its sides, or of parts of them",
-        ) from None
+    # Dimensions of the torus are shared only by axes that are no product of whole ones.
+    for shared in (False, True):
+        try:
+            return along_the_torus(shared)
+        except (NotImplementedError, TypeError, ValueError):  # as JAX words that it finds no way
+            continue
+    axes = ", ".join(f"{axis}={n}" for axis, n in sizes.items() if n > 1)
+    raise MaxlmError(
+        f"the mesh {axes} cannot be laid along this torus",
+        fix="choose axes whose sizes are products of its sides, or of parts of them",
+    )
 
 
 def between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:

@@ -95,6 +95,18 @@ def test_axes_that_are_no_product_of_the_torus_share_its_dimensions():
     assert grid.size == len(set(map(id, grid.flat))) == len(devices)
 
 
+@pytest.mark.parametrize("fault", [NotImplementedError, TypeError, ValueError])
+def test_a_mesh_that_jax_finds_no_place_for(fault, monkeypatch):
+    """Which meshes these are, and how JAX says so, differs between its versions."""
+
+    def nowhere(*args, **options):
+        raise fault("internal")
+
+    monkeypatch.setattr("jax.experimental.mesh_utils.create_device_mesh", nowhere)
+    with pytest.raises(MaxlmError, match="the mesh data=2, fsdp=8 cannot be laid"):
+        arrange(sizes(data=2, fsdp=8), tpus((4, 2, 2)))
+
+
 @pytest.mark.parametrize("axis", ["data", "stage"])
 def test_slices_are_crossed_by_data_or_else_by_stage(axis):
     devices = tpus((2, 2, 1), slices=2)
