@@ -20,15 +20,19 @@ def test_what_is_planned_is_compiled(machine, compiled):
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
     found, step = Machine.of(machine), compiled(machine, {"fsdp": devices})
+    # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has a whole
+    # layer's at once, with their gradients (docs/performance.md).
+    least = 0.3 if found.topology.platform == "gpu" else 0.5
     rows = compare(predict(config, found), step)
     for what, off in (
         ("resting: state and batch, GB", 0.02),
-        ("peak, GB", 0.5),  # of one row of 256 tokens: weights in flight outweigh all else
         ("matrix products, TFLOP", 1e-3),
         ("sent, GB", 0.05),
     ):
         planned, theirs = rows[what]
         assert planned == pytest.approx(theirs, rel=off), what
+    planned, theirs = rows["peak, GB"]
+    assert least * theirs < planned < 1.5 * theirs
 
 
 def test_devices_that_a_compiler_describes_are_the_machine(machine):
