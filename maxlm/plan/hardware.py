@@ -149,7 +149,7 @@ def measured_cpu(devices: int) -> Chip:
 
 
 def _seconds(function: Any, size: int, *, in_place: bool = False) -> float:
-    """The quickest run over fp32 [size, size] in 0.3 s, or of three: others use the machine too."""
+    """The quickest run over fp32 [size, size] in 0.3 s, three at least: others use the CPU too."""
     device = jax.local_devices(backend="cpu")[0]
     run = jax.jit(function, donate_argnums=0 if in_place else ())
     a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
