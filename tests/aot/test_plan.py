@@ -20,8 +20,8 @@ def test_what_is_planned_is_compiled(machine, compiled):
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
     found, step = Machine.of(machine), compiled(machine, {"fsdp": devices})
-    # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has a whole
-    # layer's at once, with their gradients (docs/performance.md).
+    # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has all of
+    # a layer's at once, with their gradients (docs/performance.md).
     least = 0.3 if found.topology.platform == "gpu" else 0.5
     rows = compare(predict(config, found), step)
     for what, off in (
