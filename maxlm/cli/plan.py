@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+# Of any number given: hours, seconds, a price.
 _MOST = 1e12
 
 
