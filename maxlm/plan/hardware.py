@@ -134,7 +134,7 @@ def chip_of(device: Any) -> Chip | None:
 def measured_cpu(devices: int) -> Chip:
     """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
     and SiLU reach now, how fast new memory is, and how much there is."""
-    peak = 2 * 1024**3 / _seconds(jnp.matmul, 1024) / devices
+    peak = 2 * 1024**3 / _seconds(jnp.matmul, 1024, rounds=20) / devices
     # An element-wise map as programs have them, which here computes rather than waits for memory.
     # In place: fresh pages cost several times more, and are counted apart.
     bandwidth = 2 * 4 * 4096**2 / _seconds(jax.nn.silu, 4096, in_place=True) / devices
@@ -148,14 +148,13 @@ def measured_cpu(devices: int) -> Chip:
     )
 
 
-def _seconds(function: Any, size: int, *, in_place: bool = False) -> float:
-    """The quickest run over fp32 [size, size] in 0.3 s, three at least: others use the CPU too."""
+def _seconds(function: Any, size: int, *, in_place: bool = False, rounds: int = 5) -> float:
+    """The quickest of some runs over fp32 [size, size]."""
     device = jax.local_devices(backend="cpu")[0]
     run = jax.jit(function, donate_argnums=0 if in_place else ())
     a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
     times = []
-    ends = time.perf_counter() + 0.3
-    while len(times) < 4 or time.perf_counter() < ends:
+    for _ in range(rounds + 1):
         began = time.perf_counter()
         out = run(a).block_until_ready() if in_place else run(a, a).block_until_ready()
         times.append(time.perf_counter() - began)
