@@ -1,10 +1,11 @@
 """The plan's step time beside measured ones, on this machine's CPU.
 
-    python benchmarks/plan_cpu.py [CASE ...] [--steps N] [--rounds N]
+    python benchmarks/plan_cpu.py [CASE ...] [--seconds S] [--rounds N]
 
 Each case runs in a process of its own, with as many virtual devices as its mesh has: the machine's
-figures are measured there, the plan is made, then steps are taken and the median is compared. All
-of it some rounds over, since a machine's neighbours come and go; medians of the rounds.
+figures are measured there, the plan is made, then steps are taken for some seconds, and their
+median is compared. All of it some rounds over, since a machine's neighbours come and go: the worst
+single one is named, and medians of the rounds are.
 """
 
 import argparse
@@ -83,7 +84,7 @@ CASES = {
 }
 
 
-def measure(name: str, steps: int) -> None:
+def measure(name: str, seconds: float) -> None:
     import jax
     import numpy as np
 
@@ -111,8 +112,8 @@ def measure(name: str, steps: int) -> None:
         "weights": np.ones(shape, np.float32),
     }
     batch = jax.device_put(arrays, batch_sharding(setup.compute, setup.mesh))
-    times = []
-    for _ in range(steps + 2):
+    times, first = [], time.perf_counter()
+    while len(times) < 6 or time.perf_counter() - first < seconds:
         began = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
@@ -127,13 +128,15 @@ def measure(name: str, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_cases(parser)
-    parser.add_argument("--steps", type=int, default=16, help="of a case in a round; default 16")
+    parser.add_argument(
+        "--seconds", type=float, default=8, help="of steps, of a case in a round; default 8"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default 3")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = chosen(parser, args, CASES)
     if args.child:
-        measure(names[0], args.steps)
+        measure(names[0], args.seconds)
         return
     print(
         f"{'ms a step':<24}{'planned':>10}{'measured':>10}{'error':>9}   products, attention, "
@@ -143,12 +146,15 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            planned, measured, parts, rates = in_child(__file__, name, "--steps", str(args.steps))
+            planned, measured, parts, rates = in_child(
+                __file__, name, "--seconds", str(args.seconds)
+            )
             found[name].append((planned, measured))
             columns = "".join(f"{1e3 * part:8.1f}" for part in parts)
             columns += "  ;" + "".join(f"{rate / 1e9:8.1f}" for rate in rates)
             print(row(name, planned, measured) + columns, flush=True)
-    print("medians of the rounds")
+    worst = max(abs(planned / taken - 1) for pairs in found.values() for planned, taken in pairs)
+    print(f"error of the worst single one: {worst:.1%}\nmedians of the rounds")
     errors = []
     for name in names:
         planned, measured = (median(column) for column in zip(*found[name], strict=True))
