@@ -154,7 +154,7 @@ def measured_cpu(devices: int) -> Chip:
     def new_memory() -> None:
         add(large, large).block_until_ready()
 
-    quickest = _quickest((product, element_wise, new_memory), seconds=1.5)
+    quickest = quickest_of((product, element_wise, new_memory), seconds=1.5)
     work = (2 * 1024**3, 2 * large.nbytes, large.nbytes)
     peak, bandwidth, pages = (w / q / devices for w, q in zip(work, quickest, strict=True))
     return Chip(
@@ -165,7 +165,7 @@ def measured_cpu(devices: int) -> Chip:
     )
 
 
-def _quickest(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+def quickest_of(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
     """The quickest time of each. In turns, over longer than others' busy moments last (0.3 s at a
     stretch were seen to halve one figure and leave the rest)."""
     best = [inf] * len(runs)
