@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         interrupted. With MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
     """
     if arguments is None:  # the process is ours alone
-        # Imports make a million objects that stay; looking them through after every 700 new ones,
+        # Imports make 150,000 objects that stay; looking through them after every 700 new ones,
         # Python's default, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
     try:
