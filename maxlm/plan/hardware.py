@@ -166,8 +166,8 @@ def measured_cpu(devices: int) -> Chip:
 
 
 def quickest_of(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
-    """The quickest time of each. In turns, over longer than others' busy moments last (0.3 s at a
-    stretch were seen to halve one figure and leave the rest)."""
+    """The quickest time of each, in seconds. In turns, and for longer than others' busy moments
+    last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
     best = [inf] * len(runs)
     for run in runs:  # compile
         run()
