@@ -275,8 +275,8 @@ def seconds(
     micro = shape.micro
     share = (slots - micro) / slots
     parts = [sum(part.values()) * micro for part in (products, attention, moved)]
-    # In between, it may be either: the plan's bytes are off by some per cent.
-    new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 0.95), 0, 1)
+    # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
+    new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return Time(
         products=parts[0] + (3 * work.loss + update_flops(shape)) / rate,
