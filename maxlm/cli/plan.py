@@ -2,9 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Of any number given: hours, seconds, a price.
 _MOST = 1e12
@@ -112,11 +115,9 @@ def command(
 
         print(json.dumps(out, indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
         from maxlm.plan.show import comparison, tables
 
-        console = Console(highlight=False)
+        console = _console()
         console.print(tables(result, price=price))
         if compared:
             console.print(comparison(compared, "The plan beside the compiler"))
@@ -147,9 +148,16 @@ def diff(
 
         print(json.dumps(found, indent=2))
         return
+    _console().print(tables(found, (first, second)))
+
+
+def _console(file: TextIO | None = None) -> "Console":
+    """At least 80 columns wide: in fewer, words of tables would fall into letters."""
     from rich.console import Console
 
-    Console(highlight=False).print(tables(found, (first, second)))
+    console = Console(file=file or sys.stdout, highlight=False)
+    console.width = max(80, console.width)
+    return console
 
 
 def _stay_off_devices(on: str) -> None:
@@ -195,15 +203,13 @@ def _search(
     from dataclasses import asdict
     from math import inf
 
-    from rich.console import Console
-
     from maxlm.plan.search import search, snippet
     from maxlm.plan.show import candidates, human_bytes
     from maxlm.programs.plans import verified
 
     found = search(run, machine, top=max(top, verify))
     counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
-    console = Console(file=sys.stderr if quiet else sys.stdout, highlight=False)
+    console = _console(sys.stderr if quiet else sys.stdout)
     limit = machine.chip.memory
     console.print(
         f"{found.tried:,} candidates in {found.taken:.2f} s "

@@ -167,9 +167,9 @@ def _communication(plan: Plan) -> Group:
     table = _table()
     timed = ("time",) if plan.machine else ()
     for column in ("what", "kind", "over", "runs", "sent", *timed, "computation"):
-        numeric = column in ("runs", "sent", "time")
-        justify: Any = "right" if numeric else "left"
-        table.add_column(column, justify=justify, no_wrap=numeric, overflow="fold")
+        justify: Any = "right" if column in ("runs", "sent", "time") else "left"
+        words = column in ("what", "over")
+        table.add_column(column, justify=justify, no_wrap=not words, overflow="fold")
     for key, (runs, sent, taken) in grouped(plan).items():
         what, kind, axes, link, waits = key
         table.add_row(
@@ -179,7 +179,7 @@ def _communication(plan: Plan) -> Group:
             f"{runs:,}",
             human_bytes(sent),
             *(() if taken is None else (human_seconds(taken),)),
-            "waits for it" if waits else "can hide it",
+            "waits" if waits else "can hide it",
         )
     return _titled("Communication of each device, in a step", table)
 
@@ -193,7 +193,7 @@ def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]
     for s in plan.sends:
         owner, _, rest = s.what.partition(": ")
         what = f"kernels{f': {rest}s' if rest else ''}" if owner in kernels else s.what
-        key = (what, s.kind, "+".join(s.axes), s.link, s.waits)
+        key = (what, s.kind, ", ".join(s.axes), s.link, s.waits)
         runs, sent, taken = total.get(key, (0, 0.0, None if s.seconds is None else 0.0))
         more = None if taken is None or s.seconds is None else taken + s.seconds
         total[key] = (runs + s.count, sent + s.sent_bytes, more)
@@ -272,9 +272,11 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
         verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
     """
     table = _table()
-    columns = ["mesh", "micro-batches", "remat", "residual", "step", "memory", "of limit"]
-    for column in columns + (["compiler's"] if verified else []):
-        table.add_column(column, justify="right" if column in columns[4:] else "left")
+    columns = ["mesh", "micro-\nbatches", "remat", "residual", "step", "memory", "of\nlimit"]
+    for column in columns + (["by the\ncompiler"] if verified else []):
+        words = column in ("mesh", "residual")
+        justify: Any = "right" if column in columns[4:] else "left"
+        table.add_column(column, justify=justify, no_wrap=not words)
     for place, own in enumerate(found.best):
         cells = _candidate(own, limit)
         if verified:
@@ -291,7 +293,7 @@ def _candidate(own: Candidate, limit: float) -> list[str]:
         mesh,
         str(own.micro_batches),
         own.remat,
-        "+".join(own.residual) or "whole",
+        ", ".join(own.residual) or "whole",
         human_seconds(own.seconds),
         human_bytes(own.memory),
         f"{own.memory / limit:.0%}",

@@ -172,15 +172,15 @@ Communication of each device, in a step
 what                                        kind            over    runs      sent  computation
 kernels                                     all-gather      fsdp      29  34.1 KiB  can hide it
 kernels: gradients                          reduce-scatter  fsdp      15  20.6 KiB  can hide it
-attention: key, query, value: its gradient  all-reduce      tensor     2     8 KiB  waits for it
-attention: out: output                      all-reduce      tensor     2     8 KiB  waits for it
-mlp: down: output                           all-reduce      tensor     2     8 KiB  waits for it
-mlp: gate, up: its gradient                 all-reduce      tensor     2     8 KiB  waits for it
+attention: key, query, value: its gradient  all-reduce      tensor     2     8 KiB  waits
+attention: out: output                      all-reduce      tensor     2     8 KiB  waits
+mlp: down: output                           all-reduce      tensor     2     8 KiB  waits
+mlp: gate, up: its gradient                 all-reduce      tensor     2     8 KiB  waits
 norms: gradients                            all-reduce      fsdp       2     768 B  can hide it
-loss: their gradient                        all-reduce      tensor     1     4 KiB  waits for it
-embedding: rows                             all-to-all      fsdp       1     3 KiB  waits for it
-embedding: rows                             all-reduce      tensor     1     4 KiB  waits for it
-embedding: gradient                         all-to-all      fsdp       1     3 KiB  waits for it
+loss: their gradient                        all-reduce      tensor     1     4 KiB  waits
+embedding: rows                             all-to-all      fsdp       1     3 KiB  waits
+embedding: rows                             all-reduce      tensor     1     4 KiB  waits
+embedding: gradient                         all-to-all      fsdp       1     3 KiB  waits
 """
 
 
@@ -190,6 +190,18 @@ def test_tables(capsys, monkeypatch, tmp_path):
     assert main(["plan", config, "--mesh", "fsdp=4,tensor=2"]) == 0
     out = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert out[: len(TABLES.splitlines())] == TABLES.splitlines()
+
+
+@pytest.mark.parametrize("columns", ["40", "80"])
+def test_words_of_tables_are_whole(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    mesh = ["--mesh", "fsdp=8,tensor=2,context=2,expert=2"]
+    for choice in mesh, ["--search"]:
+        assert main(["plan", "mixtral_8x7b", "--on", "v5p-128", *choice]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    words = {word for line in out.splitlines() for word in line.split()}
+    assert words >= {"batches", "residual", "ragged-all-to-all", "embedding:", "computation"}
 
 
 @pytest.mark.parametrize(
