@@ -122,7 +122,7 @@ def measure(name: str, seconds: float) -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             taken.append(time.perf_counter() - began)
-        times += taken[2:]  # the first compiles
+        times += taken[2:]  # one compiles
     plan = min(plans, key=lambda plan: plan.step_seconds)
     t, chip = plan.time, plan.machine.chip
     assert t is not None
@@ -146,7 +146,7 @@ def main() -> None:
         measure(names[0], args.seconds)
         return
     print(
-        f"{'ms a step':<24}{'planned':>10}{'measured':>10}{'error':>9}{'median':>10}   products, "
+        f"{'ms a step':<24}{'planned':>10}{'quartile':>10}{'error':>9}{'median':>10}   products, "
         "attention, element-wise, exposed; GFLOP/s, GB/s, GB/s of new memory",
         flush=True,
     )

@@ -272,11 +272,10 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
         verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
     """
     table = _table()
-    columns = ["mesh", "micro-\nbatches", "remat", "residual", "step", "memory", "of\nlimit"]
-    for column in columns + (["by the\ncompiler"] if verified else []):
-        words = column in ("mesh", "residual")
-        justify: Any = "right" if column in columns[4:] else "left"
-        table.add_column(column, justify=justify, no_wrap=not words)
+    for column in ("mesh", "micro-\nbatches", "remat", "residual"):
+        table.add_column(column, no_wrap=column not in ("mesh", "residual"))
+    for column in ("step", "memory", "of\nlimit", *(["by the\ncompiler"] if verified else [])):
+        table.add_column(column, justify="right", no_wrap=True)
     for place, own in enumerate(found.best):
         cells = _candidate(own, limit)
         if verified:
