@@ -1,0 +1,94 @@
+"""The backward pass on a TPU: one kernel for dQ, dK and dV (Dao et al. 2022, algorithm 4).
+
+A block of queries walks through the keys of its head as in the forward pass. Its dQ is summed
+meanwhile, dK and dV over all queries that share the kv head, in VMEM; every score is computed once.
+Tiles are [keys, queries]: then each row vector (log-sum-exp, delta) lies along the lanes, and of
+the five products only dQᵀ = Kᵀ·dSᵀ has an operand to turn, the small one.
+"""
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.tpu_scores import (
+    LANES,
+    LOG2_E,
+    Setting,
+    Spot,
+    placed,
+    product,
+    scaled,
+)
+from pallas_kernels.attention.walk import COLUMNS, Walk, visit
+
+# Tiles whose scores are computed before the first one's weights.
+AHEAD = 1
+
+
+def kernel(
+    table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
+    dq_ref, dk_ref, dv_ref, dq, dk, dv,
+    *, walk: Walk, setting: Setting,
+):  # fmt: skip
+    """One block of queries of one head.
+
+    Args:
+        table, ints, floats: scalars (:mod:`tpu`).
+        q_ref, k_ref, v_ref, do_ref: [bq, H], [T, H], [T, Hv], [bq, Hv].
+        lse_ref, delta_ref: fp32 [1, bq], +inf where a query has no key.
+        q_ids, k_ids: int32 [1, bq], [1, T], or None.
+        dq_in: fp32 [bq, H], what other keys gave; or None.
+        dq, dk, dv: fp32 [H, bq], [T, H], [T, Hv], sums.
+    """
+    g, i = pl.program_id(1), pl.program_id(2)
+    scalars = setting.scalars(ints, floats)
+    how = setting.how
+
+    @pl.when((g == 0) & (i == 0))
+    def _():
+        dk[...] = jnp.zeros(dk.shape, jnp.float32)
+        dv[...] = jnp.zeros(dv.shape, jnp.float32)
+
+    dq[...] = jnp.zeros(dq.shape, jnp.float32)
+
+    def keys(tile, j):
+        return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
+
+    def score(tile, j, distance):
+        rows = slice(tile.q0, tile.q1)
+        s = product(k_ref[keys(tile, j)], q_ref[rows], 1, 1)
+        d_p = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
+        s, slope = scaled(s, how)
+        segments = None, None
+        if q_ids is not None and tile.masked:
+            width = tile.k1 - tile.k0
+            own = jnp.broadcast_to(k_ids[:, keys(tile, j)], (LANES, width)).T
+            segments = q_ids[:, rows], jnp.tile(own, (1, (tile.q1 - tile.q0) // LANES))
+        spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
+        return placed(s, tile.masked, spot, setting, scalars, 1), slope, d_p
+
+    def gradients(tile, j, s, slope, d_p):
+        rows = slice(tile.q0, tile.q1)
+        p = jnp.exp2(s - lse_ref[:, rows] * LOG2_E)
+        d_s = p * (d_p - delta_ref[:, rows])
+        d_s = d_s if slope is None else d_s * slope
+        p, d_s = p.astype(do_ref.dtype), d_s.astype(q_ref.dtype)
+        dv[keys(tile, j)] += product(p, do_ref[rows], 1, 0)
+        dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
+        dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
+
+    def tiles(these, j, distance):
+        ready = [score(tile, j, distance) for tile in these[:AHEAD]]
+        for n, tile in enumerate(these):
+            ready += [score(tile, j, distance) for tile in these[n + AHEAD : n + AHEAD + 1]]
+            gradients(tile, j, *ready[n])
+
+    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    visit(walk, row, i, scalars.shift, tiles)
+
+    own = dq[...].T * how.scale
+    dq_ref[...] = (own if dq_in is None else own + dq_in[...]).astype(dq_ref.dtype)
+
+    @pl.when((g == setting.group - 1) & (i == pl.num_programs(2) - 1))
+    def _():
+        dk_ref[...] = (dk[...] * how.scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv[...].astype(dv_ref.dtype)

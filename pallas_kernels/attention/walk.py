@@ -1,0 +1,229 @@
+"""Which blocks of keys each block of queries visits, and which of them need a mask.
+
+Both passes of the TPU kernels walk the same way. A block of queries visits a run of key blocks in
+loops, three of them at most: masked, plain, masked; where each begins is an integer that the
+kernel reads (:func:`table`). What the causal diagonal and the far edge of a window cut is the same
+for every block of queries, if these stand at multiples of the blocks: then it is no loop but a
+fixed list of tiles (:class:`Edge`), and tiles that the mask empties are not in it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.how import How, Where
+
+COLUMNS = 6
+"""Integers of a block of queries in the table: where the masked, the plain and the second masked
+loop begin, where that ends; the first block of keys with a segment in common, and one past the
+last."""
+
+
+class Tile(NamedTuple):
+    """Queries [q0, q1) of a block of queries with keys [k0, k1) of a block of keys."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    masked: bool
+
+
+class Edge(NamedTuple):
+    """Tiles of the key block that stands ``offset`` blocks after the queries' first position."""
+
+    offset: int
+    tiles: tuple[Tile, ...]
+
+
+class Walk(NamedTuple):
+    """Static part of the way through the keys."""
+
+    bq: int
+    bk: int
+    nq: int
+    nk: int
+    inner: tuple[Tile, ...]
+    """The tiles of a block that is visited as a whole."""
+    edges: tuple[Edge, ...]
+    first: int | None
+    """With edges: the plain loop begins this many blocks after the queries' first position; None:
+    with the first block of all."""
+    masked: bool
+    """Whether the loops around the plain one exist."""
+
+
+def plan(
+    S: int,
+    T: int,
+    how: How,
+    where: Where,
+    blocks: tuple[int, int],
+    tile: tuple[int, int],
+    *,
+    joined: bool,
+) -> Walk:
+    """The walk over blocks of (queries, keys), in tiles of that many (queries, keys).
+
+    Args:
+        tile: divides ``blocks``.
+        joined: tiles of the same queries become one, as wide as their keys reach.
+    """
+    bq, bk = blocks
+    nq, nk = -(-S // bq), -(-T // bk)
+    tq, tk = tile
+    corners = [(q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)]
+    join = _joined if joined else tuple
+    inner = join([Tile(*at, False) for at in corners])
+    if not _aligned(S, T, how, where, bq, bk):
+        masked = how.causal or where.q_segments is not None or T % bk > 0
+        return Walk(bq, bk, nq, nk, inner, (), None, masked)
+    reach = nk if how.window is None else min(-(-(how.window - 1) // bk), nk)
+    cut = {}
+    for offset in range(-reach, bq // bk):
+        tiles = [_seen(at, offset * bk, how.window) for at in corners]
+        if any(tile is None or tile.masked for tile in tiles):
+            cut[offset] = join([tile for tile in tiles if tile is not None])
+    far = max((offset for offset in cut if offset < 0), default=-reach - 1)
+    packed = where.q_segments is not None
+    edges = tuple(
+        Edge(offset, tuple(tile._replace(masked=tile.masked or packed) for tile in tiles))
+        for offset, tiles in cut.items()
+        if tiles
+    )
+    first = None if how.window is None else far + 1
+    return Walk(bq, bk, nq, nk, inner, edges, first, packed)
+
+
+def _joined(tiles: list[Tile]) -> tuple[Tile, ...]:
+    rows: dict[tuple[int, int], list[Tile]] = {}
+    for tile in tiles:
+        rows.setdefault((tile.q0, tile.q1), []).append(tile)
+    return tuple(
+        Tile(*at, min(t.k0 for t in row), max(t.k1 for t in row), any(t.masked for t in row))
+        for at, row in rows.items()
+    )
+
+
+def _aligned(S: int, T: int, how: How, where: Where, bq: int, bk: int) -> bool:
+    shift = how.q_offset - how.k_offset
+    static = where.q_offset is None and where.k_offset is None and where.prefix is None
+    whole = T % bk == 0 or shift + S <= T  # or causality hides the padding too
+    return how.causal and static and shift % bk == 0 and bq % bk == 0 and whole
+
+
+def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) -> Tile | None:
+    """A tile of a key block that begins ``start`` after the queries' first position, or None where
+    the mask empties it."""
+    q0, q1, k0, k1 = corners
+    first, last = start + k0, start + k1 - 1
+    if first > q1 - 1 or (window is not None and last <= q0 - window):
+        return None
+    whole = last <= q0 and (window is None or first > q1 - 1 - window)
+    return Tile(*corners, not whole)
+
+
+def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
+    """int32 [B or 1, nq, COLUMNS]: see there."""
+    bq, bk, nq, nk = walk.bq, walk.bk, walk.nq, walk.nk
+    q_offset = how.q_offset if where.q_offset is None else where.q_offset
+    k_offset = how.k_offset if where.k_offset is None else where.k_offset
+    first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + (q_offset - k_offset)
+    last = first + bq - 1
+    zero = jnp.zeros_like(first)
+    low, high, plain_low, plain_high = zero, zero + nk, zero, zero + T // bk
+    if walk.edges:
+        at = first // bk
+        offsets = [edge.offset for edge in walk.edges if edge.offset >= (walk.first or 0)]
+        low = zero if walk.first is None else at + walk.first
+        high = at + min(offsets)
+        plain_low, plain_high = low, high
+    elif how.causal:
+        high, plain_high = last // bk + 1, jnp.minimum(plain_high, (first + 1) // bk)
+        if how.window is not None:
+            low = (first - how.window + 1) // bk
+            plain_low = -(-(last - how.window + 1) // bk)
+        if where.prefix is not None:
+            prefix = where.prefix[:, None] - k_offset
+            high = jnp.maximum(high, -(-prefix // bk))
+            low = jnp.where(prefix > 0, 0, low)
+            if how.window is None:
+                plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
+    begin, end = zero, zero + nk
+    if where.q_segments is not None and where.k_segments is not None:
+        begin, end, one_low, one_high = _segment_blocks(walk, where.q_segments, where.k_segments)
+        low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
+        plain_low = jnp.maximum(plain_low, one_low)
+        plain_high = jnp.minimum(plain_high, one_high)
+    low = jnp.clip(low, 0, nk)
+    high = jnp.clip(high, low, nk)
+    plain_low = jnp.clip(plain_low, low, high)
+    plain_high = jnp.clip(plain_high, plain_low, high)
+    columns = low, plain_low, plain_high, high, begin, end
+    return jnp.stack(jnp.broadcast_arrays(*columns), axis=-1).astype(jnp.int32)
+
+
+def _segment_blocks(
+    walk: Walk, q_segments: jax.Array, k_segments: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """For each block of queries [B, nq]: the run of key blocks that may share a segment with it,
+    and within it the first run of those of one and the same segment as all of its queries."""
+
+    def bounds(ids, size, count):
+        ids = jnp.pad(ids, ((0, 0), (0, size * count - ids.shape[1])))
+        ids = ids.reshape(len(ids), count, size)
+        some = ids.min(-1, where=ids > 0, initial=jnp.iinfo(ids.dtype).max)
+        return ids.min(-1), some, ids.max(-1)
+
+    q_low, q_some, q_high = (x[:, :, None] for x in bounds(q_segments, walk.bq, walk.nq))
+    k_low, k_some, k_high = (x[:, None] for x in bounds(k_segments, walk.bk, walk.nk))
+    share = (q_some <= k_high) & (k_some <= q_high) & (q_high > 0) & (k_high > 0)
+    one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low > 0)
+    index = jnp.arange(walk.nk)
+    begin = jnp.where(share, index, walk.nk).min(-1)
+    end = jnp.where(share, index + 1, 0).max(-1)
+    one_begin = jnp.where(one, index, walk.nk).min(-1)
+    broken = (index >= one_begin[..., None]) & ~one
+    one_end = jnp.where(broken, index, walk.nk).min(-1)
+    return jnp.minimum(begin, end), end, one_begin, one_end
+
+
+def visit(
+    walk: Walk,
+    row: list[Any],
+    i: Any,
+    shift: Any,
+    tiles: Callable[[tuple[Tile, ...], Any, Any], None],
+) -> None:
+    """In a kernel: call ``tiles`` for every key block that block i of the queries visits.
+
+    Args:
+        row: its integers of the :func:`table`.
+        shift: position of the first query less that of the first key.
+        tiles: of (tiles, key block, distance): the distance is the position of the block of
+            queries less that of the block of keys, a Python int at an edge.
+    """
+    masked_from, plain_from, plain_to, masked_to, begin, end = row
+
+    def loop(low, high, these):
+        def body(j, _):
+            tiles(these, j, i * walk.bq + shift - j * walk.bk)
+            return 0
+
+        lax.fori_loop(low, high, body, 0)
+
+    if walk.masked:
+        masked = tuple(tile._replace(masked=True) for tile in walk.inner)
+        loop(masked_from, plain_from, masked)
+        loop(plain_to, masked_to, masked)
+    loop(plain_from, plain_to, walk.inner)
+    for edge in walk.edges:
+        j = i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+
+        @pl.when((j >= begin) & (j < end))
+        def _(edge=edge, j=j):
+            tiles(edge.tiles, j, -edge.offset * walk.bk)
