@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.parts import Part
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.parts import Part
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.reference import operands
 
@@ -53,8 +54,8 @@ def test_values_and_gradients_are_those_of_the_whole(monkeypatch, pairs, shape, 
     run = jax.jit(partial(both_passes, **options), compiler_options=QUICK)
     want = run(q, k, v, d_o)
     # One pair's scores: 2 query heads, 5 queries, 5 keys, in fp32.
-    monkeypatch.setattr(kernel, "SCORE_BYTES", pairs * 4 * 2 * S * S)
-    assert kernel._part(q, k) in (None, Part((B, K), *shape))
+    monkeypatch.setattr(xla, "SCORE_BYTES", pairs * 4 * 2 * S * S)
+    assert xla._part(q, k) in (None, Part((B, K), *shape))
     jax.clear_caches()
     got = jax.jit(partial(both_passes, **options), compiler_options=QUICK)(q, k, v, d_o)
     assert [x.dtype for x in got[:2] + got[2]] == [x.dtype for x in want[:2] + want[2]]
@@ -64,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_whole(monkeypatch, pairs, shape, 
 def test_rows_may_share_their_positions(monkeypatch):
     q, k, v = operands(2, 6, 6, 2, 2, 3, 4)
     positions = np.array([[0, 2, 3, 5, 8, 9]])
-    monkeypatch.setattr(kernel, "SCORE_BYTES", 1)
+    monkeypatch.setattr(xla, "SCORE_BYTES", 1)
     found = kernel.attention(q, k, v, q_positions=positions, k_positions=positions, window=4)
     options = {"q_positions": positions, "k_positions": positions, "window": 4}
     np.testing.assert_allclose(found, reference.attention(q, k, v, **options)[0], atol=3e-6)
