@@ -24,17 +24,17 @@ class Case(NamedTuple):
 
     shape: tuple[int, ...]
     """B, S, T, N, K, H, Hv."""
-    dtype: str
-    causal: bool
-    window: int | None
-    prefix: bool
-    packed: bool
-    soft_cap: float | None
-    slopes: bool
-    sinks: bool
-    place: str
+    dtype: str = "float32"
+    causal: bool = True
+    window: int | None = None
+    prefix: bool = False
+    packed: bool = False
+    soft_cap: float | None = None
+    slopes: bool = False
+    sinks: bool = False
+    place: str = "default"
     """How positions are given: one of ``PLACES``."""
-    seed: int
+    seed: int = 0
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
         """q, k, v and the output's cotangent, in ``dtype``."""
@@ -64,7 +64,10 @@ class Case(NamedTuple):
         if self.place == "static":
             chosen |= {"q_offset": first, "k_offset": second}
         elif self.place == "traced":
-            chosen |= {"q_offset": np.array(first, np.int32), "k_offset": np.array(second, np.int32)}
+            chosen |= {
+                "q_offset": np.array(first, np.int32),
+                "k_offset": np.array(second, np.int32),
+            }
         elif self.place == "positions":
             chosen["q_positions"] = rng.integers(0, T + 3, (B, S)).astype(np.int32)
             chosen["k_positions"] = rng.permutation(T).astype(np.int32)[None]
@@ -76,7 +79,7 @@ class Case(NamedTuple):
 
 
 def cases(
-    lengths: tuple[int, ...] = (1, 3, 7, 64, 127, 128, 129, 200, 256, 260),
+    lengths: tuple[int, ...] = (1, 3, 7, 64, 127, 128, 129, 200, 256),
     heads: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (4, 2), (6, 2), (3, 1)),
     head_sizes: tuple[tuple[int, int], ...] = ((1, 1), (4, 4), (9, 9), (8, 5), (3, 12)),
     dtypes: tuple[str, ...] = ("float32", "float32", "bfloat16"),

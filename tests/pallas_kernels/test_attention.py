@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernel
 from tests.pallas_kernels import reference
@@ -28,27 +29,247 @@ def exact(q, k, v, **options):
     return reference.attention(q, k, v, **options)[0]
 
 
+@settings(max_examples=20)
 @given(cases())
-def test_every_kind_of_attention_equals_the_reference(case):
+def test_every_kind_equals_the_reference(case):
     check_xla(case)
 
 
-ALL = Case((2, 130, 140, 4, 2, 6, 9), "float32", True, 50, True, True, 2.0, True, True, "", 1)
+ALL = {"window": 50, "prefix": True, "packed": True, "soft_cap": 2.0, "slopes": True, "sinks": True}
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("features", [{}, {"prefix": False}, {"causal": False, "window": None}])
-def test_all_features_at_once(features, place):
-    prefix = features.get("causal", True) and features.get("prefix", True)
-    check_xla(ALL._replace(place=place, **{**features, "prefix": prefix}))
-
-
-PLAIN = Case((1, 256, 256, 4, 2, 32, 32), "bfloat16", True, None, *4 * (False,), False, "default", 3)
+def test_all_features_at_once(place):
+    check_xla(Case((2, 130, 140, 4, 2, 6, 9), place=place, **ALL))
 
 
 @pytest.mark.parametrize(
     "features",
-    [{}, {"causal": False}, {"window": 20, "packed": True}, {"slopes": True, "sinks": True}],
+    [{}, {"causal": False}, {"window": 20, "packed": True}, {"slopes": True, "soft_cap": 5.0}],
 )
 def test_half_precision_costs_no_more_than_in_plain_attention(features):
-    check_xla(PLAIN._replace(soft_cap=None, **features), rounding=0)
+    check_xla(Case((1, 256, 256, 4, 2, 32, 32), "bfloat16", **features), rounding=0)
+
+
+@settings(max_examples=15)
+@given(cases(lengths=(1, 2, 5), heads=((2, 1),), head_sizes=((2, 3),), dtypes=("float32",)))
+def test_the_reference_gradients_are_finite_differences(case):
+    """Central differences of the reference's output along random directions, all in float64."""
+    operands, d_o = case.arrays()
+    operands, options = [x.astype(np.float64) for x in operands], case.options()
+    rng, step = np.random.default_rng(case.seed), 1e-5
+    if case.sinks:
+        operands.append(options.pop("sinks").astype(np.float64))
+
+    def run(operands, **more):
+        sinks = {"sinks": operands[3]} if case.sinks else {}
+        return reference.attention(*operands[:3], **sinks, **options, **more)
+
+    for i, grad in enumerate(run(operands, d_o=d_o)[2:]):
+        toward = rng.standard_normal(grad.shape)
+
+        def at(sign, i=i, toward=toward):
+            moved = [x + sign * step * toward if i == j else x for j, x in enumerate(operands)]
+            return np.sum(run(moved)[0] * d_o)
+
+        slope = (at(1) - at(-1)) / (2 * step)
+        assert np.vdot(grad, toward) == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("place", ["traced", "positions"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_jax_differentiates_attention(place, dtype):
+    """By q, k, v and sinks, in their own dtypes; what places tokens is a constant."""
+    case = Case((2, 5, 6, 4, 2, 3, 2), place=place, **ALL | {"prefix": False})
+    (q, k, v), d_o = case.arrays()
+    options = case.options()
+    sinks = options.pop("sinks").astype(dtype)
+    q, k = q.astype(dtype), k.astype(dtype)
+
+    def pull(q, k, v, sinks, d_o, **options):
+        o, back = jax.vjp(
+            lambda *x: kernel.attention(*x[:3], sinks=x[3], **options), q, k, v, sinks
+        )
+        return o, *back(d_o)
+
+    o, *grads = compiled(pull)(q, k, v, sinks, d_o, **options)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    wanted = reference.attention(*wide, d_o=d_o, sinks=sinks.astype(np.float64), **options)
+    assert [x.dtype for x in grads] == [x.dtype for x in (q, k, v, sinks)]
+    bound = 1e-5 if dtype == jnp.float32 else 0.03
+    for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 40.0, None])
+def test_scale(scale):
+    q, k, v = operands(1, 9, 9, 2, 2, 5)
+    found = attention(q, k, v, scale=scale)
+    np.testing.assert_allclose(found, exact(q, k, v, scale=scale), atol=2e-5)
+
+
+def test_scores_too_large_for_exp_give_no_infinities():
+    """exp overflows in fp32 above 88; these scores reach thousands."""
+    q, k, v = operands(1, 9, 9, 2, 2, 5)
+    found = np.asarray(attention(100 * q, 100 * k, v))
+    np.testing.assert_allclose(found, exact(100 * q, 100 * k, v), atol=2e-3)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    """For queries with keys and without, gradients too."""
+    q, k, v = operands(1, 4, 4, 2, 1, 3)
+    segments = np.array([[1, 1, 0, 0]], np.int32)
+    options = {"segment_ids": (segments, segments)}
+    sinks = np.array([-np.inf, 1], np.float32)
+
+    def pull(q, k, v, sinks, d_o, **options):
+        attend = partial(kernel.attention, **options)
+        o, back = jax.vjp(lambda *x: attend(*x[:3], sinks=x[3]), q, k, v, sinks)
+        return o, *back(d_o)
+
+    o, *grads = compiled(pull)(q, k, v, sinks, np.ones_like(q), **options)
+    wanted = reference.attention(q, k, v, d_o=np.ones_like(q), sinks=sinks, **options)
+    for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
+        np.testing.assert_allclose(found, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("offsets", [{}, {"q_offset": 40}, {"k_offset": 70}])
+@pytest.mark.parametrize("T", [3, 200])
+def test_tiles_that_see_no_key_leave_the_sink(T, offsets):
+    """Those whose window lies past the last key, or that lie before the first one."""
+    q, k, v = operands(1, 300, T, 2, 1, 4)
+    for sinks in (None, np.array([0.5, -2], np.float32)):
+        options = {"window": 2, "sinks": sinks, **offsets}
+        for found, want in zip(
+            forward(q, k, v, **options), reference.attention(q, k, v, **options), strict=True
+        ):
+            np.testing.assert_allclose(found, want, atol=3e-6)
+
+
+def flops(**options) -> float:
+    q, k, v = (jnp.zeros((1, 2048, 1, 8)) for _ in range(3))
+    run = partial(kernel.attention, **options)
+    return jax.jit(run).lower(q, k, v).cost_analysis().get("flops", 0.0)
+
+
+def test_what_the_mask_empties_costs_nothing():
+    """Tiles wholly outside a window, or past a static offset's diagonal, are not computed."""
+    causal = flops()
+    assert flops(window=128) < 0.3 * causal
+    assert flops(q_offset=500, k_offset=500) == pytest.approx(causal, rel=1e-3)
+    assert flops(k_offset=1024) < 0.3 * causal
+    assert flops(k_offset=1024, window=99) < 0.6 * flops(window=99)
+    for nothing in ({"k_offset": 2048}, {"q_offset": 4096, "window": 9}):
+        assert flops(**nothing) < 1e-3 * causal
+
+
+BLOCKS = {
+    "causal, sinks": ({"sinks": np.array([0.3, 1, -1, 2], np.float32)}, False),
+    "window, packed, capped": ({"window": 9, "soft_cap": 2.0}, True),
+    "packed, not causal": ({"causal": False}, True),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("S", [37, 256])
+def test_blocks_of_keys_merge_to_the_whole_and_share_out_its_gradients(case, S):
+    """Keys in three blocks, met out of order: outputs merge, each block yields its own dK, dV.
+    One block has the sinks."""
+    options, is_packed = BLOCKS[case]
+    cuts = (0, 11, 12, S)
+    q, k, v = operands(2, S, S, 4, 2, 3)
+    rng = np.random.default_rng(5)
+    d_o = rng.standard_normal(q.shape).astype(np.float32)
+    segments = reference.packed(rng, 2, S)
+
+    def block(i):
+        rows = slice(cuts[i], cuts[i + 1])
+        mask = {**options, "k_offset": np.array(cuts[i], np.int32)}
+        if i != 2:
+            mask.pop("sinks", None)
+        if is_packed:
+            mask["segment_ids"] = (segments, segments[:, rows])
+        return (q, k[:, rows], v[:, rows]), mask
+
+    parts = []
+    for i in (2, 0, 1):
+        keys, mask = block(i)
+        parts.append(forward(*keys, **mask))
+        for found, wanted in zip(parts[-1], reference.attention(*keys, **mask), strict=True):
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted, atol=3e-6)
+    o, lse = reduce(kernel.merge, parts)
+    whole = {**options, "segment_ids": (segments, segments) if is_packed else None}
+    wanted = reference.attention(q, k, v, d_o=d_o, **whole)
+    np.testing.assert_allclose(o, wanted[0], atol=3e-6)
+    np.testing.assert_allclose(lse, wanted[1], atol=3e-6)
+
+    delta = kernel.row_delta(o, d_o)
+    d_q = 0
+    for i in range(3):
+        keys, mask = block(i)
+        rows = slice(cuts[i], cuts[i + 1])
+        term, d_k, d_v = backward(*keys, lse, delta, d_o, **mask)
+        d_q += term
+        np.testing.assert_allclose(d_k, wanted[3][:, rows], atol=1e-5)
+        np.testing.assert_allclose(d_v, wanted[4][:, rows], atol=1e-5)
+    np.testing.assert_allclose(d_q, wanted[2], atol=1e-5)
+    if "sinks" in options:
+        d_sinks = kernel.sink_gradient(options["sinks"], lse, delta)
+        np.testing.assert_allclose(d_sinks, wanted[5], atol=3e-5)
+
+
+@given(st.integers(0, 99))
+@settings(max_examples=5)
+def test_merging_is_associative_and_takes_blocks_without_keys(seed):
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for _ in range(3):
+        lse = np.where(rng.random((1, 4, 2)) < 0.4, -np.inf, rng.normal(0, 30, (1, 4, 2)))
+        o = np.where(np.isfinite(lse)[..., None], rng.normal(0, 1, (1, 4, 2, 3)), 0)
+        blocks.append((o.astype(np.float32), lse.astype(np.float32)))
+    left = kernel.merge(kernel.merge(*blocks[:2]), blocks[2])
+    right = kernel.merge(blocks[0], kernel.merge(*blocks[1:]))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), left, right)
+
+
+def test_half_precision_blocks_leave_fp32_results():
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in operands(1, 5, 5, 2, 1, 4))
+    o, lse = forward(q, k, v)
+    assert (o.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+    o, lse = kernel.attention_forward(q, k, v, dtype=jnp.float32)
+    grads = backward(q, k, v, lse, kernel.row_delta(o, o), o.astype(q.dtype))
+    assert {x.dtype for x in (o, *grads)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("garbage", [1e4, -1e4, 3e38])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_masked_keys_and_values_never_leak(garbage, soft_cap):
+    """Whatever is finite may lie there; its products overflow, in the backward pass too."""
+    q, k, v = operands(1, 6, 8, 2, 1, 4)
+    segments = np.array([[0, 0, 0, 2, 2, 2]]), np.array([[1, 1, 1, 2, 2, 2, 0, 0]])
+    unseen = segments[1] != 2
+    dirty_k, dirty_v = k.copy(), v.copy()
+    dirty_k[unseen], dirty_v[unseen] = garbage, -garbage
+
+    def pull(q, k, v, d_o, **options):
+        o, back = jax.vjp(partial(kernel.attention, **options), q, k, v)
+        return o, *back(d_o)
+
+    for causal in (True, False):
+        options = {"causal": causal, "soft_cap": soft_cap, "segment_ids": segments}
+        clean = compiled(pull)(q, k, v, q, **options)
+        dirty = compiled(pull)(q, dirty_k, dirty_v, q, **options)
+        jax.tree.map(np.testing.assert_array_equal, clean, dirty)
+        assert all(np.isfinite(x).all() for x in clean)
+
+
+def test_bf16_operands_keep_an_fp32_softmax():
+    """A thousand equal scores: a bf16 sum of exponentials would stop growing at 256."""
+    T = 1000
+    q, k = np.zeros((1, 1, 1, 4)), np.zeros((1, T, 1, 4))
+    v = np.ones((1, T, 1, 4))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    found = attention(q, k, v, causal=False)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(found, np.float32), 1, atol=0.01)
