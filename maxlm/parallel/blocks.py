@@ -109,7 +109,6 @@ class _Queries(NamedTuple):
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
-        at = jnp.arange(size, dtype=jnp.int32)[None]
         for a in range(split.chunks):
             for b in reversed(range(split.chunks)):
                 k, v, k_segments = keys[b]
@@ -126,7 +125,7 @@ class _Queries(NamedTuple):
                     live = None if a > b else key_starts[b] < starts[a]
                 else:
                     mask |= split.mask
-                    mask |= {"q_positions": starts[a] + at, "k_positions": key_starts[b] + at}
+                    mask |= {"q_offset": starts[a], "k_offset": key_starts[b]}
                     oldest = starts[a] - split.window + 1
                     live = (key_starts[b] < starts[a]) & (oldest < key_starts[b] + size)
                 yield _Pair(a, b, k, v, mask, live)

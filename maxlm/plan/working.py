@@ -14,7 +14,7 @@ from maxlm.plan.workload import Map, Number, Split
 Parts = dict[str, Number]
 """What → bytes on each device."""
 LOSS, UPDATE = "the loss", "the update"
-# Scores of attention at once (pallas_kernels/attention.py) and of an expert's hidden activations.
+# At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
 _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.parts import Part
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.parts import Part
 from tests.pallas_kernels import reference
+from tests.pallas_kernels.cases import Case, compiled
 from tests.pallas_kernels.reference import operands
 
-QUICK = {"xla_backend_optimization_level": 0}
 
-
+@settings(max_examples=12)
 @given(st.integers(1, 7), st.integers(1, 12), st.integers(0, 99), st.integers(1, 3))
 def test_parts_are_everything_once_and_not_too_large(batch, kv_heads, most, group):
     part = Part.of(batch, kv_heads, most)
@@ -26,6 +27,9 @@ def test_parts_are_everything_once_and_not_too_large(batch, kv_heads, most, grou
     for i in range(part.count):
         own = part.cut(jnp.int32(i), (x,))
         assert own[0].shape == (part.rows, 2, part.kv_heads * group)
+        rows = part.cut_rows(jnp.int32(i), x[:, 0, 0])
+        heads = part.cut_heads(jnp.int32(i), x[0, 0])
+        np.testing.assert_array_equal(own[0][:, 0], rows[:, None] + heads - 1)
         total += part.put(jnp.int32(i), (jnp.zeros_like(x),), own)[0]
     np.testing.assert_array_equal(total, x)
 
@@ -33,30 +37,29 @@ def test_parts_are_everything_once_and_not_too_large(batch, kv_heads, most, grou
 def both_passes(q, k, v, d_o, **options):
     o, lse = kernel.attention_forward(q, k, v, **options)
     delta = kernel.row_delta(o, d_o)
+    options.pop("sinks", None)
     return o, lse, kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
 
 
 # Rows and kv heads in a part of 3 rows and 6 kv heads, by the room there is for scores.
 @pytest.mark.parametrize(("pairs", "shape"), [(6, (1, 6)), (3, (1, 3)), (1, (1, 1)), (99, (3, 6))])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients_are_those_of_the_whole(monkeypatch, pairs, shape, dtype):
-    """Rows with positions and segments of their own; fp32 gradients of bf16 operands are not
+    """With all that a row or a head has of its own; fp32 gradients of bf16 operands are not
     rounded on the way."""
-    B, S, (N, K), H = 3, 5, (12, 6), 4
-    rng = np.random.default_rng(0)
-    q, k, v = (x.astype(dtype) for x in operands(B, S, S, N, K, H, 1))
-    d_o = rng.standard_normal(q.shape).astype(dtype)
-    segments = reference.packed(rng, B, S)
-    positions = np.sort(rng.integers(0, 9, (B, S)), axis=1)
-    options = {"segment_ids": (segments, segments), "q_positions": positions}
+    B, S, N, K = 3, 5, 12, 6
+    case = Case(
+        (B, S, S, N, K, 4, 3), dtype, prefix=True, packed=True, slopes=True, sinks=True, seed=2
+    )
+    (q, k, v), d_o = case.arrays()
+    options = case.options()
+    options["q_positions"] = np.sort(np.random.default_rng(0).integers(0, 9, (B, S)), axis=1)
 
-    run = jax.jit(partial(both_passes, **options), compiler_options=QUICK)
-    want = run(q, k, v, d_o)
+    want = compiled(both_passes)(q, k, v, d_o, **options)
     # One pair's scores: 2 query heads, 5 queries, 5 keys, in fp32.
-    monkeypatch.setattr(kernel, "SCORE_BYTES", pairs * 4 * 2 * S * S)
-    assert kernel._part(q, k) in (None, Part((B, K), *shape))
-    jax.clear_caches()
-    got = jax.jit(partial(both_passes, **options), compiler_options=QUICK)(q, k, v, d_o)
+    monkeypatch.setattr(xla, "SCORE_BYTES", pairs * 4 * 2 * S * S)
+    assert xla._part(q, k) in (None, Part((B, K), *shape))
+    got = compiled(both_passes)(q, k, v, d_o, **options)
     assert [x.dtype for x in got[:2] + got[2]] == [x.dtype for x in want[:2] + want[2]]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
 
@@ -64,7 +67,7 @@ def test_values_and_gradients_are_those_of_the_whole(monkeypatch, pairs, shape, 
 def test_rows_may_share_their_positions(monkeypatch):
     q, k, v = operands(2, 6, 6, 2, 2, 3, 4)
     positions = np.array([[0, 2, 3, 5, 8, 9]])
-    monkeypatch.setattr(kernel, "SCORE_BYTES", 1)
-    found = kernel.attention(q, k, v, q_positions=positions, k_positions=positions, window=4)
+    monkeypatch.setattr(xla, "SCORE_BYTES", 1)
     options = {"q_positions": positions, "k_positions": positions, "window": 4}
+    found = compiled(kernel.attention)(q, k, v, **options)
     np.testing.assert_allclose(found, reference.attention(q, k, v, **options)[0], atol=3e-6)

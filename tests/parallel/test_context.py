@@ -170,7 +170,7 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     """Chunks of queries and keys that a device computes with are those with a pair in sight."""
     size = 3
     length = ways * size * (2 if balanced else 1)
-    sees = reference.mask(length, length, True, window, None, None, None)[0]
+    sees = reference.mask(length, length, window=window)[0]
     chunks = np.arange(length).reshape(-1, size)
     worth = {(a[0], b[0]) for a in chunks for b in chunks if sees[np.ix_(a, b)].any()}
     computed, work = set(), []

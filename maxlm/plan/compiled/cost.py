@@ -4,6 +4,7 @@ XLA's own ``cost_analysis()`` counts a loop's body once, so that a scanned model
 layer.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,10 +158,11 @@ def attention_by_file(op_name: str, files: tuple[str, ...]) -> bool:
     """Attention's products are those traced through a file of kernels or of programs on shards
     that is about attention; a layer's projections are not."""
     del op_name
-    parts = (path.replace("\\", "/").split("/")[-2:] for path in files)
+    parts = (path.replace("\\", "/").split("/")[-3:] for path in files)
     return any(
         folder in ("pallas_kernels", "parallel") and "attention" in name
-        for folder, name in (p for p in parts if len(p) == 2)
+        for path in parts
+        for folder, name in itertools.pairwise(path)
     )
 
 

@@ -47,6 +47,16 @@ class Part(NamedTuple):
             lambda x: x if len(x) == 1 else lax.dynamic_slice_in_dim(x, row, self.rows), tree
         )
 
+    def cut_heads(self, i: jax.Array, tree: Any) -> Any:
+        """The query heads of part i of arrays [N]."""
+        head = i % self._head_parts
+
+        def cut(x):
+            size = len(x) // self._head_parts
+            return lax.dynamic_slice_in_dim(x, head * size, size)
+
+        return jax.tree.map(cut, tree)
+
     def put(
         self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:

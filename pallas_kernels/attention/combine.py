@@ -1,0 +1,45 @@
+"""What joins attentions over blocks of keys: a ring of devices, a cache in pieces.
+
+A step has o and the log-sum-exp of one block of keys; :func:`merge` joins two steps' results.
+In the backward pass a step needs only the whole's log-sum-exp and :func:`row_delta`: its dK and
+dV are its own, and its dQ is a term of the sum over steps.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def merge(
+    first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """(o, lse) over two blocks of keys from those over each, all fp32 (Milakov & Gimelshein 2018).
+
+    Associative and commutative, but for rounding. A sink belongs to one of the blocks only.
+
+    Args:
+        first, second: o [B, S, N, H] and log-sum-exp [B, S, N], −inf where no key was seen.
+    """
+    (o_1, lse_1), (o_2, lse_2) = first, second
+    top = jnp.maximum(lse_1, lse_2)
+    top = jnp.where(top == -jnp.inf, 0.0, top)  # −inf − −inf is NaN
+    weight_1, weight_2 = jnp.exp(lse_1 - top), jnp.exp(lse_2 - top)
+    total = weight_1 + weight_2
+    o = o_1 * weight_1[..., None] + o_2 * weight_2[..., None]
+    return o / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total)
+
+
+def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
+    """fp32 [B, S, N]: d_o · o for each query and head, what softmax's gradient subtracts."""
+    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=jnp.float32)
+
+
+def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """fp32 [N]: a sink's weight times what it takes from the output, which is −delta.
+
+    Args:
+        sinks: fp32 [N].
+        lse, delta: fp32 [B, S, N], of the whole, sinks included.
+    """
+    # A sink of −inf is none, and a query may then have no key: −inf − −inf is NaN.
+    weights = jnp.exp(sinks - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    return -jnp.sum(weights * delta, axis=(0, 1))

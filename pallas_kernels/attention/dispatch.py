@@ -1,0 +1,102 @@
+"""Which implementation an attention runs on.
+
+An implementation is a module here with
+
+- ``supports(q, k, v, where, how) -> bool``, of shapes and dtypes alone,
+- ``forward(q, k, v, where, how, dtype, block_sizes=None, interpret=False) -> (o, lse)``,
+- ``backward(q, k, v, lse, delta, d_o, where, how, dtype, block_sizes=None, interpret=False)
+  -> (d_q, d_k, d_v)``,
+
+imported when first wanted: each needs a part of Pallas that others do not.
+"""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import jax
+
+from pallas_kernels.attention import xla
+from pallas_kernels.attention.how import How, Where
+
+XLA = "xla"
+# What `backend` may be, and the kernels to try for it in order. XLA takes what these do not.
+KERNELS = {
+    "tpu": ("tpu",),
+    "gpu": ("hopper", "triton"),
+    "hopper": ("hopper",),
+    "triton": ("triton",),
+    XLA: (),
+}
+
+
+def choose(
+    backend: str | None, q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How
+) -> str:
+    """The implementation's name.
+
+    Args:
+        backend: a key of ``KERNELS``; None: what the program being traced is for.
+
+    Raises:
+        ValueError: a backend that is not known, or whose kernels do not support this.
+    """
+    if backend is not None and backend not in KERNELS:
+        raise ValueError(f"backend={backend!r}: known are {', '.join(KERNELS)}")
+    for name in KERNELS.get(backend or platform(), ()):
+        if name == "hopper" and backend != "hopper" and not _on_hopper():
+            continue
+        module = _module(name)
+        if module is not None and module.supports(q, k, v, where, how):
+            return name
+    if backend in (None, XLA):
+        return XLA
+    operands = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
+    raise ValueError(f"no {backend} kernel for {operands} with {how}")
+
+
+def forward(
+    name: str, q, k, v, where: Where, how: How, dtype: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(o, lse) by the implementation of a name. ``options``: of kernels."""
+    if name == XLA:
+        return xla.forward(q, k, v, where, how, dtype)
+    return _module(name).forward(q, k, v, where, how, dtype, **options)
+
+
+def backward(
+    name: str, q, k, v, lse, delta, d_o, where: Where, how: How, dtype: Any, **options: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(d_q, d_k, d_v) by the implementation of a name."""
+    if name == XLA:
+        return xla.backward(q, k, v, lse, delta, d_o, where, how, dtype)
+    return _module(name).backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
+
+
+def platform() -> str:
+    """Of the devices that the program being traced is for ("cpu", "gpu", "tpu"): those of the mesh
+    in use, which need not be here; else the default device's."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    config: Any = jax.config
+    device = device or config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    name = device if isinstance(device, str) else device.platform
+    return "gpu" if name == "cuda" else name
+
+
+def _on_hopper() -> bool:
+    """Whether the GPU that the program is for has Hopper's instructions (compute capability 9.0,
+    which a device that is not here does not tell)."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return any(card in device.device_kind for card in ("H100", "H20", "H800"))
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
+def _module(name: str) -> Any:
+    path = f"pallas_kernels.attention.{name}"
+    # Interim, until all kernels are merged.
+    if importlib.util.find_spec(path) is None:
+        return None
+    return importlib.import_module(path)
