@@ -1,7 +1,6 @@
 """Attention on a TPU: operands laid out for the kernels, and results laid back."""
 
-import math
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tpu_backward, tpu_forward
-from pallas_kernels.attention.how import How, Where
-from pallas_kernels.attention.tpu_blocks import Blocks, backward_blocks, forward_blocks
-from pallas_kernels.attention.tpu_scores import LANES, Setting
+from pallas_kernels.attention.combine import merge
+from pallas_kernels.attention.how import How, Where, first_position
+from pallas_kernels.attention.tpu_blocks import (
+    LANES,
+    Blocks,
+    BlockSizes,
+    Sizes,
+    backward_blocks,
+    backward_bytes,
+    check,
+    forward_blocks,
+    forward_bytes,
+    keys_at_once,
+)
+from pallas_kernels.attention.tpu_scores import Setting
 from pallas_kernels.attention.walk import Walk, plan, table
+from pallas_kernels.chips import current_chip
 
 F32 = jnp.float32
 
@@ -31,52 +43,55 @@ def forward(
     where: Where,
     how: How,
     dtype: Any,
-    block_sizes: Blocks | None = None,
+    block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """o [B, S, N, Hv] in ``dtype`` and the log-sum-exps, fp32 [B, S, N], −inf without a key."""
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
-    blocks = block_sizes or forward_blocks(q, k, v)
-    walk = plan(S, T, how, where, blocks[:2], blocks[2:], joined=True)
-    call = _Call.of(q, k, v, where, how, walk)
-    padded_q, padded_k = walk.nq * walk.bq, walk.nk * walk.bk
-    tq, width = blocks.tile_q, walk.bk
-    o, lse = pl.pallas_call(
-        call.kernel(tpu_forward.kernel),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=call.grid,
-            in_specs=[
-                call.queries(H),
-                call.keys(H),
-                call.keys(Hv),
-                call.query_row(shared=True) if call.packed else None,
-                call.key_row() if call.packed else None,
-            ],
-            out_specs=[call.queries(Hv), call.query_row()],
-            scratch_shapes=[
-                pltpu.VMEM((walk.bq, LANES), F32),
-                pltpu.VMEM((walk.bq, LANES), F32),
-                pltpu.VMEM((walk.bq, Hv), F32),
-                pltpu.VMEM((1 + tpu_forward.AHEAD, tq, width), F32),
-                pltpu.VMEM((1 + tpu_forward.AHEAD, tq, LANES), F32),
-                pltpu.VMEM((1 + tpu_forward.AHEAD, tq, width), v.dtype),
-                pltpu.VMEM((walk.bq, LANES), jnp.int32) if call.packed else None,
-            ],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B * N, padded_q, Hv), dtype),
-            jax.ShapeDtypeStruct((B * N, 1, padded_q), F32),
+    """o [B, S, N, Hv] in ``dtype`` and the log-sum-exps, fp32 [B, S, N], −inf without a key.
+
+    Keys that VMEM does not hold at once are taken in parts, whose results are merged.
+
+    Raises:
+        ValueError: blocks that do not fit.
+    """
+    sizes = Sizes.of(q, v, dtype)
+    blocks = forward_blocks(sizes) if block_sizes is None else block_sizes.forward
+    check(blocks)
+    size = keys_at_once(blocks, sizes, forward_bytes, current_chip())
+    parts = _parts(k, v, where, how, size)
+    part_dtype = dtype if len(parts) == 1 else F32
+    o, lse = reduce(merge, [_forward(q, *part, part_dtype, blocks, interpret) for part in parts])
+    return o.astype(dtype), lse
+
+
+def _forward(q, k, v, where, how, dtype, blocks, interpret):
+    (B, S, N, H), (T, Hv) = q.shape, (v.shape[1], v.shape[3])
+    walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=True)
+    call = _Call.of(q, k, where, how, walk, blocks)
+    ahead = 1 + blocks.ahead
+    o, lse = call.run(
+        tpu_forward.kernel,
+        operands=[
+            (call.queries(H), _heads_first(q, call.padded_q)),
+            (call.keys(H), _heads_first(k, call.padded_k)),
+            (call.keys(Hv), _heads_first(v, call.padded_k)),
+            *call.segments,
         ],
-        compiler_params=call.compiler_params(),
+        results=[
+            (call.queries(Hv), (B * N, call.padded_q, Hv), dtype),
+            (call.query_row(), (B * N, 1, call.padded_q), F32),
+        ],
+        scratch=[
+            pltpu.VMEM((walk.bq, LANES), F32),
+            pltpu.VMEM((walk.bq, LANES), F32),
+            pltpu.VMEM((walk.bq, Hv), F32),
+            pltpu.VMEM((ahead, blocks.tile_q, walk.bk), F32),
+            pltpu.VMEM((ahead, blocks.tile_q, LANES), F32),
+            pltpu.VMEM((ahead, blocks.tile_q, walk.bk), v.dtype) if blocks.staged else None,
+            pltpu.VMEM((walk.bq, LANES), jnp.int32) if where.q_segments is not None else None,
+        ],
+        vmem=forward_bytes(blocks, Sizes.of(q, v, dtype), call.padded_k),
         interpret=interpret,
         name="attention_forward",
-    )(
-        *call.scalars,
-        _heads_first(q, padded_q),
-        _heads_first(k, padded_k),
-        _heads_first(v, padded_k),
-        *call.segments,
     )
     return _heads_last(o, B, S), _rows_last(lse, B, S)
 
@@ -91,59 +106,86 @@ def backward(
     where: Where,
     how: How,
     dtype: Any,
-    block_sizes: Blocks | None = None,
+    block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dQ, dK and dV in ``dtype``."""
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
-    blocks = block_sizes or backward_blocks(q, k, v)
-    walk = plan(S, T, how, where, blocks[:2], blocks[2:], joined=False)
-    call = _Call.of(q, k, v, where, how, walk)
-    padded_q, padded_k = walk.nq * walk.bq, walk.nk * walk.bk
+    """dQ, dK and dV in ``dtype``.
+
+    Keys that VMEM does not hold at once are taken in parts: each adds to dQ, in place.
+
+    Raises:
+        ValueError: blocks that do not fit.
+    """
+    (B, S, N, H), (T, Hv) = q.shape, (v.shape[1], v.shape[3])
+    sizes = Sizes.of(q, v, dtype)
+    blocks = backward_blocks(sizes) if block_sizes is None else block_sizes.backward
+    check(blocks)
+    size = keys_at_once(blocks, sizes, backward_bytes, current_chip())
+    parts = _parts(k, v, where, how, size)
+    rows = -(-S // blocks.q) * blocks.q
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    d_q, d_k, d_v = pl.pallas_call(
-        call.kernel(tpu_backward.kernel),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=call.grid,
-            in_specs=[
-                call.queries(H),
-                call.keys(H),
-                call.keys(Hv),
-                call.queries(Hv),
-                call.query_row(),
-                call.query_row(),
-                call.query_row(shared=True) if call.packed else None,
-                call.key_row() if call.packed else None,
-                None,
-            ],
-            out_specs=[call.queries(H), call.keys(H), call.keys(Hv)],
-            scratch_shapes=[
-                pltpu.VMEM((H, walk.bq), F32),
-                pltpu.VMEM((padded_k, H), F32),
-                pltpu.VMEM((padded_k, Hv), F32),
-            ],
-        ),
-        out_shape=[
-            jax.ShapeDtypeStruct((B * N, padded_q, H), dtype),
-            jax.ShapeDtypeStruct((B * K, padded_k, H), dtype),
-            jax.ShapeDtypeStruct((B * K, padded_k, Hv), dtype),
+    saved = (
+        _heads_first(q, rows),
+        _heads_first(d_o, rows),
+        _rows_first(lse, rows, jnp.inf),
+        _rows_first(delta, rows, 0.0),
+    )
+    d_q, d_k, d_v = None, [], []
+    for n, part in enumerate(parts):
+        out = dtype if n == len(parts) - 1 else F32
+        d_q, own_k, own_v = _backward(q, *part, saved, d_q, (out, dtype), blocks, interpret)
+        d_k.append(own_k)
+        d_v.append(own_v)
+    d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in (d_k, d_v))
+    return _heads_last(d_q, B, S), d_k, d_v
+
+
+def _backward(q, k, v, where, how, saved, d_q, dtypes, blocks, interpret):
+    """dQ as the kernel writes it, dK and dV [B, T, K, ·]."""
+    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=False)
+    call = _Call.of(q, k, where, how, walk, blocks)
+    own_q, own_d_o, lse, delta = saved
+    d_q, d_k, d_v = call.run(
+        tpu_backward.kernel,
+        operands=[
+            (call.queries(H), own_q),
+            (call.keys(H), _heads_first(k, call.padded_k)),
+            (call.keys(Hv), _heads_first(v, call.padded_k)),
+            (call.queries(Hv), own_d_o),
+            (call.query_row(), lse),
+            (call.query_row(), delta),
+            *call.segments,
+            (call.queries(H), d_q),
         ],
-        compiler_params=call.compiler_params(),
+        results=[
+            (call.queries(H), (B * N, call.padded_q, H), dtypes[0]),
+            (call.keys(H), (B * K, call.padded_k, H), dtypes[1]),
+            (call.keys(Hv), (B * K, call.padded_k, Hv), dtypes[1]),
+        ],
+        scratch=[
+            pltpu.VMEM((H, walk.bq), F32),
+            pltpu.VMEM((call.padded_k, H), F32),
+            pltpu.VMEM((call.padded_k, Hv), F32),
+        ],
+        vmem=backward_bytes(blocks, Sizes.of(q, v, dtypes[1]), call.padded_k),
         interpret=interpret,
         name="attention_backward",
-    )(
-        *call.scalars,
-        _heads_first(q, padded_q),
-        _heads_first(k, padded_k),
-        _heads_first(v, padded_k),
-        _heads_first(d_o, padded_q),
-        _rows_first(lse, padded_q, jnp.inf),
-        _rows_first(delta, padded_q, 0.0),
-        *call.segments,
-        None,
     )
-    return _heads_last(d_q, B, S), _heads_last(d_k, B, T), _heads_last(d_v, B, T)
+    return d_q, _heads_last(d_k, B, T), _heads_last(d_v, B, T)
+
+
+def _parts(k, v, where: Where, how: How, size: int) -> list[tuple[Any, ...]]:
+    """(k, v, where, how) for runs of keys; sinks go with the first."""
+    parts = []
+    for start in range(0, k.shape[1], size):
+        keys = slice(start, start + size)
+        segments = None if where.k_segments is None else where.k_segments[:, keys]
+        sinks = where.sinks if start == 0 else None
+        own = where._replace(k_segments=segments, sinks=sinks)
+        at = how._replace(k_offset=how.k_offset + start)
+        parts.append((k[:, keys], v[:, keys], own, at))
+    return parts
 
 
 class _Call(NamedTuple):
@@ -151,25 +193,29 @@ class _Call(NamedTuple):
 
     walk: Walk
     setting: Setting
-    grid: tuple[int, int, int]
+    blocks: Blocks
+    rows: int
+    """Of the batch."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
-    segments: tuple[jax.Array | None, jax.Array | None]
-    """int32 [B, 1, queries], [B, 1, keys]; −1 for queries that see nothing."""
+    """The walk's table; int32 [1 + B], the shift where it is traced and each row's prefix; fp32
+    [2, N], slopes and sinks."""
+    segments: list[tuple[Any, Any]]
+    """int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that see
+    nothing."""
 
     @classmethod
-    def of(cls, q, k, v, where: Where, how: How, walk: Walk) -> "_Call":
+    def of(cls, q, k, where: Where, how: How, walk: Walk, blocks: Blocks) -> "_Call":
         (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
-        shift = None
-        if where.q_offset is None and where.k_offset is None:
-            shift = how.q_offset - how.k_offset
+        q_first = first_position(how.q_offset, where.q_offset)
+        k_first = first_position(how.k_offset, where.k_offset)
+        shift = q_first - k_first
+        static = isinstance(shift, int)
         rows = table(walk, S, T, how, where)
         ints = jnp.zeros(1 + B, jnp.int32)
-        k_offset = how.k_offset if where.k_offset is None else where.k_offset
-        if shift is None:
-            q_offset = how.q_offset if where.q_offset is None else where.q_offset
-            ints = ints.at[0].set(q_offset - k_offset)
+        if not static:
+            ints = ints.at[0].set(shift)
         if where.prefix is not None:
-            ints = ints.at[1:].set(where.prefix - k_offset)
+            ints = ints.at[1:].set(where.prefix - k_first)
         floats = jnp.stack(
             [jnp.zeros(N, F32) if x is None else x.astype(F32) for x in (where.slopes, where.sinks)]
         )
@@ -177,28 +223,31 @@ class _Call(NamedTuple):
             how=how,
             kv_heads=K,
             group=N // K,
-            shift=shift,
+            shift=shift if static else None,
             keys=T if T % walk.bk and not walk.edges else None,
             tables=len(rows),
             prefix=where.prefix is not None,
             slopes=where.slopes is not None,
             sinks=where.sinks is not None,
         )
-        segments = None, None
-        if where.q_segments is not None and where.k_segments is not None:
-            own = jnp.where(where.q_segments == 0, -1, where.q_segments)
-            segments = (
-                _padded(own[:, None], walk.nq * walk.bq, -1),
-                _padded(where.k_segments[:, None], walk.nk * walk.bk, 0),
-            )
-        return cls(walk, setting, (B * K, N // K, walk.nq), (rows, ints, floats), segments)
+        call = cls(walk, setting, blocks, B, (rows, ints, floats), [(None, None)] * 2)
+        if where.q_segments is None or where.k_segments is None:
+            return call
+        own = jnp.where(where.q_segments == 0, -1, where.q_segments)[:, None]
+        keys = where.k_segments[:, None]
+        segments = [
+            (call.query_row(shared=True), _padded(own, call.padded_q, -1)),
+            (call.key_row(), _padded(keys, call.padded_k, 0)),
+        ]
+        return call._replace(segments=segments)
 
     @property
-    def packed(self) -> bool:
-        return self.segments[0] is not None
+    def padded_q(self) -> int:
+        return self.walk.nq * self.walk.bq
 
-    def kernel(self, body):
-        return partial(body, walk=self.walk, setting=self.setting)
+    @property
+    def padded_k(self) -> int:
+        return self.walk.nk * self.walk.bk
 
     def queries(self, width: int) -> pl.BlockSpec:
         group = self.setting.group
@@ -207,8 +256,7 @@ class _Call(NamedTuple):
         )
 
     def keys(self, width: int) -> pl.BlockSpec:
-        size = self.walk.nk * self.walk.bk
-        return pl.BlockSpec((None, size, width), lambda kv, g, i, *_: (kv, 0, 0))
+        return pl.BlockSpec((None, self.padded_k, width), lambda kv, g, i, *_: (kv, 0, 0))
 
     def query_row(self, shared: bool = False) -> pl.BlockSpec:
         """A number a query; ``shared``: the same for all heads."""
@@ -220,14 +268,48 @@ class _Call(NamedTuple):
         return pl.BlockSpec((None, 1, self.walk.bq), index)
 
     def key_row(self) -> pl.BlockSpec:
-        heads, size = self.setting.kv_heads, self.walk.nk * self.walk.bk
-        return pl.BlockSpec((None, 1, size), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0))
-
-    def compiler_params(self):
-        return pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=60 << 20,
+        heads = self.setting.kv_heads
+        return pl.BlockSpec(
+            (None, 1, self.padded_k), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
         )
+
+    def run(self, body, operands, results, scratch, vmem, interpret, name):
+        """The kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
+
+        Args:
+            operands: (block, array) or, for what the kernel is not given, (anything, None).
+            results: (block, shape, dtype).
+            vmem: bytes that the kernel is known to take.
+        """
+        specs = [spec if x is not None else None for spec, x in operands]
+        arrays = [x for _, x in operands]
+        given = [*self.scalars, *arrays]
+        # A sum that goes on is written where it was read.
+        last, out = arrays[-1], results[0]
+        aliases = {}
+        if last is not None and (last.shape, last.dtype) == (out[1], jnp.dtype(out[2])):
+            aliases = {sum(x is not None for x in given) - 1: 0}
+        setting = self.setting
+        limit = min(vmem + vmem // 4 + (4 << 20), current_chip().vmem)
+        return pl.pallas_call(
+            partial(body, walk=self.walk, setting=setting, blocks=self.blocks),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(self.scalars),
+                grid=(self.rows * setting.kv_heads, setting.group, self.walk.nq),
+                in_specs=specs,
+                out_specs=[spec for spec, *_ in results],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
+            input_output_aliases=aliases,
+            compiler_params=pltpu.CompilerParams(
+                # The cores of a chip share out the kv heads. What follows sums up over queries.
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=limit,
+            ),
+            interpret=interpret,
+            name=name,
+        )(*given)
 
 
 def _padded(x: jax.Array, size: int, value: float = 0) -> jax.Array:

@@ -9,8 +9,8 @@ the five products only dQᵀ = Kᵀ·dSᵀ has an operand to turn, the small one
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.attention.tpu_blocks import LANES, Blocks
 from pallas_kernels.attention.tpu_scores import (
-    LANES,
     LOG2_E,
     Setting,
     Spot,
@@ -20,14 +20,11 @@ from pallas_kernels.attention.tpu_scores import (
 )
 from pallas_kernels.attention.walk import COLUMNS, Walk, visit
 
-# Tiles whose scores are computed before the first one's weights.
-AHEAD = 1
-
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
     dq_ref, dk_ref, dv_ref, dq, dk, dv,
-    *, walk: Walk, setting: Setting,
+    *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -77,9 +74,9 @@ def kernel(
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
 
     def tiles(these, j, distance):
-        ready = [score(tile, j, distance) for tile in these[:AHEAD]]
+        ready = [score(tile, j, distance) for tile in these[:blocks.ahead]]
         for n, tile in enumerate(these):
-            ready += [score(tile, j, distance) for tile in these[n + AHEAD : n + AHEAD + 1]]
+            ready += [score(tile, j, distance) for tile in these[n + blocks.ahead : n + blocks.ahead + 1]]
             gradients(tile, j, *ready[n])
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]

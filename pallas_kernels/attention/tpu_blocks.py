@@ -1,36 +1,130 @@
-"""Block sizes of the TPU kernels."""
+"""Block sizes of the TPU kernels, and the VMEM that they take."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip, current_chip
+
+LANES = 128
+# Of VMEM, for what is counted here: the compiler needs some for itself.
+_USABLE = 0.85
 
 
 class Blocks(NamedTuple):
-    """Queries and keys of a block, and of a tile."""
+    """Of one pass. Sizes are multiples of 128."""
 
     q: int
+    """Queries of a block: a step of the grid."""
     k: int
+    """Keys of a block: a round of the loop."""
     tile_q: int
+    """Divides ``q``. Tiles are what the loop's body is made of, one after the other."""
     tile_k: int
+    """Divides ``k``; in the forward pass only where the mask's edge cuts a block."""
+    ahead: int = 1
+    """Tiles whose scores are issued before the first one's softmax."""
+    staged: bool = True
+    """Forward: weights go through VMEM on their way to the second product."""
 
 
-def forward_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks:
-    S, T = q.shape[1], k.shape[1]
-    bq, bk = _fit(S, 1024), _fit(T, 1024)
-    bk = min(bq, bk)
-    return Blocks(bq, bk, min(128, bq), min(256, bk))
+class BlockSizes(NamedTuple):
+    forward: Blocks
+    backward: Blocks
 
 
-def backward_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> Blocks:
-    S, T = q.shape[1], k.shape[1]
-    bq, bk = _fit(S, 1024), _fit(T, 1024)
-    bk = min(bq, bk)
-    return Blocks(bq, bk, min(512, bq), min(512, bk))
+class Sizes(NamedTuple):
+    """What of the operands decides the blocks."""
+
+    S: int
+    T: int
+    H: int
+    Hv: int
+    bytes: int
+    """Of a number in q, k and v."""
+    out_bytes: int
+    """Of a number in the results."""
+
+    @classmethod
+    def of(cls, q: jax.Array, v: jax.Array, dtype: Any) -> "Sizes":
+        (S, H), (T, Hv) = (q.shape[1], q.shape[3]), (v.shape[1], v.shape[3])
+        return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
+
+
+def forward_blocks(sizes: Sizes) -> Blocks:
+    """By rule: large blocks, whose loop's body hides its own beginning and end; the unit of 256
+    wants tiles of 256 queries, and weights straight from registers."""
+    q = _fit(sizes.S, 1024)
+    k = min(q, _fit(sizes.T, 1024))
+    wide = current_chip().mxu == 256
+    return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
+
+
+def backward_blocks(sizes: Sizes) -> Blocks:
+    q = _fit(sizes.S, 1024)
+    k = min(q, _fit(sizes.T, 1024))
+    return Blocks(q, k, min(512, q), min(512, k))
 
 
 def _fit(n: int, most: int) -> int:
     """The largest power of two, 128 to ``most``, that pads n by at most a ninth more than 128s."""
     size = most
-    while size > 128 and -(-n // size) * size * 9 > -(-n // 128) * 128 * 10:
+    while size > LANES and -(-n // size) * size * 9 > -(-n // LANES) * LANES * 10:
         size //= 2
     return size
+
+
+def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
+    """Of VMEM: operands and results twice, so that the next ones travel meanwhile, and scratch."""
+    H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
+    operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
+    results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
+    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + LANES * 4)
+    scratch = 4 * blocks.q * (3 * LANES + Hv) + (1 + blocks.ahead) * tile
+    return 2 * (operands + results) + scratch
+
+
+def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
+    """Likewise; and the sums of dK and dV over all queries."""
+    H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
+    operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
+    results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
+    sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
+    tiles = (1 + blocks.ahead) * 4 * 4 * blocks.tile_q * blocks.tile_k
+    return 2 * (operands + results) + sums + tiles
+
+
+def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:
+    """How many keys of a head VMEM holds, in whole blocks; all where it does.
+
+    Args:
+        needed: :func:`forward_bytes` or :func:`backward_bytes`.
+
+    Raises:
+        ValueError: not one block.
+    """
+    keys, room = -(-sizes.T // blocks.k) * blocks.k, int(chip.vmem * _USABLE)
+    while keys > blocks.k and needed(blocks, sizes, keys) > room:
+        keys = -(-(keys // 2) // blocks.k) * blocks.k
+    if needed(blocks, sizes, keys) > room:
+        raise ValueError(
+            f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take "
+            f"{needed(blocks, sizes, keys)} bytes of VMEM, of which a {chip.name} has {chip.vmem}"
+        )
+    return keys
+
+
+def check(blocks: Blocks) -> None:
+    """Raises:
+    ValueError: sizes that are no multiples of 128, or tiles that do not divide their blocks.
+    """
+    sizes = blocks[:4]
+    if any(n <= 0 or n % LANES for n in sizes):
+        raise ValueError(f"blocks {tuple(blocks)}: sizes are multiples of {LANES}")
+    if blocks.q % blocks.tile_q or blocks.k % blocks.tile_k:
+        raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
+
+
+def _lanes(width: int) -> int:
+    return -(-width // LANES) * LANES

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.attention.tpu_blocks import LANES, Blocks
 from pallas_kernels.attention.tpu_scores import (
-    LANES,
     LOG2_E,
     MASKED,
     Setting,
@@ -34,14 +34,12 @@ from pallas_kernels.attention.walk import COLUMNS, Walk, visit
 
 # Keys whose weights are computed at once.
 CHUNK = 256
-# Tiles whose scores are computed before the first one's softmax.
-AHEAD = 1
 
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
     m, l, acc, scores, tops, weights, ids,
-    *, walk: Walk, setting: Setting,
+    *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -51,8 +49,8 @@ def kernel(
         o_ref, lse_ref: [bq, Hv]; fp32 [1, bq].
         m, l: fp32 [bq, LANES], a row's largest score so far, and lanes' sums of exponentials.
         acc: fp32 [bq, Hv], the output but for division by the sum.
-        scores, tops, weights: of a few tiles: [·, tile, keys] fp32, [·, tile, LANES] fp32, and
-            [·, tile, keys] as v.
+        scores, tops: fp32, of a few tiles: [·, tile, keys] and [·, tile, LANES].
+        weights: [·, tile, keys] as v, or None: not staged.
         ids: int32 [bq, LANES], or None.
     """
     i = pl.program_id(2)
@@ -90,22 +88,27 @@ def kernel(
         before = m[rows]
         top = jnp.maximum(before, jnp.max(tops[slot], axis=1, keepdims=True))
         fade = jnp.exp2(before - top)
-        total = fade * l[rows]
+        total, parts = fade * l[rows], []
         for a in range(0, width, CHUNK):
             b = min(a + CHUNK, width)
             p = jnp.exp2(scores[slot, :, a:b] - _spread(top, b - a))
             total = reduce(jnp.add, (p[:, c : c + LANES] for c in range(0, b - a, LANES)), total)
-            weights[slot, :, a:b] = p.astype(weights.dtype)
-        y = product(weights[slot, :, :width], v_ref[keys(tile, j)], 1, 0)
+            p = p.astype(v_ref.dtype)
+            if weights is None:
+                parts.append(p)
+            else:
+                weights[slot, :, a:b] = p
+        p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot, :, :width]
+        y = product(p, v_ref[keys(tile, j)], 1, 0)
         m[rows], l[rows] = top, total
         acc[rows] = acc[rows] * _spread(fade, acc.shape[1]) + y
 
     def tiles(these, j, distance):
-        for n, tile in enumerate(these[:AHEAD]):
+        for n, tile in enumerate(these[:blocks.ahead]):
             score(n, tile, j, distance)
         for n, tile in enumerate(these):
-            if n + AHEAD < len(these):
-                score(n + AHEAD, these[n + AHEAD], j, distance)
+            if n + blocks.ahead < len(these):
+                score(n + blocks.ahead, these[n + blocks.ahead], j, distance)
             softmax(n, tile, j)
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]

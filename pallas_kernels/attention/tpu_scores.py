@@ -18,7 +18,6 @@ from pallas_kernels.attention.how import How
 # Finite, so that a row with every key masked gives no NaN on the way to its zeros.
 MASKED = -1e30
 LOG2_E = math.log2(math.e)
-LANES = 128
 
 
 class Setting(NamedTuple):

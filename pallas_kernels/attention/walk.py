@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.how import How, Where, first_position
 
 COLUMNS = 6
 """Integers of a block of queries in the table: where the masked, the plain and the second masked
@@ -130,9 +130,9 @@ def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) ->
 def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
     """int32 [B or 1, nq, COLUMNS]: see there."""
     bq, bk, nq, nk = walk.bq, walk.bk, walk.nq, walk.nk
-    q_offset = how.q_offset if where.q_offset is None else where.q_offset
-    k_offset = how.k_offset if where.k_offset is None else where.k_offset
-    first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + (q_offset - k_offset)
+    k_offset = first_position(how.k_offset, where.k_offset)
+    shift = first_position(how.q_offset, where.q_offset) - k_offset
+    first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + shift
     last = first + bq - 1
     zero = jnp.zeros_like(first)
     low, high, plain_low, plain_high = zero, zero + nk, zero, zero + T // bk
