@@ -24,8 +24,10 @@ _MAX_BUNDLES = 1 << 36
 
 # Words of scalar memory below the region that a kernel's own allocations start at.
 _SCOPED = 1 << 24
-# Distance of operands' addresses, in granules of 32 bytes.
+# Distance of operands' addresses: in HBM counted in granules of 32 bytes, in VMEM in rows of 16
+# granules.
 _OPERAND = 1 << 26
+_OPERAND_IN_VMEM = _OPERAND // 16
 _CORE_INDEX = 1
 _M = 0xFFFFFFFF
 
@@ -273,7 +275,8 @@ def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
         return f"load({_smem(schedule, rest)})"
     if name == "inlined_call_operand":
         index = re.search(r"index: (\d+), kind: input", rest)
-        return str((int(index[1]) + 1) * _OPERAND) if index else "0"
+        distance = _OPERAND_IN_VMEM if operation.endswith(".vmem") else _OPERAND
+        return str((int(index[1]) + 1) * distance) if index else "0"
     parts = [part for part in _split(rest) if not part.startswith("[resolvable")]
     if name == "int_to_ptr":
         parts = [parts[0].split()[-1]] if parts else re.findall(r"%\w+", rest)[-1:]
@@ -283,7 +286,7 @@ def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
         if kind not in ("s32", "u32") or how not in _COMPARE:
             return "UNKNOWN"
         a, b = (f"signed({x})" for x in atoms) if kind == "s32" else atoms
-        return f"compare({a}, {b}, '{how}')" if False else f"({a} {_COMPARE[how]} {b})"
+        return f"({a} {_COMPARE[how]} {b})"
     if name == "scalar_select" and len(atoms) == 3:
         p, a, b = atoms
         return f"(UNKNOWN if isinstance({p}, Unknown) else {a} if {p} else {b})"
