@@ -111,6 +111,7 @@ def run_counts(
         "Unknown": Unknown,
         "signed": lambda x: x if isinstance(x, Unknown) else x - ((x & 0x80000000) << 1),
         "copy": _copier(memory, operands or {}),
+        "scalar": lambda i: int(operands[i][0]) if operands and i in operands else UNKNOWN,
         "load": lambda a: UNKNOWN if isinstance(a, Unknown) else memory.get(a, UNKNOWN),
         "store": lambda a, x: None if isinstance(a, Unknown) else memory.__setitem__(a, x),
         "limit": _MAX_BUNDLES // max(1, len(schedule.bundles)),
@@ -205,14 +206,19 @@ def _bundle_lines(schedule: Schedule, at: int, registers: set[str]) -> list[str]
             effects.append(_store(schedule, rest))
         elif operation.startswith("dma.") and operation.endswith("_to_smem"):
             effects.append(_dma(schedule, rest))
-        elif register and operation != "sphi":  # A phi's two sides share a register.
+        elif register and not _names_only(operation, rest, register[1]):
             registers.add(register[1])
             assigned.append(register[1])
             values.append(_value(schedule, operation, rest, register[1]))
-    if len(assigned) == 1 and assigned == values:
-        assigned, values = [], []
     lines = [f"{', '.join(assigned)} = {', '.join(values)}"] if assigned else []
     return [line for line in effects if line] + lines
+
+
+def _names_only(operation: str, rest: str, register: str) -> bool:
+    """Whether it gives a register's value another name, perhaps one made in the same bundle."""
+    if operation.startswith("int_to_ptr"):
+        return _REGISTER.findall(rest)[-1:] == [register]
+    return operation == "sphi"
 
 
 def _predicate(match: re.Match) -> str:
@@ -275,6 +281,8 @@ def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
         return f"load({_smem(schedule, rest)})"
     if name == "inlined_call_operand":
         index = re.search(r"index: (\d+), kind: input", rest)
+        if "<no memory space>" in rest:
+            return f"scalar({index[1]})" if index else "UNKNOWN"
         distance = _OPERAND_IN_VMEM if operation.endswith(".vmem") else _OPERAND
         return str((int(index[1]) + 1) * distance) if index else "0"
     parts = [part for part in _split(rest) if not part.startswith("[resolvable")]

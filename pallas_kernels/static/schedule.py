@@ -30,13 +30,15 @@ _STRUCTURE = {
 }
 
 _FILE = re.compile(rf"(\d+)-(.+)-\d+-({BUNDLES}|{REGIONS}|{UNIT_USE})\.txt")
-_REGION = re.compile(r"\s*\$region(\d+): #\{.*?\}(?: parent=(\d+))?(?: // (\w+))?")
+_REGION = re.compile(
+    r"\s*\$region(\d+)(?: \(\w+\))?: #\{.*?\}(?: parent=(\d+))?(?: \(\w+\))?(?: // (\w+))?"
+)
 _RANGE = re.compile(r"\s*// region range: \[(\d+), (\d+)\)")
 _BOUNDS = re.compile(r"iteration_bounds: \(([\d, ]*)\)")
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]+)?: *(?:> *)*\{", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _OPERAND = re.compile(
-    r"inlined_call_operand\.\w+ \[shape: ([^,]+?(?:\[[\d,]*\])?), index: (\d+), kind: input"
+    r"inlined_call_operand\.(?:\w+|<no memory space>) \[shape: ([^,]+?(?:\[[\d,]*\])?), index: (\d+), kind: input"
 )
 _ALLOCATION = re.compile(r"#(allocation\w+) \[.*?space=(\w+), size = (\w+), offset = (\w+), (\w+)")
 
@@ -162,26 +164,25 @@ def _parse_regions(text: str) -> list[Region]:
     parents: dict[str, str] = {}
     found: dict[str, Region] = {}
     branch_stop: dict[str, int] = {}
-    current = None
+    current, role = None, ""
     for line in text.splitlines():
         if match := _REGION.match(line):
-            current, parent, role = match.groups()
+            current, parent, role = match.groups("")
             parents[current] = parent
-            roles = role or "root"
         elif current is not None and current not in found and (match := _RANGE.match(line)):
             start, stop = int(match[1]), int(match[2])
-            if roles == "pred_check_branch":
+            if role == "pred_check_branch":
                 branch_stop[parents[current]] = stop
-            elif roles == "pred_region":
+            elif role == "pred_region":
                 # Its range is counted from its check; the body follows the branch.
                 start = max(start, branch_stop.get(parents[current], start))
-            found[current] = Region(current, roles, start, stop)
+            found[current] = Region(current, role or "root", start, stop)
     bodies = {n: r for n, r in found.items() if r.role not in _STRUCTURE and r.bundles}
     for name, region in bodies.items():
         up = parents[name]
-        while up is not None and up not in bodies:
-            up = parents.get(up)
-        if up is not None:
+        while up and up not in bodies:
+            up = parents.get(up, "")
+        if up:
             bodies[up].children.append(region)
             region.depth = bodies[up].depth + 1
     return list(bodies.values())
