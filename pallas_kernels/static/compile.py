@@ -48,9 +48,11 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
 
     compiled = jax.jit(fn).lower(*jax.tree.map(struct, tuple(args))).compile()
     calls = kernel_calls(fn, args)
-    values = {f"{i}_{j}": v for i, call in enumerate(calls) for j, v in call.values.items()}
+    values: dict[str, Any] = {
+        f"{i}_{j}": v for i, call in enumerate(calls) for j, v in call.values.items()
+    }
     np.savez(folder / "values.npz", **values)
-    (folder / "hlo.txt").write_text(compiled.as_text())
+    (folder / "hlo.txt").write_text(compiled.as_text() or "")
     memory: Any = compiled.memory_analysis()
     result = {
         "temp_bytes": memory.temp_size_in_bytes,

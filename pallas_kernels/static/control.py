@@ -12,6 +12,7 @@ scalars whose values were not given. A branch takes effect after four more bundl
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy as np
 from pallas_kernels.static.schedule import Schedule
 
 BRANCH_DELAY = 4
-_MAX_BUNDLES = 1 << 36
-"""Run, before a loop counts as endless."""
+MAX_RUNS = 1 << 26
+"""Of a loop's body, before it counts as endless."""
 
 # Words of scalar memory below the region that a kernel's own allocations start at.
 _SCOPED = 1 << 24
@@ -66,7 +67,9 @@ class Unknown:
         return self
 
     __add__ = __sub__ = __mul__ = __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = _same
-    __radd__ = __rsub__ = __rmul__ = __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = _same
+    __radd__ = __rsub__ = __rmul__ = __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = (
+        _same
+    )
     __lt__ = __le__ = __gt__ = __ge__ = _same
 
     def __eq__(self, _: object) -> Any:
@@ -113,8 +116,7 @@ def run_counts(
         "copy": _copier(memory, operands or {}),
         "scalar": lambda i: int(operands[i][0]) if operands and i in operands else UNKNOWN,
         "load": lambda a: UNKNOWN if isinstance(a, Unknown) else memory.get(a, UNKNOWN),
-        "store": lambda a, x: None if isinstance(a, Unknown) else memory.__setitem__(a, x),
-        "limit": _MAX_BUNDLES // max(1, len(schedule.bundles)),
+        "store": _storer(memory),
     }
     exec(compile(source, schedule.name, "exec"), names)
     runs, stuck = names["run"]()
@@ -146,13 +148,16 @@ def _blocks(schedule: Schedule) -> list[_Block]:
             if operation.startswith(("sbr", "scall", "sret")):
                 target = _TARGET.search(rest)
                 if operation != "sbr.rel" or target is None:
-                    raise ValueError(f"{schedule.name}: cannot follow the branch {operation} {rest}")
+                    raise ValueError(
+                        f"{schedule.name}: cannot follow the branch {operation} {rest}"
+                    )
                 branches[at + 1 + BRANCH_DELAY] = int(target[1])
     end = len(schedule.bundles)
     cuts = sorted({0, end, *branches, *branches.values()})
-    return [
-        _Block(a, b, branches.get(b)) for a, b in zip(cuts, cuts[1:], strict=False) if a < end
-    ]
+    for before, cut in pairwise(cuts):
+        if cut in branches and cut - before <= BRANCH_DELAY:
+            raise ValueError(f"{schedule.name}: two branches overlap before bundle {cut}")
+    return [_Block(a, b, branches.get(b)) for a, b in pairwise(cuts) if a < end]
 
 
 def _program(schedule: Schedule, blocks: list[_Block]) -> str:
@@ -176,8 +181,9 @@ def _program(schedule: Schedule, blocks: list[_Block]) -> str:
                 f"    return n, {i}",
                 f"b = {target} if branch else {following}",
             ]
-        if block.target is not None and index.get(block.target, -1) <= i >= 0:
-            lines += [f"if n[{i}] > limit:", f"    raise ValueError('endless loop at {i}')"]
+        if block.target is not None and block.target <= block.start:
+            message = f"{schedule.name}: the loop that ends at bundle {block.stop} has no end"
+            lines += [f"if n[{i}] > {MAX_RUNS}:", f"    raise ValueError({message!r})"]
         body += [f"if b == {i}:", *(f"    {line}" for line in lines)]
     start = [f"{r} = UNKNOWN" for r in sorted(registers)]
     lines = [
@@ -227,7 +233,7 @@ def _predicate(match: re.Match) -> str:
 
 def _atom(schedule: Schedule, text: str) -> str:
     """A register, a number, or the address of an allocation."""
-    text = text.strip()
+    text = text.strip().lstrip("$")
     if match := _REGISTER.fullmatch(text):
         return match[1]
     if re.fullmatch(r"-?\d+|-?0x[0-9a-f]+", text):
@@ -261,19 +267,21 @@ def _value(schedule: Schedule, operation: str, rest: str, register: str) -> str:
     """What an instruction assigns to ``register``, as an expression."""
     name = operation.partition(".")[0]
     predicate = None
-    if name not in ("scalar_select",) and (match := _SELECT.search(rest)):
-        # (predicate, otherwise), value
+    otherwise = register
+    if match := _SELECT.search(rest):  # smov (predicate, otherwise), value
         otherwise = _atom(schedule, match[3])
         predicate = _predicate(match)
         rest = rest.replace(match[0], "", 1).lstrip(" ,")
     elif match := _PREDICATE.search(rest):
-        otherwise = register
         predicate = _predicate(match)
         rest = rest.replace(match[0], "", 1).strip(" ,")
     value = _plain(schedule, operation, name, rest)
-    if predicate is None:
-        return value
-    return f"(UNKNOWN if isinstance({predicate}, Unknown) else {value} if {predicate} else {otherwise})"
+    return value if predicate is None else _select(predicate, value, otherwise)
+
+
+def _select(predicate: str, value: str, otherwise: str) -> str:
+    known = f"{value} if {predicate} else {otherwise}"
+    return f"(UNKNOWN if isinstance({predicate}, Unknown) else {known})"
 
 
 def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
@@ -296,8 +304,7 @@ def _plain(schedule: Schedule, operation: str, name: str, rest: str) -> str:
         a, b = (f"signed({x})" for x in atoms) if kind == "s32" else atoms
         return f"({a} {_COMPARE[how]} {b})"
     if name == "scalar_select" and len(atoms) == 3:
-        p, a, b = atoms
-        return f"(UNKNOWN if isinstance({p}, Unknown) else {a} if {p} else {b})"
+        return _select(*atoms)
     if name in _UNARY and len(atoms) == 1:
         return f"{atoms[0]} ^ 1" if name == "pneg" else atoms[0]
     integer = not operation.endswith((".f32", ".bf16"))
@@ -317,33 +324,41 @@ def _store(schedule: Schedule, rest: str) -> str:
     address, rest = _smem(schedule, match[1]), match[2]
     predicate = _PREDICATE.search(rest)
     value = _atom(schedule, rest.split(",")[-1].strip().split()[-1])
-    line = f"store({address}, {value})"
-    # An unknown predicate counts as true: what it stores would be unknown to all intents.
-    return f"if {_predicate(predicate)}: {line}" if predicate else line
+    return f"store({_predicate(predicate) if predicate else 1}, {address}, {value})"
+
+
+def _storer(memory: dict[int, Any]) -> Callable[..., None]:
+    def store(predicate: Any, address: Any, value: Any) -> None:
+        if isinstance(address, Unknown):
+            memory.clear()  # It may have been any.
+        elif isinstance(predicate, Unknown):
+            memory[address] = UNKNOWN
+        elif predicate:
+            memory[address] = value
+
+    return store
 
 
 def _dma(schedule: Schedule, rest: str) -> str:
     predicate = _PREDICATE.search(rest)
     if predicate:
         rest = rest.replace(predicate[0], "", 1)
-    parts = [p for p in _split(re.sub(r"\[thread:.*?\]", "", rest)) if p]
-    source, size, target = (_atom(schedule, part) for part in parts[:3])
-    line = f"copy({source}, {size}, {target})"
-    return f"if {_predicate(predicate)}: {line}" if predicate else line
+    parts = _split(re.sub(r"\[thread:.*?\]", "", rest))
+    atoms = ", ".join(_atom(schedule, part) for part in parts[:3])
+    return f"copy({_predicate(predicate) if predicate else 1}, {atoms})"
 
 
 def _copier(memory: dict[int, Any], operands: Mapping[int, np.ndarray]) -> Callable[..., None]:
-    def copy(source: Any, granules: Any, target: Any) -> None:
+    def copy(predicate: Any, source: Any, granules: Any, target: Any) -> None:
         """From an operand's address to words of scalar memory, 32 bytes a granule."""
-        if isinstance(target, Unknown):
-            return
-        words = 0 if isinstance(granules, Unknown) else granules * 8
-        data = None
-        if not isinstance(source, Unknown):
-            data = operands.get(source // _OPERAND - 1)
-        start = 0 if isinstance(source, Unknown) else source % _OPERAND * 8
-        for i in range(words):
-            known = data is not None and start + i < len(data)
-            memory[target + i] = int(data[start + i]) if known else UNKNOWN
+        if isinstance(target, Unknown) or isinstance(granules, Unknown):
+            memory.clear()
+        elif isinstance(predicate, Unknown) or predicate:
+            known = not (isinstance(predicate, Unknown) or isinstance(source, Unknown))
+            data = operands.get(source // _OPERAND - 1) if known else None
+            start = source % _OPERAND * 8 if known else 0
+            for i in range(granules * 8):
+                inside = data is not None and start + i < len(data)
+                memory[target + i] = int(data[start + i]) if inside else UNKNOWN
 
     return copy

@@ -48,14 +48,14 @@ def jax_splash(
     mask: str,
     forward: Sequence[int],
     backward: Sequence[int] = (),
-    fused: bool = True,
+    backward_dq: Sequence[int] = (),
 ) -> Program:
     """``jax.experimental.pallas.ops.tpu.splash_attention``.
 
     Args:
         forward: block_q, block_kv, block_kv_compute.
-        backward: the same of the kernel for dK and dV; that for dQ, unless fused, takes the first
-            two.
+        backward: the same of the kernel for dK and dV; default as forward.
+        backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all three.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -67,9 +67,9 @@ def jax_splash(
         block_q_dkv=q_dkv,
         block_kv_dkv=kv_dkv,
         block_kv_dkv_compute=kv_dkv_compute,
-        block_q_dq=None if fused else q_dkv,
-        block_kv_dq=None if fused else kv_dkv,
-        use_fused_bwd_kernel=fused,
+        block_q_dq=backward_dq[0] if backward_dq else None,
+        block_kv_dq=backward_dq[1] if backward_dq else None,
+        use_fused_bwd_kernel=not backward_dq,
     )
     head_mask = _splash_mask(masks, how, seq)
     splash = kernel.make_splash_mha(
@@ -79,13 +79,10 @@ def jax_splash(
         q_seq_shards=1,
     )
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
-        pairs = tuple(kernel.SegmentIds(i, i) for i in ids)
-        if pairs:
-            return jax.vmap(lambda q, k, v, i: splash(q, k, v, segment_ids=kernel.SegmentIds(i, i)))(
-                q, k, v, *ids
-            )
-        return jax.vmap(splash)(q, k, v)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
+            q, k, v, *ids
+        )
 
     return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
 
@@ -103,11 +100,11 @@ def tokamax_splash(
     **options: Any,
 ) -> Program:
     """tokamax's splash attention; ``options`` go to its ``SplashConfig``, blocks as above."""
-    from tokamax._src.ops.experimental.tpu.splash_attention import (
-        splash_attention_kernel as kernel,  # pyright: ignore[reportMissingImports]
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_kernel as kernel,
     )
-    from tokamax._src.ops.experimental.tpu.splash_attention import (
-        splash_attention_mask as masks,  # pyright: ignore[reportMissingImports]
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_mask as masks,
     )
 
     how = Mask.parse(mask)
@@ -121,12 +118,10 @@ def tokamax_splash(
     )
     splash = kernel.make_splash_mha(_splash_mask(masks, how, seq), config=config, q_seq_shards=1)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
-        if ids:
-            return jax.vmap(lambda q, k, v, i: splash(q, k, v, kernel.SegmentIds(i, i)))(
-                q, k, v, *ids
-            )
-        return jax.vmap(splash)(q, k, v)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
+            q, k, v, *ids
+        )
 
     return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
 
@@ -147,13 +142,14 @@ def jax_flash(
     mask: str,
     forward: Sequence[int],
     backward: Sequence[int] = (),
+    backward_dq: Sequence[int] = (),
 ) -> Program:
     """``jax.experimental.pallas.ops.tpu.flash_attention``, which has no window.
 
     Args:
         forward: block_q, block_k_major, block_k.
-        backward: block_q_major, block_q, block_k_major, block_k of the kernel for dK and dV; that
-            for dQ takes the first and the last two.
+        backward: block_q_major, block_q, block_k_major, block_k of the kernel for dK and dV.
+        backward_dq: block_q, block_k_major, block_k of that for dQ.
     """
     from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
@@ -161,6 +157,7 @@ def jax_flash(
     if how.window:
         raise ValueError("jax's TPU flash attention has no window")
     q_major, q_minor, k_major, k_minor = backward or (forward[0], *forward)
+    q_dq, k_major_dq, k_dq = backward_dq or (q_major, k_major, k_minor)
     sizes = kernel.BlockSizes(
         *forward,
         block_b=1,
@@ -168,12 +165,12 @@ def jax_flash(
         block_q_dkv=q_minor,
         block_k_major_dkv=k_major,
         block_k_dkv=k_minor,
-        block_q_dq=q_major,
-        block_k_major_dq=k_major,
-        block_k_dq=k_minor,
+        block_q_dq=q_dq,
+        block_k_major_dq=k_major_dq,
+        block_k_dq=k_dq,
     )
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
         pair = kernel.SegmentIds(*ids, *ids) if ids else None
         return kernel.flash_attention(
             q, k, v, None, pair, causal=True, sm_scale=head_dim**-0.5, block_sizes=sizes

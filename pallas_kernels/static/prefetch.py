@@ -77,10 +77,16 @@ def _walk(
         inputs = [read(atom) for atom in eqn.invars]
         inner = next((eqn.params[k] for k in _INNER if k in eqn.params), None)
         name = eqn.primitive.name
+        branch = _branch(eqn, inputs) if name == "cond" else None
         if name == "pallas_call":
             calls.append(_call(eqn, inputs))
             outputs = [_unknown] * len(eqn.outvars)
-        elif name in ("scan", "while", "cond") or inner is None or not hasattr(inner, "eqns"):
+        elif name == "platform_index":
+            outputs = [_constant(_tpu_index(eqn.params["platforms"]))]
+        elif branch is not None:
+            constants = [_constant(c) for c in branch.consts]
+            outputs = _walk(branch.jaxpr, constants, inputs[1:], calls)
+        elif name in ("scan", "while") or inner is None or not hasattr(inner, "eqns"):
             outputs = _evaluate(eqn, inputs)
         else:
             closed = inner if hasattr(inner, "consts") else None
@@ -89,6 +95,23 @@ def _walk(
             outputs = _walk(body, constants, inputs, calls)
         env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _branch(eqn: Any, inputs: list[Callable]) -> Any:
+    """The one that a ``cond`` takes, where that is known."""
+    try:
+        return eqn.params["branches"][int(inputs[0]())]
+    except NotKnown:
+        return None
+
+
+def _tpu_index(platforms: Sequence[Sequence[str] | None]) -> np.int32:
+    """Of the alternative that ``lax.platform_dependent`` takes on a TPU; None is the default."""
+    for wanted in ("tpu", None):
+        for i, names in enumerate(platforms):
+            if wanted in names if wanted and names else names is wanted:
+                return np.int32(i)
+    raise ValueError(f"no alternative for a TPU among {platforms}")
 
 
 def _evaluate(eqn: Any, inputs: list[Callable]) -> list[Callable]:

@@ -38,7 +38,8 @@ _BOUNDS = re.compile(r"iteration_bounds: \(([\d, ]*)\)")
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]+)?: *(?:> *)*\{", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _OPERAND = re.compile(
-    r"inlined_call_operand\.(?:\w+|<no memory space>) \[shape: ([^,]+?(?:\[[\d,]*\])?), index: (\d+), kind: input"
+    r"inlined_call_operand\.(?:\w+|<no memory space>) "
+    r"\[shape: ([^,]+?(?:\[[\d,]*\])?), index: (\d+), kind: input"
 )
 _ALLOCATION = re.compile(r"#(allocation\w+) \[.*?space=(\w+), size = (\w+), offset = (\w+), (\w+)")
 
@@ -104,13 +105,14 @@ def read_schedules(directory: Path) -> list[Schedule]:
     files: dict[tuple[str, str], dict[str, Path]] = {}
     for path in sorted(directory.iterdir()):
         if match := _FILE.fullmatch(path.name):
-            files.setdefault(match.group(1, 2), {})[match[3]] = path
+            files.setdefault((match[1], match[2]), {})[match[3]] = path
     whole = {key: found for key, found in files.items() if len(found) == 3}
     if not whole:
         raise ValueError(f"no schedule in {directory}: was it dumped with --xla_jf_dump_llo_text?")
     return [
         parse_schedule(
-            name, *(found[kind].read_text("utf8", "replace") for kind in (BUNDLES, REGIONS, UNIT_USE))
+            name,
+            *(found[kind].read_text("utf8", "replace") for kind in (BUNDLES, REGIONS, UNIT_USE)),
         )
         for (_, name), found in whole.items()
     ]
