@@ -6,7 +6,7 @@ instructions of the final schedule, so that counts are those of the program that
 whatever it unrolled, pipelined or turned into predicates; vector instructions only pass by.
 
 Assumed, and refused where it does not hold: no branch hangs on what a vector unit computed, or on
-scalars whose values were not given. A branch takes effect after four more bundles.
+scalars whose values were not given.
 """
 
 import re
@@ -19,7 +19,6 @@ import numpy as np
 
 from pallas_kernels.static.schedule import Schedule
 
-BRANCH_DELAY = 4
 MAX_RUNS = 1 << 26
 """Of a loop's body, before it counts as endless."""
 
@@ -151,11 +150,11 @@ def _blocks(schedule: Schedule) -> list[_Block]:
                     raise ValueError(
                         f"{schedule.name}: cannot follow the branch {operation} {rest}"
                     )
-                branches[at + 1 + BRANCH_DELAY] = int(target[1])
+                branches[at + 1 + schedule.branch_delay] = int(target[1])
     end = len(schedule.bundles)
     cuts = sorted({0, end, *branches, *branches.values()})
     for before, cut in pairwise(cuts):
-        if cut in branches and cut - before <= BRANCH_DELAY:
+        if cut in branches and cut - before <= schedule.branch_delay:
             raise ValueError(f"{schedule.name}: two branches overlap before bundle {cut}")
     return [_Block(a, b, branches.get(b)) for a, b in pairwise(cuts) if a < end]
 
@@ -354,11 +353,12 @@ def _copier(memory: dict[int, Any], operands: Mapping[int, np.ndarray]) -> Calla
         if isinstance(target, Unknown) or isinstance(granules, Unknown):
             memory.clear()
         elif isinstance(predicate, Unknown) or predicate:
-            known = not (isinstance(predicate, Unknown) or isinstance(source, Unknown))
-            data = operands.get(source // _OPERAND - 1) if known else None
-            start = source % _OPERAND * 8 if known else 0
+            data, start = (), 0
+            if not (isinstance(predicate, Unknown) or isinstance(source, Unknown)):
+                data = operands.get(source // _OPERAND - 1, ())
+                start = source % _OPERAND * 8
             for i in range(granules * 8):
-                inside = data is not None and start + i < len(data)
+                inside = start + i < len(data)
                 memory[target + i] = int(data[start + i]) if inside else UNKNOWN
 
     return copy

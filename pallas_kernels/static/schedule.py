@@ -85,6 +85,8 @@ class Schedule:
     """Of one core, where the compiler states it."""
     bundles: list[str]
     """Text of each, without comments."""
+    branch_delay: int
+    """Bundles after a branch that run whether it is taken or not: 1 on a v4, 4 on later chips."""
     units: list[str]
     capacity: np.ndarray
     """Slots of each unit in a cycle."""
@@ -124,13 +126,17 @@ def parse_schedule(name: str, bundles: str, regions: str, unit_use: str) -> Sche
     bounds = _BOUNDS.search(regions)
     grid = tuple(int(x) for x in bounds[1].split(",") if x.strip()) if bounds else None
     texts = _parse_bundles(bundles)
+    tree, branch_stops = _parse_regions(regions)
+    for root in tree[:1]:
+        root.stop = max(root.stop, len(texts))  # The bundle that ends the program is in no range.
     if len(use) < len(texts):
         use = np.vstack([use, np.zeros((len(texts) - len(use), len(units)), int)])
     return Schedule(
         name=name,
-        regions=_parse_regions(regions),
+        regions=tree,
         grid=grid,
         bundles=texts,
+        branch_delay=_branch_delay(texts, branch_stops),
         units=units,
         capacity=capacity,
         use=use,
@@ -161,11 +167,27 @@ def _parse_bundles(text: str) -> list[str]:
     return bundles
 
 
-def _parse_regions(text: str) -> list[Region]:
-    """The tree of bodies, structural regions dissolved into the body that holds them."""
+def _branch_delay(bundles: list[str], branch_stops: list[int]) -> int:
+    """From where branches are to where the regions that end with one do."""
+    delays: list[int] = []
+    last = None
+    stops = set(branch_stops)
+    for at, bundle in enumerate(bundles):
+        if at in stops and last is not None:
+            delays.append(at - last - 1)
+        if "= sbr" in bundle:
+            last = at
+    # A region whose branch the compiler removed would give more.
+    return min(delays, default=0)
+
+
+def _parse_regions(text: str) -> tuple[list[Region], list[int]]:
+    """The tree of bodies, structural regions dissolved into the body that holds them; and where
+    regions end that end with a branch."""
     parents: dict[str, str] = {}
     found: dict[str, Region] = {}
     branch_stop: dict[str, int] = {}
+    branch_stops: list[int] = []
     current, role = None, ""
     for line in text.splitlines():
         if match := _REGION.match(line):
@@ -173,6 +195,8 @@ def _parse_regions(text: str) -> list[Region]:
             parents[current] = parent
         elif current is not None and current not in found and (match := _RANGE.match(line)):
             start, stop = int(match[1]), int(match[2])
+            if role in ("pred_check_branch", "loop_header_branch"):
+                branch_stops.append(stop)
             if role == "pred_check_branch":
                 branch_stop[parents[current]] = stop
             elif role == "pred_region":
@@ -187,4 +211,4 @@ def _parse_regions(text: str) -> list[Region]:
         if up:
             bodies[up].children.append(region)
             region.depth = bodies[up].depth + 1
-    return list(bodies.values())
+    return list(bodies.values()), branch_stops
