@@ -28,6 +28,7 @@ _SCOPED = 1 << 24
 # granules.
 _OPERAND = 1 << 26
 _OPERAND_IN_VMEM = _OPERAND // 16
+# Where the runtime puts the core's index: a word of scalar memory.
 _CORE_INDEX = 1
 _M = 0xFFFFFFFF
 
@@ -128,6 +129,12 @@ def run_counts(
     for block, times in zip(blocks, runs, strict=True):
         counts[block.start : block.stop] += times
     return counts
+
+
+def knows_core(schedule: Schedule) -> bool:
+    """Whether it looks up which core runs it; one that does not is not split over cores."""
+    index = [tag for tag, at in schedule.scalar_memory.items() if at == (_CORE_INDEX, True)]
+    return any(f"sld [smem:[#{tag}]]" in text for tag in index for text in schedule.bundles)
 
 
 def _instructions(bundle: str) -> list[tuple[str | None, str, str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pallas_kernels.static.chips import Chip
-from pallas_kernels.static.control import run_counts
+from pallas_kernels.static.control import knows_core, run_counts
 from pallas_kernels.static.prefetch import KernelCall, words
 from pallas_kernels.static.schedule import Region, Schedule
 
@@ -53,6 +53,7 @@ class KernelCosts:
     backward: bool
     """Whether differentiation made it."""
     cycles_by_core: tuple[int, ...]
+    """Of one core where the kernel is not split."""
     grid: tuple[int, ...] | None
     """Of one core, where the compiler states it."""
     use: dict[str, float]
@@ -154,7 +155,8 @@ def kernel_costs(
     backward: bool = False,
 ) -> KernelCosts:
     """Costs of one kernel; arguments as of :func:`run_counts`."""
-    counts = [run_counts(schedule, core, operands) for core in range(cores)]
+    split = range(cores if knows_core(schedule) else 1)
+    counts = [run_counts(schedule, core, operands) for core in split]
     cycles = tuple(int(c.sum()) for c in counts)
     busiest = counts[int(np.argmax(cycles))]
     mxu = _mxu(schedule)

@@ -112,6 +112,12 @@ def test_cycles_are_bundles_times_runs(entries):
     assert [(r.runs, r.spill_stores) for r in spilling] == [(positive, 1)] * bool(positive)
 
 
+def test_a_kernel_that_does_not_know_its_core_is_counted_once():
+    alone = BUNDLES.replace("sld [smem:[#allocation0]] /* core id */", "smov.u32 0")
+    costs = kernel_costs(schedule(alone), 2, table(*[0] * 8))
+    assert costs.cycles_by_core == (OUTSIDE + 8 * STEP,)
+
+
 def test_a_branch_on_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match=r"kernel\.1.*bundle 16"):
         run_counts(schedule())
