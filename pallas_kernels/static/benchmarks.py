@@ -63,11 +63,15 @@ def own_attention(
     return (gradients, (operand,) * 4 + rows) if gradient else (forward, (operand,) * 3 + rows)
 
 
-# Block sizes at which each peer was fastest somewhere in a search over 128 to 2,048.
-_SPLASH_FORWARD = ((1024, 1024, 512), (512, 1024, 512))
-_SPLASH_BACKWARD = ((1024, 1024, 512), (512, 512, 512))
-_FLASH_FORWARD = ((1024, 1024, 512), (512, 1024, 512))
-_FLASH_BACKWARD = ((512, 512, 512, 512), (1024, 512, 1024, 512))
+# Block sizes at which each peer was fastest for some head size, mask and chip, in a search over
+# 128 to 2,048; the last are for short sequences.
+_SPLASH_FORWARD = ((1024, 1024, 256), (1024, 1024, 512), (512, 512, 512))
+_SPLASH_BACKWARD = (((1024, 1024, 512),), ((1024, 1024, 1024),), ((512, 512, 512),))
+_FLASH_FORWARD = ((1024, 1024, 1024), (512, 512, 512))
+_FLASH_BACKWARD = (
+    ((1024, 512, 1024, 1024), (1024, 1024, 512)),
+    ((512, 512, 512, 512), (512, 512, 512)),
+)
 
 
 def _attention(options: argparse.Namespace) -> Benchmark:
@@ -84,17 +88,18 @@ def _attention(options: argparse.Namespace) -> Benchmark:
     def fits(blocks: Sequence[int]) -> bool:
         return all(options.seq % block == 0 for block in blocks)
 
-    def contender(name: str, function: str, forward: Any, backward: Any, **dq: Any) -> Contender:
-        forward, backward = list(filter(fits, forward)), list(filter(fits, backward))
+    def contender(name: str, function: str, forwards: Any, backwards: Any) -> Contender:
         where = f"pallas_kernels.static.peers:{function}"
+        forward = [{"forward": blocks} for blocks in forwards if fits(blocks)]
+        backward = [
+            dict(zip(("backward", "backward_dq"), blocks, strict=False)) | forward[0]
+            for blocks in backwards
+            if forward and all(map(fits, blocks))
+        ]
         return Contender(
             name,
-            [Spec(where, problem | {"gradient": False, "forward": f}) for f in forward],
-            [
-                Spec(where, problem | {"gradient": True, "forward": forward[0], "backward": b} | dq)
-                for b in backward
-                if forward
-            ],
+            [Spec(where, problem | {"gradient": False} | blocks) for blocks in forward],
+            [Spec(where, problem | {"gradient": True} | blocks) for blocks in backward],
             peer=True,
         )
 

@@ -41,13 +41,18 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     from pallas_kernels.static.prefetch import kernel_calls
 
     machine = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    sharding = jax.sharding.SingleDeviceSharding(machine.devices[0])
+    device = machine.devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
 
     def struct(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
 
-    compiled = jax.jit(fn).lower(*jax.tree.map(struct, tuple(args))).compile()
-    calls = kernel_calls(fn, args)
+    # Pallas lowers some operations by the TPU's generation, which it takes from the mesh.
+    mesh = jax.sharding.Mesh(np.array([device]), ("device",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(fn).trace(*jax.tree.map(struct, tuple(args)))
+        compiled = traced.lower().compile()
+    calls = kernel_calls(traced.jaxpr, jax.tree.leaves(tuple(args)))
     values: dict[str, Any] = {
         f"{i}_{j}": v for i, call in enumerate(calls) for j, v in call.values.items()
     }

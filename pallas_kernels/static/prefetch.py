@@ -40,18 +40,16 @@ class KernelCall:
     """Of integer operands that are known, by index."""
 
 
-def kernel_calls(fn: Callable[..., Any], args: Sequence[Any]) -> list[KernelCall]:
-    """The kernels that ``fn(*args)`` calls outside of loops, in program order.
+def kernel_calls(program: Any, args: Sequence[Any]) -> list[KernelCall]:
+    """The kernels that a program calls outside of loops, in its order.
 
     Args:
-        args: pytrees of arrays, or of ``jax.ShapeDtypeStruct`` where only the shape is known.
+        program: a ``ClosedJaxpr``.
+        args: of it: arrays, or ``jax.ShapeDtypeStruct`` where only the shape is known.
     """
-    leaves, tree = jax.tree.flatten(tuple(args))
-    structs = [jax.ShapeDtypeStruct(np.shape(x), x.dtype) for x in leaves]
-    closed = jax.make_jaxpr(fn)(*jax.tree.unflatten(tree, structs))
-    known = [_unknown if isinstance(x, jax.ShapeDtypeStruct) else _constant(x) for x in leaves]
+    known = [_unknown if isinstance(x, jax.ShapeDtypeStruct) else _constant(x) for x in args]
     calls: list[KernelCall] = []
-    _walk(closed.jaxpr, [_constant(c) for c in closed.consts], known, calls)
+    _walk(program.jaxpr, [_constant(c) for c in program.consts], known, calls)
     return calls
 
 

@@ -36,6 +36,7 @@ _REGION = re.compile(
 _RANGE = re.compile(r"\s*// region range: \[(\d+), (\d+)\)")
 _BOUNDS = re.compile(r"iteration_bounds: \(([\d, ]*)\)")
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]+)?: *(?:> *)*\{", re.MULTILINE)
+_DIVISION = re.compile(r"/\* (k(?:Div|Rem|DivAndRem)) \*/")
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _OPERAND = re.compile(
     r"inlined_call_operand\.(?:\w+|<no memory space>) "
@@ -158,7 +159,8 @@ def _parse_use(text: str) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def _parse_bundles(text: str) -> list[str]:
-    text = _COMMENT.sub("", text)
+    # A comment alone says which results of a division are popped.
+    text = _COMMENT.sub("", _DIVISION.sub(r", \1", text))
     starts = list(_BUNDLE.finditer(text))
     ends = [m.start() for m in starts[1:]] + [len(text)]
     bundles = [""] * (int(starts[-1][1], 16) + 1 if starts else 0)

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from pallas_kernels.static.control import run_counts
 from pallas_kernels.static.costs import call_costs, kernel_costs
 from pallas_kernels.static.prefetch import KernelCall, kernel_calls, words
 from pallas_kernels.static.problems import Mask, attention_flops
+from pallas_kernels.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
 from pallas_kernels.static.schedule import parse_schedule, read_schedules
 
 # A loop of eight steps, on core 0 alone, over a table in scalar memory. A step multiplies
@@ -141,6 +143,62 @@ def test_unknown_scalars_that_decide_nothing_do_no_harm():
     assert (run_counts(schedule(extra), 0, table(*[1] * 8))[16:18] == 8).all()
 
 
+WORDS = st.integers(0, 2**32 - 1) | st.integers(0, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(WORDS, WORDS)
+def test_scalar_instructions(a, b):
+    signed = np.array([a, b], np.uint32).view(np.int32)
+    shift = b % 32
+    expected = {
+        "sadd.s32": (a + b) % 2**32,
+        "ssub.s32": (a - b) % 2**32,
+        "smul.u32": a * b % 2**32,
+        "smulhi.u32": a * b // 2**32,
+        "sand.u32": a & b,
+        "sor.u32": a | b,
+        "sshll.u32": a * 2**shift % 2**32,
+        "sshrl.u32": a // 2**shift,
+        "sshra.s32": int(signed[0]) // 2**shift % 2**32,
+        "smin.u32": min(a, b),
+        "smax.s32": int(max(signed)) % 2**32,
+        "scmp.lt.s32.totalorder": signed[0] < signed[1],
+        "scmp.lt.u32.totalorder": a < b,
+        "scmp.ge.s32.totalorder": signed[0] >= signed[1],
+    }
+    for operation, value in expected.items():
+        text = f"%s7_s3 = {operation} %s1_s0, %s2_s1"
+        assert _executed(text, s0=a, s1=b, s3=UNKNOWN)["s3"] == value, operation
+
+
+@pytest.mark.parametrize(("predicate", "kept"), [(0, True), (1, False)])
+def test_predicated_instructions(predicate, kept):
+    registers = {"p2": predicate, "s0": 5, "s1": 7, "s3": 9}
+    for text, otherwise, value in [
+        ("%s4_s3 = sadd.s32 (%p1_p2), %s1_s0, %s2_s1", 9, 12),
+        ("%s4_s3 = smov.u32 (%p1_p2, %s8_s0), 3", 5, 3),
+        ("%s4_s3 = scalar_select %p1_p2, 3, %s2_s1", 7, 3),
+    ]:
+        found = _executed(text, **registers)["s3"]
+        assert found == (otherwise if kept else value)
+        assert _executed(text, **registers | {"p2": UNKNOWN})["s3"] is UNKNOWN
+
+
+def test_a_bundle_reads_before_it_writes():
+    swapped = _executed("%s3_s0 = smov.u32 %s2_s1  ;;  %s4_s1 = smov.u32 %s1_s0", s0=1, s1=2)
+    assert (swapped["s0"], swapped["s1"]) == (2, 1)
+
+
+def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
+    """Registers after one bundle."""
+    read = schedule()
+    read.bundles[0] = bundle
+    names = {"M": 2**32 - 1, "UNKNOWN": UNKNOWN, "Unknown": Unknown, "signed": signed, **registers}
+    exec("\n".join(bundle_lines(read, 0, set())), names)
+    return names
+
+
 def test_a_dump_is_read_by_file_names(tmp_path: Path):
     for number, (kind, text) in enumerate(
         {
@@ -223,11 +281,12 @@ def test_prefetched_values_are_computed_and_nothing_else():
 
     x = jax.ShapeDtypeStruct((32, 128), jnp.float32)
     ids = np.array([0, 0, 1, 3, 3, 3], np.int32)
-    first, second = kernel_calls(program, (ids, x))
+    traced = jax.make_jaxpr(program)(ids, x)
+    first, second = kernel_calls(traced, (ids, x))
     assert first.shapes == ["s32[4]", "f32[32,128]"]
     assert first.values[0].tolist() == [0, 1, 1, 4]
     assert second.values == {}
-    first, _ = kernel_calls(program, (jax.ShapeDtypeStruct(ids.shape, ids.dtype), x))
+    first, _ = kernel_calls(traced, (jax.ShapeDtypeStruct(ids.shape, ids.dtype), x))
     assert first.values == {}
 
 
@@ -280,8 +339,11 @@ def test_peers_programs_are_named_by_blocks_that_divide():
     contenders = BENCHMARKS["attention"](options).contenders
     assert [c.name for c in contenders][:3] == ["pallas_kernels", "jax splash", "jax flash"]
     for contender in contenders[1:]:
+        assert contender.forward
+        assert contender.gradient
         for spec in (*contender.forward, *contender.gradient):
-            assert all(512 % b == 0 for b in spec.kwargs["forward"])
+            for blocks in ("forward", "backward", "backward_dq"):
+                assert all(512 % b == 0 for b in spec.kwargs.get(blocks, ()))
 
 
 def _costs(cycles: int) -> CallCosts:
