@@ -220,11 +220,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "| "
-            + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
-            + " |"
-        )
+        return f"| {' | '.join(c.ljust(w) for c, w in zip(cells, widths, strict=True))} |"
 
     return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -84,13 +85,7 @@ def measure(spec: Spec, chip: str) -> CallCosts:
 
 
 def _reason(stderr: str) -> str:
-    """The exception at the end of a traceback."""
-    lines = stderr.strip().splitlines()
-    last = max((i for i, line in enumerate(lines) if line and not line[0].isspace()), default=0)
-    starts = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
-    raised = [
-        i
-        for i in range(starts[-1] + 1 if starts else last, len(lines))
-        if lines[i] and not lines[i][0].isspace()
-    ]
-    return "\n".join(lines[raised[0] if raised else last :])[:2000]
+    """The exception at the end of a traceback, without JAX's note on how it filtered that."""
+    end = stderr.rpartition("Traceback (most recent call last)")[2]
+    raised = re.search(r"^\w[\w.]*: .*", end, re.MULTILINE | re.DOTALL)
+    return (raised[0] if raised else stderr).split("\n-----")[0].strip()[:2000]
