@@ -2,8 +2,8 @@
 splash attention where it is installed.
 
 Each program is ``(function, arguments)`` of q, k, v, all [batch, heads, seq, head_dim] bf16; with
-``gradient``, of the three gradients. Peers take segments beside a causal mask and skip no block for
-them.
+``gradient``, of the three gradients. Peers take segments beside a causal mask; jax's compute every
+block that is not above the diagonal, tokamax's skips those without a common segment.
 """
 
 from collections.abc import Callable, Sequence
