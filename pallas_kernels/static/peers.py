@@ -1,0 +1,179 @@
+"""Attention kernels of others as programs to measure: jax's splash and flash attention, tokamax's
+splash attention where it is installed.
+
+Each program is ``(function, arguments)`` of q, k, v, all [batch, heads, seq, head_dim] bf16; with
+``gradient``, of the three gradients. Peers take segments beside a causal mask; jax's compute every
+block that is not above the diagonal, tokamax's skips those without a common segment.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.static.problems import Mask
+
+Program = tuple[Callable[..., Any], Sequence[Any]]
+
+
+def _program(
+    attend: Callable[..., Any],
+    segments: np.ndarray | None,
+    gradient: bool,
+    shape: tuple[int, int, int, int],
+) -> Program:
+    """Of ``attend(q, k, v, segment_ids)``, which takes those of one batch row [seq]."""
+    operand = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    ids = () if segments is None else (jnp.broadcast_to(segments, (shape[0], shape[2])),)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
+        return attend(q, k, v, *ids)
+
+    def gradients(*operands: jax.Array) -> Any:
+        q, k, v, do, *ids = operands
+        return jax.vjp(lambda q, k, v: attend(q, k, v, *ids), q, k, v)[1](do)
+
+    return (gradients, (operand,) * 4 + ids) if gradient else (forward, (operand,) * 3 + ids)
+
+
+def jax_splash(
+    *,
+    gradient: bool,
+    batch: int,
+    heads: int,
+    seq: int,
+    head_dim: int,
+    mask: str,
+    forward: Sequence[int],
+    backward: Sequence[int] = (),
+    backward_dq: Sequence[int] = (),
+) -> Program:
+    """``jax.experimental.pallas.ops.tpu.splash_attention``.
+
+    Args:
+        forward: block_q, block_kv, block_kv_compute.
+        backward: the same of the kernel for dK and dV; default as forward.
+        backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all three.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    how = Mask.parse(mask)
+    q_dkv, kv_dkv, kv_dkv_compute = backward or forward
+    sizes = kernel.BlockSizes(
+        *forward,
+        block_q_dkv=q_dkv,
+        block_kv_dkv=kv_dkv,
+        block_kv_dkv_compute=kv_dkv_compute,
+        block_q_dq=backward_dq[0] if backward_dq else None,
+        block_kv_dq=backward_dq[1] if backward_dq else None,
+        use_fused_bwd_kernel=not backward_dq,
+    )
+    head_mask = _splash_mask(masks, how, seq)
+    splash = kernel.make_splash_mha(
+        masks.MultiHeadMask([head_mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+    )
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
+            q, k, v, *ids
+        )
+
+    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+
+
+def tokamax_splash(
+    *,
+    gradient: bool,
+    batch: int,
+    heads: int,
+    seq: int,
+    head_dim: int,
+    mask: str,
+    forward: Sequence[int],
+    backward: Sequence[int] = (),
+    **options: Any,
+) -> Program:
+    """tokamax's splash attention; ``options`` go to its ``SplashConfig``, blocks as above."""
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_kernel as kernel,
+    )
+    from tokamax._src.ops.experimental.tpu.splash_attention import (  # pyright: ignore[reportMissingImports]
+        splash_attention_mask as masks,
+    )
+
+    how = Mask.parse(mask)
+    q_dkv, kv_dkv, kv_dkv_compute = backward or forward
+    config = kernel.SplashConfig(
+        *forward,
+        block_q_dkv=q_dkv,
+        block_kv_dkv=kv_dkv,
+        block_kv_dkv_compute=kv_dkv_compute,
+        **options,
+    )
+    splash = kernel.make_splash_mha(_splash_mask(masks, how, seq), config=config, q_seq_shards=1)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        return jax.vmap(lambda q, k, v, *i: splash(q, k, v, *(kernel.SegmentIds(x, x) for x in i)))(
+            q, k, v, *ids
+        )
+
+    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+
+
+def _splash_mask(masks: Any, how: Mask, seq: int) -> Any:
+    if how.window:
+        return masks.LocalMask((seq, seq), window_size=(how.window - 1, 0), offset=0)
+    return masks.CausalMask((seq, seq))
+
+
+def jax_flash(
+    *,
+    gradient: bool,
+    batch: int,
+    heads: int,
+    seq: int,
+    head_dim: int,
+    mask: str,
+    forward: Sequence[int],
+    backward: Sequence[int] = (),
+    backward_dq: Sequence[int] = (),
+) -> Program:
+    """``jax.experimental.pallas.ops.tpu.flash_attention``, which has no window.
+
+    Args:
+        forward: block_q, block_k_major, block_k.
+        backward: block_q_major, block_q, block_k_major, block_k of the kernel for dK and dV.
+        backward_dq: block_q, block_k_major, block_k of that for dQ.
+    """
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
+
+    how = Mask.parse(mask)
+    if how.window:
+        raise ValueError("jax's TPU flash attention has no window")
+    q_major, q_minor, k_major, k_minor = backward or (forward[0], *forward)
+    q_dq, k_major_dq, k_dq = backward_dq or (q_major, k_major, k_minor)
+    sizes = kernel.BlockSizes(
+        *forward,
+        block_b=1,
+        block_q_major_dkv=q_major,
+        block_q_dkv=q_minor,
+        block_k_major_dkv=k_major,
+        block_k_dkv=k_minor,
+        block_q_dq=q_dq,
+        block_k_major_dq=k_major_dq,
+        block_k_dq=k_dq,
+    )
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
+        pair = kernel.SegmentIds(*ids, *ids) if ids else None
+        return kernel.flash_attention(
+            q, k, v, None, pair, causal=True, sm_scale=head_dim**-0.5, block_sizes=sizes
+        )
+
+    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))

@@ -1,0 +1,144 @@
+"""Static cycles of kernels whose control flow is known, by the TPU's own compiler."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.static import CHIPS, CompileError, Spec, measure
+from pallas_kernels.static.measure import has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="the compiler is not installed")
+
+TRIPS = (5, 0, 7, 2)
+N = 256
+STEPS = 20
+
+
+def looping(*, semantics: str, rows: int = 2 * N):
+    """Matrix products, as many a grid step as a prefetched table says; one more where odd."""
+
+    def kernel(trips, x, w, o):
+        step = pl.program_id(0)
+        o[...] = jnp.zeros_like(o)
+
+        def multiply(i, _):
+            some = x[pl.ds(pl.multiple_of(i * 16, 16), N), :]
+            o[...] += jnp.dot(some, w[...], preferred_element_type=jnp.float32)
+
+        lax.fori_loop(0, trips[step], multiply, None)
+
+        @pl.when(trips[step] % 2 == 1)
+        def _():
+            multiply(3, None)
+
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=(len(TRIPS),),
+        in_specs=[
+            pl.BlockSpec((rows, N), lambda i, trips: (0, 0)),
+            pl.BlockSpec((N, N), lambda i, trips: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec((N, N), lambda i, trips: (i, 0)),
+    )
+
+    def program(trips, x, w):
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.ShapeDtypeStruct((N * len(TRIPS), N), jnp.float32),
+            grid_spec=grid,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(semantics,)),
+        )(trips + 1, x, w)
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rows, N), (N, N))]
+    return program, (np.array(TRIPS, np.int32) - 1, *shapes)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_counted_products_are_those_of_the_loops(chip):
+    costs = measure(Spec(f"{__name__}:looping", {"semantics": "arbitrary"}), chip)
+    (kernel,) = costs.kernels
+    products = sum(TRIPS) + sum(t % 2 for t in TRIPS)
+    assert costs.mxu_flops() == products * 2 * N**3
+    runs = [loop.runs for loop in kernel.inner_loops]
+    assert runs == [sum(TRIPS), sum(t % 2 for t in TRIPS)]
+    assert kernel.cycles == sum(region.cycles for region in kernel.regions)
+    assert kernel.cores == 1
+
+
+def dividing(*, divisor: int):
+    """Three products of different operands, each where a quotient or remainder says so."""
+
+    def kernel(divisors, x, o, seen):
+        step = pl.program_id(0)
+
+        @pl.when(lax.rem(step, divisors[0]) == 1)
+        def _():
+            o[...] = jnp.dot(x[...], x[...], preferred_element_type=jnp.float32)
+
+        seen[lax.div(step, divisor)] = step
+
+        @pl.when(lax.div(step * 5, divisors[0]) < 4)
+        def _():
+            o[...] += jnp.dot(x[...], x[...].T, preferred_element_type=jnp.float32)
+
+        @pl.when(jnp.maximum(seen[lax.div(step, divisor)], 3) > 5)
+        def _():
+            o[...] += jnp.dot(x[...] + 1, x[...].T, preferred_element_type=jnp.float32)
+
+    program = pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((STEPS * N, N), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(STEPS,),
+            in_specs=[pl.BlockSpec((N, N), lambda i, _: (lax.div(i, divisor), 0))],
+            out_specs=pl.BlockSpec((N, N), lambda i, _: (i, 0)),
+            scratch_shapes=[pltpu.SMEM((STEPS,), jnp.int32)],
+        ),
+    )
+    x = jax.ShapeDtypeStruct((STEPS * N, N), jnp.bfloat16)
+    return program, (np.array([divisor], np.int32), x)
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+@pytest.mark.parametrize("divisor", [3, 7])
+def test_counts_follow_division_and_scalar_scratch(chip, divisor):
+    costs = measure(Spec(f"{__name__}:dividing", {"divisor": divisor}), chip)
+    steps = np.arange(STEPS)
+    assert [loop.runs for loop in costs.kernels[0].inner_loops] == [
+        (steps % divisor == 1).sum(),
+        (steps * 5 // divisor < 4).sum(),
+        (steps > 5).sum(),
+    ]
+
+
+def test_a_peers_masked_blocks_are_not_counted():
+    problem = {"batch": 1, "heads": 8, "seq": 1024, "head_dim": 128, "mask": "causal"}
+    blocks = {"gradient": False, "forward": [256, 256, 256]}
+    costs = measure(Spec("pallas_kernels.static.peers:jax_splash", problem | blocks), "v5p")
+    (kernel,) = costs.kernels
+    (loop,) = kernel.inner_loops
+    assert kernel.cores == 2
+    assert loop.runs == 4 * (4 + 3 + 2 + 1)
+    assert costs.mxu_flops() == 8 * 10 * 2 * 2 * 256 * 256 * 128
+
+
+def test_a_parallel_grid_is_split_over_the_cores_of_a_v5p():
+    costs = measure(Spec(f"{__name__}:looping", {"semantics": "parallel"}), "v5p")
+    (kernel,) = costs.kernels
+    assert kernel.cores == 2
+    assert costs.mxu_flops() == (sum(TRIPS) + sum(t % 2 for t in TRIPS)) * 2 * N**3
+
+
+def test_what_the_compiler_refuses_is_said():
+    with pytest.raises(CompileError, match=r"(?i)vmem"):
+        measure(Spec(f"{__name__}:looping", {"semantics": "arbitrary", "rows": 1 << 16}), "v5e")
+
+
+def test_an_unknown_chip_is_refused():
+    with pytest.raises(ValueError, match="v3"):
+        measure(Spec("m:f"), "v3")

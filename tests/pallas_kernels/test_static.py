@@ -1,0 +1,391 @@
+"""The reader of the TPU compiler's schedules, on one written here, and what is made of it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import bench
+from pallas_kernels.static import CHIPS, CallCosts, CompileError, Spec
+from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender
+from pallas_kernels.static.control import run_counts
+from pallas_kernels.static.costs import call_costs, kernel_costs
+from pallas_kernels.static.prefetch import KernelCall, kernel_calls, words
+from pallas_kernels.static.problems import Mask, attention_flops
+from pallas_kernels.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
+from pallas_kernels.static.schedule import parse_schedule, read_schedules
+
+# A loop of eight steps, on core 0 alone, over a table in scalar memory. A step multiplies
+# matrices; where its entry is positive, a predicated region spills.
+BUNDLES = """
+     0   :  { %s1_s0 = inlined_call_operand.hbm [shape: s32[8], index: 0, kind: input] /* a
+two-line comment */  ;;  %s2_s9 = sld [smem:[#allocation0]] /* core id */ }
+   0x1   :  { %p1_p0 = scmp.ne.s32.totalorder %s2_s9, 0  ;;  %s3_s1 = smov.u32 [#allocation2] }
+   0x2   :  { %9 = sbr.rel (%p1_p0) target bundleno = 26 (0x1a), region = 9 }
+   0x3   :  {}
+   0x7   :  { %10 = dma.hbm_to_smem /*hbm=*/%s1_s0, /*size=*/1, /*smem=*/%s3_s1, [#allocation1] }
+   0x8   :  { %s4_s2 = smov.u32 0 }
+   0x9 LB: > { %s5_s3 = sld [smem:[#allocation2 + %s6_s2]]  ;;  %s6_s2 = sphi %s4_s2, %s8_s2 }
+   0xa   : > { %11 = vmatmul.bf16.gmra.mxu0 %v1_v0  ;;  %p2_p1 = scmp.le.s32.totalorder %s5_s3, 0 }
+   0xb   : > { %12 = sbr.rel (%p2_p1) target bundleno = 18 (0x12), region = 8 }
+  0x10   : > { %13 = vst [vmem:[#allocation3_spill]] %v1_v0 }
+  0x11   : > { %s7_s4 = sshra.s32 %s5_s3, 1 }
+  0x12 PF: > { %s8_s2 = sadd.s32 1, %s6_s2  ;;  %14 = vmatmul.bf16.gmra.mxu0 %v1_v0 }
+  0x13   : > { %p3_p2 = scmp.ge.s32.totalorder %s8_s2, 8 }
+  0x14   : > { %15 = sbr.rel (!%p3_p2) target bundleno = 9 (0x9), region = 5 }
+  0x19   :  {}
+  0x1a   :  { %16 = vsyncpa [#allocation1], 1 }
+"""
+REGIONS = """
+$region0: #{kernel.1}
+  #allocation0 [shape = 'u32[]', space=smem, size = 0x4, offset = 0x4, fixed_abs, tag = 'core']
+  #allocation1 [shape = 's32[1]{0}', space=sflag, size = 0x4, offset = 0, scoped, tag = 'flag']
+  #allocation2 [shape = 'u8[32]{0}', space=smem, size = 0x20, offset = 0x40, scoped, tag = 'table']
+  // region range: [0, 27)
+  $region1: #{kernel.1} parent=0 // pred_check_branch
+    // region range: [0, 7)
+  $region2 (PrimaryCoreRegion): #{kernel.1} parent=0 // pred_region
+    // region range: [1, 26)
+    iteration_bounds: (2, 4)
+    $region5: #{kernel.1} parent=2 (PrimaryCoreRegion) // loop_body
+      // region range: [9, 25)
+      $region6: #{kernel.1} parent=5 // pred_check_branch
+        // region range: [9, 16)
+      $region7: #{kernel.1} parent=5 // pred_region
+        // region range: [9, 18)
+      $region8: #{kernel.1} parent=5 // pred_fallthru
+        // region range: [18, 18)
+"""
+UNITS = ["MATMUL", "VALU", "VSTORE:SPILL"]
+STEP, SPILLING, OUTSIDE = 25 - 9 - 2, 2, 9 + 2
+
+
+def unit_use() -> str:
+    rows = np.zeros((27, 3), int)
+    rows[[10, 18], 0] = 4, 2
+    rows[16, 2] = 1
+    body = "\n".join(" ".join(map(str, row)) for row in rows)
+    return f"== CAPACITY:\n{', '.join(UNITS)}\n 4 4 1\n== UTILIZATION:\n{body}\n"
+
+
+def schedule(bundles: str = BUNDLES):
+    return parse_schedule("kernel.1", bundles, REGIONS, unit_use())
+
+
+def table(*values: int) -> dict[int, np.ndarray]:
+    return {0: words(np.array(values, np.int32), "{0:T(128)}")[:8]}
+
+
+def test_regions_nest_and_begin_behind_their_branch():
+    read = schedule()
+    assert [(r.name, r.depth, r.start, r.stop) for r in read.regions] == [
+        ("0", 0, 0, 27),
+        ("2", 1, 7, 26),
+        ("5", 2, 9, 25),
+        ("7", 3, 16, 18),
+    ]
+    assert read.regions[2].own() == [(9, 16), (18, 25)]
+    assert read.grid == (2, 4)
+    assert read.branch_delay == 4
+    assert read.operands == {0: "s32[8]"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(-3, 3), min_size=8, max_size=8))
+def test_cycles_are_bundles_times_runs(entries):
+    costs = kernel_costs(schedule(), 2, table(*entries))
+    positive = sum(x > 0 for x in entries)
+    assert costs.cycles_by_core == (OUTSIDE + 8 * STEP + positive * SPILLING, 7 + 1)
+    assert costs.cores == 1
+    assert costs.mxu_cycles == 8 * 6
+    assert costs.use["MATMUL"] == pytest.approx(8 * 6 / (4 * costs.cycles))
+    (loop,) = costs.inner_loops
+    assert (loop.runs, loop.bundles, loop.spill_stores) == (8, STEP, 0)
+    assert loop.cycles_inside == 8 * STEP + positive * SPILLING
+    spilling = [r for r in costs.regions if r.name == "7"]
+    assert [(r.runs, r.spill_stores) for r in spilling] == [(positive, 1)] * bool(positive)
+
+
+def test_a_kernel_that_does_not_know_its_core_is_counted_once():
+    alone = BUNDLES.replace("sld [smem:[#allocation0]] /* core id */", "smov.u32 0")
+    costs = kernel_costs(schedule(alone), 2, table(*[0] * 8))
+    assert costs.cycles_by_core == (OUTSIDE + 8 * STEP,)
+
+
+def test_a_branch_on_what_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"kernel\.1.*bundle 16"):
+        run_counts(schedule())
+    computed = BUNDLES.replace("smov.u32 0 }", "spop %v1_v0 }")
+    with pytest.raises(ValueError, match="scalar unit"):
+        run_counts(schedule(computed), 0, table(*range(8)))
+
+
+def test_branches_that_cannot_be_followed_are_refused():
+    with pytest.raises(ValueError, match="cannot follow"):
+        run_counts(schedule(BUNDLES.replace("sbr.rel (!", "sbr.ind (!")))
+    overlapping = BUNDLES.replace("   0x3   :  {}", BUNDLES.splitlines()[4].replace("0x2", "0x3"))
+    with pytest.raises(ValueError, match="overlap"):
+        run_counts(schedule(overlapping))
+
+
+def test_unknown_scalars_that_decide_nothing_do_no_harm():
+    extra = BUNDLES.replace(
+        "%s4_s2 = smov.u32 0 }", "%s4_s2 = smov.u32 0  ;;  %s20_s8 = smul.f32 %s1_s0, %s21_s7 }"
+    )
+    assert (run_counts(schedule(extra), 0, table(*[1] * 8))[16:18] == 8).all()
+
+
+WORDS = st.integers(0, 2**32 - 1) | st.integers(0, 40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(WORDS, WORDS)
+def test_scalar_instructions(a, b):
+    signed = np.array([a, b], np.uint32).view(np.int32)
+    shift = b % 32
+    expected = {
+        "sadd.s32": (a + b) % 2**32,
+        "ssub.s32": (a - b) % 2**32,
+        "smul.u32": a * b % 2**32,
+        "smulhi.u32": a * b // 2**32,
+        "sand.u32": a & b,
+        "sor.u32": a | b,
+        "sshll.u32": a * 2**shift % 2**32,
+        "sshrl.u32": a // 2**shift,
+        "sshra.s32": int(signed[0]) // 2**shift % 2**32,
+        "smin.u32": min(a, b),
+        "smax.s32": int(max(signed)) % 2**32,
+        "scmp.lt.s32.totalorder": signed[0] < signed[1],
+        "scmp.lt.u32.totalorder": a < b,
+        "scmp.ge.s32.totalorder": signed[0] >= signed[1],
+    }
+    for operation, value in expected.items():
+        text = f"%s7_s3 = {operation} %s1_s0, %s2_s1"
+        assert int(_executed(text, s0=a, s1=b)["s3"]) == value, operation
+
+
+@pytest.mark.parametrize(("predicate", "kept"), [(0, True), (1, False)])
+def test_predicated_instructions(predicate, kept):
+    registers = {"p2": predicate, "s0": 5, "s1": 7, "s3": 9}
+    for text, otherwise, value in [
+        ("%s4_s3 = sadd.s32 (%p1_p2), %s1_s0, %s2_s1", 9, 12),
+        ("%s4_s3 = smov.u32 (%p1_p2, %s8_s0), 3", 5, 3),
+        ("%s4_s3 = scalar_select %p1_p2, 3, %s2_s1", 7, 3),
+    ]:
+        found = _executed(text, **registers)["s3"]
+        assert int(found) == (otherwise if kept else value)
+        assert _executed(text, **registers | {"p2": UNKNOWN})["s3"] is UNKNOWN
+
+
+def test_a_bundle_reads_before_it_writes():
+    swapped = _executed("%s3_s0 = smov.u32 %s2_s1  ;;  %s4_s1 = smov.u32 %s1_s0", s0=1, s1=2)
+    assert (swapped["s0"], swapped["s1"]) == (2, 1)
+
+
+def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
+    """Registers after one bundle."""
+    read = schedule()
+    read.bundles[0] = bundle
+    names = {"M": 2**32 - 1, "UNKNOWN": UNKNOWN, "Unknown": Unknown, "signed": signed, **registers}
+    exec("\n".join(bundle_lines(read, 0, set())), names)
+    return names
+
+
+def test_a_dump_is_read_by_file_names(tmp_path: Path):
+    for number, (kind, text) in enumerate(
+        {
+            "packed-bundles-post-ra": BUNDLES,
+            "post-bundle-packing-post-ra": REGIONS,
+            "pre-delay_hlo-static-per-bundle-utilization": unit_use(),
+            "schedule-analysis_packed-bundles-post-ra": "something else",
+        }.items()
+    ):
+        (tmp_path / f"123-kernel-a.1-{60 + number}-{kind}.txt").write_text(text)
+    (read,) = read_schedules(tmp_path)
+    assert (read.name, len(read.bundles), len(read.regions)) == ("kernel-a.1", 27, 4)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="no schedule"):
+        read_schedules(tmp_path)
+
+
+HLO = """
+  %table = s32[8]{0:T(128)} constant({...})
+  %kernel.1 = bf16[8,8]{1,0} custom-call(%table), custom_call_target="tpu_custom_call", config={
+"x"}}, metadata={op_name="jit(f)/transpose(jvp())/kernel"}
+}
+"""
+
+
+def test_a_call_takes_the_values_its_kernel_prefetches():
+    entries = np.array([1, 0, 2, 0, 0, 3, 0, 0], np.int32)
+    call = KernelCall(["s32[8]"], {0: entries})
+    other = KernelCall(["s32[9]"], {})
+    costs = call_costs([schedule()], HLO, [other, call], CHIPS["v5p"], 7)
+    assert costs.cycles(backward=False) == 0
+    assert costs.cycles() == costs.cycles(backward=True) == OUTSIDE + 8 * STEP + 3 * SPILLING
+    assert costs.microseconds() == pytest.approx(costs.cycles() / 1750.98, rel=1e-4)
+    assert costs.mxu_flops() == 48 * 2 * 128**2
+    with pytest.raises(ValueError, match="not given"):
+        call_costs([schedule()], HLO, [other], CHIPS["v5p"], 7)
+
+
+def test_calls_of_one_shape_take_their_values_in_order():
+    calls = [KernelCall(["s32[8]"], {0: np.full(8, x, np.int32)}) for x in (1, 0)]
+    costs = call_costs([schedule(), schedule()], HLO, calls, CHIPS["v5p"], 7)
+    assert [k.cycles for k in costs.kernels] == [
+        OUTSIDE + 8 * STEP + 8 * SPILLING,
+        OUTSIDE + 8 * STEP,
+    ]
+
+
+def test_tiled_layouts():
+    values = np.arange(3 * 10 * 130, dtype=np.int8).reshape(3, 10, 130)
+    found = words(values, "{2,1,0:T(8,128)(4,1)}").view(np.int8)
+    at = np.arange(found.size).reshape(3, 2, 2, 2, 128, 4)
+    for index in [(0, 0, 0), (2, 9, 129), (1, 5, 127), (2, 7, 128)]:
+        i, r, c = index
+        assert found[at[i, r // 8, c // 128, r % 8 // 4, c % 128, r % 4]] == values[index]
+    column_major = words(np.arange(6, dtype=np.int32).reshape(2, 3), "{0,1}")
+    assert column_major.tolist() == [0, 3, 1, 4, 2, 5]
+    assert words(np.int32(7), "{}").tolist() == [7]
+
+
+def _kernel(bounds, x, o):
+    del bounds
+    o[...] = x[...]
+
+
+def _prefetching(bounds: jax.Array, x: jax.Array) -> jax.Array:
+    spec = pl.BlockSpec((8, 128), lambda i, bounds: (bounds[i], 0))
+    call = pl.pallas_call(
+        _kernel,
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=(4,), in_specs=[spec], out_specs=spec
+        ),
+    )
+    return call(bounds, x)
+
+
+def test_prefetched_values_are_computed_and_nothing_else():
+    @jax.custom_vjp
+    def step(ids, x):
+        starts = jnp.cumsum(jnp.bincount(ids, length=4)).astype(jnp.int32)
+        return jax.jit(_prefetching)(starts - starts[0], x)
+
+    step.defvjp(lambda ids, x: (step(ids, x), None), lambda _, g: (None, g))
+
+    def program(ids, x):
+        y = jax.lax.platform_dependent(ids, x, tpu=step, default=lambda ids, x: jnp.zeros_like(x))
+        return _prefetching(y[0, :4].astype(jnp.int32), y)
+
+    x = jax.ShapeDtypeStruct((32, 128), jnp.float32)
+    ids = np.array([0, 0, 1, 3, 3, 3], np.int32)
+    traced = jax.make_jaxpr(program)(ids, x)
+    first, second = kernel_calls(traced, (ids, x))
+    assert first.shapes == ["s32[4]", "f32[32,128]"]
+    assert first.values[0].tolist() == [0, 1, 1, 4]
+    assert second.values == {}
+    first, _ = kernel_calls(traced, (jax.ShapeDtypeStruct(ids.shape, ids.dtype), x))
+    assert first.values == {}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 14))
+def test_pairs_of_a_mask(segments, length, window):
+    seq = segments * length
+    q, k = np.indices((seq, seq))
+    causal = k <= q
+    same = q // length == k // length
+    assert Mask().pairs(seq) == causal.sum()
+    assert Mask(window=window).pairs(seq) == (causal & (q - k < window)).sum()
+    assert Mask(segments=segments).pairs(seq) == (causal & same).sum()
+
+
+def test_bounds_are_those_of_the_matrix_units():
+    forward, backward = attention_flops(Mask(), 1, 8, 4096, 128)
+    assert forward / CHIPS["v5p"].peak_flops * 1e6 == pytest.approx(74.9, abs=0.1)
+    assert backward / forward == 2.5
+    assert CHIPS["v5p"].clock == pytest.approx(1.75e9, rel=1e-3)
+    assert CHIPS["v6e"].clock == pytest.approx(1.75e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["", "full", "window", "window:0", "window:-4", "segments:x"])
+def test_unknown_masks_are_refused(text):
+    with pytest.raises(ValueError, match="not causal, window:N or segments:N"):
+        Mask.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mask", "diagonal"], "mask 'diagonal'"),
+        (["--mask", "segments:7"], "7 segments do not divide 4096 tokens"),
+        (["--chip", "v9"], "invalid choice: 'v9'"),
+        (["--seq", "0"], "not a positive whole number"),
+    ],
+)
+def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys):
+    try:
+        code = bench.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_peers_programs_are_named_by_blocks_that_divide():
+    options = argparse.Namespace(mask="causal", seq=512, batch=1, heads=8, head_dim=64, peers=True)
+    contenders = BENCHMARKS["attention"](options).contenders
+    assert [c.name for c in contenders][:3] == ["pallas_kernels", "jax splash", "jax flash"]
+    for contender in contenders[1:]:
+        assert contender.forward
+        assert contender.gradient
+        for spec in (*contender.forward, *contender.gradient):
+            for blocks in ("forward", "backward", "backward_dq"):
+                assert all(512 % b == 0 for b in spec.kwargs.get(blocks, ()))
+
+
+def _costs(cycles: int) -> CallCosts:
+    """As many cycles as positive entries of a table decide."""
+    call = KernelCall(["s32[8]"], {0: np.array([1] * cycles + [0] * (8 - cycles), np.int32)})
+    forward = HLO.replace("transpose(", "(")
+    return call_costs([schedule()], forward, [call], CHIPS["v5p"], 2_000_000)
+
+
+def test_the_fastest_blocks_count_and_the_table_shows_them():
+    def measure(spec: Spec, chip: str) -> CallCosts:
+        if spec.kwargs["forward"] == [3]:
+            raise CompileError("VMEM")
+        return _costs(spec.kwargs["forward"][0])
+
+    contenders = [
+        Contender(name, [Spec("m:f", {"forward": [b]}) for b in blocks], [], peer)
+        for name, blocks, peer in [("ours", (3, 2, 6), False), ("theirs", (8,), True)]
+    ]
+    benchmark = Benchmark("problem", contenders, 48 * 2 * 128**2, 0)
+    rows = [bench.best(c, benchmark, "v5p", backward=False, measure=measure) for c in contenders]
+    assert rows[0].spec.kwargs["forward"] == [2]
+    text = bench.report(benchmark, rows, CHIPS["v5p"], "v5p")
+    ours = next(line for line in text.splitlines() if line.startswith("| ours "))
+    cells = [cell.strip() for cell in ours.strip("|").split("|")]
+    fast, slow = OUTSIDE + 8 * STEP + 2 * SPILLING, OUTSIDE + 8 * STEP + 8 * SPILLING
+    assert cells[:5] == ["ours", "forward", "2", "1", str(fast)]
+    assert cells[7:9] == [f"{fast / slow:.2f}", "1.00"]
+    assert cells[-1] == "2.0"
+
+    more = Benchmark("problem", contenders, 49 * 2 * 128**2 + 10**6, 0)
+    with pytest.raises(bench.CountError, match="needed"):
+        bench.best(contenders[0], more, "v5p", backward=False, measure=measure)
+    only = Contender("ours", [Spec("m:f", {"forward": [3]})], [])
+    with pytest.raises(CompileError, match="VMEM"):
+        bench.best(only, benchmark, "v5p", backward=False, measure=measure)
