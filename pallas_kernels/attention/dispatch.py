@@ -18,6 +18,7 @@ import jax
 
 from pallas_kernels.attention import xla
 from pallas_kernels.attention.how import How, Where
+from pallas_kernels.chips import current_platform
 
 XLA = "xla"
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do not.
@@ -43,7 +44,7 @@ def choose(
     """
     if backend is not None and backend not in KERNELS:
         raise ValueError(f"backend={backend!r}: known are {', '.join(KERNELS)}")
-    for name in KERNELS.get(backend or platform(), ()):
+    for name in KERNELS.get(backend or current_platform(), ()):
         if name == "hopper" and backend != "hopper" and not _on_hopper():
             continue
         module = _module(name)
@@ -71,18 +72,6 @@ def backward(
     if name == XLA:
         return xla.backward(q, k, v, lse, delta, d_o, where, how, dtype)
     return _module(name).backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
-
-
-def platform() -> str:
-    """Of the devices that the program being traced is for ("cpu", "gpu", "tpu"): those of the mesh
-    in use, which need not be here; else the default device's."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    config: Any = jax.config
-    device = device or config.jax_default_device
-    if device is None:
-        return jax.default_backend()
-    name = device if isinstance(device, str) else device.platform
-    return "gpu" if name == "cuda" else name
 
 
 def _on_hopper() -> bool:

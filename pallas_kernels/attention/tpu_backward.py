@@ -74,9 +74,11 @@ def kernel(
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
 
     def tiles(these, j, distance):
-        ready = [score(tile, j, distance) for tile in these[:blocks.ahead]]
+        ready = [score(tile, j, distance) for tile in these[: blocks.ahead]]
         for n, tile in enumerate(these):
-            ready += [score(tile, j, distance) for tile in these[n + blocks.ahead : n + blocks.ahead + 1]]
+            ready += [
+                score(tile, j, distance) for tile in these[n + blocks.ahead : n + blocks.ahead + 1]
+            ]
             gradients(tile, j, *ready[n])
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]

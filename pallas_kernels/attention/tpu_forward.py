@@ -104,7 +104,7 @@ def kernel(
         acc[rows] = acc[rows] * _spread(fade, acc.shape[1]) + y
 
     def tiles(these, j, distance):
-        for n, tile in enumerate(these[:blocks.ahead]):
+        for n, tile in enumerate(these[: blocks.ahead]):
             score(n, tile, j, distance)
         for n, tile in enumerate(these):
             if n + blocks.ahead < len(these):

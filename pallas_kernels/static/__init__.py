@@ -3,7 +3,7 @@
 :func:`measure` compiles a function for a chip and returns the cycles of each of its kernels.
 """
 
-from pallas_kernels.static.chips import CHIPS, Chip
+from pallas_kernels.chips import CHIPS, Chip
 from pallas_kernels.static.costs import CallCosts, KernelCosts, RegionCosts
 from pallas_kernels.static.measure import CompileError, Spec, measure
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pallas_kernels.static.chips import Chip
+from pallas_kernels.chips import Chip
 from pallas_kernels.static.control import knows_core, run_counts
 from pallas_kernels.static.prefetch import KernelCall, words
 from pallas_kernels.static.schedule import Region, Schedule

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.static.chips import CHIPS
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.static.compile import environment
 from pallas_kernels.static.costs import CallCosts, call_costs
 from pallas_kernels.static.prefetch import KernelCall
