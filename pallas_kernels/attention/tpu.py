@@ -59,11 +59,12 @@ def forward(
     size = keys_at_once(blocks, sizes, forward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
     part_dtype = dtype if len(parts) == 1 else F32
-    o, lse = reduce(merge, [_forward(q, *part, part_dtype, blocks, interpret) for part in parts])
+    o, lse = reduce(merge, [_forward(q, part, part_dtype, blocks, interpret) for part in parts])
     return o.astype(dtype), lse
 
 
-def _forward(q, k, v, where, how, dtype, blocks, interpret):
+def _forward(q, part, dtype, blocks, interpret):
+    k, v, where, how = part
     (B, S, N, H), (T, Hv) = q.shape, (v.shape[1], v.shape[3])
     walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=True)
     call = _Call.of(q, k, where, how, walk, blocks)
@@ -116,7 +117,7 @@ def backward(
     Raises:
         ValueError: blocks that do not fit.
     """
-    (B, S, N, H), (T, Hv) = q.shape, (v.shape[1], v.shape[3])
+    B, S = q.shape[:2]
     sizes = Sizes.of(q, v, dtype)
     blocks = backward_blocks(sizes) if block_sizes is None else block_sizes.backward
     check(blocks)
@@ -130,18 +131,26 @@ def backward(
         _rows_first(lse, rows, jnp.inf),
         _rows_first(delta, rows, 0.0),
     )
-    d_q, d_k, d_v = None, [], []
+    d_q: Any = None
+    d_k, d_v = [], []
     for n, part in enumerate(parts):
         out = dtype if n == len(parts) - 1 else F32
-        d_q, own_k, own_v = _backward(q, *part, saved, d_q, (out, dtype), blocks, interpret)
+        d_q, own_k, own_v = _backward(q, part, saved, d_q, (out, dtype), blocks, interpret)
         d_k.append(own_k)
         d_v.append(own_v)
     d_k, d_v = (x[0] if len(x) == 1 else jnp.concatenate(x, axis=1) for x in (d_k, d_v))
     return _heads_last(d_q, B, S), d_k, d_v
 
 
-def _backward(q, k, v, where, how, saved, d_q, dtypes, blocks, interpret):
-    """dQ as the kernel writes it, dK and dV [B, T, K, ·]."""
+def _backward(q, part, saved, d_q, dtypes, blocks, interpret):
+    """dQ as the kernel writes it, dK and dV [B, T, K, ·].
+
+    Args:
+        saved: q, d_o, log-sum-exps and deltas as the kernel reads them.
+        d_q: what other keys gave, or None.
+        dtypes: of dQ, and of dK and dV.
+    """
+    k, v, where, how = part
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=False)
     call = _Call.of(q, k, where, how, walk, blocks)
@@ -175,8 +184,17 @@ def _backward(q, k, v, where, how, saved, d_q, dtypes, blocks, interpret):
     return d_q, _heads_last(d_k, B, T), _heads_last(d_v, B, T)
 
 
-def _parts(k, v, where: Where, how: How, size: int) -> list[tuple[Any, ...]]:
-    """(k, v, where, how) for runs of keys; sinks go with the first."""
+class _Part(NamedTuple):
+    """A run of keys."""
+
+    k: jax.Array
+    v: jax.Array
+    where: Where
+    how: How
+
+
+def _parts(k: jax.Array, v: jax.Array, where: Where, how: How, size: int) -> list[_Part]:
+    """Runs of so many keys; sinks go with the first."""
     parts = []
     for start in range(0, k.shape[1], size):
         keys = slice(start, start + size)
@@ -184,7 +202,7 @@ def _parts(k, v, where: Where, how: How, size: int) -> list[tuple[Any, ...]]:
         sinks = where.sinks if start == 0 else None
         own = where._replace(k_segments=segments, sinks=sinks)
         at = how._replace(k_offset=how.k_offset + start)
-        parts.append((k[:, keys], v[:, keys], own, at))
+        parts.append(_Part(k[:, keys], v[:, keys], own, at))
     return parts
 
 
