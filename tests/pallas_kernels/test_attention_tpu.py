@@ -92,7 +92,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize(("case", "keys"), zip(PARTS, (256, 128, 128, 256), strict=True))
+@pytest.mark.parametrize(("case", "keys"), list(zip(PARTS, (256, 128, 128, 256), strict=True)))
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, case, keys):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""
     own, parts = PARTS[case], []
