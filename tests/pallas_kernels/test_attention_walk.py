@@ -57,7 +57,7 @@ def cases(draw) -> Case:
     S = draw(st.sampled_from(LENGTHS))
     blocks = draw(st.sampled_from(BLOCKS))
     causal = draw(st.sampled_from((True, True, False)))
-    windows = st.none() | st.sampled_from((1, 2, 100, 128, 129, 256, 300, 5000))
+    windows = st.none() | st.sampled_from((1, 2, 100, 128, 129, 255, 256, 300, 5000))
     return Case(
         S=S,
         T=draw(st.just(S) | st.sampled_from(LENGTHS)),
@@ -133,10 +133,17 @@ def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
 FAR = Case(128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, None, "none", 0)
 
 
-@settings(max_examples=80)
+# Edges: of a diagonal with whole tiles below it, and of a window that leaves out one key of a tile.
+EDGES = FAR._replace(S=640, T=640, blocks=(256, 256), window=None, shift=0)
+
+
+@settings(max_examples=50)
 @given(cases())
 @example(FAR)
 @example(FAR._replace(window=1400, segments="packed"))
+@example(EDGES._replace(segments="packed"))
+@example(EDGES._replace(window=255))
+@example(EDGES._replace(window=383, blocks=(128, 128), joined=True))
 def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
     options = case.options()
     visible = np.broadcast_to(reference.mask(case.S, case.T, **options), (2, case.S, case.T))
