@@ -9,7 +9,6 @@ Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into power
 128 and 64, which is what Triton's tiles may be.
 """
 
-from functools import partial
 from math import log, log2
 from typing import Any, NamedTuple
 
@@ -92,14 +91,17 @@ def forward(
     tiles = (block_sizes or default_block_sizes(H, Hv, q.dtype)).forward
     blocks = pl.cdiv(S, tiles.q)
     table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
-    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, per_query=True, table=table)
+    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
     call.add("q", q, call.heads(tiles.q))
     call.add("k", k, call.shared_heads(tiles.k))
     call.add("v", v, call.shared_heads(tiles.k))
     call.add("sinks", where.sinks, call.whole)
-    shapes = jax.ShapeDtypeStruct((B, S, N, Hv), dtype), jax.ShapeDtypeStruct((B, N, S), jnp.float32)
+    shapes = (
+        jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
+        jax.ShapeDtypeStruct((B, N, S), jnp.float32),
+    )
     specs = call.heads(tiles.q)(shapes[0]), call.rows(tiles.q)(shapes[1])
-    o, lse = call(_forward_kernel, (blocks, N, B), shapes, specs, interpret)
+    o, lse = call(_forward_kernel, (blocks, N, B), shapes, specs)
     return o, lse.transpose(0, 2, 1)
 
 
@@ -137,7 +139,7 @@ def backward(
 
     tiles = sizes.d_q
     table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
-    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, per_query=True, table=table)
+    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
     for name, x in (("q", q), ("d_o", d_o)):
         call.add(name, x, call.heads(tiles.q))
     for name, x in (("k", k), ("v", v)):
@@ -146,11 +148,11 @@ def backward(
         call.add(name, x, call.rows(tiles.q))
     shape = jax.ShapeDtypeStruct(q.shape, dtype)
     grid = pl.cdiv(S, tiles.q), N, B
-    (d_q,) = call(_d_q_kernel, grid, (shape,), (call.heads(tiles.q)(shape),), interpret)
+    (d_q,) = call(_d_q_kernel, grid, (shape,), (call.heads(tiles.q)(shape),))
 
     tiles = sizes.d_kv
     table = gpu_blocks.visits_of_keys(S, T, tiles.q, tiles.k, where, how)
-    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, per_query=False, table=table)
+    call = _Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=False, table=table)
     for name, x in (("q", q), ("d_o", d_o)):
         call.add(name, x, call.groups(tiles.q))
     for name, x in (("k", k), ("v", v)):
@@ -159,7 +161,7 @@ def backward(
         call.add(name, x, call.group_rows(tiles.q))
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v))
     specs = tuple(call.heads(tiles.k)(shape) for shape in shapes)
-    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), shapes, specs, interpret)
+    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), shapes, specs)
     return d_q, d_k, d_v
 
 
@@ -167,17 +169,22 @@ class _Call:
     """A kernel's named inputs and their specs. Each program's window is whole sequences of its own
     row of the batch and head, with their last block filled up; kernels mask what lies outside."""
 
-    def __init__(self, where: Where, how: How, tiles: Tiles, sizes, group, *, per_query, table):
+    def __init__(
+        self, where: Where, how: How, tiles: Tiles, sizes, group, interpret, *, per_query, table
+    ):
         S, T, H, Hv = sizes
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         self.group = group
         masked = gpu_blocks.needs_mask(how, where, T if per_query else tiles.k, tiles.k)
-        self.statics = _Statics(how, tiles, S, T, H, Hv, group, masked)
+        self.statics = _Statics(how, tiles, S, T, H, Hv, group, masked, interpret)
         if masked:
             self.add("visits", table, lambda x: self._per_row(x, x.shape[1:]))
         if how.causal or where.slopes is not None:
-            for name, offset, block in (("q", where.q_offset, tiles.q), ("k", where.k_offset, tiles.k)):
+            for name, offset, block in (
+                ("q", where.q_offset, tiles.q),
+                ("k", where.k_offset, tiles.k),
+            ):
                 positions = getattr(where, f"{name}_positions")
                 self.add(f"{name}_positions", positions, self.tokens(block))
                 if positions is None and offset is not None:
@@ -194,7 +201,7 @@ class _Call:
             self.inputs[name] = x
             self.specs.append(spec(x))
 
-    def __call__(self, kernel, grid, shapes, specs, interpret: bool):
+    def __call__(self, kernel, grid, shapes, specs):
         names = tuple(self.inputs)
         tiles = self.statics.tiles
 
@@ -209,7 +216,7 @@ class _Call:
             out_specs=specs,
             out_shape=shapes,
             compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-            interpret=interpret,
+            interpret=self.statics.interpret,
             name=kernel.__name__.strip("_"),
         )(*self.inputs.values())
 
@@ -277,15 +284,12 @@ class _Statics(NamedTuple):
     group: int
     masked: bool
     """Whether blocks are visited as a table says, some with a mask."""
+    interpret: bool
 
     @property
     def plain(self) -> bool:
         """Scores are q·k times a positive number: products are kept, and scaled in the exponent."""
         return self.how.soft_cap is None and self.how.scale > 0
-
-    @property
-    def precision(self):
-        return None
 
 
 class _Tokens(NamedTuple):
@@ -343,7 +347,9 @@ class _Program:
             offset = self.refs.get(f"{side}_offset")
             position = index if offset is None else index + offset[0]
         segment = read(f"{side}_segments")
-        return _Tokens(*(None if x is None else jnp.expand_dims(x, axis) for x in (index, position, segment)))
+        return _Tokens(
+            *(None if x is None else jnp.expand_dims(x, axis) for x in (index, position, segment))
+        )
 
     def visible(self, queries: _Tokens, keys: _Tokens) -> jax.Array:
         """bool, broadcast over a tile."""
@@ -374,7 +380,7 @@ class _Program:
         scores = products * (how.scale * LOG2E)
         if how.soft_cap is not None:
             # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-            tanh = 1 - 2 / (jnp.exp2(products * (2 * LOG2E * how.scale / how.soft_cap)) + 1)
+            tanh = 1 - 2 / (self.exp2(products * (2 * LOG2E * how.scale / how.soft_cap)) + 1)
             scores, slope = (how.soft_cap * LOG2E) * tanh, 1 - tanh * tanh
         if "slopes" in self.refs:
             distance = jnp.abs(queries.position - keys.position).astype(jnp.float32)
@@ -385,6 +391,31 @@ class _Program:
     def unit(self) -> float:
         """What scores are multiplied by before exp2."""
         return self.how.scale * LOG2E if self.statics.plain and "slopes" not in self.refs else 1.0
+
+    def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
+        """Weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values may
+        hold anything finite: d_weights may then not be."""
+        scores *= self.unit
+        if seen is not None:
+            scores = jnp.where(seen, scores, -jnp.inf)
+        weights = self.exp2(scores - lse)
+        d_scores = weights * (d_weights - delta)
+        if slope is not None:
+            d_scores *= slope
+        return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
+
+    def exp2(self, x: jax.Array) -> jax.Array:
+        """One instruction: JAX's own, exact below 2^-126 too, is four."""
+        if self.statics.interpret:
+            return jnp.exp2(x)
+        (y,) = plgpu.elementwise_inline_asm(
+            "ex2.approx.ftz.f32 $0, $1;",
+            args=[x],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+        )
+        return y
 
     def visit(self, i, blocks: int, body, carry, repeats: int = 1):
         """``body(block, repeat, masked, carry)`` over the blocks that block i visits, each block
@@ -425,8 +456,8 @@ def _forward_kernel(p: _Program, o_ref, lse_ref):
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.unit)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-        weights = jnp.exp2(scores * p.unit - base[:, None])
-        decay = jnp.exp2(top - base)
+        weights = p.exp2(scores * p.unit - base[:, None])
+        decay = p.exp2(top - base)
         v = p.rows("v", j * block_k, block_k, length)
         o = tuple(
             x * decay[:, None] + _dot(weights.astype(y.dtype), y) for x, y in zip(o, v, strict=True)
@@ -465,7 +496,8 @@ def _d_q_kernel(p: _Program, d_q_ref):
         scores, slope = p.scores(_dot_parts(q, k), queries, keys, head)
         v = p.rows("v", j * block_k, block_k, length)
         seen = p.visible(queries, keys) if masked else None
-        _, d_scores = _gradients(scores * p.unit, slope, lse, _dot_parts(d_o, v), delta, seen)
+        d_weights = _dot_parts(d_o, v)
+        _, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
         return tuple(x + _dot(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
     zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in _head_parts(s.H))
@@ -490,16 +522,14 @@ def _d_kv_kernel(p: _Program, d_k_ref, d_v_ref):
         at = i * block_q
         queries = p.tokens("q", at, 0)
         q = p.rows("q", at, block_q, q_bound, member)
-        scores, slope = p.scores(
-            _dot_parts(k, q), queries, keys, kv_head * s.group + member
-        )
+        head = kv_head * s.group + member
+        scores, slope = p.scores(_dot_parts(k, q), queries, keys, head)
         d_o = p.rows("d_o", at, block_q, q_bound, member)
         lse = p.row_scalars("lse", at, member, other=jnp.inf)[None]
         delta = p.row_scalars("delta", at, member, other=0.0)[None]
         seen = p.visible(queries, keys) if masked else None
-        weights, d_scores = _gradients(
-            scores * p.unit, slope, lse, _dot_parts(v, d_o), delta, seen
-        )
+        d_weights = _dot_parts(v, d_o)
+        weights, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
         d_v = tuple(x + _dot(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
         d_k = tuple(x + _dot(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
         return d_k, d_v
@@ -511,18 +541,6 @@ def _d_kv_kernel(p: _Program, d_k_ref, d_v_ref):
     d_k, d_v = p.visit(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
     _store(d_k_ref, tuple(x * how.scale for x in d_k), start, block_k, s.T, s.H)
     _store(d_v_ref, d_v, start, block_k, s.T, s.Hv)
-
-
-def _gradients(scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
-    """Weights, and the gradient by scale·q·k (softmax's Jacobian). Masked values may hold anything
-    finite: their d_weights may not be."""
-    if seen is not None:
-        scores = jnp.where(seen, scores, -jnp.inf)
-    weights = jnp.exp2(scores - lse)
-    d_scores = weights * (d_weights - delta)
-    if slope is not None:
-        d_scores *= slope
-    return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
 
 
 def _last_first(how: How):
