@@ -107,7 +107,7 @@ def forward(
         "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
     if jnp.dtype(dtype) != q.dtype:
-        scratch["o"] = parts.staging(H, dtype)
+        scratch["o"] = parts.staging(dtype)
     if s.segments:
         scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
@@ -174,12 +174,12 @@ def _forward_kernel(s: Statics, refs, outputs, shared) -> None:
 
     @pl.when(me == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
 
     @pl.when(me < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         start = (tile * WARPGROUPS + me) * ROWS
         _attend(s, refs, outputs, shared, visits, row, head, start, me)
 
@@ -254,6 +254,8 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
     o, top, total = carry
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
-    parts.send(shared["lse"].at[me], outputs[1].at[row, head, mine], lse)
+    shared["lse"].at[me][...] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
     o = o * parts.along_rows(1 / safe, H)
     parts.send(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)

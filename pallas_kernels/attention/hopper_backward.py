@@ -26,7 +26,7 @@ class BlockSizes(NamedTuple):
 
 def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
     """What fits in 227 KB of shared memory and in registers."""
-    return BlockSizes(64 if H > 64 and jnp.dtype(dtype).itemsize > 2 else 128, 64, 2)
+    return BlockSizes(64 if H > 64 else 128, 64, 2)
 
 
 def d_q(
@@ -58,7 +58,7 @@ def d_q(
         scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
     if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.staging(H, dtype)
+        scratch["staged"] = parts.staging(dtype)
     shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
     grid = N, pl.cdiv(S, block_q), B
     (out,) = parts.call(_d_q_kernel, s, inputs, shapes, scratch, grid, interpret)
@@ -93,7 +93,7 @@ def d_kv(
         scratch["k_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["q_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
     if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.staging(H, dtype)
+        scratch["staged"] = parts.staging(dtype)
     shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
     grid = K, pl.cdiv(T, block_k), B
     d_k, d_v = parts.call(_d_kv_kernel, s, inputs, shapes, scratch, grid, interpret)
@@ -118,12 +118,12 @@ def _d_q_kernel(s: Statics, refs, outputs, shared) -> None:
 
     @pl.when(me == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
 
     @pl.when(me < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         start = (tile * WARPGROUPS + me) * ROWS
         _sum_d_q(s, refs, outputs, shared, visits, row, head, start, me)
 
@@ -179,12 +179,12 @@ def _d_kv_kernel(s: Statics, refs, outputs, shared) -> None:
 
     @pl.when(me == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         _copy_queries(s, refs, shared, visits, row, kv_head)
 
     @pl.when(me < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         start = (tile * WARPGROUPS + me) * ROWS
         _sum_d_kv(s, refs, outputs, shared, visits, row, kv_head, start, me)
 

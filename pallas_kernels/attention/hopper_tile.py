@@ -214,17 +214,20 @@ def along_columns(x: jax.Array, rows: int) -> jax.Array:
 
 
 def send(staged, target, x: jax.Array) -> None:
-    """A tile to global memory by way of shared memory; rows past the last are dropped."""
-    staged[...] = x.astype(staged.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged, target)
-    plgpu.wait_smem_to_gmem(0)
+    """A tile to global memory by way of shared memory, as many columns at a time as there is room
+    for; rows past the last are dropped."""
+    columns = staged.shape[1]
+    for begin in range(0, x.shape[1], columns):
+        piece = x if columns == x.shape[1] else x[:, begin : begin + columns]
+        staged[...] = piece.astype(staged.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, target.at[:, pl.ds(begin, columns)])
+        plgpu.wait_smem_to_gmem(0)
 
 
-def staging(H: int, dtype: Any) -> Any:
-    """Where a warpgroup's tile waits to be sent."""
-    swizzled = SWIZZLED_FP32 if jnp.dtype(dtype).itemsize == 4 else SWIZZLED
-    return plgpu.SMEM((WARPGROUPS, ROWS, H), dtype, transforms=swizzled)
+def staging(dtype: Any) -> Any:
+    """Where 64 columns of a warpgroup's tile of fp32 wait to be sent."""
+    return plgpu.SMEM((WARPGROUPS, ROWS, 64), dtype, transforms=SWIZZLED_FP32)
 
 
 def copy_keys(s: Statics, refs, shared, visits: Visits | None, row, kv_head) -> None:
