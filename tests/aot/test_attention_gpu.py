@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from pallas_kernels.attention import triton
+from pallas_kernels.attention import hopper, triton
 from pallas_kernels.attention.how import How, Where
 
 pytestmark = [
@@ -94,3 +94,38 @@ def test_triton_kernels_compile(case, kind):
     print(f"{case}, {kind}: {temp:,} bytes of temporaries")
     S, T = arguments[0].shape[1], arguments[1].shape[1]
     assert temp < 0.05 * 4 * B * N * S * T
+
+
+# Those that the Hopper kernels take, and one of 256, whose gradients are Triton's.
+HOPPER: dict[str, tuple[Any, ...]] = {
+    "causal": CASES["causal"],
+    "full, odd lengths": (1000, 3000, 8, 64, 64, BF16, {}, ()),
+    "window, sinks, packed": (
+        4096, 4096, 2, 128, 128, jnp.float16, {"causal": True, "window": 1000},
+        ("sinks", "q_segments", "k_segments"),
+    ),
+    "prefix, soft cap, slopes, an offset": (
+        2048, 4096, 4, 128, 128, BF16, {"causal": True, "prefix": True, "soft_cap": 30.0},
+        ("prefix", "slopes", "q_offset"),
+    ),
+    "256": (2048, 2048, 4, 256, 256, BF16, {"causal": True}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("case", HOPPER)
+def test_hopper_kernels_compile(case, dtype):
+    """With results of the operands' width and, as a ring's steps want them, in fp32."""
+    (q, k, v, d_o, where), how = operands(*HOPPER[case])
+    assert hopper.supports(q, k, v, where, how)
+    if hopper.supports_backward(q, k, v, where, how):
+        run = both_passes(hopper, how, dtype)
+    else:
+
+        def run(q, k, v, d_o, where):
+            return hopper.forward(q, k, v, where, how, dtype)
+
+    found = compiled("h100", run, (q, k, v, d_o, where))
+    temp = found.memory_analysis().temp_size_in_bytes
+    print(f"{case}: {temp:,} bytes of temporaries")
+    assert temp < 0.05 * 4 * B * N * q.shape[1] * k.shape[1]

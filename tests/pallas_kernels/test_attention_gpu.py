@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_blocks, triton
+from pallas_kernels.attention import gpu_blocks, hopper, triton
 from pallas_kernels.attention.gpu_blocks import Visits
 from pallas_kernels.attention.how import How, Where
 from pallas_kernels.attention.triton_program import Tiles
@@ -137,6 +138,66 @@ def test_bf16_errs_no_more_than_xla():
         assert x.dtype == jnp.bfloat16
         error, of_peer = (np.abs(np.asarray(z, np.float64) - exactly).mean() for z in (x, y))
         assert 0 < error <= 1.5 * of_peer
+
+
+# Hopper's kernels: jax.experimental.pallas.mosaic_gpu's interpreter runs them from jax 0.12 on.
+
+HOPPER = {
+    "causal, past the last block": (136, 264, CAUSAL, {"q_offset": 128}),
+    "full, an fp16 block": (128, 128, FULL, {}),
+    "all": (
+        152,
+        144,
+        CAUSAL._replace(window=90, prefix=True, soft_cap=2.0),
+        {"prefix": np.array([40], np.int32), "slopes": SLOPES[:2], "sinks": SINKS[:2]},
+    ),
+}
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="no interpreter that knows these kernels"
+)
+@pytest.mark.parametrize("case", HOPPER)
+def test_hopper_kernels_equal_the_reference_without_races(case):
+    S, T, how, arrays = HOPPER[case]
+    rng = np.random.default_rng(1)
+    dtype = jnp.float16 if "fp16" in case else jnp.bfloat16
+    operands = [jnp.asarray(x, dtype) for x in exact.operands(1, S, T, 2, 1, 64, 64)]
+    if case == "all":
+        arrays = arrays | {"q_segments": reference.packed(rng, 1, S)}
+        arrays = arrays | {"k_segments": reference.packed(rng, 1, T)}
+    where = Where(**arrays)
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+    q, k, v, d_o = operands
+    wanted = exact.attention(q, k, v, d_o, how, where)
+    o, lse = hopper.forward(q, k, v, where, how, jnp.float32, **options)
+    np.testing.assert_allclose(o, wanted[0], atol=8e-3)
+    np.testing.assert_allclose(lse, wanted[1], atol=1e-5)
+    lse, delta = (
+        jnp.asarray(x, jnp.float32) for x in (wanted[1], np.sum(wanted[0] * d_o, axis=-1))
+    )
+    grads = hopper.backward(q, k, v, lse, delta, d_o, where, how, jnp.float32, **options)
+    for x, y in zip(grads, wanted[2:], strict=True):
+        np.testing.assert_allclose(x, y, atol=0.02)
+
+
+def test_what_hopper_does_not_take_is_refused():
+    def refused(H, S=128, where=None, dtype=jnp.bfloat16):
+        q, k, v = (jnp.zeros((1, n, 2, H), dtype) for n in (S, 128, 128))
+        where = where or Where()
+        assert not hopper.supports(q, k, v, where, FULL)
+        with pytest.raises(ValueError, match=rf"q \(1, {S}, 2, {H}\)"):
+            hopper.forward(q, k, v, where, FULL, dtype)
+
+    refused(80)
+    refused(128, S=129)
+    refused(128, dtype=jnp.float32)
+    refused(64, where=Where(q_positions=jnp.zeros((1, 128), jnp.int32)))
+    q = jnp.zeros((1, 128, 2, 256), jnp.bfloat16)
+    assert hopper.supports(q, q, q, Where(), FULL)
+    row = jnp.zeros(q.shape[:3])
+    with pytest.raises(ValueError, match="heads of 64 or 128"):
+        hopper.backward(q, q, q, row, row, q, Where(), FULL, q.dtype)
 
 
 # Which blocks are visited.
