@@ -4,6 +4,9 @@ After Shah et al. 2024 (FlashAttention-3): of a program's three warpgroups one o
 K and V to shared memory (TMA), two each hold 64 queries and multiply (wgmma). These two take turns:
 while one has the tensor cores, the other takes its softmax. What is not supported here, a card of
 another kind included, is for ``triton``. The backward pass is in ``hopper_backward``.
+
+ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal mask, as JAX's own
+(``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
 """
 
 from typing import Any, NamedTuple

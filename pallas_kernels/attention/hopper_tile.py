@@ -226,8 +226,9 @@ def send(staged, target, x: jax.Array) -> None:
 
 
 def staging(dtype: Any) -> Any:
-    """Where 64 columns of a warpgroup's tile of fp32 wait to be sent."""
-    return plgpu.SMEM((WARPGROUPS, ROWS, 64), dtype, transforms=SWIZZLED_FP32)
+    """Where columns of a warpgroup's tile, not of the operands' dtype, wait to be sent."""
+    columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
+    return plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)
 
 
 def copy_keys(s: Statics, refs, shared, visits: Visits | None, row, kv_head) -> None:
