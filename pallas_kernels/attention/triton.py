@@ -46,20 +46,22 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
     """By rule: what keeps accumulators in registers and blocks in shared memory. Compiled for a
     card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
-    stages = 2 if capability in _SMALL else 3
+    small = capability in _SMALL
     old = capability.startswith("8.")  # products are warps' own there, and take more registers
     if jnp.dtype(dtype).itemsize > 2:
-        rows = 64 if max(H, Hv) <= 128 else 32
-        return BlockSizes(Tiles(rows, 32, 4, 1), Tiles(rows, 32, 4, 1), Tiles(32, rows, 4, 1))
+        rows = (64 if max(H, Hv) <= 128 else 32) // (2 if small else 1)
+        columns = min(rows, 32)
+        wide, tall = Tiles(rows, columns, 4, 1), Tiles(columns, rows, 4, 1)
+        return BlockSizes(wide, wide, tall)
     if max(H, Hv) <= 64:
         return BlockSizes(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
     if max(H, Hv) <= 128:
-        d_kv = Tiles(32 if old else 64, 128, 8, 2)
-        return BlockSizes(Tiles(128, 64, 8, stages), Tiles(128, 64, 8, 2), d_kv)
-    rows, warps = (64, 4) if old else (128, 8)
-    stages -= 1
-    forward = Tiles(rows, 32, warps, stages)
-    return BlockSizes(forward, Tiles(64, 32, 8, stages), Tiles(32, 64, 8, stages))
+        forward = Tiles(128, 64, 8, 2 if small else 3)
+        return BlockSizes(forward, Tiles(128, 64, 8, 2), Tiles(32 if old else 64, 128, 8, 2))
+    if small:
+        return BlockSizes(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+    forward = Tiles(64, 32, 4, 2) if old else Tiles(128, 32, 8, 2)
+    return BlockSizes(forward, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))
 
 
 def forward(
