@@ -20,6 +20,8 @@ class Shape:
     ragged: bool = True
     """Whether the devices exchange as many rows as there are; otherwise blocks for the worst case
     (``parallel/experts.py: native_ragged``)."""
+    fused_attention: bool = False
+    """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
 
     @property
     def rows(self) -> Number:
