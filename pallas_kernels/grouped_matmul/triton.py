@@ -11,9 +11,13 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.grouped_matmul.blocks import Blocks
 from pallas_kernels.grouped_matmul.xla import sum_type, tiles
 
-# Shared memory holds a few stages of both operands' blocks: 4 × (128 + 128) × 64 bytes × 2.
-_BLOCKS = Blocks(rows=128, inner=64, columns=128)
+# Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
+_BAND = 8
 _STAGES, _WARPS = 4, 8
+# Of a block on an A100; a Hopper card has more.
+_SHARED_BYTES = 163 * 1024
+# Cards that read float8_e4m3fn; for others XLA widens it first.
+_FLOAT8_CARDS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "L4")
 
 
 def matmul(
@@ -30,54 +34,54 @@ def matmul(
 ) -> jax.Array:
     """As ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
     the padding is a group more, whose tiles only write zeros."""
+    rows, kernels = _readable(rows), _readable(kernels)
     (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
     G = len(sizes)
-    tile, inner, columns = _checked(blocks, (R, D, F))
+    tile, inner, columns = blocks = _checked(blocks, rows, kernels)
     group, start, count = tiles(jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile)
+    parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
     scales = [s for s in (row_scales, column_scales) if s is not None]
     sums = sum_type(rows.dtype, kernels.dtype)
 
-    def kernel(group_ref, start_ref, count_ref, row_ref, kernel_ref, *refs):
+    def kernel(group_ref, start_ref, count_ref, parts_ref, row_ref, kernel_ref, *refs):
         refs = list(refs)
         row_scale_ref = None if row_scales is None else refs.pop(0)
         column_scale_ref = None if column_scales is None else refs.pop(0)
         out_ref = refs.pop(0)
-        step, n = pl.program_id(1), pl.program_id(0)
-        g, begin, length = group_ref[step], start_ref[step], count_ref[step]
+        step = pl.program_id(1)
+        n = pl.program_id(2) * _BAND + pl.program_id(0)
+        g, begin = group_ref[step], start_ref[step]
         here, there = pl.ds(begin, tile), pl.ds(n * columns, columns)
-        own = (jnp.arange(tile) < length)[:, None]
+        own = jnp.arange(tile) < count_ref[step]
         exists = n * columns + jnp.arange(columns) < F
 
         def add(i, total):
             part = pl.ds(i * inner, inner)
-            contracted = i * inner + jnp.arange(inner) < D
-            left = _load(row_ref.at[here, part], own & contracted)
-            at = kernel_ref.at[(g, there, part) if turned else (g, part, there)]
-            within = (
-                exists[:, None] & contracted if turned else contracted[:, None] & exists
-            )
-            right = _load(at, within)
-            return total + _product(left, right.T if turned else right)
+            within = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
+            left = _load(row_ref.at[here, part], own, within)
+            if turned:
+                right = _load(kernel_ref.at[g, there, part], exists, within).T
+            else:
+                right = _load(kernel_ref.at[g, part, there], within, exists)
+            return total + _product(left, right)
 
         zeros = jnp.zeros((tile, columns), sums)
-        parts = jnp.where((g < G) & (length > 0), pl.cdiv(D, inner), 0)
-        y = lax.fori_loop(0, parts, add, zeros)
-        is_row = g < G
+        y = lax.fori_loop(0, parts_ref[step] * (n * columns < F), add, zeros)
         if row_scale_ref is not None:
-            y *= _load(row_scale_ref.at[here], own[:, 0] & is_row)[:, None]
+            y *= _load(row_scale_ref.at[here], own & (g < G))[:, None]
         if column_scale_ref is not None:
-            y *= _load(column_scale_ref.at[g, there], exists & is_row)
-        plgpu.store(out_ref.at[here, there], y.astype(dtype), mask=own & exists)
+            y *= _load(column_scale_ref.at[g, there], exists & (g < G))
+        plgpu.store(out_ref.at[here, there], y.astype(dtype), mask=own[:, None] & exists)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((R, F), dtype),
-        grid=(pl.cdiv(F, columns), len(group)),
+        grid=(_BAND, len(group), pl.cdiv(F, columns * _BAND)),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         cost_estimate=_cost(R, D, F, rows, kernels),
         interpret=interpret,
         name="grouped_matmul",
-    )(group, start, count, rows, kernels, *scales)
+    )(group, start, count, parts, rows, kernels, *scales)
 
 
 def outer(
@@ -90,13 +94,14 @@ def outer(
     interpret: bool = False,
 ) -> jax.Array:
     """As ``grouped_outer``. A program goes through all rows of its group."""
+    rows, others = _readable(rows), _readable(others)
     (R, D), F = rows.shape, others.shape[1]
-    depth, inner, columns = _checked(blocks or Blocks(64, 128, 128), (R, D, F))
+    depth, inner, columns = _checked(blocks, rows, others, outer=True)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     sums = sum_type(rows.dtype, others.dtype)
 
     def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
-        g, m, n = (pl.program_id(i) for i in range(3))
+        n, m, g = (pl.program_id(i) for i in range(3))
         start, end = start_ref[g], end_ref[g]
         inside, there = pl.ds(m * inner, inner), pl.ds(n * columns, columns)
         in_d = m * inner + jnp.arange(inner) < D
@@ -104,10 +109,9 @@ def outer(
 
         def add(i, total):
             at = start + i * depth
-            own = (at + jnp.arange(depth) < end)[:, None]
-            here = pl.ds(at, depth)
-            left = _load(row_ref.at[here, inside], own & in_d)
-            right = _load(other_ref.at[here, there], own & in_f)
+            own = at + jnp.arange(depth) < end
+            left = _load(row_ref.at[pl.ds(at, depth), inside], own, in_d)
+            right = _load(other_ref.at[pl.ds(at, depth), there], own, in_f)
             return total + _product(left.T, right)
 
         zeros = jnp.zeros((inner, columns), sums)
@@ -118,7 +122,7 @@ def outer(
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((len(sizes), D, F), dtype),
-        grid=(len(sizes), pl.cdiv(D, inner), pl.cdiv(F, columns)),
+        grid=(pl.cdiv(F, columns), pl.cdiv(D, inner), len(sizes)),
         compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
         cost_estimate=_cost(R, D, F, rows, others),
         interpret=interpret,
@@ -126,24 +130,46 @@ def outer(
     )(ends - sizes, ends, rows, others)
 
 
-def _checked(blocks: Blocks | None, sizes: tuple[int, int, int]) -> Blocks:
-    blocks = blocks or _BLOCKS
+def _checked(blocks: Blocks | None, left: jax.Array, right: jax.Array, outer=False) -> Blocks:
+    """Shared memory holds the contracted parts of both operands, a stage ahead each."""
+    size = max(left.dtype.itemsize, right.dtype.itemsize)
+    depth = 128 // size
+    blocks = blocks or (Blocks(depth, 128, 128) if outer else Blocks(128, depth, 128))
+    contracted, *kept = blocks if outer else (blocks.inner, blocks.rows, blocks.columns)
+    needed = (_STAGES - 1) * contracted * sum(kept) * size
+    text = f"blocks {tuple(blocks)} of {left.shape} and {right.shape} in {left.dtype}"
     if any(n < 16 or n & (n - 1) for n in blocks):
-        raise ValueError(
-            f"blocks {tuple(blocks)} for sizes {sizes}: each is a power of two, 16 at least"
-        )
+        raise ValueError(f"{text}: each is a power of two, 16 at least")
+    if needed > _SHARED_BYTES:
+        raise ValueError(f"{text}: {needed} bytes of shared memory, {_SHARED_BYTES} at most")
     return blocks
 
 
-def _load(ref: Any, mask: jax.Array) -> jax.Array:
-    return plgpu.load(ref, mask=mask, other=0)
+def _readable(x: jax.Array) -> jax.Array:
+    """float8_e4m3fn as bf16 where the card, as far as is known, does not read it."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    if x.dtype != jnp.float8_e4m3fn or any(card in kind for card in _FLOAT8_CARDS):
+        return x
+    return x.astype(jnp.bfloat16)
+
+
+def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
+    """Zeros where the mask of any dimension, if it has one, is false."""
+    mask = None
+    for axis, own in enumerate(masks):
+        if own is not None:
+            own = own if len(masks) == 1 else jnp.expand_dims(own, 1 - axis)
+            mask = own if mask is None else mask & own
+    return plgpu.load(ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
 
 
 def _product(left: jax.Array, right: jax.Array) -> jax.Array:
-    if left.dtype != right.dtype or left.dtype.itemsize == 1 and left.dtype != jnp.int8:
+    sums = sum_type(left.dtype, right.dtype)
+    if left.dtype != right.dtype:
         wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
         left, right = left.astype(wide), right.astype(wide)
-    return jnp.dot(left, right, preferred_element_type=sum_type(left.dtype, right.dtype))
+    return jnp.dot(left, right, preferred_element_type=sums)
 
 
 def _cost(R: int, D: int, F: int, *arrays: jax.Array) -> pl.CostEstimate:
