@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul.chips import Chip
 
 LANES = 128
-# Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more hide
-# its beginning and end better, and compile for longer.
+# Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more
+# hide its beginning and end better, and compile for longer.
 _UNROLLED = 1 << 14
 # A tile of rows: groups of fewer share one, and each that begins inside one costs a step.
 _ROWS = 1024
