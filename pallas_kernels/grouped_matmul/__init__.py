@@ -5,7 +5,7 @@ without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows t
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from pallas_kernels.grouped_matmul.chips import current_platform
 
 __all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
 
-Backend = Literal["tpu", "gpu", "cpu"]
 _MODULES = {"tpu": tpu, "gpu": triton, "cpu": xla}
 _FLOATS = (jnp.bfloat16, jnp.float32, jnp.float16)
 _EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -32,7 +31,7 @@ def grouped_matmul(
     row_scales: jax.Array | None = None,
     column_scales: jax.Array | None = None,
     dtype: Any = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
     blocks: Blocks | None = None,
 ) -> jax.Array:
     """Each row times its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
@@ -49,7 +48,7 @@ def grouped_matmul(
             multiplied by, after the product.
         dtype: of the result. Default: the rows'; of int8 without scales int32, of other 8-bit
             rows bf16.
-        backend: the platform that the program is for. None: that of the current mesh's devices,
+        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the current mesh's devices,
             without one whichever JAX lowers for.
         blocks: of the kernel (not on a CPU), with an explicit ``backend``. None: by rule.
 
@@ -75,7 +74,7 @@ def grouped_matmul(
     scaled = row_scales is not None or column_scales is not None
     how = _how(rows, kernels, sizes, dtype, scaled, backend, blocks, turned)
     if rows.dtype in _EIGHT_BITS or kernels.dtype in _EIGHT_BITS:
-        return _run("matmul", how, rows, kernels, sizes, row_scales, column_scales)
+        return _forward_only(rows, kernels, sizes, row_scales, column_scales, "matmul", how)
     return _matmul(rows, kernels, sizes, how)
 
 
@@ -85,7 +84,7 @@ def grouped_outer(
     sizes: jax.Array,
     *,
     dtype: Any = None,
-    backend: Backend | None = None,
+    backend: str | None = None,
     blocks: Blocks | None = None,
 ) -> jax.Array:
     """For each group the sum over its rows of row ⊗ other: the gradient of its kernel.
@@ -105,7 +104,7 @@ def grouped_outer(
         )
     how = _how(rows, others, sizes, dtype, False, backend, blocks)
     if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
-        return _run("outer", how, rows, others, sizes)
+        return _forward_only(rows, others, sizes, None, None, "outer", how)
     return _outer(rows, others, sizes, how)
 
 
@@ -113,7 +112,7 @@ class _How(NamedTuple):
     """Everything static."""
 
     dtype: Any
-    backend: Backend | None
+    backend: str | None
     blocks: Blocks | None
     turned: bool
 
@@ -141,17 +140,33 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _H
 
 def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
     options: dict[str, Any] = {"dtype": how.dtype}
+    arrays = jax.tree.map(jnp.asarray, arrays)
     if name == "matmul":
         options["turned"] = how.turned
         arrays = (*arrays, None, None)[:5]
 
-    def of(backend: Backend):
+    def of(backend: str):
         own = {"blocks": how.blocks} if how.blocks is not None else {}
         return partial(getattr(_MODULES[backend], name), **options, **own)
 
     if how.backend is not None:
         return of(how.backend)(*arrays)
     return lax.platform_dependent(*arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _forward_only(left, right, sizes, row_scales, column_scales, name: str, how: _How):
+    scales = (row_scales, column_scales) if name == "matmul" else ()
+    return _run(name, how, left, right, sizes, *scales)
+
+
+def _refused(left, right, *others):
+    raise ValueError(
+        f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
+    )
+
+
+_forward_only.defvjp(_refused, _refused)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
