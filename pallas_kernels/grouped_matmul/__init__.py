@@ -48,8 +48,8 @@ def grouped_matmul(
             multiplied by, after the product.
         dtype: of the result. Default: the rows'; of int8 without scales int32, of other 8-bit
             rows bf16.
-        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the current mesh's devices,
-            without one whichever JAX lowers for.
+        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the
+            current mesh's devices, without a mesh whichever JAX lowers for.
         blocks: of the kernel (not on a CPU), with an explicit ``backend``. None: by rule.
 
     Returns:
