@@ -48,13 +48,11 @@ def matmul_blocks(operands: Operands, chip: Chip) -> Blocks:
     Every tile of columns reads all rows again, every change of group a block of a kernel.
     """
     D, F, budget = operands.inner, operands.columns, _budget(chip)
-    size = jnp.dtype(operands.right).itemsize
-    inner = D
-    narrow = min(F, 4 * LANES if chip.mxu == LANES else 8 * LANES)
-    if 2 * size * D * narrow > budget // 2 and D % LANES == 0:
-        most = budget // 2 // (2 * size * narrow)
-        inner = LANES * _divisor(D // LANES, max(1, most // LANES))
-    widest = min(_COLUMNS, budget // 2 // (2 * size * inner))
+    room = budget // 2 // _kernel_bytes(operands, chip)
+    inner, narrow = D, min(F, 4 * chip.mxu)
+    if D * narrow > room and D % LANES == 0:
+        inner = LANES * _divisor(D // LANES, max(1, room // narrow // LANES))
+    widest = min(_COLUMNS, room // inner)
     columns = _even(F, max(widest // LANES * LANES, LANES), chip)
     rows = _tile(operands)
     while rows > 2 * LANES and matmul_vmem(Blocks(rows, inner, columns), operands, chip) > budget:
@@ -93,13 +91,27 @@ def check(blocks: Blocks, operands: Operands, needed: int, chip: Chip) -> None:
 def matmul_vmem(blocks: Blocks, operands: Operands, chip: Chip) -> int:
     """Bytes of VMEM: two of each block, sums of parts of D, and what a product is made in."""
     rows, inner, columns = blocks
-    left, right, out = (jnp.dtype(d).itemsize for d in operands[3:])
+    left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)
-    total = 2 * (rows * inner * left + inner * columns * right + rows * columns * out)
+    total = 2 * rows * (inner * left + columns * out)
+    total += inner * columns * _kernel_bytes(operands, chip)
     total += 4 * rows * columns * (blocks.inner < operands.inner)
     total += 2 * 4 * (rows * LANES + 8 * columns)  # scales
-    part = column_part(blocks, operands, chip)
-    return total + _lanes(part) * (4 * 2 * row_parts(chip)[0] + 2 * inner * (right == 1))
+    return total + 2 * 4 * row_parts(chip)[0] * _lanes(column_part(blocks, operands, chip))
+
+
+def widened(operands: Operands, chip: Chip) -> Any:
+    """The type in which a kernel's blocks are kept beside themselves, or None."""
+    if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies(operands.left, operands.right):
+        return None
+    return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
+
+
+def _kernel_bytes(operands: Operands, chip: Chip) -> int:
+    """For each element of a kernel's block: two copies, and a wide one."""
+    wide = widened(operands, chip)
+    size = 2 * jnp.dtype(operands.right).itemsize
+    return size if wide is None else size + jnp.dtype(wide).itemsize
 
 
 def outer_vmem(blocks: Blocks, operands: Operands) -> int:
@@ -128,7 +140,12 @@ def column_part(blocks: Blocks, operands: Operands, chip: Chip) -> int:
     unit = chip.mxu if blocks.columns % chip.mxu == 0 else LANES
     if blocks.columns % unit:
         return blocks.columns
-    return unit * _divisor(blocks.columns // unit, max(1, most // unit))
+    # The nearest divisor: a block of 7 units of which 4 would do is not made one by one.
+    number = blocks.columns // unit
+    return unit * min(
+        (d for d in range(1, number + 1) if number % d == 0),
+        key=lambda d: max(d * unit, most) / min(d * unit, max(most, 1)),
+    )
 
 
 def outer_part(blocks: Blocks, operands: Operands) -> tuple[int, int]:

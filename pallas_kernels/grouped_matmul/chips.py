@@ -22,6 +22,14 @@ class Chip(NamedTuple):
     float8: tuple[Any, ...] = ()
     """... and which 8-bit floats; others are widened to bf16, which holds them exactly."""
 
+    def multiplies(self, left: Any, right: Any) -> bool:
+        """Operands of these types as they are."""
+        if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
+            return left == right
+        if jnp.int8 in (left, right):
+            return left == right and self.int8
+        return left in self.float8 and right in self.float8
+
 
 _V5P = Chip(64 * _MIB, 2, 128, True, (jnp.float8_e5m2,))
 _V5E = Chip(128 * _MIB, 1, 128, True, (jnp.float8_e5m2,))

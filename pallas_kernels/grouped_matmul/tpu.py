@@ -19,6 +19,8 @@ from pallas_kernels.grouped_matmul.xla import sum_type
 _ALIGNED = 32
 # The sum of so many products of int8 is exact in fp32.
 _EXACT = 1024
+# Rows of a block that are widened at once.
+_WIDENED = 128
 
 
 def matmul(
@@ -49,12 +51,15 @@ def matmul(
     tile, inner, columns = blocks
     parts_of_d = D // inner
     sums = sum_type(rows.dtype, kernels.dtype)
+    wide = sizing.widened(operands, chip)
 
     def kernel(where, row_ref, kernel_ref, *refs):
         refs = list(refs)
         row_scale_ref = None if row_scales is None else refs.pop(0)
         column_scale_ref = None if column_scales is None else refs.pop(0)
-        out_ref, *sum_ref = refs
+        out_ref = refs.pop(0)
+        wide_ref = kernel_ref if wide is None else refs.pop(0)
+        sum_ref = refs.pop(0) if parts_of_d > 1 else None
         visit, d = pl.program_id(1), pl.program_id(2)
         where = Visits(*where)
         begin, end = where.begin[visit], where.end[visit]
@@ -62,20 +67,29 @@ def matmul(
         def multiply(here, at, start, there):
             """The rows ``here``, from ``at`` on, times the columns ``there``. Those before
             ``start`` another part has met; they are not to be summed twice."""
-            right = kernel_ref[there, :] if turned else kernel_ref[:, there]
-            y = _product(row_ref[here, :], right, 1, 1 if turned else 0, chip)
+            right = wide_ref[there, :] if turned else wide_ref[:, there]
+            y = _product(row_ref[here, :], right, 1, 1 if turned else 0, sums, chip)
             row = at + lax.broadcasted_iota(jnp.int32, y.shape, 0)
             own = (row >= jnp.maximum(begin, start)) & (row < end)
-            if sum_ref:
-                old = sum_ref[0][here, there]
+            if sum_ref is not None:
+                old = sum_ref[here, there]
                 y = jnp.where(own, jnp.where(d == 0, 0, old) + y, old)
-                sum_ref[0][here, there] = y
+                sum_ref[here, there] = y
             if row_scale_ref is not None:
                 y = y.astype(jnp.float32) * row_scale_ref[here, :]
             if column_scale_ref is not None:
                 y = y.astype(jnp.float32) * column_scale_ref[:, there]
             old = out_ref[here, there].astype(y.dtype)
             out_ref[here, there] = jnp.where(own, y, old).astype(dtype)
+
+        if wide is not None:
+            # Once for all rows of a group that follow each other.
+            before = where.group[jnp.maximum(visit - 1, 0)]
+            is_new = (visit == 0) | (before != where.group[visit]) | (parts_of_d > 1)
+
+            @pl.when(is_new & (where.padding[visit] == 0))
+            def _():
+                _widen(kernel_ref, wide_ref)
 
         @pl.when(where.padding[visit] == 0)
         def _():
@@ -115,7 +129,10 @@ def matmul(
             grid=(tiles_of_f, count, parts_of_d),
             in_specs=[specs[name] for name in arrays],
             out_specs=pl.BlockSpec((tile, columns), lambda n, v, d, where: (where[1][v], n)),
-            scratch_shapes=[pltpu.VMEM((tile, columns), sums)] * (parts_of_d > 1),
+            scratch_shapes=[
+                *([] if wide is None else [pltpu.VMEM(kernel_block[1:], wide)]),
+                *([pltpu.VMEM((tile, columns), sums)] * (parts_of_d > 1)),
+            ],
         ),
         compiler_params=_params(needed, chip),
         cost_estimate=pl.CostEstimate(
@@ -164,7 +181,7 @@ def outer(
                     _where(own, ref[here, part])
                     for ref, part in ((row_ref, inside), (other_ref, there))
                 )
-                y = _product(left, right, 0, 0, chip)
+                y = _product(left, right, 0, 0, sums, chip)
                 # The sum is stored as a result each time: beside a product that costs nothing.
                 new = is_first & (start <= begin)
                 y = jnp.where(new, 0, sum_ref[inside, there]) + y
@@ -250,11 +267,10 @@ def _slice(number: jax.Array, part: int, whole: int) -> Any:
     return slice(None) if part == whole else pl.ds(pl.multiple_of(number * part, part), part)
 
 
-def _product(left, right, left_dim: int, right_dim: int, chip: Chip) -> jax.Array:
+def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: Chip) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in bf16."""
     contract = (((left_dim,), (right_dim,)), ((), ()))
-    sums = sum_type(left.dtype, right.dtype)
-    if _multiplies(left.dtype, right.dtype, chip):
+    if chip.multiplies(left.dtype, right.dtype):
         return lax.dot_general(left, right, contract, preferred_element_type=sums)
     wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
     left, right = _widened(left, wide), _widened(right, wide)
@@ -271,13 +287,16 @@ def _product(left, right, left_dim: int, right_dim: int, chip: Chip) -> jax.Arra
     return total
 
 
-def _multiplies(left: Any, right: Any, chip: Chip) -> bool:
-    sizes = {jnp.dtype(d).itemsize for d in (left, right)}
-    if sizes == {1}:
-        if jnp.int8 in (left, right):
-            return left == right and chip.int8
-        return left in chip.float8 and right in chip.float8
-    return left == right
+def _widen(ref: Any, wide_ref: Any) -> None:
+    """A block at another's type, a part at a time."""
+    length = ref.shape[0]
+    part = _WIDENED if length % _WIDENED == 0 else length
+
+    def step(number, _):
+        here = _slice(number, part, length)
+        wide_ref[here, :] = _widened(ref[here, :], wide_ref.dtype)
+
+    lax.fori_loop(0, length // part, step, None)
 
 
 def _widened(x: jax.Array, dtype: Any) -> jax.Array:
