@@ -62,14 +62,14 @@ def matmul_blocks(operands: Operands, chip: Chip) -> Blocks:
 
 def outer_blocks(operands: Operands, chip: Chip) -> Blocks:
     """As much of [D, F] at once as fits: every part of it reads rows or others again."""
-    rows, most = min(_tile(operands), 512), _COLUMNS
-    while True:
+    for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
         inner = _even(operands.inner, most, chip)
         columns = _even(operands.columns, most, chip._replace(cores=1))
-        blocks = Blocks(rows, inner, columns)
-        if most <= 2 * LANES or outer_vmem(blocks, operands) <= _budget(chip):
-            return blocks
-        most //= 2
+        for rows in (_tile(operands), min(_tile(operands), _ROWS // 2)):
+            blocks = Blocks(rows, inner, columns)
+            if outer_vmem(blocks, operands) <= _budget(chip):
+                return blocks
+    return blocks
 
 
 def check(blocks: Blocks, operands: Operands, needed: int, chip: Chip) -> None:

@@ -15,8 +15,6 @@ from pallas_kernels.grouped_matmul.chips import Chip, current_chip
 from pallas_kernels.grouped_matmul.visits import Visits, visits
 from pallas_kernels.grouped_matmul.xla import sum_type
 
-# Rows that a slice of any data type may start at.
-_ALIGNED = 32
 # The sum of so many products of int8 is exact in fp32.
 _EXACT = 1024
 # Rows of a block that are widened at once.
@@ -52,6 +50,7 @@ def matmul(
     parts_of_d = D // inner
     sums = sum_type(rows.dtype, kernels.dtype)
     wide = sizing.widened(operands, chip)
+    aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
     def kernel(where, row_ref, kernel_ref, *refs):
         refs = list(refs)
@@ -94,7 +93,7 @@ def matmul(
         @pl.when(where.padding[visit] == 0)
         def _():
             part = sizing.column_part(blocks, operands, chip)
-            _over_parts(multiply, begin, end, tile, sizing.row_parts(chip), columns, part)
+            _over_parts(multiply, begin, end, aligned, tile, sizing.row_parts(chip), columns, part)
 
         @pl.when(where.padding[visit] == 1)
         def _():
@@ -165,6 +164,7 @@ def outer(
     sizing.check(blocks, operands, needed, chip)
     tile, inner, columns = blocks
     sums = sum_type(rows.dtype, others.dtype)
+    aligned = _alignment(rows, others)
 
     def kernel(where, row_ref, other_ref, out_ref, sum_ref):
         visit = pl.program_id(2)
@@ -195,7 +195,7 @@ def outer(
 
         def over_inner(number, _):
             inside = _slice(number, at_once[0], inner)
-            _over_parts(add_part(inside), begin, end, tile, (depth,), columns, at_once[1])
+            _over_parts(add_part(inside), begin, end, aligned, tile, (depth,), columns, at_once[1])
 
         lax.fori_loop(0, inner // at_once[0], over_inner, None)
 
@@ -237,15 +237,16 @@ def _over_parts(
     body: Callable[..., None],
     begin: jax.Array,
     end: jax.Array,
+    aligned: int,
     tile: int,
     lengths: tuple[int, ...],
     columns: int,
     part: int,
 ) -> None:
     """``body(here, at, start, there)`` for parts of the rows [begin, end) of a tile, the longest
-    first, and of the columns. A part that would end behind the tile begins, at ``at``, before its
-    ``start``."""
-    start = lax.div(begin, _ALIGNED) * _ALIGNED
+    first, and of the columns. Parts start at multiples of ``aligned``; one that would end behind
+    the tile begins, at ``at``, before its ``start``."""
+    start = lax.div(begin, aligned) * aligned
     across = columns // part
     for length in (min(length, tile) for length in lengths):
         is_last = length == min(lengths[-1], tile)
@@ -254,13 +255,18 @@ def _over_parts(
 
         def step(number, _, start=start, length=length):
             own = start + lax.div(number, across) * length
-            at = pl.multiple_of(jnp.minimum(own, tile - length), _ALIGNED)
+            at = pl.multiple_of(jnp.minimum(own, tile - length), aligned)
             body(pl.ds(at, length), at, own, _slice(lax.rem(number, across), part, columns))
 
         lax.fori_loop(0, count * across, step, None)
         if is_last:
             break
         start = start + count * length
+
+
+def _alignment(*arrays: Any) -> int:
+    """Rows in which slices of all of these may start: those that share a register's words."""
+    return 32 // min(2, *(x.dtype.itemsize for x in arrays))
 
 
 def _slice(number: jax.Array, part: int, whole: int) -> Any:
