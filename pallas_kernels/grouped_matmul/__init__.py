@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul.chips import current_platform
 __all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
 
 _MODULES = {"tpu": tpu, "gpu": triton, "cpu": xla}
-_FLOATS = (jnp.bfloat16, jnp.float32, jnp.float16)
+_FLOATS = (jnp.bfloat16, jnp.float32)
 _EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
@@ -39,7 +39,7 @@ def grouped_matmul(
     Args:
         rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
             may hold anything, NaN too.
-        kernels: [G, D, F], or [G, F, D] when ``turned``. Operands are bf16, fp16, fp32, int8 or
+        kernels: [G, D, F], or [G, F, D] when ``turned``. Operands are bf16, fp32, int8 or
             float8 (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip
             does not multiply is widened in the kernel. fp32 has the precision that
             ``jax.default_matmul_precision`` says.
@@ -59,8 +59,9 @@ def grouped_matmul(
     Raises:
         ValueError: shapes or types that do not belong together; blocks that do not fit.
     """
-    G, D, F = kernels.shape if not turned else (kernels.shape[0], *kernels.shape[:0:-1])
-    if rows.ndim != 2 or rows.shape[1] != D or sizes.shape != (G,):
+    G, D, F = (*kernels.shape, 0, 0, 0)[:3]
+    D, F = (F, D) if turned else (D, F)
+    if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or sizes.shape != (G,):
         raise ValueError(
             f"rows {rows.shape}, kernels {kernels.shape}{' turned' if turned else ''} and sizes "
             f"{sizes.shape} do not belong together"

@@ -142,7 +142,6 @@ def test_what_is_not_finite_stays_in_its_group(case):
     assert np.isfinite(np.delete(outer, 2, axis=0)).all()
 
 
-# As bits of exponent: what a chip multiplies, and what it widens first.
 CHIPS = {"v4": chips._V4, "v5e": chips._V5E, "v6e": chips._V6E, "tpu7x": chips._V7X}
 
 
@@ -222,7 +221,7 @@ def _backend(where, monkeypatch):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu"])
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", None])
 def test_gradients_are_those_of_the_definition(backend, turned):
     sizes = np.array([12, 0, 25, 3], np.int32)
     used = sizes.sum()
