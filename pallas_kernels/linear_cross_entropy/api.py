@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear_cross_entropy import tpu, xla
-from pallas_kernels.linear_cross_entropy.blocks import fits, vmem_bytes
+from pallas_kernels.linear_cross_entropy.blocks import Tiling, chip, fits
 from pallas_kernels.linear_cross_entropy.parts import Loss, Sums
 
 Implementation = Literal["tpu", "xla"]
@@ -24,6 +24,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
+    blocks: Tiling | None = None,
     interpret: Any = False,
 ) -> Sums:
     """Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
@@ -42,6 +43,7 @@ def linear_cross_entropy(
         implementation: "tpu": a Pallas kernel, which keeps logits in VMEM; "xla": any backend,
             [chunk, V] logits in memory; None: "tpu" where the program is compiled for a TPU whose
             VMEM holds its smallest blocks, "xla" elsewhere.
+        blocks: of "tpu", its kernels' block sizes; None: as large as VMEM holds.
         interpret: of "tpu", as ``pallas_call`` takes it.
 
     Returns:
@@ -49,17 +51,19 @@ def linear_cross_entropy(
         first is differentiable, in ``hidden`` and ``head``.
 
     Raises:
-        ValueError: shapes that do not belong together, softcap ≤ 0, chunk < 1, or blocks of "tpu"
-            that the chip's VMEM does not hold.
+        ValueError: shapes that do not belong together, softcap ≤ 0, chunk < 1, or blocks that
+            are no multiples of 128 or that the chip's VMEM does not hold.
     """
-    how = dict(
+    run = partial(
+        loss_and_gradients,
         z_loss=z_loss,
         softcap=softcap,
         chunk=chunk,
         implementation=implementation,
+        blocks=blocks,
         interpret=interpret,
     )
-    return _differentiable(hidden, head, targets, weights, tuple(how.items()))
+    return _differentiable(hidden, head, targets, weights, run)
 
 
 def loss_and_gradients(
@@ -75,6 +79,7 @@ def loss_and_gradients(
     softcap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
+    blocks: Tiling | None = None,
     interpret: Any = False,
 ) -> Loss:
     """The sums of :func:`linear_cross_entropy` over this device's tokens, and their gradients; not
@@ -94,24 +99,29 @@ def loss_and_gradients(
     """
     _check(hidden, head, targets, weights, softcap, chunk)
     share = (hidden, head, targets - first, weights)
-    options = dict(axes=axes, gradient=gradient, z_loss=z_loss, softcap=softcap)
+    options: dict[str, Any] = {
+        "axes": axes,
+        "gradient": gradient,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
     by_xla = partial(xla.loss_and_gradients, **options, chunk=chunk)
-    by_tpu = partial(tpu.loss_and_gradients, **options, interpret=interpret)
-    if implementation is None and fits(hidden.shape, head.shape[1], hidden.dtype, vmem_bytes()):
+    by_tpu = partial(tpu.loss_and_gradients, **options, blocks=blocks, interpret=interpret)
+    if implementation is None and fits(hidden.shape, head.shape[1], hidden.dtype, chip()):
         return lax.platform_dependent(*share, tpu=by_tpu, default=by_xla)
     return (by_tpu if implementation == "tpu" else by_xla)(*share)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _differentiable(hidden, head, targets, weights, how):
-    return loss_and_gradients(hidden, head, targets, weights, gradient=False, **dict(how))[0]
+def _differentiable(hidden, head, targets, weights, run):
+    return run(hidden, head, targets, weights, gradient=False)[0]
 
 
-def _forward(hidden, head, targets, weights, how):
-    return loss_and_gradients(hidden, head, targets, weights, **dict(how))
+def _forward(hidden, head, targets, weights, run):
+    return run(hidden, head, targets, weights)
 
 
-def _backward(how, gradients, cotangents):
+def _backward(_, gradients, cotangents):
     d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
     return d_hidden, d_head, None, None
 

@@ -1,5 +1,6 @@
 """Sizes of the TPU kernels' blocks: the largest that a chip's VMEM holds."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,8 +13,26 @@ _TOKENS = (1024, 512, 256, 128)
 _VOCAB = tuple(range(1024, 0, -LANES))
 # Of a matrix-sized loop over padding or past the vocabulary's end, the part that is tolerated.
 _WASTE = 1 / 16
-# Of VMEM, what the compiler may need for itself.
-_RESERVED = 1 / 5
+
+
+class Chip(NamedTuple):
+    """What matters here of a TPU's core."""
+
+    vmem: int
+    """Bytes."""
+    matrix_width: int
+    """Of its matrix unit."""
+
+    @property
+    def usable(self) -> int:
+        """Of VMEM, for blocks: the compiler needs some for itself."""
+        return self.vmem * 4 // 5
+
+    def rows_at_once(self, size: int) -> int:
+        """Into which part of a block its products are cut, each one piece of code: enough rows to
+        hide what a piece begins and ends with."""
+        parts = (size // n for n in range(1, size) if size % n == 0)
+        return next(part for part in parts if part <= 2 * self.matrix_width)
 
 
 class Blocks(NamedTuple):
@@ -33,64 +52,83 @@ class Tiling(NamedTuple):
     head_gradient: Blocks
 
 
-def vmem_bytes() -> int:
-    """Of a core of the TPU that the program being traced is for: the mesh's in use, or the default
-    device; of the smallest supported where that is none."""
+BytesOf = Callable[[Blocks, int, Any], int]
+
+
+def chip() -> Chip:
+    """The core that the program being traced is for: of the mesh in use, or the default device; the
+    smallest supported where that is no TPU."""
     try:
-        return pltpu.get_tpu_info().vmem_capacity_bytes
+        info = pltpu.get_tpu_info()
     except ValueError:
-        return SMALLEST_VMEM
+        return Chip(SMALLEST_VMEM, LANES)
+    return Chip(info.vmem_capacity_bytes, info.mxu_column_size)
 
 
-def fits(hidden: tuple[int, int], vocab: int, dtype: Any, vmem: int) -> bool:
+def fits(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> bool:
     """Whether any blocks do."""
     try:
-        tiling(hidden, vocab, dtype, vmem)
+        tiling(hidden, vocab, dtype, chip)
     except ValueError:
         return False
     return True
 
 
-def tiling(hidden: tuple[int, int], vocab: int, dtype: Any, vmem: int) -> Tiling:
-    """Blocks for hidden [T, D] and a vocabulary, in bytes of VMEM.
+def tiling(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> Tiling:
+    """Blocks for hidden [T, D] and a vocabulary: those that fit with the most operations a byte.
 
     Raises:
         ValueError: not even the smallest fit.
     """
     tokens, width = hidden
-    itemsize = jnp.dtype(dtype).itemsize
-    width = -(-width // LANES) * LANES
-    most = int(vmem * (1 - _RESERVED))
+    blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab)]
+    blocks.sort(key=lambda b: b.intensity, reverse=True)
 
-    def best(bytes_of: Any, what: str) -> Blocks:
-        blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab)]
-        sizes = {b: bytes_of(b, width, itemsize) for b in blocks}
-        fitting = [b for b in blocks if sizes[b] <= most]
-        if not fitting:
+    def best(bytes_of: BytesOf) -> Blocks:
+        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= chip.usable)
+        return next(fitting, blocks[-1])
+
+    return checked(Tiling(best(forward_bytes), best(head_gradient_bytes)), width, dtype, chip)
+
+
+def checked(tiling: Tiling, width: int, dtype: Any, chip: Chip) -> Tiling:
+    """The tiling.
+
+    Raises:
+        ValueError: blocks that are no multiples of 128, or do not fit.
+    """
+    for name, blocks, bytes_of in zip(
+        Tiling._fields, tiling, (forward_bytes, head_gradient_bytes), strict=True
+    ):
+        if min(blocks) < LANES or any(size % LANES for size in blocks):
+            raise ValueError(f"{name}: blocks are multiples of {LANES}; got {tuple(blocks)}")
+        size = bytes_of(blocks, width, dtype)
+        if size > chip.usable:
             raise ValueError(
-                f"{what} with D = {width} in {dtype} needs {min(sizes.values())} bytes of VMEM "
-                f"for its smallest blocks, of {most} that may be used"
+                f"{name}: blocks {tuple(blocks)} with D = {width} in {jnp.dtype(dtype)} need {size}"
+                f" bytes of VMEM; {chip.usable} of {chip.vmem} may be used"
             )
-        return max(fitting, key=lambda b: b.intensity)
-
-    return Tiling(
-        best(forward_bytes, "linear cross-entropy's forward kernel"),
-        best(head_gradient_bytes, "linear cross-entropy's head-gradient kernel"),
-    )
+    return tiling
 
 
-def forward_bytes(blocks: Blocks, width: int, itemsize: int) -> int:
+def forward_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
     """VMEM of :func:`kernels.forward`: hidden and the fp32 sum once; this block of the head and the
     one before, twice each; logits, weights and statistics."""
+    width, itemsize = _padded(width), jnp.dtype(dtype).itemsize
     rows = blocks.tokens * (width * (itemsize + 4) + 16 * LANES)
     return rows + 4 * blocks.vocab * width * itemsize + 2 * 4 * blocks.tokens * blocks.vocab
 
 
-def head_gradient_bytes(blocks: Blocks, width: int, itemsize: int) -> int:
+def head_gradient_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
     """VMEM of :func:`kernels.head_gradient`: the head and its gradient twice, the gradient's sum,
     hidden twice, logits."""
+    width, itemsize = _padded(width), jnp.dtype(dtype).itemsize
     entries = blocks.vocab * width * (4 * itemsize + 4)
     return entries + 2 * blocks.tokens * width * itemsize + 2 * 4 * blocks.tokens * blocks.vocab
+
+
+def _padded(width: int) -> int:
+    return -(-width // LANES) * LANES
 
 
 def _tokens(count: int) -> list[int]:

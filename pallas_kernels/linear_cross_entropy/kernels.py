@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_cross_entropy.blocks import LANES, Blocks
+from pallas_kernels.linear_cross_entropy.blocks import LANES, Blocks, Chip
 from pallas_kernels.linear_cross_entropy.parts import cap_slope, capped
 
 # exp of what stays below this is far from fp32's end, also summed over a vocabulary.
@@ -32,7 +32,7 @@ def forward(
     blocks: Blocks,
     gradient: bool,
     softcap: float | None,
-    vmem: int,
+    chip: Chip,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Softmax over the vocabulary without each token's target.
@@ -49,7 +49,6 @@ def forward(
         hidden: [T, D], T a multiple of ``blocks.tokens``.
         table: [V, D].
         targets: int32 [T], −1 for none.
-        vmem: bytes the kernel may use.
 
     Returns:
         fp32 [T], the log-sum-exp of the logits; fp32 [T, D], the mean of the table's rows by their
@@ -64,7 +63,13 @@ def forward(
     before = pl.BlockSpec((vocab, D), lambda t, v: (jnp.maximum(v - 1, 0), 0))
     fp32 = partial(pltpu.VMEM, dtype=jnp.float32)
     results = pl.pallas_call(
-        partial(_forward, vocab=V, softcap=softcap, gradient=gradient),
+        partial(
+            _forward,
+            vocab=V,
+            part=chip.rows_at_once(tokens),
+            softcap=softcap,
+            gradient=gradient,
+        ),
         grid=(T // tokens, last + 2),
         in_specs=[column, rows, own, *[before] * gradient],
         out_specs=[column, *[rows] * gradient],
@@ -80,7 +85,7 @@ def forward(
             fp32((8, LANES)),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem
         ),
         name="linear_cross_entropy_forward",
         interpret=interpret,
@@ -88,8 +93,8 @@ def forward(
     return results[0][:, 0], results[1] if gradient else None
 
 
-def _forward(targets, hidden, table, *refs, vocab, softcap, gradient):
-    before = refs[0] if gradient else None
+def _forward(targets, hidden, table, *refs, vocab, part, softcap, gradient):
+    before: Any = refs[0] if gradient else None
     logsumexp, *mean = refs[gradient : 1 + 2 * gradient]
     logits, shift, total, top, highest = refs[1 + 2 * gradient :]
     sums = [total, *mean]
@@ -122,6 +127,7 @@ def _forward(targets, hidden, table, *refs, vocab, softcap, gradient):
                 ref[r, :] *= jnp.where(v == 1, 0.0, jnp.exp(-rise))
 
     if gradient and tail:  # what lies past the vocabulary's end may be NaN, which 0 does not undo
+
         @pl.when(jnp.maximum(v, 1) == end)
         def _():
             within = lax.broadcasted_iota(jnp.int32, (_ROWS, 1), 0)
@@ -132,12 +138,13 @@ def _forward(targets, hidden, table, *refs, vocab, softcap, gradient):
 
     highest[...] = jnp.full_like(highest, -jnp.inf)
 
-    @_by_rows(tokens, _part(tokens))
+    @_by_rows(tokens, part)
     def _(r):
         weight = jnp.exp(logits[r, :])
         total[r, :] += _fold(jnp.add, weight)
         if softcap is not None:
-            weight *= cap_slope(logits[r, :] + shift[r, :], softcap)
+            # What is left out is −∞ here, and its weight 0.
+            weight *= cap_slope(jnp.maximum(logits[r, :] + shift[r, :], -softcap), softcap)
         score = lax.dot_general(
             hidden[r, :], table[...], _BY_ROWS, preferred_element_type=jnp.float32
         )
@@ -176,7 +183,7 @@ def head_gradient(
     *,
     blocks: Blocks,
     softcap: float | None,
-    vmem: int,
+    chip: Chip,
     interpret: Any,
 ) -> jax.Array:
     """Of the head's table: Σ over tokens of hidden · (d_logsumexp · softmax + d_target · onehot).
@@ -188,7 +195,6 @@ def head_gradient(
         table: [V, D].
         targets: int32 [T], −1 for none.
         logsumexp, d_logsumexp, d_target: fp32 [T], over the whole vocabulary.
-        vmem: bytes the kernel may use.
 
     Returns:
         [V, D] in the table's dtype, summed in fp32.
@@ -198,14 +204,14 @@ def head_gradient(
     row = pl.BlockSpec((1, tokens), lambda v, t: (0, t))
     entries = pl.BlockSpec((vocab, D), lambda v, t: (v, 0))
     return pl.pallas_call(
-        partial(_head_gradient, softcap=softcap),
+        partial(_head_gradient, part=chip.rows_at_once(vocab), softcap=softcap),
         grid=(pl.cdiv(V, vocab), T // tokens),
         in_specs=[*[row] * 4, pl.BlockSpec((tokens, D), lambda v, t: (t, 0)), entries],
         out_specs=entries,
         out_shape=jax.ShapeDtypeStruct((V, D), table.dtype),
         scratch_shapes=[pltpu.VMEM((vocab, D), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=chip.vmem
         ),
         name="linear_cross_entropy_head_gradient",
         interpret=interpret,
@@ -213,7 +219,7 @@ def head_gradient(
 
 
 def _head_gradient(
-    targets, logsumexp, d_logsumexp, d_target, hidden, table, d_table, total, *, softcap
+    targets, logsumexp, d_logsumexp, d_target, hidden, table, d_table, total, *, part, softcap
 ):
     size = len(total)
     v, t = pl.program_id(0), pl.program_id(1)
@@ -224,7 +230,7 @@ def _head_gradient(
         def _(r):
             total[r, :] = jnp.zeros((_ROWS, total.shape[1]), jnp.float32)
 
-    @_by_rows(size, _part(size))
+    @_by_rows(size, part)
     def _(r):
         logits = lax.dot_general(
             table[r, :], hidden[...], _BY_ROWS, preferred_element_type=jnp.float32
@@ -257,11 +263,6 @@ def _by_rows(count, size=_ROWS):
         lax.fori_loop(0, count // size, body, 0)
 
     return run
-
-
-def _part(size):
-    """Of a block, rows whose products are formed at once: halves of large ones."""
-    return size if size <= 2 * LANES or size % 2 else size // 2
 
 
 def _fold(function, x):

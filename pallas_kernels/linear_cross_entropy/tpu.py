@@ -8,13 +8,14 @@ output (Dao et al. 2022), but without the target's row. That row's part has the 
 which for a confident token is a small difference: it is taken in fp32 and added here.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.linear_cross_entropy import kernels
-from pallas_kernels.linear_cross_entropy.blocks import tiling, vmem_bytes
+from pallas_kernels.linear_cross_entropy.blocks import Tiling, checked, chip, tiling
 from pallas_kernels.linear_cross_entropy.parts import (
     Loss,
     cap_slope,
@@ -34,21 +35,24 @@ def loss_and_gradients(
     gradient: bool,
     z_loss: float,
     softcap: float | None,
-    interpret: Any = False,
+    blocks: Tiling | None,
+    interpret: Any,
 ) -> Loss:
     """See :func:`pallas_kernels.linear_cross_entropy.loss_and_gradients`; targets are counted from
     the share's first entry."""
-    tokens, vocab, vmem = len(hidden), head.shape[1], vmem_bytes()
-    blocks = tiling(hidden.shape, vocab, hidden.dtype, vmem)
-    how = dict(softcap=softcap, vmem=vmem, interpret=interpret)
+    tokens, vocab, core = len(hidden), head.shape[1], chip()
+    if blocks is None:
+        blocks = tiling(hidden.shape, vocab, hidden.dtype, core)
+    else:
+        checked(blocks, hidden.shape[1], hidden.dtype, core)
+    how: dict[str, Any] = {"softcap": softcap, "chip": core, "interpret": interpret}
     # Rows of a table are whole tiles; XLA gives the head that layout where it is made.
     table = head.T
     found = (targets >= 0) & (targets < vocab)
     rows = table[jnp.clip(targets, 0, vocab - 1)].astype(jnp.float32)
     target = capped(jnp.sum(hidden.astype(jnp.float32) * rows, axis=1), softcap)
     # Padding stands in no block of the vocabulary.
-    longest = max(b.tokens for b in blocks)
-    padding = -tokens % longest
+    padding = -tokens % math.lcm(*(b.tokens for b in blocks))
     padded = jnp.pad(hidden, ((0, padding), (0, 0)))
     own_targets = jnp.pad(jnp.where(found, targets, -1), (0, padding), constant_values=-1)
 
