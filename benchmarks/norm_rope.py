@@ -25,9 +25,16 @@ import jax.numpy as jnp
 from cases import add_cases, chosen
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
 
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.positions import Rotary, rotary, rotate
+from maxlm.plan.compiled.cost import compiled_cost
+from maxlm.plan.hardware import CHIPS
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import topology_devices
+from pallas_kernels.static import CHIPS as STATIC
+from pallas_kernels.static import Spec, measure
 
 TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 32, 8, 128
 EPS, THETA, ROWS = 1e-5, 500_000.0, 128
@@ -84,28 +91,27 @@ XLA: dict[str, Program] = {
 
 
 def by_rows(kernel, *arguments, widths, dtypes, sums=0):
-    """A kernel over blocks of rows; arguments of one row are whole in every step, and so are the
-    last ``sums`` results, of 8 rows."""
+    """A kernel over blocks of rows; arguments of one row are whole in every step. Of the last
+    ``sums`` results each step has 8 rows of its own."""
 
-    def rows(width):
-        return pl.BlockSpec((ROWS, width), lambda i: (i, 0))
+    def rows(width, height=ROWS):
+        return pl.BlockSpec((height, width), lambda i: (i, 0))
 
-    def whole(height, width):
-        return pl.BlockSpec((height, width), lambda i: (0, 0))
+    def row(width):
+        return pl.BlockSpec((1, width), lambda i: (0, 0))
 
-    tall = len(widths) - sums
+    steps = TOKENS // ROWS
+    heights = [ROWS] * (len(widths) - sums) + [8] * sums
     return pl.pallas_call(
         kernel,
-        grid=(TOKENS // ROWS,),
-        in_specs=[whole(*a.shape) if len(a) == 1 else rows(a.shape[1]) for a in arguments],
-        out_specs=[rows(w) if i < tall else whole(8, w) for i, w in enumerate(widths)],
+        grid=(steps,),
+        in_specs=[row(a.shape[1]) if len(a) == 1 else rows(a.shape[1]) for a in arguments],
+        out_specs=[rows(w, h) for w, h in zip(widths, heights, strict=True)],
         out_shape=[
-            jax.ShapeDtypeStruct((TOKENS if i < tall else 8, w), t)
-            for i, (w, t) in enumerate(zip(widths, dtypes, strict=True))
+            jax.ShapeDtypeStruct((steps * h, w), t)
+            for h, w, t in zip(heights, widths, dtypes, strict=True)
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary" if sums else "parallel",)
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     )(*arguments)
 
 
@@ -121,14 +127,10 @@ def pallas_norm_forward(x, branch, scale):
 
 def pallas_norm_backward(x, scale, d_x, d_normed):
     def kernel(x, scale, d_x, d_normed, d_total, d_scale):
-        @pl.when(pl.program_id(0) == 0)
-        def _():
-            d_scale[...] = jnp.zeros_like(d_scale)
-
         wide, d_wide = x[...].astype(jnp.float32), d_normed[...].astype(jnp.float32)
         root = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + EPS)
         unit = wide * root
-        d_scale[...] += jnp.sum((d_wide * unit).reshape(-1, 8, D), axis=0)
+        d_scale[...] = jnp.sum((d_wide * unit).reshape(-1, 8, D), axis=0)
         d_unit = d_wide * scale[...]
         along = jnp.mean(d_unit * unit, axis=1, keepdims=True)
         d_own = root * (d_unit - unit * along)
@@ -137,7 +139,9 @@ def pallas_norm_backward(x, scale, d_x, d_normed):
     results = by_rows(
         kernel,
         *(x, scale[None], d_x, d_normed),
-        **{"widths": (D, D), "dtypes": (jnp.bfloat16, jnp.float32), "sums": 1},
+        widths=(D, D),
+        dtypes=(jnp.bfloat16, jnp.float32),
+        sums=1,
     )
     return results[0], results[1].sum(axis=0)
 
@@ -172,15 +176,8 @@ def program(*, case: str, pallas: bool) -> Program:
 
 def moved_and_least(case: str, chip: str) -> tuple[int, int]:
     """Bytes of main memory of XLA's program, and the least."""
-    from jax.sharding import SingleDeviceSharding
-
-    from maxlm.plan.compiled.cost import compiled_cost
-    from maxlm.plan.topology import parse_topology
-    from maxlm.programs.compile import topology_devices
-    from pallas_kernels.static import CHIPS
-
     function, arguments = XLA[case]
-    device = topology_devices(parse_topology(CHIPS[chip].topology))[0]
+    device = topology_devices(parse_topology(STATIC[chip].topology))[0]
     on = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     compiled = jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
     ends = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))
@@ -190,8 +187,6 @@ def moved_and_least(case: str, chip: str) -> tuple[int, int]:
 
 def microseconds(case: str, chip: str, *, pallas: bool) -> float:
     """The schedule's own time, of all kernels one after another."""
-    from pallas_kernels.static import Spec, measure
-
     costs = measure(Spec("norm_rope:program", {"case": case, "pallas": pallas}), chip)
     cycles = sum(kernel.cycles for kernel in (*costs.kernels, *costs.others))
     return cycles / costs.chip.clock / MICRO
@@ -206,8 +201,6 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     here, above = str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, *sys.path, above)))
-    from maxlm.plan.hardware import CHIPS
-
     print(f"{'':<20}{'MB moved':>9}{'least':>8}{'ratio':>7}{'memory':>10}{'XLA':>10}{'Pallas':>10}")
     for chip in args.chips:
         for case in names:
