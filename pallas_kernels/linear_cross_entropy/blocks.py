@@ -1,0 +1,146 @@
+"""Sizes of the TPU kernels' blocks: the largest that a chip's VMEM holds."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+SMALLEST_VMEM = 16 << 20
+"""Bytes, of the chips supported (v4)."""
+_TOKENS = (1024, 512, 256, 128)
+_VOCAB = tuple(range(1024, 0, -LANES))
+# Of a matrix-sized loop over padding or past the vocabulary's end, the part that is tolerated.
+_WASTE = 1 / 16
+
+
+class Chip(NamedTuple):
+    """What matters here of a TPU's core."""
+
+    vmem: int
+    """Bytes."""
+    matrix_width: int
+    """Of its matrix unit."""
+
+    @property
+    def usable(self) -> int:
+        """Of VMEM, for blocks: the compiler needs some for itself."""
+        return self.vmem * 4 // 5
+
+    def rows_at_once(self, size: int) -> int:
+        """Into which part of a block its products are cut, each one piece of code: enough rows to
+        hide what a piece begins and ends with."""
+        parts = (size // n for n in range(1, size) if size % n == 0)
+        return next(part for part in parts if part <= 2 * self.matrix_width)
+
+
+class Blocks(NamedTuple):
+    tokens: int
+    vocab: int
+
+    @property
+    def intensity(self) -> float:
+        """Grows with operations per byte moved."""
+        return self.tokens * self.vocab / (self.tokens + self.vocab)
+
+
+class Tiling(NamedTuple):
+    """Blocks of both kernels."""
+
+    forward: Blocks
+    head_gradient: Blocks
+
+
+BytesOf = Callable[[Blocks, int, Any], int]
+
+
+def chip() -> Chip:
+    """The core that the program being traced is for: of the mesh in use, or the default device; the
+    smallest supported where that is no TPU."""
+    try:
+        info = pltpu.get_tpu_info()
+    except ValueError:
+        return Chip(SMALLEST_VMEM, LANES)
+    return Chip(info.vmem_capacity_bytes, info.mxu_column_size)
+
+
+def fits(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> bool:
+    """Whether any blocks do."""
+    try:
+        tiling(hidden, vocab, dtype, chip)
+    except ValueError:
+        return False
+    return True
+
+
+def tiling(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> Tiling:
+    """Blocks for hidden [T, D] and a vocabulary: those that fit with the most operations a byte.
+
+    Raises:
+        ValueError: not even the smallest fit.
+    """
+    tokens, width = hidden
+    blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab)]
+    blocks.sort(key=lambda b: b.intensity, reverse=True)
+
+    def best(bytes_of: BytesOf) -> Blocks:
+        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= chip.usable)
+        return next(fitting, blocks[-1])
+
+    return checked(Tiling(best(forward_bytes), best(head_gradient_bytes)), width, dtype, chip)
+
+
+def checked(tiling: Tiling, width: int, dtype: Any, chip: Chip) -> Tiling:
+    """The tiling.
+
+    Raises:
+        ValueError: blocks that are no multiples of 128, or do not fit.
+    """
+    for name, blocks, bytes_of in zip(
+        Tiling._fields, tiling, (forward_bytes, head_gradient_bytes), strict=True
+    ):
+        if min(blocks) < LANES or any(size % LANES for size in blocks):
+            raise ValueError(f"{name}: blocks are multiples of {LANES}; got {tuple(blocks)}")
+        size = bytes_of(blocks, width, dtype)
+        if size > chip.usable:
+            raise ValueError(
+                f"{name}: blocks {tuple(blocks)} with D = {width} in {jnp.dtype(dtype)} need {size}"
+                f" bytes of VMEM; {chip.usable} of {chip.vmem} may be used"
+            )
+    return tiling
+
+
+def forward_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
+    """VMEM of :func:`kernels.forward`: hidden and the fp32 sum once; this block of the head and the
+    one before, twice each; logits, weights and statistics."""
+    width, itemsize = _padded(width), jnp.dtype(dtype).itemsize
+    rows = blocks.tokens * (width * (itemsize + 4) + 16 * LANES)
+    return rows + 4 * blocks.vocab * width * itemsize + 2 * 4 * blocks.tokens * blocks.vocab
+
+
+def head_gradient_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
+    """VMEM of :func:`kernels.head_gradient`: the head and its gradient twice, the gradient's sum,
+    hidden twice, logits."""
+    width, itemsize = _padded(width), jnp.dtype(dtype).itemsize
+    entries = blocks.vocab * width * (4 * itemsize + 4)
+    return entries + 2 * blocks.tokens * width * itemsize + 2 * 4 * blocks.tokens * blocks.vocab
+
+
+def _padded(width: int) -> int:
+    return -(-width // LANES) * LANES
+
+
+def _tokens(count: int) -> list[int]:
+    """Sizes that add little padding."""
+    padded = {size: -(-count // size) * size for size in _TOKENS}
+    return [s for s in _TOKENS if padded[s] <= (1 + _WASTE) * count or s == _TOKENS[-1]]
+
+
+def _vocab(count: int) -> list[int]:
+    """Divisors where there is one that is not small; else sizes that waste little."""
+    divisors = [size for size in _VOCAB if count % size == 0]
+    if divisors and divisors[0] >= 2 * LANES:
+        return divisors
+    padded = {size: -(-count // size) * size for size in _VOCAB}
+    return [s for s in _VOCAB if padded[s] <= (1 + _WASTE) * count or s == _VOCAB[-1]]
