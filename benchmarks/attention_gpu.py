@@ -53,35 +53,12 @@ def peers(shape: Shape) -> dict[str, Callable[..., Any]]:
     return {"cuDNN": cudnn, "jax Pallas Triton": jax_pallas}
 
 
-def ours(shape: Shape, capability: str) -> dict[str, Any]:
-    """Modules with ``forward`` and ``backward``."""
-    import jax
-    import jax.numpy as jnp
+def ours(capability: str) -> dict[str, Callable[..., Any]]:
+    """Likewise."""
+    from pallas_kernels.attention import attention
 
-    from pallas_kernels.attention import hopper, triton
-    from pallas_kernels.attention.how import How, Where
-
-    how = How(causal=True, window=None, prefix=False, soft_cap=None, scale=shape.H**-0.5)
-
-    def differentiable(kernels):
-        @jax.custom_vjp
-        def attend(q, k, v):
-            return kernels.forward(q, k, v, Where(), how, q.dtype)[0]
-
-        def forward(q, k, v):
-            o, lse = kernels.forward(q, k, v, Where(), how, q.dtype)
-            return o, (q, k, v, o, lse)
-
-        def backward(saved, d_o):
-            q, k, v, o, lse = saved
-            delta = jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=jnp.float32)
-            return kernels.backward(q, k, v, lse, delta, d_o, Where(), how, q.dtype)
-
-        attend.defvjp(forward, backward)
-        return attend
-
-    kernels = {"Triton": triton} | ({"Hopper": hopper} if capability == "9.0" else {})
-    return {f"maxlm {name}": differentiable(module) for name, module in kernels.items()}
+    backends = {"Triton": "triton"} | ({"Hopper": "hopper"} if capability == "9.0" else {})
+    return {f"maxlm {name}": partial(attention, backend=x) for name, x in backends.items()}
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> float:
@@ -131,7 +108,7 @@ def table(shape: Shape, capability: str, repeats: int) -> None:
     )
     print(f"{'TFLOP/s':>9}{'furthest from cuDNN':>21}")
     first = None
-    for name, attend in {**peers(shape), **ours(shape, capability)}.items():
+    for name, attend in {**peers(shape), **ours(capability)}.items():
         try:
             o, grads, forward, backward = measure(attend, operands, d_o, repeats)
         except Exception as error:  # one that cannot run leaves the others' figures

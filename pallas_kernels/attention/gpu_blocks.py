@@ -62,7 +62,7 @@ def visits_of_keys(S: int, T: int, block_q: int, block_k: int, where: Where, how
 
 def _judged(S, T, block_q, block_k, where: Where, how: How) -> tuple[jax.Array, jax.Array]:
     """bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
-    any, every key."""
+    any, every key. Offsets are ``where``'s (:func:`~pallas_kernels.attention.how.with_offsets`)."""
     shape = 1, -(-S // block_q), -(-T // block_k)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
     if how.causal:
@@ -74,8 +74,7 @@ def _judged(S, T, block_q, block_k, where: Where, how: How) -> tuple[jax.Array, 
         if how.window is not None:
             some &= q_low - k_high < how.window
             whole &= q_high - k_low < how.window
-        if how.prefix:
-            assert where.prefix is not None
+        if where.prefix is not None:
             prefix = where.prefix[:, None, None]
             some, whole = some | (k_low < prefix), whole | (k_high < prefix)
     if where.q_segments is not None:

@@ -17,18 +17,28 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_blocks, hopper_backward
+from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.how import How, Where, with_offsets
 from pallas_kernels.attention.triton_program import LN2, LOG2E
 
+_BACKWARD_HEADS = 128
 
-class BlockSizes(NamedTuple):
+
+class Blocks(NamedTuple):
+    """Of the forward pass."""
+
     k: int
     """Keys of a block, a multiple of 64."""
     stages: int
     """Blocks of keys, and of values, in shared memory."""
+
+
+class BlockSizes(NamedTuple):
+    forward: Blocks
+    backward: hopper_backward.Blocks | triton.BlockSizes
+    """Triton's with the heads whose backward pass is Triton's."""
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
@@ -49,13 +59,15 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -
 
 
 def supports_backward(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
-    """Whether :func:`backward` does: sums of dK and dV fit in registers."""
-    return supports(q, k, v, where, how) and q.shape[-1] <= 128
+    """Whether its gradients are this module's own: sums of dK and dV fit in registers."""
+    return supports(q, k, v, where, how) and q.shape[-1] <= _BACKWARD_HEADS
 
 
-def default_block_sizes(H: int) -> BlockSizes:
+def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
     """What fits in 227 KB of shared memory."""
-    return BlockSizes(64 if H > 128 else 128, 2)
+    if H <= _BACKWARD_HEADS:
+        return BlockSizes(Blocks(128, 2), hopper_backward.default_blocks(H))
+    return BlockSizes(Blocks(64, 2), triton.default_block_sizes(H, H, dtype))
 
 
 def forward(
@@ -75,7 +87,8 @@ def forward(
         q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, H]; N a multiple of K.
         where, how: the mask and what is added to scores.
         dtype: of the output.
-        interpret: parameters of Pallas's GPU interpreter, to run on a CPU.
+        block_sizes: default :func:`default_block_sizes`.
+        interpret: run by Pallas's GPU interpreter, on a CPU: True, or its parameters.
 
     Returns:
         o [B, S, N, H], zeros where a query has no key; the log-sum-exp of each query's scores, its
@@ -85,9 +98,10 @@ def forward(
         ValueError: not supported.
     """
     if not supports(q, k, v, where, how):
-        raise _refusal(q, k, v, "64, 128 or 256")
+        raise _refusal(q, k, v)
+    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
-    sizes = block_sizes or default_block_sizes(H)
+    sizes = (block_sizes or default_block_sizes(H, q.dtype)).forward
     block_q = ROWS * WARPGROUPS
     tiles = pl.cdiv(S, block_q)
     inputs = {"q": q, "k": k, "v": v, **parts.mask_inputs(where, how, block_q, sizes.k)}
@@ -133,13 +147,14 @@ def backward(
     how: How,
     dtype: Any,
     *,
-    block_sizes: hopper_backward.BlockSizes | None = None,
+    block_sizes: BlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients that pass through these keys, where :func:`supports_backward`.
+    """The gradients that pass through these keys, where :func:`supports`: by Triton's kernels
+    where not :func:`supports_backward`.
 
     Args:
-        q, k, v, where, how, interpret: as :func:`forward`'s.
+        q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.
         lse: fp32 [B, S, N], over all the keys that the queries see.
         delta: fp32 [B, S, N], d_o · o.
         d_o: [B, S, N, H], the output's cotangent.
@@ -151,19 +166,23 @@ def backward(
     Raises:
         ValueError: not supported.
     """
+    if not supports(q, k, v, where, how):
+        raise _refusal(q, k, v)
+    sizes: Any = (block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
     if not supports_backward(q, k, v, where, how):
-        raise _refusal(q, k, v, "64 or 128")
-    sizes = block_sizes or hopper_backward.default_block_sizes(q.shape[-1], dtype)
+        options = {"block_sizes": sizes, "interpret": bool(interpret)}
+        return triton.backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
+    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     operands = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
     d_q = hopper_backward.d_q(operands, where, how, dtype, sizes, interpret)
     return d_q, *hopper_backward.d_kv(operands, where, how, dtype, sizes, interpret)
 
 
-def _refusal(q, k, v, heads: str) -> ValueError:
+def _refusal(q, k, v) -> ValueError:
     return ValueError(
-        f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}: the Hopper kernel "
-        f"takes bf16 or fp16, heads of {heads}, lengths that 8 divides, and positions in order"
+        f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}: the Hopper kernels "
+        "take bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order"
     )
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
 from pallas_kernels.attention.how import How, Where
 
 
-class BlockSizes(NamedTuple):
+class Blocks(NamedTuple):
     k: int
     """Keys of a block that dQ visits, a multiple of 64."""
     q: int
@@ -24,14 +24,12 @@ class BlockSizes(NamedTuple):
     """Blocks of each operand in shared memory."""
 
 
-def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
+def default_blocks(H: int) -> Blocks:
     """What fits in 227 KB of shared memory and in registers."""
-    return BlockSizes(64 if H > 64 else 128, 64, 2)
+    return Blocks(64 if H > 64 else 128, 64, 2)
 
 
-def d_q(
-    operands, where: Where, how: How, dtype: Any, sizes: BlockSizes, interpret: Any
-) -> jax.Array:
+def d_q(operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any) -> jax.Array:
     """dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf where a
     query has no key."""
     q, k, v, d_o, lse, delta = operands
@@ -66,7 +64,7 @@ def d_q(
 
 
 def d_kv(
-    operands, where: Where, how: How, dtype: Any, sizes: BlockSizes, interpret: Any
+    operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """dK and dV, summed over the query heads of a kv head; of what :func:`d_q` takes."""
     q, k, v, d_o, lse, delta = operands

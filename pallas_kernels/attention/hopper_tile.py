@@ -78,10 +78,9 @@ def mask_inputs(where: Where, how: How, q_block: int, k_block: int) -> dict[str,
             offset = getattr(where, name)
             if offset is not None:
                 inputs[name] = jnp.asarray(offset, jnp.int32)[None]
-    if how.prefix:
-        inputs["prefix"] = where.prefix
-    if where.slopes is not None:
-        inputs["slopes"] = where.slopes
+    for name in ("prefix", "slopes"):
+        if getattr(where, name) is not None:
+            inputs[name] = getattr(where, name)
     return inputs
 
 
@@ -151,7 +150,7 @@ class Tile:
             near = behind >= 0
             if how.window is not None:
                 near &= behind < how.window
-            if how.prefix:
+            if "prefix" in self.refs:
                 offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
                 prefix = self.refs["prefix"][self.row] - offset - self.k_start
                 near |= self._iota(1 - self.q_axis) < prefix
@@ -263,6 +262,20 @@ def release(s: Statics, free) -> None:
     if s.interpret:  # which takes reads that are not TMA's or wgmma's as unordered with copies
         plgpu.commit_smem()
     plgpu.barrier_arrive(free)
+
+
+def interpreter(interpret: Any) -> Any:
+    """Its parameters, where ``interpret`` asks for it.
+
+    Raises:
+        ValueError: this JAX has none for these kernels.
+    """
+    if interpret is not True:
+        return interpret
+    parameters = getattr(plgpu, "InterpretGPUParams", None)
+    if parameters is None:  # before jax 0.11
+        raise ValueError(f"jax {jax.__version__} has no interpreter for Hopper's kernels")
+    return parameters()
 
 
 def call(kernel, s: Statics, inputs, shapes, scratch, grid, interpret) -> Any:

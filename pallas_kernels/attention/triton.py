@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import gpu_blocks
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.how import How, Where, with_offsets
 from pallas_kernels.attention.triton_call import Call
 from pallas_kernels.attention.triton_program import (
     LN2,
@@ -40,6 +40,17 @@ class BlockSizes(NamedTuple):
     forward: Tiles
     d_q: Tiles
     d_kv: Tiles
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+    """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most: tiles
+    hold whole heads."""
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        and q.dtype == k.dtype == v.dtype
+        and max(q.shape[-1], v.shape[-1]) <= 256
+        and q.size > 0 < v.size
+    )
 
 
 def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
@@ -89,6 +100,7 @@ def forward(
         its sink included, fp32 [B, S, N], −inf where it has none.
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    where = with_offsets(where, how)
     tiles = (block_sizes or default_block_sizes(H, Hv, q.dtype)).forward
     blocks = pl.cdiv(S, tiles.q)
     table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
@@ -133,6 +145,7 @@ def backward(
         dQ, dK, dV, shaped as q, k and v.
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    where = with_offsets(where, how)
     sizes = block_sizes or default_block_sizes(H, Hv, q.dtype)
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)

@@ -44,8 +44,7 @@ class Call:
         if where.q_segments is not None:
             self.add("q_segments", where.q_segments, self.tokens(tiles.q))
             self.add("k_segments", where.k_segments, self.tokens(tiles.k))
-        if how.prefix:
-            self.add("prefix", where.prefix, self.whole)
+        self.add("prefix", where.prefix, self.whole)
         self.add("slopes", where.slopes, self.whole)
 
     def add(self, name: str, x: jax.Array | None, spec) -> None:

@@ -118,7 +118,7 @@ class Program:
             seen = behind >= 0
             if how.window is not None:
                 seen &= behind < how.window
-            if how.prefix:
+            if "prefix" in self.refs:
                 seen |= keys.position < self.refs["prefix"][self.row]
         if queries.segment is not None:
             same = (queries.segment == keys.segment) & (queries.segment != 0)

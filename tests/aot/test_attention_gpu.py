@@ -1,6 +1,7 @@
 """The GPU's attention kernels compile for cards that are not here, each feature among them, and
 take no memory that grows with the square of the sequence."""
 
+import re
 from typing import Any
 
 import jax
@@ -10,8 +11,7 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from pallas_kernels.attention import hopper, triton
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels import attention as kernel
 
 pytestmark = [
     pytest.mark.skipif(not has_compiler("gpu"), reason="the compiler is not installed"),
@@ -20,46 +20,36 @@ pytestmark = [
 
 BF16, FP32, INT32 = jnp.bfloat16, jnp.float32, jnp.int32
 B, N = 2, 8
-# (S, T, K, H, Hv, dtype, how, arrays of where)
+# (S, T, K, H, Hv, dtype, static options, arrays among the options)
 CASES: dict[str, tuple[Any, ...]] = {
-    "causal": (4096, 4096, 2, 128, 128, BF16, {"causal": True}, ()),
-    "full, odd lengths": (1000, 3001, 8, 64, 64, BF16, {}, ()),
-    "window, sinks": (
-        4096, 4096, 1, 80, 80, BF16, {"causal": True, "window": 1000}, ("sinks",),
-    ),
-    "MLA, packed": (
-        4096, 4096, 8, 192, 128, BF16, {"causal": True}, ("q_segments", "k_segments"),
-    ),
+    "causal": (4096, 4096, 2, 128, 128, BF16, {}, ()),
+    "full, odd lengths": (1000, 3001, 8, 64, 64, BF16, {"causal": False}, ()),
+    "window, sinks": (4096, 4096, 1, 80, 80, BF16, {"window": 1000}, ("sinks",)),
+    "MLA, packed": (4096, 4096, 8, 192, 128, BF16, {}, ("segment_ids",)),
     "prefix, soft cap, slopes": (
-        2048, 2048, 4, 256, 256, BF16, {"causal": True, "prefix": True, "soft_cap": 30.0},
-        ("prefix", "slopes"),
+        2048, 2048, 4, 256, 256, BF16, {"soft_cap": 30.0}, ("prefix", "slopes"),
     ),
     "positions": (
-        2048, 2048, 4, 32, 32, jnp.float16, {"causal": True}, ("q_positions", "k_positions"),
+        2048, 2048, 4, 32, 32, jnp.float16, {}, ("q_positions", "k_positions"),
     ),
-    "fp32, an offset": (2000, 1000, 4, 96, 96, FP32, {"causal": True}, ("q_offset", "k_offset")),
+    "fp32, offsets": (2000, 1000, 4, 96, 96, FP32, {"k_offset": 7}, ("q_offset",)),
 }  # fmt: skip
 
 
-def operands(S, T, K, H, Hv, dtype, how, names):
-    shapes = {
-        "q_positions": ((B, S), INT32),
-        "k_positions": ((1, T), INT32),
-        "q_segments": ((B, S), INT32),
-        "k_segments": ((B, T), INT32),
-        "q_offset": ((), INT32),
-        "k_offset": ((), INT32),
-        "prefix": ((B,), INT32),
-        "slopes": ((N,), FP32),
-        "sinks": ((N,), FP32),
+def operands(S, T, K, H, Hv, dtype, names):
+    """Shapes of q, k, v, d_o and of the options that are arrays."""
+    like = jax.ShapeDtypeStruct
+    options = {
+        "q_positions": like((B, S), INT32),
+        "k_positions": like((1, T), INT32),
+        "segment_ids": (like((B, S), INT32), like((B, T), INT32)),
+        "q_offset": like((), INT32),
+        "prefix": like((B,), INT32),
+        "slopes": like((N,), FP32),
+        "sinks": like((N,), FP32),
     }
-    where = Where(**{name: jax.ShapeDtypeStruct(*shapes[name]) for name in names})
-    defaults = {"causal": False, "window": None, "prefix": False, "soft_cap": None}
-    q, k, v, d_o = (
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape in ((B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv))
-    )
-    return (q, k, v, d_o, where), How(**defaults | how, scale=H**-0.5)
+    shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
+    return *(like(shape, dtype) for shape in shapes), {name: options[name] for name in names}
 
 
 def compiled(kind: str, function, arguments):
@@ -74,13 +64,14 @@ def compiled(kind: str, function, arguments):
         return jax.jit(function).lower(*arguments).compile()
 
 
-def both_passes(kernels, how, dtype):
-    """A function of (q, k, v, d_o, where) that runs a module's forward and backward."""
+def both_passes(static, dtype):
+    """A function of (q, k, v, d_o, arrays among the options): output and gradients in ``dtype``."""
 
-    def run(q, k, v, d_o, where):
-        o, lse = kernels.forward(q, k, v, where, how, dtype)
-        delta = jnp.sum(o.astype(FP32) * d_o, axis=-1)
-        return o, kernels.backward(q, k, v, lse, delta, d_o, where, how, dtype)
+    def run(q, k, v, d_o, arrays):
+        options = {**static, **arrays}
+        o, lse = kernel.attention_forward(q, k, v, dtype=dtype, **options)
+        delta = kernel.row_delta(o, d_o)
+        return o, kernel.attention_backward(q, k, v, lse, delta, d_o, dtype=dtype, **options)
 
     return run
 
@@ -88,44 +79,41 @@ def both_passes(kernels, how, dtype):
 @pytest.mark.parametrize("kind", ["h100", "a100"])
 @pytest.mark.parametrize("case", CASES)
 def test_triton_kernels_compile(case, kind):
-    arguments, how = operands(*CASES[case])
-    found = compiled(kind, both_passes(triton, how, arguments[0].dtype), arguments)
+    *sizes, static, names = CASES[case]
+    arguments = operands(*sizes, names)
+    run = both_passes({**static, "backend": "triton"}, arguments[0].dtype)
+    check_memory(case, compiled(kind, run, arguments), sizes)
+
+
+def check_memory(case, found, sizes):
     temp = found.memory_analysis().temp_size_in_bytes
-    print(f"{case}, {kind}: {temp:,} bytes of temporaries")
-    S, T = arguments[0].shape[1], arguments[1].shape[1]
+    print(f"{case}: {temp:,} bytes of temporaries")
+    S, T = sizes[:2]
     assert temp < 0.05 * 4 * B * N * S * T
 
 
 # Those that the Hopper kernels take, and one of 256, whose gradients are Triton's.
 HOPPER: dict[str, tuple[Any, ...]] = {
     "causal": CASES["causal"],
-    "full, odd lengths": (1000, 3000, 8, 64, 64, BF16, {}, ()),
+    "full, odd lengths": (1000, 3000, 8, 64, 64, BF16, {"causal": False}, ()),
     "window, sinks, packed": (
-        4096, 4096, 2, 128, 128, jnp.float16, {"causal": True, "window": 1000},
-        ("sinks", "q_segments", "k_segments"),
+        4096, 4096, 2, 128, 128, jnp.float16, {"window": 1000}, ("sinks", "segment_ids"),
     ),
-    "prefix, soft cap, slopes, an offset": (
-        2048, 4096, 4, 128, 128, BF16, {"causal": True, "prefix": True, "soft_cap": 30.0},
+    "prefix, soft cap, slopes, offsets": (
+        2048, 4096, 4, 128, 128, BF16, {"soft_cap": 30.0, "k_offset": 8},
         ("prefix", "slopes", "q_offset"),
     ),
-    "256": (2048, 2048, 4, 256, 256, BF16, {"causal": True}, ()),
+    "256": (2048, 2048, 4, 256, 256, BF16, {}, ()),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("case", HOPPER)
 def test_hopper_kernels_compile(case, dtype):
-    """With results of the operands' width and, as a ring's steps want them, in fp32."""
-    (q, k, v, d_o, where), how = operands(*HOPPER[case])
-    assert hopper.supports(q, k, v, where, how)
-    if hopper.supports_backward(q, k, v, where, how):
-        run = both_passes(hopper, how, dtype)
-    else:
-
-        def run(q, k, v, d_o, where):
-            return hopper.forward(q, k, v, where, how, dtype)
-
-    found = compiled("h100", run, (q, k, v, d_o, where))
-    temp = found.memory_analysis().temp_size_in_bytes
-    print(f"{case}: {temp:,} bytes of temporaries")
-    assert temp < 0.05 * 4 * B * N * q.shape[1] * k.shape[1]
+    """Chosen by the card. With results of the operands' width and, as a ring's steps want them, in
+    fp32."""
+    *sizes, static, names = HOPPER[case]
+    found = compiled("h100", both_passes(static, dtype), operands(*sizes, names))
+    targets = " ".join(re.findall(r'custom_call_target="([^"]*)"', found.as_text()))
+    assert ("mosaic_gpu" in targets, "triton" in targets) == (True, case == "256")
+    check_memory(case, found, sizes)
