@@ -82,7 +82,9 @@ def plan(
     if not _aligned(S, T, how, where, bq, bk):
         masked = how.causal or where.q_segments is not None or T % bk > 0
         return Walk(bq, bk, nq, nk, inner, (), None, masked)
-    reach = nk if how.window is None else min(-(-(how.window - 1) // bk), nk)
+    # Blocks behind: those of the window, as far as the last queries find the first key.
+    back = max(((nq - 1) * bq + how.q_offset - how.k_offset) // bk, 0)
+    reach = 0 if how.window is None else min(-(-(how.window - 1) // bk), back)
     cut = {}
     for offset in range(-reach, bq // bk):
         tiles = [_seen(at, offset * bk, how.window) for at in corners]
