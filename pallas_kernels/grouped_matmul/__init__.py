@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chips import mesh_platform
 from pallas_kernels.grouped_matmul import tpu, triton, xla
 from pallas_kernels.grouped_matmul.blocks import Blocks
-from pallas_kernels.grouped_matmul.chips import current_platform
 
 __all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
 
@@ -136,7 +136,7 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _H
         dtype = narrow if left.dtype in _EIGHT_BITS else left.dtype
     if jnp.dtype(dtype) not in (*_FLOATS, jnp.dtype(jnp.int32)):
         raise ValueError(f"no result in {jnp.dtype(dtype).name}")
-    return _How(jnp.dtype(dtype), backend or current_platform(), blocks, turned)
+    return _How(jnp.dtype(dtype), backend or mesh_platform(), blocks, turned)
 
 
 def _run(name: str, how: _How, *arrays: Any) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.chips import Chip
+from pallas_kernels.chips import Chip
 
 LANES = 128
 # Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more

@@ -9,9 +9,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips import Chip, current_chip
 from pallas_kernels.grouped_matmul import blocks as sizing
 from pallas_kernels.grouped_matmul.blocks import Blocks, Operands
-from pallas_kernels.grouped_matmul.chips import Chip, current_chip
 from pallas_kernels.grouped_matmul.visits import Visits, visits
 from pallas_kernels.grouped_matmul.xla import sum_type
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.chips import current_chip
 from pallas_kernels.linear_cross_entropy import tpu, xla
-from pallas_kernels.linear_cross_entropy.blocks import Tiling, chip, fits
+from pallas_kernels.linear_cross_entropy.blocks import Tiling, fits
 from pallas_kernels.linear_cross_entropy.parts import Loss, Sums
 
 Implementation = Literal["tpu", "xla"]
@@ -107,7 +108,7 @@ def loss_and_gradients(
     }
     by_xla = partial(xla.loss_and_gradients, **options, chunk=chunk)
     by_tpu = partial(tpu.loss_and_gradients, **options, blocks=blocks, interpret=interpret)
-    if implementation is None and fits(hidden.shape, head.shape[1], hidden.dtype, chip()):
+    if implementation is None and fits(hidden.shape, head.shape[1], hidden.dtype, current_chip()):
         return lax.platform_dependent(*share, tpu=by_tpu, default=by_xla)
     return (by_tpu if implementation == "tpu" else by_xla)(*share)
 

@@ -4,35 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.chips import Chip
 
 LANES = 128
-SMALLEST_VMEM = 16 << 20
-"""Bytes, of the chips supported (v4)."""
 _TOKENS = (1024, 512, 256, 128)
 _VOCAB = tuple(range(1024, 0, -LANES))
 # Of a matrix-sized loop over padding or past the vocabulary's end, the part that is tolerated.
 _WASTE = 1 / 16
-
-
-class Chip(NamedTuple):
-    """What matters here of a TPU's core."""
-
-    vmem: int
-    """Bytes."""
-    matrix_width: int
-    """Of its matrix unit."""
-
-    @property
-    def usable(self) -> int:
-        """Of VMEM, for blocks: the compiler needs some for itself."""
-        return self.vmem * 4 // 5
-
-    def rows_at_once(self, size: int) -> int:
-        """Into which part of a block its products are cut, each one piece of code: enough rows to
-        hide what a piece begins and ends with."""
-        parts = (size // n for n in range(1, size) if size % n == 0)
-        return next(part for part in parts if part <= 2 * self.matrix_width)
 
 
 class Blocks(NamedTuple):
@@ -55,14 +34,16 @@ class Tiling(NamedTuple):
 BytesOf = Callable[[Blocks, int, Any], int]
 
 
-def chip() -> Chip:
-    """The core that the program being traced is for: of the mesh in use, or the default device; the
-    smallest supported where that is no TPU."""
-    try:
-        info = pltpu.get_tpu_info()
-    except ValueError:
-        return Chip(SMALLEST_VMEM, LANES)
-    return Chip(info.vmem_capacity_bytes, info.mxu_column_size)
+def usable(chip: Chip) -> int:
+    """Bytes of VMEM for blocks: the compiler needs some for itself."""
+    return chip.vmem * 4 // 5
+
+
+def rows_at_once(size: int, chip: Chip) -> int:
+    """Into which part of a block its products are cut, each one piece of code: enough rows to hide
+    what a piece begins and ends with."""
+    parts = (size // n for n in range(1, size) if size % n == 0)
+    return next(part for part in parts if part <= 2 * chip.mxu)
 
 
 def fits(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> bool:
@@ -85,7 +66,7 @@ def tiling(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> Tilin
     blocks.sort(key=lambda b: b.intensity, reverse=True)
 
     def best(bytes_of: BytesOf) -> Blocks:
-        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= chip.usable)
+        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= usable(chip))
         return next(fitting, blocks[-1])
 
     return checked(Tiling(best(forward_bytes), best(head_gradient_bytes)), width, dtype, chip)
@@ -103,10 +84,10 @@ def checked(tiling: Tiling, width: int, dtype: Any, chip: Chip) -> Tiling:
         if min(blocks) < LANES or any(size % LANES for size in blocks):
             raise ValueError(f"{name}: blocks are multiples of {LANES}; got {tuple(blocks)}")
         size = bytes_of(blocks, width, dtype)
-        if size > chip.usable:
+        if size > usable(chip):
             raise ValueError(
                 f"{name}: blocks {tuple(blocks)} with D = {width} in {jnp.dtype(dtype)} need {size}"
-                f" bytes of VMEM; {chip.usable} of {chip.vmem} may be used"
+                f" bytes of VMEM; {usable(chip)} of {chip.vmem} may be used"
             )
     return tiling
 

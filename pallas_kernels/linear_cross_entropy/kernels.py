@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear_cross_entropy.blocks import LANES, Blocks, Chip
+from pallas_kernels.chips import Chip
+from pallas_kernels.linear_cross_entropy.blocks import LANES, Blocks, rows_at_once
 from pallas_kernels.linear_cross_entropy.parts import cap_slope, capped
 
 # exp of what stays below this is far from fp32's end, also summed over a vocabulary.
@@ -66,7 +67,7 @@ def forward(
         partial(
             _forward,
             vocab=V,
-            part=chip.rows_at_once(tokens),
+            part=rows_at_once(tokens, chip),
             softcap=softcap,
             gradient=gradient,
         ),
@@ -205,7 +206,7 @@ def head_gradient(
     row = pl.BlockSpec((1, tokens), lambda v, t: (0, t))
     entries = pl.BlockSpec((vocab, D), lambda v, t: (v, 0))
     return pl.pallas_call(
-        partial(_head_gradient, part=chip.rows_at_once(vocab), softcap=softcap),
+        partial(_head_gradient, part=rows_at_once(vocab, chip), softcap=softcap),
         grid=(pl.cdiv(V, vocab), T // tokens),
         in_specs=[*[row] * 4, pl.BlockSpec((tokens, D), lambda v, t: (t, 0)), entries],
         out_specs=entries,

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.chips import current_chip
 from pallas_kernels.linear_cross_entropy import kernels
-from pallas_kernels.linear_cross_entropy.blocks import Tiling, checked, chip, tiling
+from pallas_kernels.linear_cross_entropy.blocks import Tiling, checked, tiling
 from pallas_kernels.linear_cross_entropy.parts import (
     Loss,
     cap_slope,
@@ -40,7 +41,7 @@ def loss_and_gradients(
 ) -> Loss:
     """See :func:`pallas_kernels.linear_cross_entropy.loss_and_gradients`; targets are counted from
     the share's first entry."""
-    tokens, vocab, core = len(hidden), head.shape[1], chip()
+    tokens, vocab, core = len(hidden), head.shape[1], current_chip()
     if blocks is None:
         blocks = tiling(hidden.shape, vocab, hidden.dtype, core)
     else:

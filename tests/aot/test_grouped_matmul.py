@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from pallas_kernels.grouped_matmul import chips, grouped_matmul, grouped_outer
+from pallas_kernels.chips import chip_of
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
 
 MACHINES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100x1", "a100x1")
 # Rows, D, F and groups: several tiles of each, none a power of two.
@@ -58,7 +59,7 @@ def check_kernel(text: str, device, name: str, flops: int = 2 * R * D * F) -> No
     assert f'"flops":"{flops}"' in call
     used = re.search(r'"used_scoped_memory_configs":\[\{[^]]*"size":"(\d+)"', call)
     assert used is not None
-    vmem = chips._CHIPS[device.device_kind].vmem
+    vmem = chip_of(device).vmem
     print(f"{device.device_kind} {name}: {int(used[1]) / 2**20:.1f} of {vmem >> 20} MiB of VMEM")
     assert int(used[1]) < vmem
 

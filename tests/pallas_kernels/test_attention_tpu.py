@@ -1,21 +1,15 @@
 """The TPU attention kernels, in the interpreter, equal a float64 NumPy softmax."""
 
-from functools import partial, reduce
+from functools import partial
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.attention import tpu
 from pallas_kernels.attention.tpu_blocks import Blocks, BlockSizes
-from pallas_kernels.chips import CHIPS
-from tests.pallas_kernels import reference
-from tests.pallas_kernels.cases import Case, cases, check, compiled
+from tests.pallas_kernels.cases import Case, cases, check
 
 SMALL = BlockSizes(Blocks(128, 128, 128, 128), Blocks(128, 128, 128, 128))
 # Forward and backward; block of queries, of keys, tiles, tiles ahead, staged.

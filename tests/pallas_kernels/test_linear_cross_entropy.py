@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels.chips import CHIPS
 from pallas_kernels.linear_cross_entropy import (
     Blocks,
     Tiling,
     linear_cross_entropy,
     loss_and_gradients,
 )
-from pallas_kernels.linear_cross_entropy.blocks import Chip, fits, tiling
+from pallas_kernels.linear_cross_entropy.blocks import fits, rows_at_once, tiling
 
 SMALL = Tiling(Blocks(128, 128), Blocks(128, 128))
 AS_TPU = pltpu.InterpretParams(uninitialized_memory="nan")
@@ -194,7 +195,7 @@ def test_elsewhere_than_on_a_tpu_xla_is_chosen():
     st.sampled_from([16, 64, 128]),
 )
 def test_blocks_fit_and_waste_little(T, D, V, mebibytes):
-    chip = Chip(mebibytes << 20, 128)
+    chip = CHIPS["v5p"]._replace(vmem=mebibytes << 20)
     if not fits((T, D), V, jnp.bfloat16, chip):
         assert mebibytes == 16
         assert D > 4096
@@ -202,8 +203,8 @@ def test_blocks_fit_and_waste_little(T, D, V, mebibytes):
     for blocks in tiling((T, D), V, jnp.bfloat16, chip):
         for count, size in ((T, blocks.tokens), (V, blocks.vocab)):
             assert -(-count // size) * size < max(1.07 * count, count + 128)
-            assert size % chip.rows_at_once(size) == 0
-            assert chip.rows_at_once(size) % 16 == 0
+            assert size % rows_at_once(size, chip) == 0
+            assert rows_at_once(size, chip) % 16 == 0
 
 
 @pytest.mark.parametrize(
