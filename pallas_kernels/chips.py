@@ -81,7 +81,7 @@ def mesh_platform() -> str | None:
 
 
 def current_platform() -> str:
-    """Of the devices that the program being traced is for: the mesh's, else the default device's."""
+    """Of the devices that the program being traced is for: the mesh's, else the default one's."""
     config: Any = jax.config
     if config.jax_default_device is None:
         return mesh_platform() or jax.default_backend()
