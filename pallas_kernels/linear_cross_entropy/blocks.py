@@ -9,7 +9,7 @@ from pallas_kernels.chips import Chip
 
 LANES = 128
 _TOKENS = (1024, 512, 256, 128)
-_VOCAB = tuple(range(1024, 0, -LANES))
+_MOST_VOCAB = 1024
 # Of a matrix-sized loop over padding or past the vocabulary's end, the part that is tolerated.
 _WASTE = 1 / 16
 
@@ -62,7 +62,7 @@ def tiling(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> Tilin
         ValueError: not even the smallest fit.
     """
     tokens, width = hidden
-    blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab)]
+    blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab, chip.mxu)]
     blocks.sort(key=lambda b: b.intensity, reverse=True)
 
     def best(bytes_of: BytesOf) -> Blocks:
@@ -118,10 +118,12 @@ def _tokens(count: int) -> list[int]:
     return [s for s in _TOKENS if padded[s] <= (1 + _WASTE) * count or s == _TOKENS[-1]]
 
 
-def _vocab(count: int) -> list[int]:
-    """Divisors where there is one that is not small; else sizes that waste little."""
-    divisors = [size for size in _VOCAB if count % size == 0]
-    if divisors and divisors[0] >= 2 * LANES:
+def _vocab(count: int, matrix_width: int) -> list[int]:
+    """Sizes that fill the matrix unit, and the smallest: divisors where there is one that is not
+    small; else those that waste little."""
+    sizes = sorted({*range(matrix_width, _MOST_VOCAB + 1, matrix_width), LANES}, reverse=True)
+    divisors = [size for size in sizes if count % size == 0]
+    if divisors and divisors[0] >= _MOST_VOCAB // 2:
         return divisors
-    padded = {size: -(-count // size) * size for size in _VOCAB}
-    return [s for s in _VOCAB if padded[s] <= (1 + _WASTE) * count or s == _VOCAB[-1]]
+    padded = {size: -(-count // size) * size for size in sizes}
+    return [s for s in sizes if padded[s] <= (1 + _WASTE) * count or s == sizes[-1]]

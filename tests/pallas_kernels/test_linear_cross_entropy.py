@@ -192,17 +192,19 @@ def test_elsewhere_than_on_a_tpu_xla_is_chosen():
     st.integers(1, 20_000),
     st.integers(1, 16_384),
     st.integers(1, 300_000),
-    st.sampled_from([16, 64, 128]),
+    st.sampled_from([(16, 128), (64, 128), (64, 256), (128, 256)]),
 )
-def test_blocks_fit_and_waste_little(T, D, V, mebibytes):
-    chip = CHIPS["v5p"]._replace(vmem=mebibytes << 20)
+def test_blocks_fit_fill_the_matrix_unit_and_waste_little(T, D, V, of_chip):
+    mebibytes, width = of_chip
+    chip = CHIPS["v5p"]._replace(vmem=mebibytes << 20, mxu=width)
     if not fits((T, D), V, jnp.bfloat16, chip):
         assert mebibytes == 16
         assert D > 4096
         return
     for blocks in tiling((T, D), V, jnp.bfloat16, chip):
+        assert blocks.vocab % width == 0 or blocks.vocab == 128
         for count, size in ((T, blocks.tokens), (V, blocks.vocab)):
-            assert -(-count // size) * size < max(1.07 * count, count + 128)
+            assert -(-count // size) * size < max(1.07 * count, count + width)
             assert size % rows_at_once(size, chip) == 0
             assert rows_at_once(size, chip) % 16 == 0
 
