@@ -133,7 +133,7 @@ def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
 FAR = Case(128, 256, (128, 128), (128, 128), False, True, 5000, 1280, False, None, "none", 0)
 
 
-@settings(max_examples=80)
+@settings(max_examples=30)
 @given(cases())
 @example(FAR)
 @example(FAR._replace(window=1400, segments="packed"))

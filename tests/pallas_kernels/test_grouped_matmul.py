@@ -182,7 +182,7 @@ def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, mon
         ("bfloat16", "bfloat16"),
     ],
 )
-@pytest.mark.parametrize("where", ["v5e", "tpu7x", "gpu", "cpu"])
+@pytest.mark.parametrize("where", ["v5e", "7x", "gpu", "cpu"])
 def test_operands_of_few_bits(where, left, right, monkeypatch):
     backend = _backend(where, monkeypatch)
     sizes = np.array([33, 0, 20], np.int32)
