@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import Chip
 
 LANES = 128
 # Of VMEM, for what is counted here: the compiler needs some for itself.
@@ -52,12 +52,12 @@ class Sizes(NamedTuple):
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
 
-def forward_blocks(sizes: Sizes) -> Blocks:
+def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     """By rule: large blocks, whose loop's body hides its own beginning and end; the unit of 256
     wants tiles of 256 queries, and weights straight from registers."""
     q = _fit(sizes.S, 1024)
     k = min(q, _fit(sizes.T, 1024))
-    wide = current_chip().mxu == 256
+    wide = chip.mxu == 256
     return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
 
 
@@ -68,11 +68,16 @@ def backward_blocks(sizes: Sizes) -> Blocks:
 
 
 def _fit(n: int, most: int) -> int:
-    """The largest power of two, 128 to ``most``, that pads n by at most a ninth more than 128s."""
+    """The largest power of two, 128 to ``most``, that pads n by little."""
     size = most
-    while size > LANES and -(-n // size) * size * 9 > -(-n // LANES) * LANES * 10:
+    while size > LANES and not pads_little(n, size):
         size //= 2
     return size
+
+
+def pads_little(n: int, size: int) -> bool:
+    """Whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
+    return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
 def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
