@@ -19,7 +19,7 @@ from pallas_kernels.attention.how import How, Where
 from pallas_kernels.attention.tpu_blocks import Blocks, Sizes
 from pallas_kernels.chips import Chip, current_chip
 
-TABLE = resources.files(__package__) / "tuned.json"
+TABLE = resources.files("pallas_kernels.attention") / "tuned.json"
 FORWARD, BACKWARD = PASSES = ("forward", "backward")
 CAUSAL, FULL, WINDOW, SEGMENTS = "causal", "full", "window", "segments"
 

@@ -121,11 +121,23 @@ class Problem(NamedTuple):
 
 
 def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """A problem with a TPU's blocks, as :class:`~pallas_kernels.static.Spec` wants it."""
+    """A problem with a TPU's blocks, as :class:`~pallas_kernels.static.Spec` wants it.
+
+    Operands and results are [row, head, token, ...], as they lie for the kernels: copies into that
+    order, which are not counted, would take the compiler longer than the kernel does.
+    """
     asked = Problem(**problem)
     own, ids = Blocks(*blocks), asked.segment_ids()
-    rows = () if ids is None else (ids,)
-    return asked.attention(BlockSizes(own, own)), (*asked.operands(), *rows)
+    operands, run = asked.operands(), asked.attention(BlockSizes(own, own))
+
+    def swapped(arrays: Any) -> Any:
+        return jax.tree.map(lambda x: x.swapaxes(1, 2), arrays)
+
+    def by_head(*arrays: jax.Array) -> Any:
+        return swapped(run(*swapped(arrays[: len(operands)]), *arrays[len(operands) :]))
+
+    shapes = [x.update(shape=(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])) for x in operands]
+    return by_head, shapes if ids is None else [*shapes, ids]
 
 
 def cycles(problem: Problem, chip: Chip, blocks: Blocks) -> float:
