@@ -19,14 +19,13 @@ from pallas_kernels.attention.tpu_blocks import (
     Blocks,
     BlockSizes,
     Sizes,
-    backward_blocks,
     backward_bytes,
     check,
-    forward_blocks,
     forward_bytes,
     keys_at_once,
 )
 from pallas_kernels.attention.tpu_scores import Setting
+from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose, mask_kind
 from pallas_kernels.attention.walk import Walk, plan, table
 from pallas_kernels.chips import current_chip
 
@@ -56,7 +55,8 @@ def forward(
         ValueError: blocks that do not fit.
     """
     sizes = Sizes.of(q, v, dtype)
-    blocks = forward_blocks(sizes) if block_sizes is None else block_sizes.forward
+    kind = mask_kind(how, where)
+    blocks = choose(FORWARD, sizes, kind) if block_sizes is None else block_sizes.forward
     check(blocks)
     size = keys_at_once(blocks, sizes, forward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
@@ -122,7 +122,8 @@ def backward(
     """
     B, S = q.shape[:2]
     sizes = Sizes.of(q, v, dtype)
-    blocks = backward_blocks(sizes) if block_sizes is None else block_sizes.backward
+    kind = mask_kind(how, where)
+    blocks = choose(BACKWARD, sizes, kind) if block_sizes is None else block_sizes.backward
     check(blocks)
     size = keys_at_once(blocks, sizes, backward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
