@@ -46,7 +46,11 @@ class _Block:
 
 
 def run_counts(
-    schedule: Schedule, core: int = 0, operands: Mapping[int, np.ndarray] | None = None
+    schedule: Schedule,
+    core: int = 0,
+    operands: Mapping[int, np.ndarray] | None = None,
+    *,
+    assume_runs: bool = False,
 ) -> np.ndarray:
     """Times each bundle runs, int64 [bundles].
 
@@ -54,12 +58,14 @@ def run_counts(
         core: of those that share a device, which one.
         operands: inputs that the kernel copies to scalar memory, by index: their bytes, in the
             order of their layout there, as uint32 words.
+        assume_runs: whether a branch forward on a value not known counts as not taken: what it
+            would skip runs each time, an upper bound where it has no alternative (``pl.when``).
 
     Raises:
         ValueError: a branch that hangs on values not given, an unknown branch, an endless loop.
     """
     blocks = _blocks(schedule)
-    source = _program(schedule, blocks)
+    source = _program(schedule, blocks, assume_runs)
     memory: dict[int, Any] = {_CORE_INDEX: core}
     divide, pop = _divider()
     names: dict[str, Any] = {
@@ -113,7 +119,7 @@ def _blocks(schedule: Schedule) -> list[_Block]:
     return [_Block(a, b, branches.get(b)) for a, b in pairwise(cuts) if a < end]
 
 
-def _program(schedule: Schedule, blocks: list[_Block]) -> str:
+def _program(schedule: Schedule, blocks: list[_Block], assume_runs: bool) -> str:
     """Python that does what the scalar unit does.
 
     Executed rather than interpreted: a grid of 32,768 steps has tens of millions of instructions.
@@ -129,9 +135,10 @@ def _program(schedule: Schedule, blocks: list[_Block]) -> str:
             lines.append(f"b = {following}")
         else:
             target = index.get(block.target, -1)
+            skips = assume_runs and block.target >= block.stop
             lines += [
                 "if isinstance(branch, Unknown):",
-                f"    return n, {i}",
+                "    branch = 0" if skips else f"    return n, {i}",
                 f"b = {target} if branch else {following}",
             ]
         if block.target is not None and block.target <= block.start:
