@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import segments
 from pallas_kernels.attention.how import How, Where
 
 FIELDS = 8
-_FAR = 2**30
 
 
 class Visits(NamedTuple):
@@ -79,18 +79,9 @@ def _judged(S, T, block_q, block_k, where: Where, how: How) -> tuple[jax.Array, 
             some, whole = some | (k_low < prefix), whole | (k_high < prefix)
     if where.q_segments is not None:
         assert where.k_segments is not None
-        q_least, q_low, q_high = _segments(where.q_segments, block_q)
-        k_least, k_low, k_high = _segments(where.k_segments, block_k)
-        some &= (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
-        one = (q_least == q_high)[:, :, None] & (k_least == k_high)[:, None]
-        whole &= one & (q_high[:, :, None] == k_high[:, None]) & (k_least > 0)[:, None]
+        share, one = segments.met(where.q_segments, where.k_segments, block_q, block_k)
+        some, whole = some & share, whole & one
     return some, whole & some
-
-
-def _blocks(x: jax.Array, block: int) -> jax.Array:
-    """[B, n] → [B, blocks, block], the last value repeated."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), mode="edge")
-    return x.reshape(x.shape[0], -1, block)
 
 
 def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
@@ -99,15 +90,8 @@ def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, j
         high = jnp.minimum(low + block, length) - 1
         offset = 0 if offset is None else offset
         return low + offset, high + offset
-    blocks = _blocks(positions, block)
+    blocks = segments.blocks(positions, block)
     return blocks.min(axis=2), blocks.max(axis=2)
-
-
-def _segments(segments: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Least, least that is not padding, greatest."""
-    blocks = _blocks(segments, block)
-    real = jnp.where(blocks > 0, blocks, _FAR)
-    return blocks.min(axis=2), real.min(axis=2), blocks.max(axis=2)
 
 
 def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:

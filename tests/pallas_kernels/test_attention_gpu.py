@@ -190,6 +190,13 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
         np.testing.assert_allclose(np.asarray(x, np.float64), y, atol=0.02)
 
 
+@pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="there is an interpreter")
+def test_without_an_interpreter_asking_for_it_is_refused():
+    q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match="no interpreter for Hopper's kernels"):
+        kernel.attention(q, q, q, backend="hopper", interpret=True)
+
+
 def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     case = Case((1, 40, 48, 2, 1, 256, 256), "bfloat16", place="static", seed=9)
     (q, k, v), d_o = case.arrays()

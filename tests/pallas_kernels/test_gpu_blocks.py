@@ -86,11 +86,13 @@ def test_blocks_are_visited_once_and_none_that_counts_is_missed(
             assert whole[b, i, full].all()
 
 
+PACKED = 2 * (np.repeat([[1, 2, 3, 4, 0]], [100, 200, 30, 100, 82], axis=1),)
 WORK = {
     "causal": {},
     "window": {"window": 64},
     "prefix and window": {"window": 64, "prefix": np.array([70])},
-    "packed": {"segment_ids": 2 * [np.repeat([[1, 2, 3, 4, 0]], [100, 200, 30, 100, 82], 1)]},
+    "packed": {"segment_ids": PACKED},
+    "packed, not causal": {"causal": False, "segment_ids": PACKED},
     "an offset": {"q_offset": 100},
     "offsets": {"q_offset": 40, "k_offset": 140},
 }
