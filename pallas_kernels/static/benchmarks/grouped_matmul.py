@@ -14,14 +14,14 @@ from pallas_kernels.static.measure import Spec
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
-# Tiles of rows, contracted dimension and columns (of tgmm: rows, D, F) at which megablox was the
-# fastest of those tried, within the 16 MiB of VMEM that the compiler gives it.
+# Tiles of rows, contracted dimension and columns (of tgmm: rows, D, F): of those that fit the VMEM
+# which the compiler gives a kernel that asks for none, large ones with the fewest passes over D.
 _TILINGS = {
     "forward": ((256, 4096, 512), (128, 4096, 512)),
     "d_rows": ((256, 3584, 512), (128, 3584, 512)),
     "d_kernels": ((256, 1024, 1024), (512, 1024, 1024)),
 }
-# Of the Dirichlet distribution of the groups' shares: sizes differ by a factor of two or so.
+# Of the Dirichlet distribution of the groups' shares: sizes differ by a factor of two or three.
 _CONCENTRATION = 16.0
 
 
