@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import Chip
 
 LANES = 128
 # Of VMEM, for what is counted here: the compiler needs some for itself.
@@ -55,24 +55,24 @@ class Sizes(NamedTuple):
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
 
-def forward_blocks(sizes: Sizes) -> Blocks:
+def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     """By rule: large blocks, whose loop's body hides its own beginning and end; the unit of 256
     wants tiles of 256 queries, and weights straight from registers."""
-    wide = current_chip().mxu == 256
+    wide = chip.mxu == 256
 
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
         return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
 
-    return _largest(blocks, sizes, forward_bytes)
+    return _largest(blocks, sizes, forward_bytes, chip)
 
 
-def backward_blocks(sizes: Sizes) -> Blocks:
+def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
         return Blocks(q, k, min(512, q), min(512, k))
 
-    return _largest(blocks, sizes, backward_bytes)
+    return _largest(blocks, sizes, backward_bytes, chip)
 
 
 def _square(sizes: Sizes, most: int) -> tuple[int, int]:
@@ -80,20 +80,25 @@ def _square(sizes: Sizes, most: int) -> tuple[int, int]:
     return q, min(q, _fit(sizes.T, most))
 
 
-def _largest(blocks: Callable[[int], Blocks], sizes: Sizes, needed: Any) -> Blocks:
+def _largest(blocks: Callable[[int], Blocks], sizes: Sizes, needed: Any, chip: Chip) -> Blocks:
     """From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all."""
-    most, room, keys = 1024, int(current_chip().vmem * _USABLE), min(sizes.T, _KEYS)
+    most, room, keys = 1024, int(chip.vmem * _USABLE), min(sizes.T, _KEYS)
     while most > LANES and needed(blocks(most), sizes, -(-keys // LANES) * LANES) > room:
         most //= 2
     return blocks(most)
 
 
 def _fit(n: int, most: int) -> int:
-    """The largest power of two, 128 to ``most``, that pads n by at most a ninth more than 128s."""
+    """The largest power of two, 128 to ``most``, that pads n by little."""
     size = most
-    while size > LANES and -(-n // size) * size * 9 > -(-n // LANES) * LANES * 10:
+    while size > LANES and not pads_little(n, size):
         size //= 2
     return size
+
+
+def pads_little(n: int, size: int) -> bool:
+    """Whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
+    return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
 def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:

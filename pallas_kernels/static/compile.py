@@ -11,10 +11,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.static.schedule import BUNDLES, REGIONS, UNIT_USE
+
 
 def environment(folder: Path) -> dict[str, str]:
     """Of the process: JAX on the CPU, libtpu as a compiler only, its dump in ``folder``."""
-    flags = f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true"
+    # Dumps of the passes that are not read would take the compiler as long again.
+    passes = "|".join((BUNDLES, REGIONS, UNIT_USE))
+    flags = (
+        f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true "
+        f"--xla_jf_dump_llo_pass_label_regex=.*({passes}).*"
+    )
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",

@@ -53,7 +53,7 @@ DRAWN = cases(
 )
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(DRAWN, st.sampled_from(BLOCKS))
 def test_every_kind_equals_the_reference(case, blocks):
     check_tpu(case, blocks)

@@ -1,0 +1,284 @@
+"""How fast attention is with given blocks, and the search for the fastest.
+
+For a TPU, which need not be here, the compiler's final schedule is counted
+(:mod:`pallas_kernels.static`); on a GPU the candidates run.
+"""
+
+import importlib
+import importlib.metadata
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import attention_backward, attention_forward, dispatch, tuned
+from pallas_kernels.attention.how import described
+from pallas_kernels.attention.tpu_blocks import Blocks, BlockSizes, Sizes, check
+from pallas_kernels.attention.tuned import FORWARD, Entry
+from pallas_kernels.chips import Chip
+from pallas_kernels.static import CompileError, Spec, measure
+from pallas_kernels.static.problems import Mask
+
+SIZES, TILES = (256, 2048), (128, 512)
+"""Least and most, of blocks and of tiles, that a search tries on a TPU."""
+
+
+class Problem(NamedTuple):
+    """Attention of one row to itself, in one direction."""
+
+    direction: str
+    head_dim: int
+    v_head_dim: int
+    seq: int
+    mask: str
+    """causal, full, window:TOKENS or segments:COUNT."""
+    dtype: str
+    heads: int
+
+    @property
+    def sizes(self) -> Sizes:
+        width = jnp.dtype(self.dtype).itemsize
+        return Sizes(self.seq, self.seq, self.head_dim, self.v_head_dim, width, width)
+
+    @property
+    def kind(self) -> str:
+        return tuned.kind(self.mask)
+
+    def options(self) -> dict[str, Any]:
+        """Of attention, but for segments.
+
+        Raises:
+            ValueError: an unknown mask, segments that do not divide the sequence.
+        """
+        if self.mask == tuned.FULL:
+            return {"causal": False}
+        return {"window": Mask.parse(self.mask).window}
+
+    def segment_ids(self) -> np.ndarray | None:
+        """int32 [1, seq].
+
+        Raises:
+            ValueError: as :meth:`options`.
+        """
+        if self.mask == tuned.FULL:
+            return None
+        ids = Mask.parse(self.mask).segment_ids(self.seq)
+        return None if ids is None else ids[None]
+
+    def operands(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """q, k, v; and lse, delta, d_o for the backward pass."""
+
+        def of(*last: int, dtype: str = self.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((1, self.seq, self.heads, *last), jnp.dtype(dtype))
+
+        qkv = of(self.head_dim), of(self.head_dim), of(self.v_head_dim)
+        if self.direction == FORWARD:
+            return qkv
+        return (*qkv, of(dtype="float32"), of(dtype="float32"), of(self.v_head_dim))
+
+    def attention(self, block_sizes: Any) -> Callable[..., Any]:
+        """Of the operands, and segment ids where there are any."""
+        options = self.options() | {"block_sizes": block_sizes}
+        if self.direction == FORWARD:
+            function, count = attention_forward, 3
+        else:
+            function, count = partial(attention_backward, dtype=jnp.dtype(self.dtype)), 6
+
+        def run(*arrays: jax.Array) -> Any:
+            ids = arrays[count:]
+            return function(
+                *arrays[:count], segment_ids=(ids[0], ids[0]) if ids else None, **options
+            )
+
+        return run
+
+    def entry(self, chip: str, blocks: Any, cost: float, made_with: str) -> Entry:
+        """Of the table."""
+        return Entry(
+            chip=chip,
+            direction=self.direction,
+            head_sizes=(self.head_dim, self.v_head_dim),
+            seq=self.seq,
+            mask=self.mask,
+            dtype=self.dtype,
+            blocks=blocks._asdict(),
+            cost=cost,
+            heads=self.heads,
+            made_with=made_with,
+        )
+
+    def __str__(self) -> str:
+        heads = f"{self.heads} heads of {self.head_dim}"
+        if self.v_head_dim != self.head_dim:
+            heads += f" and {self.v_head_dim}"
+        return f"{self.direction} {self.seq} {self.mask}, {heads}, {self.dtype}"
+
+
+def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
+    """A problem with a TPU's blocks, as :class:`~pallas_kernels.static.Spec` wants it.
+
+    Operands and results are [row, head, token, ...], as they lie for the kernels: copies into that
+    order, which are not counted, would take the compiler longer than the kernel does.
+    """
+    asked = Problem(**problem)
+    own, ids = Blocks(*blocks), asked.segment_ids()
+    operands, run = asked.operands(), asked.attention(BlockSizes(own, own))
+
+    def swapped(arrays: Any) -> Any:
+        return jax.tree.map(lambda x: x.swapaxes(1, 2), arrays)
+
+    def by_head(*arrays: jax.Array) -> Any:
+        return swapped(run(*swapped(arrays[: len(operands)]), *arrays[len(operands) :]))
+
+    shapes = [x.update(shape=(x.shape[0], x.shape[2], x.shape[1], *x.shape[3:])) for x in operands]
+    return by_head, shapes if ids is None else [*shapes, ids]
+
+
+def cycles(problem: Problem, chip: Chip, blocks: Blocks) -> float:
+    """That the busiest core's kernels take by the compiler's schedule; infinitely many where it
+    refuses the blocks."""
+    spec = Spec(f"{__name__}:program", problem._asdict() | {"blocks": list(blocks)})
+    try:
+        return measure(spec, chip.name).cycles()
+    except CompileError:
+        return math.inf
+
+
+Axis = Callable[[Any], Iterable[Any]]
+
+
+def axes(problem: Problem, chip: Chip) -> list[Axis]:
+    """Ways to change a TPU's blocks a step, those first that matter most."""
+
+    def near(value: int, low: int, high: int) -> list[int]:
+        return [n for n in (value // 2, value * 2) if low <= n <= high]
+
+    def size(b: Blocks) -> Iterator[Blocks]:
+        for n in near(b.q, *SIZES):
+            k = max(b.k * n // b.q, SIZES[0])
+            yield b._replace(q=n, k=k, tile_q=min(b.tile_q, n), tile_k=min(b.tile_k, k))
+
+    def one(field: str, low: int, high: int) -> Axis:
+        return lambda b: (b._replace(**{field: n}) for n in near(getattr(b, field), low, high))
+
+    ways = [
+        size,
+        one("tile_q", *TILES),
+        one("tile_k", *TILES),
+        one("k", *SIZES),
+        one("q", *SIZES),
+        one("ahead", 1, 2),
+    ]
+    if problem.direction == FORWARD:
+        ways.append(lambda b: [b._replace(staged=not b.staged)])
+    return [partial(_sound, problem, chip, way) for way in ways]
+
+
+def _sound(problem: Problem, chip: Chip, way: Axis, blocks: Blocks) -> Iterator[Blocks]:
+    """Of the changed blocks, those worth compiling."""
+    for changed in way(blocks):
+        try:
+            check(changed)
+        except ValueError:
+            continue
+        # Blocks of more keys than queries would lose the edges of ``walk``.
+        if changed.k <= changed.q and tuned.fit(changed, chip, problem.direction, problem.sizes):
+            yield changed
+
+
+def starts(problem: Problem, chip: Chip) -> list[Blocks]:
+    """Where a search begins: what the table has for the problem, or near it; and the rule."""
+    found = tuned.lookup(chip, problem.direction, problem.sizes, problem.kind)
+    rule = tuned.rule(chip, problem.direction, problem.sizes)
+    return [rule] if found in (None, rule) else [found, rule]
+
+
+def descend(
+    begin: Sequence[Any], axes: Sequence[Axis], cost: Callable[[Any], float], most: int
+) -> tuple[Any, float]:
+    """The cheapest that steps along one axis after the other lead to, and its cost.
+
+    Args:
+        begin: the cheapest of these is the first.
+        axes: each gives a candidate's neighbours.
+        cost: infinite where a candidate is impossible.
+        most: candidates whose cost is asked.
+
+    Raises:
+        ValueError: all were impossible.
+    """
+    costs: dict[Any, float] = {}
+
+    def best() -> Any:
+        return min(costs, key=lambda candidate: costs[candidate])
+
+    def ask(candidates: Iterable[Any]) -> None:
+        for candidate in candidates:
+            if candidate not in costs and len(costs) < most:
+                costs[candidate] = cost(candidate)
+
+    ask(begin)
+    before = None
+    while before != best() and len(costs) < most:
+        before = best()
+        for axis in axes:
+            ask(axis(best()))
+    if math.isinf(costs[best()]):
+        raise ValueError(f"none of {', '.join(map(str, costs))} compiles")
+    return best(), costs[best()]
+
+
+def gpu_candidates(problem: Problem) -> tuple[str, list[Any]]:
+    """The kernel that this GPU's dispatch chooses, and the ``block_sizes`` to try with it: of its
+    module's ``candidates(direction, H, Hv, dtype)``.
+
+    Raises:
+        ValueError: a kernel, or a backend, without candidates.
+    """
+    operands = problem.operands()[:3]
+    ids = problem.segment_ids()
+    options = problem.options() | {"segment_ids": None if ids is None else (ids, ids)}
+    name = dispatch.choose(None, *operands, *described(*operands, **options))  # pyright: ignore
+    if name == dispatch.XLA:
+        raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
+    module = importlib.import_module(f"pallas_kernels.attention.{name}")
+    if not hasattr(module, "candidates"):
+        raise ValueError(f"no candidates for this backend: {module.__name__} states none")
+    sizes = problem.head_dim, problem.v_head_dim, jnp.dtype(problem.dtype)
+    return name, list(module.candidates(problem.direction, *sizes))
+
+
+def microseconds(problem: Problem, block_sizes: Any, rounds: int = 5, calls: int = 10) -> float:
+    """Of a call on this machine's device: the median round's, of random operands."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    arrays = [
+        jax.random.normal(key, x.shape, x.dtype)
+        for key, x in zip(keys, problem.operands(), strict=False)
+    ]
+    ids = problem.segment_ids()
+    run = jax.jit(problem.attention(block_sizes))
+    given = arrays if ids is None else [*arrays, jnp.asarray(ids)]
+    jax.block_until_ready(run(*given))
+    spent = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready([run(*given) for _ in range(calls)])
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent) / calls * 1e6
+
+
+def versions(*packages: str) -> str:
+    """Of the packages that are installed, in words."""
+    found = []
+    for package in packages:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -1,0 +1,180 @@
+"""Search for the block sizes with which attention is fastest, and keep them in a table.
+
+``python -m pallas_kernels.tune --chip v5p --head-dim 128 --seq 4096 --mask causal --write``
+compiles for a TPU that need not be here and counts the cycles of each candidate. On a machine with
+a GPU, and without ``--chip``, candidates run and are timed. ``--all --write`` searches for every
+shape that the table holds, from what it holds.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.attention import tuned
+from pallas_kernels.attention.tuned import PASSES, Entry
+from pallas_kernels.attention.tuning import (
+    Problem,
+    axes,
+    cycles,
+    descend,
+    gpu_candidates,
+    microseconds,
+    starts,
+    versions,
+)
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.static.measure import has_compiler
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What ``--all`` searches for: chips; (sequence, head size, mask), bf16.
+ALL_CHIPS = ("v6e", "v5p")
+ALL = [
+    (4096, 128, "causal"),
+    (4096, 128, "segments:8"),
+    (4096, 64, "causal"),
+    (4096, 64, "segments:8"),
+    (4096, 128, "window:1024"),
+    (4096, 64, "window:1024"),
+    (32768, 128, "causal"),
+    (32768, 128, "segments:8"),
+    (32768, 128, "window:1024"),
+    (32768, 64, "causal"),
+    (32768, 64, "segments:8"),
+    (32768, 64, "window:1024"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Search, print, and write where asked; 2 where the request is bad."""
+    options = _parser().parse_args(argv)
+    try:
+        chips = _chips(options)
+        for problem in _problems(options):
+            for chip in chips:
+                entry = _on_tpu(problem, chip, options.most)
+                _keep(entry, options.write)
+            if not chips:
+                _keep(_on_gpu(problem), options.write)
+    except ValueError as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.tune",
+        description="Find attention's fastest block sizes: for a TPU by static cycles of its own "
+        "compiler (it needs no TPU, but libtpu), on a GPU by time.",
+        epilog="A candidate takes the compiler from seconds to a minute.",
+    )
+    parser.add_argument(
+        "--chip", action="append", choices=CHIPS, help="a TPU; may be repeated. None: this GPU"
+    )
+    parser.add_argument("--head-dim", type=_positive, help="default 128")
+    parser.add_argument("--v-head-dim", type=_positive, help="of v; default as of q and k")
+    parser.add_argument("--seq", type=_positive, help="tokens a row; default 4096")
+    parser.add_argument(
+        "--mask", help="causal (default), full, window:TOKENS, segments:COUNT (packed, causal)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16")
+    parser.add_argument("--heads", type=_positive, default=8, help="default 8")
+    parser.add_argument("--pass", dest="direction", choices=PASSES, help="default: both")
+    parser.add_argument("--most", type=_positive, default=12, help="compiles a search; default 12")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every shape of the committed table that the other options leave",
+    )
+    parser.add_argument("--write", action="store_true", help="keep what is found in the table")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _chips(options: argparse.Namespace) -> list[str]:
+    """The TPUs to compile for; none: the GPU here."""
+    chips = options.chip or (ALL_CHIPS if options.all else [])
+    if chips and not has_compiler():
+        raise ValueError("no TPU compiler here: pip install libtpu")
+    if not chips and jax.default_backend() != "gpu":
+        backend = jax.default_backend()
+        raise ValueError(f"no candidates for this backend, {backend}: name a TPU with --chip")
+    return list(chips)
+
+
+def _problems(options: argparse.Namespace) -> Iterator[Problem]:
+    shapes = [(options.seq or 4096, options.head_dim or 128, options.mask or "causal")]
+    if options.all:
+        wanted = options.seq, options.head_dim, options.mask
+        shapes = [
+            shape
+            for shape in ALL
+            if all(w in (None, own) for w, own in zip(wanted, shape, strict=True))
+        ]
+        if not shapes:
+            raise ValueError(f"no shape of --all has seq, head size and mask {wanted}")
+    for seq, head_dim, mask in shapes:
+        for direction in [options.direction] if options.direction else PASSES:
+            problem = Problem(
+                direction,
+                head_dim,
+                options.v_head_dim or head_dim,
+                seq,
+                mask,
+                DTYPES[options.dtype],
+                options.heads,
+            )
+            problem.segment_ids()  # refuses masks that are none
+            yield problem
+
+
+def _on_tpu(problem: Problem, name: str, most: int) -> Entry:
+    chip = CHIPS[name]
+    print(f"{name} {problem}", flush=True)
+
+    def cost(blocks) -> float:
+        count = cycles(problem, chip, blocks)
+        print(f"  {tuple(blocks)}: {count} cycles, {count / chip.clock * 1e6:.1f} µs", flush=True)
+        return count
+
+    blocks, count = descend(starts(problem, chip), axes(problem, chip), cost, most)
+    return problem.entry(name, blocks, count, versions("jax", "libtpu"))
+
+
+def _on_gpu(problem: Problem) -> Entry:
+    kernel, candidates = gpu_candidates(problem)
+    name = f"{jax.devices()[0].device_kind}, {kernel}"
+    print(f"{name} {problem}", flush=True)
+
+    def cost(block_sizes) -> float:
+        try:
+            spent = microseconds(problem, block_sizes)
+        except Exception as error:  # each compiler has its own for what does not fit
+            spent, reason = float("inf"), str(error).splitlines()[0]
+            print(f"  {tuple(block_sizes)}: {reason}", flush=True)
+        else:
+            print(f"  {tuple(block_sizes)}: {spent:.1f} µs", flush=True)
+        return spent
+
+    block_sizes, spent = descend(candidates, [], cost, len(candidates))
+    return problem.entry(name, block_sizes, round(spent, 1), versions("jax", "jaxlib"))
+
+
+def _keep(entry: Entry, write: bool) -> None:
+    print(f"best: {entry.blocks}, {entry.cost}", flush=True)
+    if write:
+        table = Path(str(tuned.TABLE))
+        table.write_text(tuned.text([*tuned.parse(table.read_text()), entry]))
+        tuned.load.cache_clear()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
