@@ -139,7 +139,6 @@ def predict(row: Row, efficiency: Efficiency | None = None) -> tuple[float, Any]
         collectives(shape),
         efficiency=efficiency,
         dtype=row.dtype,
-        fused_attention=True,
     )
     rate = row.rows * row.seq_len / float(time.total)
     if row.causal == "rate":
@@ -180,7 +179,8 @@ def _prepared(row: Row) -> Any:
 
     tree = param_specs(config.model.build(rules=AxisRules(), dtype=jnp.bfloat16))
     counted = training_flops(tree, config.model, row.seq_len)
-    shape = Shape(work, Split(config, {a: sizes[a] for a in MESH_AXES}), row.micro, row.remat)
+    split = Split(config, {a: sizes[a] for a in MESH_AXES})
+    shape = Shape(work, split, row.micro, row.remat, fused_attention=True)
     network = Network(machine, CHIPS[machine.kind])
     _CACHE[row.name] = shape, network, counted.full, counted.causal
     return _CACHE[row.name]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pallas_kernels.static import CHIPS, CallCosts, Chip, CompileError, KernelCosts, Spec, measure
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender
+from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
 from pallas_kernels.static.measure import has_compiler
 
 # Columns of unit use: what a schedule's units are called there.
@@ -33,20 +33,24 @@ class CountError(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """A contender's best program in one direction."""
+    """A contender's best program of a pass."""
 
     contender: Contender
-    backward: bool
+    of: Pass
     spec: Spec
     costs: CallCosts
 
     @property
     def kernels(self) -> list[KernelCosts]:
-        return [k for k in self.costs.kernels if k.backward == self.backward]
+        return [k for k in self.costs.kernels if self.of.backward in (None, k.backward)]
 
     @property
     def microseconds(self) -> float:
-        return self.costs.microseconds(backward=self.backward)
+        return self.costs.microseconds(backward=self.of.backward)
+
+    @property
+    def mxu_flops(self) -> float:
+        return self.costs.mxu_flops(backward=self.of.backward)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,12 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     rows = []
     for contender in benchmark.contenders:
-        for backward in (False, True):
+        for of in benchmark.passes:
             try:
-                rows.append(best(contender, benchmark, options.chip, backward=backward))
+                rows.append(best(contender, of, options.chip))
             except (CompileError, CountError, ValueError) as error:
-                which = f"{contender.name} {'backward' if backward else 'forward'}"
-                print(f"bench: {which}: {error}", file=sys.stderr)
+                print(f"bench: {contender.name} {of.name}: {error}", file=sys.stderr)
     if not rows:
         return 2
     print(report(benchmark, rows, CHIPS[options.chip], options.chip))
@@ -81,18 +84,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--chip", choices=CHIPS, default="v5p", help="default v5p")
     parser.add_argument("--kernel", choices=BENCHMARKS, default="attention")
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--heads", type=_positive, default=8, help="of queries and keys; default 8")
-    parser.add_argument("--seq", type=_positive, default=4096, help="tokens a row; default 4096")
-    parser.add_argument("--head-dim", type=_positive, default=128, help="default 128")
-    parser.add_argument(
-        "--mask", default="causal", help="causal (default), window:TOKENS, segments:COUNT (packed)"
-    )
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also jax's splash and flash attention, and tokamax's where it is installed",
+        help="also jax's splash and flash attention, tokamax's where it is installed; jax's "
+        "megablox; of linear_cross_entropy there are none",
     )
+    sizes = {
+        "attention": [
+            ("--batch", 1, ""),
+            ("--heads", 8, "of queries and keys; "),
+            ("--seq", 4096, "tokens a row; "),
+            ("--head-dim", 128, ""),
+        ],
+        "grouped_matmul": [
+            ("--rows", 8192, "of all groups; "),
+            ("--groups", 8, "of sizes drawn at random, always alike; "),
+            ("--f", 14336, "columns of a group's kernel; "),
+        ],
+        "linear_cross_entropy": [("--tokens", 8192, ""), ("--vocab", 128256, "")],
+        "grouped_matmul and linear_cross_entropy": [("--d", 4096, "contracted; ")],
+    }
+    for title, arguments in sizes.items():
+        group = parser.add_argument_group(title)
+        for name, default, text in arguments:
+            group.add_argument(
+                name, type=_positive, default=default, metavar="N", help=f"{text}default {default}"
+            )
+        if title == "attention":
+            group.add_argument(
+                "--mask",
+                default="causal",
+                help="causal (default), window:TOKENS, segments:COUNT (packed)",
+            )
     return parser
 
 
@@ -104,10 +128,9 @@ def _positive(text: str) -> int:
 
 def best(
     contender: Contender,
-    benchmark: Benchmark,
+    of: Pass,
     chip: str,
     *,
-    backward: bool,
     measure: Callable[[Spec, str], CallCosts] = measure,
 ) -> Row:
     """The contender's fastest program.
@@ -117,38 +140,33 @@ def best(
         CountError: fewer matrix products counted than the problem needs.
     """
     rows: list[Row] = []
-    reason: Exception = CompileError("no block sizes divide this sequence")
-    for spec in contender.gradient if backward else contender.forward:
+    reason: Exception = CompileError("no block sizes divide this problem")
+    for spec in contender.programs[of.name]:
         try:
-            rows.append(Row(contender, backward, spec, measure(spec, chip)))
+            rows.append(Row(contender, of, spec, measure(spec, chip)))
         except CompileError as error:
             reason = error
     if not rows:
         raise reason
     fastest = min(rows, key=lambda row: row.microseconds)
-    needed = benchmark.backward_flops if backward else benchmark.forward_flops
-    counted = fastest.costs.mxu_flops(backward=backward)
     if not fastest.kernels:
         raise CountError("no Pallas kernel in the program")
-    if counted < 0.99 * needed:
-        raise CountError(f"{counted:.3g} FLOPs counted where {needed:.3g} are needed")
+    if fastest.mxu_flops < 0.99 * of.flops:
+        raise CountError(f"{fastest.mxu_flops:.3g} FLOPs counted where {of.flops:.3g} are needed")
     return fastest
 
 
 def report(benchmark: Benchmark, rows: Sequence[Row], chip: Chip, name: str) -> str:
     """Two Markdown tables: whole calls, then inner loops."""
-    bounds = {
-        False: benchmark.forward_flops / chip.peak_flops * 1e6,
-        True: benchmark.backward_flops / chip.peak_flops * 1e6,
-    }
+    bounds = {of.name: of.flops / chip.peak_flops * 1e6 for of in benchmark.passes}
     lines = [
         f"{benchmark.title}, on one {name}: {chip.clock / 1e9:.2f} GHz, "
         f"{chip.cores} core{'s' * (chip.cores > 1)}; matrix units' lower bound "
-        f"{bounds[False]:.1f} µs forward, {bounds[True]:.1f} µs backward.",
+        f"{', '.join(f'{bound:.1f} µs {name}' for name, bound in bounds.items())}.",
         "",
         *_table(
             [*_CALL, *(f"{unit} %" for unit in _UNITS), "spills", "temp MB"],
-            [_call_cells(row, rows, bounds, benchmark) for row in rows],
+            [_call_cells(row, rows, bounds[row.of.name]) for row in rows],
         ),
         "",
         *_table(
@@ -157,18 +175,15 @@ def report(benchmark: Benchmark, rows: Sequence[Row], chip: Chip, name: str) -> 
         ),
         "",
         "Cycles: of the busiest core, all kernels of the pass. MXU work: products that the matrix "
-        "units had time for, over those the mask needs. Spills: stores and loads in the inner "
+        "units had time for, over those the problem needs. Spills: stores and loads in the inner "
         "loops, as scheduled. Unit use: of capacity, while the kernels (the loop) run. Temp: of "
         "the pass's program, the backward's with its forward.",
     ]
     return "\n".join(lines)
 
 
-def _call_cells(
-    row: Row, rows: Sequence[Row], bounds: dict[bool, float], benchmark: Benchmark
-) -> list[str]:
-    peers = [r.microseconds for r in rows if r.contender.peer and r.backward == row.backward]
-    needed = benchmark.backward_flops if row.backward else benchmark.forward_flops
+def _call_cells(row: Row, rows: Sequence[Row], bound: float) -> list[str]:
+    peers = [r.microseconds for r in rows if r.contender.peer and r.of == row.of]
     cycles = sum(k.cycles for k in row.kernels)
 
     def use(units: Sequence[str]) -> str:
@@ -177,14 +192,14 @@ def _call_cells(
 
     return [
         row.contender.name,
-        "backward" if row.backward else "forward",
-        _blocks(row.spec, row.backward),
+        row.of.name,
+        _blocks(row.spec, row.of.blocks),
         "+".join(str(k.cores) for k in row.kernels),
         str(cycles),
         f"{row.microseconds:.1f}",
-        f"{row.microseconds / bounds[row.backward]:.2f}",
+        f"{row.microseconds / bound:.2f}",
         f"{row.microseconds / min(peers):.2f}" if peers else "",
-        f"{row.costs.mxu_flops(backward=row.backward) / needed:.2f}",
+        f"{row.mxu_flops / row.of.flops:.2f}",
         *(use(units) for units in _UNITS.values()),
         str(sum(k.spills for k in row.kernels)),
         f"{row.costs.temp_bytes / 1e6:.1f}",
@@ -195,7 +210,7 @@ def _loop_cells(row: Row) -> list[list[str]]:
     return [
         [
             f"{row.contender.name} {kernel.name}",
-            "backward" if row.backward else "forward",
+            row.of.name,
             str(loop.runs),
             f"{loop.cycles_per_run:.0f}",
             str(loop.spill_stores),
@@ -210,9 +225,8 @@ def _loop_cells(row: Row) -> list[list[str]]:
     ]
 
 
-def _blocks(spec: Spec, backward: bool) -> str:
+def _blocks(spec: Spec, names: Sequence[str]) -> str:
     """Block sizes that the pass used, as the program was asked."""
-    names = ("backward", "backward_dq") if backward else ("forward",)
     return " ".join("/".join(map(str, spec.kwargs[n])) for n in names if spec.kwargs.get(n))
 
 

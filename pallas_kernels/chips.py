@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 _MIB = 1 << 20
 _MXU_128, _MXU_256 = 2 * 128**2, 2 * 2 * 256**2
+_E5M2, _BOTH = (jnp.float8_e5m2,), (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
 class Chip(NamedTuple):
@@ -27,6 +29,18 @@ class Chip(NamedTuple):
     """bf16. A 256-wide unit takes two rows a cycle."""
     peak_flops: float
     """Of the device, bf16, as the vendor states it, FLOP/s."""
+    int8: bool = True
+    """Whether it multiplies int8, ..."""
+    float8: tuple[Any, ...] = ()
+    """... and which 8-bit floats; others are widened to bf16, which holds them exactly."""
+
+    def multiplies(self, left: Any, right: Any) -> bool:
+        """Operands of these types as they are."""
+        if {jnp.dtype(d).itemsize for d in (left, right)} != {1}:
+            return left == right
+        if jnp.int8 in (left, right):
+            return left == right and self.int8
+        return left in self.float8 and right in self.float8
 
     @property
     def clock(self) -> float:
@@ -37,11 +51,11 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14),
-        Chip("v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14),
-        Chip("v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14),
-        Chip("v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14),
-        Chip("7x", "tpu7x:2x2x1", 64 * _MIB, 1, 256, 2, _MXU_256, 2.307e15 / 2),
+        Chip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14, int8=False),
+        Chip("v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2),
+        Chip("v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2),
+        Chip("v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2),
+        Chip("7x", "tpu7x:2x2x1", 64 * _MIB, 1, 256, 2, _MXU_256, 2.307e15 / 2, False, _BOTH),
     )
 }
 # By ``Device.device_kind``.
@@ -59,14 +73,22 @@ _KINDS = {
 _SMALLEST = "v4"
 
 
-def current_platform() -> str:
-    """Of the devices that the program being traced is for ("cpu", "gpu", "tpu"): those of the mesh
-    in use, which need not be here; else the default device's."""
+def mesh_platform() -> str | None:
+    """Of the devices of the mesh in use, which need not be here: "cpu", "gpu" or "tpu". None where
+    no mesh tells."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else _platform(device)
+
+
+def current_platform() -> str:
+    """Of the devices that the program being traced is for: the mesh's, else the default one's."""
     config: Any = jax.config
-    device = device or config.jax_default_device
-    if device is None:
-        return jax.default_backend()
+    if config.jax_default_device is None:
+        return mesh_platform() or jax.default_backend()
+    return mesh_platform() or _platform(config.jax_default_device)
+
+
+def _platform(device: Any) -> str:
     name = device if isinstance(device, str) else device.platform
     return "gpu" if name == "cuda" else name
 
@@ -77,4 +99,9 @@ def current_chip() -> Chip:
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
-    return CHIPS[_SMALLEST if device is None else _KINDS.get(device.device_kind, _SMALLEST)]
+    return CHIPS[_SMALLEST] if device is None else chip_of(device)
+
+
+def chip_of(device: Any) -> Chip:
+    """By its ``device_kind``; the one with the least VMEM where that is not known."""
+    return CHIPS[_KINDS.get(device.device_kind, _SMALLEST)]

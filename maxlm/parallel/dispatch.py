@@ -7,23 +7,13 @@ brings one back. Each is the other's transpose: the gradient of a sent array is 
 
 from dataclasses import dataclass, field
 from math import ceil
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel import grouped
-from maxlm.parallel.local import Axes, axis_size
-
-
-class Ragged(NamedTuple):
-    """Which ragged operations of XLA's a program uses; otherwise portable ones."""
-
-    exchange: bool
-    """Ragged all-to-all; otherwise an all-to-all of worst-case blocks."""
-    products: bool
-    """Ragged dot; otherwise products of blocks of rows, one after the other."""
+from maxlm.parallel.local import Axes, axis_size, platform
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
 
 
 @jax.tree_util.register_dataclass
@@ -45,14 +35,15 @@ class Dropless:
     here: jax.Array
     """int32 [1]: this device's number along the expert axes."""
     axes: Axes = field(metadata={"static": True})
-    native: Ragged = field(metadata={"static": True})
+    ragged: bool = field(metadata={"static": True})
+    """Devices exchange by ragged all-to-all; otherwise by an all-to-all of worst-case blocks."""
 
     def send(self, slots: jax.Array) -> jax.Array:
         """[T·k, ...] → [R, ...]; rows beyond the groups are zeros where devices are several."""
         if not self.axes:
             return slots
         there, back = self._slices()
-        if self.native.exchange:
+        if self.ragged:
             out = jnp.zeros((self._num_rows, *slots.shape[1:]), slots.dtype)
             return lax.ragged_all_to_all(slots, out, *there, axis_name=self.axes)
         # Rows bound for one device are contiguous: send as many as there may be from its first.
@@ -69,7 +60,7 @@ class Dropless:
         if not self.axes:
             return rows
         there, back = self._slices()
-        if self.native.exchange:
+        if self.ragged:
             out = jnp.zeros((len(self.order), *rows.shape[1:]), rows.dtype)
             return lax.ragged_all_to_all(rows, out, *back, axis_name=self.axes)
         ways, room = len(self.counts), self._num_rows // len(self.counts)
@@ -82,10 +73,10 @@ class Dropless:
         return _pick(got, len(self.order), starts, sizes, at.ravel())
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
-        return grouped.dot(rows, kernels, self._sizes, turned=turned, native=self.native.products)
+        return grouped_matmul(rows, kernels, self._sizes, turned=turned, backend=platform())
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        return grouped.outer(rows, others, self._sizes, native=self.native.products)
+        return grouped_outer(rows, others, self._sizes, backend=platform())
 
     @property
     def _num_rows(self) -> int:
@@ -170,7 +161,7 @@ Plan = Dropless | Capacity
 
 
 def plan_dropless(
-    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, native: Ragged
+    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, ragged: bool
 ) -> Dropless:
     """Sort this device's assignments by expert and learn the counts of its peers.
 
@@ -185,7 +176,7 @@ def plan_dropless(
     slot = jnp.argsort(order).astype(jnp.int32)  # the inverse; a TPU sorts faster than it scatters
     counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     counts = lax.all_gather(counts, axes) if axes else counts[None]
-    return Dropless(order, slot.reshape(-1, k), counts, here, axes, native)
+    return Dropless(order, slot.reshape(-1, k), counts, here, axes, ragged)
 
 
 def capacity(seq_len: int, k: int, num_experts: int, factor: float) -> int:

@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.parallel.dispatch import Plan, Ragged, plan_capacity, plan_dropless
+from maxlm.parallel.dispatch import Plan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
     Axes,
     axis_numbers,
@@ -60,7 +60,7 @@ def experts(
     activation: Callable[[jax.Array], jax.Array],
     compute: dict[str, PartitionSpec],
     room: int | None = None,
-    native: Ragged | None = None,
+    ragged: bool | None = None,
 ) -> jax.Array:
     """``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where hidden is
     ``activation(gate(x)) * up(x)``, or ``activation(up(x))`` without a gate.
@@ -76,7 +76,8 @@ def experts(
             D whole; F over any.
         room: assignments that each expert serves of each sequence; others are dropped. None: all
             are served, in buffers for the worst case (``dispatch.Dropless``).
-        native: see :func:`native_ragged`, which decides when None.
+        ragged: whether devices exchange rows by ragged all-to-all; None: where they can
+            (:func:`ragged_exchange`).
 
     Returns:
         [B, S, D] in x's dtype and layout; differentiable in x, weights and kernels, reverse mode.
@@ -116,23 +117,21 @@ def experts(
             own = used[name]  # compute splits what storage does not: cut it first
             kernels = kernels | {name: reshard(kernel, spec_of(own))}
         stored[name] = own
-    native = native_ragged() if native is None else native
-    how = _Layouts(tokens, whole, used, stored, activation, room, native)
+    ragged = ragged_exchange() if ragged is None else ragged
+    how = _Layouts(tokens, whole, used, stored, activation, room, ragged)
     lies = spec_of((*tokens[:2], ()))
     return _experts(x, reshard(weights, lies), reshard(chosen, lies), kernels, how)
 
 
-def native_ragged() -> Ragged:
-    """Which of XLA's ragged operations programs for the current mesh may use.
+def ragged_exchange() -> bool:
+    """Whether programs for the current mesh may use XLA's ragged all-to-all, which CPUs lack and
+    v5e's compiler refuses.
 
-    TPU and GPU have both, but for the exchange on v5e, whose compiler refuses it. The CPU lacks the
-    exchange, and does E times the work of the products. Read from the mesh, not from the default
-    backend: a program for a TPU may be traced on a CPU host. Without devices, as on a CPU.
+    Read from the mesh, not from the default backend: a program for a TPU may be traced on a CPU
+    host. Without devices, as on a CPU.
     """
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None or device.platform == "cpu":
-        return Ragged(exchange=False, products=False)
-    return Ragged(exchange=device.device_kind != "TPU v5 lite", products=True)
+    return not (device is None or device.platform == "cpu" or device.device_kind == "TPU v5 lite")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +146,7 @@ class _Layouts:
     stored: dict[str, Dims]
     activation: Callable[[jax.Array], jax.Array]
     room: int | None
-    native: Ragged
+    ragged: bool
 
     @property
     def expert_axes(self) -> Axes:
@@ -191,7 +190,7 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
         kernels = _gathered(kernels, x.dtype, how)
         plan: Plan
         if how.room is None:
-            plan = plan_dropless(chosen, num_experts, how.expert_axes, here, native=how.native)
+            plan = plan_dropless(chosen, num_experts, how.expert_axes, here, ragged=how.ragged)
         else:
             plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
         flat = x.reshape(-1, x.shape[-1])

@@ -26,8 +26,6 @@ from maxlm.sharding.links import between_slices, check_hosts
 FORMAT = 1
 # Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
 FILL = 0.95
-# No kernel of ours keeps attention's scores on the chip yet.
-FUSED_ATTENTION = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,11 @@ class Machine:
     def ragged(self) -> bool:
         """Whether devices exchange as many rows as there are (``parallel/experts.py``)."""
         return self.topology.kind not in ("v5e", "cpu")
+
+    @property
+    def fused_attention(self) -> bool:
+        """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
+        return self.topology.platform in ("tpu", "gpu")
 
     @property
     def network(self) -> Network:
@@ -252,6 +255,7 @@ def predict(
     shape = Shape(
         *(work, split, config.train.micro_batches, config.model.remat),
         ragged=machine is None or machine.ragged,
+        fused_attention=machine is not None and machine.fused_attention,
     )
     held, sends, time = costs(shape, machine)
     good = None
@@ -283,7 +287,6 @@ def costs(
     time = seconds(
         *(shape, machine.network, sends),
         dtype=matmul_dtype(shape.work.dtype_bytes, machine),
-        fused_attention=FUSED_ATTENTION,
         allocated=held.allocated,
     )
     return held, sends, time

@@ -189,7 +189,11 @@ class _Batch:
     def evaluate(self, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
         """Bytes at the peak and seconds a step."""
         split = Split(self.work.config, self.sizes)
-        shape = Shape(self.work, split, self.micro, self.remat, ragged=machine.ragged)
+        shape = Shape(
+            *(self.work, split, self.micro, self.remat),
+            ragged=machine.ragged,
+            fused_attention=machine.fused_attention,
+        )
         held, _, time = costs(shape, machine)
         assert time is not None
         ones = np.ones(self.count)

@@ -19,7 +19,9 @@ class Shape:
     remat: RematPolicy
     ragged: bool = True
     """Whether the devices exchange as many rows as there are; otherwise blocks for the worst case
-    (``parallel/experts.py: native_ragged``)."""
+    (``parallel/experts.py: ragged_exchange``)."""
+    fused_attention: bool = False
+    """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
 
     @property
     def rows(self) -> Number:

@@ -221,7 +221,6 @@ def seconds(
     *,
     efficiency: Efficiency | None = None,
     dtype: str = "bf16",
-    fused_attention: bool = False,
     allocated: Number = 0.0,
 ) -> Time:
     """A step's time.
@@ -230,7 +229,6 @@ def seconds(
         sends: :func:`maxlm.plan.communication.collectives` of ``shape``.
         efficiency: default: of the chip's family.
         dtype: of matrix products.
-        fused_attention: whether a kernel keeps attention's scores on the chip.
         allocated: bytes that a step takes and gives back.
     """
     chip = network.chip
@@ -240,11 +238,11 @@ def seconds(
     bandwidth = chip.bandwidth * own.memory
     head = shape.work.config.model.attention.head_dim
     vector = {
-        phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if fused_attention else 0.0
+        phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if shape.fused_attention else 0.0
         for phase in _SCORE_OPS
     }
     ahead, back, loss_bytes, update = traffic(shape)
-    scores = (0.0, 0.0) if fused_attention else score_traffic(shape)
+    scores = (0.0, 0.0) if shape.fused_attention else score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
     # Vector work goes by the scores: the backward pass does 2.5 times the products for each.
     softmax = (

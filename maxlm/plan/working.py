@@ -65,11 +65,12 @@ def _attention(shape: Shape) -> Parts:
     seq_len = work.config.data.seq_len
     # A tile of queries with all keys.
     scores = shape.rows * heads * min(max(128, seq_len / 16), seq_len) * seq_len * FP32
+    scores = 0.0 if shape.fused_attention else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = one * keys * split.ways(rules.seq)
     return {
         "queries, output and their gradients": one * heads * (3 * itemsize + FP32),
         "keys, values and their gradients": whole * (2 * itemsize + 2 * FP32),
-        "scores of a tile": 3 * np.minimum(scores, _SCORE_BYTES),
+        "scores of a tile": scores,
         "residual stream, norms, their gradients": 4 * _stream(shape),
     }
 

@@ -11,7 +11,6 @@ imported when first wanted: each needs a part of Pallas that others do not.
 """
 
 import importlib
-import importlib.util
 from typing import Any
 
 import jax
@@ -47,8 +46,7 @@ def choose(
     for name in KERNELS.get(backend or current_platform(), ()):
         if name == "hopper" and backend != "hopper" and not _on_hopper():
             continue
-        module = _module(name)
-        if module is not None and module.supports(q, k, v, where, how):
+        if _module(name).supports(q, k, v, where, how):
             return name
     if backend in (None, XLA):
         return XLA
@@ -84,8 +82,4 @@ def _on_hopper() -> bool:
 
 
 def _module(name: str) -> Any:
-    path = f"pallas_kernels.attention.{name}"
-    # Interim, until all kernels are merged.
-    if importlib.util.find_spec(path) is None:
-        return None
-    return importlib.import_module(path)
+    return importlib.import_module(f"pallas_kernels.attention.{name}")

@@ -102,6 +102,22 @@ def first_position(static: int, traced: jax.Array | None) -> Offset:
     return static if traced is None else static + traced
 
 
+def with_offsets(where: Where, how: How) -> Where:
+    """``where`` with the static offsets among its arrays, for kernels that read them there: without
+    a prefix or positions one by one, which are counted from 0, only as far as queries' and keys'
+    differ."""
+    q_offset, k_offset = how.q_offset, how.k_offset
+    if all(x is None for x in (where.q_positions, where.k_positions, where.prefix)):
+        q_offset, k_offset = q_offset - k_offset, 0
+
+    def whole(static: int, traced: jax.Array | None) -> jax.Array | None:
+        return jnp.asarray(first_position(static, traced), jnp.int32) if static else traced
+
+    return where._replace(
+        q_offset=whole(q_offset, where.q_offset), k_offset=whole(k_offset, where.k_offset)
+    )
+
+
 def _sizes(q, k, v) -> tuple[int, int, int, int]:
     shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
     if not q.ndim == k.ndim == v.ndim == 4:

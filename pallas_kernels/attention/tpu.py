@@ -1,10 +1,12 @@
 """Attention on a TPU: operands laid out for the kernels, and results laid back."""
 
+import math
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -91,6 +93,7 @@ def _forward(q, part, dtype, blocks, interpret):
             pltpu.VMEM((walk.bq, LANES), jnp.int32) if where.q_segments is not None else None,
         ],
         vmem=forward_bytes(blocks, Sizes.of(q, v, dtype), call.padded_k),
+        products=H + Hv,
         interpret=interpret,
         name="attention_forward",
     )
@@ -179,6 +182,7 @@ def _backward(q, part, saved, d_q, dtypes, blocks, interpret):
             pltpu.VMEM((call.padded_k, Hv), F32),
         ],
         vmem=backward_bytes(blocks, Sizes.of(q, v, dtypes[1]), call.padded_k),
+        products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",
     )
@@ -215,6 +219,8 @@ class _Call(NamedTuple):
     blocks: Blocks
     rows: int
     """Of the batch."""
+    pairs: int
+    """Queries and keys of a head that causality and window let meet, as far as that is static."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
     """The walk's table; int32 [1 + B], the shift where it is traced and each row's prefix; fp32
     [2, N], slopes and sinks."""
@@ -249,7 +255,15 @@ class _Call(NamedTuple):
             slopes=where.slopes is not None,
             sinks=where.sinks is not None,
         )
-        call = cls(walk, setting, blocks, B, (rows, ints, floats), [(None, None)] * 2)
+        call = cls(
+            walk,
+            setting,
+            blocks,
+            B,
+            _pairs(S, T, how, shift),
+            (rows, ints, floats),
+            [(None, None)] * 2,
+        )
         if where.q_segments is None or where.k_segments is None:
             return call
         own = jnp.where(where.q_segments == 0, -1, where.q_segments)[:, None]
@@ -292,13 +306,27 @@ class _Call(NamedTuple):
             (None, 1, self.padded_k), lambda kv, g, i, *_: (lax.div(kv, heads), 0, 0)
         )
 
-    def run(self, body, operands, results, scratch, vmem, interpret, name):
+    def cost(self, products: int, arrays, results) -> pl.CostEstimate:
+        """Of queries with the keys that they see, segments aside.
+
+        Args:
+            products: multiplications a pair.
+        """
+        pairs = self.rows * self.setting.kv_heads * self.setting.group * self.pairs
+        read = sum(x.nbytes for x in arrays if x is not None)
+        written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in results)
+        return pl.CostEstimate(
+            flops=2 * products * pairs, bytes_accessed=read + written, transcendentals=pairs
+        )
+
+    def run(self, body, operands, results, scratch, vmem, products, interpret, name):
         """The kernel over (kv heads of all rows) × (query heads of one) × (blocks of queries).
 
         Args:
             operands: (block, array) or, for what the kernel is not given, (anything, None).
             results: (block, shape, dtype).
             vmem: bytes that the kernel is known to take.
+            products: multiplications for a query and a key.
         """
         specs = [spec if x is not None else None for spec, x in operands]
         arrays = [x for _, x in operands]
@@ -321,6 +349,7 @@ class _Call(NamedTuple):
             ),
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results],
             input_output_aliases=aliases,
+            cost_estimate=self.cost(products, arrays, results),
             compiler_params=pltpu.CompilerParams(
                 # The cores of a chip share out the kv heads. What follows sums up over queries.
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
@@ -329,6 +358,15 @@ class _Call(NamedTuple):
             interpret=interpret,
             name=name,
         )(*given)
+
+
+def _pairs(S: int, T: int, how: How, shift: Any) -> int:
+    if not how.causal or not isinstance(shift, int):
+        return S * T
+    # Query s sees keys first..last, whose bounds grow by one from query to query.
+    last = np.minimum(np.arange(S) + shift, T - 1)
+    first = 0 if how.window is None else np.maximum(np.arange(S) + shift - how.window + 1, 0)
+    return int(np.maximum(last - first + 1, 0).sum())
 
 
 def _padded(x: jax.Array, size: int, value: float = 0) -> jax.Array:

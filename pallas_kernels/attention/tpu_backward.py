@@ -68,6 +68,8 @@ def kernel(
         p = jnp.exp2(s - lse_ref[:, rows] * LOG2_E)
         d_s = p * (d_p - delta_ref[:, rows])
         d_s = d_s if slope is None else d_s * slope
+        if tile.masked:  # where products with a masked key or value may have overflown
+            d_s = jnp.where(p > 0, d_s, 0.0)
         p, d_s = p.astype(do_ref.dtype), d_s.astype(q_ref.dtype)
         dv[keys(tile, j)] += product(p, do_ref[rows], 1, 0)
         dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)

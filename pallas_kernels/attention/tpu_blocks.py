@@ -1,5 +1,6 @@
 """Block sizes of the TPU kernels, and the VMEM that they take."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,8 @@ from pallas_kernels.chips import Chip
 LANES = 128
 # Of VMEM, for what is counted here: the compiler needs some for itself.
 _USABLE = 0.85
+# Fewer at once are many kernels, one after the other.
+_KEYS = 2048
 
 
 class Blocks(NamedTuple):
@@ -55,16 +58,34 @@ class Sizes(NamedTuple):
 def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     """By rule: large blocks, whose loop's body hides its own beginning and end; the unit of 256
     wants tiles of 256 queries, and weights straight from registers."""
-    q = _fit(sizes.S, 1024)
-    k = min(q, _fit(sizes.T, 1024))
     wide = chip.mxu == 256
-    return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
+
+    def blocks(most: int) -> Blocks:
+        q, k = _square(sizes, most)
+        return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
+
+    return _largest(blocks, sizes, forward_bytes, chip)
 
 
-def backward_blocks(sizes: Sizes) -> Blocks:
-    q = _fit(sizes.S, 1024)
-    k = min(q, _fit(sizes.T, 1024))
-    return Blocks(q, k, min(512, q), min(512, k))
+def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
+    def blocks(most: int) -> Blocks:
+        q, k = _square(sizes, most)
+        return Blocks(q, k, min(512, q), min(512, k))
+
+    return _largest(blocks, sizes, backward_bytes, chip)
+
+
+def _square(sizes: Sizes, most: int) -> tuple[int, int]:
+    q = _fit(sizes.S, most)
+    return q, min(q, _fit(sizes.T, most))
+
+
+def _largest(blocks: Callable[[int], Blocks], sizes: Sizes, needed: Any, chip: Chip) -> Blocks:
+    """From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all."""
+    most, room, keys = 1024, int(chip.vmem * _USABLE), min(sizes.T, _KEYS)
+    while most > LANES and needed(blocks(most), sizes, -(-keys // LANES) * LANES) > room:
+        most //= 2
+    return blocks(most)
 
 
 def _fit(n: int, most: int) -> int:

@@ -34,6 +34,8 @@ from pallas_kernels.attention.walk import COLUMNS, Walk, visit
 
 # Keys whose weights are computed at once.
 CHUNK = 256
+# A row's largest score before it has any.
+NO_KEY = MASKED / 2
 
 
 def kernel(
@@ -55,11 +57,12 @@ def kernel(
     """
     i = pl.program_id(2)
     scalars = setting.scalars(ints, floats)
+    # Above MASKED: what is masked weighs nothing, even before the first key that is not.
     if setting.sinks:
-        m[...] = jnp.full(m.shape, scalars.sink * LOG2_E, jnp.float32)
+        m[...] = jnp.full(m.shape, jnp.maximum(scalars.sink * LOG2_E, NO_KEY), jnp.float32)
         l[...] = (lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0).astype(jnp.float32)
     else:
-        m[...] = jnp.full(m.shape, MASKED, jnp.float32)
+        m[...] = jnp.full(m.shape, NO_KEY, jnp.float32)
         l[...] = jnp.zeros(l.shape, jnp.float32)
     acc[...] = jnp.zeros(acc.shape, jnp.float32)
     if q_ids is not None:
@@ -115,7 +118,7 @@ def kernel(
     visit(walk, row, i, scalars.shift, tiles)
 
     top, total = m[...], jnp.sum(l[...], axis=1, keepdims=True)
-    some = top > MASKED / 2  # rows that saw a key
+    some = top > NO_KEY  # rows that saw a key
     o_ref[...] = (acc[...] * _spread(jnp.where(some, 1.0 / total, 0.0), acc.shape[1])).astype(
         o_ref.dtype
     )

@@ -85,9 +85,8 @@ def choose(direction: str, sizes: Sizes, kind: str) -> Blocks:
 
 
 def rule(chip: Chip, direction: str, sizes: Sizes) -> Blocks:
-    if direction == FORWARD:
-        return tpu_blocks.forward_blocks(sizes, chip)
-    return tpu_blocks.backward_blocks(sizes)
+    blocks = tpu_blocks.forward_blocks if direction == FORWARD else tpu_blocks.backward_blocks
+    return blocks(sizes, chip)
 
 
 def lookup(

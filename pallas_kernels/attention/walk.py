@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.attention import segments
 from pallas_kernels.attention.how import How, Where, first_position
 
 COLUMNS = 6
@@ -82,7 +83,9 @@ def plan(
     if not _aligned(S, T, how, where, bq, bk):
         masked = how.causal or where.q_segments is not None or T % bk > 0
         return Walk(bq, bk, nq, nk, inner, (), None, masked)
-    reach = nk if how.window is None else min(-(-(how.window - 1) // bk), nk)
+    # Blocks behind: those of the window, as far as the last queries find the first key.
+    back = max(((nq - 1) * bq + how.q_offset - how.k_offset) // bk, 0)
+    reach = 0 if how.window is None else min(-(-(how.window - 1) // bk), back)
     cut = {}
     for offset in range(-reach, bq // bk):
         tiles = [_seen(at, offset * bk, how.window) for at in corners]
@@ -172,17 +175,7 @@ def _segment_blocks(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """For each block of queries [B, nq]: the run of key blocks that may share a segment with it,
     and within it the first run of those of one and the same segment as all of its queries."""
-
-    def bounds(ids, size, count):
-        ids = jnp.pad(ids, ((0, 0), (0, size * count - ids.shape[1])))
-        ids = ids.reshape(len(ids), count, size)
-        some = ids.min(-1, where=ids > 0, initial=jnp.iinfo(ids.dtype).max)
-        return ids.min(-1), some, ids.max(-1)
-
-    q_low, q_some, q_high = (x[:, :, None] for x in bounds(q_segments, walk.bq, walk.nq))
-    k_low, k_some, k_high = (x[:, None] for x in bounds(k_segments, walk.bk, walk.nk))
-    share = (q_some <= k_high) & (k_some <= q_high) & (q_high > 0) & (k_high > 0)
-    one = (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low > 0)
+    share, one = segments.met(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
     begin = jnp.where(share, index, walk.nk).min(-1)
     end = jnp.where(share, index + 1, 0).max(-1)

@@ -117,6 +117,8 @@ def call_costs(
     calls: Sequence[KernelCall],
     chip: Chip,
     temp_bytes: int,
+    *,
+    assume_runs: bool = False,
 ) -> CallCosts:
     """Costs of a program.
 
@@ -124,6 +126,7 @@ def call_costs(
         schedules: of its operations.
         hlo: its text, scheduled.
         calls: its kernels, with the values they prefetch.
+        assume_runs: of its Pallas kernels, as :func:`run_counts` takes it.
 
     Raises:
         ValueError: a Pallas kernel whose control flow cannot be followed.
@@ -137,7 +140,14 @@ def call_costs(
         operands = _scalar_operands(schedule, text, hlo, left) if pallas else {}
         backward = "transpose(" in (re.search(r'op_name="([^"]*)"', text) or [""])[0]
         try:
-            costs = kernel_costs(schedule, chip.cores, operands, pallas=pallas, backward=backward)
+            costs = kernel_costs(
+                schedule,
+                chip.cores,
+                operands,
+                pallas=pallas,
+                backward=backward,
+                assume_runs=assume_runs and pallas,
+            )
         except ValueError:
             if pallas:
                 raise
@@ -153,10 +163,11 @@ def kernel_costs(
     *,
     pallas: bool = True,
     backward: bool = False,
+    assume_runs: bool = False,
 ) -> KernelCosts:
     """Costs of one kernel; arguments as of :func:`run_counts`."""
     split = range(cores if knows_core(schedule) else 1)
-    counts = [run_counts(schedule, core, operands) for core in split]
+    counts = [run_counts(schedule, core, operands, assume_runs=assume_runs) for core in split]
     cycles = tuple(int(c.sum()) for c in counts)
     busiest = counts[int(np.argmax(cycles))]
     mxu = _mxu(schedule)

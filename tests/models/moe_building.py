@@ -90,9 +90,9 @@ def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any
     """(y, aux, gradients of Σ y · d_y + aux.loss in parameters and x), as NumPy.
 
     Args:
-        settings: ``native`` of the layer; all else are compute rules.
+        settings: ``ragged`` of the layer; all else are compute rules.
     """
-    kw = {"native": settings.pop("native")} if "native" in settings else {}
+    kw = {"ragged": settings.pop("ragged")} if "ragged" in settings else {}
     model = layer(config, compute_rules(mesh, **settings), **kw)
     with jax.set_mesh(mesh):
         spec = model.rules.spec("batch", "seq")

@@ -124,8 +124,8 @@ class Moe(nnx.Module):
     layout.
 
     Args:
-        native: which of XLA's ragged operations may be used; None: those that the current mesh's
-            devices have (``maxlm.parallel.experts.native_ragged``).
+        ragged: whether devices exchange rows by ragged all-to-all; None: where they can
+            (``maxlm.parallel.experts.ragged_exchange``).
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class Moe(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
-        native: dispatch.Ragged | None = None,
+        ragged: bool | None = None,
     ):
-        self.config, self.rules, self.dtype, self.native = config, rules, dtype, native
+        self.config, self.rules, self.dtype, self.ragged = config, rules, dtype, ragged
         e, f = config.num_experts, config.d_ff
         # Like an output head it classifies tokens; it is no map between hidden layers.
         self.router = declare(
@@ -211,7 +211,7 @@ class Moe(nnx.Module):
             activation=ACTIVATIONS[config.activation],
             compute={n: self.rules.spec(*spec_of(p).axes[-3:]) for n, p in kernels.items()},
             room=room,
-            native=self.native,
+            ragged=self.ragged,
         )
         if self.shared is not None:
             y = y + self.shared(x)

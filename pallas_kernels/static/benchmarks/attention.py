@@ -1,51 +1,23 @@
-"""What ``python -m pallas_kernels.bench`` compares: for each kind of kernel, who contends.
-
-To add a kind: a function of the command's options that returns a :class:`Benchmark`, and its name
-in ``BENCHMARKS``. A program is a function that returns (callable, arguments), see :class:`Spec`;
-how often its kernels' parts run is found from the program itself.
-"""
+"""Attention, forward and backward, beside jax's and tokamax's."""
 
 import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.static.benchmarks.contest import Benchmark, Contender, Pass
 from pallas_kernels.static.measure import Spec
 from pallas_kernels.static.problems import Mask, attention_flops
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A kernel, with the programs among which the fastest counts (block sizes)."""
-
-    name: str
-    forward: Sequence[Spec]
-    gradient: Sequence[Spec]
-    """Forward and backward; the backward's cycles are those of the kernels that differentiation
-    made."""
-    peer: bool = False
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Contenders for one problem."""
-
-    title: str
-    contenders: Sequence[Contender]
-    forward_flops: int
-    """That the problem needs."""
-    backward_flops: int
 
 
 def own_attention(
     *, gradient: bool, batch: int, heads: int, seq: int, head_dim: int, mask: str, **options: Any
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """This package's attention; ``options`` go to it."""
-    from pallas_kernels.attention import attention
+    from pallas_kernels.attention import attention as own
 
     how = Mask.parse(mask)
     ids = how.segment_ids(seq)
@@ -54,7 +26,7 @@ def own_attention(
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> jax.Array:
         segments = (ids[0], ids[0]) if ids else None
-        return attention(q, k, v, window=how.window, segment_ids=segments, **options)
+        return own(q, k, v, window=how.window, segment_ids=segments, **options)
 
     def gradients(*operands: jax.Array) -> Any:
         q, k, v, do, *ids = operands
@@ -74,7 +46,7 @@ _FLASH_BACKWARD = (
 )
 
 
-def _attention(options: argparse.Namespace) -> Benchmark:
+def attention(options: argparse.Namespace) -> Benchmark:
     mask = Mask.parse(options.mask)
     mask.segment_ids(options.seq)
     problem = {
@@ -98,8 +70,10 @@ def _attention(options: argparse.Namespace) -> Benchmark:
         ]
         return Contender(
             name,
-            [Spec(where, problem | {"gradient": False} | blocks) for blocks in forward],
-            [Spec(where, problem | {"gradient": True} | blocks) for blocks in backward],
+            {
+                "forward": [Spec(where, problem | {"gradient": False} | b) for b in forward],
+                "backward": [Spec(where, problem | {"gradient": True} | b) for b in backward],
+            },
             peer=True,
         )
 
@@ -107,8 +81,10 @@ def _attention(options: argparse.Namespace) -> Benchmark:
     contenders = [
         Contender(
             "pallas_kernels",
-            [Spec(where, problem | {"gradient": False})],
-            [Spec(where, problem | {"gradient": True})],
+            {
+                "forward": [Spec(where, problem | {"gradient": False})],
+                "backward": [Spec(where, problem | {"gradient": True})],
+            },
         )
     ]
     if options.peers:
@@ -126,7 +102,9 @@ def _attention(options: argparse.Namespace) -> Benchmark:
     forward, backward = attention_flops(
         mask, options.batch, options.heads, options.seq, options.head_dim
     )
-    return Benchmark(title, contenders, forward, backward)
-
-
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], Benchmark]] = {"attention": _attention}
+    # The backward's programs hold the forward, which its row leaves out.
+    passes = [
+        Pass("forward", forward, False, ("forward",)),
+        Pass("backward", backward, True, ("backward", "backward_dq")),
+    ]
+    return Benchmark(title, contenders, passes)

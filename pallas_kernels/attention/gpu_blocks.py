@@ -1,0 +1,119 @@
+"""Which blocks of keys each block of queries visits, and the reverse: computed by XLA, read by
+the GPU kernels.
+
+Blocks are judged by the least and greatest position and segment in them. Of the blocks from the
+first that is not empty to the last, a kernel visits those that need no mask (one run of them:
+``full``), and with a mask the others, less one run of empty ones (``gap``). A block that either
+run leaves out is masked, so that the result is exact whatever the positions.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import segments
+from pallas_kernels.attention.how import How, Where
+
+FIELDS = 8
+
+
+class Visits(NamedTuple):
+    """Of one block: scalars in a kernel. Masked visit t goes to block :meth:`masked`."""
+
+    begin: jax.Array
+    count: jax.Array
+    """Masked visits."""
+    full_begin: jax.Array
+    full_end: jax.Array
+    first_cut: jax.Array
+    first_length: jax.Array
+    second_cut: jax.Array
+    second_length: jax.Array
+
+    def masked(self, t: jax.Array) -> jax.Array:
+        """The block of masked visit t: ``begin`` + t, past the runs that are cut out."""
+        at = self.begin + t
+        at = at + jnp.where(at >= self.first_cut, self.first_length, 0)
+        return at + jnp.where(at >= self.second_cut, self.second_length, 0)
+
+
+def needs_mask(how: How, where: Where, T: int, block_k: int) -> bool:
+    """Whether any block may need one; else all blocks are full."""
+    return how.causal or where.q_segments is not None or T % block_k != 0
+
+
+def visits_of_queries(
+    S: int, T: int, block_q: int, block_k: int, where: Where, how: How
+) -> jax.Array:
+    """int32 [B or 1, blocks of queries, FIELDS]: the :class:`Visits` of each."""
+    some, whole = _judged(S, T, block_q, block_k, where, how)
+    # Slots past the last key are masked.
+    inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
+    return _runs(some, whole & inside)
+
+
+def visits_of_keys(S: int, T: int, block_q: int, block_k: int, where: Where, how: How) -> jax.Array:
+    """int32 [B or 1, blocks of keys, FIELDS]: their visits to blocks of queries. Slots past the
+    last key are not masked: they add to no other key's gradient."""
+    some, whole = _judged(S, T, block_q, block_k, where, how)
+    return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
+
+
+def _judged(S, T, block_q, block_k, where: Where, how: How) -> tuple[jax.Array, jax.Array]:
+    """bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
+    any, every key. Offsets are ``where``'s (:func:`~pallas_kernels.attention.how.with_offsets`)."""
+    shape = 1, -(-S // block_q), -(-T // block_k)
+    some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
+    if how.causal:
+        q_low, q_high = _positions(where.q_positions, where.q_offset, S, block_q)
+        k_low, k_high = _positions(where.k_positions, where.k_offset, T, block_k)
+        q_low, q_high = q_low[:, :, None], q_high[:, :, None]
+        k_low, k_high = k_low[:, None], k_high[:, None]
+        some, whole = q_high >= k_low, q_low >= k_high
+        if how.window is not None:
+            some &= q_low - k_high < how.window
+            whole &= q_high - k_low < how.window
+        if where.prefix is not None:
+            prefix = where.prefix[:, None, None]
+            some, whole = some | (k_low < prefix), whole | (k_high < prefix)
+    if where.q_segments is not None:
+        assert where.k_segments is not None
+        share, one = segments.met(where.q_segments, where.k_segments, block_q, block_k)
+        some, whole = some & share, whole & one
+    return some, whole & some
+
+
+def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, jax.Array]:
+    if positions is None:
+        low = jnp.arange(0, length, block, dtype=jnp.int32)[None]
+        high = jnp.minimum(low + block, length) - 1
+        offset = 0 if offset is None else offset
+        return low + offset, high + offset
+    blocks = segments.blocks(positions, block)
+    return blocks.min(axis=2), blocks.max(axis=2)
+
+
+def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
+    """[B, n, m] → [B, n, FIELDS]. Reductions alone, which XLA fuses with what they reduce."""
+    m = some.shape[2]
+    at = jnp.arange(m, dtype=jnp.int32)
+
+    def first(which):
+        return jnp.min(jnp.where(which, at, m), axis=2)
+
+    begin = first(some)
+    end = jnp.max(jnp.where(some, at + 1, 0), axis=2)
+    begin = jnp.minimum(begin, end)
+    full_begin = jnp.minimum(first(whole), end)
+    full_end = jnp.minimum(first(~whole & (at >= full_begin[:, :, None])), end)
+    gap_begin = jnp.minimum(first(~some & (at >= begin[:, :, None])), end)
+    gap_end = jnp.minimum(first(some & (at >= gap_begin[:, :, None])), end)
+    full, gap = (full_begin, full_end - full_begin), (gap_begin, gap_end - gap_begin)
+    ordered = full_begin <= gap_begin
+    cuts = [
+        jnp.where(ordered, a, b)
+        for a, b in ((full[0], gap[0]), (full[1], gap[1]), (gap[0], full[0]), (gap[1], full[1]))
+    ]
+    count = end - begin - full[1] - gap[1]
+    return jnp.stack([begin, count, full_begin, full_end, *cuts], axis=2).astype(jnp.int32)

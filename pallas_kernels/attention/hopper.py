@@ -1,0 +1,283 @@
+"""Attention for Hopper (sm_90): Pallas Mosaic-GPU kernels with warp specialisation.
+
+After Shah et al. 2024 (FlashAttention-3): of a program's three warpgroups one only copies blocks of
+K and V to shared memory (TMA), two each hold 64 queries and multiply (wgmma). These two take turns:
+while one has the tensor cores, the other takes its softmax. What is not supported here, a card of
+another kind included, is for ``triton``. The backward pass is in ``hopper_backward``.
+
+ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal mask, as JAX's own
+(``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
+from pallas_kernels.attention import hopper_tile as parts
+from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
+from pallas_kernels.attention.how import How, Where, with_offsets
+from pallas_kernels.attention.triton_program import LN2, LOG2E
+
+_BACKWARD_HEADS = 128
+
+
+class Blocks(NamedTuple):
+    """Of the forward pass."""
+
+    k: int
+    """Keys of a block, a multiple of 64."""
+    stages: int
+    """Blocks of keys, and of values, in shared memory."""
+
+
+class BlockSizes(NamedTuple):
+    forward: Blocks
+    backward: hopper_backward.Blocks | triton.BlockSizes
+    """Triton's with the heads whose backward pass is Triton's."""
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+    """Whether :func:`forward` computes this, on a card of compute capability 9.0: by shapes,
+    dtypes and which arrays are given, not by values."""
+    return (
+        q.shape[-1] in (64, 128, 256)
+        and v.shape[-1] == q.shape[-1]
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.dtype == k.dtype == v.dtype
+        and where.q_positions is None
+        and where.k_positions is None
+        and how.scale > 0
+        and q.size > 0 < k.size
+        # Rows lie in shared memory by eights.
+        and q.shape[1] % 8 == k.shape[1] % 8 == 0
+    )
+
+
+def supports_backward(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+    """Whether its gradients are this module's own: sums of dK and dV fit in registers."""
+    return supports(q, k, v, where, how) and q.shape[-1] <= _BACKWARD_HEADS
+
+
+def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
+    """What fits in 227 KB of shared memory."""
+    if H <= _BACKWARD_HEADS:
+        return BlockSizes(Blocks(128, 2), hopper_backward.default_blocks(H))
+    return BlockSizes(Blocks(64, 2), triton.default_block_sizes(H, H, dtype))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    where: Where,
+    how: How,
+    dtype: Any,
+    *,
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention's output and log-sum-exps, where :func:`supports`.
+
+    Args:
+        q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, H]; N a multiple of K.
+        where, how: the mask and what is added to scores.
+        dtype: of the output.
+        block_sizes: default :func:`default_block_sizes`.
+        interpret: run by Pallas's GPU interpreter, on a CPU: True, or its parameters.
+
+    Returns:
+        o [B, S, N, H], zeros where a query has no key; the log-sum-exp of each query's scores, its
+        sink included, fp32 [B, S, N], −inf where it has none.
+
+    Raises:
+        ValueError: not supported.
+    """
+    if not supports(q, k, v, where, how):
+        raise _refusal(q, k, v)
+    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
+    (B, S, N, H), T = q.shape, k.shape[1]
+    sizes = (block_sizes or default_block_sizes(H, q.dtype)).forward
+    block_q = ROWS * WARPGROUPS
+    tiles = pl.cdiv(S, block_q)
+    inputs = {"q": q, "k": k, "v": v, **parts.mask_inputs(where, how, block_q, sizes.k)}
+    if gpu_blocks.needs_mask(how, where, T, sizes.k):
+        inputs["visits"] = gpu_blocks.visits_of_queries(S, T, block_q, sizes.k, where, how)
+    if where.sinks is not None:
+        inputs["sinks"] = where.sinks
+    s = Statics(how, S, T, N // k.shape[2], sizes.k, sizes.stages, tuple(inputs), bool(interpret))
+    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
+    scratch = {
+        "q": plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED),
+        "k": blocks,
+        "v": blocks,
+        "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.segments),
+        "k_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=1 + s.segments),
+        "v_ready": plgpu.Barrier(num_barriers=s.stages),
+        "k_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+        "v_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+        "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
+    }
+    if jnp.dtype(dtype) != q.dtype:
+        scratch["o"] = parts.staging(dtype)
+    if s.segments:
+        scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
+        scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
+    shapes = (
+        jax.ShapeDtypeStruct(q.shape, dtype),
+        jax.ShapeDtypeStruct((B, N, tiles * block_q), jnp.float32),
+    )
+    o, lse = parts.call(_forward_kernel, s, inputs, shapes, scratch, (N, tiles, B), interpret)
+    return o, lse[..., :S].transpose(0, 2, 1)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_o: jax.Array,
+    where: Where,
+    how: How,
+    dtype: Any,
+    *,
+    block_sizes: BlockSizes | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients that pass through these keys, where :func:`supports`: by Triton's kernels
+    where not :func:`supports_backward`.
+
+    Args:
+        q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.
+        lse: fp32 [B, S, N], over all the keys that the queries see.
+        delta: fp32 [B, S, N], d_o · o.
+        d_o: [B, S, N, H], the output's cotangent.
+        dtype: of the results, which are summed in fp32.
+
+    Returns:
+        dQ, dK, dV, shaped as q, k and v.
+
+    Raises:
+        ValueError: not supported.
+    """
+    if not supports(q, k, v, where, how):
+        raise _refusal(q, k, v)
+    sizes: Any = (block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
+    if not supports_backward(q, k, v, where, how):
+        options = {"block_sizes": sizes, "interpret": bool(interpret)}
+        return triton.backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
+    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
+    operands = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
+    d_q = hopper_backward.d_q(operands, where, how, dtype, sizes, interpret)
+    return d_q, *hopper_backward.d_kv(operands, where, how, dtype, sizes, interpret)
+
+
+def _refusal(q, k, v) -> ValueError:
+    return ValueError(
+        f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}: the Hopper kernels "
+        "take bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order"
+    )
+
+
+def _forward_kernel(s: Statics, refs, outputs, shared) -> None:
+    head, row = lax.axis_index("head"), lax.axis_index("row")
+    tile = lax.axis_index("tile")
+    if s.how.causal:  # the last tiles, the longest, start first
+        tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
+    me = lax.axis_index("warpgroup")
+    visits = parts.read_visits(refs, row, tile)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        start = (tile * WARPGROUPS + me) * ROWS
+        _attend(s, refs, outputs, shared, visits, row, head, start, me)
+
+
+def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> None:
+    """A warpgroup that multiplies: queries ``start`` and the 63 after it."""
+    block_k = s.block
+    q, H = shared["q"].at[me], shared["q"].shape[-1]
+    mine = pl.ds(start, ROWS)
+    plgpu.copy_gmem_to_smem(refs["q"].at[row, mine, head], q, shared["q_ready"].at[me])
+    if s.segments:
+        plgpu.copy_gmem_to_smem(
+            refs["q_segments"].at[row, mine], shared["q_segments"].at[me], shared["q_ready"].at[me]
+        )
+    plgpu.barrier_wait(shared["q_ready"].at[me])
+    if s.segments:
+        own_segments = parts.load(shared["q_segments"].at[me], parts.ALONG_ROWS)
+        own_segments = parts.along_rows(own_segments, block_k)
+
+    def take_turn():
+        """The other warpgroup goes on where it waits, and this one when the other comes here."""
+        plgpu.barrier_arrive(shared["turn"])
+        plgpu.barrier_wait(shared["turn"])
+
+    def step(at, carry, masked):
+        o, top, total = carry
+        slot = lax.rem(at, jnp.int32(s.stages))
+        plgpu.barrier_wait(shared["k_ready"].at[slot])
+
+        products = parts.products(q, shared["k"].at[slot], take_turn)
+        segments = ()
+        if masked and s.segments:
+            other = parts.load(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            segments = own_segments, parts.along_columns(other, ROWS)
+        parts.release(s, shared["k_free"].at[slot])
+        starts = start, block_of(at) * block_k
+        tile = Tile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        scores, _ = tile.scores(products)
+        if masked:
+            scores = jnp.where(tile.visible(*segments), scores, -jnp.inf)
+
+        new_top = jnp.maximum(top, scores.max(axis=1) * s.unit)
+        # Rows that have seen no key: −inf − −inf is NaN.
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+        weights = jnp.exp2(scores * s.unit - parts.along_rows(base, block_k))
+        decay = jnp.exp2(top - base)
+        total = total * decay + weights.sum(axis=1)
+        o = o * parts.along_rows(decay, H)
+        weights = weights.astype(shared["v"].dtype)
+        take_turn()
+        plgpu.barrier_wait(shared["v_ready"].at[slot])
+
+        o = parts.add_product(s, o, weights, shared["v"].at[slot])
+        parts.release(s, shared["v_free"].at[slot])
+        return o, new_top, total
+
+    masked, count, block_of = parts.order(visits, pl.cdiv(s.T, block_k))
+    if "sinks" in refs:
+        top, total = refs["sinks"][head] * LOG2E, 1.0
+    else:
+        top, total = -jnp.inf, 0.0
+    top, total = (
+        plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS) for x in (top, total)
+    )
+    pl.when(me == 1)(take_turn)
+    carry = parts.zeros(ROWS, H), top, total
+    if visits is not None:
+        carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
+    carry = lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
+    pl.when(me == 0)(take_turn)
+
+    o, top, total = carry
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
+    shared["lse"].at[me][...] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
+    o = o * parts.along_rows(1 / safe, H)
+    parts.send(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)

@@ -1,0 +1,269 @@
+"""Gradients of attention for Hopper: dQ by blocks of keys, dK and dV by blocks of queries, so that
+no sum is atomic and results repeat bit for bit."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_blocks
+from pallas_kernels.attention import hopper_tile as parts
+from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
+from pallas_kernels.attention.how import How, Where
+
+
+class Blocks(NamedTuple):
+    k: int
+    """Keys of a block that dQ visits, a multiple of 64."""
+    q: int
+    """Queries of a block that dK and dV visit, likewise."""
+    stages: int
+    """Blocks of each operand in shared memory."""
+
+
+def default_blocks(H: int) -> Blocks:
+    """What fits in 227 KB of shared memory and in registers."""
+    return Blocks(64 if H > 64 else 128, 64, 2)
+
+
+def d_q(operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any) -> jax.Array:
+    """dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf where a
+    query has no key."""
+    q, k, v, d_o, lse, delta = operands
+    (B, S, N, H), T = q.shape, k.shape[1]
+    block_q = ROWS * WARPGROUPS
+    inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, block_q)}
+    inputs |= parts.mask_inputs(where, how, block_q, sizes.k)
+    if gpu_blocks.needs_mask(how, where, T, sizes.k):
+        inputs["visits"] = gpu_blocks.visits_of_queries(S, T, block_q, sizes.k, where, how)
+    group = N // k.shape[2]
+    s = Statics(how, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
+    own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
+    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
+    row = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
+    scratch = {"q": own, "d_o": own, "k": blocks, "v": blocks, "lse": row, "delta": row}
+    scratch |= {
+        "own_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=4 + s.segments),
+        "k_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=1 + s.segments),
+        "v_ready": plgpu.Barrier(num_barriers=s.stages),
+        "k_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+        "v_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+    }
+    if s.segments:
+        scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
+        scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
+    if jnp.dtype(dtype) != q.dtype:
+        scratch["staged"] = parts.staging(dtype)
+    shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
+    grid = N, pl.cdiv(S, block_q), B
+    (out,) = parts.call(_d_q_kernel, s, inputs, shapes, scratch, grid, interpret)
+    return out
+
+
+def d_kv(
+    operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any
+) -> tuple[jax.Array, jax.Array]:
+    """dK and dV, summed over the query heads of a kv head; of what :func:`d_q` takes."""
+    q, k, v, d_o, lse, delta = operands
+    (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
+    block_k = ROWS * WARPGROUPS
+    inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, sizes.q)}
+    inputs |= parts.mask_inputs(where, how, sizes.q, block_k)
+    # Slots past the last key need no mask: they add to no other key's gradient.
+    if gpu_blocks.needs_mask(how, where, block_k, block_k):
+        inputs["visits"] = gpu_blocks.visits_of_keys(S, T, sizes.q, block_k, where, how)
+    s = Statics(how, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
+    own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
+    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
+    row = plgpu.SMEM((s.stages, s.block), jnp.float32)
+    scratch = {"k": own, "v": own, "q": blocks, "d_o": blocks, "lse": row, "delta": row}
+    scratch |= {
+        "own_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2 + s.segments),
+        "q_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=2 + s.segments),
+        "d_o_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=2),
+        "q_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+        "d_o_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+    }
+    if s.segments:
+        scratch["k_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
+        scratch["q_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
+    if jnp.dtype(dtype) != q.dtype:
+        scratch["staged"] = parts.staging(dtype)
+    shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
+    grid = K, pl.cdiv(T, block_k), B
+    d_k, d_v = parts.call(_d_kv_kernel, s, inputs, shapes, scratch, grid, interpret)
+    return d_k, d_v
+
+
+def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array]:
+    """Whole blocks of queries, those past the last with no weight."""
+    pad = (0, 0), (0, 0), (0, -lse.shape[2] % block)
+    return {
+        "lse": jnp.pad(lse, pad, constant_values=jnp.inf),
+        "delta": jnp.pad(delta, pad),
+    }
+
+
+def _d_q_kernel(s: Statics, refs, outputs, shared) -> None:
+    head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
+    if s.how.causal:  # the last tiles, the longest, start first
+        tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
+    me = lax.axis_index("warpgroup")
+    visits = parts.read_visits(refs, row, tile)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        start = (tile * WARPGROUPS + me) * ROWS
+        _sum_d_q(s, refs, outputs, shared, visits, row, head, start, me)
+
+
+def _sum_d_q(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> None:
+    """64 queries from ``start``."""
+    mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
+    sources = {name: refs[name].at[row, mine, head] for name in ("q", "d_o")}
+    sources |= {name: refs[name].at[row, head, mine] for name in ("lse", "delta")}
+    if s.segments:
+        sources["q_segments"] = refs["q_segments"].at[row, mine]
+    for name, source in sources.items():
+        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared["own_ready"].at[me])
+    plgpu.barrier_wait(shared["own_ready"].at[me])
+
+    def own(name):
+        return parts.along_rows(parts.load(shared[name].at[me], parts.ALONG_ROWS), block_k)
+
+    def step(at, d_q, masked):
+        slot = lax.rem(at, jnp.int32(s.stages))
+        for name in ("k", "v"):
+            plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
+        k = shared["k"].at[slot]
+        products = parts.products(shared["q"].at[me], k, lambda: None)
+        segments = ()
+        if masked and s.segments:
+            other = parts.load(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            segments = own("q_segments"), parts.along_columns(other, ROWS)
+        d_weights = parts.products(shared["d_o"].at[me], shared["v"].at[slot], lambda: None)
+        parts.release(s, shared["v_free"].at[slot])
+        starts = start, block_of(at) * block_k
+        tile = Tile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        scores, slope = tile.scores(products)
+        seen = tile.visible(*segments) if masked else None
+        _, d_scores = tile.gradients(scores, slope, own("lse"), d_weights, own("delta"), seen)
+        d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
+        parts.release(s, shared["k_free"].at[slot])
+        return d_q
+
+    masked, count, block_of = parts.order(visits, pl.cdiv(s.T, block_k))
+    d_q = parts.zeros(ROWS, H)
+    if visits is not None:
+        d_q = lax.fori_loop(0, masked, lambda at, d_q: step(at, d_q, True), d_q)
+    d_q = lax.fori_loop(masked, count, lambda at, d_q: step(at, d_q, False), d_q)
+    staged = shared.get("staged", shared["q"]).at[me]
+    parts.send(staged, outputs[0].at[row, mine, head], d_q * s.how.scale)
+
+
+def _d_kv_kernel(s: Statics, refs, outputs, shared) -> None:
+    kv_head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
+    me = lax.axis_index("warpgroup")
+    visits = parts.read_visits(refs, row, tile)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        _copy_queries(s, refs, shared, visits, row, kv_head)
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        start = (tile * WARPGROUPS + me) * ROWS
+        _sum_d_kv(s, refs, outputs, shared, visits, row, kv_head, start, me)
+
+
+def _each(s: Statics, visits, body, carry):
+    """``body(at, member, block, masked, carry)`` over what a block of keys visits: each query head
+    of the group makes all visits with a mask, then each all others. ``at`` counts."""
+    masked, total, block_of = parts.order(visits, pl.cdiv(s.S, s.block))
+
+    def loop(begin, count, is_masked, carry):
+        def step(t, carry):
+            member = 0 if s.group == 1 else lax.div(t, count)
+            block = block_of(begin + t - member * count)
+            return body(begin * s.group + t, member, block, is_masked, carry)
+
+        return lax.fori_loop(0, count * s.group, step, carry)
+
+    if visits is not None:
+        carry = loop(0, masked, True, carry)
+    return loop(masked, total - masked, False, carry)
+
+
+def _copy_queries(s: Statics, refs, shared, visits, row, kv_head) -> None:
+    def copy(at, member, block, _, carry):
+        slot = lax.rem(at, jnp.int32(s.stages))
+        head, queries = kv_head * s.group + member, pl.ds(block * s.block, s.block)
+        for name, beside in (("q", "lse"), ("d_o", "delta")):
+            copies = [
+                (refs[name].at[row, queries, head], shared[name]),
+                (refs[beside].at[row, head, queries], shared[beside]),
+            ]
+            if name == "q" and s.segments:
+                copies.append((refs["q_segments"].at[row, queries], shared["q_segments"]))
+            parts.copy_block(s, shared, name, at, slot, copies)
+        return carry
+
+    _each(s, visits, copy, None)
+
+
+def _sum_d_kv(s: Statics, refs, outputs, shared, visits, row, kv_head, start, me) -> None:
+    """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
+    mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
+    sources = {name: refs[name].at[row, mine, kv_head] for name in ("k", "v")}
+    if s.segments:
+        sources["k_segments"] = refs["k_segments"].at[row, mine]
+    for name, source in sources.items():
+        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared["own_ready"].at[me])
+    plgpu.barrier_wait(shared["own_ready"].at[me])
+
+    def step(at, member, block, masked, carry):
+        d_k, d_v = carry
+        slot = lax.rem(at, jnp.int32(s.stages))
+
+        def beside(name):
+            x = parts.load(shared[name].at[slot], parts.ALONG_COLUMNS)
+            return parts.along_columns(x, ROWS)
+
+        for name in ("q", "d_o"):
+            plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
+        q, d_o = shared["q"].at[slot], shared["d_o"].at[slot]
+        products = parts.products(shared["k"].at[me], q, lambda: None)
+        d_weights = parts.products(shared["v"].at[me], d_o, lambda: None)
+        at_head = row, kv_head * s.group + member
+        tile = Tile(s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head)
+        scores, slope = tile.scores(products)
+        seen, segments = None, ()
+        if masked:
+            if s.segments:
+                own = parts.load(shared["k_segments"].at[me], parts.ALONG_ROWS)
+                segments = beside("q_segments"), parts.along_rows(own, block_q)
+            seen = tile.visible(*segments)
+        weights, d_scores = tile.gradients(
+            scores, slope, beside("lse"), d_weights, beside("delta"), seen
+        )
+        d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
+        parts.release(s, shared["d_o_free"].at[slot])
+        d_k = parts.add_product(s, d_k, d_scores.astype(q.dtype), q)
+        parts.release(s, shared["q_free"].at[slot])
+        return d_k, d_v
+
+    d_k, d_v = _each(s, visits, step, (parts.zeros(ROWS, H), parts.zeros(ROWS, H)))
+    target = (row, mine, kv_head)
+    for name, ref, x in (("k", outputs[0], d_k * s.how.scale), ("v", outputs[1], d_v)):
+        parts.send(shared.get("staged", shared[name]).at[me], ref.at[target], x)

@@ -1,0 +1,300 @@
+"""A tile of scores in a Hopper kernel: products, scores, mask and gradients, in the registers of a
+warpgroup."""
+
+from collections.abc import Callable
+from functools import reduce
+from inspect import signature
+from operator import and_
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_blocks
+from pallas_kernels.attention.gpu_blocks import Visits
+from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.triton_program import LOG2E
+
+ROWS = 64
+"""Rows of a warpgroup's tile."""
+WARPGROUPS = 2
+"""Those that multiply."""
+ACC = plgpu.WGMMAAccumulatorRef
+TILE = plgpu.Layout.WGMMA
+ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
+ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+"""How 16-bit blocks lie in shared memory."""
+SWIZZLED_FP32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+
+# Before jax 0.11.
+_LOAD_TAKES_AN_INDEX = "idx" in signature(plgpu.load).parameters
+
+
+class Statics(NamedTuple):
+    how: How
+    S: int
+    T: int
+    group: int
+    """Query heads to a kv head."""
+    block: int
+    """Rows of the blocks that are copied one after the other."""
+    stages: int
+    """Of these, how many are in shared memory."""
+    names: tuple[str, ...]
+    """Of the inputs."""
+    interpret: bool
+
+    @property
+    def segments(self) -> bool:
+        return "q_segments" in self.names
+
+    @property
+    def plain(self) -> bool:
+        """Products are scaled in the exponent alone."""
+        return self.how.soft_cap is None and "slopes" not in self.names
+
+    @property
+    def unit(self) -> float:
+        """What scores are multiplied by before exp2."""
+        return self.how.scale * LOG2E if self.plain else 1.0
+
+
+def mask_inputs(where: Where, how: How, q_block: int, k_block: int) -> dict[str, jax.Array]:
+    """By name, what kernels read beside operands. Segments fill up whole blocks."""
+    inputs = {}
+    if where.q_segments is not None:
+        for name, x, block in (
+            ("q_segments", where.q_segments, q_block),
+            ("k_segments", where.k_segments, k_block),
+        ):
+            assert x is not None
+            inputs[name] = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
+    if how.causal or where.slopes is not None:
+        for name in ("q_offset", "k_offset"):
+            offset = getattr(where, name)
+            if offset is not None:
+                inputs[name] = jnp.asarray(offset, jnp.int32)[None]
+    for name in ("prefix", "slopes"):
+        if getattr(where, name) is not None:
+            inputs[name] = getattr(where, name)
+    return inputs
+
+
+def read_visits(refs: dict[str, Any], row, i) -> Visits | None:
+    """Of block i; None: every block, without a mask."""
+    if "visits" not in refs:
+        return None
+    line = 0 if refs["visits"].shape[0] == 1 else row
+    return Visits(*(refs["visits"][line, i, field] for field in range(gpu_blocks.FIELDS)))
+
+
+def order(visits: Visits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """(visits with a mask, which come first; all visits; the block of a visit)"""
+    if visits is None:
+        return 0, blocks, lambda at: at
+    masked = visits.count
+
+    def block_of(at):
+        return jnp.where(at < masked, visits.masked(at), visits.full_begin + at - masked)
+
+    return masked, masked + visits.full_end - visits.full_begin, block_of
+
+
+class Tile:
+    """Queries from ``q_start``, keys from ``k_start``; queries along ``q_axis``."""
+
+    def __init__(self, statics: Statics, refs, shape: tuple[int, int], q_axis: int, starts, at):
+        self.statics, self.refs, self.how = statics, refs, statics.how
+        self.shape, self.q_axis = shape, q_axis
+        self.q_start, self.k_start = starts
+        self.row, self.head = at
+
+    def _iota(self, axis: int) -> jax.Array:
+        return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=TILE)
+
+    def _behind(self) -> jax.Array:
+        """int32: how far behind its query each key is."""
+        ahead = self.q_start - self.k_start
+        for name, sign in (("q_offset", 1), ("k_offset", -1)):
+            if name in self.refs:
+                ahead += sign * self.refs[name][0]
+        return self._iota(self.q_axis) - self._iota(1 - self.q_axis) + ahead
+
+    def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Of which exp2 is to be taken, after ``statics.unit``; and their slope by the product
+        times the scale, None: 1."""
+        how, slope = self.how, None
+        if self.statics.plain:
+            return products, slope
+        if how.soft_cap is None:
+            scores = products * (how.scale * LOG2E)
+        else:
+            # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
+            exp = jnp.exp2(products * (2 * LOG2E * how.scale / how.soft_cap))
+            tanh = 1 - 2 / (exp + 1)
+            scores, slope = tanh * (how.soft_cap * LOG2E), 1 - tanh * tanh
+        if "slopes" in self.refs:
+            distance = jnp.abs(self._behind()).astype(jnp.float32)
+            scores -= distance * (self.refs["slopes"][self.head] * LOG2E)
+        return scores, slope
+
+    def visible(self, q_segments=None, k_segments=None) -> jax.Array:
+        """bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
+        how, T, seen = self.how, self.statics.T, []
+        if how.causal:
+            behind = self._behind()
+            near = behind >= 0
+            if how.window is not None:
+                near &= behind < how.window
+            if "prefix" in self.refs:
+                offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
+                prefix = self.refs["prefix"][self.row] - offset - self.k_start
+                near |= self._iota(1 - self.q_axis) < prefix
+            seen.append(near)
+        if q_segments is not None:
+            seen.append((q_segments == k_segments) & (q_segments != 0))
+        if T % self.shape[1 - self.q_axis]:
+            seen.append(self._iota(1 - self.q_axis) < T - self.k_start)
+        return reduce(and_, seen)
+
+    def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
+        """Weights, and the gradient by the product times the scale (softmax's Jacobian). Masked
+        keys and values may hold anything finite: d_weights may then not be."""
+        scores = scores * self.statics.unit
+        if seen is not None:
+            scores = jnp.where(seen, scores, -jnp.inf)
+        weights = jnp.exp2(scores - lse)
+        d_scores = weights * (d_weights - delta)
+        if slope is not None:
+            d_scores *= slope
+        return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
+
+
+def products(a, b, meanwhile: Callable[[], None]) -> jax.Array:
+    """a·bᵀ of blocks in shared memory; ``meanwhile`` is called before they are waited for."""
+
+    def multiply(sums):
+        plgpu.wgmma(sums, a, b.transpose((1, 0)))
+        meanwhile()
+        return sums[...]
+
+    return pl.run_scoped(multiply, ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+
+def add_product(s: Statics, to: jax.Array, a: jax.Array, b) -> jax.Array:
+    """``to`` + a·b, a in registers and b in shared memory."""
+    if s.interpret:  # which knows no operand in registers
+        return to + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    sums: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(ACC.init(to))
+    return sums
+
+
+def load(ref, layout) -> jax.Array:
+    index: Any = ((),) if _LOAD_TAKES_AN_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout)
+
+
+def zeros(rows: int, columns: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), TILE)
+
+
+def along_rows(x: jax.Array, columns: int) -> jax.Array:
+    """A value a row, over a tile."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def along_columns(x: jax.Array, rows: int) -> jax.Array:
+    """A value a column, over a tile."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def send(staged, target, x: jax.Array) -> None:
+    """A tile to global memory by way of shared memory, as many columns at a time as there is room
+    for; rows past the last are dropped."""
+    columns = staged.shape[1]
+    for begin in range(0, x.shape[1], columns):
+        piece = x if columns == x.shape[1] else x[:, begin : begin + columns]
+        staged[...] = piece.astype(staged.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, target.at[:, pl.ds(begin, columns)])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def staging(dtype: Any) -> Any:
+    """Where columns of a warpgroup's tile, not of the operands' dtype, wait to be sent."""
+    columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
+    return plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)
+
+
+def copy_keys(s: Statics, refs, shared, visits: Visits | None, row, kv_head) -> None:
+    """What the warpgroup that copies does where blocks are of keys: those past the last come as
+    zeros."""
+    _, total, block_of = order(visits, pl.cdiv(s.T, s.block))
+
+    @pl.loop(0, total)
+    def _(at):
+        slot = lax.rem(at, jnp.int32(s.stages))
+        keys = pl.ds(block_of(at) * s.block, s.block)
+        for name in ("k", "v"):
+            copies = [(refs[name].at[row, keys, kv_head], shared[name])]
+            if name == "k" and s.segments:
+                copies.append((refs["k_segments"].at[row, keys], shared["k_segments"]))
+            copy_block(s, shared, name, at, slot, copies)
+
+
+def copy_block(s: Statics, shared, name: str, at, slot, copies) -> None:
+    """(source, target) to a slot of the targets, when those who read it are done with it."""
+
+    @pl.when(at >= s.stages)
+    def _():
+        plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
+
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target.at[slot], shared[f"{name}_ready"].at[slot])
+
+
+def release(s: Statics, free) -> None:
+    """What lies in a slot has been read by this warpgroup."""
+    if s.interpret:  # which takes reads that are not TMA's or wgmma's as unordered with copies
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(free)
+
+
+def interpreter(interpret: Any) -> Any:
+    """Its parameters, where ``interpret`` asks for it.
+
+    Raises:
+        ValueError: this JAX has none for these kernels.
+    """
+    if interpret is not True:
+        return interpret
+    parameters = getattr(plgpu, "InterpretGPUParams", None)
+    if parameters is None:  # before jax 0.11
+        raise ValueError(f"jax {jax.__version__} has no interpreter for Hopper's kernels")
+    return parameters()
+
+
+def call(kernel, s: Statics, inputs, shapes, scratch, grid, interpret) -> Any:
+    """``kernel(s, inputs, outputs, scratch)`` over a grid (heads, tiles, rows of the batch)."""
+    names, outputs = tuple(scratch), len(shapes)
+
+    def body(*refs):
+        own, rest = refs[: len(s.names)], refs[len(s.names) :]
+        shared = dict(zip(names, rest[outputs:], strict=True))
+        kernel(s, dict(zip(s.names, own, strict=True)), rest[:outputs], shared)
+
+    return plgpu.kernel(
+        body,
+        out_type=shapes,
+        scratch_types=tuple(scratch.values()),
+        grid=grid,
+        grid_names=("head", "tile", "row"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({"interpret": interpret} if interpret else {}),
+    )(*inputs.values())

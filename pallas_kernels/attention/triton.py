@@ -1,0 +1,290 @@
+"""Attention for any NVIDIA card: Pallas kernels that Triton compiles.
+
+Three kernels, each of one block of rows a program: the output (Dao 2023, FlashAttention-2,
+algorithm 1), dQ, and dK with dV (algorithm 2, split in two so that no sum is atomic and results
+repeat bit for bit). A program visits the blocks that ``gpu_blocks`` finds for it: first those that
+need a mask, then those that need none.
+
+Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into powers of two, 192 into
+128 and 64, which is what Triton's tiles may be.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention import gpu_blocks
+from pallas_kernels.attention.how import How, Where, with_offsets
+from pallas_kernels.attention.triton_call import Call
+from pallas_kernels.attention.triton_program import (
+    LN2,
+    LOG2E,
+    Program,
+    Tiles,
+    dot,
+    dot_parts,
+    head_parts,
+    store,
+    store_row,
+)
+
+# Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
+_SMALL = ("8.6", "8.7", "8.9", "11.0", "12.0", "12.1")
+
+
+class BlockSizes(NamedTuple):
+    """Of the three kernels."""
+
+    forward: Tiles
+    d_q: Tiles
+    d_kv: Tiles
+
+
+def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+    """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most: tiles
+    hold whole heads."""
+    return (
+        q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        and q.dtype == k.dtype == v.dtype
+        and max(q.shape[-1], v.shape[-1]) <= 256
+        and q.size > 0 < v.size
+    )
+
+
+def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
+    """By rule: what keeps accumulators in registers and blocks in shared memory. Compiled for a
+    card that is not here, an H100's."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
+    small = capability in _SMALL
+    old = capability.startswith("8.")  # products are warps' own there, and take more registers
+    if jnp.dtype(dtype).itemsize > 2:
+        rows = (64 if max(H, Hv) <= 128 else 32) // (2 if small else 1)
+        columns = min(rows, 32)
+        wide, tall = Tiles(rows, columns, 4, 1), Tiles(columns, rows, 4, 1)
+        return BlockSizes(wide, wide, tall)
+    if max(H, Hv) <= 64:
+        return BlockSizes(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+    if max(H, Hv) <= 128:
+        forward = Tiles(128, 64, 8, 2 if small else 3)
+        return BlockSizes(forward, Tiles(128, 64, 8, 2), Tiles(32 if old else 64, 128, 8, 2))
+    if small:
+        return BlockSizes(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+    forward = Tiles(64, 32, 4, 2) if old else Tiles(128, 32, 8, 2)
+    return BlockSizes(forward, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    where: Where,
+    how: How,
+    dtype: Any,
+    *,
+    block_sizes: BlockSizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention's output and log-sum-exps.
+
+    Args:
+        q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, Hv]; N a multiple of K. One dtype.
+        where, how: the mask and what is added to scores.
+        dtype: of the output.
+        block_sizes: default :func:`default_block_sizes`.
+        interpret: run by the interpreter, on any device.
+
+    Returns:
+        o [B, S, N, Hv], zeros where a query has no key; the log-sum-exp of each query's scores,
+        its sink included, fp32 [B, S, N], −inf where it has none.
+    """
+    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    where = with_offsets(where, how)
+    tiles = (block_sizes or default_block_sizes(H, Hv, q.dtype)).forward
+    blocks = pl.cdiv(S, tiles.q)
+    table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
+    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
+    call.add("q", q, call.heads(tiles.q))
+    call.add("k", k, call.shared_heads(tiles.k))
+    call.add("v", v, call.shared_heads(tiles.k))
+    call.add("sinks", where.sinks, call.whole)
+    shapes = (
+        jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
+        jax.ShapeDtypeStruct((B, N, S), jnp.float32),
+    )
+    specs = call.heads(tiles.q)(shapes[0]), call.rows(tiles.q)(shapes[1])
+    o, lse = call(_forward_kernel, (blocks, N, B), shapes, specs)
+    return o, lse.transpose(0, 2, 1)
+
+
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_o: jax.Array,
+    where: Where,
+    how: How,
+    dtype: Any,
+    *,
+    block_sizes: BlockSizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients that pass through these keys, which may be a block of all that queries see.
+
+    Args:
+        q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.
+        lse: fp32 [B, S, N], over all the keys that the queries see.
+        delta: fp32 [B, S, N], d_o · o.
+        d_o: [B, S, N, Hv], the output's cotangent.
+        dtype: of the results, which are summed in fp32.
+
+    Returns:
+        dQ, dK, dV, shaped as q, k and v.
+    """
+    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    where = with_offsets(where, how)
+    sizes = block_sizes or default_block_sizes(H, Hv, q.dtype)
+    # +inf where no key is left: its weights are then exp2(score − inf) = 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
+    delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
+
+    tiles = sizes.d_q
+    table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
+    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
+    for name, x in (("q", q), ("d_o", d_o)):
+        call.add(name, x, call.heads(tiles.q))
+    for name, x in (("k", k), ("v", v)):
+        call.add(name, x, call.shared_heads(tiles.k))
+    for name, x in (("lse", lse), ("delta", delta)):
+        call.add(name, x, call.rows(tiles.q))
+    shape = jax.ShapeDtypeStruct(q.shape, dtype)
+    grid = pl.cdiv(S, tiles.q), N, B
+    (d_q,) = call(_d_q_kernel, grid, (shape,), (call.heads(tiles.q)(shape),))
+
+    tiles = sizes.d_kv
+    table = gpu_blocks.visits_of_keys(S, T, tiles.q, tiles.k, where, how)
+    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=False, table=table)
+    for name, x in (("q", q), ("d_o", d_o)):
+        call.add(name, x, call.groups(tiles.q))
+    for name, x in (("k", k), ("v", v)):
+        call.add(name, x, call.heads(tiles.k))
+    for name, x in (("lse", lse), ("delta", delta)):
+        call.add(name, x, call.group_rows(tiles.q))
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v))
+    specs = tuple(call.heads(tiles.k)(shape) for shape in shapes)
+    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), shapes, specs)
+    return d_q, d_k, d_v
+
+
+def _forward_kernel(p: Program, o_ref, lse_ref):
+    """One block of queries of one head."""
+    s, (block_q, block_k, *_) = p.statics, p.tiles
+    i, head = _last_first(p), p.head
+    start = i * block_q
+    q = p.rows("q", start, block_q, s.S if s.S % block_q else None)
+    queries = p.tokens("q", start, 1)
+
+    def body(j, _, masked, carry):
+        o, top, total = carry
+        length = s.T if masked and s.T % block_k else None
+        keys = p.tokens("k", j * block_k, 0)
+        k = p.rows("k", j * block_k, block_k, length)
+        scores, _ = p.scores(dot_parts(q, k), queries, keys, head)
+        if masked:
+            scores = jnp.where(p.visible(queries, keys), scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.unit)
+        # Rows that have seen no key: −inf − −inf is NaN.
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+        weights = p.exp2(scores * p.unit - base[:, None])
+        decay = p.exp2(top - base)
+        v = p.rows("v", j * block_k, block_k, length)
+        o = tuple(
+            x * decay[:, None] + dot(weights.astype(y.dtype), y) for x, y in zip(o, v, strict=True)
+        )
+        return o, new_top, total * decay + jnp.sum(weights, axis=1)
+
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in head_parts(s.Hv))
+    if "sinks" in p.refs:
+        top = jnp.full((block_q,), p.refs["sinks"][head] * LOG2E, jnp.float32)
+        carry = zeros, top, jnp.ones((block_q,), jnp.float32)
+    else:
+        carry = zeros, jnp.full((block_q,), -jnp.inf), jnp.zeros((block_q,), jnp.float32)
+    o, top, total = p.visit(i, pl.cdiv(s.T, block_k), body, carry)
+    some = total > 0
+    inverse = 1 / jnp.where(some, total, 1.0)
+    lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
+    store(o_ref, tuple(x * inverse[:, None] for x in o), start, block_q, s.S, s.Hv)
+    store_row(lse_ref, lse, start, block_q, s.S)
+
+
+def _d_q_kernel(p: Program, d_q_ref):
+    """One block of queries of one head."""
+    s, how, (block_q, block_k, *_) = p.statics, p.how, p.tiles
+    i, head = _last_first(p), p.head
+    start = i * block_q
+    bound = s.S if s.S % block_q else None
+    q, d_o = p.rows("q", start, block_q, bound), p.rows("d_o", start, block_q, bound)
+    lse = p.row_scalars("lse", start, other=jnp.inf)[:, None]
+    delta = p.row_scalars("delta", start, other=0.0)[:, None]
+    queries = p.tokens("q", start, 1)
+
+    def body(j, _, masked, d_q):
+        length = s.T if masked and s.T % block_k else None
+        keys = p.tokens("k", j * block_k, 0)
+        k = p.rows("k", j * block_k, block_k, length)
+        scores, slope = p.scores(dot_parts(q, k), queries, keys, head)
+        v = p.rows("v", j * block_k, block_k, length)
+        seen = p.visible(queries, keys) if masked else None
+        d_weights = dot_parts(d_o, v)
+        _, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
+        return tuple(x + dot(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
+
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in head_parts(s.H))
+    d_q = p.visit(i, pl.cdiv(s.T, block_k), body, zeros)
+    store(d_q_ref, tuple(x * how.scale for x in d_q), start, block_q, s.S, s.H)
+
+
+def _d_kv_kernel(p: Program, d_k_ref, d_v_ref):
+    """One block of keys of one kv head: its group's query heads are summed here. Tiles of scores
+    are transposed, [keys, queries], so that the weights are a product's left operand as they lie.
+    """
+    s, how, (block_q, block_k, *_) = p.statics, p.how, p.tiles
+    j, kv_head = p.block, p.head
+    start = j * block_k
+    bound = s.T if s.T % block_k else None
+    k, v = p.rows("k", start, block_k, bound), p.rows("v", start, block_k, bound)
+    keys = p.tokens("k", start, 1)
+    q_bound = s.S if s.S % block_q else None
+
+    def body(i, member, masked, carry):
+        d_k, d_v = carry
+        at = i * block_q
+        queries = p.tokens("q", at, 0)
+        q = p.rows("q", at, block_q, q_bound, member)
+        head = kv_head * s.group + member
+        scores, slope = p.scores(dot_parts(k, q), queries, keys, head)
+        d_o = p.rows("d_o", at, block_q, q_bound, member)
+        lse = p.row_scalars("lse", at, member, other=jnp.inf)[None]
+        delta = p.row_scalars("delta", at, member, other=0.0)[None]
+        seen = p.visible(queries, keys) if masked else None
+        d_weights = dot_parts(v, d_o)
+        weights, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
+        d_v = tuple(x + dot(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
+        d_k = tuple(x + dot(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
+        return d_k, d_v
+
+    zeros = tuple(
+        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in head_parts(size))
+        for size in (s.H, s.Hv)
+    )
+    d_k, d_v = p.visit(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
+    store(d_k_ref, tuple(x * how.scale for x in d_k), start, block_k, s.T, s.H)
+    store(d_v_ref, d_v, start, block_k, s.T, s.Hv)
+
+
+def _last_first(p: Program):
+    """The block of a program: with a causal mask the last blocks, the longest, start first."""
+    return pl.num_programs(0) - 1 - p.block if p.how.causal else p.block

@@ -1,0 +1,209 @@
+"""Products of rows sorted by group, each group with a kernel of its own: a mixture of experts
+without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows the rows there are.
+
+:func:`grouped_matmul` and :func:`grouped_outer` are each other's gradients, to any order.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.chips import mesh_platform
+from pallas_kernels.grouped_matmul import tpu, triton, xla
+from pallas_kernels.grouped_matmul.blocks import Blocks
+
+__all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
+
+_MODULES = {"tpu": tpu, "gpu": triton, "cpu": xla}
+_FLOATS = (jnp.bfloat16, jnp.float32)
+_EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+def grouped_matmul(
+    rows: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    *,
+    turned: bool = False,
+    row_scales: jax.Array | None = None,
+    column_scales: jax.Array | None = None,
+    dtype: Any = None,
+    backend: str | None = None,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """Each row times its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
+
+    Args:
+        rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
+            may hold anything, NaN too.
+        kernels: [G, D, F], or [G, F, D] when ``turned``. Operands are bf16, fp32, int8 or
+            float8 (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip
+            does not multiply is widened in the kernel. fp32 has the precision that
+            ``jax.default_matmul_precision`` says.
+        sizes: int32 [G], rows of each group, which may be 0; their sum is at most R.
+        row_scales, column_scales: fp32 [R] and [G, F], of 8-bit operands: what their elements are
+            multiplied by, after the product.
+        dtype: of the result. Default: the rows'; of int8 without scales int32, of other 8-bit
+            rows bf16.
+        backend: the platform that the program is for, "tpu", "gpu" or "cpu". None: that of the
+            current mesh's devices, without a mesh whichever JAX lowers for.
+        blocks: of the kernel (not on a CPU), with an explicit ``backend``. None: by rule.
+
+    Returns:
+        [R, F], summed in fp32 (of integers in int32); zeros behind the last group. Reverse-mode
+        differentiable in rows and kernels of 16 or 32 bits; padding rows get zeros.
+
+    Raises:
+        ValueError: shapes or types that do not belong together; blocks that do not fit.
+    """
+    G, D, F = (*kernels.shape, 0, 0, 0)[:3]
+    D, F = (F, D) if turned else (D, F)
+    if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or sizes.shape != (G,):
+        raise ValueError(
+            f"rows {rows.shape}, kernels {kernels.shape}{' turned' if turned else ''} and sizes "
+            f"{sizes.shape} do not belong together"
+        )
+    for scales, operand, shape in (
+        (row_scales, rows, (len(rows),)),
+        (column_scales, kernels, (G, F)),
+    ):
+        if scales is not None and (scales.shape != shape or operand.dtype not in _EIGHT_BITS):
+            raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
+    scaled = row_scales is not None or column_scales is not None
+    how = _how(rows, kernels, sizes, dtype, scaled, backend, blocks, turned)
+    if rows.dtype in _EIGHT_BITS or kernels.dtype in _EIGHT_BITS:
+        return _forward_only(rows, kernels, sizes, row_scales, column_scales, "matmul", how)
+    return _matmul(rows, kernels, sizes, how)
+
+
+def grouped_outer(
+    rows: jax.Array,
+    others: jax.Array,
+    sizes: jax.Array,
+    *,
+    dtype: Any = None,
+    backend: str | None = None,
+    blocks: Blocks | None = None,
+) -> jax.Array:
+    """For each group the sum over its rows of row ⊗ other: the gradient of its kernel.
+
+    Args:
+        rows, others: [R, D] and [R, F], sorted by group; behind the last one they may hold
+            anything.
+        The others: as for :func:`grouped_matmul`.
+
+    Returns:
+        [G, D, F], summed in fp32 (of int8 in int32); zeros of an empty group.
+    """
+    if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or sizes.ndim != 1:
+        raise ValueError(
+            f"rows {rows.shape}, others {others.shape} and sizes {sizes.shape} do not belong "
+            "together"
+        )
+    how = _how(rows, others, sizes, dtype, False, backend, blocks)
+    if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
+        return _forward_only(rows, others, sizes, None, None, "outer", how)
+    return _outer(rows, others, sizes, how)
+
+
+class _How(NamedTuple):
+    """Everything static."""
+
+    dtype: Any
+    backend: str | None
+    blocks: Blocks | None
+    turned: bool
+
+
+def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _How:
+    allowed = (*_FLOATS, *_EIGHT_BITS)
+    narrow = right.dtype in _EIGHT_BITS
+    mixed = left.dtype != right.dtype and (not narrow or left.dtype == jnp.int8)
+    if left.dtype not in allowed or right.dtype not in allowed or mixed:
+        raise ValueError(f"no grouped product of {left.dtype} and {right.dtype}")
+    if sizes.dtype != jnp.int32:
+        raise ValueError(f"sizes are int32, not {sizes.dtype}")
+    if backend not in (None, *_MODULES):
+        raise ValueError(f"backend '{backend}' is none of {', '.join(_MODULES)}")
+    if blocks is not None and backend not in ("tpu", "gpu"):
+        raise ValueError(f"blocks {tuple(blocks)} of a kernel need backend='tpu' or 'gpu'")
+    if dtype is None:
+        integers = left.dtype == right.dtype == jnp.int8 and not scaled
+        narrow = jnp.int32 if integers else jnp.bfloat16
+        dtype = narrow if left.dtype in _EIGHT_BITS else left.dtype
+    if jnp.dtype(dtype) not in (*_FLOATS, jnp.dtype(jnp.int32)):
+        raise ValueError(f"no result in {jnp.dtype(dtype).name}")
+    return _How(jnp.dtype(dtype), backend or mesh_platform(), blocks, turned)
+
+
+def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
+    options: dict[str, Any] = {"dtype": how.dtype}
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    if name == "matmul":
+        options["turned"] = how.turned
+        arrays = (*arrays, None, None)[:5]
+
+    def of(backend: str):
+        own = {"blocks": how.blocks} if how.blocks is not None else {}
+        return partial(getattr(_MODULES[backend], name), **options, **own)
+
+    if how.backend is not None:
+        return of(how.backend)(*arrays)
+    return lax.platform_dependent(*arrays, tpu=of("tpu"), cuda=of("gpu"), default=of("cpu"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _forward_only(left, right, sizes, row_scales, column_scales, name: str, how: _How):
+    scales = (row_scales, column_scales) if name == "matmul" else ()
+    return _run(name, how, left, right, sizes, *scales)
+
+
+def _refused(left, right, *others):
+    raise ValueError(
+        f"no gradient of products of {left.dtype} {left.shape} and {right.dtype} {right.shape}"
+    )
+
+
+_forward_only.defvjp(_refused, _refused)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(rows, kernels, sizes, how: _How):
+    return _run("matmul", how, rows, kernels, sizes)
+
+
+def _matmul_forward(rows, kernels, sizes, how):
+    return _matmul(rows, kernels, sizes, how), (rows, kernels, sizes)
+
+
+def _matmul_backward(how: _How, saved, d_y):
+    rows, kernels, sizes = saved
+    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
+    d_rows = _matmul(d_y, kernels, sizes, back._replace(turned=not how.turned))
+    pair = (d_y, rows) if how.turned else (rows, d_y)
+    return d_rows, _outer(*pair, sizes, back), None
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _outer(rows, others, sizes, how: _How):
+    return _run("outer", how, rows, others, sizes)
+
+
+def _outer_forward(rows, others, sizes, how):
+    return _outer(rows, others, sizes, how), (rows, others, sizes)
+
+
+def _outer_backward(how: _How, saved, d_y):
+    rows, others, sizes = saved
+    d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
+    d_rows = _matmul(others, d_y, sizes, back._replace(turned=True))
+    return d_rows, _matmul(rows, d_y, sizes, back._replace(turned=False)), None
+
+
+_outer.defvjp(_outer_forward, _outer_backward)

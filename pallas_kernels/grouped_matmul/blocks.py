@@ -1,0 +1,185 @@
+"""Sizes of the blocks that the TPU kernels hold in VMEM, and of the parts they compute at once."""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels.chips import Chip
+
+LANES = 128
+# Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more
+# hide its beginning and end better, and compile for longer.
+_UNROLLED = 1 << 14
+# A tile of rows: groups of fewer share one, and each that begins inside one costs a step.
+_ROWS = 1024
+_COLUMNS = 2048
+
+
+class Blocks(NamedTuple):
+    """What one step of a kernel's grid works on.
+
+    Of a matmul: rows and columns of the result, and ``inner`` of the contracted dimension. Of an
+    outer product: ``rows`` are contracted, ``inner`` × ``columns`` is the part of [D, F] made.
+    """
+
+    rows: int
+    inner: int
+    columns: int
+
+
+class Operands(NamedTuple):
+    """Sizes and types that a kernel is built for."""
+
+    rows: int
+    inner: int
+    """D."""
+    columns: int
+    """F."""
+    left: Any
+    """Data types of both operands and the result."""
+    right: Any
+    out: Any
+
+
+def matmul_blocks(operands: Operands, chip: Chip) -> Blocks:
+    """Kernels in blocks of whole D where these fit, so that each is read once; rows in large tiles.
+
+    Every tile of columns reads all rows again, every change of group a block of a kernel.
+    """
+    D, F, budget = operands.inner, operands.columns, _budget(chip)
+    room = budget // 2 // _kernel_bytes(operands, chip)
+    inner, narrow = D, min(F, 4 * chip.mxu)
+    if D * narrow > room and D % LANES == 0:
+        inner = LANES * _divisor(D // LANES, max(1, room // narrow // LANES))
+    widest = min(_COLUMNS, room // inner)
+    columns = _even(F, max(widest // LANES * LANES, LANES), chip)
+    rows = _tile(operands)
+    while rows > 2 * LANES and matmul_vmem(Blocks(rows, inner, columns), operands, chip) > budget:
+        rows //= 2
+    return Blocks(rows, inner, columns)
+
+
+def outer_blocks(operands: Operands, chip: Chip) -> Blocks:
+    """As much of [D, F] at once as fits: every part of it reads rows or others again."""
+    for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
+        inner = _even(operands.inner, most, chip)
+        columns = _even(operands.columns, most, chip._replace(cores=1))
+        for rows in (_tile(operands), min(_tile(operands), _ROWS // 2)):
+            blocks = Blocks(rows, inner, columns)
+            if outer_vmem(blocks, operands) <= _budget(chip):
+                return blocks
+    return blocks
+
+
+def check(blocks: Blocks, operands: Operands, needed: int, chip: Chip) -> None:
+    """Raises:
+    ValueError: blocks that do not fit the chip's VMEM, or that it cannot cut."""
+    sizes = (
+        f"rows [{operands.rows}, {operands.inner}] and {operands.columns} columns in "
+        f"{jnp.dtype(operands.left).name}, blocks {blocks.rows} × {blocks.inner} × {blocks.columns}"
+    )
+    if needed > chip.vmem:
+        raise ValueError(f"{sizes}: {needed} bytes of VMEM, of which a core has {chip.vmem}")
+    if min(blocks) < 1 or blocks.rows % 32:
+        raise ValueError(f"{sizes}: a block has at least one element, and a multiple of 32 rows")
+    for block, whole in ((blocks.inner, operands.inner), (blocks.columns, operands.columns)):
+        if block % LANES and block != whole:
+            raise ValueError(f"{sizes}: a part of a dimension is a multiple of {LANES}")
+
+
+def matmul_vmem(blocks: Blocks, operands: Operands, chip: Chip) -> int:
+    """Bytes of VMEM: two of each block, sums of parts of D, and what a product is made in."""
+    rows, inner, columns = blocks
+    left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
+    inner, columns = _lanes(inner), _lanes(columns)
+    total = 2 * rows * (inner * left + columns * out)
+    total += inner * columns * _kernel_bytes(operands, chip)
+    total += 4 * rows * columns * (blocks.inner < operands.inner)
+    total += 2 * 4 * (rows * LANES + 8 * columns)  # scales
+    return total + 2 * 4 * row_parts(chip)[0] * _lanes(column_part(blocks, operands, chip))
+
+
+def widened(operands: Operands, chip: Chip) -> Any:
+    """The type in which a kernel's blocks are kept beside themselves, or None."""
+    if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies(operands.left, operands.right):
+        return None
+    return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
+
+
+def _kernel_bytes(operands: Operands, chip: Chip) -> int:
+    """For each element of a kernel's block: two copies, and a wide one."""
+    wide = widened(operands, chip)
+    size = 2 * jnp.dtype(operands.right).itemsize
+    return size if wide is None else size + jnp.dtype(wide).itemsize
+
+
+def outer_vmem(blocks: Blocks, operands: Operands) -> int:
+    rows, inner, columns = blocks
+    left, right, out = (jnp.dtype(d).itemsize for d in operands[3:])
+    inner, columns = _lanes(inner), _lanes(columns)
+    total = 2 * rows * (inner * left + columns * right) + inner * columns * (4 + 2 * out)
+    return total + 2 * prod(outer_part(blocks, operands))
+
+
+def row_parts(chip: Chip) -> tuple[int, int]:
+    """Rows multiplied at once where a group has many left, and at its end. Fewer than fill the
+    matrix unit's weights take as long as these."""
+    return 2 * LANES, (64 if chip.mxu == LANES else LANES)
+
+
+def contracted_part(chip: Chip) -> int:
+    """Rows that an outer product contracts at once: what the matrix unit holds."""
+    return chip.mxu
+
+
+def column_part(blocks: Blocks, operands: Operands, chip: Chip) -> int:
+    """Columns multiplied at once: a divisor of the block's."""
+    words = jnp.dtype(operands.left).itemsize
+    most = chip.mxu * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
+    unit = chip.mxu if blocks.columns % chip.mxu == 0 else LANES
+    if blocks.columns % unit:
+        return blocks.columns
+    # The nearest divisor: a block of 7 units of which 4 would do is not made one by one.
+    number = blocks.columns // unit
+    return unit * min(
+        (d for d in range(1, number + 1) if number % d == 0),
+        key=lambda d: max(d * unit, most) / min(d * unit, max(most, 1)),
+    )
+
+
+def outer_part(blocks: Blocks, operands: Operands) -> tuple[int, int]:
+    """Parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
+    fewer = 4 if jnp.dtype(operands.left).itemsize == 4 else 1
+    inner, columns = (
+        LANES * _divisor(n // LANES, most // fewer // LANES) if n % LANES == 0 else n
+        for n, most in ((blocks.inner, 1024), (blocks.columns, 2048))
+    )
+    return inner, columns
+
+
+def _budget(chip: Chip) -> int:
+    return chip.vmem * 7 // 8
+
+
+def _tile(operands: Operands) -> int:
+    return min(_ROWS, -(-operands.rows // 32) * 32)
+
+
+def _even(whole: int, most: int, chip: Chip) -> int:
+    """Equal blocks of at most ``most``, in multiples of lanes, as many for every core."""
+    if whole <= most and (chip.cores == 1 or whole <= 2 * LANES):
+        return whole
+    count = -(-whole // most)
+    count = -(-count // chip.cores) * chip.cores
+    unit = chip.mxu if whole >= 2 * chip.mxu * count else LANES
+    return min(-(-whole // (count * unit)) * unit, max(most // unit * unit, LANES))
+
+
+def _lanes(n: int) -> int:
+    return -(-n // LANES) * LANES
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not above ``most``."""
+    return next(d for d in range(min(n, most), 0, -1) if n % d == 0)

@@ -1,0 +1,180 @@
+"""Grouped products on an NVIDIA GPU, through Triton: a program for each tile of a result."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.grouped_matmul.blocks import Blocks
+from pallas_kernels.grouped_matmul.xla import sum_type, tiles
+
+# Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
+_BAND = 8
+_STAGES, _WARPS = 4, 8
+# Of a block on an A100; a Hopper card has more.
+_SHARED_BYTES = 163 * 1024
+# Cards that read float8_e4m3fn; for others XLA widens it first.
+_FLOAT8_CARDS = ("H100", "H200", "GH200", "B200", "GB200", "B300", "L4")
+
+
+def matmul(
+    rows: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    row_scales: jax.Array | None,
+    column_scales: jax.Array | None,
+    *,
+    turned: bool,
+    dtype: Any,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
+    the padding is a group more, whose tiles only write zeros."""
+    rows, kernels = _readable(rows), _readable(kernels)
+    (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
+    G = len(sizes)
+    tile, inner, columns = blocks = _checked(blocks, rows, kernels)
+    group, start, count = tiles(jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile)
+    parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
+    scales = [s for s in (row_scales, column_scales) if s is not None]
+    sums = sum_type(rows.dtype, kernels.dtype)
+
+    def kernel(group_ref, start_ref, count_ref, parts_ref, row_ref, kernel_ref, *refs):
+        refs = list(refs)
+        row_scale_ref = None if row_scales is None else refs.pop(0)
+        column_scale_ref = None if column_scales is None else refs.pop(0)
+        out_ref = refs.pop(0)
+        step = pl.program_id(1)
+        n = pl.program_id(2) * _BAND + pl.program_id(0)
+        g, begin = group_ref[step], start_ref[step]
+        here, there = pl.ds(begin, tile), pl.ds(n * columns, columns)
+        own = jnp.arange(tile) < count_ref[step]
+        exists = n * columns + jnp.arange(columns) < F
+
+        def add(i, total):
+            part = pl.ds(i * inner, inner)
+            within = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
+            left = _load(row_ref.at[here, part], own, within)
+            if turned:
+                right = _load(kernel_ref.at[g, there, part], exists, within).T
+            else:
+                right = _load(kernel_ref.at[g, part, there], within, exists)
+            return total + _product(left, right)
+
+        zeros = jnp.zeros((tile, columns), sums)
+        y = lax.fori_loop(0, parts_ref[step] * (n * columns < F), add, zeros)
+        if row_scale_ref is not None:
+            y *= _load(row_scale_ref.at[here], own & (g < G))[:, None]
+        if column_scale_ref is not None:
+            y *= _load(column_scale_ref.at[g, there], exists & (g < G))
+        plgpu.store(out_ref.at[here, there], y.astype(dtype), mask=own[:, None] & exists)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((R, F), dtype),
+        grid=(_BAND, len(group), pl.cdiv(F, columns * _BAND)),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        cost_estimate=_cost(R, D, F, rows, kernels),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(group, start, count, parts, rows, kernels, *scales)
+
+
+def outer(
+    rows: jax.Array,
+    others: jax.Array,
+    sizes: jax.Array,
+    *,
+    dtype: Any,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As ``grouped_outer``. A program goes through all rows of its group."""
+    rows, others = _readable(rows), _readable(others)
+    (R, D), F = rows.shape, others.shape[1]
+    depth, inner, columns = _checked(blocks, rows, others, outer=True)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    sums = sum_type(rows.dtype, others.dtype)
+
+    def kernel(start_ref, end_ref, row_ref, other_ref, out_ref):
+        n, m, g = (pl.program_id(i) for i in range(3))
+        start, end = start_ref[g], end_ref[g]
+        inside, there = pl.ds(m * inner, inner), pl.ds(n * columns, columns)
+        in_d = m * inner + jnp.arange(inner) < D
+        in_f = n * columns + jnp.arange(columns) < F
+
+        def add(i, total):
+            at = start + i * depth
+            own = at + jnp.arange(depth) < end
+            left = _load(row_ref.at[pl.ds(at, depth), inside], own, in_d)
+            right = _load(other_ref.at[pl.ds(at, depth), there], own, in_f)
+            return total + _product(left.T, right)
+
+        zeros = jnp.zeros((inner, columns), sums)
+        y = lax.fori_loop(0, pl.cdiv(end - start, depth), add, zeros)
+        mask = in_d[:, None] & in_f
+        plgpu.store(out_ref.at[g, inside, there], y.astype(dtype), mask=mask)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((len(sizes), D, F), dtype),
+        grid=(pl.cdiv(F, columns), pl.cdiv(D, inner), len(sizes)),
+        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
+        cost_estimate=_cost(R, D, F, rows, others),
+        interpret=interpret,
+        name="grouped_outer",
+    )(ends - sizes, ends, rows, others)
+
+
+def _checked(blocks: Blocks | None, left: jax.Array, right: jax.Array, outer=False) -> Blocks:
+    """Shared memory holds the contracted parts of both operands, a stage ahead each."""
+    size = max(left.dtype.itemsize, right.dtype.itemsize)
+    depth = 128 // size
+    blocks = blocks or (Blocks(depth, 128, 128) if outer else Blocks(128, depth, 128))
+    contracted, *kept = blocks if outer else (blocks.inner, blocks.rows, blocks.columns)
+    needed = (_STAGES - 1) * contracted * sum(kept) * size
+    text = f"blocks {tuple(blocks)} of {left.shape} and {right.shape} in {left.dtype}"
+    if any(n < 16 or n & (n - 1) for n in blocks):
+        raise ValueError(f"{text}: each is a power of two, 16 at least")
+    if needed > _SHARED_BYTES:
+        raise ValueError(f"{text}: {needed} bytes of shared memory, {_SHARED_BYTES} at most")
+    return blocks
+
+
+def _readable(x: jax.Array) -> jax.Array:
+    """float8_e4m3fn as bf16 where the card, as far as is known, does not read it."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind
+    if x.dtype != jnp.float8_e4m3fn or any(card in kind for card in _FLOAT8_CARDS):
+        return x
+    return x.astype(jnp.bfloat16)
+
+
+def _load(ref: Any, *masks: jax.Array | None) -> jax.Array:
+    """Zeros where the mask of any dimension, if it has one, is false."""
+    mask = None
+    for axis, own in enumerate(masks):
+        if own is not None:
+            own = own if len(masks) == 1 else jnp.expand_dims(own, 1 - axis)
+            mask = own if mask is None else mask & own
+    return plgpu.load(ref, mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype))
+
+
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    sums = sum_type(left.dtype, right.dtype)
+    if left.dtype != right.dtype:
+        wide = jnp.float32 if jnp.float32 in (left.dtype, right.dtype) else jnp.bfloat16
+        left, right = left.astype(wide), right.astype(wide)
+    return jnp.dot(left, right, preferred_element_type=sums)
+
+
+def _cost(R: int, D: int, F: int, *arrays: jax.Array) -> pl.CostEstimate:
+    return pl.CostEstimate(
+        flops=2 * R * D * F,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        transcendentals=0,
+    )

@@ -1,0 +1,99 @@
+"""Grouped products in XLA alone: blocks of rows of one group, one after the other.
+
+For CPUs, whose ragged dot multiplies every row by every kernel, and wherever no kernel is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Rows of a block: enough to pay for reading a kernel, few enough that padding small groups up to
+# whole blocks stays cheap.
+_MAX_BLOCK, _MIN_BLOCK = 128, 8
+
+
+def matmul(
+    rows: jax.Array,
+    kernels: jax.Array,
+    sizes: jax.Array,
+    row_scales: jax.Array | None,
+    column_scales: jax.Array | None,
+    *,
+    turned: bool,
+    dtype: Any,
+) -> jax.Array:
+    """As ``grouped_matmul``."""
+    block = _block(rows, sizes)
+    padded = _padded(rows, block)
+    row_scales = None if row_scales is None else _padded(row_scales, block)
+
+    def body(out, step):
+        group, start, count = step
+        own = lax.dynamic_slice_in_dim(padded, start, block)
+        y = _product(own, kernels[group], 1, 1 if turned else 0)
+        if row_scales is not None:
+            y *= lax.dynamic_slice_in_dim(row_scales, start, block)[:, None]
+        if column_scales is not None:
+            y *= column_scales[group]
+        y = jnp.where(jnp.arange(block)[:, None] < count, y, 0).astype(out.dtype)
+        # The zeros past a group's end are written over by the next block, which starts there.
+        return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
+
+    out = jnp.zeros((len(padded), kernels.shape[1 if turned else 2]), dtype)
+    return lax.scan(body, out, tiles(sizes, len(rows), block))[0][: len(rows)]
+
+
+def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
+    """As ``grouped_outer``."""
+    block = _block(rows, sizes)
+    padded = _padded(rows, block), _padded(others, block)
+
+    def body(total, step):
+        group, start, count = step
+        mine = jnp.arange(block)[:, None] < count
+        left, right = (
+            jnp.where(mine, lax.dynamic_slice_in_dim(x, start, block), jnp.zeros((), x.dtype))
+            for x in padded
+        )
+        return total.at[group].add(_product(left, right, 0, 0)), None
+
+    shape = len(sizes), rows.shape[1], others.shape[1]
+    zeros = jnp.zeros(shape, sum_type(rows.dtype, others.dtype))
+    return lax.scan(body, zeros, tiles(sizes, len(rows), block))[0].astype(dtype)
+
+
+def tiles(sizes: jax.Array, num_rows: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(group, first row, rows) of each block of rows of one group, as many as any sizes can need;
+    unused ones come last, empty, and start where the last group ends."""
+    ends = jnp.cumsum(-(-sizes // block))
+    index = jnp.arange(num_rows // block + len(sizes))
+    group = jnp.minimum(jnp.searchsorted(ends, index, side="right"), len(sizes) - 1)
+    done = (index - jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])[group]) * block
+    count = jnp.clip(sizes[group] - done, 0, block)
+    start = (jnp.cumsum(sizes) - sizes)[group] + jnp.minimum(done, sizes[group])
+    return group, start, count
+
+
+def sum_type(left: Any, right: Any) -> Any:
+    """In which products are summed: int32 for integers, else fp32."""
+    integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
+    return jnp.int32 if integers else jnp.float32
+
+
+def _product(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:
+    sums = sum_type(left.dtype, right.dtype)
+    if left.dtype != right.dtype or (left.dtype.itemsize == 1 and sums == jnp.float32):
+        left, right = left.astype(sums), right.astype(sums)
+    contract = (((left_dim,), (right_dim,)), ((), ()))
+    return lax.dot_general(left, right, contract, preferred_element_type=sums)
+
+
+def _block(rows: jax.Array, sizes: jax.Array) -> int:
+    return min(_MAX_BLOCK, max(_MIN_BLOCK, len(rows) // len(sizes)))
+
+
+def _padded(rows: jax.Array, block: int) -> jax.Array:
+    """Room for a block that starts at the last row."""
+    return jnp.pad(rows, ((0, block), *((0, 0),) * (rows.ndim - 1)))

@@ -1,0 +1,40 @@
+"""What the implementations share: the loss once its parts are known, and the types of results."""
+
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Sums: TypeAlias = tuple[jax.Array, jax.Array]
+"""The loss with the z term and the cross-entropy without it."""
+Loss: TypeAlias = tuple[Sums, tuple[jax.Array, jax.Array] | None]
+"""The sums, and the gradients of the first in hidden and head."""
+
+
+def logsumexp_over(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """log Σ exp over the devices along mesh axes."""
+    if not axes:
+        return own
+    top = lax.pmax(own, axes)
+    return top + jnp.log(lax.psum(jnp.exp(own - top), axes))
+
+
+def losses(
+    logsumexp: jax.Array, target: jax.Array, weights: jax.Array, z_loss: float
+) -> tuple[Sums, jax.Array]:
+    """Of tokens' log-sum-exps and target logits, fp32 [T]: the sums, and the first one's derivative
+    in the log-sum-exps. (Its derivative in the target logits is −weights.)"""
+    entropy = jnp.sum(weights * (logsumexp - target))
+    loss = entropy + z_loss * jnp.sum(weights * jnp.square(logsumexp))
+    return (loss, entropy), weights * (1.0 + 2.0 * z_loss * logsumexp)
+
+
+def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap · tanh(logits / softcap)."""
+    return logits if softcap is None else softcap * jnp.tanh(logits * (1.0 / softcap))
+
+
+def cap_slope(logits: jax.Array, softcap: float | None) -> jax.Array | float:
+    """The derivative of :func:`capped`, from its result."""
+    return 1.0 if softcap is None else 1.0 - jnp.square(logits * (1.0 / softcap))

@@ -1,0 +1,119 @@
+"""The GPU's attention kernels compile for cards that are not here, each feature among them, and
+take no memory that grows with the square of the sequence."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
+
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import has_compiler, topology_devices
+from pallas_kernels import attention as kernel
+
+pytestmark = [
+    pytest.mark.skipif(not has_compiler("gpu"), reason="the compiler is not installed"),
+    pytest.mark.timeout(1800),
+]
+
+BF16, FP32, INT32 = jnp.bfloat16, jnp.float32, jnp.int32
+B, N = 2, 8
+# (S, T, K, H, Hv, dtype, static options, arrays among the options)
+CASES: dict[str, tuple[Any, ...]] = {
+    "causal": (4096, 4096, 2, 128, 128, BF16, {}, ()),
+    "full, odd lengths": (1000, 3001, 8, 64, 64, BF16, {"causal": False}, ()),
+    "window, sinks": (4096, 4096, 1, 80, 80, BF16, {"window": 1000}, ("sinks",)),
+    "MLA, packed": (4096, 4096, 8, 192, 128, BF16, {}, ("segment_ids",)),
+    "prefix, soft cap, slopes": (
+        2048, 2048, 4, 256, 256, BF16, {"soft_cap": 30.0}, ("prefix", "slopes"),
+    ),
+    "positions": (
+        2048, 2048, 4, 32, 32, jnp.float16, {}, ("q_positions", "k_positions"),
+    ),
+    "fp32, offsets": (2000, 1000, 4, 96, 96, FP32, {"k_offset": 7}, ("q_offset",)),
+}  # fmt: skip
+
+
+def operands(S, T, K, H, Hv, dtype, names):
+    """Shapes of q, k, v, d_o and of the options that are arrays."""
+    like = jax.ShapeDtypeStruct
+    options = {
+        "q_positions": like((B, S), INT32),
+        "k_positions": like((1, T), INT32),
+        "segment_ids": (like((B, S), INT32), like((B, T), INT32)),
+        "q_offset": like((), INT32),
+        "prefix": like((B,), INT32),
+        "slopes": like((N,), FP32),
+        "sinks": like((N,), FP32),
+    }
+    shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
+    return *(like(shape, dtype) for shape in shapes), {name: options[name] for name in names}
+
+
+def compiled(kind: str, function, arguments):
+    (device,) = topology_devices(parse_topology(f"{kind}x1"))
+    sharding = SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    # The card that Pallas lowers for; without it, that of this machine.
+    card = jax.sharding.AbstractDevice(device.device_kind, None, "gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
+        return jax.jit(function).lower(*arguments).compile()
+
+
+def both_passes(static, dtype):
+    """A function of (q, k, v, d_o, arrays among the options): output and gradients in ``dtype``."""
+
+    def run(q, k, v, d_o, arrays):
+        options = {**static, **arrays}
+        o, lse = kernel.attention_forward(q, k, v, dtype=dtype, **options)
+        delta = kernel.row_delta(o, d_o)
+        return o, kernel.attention_backward(q, k, v, lse, delta, d_o, dtype=dtype, **options)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ["h100", "a100"])
+@pytest.mark.parametrize("case", CASES)
+def test_triton_kernels_compile(case, kind):
+    *sizes, static, names = CASES[case]
+    arguments = operands(*sizes, names)
+    run = both_passes({**static, "backend": "triton"}, arguments[0].dtype)
+    check_memory(case, compiled(kind, run, arguments), sizes)
+
+
+def check_memory(case, found, sizes):
+    temp = found.memory_analysis().temp_size_in_bytes
+    print(f"{case}: {temp:,} bytes of temporaries")
+    S, T = sizes[:2]
+    assert temp < 0.05 * 4 * B * N * S * T
+
+
+# Those that the Hopper kernels take, and one of 256, whose gradients are Triton's.
+HOPPER: dict[str, tuple[Any, ...]] = {
+    "causal": CASES["causal"],
+    "full, odd lengths": (1000, 3000, 8, 64, 64, BF16, {"causal": False}, ()),
+    "window, sinks, packed": (
+        4096, 4096, 2, 128, 128, jnp.float16, {"window": 1000}, ("sinks", "segment_ids"),
+    ),
+    "prefix, soft cap, slopes, offsets": (
+        2048, 4096, 4, 128, 128, BF16, {"soft_cap": 30.0, "k_offset": 8},
+        ("prefix", "slopes", "q_offset"),
+    ),
+    "256": (2048, 2048, 4, 256, 256, BF16, {}, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("case", HOPPER)
+def test_hopper_kernels_compile(case, dtype):
+    """Chosen by the card. With results of the operands' width and, as a ring's steps want them, in
+    fp32."""
+    *sizes, static, names = HOPPER[case]
+    found = compiled("h100", both_passes(static, dtype), operands(*sizes, names))
+    targets = " ".join(re.findall(r'custom_call_target="([^"]*)"', found.as_text()))
+    assert ("mosaic_gpu" in targets, "triton" in targets) == (True, case == "256")
+    check_memory(case, found, sizes)

@@ -1,0 +1,148 @@
+"""The TPU's attention kernels compile for chips that are not here, each feature among them, with
+blocks by rule and within the VMEM that they ask for."""
+
+import importlib.util
+import os
+import re
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import attention as kernel
+from pallas_kernels.chips import CHIPS, current_chip
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler"),
+    pytest.mark.timeout(900),
+]
+
+
+class Case(NamedTuple):
+    shape: tuple[int, ...]
+    """B, S, T, N, K, H, Hv."""
+    static: dict[str, Any]
+    arrays: tuple[str, ...] = ()
+    """Options that are arrays."""
+    dtype: Any = jnp.bfloat16
+
+
+CASES = {
+    "causal": Case((1, 4096, 4096, 2, 2, 128, 128), {}),
+    "packed, grouped heads, sinks, H 64": Case(
+        (2, 512, 512, 8, 2, 64, 64), {}, ("segment_ids", "sinks")
+    ),
+    "window, latent heads": Case((1, 512, 1024, 2, 2, 192, 128), {"window": 500, "q_offset": 512}),
+    "prefix, cap, slopes, odd lengths, H 80": Case(
+        (2, 500, 500, 2, 2, 80, 80), {"soft_cap": 30.0}, ("prefix", "slopes")
+    ),
+    "full, cross, packed, H 96": Case(
+        (2, 700, 1500, 2, 1, 96, 96), {"causal": False}, ("segment_ids",)
+    ),
+    "full, odd lengths, H 256": Case((1, 520, 1300, 1, 1, 256, 256), {"causal": False}),
+    "traced offsets, window, packed": Case(
+        (1, 512, 2048, 2, 1, 128, 128), {"window": 500}, ("q_offset", "k_offset", "segment_ids")
+    ),
+    "fp32, everything, H 32": Case(
+        (1, 640, 900, 4, 2, 32, 32),
+        {"window": 300, "soft_cap": 5.0},
+        ("q_offset", "prefix", "segment_ids", "slopes", "sinks"),
+        jnp.float32,
+    ),
+    "many keys, sinks": Case(
+        (1, 1024, 32768, 2, 1, 128, 128), {"q_offset": 31744}, ("segment_ids", "sinks")
+    ),
+}
+
+
+@cache
+def mesh(chip: str) -> Mesh:
+    """Of one of a chip's devices, where nothing can run."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    device = get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    return jax.make_mesh((1,), ("one",), devices=[device], axis_types=(AxisType.Explicit,))
+
+
+def arguments(case: Case, chip: str) -> tuple[list[Any], dict[str, Any]]:
+    """Operands and the output's cotangent; options that are arrays."""
+    (B, S, T, N, K, H, Hv), here = case.shape, NamedSharding(mesh(chip), PartitionSpec())
+    shapes = {
+        "q_offset": ((), jnp.int32),
+        "k_offset": ((), jnp.int32),
+        "prefix": ((B,), jnp.int32),
+        "slopes": ((N,), jnp.float32),
+        "sinks": ((N,), jnp.float32),
+    }
+
+    def like(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    options: Any = {name: like(*shapes[name]) for name in case.arrays if name in shapes}
+    if "segment_ids" in case.arrays:
+        options["segment_ids"] = like((B, S), jnp.int32), like((B, T), jnp.int32)
+    operands = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
+    return [like(shape, case.dtype) for shape in operands], options
+
+
+class Vmem(NamedTuple):
+    """Bytes of one kernel."""
+
+    name: str
+    limit: int
+    """That it asks for."""
+    used: int
+    """That the compiler takes."""
+
+
+def vmem(text: str) -> list[Vmem]:
+    """Of each kernel in a program's text."""
+    found = []
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r"attention_(?:forward|backward)", line)
+            limit, used = (
+                re.search(rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line)
+                for key in ("scoped_memory_configs", "used_scoped_memory_configs")
+            )
+            assert name is not None
+            assert limit is not None
+            assert used is not None
+            found.append(Vmem(name.group(), int(limit.group(1)), int(used.group(1))))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_both_passes_compile(chip, case):
+    own = CASES[case]
+    operands, options = arguments(own, chip)
+
+    def run(q, k, v, d_o, options):
+        def attend(q, k, v):
+            return kernel.attention(q, k, v, backend="tpu", **own.static, **options)
+
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, pull(d_o)
+
+    with jax.set_mesh(mesh(chip)):
+        assert current_chip() == CHIPS[chip]
+        found = vmem(jax.jit(run).lower(*operands, options).compile().as_text())
+    assert {x.name for x in found} == {"attention_forward", "attention_backward"}
+    for name, limit, used in found:
+        print(f"{chip}: {case}: {name} {used / 2**20:.1f} of {limit / 2**20:.1f} MiB of VMEM")
+        assert 0 < used <= limit <= CHIPS[chip].vmem
+    parts = max(sum(x.name == name for x in found) for name, *_ in found)
+    if case == "many keys, sinks":
+        assert (parts > 1) == (chip in PARTS)
+    elif chip != "v4":
+        assert parts == 1
+
+
+# Chips whose VMEM does not hold 32,768 keys and values of a head, with sums of their gradients. A
+# v4's holds few of anything.
+PARTS = ("v4", "v5p", "7x")

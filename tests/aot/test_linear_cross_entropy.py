@@ -1,0 +1,85 @@
+"""The TPU's own compiler takes the kernels, on every chip, and keeps the logits out of memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
+
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import has_compiler, topology_devices
+from pallas_kernels.linear_cross_entropy import loss_and_gradients
+
+pytestmark = pytest.mark.timeout(1800)
+
+CHIPS = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+@pytest.fixture(params=CHIPS.values(), ids=CHIPS)
+def device(request):
+    if not has_compiler("tpu"):
+        pytest.skip("the compiler is not installed")
+    return topology_devices(parse_topology(request.param))[0]
+
+
+def compiled(device, T, D, V, dtype=jnp.bfloat16, **options):
+    """Of the sums and gradients for a table [V, D], as embeddings are."""
+    on = SingleDeviceSharding(device)
+
+    def run(hidden, table, targets, weights):
+        sums, gradients = loss_and_gradients(hidden, table.T, targets, weights, **options)
+        return sums, gradients and (gradients[0], gradients[1].T)
+
+    def argument(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=on)
+
+    mesh = Mesh(np.array([device]), ("all",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        return (
+            jax.jit(run)
+            .lower(
+                argument((T, D), dtype),
+                argument((V, D), dtype),
+                argument((T,), jnp.int32),
+                argument((T,), jnp.float32),
+            )
+            .compile()
+        )
+
+
+def test_a_tpu_gets_the_kernels_and_holds_no_logits(device):
+    T, D, V = 2048, 2048, 32000
+    step = compiled(device, T, D, V, z_loss=1e-4)
+    text, temp = step.as_text(), step.memory_analysis().temp_size_in_bytes
+    assert {name for name in ("forward", "head_gradient") if f"entropy_{name}" in text} == {
+        "forward",
+        "head_gradient",
+    }
+    print(f"{device.device_kind}: {temp / 2**20:.0f} MiB of temporaries")
+    # The mean and the targets' rows in fp32, and change; a chunk's logits would be twice that, and
+    # the head's gradient in fp32 ten times.
+    assert temp < 3 * T * D * 4
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "V", "dtype", "options"),
+    [
+        (300, 576, 50257, jnp.bfloat16, {"softcap": 30.0}),  # odd sizes all round
+        (100, 100, 1000, jnp.float32, {}),
+        (500, 1024, 32000, jnp.bfloat16, {"gradient": False}),
+    ],
+)
+def test_the_kernels_take_odd_sizes_caps_and_fp32(device, T, D, V, dtype, options):
+    step = compiled(device, T, D, V, dtype, implementation="tpu", **options)
+    assert "entropy_forward" in step.as_text()
+
+
+def test_wide_models_get_the_kernels_where_vmem_holds_their_blocks(device):
+    text = compiled(device, 256, 16384, 1024).as_text()
+    assert ("entropy_forward" in text) == (device.device_kind != "TPU v4")

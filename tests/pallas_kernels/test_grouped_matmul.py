@@ -1,0 +1,340 @@
+"""Grouped products against float64, with NaN wherever nothing may be read."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.test_util import check_grads
+
+from pallas_kernels import grouped_matmul as api
+from pallas_kernels.chips import CHIPS
+from pallas_kernels.grouped_matmul import (
+    Blocks,
+    blocks,
+    grouped_matmul,
+    grouped_outer,
+    tpu,
+    triton,
+    xla,
+)
+from pallas_kernels.grouped_matmul.visits import visits
+
+POISONED = pltpu.InterpretParams(uninitialized_memory="nan")
+COMPILED = api._MODULES
+INTERPRETED = {
+    "tpu": SimpleNamespace(
+        matmul=partial(tpu.matmul, interpret=POISONED), outer=partial(tpu.outer, interpret=POISONED)
+    ),
+    "gpu": SimpleNamespace(
+        matmul=partial(triton.matmul, interpret=True), outer=partial(triton.outer, interpret=True)
+    ),
+    "cpu": xla,
+}
+# (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end inside groups,
+# D in parts, a last block of columns that is not full.
+CASES = {
+    "tpu": ("tpu", 203, 24, 40, Blocks(64, 24, 40), Blocks(64, 24, 40)),
+    "tpu, parts": ("tpu", 350, 256, 200, Blocks(96, 128, 128), Blocks(160, 128, 128)),
+    "tpu, by rule": ("tpu", 77, 130, 9, None, None),
+    "gpu": ("gpu", 203, 24, 40, Blocks(32, 16, 32), Blocks(32, 16, 32)),
+    "cpu": ("cpu", 203, 24, 40, None, None),
+}
+GROUPS = 5
+SIZES = {
+    "even": [16, 16, 16, 16, 13],
+    "one giant": [0, 0, 77, 0, 0],
+    "first and last empty": [0, 30, 1, 46, 0],
+    "none": [0, 0, 0, 0, 0],
+    "with padding": [3, 0, 33, 0, 20],
+}
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch):
+    monkeypatch.setattr(api, "_MODULES", INTERPRETED)
+
+
+def of_group(rows, sizes):
+    """The rows of each group."""
+    ends = np.cumsum(sizes)
+    return [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def matmul_reference(rows, kernels, sizes):
+    """In float64, rows × kernel of one group after the other, zeros behind them."""
+    out = np.zeros((len(rows), kernels.shape[2]))
+    parts = zip(of_group(rows, sizes), kernels, strict=True)
+    products = [part.astype(np.float64) @ kernel.astype(np.float64) for part, kernel in parts]
+    out[: sum(sizes)] = np.concatenate(products)
+    return out
+
+
+def outer_reference(rows, others, sizes):
+    pairs = zip(of_group(rows, sizes), of_group(others, sizes), strict=True)
+    return np.stack([a.astype(np.float64).T @ b.astype(np.float64) for a, b in pairs])
+
+
+def operands(R, D, F, sizes, seed=0):
+    """rows [R, D], others [R, F], NaN behind the groups', and kernels [G, D, F]."""
+    rng = np.random.default_rng(seed)
+    rows, others = (rng.standard_normal((R, n)).astype(np.float32) for n in (D, F))
+    kernels = rng.standard_normal((len(sizes), D, F)).astype(np.float32)
+    rows[sum(sizes) :] = others[sum(sizes) :] = np.nan
+    return rows, others, kernels
+
+
+def near(got, want, tolerance=2e-6):
+    scale = max(1.0, np.abs(want).max())
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerance * scale)
+
+
+@partial(jax.jit, static_argnames=("backend", "of_matmul", "of_outer"))
+def products(rows, others, kernels, sizes, backend, of_matmul, of_outer):
+    turned = kernels.swapaxes(1, 2)
+    return (
+        grouped_matmul(rows, kernels, sizes, backend=backend, blocks=of_matmul),
+        grouped_matmul(rows, turned, sizes, turned=True, backend=backend, blocks=of_matmul),
+        grouped_outer(rows, others, sizes, backend=backend, blocks=of_outer),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=5)
+@given(cuts=st.lists(st.floats(0, 1), min_size=GROUPS, max_size=GROUPS), seed=st.integers(0, 99))
+def test_each_row_meets_its_group_and_no_other(case, cuts, seed):
+    backend, R, D, F, *sizes_of_blocks = CASES[case]
+    sizes = np.diff(np.sort(np.round(np.array(cuts) * R)), prepend=0).astype(np.int32)
+    rows, others, kernels = operands(R, D, F, sizes, seed)
+    dot, turned, outer = products(rows, others, kernels, sizes, backend, *sizes_of_blocks)
+    want = matmul_reference(rows, kernels, sizes)
+    near(dot, want)
+    near(turned, want)
+    near(outer, outer_reference(rows, others, sizes))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu"])
+def test_empty_groups_and_giant_ones(backend, sizes):
+    sizes = np.array(SIZES[sizes], np.int32)
+    rows, others, kernels = operands(77, 130, 9, sizes)
+    dot, turned, outer = products(rows, others, kernels, sizes, backend, None, None)
+    near(dot, matmul_reference(rows, kernels, sizes))
+    near(turned, matmul_reference(rows, kernels, sizes))
+    near(outer, outer_reference(rows, others, sizes))
+
+
+@pytest.mark.parametrize("case", ["tpu", "gpu", "cpu"])
+def test_what_is_not_finite_stays_in_its_group(case):
+    backend, R, D, F, *sizes_of_blocks = CASES[case]
+    sizes = np.array([40, 21, 50, 0, 60], np.int32)
+    rows, others, kernels = operands(R, D, F, sizes)
+    bad = slice(61, 111)
+    rows[bad], others[bad], kernels[2] = np.nan, np.inf, np.nan
+    dot, _, outer = products(rows, others, kernels, sizes, backend, *sizes_of_blocks)
+    assert np.isnan(dot[bad]).all()
+    assert np.isnan(outer[2]).all()
+    assert np.isfinite(np.delete(dot, np.r_[bad], axis=0)).all()
+    assert np.isfinite(np.delete(outer, 2, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("where", "turned"),
+    [("v4", True), ("v6e", False), ("gpu", True), ("gpu", False), ("cpu", True)],
+)
+def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, monkeypatch):
+    # Rows long enough that fp32 would round their sums.
+    R, D, F, sizes = 40, 1200, 24, np.array([21, 0, 10], np.int32)
+    backend = _backend(where, monkeypatch)
+    rng = np.random.default_rng(1)
+    rows = rng.integers(120, 128, (R, D)).astype(np.int8)
+    kernels = rng.integers(120, 128, (3, D, F)).astype(np.int8)
+    row_scales = rng.uniform(0.5, 2, R).astype(np.float32)
+    row_scales[sizes.sum() :] = np.nan
+    column_scales = rng.uniform(0.5, 2, (3, F)).astype(np.float32)
+    given = kernels.swapaxes(1, 2) if turned else kernels
+    run = jax.jit(partial(grouped_matmul, turned=turned, backend=backend))
+    exact = matmul_reference(rows, kernels, sizes)
+    got = run(rows, given, sizes)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, exact)
+    scaled = run(rows, given, sizes, row_scales=row_scales, column_scales=column_scales)
+    assert scaled.dtype == jnp.bfloat16
+    own = np.repeat(column_scales, sizes, axis=0)
+    want = np.zeros((R, F))
+    want[: sizes.sum()] = exact[: sizes.sum()] * row_scales[: sizes.sum(), None] * own
+    near(scaled, want, 2**-8)
+    outer = jax.jit(partial(grouped_outer, backend=backend))(rows, rows[:, :7], sizes)
+    np.testing.assert_array_equal(outer, outer_reference(rows, rows[:, :7], sizes))
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("float8_e4m3fn", "float8_e4m3fn"),
+        ("float8_e5m2", "float8_e4m3fn"),
+        ("bfloat16", "int8"),
+        ("bfloat16", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("where", ["v5e", "7x", "gpu", "cpu"])
+def test_operands_of_few_bits(where, left, right, monkeypatch):
+    backend = _backend(where, monkeypatch)
+    sizes = np.array([33, 0, 20], np.int32)
+    rows, others, kernels = operands(70, 40, 24, sizes)
+    others = np.nan_to_num(others) if right == "int8" else others
+    rows, others, kernels = (
+        rows.astype(left),
+        (8 * others).astype(right),
+        (8 * kernels).astype(right),
+    )
+    scales = np.random.default_rng(2).uniform(0.5, 2, (3, 24)).astype(np.float32)
+    scaled = right != "bfloat16"
+
+    @jax.jit
+    def run(rows, kernels, others, sizes, scales):
+        own = {"column_scales": scales} if scaled else {}
+        options = {"dtype": jnp.float32, "backend": backend}
+        dot = grouped_matmul(rows, kernels, sizes, **own, **options)
+        return dot, grouped_outer(rows, others, sizes, **options)
+
+    dot, outer = run(rows, kernels, others, sizes, scales)
+    want = matmul_reference(rows, kernels, sizes)
+    if scaled:
+        want[: sizes.sum()] *= np.repeat(scales, sizes, axis=0)
+    near(dot, want)
+    near(outer, outer_reference(rows, others, sizes))
+
+
+def _backend(where, monkeypatch):
+    if where in CHIPS:
+        monkeypatch.setattr(tpu, "current_chip", lambda: CHIPS[where])
+        return "tpu"
+    return where
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", None])
+def test_gradients_are_those_of_the_definition(backend, turned, monkeypatch):
+    if backend is None:  # all are traced, that of the platform is run
+        monkeypatch.setattr(api, "_MODULES", COMPILED)
+    sizes = np.array([12, 0, 25, 3], np.int32)
+    used = sizes.sum()
+    rows, cotangent, kernels = operands(50, 24, 16, sizes)
+    given = kernels.swapaxes(1, 2) if turned else kernels
+
+    @jax.jit
+    def gradients(rows, given, cotangent, sizes):
+        function = partial(grouped_matmul, sizes=sizes, turned=turned, backend=backend)
+        return jax.vjp(function, rows, given)[1](cotangent)
+
+    d_rows, d_kernels = gradients(rows, given, cotangent, sizes)
+    d_kernels = d_kernels.swapaxes(1, 2) if turned else d_kernels
+    near(d_rows, matmul_reference(cotangent, kernels.swapaxes(1, 2), sizes))
+    near(d_kernels, outer_reference(rows, cotangent, sizes))
+    assert (np.asarray(d_rows)[used:] == 0).all()
+    assert (np.asarray(d_kernels)[1] == 0).all()
+
+
+def test_gradients_of_both_products_by_finite_differences():
+    """Of the second order too: each product is the other's gradient."""
+    sizes = jnp.array([2, 0, 3], jnp.int32)
+    rows, others, kernels = (np.nan_to_num(x) for x in operands(6, 3, 4, [2, 0, 3]))
+    for function, arguments in (
+        (lambda x, w: grouped_matmul(x, w, sizes, backend="cpu"), (rows, kernels)),
+        (lambda x, y: grouped_outer(x, y, sizes, backend="cpu"), (rows, others)),
+    ):
+        check_grads(function, arguments, order=2, modes=["rev"], eps=1e-2, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@given(cuts=st.lists(st.integers(0, 330), min_size=5, max_size=5), whole=st.booleans())
+def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
+    num_rows, tile = 330, 32
+    cuts = [*sorted(cuts[:4]), num_rows if whole else max(cuts)]
+    sizes = np.diff(np.sort(cuts), prepend=0).astype(np.int32)
+    found, count = _visits(sizes, num_rows, tile, padding=padding)
+    found, count = jax.tree.map(np.asarray, found), int(count)
+    seen = []
+    for tile_number, read, group, begin, end, behind in zip(
+        *(x[:count] for x in (found.out_tile, found.tile, *found[2:])), strict=True
+    ):
+        assert behind or read == tile_number
+        seen += [(tile_number * tile + i, 5 if behind else group) for i in range(begin, end)]
+    lengths = (*sizes, num_rows - sizes.sum() if padding else 0)
+    assert seen == list(enumerate(np.repeat(np.arange(6), lengths)))
+    # One for each tile, and for each group that begins inside one.
+    assert count <= -(-num_rows // tile) + len(sizes)
+    assert padding or set(found.group[:count]) == set(range(len(sizes)))
+
+
+_visits = jax.jit(visits, static_argnums=(1, 2), static_argnames=("padding",))
+
+
+@settings(max_examples=100)
+@given(
+    inner=st.integers(1, 250).map(lambda n: 128 * n) | st.integers(1, 3000),
+    columns=st.integers(1, 250).map(lambda n: 128 * n) | st.integers(1, 3000),
+    rows=st.integers(1, 100_000),
+    dtype=st.sampled_from([jnp.bfloat16, jnp.float32, jnp.int8]),
+    chip=st.sampled_from(list(CHIPS.values())),
+)
+def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
+    out = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+    sizes = blocks.Operands(rows, inner, columns, dtype, dtype, out)
+    own = blocks.matmul_blocks(sizes, chip)
+    blocks.check(own, sizes, blocks.matmul_vmem(own, sizes, chip), chip)
+    assert inner % own.inner == 0
+    assert own.columns % blocks.column_part(own, sizes, chip) == 0
+    own = blocks.outer_blocks(sizes, chip)
+    blocks.check(own, sizes, blocks.outer_vmem(own, sizes), chip)
+    parts = blocks.outer_part(own, sizes)
+    assert own.inner % parts[0] == own.columns % parts[1] == 0
+
+
+def test_what_does_not_fit_together_is_refused():
+    rows, kernels = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((4, 256, 384), jnp.bfloat16)
+    sizes = jnp.ones(4, jnp.int32)
+    with pytest.raises(ValueError, match=r"rows \(64, 256\), kernels \(4, 256, 384\) turned"):
+        grouped_matmul(rows, kernels, sizes, turned=True)
+    with pytest.raises(ValueError, match=r"rows \(64, 256\), others \(60, 256\)"):
+        grouped_outer(rows, rows[:60], sizes)
+    with pytest.raises(ValueError, match="no grouped product of bfloat16 and float32"):
+        grouped_matmul(rows, kernels.astype(jnp.float32), sizes)
+    with pytest.raises(ValueError, match="sizes are int32, not float32"):
+        grouped_matmul(rows, kernels, sizes.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"scales \(64,\) of bfloat16"):
+        grouped_matmul(rows, kernels, sizes, row_scales=jnp.ones(64))
+    with pytest.raises(ValueError, match="backend 'cuda' is none of tpu, gpu, cpu"):
+        grouped_matmul(rows, kernels, sizes, backend="cuda")
+    with pytest.raises(ValueError, match=r"blocks \(64, 256, 384\) of a kernel need backend="):
+        grouped_matmul(rows, kernels, sizes, blocks=Blocks(64, 256, 384))
+    on_tpu = partial(grouped_matmul, rows, kernels, sizes, backend="tpu")
+    with pytest.raises(ValueError, match="a part of a dimension is a multiple of 128"):
+        on_tpu(blocks=Blocks(64, 96, 128))
+    with pytest.raises(ValueError, match="blocks of 384 do not divide the contracted 256"):
+        on_tpu(blocks=Blocks(64, 384, 128))
+    with pytest.raises(ValueError, match="a multiple of 32 rows"):
+        on_tpu(blocks=Blocks(40, 256, 128))
+    with pytest.raises(
+        ValueError, match=r"8192 × 256 × 384: \d+ bytes of VMEM, of which .* 16777216"
+    ):
+        on_tpu(blocks=Blocks(8192, 256, 384))
+    with pytest.raises(ValueError, match="bytes of shared memory"):
+        grouped_matmul(rows, kernels, sizes, backend="gpu", blocks=Blocks(256, 256, 256))
+
+
+def test_a_gradient_through_8_bits_is_refused():
+    rows, kernels = jnp.ones((8, 16), jnp.int8), jnp.ones((2, 16, 8), jnp.int8)
+    sizes = jnp.array([3, 4], jnp.int32)
+
+    def loss(scales):
+        return grouped_matmul(rows, kernels, sizes, row_scales=scales).sum()
+
+    with pytest.raises(ValueError, match=r"no gradient of products of int8 \(8, 16\)"):
+        jax.grad(loss)(jnp.ones(8))
