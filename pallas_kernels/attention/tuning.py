@@ -234,12 +234,12 @@ def descend(
     return best(), costs[best()]
 
 
-def gpu_candidates(problem: Problem) -> tuple[str, list[Any]]:
-    """The kernel that this GPU's dispatch chooses, and the ``block_sizes`` to try with it: of its
-    module's ``candidates(direction, H, Hv, dtype)``.
+def gpu_search(problem: Problem) -> tuple[str, Any, list[Axis]]:
+    """The kernel that this GPU's dispatch chooses; its ``block_sizes`` by rule; and the ways to
+    change these: by its module's ``candidates(direction, H, Hv, dtype)``, values of each field.
 
     Raises:
-        ValueError: a kernel, or a backend, without candidates.
+        ValueError: XLA, which has no blocks.
     """
     operands = problem.operands()[:3]
     ids = problem.segment_ids()
@@ -248,10 +248,13 @@ def gpu_candidates(problem: Problem) -> tuple[str, list[Any]]:
     if name == dispatch.XLA:
         raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
     module = importlib.import_module(f"pallas_kernels.attention.{name}")
-    if not hasattr(module, "candidates"):
-        raise ValueError(f"no candidates for this backend: {module.__name__} states none")
     sizes = problem.head_dim, problem.v_head_dim, jnp.dtype(problem.dtype)
-    return name, list(module.candidates(problem.direction, *sizes))
+    rule, fields = module.candidates(problem.direction, *sizes)
+
+    def changed(field: str, values: Sequence[Any]) -> Axis:
+        return lambda b: [b._replace(**{field: value}) for value in values]
+
+    return name, rule, [changed(field, values) for field, values in fields.items()]
 
 
 def microseconds(problem: Problem, block_sizes: Any, rounds: int = 5, calls: int = 10) -> float:
