@@ -167,10 +167,18 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
     def one(field: str, low: int, high: int) -> Axis:
         return lambda b: (b._replace(**{field: n}) for n in near(getattr(b, field), low, high))
 
+    # Forward, tiles of the same queries become one, whose keys end with its queries.
+    joined = problem.direction == FORWARD and not problem.kind.startswith(tuned.WINDOW)
+
+    def tile_k(b: Blocks) -> Iterator[Blocks]:
+        for n in near(b.tile_k, *TILES):
+            if not joined or max(n, b.tile_k) > b.tile_q:
+                yield b._replace(tile_k=n)
+
     ways = [
         size,
         one("tile_q", *TILES),
-        one("tile_k", *TILES),
+        tile_k,
         one("k", *SIZES),
         one("q", *SIZES),
         one("ahead", 1, 2),
