@@ -175,7 +175,14 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
             if not joined or max(n, b.tile_k) > b.tile_q:
                 yield b._replace(tile_k=n)
 
+    def tiles(b: Blocks) -> Iterator[Blocks]:
+        # Smaller on one side alone often loses where smaller on both wins.
+        for q, k in zip(near(b.tile_q, 64, 1024), near(b.tile_k, 64, 1024), strict=True):
+            if all(TILES[0] <= n <= TILES[1] for n in (q, k)):
+                yield b._replace(tile_q=q, tile_k=k)
+
     ways = [
+        tiles,
         size,
         one("tile_q", *TILES),
         tile_k,
