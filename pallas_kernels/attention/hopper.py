@@ -9,6 +9,7 @@ ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal ma
 (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
 """
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
+from pallas_kernels.attention import gpu_blocks, hopper_backward, triton, tuned
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
 from pallas_kernels.attention.how import How, Where, with_offsets
+from pallas_kernels.attention.tpu_blocks import Sizes
 from pallas_kernels.attention.triton_program import LN2, LOG2E
 
 _BACKWARD_HEADS = 128
@@ -70,6 +72,33 @@ def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
     return BlockSizes(Blocks(64, 2), triton.default_block_sizes(H, H, dtype))
 
 
+def candidates(
+    direction: str, H: int, Hv: int, dtype: Any
+) -> tuple[BlockSizes, dict[str, list[Any]]]:
+    """For ``tuning``: the rule's, and blocks to try in the field that a pass reads."""
+    rule = default_block_sizes(H, dtype)
+    if direction == tuned.FORWARD:
+        return rule, {"forward": [Blocks(*b) for b in product((64, 128, 192), (2, 3))]}
+    if H <= _BACKWARD_HEADS:
+        blocks = product((64, 128), (64, 128), (1, 2, 3))
+        return rule, {"backward": [hopper_backward.Blocks(*b) for b in blocks]}
+    _, fields = triton.candidates(direction, H, Hv, dtype)
+    own = rule.backward
+    assert isinstance(own, triton.BlockSizes)
+    return rule, {"backward": [own._replace(**{f: t}) for f in fields for t in fields[f]]}
+
+
+def _chosen(direction: str, q: jax.Array, v: jax.Array, where: Where, how: How) -> BlockSizes:
+    """From the table, or by rule."""
+    found = tuned.on_card("hopper", direction, Sizes.of(q, v, v.dtype), tuned.mask_kind(how, where))
+    if found is None:
+        return default_block_sizes(q.shape[-1], q.dtype)
+    forward, own = Blocks(*found["forward"]), found["backward"]
+    if q.shape[-1] <= _BACKWARD_HEADS:
+        return BlockSizes(forward, hopper_backward.Blocks(*own))
+    return BlockSizes(forward, triton.BlockSizes(*(triton.Tiles(*tiles) for tiles in own)))
+
+
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -87,7 +116,7 @@ def forward(
         q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, H]; N a multiple of K.
         where, how: the mask and what is added to scores.
         dtype: of the output.
-        block_sizes: default :func:`default_block_sizes`.
+        block_sizes: default those in the table of :mod:`tuned`, or by rule.
         interpret: run by Pallas's GPU interpreter, on a CPU: True, or its parameters.
 
     Returns:
@@ -101,7 +130,7 @@ def forward(
         raise _refusal(q, k, v)
     where, interpret = with_offsets(where, how), parts.interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
-    sizes = (block_sizes or default_block_sizes(H, q.dtype)).forward
+    sizes = (block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
     block_q = ROWS * WARPGROUPS
     tiles = pl.cdiv(S, block_q)
     inputs = {"q": q, "k": k, "v": v, **parts.mask_inputs(where, how, block_q, sizes.k)}
@@ -168,7 +197,7 @@ def backward(
     """
     if not supports(q, k, v, where, how):
         raise _refusal(q, k, v)
-    sizes: Any = (block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
+    sizes: Any = (block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)).backward
     if not supports_backward(q, k, v, where, how):
         options = {"block_sizes": sizes, "interpret": bool(interpret)}
         return triton.backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)

@@ -9,14 +9,16 @@ Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into power
 128 and 64, which is what Triton's tiles may be.
 """
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention import gpu_blocks
+from pallas_kernels.attention import gpu_blocks, tuned
 from pallas_kernels.attention.how import How, Where, with_offsets
+from pallas_kernels.attention.tpu_blocks import Sizes
 from pallas_kernels.attention.triton_call import Call
 from pallas_kernels.attention.triton_program import (
     LN2,
@@ -75,6 +77,24 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
     return BlockSizes(forward, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))
 
 
+def candidates(
+    direction: str, H: int, Hv: int, dtype: Any
+) -> tuple[BlockSizes, dict[str, list[Tiles]]]:
+    """For ``tuning``: the rule's, and tiles to try in its fields that a pass reads."""
+    tiles = [Tiles(*t) for t in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
+    fields = ("forward",) if direction == tuned.FORWARD else ("d_q", "d_kv")
+    return default_block_sizes(H, Hv, dtype), dict.fromkeys(fields, tiles)
+
+
+def _chosen(direction: str, q: jax.Array, v: jax.Array, where: Where, how: How) -> BlockSizes:
+    """From the table, or by rule."""
+    sizes = Sizes.of(q, v, v.dtype)
+    found = tuned.on_card("triton", direction, sizes, tuned.mask_kind(how, where))
+    if found is None:
+        return default_block_sizes(sizes.H, sizes.Hv, q.dtype)
+    return BlockSizes(**{kernel: Tiles(*tiles) for kernel, tiles in found.items()})
+
+
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -92,7 +112,7 @@ def forward(
         q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, Hv]; N a multiple of K. One dtype.
         where, how: the mask and what is added to scores.
         dtype: of the output.
-        block_sizes: default :func:`default_block_sizes`.
+        block_sizes: default those in the table of :mod:`tuned`, or by rule.
         interpret: run by the interpreter, on any device.
 
     Returns:
@@ -101,7 +121,7 @@ def forward(
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     where = with_offsets(where, how)
-    tiles = (block_sizes or default_block_sizes(H, Hv, q.dtype)).forward
+    tiles = (block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
     blocks = pl.cdiv(S, tiles.q)
     table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
     call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
@@ -146,7 +166,7 @@ def backward(
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     where = with_offsets(where, how)
-    sizes = block_sizes or default_block_sizes(H, Hv, q.dtype)
+    sizes = block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)

@@ -12,6 +12,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_blocks
@@ -116,6 +117,19 @@ def nearest(
     ]
     alike.sort(key=lambda entry: abs(math.log(entry.seq / max(sizes.S, sizes.T, 1))))
     return [entry.blocks for entry in alike]
+
+
+def on_card(kernel: str, direction: str, sizes: Sizes, kind: str) -> dict[str, Any] | None:
+    """Block sizes in the table of a GPU's kernel on the card that the program being traced is for,
+    as JSON has them; or None."""
+    found = nearest(card(kernel), direction, sizes, kind)
+    return found[0] if found else None
+
+
+def card(kernel: str) -> str:
+    """What the table calls a kernel on that card."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
+    return f"{device.device_kind}, {kernel}"
 
 
 def fit(blocks: Blocks, chip: Chip, direction: str, sizes: Sizes) -> bool:

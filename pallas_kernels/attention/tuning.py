@@ -167,10 +167,25 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
     def one(field: str, low: int, high: int) -> Axis:
         return lambda b: (b._replace(**{field: n}) for n in near(getattr(b, field), low, high))
 
+    # Forward, tiles of the same queries become one, whose keys end with its queries.
+    joined = problem.direction == FORWARD and not problem.kind.startswith(tuned.WINDOW)
+
+    def tile_k(b: Blocks) -> Iterator[Blocks]:
+        for n in near(b.tile_k, *TILES):
+            if not joined or max(n, b.tile_k) > b.tile_q:
+                yield b._replace(tile_k=n)
+
+    def tiles(b: Blocks) -> Iterator[Blocks]:
+        # Smaller on one side alone often loses where smaller on both wins.
+        for q, k in zip(near(b.tile_q, 64, 1024), near(b.tile_k, 64, 1024), strict=True):
+            if all(TILES[0] <= n <= TILES[1] for n in (q, k)):
+                yield b._replace(tile_q=q, tile_k=k)
+
     ways = [
+        tiles,
         size,
         one("tile_q", *TILES),
-        one("tile_k", *TILES),
+        tile_k,
         one("k", *SIZES),
         one("q", *SIZES),
         one("ahead", 1, 2),
@@ -234,12 +249,12 @@ def descend(
     return best(), costs[best()]
 
 
-def gpu_candidates(problem: Problem) -> tuple[str, list[Any]]:
-    """The kernel that this GPU's dispatch chooses, and the ``block_sizes`` to try with it: of its
-    module's ``candidates(direction, H, Hv, dtype)``.
+def gpu_search(problem: Problem) -> tuple[str, Any, list[Axis]]:
+    """The kernel that this GPU's dispatch chooses; its ``block_sizes`` by rule; and the ways to
+    change these: by its module's ``candidates(direction, H, Hv, dtype)``, values of each field.
 
     Raises:
-        ValueError: a kernel, or a backend, without candidates.
+        ValueError: XLA, which has no blocks.
     """
     operands = problem.operands()[:3]
     ids = problem.segment_ids()
@@ -248,10 +263,13 @@ def gpu_candidates(problem: Problem) -> tuple[str, list[Any]]:
     if name == dispatch.XLA:
         raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
     module = importlib.import_module(f"pallas_kernels.attention.{name}")
-    if not hasattr(module, "candidates"):
-        raise ValueError(f"no candidates for this backend: {module.__name__} states none")
     sizes = problem.head_dim, problem.v_head_dim, jnp.dtype(problem.dtype)
-    return name, list(module.candidates(problem.direction, *sizes))
+    rule, fields = module.candidates(problem.direction, *sizes)
+
+    def changed(field: str, values: Sequence[Any]) -> Axis:
+        return lambda b: [b._replace(**{field: value}) for value in values]
+
+    return name, rule, [changed(field, values) for field, values in fields.items()]
 
 
 def microseconds(problem: Problem, block_sizes: Any, rounds: int = 5, calls: int = 10) -> float:

@@ -3,7 +3,6 @@ requests end with a line."""
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import tune
-from pallas_kernels.attention import dispatch, tpu, tpu_blocks, tuned, tuning
+from pallas_kernels.attention import dispatch, hopper, tpu, tpu_blocks, triton, tuned, tuning
 from pallas_kernels.attention.how import described
 from pallas_kernels.attention.tpu_blocks import Blocks, Sizes
 from pallas_kernels.attention.tuned import BACKWARD, FORWARD, PASSES
@@ -264,40 +263,54 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
 
 def test_a_gpu_times_the_candidates_of_its_kernel(monkeypatch, tmp_path, capsys):
     """With XLA in the kernel's place: what is called, with what, and what is kept."""
+    rule = triton.default_block_sizes(8, 4, jnp.bfloat16)
+    tiles = [rule.forward._replace(q=q) for q in (16, 32)]
     asked = []
 
     def forward(*arrays, block_sizes, interpret):
         asked.append(block_sizes)
-        if block_sizes == BLOCKS:
+        if block_sizes.forward.q == 16:
             raise RuntimeError("out of shared memory\nand more")
         return dispatch.xla.forward(*arrays)
 
-    other = BLOCKS._replace(q=256)
-    module = SimpleNamespace(
-        __name__="triton",
-        supports=lambda *_: True,
-        forward=forward,
-        candidates=lambda direction, H, Hv, dtype: [BLOCKS, other] if (H, Hv) == (8, 4) else [],
-    )
     table = tmp_path / "tuned.json"
     table.write_text("[]")
     monkeypatch.setattr(tuned, "TABLE", table)
-    monkeypatch.setattr(dispatch, "_module", lambda name: module)
-    monkeypatch.setattr(dispatch, "_on_hopper", lambda: False)
+    monkeypatch.setattr(triton, "forward", forward)
+    monkeypatch.setattr(triton, "candidates", lambda *_: (rule, {"forward": tiles}))
     monkeypatch.setattr(dispatch, "current_platform", lambda: "gpu")
-    monkeypatch.setitem(sys.modules, "pallas_kernels.attention.triton", module)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tuning, "microseconds", lambda *_, once=tuning.microseconds: once(*_, 1, 1))
     arguments = "--head-dim 8 --v-head-dim 4 --seq 64 --mask segments:2 --heads 2 --pass forward"
     assert tune.main([*arguments.split(), "--write"]) == 0
-    assert asked == [BLOCKS, other]
+    assert asked == [rule, *(rule._replace(forward=t) for t in tiles)]
     assert "out of shared memory" in capsys.readouterr().out
     (kept,) = tuned.parse(table.read_text())
-    assert kept.blocks == other._asdict()
+    assert kept.blocks["forward"] in (list(rule.forward), list(tiles[1]))
     assert kept.chip == f"{jax.devices()[0].device_kind}, triton"
     assert 0 < kept.cost < 1e7
-    del module.candidates
+    monkeypatch.setattr(dispatch, "current_platform", lambda: "cpu")
     assert tune.main(arguments.split()) == 2
-    assert "no candidates for this backend: triton states none" in capsys.readouterr().err
+    assert "no candidates for this backend" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kernel", "head_dim"), [(triton, 64), (hopper, 64), (hopper, 256)])
+@pytest.mark.parametrize("direction", PASSES)
+def test_a_gpus_kernel_takes_the_tables_blocks(kernel, head_dim, direction, monkeypatch):
+    """Every candidate survives the way through the table."""
+    problem = Problem(direction, head_dim, head_dim, 512, "window:100", "bfloat16", 1)
+    name = kernel.__name__.rpartition(".")[2]
+    rule, fields = kernel.candidates(direction, head_dim, head_dim, jnp.bfloat16)
+    q, _, v = problem.operands()[:3]
+    where, how = described(q, q, v, window=70)
+    assert kernel._chosen(direction, q, v, where, how) == rule
+    tried = [rule._replace(**{f: value}) for f, values in fields.items() for value in values]
+    assert len(tried) > 4
+    for sizes in tried:
+        entry = problem.entry(tuned.card(name), sizes, 1, "")
+        monkeypatch.setattr(tuned, "load", lambda entry=entry: tuned.parse(tuned.text([entry])))
+        assert kernel._chosen(direction, q, v, where, how) == sizes
+        assert kernel._chosen(direction, q, v, where, how._replace(window=7)) == rule
 
 
 @pytest.mark.parametrize(
