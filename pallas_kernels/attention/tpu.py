@@ -70,7 +70,7 @@ def _forward(q, part, dtype, blocks, interpret):
     (B, S, N, H), (T, Hv) = q.shape, (v.shape[1], v.shape[3])
     walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=True)
     call = _Call.of(q, k, where, how, walk, blocks)
-    ahead = 1 + blocks.ahead
+    slots = 1 + blocks.ahead
     o, lse = call.run(
         tpu_forward.kernel,
         operands=[
@@ -87,9 +87,9 @@ def _forward(q, part, dtype, blocks, interpret):
             pltpu.VMEM((walk.bq, LANES), F32),
             pltpu.VMEM((walk.bq, LANES), F32),
             pltpu.VMEM((walk.bq, Hv), F32),
-            pltpu.VMEM((ahead, blocks.tile_q, walk.bk), F32),
-            pltpu.VMEM((ahead, blocks.tile_q, LANES), F32),
-            pltpu.VMEM((ahead, blocks.tile_q, walk.bk), v.dtype) if blocks.staged else None,
+            *_tiles(slots, (blocks.tile_q, walk.bk), F32),
+            *_tiles(slots, (blocks.tile_q, LANES), F32, F32),
+            *(_tiles(slots, (blocks.tile_q, walk.bk), v.dtype) if blocks.staged else [None]),
             pltpu.VMEM((walk.bq, LANES), jnp.int32) if where.q_segments is not None else None,
         ],
         vmem=forward_bytes(blocks, Sizes.of(q, v, dtype), call.padded_k),
@@ -159,6 +159,7 @@ def _backward(q, part, saved, d_q, dtypes, blocks, interpret):
     walk = plan(S, T, how, where, blocks[:2], (blocks.tile_q, blocks.tile_k), joined=False)
     call = _Call.of(q, k, where, how, walk, blocks)
     own_q, own_d_o, lse, delta = saved
+    slots, tile = 1 + blocks.ahead + blocks.behind, (blocks.tile_k, blocks.tile_q)
     d_q, d_k, d_v = call.run(
         tpu_backward.kernel,
         operands=[
@@ -180,6 +181,9 @@ def _backward(q, part, saved, d_q, dtypes, blocks, interpret):
             pltpu.VMEM((H, walk.bq), F32),
             pltpu.VMEM((call.padded_k, H), F32),
             pltpu.VMEM((call.padded_k, Hv), F32),
+            *_tiles(slots, tile, F32, F32),
+            *(_tiles(slots, tile, F32) if how.soft_cap is not None else [None]),
+            *_tiles(slots, tile, q.dtype, q.dtype),
         ],
         vmem=backward_bytes(blocks, Sizes.of(q, v, dtypes[1]), call.padded_k),
         products=3 * H + 2 * Hv,
@@ -187,6 +191,12 @@ def _backward(q, part, saved, d_q, dtypes, blocks, interpret):
         name="attention_backward",
     )
     return d_q, _heads_last(d_k, B, T), _heads_last(d_v, B, T)
+
+
+def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
+    """Scratch of so many tiles, for each dtype: every tile its own, so that the compiler sees that
+    they are apart."""
+    return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
 class _Part(NamedTuple):
@@ -222,8 +232,8 @@ class _Call(NamedTuple):
     pairs: int
     """Queries and keys of a head that causality and window let meet, as far as that is static."""
     scalars: tuple[jax.Array, jax.Array, jax.Array]
-    """The walk's table; int32 [1 + B], the shift where it is traced and each row's prefix; fp32
-    [2, N], slopes and sinks."""
+    """The walk's table; int32 [3 + B], the shift where it is traced, two zeros and each row's
+    prefix; fp32 [2, N], slopes and sinks."""
     segments: list[tuple[Any, Any]]
     """int32 [B, 1, queries] and [B, 1, keys], with their blocks; −1 for queries that see
     nothing."""
@@ -236,11 +246,11 @@ class _Call(NamedTuple):
         shift = q_first - k_first
         static = isinstance(shift, int)
         rows = table(walk, S, T, how, where)
-        ints = jnp.zeros(1 + B, jnp.int32)
+        ints = jnp.zeros(3 + B, jnp.int32)
         if not static:
             ints = ints.at[0].set(shift)
         if where.prefix is not None:
-            ints = ints.at[1:].set(where.prefix - k_first)
+            ints = ints.at[3:].set(where.prefix - k_first)
         floats = jnp.stack(
             [jnp.zeros(N, F32) if x is None else x.astype(F32) for x in (where.slopes, where.sinks)]
         )

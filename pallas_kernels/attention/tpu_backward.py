@@ -17,13 +17,17 @@ from pallas_kernels.attention.tpu_scores import (
     placed,
     product,
     scaled,
+    stages,
 )
 from pallas_kernels.attention.walk import COLUMNS, Walk, visit
+
+# Keys whose weights are computed at once.
+CHUNK = 32
 
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
-    dq_ref, dk_ref, dv_ref, dq, dk, dv,
+    dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
     *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
@@ -35,6 +39,9 @@ def kernel(
         q_ids, k_ids: int32 [1, bq], [1, T], or None.
         dq_in: fp32 [bq, H], what other keys gave; or None.
         dq, dk, dv: fp32 [H, bq], [T, H], [T, Hv], sums.
+        scores, d_ps, slopes: fp32, of each of a few tiles [1, keys, queries]: S, dP and dS/d(q·k),
+            the last only with a cap.
+        ps, d_ss: likewise as q.
     """
     g, i = pl.program_id(1), pl.program_id(2)
     scalars = setting.scalars(ints, floats)
@@ -50,38 +57,53 @@ def kernel(
     def keys(tile, j):
         return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
 
-    def score(tile, j, distance):
-        rows = slice(tile.q0, tile.q1)
-        s = product(k_ref[keys(tile, j)], q_ref[rows], 1, 1)
-        d_p = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
-        s, slope = scaled(s, how)
+    put, get, slots = scalars.put, scalars.get, len(scores)
+
+    def score(n, tile, j, distance):
+        rows, slot = slice(tile.q0, tile.q1), n % slots
+        s, slope = scaled(product(k_ref[keys(tile, j)], q_ref[rows], 1, 1), how)
         segments = None, None
         if q_ids is not None and tile.masked:
             width = tile.k1 - tile.k0
             own = jnp.broadcast_to(k_ids[:, keys(tile, j)], (LANES, width)).T
             segments = q_ids[:, rows], jnp.tile(own, (1, (tile.q1 - tile.q0) // LANES))
-        spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
-        return placed(s, tile.masked, spot, setting, scalars, 1), slope, d_p
+        # With ``put`` each tile computes its mask anew: one for all would wait in registers.
+        spot = Spot(distance + tile.q0 - tile.k0 + put * n, j * walk.bk + tile.k0, *segments)
+        scores[slot][put] = placed(s, tile.masked, spot, setting, scalars, 1)
+        d_ps[slot][put] = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
+        if slope is not None:
+            slopes[slot][put] = slope
 
-    def gradients(tile, j, s, slope, d_p):
-        rows = slice(tile.q0, tile.q1)
-        p = jnp.exp2(s - lse_ref[:, rows] * LOG2_E)
-        d_s = p * (d_p - delta_ref[:, rows])
-        d_s = d_s if slope is None else d_s * slope
-        if tile.masked:  # where products with a masked key or value may have overflown
-            d_s = jnp.where(p > 0, d_s, 0.0)
-        p, d_s = p.astype(do_ref.dtype), d_s.astype(q_ref.dtype)
+    def softmax(n, tile):
+        rows, slot = slice(tile.q0, tile.q1), n % slots
+        lse, delta = lse_ref[:, rows] * LOG2_E, delta_ref[:, rows]
+        for a in range(0, tile.k1 - tile.k0, CHUNK):
+            at = slice(a, a + CHUNK)
+            p = jnp.exp2(scores[slot][get, at] - lse)
+            ps[slot][put, at] = p.astype(do_ref.dtype)
+            d_s = p * (d_ps[slot][get, at] - delta)
+            if slopes is not None:
+                d_s = d_s * slopes[slot][get, at]
+            if tile.masked:  # where products with a masked key or value may have overflown
+                d_s = jnp.where(p > 0, d_s, 0.0)
+            d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
+
+    def gradients(n, tile, j):
+        rows, slot = slice(tile.q0, tile.q1), n % slots
+        p, d_s = ps[slot][get], d_ss[slot][get]
         dv[keys(tile, j)] += product(p, do_ref[rows], 1, 0)
         dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
 
     def tiles(these, j, distance):
-        ready = [score(tile, j, distance) for tile in these[: blocks.ahead]]
-        for n, tile in enumerate(these):
-            ready += [
-                score(tile, j, distance) for tile in these[n + blocks.ahead : n + blocks.ahead + 1]
-            ]
-            gradients(tile, j, *ready[n])
+        stages(
+            len(these),
+            [
+                (blocks.ahead, lambda n: score(n, these[n], j, distance)),
+                (0, lambda n: softmax(n, these[n])),
+                (-blocks.behind, lambda n: gradients(n, these[n], j)),
+            ],
+        )
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
     visit(walk, row, i, scalars.shift, tiles)

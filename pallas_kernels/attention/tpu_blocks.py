@@ -29,7 +29,9 @@ class Blocks(NamedTuple):
     ahead: int = 1
     """Tiles whose scores are issued before the first one's softmax."""
     staged: bool = True
-    """Forward: weights go through VMEM on their way to the second product."""
+    """Forward: scores and weights really go through VMEM on their way to the next stage."""
+    behind: int = 0
+    """Backward: tiles whose softmax is issued before the first one's gradients."""
 
 
 class BlockSizes(NamedTuple):
@@ -70,7 +72,8 @@ def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
 def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
-        return Blocks(q, k, min(512, q), min(512, k))
+        size = 256 if chip.mxu == 256 else 128
+        return Blocks(q, k, min(size, q), min(size, k), behind=2)
 
     return _largest(blocks, sizes, backward_bytes, chip)
 
@@ -106,7 +109,7 @@ def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
     results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + LANES * 4)
+    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * LANES * 4)
     scratch = 4 * blocks.q * (3 * LANES + Hv) + (1 + blocks.ahead) * tile
     return 2 * (operands + results) + scratch
 
@@ -117,7 +120,8 @@ def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
     results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
     sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
-    tiles = (1 + blocks.ahead) * 4 * 4 * blocks.tile_q * blocks.tile_k
+    tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
+    tiles = (1 + blocks.ahead + blocks.behind) * tile
     return 2 * (operands + results) + sums + tiles
 
 

@@ -9,8 +9,9 @@
     └─────────────┴─────┘
 
 Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1), with the denominator kept
-as 128 partial sums, one a lane, which are added up once at the end. Scores and weights of a tile
-are staged in VMEM by hand: the compiler would otherwise hold more than it has registers for.
+as 128 partial sums, one a lane, which are added up once at the end. Scores, weights and factors of
+a tile are staged in VMEM by hand (``Scalars.put``): the compiler would otherwise hold more than it
+has registers for.
 """
 
 from functools import reduce
@@ -29,6 +30,7 @@ from pallas_kernels.attention.tpu_scores import (
     placed,
     product,
     scaled,
+    stages,
 )
 from pallas_kernels.attention.walk import COLUMNS, Walk, visit
 
@@ -40,7 +42,7 @@ NO_KEY = MASKED / 2
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
-    m, l, acc, scores, tops, weights, ids,
+    m, l, acc, scores, tops, fades, weights, ids,
     *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
@@ -51,8 +53,8 @@ def kernel(
         o_ref, lse_ref: [bq, Hv]; fp32 [1, bq].
         m, l: fp32 [bq, LANES], a row's largest score so far, and lanes' sums of exponentials.
         acc: fp32 [bq, Hv], the output but for division by the sum.
-        scores, tops: fp32, of a few tiles: [·, tile, keys] and [·, tile, LANES].
-        weights: [·, tile, keys] as v, or None: not staged.
+        scores, tops, fades: fp32, of each of a few tiles [1, tile, keys], and [1, tile, LANES].
+        weights: likewise [1, tile, keys] as v, or None: not staged.
         ids: int32 [bq, LANES], or None.
     """
     i = pl.program_id(2)
@@ -68,6 +70,7 @@ def kernel(
     if q_ids is not None:
         ids[...] = jnp.broadcast_to(q_ids[...], (LANES, walk.bq)).T
     slots = len(scores)
+    put, get = (scalars.put, scalars.get) if blocks.staged else (0, 0)
 
     def keys(tile, j):
         return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
@@ -82,37 +85,38 @@ def kernel(
             segments = own, k_ids[:, keys(tile, j)]
         spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
         s = placed(s, tile.masked, spot, setting, scalars, 0)
-        scores[slot, :, :width] = s
-        tops[slot] = reduce(jnp.maximum, (s[:, a : a + LANES] for a in range(0, width, LANES)))
+        scores[slot][put, :, :width] = s
+        tops[slot][put] = reduce(jnp.maximum, (s[:, a : a + LANES] for a in range(0, width, LANES)))
 
     def softmax(n, tile, j):
         slot, width = n % slots, tile.k1 - tile.k0
         rows = slice(tile.q0, tile.q1)
         before = m[rows]
-        top = jnp.maximum(before, jnp.max(tops[slot], axis=1, keepdims=True))
+        top = jnp.maximum(before, jnp.max(tops[slot][get], axis=1, keepdims=True))
         fade = jnp.exp2(before - top)
         total, parts = fade * l[rows], []
         for a in range(0, width, CHUNK):
             b = min(a + CHUNK, width)
-            p = jnp.exp2(scores[slot, :, a:b] - _spread(top, b - a))
+            p = jnp.exp2(scores[slot][get, :, a:b] - _spread(top, b - a))
             total = reduce(jnp.add, (p[:, c : c + LANES] for c in range(0, b - a, LANES)), total)
             p = p.astype(v_ref.dtype)
             if weights is None:
                 parts.append(p)
             else:
-                weights[slot, :, a:b] = p
-        p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot, :, :width]
+                weights[slot][put, :, a:b] = p
+        m[rows], l[rows], fades[slot][put] = top, total, fade
+        p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot][get, :, :width]
         y = product(p, v_ref[keys(tile, j)], 1, 0)
-        m[rows], l[rows] = top, total
-        acc[rows] = acc[rows] * _spread(fade, acc.shape[1]) + y
+        acc[rows] = acc[rows] * _spread(fades[slot][get], acc.shape[1]) + y
 
     def tiles(these, j, distance):
-        for n, tile in enumerate(these[: blocks.ahead]):
-            score(n, tile, j, distance)
-        for n, tile in enumerate(these):
-            if n + blocks.ahead < len(these):
-                score(n + blocks.ahead, these[n + blocks.ahead], j, distance)
-            softmax(n, tile, j)
+        stages(
+            len(these),
+            [
+                (blocks.ahead, lambda n: score(n, these[n], j, distance)),
+                (0, lambda n: softmax(n, these[n], j)),
+            ],
+        )
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
     visit(walk, row, i, scalars.shift, tiles)

@@ -4,6 +4,7 @@ Softmax by powers of two: exp(x) = exp2(x · log2 e), and the factor joins the s
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import and_
 from typing import Any, NamedTuple
@@ -45,7 +46,9 @@ class Setting(NamedTuple):
         return Scalars(
             row,
             ints[0] if self.shift is None else self.shift,
-            ints[1 + row] if self.prefix else None,
+            ints[1],
+            ints[2],
+            ints[3 + row] if self.prefix else None,
             floats[0, head] if self.slopes else None,
             floats[1, head] if self.sinks else None,
         )
@@ -55,17 +58,32 @@ class Scalars(NamedTuple):
     row: Any
     """Of the batch."""
     shift: Any
+    put: Any
+    get: Any
+    """Zeros, which the compiler does not know: what is stored at [put] it must read back at [get].
+    Were both the same to it, values would stay in registers between the stages of a tile, until
+    there are too many and it spills them at the wrong time."""
     prefix: Any
     """Keys that every query sees."""
     slope: Any
     sink: Any
 
 
+def stages(count: int, these: Sequence[tuple[int, Callable[[int], None]]]) -> None:
+    """Call every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
+    before the one with 0: neighbours in the program overlap on the machine."""
+    first, last = max(a for a, _ in these), min(a for a, _ in these)
+    for n in range(-first, count - last):
+        for ahead, stage in these:
+            if 0 <= n + ahead < count:
+                stage(n + ahead)
+
+
 class Spot(NamedTuple):
     """Where a tile stands."""
 
     distance: Any
-    """Position of its first query less that of its first key; a Python int where known."""
+    """Position of its first query less that of its first key."""
     key: Any
     """Index of its first key."""
     q_segments: jax.Array | None
@@ -104,17 +122,17 @@ def placed(
         return scores
     query = lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
     key = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-    behind = query - key  # less spot.distance, which is added to what it is compared with
+    behind = (query + spot.distance) - key
     if setting.slopes:
-        away = jnp.abs(behind + spot.distance).astype(jnp.float32)
+        away = jnp.abs(behind).astype(jnp.float32)
         scores = scores - away * (scalars.slope * LOG2_E)
     if not masked:
         return scores
     seen = []
     if how.causal:
-        near = behind >= -spot.distance
+        near = behind >= 0
         if how.window is not None:
-            near &= behind < how.window - spot.distance
+            near &= behind < how.window
         if setting.prefix:
             near |= key < scalars.prefix - spot.key
         seen.append(near)
