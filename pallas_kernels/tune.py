@@ -14,15 +14,17 @@ from pathlib import Path
 import jax
 
 from pallas_kernels.attention import tuned
+from pallas_kernels.attention.tpu_blocks import Blocks
 from pallas_kernels.attention.tuned import PASSES, Entry
 from pallas_kernels.attention.tuning import (
+    Cost,
     Problem,
     axes,
-    cycles,
     descend,
     gpu_search,
     microseconds,
     starts,
+    static_cost,
     versions,
 )
 from pallas_kernels.chips import CHIPS
@@ -142,13 +144,18 @@ def _on_tpu(problem: Problem, name: str, most: int) -> Entry:
     chip = CHIPS[name]
     print(f"{name} {problem}", flush=True)
 
-    def cost(blocks) -> float:
-        count = cycles(problem, chip, blocks)
-        print(f"  {tuple(blocks)}: {count} cycles, {count / chip.clock * 1e6:.1f} µs", flush=True)
-        return count
+    found: dict[Blocks, Cost] = {}
 
-    blocks, count = descend(starts(problem, chip), axes(problem, chip), cost, most)
-    return problem.entry(name, blocks, count, versions("jax", "libtpu"))
+    def rank(blocks: Blocks) -> float:
+        found[blocks] = cost = static_cost(problem, chip, blocks)
+        micro = cost.cycles / chip.clock * 1e6
+        print(f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} spills")
+        sys.stdout.flush()
+        return cost.rank
+
+    blocks, _ = descend(starts(problem, chip), axes(problem, chip), rank, most)
+    count, spills = found[blocks]
+    return problem.entry(name, blocks, count, versions("jax", "libtpu"), spills)
 
 
 def _on_gpu(problem: Problem) -> Entry:

@@ -72,8 +72,7 @@ def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
 def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
-        size = 256 if chip.mxu == 256 else 128
-        return Blocks(q, k, min(size, q), min(size, k), behind=2)
+        return Blocks(q, k, LANES, min(chip.mxu, k), behind=1)
 
     return _largest(blocks, sizes, backward_bytes, chip)
 

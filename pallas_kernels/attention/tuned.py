@@ -43,6 +43,8 @@ class Entry(NamedTuple):
     """As the chip's kernel names them: on a TPU, :class:`Blocks`."""
     cost: float
     """Cycles on a TPU, microseconds on a GPU; of one row of ``heads`` heads."""
+    spills: int | None
+    """Registers that a TPU's inner loops store away; None: not known."""
     heads: int
     made_with: str
     """Versions of what compiled it."""

@@ -25,6 +25,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.static import CompileError, Spec, measure
 from pallas_kernels.static.problems import Mask
 
+_SPILLS_COST, _FEW_SPILLS = 0.15, 4
 SIZES, TILES = (256, 2048), (128, 512)
 """Least and most, of blocks and of tiles, that a search tries on a TPU."""
 
@@ -98,7 +99,9 @@ class Problem(NamedTuple):
 
         return run
 
-    def entry(self, chip: str, blocks: Any, cost: float, made_with: str) -> Entry:
+    def entry(
+        self, chip: str, blocks: Any, cost: float, made_with: str, spills: int | None = None
+    ) -> Entry:
         """Of the table."""
         return Entry(
             chip=chip,
@@ -109,6 +112,7 @@ class Problem(NamedTuple):
             dtype=self.dtype,
             blocks=blocks._asdict(),
             cost=cost,
+            spills=spills,
             heads=self.heads,
             made_with=made_with,
         )
@@ -140,14 +144,30 @@ def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any
     return by_head, shapes if ids is None else [*shapes, ids]
 
 
-def cycles(problem: Problem, chip: Chip, blocks: Blocks) -> float:
-    """That the busiest core's kernels take by the compiler's schedule; infinitely many where it
-    refuses the blocks."""
+class Cost(NamedTuple):
+    """Of a TPU's blocks, by the compiler's schedule."""
+
+    cycles: float
+    """Of the busiest core's kernels; infinitely many where the compiler refuses the blocks."""
+    spills: int = 0
+    """Registers that the bodies of the inner loops store away."""
+
+    @property
+    def rank(self) -> float:
+        """What a search makes small. The schedule knows nothing of the transfers that share
+        memory's ports with spilt registers: blocks without may take a little longer."""
+        return self.cycles * (1 + _SPILLS_COST * (self.spills > _FEW_SPILLS))
+
+
+def static_cost(problem: Problem, chip: Chip, blocks: Blocks) -> Cost:
+    """Compile a problem with a TPU's blocks and count."""
     spec = Spec(f"{__name__}:program", problem._asdict() | {"blocks": list(blocks)})
     try:
-        return measure(spec, chip.name).cycles()
+        found = measure(spec, chip.name)
     except CompileError:
-        return math.inf
+        return Cost(math.inf)
+    loops = (loop for kernel in found.kernels for loop in kernel.inner_loops)
+    return Cost(found.cycles(), sum(loop.spill_stores for loop in loops))
 
 
 Axis = Callable[[Any], Iterable[Any]]
@@ -192,6 +212,8 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
     ]
     if problem.direction == FORWARD:
         ways.append(lambda b: [b._replace(staged=not b.staged)])
+    else:
+        ways.append(lambda b: (b._replace(behind=n) for n in (1, 2) if n != b.behind))
     return [partial(_sound, problem, chip, way) for way in ways]
 
 

@@ -30,10 +30,10 @@ SMALL = BlockSizes(Blocks(128, 128, 128, 128), Blocks(128, 128, 128, 128))
 BLOCKS = (
     SMALL,
     BlockSizes(Blocks(256, 128, 128, 128), Blocks(256, 128, 128, 128)),
-    BlockSizes(Blocks(256, 256, 128, 128, 1, False), Blocks(256, 256, 128, 128, 2)),
-    BlockSizes(Blocks(128, 256, 128, 128, 2), Blocks(128, 256, 128, 128, 3)),
+    BlockSizes(Blocks(256, 256, 128, 128, 1, False), Blocks(256, 256, 128, 128, 2, True, 1)),
+    BlockSizes(Blocks(128, 256, 128, 128, 2), Blocks(128, 256, 128, 128, 3, True, 2)),
     BlockSizes(Blocks(256, 256, 128, 256, 2, True), Blocks(256, 256, 256, 128)),
-    BlockSizes(Blocks(256, 256, 256, 128, 2, False), Blocks(256, 128, 256, 128, 2)),
+    BlockSizes(Blocks(256, 256, 256, 128, 2, False), Blocks(256, 128, 256, 128, behind=1)),
 )
 # Memory that nobody wrote holds NaN, and reads past the end of an array are errors.
 POISONED = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -212,12 +212,12 @@ GOOD = Blocks(128, 128, 128, 128)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (Blocks(100, 128, 128, 128), "blocks (100, 128, 128, 128, 1, True): sizes are multiples"),
-        (Blocks(256, 192, 128, 128), "blocks (256, 192, 128, 128, 1, True): sizes are multiples"),
-        (Blocks(256, 256, 64, 128), "blocks (256, 256, 64, 128, 1, True): sizes are multiples"),
-        (Blocks(256, 0, 128, 128), "blocks (256, 0, 128, 128, 1, True): sizes are multiples"),
-        (Blocks(256, 256, 512, 128), "blocks (256, 256, 512, 128, 1, True): tiles do not divide"),
-        (Blocks(256, 384, 128, 256), "blocks (256, 384, 128, 256, 1, True): tiles do not divide"),
+        (Blocks(100, 128, 128, 128), "blocks (100, 128, 128, 128, 1, True, 0): sizes are multiples"),
+        (Blocks(256, 192, 128, 128), "blocks (256, 192, 128, 128, 1, True, 0): sizes are multiples"),
+        (Blocks(256, 256, 64, 128), "blocks (256, 256, 64, 128, 1, True, 0): sizes are multiples"),
+        (Blocks(256, 0, 128, 128), "blocks (256, 0, 128, 128, 1, True, 0): sizes are multiples"),
+        (Blocks(256, 256, 512, 128), "blocks (256, 256, 512, 128, 1, True, 0): tiles do not divide"),
+        (Blocks(256, 384, 128, 256), "blocks (256, 384, 128, 256, 1, True, 0): tiles do not divide"),
         (
             Blocks(8192, 8192, 512, 512),
             "blocks (8192, 8192, 512, 512, 1, True) with head sizes 64 and 128 take ",

@@ -232,10 +232,13 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
         blocks, costly = Blocks(*spec.kwargs["blocks"]), costs[spec.kwargs["direction"]]
         _, arrays = tuning.program(**json.loads(json.dumps(spec.kwargs)))
         assert len(arrays) == (4 if costly == 100 else 7)  # with segment ids
-        if blocks.tile_q == 128:
+        if blocks.tile_k == 128:
             raise CompileError("VMEM")
         distance = sum(abs(math.log2(a / b)) for a, b in zip(blocks[:4], wanted[:4], strict=True))
-        return SimpleNamespace(cycles=lambda: costly + int(distance))
+        loop = SimpleNamespace(spill_stores=9 * (blocks.ahead == 2))
+        kernels = [SimpleNamespace(inner_loops=(loop, loop))]
+        cycles = costly + 100 * int(distance) - 5 * (blocks.ahead == 2)  # faster, but it spills
+        return SimpleNamespace(cycles=lambda: cycles, kernels=kernels)
 
     monkeypatch.setattr(tuning, "measure", measure)
     arguments = ["--seq", "4096", "--mask", "segments:8", "--most", "40"]
@@ -250,7 +253,8 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
         assert set(found) == {("v5p", direction) for direction in PASSES}
         for direction in PASSES:
             kept = found["v5p", direction]
-            assert Blocks(**kept.blocks)[:4] == wanted[:4]
+            assert Blocks(**kept.blocks)[:5] == wanted[:5]
+            assert kept.spills == 0
             assert (kept.cost, kept.mask, kept.heads) == (costs[direction], "segments:8", 8)
             # The next search begins there.
             problem = PROBLEM._replace(direction=direction, mask="segments:8")
@@ -258,7 +262,7 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
     finally:
         tuned.load.cache_clear()
     lines = capsys.readouterr().out.splitlines()
-    assert f"  {tuple(Blocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs" in lines
+    assert f"  {tuple(Blocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs, 0 spills" in lines
 
 
 def test_a_gpu_times_the_candidates_of_its_kernel(monkeypatch, tmp_path, capsys):
