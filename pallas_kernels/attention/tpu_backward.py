@@ -52,7 +52,8 @@ def kernel(
         dk[...] = jnp.zeros(dk.shape, jnp.float32)
         dv[...] = jnp.zeros(dv.shape, jnp.float32)
 
-    dq[...] = jnp.zeros(dq.shape, jnp.float32)
+    def start():
+        dq[...] = jnp.zeros(dq.shape, jnp.float32)
 
     def keys(tile, j):
         return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
@@ -63,7 +64,7 @@ def kernel(
         rows, slot = slice(tile.q0, tile.q1), n % slots
         s, slope = scaled(product(k_ref[keys(tile, j)], q_ref[rows], 1, 1), how)
         segments = None, None
-        if q_ids is not None and tile.masked:
+        if tile.packed:
             width = tile.k1 - tile.k0
             own = jnp.broadcast_to(k_ids[:, keys(tile, j)], (LANES, width)).T
             segments = q_ids[:, rows], jnp.tile(own, (1, (tile.q1 - tile.q0) // LANES))
@@ -84,7 +85,7 @@ def kernel(
             d_s = p * (d_ps[slot][get, at] - delta)
             if slopes is not None:
                 d_s = d_s * slopes[slot][get, at]
-            if tile.masked:  # where products with a masked key or value may have overflown
+            if tile.masked or tile.packed:  # where products with a masked key or value may have overflown
                 d_s = jnp.where(p > 0, d_s, 0.0)
             d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
 
@@ -95,7 +96,7 @@ def kernel(
         dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
 
-    def tiles(these, j, distance):
+    def tiles(these, j, distance, first):
         stages(
             len(these),
             [
@@ -106,7 +107,7 @@ def kernel(
         )
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    visit(walk, row, i, scalars.shift, tiles)
+    visit(walk, row, i, scalars.shift, start, tiles)
 
     own = dq[...].T * how.scale
     dq_ref[...] = (own if dq_in is None else own + dq_in[...]).astype(dq_ref.dtype)

@@ -32,7 +32,7 @@ from pallas_kernels.attention.tpu_scores import (
     scaled,
     stages,
 )
-from pallas_kernels.attention.walk import COLUMNS, Walk, visit
+from pallas_kernels.attention.walk import COLUMNS, Walk, mixed, visit
 
 # Keys whose weights are computed at once.
 CHUNK = 256
@@ -60,15 +60,25 @@ def kernel(
     i = pl.program_id(2)
     scalars = setting.scalars(ints, floats)
     # Above MASKED: what is masked weighs nothing, even before the first key that is not.
-    if setting.sinks:
-        m[...] = jnp.full(m.shape, jnp.maximum(scalars.sink * LOG2_E, NO_KEY), jnp.float32)
-        l[...] = (lax.broadcasted_iota(jnp.int32, l.shape, 1) == 0).astype(jnp.float32)
-    else:
-        m[...] = jnp.full(m.shape, NO_KEY, jnp.float32)
-        l[...] = jnp.zeros(l.shape, jnp.float32)
-    acc[...] = jnp.zeros(acc.shape, jnp.float32)
+    m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if setting.sinks else NO_KEY
+
+    def l_start(rows):
+        if not setting.sinks:
+            return jnp.zeros((rows, LANES), jnp.float32)
+        return (lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == 0).astype(jnp.float32)
+
+    def start():
+        m[...] = jnp.full(m.shape, m_start, jnp.float32)
+        l[...] = l_start(walk.bq)
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
     if q_ids is not None:
-        ids[...] = jnp.broadcast_to(q_ids[...], (LANES, walk.bq)).T
+
+        @pl.when(mixed(row))
+        def _():
+            ids[...] = jnp.broadcast_to(q_ids[...], (LANES, walk.bq)).T
+
     slots = len(scores)
     put, get = (scalars.put, scalars.get) if blocks.staged else (0, 0)
 
@@ -80,7 +90,7 @@ def kernel(
         s = product(q_ref[tile.q0 : tile.q1], k_ref[keys(tile, j)], 1, 1)
         s, _ = scaled(s, setting.how)
         segments = None, None
-        if q_ids is not None and tile.masked:
+        if tile.packed:
             own = jnp.tile(ids[tile.q0 : tile.q1], (1, width // LANES))
             segments = own, k_ids[:, keys(tile, j)]
         spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
@@ -88,13 +98,20 @@ def kernel(
         scores[slot][put, :, :width] = s
         tops[slot][put] = reduce(jnp.maximum, (s[:, a : a + LANES] for a in range(0, width, LANES)))
 
-    def softmax(n, tile, j):
+    def softmax(n, tile, j, first):
         slot, width = n % slots, tile.k1 - tile.k0
         rows = slice(tile.q0, tile.q1)
-        before = m[rows]
-        top = jnp.maximum(before, jnp.max(tops[slot][get], axis=1, keepdims=True))
-        fade = jnp.exp2(before - top)
-        total, parts = fade * l[rows], []
+        top = jnp.max(tops[slot][get], axis=1, keepdims=True)
+        if first:
+            top = jnp.broadcast_to(jnp.maximum(top, m_start), tops[slot].shape[1:])
+            total = l_start(len(top))
+            total = jnp.exp2(m_start - top) * total if setting.sinks else total
+        else:
+            before = m[rows]
+            top = jnp.maximum(before, top)
+            fades[slot][put] = fade = jnp.exp2(before - top)
+            total = fade * l[rows]
+        parts = []
         for a in range(0, width, CHUNK):
             b = min(a + CHUNK, width)
             p = jnp.exp2(scores[slot][get, :, a:b] - _spread(top, b - a))
@@ -104,29 +121,46 @@ def kernel(
                 parts.append(p)
             else:
                 weights[slot][put, :, a:b] = p
-        m[rows], l[rows], fades[slot][put] = top, total, fade
+        m[rows], l[rows] = top, total
         p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot][get, :, :width]
         y = product(p, v_ref[keys(tile, j)], 1, 0)
-        acc[rows] = acc[rows] * _spread(fades[slot][get], acc.shape[1]) + y
+        acc[rows] = y if first else acc[rows] * _spread(fades[slot][get], acc.shape[1]) + y
 
-    def tiles(these, j, distance):
+    def tiles(these, j, distance, first):
         stages(
             len(these),
             [
                 (blocks.ahead, lambda n: score(n, these[n], j, distance)),
-                (0, lambda n: softmax(n, these[n], j)),
+                (0, lambda n: softmax(n, these[n], j, first)),
             ],
         )
 
-    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    visit(walk, row, i, scalars.shift, tiles)
+    visit(walk, row, i, scalars.shift, start, tiles)
 
-    top, total = m[...], jnp.sum(l[...], axis=1, keepdims=True)
-    some = top > NO_KEY  # rows that saw a key
-    o_ref[...] = (acc[...] * _spread(jnp.where(some, 1.0 / total, 0.0), acc.shape[1])).astype(
-        o_ref.dtype
-    )
-    lse_ref[...] = jnp.where(some, top / LOG2_E + jnp.log(total), -jnp.inf).T[:1]
+    top, total = m[...], jnp.broadcast_to(jnp.sum(l[...], axis=1, keepdims=True), l.shape)
+    o_ref[...] = (acc[...] * _spread(_reciprocal(total), acc.shape[1])).astype(o_ref.dtype)
+    for a in range(0, walk.bq, LANES):
+        at = slice(a, a + LANES)
+        row_top, row_total = _row(top[at]), _row(total[at])
+        lse_ref[:, at] = jnp.where(
+            row_top > NO_KEY, row_top / LOG2_E + jnp.log(row_total), -jnp.inf
+        )
+
+
+def _reciprocal(x: jax.Array) -> jax.Array:
+    """1 / x of sums of weights, large where x is 0: two of Newton's steps from the unit's guess,
+    without the care that division takes of numbers that are no such sums."""
+    x = jnp.maximum(x, 1e-30)
+    guess = pl.reciprocal(x, approx=True)
+    for _ in range(2):
+        guess += guess * (1.0 - x * guess)
+    return guess
+
+
+def _row(x: jax.Array) -> jax.Array:
+    """[LANES, LANES] of equal lanes as [1, LANES]: cheaper than to transpose it."""
+    a, b = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+    return jnp.sum(jnp.where(a == b, x, 0.0), axis=0, keepdims=True)
 
 
 def _spread(x: jax.Array, width: int) -> jax.Array:

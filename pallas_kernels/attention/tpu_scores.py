@@ -115,29 +115,27 @@ def placed(
     scalars: Scalars,
     query_axis: int,
 ) -> jax.Array:
-    """Scores with ALiBi's slope (Press et al. 2022) and, if ``masked``, MASKED where a query may
-    not see a key."""
+    """Scores with ALiBi's slope (Press et al. 2022), and MASKED where a query may not see a key: by
+    its position, if ``masked``, and by its segment, where the spot has these."""
     how = setting.how
+    seen = []
+    if spot.q_segments is not None:
+        seen.append(spot.q_segments == spot.k_segments)
     if not masked and not setting.slopes:
-        return scores
+        return jnp.where(seen[0], scores, MASKED) if seen else scores
     query = lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
     key = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
     behind = (query + spot.distance) - key
     if setting.slopes:
         away = jnp.abs(behind).astype(jnp.float32)
         scores = scores - away * (scalars.slope * LOG2_E)
-    if not masked:
-        return scores
-    seen = []
-    if how.causal:
+    if masked and how.causal:
         near = behind >= 0
         if how.window is not None:
             near &= behind < how.window
         if setting.prefix:
             near |= key < scalars.prefix - spot.key
         seen.append(near)
-    if setting.keys is not None:
+    if masked and setting.keys is not None:
         seen.append(key < setting.keys - spot.key)
-    if spot.q_segments is not None:
-        seen.append(spot.q_segments == spot.k_segments)
-    return jnp.where(reduce(and_, seen), scores, MASKED)
+    return jnp.where(reduce(and_, seen), scores, MASKED) if seen else scores

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention import segments
 from pallas_kernels.attention.how import How, Where, first_position
 
-COLUMNS = 6
+COLUMNS = 8
 """Integers of a block of queries in the table: where the masked, the plain and the second masked
-loop begin, where that ends; the first block of keys with a segment in common, and one past the
-last."""
+loop begin, where that ends; the first visited block of keys with a segment in common, and one past
+the last; and of those that are of one and the same segment as all of its queries."""
 
 
 class Tile(NamedTuple):
@@ -32,6 +32,9 @@ class Tile(NamedTuple):
     k0: int
     k1: int
     masked: bool
+    """By positions."""
+    packed: bool = False
+    """Segments are compared."""
 
 
 class Edge(NamedTuple):
@@ -56,6 +59,10 @@ class Walk(NamedTuple):
     with the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
+    packed: bool
+    lead: Edge | None
+    """Of the edges, one that has every query in a single tile, if tiles are joined: it begins what
+    the others go on with."""
 
 
 def plan(
@@ -77,12 +84,13 @@ def plan(
     bq, bk = blocks
     nq, nk = -(-S // bq), -(-T // bk)
     tq, tk = tile
+    packed = where.q_segments is not None
     corners = [(q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)]
     join = _joined if joined else tuple
     inner = join([Tile(*at, False) for at in corners])
     if not _aligned(S, T, how, where, bq, bk):
-        masked = how.causal or where.q_segments is not None or T % bk > 0
-        return Walk(bq, bk, nq, nk, inner, (), None, masked)
+        masked = how.causal or packed or T % bk > 0
+        return Walk(bq, bk, nq, nk, inner, (), None, masked, packed, None)
     # Blocks behind: those of the window, as far as the last queries find the first key.
     back = max(((nq - 1) * bq + how.q_offset - how.k_offset) // bk, 0)
     reach = 0 if how.window is None else min(-(-(how.window - 1) // bk), back)
@@ -92,14 +100,12 @@ def plan(
         if any(tile is None or tile.masked for tile in tiles):
             cut[offset] = join([tile for tile in tiles if tile is not None])
     far = max((offset for offset in cut if offset < 0), default=-reach - 1)
-    packed = where.q_segments is not None
-    edges = tuple(
-        Edge(offset, tuple(tile._replace(masked=tile.masked or packed) for tile in tiles))
-        for offset, tiles in cut.items()
-        if tiles
-    )
+    edges = tuple(Edge(offset, tiles) for offset, tiles in cut.items() if tiles)
     first = None if how.window is None else far + 1
-    return Walk(bq, bk, nq, nk, inner, edges, first, packed)
+    rows = [(q, q + tq) for q in range(0, bq, tq)]
+    whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)
+    lead = next(whole, None) if joined else None
+    return Walk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
 
 
 def _joined(tiles: list[Tile]) -> tuple[Tile, ...]:
@@ -157,8 +163,14 @@ def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
             if how.window is None:
                 plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
     begin, end = zero, zero + nk
+    one_low, one_high = zero, zero
     if where.q_segments is not None and where.k_segments is not None:
         begin, end, one_low, one_high = _segment_blocks(walk, where.q_segments, where.k_segments)
+        if walk.edges:
+            at, offsets = first // bk, [edge.offset for edge in walk.edges]
+            end = jnp.minimum(end, at + max(offsets) + 1)
+            if walk.first is not None:
+                begin = jnp.maximum(begin, at + min(*offsets, walk.first))
         low, high = jnp.maximum(low, begin), jnp.minimum(high, end)
         plain_low = jnp.maximum(plain_low, one_low)
         plain_high = jnp.minimum(plain_high, one_high)
@@ -166,7 +178,7 @@ def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
     high = jnp.clip(high, low, nk)
     plain_low = jnp.clip(plain_low, low, high)
     plain_high = jnp.clip(plain_high, plain_low, high)
-    columns = low, plain_low, plain_high, high, begin, end
+    columns = low, plain_low, plain_high, high, begin, end, one_low, one_high
     return jnp.stack(jnp.broadcast_arrays(*columns), axis=-1).astype(jnp.int32)
 
 
@@ -190,33 +202,61 @@ def visit(
     row: list[Any],
     i: Any,
     shift: Any,
-    tiles: Callable[[tuple[Tile, ...], Any, Any], None],
+    start: Callable[[], None],
+    tiles: Callable[[tuple[Tile, ...], Any, Any, bool], None],
 ) -> None:
     """In a kernel: call ``tiles`` for every key block that block i of the queries visits.
 
     Args:
         row: its integers of the :func:`table`.
         shift: position of the first query less that of the first key.
-        tiles: of (tiles, key block, distance): the distance is the position of the block of
-            queries less that of the block of keys, a Python int at an edge.
+        start: makes the state that ``tiles`` goes on with; called before, if at all.
+        tiles: of (tiles, key block, distance, first): the distance is the position of the block of
+            queries less that of the block of keys, a Python int at an edge. ``first``: these are
+            the first for their queries, each one's only; there was no ``start``.
     """
-    masked_from, plain_from, plain_to, masked_to, begin, end = row
+    masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
 
     def loop(low, high, these):
         def body(j, _):
-            tiles(these, j, i * walk.bq + shift - j * walk.bk)
+            tiles(these, j, i * walk.bq + shift - j * walk.bk, False)
             return 0
 
         lax.fori_loop(low, high, body, 0)
 
+    def at_edge(edge, otherwise=None):
+        j = i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+        visited = (j >= begin) & (j < end)
+        ways = [(visited, edge.tiles)]
+        if walk.packed:
+            one = (j >= one_from) & (j < one_to)
+            packed = tuple(tile._replace(packed=True) for tile in edge.tiles)
+            ways = [(visited & one, edge.tiles), (visited & jnp.logical_not(one), packed)]
+        for when, these in ways:
+
+            @pl.when(when)
+            def _(these=these):
+                tiles(these, j, -edge.offset * walk.bk, otherwise is not None)
+
+        if otherwise is not None:
+            pl.when(jnp.logical_not(visited))(otherwise)
+
+    if walk.lead is None:
+        start()
+    else:
+        at_edge(walk.lead, start)
     if walk.masked:
-        masked = tuple(tile._replace(masked=True) for tile in walk.inner)
-        loop(masked_from, plain_from, masked)
-        loop(plain_to, masked_to, masked)
+        # Where there are edges, positions mask no block before them.
+        masked = [tile._replace(masked=not walk.edges, packed=walk.packed) for tile in walk.inner]
+        loop(masked_from, plain_from, tuple(masked))
+        loop(plain_to, masked_to, tuple(masked))
     loop(plain_from, plain_to, walk.inner)
     for edge in walk.edges:
-        j = i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+        if edge is not walk.lead:
+            at_edge(edge)
 
-        @pl.when((j >= begin) & (j < end))
-        def _(edge=edge, j=j):
-            tiles(edge.tiles, j, -edge.offset * walk.bk)
+
+def mixed(row: list[Any]) -> Any:
+    """Whether a block of queries visits keys with which it has to compare segments."""
+    _, _, _, _, begin, end, one_from, one_to = row
+    return (begin < one_from) | (end > one_to)

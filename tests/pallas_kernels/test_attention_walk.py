@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention.how import How, Where
-from pallas_kernels.attention.walk import Walk, plan, table, visit
+from pallas_kernels.attention.walk import Walk, mixed, plan, table, visit
 from tests.pallas_kernels import reference
 
 LENGTHS = (1, 100, 128, 129, 255, 256, 300, 384, 511, 512, 640)
@@ -80,6 +80,9 @@ class Visited(NamedTuple):
     walk: Walk
     times: np.ndarray
     masked: np.ndarray
+    packed: np.ndarray
+    begun: np.ndarray
+    """Of a query: how often its state was made."""
     tiles: list[tuple[int, int, int, int]]
     """Queries [·, ·) and keys [·, ·)."""
 
@@ -102,27 +105,37 @@ def visited(case: Case, options: dict) -> list[Visited]:
     found = []
     for b in range(2):
         size = (walk.nq * walk.bq, walk.nk * walk.bk)
-        seen = Visited(walk, np.zeros(size, int), np.zeros(size, bool), [])
+        flags = np.zeros((2, *size), bool)
+        seen = Visited(walk, np.zeros(size, int), *flags, np.zeros(size[0], int), [])
         for i in range(walk.nq):
-            visit(walk, rows[b % len(rows), i].tolist(), i, case.shift, recorder(case, seen, i))
+            row = list(rows[b % len(rows), i])
+            visit(walk, row, i, case.shift, *recorders(case, seen, i, mixed(row)))
         found.append(seen)
     return found
 
 
-def recorder(case: Case, seen: Visited, i: int):
+def recorders(case: Case, seen: Visited, i: int, mixed):
     bq, bk = case.blocks
 
-    def tiles(these, j, distance):
+    def start():
+        assert not seen.times[i * bq : (i + 1) * bq].any()
+        seen.begun[i * bq : (i + 1) * bq] += 1
+
+    def tiles(these, j, distance, first):
         j = int(j)
         assert 0 <= j < seen.walk.nk
         assert int(distance) == i * bq + case.shift - j * bk
         for tile in these:
             q0, q1, k0, k1 = i * bq + tile.q0, i * bq + tile.q1, j * bk + tile.k0, j * bk + tile.k1
+            seen.begun[q0:q1] += first
+            assert (seen.begun[q0:q1] == 1).all()
+            assert mixed or not tile.packed
             seen.times[q0:q1, k0:k1] += 1
             seen.masked[q0:q1, k0:k1] |= tile.masked
+            seen.packed[q0:q1, k0:k1] |= tile.packed
             seen.tiles.append((q0, q1, k0, k1))
 
-    return tiles
+    return start, tiles
 
 
 def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
@@ -146,15 +159,23 @@ EDGES = FAR._replace(S=640, T=640, blocks=(256, 256), window=None, shift=0)
 @example(EDGES._replace(window=383, blocks=(128, 128), joined=True))
 def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
     options = case.options()
-    visible = np.broadcast_to(reference.mask(case.S, case.T, **options), (2, case.S, case.T))
+    shape = 2, case.S, case.T
+    visible = np.broadcast_to(reference.mask(case.S, case.T, **options), shape)
+    ids = options.get("segment_ids", (np.ones((1, case.S)), np.ones((1, case.T))))
+    one = np.broadcast_to(reference.mask(case.S, case.T, causal=False, segment_ids=ids), shape)
+    near = np.broadcast_to(
+        reference.mask(case.S, case.T, **{**options, "segment_ids": None}), shape
+    )
     with jax.disable_jit():  # loops of Python's, which the recorder can follow
         found = visited(case, options)
-    for seen, pairs in zip(found, visible, strict=True):
+    for seen, pairs, alike, close in zip(found, visible, one, near, strict=True):
+        assert (seen.begun == 1).all()
         assert seen.times.max(initial=0) <= 1
         real = slice(0, case.S), slice(0, case.T)
         assert (seen.times[real] >= pairs).all()
         plain = (seen.times > 0) & ~seen.masked
-        assert pairs[plain[real]].all()
+        assert close[plain[real]].all()
+        assert alike[((seen.times > 0) & ~seen.packed)[real]].all()
         # Padding among the keys is masked, or behind the diagonal of every real query.
         beyond = np.arange(case.T, seen.times.shape[1]) - np.arange(case.S)[:, None] - case.shift
         hidden = case.causal & (beyond > 0)
