@@ -346,7 +346,7 @@ class _Call(NamedTuple):
         aliases = {}
         if last is not None and (last.shape, last.dtype) == (out[1], jnp.dtype(out[2])):
             aliases = {sum(x is not None for x in given) - 1: 0}
-        setting = self.setting
+        setting = self.setting._replace(interpreted=bool(interpret))
         limit = min(vmem + vmem // 4 + (4 << 20), current_chip().vmem)
         return pl.pallas_call(
             partial(body, walk=self.walk, setting=setting, blocks=self.blocks),

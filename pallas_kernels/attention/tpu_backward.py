@@ -85,7 +85,9 @@ def kernel(
             d_s = p * (d_ps[slot][get, at] - delta)
             if slopes is not None:
                 d_s = d_s * slopes[slot][get, at]
-            if tile.masked or tile.packed:  # where products with a masked key or value may have overflown
+            if (
+                tile.masked or tile.packed
+            ):  # where products with a masked key or value may have overflown
                 d_s = jnp.where(p > 0, d_s, 0.0)
             d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
 
@@ -109,8 +111,10 @@ def kernel(
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
     visit(walk, row, i, scalars.shift, start, tiles)
 
-    own = dq[...].T * how.scale
-    dq_ref[...] = (own if dq_in is None else own + dq_in[...]).astype(dq_ref.dtype)
+    if dq_in is None:
+        dq_ref[...] = (dq[...] * how.scale).astype(dq_ref.dtype).T
+    else:
+        dq_ref[...] = (dq[...].T * how.scale + dq_in[...]).astype(dq_ref.dtype)
 
     @pl.when((g == setting.group - 1) & (i == pl.num_programs(2) - 1))
     def _():

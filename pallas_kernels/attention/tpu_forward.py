@@ -138,7 +138,9 @@ def kernel(
     visit(walk, row, i, scalars.shift, start, tiles)
 
     top, total = m[...], jnp.broadcast_to(jnp.sum(l[...], axis=1, keepdims=True), l.shape)
-    o_ref[...] = (acc[...] * _spread(_reciprocal(total), acc.shape[1])).astype(o_ref.dtype)
+    o_ref[...] = (acc[...] * _spread(_reciprocal(total, setting.interpreted), acc.shape[1])).astype(
+        o_ref.dtype
+    )
     for a in range(0, walk.bq, LANES):
         at = slice(a, a + LANES)
         row_top, row_total = _row(top[at]), _row(total[at])
@@ -147,14 +149,13 @@ def kernel(
         )
 
 
-def _reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x of sums of weights, large where x is 0: two of Newton's steps from the unit's guess,
-    without the care that division takes of numbers that are no such sums."""
+def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:
+    """1 / x of sums of weights, large where x is 0: the unit's guess and a step of Newton's, which
+    is what the compiler makes of a division, but for the care that division takes of numbers that
+    are no such sums. The interpreter's guess would be too coarse."""
     x = jnp.maximum(x, 1e-30)
-    guess = pl.reciprocal(x, approx=True)
-    for _ in range(2):
-        guess += guess * (1.0 - x * guess)
-    return guess
+    guess = pl.reciprocal(x, approx=not interpreted)
+    return guess + guess * (1.0 - x * guess)
 
 
 def _row(x: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ class Setting(NamedTuple):
     prefix: bool
     slopes: bool
     sinks: bool
+    interpreted: bool = False
 
     def scalars(self, ints: Any, floats: Any) -> "Scalars":
         """In a kernel: those of this step of the grid (kv heads of all rows, group, ...)."""

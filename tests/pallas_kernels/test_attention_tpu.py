@@ -212,12 +212,24 @@ GOOD = Blocks(128, 128, 128, 128)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (Blocks(100, 128, 128, 128), "blocks (100, 128, 128, 128, 1, True, 0): sizes are multiples"),
-        (Blocks(256, 192, 128, 128), "blocks (256, 192, 128, 128, 1, True, 0): sizes are multiples"),
+        (
+            Blocks(100, 128, 128, 128),
+            "blocks (100, 128, 128, 128, 1, True, 0): sizes are multiples",
+        ),
+        (
+            Blocks(256, 192, 128, 128),
+            "blocks (256, 192, 128, 128, 1, True, 0): sizes are multiples",
+        ),
         (Blocks(256, 256, 64, 128), "blocks (256, 256, 64, 128, 1, True, 0): sizes are multiples"),
         (Blocks(256, 0, 128, 128), "blocks (256, 0, 128, 128, 1, True, 0): sizes are multiples"),
-        (Blocks(256, 256, 512, 128), "blocks (256, 256, 512, 128, 1, True, 0): tiles do not divide"),
-        (Blocks(256, 384, 128, 256), "blocks (256, 384, 128, 256, 1, True, 0): tiles do not divide"),
+        (
+            Blocks(256, 256, 512, 128),
+            "blocks (256, 256, 512, 128, 1, True, 0): tiles do not divide",
+        ),
+        (
+            Blocks(256, 384, 128, 256),
+            "blocks (256, 384, 128, 256, 1, True, 0): tiles do not divide",
+        ),
         (
             Blocks(8192, 8192, 512, 512),
             "blocks (8192, 8192, 512, 512, 1, True, 0) with head sizes 64 and 128 take ",

@@ -262,7 +262,9 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
     finally:
         tuned.load.cache_clear()
     lines = capsys.readouterr().out.splitlines()
-    assert f"  {tuple(Blocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs, 0 spills" in lines
+    assert (
+        f"  {tuple(Blocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs, 0 spills" in lines
+    )
 
 
 def test_a_gpu_times_the_candidates_of_its_kernel(monkeypatch, tmp_path, capsys):
