@@ -70,6 +70,8 @@ def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
 
 
 def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
+    """By rule: tiles so small that nothing of them spills."""
+
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
         return Blocks(q, k, LANES, min(chip.mxu, k), behind=1)
@@ -146,13 +148,16 @@ def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:
 
 def check(blocks: Blocks) -> None:
     """Raises:
-    ValueError: sizes that are no multiples of 128, or tiles that do not divide their blocks.
+    ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks, a
+        negative number of tiles between stages.
     """
     sizes = blocks[:4]
     if any(n <= 0 or n % LANES for n in sizes):
         raise ValueError(f"blocks {tuple(blocks)}: sizes are multiples of {LANES}")
     if blocks.q % blocks.tile_q or blocks.k % blocks.tile_k:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
+    if blocks.ahead < 0 or blocks.behind < 0:
+        raise ValueError(f"blocks {tuple(blocks)}: ahead and behind are 0 or more")
 
 
 def _lanes(width: int) -> int:
