@@ -15,11 +15,13 @@ has registers for.
 """
 
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu_blocks import LANES, Blocks
 from pallas_kernels.attention.tpu_scores import (
@@ -154,7 +156,9 @@ def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:
     is what the compiler makes of a division, but for the care that division takes of numbers that
     are no such sums. The interpreter's guess would be too coarse."""
     x = jnp.maximum(x, 1e-30)
-    guess = pl.reciprocal(x, approx=not interpreted)
+    # jax 0.10 has it in pallas itself.
+    unit: Any = pltpu if hasattr(pltpu, "reciprocal") else pl
+    guess = unit.reciprocal(x, approx=not interpreted)
     return guess + guess * (1.0 - x * guess)
 
 

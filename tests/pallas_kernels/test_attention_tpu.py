@@ -230,7 +230,10 @@ GOOD = Blocks(128, 128, 128, 128)
             Blocks(256, 384, 128, 256),
             "blocks (256, 384, 128, 256, 1, True, 0): tiles do not divide",
         ),
-        (GOOD._replace(behind=-1), "blocks (128, 128, 128, 128, 1, True, -1): ahead and behind are"),
+        (
+            GOOD._replace(behind=-1),
+            "blocks (128, 128, 128, 128, 1, True, -1): ahead and behind are",
+        ),
         (
             Blocks(8192, 8192, 512, 512),
             "blocks (8192, 8192, 512, 512, 1, True, 0) with head sizes 64 and 128 take ",
