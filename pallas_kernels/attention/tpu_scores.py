@@ -38,6 +38,7 @@ class Setting(NamedTuple):
     slopes: bool
     sinks: bool
     interpreted: bool = False
+    """Whether no TPU runs this."""
 
     def scalars(self, ints: Any, floats: Any) -> "Scalars":
         """In a kernel: those of this step of the grid (kv heads of all rows, group, ...)."""
