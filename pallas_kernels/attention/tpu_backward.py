@@ -85,9 +85,8 @@ def kernel(
             d_s = p * (d_ps[slot][get, at] - delta)
             if slopes is not None:
                 d_s = d_s * slopes[slot][get, at]
-            if (
-                tile.masked or tile.packed
-            ):  # where products with a masked key or value may have overflown
+            if tile.masked or tile.packed:
+                # Products with a masked key or value may have overflown.
                 d_s = jnp.where(p > 0, d_s, 0.0)
             d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
 
