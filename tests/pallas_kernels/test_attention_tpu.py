@@ -84,6 +84,34 @@ def test_memory_that_nobody_wrote_is_never_read(case, blocks):
     check_tpu(case, blocks, POISONED)
 
 
+# Documents of one block and of several; one that ends within a block; and positions that the
+# program does not know.
+DOCUMENTS = [((128, 128, 256), True, False), ((300,), False, False), ((300,), True, True)]
+
+
+@pytest.mark.parametrize(("lengths", "causal", "traced"), DOCUMENTS)
+def test_a_document_is_as_if_it_were_alone(lengths, causal, traced):
+    total = sum(lengths)
+    q, k, v = operands(1, total, total, 2, 1, 8)
+
+    @compiled
+    def results(q, k, v, **options):
+        attend = partial(
+            kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED
+        )
+        return attend(q, k, v, causal=causal, **options)
+
+    ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
+    at = {name: np.array(7, np.int32) for name in ("q_offset", "k_offset") if traced}
+    together = results(q, k, v, segment_ids=(ids, ids), **at)
+    ends = np.cumsum(lengths)
+    alone = [
+        results(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in zip(ends - lengths, ends, strict=True)
+    ]
+    for x, *parts in zip(together, *alone, strict=True):
+        np.testing.assert_allclose(x, np.concatenate(parts, axis=1), atol=1e-6)
+
+
 PARTS = {
     "causal, sinks, packed": Case((1, 300, 300, 2, 1, 8, 8), packed=True, sinks=True),
     "far window": Case((1, 100, 500, 1, 1, 8, 8), window=400, place="static"),

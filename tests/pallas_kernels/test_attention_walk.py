@@ -1,5 +1,6 @@
 """The TPU kernels' way through the keys: every visible pair once, and no more blocks than said."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -83,6 +84,8 @@ class Visited(NamedTuple):
     packed: np.ndarray
     begun: np.ndarray
     """Of a query: how often its state was made."""
+    ended: np.ndarray
+    """And how often its results were."""
     tiles: list[tuple[int, int, int, int]]
     """Queries [·, ·) and keys [·, ·)."""
 
@@ -106,7 +109,8 @@ def visited(case: Case, options: dict) -> list[Visited]:
     for b in range(2):
         size = (walk.nq * walk.bq, walk.nk * walk.bk)
         flags = np.zeros((2, *size), bool)
-        seen = Visited(walk, np.zeros(size, int), *flags, np.zeros(size[0], int), [])
+        counts = [np.zeros(size[0], int) for _ in range(2)]
+        seen = Visited(walk, np.zeros(size, int), *flags, *counts, [])
         for i in range(walk.nq):
             row = list(rows[b % len(rows), i])
             visit(walk, row, i, case.shift, *recorders(case, seen, i, mixed(row)))
@@ -121,7 +125,7 @@ def recorders(case: Case, seen: Visited, i: int, mixed):
         assert not seen.times[i * bq : (i + 1) * bq].any()
         seen.begun[i * bq : (i + 1) * bq] += 1
 
-    def tiles(these, j, distance, first):
+    def tiles(these, j, distance, first, last):
         j = int(j)
         assert 0 <= j < seen.walk.nk
         assert int(distance) == i * bq + case.shift - j * bk
@@ -129,13 +133,18 @@ def recorders(case: Case, seen: Visited, i: int, mixed):
             q0, q1, k0, k1 = i * bq + tile.q0, i * bq + tile.q1, j * bk + tile.k0, j * bk + tile.k1
             seen.begun[q0:q1] += first
             assert (seen.begun[q0:q1] == 1).all()
+            assert not seen.ended[q0:q1].any()
+            seen.ended[q0:q1] += last
             assert mixed or not tile.packed
             seen.times[q0:q1, k0:k1] += 1
             seen.masked[q0:q1, k0:k1] |= tile.masked
             seen.packed[q0:q1, k0:k1] |= tile.packed
             seen.tiles.append((q0, q1, k0, k1))
 
-    return start, tiles
+    def finish():
+        seen.ended[i * bq : (i + 1) * bq] += 1
+
+    return start, tiles, finish
 
 
 def any_in(pairs: np.ndarray, tile: tuple[int, int, int, int]) -> bool:
@@ -170,6 +179,7 @@ def test_every_visible_pair_is_visited_once_and_no_invisible_one_unmasked(case):
         found = visited(case, options)
     for seen, pairs, alike, close in zip(found, visible, one, near, strict=True):
         assert (seen.begun == 1).all()
+        assert (seen.ended == 1).all()
         assert seen.times.max(initial=0) <= 1
         real = slice(0, case.S), slice(0, case.T)
         assert (seen.times[real] >= pairs).all()
@@ -204,3 +214,21 @@ def no_more_than_needed(case: Case, options: dict, seen: Visited, pairs: np.ndar
             own = options["segment_ids"][0]
             rows = [set(x[block[0] : block[1]]) & set(x[block[2] : block[3]]) - {0} for x in own]
             assert any(rows)
+
+
+def test_documents_of_a_block_each_are_begun_and_ended_by_their_tiles():
+    ids = jnp.asarray(np.repeat([[1, 2, 3, 3]], 128, axis=1))
+    how, where = How(True, None, None, 1.0, 0, 0), Where(q_segments=ids, k_segments=ids)
+    walk = plan(512, 512, how, where, (128, 128), (128, 128), joined=True)
+    rows = np.asarray(table(walk, 512, 512, how, where))[0]
+    called = []
+
+    def tiles(these, j, distance, first, last):
+        called.append((int(j), first, last))
+
+    with jax.disable_jit():
+        for i, row in enumerate(rows):
+            start, finish = (partial(called.append, (i, name)) for name in ("start", "finish"))
+            visit(walk, list(row), i, 0, start, tiles, finish)
+    alone = [(i, True, True) for i in range(3)]
+    assert called == [*alone, (3, True, False), (2, False, False), (3, "finish")]
