@@ -57,10 +57,30 @@ def jax_splash(
         backward: the same of the kernel for dK and dV; default as forward.
         backward_dq: block_q, block_kv of a kernel for dQ; without, one kernel gives all three.
     """
+    how = Mask.parse(mask)
+    blocks = {"forward": forward, "backward": backward, "backward_dq": backward_dq}
+    attend = jax_splash_attention(how, heads, seq, **blocks)
+    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+
+
+def jax_splash_attention(
+    mask: Mask,
+    heads: int,
+    seq: int,
+    *,
+    forward: Sequence[int],
+    backward: Sequence[int] = (),
+    backward_dq: Sequence[int] = (),
+    **options: Any,
+) -> Callable[..., jax.Array]:
+    """``attend(q, k, v)`` and ``attend(q, k, v, segment_ids)`` of [B, heads, seq, head_dim] and
+    [B, seq], scores not scaled; fewer heads of k and v are grouped.
+
+    Args: as :func:`jax_splash`; ``options`` go to ``make_splash_mha``.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    how = Mask.parse(mask)
     q_dkv, kv_dkv, kv_dkv_compute = backward or forward
     sizes = kernel.BlockSizes(
         *forward,
@@ -71,12 +91,12 @@ def jax_splash(
         block_kv_dq=backward_dq[1] if backward_dq else None,
         use_fused_bwd_kernel=not backward_dq,
     )
-    head_mask = _splash_mask(masks, how, seq)
     splash = kernel.make_splash_mha(
-        masks.MultiHeadMask([head_mask] * heads),
+        masks.MultiHeadMask([_splash_mask(masks, mask, seq)] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        **options,
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, *ids: jax.Array) -> Any:
@@ -84,7 +104,7 @@ def jax_splash(
             q, k, v, *ids
         )
 
-    return _program(attend, how.segment_ids(seq), gradient, (batch, heads, seq, head_dim))
+    return attend
 
 
 def tokamax_splash(

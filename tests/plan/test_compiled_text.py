@@ -234,6 +234,24 @@ metadata={op_name="jit(f)/splash"}, backend_config={"custom_call_config":{"body"
     )
 
 
+def test_an_instruction_may_go_over_lines():
+    text = module(
+        """
+  %x = bf16[16,32]{1,0} parameter(0)
+  %k = (bf16[16,32]{1,0}, f32[16]{0}) custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/splash"}
+  ROOT %o = bf16[16,32]{1,0} get-tuple-element(%k), index=0, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/splash"}
+"""
+    )
+    assert parse(text).entry.root == "o"
+    (kernel,) = compiled_cost(text, ONE).custom_calls
+    assert (kernel.op_name, kernel.count) == ("jit(f)/splash", 1)
+
+
 GROUPS = {
     "{{0,1},{2,3}}": [[0, 1], [2, 3]],
     "{}": [list(range(8))],

@@ -17,6 +17,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
+# A kernel's own metadata stands on lines of its own within the instruction.
+_CONTINUED = re.compile(r'\n(?="|\}\})')
 _SPACE = re.compile(r"S\((\d+)\)")
 # Where XLA:TPU keeps semaphores.
 SEMAPHORES = 2
@@ -148,7 +150,7 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
     name, is_entry, root, found = "", False, "", {}
-    for line in text.splitlines():
+    for line in _CONTINUED.sub(" ", text).splitlines():
         if line.startswith("}") and name:
             computations[name] = Computation(name, found, root)
             entry = computations[name] if is_entry and entry is None else entry

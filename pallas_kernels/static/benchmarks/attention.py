@@ -37,8 +37,8 @@ def own_attention(
 
 # Block sizes at which each peer was fastest on a v5p or a v6e, of those tried (128 to 2,048): the
 # large ones causal, the last where a window, segments or a short sequence leave small blocks.
-_SPLASH_FORWARD = ((1024, 1024, 256), (1024, 1024, 512), (512, 512, 512))
-_SPLASH_BACKWARD = (((1024, 1024, 512),), ((1024, 1024, 1024),), ((512, 512, 512),))
+SPLASH_FORWARD = ((1024, 1024, 256), (1024, 1024, 512), (512, 512, 512))
+SPLASH_BACKWARD = (((1024, 1024, 512),), ((1024, 1024, 1024),), ((512, 512, 512),))
 _FLASH_FORWARD = ((1024, 1024, 1024), (512, 512, 512))
 _FLASH_BACKWARD = (
     ((1024, 512, 1024, 1024), (1024, 1024, 512)),
@@ -88,12 +88,12 @@ def attention(options: argparse.Namespace) -> Benchmark:
         )
     ]
     if options.peers:
-        contenders.append(contender("jax splash", "jax_splash", _SPLASH_FORWARD, _SPLASH_BACKWARD))
+        contenders.append(contender("jax splash", "jax_splash", SPLASH_FORWARD, SPLASH_BACKWARD))
         if not mask.window:
             contenders.append(contender("jax flash", "jax_flash", _FLASH_FORWARD, _FLASH_BACKWARD))
         if importlib.util.find_spec("tokamax"):
             contenders.append(
-                contender("tokamax splash", "tokamax_splash", _SPLASH_FORWARD, _SPLASH_BACKWARD)
+                contender("tokamax splash", "tokamax_splash", SPLASH_FORWARD, SPLASH_BACKWARD)
             )
     title = (
         f"attention, batch {options.batch}, heads {options.heads}, seq {options.seq}, "

@@ -1,0 +1,248 @@
+"""Our attention beside XLA's and jax's splash attention, in the training step of Llama 3 8B.
+
+    python benchmarks/attention_step.py [CASE ...] [--list]
+
+Needs the `tpu` extra, and no TPU. The shipped recipe, on v5p-64 in 4 micro-batches (with one it
+does not fit), is compiled once a case, minutes each: the same step but for what computes attention.
+The table has the step's memory on a device, as the compiler lays it out; cycles of the final
+schedule of one layer's attention to a micro-batch, at a device's shapes and one document a row; how
+often the compiled step runs each pass; and the time of all these cycles at the chip's clock.
+Kernels alone are counted: neither their waits for memory nor what stands beside them (copies,
+splash's sum of dQ). Of splash, the fastest of the blocks that `pallas_kernels.bench` tries.
+
+XLA's attention is no kernel but a loop of many operations. In the place of its cycles stands what
+they cannot be less than: the bytes that they move, at the chip's bandwidth.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import add_cases, chosen, in_child
+from jax.sharding import SingleDeviceSharding
+
+from maxlm.config import load
+from maxlm.parallel.local import on_shards
+from maxlm.plan.compiled.cost import CompiledCost, compiled_cost
+from maxlm.plan.hardware import CHIPS
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import compile_step, has_compiler, topology_devices
+from maxlm.run import RunConfig
+from maxlm.sharding import AxisRules
+from pallas_kernels.attention import attention, attention_backward, attention_forward
+from pallas_kernels.static import CHIPS as STATIC
+from pallas_kernels.static import Spec, measure
+from pallas_kernels.static.benchmarks.attention import SPLASH_BACKWARD, SPLASH_FORWARD
+from pallas_kernels.static.peers import jax_splash_attention
+from pallas_kernels.static.problems import Mask
+
+RUN, OVERRIDES, TOPOLOGY, CHIP = "runs/llama3_8b", ["train.micro_batches=4"], "v5p-64", "v5p"
+# The forward and the backward kernel, by what the compiled step calls them.
+CASES: dict[str, tuple[str, ...]] = {
+    "ours": ("/attention_forward/", "/attention_backward/"),
+    "xla": (),
+    "splash": ("/splash_mha_fwd", "/splash_mha_dkv"),
+}
+COLUMNS = (
+    *("attention", "temp, GiB", "arguments, GiB", "forward, M cycles", "backward, M cycles"),
+    *("forward runs", "backward runs", "ms a step"),
+)
+GIB, MEGA, MILLI = 1 << 30, 1e6, 1e-3
+
+Program = tuple[Callable[..., Any], Sequence[Any]]
+
+
+class Shape(NamedTuple):
+    """Of one layer's attention to a micro-batch on a device."""
+
+    rows: int
+    seq: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Shape":
+        """In this recipe all devices split the rows, and none the heads."""
+        model: Any = config.model
+        own, devices = model.attention, parse_topology(TOPOLOGY).devices
+        rows = config.data.batch_size // config.train.micro_batches // devices
+        return cls(rows, config.data.seq_len, own.num_heads, own.num_kv_heads, own.head_dim)
+
+    def operands(self) -> tuple[Any, ...]:
+        """q, k, v, d_o, and segment ids by value: kernels look what these leave out."""
+        q, k = (
+            jax.ShapeDtypeStruct((self.rows, self.seq, heads, self.head_dim), jnp.bfloat16)
+            for heads in (self.heads, self.kv_heads)
+        )
+        return q, k, k, q, np.ones((self.rows, self.seq), np.int32)
+
+
+def splash(q, k, v, segment_ids, *, blocks: dict[str, Sequence[int]]) -> jax.Array:
+    """jax's as :func:`pallas_kernels.attention.attention`."""
+    name = "attention"  # as our remat policies call what the backward pass wants
+    heads, seq = q.shape[2], q.shape[1]
+    attend = jax_splash_attention(Mask(), heads, seq, residual_checkpoint_name=name, **blocks)
+    by_head = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return attend(*by_head, segment_ids).swapaxes(1, 2)
+
+
+def splash_on_shards(q, k, v, *, rules: AxisRules, segment_ids, blocks, **options) -> jax.Array:
+    """In the place of :func:`maxlm.parallel.attention.sharded_attention`. JAX differentiates it,
+    which is as good where nothing crosses the wire."""
+    assert options["window"] is None
+    assert not rules.mesh_axes("seq")
+    queries, keys = (rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads"))
+    specs = queries, keys, keys, rules.spec("batch", "seq")
+    return on_shards(partial(splash, blocks=blocks), specs, queries)(q, k, v, segment_ids[0])
+
+
+def both_passes(*, shape: Sequence[int], blocks: Any) -> Program:
+    """Of splash with these blocks; without, of ours."""
+
+    def run(q, k, v, d_o, ids):
+        def attend(q, k, v):
+            if blocks:
+                return splash(q, k, v, ids, blocks=blocks)
+            return attention(q, k, v, segment_ids=(ids, ids))
+
+        o, gradients = jax.vjp(attend, q, k, v)
+        return o, gradients(d_o)
+
+    return run, Shape(*shape).operands()
+
+
+def xla_pass(shape: Shape, backward: bool) -> Program:
+    q, k, v, d_o, ids = shape.operands()
+    sums = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
+
+    def run(*operands):
+        *arrays, ids = operands
+        options: Any = {"segment_ids": (ids, ids), "backend": "xla"}
+        if backward:
+            return attention_backward(*arrays, dtype=q.dtype, **options)
+        return attention_forward(*arrays, **options)
+
+    return run, (q, k, v, *((sums, sums, d_o) if backward else ()), ids)
+
+
+class Pass(NamedTuple):
+    """One run of the forward or of the backward pass."""
+
+    cycles: float
+    flops: int = 0
+    """Of products outside of kernels."""
+
+
+def kernel_passes(shape: Shape, blocks: Sequence[Any]) -> tuple[list[Pass], dict[str, Any]]:
+    """The fastest forward and backward pass, and their blocks; each of ``blocks`` has both's."""
+    specs = [Spec("attention_step:both_passes", {"shape": shape, "blocks": b}) for b in blocks]
+    found = [measure(spec, CHIP) for spec in specs]
+    passes, best = [], {}
+    for name, backward in (("forward", False), ("backward", True)):
+        cycles = [costs.cycles(backward=backward) for costs in found]
+        least = min(cycles)
+        passes.append(Pass(least))
+        best[name] = (blocks[cycles.index(least)] or {}).get(name)
+    return passes, best
+
+
+def xla_bound(shape: Shape, backward: bool) -> Pass:
+    """Cycles in which the chip's memory moves what this pass reads and writes."""
+    function, arguments = xla_pass(shape, backward)
+    on = SingleDeviceSharding(topology_devices(parse_topology(TOPOLOGY))[0])
+    given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
+    text: Any = jax.jit(function).lower(*given).compile().as_text()
+    cost = compiled_cost(text, {}, on_chip=(1,))
+    seconds = cost.memory_bytes / CHIPS[CHIP].bandwidth
+    return Pass(seconds * STATIC[CHIP].clock, cost.attention_flops)
+
+
+def row(case: str) -> tuple[list[str], str]:
+    """Cells of the table, once the step is known to have this attention and no other; a note."""
+    config = load(RunConfig, RUN, OVERRIDES).value
+    shape, note, swaps = Shape.of(config), "", {}
+    if case == "xla":
+        passes = [xla_bound(shape, backward) for backward in (False, True)]
+        for function in (attention_forward, attention_backward):
+            name = f"maxlm.parallel.attention.{function.__name__}"
+            swaps[name] = partial(function, backend="xla")
+    elif case == "splash":
+        pairs = zip(SPLASH_FORWARD, SPLASH_BACKWARD, strict=True)
+        passes, best = kernel_passes(shape, [{"forward": f, "backward": b} for f, (b,) in pairs])
+        note = "blocks of " + ", ".join(f"{'/'.join(map(str, b))} {n}" for n, b in best.items())
+        name = "maxlm.models.layers.attention.sharded_attention"
+        swaps[name] = partial(splash_on_shards, blocks=best)
+    else:
+        passes, _ = kernel_passes(shape, [None])
+    with ExitStack() as stack:
+        for name, function in swaps.items():
+            stack.enter_context(patch(name, function))
+        step = compile_step(config, TOPOLOGY)
+    model: Any = config.model
+    runs = times_run(case, step.cost, passes, model.num_layers * config.train.micro_batches)
+    cycles = sum(times * own.cycles for times, own in zip(runs, passes, strict=True))
+    bound = "≥ " if case == "xla" else ""
+    cells = [
+        f"{step.memory.temp / GIB:.2f}",
+        f"{step.memory.argument / GIB:.2f}",
+        *(f"{bound}{own.cycles / MEGA:.1f}" for own in passes),
+        *map(str, runs),
+        f"{bound}{cycles / STATIC[CHIP].clock / MILLI:,.0f}",
+    ]
+    return cells, note
+
+
+def times_run(case: str, cost: CompiledCost, passes: Sequence[Pass], layers: int) -> list[int]:
+    """Forward and backward passes in the compiled step, which has no other attention."""
+    found = [c for c in cost.custom_calls if c.target == "tpu_custom_call"]
+    runs = [sum(c.count for c in found if name in c.op_name) for name in CASES[case]]
+    assert sum(runs) == sum(c.count for c in found), found
+    if case == "xla":
+        forward, backward = (own.flops for own in passes)
+        times, rest = divmod(cost.attention_flops - layers * backward, forward)
+        assert rest == 0, (cost.attention_flops, forward, backward)
+        runs = [times, layers]
+    else:
+        assert cost.attention_flops == 0
+    assert min(runs) >= layers, runs
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    add_cases(parser)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    names = chosen(parser, args, CASES)
+    if not has_compiler("tpu"):
+        parser.error("no TPU compiler is installed: pip install 'maxlm[tpu]'")
+    if args.child:
+        print(json.dumps(row(*names)))
+        return
+    rows, notes = [], []
+    for name in names:
+        print(f"{name}: compiling, for minutes", file=sys.stderr, flush=True)
+        began = perf_counter()
+        # In a process of its own: JAX remembers what it traced, and so would the next step.
+        cells, note = in_child(__file__, name)
+        print(f"{name}: {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        rows.append([name, *cells])
+        notes += [f"{name}: {note}"] * bool(note)
+    for line in (COLUMNS, ["---"] * len(COLUMNS), *rows):
+        print(f"| {' | '.join(line)} |")
+    if notes:
+        print("\n".join(["", *notes]))
+
+
+if __name__ == "__main__":
+    main()
