@@ -42,7 +42,7 @@ test: $(ready) ## run the test suite
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
 		-e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
-	$(bin)/python -m pytest -q tests/aot tests/plan tests/parallel/test_experts.py $(if $(K),-k '$(K)')
+	$(bin)/python -m pytest -q -n 2 --dist loadgroup tests/aot $(if $(K),-k '$(K)')
 
 test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'

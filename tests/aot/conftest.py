@@ -9,11 +9,14 @@ import pytest
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import CompiledStep, compile_step, has_compiler
 from maxlm.run import RunConfig
+from pallas_kernels.chips import CHIPS
+from tests.aot import vmem
 
 MACHINES = ("v5p:4x4x4", "v5e:16x16", "v6e:8x8", "h100:8x8")
 # Wide enough that a shard of 256 still fills the tiles of a TPU: smaller ones it gathers by other
 # means, and shallow and short, for quick compiles.
-LAYERS, D, FF, HEADS, VOCAB, SEQ = 2, 4096, 8192, 32, 8192, 256
+LAYERS, D, SEQ = 2, 4096, 256
+FF, VOCAB = 2 * D, 2 * D
 MATRIX_BYTES = 2 * D * D
 """The smallest matrix of a layer, in bf16."""
 
@@ -22,21 +25,23 @@ def small_run(
     rows_per_device: int = 1,
     devices: int = 1,
     model_changes: dict[str, Any] | None = None,
+    width: int = D,
     **top: Any,
 ) -> RunConfig:
     """A Llama of two layers whose every dimension divides over any axis of these machines; in a
     pipeline of four, and as many rows as its micro-batches want."""
+    heads = width // 128
     piped = top.get("train") is not None
     rows_per_device *= 4 if piped else 1
     return RunConfig.model_validate(
         {
             "model": {
-                "vocab_size": VOCAB,
+                "vocab_size": 2 * width,
                 "num_layers": 2 * LAYERS if piped else LAYERS,
-                "d_model": D,
+                "d_model": width,
                 "max_seq_len": SEQ,
-                "attention": {"num_heads": HEADS, "num_kv_heads": HEADS, "head_dim": D // HEADS},
-                "mlp": {"d_ff": FF},
+                "attention": {"num_heads": heads, "num_kv_heads": heads, "head_dim": 128},
+                "mlp": {"d_ff": 2 * width},
                 "remat": "full",
                 **(model_changes or {}),
             },
@@ -46,7 +51,10 @@ def small_run(
     )
 
 
-@pytest.fixture(scope="session", params=MACHINES)
+# A machine's steps in one worker, which compiles each once.
+@pytest.fixture(
+    scope="session", params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in MACHINES]
+)
 def machine(request) -> str:
     if not has_compiler(parse_topology(request.param).platform):
         pytest.skip("the compiler is not installed")
@@ -67,3 +75,34 @@ def compiled() -> Callable[..., CompiledStep]:
         return done[key]
 
     return compile_once
+
+
+@pytest.fixture
+def report_vmem(record_property) -> Callable[[str, str, str], list[vmem.Vmem]]:
+    """``report_vmem(chip, case, text)``: the kernels in a program's text, each within the VMEM that
+    it asks for; they stand in the table that the session ends with."""
+
+    def report(chip: str, case: str, text: str) -> list[vmem.Vmem]:
+        found = vmem.kernels(text)
+        for name, limit, used in found:
+            assert 0 < used <= limit <= CHIPS[chip].vmem
+            record_property("vmem", (chip, case, name, used, limit))
+        return found
+
+    return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Properties come with the reports of other workers too."""
+    reports = (r for found in terminalreporter.stats.values() for r in found)
+    rows = [
+        value
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == "vmem"
+    ]
+    if rows:
+        terminalreporter.section("VMEM that kernels take / ask for, MiB")
+        for line in vmem.table(rows):
+            terminalreporter.write_line(line)

@@ -3,7 +3,6 @@ blocks by rule and within the VMEM that they ask for."""
 
 import importlib.util
 import os
-import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -55,6 +54,8 @@ CASES = {
     ),
     "many keys, sinks": Case((1, 1024, 32768, 2, 1, 128, 128), {"q_offset": 31744}, ("sinks",)),
 }
+# A v4's VMEM holds few keys: two parts or more of these, and each is a kernel to compile.
+MANY_ON_V4 = Case((1, 1024, 8192, 2, 1, 128, 128), {"q_offset": 7168}, ("sinks",))
 
 
 @cache
@@ -87,37 +88,10 @@ def arguments(case: Case, chip: str) -> tuple[list[Any], dict[str, Any]]:
     return [like(shape, case.dtype) for shape in operands], options
 
 
-class Vmem(NamedTuple):
-    """Bytes of one kernel."""
-
-    name: str
-    limit: int
-    """That it asks for."""
-    used: int
-    """That the compiler takes."""
-
-
-def vmem(text: str) -> list[Vmem]:
-    """Of each kernel in a program's text."""
-    found = []
-    for line in text.splitlines():
-        if 'custom_call_target="tpu_custom_call"' in line:
-            name = re.search(r"attention_(?:forward|backward)", line)
-            limit, used = (
-                re.search(rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line)
-                for key in ("scoped_memory_configs", "used_scoped_memory_configs")
-            )
-            assert name is not None
-            assert limit is not None
-            assert used is not None
-            found.append(Vmem(name.group(), int(limit.group(1)), int(used.group(1))))
-    return found
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_both_passes_compile(chip, case):
-    own = CASES[case]
+def test_both_passes_compile(chip, case, report_vmem):
+    own = MANY_ON_V4 if (chip, case) == ("v4", "many keys, sinks") else CASES[case]
     operands, options = arguments(own, chip)
 
     def run(q, k, v, d_o, options):
@@ -129,11 +103,9 @@ def test_both_passes_compile(chip, case):
 
     with jax.set_mesh(mesh(chip)):
         assert current_chip() == CHIPS[chip]
-        found = vmem(jax.jit(run).lower(*operands, options).compile().as_text())
+        text = jax.jit(run).lower(*operands, options).compile().as_text()
+    found = report_vmem(chip, case, text)
     assert {x.name for x in found} == {"attention_forward", "attention_backward"}
-    for name, limit, used in found:
-        print(f"{chip}: {case}: {name} {used / 2**20:.1f} of {limit / 2**20:.1f} MiB of VMEM")
-        assert 0 < used <= limit <= CHIPS[chip].vmem
     parts = max(sum(x.name == name for x in found) for name, *_ in found)
     if case == "many keys, sinks":
         assert (parts > 1) == (chip in PARTS)
@@ -141,6 +113,6 @@ def test_both_passes_compile(chip, case):
         assert parts == 1
 
 
-# Chips whose VMEM does not hold 32,768 keys and values of a head, with sums of their gradients. A
+# Chips whose VMEM does not hold the many keys and values of a head, with sums of their gradients. A
 # v4's holds few of anything.
 PARTS = ("v4", "v5p", "7x")
