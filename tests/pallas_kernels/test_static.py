@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import bench
 from pallas_kernels.static import CHIPS, CallCosts, CompileError, Spec
 from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks.contest import CountError, contest
 from pallas_kernels.static.control import run_counts
 from pallas_kernels.static.costs import call_costs, kernel_costs
 from pallas_kernels.static.prefetch import KernelCall, kernel_calls, words
@@ -348,13 +349,19 @@ def test_unknown_masks_are_refused(text):
         (["--mask", "diagonal"], "mask 'diagonal'"),
         (["--mask", "segments:7"], "7 segments do not divide 4096 tokens"),
         (["--chip", "v9"], "invalid choice: 'v9'"),
+        (["--all", "--seq", "77"], "no shape of --all has head size, sequence and mask None, 77"),
+        (["--all", "--kernel", "grouped_matmul"], "--all has shapes of attention, none of"),
+        (["--all", "--cache", __file__], "test_static.py: File exists"),
+        (["--cache", __file__], "test_static.py: File exists"),
         (["--seq", "0"], "not a positive whole number"),
         (["--kernel", "moe"], "invalid choice: 'moe'"),
         (["--kernel", "grouped_matmul", "--groups", "0"], "not a positive whole number"),
         (["--kernel", "linear_cross_entropy", "--vocab", "-1"], "not a positive whole number"),
     ],
 )
-def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys):
+def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "has_compiler", lambda: True)
+    monkeypatch.setattr(bench, "measure", None)
     try:
         code = bench.main(arguments)
     except SystemExit as end:
@@ -393,7 +400,7 @@ def test_the_fastest_blocks_count_and_the_table_shows_them():
     ]
     forward = Pass("forward", 48 * 2 * 128**2, False, ("forward",))
     benchmark = Benchmark("problem", contenders, [forward])
-    rows = [bench.best(c, forward, "v5p", measure=measure) for c in contenders]
+    rows = list(contest(contenders, forward, "v5p", measure).values())
     assert rows[0].spec.kwargs["forward"] == [2]
     text = bench.report(benchmark, rows, CHIPS["v5p"], "v5p")
     ours = next(line for line in text.splitlines() if line.startswith("| ours "))
@@ -404,8 +411,9 @@ def test_the_fastest_blocks_count_and_the_table_shows_them():
     assert cells[-1] == "2.0"
 
     more = Pass("forward", 49 * 2 * 128**2 + 10**6, False)
-    with pytest.raises(bench.CountError, match="needed"):
-        bench.best(contenders[0], more, "v5p", measure=measure)
+    (wrong,) = contest(contenders[:1], more, "v5p", measure).values()
+    assert isinstance(wrong, CountError)
+    assert "needed" in str(wrong)
     only = Contender("ours", {"forward": [Spec("m:f", {"forward": [3]})]})
-    with pytest.raises(CompileError, match="VMEM"):
-        bench.best(only, forward, "v5p", measure=measure)
+    (refused,) = contest([only], forward, "v5p", measure).values()
+    assert str(refused) == "VMEM"
