@@ -1,13 +1,21 @@
 """The table of attention's figures: what it shows and misses, and what is not measured again."""
 
+import argparse
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from pallas_kernels import bench
 from pallas_kernels.static import CHIPS, CallCosts, CompileError, KernelCosts, RegionCosts, Spec
-from pallas_kernels.static.benchmarks import Benchmark, Contender, Pass, cache
+from pallas_kernels.static.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    Contender,
+    Pass,
+    cache,
+)
 from pallas_kernels.static.benchmarks.contest import FAR, OWN, Row, contest
 from pallas_kernels.static.benchmarks.survey import Cell, survey, time_left
 from pallas_kernels.static.benchmarks.table import table
@@ -139,8 +147,8 @@ def test_peers_far_behind_try_no_more_blocks():
         ("jax flash", 0): 10.5 * FAR,  # left
         ("tokamax splash", 0): 9.9 * FAR,
         ("tokamax splash", 1): 8.0,
-        (OWN, 0): 1.0,
-        (OWN, 1): 99.0,  # tried though others are far ahead
+        (OWN, 0): 99.0,  # tried on though others are far ahead
+        (OWN, 1): 1.0,
     }
 
     def measure(spec: Spec, chip: str) -> CallCosts:
@@ -177,11 +185,15 @@ def test_a_peer_without_a_figure_tries_on():
 def test_all_contests_are_held_peers_first_and_their_progress_told():
     shape, known, lines, asked = SHAPE, set(), [], []
     benchmark = Benchmark("", [contender(OWN), contender("jax flash", 2)], [FORWARD, BACKWARD])
-    clock = iter(range(0, 10_000, 60))
+    seconds = [0]
 
     def measure(spec: Spec, chip: str) -> CallCosts:
-        asked.append((spec.kwargs["who"], chip, spec.kwargs["pass"]))
+        asked.append(spec.kwargs["who"])
+        seconds[0] += 0 if is_known(spec, chip) else 30
         return costs(5.0, 6.0)
+
+    def is_known(spec: Spec, chip: str) -> bool:
+        return (spec.kwargs["who"], chip) in known
 
     def run():
         lines.clear(), asked.clear()
@@ -189,9 +201,9 @@ def test_all_contests_are_held_peers_first_and_their_progress_told():
             {shape: benchmark},
             ["v5p", "v6e"],
             measure,
-            lambda spec, chip: (spec.kwargs["who"], chip) in known,
+            is_known,
             lines.append,
-            lambda: next(clock),
+            lambda: seconds[0],
         )
 
     known.add((OWN, "v5p"))
@@ -200,20 +212,47 @@ def test_all_contests_are_held_peers_first_and_their_progress_told():
         Cell(shape, chip, of) for chip in ("v5p", "v6e") for of in ("forward", "backward")
     ]
     assert all(list(found) == ["jax flash", OWN] for found in results.values())
-    assert [who for who, _, _ in asked] == ["jax flash"] * 8 + [OWN] * 4
-    assert lines[0] == (
-        "[1/8] v5p 64, 4,096, window:1024 forward: jax flash 5.0 µs; about 5 min left"
-    )
-    assert lines[1].endswith(
-        "v5p 64, 4,096, window:1024 backward: jax flash 6.0 µs; about 4 min left"
-    )
-    assert lines[-2].endswith("about 1 min left")
-    assert lines[-1] == f"[8/8] v6e 64, 4,096, window:1024 backward: {OWN} 6.0 µs"
+    assert asked == ["jax flash"] * 8 + [OWN] * 4
+    # Contests of two programs take a minute; the two that are known, nothing.
+    left = [line.partition("about ")[2] for line in lines]
+    assert left == [*(f"{n} min left" for n in (5, 4, 3, 2, 2, 2, 1)), ""]
+    at = "v5p 64, 4,096, window:1024"
+    assert lines[1] == f"[2/8] {at} backward: jax flash 6.0 µs; about 4 min left"
+    known.add((OWN, "v6e")), known.add(("jax flash", "v5p")), known.add(("jax flash", "v6e"))
+    assert run() == results
+    assert lines[4] == f"[5/8] {at} forward: {OWN} 5.0 µs"
 
 
 def test_time_left_is_that_of_what_is_to_be_compiled():
     assert time_left([60.0, 180.0], 3) == "; about 6 min left"
     assert time_left([], 3) == time_left([60.0], 0) == ""
+
+
+@pytest.mark.parametrize(
+    ("mask", "tokamax", "names"),
+    [
+        ("causal", True, PEERS),
+        ("causal", False, PEERS[:2]),
+        ("window:1024", True, (PEERS[0], PEERS[2])),
+        ("segments:8", True, PEERS[2:]),
+        ("segments:8", False, PEERS[:2]),
+    ],
+)
+@pytest.mark.parametrize("seq", [640, 1536, 32768])
+def test_peers_contend_where_they_can_win_with_blocks_that_divide(
+    mask, tokamax, names, seq, monkeypatch
+):
+    # The package's attribute of this name is a function.
+    module = import_module("pallas_kernels.static.benchmarks.attention")
+    monkeypatch.setattr(module, "find_spec", lambda name: tokamax or None)
+    options = argparse.Namespace(mask=mask, seq=seq, batch=1, heads=8, head_dim=64, peers=True)
+    own, *peers = BENCHMARKS["attention"](options).contenders
+    assert (own.name, {c.name for c in peers}) == (OWN, set(names))
+    for specs in (specs for c in peers for specs in c.programs.values()):
+        assert specs
+        for blocks in ("forward", "backward", "backward_dq"):
+            sizes = {n for spec in specs for n in spec.kwargs.get(blocks, ())}
+            assert all(seq % n == 0 for n in sizes)
 
 
 @pytest.fixture

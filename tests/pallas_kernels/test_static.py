@@ -1,6 +1,5 @@
 """The reader of the TPU compiler's schedules, on one written here, and what is made of it."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bench
 from pallas_kernels.static import CHIPS, CallCosts, CompileError, Spec
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks import Benchmark, Contender, Pass
 from pallas_kernels.static.benchmarks.contest import CountError, contest
 from pallas_kernels.static.control import run_counts
 from pallas_kernels.static.costs import call_costs, kernel_costs
@@ -368,17 +367,6 @@ def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys, monkeypa
         code = end.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_peers_programs_are_named_by_blocks_that_divide():
-    options = argparse.Namespace(mask="causal", seq=512, batch=1, heads=8, head_dim=64, peers=True)
-    contenders = BENCHMARKS["attention"](options).contenders
-    assert [c.name for c in contenders][:3] == ["pallas_kernels", "jax splash", "jax flash"]
-    for contender in contenders[1:]:
-        assert all(contender.programs.values())
-        for spec in (spec for specs in contender.programs.values() for spec in specs):
-            for blocks in ("forward", "backward", "backward_dq"):
-                assert all(512 % b == 0 for b in spec.kwargs.get(blocks, ()))
 
 
 def _costs(cycles: int) -> CallCosts:

@@ -1,14 +1,14 @@
 """Attention, forward and backward, beside jax's and tokamax's."""
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.static.benchmarks.blocks import PEERS
+from pallas_kernels.static.benchmarks.blocks import PEERS, tried
 from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
 from pallas_kernels.static.measure import Spec
 from pallas_kernels.static.problems import Mask, attention_flops
@@ -78,7 +78,7 @@ def attention(options: argparse.Namespace) -> Benchmark:
 def _peers(mask: Mask) -> list[str]:
     """That contend. jax's compute segments' every block under the diagonal, so that they take as
     long as causal: beside tokamax's, which skips what segments part, they need no compiler."""
-    tokamax = importlib.util.find_spec("tokamax") is not None
+    tokamax = find_spec("tokamax") is not None
     if mask.segments and tokamax:
         return [_TOKAMAX]
     return [
@@ -89,19 +89,13 @@ def _peers(mask: Mask) -> list[str]:
 
 
 def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
-    """With the block sizes that divide the sequence."""
     seq = problem["seq"]
     where = f"pallas_kernels.static.peers:{name.replace(' ', '_')}"
-    tried = PEERS[name](mask.window or seq // (mask.segments or 1))
-
-    def fits(blocks: Sequence[int]) -> bool:
-        return all(seq % block == 0 for block in blocks)
-
-    forward = [{"forward": blocks} for blocks in tried.forward if fits(blocks)]
+    found = tried(name, mask.window or seq // (mask.segments or 1), seq)
+    forward = [{"forward": blocks} for blocks in found.forward]
     backward = [
-        dict(zip(("backward", "backward_dq"), blocks, strict=False)) | forward[0]
-        for blocks in tried.backward
-        if forward and all(map(fits, blocks))
+        dict(zip(("backward", "backward_dq"), kernels, strict=False)) | forward[0]
+        for kernels in found.backward
     ]
     return Contender(
         name,

@@ -1,4 +1,5 @@
-"""Block sizes that peers try, those first that won most often in a search over 128 to 2,048."""
+"""Block sizes that peers try: of a search over 128 to 2,048 those that won somewhere, the most
+likely first."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,43 +14,47 @@ class Tried(NamedTuple):
     backward: Sequence[Sequence[Blocks]]
     """Of the kernel for dK and dV, and where dQ has a kernel of its own, of that."""
 
+    def fitting(self, seq: int) -> "Tried":
+        """Those that divide the sequence."""
+
+        def fits(blocks: Blocks) -> bool:
+            return all(seq % block == 0 for block in blocks)
+
+        return Tried(
+            [blocks for blocks in self.forward if fits(blocks)],
+            [kernels for kernels in self.backward if all(map(fits, kernels))],
+        )
+
 
 def _jax_splash(reach: int) -> Tried:
     if reach <= _SHORT:
-        # One kernel for all gradients walks over all blocks of queries, whatever the mask.
+        # One kernel for all gradients would walk over all blocks of queries, whatever the window.
         return Tried(
             [(512, 512, 512), (1024, 1024, 512)],
-            [((512, 512, 512), (512, 512)), ((1024, 1024, 512), (1024, 1024)), ((512, 512, 512),)],
+            [((512, 512, 512), (512, 512)), ((1024, 1024, 512),)],
         )
     return Tried(
-        [(1024, 1024, 512), (1024, 1024, 256)],
-        [((1024, 1024, 1024),), ((1024, 1024, 512),), ((1024, 1024, 512), (1024, 1024))],
+        [(1024, 1024, 512), (1024, 1024, 256)], [((1024, 1024, 1024),), ((1024, 1024, 512),)]
     )
 
 
 def _tokamax_splash(reach: int) -> Tried:
     if reach <= _SHORT:
         return Tried(
-            [(512, 512, 512), (1024, 1024, 512), (256, 512, 512)],
-            [((512, 512, 512),), ((1024, 1024, 512),), ((256, 512, 512),)],
+            [(512, 512, 512), (1024, 1024, 512)], [((512, 512, 512),), ((1024, 1024, 512),)]
         )
     return Tried(
-        [(1024, 1024, 256), (1024, 1024, 512)],
-        [((1024, 1024, 1024),), ((1024, 1024, 512),), ((512, 1024, 512),)],
+        [(1024, 1024, 256), (1024, 1024, 512)], [((1024, 1024, 1024),), ((1024, 1024, 512),)]
     )
 
 
 def _jax_flash(reach: int) -> Tried:
     del reach  # It computes every block under the diagonal.
-    return Tried(
-        [(1024, 1024, 1024), (512, 512, 512)],
-        [
-            ((1024, 512, 1024, 1024), (1024, 1024, 512)),
-            ((1024, 1024, 1024, 1024), (1024, 1024, 1024)),
-            ((512, 512, 512, 512), (512, 512, 512)),
-        ],
-    )
+    return Tried([(1024, 1024, 1024)], [((1024, 512, 1024, 1024), (1024, 1024, 512))])
 
+
+_OTHERWISE = 512, 256, 128
+"""Where the sequence is no multiple of those."""
 
 PEERS: dict[str, Callable[[int], Tried]] = {
     "jax splash": _jax_splash,
@@ -57,3 +62,12 @@ PEERS: dict[str, Callable[[int], Tried]] = {
     "tokamax splash": _tokamax_splash,
 }
 """By the number of keys that the mask lets a query reach at most."""
+
+
+def tried(name: str, reach: int, seq: int) -> Tried:
+    """What a peer tries, see ``PEERS``; nothing where no block sizes divide the sequence."""
+    found = PEERS[name](reach).fitting(seq)
+    if found.forward and found.backward:
+        return found
+    sizes = [(n,) * (4 if name == "jax flash" else 3) for n in _OTHERWISE if seq % n == 0][:1]
+    return Tried([blocks[:3] for blocks in sizes], [(blocks,) for blocks in sizes])

@@ -34,7 +34,6 @@ class Cache:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._digests: dict[str, str] = {}
 
     def measure(self, spec: Spec, chip: str) -> CallCosts:
         """As :func:`pallas_kernels.static.measure`; of the kernels' regions, the inner loops."""
@@ -54,13 +53,11 @@ class Cache:
 
     def _key(self, spec: Spec, chip: str) -> dict[str, Any]:
         module = spec.function.partition(":")[0]
-        if module not in self._digests:
-            self._digests[module] = digest(sources(module))
         packages = ["jax", "jaxlib", "libtpu"] + ["tokamax"] * ("tokamax" in spec.function)
         key = asdict(spec) | {
             "chip": chip,
             "versions": versions(*packages),
-            "sources": self._digests[module],
+            "sources": digest(sources(module)),  # as they are now: a run takes long
         }
         return json.loads(json.dumps(key, default=dict))  # tuples are lists when read
 

@@ -70,9 +70,9 @@ def survey(
         results.setdefault(one.cell, {}).update(found)
         if fresh:
             spent.append(clock() - start)
-        left = time_left(spent, sum(not c.known(known) for c in contests[count:]))
+        left = sum(not c.known(known) for c in contests[count:]) if spent else 0
         outcomes = ", ".join(f"{name} {_brief(o)}" for name, o in found.items())
-        say(f"[{count}/{len(contests)}] {one.cell}: {outcomes}{left}")
+        say(f"[{count}/{len(contests)}] {one.cell}: {outcomes}{time_left(spent, left)}")
     return results
 
 
