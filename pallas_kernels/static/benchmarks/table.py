@@ -46,7 +46,7 @@ def _ours(forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]) -> li
         behind = "" if share is None else f" ({share:.2f})"
         times.append(f"{_figure(row.microseconds)}{behind}" if row else _NONE)
     spills = "/".join(f"{row.spill_stores:,}" if row else _NONE for row in rows)
-    return [*times, spills, _figure(rows[1].costs.temp_bytes / 1e6) if rows[1] else _NONE]
+    return [*times, spills, _megabytes(rows[1].costs.temp_bytes) if rows[1] else _NONE]
 
 
 def _theirs(forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]) -> list[str]:
@@ -56,7 +56,7 @@ def _theirs(forward: Mapping[str, Outcome], backward: Mapping[str, Outcome]) -> 
         name = row and _SHORT_NAMES.get(row.contender.name, row.contender.name)
         times.append(f"{_figure(row.microseconds)} {name}" if row else _NONE)
     temps = [row.costs.temp_bytes for row in _peers(backward).values() if isinstance(row, Row)]
-    return [*times, "", _figure(min(temps) / 1e6) if temps else _NONE]
+    return [*times, "", _megabytes(min(temps)) if temps else _NONE]
 
 
 def _peers(outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
@@ -96,6 +96,10 @@ def _reasons(results: Results) -> Iterator[str]:
 def _figure(value: float) -> str:
     """Three or four digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.{0 if size >= 1e8 else 1}f}"
 
 
 def _line(cells: Sequence[str]) -> str:
