@@ -114,8 +114,11 @@ def test_what_has_no_figure_is_in_the_table_and_below():
         "",
         f"- {at} forward: —",
         f"- {at} backward: —",
-        f"- — {at} forward, pallas_kernels: out of VMEM",
-        f"- — {at} backward, tokamax splash: endless loop",
+        "",
+        "Why —:",
+        "",
+        f"- {at} forward, pallas_kernels: out of VMEM",
+        f"- {at} backward, tokamax splash: endless loop",
     ]
 
 

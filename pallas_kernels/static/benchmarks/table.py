@@ -14,7 +14,11 @@ _FORWARD, _BACKWARD = "forward", "backward"
 
 
 def table(results: Results) -> str:
-    """For each shape a row of ours and, where there are peers, one of the best of these."""
+    """For each shape a row of ours, in brackets the ratio to the best peer, and one of this peer.
+
+    Spills are stores in our inner loops, forward and backward. Memory is of HBM, of forward and
+    backward pass in one program: ours, and the least of the peers', each at its fastest blocks.
+    """
     chips = list(dict.fromkeys(cell.chip for cell in results))
     peers = any(_peers(outcomes) for outcomes in results.values())
     columns = [
@@ -26,7 +30,8 @@ def table(results: Results) -> str:
         if peers:
             lines.append(_line(["", "best peer", *_cells(_theirs, results, shape, chips)]))
     lines += ["", *_misses(results)] if peers else []
-    lines += [f"- {_NONE} {reason}" for reason in _reasons(results)]
+    if reasons := list(_reasons(results)):
+        lines += ["", f"Why {_NONE}:", "", *reasons]
     return "\n".join(lines)
 
 
@@ -90,7 +95,7 @@ def _reasons(results: Results) -> Iterator[str]:
         for name, outcome in outcomes.items():
             if not isinstance(outcome, Row):
                 first = (str(outcome).splitlines() or [type(outcome).__name__])[0]
-                yield f"{cell}, {name}: {first[:200]}"
+                yield f"- {cell}, {name}: {first[:200]}"
 
 
 def _figure(value: float) -> str:
