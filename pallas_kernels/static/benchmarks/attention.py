@@ -91,7 +91,8 @@ def _peers(mask: Mask) -> list[str]:
 def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
     seq = problem["seq"]
     where = f"pallas_kernels.static.peers:{name.replace(' ', '_')}"
-    found = tried(name, mask.window or seq // (mask.segments or 1), seq)
+    segment = seq // (mask.segments or 1) if name == _TOKAMAX else seq
+    found = tried(name, mask.window or segment, seq)
     forward = [{"forward": blocks} for blocks in found.forward]
     backward = [
         dict(zip(("backward", "backward_dq"), kernels, strict=False)) | forward[0]
