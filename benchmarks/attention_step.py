@@ -41,7 +41,7 @@ from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
 from pallas_kernels.static import CHIPS as STATIC
 from pallas_kernels.static import Spec, measure
-from pallas_kernels.static.benchmarks.attention import SPLASH_BACKWARD, SPLASH_FORWARD
+from pallas_kernels.static.benchmarks.blocks import tried
 from pallas_kernels.static.peers import jax_splash_attention
 from pallas_kernels.static.problems import Mask
 
@@ -177,7 +177,8 @@ def row(case: str) -> tuple[list[str], str]:
             name = f"maxlm.parallel.attention.{function.__name__}"
             swaps[name] = partial(function, backend="xla")
     elif case == "splash":
-        pairs = zip(SPLASH_FORWARD, SPLASH_BACKWARD, strict=True)
+        sizes = tried("jax splash", shape.seq, shape.seq)
+        pairs = zip(sizes.forward, sizes.backward, strict=True)
         passes, best = kernel_passes(shape, [{"forward": f, "backward": b} for f, (b,) in pairs])
         note = "blocks of " + ", ".join(f"{'/'.join(map(str, b))} {n}" for n, b in best.items())
         name = "maxlm.models.layers.attention.sharded_attention"

@@ -2,18 +2,28 @@
 
 ``python -m pallas_kernels.bench --chip v5p --kernel attention --head-dim 128 --seq 4096 --peers``
 compiles each contender with the TPU's compiler (``pip install libtpu``), reads its final schedule
-and counts the cycles that one call takes. Waits for memory are not in a schedule.
+and counts the cycles that one call takes. Waits for memory are not in a schedule. ``--all --peers``
+does so for every shape of attention on v5p and v6e, and prints one table; it keeps what it measured
+and goes on from there when it is run again.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from pathlib import Path
 
-from pallas_kernels.static import CHIPS, CallCosts, Chip, CompileError, KernelCosts, Spec, measure
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
-from pallas_kernels.static.measure import has_compiler
+from pallas_kernels.attention.tuning import versions
+from pallas_kernels.static import CHIPS, Chip, measure
+from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark
+from pallas_kernels.static.benchmarks.cache import Cache
+from pallas_kernels.static.benchmarks.contest import Row, contest
+from pallas_kernels.static.benchmarks.survey import survey
+from pallas_kernels.static.benchmarks.table import table
+from pallas_kernels.static.measure import Spec, has_compiler
+from pallas_kernels.static.problems import Shape, shapes
 
+ALL_CHIPS = ("v5p", "v6e")
+_CACHE = Path("~/.cache/pallas_kernels/bench")
 # Columns of unit use: what a schedule's units are called there.
 _UNITS = {
     "MXU": ("MATMUL", "MXU"),
@@ -27,53 +37,71 @@ _CALL = ("kernel", "pass", "blocks", "cores", "cycles", "µs", "× bound", "× b
 _LOOP = ("inner loop of", "pass", "runs", "cycles a run", "spill stores", "spill loads")
 
 
-class CountError(Exception):
-    """A count that cannot be right."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A contender's best program of a pass."""
-
-    contender: Contender
-    of: Pass
-    spec: Spec
-    costs: CallCosts
-
-    @property
-    def kernels(self) -> list[KernelCosts]:
-        return [k for k in self.costs.kernels if self.of.backward in (None, k.backward)]
-
-    @property
-    def microseconds(self) -> float:
-        return self.costs.microseconds(backward=self.of.backward)
-
-    @property
-    def mxu_flops(self) -> float:
-        return self.costs.mxu_flops(backward=self.of.backward)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; 2 where the request is bad or nothing could be measured."""
     options = _parser().parse_args(argv)
     try:
-        benchmark = BENCHMARKS[options.kernel](options)
-        if not has_compiler():
-            raise ValueError("no TPU compiler here: pip install libtpu")
+        return _every_shape(options) if options.all else _one_problem(options)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
-        return 2
-    rows = []
-    for contender in benchmark.contenders:
+    except OSError as error:
+        print(f"bench: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
+
+
+def _one_problem(options: argparse.Namespace) -> int:
+    shape = Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")
+    benchmark = _benchmark(options, shape)
+    _need_compiler()
+    costs = Cache(options.cache.expanduser()).measure if options.cache else measure
+    printed = False
+    for chip in options.chip or ["v5p"]:
+        rows: list[Row] = []
         for of in benchmark.passes:
-            try:
-                rows.append(best(contender, of, options.chip))
-            except (CompileError, CountError, ValueError) as error:
-                print(f"bench: {contender.name} {of.name}: {error}", file=sys.stderr)
-    if not rows:
-        return 2
-    print(report(benchmark, rows, CHIPS[options.chip], options.chip))
-    return 0
+            for name, found in contest(benchmark.contenders, of, chip, costs).items():
+                if isinstance(found, Row):
+                    rows.append(found)
+                else:
+                    print(f"bench: {chip} {name} {of.name}: {found}", file=sys.stderr)
+        if rows:
+            rows.sort(key=lambda row: benchmark.contenders.index(row.contender))
+            print(report(benchmark, rows, CHIPS[chip], chip))
+            printed = True
+    return 0 if printed else 2
+
+
+def _every_shape(options: argparse.Namespace) -> int:
+    if options.kernel != "attention":
+        raise ValueError(f"--all has shapes of attention, none of {options.kernel}")
+    asked = shapes(options.head_dim, options.seq, options.mask)
+    problems = {shape: _benchmark(options, shape) for shape in asked}
+    _need_compiler()
+    cache = Cache((options.cache or _CACHE).expanduser())
+    results = survey(problems, options.chip or ALL_CHIPS, cache.measure, cache.has, _say)
+    print(
+        f"attention, batch {options.batch}, heads {options.heads}, bf16; "
+        f"{versions('jax', 'libtpu', 'tokamax')}\n"
+    )
+    print(table(results))
+    measured = (found for found in results.values() for found in found.values())
+    return 0 if any(isinstance(found, Row) for found in measured) else 2
+
+
+def _benchmark(options: argparse.Namespace, shape: Shape) -> Benchmark:
+    """
+    Raises:
+        ValueError: a mask that is none, or does not go with the sequence.
+    """
+    return BENCHMARKS[options.kernel](argparse.Namespace(**vars(options) | shape._asdict()))
+
+
+def _need_compiler() -> None:
+    if not has_compiler():
+        raise ValueError("no TPU compiler here: pip install libtpu")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,8 +110,25 @@ def _parser() -> argparse.ArgumentParser:
         description="Static cycles of kernels by the TPU's own compiler; needs no TPU, but libtpu.",
         epilog="Each program takes the compiler from seconds to a minute.",
     )
-    parser.add_argument("--chip", choices=CHIPS, default="v5p", help="default v5p")
+    parser.add_argument(
+        "--chip",
+        action="append",
+        choices=CHIPS,
+        help="may be repeated; default v5p, with --all v5p and v6e",
+    )
     parser.add_argument("--kernel", choices=BENCHMARKS, default="attention")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="one table of every shape of attention that --seq, --head-dim and --mask leave",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep what is measured there, and measure only what is not there; default with --all "
+        f"{_CACHE}",
+    )
     parser.add_argument(
         "--peers",
         action="store_true",
@@ -94,8 +139,6 @@ def _parser() -> argparse.ArgumentParser:
         "attention": [
             ("--batch", 1, ""),
             ("--heads", 8, "of queries and keys; "),
-            ("--seq", 4096, "tokens a row; "),
-            ("--head-dim", 128, ""),
         ],
         "grouped_matmul": [
             ("--rows", 8192, "of all groups; "),
@@ -113,9 +156,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         if title == "attention":
             group.add_argument(
-                "--mask",
-                default="causal",
-                help="causal (default), window:TOKENS, segments:COUNT (packed)",
+                "--seq", type=_positive, metavar="N", help="tokens a row; default 4096"
+            )
+            group.add_argument("--head-dim", type=_positive, metavar="N", help="default 128")
+            group.add_argument(
+                "--mask", help="causal (default), window:TOKENS, segments:COUNT (packed)"
             )
     return parser
 
@@ -124,36 +169,6 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
-
-
-def best(
-    contender: Contender,
-    of: Pass,
-    chip: str,
-    *,
-    measure: Callable[[Spec, str], CallCosts] = measure,
-) -> Row:
-    """The contender's fastest program.
-
-    Raises:
-        CompileError: none compiles; the last reason.
-        CountError: fewer matrix products counted than the problem needs.
-    """
-    rows: list[Row] = []
-    reason: Exception = CompileError("no block sizes divide this problem")
-    for spec in contender.programs[of.name]:
-        try:
-            rows.append(Row(contender, of, spec, measure(spec, chip)))
-        except CompileError as error:
-            reason = error
-    if not rows:
-        raise reason
-    fastest = min(rows, key=lambda row: row.microseconds)
-    if not fastest.kernels:
-        raise CountError("no Pallas kernel in the program")
-    if fastest.mxu_flops < 0.99 * of.flops:
-        raise CountError(f"{fastest.mxu_flops:.3g} FLOPs counted where {of.flops:.3g} are needed")
-    return fastest
 
 
 def report(benchmark: Benchmark, rows: Sequence[Row], chip: Chip, name: str) -> str:

@@ -29,24 +29,10 @@ from pallas_kernels.attention.tuning import (
 )
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.static.measure import has_compiler
+from pallas_kernels.static.problems import Shape, shapes
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# What ``--all`` searches for: chips; (sequence, head size, mask), bf16.
 ALL_CHIPS = ("v6e", "v5p")
-ALL = [
-    (4096, 128, "causal"),
-    (4096, 128, "segments:8"),
-    (4096, 64, "causal"),
-    (4096, 64, "segments:8"),
-    (4096, 128, "window:1024"),
-    (4096, 64, "window:1024"),
-    (32768, 128, "causal"),
-    (32768, 128, "segments:8"),
-    (32768, 128, "window:1024"),
-    (32768, 64, "causal"),
-    (32768, 64, "segments:8"),
-    (32768, 64, "window:1024"),
-]
 
 _MOST_TIMED = 200
 
@@ -115,17 +101,10 @@ def _chips(options: argparse.Namespace) -> list[str]:
 
 
 def _problems(options: argparse.Namespace) -> Iterator[Problem]:
-    shapes = [(options.seq or 4096, options.head_dim or 128, options.mask or "causal")]
+    asked = [Shape(options.head_dim or 128, options.seq or 4096, options.mask or "causal")]
     if options.all:
-        wanted = options.seq, options.head_dim, options.mask
-        shapes = [
-            shape
-            for shape in ALL
-            if all(w in (None, own) for w, own in zip(wanted, shape, strict=True))
-        ]
-        if not shapes:
-            raise ValueError(f"no shape of --all has seq, head size and mask {wanted}")
-    for seq, head_dim, mask in shapes:
+        asked = shapes(options.head_dim, options.seq, options.mask)
+    for head_dim, seq, mask in asked:
         for direction in [options.direction] if options.direction else PASSES:
             problem = Problem(
                 direction,

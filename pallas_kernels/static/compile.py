@@ -44,6 +44,7 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     import jax
     import numpy as np
     from jax.experimental import topologies
+    from jax.experimental.layout import Format, Layout
 
     from pallas_kernels.static.prefetch import kernel_calls
 
@@ -51,13 +52,19 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     device = machine.devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
 
+    # Arguments and results lie as the kernels want them. Into the layout that JAX would give them,
+    # which pads no heads of 64, XLA would copy each, and count the copies as temporary memory.
+    own = Format(Layout.AUTO, sharding)
+
     def struct(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype)
 
     # Pallas lowers some operations by the TPU's generation, which it takes from the mesh.
     mesh = jax.sharding.Mesh(np.array([device]), ("device",)).abstract_mesh
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(fn).trace(*jax.tree.map(struct, tuple(args)))
+        traced = jax.jit(fn, in_shardings=own, out_shardings=own).trace(
+            *jax.tree.map(struct, tuple(args))
+        )
         compiled = traced.lower().compile()
     calls = kernel_calls(traced.jaxpr, jax.tree.leaves(tuple(args)))
     values: dict[str, Any] = {

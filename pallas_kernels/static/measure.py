@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,13 @@ from pallas_kernels.static.schedule import read_schedules
 
 class CompileError(Exception):
     """The compiler refused: too much VMEM, an unsupported shape."""
+
+
+class CompilerKilled(CompileError):
+    """From outside, for want of memory perhaps: no property of the program."""
+
+
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def measure(spec: Spec, chip: str) -> CallCosts:
 
     Raises:
         ValueError: an unknown chip, no libtpu, a kernel whose control flow cannot be followed.
-        CompileError: with the compiler's message.
+        CompileError: with the compiler's message; CompilerKilled where it could not finish.
     """
     if chip not in CHIPS:
         raise ValueError(f"chip {chip!r}: not one of {', '.join(CHIPS)}")
@@ -69,6 +77,8 @@ def measure(spec: Spec, chip: str) -> CallCosts:
             capture_output=True,
             env=environment(folder),
         )
+        if done.returncode in _FROM_OUTSIDE:
+            raise CompilerKilled(f"compiler killed by {signal.Signals(-done.returncode).name}")
         if done.returncode:
             raise CompileError(_reason(done.stderr))
         result = json.loads((folder / "result.json").read_text())

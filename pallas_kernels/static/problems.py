@@ -1,6 +1,7 @@
 """Attention problems that kernels are compared on."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,3 +54,41 @@ def attention_flops(mask: Mask, batch: int, heads: int, seq: int, head_dim: int)
     5 backward (Dao 2023, FlashAttention-2, section 3.1: q·kᵀ again, dV, dP, dQ, dK)."""
     product = 2 * batch * heads * head_dim * mask.pairs(seq)
     return 2 * product, 5 * product
+
+
+class Shape(NamedTuple):
+    """A problem of the tables of tuned blocks and of benchmarks, which are bf16."""
+
+    head_dim: int
+    seq: int
+    mask: str
+
+    def __str__(self) -> str:
+        return f"{self.head_dim}, {self.seq:,}, {self.mask}"
+
+
+SHAPES = [
+    Shape(head_dim, seq, mask)
+    for head_dim in (128, 64)
+    for seq in (4096, 32768)
+    for mask in ("causal", "window:1024", "segments:8")
+]
+
+
+def shapes(head_dim: int | None, seq: int | None, mask: str | None) -> list[Shape]:
+    """Of ``SHAPES``, those that have what is asked.
+
+    Raises:
+        ValueError: none has.
+    """
+    wanted = (head_dim, seq, mask)
+    found = [
+        shape
+        for shape in SHAPES
+        if all(asked in (None, own) for asked, own in zip(wanted, shape, strict=True))
+    ]
+    if not found:
+        raise ValueError(
+            f"no shape of --all has head size, sequence and mask {', '.join(map(str, wanted))}"
+        )
+    return found

@@ -1,6 +1,5 @@
 """The reader of the TPU compiler's schedules, on one written here, and what is made of it."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import bench
 from pallas_kernels.static import CHIPS, CallCosts, CompileError, Spec
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks import Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks.contest import CountError, contest
 from pallas_kernels.static.control import run_counts
 from pallas_kernels.static.costs import call_costs, kernel_costs
 from pallas_kernels.static.prefetch import KernelCall, kernel_calls, words
@@ -348,30 +348,25 @@ def test_unknown_masks_are_refused(text):
         (["--mask", "diagonal"], "mask 'diagonal'"),
         (["--mask", "segments:7"], "7 segments do not divide 4096 tokens"),
         (["--chip", "v9"], "invalid choice: 'v9'"),
+        (["--all", "--seq", "77"], "no shape of --all has head size, sequence and mask None, 77"),
+        (["--all", "--kernel", "grouped_matmul"], "--all has shapes of attention, none of"),
+        (["--all", "--cache", __file__], "test_static.py: File exists"),
+        (["--cache", __file__], "test_static.py: File exists"),
         (["--seq", "0"], "not a positive whole number"),
         (["--kernel", "moe"], "invalid choice: 'moe'"),
         (["--kernel", "grouped_matmul", "--groups", "0"], "not a positive whole number"),
         (["--kernel", "linear_cross_entropy", "--vocab", "-1"], "not a positive whole number"),
     ],
 )
-def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys):
+def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "has_compiler", lambda: True)
+    monkeypatch.setattr(bench, "measure", None)
     try:
         code = bench.main(arguments)
     except SystemExit as end:
         code = end.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_peers_programs_are_named_by_blocks_that_divide():
-    options = argparse.Namespace(mask="causal", seq=512, batch=1, heads=8, head_dim=64, peers=True)
-    contenders = BENCHMARKS["attention"](options).contenders
-    assert [c.name for c in contenders][:3] == ["pallas_kernels", "jax splash", "jax flash"]
-    for contender in contenders[1:]:
-        assert all(contender.programs.values())
-        for spec in (spec for specs in contender.programs.values() for spec in specs):
-            for blocks in ("forward", "backward", "backward_dq"):
-                assert all(512 % b == 0 for b in spec.kwargs.get(blocks, ()))
 
 
 def _costs(cycles: int) -> CallCosts:
@@ -393,7 +388,7 @@ def test_the_fastest_blocks_count_and_the_table_shows_them():
     ]
     forward = Pass("forward", 48 * 2 * 128**2, False, ("forward",))
     benchmark = Benchmark("problem", contenders, [forward])
-    rows = [bench.best(c, forward, "v5p", measure=measure) for c in contenders]
+    rows = list(contest(contenders, forward, "v5p", measure).values())
     assert rows[0].spec.kwargs["forward"] == [2]
     text = bench.report(benchmark, rows, CHIPS["v5p"], "v5p")
     ours = next(line for line in text.splitlines() if line.startswith("| ours "))
@@ -404,8 +399,9 @@ def test_the_fastest_blocks_count_and_the_table_shows_them():
     assert cells[-1] == "2.0"
 
     more = Pass("forward", 49 * 2 * 128**2 + 10**6, False)
-    with pytest.raises(bench.CountError, match="needed"):
-        bench.best(contenders[0], more, "v5p", measure=measure)
+    (wrong,) = contest(contenders[:1], more, "v5p", measure).values()
+    assert isinstance(wrong, CountError)
+    assert "needed" in str(wrong)
     only = Contender("ours", {"forward": [Spec("m:f", {"forward": [3]})]})
-    with pytest.raises(CompileError, match="VMEM"):
-        bench.best(only, forward, "v5p", measure=measure)
+    (refused,) = contest([only], forward, "v5p", measure).values()
+    assert str(refused) == "VMEM"

@@ -1,16 +1,19 @@
 """Attention, forward and backward, beside jax's and tokamax's."""
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.static.benchmarks.contest import Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks.blocks import PEERS, tried
+from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
 from pallas_kernels.static.measure import Spec
 from pallas_kernels.static.problems import Mask, attention_flops
+
+_TOKAMAX = "tokamax splash"
 
 
 def own_attention(
@@ -35,17 +38,6 @@ def own_attention(
     return (gradients, (operand,) * 4 + rows) if gradient else (forward, (operand,) * 3 + rows)
 
 
-# Block sizes at which each peer was fastest on a v5p or a v6e, of those tried (128 to 2,048): the
-# large ones causal, the last where a window, segments or a short sequence leave small blocks.
-SPLASH_FORWARD = ((1024, 1024, 256), (1024, 1024, 512), (512, 512, 512))
-SPLASH_BACKWARD = (((1024, 1024, 512),), ((1024, 1024, 1024),), ((512, 512, 512),))
-_FLASH_FORWARD = ((1024, 1024, 1024), (512, 512, 512))
-_FLASH_BACKWARD = (
-    ((1024, 512, 1024, 1024), (1024, 1024, 512)),
-    ((512, 512, 512, 512), (512, 512, 512)),
-)
-
-
 def attention(options: argparse.Namespace) -> Benchmark:
     mask = Mask.parse(options.mask)
     mask.segment_ids(options.seq)
@@ -56,31 +48,10 @@ def attention(options: argparse.Namespace) -> Benchmark:
         "head_dim": options.head_dim,
         "mask": options.mask,
     }
-
-    def fits(blocks: Sequence[int]) -> bool:
-        return all(options.seq % block == 0 for block in blocks)
-
-    def contender(name: str, function: str, forwards: Any, backwards: Any) -> Contender:
-        where = f"pallas_kernels.static.peers:{function}"
-        forward = [{"forward": blocks} for blocks in forwards if fits(blocks)]
-        backward = [
-            dict(zip(("backward", "backward_dq"), blocks, strict=False)) | forward[0]
-            for blocks in backwards
-            if forward and all(map(fits, blocks))
-        ]
-        return Contender(
-            name,
-            {
-                "forward": [Spec(where, problem | {"gradient": False} | b) for b in forward],
-                "backward": [Spec(where, problem | {"gradient": True} | b) for b in backward],
-            },
-            peer=True,
-        )
-
     where = f"{__name__}:own_attention"
     contenders = [
         Contender(
-            "pallas_kernels",
+            OWN,
             {
                 "forward": [Spec(where, problem | {"gradient": False})],
                 "backward": [Spec(where, problem | {"gradient": True})],
@@ -88,13 +59,7 @@ def attention(options: argparse.Namespace) -> Benchmark:
         )
     ]
     if options.peers:
-        contenders.append(contender("jax splash", "jax_splash", SPLASH_FORWARD, SPLASH_BACKWARD))
-        if not mask.window:
-            contenders.append(contender("jax flash", "jax_flash", _FLASH_FORWARD, _FLASH_BACKWARD))
-        if importlib.util.find_spec("tokamax"):
-            contenders.append(
-                contender("tokamax splash", "tokamax_splash", SPLASH_FORWARD, SPLASH_BACKWARD)
-            )
+        contenders += [_peer(name, mask, problem) for name in _peers(mask)]
     title = (
         f"attention, batch {options.batch}, heads {options.heads}, seq {options.seq}, "
         f"head_dim {options.head_dim}, {mask}, bf16"
@@ -108,3 +73,36 @@ def attention(options: argparse.Namespace) -> Benchmark:
         Pass("backward", backward, True, ("backward", "backward_dq")),
     ]
     return Benchmark(title, contenders, passes)
+
+
+def _peers(mask: Mask) -> list[str]:
+    """That contend. jax's compute segments' every block under the diagonal, so that they take as
+    long as causal: beside tokamax's, which skips what segments part, they need no compiler."""
+    tokamax = find_spec("tokamax") is not None
+    if mask.segments and tokamax:
+        return [_TOKAMAX]
+    return [
+        name
+        for name in PEERS
+        if (tokamax or name != _TOKAMAX) and not (mask.window and name == "jax flash")
+    ]
+
+
+def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
+    seq = problem["seq"]
+    where = f"pallas_kernels.static.peers:{name.replace(' ', '_')}"
+    segment = seq // (mask.segments or 1) if name == _TOKAMAX else seq
+    found = tried(name, mask.window or segment, seq)
+    forward = [{"forward": blocks} for blocks in found.forward]
+    backward = [
+        dict(zip(("backward", "backward_dq"), kernels, strict=False)) | forward[0]
+        for kernels in found.backward
+    ]
+    return Contender(
+        name,
+        {
+            "forward": [Spec(where, problem | {"gradient": False} | b) for b in forward],
+            "backward": [Spec(where, problem | {"gradient": True} | b) for b in backward],
+        },
+        peer=True,
+    )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.static.benchmarks.contest import Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
 from pallas_kernels.static.measure import Spec
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
@@ -81,7 +81,7 @@ def grouped_matmul(options: argparse.Namespace) -> Benchmark:
         ]
 
     programs = {w: [Spec(f"{__name__}:own", problem | {"which": w})] for w in _TILINGS}
-    contenders = [Contender("pallas_kernels", programs)]
+    contenders = [Contender(OWN, programs)]
     if options.peers:
         programs = {
             which: [

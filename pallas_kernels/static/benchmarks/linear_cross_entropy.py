@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.static.benchmarks.contest import Benchmark, Contender, Pass
+from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
 from pallas_kernels.static.measure import Spec
 
 _LOSS, _GRADIENT = "loss", "loss + gradient"
@@ -50,4 +50,4 @@ def linear_cross_entropy(options: argparse.Namespace) -> Benchmark:
     product = 2 * tokens * d * vocab
     # Logits; the gradients of the hidden states and of the head.
     passes = [Pass(_LOSS, product), Pass(_GRADIENT, 3 * product)]
-    return Benchmark(title, [Contender("pallas_kernels", programs)], passes)
+    return Benchmark(title, [Contender(OWN, programs)], passes)
