@@ -26,9 +26,10 @@ ACC = plgpu.WGMMAAccumulatorRef
 TILE = plgpu.Layout.WGMMA
 ALONG_ROWS = plgpu.Layout.WGMMA.reduce(1)
 ALONG_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-SWIZZLED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+_GPU: Any = plgpu  # whose transforms are abstract to a type checker, in jax 0.12
+SWIZZLED = _GPU.TilingTransform((8, 64)), _GPU.SwizzleTransform(128)
 """How 16-bit blocks lie in shared memory."""
-SWIZZLED_FP32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
+SWIZZLED_FP32 = _GPU.TilingTransform((8, 32)), _GPU.SwizzleTransform(128)
 
 # Before jax 0.11.
 _LOAD_TAKES_AN_INDEX = "idx" in signature(plgpu.load).parameters
