@@ -97,7 +97,7 @@ def kernel(
         dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
 
-    def tiles(these, j, distance, first):
+    def tiles(these, j, distance, first, last):
         stages(
             len(these),
             [
@@ -108,12 +108,14 @@ def kernel(
         )
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    visit(walk, row, i, scalars.shift, start, tiles)
 
-    if dq_in is None:
-        dq_ref[...] = (dq[...] * how.scale).astype(dq_ref.dtype).T
-    else:
-        dq_ref[...] = (dq[...].T * how.scale + dq_in[...]).astype(dq_ref.dtype)
+    def finish():
+        if dq_in is None:
+            dq_ref[...] = (dq[...] * how.scale).astype(dq_ref.dtype).T
+        else:
+            dq_ref[...] = (dq[...].T * how.scale + dq_in[...]).astype(dq_ref.dtype)
+
+    visit(walk, row, i, scalars.shift, start, tiles, finish)
 
     @pl.when((g == setting.group - 1) & (i == pl.num_programs(2) - 1))
     def _():

@@ -100,7 +100,7 @@ def kernel(
         scores[slot][put, :, :width] = s
         tops[slot][put] = reduce(jnp.maximum, (s[:, a : a + LANES] for a in range(0, width, LANES)))
 
-    def softmax(n, tile, j, first):
+    def softmax(n, tile, j, first, last):
         slot, width = n % slots, tile.k1 - tile.k0
         rows = slice(tile.q0, tile.q1)
         top = jnp.max(tops[slot][get], axis=1, keepdims=True)
@@ -123,29 +123,40 @@ def kernel(
                 parts.append(p)
             else:
                 weights[slot][put, :, a:b] = p
-        m[rows], l[rows] = top, total
         p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot][get, :, :width]
         y = product(p, v_ref[keys(tile, j)], 1, 0)
+        if last:
+            if blocks.staged and y.shape[1] <= walk.bk:
+                fades[slot][put], scores[slot][put, :, : y.shape[1]] = total, y
+                total, y = fades[slot][get], scores[slot][get, :, : y.shape[1]]
+            m[rows], (l[rows], o_ref[rows]) = top, divided(total, y)
+            return
+        m[rows], l[rows] = top, total
         acc[rows] = y if first else acc[rows] * _spread(fades[slot][get], acc.shape[1]) + y
 
-    def tiles(these, j, distance, first):
+    def divided(total, y):
+        """Sums of all lanes, in each; and the output."""
+        total = jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
+        y *= _spread(_reciprocal(total, setting.interpreted), y.shape[1])
+        return total, y.astype(o_ref.dtype)
+
+    def tiles(these, j, distance, first, last):
         stages(
             len(these),
             [
                 (blocks.ahead, lambda n: score(n, these[n], j, distance)),
-                (0, lambda n: softmax(n, these[n], j, first)),
+                (0, lambda n: softmax(n, these[n], j, first, last)),
             ],
         )
 
-    visit(walk, row, i, scalars.shift, start, tiles)
+    def finish():
+        l[...], o_ref[...] = divided(l[...], acc[...])
 
-    top, total = m[...], jnp.broadcast_to(jnp.sum(l[...], axis=1, keepdims=True), l.shape)
-    o_ref[...] = (acc[...] * _spread(_reciprocal(total, setting.interpreted), acc.shape[1])).astype(
-        o_ref.dtype
-    )
+    visit(walk, row, i, scalars.shift, start, tiles, finish)
+
     for a in range(0, walk.bq, LANES):
         at = slice(a, a + LANES)
-        row_top, row_total = _row(top[at]), _row(total[at])
+        row_top, row_total = _row(m[at]), _row(l[at])
         lse_ref[:, at] = jnp.where(
             row_top > NO_KEY, row_top / LOG2_E + jnp.log(row_total), -jnp.inf
         )

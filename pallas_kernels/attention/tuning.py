@@ -208,7 +208,7 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
         tile_k,
         one("k", *SIZES),
         one("q", *SIZES),
-        one("ahead", 1, 2),
+        lambda b: (b._replace(ahead=n) for n in (1, 2, 3) if n != b.ahead),
     ]
     if problem.direction == FORWARD:
         ways.append(lambda b: [b._replace(staged=not b.staged)])

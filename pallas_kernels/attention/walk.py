@@ -203,7 +203,8 @@ def visit(
     i: Any,
     shift: Any,
     start: Callable[[], None],
-    tiles: Callable[[tuple[Tile, ...], Any, Any, bool], None],
+    tiles: Callable[[tuple[Tile, ...], Any, Any, bool, bool], None],
+    finish: Callable[[], None],
 ) -> None:
     """In a kernel: call ``tiles`` for every key block that block i of the queries visits.
 
@@ -211,52 +212,71 @@ def visit(
         row: its integers of the :func:`table`.
         shift: position of the first query less that of the first key.
         start: makes the state that ``tiles`` goes on with; called before, if at all.
-        tiles: of (tiles, key block, distance, first): the distance is the position of the block of
-            queries less that of the block of keys, a Python int at an edge. ``first``: these are
-            the first for their queries, each one's only; there was no ``start``.
+        tiles: of (tiles, key block, distance, first, last): the distance is the position of the
+            block of queries less that of the block of keys, a Python int at an edge. ``first``:
+            these are the first for their queries, each one's only; there was no ``start``.
+            ``last``: they are also the last; there will be no ``finish``.
+        finish: makes results of the state; called after, if at all.
     """
     masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
 
     def loop(low, high, these):
         def body(j, _):
-            tiles(these, j, i * walk.bq + shift - j * walk.bk, False)
+            tiles(these, j, i * walk.bq + shift - j * walk.bk, False, False)
             return 0
 
         lax.fori_loop(low, high, body, 0)
 
-    def at_edge(edge, otherwise=None):
-        j = i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+    def block(edge):
+        return i * (walk.bq // walk.bk) + shift // walk.bk + edge.offset
+
+    def at_edge(edge, leads):
+        j = block(edge)
         visited = (j >= begin) & (j < end)
         ways = [(visited, edge.tiles)]
         if walk.packed:
             one = (j >= one_from) & (j < one_to)
             packed = tuple(tile._replace(packed=True) for tile in edge.tiles)
-            ways = [(visited & one, edge.tiles), (visited & jnp.logical_not(one), packed)]
+            ways = [(visited & one, edge.tiles), (visited & ~one, packed)]
         for when, these in ways:
 
             @pl.when(when)
             def _(these=these):
-                tiles(these, j, -edge.offset * walk.bk, otherwise is not None)
+                tiles(these, j, -edge.offset * walk.bk, leads, False)
 
-        if otherwise is not None:
-            pl.when(jnp.logical_not(visited))(otherwise)
+        if leads:
+            pl.when(~visited)(start)
 
-    if walk.lead is None:
-        start()
-    else:
-        at_edge(walk.lead, start)
-    if walk.masked:
-        # Where there are edges, positions mask no block before them.
-        masked = [tile._replace(masked=not walk.edges, packed=walk.packed) for tile in walk.inner]
-        loop(masked_from, plain_from, tuple(masked))
-        loop(plain_to, masked_to, tuple(masked))
-    loop(plain_from, plain_to, walk.inner)
-    for edge in walk.edges:
-        if edge is not walk.lead:
-            at_edge(edge)
+    def walk_on():
+        if walk.lead is None:
+            start()
+        else:
+            at_edge(walk.lead, True)
+        if walk.masked:
+            # Where there are edges, positions mask no block before them.
+            masked = tuple(
+                tile._replace(masked=not walk.edges, packed=walk.packed) for tile in walk.inner
+            )
+            loop(masked_from, plain_from, masked)
+            loop(plain_to, masked_to, masked)
+        loop(plain_from, plain_to, walk.inner)
+        for edge in walk.edges:
+            if edge is not walk.lead:
+                at_edge(edge, False)
+        finish()
+
+    if walk.lead is None or not walk.packed:
+        walk_on()
+        return
+    # One segment, and no other block to visit: short documents.
+    lead, j = walk.lead, block(walk.lead)
+    alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
+    pl.when(alone)(lambda: tiles(lead.tiles, j, -lead.offset * walk.bk, True, True))
+    pl.when(~alone)(walk_on)
 
 
 def mixed(row: list[Any]) -> Any:
     """Whether a block of queries visits keys with which it has to compare segments."""
-    _, _, _, _, begin, end, one_from, one_to = row
-    return (begin < one_from) | (end > one_to)
+    masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
+    looped = (masked_from < plain_from) | (plain_to < masked_to)
+    return looped | (begin < one_from) | (end > one_to)
