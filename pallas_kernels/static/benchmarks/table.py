@@ -26,7 +26,8 @@ def table(results: Results) -> str:
     ]
     lines = [_line(["head, sequence, mask", "µs", *columns]), "|---" * (2 + len(columns)) + "|"]
     for shape in dict.fromkeys(cell.shape for cell in results):
-        lines.append(_line([str(shape), "ours", *_cells(_ours, results, shape, chips)]))
+        name = f"{shape.head_dim} {shape.seq:,} {shape.mask}"
+        lines.append(_line([name, "ours", *_cells(_ours, results, shape, chips)]))
         if peers:
             lines.append(_line(["", "best peer", *_cells(_theirs, results, shape, chips)]))
     lines += ["", *_misses(results)] if peers else []
