@@ -43,6 +43,22 @@ class BlockSizes(NamedTuple):
     """Triton's with the heads whose backward pass is Triton's."""
 
 
+def _checked(sizes: Any) -> BlockSizes:
+    """A caller's.
+
+    Raises:
+        ValueError: others than this module's, or blocks that warpgroups cannot multiply.
+    """
+    if not isinstance(sizes, BlockSizes):
+        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
+    for blocks in sizes:
+        if not isinstance(blocks, triton.BlockSizes):
+            *rows, stages = blocks
+            if any(n < 1 or n % ROWS for n in rows) or stages < 1:
+                raise ValueError(f"block_sizes: {blocks}: multiples of {ROWS}, a stage or more")
+    return sizes
+
+
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
     """Whether :func:`forward` computes this, on a card of compute capability 9.0: by shapes,
     dtypes and which arrays are given, not by values."""
@@ -128,9 +144,9 @@ def forward(
     """
     if not supports(q, k, v, where, how):
         raise _refusal(q, k, v)
+    sizes = _checked(block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
     where, interpret = with_offsets(where, how), parts.interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
-    sizes = (block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
     block_q = ROWS * WARPGROUPS
     tiles = pl.cdiv(S, block_q)
     inputs = {"q": q, "k": k, "v": v, **parts.mask_inputs(where, how, block_q, sizes.k)}
@@ -197,10 +213,12 @@ def backward(
     """
     if not supports(q, k, v, where, how):
         raise _refusal(q, k, v)
-    sizes: Any = (block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)).backward
+    sizes: Any = _checked(block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)).backward
     if not supports_backward(q, k, v, where, how):
         options = {"block_sizes": sizes, "interpret": bool(interpret)}
         return triton.backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
+    if not isinstance(sizes, hopper_backward.Blocks):
+        raise ValueError(f"block_sizes: backward {sizes!r}: not {hopper_backward.__name__}.Blocks")
     where, interpret = with_offsets(where, how), parts.interpreter(interpret)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     operands = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)

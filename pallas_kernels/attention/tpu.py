@@ -20,7 +20,7 @@ from pallas_kernels.attention.tpu_blocks import (
     BlockSizes,
     Sizes,
     backward_bytes,
-    check,
+    checked,
     forward_bytes,
     keys_at_once,
 )
@@ -56,8 +56,7 @@ def forward(
     """
     sizes = Sizes.of(q, v, dtype)
     kind = mask_kind(how, where)
-    blocks = choose(FORWARD, sizes, kind) if block_sizes is None else block_sizes.forward
-    check(blocks)
+    blocks = choose(FORWARD, sizes, kind) if block_sizes is None else checked(block_sizes).forward
     size = keys_at_once(blocks, sizes, forward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
     part_dtype = dtype if len(parts) == 1 else F32
@@ -123,8 +122,7 @@ def backward(
     B, S = q.shape[:2]
     sizes = Sizes.of(q, v, dtype)
     kind = mask_kind(how, where)
-    blocks = choose(BACKWARD, sizes, kind) if block_sizes is None else block_sizes.backward
-    check(blocks)
+    blocks = choose(BACKWARD, sizes, kind) if block_sizes is None else checked(block_sizes).backward
     size = keys_at_once(blocks, sizes, backward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
     rows = -(-S // blocks.q) * blocks.q

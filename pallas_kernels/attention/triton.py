@@ -44,6 +44,24 @@ class BlockSizes(NamedTuple):
     d_kv: Tiles
 
 
+def checked(sizes: Any) -> BlockSizes:
+    """A caller's.
+
+    Raises:
+        ValueError: others than this module's, or blocks that Triton has not.
+    """
+    if not isinstance(sizes, BlockSizes):
+        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
+    for q, k, warps, stages in sizes:
+        powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
+        if not powers or min(q, k) < 16 or stages < 1:
+            raise ValueError(
+                f"block_sizes of {q} queries, {k} keys, {warps} warps, {stages} stages: powers of "
+                "two, of queries and keys 16 or more, and a stage or more"
+            )
+    return sizes
+
+
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
     """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most: tiles
     hold whole heads."""
@@ -121,7 +139,8 @@ def forward(
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     where = with_offsets(where, how)
-    tiles = (block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
+    sizes = checked(block_sizes or _chosen(tuned.FORWARD, q, v, where, how))
+    tiles = sizes.forward
     blocks = pl.cdiv(S, tiles.q)
     table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
     call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
@@ -166,7 +185,7 @@ def backward(
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     where = with_offsets(where, how)
-    sizes = block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)
+    sizes = checked(block_sizes or _chosen(tuned.BACKWARD, q, v, where, how))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)

@@ -1,5 +1,8 @@
 """attention() refuses what does not belong together, and runs on the kernels of its platform."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.attention import dispatch
+from pallas_kernels.attention import dispatch, hopper, hopper_backward, triton
 from pallas_kernels.chips import current_platform
 
 SHAPES = (2, 3, 4, 6), (2, 5, 2, 6), (2, 5, 2, 7)
@@ -175,3 +178,45 @@ def test_a_kernel_asked_for_gets_its_options_and_gives_the_results(monkeypatch):
     for x in (o, *pull(o)):
         np.testing.assert_array_equal(x, 3)
     assert tpu.options == 2 * [{"block_sizes": 5, "interpret": True}]
+
+
+TILES = triton.Tiles(64, 64, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes", "message"),
+    [
+        (
+            "tpu",
+            (64, 64),
+            "block_sizes=(64, 64): not a pallas_kernels.attention.tpu_blocks.BlockSi",
+        ),
+        ("triton", (64, 64), "block_sizes=(64, 64): not a pallas_kernels.attention.triton.BlockSi"),
+        ("hopper", (64, 64), "block_sizes=(64, 64): not a pallas_kernels.attention.hopper.BlockSi"),
+        (
+            "triton",
+            triton.BlockSizes(TILES, TILES._replace(k=48), TILES),
+            "block_sizes of 64 queries, 48 keys, 4 warps, 1 stages: powers of two",
+        ),
+        (
+            "hopper",
+            hopper.BlockSizes(hopper.Blocks(96, 2), hopper_backward.Blocks(64, 64, 2)),
+            "block_sizes: Blocks(k=96, stages=2): multiples of 64, a stage or more",
+        ),
+        (
+            "hopper",
+            hopper.BlockSizes(hopper.Blocks(64, 2), triton.BlockSizes(TILES, TILES, TILES)),
+            "block_sizes: backward BlockSizes(forward=Tiles",
+        ),
+    ],
+)
+def test_block_sizes_that_are_another_kernels_or_none(backend, sizes, message):
+    q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+
+    def results(q):
+        attend = partial(kernel.attention, backend=backend, block_sizes=sizes)
+        o, pull = jax.vjp(attend, q, q, q)
+        return pull(o)
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(results, q)
