@@ -56,7 +56,7 @@ def forward(
     """
     sizes = Sizes.of(q, v, dtype)
     kind = mask_kind(how, where)
-    blocks = choose(FORWARD, sizes, kind) if block_sizes is None else checked(block_sizes).forward
+    blocks = checked(block_sizes, FORWARD) if block_sizes else choose(FORWARD, sizes, kind)
     size = keys_at_once(blocks, sizes, forward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
     part_dtype = dtype if len(parts) == 1 else F32
@@ -122,7 +122,7 @@ def backward(
     B, S = q.shape[:2]
     sizes = Sizes.of(q, v, dtype)
     kind = mask_kind(how, where)
-    blocks = choose(BACKWARD, sizes, kind) if block_sizes is None else checked(block_sizes).backward
+    blocks = checked(block_sizes, BACKWARD) if block_sizes else choose(BACKWARD, sizes, kind)
     size = keys_at_once(blocks, sizes, backward_bytes, current_chip())
     parts = _parts(k, v, where, how, size)
     rows = -(-S // blocks.q) * blocks.q

@@ -160,17 +160,17 @@ def check(blocks: Blocks) -> None:
         raise ValueError(f"blocks {tuple(blocks)}: ahead and behind are 0 or more")
 
 
-def checked(sizes: Any) -> BlockSizes:
-    """A caller's.
+def checked(sizes: Any, direction: str) -> Blocks:
+    """A caller's, of a pass.
 
     Raises:
         ValueError: no :class:`BlockSizes`, or as :func:`check`.
     """
     if not isinstance(sizes, BlockSizes):
         raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
-    for blocks in sizes:
-        check(blocks)
-    return sizes
+    blocks = getattr(sizes, direction)
+    check(blocks)
+    return blocks
 
 
 def _lanes(width: int) -> int:
