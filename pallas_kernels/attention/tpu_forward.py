@@ -126,6 +126,7 @@ def kernel(
         p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot][get, :, :width]
         y = product(p, v_ref[keys(tile, j)], 1, 0)
         if last:
+            # Other tiles' products go on meanwhile; registers would not hold both.
             if blocks.staged and y.shape[1] <= walk.bk:
                 fades[slot][put], scores[slot][put, :, : y.shape[1]] = total, y
                 total, y = fades[slot][get], scores[slot][get, :, : y.shape[1]]
