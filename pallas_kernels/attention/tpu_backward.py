@@ -27,7 +27,7 @@ CHUNK = 32
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
-    dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
+    dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
     *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
@@ -38,6 +38,7 @@ def kernel(
         lse_ref, delta_ref: fp32 [1, bq], +inf where a query has no key.
         q_ids, k_ids: int32 [1, bq], [1, T], or None.
         dq_in: fp32 [bq, H], what other keys gave; or None.
+        dk_in, dv_in: other keys', which stay as they are; or None.
         dq, dk, dv: fp32 [H, bq], [T, H], [T, Hv], sums.
         scores, d_ps, slopes: fp32, of each of a few tiles [1, keys, queries]: S, dP and dS/d(q·k),
             the last only with a cap.
