@@ -1,0 +1,30 @@
+"""The README's example runs as it stands, with nothing of maxlm imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pallas_kernels
+
+SHOW = """
+import sys
+assert jnp.isfinite(value) and [x.shape for x in gradients] == list(shapes)
+assert all(jnp.abs(x.astype("float32")).max() > 0 for x in gradients)
+print(sorted(name for name in sys.modules if name.split(".")[0] == "maxlm"))
+"""
+
+
+def test_the_example_runs_without_maxlm(tmp_path):
+    folder = Path(pallas_kernels.__file__).parent
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code + SHOW],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(folder.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
