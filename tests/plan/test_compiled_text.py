@@ -241,7 +241,9 @@ def test_an_instruction_may_go_over_lines():
   %k = (bf16[16,32]{1,0}, f32[16]{0}) custom-call(%x), custom_call_target="tpu_custom_call", \
 frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
-}}, metadata={op_name="jit(f)/splash"}
+}}, metadata={op_name="jit(f)/splash"}, backend_config={"custom_call_config": {"cost_estimate": {
+"flops":1024
+}, "serialization_format": 1}}
   ROOT %o = bf16[16,32]{1,0} get-tuple-element(%k), index=0, frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="jit(f)/splash"}
