@@ -20,7 +20,7 @@ from pallas_kernels.attention.tpu_blocks import (
     forward_bytes,
     keys_at_once,
 )
-from pallas_kernels.attention.tpu_call import Call, Part, padded
+from pallas_kernels.attention.tpu_call import Call, KeyPart, padded
 from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose, mask_kind
 from pallas_kernels.chips import current_chip
 
@@ -191,7 +191,7 @@ def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
     return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
-def _parts(T: int, where: Where, how: How, held: int) -> list[Part]:
+def _parts(T: int, where: Where, how: How, held: int) -> list[KeyPart]:
     """Runs of so many keys; sinks go with the first."""
     parts = []
     for index in range(-(-T // held)):
@@ -200,7 +200,7 @@ def _parts(T: int, where: Where, how: How, held: int) -> list[Part]:
         sinks = where.sinks if index == 0 else None
         own = where._replace(k_segments=segments, sinks=sinks)
         at = how._replace(k_offset=how.k_offset + start)
-        parts.append(Part(index, held, stop - start, own, at))
+        parts.append(KeyPart(index, held, stop - start, own, at))
     return parts
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.chips import current_chip
 F32 = jnp.float32
 
 
-class Part(NamedTuple):
+class KeyPart(NamedTuple):
     """Of the keys, a run that VMEM holds."""
 
     index: int
@@ -33,10 +33,12 @@ class Part(NamedTuple):
 
 
 class Call(NamedTuple):
+    """One kernel over all queries and a part of the keys."""
+
     walk: Walk
     setting: Setting
     blocks: Blocks
-    part: Part
+    part: KeyPart
     rows: int
     """Of the batch."""
     pairs: int
@@ -53,7 +55,7 @@ class Call(NamedTuple):
         cls,
         shape: tuple[int, int, int, int],
         kv_heads: int,
-        part: Part,
+        part: KeyPart,
         blocks: Blocks,
         joined: bool,
     ) -> "Call":
@@ -140,7 +142,8 @@ class Call(NamedTuple):
         )
 
     def cost(self, products: int, arrays, results) -> pl.CostEstimate:
-        """Of queries with the keys that they see, segments aside.
+        """Of queries with the keys that they see, segments aside; bytes are those of whole arrays,
+        too many where keys go in parts.
 
         Args:
             products: multiplications a pair.

@@ -17,7 +17,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
-# A kernel's own metadata stands on lines of its own within the instruction.
+# A kernel's metadata and cost estimate stand on lines of their own within the instruction.
 _CONTINUED = re.compile(r'\n(?="|\}\}|\}, ")')
 _SPACE = re.compile(r"S\((\d+)\)")
 # Where XLA:TPU keeps semaphores.
