@@ -13,12 +13,14 @@ from pallas_kernels.attention.combine import merge
 from pallas_kernels.attention.how import How, Where
 from pallas_kernels.attention.tpu_blocks import (
     LANES,
+    SUBLANES,
     BlockSizes,
     Sizes,
     backward_bytes,
     checked,
     forward_bytes,
     keys_at_once,
+    turned_rows,
 )
 from pallas_kernels.attention.tpu_call import Call, KeyPart, padded
 from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose, mask_kind
@@ -64,7 +66,7 @@ def forward(
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     (B, S, N, H), Hv = q.shape, v.shape[-1]
     call = Call.of(q.shape, len(k) // B, part, blocks, joined=True)
-    walk, slots = call.walk, 1 + blocks.ahead
+    bq, slots, tile = blocks.q, 1 + blocks.ahead + blocks.behind, (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.kernel,
         operands=[
@@ -78,13 +80,13 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
             (call.query_row(), (B * N, 1, call.padded_q), F32),
         ],
         scratch=[
-            pltpu.VMEM((walk.bq, LANES), F32),
-            pltpu.VMEM((walk.bq, LANES), F32),
-            pltpu.VMEM((walk.bq, Hv), F32),
-            *_tiles(slots, (blocks.tile_q, walk.bk), F32),
-            *_tiles(slots, (blocks.tile_q, LANES), F32, F32),
-            *(_tiles(slots, (blocks.tile_q, walk.bk), v.dtype) if blocks.staged else [None]),
-            pltpu.VMEM((walk.bq, LANES), jnp.int32) if walk.packed else None,
+            pltpu.VMEM((SUBLANES, bq), F32),
+            pltpu.VMEM((turned_rows(Hv), bq), F32),
+            pltpu.VMEM((turned_rows(Hv), part.held), v.dtype),
+            pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.packed else None,
+            *_tiles(slots, tile, F32),
+            *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
+            *_tiles(slots, tile, v.dtype),
         ],
         vmem=forward_bytes(blocks, sizes, part.held),
         products=H + Hv,

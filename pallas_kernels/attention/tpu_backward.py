@@ -6,14 +6,18 @@ Tiles are [keys, queries]: then each row vector (log-sum-exp, delta) lies along 
 the five products only dQᵀ = Kᵀ·dSᵀ has an operand to turn, the small one.
 """
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.tpu_blocks import LANES, Blocks
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, Blocks
 from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
     Setting,
     Spot,
+    by_register,
+    key_ids,
+    paced,
     placed,
     product,
     scaled,
@@ -66,22 +70,25 @@ def kernel(
         s, slope = scaled(product(k_ref[keys(tile, j)], q_ref[rows], 1, 1), how)
         segments = None, None
         if tile.packed:
-            width = tile.k1 - tile.k0
-            own = jnp.broadcast_to(k_ids[:, keys(tile, j)], (LANES, width)).T
-            segments = q_ids[:, rows], jnp.tile(own, (1, (tile.q1 - tile.q0) // LANES))
-        # With ``put`` each tile computes its mask anew: one for all would wait in registers.
-        spot = Spot(distance + tile.q0 - tile.k0 + put * n, j * walk.bk + tile.k0, *segments)
-        scores[slot][put] = placed(s, tile.masked, spot, setting, scalars, 1)
+            own = key_ids(k_ids[:, keys(tile, j)], tile.q1 - tile.q0)
+            segments = q_ids[:, rows], own
+        spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
+        scores[slot][put] = placed(s, tile.masked, spot, setting, scalars)
         d_ps[slot][put] = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
         if slope is not None:
             slopes[slot][put] = slope
+        yield
 
     def softmax(n, tile):
         rows, slot = slice(tile.q0, tile.q1), n % slots
         lse, delta = lse_ref[:, rows] * LOG2_E, delta_ref[:, rows]
+        lse = jnp.broadcast_to(lse, (SUBLANES, lse.shape[1]))
+        begun: list[jax.Array] = []
         for a in range(0, tile.k1 - tile.k0, CHUNK):
             at = slice(a, a + CHUNK)
-            p = jnp.exp2(scores[slot][get, at] - lse)
+            s = scores[slot][get, at]
+            p = jnp.exp2(by_register(s) - paced(lse, begun, blocks.pace)).reshape(s.shape)
+            begun.append(p[:SUBLANES])
             ps[slot][put, at] = p.astype(do_ref.dtype)
             d_s = p * (d_ps[slot][get, at] - delta)
             if slopes is not None:
@@ -90,6 +97,7 @@ def kernel(
                 # Products with a masked key or value may have overflown.
                 d_s = jnp.where(p > 0, d_s, 0.0)
             d_ss[slot][put, at] = d_s.astype(q_ref.dtype)
+        yield
 
     def gradients(n, tile, j):
         rows, slot = slice(tile.q0, tile.q1), n % slots
@@ -97,6 +105,7 @@ def kernel(
         dv[keys(tile, j)] += product(p, do_ref[rows], 1, 0)
         dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
         dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
+        yield
 
     def tiles(these, j, distance, first, last):
         stages(

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.chips import Chip
 
-LANES = 128
+LANES, SUBLANES = 128, 8
+SUMS = 16
+"""Rows of ones on top of the forward pass's turned values, as many as bf16 packs together."""
 # Of VMEM, for what is counted here: the compiler needs some for itself.
 _USABLE = 0.85
 # Fewer at once are many kernels, one after the other.
@@ -28,10 +30,10 @@ class Blocks(NamedTuple):
     """Divides ``k``; in the forward pass only where the mask's edge cuts a block."""
     ahead: int = 1
     """Tiles whose scores are issued before the first one's softmax."""
-    staged: bool = True
-    """Forward: scores and weights really go through VMEM on their way to the next stage."""
-    behind: int = 0
-    """Backward: tiles whose softmax is issued before the first one's gradients."""
+    behind: int = 1
+    """Tiles whose softmax is issued before the first one's values, or gradients."""
+    pace: int = 0
+    """Chunks of weights whose exponentials are under way at once; 0: any number."""
 
 
 class BlockSizes(NamedTuple):
@@ -58,13 +60,13 @@ class Sizes(NamedTuple):
 
 
 def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
-    """By rule: large blocks, whose loop's body hides its own beginning and end; the unit of 256
-    wants tiles of 256 queries, and weights straight from registers."""
-    wide = chip.mxu == 256
+    """By rule: large blocks, whose loop's body hides its own beginning and end, and tiles as wide
+    as the matrix unit, of which nothing spills or little."""
+    stages = {"ahead": 3, "pace": 3} if chip.mxu == 256 else {"ahead": 3, "behind": 2}
 
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
-        return Blocks(q, k, min(256 if wide else 128, q), min(256, k), 1, not wide)
+        return Blocks(q, k, min(chip.mxu, q), min(chip.mxu, k), **stages)
 
     return _largest(blocks, sizes, forward_bytes, chip)
 
@@ -74,7 +76,7 @@ def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
 
     def blocks(most: int) -> Blocks:
         q, k = _square(sizes, most)
-        return Blocks(q, k, LANES, min(chip.mxu, k), behind=1)
+        return Blocks(q, k, LANES, min(chip.mxu, k))
 
     return _largest(blocks, sizes, backward_bytes, chip)
 
@@ -105,14 +107,21 @@ def pads_little(n: int, size: int) -> bool:
     return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
+def turned_rows(Hv: int) -> int:
+    """Of the forward pass's turned values, and of its sums."""
+    return SUMS + -(-Hv // SUBLANES) * SUBLANES
+
+
 def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     """Of VMEM: operands and results twice, so that the next ones travel meanwhile, and scratch."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
     results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * LANES * 4)
-    scratch = 4 * blocks.q * (3 * LANES + Hv) + (1 + blocks.ahead) * tile
-    return 2 * (operands + results) + scratch
+    turned = sizes.bytes * keys * turned_rows(sizes.Hv)
+    sums = 4 * blocks.q * (SUBLANES + turned_rows(sizes.Hv))
+    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
+    tiles = (1 + blocks.ahead + blocks.behind) * tile
+    return 2 * (operands + results) + turned + sums + tiles
 
 
 def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
@@ -149,15 +158,15 @@ def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:
 def check(blocks: Blocks) -> None:
     """Raises:
     ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks, a
-        negative number of tiles between stages.
+        negative number of tiles between stages, or of chunks.
     """
     sizes = blocks[:4]
     if any(n <= 0 or n % LANES for n in sizes):
         raise ValueError(f"blocks {tuple(blocks)}: sizes are multiples of {LANES}")
     if blocks.q % blocks.tile_q or blocks.k % blocks.tile_k:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
-    if blocks.ahead < 0 or blocks.behind < 0:
-        raise ValueError(f"blocks {tuple(blocks)}: ahead and behind are 0 or more")
+    if min(blocks.ahead, blocks.behind, blocks.pace) < 0:
+        raise ValueError(f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more")
 
 
 def checked(sizes: Any, direction: str) -> Blocks:

@@ -1,20 +1,21 @@
 """The forward pass on a TPU: a block of queries, and all keys of its head in VMEM.
 
     keys →   ░ plain: one loop, a block a round       q block = 4 tiles of queries, each with
-    ┌─────────────┬─────┐                             the keys of a block at a time;
-    │░░░░░░░░░░░░░│◣    │  ◣ edge: a fixed list of    tile t+1's q·kᵀ is issued before tile
-    │░░░░░░░░░░░░░│◣◣   │    tiles, as wide as the    t's softmax, so that the matrix unit
-    │░░░░░░░░░░░░░│◣◣◣  │    diagonal lets them be    and the vector unit work at once.
-    │░░░░░░░░░░░░░│◣◣◣◣ │
+    ┌─────────────┬─────┐                             the keys of a block at a time: tile t+2's
+    │░░░░░░░░░░░░░│◣    │  ◣ edge: a fixed list of    scores, tile t's softmax and tile t−1's
+    │░░░░░░░░░░░░░│◣◣   │    tiles, as wide as the    values are neighbours in the program, so
+    │░░░░░░░░░░░░░│◣◣◣  │    diagonal lets them be    that the matrix unit and the vector unit
+    │░░░░░░░░░░░░░│◣◣◣◣ │                             work at once.
     └─────────────┴─────┘
 
-Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1), with the denominator kept
-as 128 partial sums, one a lane, which are added up once at the end. Scores, weights and factors of
-a tile are staged in VMEM by hand (``Scalars.put``): the compiler would otherwise hold more than it
-has registers for.
+Online softmax (Milakov & Gimelshein 2018; Dao et al. 2022, algorithm 1). Tiles are [keys, queries],
+as in the backward pass: what a query has one of lies along the lanes, a tile's queries stay in the
+matrix unit while all of its keys pass through, and oᵀ = vᵀ·pᵀ fills the unit where p·v would leave
+half of it idle. vᵀ has rows of ones on top: the product's first rows are the sums of the weights.
+What goes from one stage to the next is staged in VMEM by hand (``Scalars.put``): the compiler would
+otherwise hold more than it has registers for.
 """
 
-from functools import reduce
 from typing import Any
 
 import jax
@@ -23,28 +24,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_blocks import LANES, Blocks
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, SUMS, Blocks
 from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
     MASKED,
     Setting,
     Spot,
+    by_register,
+    paced,
     placed,
     product,
     scaled,
     stages,
 )
-from pallas_kernels.attention.walk import COLUMNS, Walk, mixed, visit
+from pallas_kernels.attention.walk import COLUMNS, Walk, visit
 
 # Keys whose weights are computed at once.
-CHUNK = 256
+CHUNK = 16
+# Keys of which a tile's stages take turns; and a product over more would be several that the
+# compiler adds up, each in registers until the next one's end.
+PIECE = 256
+# Keys whose values are turned at once, at most.
+TURNED = 4096
 # A row's largest score before it has any.
 NO_KEY = MASKED / 2
 
 
 def kernel(
     table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
-    m, l, acc, scores, tops, fades, weights, ids,
+    m, acc, vt, ids, scores, tops, fades, weights,
     *, walk: Walk, setting: Setting, blocks: Blocks,
 ):  # fmt: skip
     """One block of queries of one head.
@@ -53,114 +61,133 @@ def kernel(
         table, ints, floats: scalars (:mod:`tpu`).
         q_ref, k_ref, v_ref: [bq, H], [T, H], [T, Hv]; q_ids, k_ids: int32 [1, bq], [1, T], or None.
         o_ref, lse_ref: [bq, Hv]; fp32 [1, bq].
-        m, l: fp32 [bq, LANES], a row's largest score so far, and lanes' sums of exponentials.
-        acc: fp32 [bq, Hv], the output but for division by the sum.
-        scores, tops, fades: fp32, of each of a few tiles [1, tile, keys], and [1, tile, LANES].
-        weights: likewise [1, tile, keys] as v, or None: not staged.
-        ids: int32 [bq, LANES], or None.
+        m: fp32 [SUBLANES, bq], a query's largest score so far.
+        acc: fp32 [turned_rows(Hv), bq], SUMS rows of its sum of weights, and its output but for
+            division by it.
+        vt: [turned_rows(Hv), T], SUMS rows of ones, and the values turned.
+        ids: int32 [bk, LANES], of the keys of a block, or None.
+        scores, tops, fades: fp32, of each of a few tiles [1, keys, queries] and, in rows that are
+            all the same but for tops, [1, SUBLANES, queries].
+        weights: likewise [1, keys, queries] as v.
     """
-    i = pl.program_id(2)
+    g, i = pl.program_id(1), pl.program_id(2)
     scalars = setting.scalars(ints, floats)
+    how, put, get, slots = setting.how, scalars.put, scalars.get, len(scores)
+    Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is not.
     m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if setting.sinks else NO_KEY
 
-    def l_start(rows):
-        if not setting.sinks:
-            return jnp.zeros((rows, LANES), jnp.float32)
-        return (lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == 0).astype(jnp.float32)
+    @pl.when((g == 0) & (i == 0))
+    def _():
+        vt[:SUMS] = jnp.ones((SUMS, vt.shape[1]), vt.dtype)
+        if len(vt) > SUMS + Hv:
+            vt[SUMS + Hv :] = jnp.zeros((len(vt) - SUMS - Hv, vt.shape[1]), vt.dtype)
+        step = _step(vt.shape[1], walk.bk)
+
+        def turn(j, _):
+            at = pl.ds(pl.multiple_of(j * step, walk.bk), step)
+            vt[SUMS : SUMS + Hv, at] = v_ref[at].T
+            return 0
+
+        lax.fori_loop(0, vt.shape[1] // step, turn, 0)
 
     def start():
         m[...] = jnp.full(m.shape, m_start, jnp.float32)
-        l[...] = l_start(walk.bq)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        if setting.sinks:
+            acc[:SUMS] = jnp.ones((SUMS, walk.bq), jnp.float32)
 
-    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    if q_ids is not None:
+    def pieces(tile):
+        """Keys of a tile, by piece."""
+        width = tile.k1 - tile.k0
+        return [slice(a, min(a + PIECE, width)) for a in range(0, width, PIECE)]
 
-        @pl.when(mixed(row))
-        def _():
-            ids[...] = jnp.broadcast_to(q_ids[...], (LANES, walk.bq)).T
-
-    slots = len(scores)
-    put, get = (scalars.put, scalars.get) if blocks.staged else (0, 0)
-
-    def keys(tile, j):
-        return pl.ds(pl.multiple_of(j * walk.bk + tile.k0, LANES), tile.k1 - tile.k0)
+    def keys(tile, j, piece):
+        begin = j * walk.bk + tile.k0 + piece.start
+        return pl.ds(pl.multiple_of(begin, LANES), piece.stop - piece.start)
 
     def score(n, tile, j, distance):
-        slot, width = n % slots, tile.k1 - tile.k0
-        s = product(q_ref[tile.q0 : tile.q1], k_ref[keys(tile, j)], 1, 1)
-        s, _ = scaled(s, setting.how)
-        segments = None, None
-        if tile.packed:
-            own = jnp.tile(ids[tile.q0 : tile.q1], (1, width // LANES))
-            segments = own, k_ids[:, keys(tile, j)]
-        spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
-        s = placed(s, tile.masked, spot, setting, scalars, 0)
-        scores[slot][put, :, :width] = s
-        tops[slot][put] = reduce(jnp.maximum, (s[:, a : a + LANES] for a in range(0, width, LANES)))
+        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        for piece in pieces(tile):
+            at, first = keys(tile, j, piece), tile.k0 + piece.start
+            s, _ = scaled(product(k_ref[at], q_ref[rows], 1, 1), how)
+            segments = None, None
+            if tile.packed:
+                own = ids[first : first + len(s)]
+                segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
+            spot = Spot(distance + tile.q0 - first, j * walk.bk + first, *segments)
+            s = placed(s, tile.masked, spot, setting, scalars)
+            scores[slot][put, piece] = s
+            top = jnp.max(by_register(s), axis=0)
+            if piece.start > 0:
+                top = jnp.maximum(tops[slot][get], top)
+            tops[slot][put] = top
+            yield
 
-    def softmax(n, tile, j, first, last):
-        slot, width = n % slots, tile.k1 - tile.k0
-        rows = slice(tile.q0, tile.q1)
-        top = jnp.max(tops[slot][get], axis=1, keepdims=True)
-        if first:
-            top = jnp.broadcast_to(jnp.maximum(top, m_start), tops[slot].shape[1:])
-            total = l_start(len(top))
-            total = jnp.exp2(m_start - top) * total if setting.sinks else total
-        else:
-            before = m[rows]
-            top = jnp.maximum(before, top)
-            fades[slot][put] = fade = jnp.exp2(before - top)
-            total = fade * l[rows]
-        parts = []
-        for a in range(0, width, CHUNK):
-            b = min(a + CHUNK, width)
-            p = jnp.exp2(scores[slot][get, :, a:b] - _spread(top, b - a))
-            total = reduce(jnp.add, (p[:, c : c + LANES] for c in range(0, b - a, LANES)), total)
-            p = p.astype(v_ref.dtype)
-            if weights is None:
-                parts.append(p)
-            else:
-                weights[slot][put, :, a:b] = p
-        p = jnp.concatenate(parts, axis=1) if weights is None else weights[slot][get, :, :width]
-        y = product(p, v_ref[keys(tile, j)], 1, 0)
+    def softmax(n, tile, first):
+        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        top = jnp.max(tops[slot][get], axis=0, keepdims=True)
+        before = m_start if first else m[:, rows]
+        top = jnp.maximum(before, jnp.broadcast_to(top, (SUBLANES, top.shape[1])))
+        m[:, rows] = top
+        if not first or setting.sinks:
+            fades[slot][put] = jnp.exp2(before - top)
+        begun: list[jax.Array] = []
+        for piece in pieces(tile):
+            chunk = CHUNK if blocks.pace else piece.stop - piece.start
+            for a in range(piece.start, piece.stop, chunk):
+                at = slice(a, a + chunk)
+                s = scores[slot][get, at]
+                p = jnp.exp2(by_register(s) - paced(top, begun, blocks.pace)).reshape(s.shape)
+                begun.append(p[:SUBLANES])
+                weights[slot][put, at] = p.astype(vt.dtype)
+            yield
+
+    def values(n, tile, j, first, last):
+        slot, rows = n % slots, slice(tile.q0, tile.q1)
+        for piece in pieces(tile):
+            y = product(vt[:, keys(tile, j, piece)], weights[slot][get, piece], 1, 0)
+            if piece.start > 0:
+                y += acc[:, rows]
+            elif not first:
+                y += (by_register(acc[:, rows]) * fades[slot][get]).reshape(y.shape)
+            acc[:, rows] = y
+            yield
+        if first and setting.sinks:
+            acc[:SUMS, rows] += jnp.tile(fades[slot][get], (SUMS // SUBLANES, 1))
         if last:
-            # Other tiles' products go on meanwhile; registers would not hold both.
-            if blocks.staged and y.shape[1] <= walk.bk:
-                fades[slot][put], scores[slot][put, :, : y.shape[1]] = total, y
-                total, y = fades[slot][get], scores[slot][get, :, : y.shape[1]]
-            m[rows], (l[rows], o_ref[rows]) = top, divided(total, y)
-            return
-        m[rows], l[rows] = top, total
-        acc[rows] = y if first else acc[rows] * _spread(fades[slot][get], acc.shape[1]) + y
+            write(rows)
 
-    def divided(total, y):
-        """Sums of all lanes, in each; and the output."""
-        total = jnp.broadcast_to(jnp.sum(total, axis=1, keepdims=True), total.shape)
-        y *= _spread(_reciprocal(total, setting.interpreted), y.shape[1])
-        return total, y.astype(o_ref.dtype)
+    def write(rows):
+        """The output of these queries, which have seen all of their keys."""
+        total = _reciprocal(acc[:SUBLANES, rows], setting.interpreted)
+        o = (by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[:Hv]
+        o_ref[rows] = o.astype(o_ref.dtype).T
 
     def tiles(these, j, distance, first, last):
+        if these[0].packed:
+            at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
+            ids[...] = jnp.broadcast_to(k_ids[:, at], (LANES, walk.bk)).T
         stages(
             len(these),
             [
                 (blocks.ahead, lambda n: score(n, these[n], j, distance)),
-                (0, lambda n: softmax(n, these[n], j, first, last)),
+                (0, lambda n: softmax(n, these[n], first)),
+                (-blocks.behind, lambda n: values(n, these[n], j, first, last)),
             ],
         )
 
-    def finish():
-        l[...], o_ref[...] = divided(l[...], acc[...])
+    row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
+    visit(walk, row, i, scalars.shift, start, tiles, lambda: write(slice(0, walk.bq)))
+    top = m[:1]
+    lse_ref[...] = jnp.where(top > NO_KEY, top / LOG2_E + jnp.log(acc[:1]), -jnp.inf)
 
-    visit(walk, row, i, scalars.shift, start, tiles, finish)
 
-    for a in range(0, walk.bq, LANES):
-        at = slice(a, a + LANES)
-        row_top, row_total = _row(m[at]), _row(l[at])
-        lse_ref[:, at] = jnp.where(
-            row_top > NO_KEY, row_top / LOG2_E + jnp.log(row_total), -jnp.inf
-        )
+def _step(keys: int, block: int) -> int:
+    """Keys to turn at once: whole blocks that divide all keys, few enough for a loop's body."""
+    blocks = keys // block
+    most = max(TURNED // block, 1)
+    return block * max(n for n in range(1, blocks + 1) if blocks % n == 0 and n <= most)
 
 
 def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:
@@ -172,16 +199,3 @@ def _reciprocal(x: jax.Array, interpreted: bool) -> jax.Array:
     unit: Any = pltpu if hasattr(pltpu, "reciprocal") else pl
     guess = unit.reciprocal(x, approx=not interpreted)
     return guess + guess * (1.0 - x * guess)
-
-
-def _row(x: jax.Array) -> jax.Array:
-    """[LANES, LANES] of equal lanes as [1, LANES]: cheaper than to transpose it."""
-    a, b = (lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    return jnp.sum(jnp.where(a == b, x, 0.0), axis=0, keepdims=True)
-
-
-def _spread(x: jax.Array, width: int) -> jax.Array:
-    """[R, LANES] of equal lanes as [R, width]."""
-    if width <= LANES:
-        return x[:, :width]
-    return jnp.tile(x, (1, -(-width // LANES)))[:, :width]

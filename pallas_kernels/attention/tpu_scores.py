@@ -4,7 +4,7 @@ Softmax by powers of two: exp(x) = exp2(x · log2 e), and the factor joins the s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from operator import and_
 from typing import Any, NamedTuple
@@ -15,9 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.how import How
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 
 # Finite, so that a row with every key masked gives no NaN on the way to its zeros.
 MASKED = -1e30
+# No score is as large.
+_HUGE = 3e38
+_DONE = object()
 LOG2_E = math.log2(math.e)
 
 
@@ -71,14 +75,15 @@ class Scalars(NamedTuple):
     sink: Any
 
 
-def stages(count: int, these: Sequence[tuple[int, Callable[[int], None]]]) -> None:
-    """Call every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
-    before the one with 0: neighbours in the program overlap on the machine."""
+def stages(count: int, these: Sequence[tuple[int, Callable[[int], Iterator[None]]]]) -> None:
+    """Run every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
+    before the one with 0. Neighbours in the program overlap on the machine: the stages that run
+    together take turns, each as far as its next ``yield``."""
     first, last = max(a for a, _ in these), min(a for a, _ in these)
     for n in range(-first, count - last):
-        for ahead, stage in these:
-            if 0 <= n + ahead < count:
-                stage(n + ahead)
+        running = [stage(n + ahead) for ahead, stage in these if 0 <= n + ahead < count]
+        while running:
+            running = [stage for stage in running if next(stage, _DONE) is not _DONE]
 
 
 class Spot(NamedTuple):
@@ -109,35 +114,77 @@ def scaled(products: jax.Array, how: How) -> tuple[jax.Array, jax.Array | None]:
     return tanh * (how.soft_cap * LOG2_E), 1.0 - tanh * tanh
 
 
+def paced(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
+    """x, but where so many chunks of weights are ``begun``, not before the first of them is known,
+    which then is none of them: differences that the unit of exponentials has no time for yet would
+    wait in registers.
+
+    Args:
+        x: fp32 [SUBLANES, queries], a multiple of LANES.
+        begun: of each chunk weights of the same queries, as x.
+        pace: 0: x as it is.
+    """
+    if not pace or len(begun) < pace:
+        return x
+    p = jnp.tile(begun.pop(0)[:, :LANES], (1, x.shape[1] // LANES))
+    return jnp.minimum(x, p + _HUGE)
+
+
+def by_register(x: jax.Array) -> jax.Array:
+    """[n, m] as [n / SUBLANES, SUBLANES, m]."""
+    return x.reshape(-1, SUBLANES, x.shape[1])
+
+
+def key_ids(ids: jax.Array, queries: int) -> jax.Array:
+    """[1, keys] as [keys, queries], a multiple of LANES."""
+    own = jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
+    return jnp.tile(own, (1, queries // LANES))
+
+
 def placed(
-    scores: jax.Array,
-    masked: bool,
-    spot: Spot,
-    setting: Setting,
-    scalars: Scalars,
-    query_axis: int,
+    scores: jax.Array, masked: bool, spot: Spot, setting: Setting, scalars: Scalars
 ) -> jax.Array:
-    """Scores with ALiBi's slope (Press et al. 2022), and MASKED where a query may not see a key: by
-    its position, if ``masked``, and by its segment, where the spot has these."""
-    how = setting.how
-    seen = []
-    if spot.q_segments is not None:
-        seen.append(spot.q_segments == spot.k_segments)
-    if not masked and not setting.slopes:
-        return jnp.where(seen[0], scores, MASKED) if seen else scores
-    query = lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
-    key = lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-    behind = (query + spot.distance) - key
-    if setting.slopes:
-        away = jnp.abs(behind).astype(jnp.float32)
-        scores = scores - away * (scalars.slope * LOG2_E)
-    if masked and how.causal:
-        near = behind >= 0
+    """Scores [keys, queries] with ALiBi's slope (Press et al. 2022), and MASKED where a query may
+    not see a key: by its position, if ``masked``, and by its segment, where the spot has these.
+
+    A register's worth of keys at a time, so that positions are compared with numbers: positions of
+    a whole tile would be the same for many tiles, and wait for them in registers.
+    """
+    if not masked and not setting.slopes and spot.q_segments is None:
+        return scores
+    shape = SUBLANES, scores.shape[1]
+    key = lax.broadcasted_iota(jnp.int32, shape, 0)
+    behind = lax.broadcasted_iota(jnp.int32, shape, 1) - key
+    rows = []
+    for a in range(0, len(scores), SUBLANES):
+        own, distance = scores[a : a + SUBLANES], spot.distance - a
+        if setting.slopes:
+            away = jnp.abs(behind + distance).astype(jnp.float32)
+            own = own - away * (scalars.slope * LOG2_E)
+        seen = []
+        if spot.k_segments is not None:
+            seen.append(spot.q_segments == spot.k_segments[a : a + SUBLANES])
+        if masked:
+            seen += _near(behind, key, distance, spot.key + a, setting, scalars)
+        rows.append(jnp.where(reduce(and_, seen), own, MASKED) if seen else own)
+    return jnp.concatenate(rows, axis=0)
+
+
+def _near(behind, key, distance, first, setting: Setting, scalars: Scalars) -> list[Any]:
+    """What all must hold for a query to see a key, by positions.
+
+    Args:
+        behind: of each query and key, the query's position less the key's, less ``distance``.
+        key: of each key, its index less ``first``.
+    """
+    how, seen = setting.how, []
+    if how.causal:
+        near = behind >= -distance
         if how.window is not None:
-            near &= behind < how.window
+            near &= behind < how.window - distance
         if setting.prefix:
-            near |= key < scalars.prefix - spot.key
+            near |= key < scalars.prefix - first
         seen.append(near)
-    if masked and setting.keys is not None:
-        seen.append(key < setting.keys - spot.key)
-    return jnp.where(reduce(and_, seen), scores, MASKED) if seen else scores
+    if setting.keys is not None:
+        seen.append(key < setting.keys - first)
+    return seen

@@ -25,7 +25,7 @@ from pallas_kernels.chips import Chip
 from pallas_kernels.static import CompileError, Spec, measure
 from pallas_kernels.static.problems import Mask
 
-_SPILLS_COST, _FEW_SPILLS = 0.15, 4
+_SPILLS_COST = 0.25
 SIZES, TILES = (256, 2048), (128, 512)
 """Least and most, of blocks and of tiles, that a search tries on a TPU."""
 
@@ -156,7 +156,7 @@ class Cost(NamedTuple):
     def rank(self) -> float:
         """What a search makes small. The schedule knows nothing of the transfers that share
         memory's ports with spilt registers: blocks without may take a little longer."""
-        return self.cycles * (1 + _SPILLS_COST * (self.spills > _FEW_SPILLS))
+        return self.cycles * (1 + _SPILLS_COST * (self.spills > 0))
 
 
 def static_cost(problem: Problem, chip: Chip, blocks: Blocks) -> Cost:
@@ -209,11 +209,9 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
         one("k", *SIZES),
         one("q", *SIZES),
         lambda b: (b._replace(ahead=n) for n in (1, 2, 3) if n != b.ahead),
+        lambda b: (b._replace(behind=n) for n in (1, 2) if n != b.behind),
+        lambda b: (b._replace(pace=n) for n in (0, 2, 3, 4) if n != b.pace),
     ]
-    if problem.direction == FORWARD:
-        ways.append(lambda b: [b._replace(staged=not b.staged)])
-    else:
-        ways.append(lambda b: (b._replace(behind=n) for n in (1, 2) if n != b.behind))
     return [partial(_sound, problem, chip, way) for way in ways]
 
 

@@ -98,7 +98,9 @@ def plan(
     for offset in range(-reach, bq // bk):
         tiles = [_seen(at, offset * bk, how.window) for at in corners]
         if any(tile is None or tile.masked for tile in tiles):
-            cut[offset] = join([tile for tile in tiles if tile is not None])
+            seen = [tile for tile in tiles if tile is not None]
+            # A window's far edge ends in a run of tiles with the same keys.
+            cut[offset] = join(seen) if joined or offset >= 0 else _apart(seen)
     far = max((offset for offset in cut if offset < 0), default=-reach - 1)
     edges = tuple(Edge(offset, tiles) for offset, tiles in cut.items() if tiles)
     first = None if how.window is None else far + 1
@@ -106,6 +108,21 @@ def plan(
     whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)
     lead = next(whole, None) if joined else None
     return Walk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
+
+
+def _apart(tiles: list[Tile]) -> tuple[Tile, ...]:
+    """In an order in which no two neighbours have the same keys, as far as there is one: what one
+    adds to their gradients would wait in registers for the next."""
+    left, order = {}, []
+    for tile in tiles:
+        left.setdefault(tile.k0, []).append(tile)
+    for _ in tiles:
+        others = [k0 for k0 in left if not order or k0 != order[-1].k0] or list(left)
+        most = max(others, key=lambda k0: len(left[k0]))
+        order.append(left[most].pop(0))
+        if not left[most]:
+            del left[most]
+    return tuple(order)
 
 
 def _joined(tiles: list[Tile]) -> tuple[Tile, ...]:

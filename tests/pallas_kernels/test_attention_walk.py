@@ -1,11 +1,13 @@
 """The TPU kernels' way through the keys: every visible pair once, and no more blocks than said."""
 
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -232,3 +234,17 @@ def test_documents_of_a_block_each_are_begun_and_ended_by_their_tiles():
             visit(walk, list(row), i, 0, start, tiles, finish)
     alone = [(i, True, True) for i in range(3)]
     assert called == [*alone, (3, True, False), (2, False, False), (3, "finish")]
+
+
+@pytest.mark.parametrize("window", [200, 256, 512, 700, 1024])
+@pytest.mark.parametrize("tile", [(128, 128), (128, 256), (256, 128)])
+def test_neighbours_at_a_windows_far_edge_have_other_keys(window, tile):
+    how = How(True, window, None, 1.0, 0, 0)
+    walk = plan(2048, 2048, how, Where(), (1024, 512), tile, joined=False)
+    far = [[each.k0 for each in edge.tiles] for edge in walk.edges if edge.offset < 0]
+    assert far
+    for keys in far:
+        most = max(keys.count(k0) for k0 in keys)
+        alike = sum(a == b for a, b in pairwise(keys))
+        # Where one piece of keys has more than half of the tiles, some are neighbours.
+        assert alike == max(2 * most - len(keys) - 1, 0)
