@@ -66,7 +66,7 @@ def forward(
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     (B, S, N, H), Hv = q.shape, v.shape[-1]
     call = Call.of(q.shape, len(k) // B, part, blocks, joined=True)
-    bq, slots, tile = blocks.q, 1 + blocks.ahead + blocks.behind, (blocks.k, blocks.tile_q)
+    bq, slots, tile = blocks.q, blocks.slots, (blocks.k, blocks.tile_q)
     o, lse = call.run(
         tpu_forward.kernel,
         operands=[
@@ -153,7 +153,7 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
     H, Hv = q.shape[-1], v.shape[-1]
     call = Call.of(shape, len(k) // shape[0], part, blocks, joined=False)
-    slots, tile = 1 + blocks.ahead + blocks.behind, (blocks.tile_k, blocks.tile_q)
+    slots, tile = blocks.slots, (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
         tpu_backward.kernel,

@@ -70,8 +70,8 @@ def kernel(
         s, slope = scaled(product(k_ref[keys(tile, j)], q_ref[rows], 1, 1), how)
         segments = None, None
         if tile.packed:
-            own = key_ids(k_ids[:, keys(tile, j)], tile.q1 - tile.q0)
-            segments = q_ids[:, rows], own
+            own = key_ids(k_ids[:, keys(tile, j)])
+            segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
         spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
         scores[slot][put] = placed(s, tile.masked, spot, setting, scalars)
         d_ps[slot][put] = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)

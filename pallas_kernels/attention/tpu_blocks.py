@@ -35,6 +35,11 @@ class Blocks(NamedTuple):
     pace: int = 0
     """Chunks of weights whose exponentials are under way at once; 0: any number."""
 
+    @property
+    def slots(self) -> int:
+        """Tiles between their first stage and their last at once."""
+        return 1 + self.ahead + self.behind
+
 
 class BlockSizes(NamedTuple):
     forward: Blocks
@@ -120,8 +125,7 @@ def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     turned = sizes.bytes * keys * turned_rows(sizes.Hv)
     sums = 4 * blocks.q * (SUBLANES + turned_rows(sizes.Hv))
     tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
-    tiles = (1 + blocks.ahead + blocks.behind) * tile
-    return 2 * (operands + results) + turned + sums + tiles
+    return 2 * (operands + results) + turned + sums + blocks.slots * tile
 
 
 def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
@@ -131,8 +135,7 @@ def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
     sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
     tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
-    tiles = (1 + blocks.ahead + blocks.behind) * tile
-    return 2 * (operands + results) + sums + tiles
+    return 2 * (operands + results) + sums + blocks.slots * tile
 
 
 def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:

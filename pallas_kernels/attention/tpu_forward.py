@@ -31,6 +31,7 @@ from pallas_kernels.attention.tpu_scores import (
     Setting,
     Spot,
     by_register,
+    key_ids,
     paced,
     placed,
     product,
@@ -167,7 +168,7 @@ def kernel(
     def tiles(these, j, distance, first, last):
         if these[0].packed:
             at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
-            ids[...] = jnp.broadcast_to(k_ids[:, at], (LANES, walk.bk)).T
+            ids[...] = key_ids(k_ids[:, at])
         stages(
             len(these),
             [

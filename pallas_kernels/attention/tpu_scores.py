@@ -135,10 +135,9 @@ def by_register(x: jax.Array) -> jax.Array:
     return x.reshape(-1, SUBLANES, x.shape[1])
 
 
-def key_ids(ids: jax.Array, queries: int) -> jax.Array:
-    """[1, keys] as [keys, queries], a multiple of LANES."""
-    own = jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
-    return jnp.tile(own, (1, queries // LANES))
+def key_ids(ids: jax.Array) -> jax.Array:
+    """[1, keys] as [keys, LANES]."""
+    return jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
 
 
 def placed(
