@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.layers.positions import Rotary, rotary, rotate
+from maxlm.models.layers.rope import Rotary, rotary, rotate
 from maxlm.plan.compiled.cost import compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology

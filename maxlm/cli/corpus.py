@@ -98,13 +98,12 @@ def show(
     from maxlm.data.tokenizer import load_tokenizer
 
     opened = TokenStore.open(store)
-    ids = opened.document(index).tolist()
     if tokens:
-        typer.echo(" ".join(map(str, ids)))
+        typer.echo(" ".join(map(str, opened.document(index).tolist())))
         return
     tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(opened, tokenizer)
     # Bytes, so that a document's own line ends and undecodable bytes come out as they went in.
     stream = typer.get_binary_stream("stdout")
-    stream.write(tokenizer.decode_bytes(ids[1:-1]))
+    stream.write(tokenizer.decode_bytes(opened.text_tokens(index).tolist()))
     stream.flush()

@@ -48,7 +48,7 @@ VERBS = {
         {"diff": "maxlm.cli.plan:diff"},
     ),
     "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
-    "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train and try tokenizers."),
+    "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train, import and try tokenizers."),
     "corpus": Verb("maxlm.cli.corpus:app", "Turn documents into a token store."),
     "config": Verb(
         "maxlm.cli.config:app", "Show configs, where each value comes from, their schema."

@@ -1,4 +1,4 @@
-"""`maxlm tokenizer`: train tokenizers, try them, measure them."""
+"""`maxlm tokenizer`: train or import tokenizers, try them, measure them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from maxlm.data.corpus import SourceConfig
     from maxlm.data.tokenizer import TokenizerStats
 
-app = typer.Typer(no_args_is_help=True, help="Train and try tokenizers.")
+app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
 TokenizerArgument = Annotated[Path, typer.Argument(help="A tokenizer's folder.")]
 TextArgument = Annotated[
@@ -38,16 +38,10 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Learn a tokenizer from text."""
-    from maxlm.config import MaxlmError
     from maxlm.data.store.progress import show_progress
-    from maxlm.data.tokenizer import TokenizerConfig, holds_tokenizer, train_tokenizer
+    from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
-    if holds_tokenizer(out) and not force:
-        raise MaxlmError(
-            "there is a tokenizer here already",
-            where=str(out),
-            fix="add --force to replace it, or choose another --out",
-        )
+    _require_free(out, force)
     source = _source(text, text_field)
     with show_progress() as progress:
         config = TokenizerConfig(
@@ -59,6 +53,33 @@ def train(
         tokenizer = train_tokenizer(config, _counted(source, sample_bytes, progress))
     tokenizer.save(out)
     typer.echo(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint's folder.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
+) -> None:
+    """Take in the tokenizer of a Hugging Face checkpoint."""
+    from maxlm.data.tokenizer import import_tokenizer
+
+    _require_free(out, force)
+    tokenizer = import_tokenizer(checkpoint)
+    tokenizer.save(out)
+    exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
+    typer.echo(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
+
+
+@app.command()
+def export(
+    tokenizer: TokenizerArgument,
+    out: Annotated[Path, typer.Option(help="Where to write; other files there stay.")],
+) -> None:
+    """Write a tokenizer's files for other tools, an imported one's as they came."""
+    from maxlm.data.tokenizer import export_tokenizer
+
+    export_tokenizer(tokenizer, out)
 
 
 @app.command()
@@ -118,6 +139,18 @@ def stats(
         typer.echo(json.dumps(found.as_dict()))
     else:
         _print_table(str(tokenizer), found)
+
+
+def _require_free(out: Path, force: bool) -> None:
+    from maxlm.config import MaxlmError
+    from maxlm.data.tokenizer import holds_tokenizer
+
+    if holds_tokenizer(out) and not force:
+        raise MaxlmError(
+            "there is a tokenizer here already",
+            where=str(out),
+            fix="add --force to replace it, or choose another --out",
+        )
 
 
 def _source(text: list[str], text_field: str) -> "SourceConfig":

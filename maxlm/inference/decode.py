@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
-from maxlm.models.architectures import Model
-from maxlm.models.layers.attention import KVCache
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params, bind, param_specs
 
 
-def cast_params(model: Model, params: Params) -> Params:
+def cast_params(model: Transformer, params: Params) -> Params:
     """Matrices and tables in the compute dtype, once rather than at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
     return jax.tree.map(
@@ -24,8 +24,8 @@ def cast_params(model: Model, params: Params) -> Params:
 
 
 def prefill(
-    model: Model, params: Params, tokens: jax.Array, lengths: jax.Array, cache_length: int
-) -> tuple[jax.Array, KVCache]:
+    model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array, cache_length: int
+) -> tuple[jax.Array, Cache]:
     """Run whole prompts, padded on the right, through the model.
 
     Padding needs no mask: it lies after every real token, which causal attention cannot see, and
@@ -51,8 +51,8 @@ def prefill(
 
 
 def decode(
-    model: Model, params: Params, tokens: jax.Array, positions: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
+    model: Transformer, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
     """One token a row.
 
     Args:

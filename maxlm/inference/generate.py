@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 from maxlm.config import MaxlmError
 from maxlm.inference.decode import cast_params, decode, prefill
 from maxlm.inference.sampling import SamplingConfig, sample
-from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.layers.attention import KVCache
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params
 from maxlm.sharding import on_mesh
 
@@ -20,7 +21,7 @@ Tokens = list[int]
 
 
 def generate(
-    model: Model,
+    model: Transformer,
     params: Params,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
@@ -98,7 +99,7 @@ def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
 
 @partial(jax.jit, static_argnames=("model", "sampling", "cache_length", "vocab_size"))
 def _start(
-    model: Model,
+    model: Transformer,
     sampling: SamplingConfig,
     cache_length: int,
     params: Params,
@@ -107,7 +108,7 @@ def _start(
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
-) -> tuple[jax.Array, jax.Array, KVCache]:
+) -> tuple[jax.Array, jax.Array, Cache]:
     logits, cache = prefill(model, params, tokens, lengths, cache_length)
     first = _next(model, sampling, logits, lengths, seeds, key, vocab_size)
     return first, _whole(lengths), cache
@@ -115,16 +116,16 @@ def _start(
 
 @partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames=("cache",))
 def _advance(
-    model: Model,
+    model: Transformer,
     sampling: SamplingConfig,
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
+    cache: Cache,
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
-) -> tuple[jax.Array, jax.Array, KVCache]:
+) -> tuple[jax.Array, jax.Array, Cache]:
     logits, cache = decode(model, params, tokens, positions, cache)
     positions = positions + 1
     drawn = _next(model, sampling, logits, positions, seeds, key, vocab_size)
@@ -132,7 +133,7 @@ def _advance(
 
 
 def _next(
-    model: Model,
+    model: Transformer,
     sampling: SamplingConfig,
     logits: jax.Array,
     positions: jax.Array,
@@ -175,7 +176,7 @@ def bucket(n: int) -> int:
 
 
 def _sizes(
-    config: ModelConfig, longest: int, new: int, cache_length: int | None
+    config: TransformerConfig, longest: int, new: int, cache_length: int | None
 ) -> tuple[int, int]:
     """Width of the padded prompts, slots of the cache."""
     limits = []
@@ -198,7 +199,7 @@ def _sizes(
     return min(bucket(longest), length), length
 
 
-def _check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]]) -> None:
+def _check_prompts(config: TransformerConfig, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts:
         raise MaxlmError("no prompts", where="generate", fix="give at least one")
     for number, prompt in enumerate(prompts, 1):

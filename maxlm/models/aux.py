@@ -14,3 +14,10 @@ class Aux:
     """To be added to the objective's own loss, as it is."""
     sums: dict[str, jax.Array] = field(default_factory=dict)
     """To be logged. Those named ``expert_*`` are of experts' loads, in assignments."""
+
+    def plus(self, other: "Aux") -> "Aux":
+        """Both, added up; sums that only one has stay."""
+        sums = {**self.sums, **other.sums}
+        both = self.sums.keys() & other.sums.keys()
+        sums |= {name: self.sums[name] + other.sums[name] for name in both}
+        return Aux(self.loss + other.loss, sums)

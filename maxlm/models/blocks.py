@@ -1,8 +1,8 @@
 """How layers are joined into blocks, and blocks into a scanned stack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,68 +12,128 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache
+from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache, Seen
+from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeAux, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.layers.positions import Rotary
 from maxlm.models.params import Params, ParamSpec, bind, param_specs, values
 from maxlm.models.remat import RematPolicy, rematerialise
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.layers import scan_layers
+from maxlm.parallel.layers import joined, one_of, periods, scan_layers, stacked_up
 from maxlm.parallel.local import LANES, axis_size, layout, spec_of
 from maxlm.sharding import AxisRules
 
 BlockT = TypeVar("BlockT", bound=nnx.Module)
 
 
+class Memory(NamedTuple):
+    """What an encoder made of the input, for the layers of a decoder."""
+
+    states: jax.Array
+    """[B, T, D]."""
+    segment_ids: jax.Array | None
+    """int [B, T]; None: each row is one segment."""
+
+    def segments_with(self, own: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
+        """Segments of queries and keys, of a decoder with segments ``own`` [B, S]."""
+        return None if own is None or self.segment_ids is None else (own, self.segment_ids)
+
+
+Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
+
+
+class BlockConfig(NamedTuple):
+    """What every layer of a stack is built of."""
+
+    attention: AttentionConfig
+    mlp: MlpConfig | MoeConfig
+    norm: NormConfig
+    placement: Placement
+    d_model: int
+    depth: int
+    """Layers of the whole model, for the initial size of what they add."""
+    init_std: float
+    cross_attention: bool = False
+    """Whether layers look at an encoder's output as well."""
+
+
 class Block(nnx.Module):
-    """Pre-norm residual block: ``x += attention(norm(x)); x += mlp(norm(x))``, or a mixture of
-    experts in the MLP's place."""
+    """Attention and an MLP (or a mixture of experts), each added to the residual stream.
+
+    ==================  ====================================================
+    placement           a branch f, with its own norms
+    ==================  ====================================================
+    pre                 x + f(norm(x))
+    post                norm(x + f(x))
+    sandwich            x + norm(f(norm(x)))
+    parallel            x + attention(norm(x)) + mlp(norm(x))
+    parallel_shared     the same, with one norm for both
+    ==================  ====================================================
+    """
 
     def __init__(
-        self,
-        attention: AttentionConfig,
-        mlp: MlpConfig | MoeConfig,
-        norm: NormConfig,
-        d_model: int,
-        num_layers: int,
-        init_std: float,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig,
+        self, config: BlockConfig, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig
     ):
+        self.placement = config.placement
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        sizes = (d_model, num_layers, init_std)
-        self.attention_norm = Norm(norm, d_model, **kw)
-        self.attention = Attention(attention, *sizes, parallel=parallel, **kw)
-        self.mlp_norm = Norm(norm, d_model, **kw)
-        dense = isinstance(mlp, MlpConfig)
-        self.mlp = Mlp(mlp, *sizes, **kw) if dense else None
-        self.moe = Moe(mlp, *sizes, **kw) if not dense else None
+        sizes = (config.d_model, config.depth, config.init_std)
+        norm = partial(Norm, config.norm, config.d_model, **kw)
+        sandwich = config.placement == "sandwich"
+        kind = Attention if config.attention.latent is None else LatentAttention
+        layers = (config.attention, config.norm, *sizes)
+        self.attention_norm = norm()
+        self.attention = kind(*layers, parallel=parallel, **kw)
+        self.attention_post_norm = norm() if sandwich else None
+        crossing = config.cross_attention
+        self.cross_norm = norm() if crossing else None
+        self.cross = Attention(*layers, parallel=parallel, **kw) if crossing else None
+        self.mlp_norm = norm() if config.placement != "parallel_shared" else None
+        mlp = config.mlp
+        self.mlp = Mlp(mlp, *sizes, **kw) if isinstance(mlp, MlpConfig) else None
+        self.moe = Moe(mlp, *sizes, **kw) if isinstance(mlp, MoeConfig) else None
+        self.mlp_post_norm = norm() if sandwich else None
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        rotary: Rotary | None,
-        cache: KVCache | None,
+        self, x: jax.Array, seen: Seen, cache: KVCache | None = None, memory: Memory | None = None
     ) -> tuple[jax.Array, KVCache | None, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
         adds to the loss and the log."""
-        y, cache = self.attention(self.attention_norm(x), positions, segment_ids, rotary, cache)
-        x = x + y
-        y = self.mlp_norm(x)
+        if self.placement in ("parallel", "parallel_shared"):
+            y = self.attention_norm(x)
+            z = y if self.mlp_norm is None else self.mlp_norm(x)
+            y, cache = self.attention(y, seen, cache)
+            z, aux = self._feed(z, seen)
+            return x + y + z, cache, aux
+        y, cache = self.attention(self._before(self.attention_norm, x), seen, cache)
+        x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
+        if memory is not None and self.cross is not None:
+            segments = memory.segments_with(seen.segment_ids)
+            y = self.cross.across(self._before(self.cross_norm, x), memory.states, segments)
+            x = self._joined(x, y, self.cross_norm, None)
+        y, aux = self._feed(self._before(self.mlp_norm, x), seen)
+        return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
+
+    def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
+        return x if norm is None or self.placement == "post" else norm(x)
+
+    def _joined(
+        self, x: jax.Array, y: jax.Array, norm: Norm | None, after: Norm | None
+    ) -> jax.Array:
+        if self.placement == "post":
+            assert norm is not None
+            return norm(x + y)
+        return x + (y if after is None else after(y))
+
+    def _feed(self, x: jax.Array, seen: Seen) -> tuple[jax.Array, Aux]:
         if self.moe is None:
             assert self.mlp is not None
-            return x + self.mlp(y), cache, Aux()
+            return self.mlp(x), Aux()
         counted = None
-        if segment_ids is not None:
-            counted = reshard(segment_ids != 0, spec_of(layout(x)[:2]))
-        y, routed = self.moe(y, counted)
-        return x + y, cache, Aux(routed.loss, expert_sums(routed))
+        if seen.segment_ids is not None:
+            counted = reshard(seen.segment_ids != 0, spec_of(layout(x)[:2]))
+        y, routed = self.moe(x, counted)
+        return y, Aux(routed.loss, expert_sums(routed))
 
 
 def expert_sums(routed: MoeAux) -> dict[str, jax.Array]:
@@ -87,12 +147,17 @@ def expert_sums(routed: MoeAux) -> dict[str, jax.Array]:
     }
 
 
+Body = Callable[[Any, Any, Any, Any], tuple[Any, Aux]]
+"""``(block, x, context, shared) -> (x, aux)`` for one layer."""
+
+
 def scan_blocks(
-    block: BlockT,
+    block: nnx.Module,
     params: Params,
-    body: Callable[[BlockT, Any, Any], tuple[Any, Aux]],
+    bodies: Sequence[Body],
     x: Any,
     context: Any,
+    shared: Any = None,
     *,
     dtype: Any,
     remat: RematPolicy = "none",
@@ -102,17 +167,18 @@ def scan_blocks(
     Args:
         block: the stacked block; only its structure is used.
         params: its parameters, with a leading layer axis (``params.stack``).
-        body: ``(block, x, context) -> (x, aux)`` for one layer.
+        bodies: what layers do with it, by turns.
         context: arrays that every layer reads.
+        shared: the same, with a gradient.
         dtype: of matrices in use, and of their gradients until all layers are through.
 
     Returns:
         x after all layers, and their ``Aux`` added up.
     """
 
-    def layer(own, carry, context):
+    def layer(body, own, carry, context, shared):
         x, total = carry
-        x, aux = body(bind(block, own), x, context)
+        x, aux = body(bind(block, own), x, context, shared)
         return x, jax.tree.map(jnp.add, total, aux)
 
     specs = param_specs(block)
@@ -126,9 +192,10 @@ def scan_blocks(
         return jax.tree.map(one, specs, own)
 
     first = jax.tree.map(lambda a: a[0], params)
-    _, aux = jax.eval_shape(lambda own: body(bind(block, own), x, context), first)
+    _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(jnp.shape(s), jnp.float32), aux)
-    return scan_layers(rematerialise(layer, remat), params, (x, zeros), context, cast=cast)
+    layers = [rematerialise(partial(layer, body), remat) for body in bodies]
+    return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast)
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
@@ -144,13 +211,19 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scan_cached(
-    stacked: BlockT, body: Callable[[BlockT, Any, Any], tuple[Any, Any]], carry: Any, cache: Any
+    stacked: BlockT, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, cache: Any
 ) -> tuple[Any, Any]:
-    """The same for inference: ``(block, carry, layer's cache) -> (carry, cache)``, without
+    """The same for inference: bodies ``(block, carry, layer's cache) -> (carry, cache)``, without
     gradient; the block is bound and the cache stacked by layer."""
+    count = len(bodies)
 
-    def layer(carry, inputs):
-        own, cache = inputs
-        return body(bind(stacked, own), carry, cache)
+    def period(carry, inputs):
+        kept = []
+        for place, body in enumerate(bodies):
+            own, cache = one_of(inputs, place, count)
+            carry, cache = body(bind(stacked, own), carry, cache)
+            kept.append(cache)
+        return carry, stacked_up(kept)
 
-    return lax.scan(layer, carry, (values(stacked), cache))
+    carry, cache = lax.scan(period, carry, periods((values(stacked), cache), count))
+    return carry, joined(cache, count)

@@ -15,3 +15,8 @@ def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
     if setting == "auto":
         setting = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(setting)
+
+
+def precise(dtype: Any) -> Any:
+    """The dtype of norms, softmax and loss: float32, or the compute dtype where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)

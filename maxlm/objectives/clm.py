@@ -6,14 +6,16 @@ import jax
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.architectures import Model
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import fused_cross_entropy
 
 Batch = dict[str, jax.Array]
 
 
-class ClmConfig(Config):
-    kind: Literal["clm"] = "clm"
+class LossConfig(Config):
+    """How the loss of targets is counted, whatever they are."""
+
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
     cross-entropy."""
@@ -21,8 +23,12 @@ class ClmConfig(Config):
     """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
 
 
+class ClmConfig(LossConfig):
+    kind: Literal["clm"] = "clm"
+
+
 def clm(
-    config: ClmConfig, model: Model, batch: Batch, key: jax.Array
+    config: ClmConfig, model: Transformer, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed next-token loss of a batch.
 
@@ -37,14 +43,29 @@ def clm(
         weight to divide by) and ``cross_entropy`` in nats.
     """
     hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    head, used, whole = model.unembedding()
+    return token_loss(config, model, hidden, aux, batch)
+
+
+def token_loss(
+    config: LossConfig, model: Transformer, hidden: jax.Array, aux: Aux, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed loss of a batch's targets, and sums to log.
+
+    Args:
+        hidden: [..., S, D], what the model made of the batch.
+        aux: what its layers add.
+        batch: ``targets`` and ``weights`` [..., S] are used.
+    """
+    head = model.head_of(hidden)
     loss, cross_entropy = fused_cross_entropy(
-        hidden,
-        head,
+        head.hidden,
+        head.kernel.value,
         batch["targets"],
         batch["weights"],
-        used=used,
-        whole=whole,
+        used=head.kernel.used,
+        whole=head.kernel.whole,
+        bias=head.bias,
+        soft_cap=head.cap,
         z_loss=config.z_loss,
         chunk=config.chunk_tokens,
     )

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 
 from maxlm.parallel import blocks, ulysses
-from maxlm.parallel.context import ContextMethod, Split, check_context
+from maxlm.parallel.context import ByDistance, ContextMethod, Split, check_context
 from maxlm.parallel.local import Axes, axis_numbers, axis_size, on_shards, spec_of
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention_backward, attention_forward, row_delta
@@ -47,6 +48,10 @@ def sharded_attention(
     rules: AxisRules,
     causal: bool = True,
     window: int | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    slopes: jax.Array | np.ndarray | None = None,
+    biases: jax.Array | None = None,
     q_positions: jax.Array | None = None,
     segment_ids: tuple[jax.Array, jax.Array] | None = None,
     method: ContextMethod = "all_gather",
@@ -54,25 +59,26 @@ def sharded_attention(
 ) -> jax.Array:
     """:func:`pallas_kernels.attention.attention` on a mesh, each device with its rows and heads.
 
-    Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), and for
-    the gradients of kv heads that are whole on devices which split the query heads: where there
-    are more such devices than kv heads, these are kept whole (``kv_heads: null``) and each device
-    takes those that its own query heads read.
+    Communication only where the rules split the sequence (:mod:`maxlm.parallel.context`), for the
+    gradient of ``biases``, and for the gradients of kv heads that are whole on devices which split
+    the query heads: where there are more such devices than kv heads, these are kept whole
+    (``kv_heads: null``) and each device takes those that its own query heads read.
 
-    Args: as there; q [B, S, N, H], k and v [B, T, K, H], positions and segments [B, S] / [B, T],
-        laid out by ``rules``; and, where the sequence is split,
+    Args: as there; q [B, S, N, H], k [B, T, K, H], v [B, T, K, Hv], positions and segments
+        [B, S] / [B, T], laid out by ``rules``; T may differ from S where the sequence is whole;
+        slopes [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
 
         method: how the devices that share a sequence exchange it.
         balanced: rows stand in the balanced order of :func:`~maxlm.parallel.context.sequence_order`
             for the number of shards; masks compare places in the sequence, not in the arrays.
 
     Returns:
-        [B, S, N, H] in v's dtype, laid out as q.
+        [B, S, N, Hv] in v's dtype, laid out as q.
 
     Raises:
         MaxlmError: sizes that do not divide (:func:`~maxlm.parallel.context.check_context`).
-        ValueError: q_positions, or k and v longer than q, with a split sequence; shapes that do not
-            belong together; a window without ``causal``.
+        ValueError: q_positions, or k and v of another length than q, with a split sequence; shapes
+            that do not belong together; a window without ``causal``; a cap not above 0.
     """
     axes = rules.mesh_axes("seq")
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -80,67 +86,82 @@ def sharded_attention(
     check_context(q.shape[1], q.shape[2], k.shape[2], rules=rules, sizes=sizes, **options)
     if axes and (q_positions is not None or q.shape[1] != k.shape[1]):
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
-    split = Split(axes, method, balanced, causal, window)
-    o: Any = _sharded(q, k, v, (q_positions, segment_ids), rules, split)
+    split = Split(axes, method, balanced, causal, window, scale, soft_cap)
+    added = ByDistance(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases)))
+    o: Any = _sharded(q, k, v, added, (q_positions, segment_ids), rules, split)
     return o
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sharded(q, k, v, where, rules, split):
-    return _forward(q, k, v, where, rules, split)[0]
+def _by_heads(x: Any, num_heads: int, rules: AxisRules) -> jax.Array | None:
+    """[N, ...] in fp32, each device with those of its query heads."""
+    if x is None:
+        return None
+    if len(x) != num_heads:
+        raise ValueError(f"slopes or biases of shape {x.shape} for {num_heads} query heads")
+    return reshard(jnp.asarray(x, jnp.float32), rules.spec("heads"))
 
 
-def _forward(q, k, v, where, rules, split):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _sharded(q, k, v, added, where, rules, split):
+    return _forward(q, k, v, added, where, rules, split)[0]
+
+
+def _forward(q, k, v, added, where, rules, split):
     at = _Layout.of(rules, split, q, k)
 
-    def local(q, k, v, where, numbers):
+    def local(q, k, v, added, where, numbers):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
-        positions, segments = where
-        if split.axes and split.method == "ulysses":
-            return ulysses.forward(split, q, k, v, segments)
         if split.axes:
-            return blocks.forward(split, numbers["seq"][0], q, k, v, segments)
-        return attention_forward(q, k, v, q_positions=positions, segment_ids=segments, **split.mask)
+            run = ulysses if split.method == "ulysses" else blocks
+            return run.forward(split, numbers["seq"][0], q, k, v, where[1], added)
+        return attention_forward(q, k, v, **_whole(split, added, where))
 
     numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
-    o, lse = on_shards(local, in_specs=at.operands(where), out_specs=(at.queries, at.lse))(
-        q, k, v, where, numbers
+    specs = at.operands(added, where)
+    o, lse = on_shards(local, in_specs=specs, out_specs=(at.queries, at.lse))(
+        q, k, v, added, where, numbers
     )
     # Named here and not outside: the backward pass wants both, or attention is computed again.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
-    return o, (q, k, v, where, o, lse)
+    return o, (q, k, v, added, where, o, lse)
 
 
 def _backward(rules, split, saved, d_o):
-    q, k, v, where, o, lse = saved
+    q, k, v, added, where, o, lse = saved
     at = _Layout.of(rules, split, q, k)
 
-    def local(q, k, v, where, numbers, o, lse, d_o):
+    def local(q, k, v, added, where, numbers, o, lse, d_o):
         own_k, own_v = at.own_heads(k, numbers), at.own_heads(v, numbers)
-        positions, segments = where
-        saved = (q, own_k, own_v, segments, o, lse, d_o)
-        if split.axes and split.method == "ulysses":
-            grads = ulysses.backward(split, *saved)
-        elif split.axes:
-            grads = blocks.backward(split, numbers["seq"][0], *saved)
+        if split.axes:
+            run = ulysses if split.method == "ulysses" else blocks
+            saved = (q, own_k, own_v, where[1], added, o, lse, d_o)
+            grads = run.backward(split, numbers["seq"][0], *saved)
         else:
-            placed = {"q_positions": positions, "segment_ids": segments, **split.mask}
+            options = _whole(split, added, where)
             delta = row_delta(o, d_o)
-            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **placed)
-        d_q, d_k, d_v = grads
+            grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options)
+        d_q, d_k, d_v, *d_biases = grads
         d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
-        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+        d_biases = lax.psum(d_biases, at.tokens) if at.tokens else d_biases
+        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_biases
 
     numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
-    grads = on_shards(
+    *grads, d_biases = on_shards(
         local,
-        in_specs=(*at.operands(where), at.queries, at.lse, at.queries),
-        out_specs=(at.queries, at.keys, at.keys),
-    )(q, k, v, where, numbers, o, lse, d_o)
-    return *grads, None
+        in_specs=(*at.operands(added, where), at.queries, at.lse, at.queries),
+        out_specs=(at.queries, at.keys, at.keys, at.heads),
+    )(q, k, v, added, where, numbers, o, lse, d_o)
+    return *grads, ByDistance(None, *d_biases), None
 
 
 _sharded.defvjp(_forward, _backward)
+
+
+def _whole(split: Split, added: ByDistance, where: Any) -> dict[str, Any]:
+    """Of the kernel, where the sequence is whole."""
+    positions, segments = where
+    placed = {"q_positions": positions, "segment_ids": segments}
+    return {**placed, **split.mask, **split.scores, **added._asdict()}
 
 
 class _Layout(NamedTuple):
@@ -149,9 +170,12 @@ class _Layout(NamedTuple):
     queries: PartitionSpec
     keys: PartitionSpec
     rows: PartitionSpec
+    heads: PartitionSpec
     lse: PartitionSpec
     numbered: dict[str, Axes]
     """Axes along which a device needs its number: `seq`, and `heads` where kv heads are whole."""
+    tokens: Axes
+    """Axes along which devices have different queries."""
     num_kv_heads: int
     group: int
     """Query heads that read one kv head."""
@@ -166,16 +190,21 @@ class _Layout(NamedTuple):
             queries=rules.spec("batch", "seq", "heads", None),
             keys=rules.spec("batch", "seq", "kv_heads", None),
             rows=rules.spec("batch", "seq"),
+            heads=rules.spec("heads"),
             lse=spec_of((batch, *lse)),
             numbered={name: axes for name, axes in numbered.items() if axes},
+            tokens=batch + seq,
             num_kv_heads=k.shape[2],
             group=q.shape[2] // k.shape[2],
         )
 
-    def operands(self, where: Any) -> tuple[Any, ...]:
-        """Specs of q, k, v, positions and segments, and the devices' numbers."""
+    def operands(self, added: ByDistance, where: Any) -> tuple[Any, ...]:
+        """Specs of q, k, v, what is added to scores, positions and segments, and the devices'
+        numbers."""
         numbers = {name: spec_of((axes,)) for name, axes in self.numbered.items()}
-        return self.queries, self.keys, self.keys, jax.tree.map(lambda _: self.rows, where), numbers
+        by_head = jax.tree.map(lambda _: self.heads, added)
+        rows = jax.tree.map(lambda _: self.rows, where)
+        return self.queries, self.keys, self.keys, by_head, rows, numbers
 
     def own_heads(self, x: jax.Array, numbers: dict[str, jax.Array]) -> jax.Array:
         """On shards: of kv heads [B, T, K, H], those that this device's query heads read."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.context import Split
+from maxlm.parallel.context import ByDistance, Split
 from maxlm.parallel.local import gather, reduce
 from pallas_kernels.attention import attention_backward, attention_forward, merge, row_delta
 
@@ -29,6 +29,8 @@ class Block(NamedTuple):
     segments: jax.Array | None
 
 
+Own = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+"""What stays with the queries, fp32: dQ's chunks; the biases' gradient, where there are any."""
 Partial = tuple[tuple[jax.Array, jax.Array], ...]
 """For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
 
@@ -40,21 +42,23 @@ def forward(
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
+    added: ByDistance,
 ) -> tuple[jax.Array, jax.Array]:
     """This device's rows of the output, and their log-sum-exps.
 
     Args:
         number: int32 scalar, this device's number along the context axes.
-        q: [B, S / n, N, H], this device's rows; k, v [B, S / n, K, H] likewise, with those kv
-            heads that the query heads read.
+        q: [B, S / n, N, H], this device's rows; k [B, S / n, K, H] and v [B, S / n, K, Hv]
+            likewise, with those kv heads that the query heads read.
         segments: int [B, S / n] of queries and of keys, or None.
+        added: of these query heads.
 
     Returns:
-        o [B, S / n, N, H] in v's dtype; log-sum-exps, fp32 [B, S / n, N].
+        o [B, S / n, N, Hv] in v's dtype; log-sum-exps, fp32 [B, S / n, N].
     """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries.cut(split, number, q_segments, q)
+    queries = _Queries.cut(split, number, q_segments, q, added=added)
     o, lse = zip(*run(split, queries, Block(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
@@ -66,11 +70,13 @@ def backward(
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
+    added: ByDistance,
     o: jax.Array,
     lse: jax.Array,
     d_o: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """fp32 gradients of this device's q, k and v.
+) -> tuple[jax.Array, ...]:
+    """fp32 gradients of this device's q, k and v; and of biases, where there are any, a term of the
+    sum over devices.
 
     Keys and values are sent again, not kept from the forward pass: memory for one layer's, not for
     every layer's.
@@ -79,9 +85,10 @@ def backward(
     """
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries.cut(split, number, q_segments, q, lse, row_delta(o, d_o), d_o)
-    d_q, (d_k, d_v) = run(split, queries, Block(k, v, k_segments))
-    return jnp.concatenate(d_q, axis=1), d_k, d_v
+    arrays = q, lse, row_delta(o, d_o), d_o
+    queries = _Queries.cut(split, number, q_segments, *arrays, added=added)
+    (d_q, d_biases), (d_k, d_v) = run(split, queries, Block(k, v, k_segments))
+    return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
 
 
 class _Queries(NamedTuple):
@@ -92,11 +99,19 @@ class _Queries(NamedTuple):
     segments: tuple[Any, ...]
     arrays: tuple[tuple[jax.Array, ...], ...]
     """For each chunk: its q, and in the backward pass lse, delta and d_o."""
+    added: ByDistance
 
     @classmethod
-    def cut(cls, split: Split, number: jax.Array, segments: Any, *arrays: jax.Array) -> "_Queries":
+    def cut(
+        cls,
+        split: Split,
+        number: jax.Array,
+        segments: Any,
+        *arrays: jax.Array,
+        added: ByDistance = ByDistance(),
+    ) -> "_Queries":
         pieces = zip(*(_cut(x, split) for x in arrays), strict=True)
-        return cls(split, number, _cut(segments, split), tuple(pieces))
+        return cls(split, number, _cut(segments, split), tuple(pieces), added)
 
     def pairs(self, block: Block, number: jax.Array | None) -> Iterator["_Pair"]:
         """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
@@ -109,23 +124,28 @@ class _Queries(NamedTuple):
         keys = list(zip(*(_cut(x, split) for x in block), strict=True))
         starts = split.chunk_starts(self.number, size)
         key_starts = starts if number is None else split.chunk_starts(number, size)
+        of_scores = split.scores | self.added._asdict()
+        by_distance = any(x is not None for x in self.added)
         for a in range(split.chunks):
             for b in reversed(range(split.chunks)):
                 k, v, k_segments = keys[b]
                 segments = None if k_segments is None else (self.segments[a], k_segments)
-                mask, live = {"segment_ids": segments, "causal": False}, None
+                mask, live = {"segment_ids": segments, "causal": False, **of_scores}, None
+                places = {"q_offset": starts[a], "k_offset": key_starts[b]}
+                same = number is None and a == b  # the same indices: both may count from 0
+                if by_distance and not same:
+                    mask |= places
                 if not split.causal:
                     pass
                 elif a < b:
                     continue  # every device's first chunk lies before all second ones
-                elif number is None and a == b:
-                    mask |= split.mask  # the same indices: both may count from 0
+                elif same:
+                    mask |= split.mask
                 elif split.window is None:
                     # All keys before the queries, or all after; second chunks lie after first ones.
                     live = None if a > b else key_starts[b] < starts[a]
                 else:
-                    mask |= split.mask
-                    mask |= {"q_offset": starts[a], "k_offset": key_starts[b]}
+                    mask |= split.mask | places
                     oldest = starts[a] - split.window + 1
                     live = (key_starts[b] < starts[a]) & (oldest < key_starts[b] + size)
                 yield _Pair(a, b, k, v, mask, live)
@@ -143,22 +163,27 @@ class _Queries(NamedTuple):
             parts[pair.query] = pair.where_live(attend, parts[pair.query])
         return tuple(parts)
 
-    def pull(self, block: Block, number: jax.Array | None, d_q: Any) -> tuple[Any, Sums]:
-        """dQ's chunks (None: nothing yet) with this block's part added, and the block's dK, dV."""
-        d_q = [jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays] if d_q is None else d_q
-        d_q = list(d_q)
-        zeros = jnp.zeros(_cut(block.k, self.split)[0].shape, jnp.float32)
-        d_keys: list[Any] = [(zeros, zeros)] * self.split.chunks
+    def pull(self, block: Block, number: jax.Array | None, own: Own | None) -> tuple[Own, Sums]:
+        """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
+        d_q, d_biases = self._nothing() if own is None else own
+        d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
+        d_keys: list[Any] = [[jnp.zeros(x.shape, jnp.float32) for x in chunks]] * self.split.chunks
         for pair in self.pairs(block, number):
             q, *saved = self.arrays[pair.query]
 
             def add(sums, pair=pair, q=q, saved=saved):
                 return _add(sums, attention_backward(q, pair.k, pair.v, *saved, **pair.mask))
 
-            sums = (d_q[pair.query], *d_keys[pair.key])
-            d_q[pair.query], *d_keys[pair.key] = pair.where_live(add, sums)
+            sums = (d_q[pair.query], *d_keys[pair.key], *d_biases)
+            d_q[pair.query], *sums = pair.where_live(add, sums)
+            d_keys[pair.key], d_biases = sums[:2], sums[2:]
         d_k, d_v = (jnp.concatenate(x, axis=1) for x in zip(*d_keys, strict=True))
-        return tuple(d_q), (d_k, d_v)
+        return (tuple(d_q), tuple(d_biases)), (d_k, d_v)
+
+    def _nothing(self) -> Own:
+        learned = () if self.added.biases is None else (self.added.biases,)
+        d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
+        return d_q, tuple(jnp.zeros_like(x) for x in learned)
 
 
 class _Pair(NamedTuple):
@@ -226,25 +251,25 @@ def _ring_forward(split: Split, queries: _Queries, block: Block) -> Partial:
     return queries.fold(block, _before(queries.number, last, split), partial)
 
 
-def _ring_backward(split: Split, queries: _Queries, block: Block) -> tuple[Any, Sums]:
+def _ring_backward(split: Split, queries: _Queries, block: Block) -> tuple[Own, Sums]:
     # dK and dV travel with their keys, one step behind: a step sends on the sums that the step
     # before has finished, and adds its own terms to those that arrive for its block. So no
     # transfer waits for its own step's computation. A last hop brings the sums home.
     def step(carry, t):
-        d_q, block, sums = carry
+        own, block, sums = carry
         coming, arriving = _rotate((block, sums), split)
-        d_q, terms = queries.pull(block, _before(queries.number, t, split), d_q)
-        return d_q, coming, _add(arriving, terms)
+        own, terms = queries.pull(block, _before(queries.number, t, split), own)
+        return own, coming, _add(arriving, terms)
 
     last = split.last_step(block.k.shape[1])
     if last == 0:
         return queries.pull(block, None, None)
     coming = _rotate(block, split)
-    d_q, sums = queries.pull(block, None, None)
-    d_q, block, sums = _steps(step, (d_q, coming, sums), last)
+    own, sums = queries.pull(block, None, None)
+    own, block, sums = _steps(step, (own, coming, sums), last)
     arriving = _rotate(sums, split)
-    d_q, terms = queries.pull(block, _before(queries.number, last, split), d_q)
-    return d_q, _rotate(_add(arriving, terms), split, split.ways - last)
+    own, terms = queries.pull(block, _before(queries.number, last, split), own)
+    return own, _rotate(_add(arriving, terms), split, split.ways - last)
 
 
 # The all-gather takes the same steps over keys that are all here.
@@ -274,7 +299,7 @@ def _gathered_forward(split: Split, queries: _Queries, block: Block) -> Partial:
     return _steps(step, queries.fold(block, None, None), stop)
 
 
-def _gathered_backward(split: Split, queries: _Queries, block: Block) -> tuple[Any, Sums]:
+def _gathered_backward(split: Split, queries: _Queries, block: Block) -> tuple[Own, Sums]:
     whole, size = _gathered(split, block), block.k.shape[1]
 
     def put(sums, number, terms):
@@ -284,15 +309,15 @@ def _gathered_backward(split: Split, queries: _Queries, block: Block) -> tuple[A
         )
 
     def step(carry, t):
-        d_q, sums = carry
+        own, sums = carry
         number = _before(queries.number, t, split)
-        d_q, terms = queries.pull(_block_of(split, whole, number), number, d_q)
-        return d_q, put(sums, number, terms)
+        own, terms = queries.pull(_block_of(split, whole, number), number, own)
+        return own, put(sums, number, terms)
 
-    d_q, own = queries.pull(block, None, None)
-    zeros = jnp.zeros(whole.k.shape, jnp.float32)
-    sums = put((zeros, zeros), queries.number, own)
-    d_q, sums = _steps(step, (d_q, sums), split.last_step(size) + 1)
+    own, terms = queries.pull(block, None, None)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (whole.k, whole.v))
+    sums = put(zeros, queries.number, terms)
+    own, sums = _steps(step, (own, sums), split.last_step(size) + 1)
     everywhere, rows = ((),) * 4, ((), split.axes, (), ())
     d_k, d_v = (reduce(x, split.axes, everywhere, rows) for x in sums)
-    return d_q, (d_k, d_v)
+    return own, (d_k, d_v)

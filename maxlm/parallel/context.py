@@ -42,6 +42,9 @@ class Split(NamedTuple):
     balanced: bool
     causal: bool
     window: int | None
+    scale: float | None = None
+    """Of q·k; None: by the head size."""
+    soft_cap: float | None = None
 
     @property
     def ways(self) -> int:
@@ -50,6 +53,10 @@ class Split(NamedTuple):
     @property
     def mask(self) -> dict[str, Any]:
         return {"causal": self.causal, "window": self.window}
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        return {"scale": self.scale, "soft_cap": self.soft_cap}
 
     @property
     def chunks(self) -> int:
@@ -67,6 +74,15 @@ class Split(NamedTuple):
         """The index in the sequence of the first token of each chunk, of ``size`` tokens, of the
         device with a number along ``axes``."""
         return _chunk_starts(number, size, self.ways, self.balanced)
+
+
+class ByDistance(NamedTuple):
+    """What each query head adds to its scores by the distance of query and key; or None."""
+
+    slopes: jax.Array | None = None
+    """fp32 [N], constants."""
+    biases: jax.Array | None = None
+    """fp32 [N, 2R + 1], with gradients."""
 
 
 def check_context(

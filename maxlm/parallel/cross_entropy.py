@@ -7,6 +7,7 @@ then, once, the gradient of the hidden states.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -32,10 +33,13 @@ def fused_cross_entropy(
     *,
     used: Dims,
     whole: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    soft_cap: float | None = None,
     z_loss: float = 0.0,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ weight · (logsumexp(logits) − logits[target]), with logits = hidden · head in fp32.
+    """Σ weight · (logsumexp(logits) − logits[target]), with logits = cap(hidden · head + bias) in
+    fp32.
 
     Args:
         hidden: [..., D], compute dtype; tokens split over any mesh axes, D over none.
@@ -44,78 +48,104 @@ def fused_cross_entropy(
         weights: fp32 [...], likewise; 0 leaves a token out.
         used: the mesh axes of the head's dimensions in use.
         whole: the head in use, where it need not be gathered; gradients go to ``head``.
+        bias: fp32 [V] in any layout, or None. Each device adds the share of it that goes with its
+            share of the head, ``used[1]``; no axes in use need be named, nor a whole one given.
+        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
+            2024, §2); None leaves them.
         z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
-            (Chowdhery et al. 2022, §5).
+            (Chowdhery et al. 2022, §5); of capped logits where they are capped.
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
 
     Returns:
         (loss with the z term, cross-entropy without it), fp32 scalars, sums over counted tokens.
-        Only the first is differentiable, in ``hidden`` and ``head``.
+        Only the first is differentiable, in ``hidden``, ``head`` and ``bias``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together, or soft_cap ≤ 0.
     """
-    return _fused(hidden, head, whole, targets, weights, used, z_loss, chunk)
+    if bias is not None and layout(bias)[0][: len(used[1])] != used[1]:
+        bias = reshard(bias, spec_of(used[1:]))
+    how = _How(used, soft_cap, z_loss, chunk)
+    return _fused(hidden, head, bias, whole, targets, weights, how)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _fused(hidden, head, whole, targets, weights, used, z_loss, chunk):
-    sums, _ = _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, gradient=False)
-    return sums
+class _How(NamedTuple):
+    used: Dims
+    soft_cap: float | None
+    z_loss: float
+    chunk: int
 
 
-def _forward(hidden, head, whole, targets, weights, used, z_loss, chunk):
-    return _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, gradient=True)
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _fused(hidden, head, bias, whole, targets, weights, how):
+    return _sharded(hidden, head, bias, whole, targets, weights, how, gradient=False)[0]
 
 
-def _backward(used, z_loss, chunk, gradients, cotangents):
-    d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
-    return d_hidden, d_head, None, None, None
+def _forward(hidden, head, bias, whole, targets, weights, how):
+    return _sharded(hidden, head, bias, whole, targets, weights, how, gradient=True)
+
+
+def _backward(how, gradients, cotangents):
+    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return *scaled, None, None, None
 
 
 _fused.defvjp(_forward, _backward)
 
 
-def _sharded(hidden, head, whole, targets, weights, used, z_loss, chunk, *, gradient):
-    have, stored, vocab = layout(hidden), layout(head), used[1]
+def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
+    have, stored, used = layout(hidden), layout(head), how.used
+    vocab, bias_stored = used[1], None if bias is None else layout(bias)
     # Devices that share a token's vocabulary all need the token.
     tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
     token_axes = tuple(axis for axes in tokens for axis in axes)
     targets, weights = (reshard(a, spec_of(tokens[:-1])) for a in (targets, weights))
 
-    def local(hidden, head, whole, targets, weights, number):
+    def local(hidden, head, bias, whole, targets, weights, number):
         hidden = gather(hidden, have, tokens)
         head = gather(head, stored, used) if whole is None else whole
+        if bias_stored is not None:
+            bias = gather(bias, bias_stored, (vocab,))
         rows = hidden.reshape(-1, hidden.shape[-1])
         sums, gradients = loss_and_gradients(
             rows,
             head,
             targets.ravel(),
             weights.ravel(),
+            bias=bias,
             first=number[0] * head.shape[1],
             axes=vocab,
             gradient=gradient,
-            z_loss=z_loss,
-            chunk=chunk,
+            z_loss=how.z_loss,
+            soft_cap=how.soft_cap,
+            chunk=how.chunk,
             implementation="xla",
         )
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
             return sums, None
-        d_head = reduce(gradients[1], token_axes, used, stored)
-        d_hidden = gradients[0].reshape(hidden.shape)
+        d_head = reduce(gradients.head, token_axes, used, stored)
+        d_bias = gradients.bias
+        if d_bias is not None and bias_stored is not None:
+            d_bias = reduce(d_bias, token_axes, (vocab,), bias_stored)
+        d_hidden = gradients.hidden.reshape(hidden.shape)
         # Or the whole head's gradient waits, in fp32, for the layers' backward pass to end.
         d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
-        return sums, (reduce(d_hidden, vocab, tokens, have), d_head)
+        return sums, (reduce(d_hidden, vocab, tokens, have), d_head, d_bias)
 
     hidden_spec, head_spec, scalar = spec_of(have), spec_of(stored), spec_of(())
+    bias_spec = None if bias_stored is None else spec_of(bias_stored)
     token_spec = spec_of(tokens[:-1])
     return on_shards(
         local,
         (
             hidden_spec,
             head_spec,
+            bias_spec,
             None if whole is None else spec_of(used),
             token_spec,
             token_spec,
             spec_of((vocab,)),
         ),
-        ((scalar, scalar), (hidden_spec, head_spec) if gradient else None),
-    )(hidden, head, whole, targets, weights, axis_numbers(vocab))
+        ((scalar, scalar), (hidden_spec, head_spec, bias_spec) if gradient else None),
+    )(hidden, head, bias, whole, targets, weights, axis_numbers(vocab))

@@ -1,4 +1,4 @@
-"""A stack of equal layers, run one after the other, with its gradient written out.
+"""A stack of layers, run one after the other, with its gradient written out.
 
 JAX could differentiate ``lax.scan`` itself, but then lifts what does not change from layer to layer
 out of programs on shards, which fails inside a pipeline stage (see ``local.py``). Here each layer
@@ -6,13 +6,17 @@ is differentiated by itself, inside the scan, and what its backward pass needs b
 output of the forward scan.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+Layer = Callable[[Any, Any, Any, Any], Any]
+"""(parameters, carry, context, what is shared) -> carry."""
 
 
 @jax.tree_util.register_static
@@ -27,46 +31,81 @@ class _Residuals:
 
 
 def scan_layers(
-    layer: Callable[[Any, Any, Any], Any],
+    layers: Sequence[Layer],
     params: Any,
     carry: Any,
     context: Any,
     *,
+    shared: Any = None,
     cast: Callable[[Any], Any] = lambda own: own,
 ) -> Any:
-    """``carry`` after ``layer(cast(params[l]), carry, context)`` for every l; reverse-mode
-    differentiable in ``params`` and ``carry``.
+    """``carry`` after ``layers[l % P](cast(params[l]), carry, context, shared)`` for every l, P
+    being their number; reverse-mode differentiable in ``params``, ``carry`` and ``shared``.
 
     Compile time does not grow with depth. The backward pass keeps what ``jax.vjp`` of one layer
-    keeps (under ``jax.checkpoint``: what its policy names, and the carry), once a layer; parameters
-    and context are not kept again.
+    keeps (under ``jax.checkpoint``: what its policy names, and the carry), once a layer;
+    parameters, context and what is shared are not kept again.
 
     Args:
-        params: arrays with a leading layer axis.
-        carry: arrays; the layer returns the same shapes, dtypes and layouts.
+        layers: what layers do, by turns: one function where all are alike.
+        params: arrays with a leading layer axis, a multiple of P.
+        carry: arrays; a layer returns the same shapes, dtypes and layouts.
         context: arrays every layer reads, without gradient (positions, segment ids).
+        shared: arrays every layer reads, with a gradient, which is summed over layers.
         cast: one layer's parameters to the dtypes it computes in, and nothing else. Until all
             layers are through, gradients are held in these too.
     """
-    return _scan(layer, cast, params, carry, context)
+    return _scan(tuple(layers), cast, params, carry, context, shared)
+
+
+def periods(tree: Any, length: int) -> Any:
+    """[L, ...] → [L / length, length, ...]; no copy."""
+    if length == 1:
+        return tree
+    return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), tree)
+
+
+def joined(tree: Any, length: int) -> Any:
+    """The inverse of :func:`periods`."""
+    if length == 1:
+        return tree
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def one_of(tree: Any, place: int, length: int) -> Any:
+    """One layer of a period [length, ...]; of a period of one, which has no such axis, all."""
+    return tree if length == 1 else jax.tree.map(lambda x: x[place], tree)
+
+
+def stacked_up(trees: Sequence[Any]) -> Any:
+    """The layers of a period as one; the inverse of :func:`one_of`."""
+    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(layer, cast, params, carry, context):
+def _scan(layers, cast, params, carry, context, shared):
     def body(carry, own):
-        return layer(cast(own), carry, context), None
+        for place, layer in enumerate(layers):
+            carry = layer(cast(one_of(own, place, len(layers))), carry, context, shared)
+        return carry, None
 
-    return lax.scan(body, carry, params)[0]
+    return lax.scan(body, carry, periods(params, len(layers)))[0]
 
 
-def _forward(layer, cast, params, carry, context):
+def _forward(layers, cast, params, carry, context, shared):
     found: list[_Residuals] = []
 
     def body(carry, own):
-        own = cast(own)
-        carry, backward = jax.vjp(lambda own, carry: layer(own, carry, context), own, carry)
+        own = [cast(one_of(own, place, len(layers))) for place in range(len(layers))]
+
+        def period(own, carry, shared):
+            for layer, params in zip(layers, own, strict=True):
+                carry = layer(params, carry, context, shared)
+            return carry
+
+        carry, backward = jax.vjp(period, own, carry, shared)
         leaves, tree = jax.tree.flatten(backward)
-        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((own, context)))}
+        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((own, context, shared)))}
         stacked: dict[int, Any] = {}
         places = []
         for leaf in leaves:
@@ -78,24 +117,28 @@ def _forward(layer, cast, params, carry, context):
         found.append(_Residuals(tree, tuple(places)))
         return carry, tuple(stacked.values())
 
-    out, stacked = lax.scan(body, carry, params)
-    return out, (params, context, stacked, found[-1])
+    out, stacked = lax.scan(body, carry, periods(params, len(layers)))
+    return out, (params, context, shared, stacked, found[-1])
 
 
-def _backward(layer, cast, saved, d_carry):
-    del layer
-    params, context, stacked, residuals = saved
+def _backward(layers, cast, saved, d_carry):
+    params, context, shared, stacked, residuals = saved
 
-    def body(d_carry, inputs):
+    def body(carry, inputs):
+        d_carry, d_shared = carry
         own, kept = inputs
-        known = jax.tree.leaves((cast(own), context))
+        own = [cast(one_of(own, place, len(layers))) for place in range(len(layers))]
+        known = jax.tree.leaves((own, context, shared))
         leaves = [known[i] if i >= 0 else kept[-1 - i] for i in residuals.places]
-        d_own, d_carry = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
-        return d_carry, d_own
+        d_own, d_carry, terms = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
+        return (d_carry, jax.tree.map(jnp.add, d_shared, terms)), stacked_up(d_own)
 
-    d_carry, d_params = lax.scan(body, d_carry, (params, stacked), reverse=True)
+    carry = d_carry, jax.tree.map(jnp.zeros_like, shared)
+    inputs = periods(params, len(layers)), stacked
+    (d_carry, d_shared), d_params = lax.scan(body, carry, inputs, reverse=True)
+    d_params = joined(d_params, len(layers))
     d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
-    return d_params, d_carry, None
+    return d_params, d_carry, None, d_shared
 
 
 _scan.defvjp(_forward, _backward)

@@ -4,13 +4,14 @@ Everything here runs on shards (:mod:`maxlm.parallel.local`).
 """
 
 from math import gcd
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlm.parallel.context import Split, sequence_order
+from maxlm.parallel.context import ByDistance, Split, sequence_order
 from maxlm.parallel.local import gather
 from pallas_kernels.attention import attention_backward, attention_forward, row_delta
 
@@ -18,36 +19,46 @@ Segments = tuple[jax.Array, jax.Array] | None
 
 
 def forward(
-    split: Split, q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments
+    split: Split,
+    number: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Segments,
+    added: ByDistance,
 ) -> tuple[jax.Array, jax.Array]:
     """This device's rows of the output, and the log-sum-exps of its heads.
 
     Args:
-        q: [B, S / n, N, H], this device's rows; k, v [B, S / n, K, H] likewise, with those kv
-            heads that the query heads read. N divides by n.
+        number: int32 scalar, this device's number along the context axes.
+        q: [B, S / n, N, H], this device's rows; k [B, S / n, K, H] and v [B, S / n, K, Hv]
+            likewise, with those kv heads that the query heads read. N divides by n.
         segments: int [B, S / n] of queries and of keys, or None.
+        added: of these query heads.
 
     Returns:
-        o [B, S / n, N, H] in v's dtype; log-sum-exps of all rows in sequence order and this
+        o [B, S / n, N, Hv] in v's dtype; log-sum-exps of all rows in sequence order and this
         device's share of heads, fp32 [B, S, N / n].
     """
     q, k, v = _whole_rows(split, q, k, v)
-    segments = _whole_segments(split, segments)
-    o, lse = attention_forward(q, k, v, segment_ids=segments, **split.mask)
+    o, lse = attention_forward(q, k, v, **_options(split, number, segments, added))
     return _to_rows(o, split), lse
 
 
 def backward(
     split: Split,
+    number: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
+    added: ByDistance,
     o: jax.Array,
     lse: jax.Array,
     d_o: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of this device's q, k and v.
+) -> tuple[jax.Array, ...]:
+    """Gradients of this device's q, k and v; and of biases, where there are any, a term of the sum
+    over devices.
 
     q, k and v are sent again, not kept a second time from the forward pass.
 
@@ -57,14 +68,14 @@ def backward(
     delta = _to_heads(row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
-    segments = _whole_segments(split, segments)
-    grads = attention_backward(q, k, v, lse, delta, d_o, segment_ids=segments, **split.mask)
+    options = _options(split, number, segments, added)
+    grads = attention_backward(q, k, v, lse, delta, d_o, **options)
+    grads, d_biases = grads[:3], grads[3:]
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
-    B, S, K, H = d_k.shape
-    d_k, d_v = (g.reshape(B, S, K // copies, copies, H).sum(axis=3) for g in (d_k, d_v))
-    return d_q, d_k, d_v
+    d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
+    return d_q, d_k, d_v, *(_among_all(x, split, number) for x in d_biases)
 
 
 def _copies(kv_heads: int, ways: int) -> int:
@@ -81,6 +92,23 @@ def _whole_rows(split: Split, q, k, v):
     copies = _copies(k.shape[2], split.ways)
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
     return tuple(_to_heads(x, split) for x in (q, k, v))
+
+
+def _options(split: Split, number: jax.Array, segments: Segments, added: ByDistance) -> Any:
+    """Of the kernel, for all rows in order and this device's share of heads."""
+
+    def own(x):
+        size = len(x) // split.ways
+        return lax.dynamic_slice_in_dim(x, number * size, size)
+
+    mask = {"segment_ids": _whole_segments(split, segments), **split.mask}
+    return {**mask, **split.scores, **jax.tree.map(own, added)._asdict()}
+
+
+def _among_all(x: jax.Array, split: Split, number: jax.Array) -> jax.Array:
+    """[N / n, ...] of this device's share of heads at their places among zeros, [N, ...]."""
+    zeros = jnp.zeros((len(x) * split.ways, *x.shape[1:]), x.dtype)
+    return lax.dynamic_update_slice_in_dim(zeros, x, number * len(x), axis=0)
 
 
 def _whole_segments(split: Split, segments: Segments) -> Segments:

@@ -31,22 +31,25 @@ def generate_text(
     Raises:
         MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
     """
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     steps = generate(
         model,
         params,
-        [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts],
+        # A model needs a token to start from, even where documents open without one.
+        [[*tokenizer.opening, *ids] or [tokenizer.bos_id] for ids in encoded],
         sampling,
         eos_id=tokenizer.eos_id,
         key=jax.random.key(sampling.seed),
         vocab_size=tokenizer.vocab_size,
     )
-    return _decode(steps, tokenizer, len(prompts))
+    return _decode(
+        steps, tokenizer, [StreamDecoder(tokenizer, continued=bool(ids)) for ids in encoded]
+    )
 
 
 def _decode(
-    steps: Iterator[list[int | None]], tokenizer: Tokenizer, rows: int
+    steps: Iterator[list[int | None]], tokenizer: Tokenizer, decoders: list[StreamDecoder]
 ) -> Iterator[list[str]]:
-    decoders = [StreamDecoder(tokenizer) for _ in range(rows)]
     silent = (None, tokenizer.eos_id)
     for tokens in steps:
         yield [

@@ -101,9 +101,9 @@ def _beginning(documents: Iterator[bytes]) -> bytes:
 
 
 def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
-    """The documents of a store, byte for byte."""
+    """The documents of a store, byte for byte if the tokenizer is lossless."""
     for index in range(store.num_documents):
-        yield tokenizer.decode_bytes(store.document(index)[1:-1].tolist())
+        yield tokenizer.decode_bytes(store.text_tokens(index).tolist())
 
 
 def samples(run: Trained) -> str:

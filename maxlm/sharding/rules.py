@@ -55,6 +55,8 @@ class AxisRules(Config):
     expert: MeshAxes = ()
     expert_embed: MeshAxes = ()
     """d_model of routed experts' weights, whose experts may take one of embed's mesh axes."""
+    latent: MeshAxes = ()
+    """The narrow vectors of latent attention, where they are written."""
     layers: MeshAxes = ()
     state: MeshAxes = ()
     """Recurrent state of state-space layers."""

@@ -28,6 +28,7 @@ def attention(
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    biases: jax.Array | None = None,
     backend: str | None = None,
     block_sizes: Any = None,
     interpret: Any = False,
@@ -35,9 +36,9 @@ def attention(
     """softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1).
 
     The backward pass computes the weights again: nothing of size S × T is kept. Differentiable
-    once, by q, k, v and ``sinks``; ``slopes`` and whatever places tokens are constants. A query
-    that no key is left for gives zeros, and zero gradients. Masked keys and values may hold
-    anything finite.
+    once, by q, k, v, ``sinks`` and ``biases``; ``slopes`` and whatever places tokens are
+    constants. A query that no key is left for gives zeros, and zero gradients. Masked keys and
+    values may hold anything finite.
 
     Args:
         q: [B, S, N, H].
@@ -59,6 +60,9 @@ def attention(
             ALiBi).
         sinks: fp32 [N]: a logit beside the scores in each head's softmax, whose weight goes to no
             value (Xiao et al. 2024, §3.3, learned per head as in gpt-oss). −inf: none.
+        biases: fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R] after scale, cap
+            and slopes, distance being the key's position less the query's (Raffel et al. 2020,
+            §2.1: T5's relative positions, each bucket written out). XLA alone has them.
         backend: "tpu", "gpu" (or one of its kernels, "hopper", "triton") or "xla". None: by the
             platform of the program being traced, and XLA where its kernels do not support this.
         block_sizes: of the kernels, hashable; None: their choice. XLA has none.
@@ -70,9 +74,9 @@ def attention(
 
     Raises:
         ValueError: shapes that do not belong together; heads that do not divide; segments,
-            positions, a prefix, slopes or sinks of another shape; an offset beside positions; a
-            window below 1; a window or a prefix without ``causal``; a cap not above 0; a
-            ``backend`` that does not know these sizes.
+            positions, a prefix, slopes, sinks or biases of another shape; an offset beside
+            positions; a window below 1; a window or a prefix without ``causal``; a cap not above
+            0; a ``backend`` that does not know these sizes.
     """
     where, how = described(
         q,
@@ -90,10 +94,11 @@ def attention(
         soft_cap=soft_cap,
         slopes=slopes,
         sinks=sinks,
+        biases=biases,
     )
     name = dispatch.choose(backend, q, k, v, where, how)
-    sinks, where = where.sinks, where._replace(sinks=None)
-    o: Any = _attention(q, k, v, sinks, where, _Call(how, name, block_sizes, interpret))
+    learned, where = (where.sinks, where.biases), where._replace(sinks=None, biases=None)
+    o: Any = _attention(q, k, v, *learned, where, _Call(how, name, block_sizes, interpret))
     return o
 
 
@@ -135,11 +140,11 @@ def attention_backward(
     block_sizes: Any = None,
     interpret: Any = False,
     **options: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """The gradients that pass through these keys (Dao et al. 2022, appendix B).
 
     The keys may be a block of all those that the queries see: ``lse`` and ``delta`` are of all of
-    them, dK and dV are then this block's, and dQ is a term of the sum over blocks.
+    them, dK and dV are then this block's, and dQ and the biases' are terms of sums over blocks.
 
     Args: as :func:`attention`'s, ``sinks`` without effect (``lse`` has them; their own gradient is
         :func:`sink_gradient`); and
@@ -147,10 +152,11 @@ def attention_backward(
         lse: fp32 [B, S, N], the log-sum-exp of every score of each query.
         delta: fp32 [B, S, N], :func:`row_delta` of the whole output.
         d_o: [B, S, N, Hv], the output's cotangent.
-        dtype: of the results; they are summed in fp32.
+        dtype: of dQ, dK and dV; all are summed in fp32.
 
     Returns:
-        dQ, dK, dV, shaped as q, k and v.
+        dQ, dK, dV, shaped as q, k and v; and, where there are ``biases``, theirs, fp32
+        [N, 2R + 1].
     """
     where, how = described(q, k, v, **options)
     where = where._replace(sinks=None)
@@ -182,12 +188,13 @@ class _Call(NamedTuple):
         return {"block_sizes": self.block_sizes, "interpret": self.interpret}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, sinks, where: Where, call: _Call):
-    return call.forward(q, k, v, where._replace(sinks=sinks), v.dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, sinks, biases, where: Where, call: _Call):
+    return _attention_forward(q, k, v, sinks, biases, where, call)[0]
 
 
-def _attention_forward(q, k, v, sinks, where, call):
+def _attention_forward(q, k, v, sinks, biases, where, call):
+    where = where._replace(biases=biases)
     o, lse = call.forward(q, k, v, where._replace(sinks=sinks), v.dtype)
     return o, (q, k, v, sinks, where, o, lse)
 
@@ -195,9 +202,10 @@ def _attention_forward(q, k, v, sinks, where, call):
 def _attention_backward(call, saved, d_o):
     q, k, v, sinks, where, o, lse = saved
     delta = row_delta(o, d_o)
-    d_q, d_k, d_v = call.backward(q, k, v, lse, delta, d_o, where, q.dtype)
+    d_q, d_k, d_v, *d_biases = call.backward(q, k, v, lse, delta, d_o, where, q.dtype)
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
-    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, None
+    (d_biases,) = d_biases or (None,)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_biases, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

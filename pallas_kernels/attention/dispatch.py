@@ -5,7 +5,7 @@ An implementation is a module here with
 - ``supports(q, k, v, where, how) -> bool``, of shapes and dtypes alone,
 - ``forward(q, k, v, where, how, dtype, block_sizes=None, interpret=False) -> (o, lse)``,
 - ``backward(q, k, v, lse, delta, d_o, where, how, dtype, block_sizes=None, interpret=False)
-  -> (d_q, d_k, d_v)``,
+  -> (d_q, d_k, d_v)``, and the biases' gradient where it supports these,
 
 imported when first wanted: each needs a part of Pallas that others do not.
 """
@@ -65,8 +65,8 @@ def forward(
 
 def backward(
     name: str, q, k, v, lse, delta, d_o, where: Where, how: How, dtype: Any, **options: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(d_q, d_k, d_v) by the implementation of a name."""
+) -> tuple[jax.Array, ...]:
+    """(d_q, d_k, d_v), and d_biases where there are any, by the implementation of a name."""
     if name == XLA:
         return xla.backward(q, k, v, lse, delta, d_o, where, how, dtype)
     return _module(name).backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)

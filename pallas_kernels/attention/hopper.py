@@ -69,6 +69,7 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -
         and q.dtype == k.dtype == v.dtype
         and where.q_positions is None
         and where.k_positions is None
+        and where.biases is None
         and how.scale > 0
         and q.size > 0 < k.size
         # Rows lie in shared memory by eights.

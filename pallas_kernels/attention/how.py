@@ -12,7 +12,8 @@ Offset = int | jax.Array
 
 
 class How(NamedTuple):
-    """Static choices. A score is cap·tanh(scale·q·k / cap) − slope·|i − j|, then masked."""
+    """Static choices. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
+    masked."""
 
     causal: bool
     """A query sees keys of its own position and below, and the prefix."""
@@ -46,6 +47,8 @@ class Where(NamedTuple):
     sinks: jax.Array | None = None
     """fp32 [N]: a further logit in each head's softmax, with no value. Only a forward pass reads
     it: log-sum-exps hold it afterwards."""
+    biases: jax.Array | None = None
+    """fp32 [N, 2R + 1]: learned, of keys R or more before a query, .., R or more after it."""
 
 
 def described(
@@ -65,6 +68,7 @@ def described(
     soft_cap: float | None = None,
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    biases: jax.Array | None = None,
 ) -> tuple[Where, How]:
     """The arguments of :func:`~pallas_kernels.attention.attention`, checked.
 
@@ -91,6 +95,7 @@ def described(
         _array("prefix", prefix, jnp.int32, (B,)),
         _array("slopes", slopes, jnp.float32, (N,)),
         _array("sinks", sinks, jnp.float32, (N,)),
+        _biases(biases, N),
     )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return where, How(causal, window, soft_cap, scale, static_q, static_k)
@@ -141,6 +146,15 @@ def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | No
     if positions is not None and (static or traced is not None):
         raise ValueError(f"{side}_offset beside {side}_positions: positions are whole already")
     return static, traced
+
+
+def _biases(x: Any, N: int) -> jax.Array | None:
+    if x is None:
+        return None
+    shape = jnp.shape(x)
+    if len(shape) != 2 or shape[0] != N or shape[1] % 2 == 0:
+        raise ValueError(f"biases of shape {shape}: these sizes want ({N}, an odd number)")
+    return jnp.asarray(x, jnp.float32)
 
 
 def _array(name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]) -> jax.Array | None:

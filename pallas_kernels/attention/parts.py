@@ -48,7 +48,7 @@ class Part(NamedTuple):
         )
 
     def cut_heads(self, i: jax.Array, tree: Any) -> Any:
-        """The query heads of part i of arrays [N]."""
+        """The query heads of part i of arrays [N, ...]."""
         head = i % self._head_parts
 
         def cut(x):
@@ -56,6 +56,17 @@ class Part(NamedTuple):
             return lax.dynamic_slice_in_dim(x, head * size, size)
 
         return jax.tree.map(cut, tree)
+
+    def add_heads(self, i: jax.Array, tree: Any, terms: Any) -> Any:
+        """Arrays [N, ...] with a part's terms added to those of its query heads."""
+        head = i % self._head_parts
+
+        def add(x, own):
+            start = head * len(own)
+            own += lax.dynamic_slice_in_dim(x, start, len(own))
+            return lax.dynamic_update_slice_in_dim(x, own, start, axis=0)
+
+        return tuple(add(x, own) for x, own in zip(tree, terms, strict=True))
 
     def put(
         self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]

@@ -52,10 +52,37 @@ class Tile(NamedTuple):
         behind = self._behind(where, how)
         if where.slopes is not None:
             scores -= by_head(where.slopes, k.shape[2]) * jnp.abs(behind)[:, None, None]
+        if where.biases is not None:
+            biases = self._biases(where.biases, where, how)
+            scores += biases.reshape(len(biases), *scores.shape[1:])
         mask = self._mask(behind, where, how)
         if mask is not None:
             scores = jnp.where(mask[:, None, None], scores, MASKED)
         return scores, derivatives
+
+    def bias_gradient(self, d_scores: jax.Array, where: Where, how: How) -> jax.Array:
+        """fp32 [N, 2R + 1]: of the biases, from the scores', fp32 [B, K, G, s, t]."""
+        _, K, G, s, t = d_scores.shape
+        if len(self._behind(where, how)) == 1:
+            d_scores = d_scores.sum(axis=0, keepdims=True)
+        pull = jax.linear_transpose(lambda x: self._biases(x, where, how), where.biases)
+        return pull(d_scores.reshape(-1, K * G, s, t))[0]
+
+    def _biases(self, biases: jax.Array, where: Where, how: How) -> jax.Array:
+        """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
+        if where.q_positions is not None:
+            return jnp.moveaxis(_at(biases, -self._behind(where, how)), 0, 1)
+        # Without a gather per score: a row is the one above it, moved on by a place. One row of
+        # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
+        # begins with the last number that the one above left, and those of keys before the first
+        # query stand at the repeated row's end.
+        s, t = self.stop - self.start, self.end - self.begin
+        q_at, k_at = self._positions(where, how)
+        ahead = jnp.arange(s + t, dtype=jnp.int32)
+        ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
+        row = _at(biases, ahead)
+        rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(len(row), -1)
+        return rows[:, : s * (s + t - 1)].reshape(1, len(row), s, -1)[..., :t]
 
     def _behind(self, where: Where, how: How) -> jax.Array:
         """int32 [B or 1, s, t]: how far each key lies behind each query."""
@@ -64,8 +91,10 @@ class Tile(NamedTuple):
 
     def _positions(self, where: Where, how: How) -> tuple[jax.Array, jax.Array]:
         if where.q_positions is None or where.k_positions is None:
-            q_at = jnp.arange(self.start, self.stop, dtype=jnp.int32) + how.q_offset
-            k_at = jnp.arange(self.begin, self.end, dtype=jnp.int32) + how.k_offset
+            q_at = jnp.arange(self.start, self.stop, dtype=jnp.int32)
+            k_at = jnp.arange(self.begin, self.end, dtype=jnp.int32)
+            q_at += first_position(how.q_offset, where.q_offset)
+            k_at += first_position(how.k_offset, where.k_offset)
             return q_at[None], k_at[None]
         return where.q_positions[:, self.rows], where.k_positions[:, self.keys]
 
@@ -102,7 +131,8 @@ def tiles(S: int, T: int, where: Where, how: How) -> list[Tile]:
 
 def empties_known(where: Where, how: How) -> bool:
     """Whether a causal mask says now, not when the program runs, which keys no query sees."""
-    return how.causal and where.q_positions is None and where.prefix is None
+    left_open = where.q_positions, where.q_offset, where.k_offset, where.prefix
+    return how.causal and all(x is None for x in left_open)
 
 
 def tile_size(S: int) -> int:
@@ -110,7 +140,9 @@ def tile_size(S: int) -> int:
 
 
 def placed(where: Where, how: How, S: int, T: int) -> Where:
-    """Positions of both sides as arrays."""
+    """Positions of both sides as arrays, where one side's are."""
+    if where.q_positions is None and where.k_positions is None:
+        return where
 
     def of(positions, static, traced, length):
         if positions is not None:
@@ -123,6 +155,13 @@ def placed(where: Where, how: How, S: int, T: int) -> Where:
         q_offset=None,
         k_offset=None,
     )
+
+
+def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:
+    """[N, 2R + 1] at distances of any shape: [N, ...]."""
+    reach = biases.shape[1] // 2
+    index = jnp.clip(ahead, -reach, reach) + reach
+    return biases.at[:, index].get(mode="promise_in_bounds")
 
 
 def by_head(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -30,8 +30,8 @@ F32 = jnp.float32
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
-    """Everything but queries or keys at arbitrary positions."""
-    return where.q_positions is None and where.k_positions is None
+    """Everything but queries or keys at arbitrary positions, and learned biases."""
+    return all(x is None for x in (where.q_positions, where.k_positions, where.biases))
 
 
 def forward(

@@ -63,13 +63,14 @@ def checked(sizes: Any) -> BlockSizes:
 
 
 def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
-    """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most: tiles
-    hold whole heads."""
+    """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most (tiles
+    hold whole heads), without learned biases."""
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and q.dtype == k.dtype == v.dtype
         and max(q.shape[-1], v.shape[-1]) <= 256
         and q.size > 0 < v.size
+        and where.biases is None
     )
 
 

@@ -32,7 +32,7 @@ def forward(
     q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`~pallas_kernels.attention.attention_forward`."""
-    return _forward(q, k, v, _known(where, how, q, k), how, dtype)
+    return _forward(q, k, v, placed(where, how, q.shape[1], k.shape[1]), how, dtype)
 
 
 def backward(
@@ -45,19 +45,11 @@ def backward(
     where: Where,
     how: How,
     dtype: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """As :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
     and log-sum-exps."""
-    where = _known(where._replace(sinks=None), how, q, k)
+    where = placed(where._replace(sinks=None), how, q.shape[1], k.shape[1])
     return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
-
-
-def _known(where: Where, how: How, q, k) -> Where:
-    """Positions as arrays on both sides, or on neither: then ``how`` has the offsets."""
-    given = where.q_positions, where.k_positions, where.q_offset, where.k_offset
-    if all(x is None for x in given):
-        return where
-    return placed(where, how, q.shape[1], k.shape[1])
 
 
 def _forward(q, k, v, where: Where, how: How, dtype):
@@ -73,15 +65,12 @@ def _forward(q, k, v, where: Where, how: How, dtype):
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
         return o, lse
     if count := _loop_length(S, where, how):
-        where = placed(where, how, S, T)
-        rows = _rows_of((q, where.q_positions, where.q_segments), count)
 
         def one(rows):
-            q, positions, segments = rows
-            own = where._replace(q_positions=positions, q_segments=segments)
-            return _forward(q, k, v, own, how, dtype)
+            (q,), own = rows
+            return _forward(q, k, v, where._replace(**own), how, dtype)
 
-        return _joined(lax.map(one, rows))
+        return _joined(lax.map(one, _rows((q,), where, S, count)))
 
     q = q.reshape(B, S, K, N // K, H)
     sinks = None if where.sinks is None else by_head(where.sinks, K)
@@ -115,50 +104,60 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
     if part := _part(q, k):
         like = q, k, v
 
-        def one_part(places, i):
+        def one_part(carry, i):
+            places, sums = carry
             read = zip(part.cut(i, places), like, strict=True)
             own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
             own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
             at = _of_part(part, i, where)
-            grads = _backward(own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, how, dtype)
-            return part.put(i, places, grads), None
+            d_q, d_k, d_v, *terms = _backward(
+                own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, how, dtype
+            )
+            return (part.put(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
         places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
-        (d_q, d_k, d_v), _ = lax.scan(one_part, places, jnp.arange(part.count))
-        return d_q.astype(dtype), d_k.astype(dtype), d_v.astype(dtype)
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        carry = places, _no_biases(where)
+        (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.count))
+        return *(x.astype(dtype) for x in grads), *d_biases
+    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), *_no_biases(where)
     if count := _loop_length(S, where, how):
-        where = placed(where, how, S, T)
-        rows = _rows_of((q, lse, delta, d_o, where.q_positions, where.q_segments), count)
 
         def add(sums, rows):
-            q, lse, delta, d_o, positions, segments = rows
-            own = where._replace(q_positions=positions, q_segments=segments)
+            (q, lse, delta, d_o), own = rows
+            own = where._replace(**own)
             d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, how, jnp.float32)
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
-        (d_k, d_v), d_q = lax.scan(add, zeros, rows)
-        return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype)
+        rows = _rows((q, lse, delta, d_o), where, S, count)
+        (d_k, d_v, *d_biases), d_q = lax.scan(add, zeros, rows)
+        return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
     heads = (B, S, K, N // K)
     q, d_o = q.reshape(*heads, H), d_o.reshape(*heads, Hv)
     # +inf where no key is left: then exp(scores − lse) is 0 there.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     lse, delta = (x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
-    d_q, (d_k, d_v) = [], zeros
+    d_q, (d_k, d_v, *d_biases) = [], zeros
 
     for tile in tiles(S, T, where, how):
         rows, keys = tile.rows, tile.keys
         # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
-        q, d_o, d_k, d_v = lax.optimization_barrier((q, d_o, d_k, d_v))
+        sums = d_k, d_v, d_biases
+        read = q, d_o, where.biases
+        (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
+        where = where._replace(biases=biases)
         if tile.begin >= tile.end:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
         scores, derivatives = tile.scores(q, k, where, how)
         weights = jnp.exp(scores - lse[..., rows, :])
         d_weights = einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys])
-        d_scores = weights * (d_weights - delta[..., rows, :]) * how.scale
+        d_scores = weights * (d_weights - delta[..., rows, :])
+        if d_biases:
+            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0), where, how)
+            d_biases = [d_biases[0] + own]
+        d_scores *= how.scale
         if derivatives is not None:
             d_scores *= derivatives
         # What is masked may overflow: infinity times a weight of 0 is NaN.
@@ -170,7 +169,12 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
         own = einsum("bkgst,bskgh->btkh", weights.astype(d_o.dtype), d_o[:, rows])
         d_v = d_v.at[:, keys].add(own)
     d_q = jnp.concatenate(d_q, axis=1).reshape(B, S, N, H)
-    return d_q, d_k.astype(dtype), d_v.astype(dtype)
+    return d_q, d_k.astype(dtype), d_v.astype(dtype), *d_biases
+
+
+def _no_biases(where: Where) -> tuple[jax.Array, ...]:
+    """What the biases' gradient is summed from; none where there are none."""
+    return () if where.biases is None else (jnp.zeros_like(where.biases),)
 
 
 def _part(q, k) -> Part | None:
@@ -182,9 +186,11 @@ def _part(q, k) -> Part | None:
 
 
 def _of_part(part: Part, i: jax.Array, where: Where) -> Where:
-    rows = part.cut_rows(i, where._replace(slopes=None, sinks=None))
-    slopes, sinks = part.cut_heads(i, (where.slopes, where.sinks))
-    return rows._replace(slopes=slopes, sinks=sinks)
+    by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
+    by_head = ("slopes", "sinks", "biases")
+    own = part.cut_rows(i, {name: getattr(where, name) for name in by_row})
+    own |= part.cut_heads(i, {name: getattr(where, name) for name in by_head})
+    return where._replace(**own)
 
 
 # Where every tile reads all keys, tiles of one size are a loop: the program is one tile's.
@@ -195,6 +201,16 @@ def _loop_length(S: int, where: Where, how: How) -> int:
     size = tile_size(S)
     same = not empties_known(where, how)
     return S // size if same and size < S and S % size == 0 else 0
+
+
+def _rows(arrays: Any, where: Where, S: int, count: int) -> Any:
+    """Of queries, for each tile: ``arrays`` [B, S, ...], and their fields of ``where``."""
+    own = {"q_positions": where.q_positions, "q_segments": where.q_segments}
+    arrays, own = _rows_of((arrays, own), count)
+    if where.q_positions is None:
+        first = 0 if where.q_offset is None else where.q_offset
+        own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
+    return arrays, own
 
 
 def _rows_of(tree: Any, count: int) -> Any:

@@ -21,15 +21,16 @@ def linear_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     *,
+    bias: jax.Array | None = None,
     z_loss: float = 0.0,
-    softcap: float | None = None,
+    soft_cap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
     blocks: Tiling | None = None,
     interpret: Any = False,
 ) -> Sums:
     """Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
-    logits = hidden · head in fp32; the second term is that of Chowdhery et al. 2022, §5.
+    logits = cap(hidden · head + bias) in fp32; the z term is that of Chowdhery et al. 2022, §5.
 
     Where a gradient is wanted it is formed in the forward pass, since with one scalar loss the
     cotangent of the logits is known as soon as their sum is.
@@ -39,32 +40,34 @@ def linear_cross_entropy(
         head: [D, V], in hidden's dtype. For a table [V, D] pass its transpose: no copy is made.
         targets: int [T]. One outside 0..V-1 counts as a logit of 0: give it weight 0.
         weights: fp32 [T]; 0 leaves a token out.
-        softcap: logits become softcap · tanh(logits / softcap) (Gemma 2, Riviere et al. 2024, §2).
+        bias: fp32 [V] or None; no Pallas kernel takes one.
+        soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et
+            al. 2024, §2).
         chunk: of "xla", tokens whose logits exist at once.
         implementation: "tpu": a Pallas kernel, which keeps logits in VMEM; "xla": any backend,
             [chunk, V] logits in memory; None: "tpu" where the program is compiled for a TPU whose
-            VMEM holds its smallest blocks, "xla" elsewhere.
+            VMEM holds its smallest blocks and there is no bias, "xla" elsewhere.
         blocks: of "tpu", its kernels' block sizes; None: as large as VMEM holds.
         interpret: of "tpu", as ``pallas_call`` takes it.
 
     Returns:
         (loss with the z term, cross-entropy without it), fp32 scalars, sums over tokens. Only the
-        first is differentiable, in ``hidden`` and ``head``.
+        first is differentiable, in ``hidden``, ``head`` and ``bias``.
 
     Raises:
-        ValueError: shapes that do not belong together, softcap ≤ 0, chunk < 1, or blocks that
-            are no multiples of 128 or that the chip's VMEM does not hold.
+        ValueError: shapes that do not belong together, soft_cap ≤ 0, chunk < 1, a bias for
+            "tpu", or blocks that are no multiples of 128 or that the chip's VMEM does not hold.
     """
     run = partial(
         loss_and_gradients,
         z_loss=z_loss,
-        softcap=softcap,
+        soft_cap=soft_cap,
         chunk=chunk,
         implementation=implementation,
         blocks=blocks,
         interpret=interpret,
     )
-    return _differentiable(hidden, head, targets, weights, run)
+    return _differentiable(hidden, head, bias, targets, weights, run)
 
 
 def loss_and_gradients(
@@ -73,11 +76,12 @@ def loss_and_gradients(
     targets: jax.Array,
     weights: jax.Array,
     *,
+    bias: jax.Array | None = None,
     first: jax.Array | int = 0,
     axes: tuple[str, ...] = (),
     gradient: bool = True,
     z_loss: float = 0.0,
-    softcap: float | None = None,
+    soft_cap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
     blocks: Tiling | None = None,
@@ -87,7 +91,7 @@ def loss_and_gradients(
     to be differentiated by JAX.
 
     Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is then this
-    device's share, and a few numbers a token cross ``axes``.
+    device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``axes``.
 
     Args: as there; and
         first: the index in the vocabulary of the share's first entry.
@@ -95,42 +99,44 @@ def loss_and_gradients(
 
     Returns:
         The two sums, alike along ``axes``, not yet summed over devices that hold other tokens; and
-        (d_hidden [T, D], d_head, as ``head``) of the first sum in their arguments' dtypes, or None.
-        Along ``axes`` d_hidden is a term of a sum that the caller takes.
+        the gradients of the first, or None. Along ``axes`` that of hidden is a term of a sum that
+        the caller takes.
     """
-    _check(hidden, head, targets, weights, softcap, chunk)
+    _check(hidden, head, targets, weights, soft_cap, chunk)
+    _check_bias(bias, head, implementation)
     share = (hidden, head, targets - first, weights)
     options: dict[str, Any] = {
         "axes": axes,
         "gradient": gradient,
         "z_loss": z_loss,
-        "softcap": softcap,
+        "soft_cap": soft_cap,
     }
-    by_xla = partial(xla.loss_and_gradients, **options, chunk=chunk)
+    by_xla = partial(xla.loss_and_gradients, **options, bias=bias, chunk=chunk)
     by_tpu = partial(tpu.loss_and_gradients, **options, blocks=blocks, interpret=interpret)
-    if implementation is None and fits(hidden.shape, head.shape[1], hidden.dtype, current_chip()):
+    sizes = hidden.shape, head.shape[1], hidden.dtype
+    if implementation is None and bias is None and fits(*sizes, current_chip()):
         return lax.platform_dependent(*share, tpu=by_tpu, default=by_xla)
     return (by_tpu if implementation == "tpu" else by_xla)(*share)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _differentiable(hidden, head, targets, weights, run):
-    return run(hidden, head, targets, weights, gradient=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _differentiable(hidden, head, bias, targets, weights, run):
+    return run(hidden, head, targets, weights, bias=bias, gradient=False)[0]
 
 
-def _forward(hidden, head, targets, weights, run):
-    return run(hidden, head, targets, weights)
+def _forward(hidden, head, bias, targets, weights, run):
+    return run(hidden, head, targets, weights, bias=bias)
 
 
 def _backward(_, gradients, cotangents):
-    d_hidden, d_head = (g * cotangents[0].astype(g.dtype) for g in gradients)
-    return d_hidden, d_head, None, None
+    scaled = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), gradients)
+    return *scaled, None, None
 
 
 _differentiable.defvjp(_forward, _backward)
 
 
-def _check(hidden, head, targets, weights, softcap, chunk):
+def _check(hidden, head, targets, weights, soft_cap, chunk):
     shapes = f"hidden {hidden.shape}, head {head.shape}"
     if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[0]:
         raise ValueError(f"hidden is [T, D] and head [D, V]; got {shapes}")
@@ -145,7 +151,18 @@ def _check(hidden, head, targets, weights, softcap, chunk):
             f"targets and weights are [T] with T = {hidden.shape[0]}; "
             f"got {targets.shape} and {weights.shape}"
         )
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is above 0; got {softcap}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap is above 0; got {soft_cap}")
     if chunk < 1:
         raise ValueError(f"chunk is at least 1; got {chunk}")
+
+
+def _check_bias(bias, head, implementation):
+    if bias is None:
+        return
+    if bias.shape != head.shape[1:] or bias.dtype != jnp.float32:
+        raise ValueError(
+            f"bias is fp32 [V] with V = {head.shape[1]}; got {bias.dtype} {bias.shape}"
+        )
+    if implementation == "tpu":
+        raise ValueError('implementation="tpu" takes no bias: use "xla" or None')

@@ -32,7 +32,7 @@ def forward(
     *,
     blocks: Blocks,
     gradient: bool,
-    softcap: float | None,
+    soft_cap: float | None,
     chip: Chip,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -68,7 +68,7 @@ def forward(
             _forward,
             vocab=V,
             part=rows_at_once(tokens, chip),
-            softcap=softcap,
+            soft_cap=soft_cap,
             gradient=gradient,
         ),
         grid=(T // tokens, last + 2),
@@ -95,7 +95,7 @@ def forward(
     return results[0][:, 0], results[1] if gradient else None
 
 
-def _forward(targets, hidden, table, *refs, vocab, part, softcap, gradient):
+def _forward(targets, hidden, table, *refs, vocab, part, soft_cap, gradient):
     before: Any = refs[0] if gradient else None
     logsumexp, *mean = refs[gradient : 1 + 2 * gradient]
     logits, shift, total, top, highest = refs[1 + 2 * gradient :]
@@ -144,13 +144,13 @@ def _forward(targets, hidden, table, *refs, vocab, part, softcap, gradient):
     def _(r):
         weight = jnp.exp(logits[r, :])
         total[r, :] += _fold(jnp.add, weight)
-        if softcap is not None:
+        if soft_cap is not None:
             # What is left out is −∞ here, and its weight 0.
-            weight *= cap_slope(jnp.maximum(logits[r, :] + shift[r, :], -softcap), softcap)
+            weight *= cap_slope(jnp.maximum(logits[r, :] + shift[r, :], -soft_cap), soft_cap)
         score = lax.dot_general(
             hidden[r, :], table[...], _BY_ROWS, preferred_element_type=jnp.float32
         )
-        score = capped(score, softcap) - shift[r, :]
+        score = capped(score, soft_cap) - shift[r, :]
         index = lax.broadcasted_iota(jnp.int32, score.shape, 1)
         left_out = index == targets[r, :] - v * size
         if tail:
@@ -184,7 +184,7 @@ def head_gradient(
     d_target: jax.Array,
     *,
     blocks: Blocks,
-    softcap: float | None,
+    soft_cap: float | None,
     chip: Chip,
     interpret: Any,
 ) -> jax.Array:
@@ -206,7 +206,7 @@ def head_gradient(
     row = pl.BlockSpec((1, tokens), lambda v, t: (0, t))
     entries = pl.BlockSpec((vocab, D), lambda v, t: (v, 0))
     return pl.pallas_call(
-        partial(_head_gradient, part=rows_at_once(vocab, chip), softcap=softcap),
+        partial(_head_gradient, part=rows_at_once(vocab, chip), soft_cap=soft_cap),
         grid=(pl.cdiv(V, vocab), T // tokens),
         in_specs=[*[row] * 4, pl.BlockSpec((tokens, D), lambda v, t: (t, 0)), entries],
         out_specs=entries,
@@ -222,7 +222,7 @@ def head_gradient(
 
 
 def _head_gradient(
-    targets, logsumexp, d_logsumexp, d_target, hidden, table, d_table, total, *, part, softcap
+    targets, logsumexp, d_logsumexp, d_target, hidden, table, d_table, total, *, part, soft_cap
 ):
     size = len(total)
     v, t = pl.program_id(0), pl.program_id(1)
@@ -238,12 +238,12 @@ def _head_gradient(
         logits = lax.dot_general(
             table[r, :], hidden[...], _BY_ROWS, preferred_element_type=jnp.float32
         )
-        logits = capped(logits, softcap)
+        logits = capped(logits, soft_cap)
         index = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         is_target = index == targets[...] - (v * size + r.start)
         d_logits = jnp.exp(logits - logsumexp[...]) * d_logsumexp[...]
         d_logits += jnp.where(is_target, d_target[...], 0.0)
-        d_logits *= cap_slope(logits, softcap)
+        d_logits *= cap_slope(logits, soft_cap)
         total[r, :] += jnp.dot(
             d_logits.astype(hidden.dtype), hidden[...], preferred_element_type=jnp.float32
         )

@@ -1,6 +1,6 @@
 """What the implementations share: the loss once its parts are known, and the types of results."""
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,17 @@ from jax import lax
 
 Sums: TypeAlias = tuple[jax.Array, jax.Array]
 """The loss with the z term and the cross-entropy without it."""
-Loss: TypeAlias = tuple[Sums, tuple[jax.Array, jax.Array] | None]
-"""The sums, and the gradients of the first in hidden and head."""
+
+
+class Gradients(NamedTuple):
+    """Of the first sum, in the arguments' shapes and dtypes."""
+
+    hidden: jax.Array
+    head: jax.Array
+    bias: jax.Array | None
+
+
+Loss: TypeAlias = tuple[Sums, Gradients | None]
 
 
 def logsumexp_over(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -30,11 +39,11 @@ def losses(
     return (loss, entropy), weights * (1.0 + 2.0 * z_loss * logsumexp)
 
 
-def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
-    """softcap · tanh(logits / softcap)."""
-    return logits if softcap is None else softcap * jnp.tanh(logits * (1.0 / softcap))
+def capped(logits: jax.Array, soft_cap: float | None) -> jax.Array:
+    """soft_cap · tanh(logits / soft_cap)."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits * (1.0 / soft_cap))
 
 
-def cap_slope(logits: jax.Array, softcap: float | None) -> jax.Array | float:
+def cap_slope(logits: jax.Array, soft_cap: float | None) -> jax.Array | float:
     """The derivative of :func:`capped`, from its result."""
-    return 1.0 if softcap is None else 1.0 - jnp.square(logits * (1.0 / softcap))
+    return 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))

@@ -18,6 +18,7 @@ from pallas_kernels.chips import current_chip
 from pallas_kernels.linear_cross_entropy import kernels
 from pallas_kernels.linear_cross_entropy.blocks import Tiling, checked, tiling
 from pallas_kernels.linear_cross_entropy.parts import (
+    Gradients,
     Loss,
     cap_slope,
     capped,
@@ -35,7 +36,7 @@ def loss_and_gradients(
     axes: tuple[str, ...],
     gradient: bool,
     z_loss: float,
-    softcap: float | None,
+    soft_cap: float | None,
     blocks: Tiling | None,
     interpret: Any,
 ) -> Loss:
@@ -46,12 +47,12 @@ def loss_and_gradients(
         blocks = tiling(hidden.shape, vocab, hidden.dtype, core)
     else:
         checked(blocks, hidden.shape[1], hidden.dtype, core)
-    how: dict[str, Any] = {"softcap": softcap, "chip": core, "interpret": interpret}
+    how: dict[str, Any] = {"soft_cap": soft_cap, "chip": core, "interpret": interpret}
     # Rows of a table are whole tiles; XLA gives the head that layout where it is made.
     table = head.T
     found = (targets >= 0) & (targets < vocab)
     rows = table[jnp.clip(targets, 0, vocab - 1)].astype(jnp.float32)
-    target = capped(jnp.sum(hidden.astype(jnp.float32) * rows, axis=1), softcap)
+    target = capped(jnp.sum(hidden.astype(jnp.float32) * rows, axis=1), soft_cap)
     # Padding stands in no block of the vocabulary.
     padding = -tokens % math.lcm(*(b.tokens for b in blocks))
     padded = jnp.pad(hidden, ((0, padding), (0, 0)))
@@ -71,7 +72,7 @@ def loss_and_gradients(
 
     of_rest = d_logsumexp * jnp.exp(rest - logsumexp)
     of_target = d_logsumexp * jnp.exp(target - logsumexp) - weights
-    of_target = jnp.where(found, of_target * cap_slope(target, softcap), 0.0)
+    of_target = jnp.where(found, of_target * cap_slope(target, soft_cap), 0.0)
     d_hidden = of_rest[:, None] * mean[:tokens] + of_target[:, None] * rows
     d_table = kernels.head_gradient(
         padded,
@@ -81,4 +82,4 @@ def loss_and_gradients(
         blocks=blocks.head_gradient,
         **how,
     )
-    return sums, (d_hidden.astype(hidden.dtype), d_table.T)
+    return sums, Gradients(d_hidden.astype(hidden.dtype), d_table.T, bias=None)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear_cross_entropy.parts import (
+    Gradients,
     Loss,
     cap_slope,
     capped,
@@ -24,36 +25,45 @@ def loss_and_gradients(
     targets: jax.Array,
     weights: jax.Array,
     *,
+    bias: jax.Array | None,
     axes: tuple[str, ...],
     gradient: bool,
     z_loss: float,
-    softcap: float | None,
+    soft_cap: float | None,
     chunk: int,
 ) -> Loss:
     """See :func:`pallas_kernels.linear_cross_entropy.loss_and_gradients`; targets are counted from
-    the share's first entry. The head's gradient is summed over chunks in fp32."""
-    step = partial(_chunk, head=head, axes=axes, z_loss=z_loss, softcap=softcap, gradient=gradient)
+    the share's first entry. Gradients of head and bias are summed over chunks in fp32."""
+    options = {"axes": axes, "z_loss": z_loss, "soft_cap": soft_cap, "gradient": gradient}
+    step = partial(_chunk, head=head, bias=bias, **options)
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
 
     def body(carry, inputs):
-        sums, d_head = carry
-        own, d_rows, d_own = step(*inputs)
-        d_head = None if d_head is None else d_head + d_own
-        return (jax.tree.map(jnp.add, sums, own), d_head), d_rows
+        d_rows, own = step(*inputs)
+        return jax.tree.map(jnp.add, carry, own), d_rows
 
-    zero = jnp.zeros((), jnp.float32)
-    d_head = jnp.zeros(head.shape, jnp.float32) if gradient else None
-    (sums, d_head), d_rows = lax.scan(body, ((zero, zero), d_head), chunks)
+    def zeros(*shape):
+        return jnp.zeros(shape, jnp.float32)
+
+    # None stays None in a tree.
+    d_head = zeros(*head.shape) if gradient else None
+    d_bias = zeros(*bias.shape) if gradient and bias is not None else None
+    (sums, d_head, d_bias), d_rows = lax.scan(body, ((zeros(), zeros()), d_head, d_bias), chunks)
     if d_head is None or d_rows is None:
         return sums, None
     d_hidden = d_rows.reshape(-1, hidden.shape[1])[: len(hidden)]
-    return sums, (d_hidden, d_head.astype(head.dtype))
+    return sums, Gradients(d_hidden, d_head.astype(head.dtype), d_bias)
 
 
-def _chunk(rows, targets, weights, *, head, axes, z_loss, softcap, gradient):
-    """One chunk of tokens, rows [c, D], against this device's share of the head [D, v]."""
+def _chunk(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradient):
+    """One chunk of tokens, rows [c, D], against this device's share of the head [D, v].
+
+    Returns:
+        The gradient of the rows, and what is summed over chunks: the sums, and the gradients of
+        head and bias.
+    """
     logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
-    logits = capped(logits, softcap)
+    logits = capped(logits if bias is None else logits + bias, soft_cap)
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
@@ -63,13 +73,15 @@ def _chunk(rows, targets, weights, *, head, axes, z_loss, softcap, gradient):
     total, target = lax.psum(total, axes) if axes else total
     sums, d_logsumexp = losses(top + jnp.log(total), target, weights, z_loss)
     if not gradient:
-        return sums, None, None
+        return None, (sums, None, None)
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     d_logits = exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
-    d_logits = (d_logits * cap_slope(logits, softcap)).astype(rows.dtype)
+    d_logits *= cap_slope(logits, soft_cap)
+    d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
+    d_logits = d_logits.astype(rows.dtype)
     d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)
     d_head = jnp.dot(rows.T, d_logits, preferred_element_type=jnp.float32)
-    return sums, d_rows.astype(rows.dtype), d_head
+    return d_rows.astype(rows.dtype), (sums, d_head, d_bias)
 
 
 def _split(a: jax.Array, chunk: int) -> jax.Array:

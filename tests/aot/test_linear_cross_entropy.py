@@ -70,7 +70,7 @@ def test_a_tpu_gets_the_kernels_and_holds_no_logits(device, names):
 @pytest.mark.parametrize(
     ("case", "T", "D", "V", "dtype", "options"),
     [
-        ("odd sizes, cap", 300, 576, 50257, jnp.bfloat16, {"softcap": 30.0}),
+        ("odd sizes, cap", 300, 576, 50257, jnp.bfloat16, {"soft_cap": 30.0}),
         ("fp32", 100, 100, 1000, jnp.float32, {}),
         ("loss alone", 500, 1024, 32000, jnp.bfloat16, {"gradient": False}),
     ],

@@ -133,3 +133,23 @@ def test_mistakes_are_one_line_and_leave_nothing(corpus, trained, tmp_path, capf
         errors = capfd.readouterr().err.splitlines()
         assert errors[-1] == f"error: {text}"
         assert not out.exists()
+
+
+def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, capfd):
+    from tests.data.tokenizer.foreign import write_checkpoint
+
+    checkpoint, kept = write_checkpoint(tmp_path / "checkpoint", "llama2"), tmp_path / "kept"
+    assert main(["tokenizer", "import", str(checkpoint), "--out", str(kept)]) == 0
+    assert "not every text comes back" in capfd.readouterr().out
+    assert main(["tokenizer", "import", str(checkpoint), "--out", str(kept)]) == 2
+    assert "there is a tokenizer here already" in capfd.readouterr().err
+    assert main(["tokenizer", "import", str(checkpoint), "--out", str(kept), "--force"]) == 0
+    capfd.readouterr()
+    assert main(["tokenizer", "encode", str(kept), "the fox"]) == 0
+    ids = capfd.readouterr().out.split()
+    assert main(["tokenizer", "decode", str(kept), *ids]) == 0
+    assert capfd.readouterr().out == "the fox"
+    assert main(["tokenizer", "export", str(kept), "--out", str(tmp_path / "out")]) == 0
+    (checkpoint / "config.json").unlink()
+    for path in checkpoint.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()

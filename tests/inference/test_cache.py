@@ -29,7 +29,7 @@ def eight(mesh):
 def test_shape_dtype_and_bytes(one_device_mesh, dtype, size):
     rules = ShardingConfig().compute.on(dict(one_device_mesh.shape))
     with jax.set_mesh(one_device_mesh):
-        cache = init_cache(CONFIG, 3, 7, dtype, rules)
+        cache = init_cache(CONFIG, 3, 7, dtype, rules)["layers"]
     assert cache.key.shape == cache.value.shape == (5, 3, 7, 2, 4)
     assert cache.key.dtype == dtype
     assert cache.key.nbytes == 5 * 3 * 7 * 2 * 4 * size
@@ -43,7 +43,7 @@ def test_layout_on_a_mesh(eight, jit):
         return init_cache(CONFIG, 4, 7, jnp.float32, rules)
 
     with jax.set_mesh(eight):
-        cache = (jax.jit(make) if jit else make)()
+        cache = (jax.jit(make) if jit else make)()["layers"]
     expected = PartitionSpec(None, ("data", "fsdp"), None, "tensor", None)
     assert cache.key.sharding.spec == expected
     assert {shard.data.shape for shard in cache.value.addressable_shards} == {(5, 1, 7, 1, 4)}

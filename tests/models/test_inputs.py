@@ -140,7 +140,7 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(one_device_me
     with jax.set_mesh(mesh):
         params = building.on_devices(values, building.storage(config, mesh))
         shape = (config.num_layers, 2, config.max_seq_len, 2, 6)
-        cache = KVCache(jnp.full(shape, 1e3), jnp.full(shape, -1e3))
+        cache = {"layers": KVCache(jnp.full(shape, 1e3), jnp.full(shape, -1e3))}
         found = []
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
             positions = np.broadcast_to(np.arange(first, last, dtype=np.int32), (2, last - first))

@@ -32,6 +32,8 @@ class Case(NamedTuple):
     soft_cap: float | None = None
     slopes: bool = False
     sinks: bool = False
+    reach: int | None = None
+    """Distance from which on biases are alike; None: there are none."""
     place: str = "default"
     """How positions are given: one of ``PLACES``."""
     seed: int = 0
@@ -75,6 +77,8 @@ class Case(NamedTuple):
             # Counted as positions are, up to and past the last key's.
             least = second if self.place in ("static", "traced") else 0
             chosen["prefix"] = (least + rng.integers(0, T + 2, B)).astype(np.int32)
+        if self.reach is not None:
+            chosen["biases"] = rng.normal(0, 2, (N, 2 * self.reach + 1)).astype(np.float32)
         return chosen
 
 
@@ -84,6 +88,7 @@ def cases(
     head_sizes: tuple[tuple[int, int], ...] = ((1, 1), (4, 4), (9, 9), (8, 5), (3, 12)),
     dtypes: tuple[str, ...] = ("float32", "float32", "bfloat16"),
     places: tuple[str, ...] = PLACES,
+    reaches: tuple[int | None, ...] = (None,),
 ) -> st.SearchStrategy[Case]:
     """Every combination of features.
 
@@ -92,6 +97,7 @@ def cases(
         heads: N and K.
         head_sizes: H and Hv.
         places: how positions may be given.
+        reaches: of biases, which only XLA has.
     """
 
     @st.composite
@@ -118,6 +124,7 @@ def cases(
             sinks=draw(st.booleans()),
             place=draw(st.sampled_from(places)),
             seed=draw(st.integers(0, 999)),
+            reach=draw(st.sampled_from(reaches)),
         )
 
     return draw_case()
@@ -125,8 +132,8 @@ def cases(
 
 Forward = Callable[..., tuple[jax.Array, jax.Array]]
 """(q, k, v, **options) → o, lse, as ``attention_forward``."""
-Backward = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
-"""(q, k, v, lse, delta, d_o, **options) → dQ, dK, dV, as ``attention_backward``."""
+Backward = Callable[..., tuple[jax.Array, ...]]
+"""(q, k, v, lse, delta, d_o, **options) → dQ, dK, dV and the biases', as ``attention_backward``."""
 
 
 def check(
@@ -157,8 +164,10 @@ def check(
     def run(q, k, v, d_o, **options):
         o, lse = forward(q, k, v, **options)
         delta = row_delta(o, d_o)
-        found = o, lse, *backward(q, k, v, lse, delta, d_o, **options)
-        return (*found, sink_gradient(options["sinks"], lse, delta)) if case.sinks else found
+        d_q, d_k, d_v, *learned = backward(q, k, v, lse, delta, d_o, **options)
+        if case.sinks:
+            learned.insert(0, sink_gradient(options["sinks"], lse, delta))
+        return o, lse, d_q, d_k, d_v, *learned
 
     found = compiled(run)(q, k, v, d_o, **options)
     assert (found[0].dtype, found[1].dtype) == (jnp.dtype(case.dtype), jnp.dtype("float32"))
@@ -171,15 +180,16 @@ def check(
     np.testing.assert_array_equal(found[1][~finite], -np.inf)
     found[1], exact[1] = found[1][finite], exact[1][finite]
     plain = plain_attention(case) if case.dtype == "bfloat16" else None
+    learned = [x for x in ("sinks", "biases") if x in options]
     for i, (a, b) in enumerate(zip(found, exact, strict=True)):
-        name = ("o", "lse", "d_q", "d_k", "d_v", "d_sinks")[i]
+        name = ("o", "lse", "d_q", "d_k", "d_v", *learned)[i]
         if name == "lse" or plain is None:
             bound = tolerance * max(1.0, np.abs(b).max(initial=0))
             bound += 0.0 if plain is None else lse_rounding
             np.testing.assert_allclose(a, b, rtol=0, atol=bound, err_msg=name)
         else:
             error, own = rms(a - b), rms(plain[i] - b)
-            size = np.sqrt(B * S) if name == "d_sinks" else max(1.0, rms(b))  # a sum of B·S terms
+            size = np.sqrt(B * S) if name in learned else max(1.0, rms(b))  # a sum of B·S terms
             assert error <= 1.5 * own + rounding * size, (name, error, own)
 
 
@@ -201,15 +211,15 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plain_attention(case: Case) -> list[np.ndarray]:
-    """o, lse, dQ, dK, dV and, where there are sinks, theirs, by attention as one would write it in
-    JAX, every score at once: what bf16 costs."""
+    """o, lse, dQ, dK, dV and, where there are any, sinks' and biases', by attention as one would
+    write it in JAX, every score at once: what bf16 costs."""
     (q, k, v), d_o = case.arrays()
     options = case.options()
     allowed = _seen(case, options)[:, None]
     behind, _ = reference.distances(*case.shape[1:3], **_only(options, *_PLACED))
     group = q.shape[2] // k.shape[2]
 
-    def run(q, k, v, sinks):
+    def run(q, k, v, sinks, biases):
         k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
         scores = jnp.einsum("bsnh,btnh->bnst", q, k, preferred_element_type=jnp.float32)
         scores *= options["scale"]
@@ -217,6 +227,9 @@ def plain_attention(case: Case) -> list[np.ndarray]:
             scores = case.soft_cap * jnp.tanh(scores / case.soft_cap)
         if case.slopes:
             scores -= options["slopes"][:, None, None] * np.abs(behind)[:, None]
+        if biases is not None:
+            at = case.reach - np.clip(behind, -case.reach, case.reach)
+            scores += biases[:, at].swapaxes(0, 1)
         scores = jnp.where(allowed, scores, -1e30)
         if sinks is not None:
             column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
@@ -225,11 +238,11 @@ def plain_attention(case: Case) -> list[np.ndarray]:
         o = jnp.einsum("bnst,btnh->bsnh", weights.astype(v.dtype), v)
         return o, jax.nn.logsumexp(scores, axis=-1).transpose(0, 2, 1)
 
-    def both(q, k, v, sinks, d_o):
-        o, pull, lse = jax.vjp(run, q, k, v, sinks, has_aux=True)
+    def both(q, k, v, sinks, biases, d_o):
+        o, pull, lse = jax.vjp(run, q, k, v, sinks, biases, has_aux=True)
         return o, lse, *(x for x in pull(d_o) if x is not None)
 
-    found = compiled(both)(q, k, v, options.get("sinks"), d_o)
+    found = compiled(both)(q, k, v, options.get("sinks"), options.get("biases"), d_o)
     return [np.asarray(x, np.float64) for x in found]
 
 

@@ -49,10 +49,11 @@ def attention(
     soft_cap=None,
     slopes=None,
     sinks=None,
+    biases=None,
     **places,
 ):
     """Vaswani et al. 2017, eq. 1: the output and log-sum-exps; with ``d_o``, also the gradients of
-    Σ d_o · output by q, k, v and, where there are any, sinks, by the softmax's Jacobian
+    Σ d_o · output by q, k, v and, where there are any, sinks and biases, by the softmax's Jacobian
     P · (dP − Σ P · dP), in which a sink has a weight and no value."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (S, N, H), (T, K) = q.shape[1:], k.shape[1:3]
@@ -63,7 +64,8 @@ def attention(
     scale = H**-0.5 if scale is None else scale
     o, lse = np.zeros((*q.shape[:3], v.shape[3])), np.zeros(q.shape[:3])
     d_q, d_k, d_v = (np.zeros(x.shape) for x in (q, k, v))
-    d_sinks = np.zeros(N)
+    d_sinks, d_biases = np.zeros(N), None if biases is None else np.zeros(np.shape(biases))
+    learned = [x for x, given in ((d_sinks, sinks), (d_biases, biases)) if given is not None]
     for n in range(N):
         kv = n // (N // K)
         sink = -np.inf if sinks is None else np.float64(sinks[n])
@@ -73,18 +75,24 @@ def attention(
             derivatives = 1 - (scores / soft_cap) ** 2
         if slopes is not None:
             scores = scores - np.float64(slopes[n]) * np.abs(behind)
+        if biases is not None:
+            reach = len(biases[n]) // 2
+            at = reach - np.clip(behind, -reach, reach)
+            scores = scores + np.asarray(biases[n], np.float64)[at]
         weights, lse[:, :, n] = _weights(np.where(allowed, scores, -np.inf), sink)
         o[:, :, n] = np.einsum("bst,bth->bsh", weights, v[:, :, kv])
         if d_o is not None:
             d_weights = np.einsum("bsh,bth->bst", d_o[:, :, n], v[:, :, kv])
             inner = np.sum(weights * d_weights, axis=-1, keepdims=True)
-            d_scores = weights * (d_weights - inner) * derivatives * scale
+            d_scores = weights * (d_weights - inner)
+            if biases is not None:
+                np.add.at(d_biases[n], np.broadcast_to(at, d_scores.shape), d_scores)
+            d_scores = d_scores * derivatives * scale
             d_q[:, :, n] = np.einsum("bst,bth->bsh", d_scores, k[:, :, kv])
             d_k[:, :, kv] += np.einsum("bst,bsh->bth", d_scores, q[:, :, n])
             d_v[:, :, kv] += np.einsum("bst,bsh->bth", weights, d_o[:, :, n])
             d_sinks[n] = -np.sum((1 - weights.sum(axis=-1)) * inner[..., 0])
-    grads = (d_q, d_k, d_v) if sinks is None else (d_q, d_k, d_v, d_sinks)
-    return (o, lse) if d_o is None else (o, lse, *grads)
+    return (o, lse) if d_o is None else (o, lse, d_q, d_k, d_v, *learned)
 
 
 def packed(rng, B, S):

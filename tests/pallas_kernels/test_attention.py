@@ -30,12 +30,37 @@ def exact(q, k, v, **options):
 
 
 @settings(max_examples=12)
-@given(cases())
+@given(cases(reaches=(None, 0, 3, 150, 500)))
 def test_every_kind_equals_the_reference(case):
     check_xla(case)
 
 
-ALL = {"window": 50, "prefix": True, "packed": True, "soft_cap": 2.0, "slopes": True, "sinks": True}
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("S", "T", "reach", "place"),
+    [
+        (300, 130, 5, "default"),
+        (256, 200, 1000, "static"),
+        (256, 257, 31, "traced"),
+        (129, 300, 0, "default"),
+        (1, 40, 9, "traced"),
+        (130, 131, 7, "positions"),
+    ],
+)
+def test_biases_by_distance(S, T, reach, place, causal):
+    """Tiles in a row and in a loop; distances within reach and beyond it."""
+    check_xla(Case((2, S, T, 4, 2, 4, 3), causal=causal, packed=True, reach=reach, place=place))
+
+
+ALL = {
+    "window": 50,
+    "prefix": True,
+    "packed": True,
+    "soft_cap": 2.0,
+    "slopes": True,
+    "sinks": True,
+    "reach": 20,
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -45,25 +70,39 @@ def test_all_features_at_once(place):
 
 @pytest.mark.parametrize(
     "features",
-    [{}, {"causal": False}, {"window": 20, "packed": True}, {"slopes": True, "soft_cap": 5.0}],
+    [
+        {},
+        {"causal": False},
+        {"window": 20, "packed": True},
+        {"slopes": True, "soft_cap": 5.0},
+        {"causal": False, "reach": 40},
+    ],
 )
 def test_half_precision_costs_no_more_than_in_plain_attention(features):
     check_xla(Case((1, 256, 256, 4, 2, 32, 32), "bfloat16", **features), rounding=0)
 
 
 @settings(max_examples=15)
-@given(cases(lengths=(1, 2, 5), heads=((2, 1),), head_sizes=((2, 3),), dtypes=("float32",)))
+@given(
+    cases(
+        lengths=(1, 2, 5),
+        heads=((2, 1),),
+        head_sizes=((2, 3),),
+        dtypes=("float32",),
+        reaches=(None, 0, 2, 7),
+    )
+)
 def test_the_reference_gradients_are_finite_differences(case):
     """Central differences of the reference's output along random directions, all in float64."""
     operands, d_o = case.arrays()
     operands, options = [x.astype(np.float64) for x in operands], case.options()
     rng, step = np.random.default_rng(case.seed), 1e-5
-    if case.sinks:
-        operands.append(options.pop("sinks").astype(np.float64))
+    learned = [x for x in ("sinks", "biases") if x in options]
+    operands += [options.pop(x).astype(np.float64) for x in learned]
 
     def run(operands, **more):
-        sinks = {"sinks": operands[3]} if case.sinks else {}
-        return reference.attention(*operands[:3], **sinks, **options, **more)
+        own = dict(zip(learned, operands[3:], strict=True))
+        return reference.attention(*operands[:3], **own, **options, **more)
 
     for i, grad in enumerate(run(operands, d_o=d_o)[2:]):
         toward = rng.standard_normal(grad.shape)
@@ -79,23 +118,25 @@ def test_the_reference_gradients_are_finite_differences(case):
 @pytest.mark.parametrize("place", ["traced", "positions"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_jax_differentiates_attention(place, dtype):
-    """By q, k, v and sinks, in their own dtypes; what places tokens is a constant."""
+    """By q, k, v, sinks and biases, in their own dtypes; what places tokens is a constant."""
     case = Case((2, 5, 6, 4, 2, 3, 2), place=place, **ALL | {"prefix": False})
     (q, k, v), d_o = case.arrays()
     options = case.options()
-    sinks = options.pop("sinks").astype(dtype)
-    q, k = q.astype(dtype), k.astype(dtype)
+    learned = [options.pop(name).astype(dtype) for name in ("sinks", "biases")]
+    operands = [q.astype(dtype), k.astype(dtype), v, *learned]
 
-    def pull(q, k, v, sinks, d_o, **options):
-        o, back = jax.vjp(
-            lambda *x: kernel.attention(*x[:3], sinks=x[3], **options), q, k, v, sinks
-        )
+    def attend(q, k, v, sinks, biases, **options):
+        return kernel.attention(q, k, v, sinks=sinks, biases=biases, **options)
+
+    def pull(*operands, **options):
+        *operands, d_o = operands
+        o, back = jax.vjp(partial(attend, **options), *operands)
         return o, *back(d_o)
 
-    o, *grads = compiled(pull)(q, k, v, sinks, d_o, **options)
-    wide = [x.astype(np.float64) for x in (q, k, v)]
-    wanted = reference.attention(*wide, d_o=d_o, sinks=sinks.astype(np.float64), **options)
-    assert [x.dtype for x in grads] == [x.dtype for x in (q, k, v, sinks)]
+    o, *grads = compiled(pull)(*operands, d_o, **options)
+    *wide, sinks, biases = (x.astype(np.float64) for x in operands)
+    wanted = reference.attention(*wide, d_o=d_o, sinks=sinks, biases=biases, **options)
+    assert [x.dtype for x in grads] == [x.dtype for x in operands]
     bound = 1e-5 if dtype == jnp.float32 else 0.03
     for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=bound, rtol=bound)
@@ -163,10 +204,28 @@ def test_what_the_mask_empties_costs_nothing():
         assert flops(**nothing) < 1e-3 * causal
 
 
+def test_biases_take_a_tile_of_memory():
+    """Forward and back, what they add is far less than one matrix of scores."""
+    S = 4096
+    q = jax.ShapeDtypeStruct((1, S, 1, 8), jnp.float32)
+    biases = jax.ShapeDtypeStruct((1, 2 * S + 1), jnp.float32)
+
+    def temporaries(biases=None):
+        def pull(q, biases):
+            attend = partial(kernel.attention, causal=False)
+            o, back = jax.vjp(lambda q, b: attend(q, q, q, biases=b), q, biases)
+            return back(o)
+
+        return jax.jit(pull).lower(q, biases).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(biases) - temporaries() < 0.1 * 4 * S * S
+
+
 BLOCKS = {
     "causal, sinks": ({"sinks": np.array([0.3, 1, -1, 2], np.float32)}, False),
     "window, packed, capped": ({"window": 9, "soft_cap": 2.0}, True),
     "packed, not causal": ({"causal": False}, True),
+    "biases": ({"biases": np.linspace(-3, 3, 4 * 27, dtype=np.float32).reshape(4, 27)}, True),
 }
 
 
@@ -205,15 +264,18 @@ def test_blocks_of_keys_merge_to_the_whole_and_share_out_its_gradients(case, S):
     np.testing.assert_allclose(lse, wanted[1], atol=3e-6)
 
     delta = kernel.row_delta(o, d_o)
-    d_q = 0
+    d_q = d_biases = 0
     for i in range(3):
         keys, mask = block(i)
         rows = slice(cuts[i], cuts[i + 1])
-        term, d_k, d_v = backward(*keys, lse, delta, d_o, **mask)
+        term, d_k, d_v, *term_of_biases = backward(*keys, lse, delta, d_o, **mask)
         d_q += term
+        d_biases += sum(term_of_biases)
         np.testing.assert_allclose(d_k, wanted[3][:, rows], atol=1e-5)
         np.testing.assert_allclose(d_v, wanted[4][:, rows], atol=1e-5)
     np.testing.assert_allclose(d_q, wanted[2], atol=1e-5)
+    if "biases" in options:
+        np.testing.assert_allclose(d_biases, wanted[5], atol=3e-5)
     if "sinks" in options:
         d_sinks = kernel.sink_gradient(options["sinks"], lse, delta)
         np.testing.assert_allclose(d_sinks, wanted[5], atol=3e-5)

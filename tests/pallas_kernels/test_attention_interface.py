@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import dispatch, hopper, hopper_backward, triton
+from pallas_kernels.attention.how import described
 from pallas_kernels.chips import current_platform
 
 SHAPES = (2, 3, 4, 6), (2, 5, 2, 6), (2, 5, 2, 7)
@@ -79,6 +80,8 @@ def ints(*shape):
         ({"prefix": ints(1)}, "prefix of shape (1,): these sizes want (2,)"),
         ({"slopes": ints(2)}, "slopes of shape (2,): these sizes want (4,)"),
         ({"sinks": ints(2, 4)}, "sinks of shape (2, 4): these sizes want (4,)"),
+        ({"biases": ints(3, 5)}, "biases of shape (3, 5): these sizes want (4, an odd number)"),
+        ({"biases": ints(4, 6)}, "biases of shape (4, 6): these sizes want (4, an odd number)"),
         ({"prefix": ints(2), "causal": False}, "a prefix without causal"),
         ({"soft_cap": 0.0}, "soft_cap=0.0: it must be above 0"),
         ({"soft_cap": -2.0}, "soft_cap=-2.0"),
@@ -100,6 +103,17 @@ def test_kernels_asked_for_by_name_must_support_the_sizes(monkeypatch):
             f"no {backend} kernel for q float32 (2, 3, 4, 6), k float32 (2, 5, 2, 6), "
             "v float32 (2, 5, 2, 7) with How(causal=True"
         )
+
+
+@pytest.mark.parametrize("backend", ["tpu", "hopper", "triton"])
+def test_learned_biases_are_for_xla_alone(backend):
+    q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    biases = jnp.zeros((2, 7))
+    choose = partial(dispatch.choose, backend, q, q, q)
+    assert choose(*described(q, q, q)) == backend
+    with pytest.raises(ValueError, match=f"no {backend} kernel"):
+        choose(*described(q, q, q, biases=biases))
+    assert dispatch.choose(None, q, q, q, *described(q, q, q, biases=biases)) == "xla"
 
 
 class Kernel:

@@ -25,13 +25,15 @@ SMALL = Tiling(Blocks(128, 128), Blocks(128, 128))
 AS_TPU = pltpu.InterpretParams(uninitialized_memory="nan")
 
 
-def reference(hidden, head, targets, weights, z_loss=0.0, softcap=None):
-    """The loss, the cross-entropy and the loss's gradients, from every logit."""
+def reference(hidden, head, targets, weights, z_loss=0.0, soft_cap=None, bias=None):
+    """The loss, the cross-entropy and the loss's gradients, from every logit; a bias's last."""
     hidden, head, weights = (np.asarray(x, np.float64) for x in (hidden, head, weights))
     logits, slope = hidden @ head, 1.0
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
-        slope = 1 - (logits / softcap) ** 2
+    if bias is not None:
+        logits = logits + np.asarray(bias, np.float64)
+    if soft_cap is not None:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+        slope = 1 - (logits / soft_cap) ** 2
     top = logits.max(axis=1, keepdims=True)
     exp = np.exp(logits - top)
     lse = top[:, 0] + np.log(exp.sum(axis=1))
@@ -41,7 +43,8 @@ def reference(hidden, head, targets, weights, z_loss=0.0, softcap=None):
     d_logits = softmax * (1 + 2 * z_loss * lse)[:, None] - onehot
     d_logits *= weights[:, None] * slope
     loss = entropy + z_loss * np.sum(weights * lse**2)
-    return loss, entropy, d_logits @ head.T, hidden.T @ d_logits
+    gradients = d_logits @ head.T, hidden.T @ d_logits, d_logits.sum(axis=0)
+    return loss, entropy, *(gradients if bias is not None else gradients[:2])
 
 
 def operands(T, D, V, *, scale=1.0, seed=0):
@@ -56,15 +59,22 @@ def operands(T, D, V, *, scale=1.0, seed=0):
     return hidden, head, targets, weights
 
 
-def found(arguments, **options):
+def offsets(V):
+    """A bias."""
+    return np.random.default_rng(7).standard_normal(V).astype(np.float32)
+
+
+def found(arguments, bias=None, **options):
     """As the reference's, by the public function."""
 
-    def loss(hidden, head):
-        return linear_cross_entropy(hidden, head, *arguments[2:], **options)
+    def loss(hidden, head, *bias):
+        given = {"bias": bias[0]} if bias else {}
+        return linear_cross_entropy(hidden, head, *arguments[2:], **given, **options)
 
-    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    (total, entropy), gradients = run(*arguments[:2])
-    assert [g.dtype for g in gradients] == [arguments[0].dtype] * 2
+    by = (*arguments[:2], *(() if bias is None else (bias,)))
+    run = jax.jit(jax.value_and_grad(loss, tuple(range(len(by))), has_aux=True))
+    (total, entropy), gradients = run(*by)
+    assert [g.dtype for g in gradients] == [x.dtype for x in by]
     return total, entropy, *gradients
 
 
@@ -82,18 +92,19 @@ def agree(found, exact, tolerance):
     st.sampled_from([1, 4, 16, 100]),
     st.sampled_from([0.0, 0.3]),
     st.sampled_from([None, 2.0]),
+    st.booleans(),
     st.integers(0, 99),
 )
-def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, softcap, seed):
+def test_chunks_equal_the_reference(T, D, V, chunk, z_loss, soft_cap, biased, seed):
     arguments = operands(T, D, V, scale=3.0, seed=seed)
-    options = {"z_loss": z_loss, "softcap": softcap}
+    options = {"z_loss": z_loss, "soft_cap": soft_cap, "bias": offsets(V) if biased else None}
     agree(found(arguments, chunk=chunk, **options), reference(*arguments, **options), 3e-6)
 
 
 @pytest.mark.parametrize(
     ("T", "D", "V", "scale", "options"),
     [
-        (130, 24, 300, 3.0, {"softcap": 5.0, "z_loss": 0.1}),  # blocks each way, with odd ends
+        (130, 24, 300, 3.0, {"soft_cap": 5.0, "z_loss": 0.1}),  # blocks each way, with odd ends
         (3, 8, 129, 200.0, {}),  # logits beyond what exp takes
         (7, 130, 1, 1.0, {}),  # nothing but the target
     ],
@@ -136,16 +147,26 @@ def test_error_in_bfloat16_is_that_of_rounding(implementation):
 
 def test_gradients_are_those_of_finite_differences():
     arguments = operands(6, 5, 11, scale=2.0)
-    options = {"z_loss": 0.2, "softcap": 3.0}
+    arguments = (*arguments, 0.2, 3.0, offsets(11))
+    names = ("z_loss", "soft_cap", "bias")
+    gradients = found(arguments[:4], **dict(zip(names, arguments[4:], strict=True)))[2:]
     rng = np.random.default_rng(1)
-    for which in (0, 1):
+    for which, gradient in zip((0, 1, 6), gradients, strict=True):
         step = rng.standard_normal(arguments[which].shape)
         moved = [list(arguments), list(arguments)]
         for way, sign in zip(moved, (1, -1), strict=True):
             way[which] = np.asarray(arguments[which], np.float64) + sign * 1e-5 * step
-        slope = np.subtract(*(reference(*way, **options)[0] for way in moved)) / 2e-5
-        gradient = found(arguments, **options)[2 + which]
+        slope = np.subtract(*(reference(*way)[0] for way in moved)) / 2e-5
         np.testing.assert_allclose(np.sum(gradient * step), slope, rtol=1e-5)
+
+
+def test_a_biased_gradient_in_bfloat16_is_summed_in_fp32():
+    """Over 4,000 tokens, of parts that round to bfloat16 before they meet the head."""
+    hidden, head, targets, weights = operands(4000, 16, 5)
+    hidden, head = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    arguments, bias = (hidden, head, targets, weights), offsets(5)
+    d_bias = found(arguments, bias=bias, chunk=64)[-1]
+    np.testing.assert_allclose(d_bias, reference(*arguments, bias=bias)[-1], rtol=1e-4)
 
 
 def test_only_the_loss_without_gradients_is_computed_where_none_is_wanted():
@@ -166,7 +187,7 @@ def test_shares_of_the_vocabulary_give_the_whole(implementation):
     options = {"blocks": SMALL, "interpret": AS_TPU} if implementation == "tpu" else {}
 
     def share(hidden, head, targets, weights, number):
-        sums, (d_hidden, d_head) = loss_and_gradients(
+        sums, (d_hidden, d_head, _) = loss_and_gradients(
             *(hidden, head, targets, weights),
             first=number[0] * head.shape[1],
             axes=("tensor",),
@@ -181,6 +202,15 @@ def test_shares_of_the_vocabulary_give_the_whole(implementation):
     run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
     own = jax.jit(run)(*arguments, np.arange(2, dtype=np.int32))
     agree(own, reference(*arguments, 0.1), 3e-6)
+
+
+def test_a_bias_is_left_to_xla():
+    """Also in a program for a TPU, whose kernel would take what is the same without one."""
+    arguments, bias = operands(4, 8, 16), offsets(16)
+    for added, has_kernel in ((None, True), (bias, False)):
+        run = jax.jit(lambda *a, bias=added: linear_cross_entropy(*a, bias=bias))
+        text = run.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+        assert ("tpu_custom_call" in text) == has_kernel
 
 
 def test_elsewhere_than_on_a_tpu_xla_is_chosen():
@@ -216,8 +246,11 @@ def test_blocks_fit_fill_the_matrix_unit_and_waste_little(T, D, V, of_chip):
         ({"head": np.zeros((8, 0), np.float32)}, r"may be 0.*\(8, 0\)"),
         ({"head": np.zeros((8, 16), np.float16)}, "float32, float16"),
         ({"targets": np.zeros(5, np.int32)}, r"T = 4.*\(5,\)"),
-        ({"softcap": 0.0}, "softcap.*0.0"),
+        ({"soft_cap": 0.0}, "soft_cap.*0.0"),
         ({"chunk": 0}, "chunk.*0"),
+        ({"bias": np.zeros(15, np.float32)}, r"V = 16; got float32 \(15,\)"),
+        ({"bias": np.zeros(16, np.float16)}, "fp32.*float16"),
+        ({"bias": np.zeros(16, np.float32)}, "tpu.*no bias"),
         ({"blocks": Tiling(Blocks(100, 128), Blocks(128, 128))}, r"128; got \(100, 128\)"),
         ({"blocks": Tiling(Blocks(2048, 8192), Blocks(128, 128))}, r"\(2048, 8192\).*D = 8.*VMEM"),
     ],

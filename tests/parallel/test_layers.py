@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from maxlm.parallel.layers import scan_layers
+from maxlm.parallel.layers import joined, one_of, periods, scan_layers
 
 L, B, D = 5, 3, 7
 
 
-def layer(own, carry, context):
+def layer(own, carry, context, shared=None):
     x, total = carry
+    if shared is not None:
+        x = x + shared
     shift, scale = context
     y = jnp.tanh(x @ own["w"] + shift) * scale + own["b"]
     return x + y, total + jnp.sum(y**2)
@@ -28,7 +30,7 @@ def inputs(size: int = D):
 
 
 def by_scan(layer, params, x, context):
-    out, total = scan_layers(layer, params, (x, jnp.zeros(())), context)
+    out, total = scan_layers([layer], params, (x, jnp.zeros(())), context)
     return jnp.sum(jnp.sin(out)) + 0.5 * total
 
 
@@ -74,7 +76,7 @@ def test_the_program_does_not_grow_with_depth():
 def test_it_is_lax_scan_forward():
     params, x, context = inputs()
     want, _ = lax.scan(lambda c, own: (layer(own, c, context), None), (x, jnp.zeros(())), params)
-    got = scan_layers(layer, params, (x, jnp.zeros(())), context)
+    got = scan_layers([layer], params, (x, jnp.zeros(())), context)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -85,7 +87,7 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
         return own | {"w": own["w"].astype(jnp.bfloat16)}
 
     def loss(params, x, context):
-        out, total = scan_layers(layer, params, (x, jnp.zeros(())), context, cast=cast)
+        out, total = scan_layers([layer], params, (x, jnp.zeros(())), context, cast=cast)
         return jnp.sum(jnp.sin(out)) + 0.5 * total
 
     args = inputs()
@@ -97,3 +99,57 @@ def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
     within = jax.grad(partial(unrolled, lambda own, *rest: layer(cast(own), *rest)), argnums=(0, 1))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-2, atol=2e-2), got, within(*args))
+
+
+def other(own, carry, context, shared=None):
+    """A layer of another kind with the same parameters."""
+    x, total = carry
+    if shared is not None:
+        x = x - 2 * shared
+    return x + jnp.sin(x @ own["w"]) * context[1] - own["b"], total
+
+
+def by_turns(params, x, context, shared, *, scanned: bool):
+    """Three kinds, six layers."""
+    layers = [layer, other, jax.checkpoint(layer)]
+    carry = x, jnp.zeros(())
+    if scanned:
+        out, total = scan_layers(layers, params, carry, context, shared=shared)
+    else:
+        for number in range(6):
+            own = jax.tree.map(lambda a, n=number: a[n], params)
+            carry = layers[number % 3](own, carry, context, shared)
+        out, total = carry
+    return jnp.sum(jnp.sin(out)) + 0.5 * total
+
+
+def six():
+    params, x, context = inputs()
+    params = jax.tree.map(lambda a: jnp.concatenate([a, a[:1] + 0.25]), params)
+    return params, x, context, 0.1 * context[0]
+
+
+def test_layers_of_several_kinds_by_turns_and_what_they_share_have_their_gradients():
+    grads = partial(jax.value_and_grad, argnums=(0, 1, 3))
+    got = jax.jit(grads(partial(by_turns, scanned=True)))(*six())
+    want = grads(partial(by_turns, scanned=False))(*six())
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
+    assert np.abs(got[1][2]).max() > 0.1
+
+
+def test_parameters_of_several_kinds_and_what_they_share_are_not_kept_again():
+    jaxpr = jax.make_jaxpr(jax.grad(partial(by_turns, scanned=True), argnums=(0, 1, 3)))(*six())
+    forward, _ = (e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan")
+    stacked = [v.aval.shape for v in forward.outvars[2:]]
+    assert stacked
+    assert set(stacked) <= {(2, B, D), (2,)}  # two periods
+
+
+def test_a_period_is_a_view_of_the_stack():
+    tree = {"a": jnp.arange(24.0).reshape(6, 4)}
+    cut = periods(tree, 3)
+    assert cut["a"].shape == (2, 3, 4)
+    np.testing.assert_array_equal(
+        one_of(jax.tree.map(lambda x: x[1], cut), 2, 3)["a"], tree["a"][5]
+    )
+    np.testing.assert_array_equal(joined(cut, 3)["a"], tree["a"])

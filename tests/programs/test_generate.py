@@ -20,11 +20,12 @@ class ByteTokenizer:
     """One id a byte, from 2 on."""
 
     vocab_size, bos_id, eos_id = NAMED, BOS, EOS
+    opening = (BOS,)
 
     def encode(self, text):
         return [b + 2 for b in (text.encode() if isinstance(text, str) else text)]
 
-    def decode_bytes(self, ids):
+    def decode_bytes(self, ids, *, continued=False):
         return b"".join(bytes([i - 2]) if i > 1 else b"<special>" for i in ids)
 
 
@@ -59,3 +60,34 @@ def test_pieces_join_to_the_decoded_tokens(model):
     # Tokens of a nearly uniform model are mostly parts of no character.
     assert all("\ufffd" in text for text in expected)
     assert sum(len(piece) == 1 for piece, *_ in steps) > 5
+
+
+class ForeignTokenizer(ByteTokenizer):
+    """Opens prompts with nothing, and takes the first space of a text away."""
+
+    opening = ()
+
+    def decode_bytes(self, ids, *, continued=False):
+        text = super().decode_bytes(ids)
+        return text if continued else text.removeprefix(b" ")
+
+
+def test_a_prompt_opens_as_the_tokenizer_says_and_its_continuation_keeps_its_space(monkeypatch):
+    seen = []
+
+    def fake(model, params, prompts, sampling, **options):
+        seen.extend(prompts)
+        yield [ord(" ") + 2] * 3
+        yield [ord("x") + 2, EOS, ord("y") + 2]
+
+    monkeypatch.setattr("maxlm.programs.generate.generate", fake)
+    prompts = ["a", "bc", ""]
+    steps = list(generate_text(None, None, ForeignTokenizer(), prompts, SAMPLING))
+    a, b, c = (ord(char) + 2 for char in "abc")
+    assert seen == [[a], [b, c], [BOS]]
+    # The empty prompt's continuation begins the text.
+    assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == [" x", " ", "y"]
+
+    seen.clear()
+    list(generate_text(None, None, ByteTokenizer(), prompts, SAMPLING))
+    assert seen == [[BOS, a], [BOS, b, c], [BOS]]

@@ -78,7 +78,7 @@ def build_store(
         format_version=FORMAT_VERSION,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
+        bos_id=tokenizer.bos_id if tokenizer.opening else None,
         eos_id=tokenizer.eos_id,
         dtype=token_dtype(tokenizer.vocab_size).name,  # pyright: ignore[reportArgumentType]
         num_tokens=0,

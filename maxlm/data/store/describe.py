@@ -31,6 +31,7 @@ def summary_table(store: TokenStore) -> Table:
     about, manifest = describe(store), store.manifest
     left_out = sum(source.num_left_out for source in manifest.sources)
     split = manifest.split
+    bos = "none" if manifest.bos_id is None else manifest.bos_id
     if split != "all":
         split = f"{split} ({manifest.heldout_fraction:g} of documents held out)"
     rows = {
@@ -43,7 +44,7 @@ def summary_table(store: TokenStore) -> Table:
         "source files": f"{len(manifest.sources):,}",
         "left out": f"{left_out:,} empty or undecodable documents, "
         f"{manifest.num_binary_files:,} binary files",
-        "vocabulary": f"{manifest.vocab_size:,} (bos {manifest.bos_id}, eos {manifest.eos_id})",
+        "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],
     }
     table = Table(title=str(store.path), show_header=False)

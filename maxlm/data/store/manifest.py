@@ -41,11 +41,12 @@ class Manifest(Config):
     tokenizer_fingerprint: str
     """SHA-256 of the tokenizer's content."""
     vocab_size: int
-    bos_id: int
+    bos_id: int | None
+    """What documents open with; null: nothing."""
     eos_id: int
     dtype: Literal["uint16", "uint32"]
     num_tokens: int
-    """All tokens, with one bos and one eos for each document."""
+    """All tokens, with the bos (if any) and the eos of each document."""
     num_documents: int
     text_bytes: int
     """Bytes of text behind the tokens: what bits per byte divides by."""

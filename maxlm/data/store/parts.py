@@ -136,11 +136,14 @@ _SUFFIXES = ("tokens", "lengths", "json")
 
 
 def join_documents(
-    encoded: Sequence[Sequence[int]], bos: int, eos: int, dtype: np.dtype
+    encoded: Sequence[Sequence[int]], bos: int | None, eos: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """[bos] + ids + [eos] of every document end to end, and their lengths (int64)."""
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 2
-    first, last = (bos,), (eos,)
+    """[bos] + ids + [eos] of every document end to end, and their lengths (int64).
+
+    Without the first if ``bos`` is None.
+    """
+    first, last = () if bos is None else (bos,), (eos,)
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) + len(first) + 1
     pieces = itertools.chain.from_iterable((first, ids, last) for ids in encoded)
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), dtype, int(lengths.sum()))
     return tokens, lengths

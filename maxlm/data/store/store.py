@@ -87,6 +87,10 @@ class TokenStore:
         start, stop = np.asarray(self._wait(self._offsets[index : index + 2].read(), "offsets"))
         return self.read(int(start), int(stop))
 
+    def text_tokens(self, index: int) -> np.ndarray:
+        """The tokens of one document's text, without its bos and eos."""
+        return self.document(index)[self._opening : -1]
+
     def verify(self) -> None:
         """Check the offsets and read every token.
 
@@ -96,19 +100,25 @@ class TokenStore:
         if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens:
             ends = f"{self.offsets[0]} to {self.offsets[-1]}"
             raise self._damaged(f"offsets run from {ends}, not from 0 to {self.num_tokens}")
-        if np.any(np.diff(self.offsets) < 2):
-            raise self._damaged("offsets do not rise by at least two (bos and eos)")
+        if np.any(np.diff(self.offsets) < 1 + self._opening):
+            least = "two (bos and eos)" if self._opening else "one (eos)"
+            raise self._damaged(f"offsets do not rise by at least {least}")
         bos, eos = self.manifest.bos_id, self.manifest.eos_id
         for start in range(0, self.num_tokens, _VERIFY_TOKENS):
             tokens = self.read(start, min(start + _VERIFY_TOKENS, self.num_tokens))
             if tokens.max() >= self.manifest.vocab_size:
                 raise self._damaged(f"token {tokens.max()} lies outside the vocabulary")
             low, high = np.searchsorted(self.offsets, [start, start + len(tokens)])
-            if np.any(tokens[self.offsets[low:high] - start] != bos):
+            if bos is not None and np.any(tokens[self.offsets[low:high] - start] != bos):
                 raise self._damaged("a document does not begin with bos")
             ends = self.offsets[max(low, 1) : high + 1] - 1 - start
             if np.any(tokens[ends[(ends >= 0) & (ends < len(tokens))]] != eos):
                 raise self._damaged("a document does not end with eos")
+
+    @property
+    def _opening(self) -> int:
+        """How many tokens each document opens with."""
+        return 0 if self.manifest.bos_id is None else 1
 
     @cached_property
     def _tokens(self):

@@ -1,7 +1,9 @@
-"""Text <-> ids: one interface over byte-level BPE and SentencePiece, exact for any bytes."""
+"""Text <-> ids: one interface over byte-level BPE and SentencePiece, exact for any bytes, and over
+the tokenizers of Hugging Face checkpoints."""
 
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import holds_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.foreign import export_tokenizer, import_tokenizer
 from maxlm.data.tokenizer.interface import Tokenizer
 from maxlm.data.tokenizer.stats import TokenizerStats, tokenizer_stats
 from maxlm.data.tokenizer.stream import StreamDecoder
@@ -13,7 +15,9 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerStats",
+    "export_tokenizer",
     "holds_tokenizer",
+    "import_tokenizer",
     "load_tokenizer",
     "tokenizer_stats",
     "train_tokenizer",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.config import TokenizerConfig
 
 # Merges never cross the borders drawn here. Every character falls under exactly one rule:
@@ -20,7 +21,7 @@ _BLANKS = r"[^\S\r\n]+(?!\S)|[^\S\r\n]+"  # indentation, less the blank that goe
 PATTERN = "|".join((_WORD, _NUMBER, _SIGNS, _LINE_END, _BLANKS))
 
 
-class ByteLevelBPE:
+class ByteLevelBPE(Codec):
     """A trained tokenizer.json as a ``Codec``.
 
     Special tokens are among its added tokens, so that other tools read the same file, but they

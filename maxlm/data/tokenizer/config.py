@@ -3,11 +3,11 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from maxlm.config import Config, MaxlmError
 
-Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"]
+Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "huggingface"]
 
 # Printable ASCII without spaces, two or more characters: such a literal is spelled alike in text,
 # in byte-level symbols and in SentencePiece pieces, and is never one of the 256 byte tokens.
@@ -22,7 +22,8 @@ class TokenizerConfig(Config):
     """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
     words, numbers and punctuation apart. ``sentencepiece_bpe`` (the Llama-2 kind) and
     ``sentencepiece_unigram`` (the T5 kind) learn from characters and fall back to bytes for rare
-    ones; their training holds 20 to 25 times the text's size in memory."""
+    ones; their training holds 20 to 25 times the text's size in memory. ``huggingface`` is someone
+    else's, imported and never trained: ``path`` names it."""
 
     vocab_size: int = Field(default=8192, gt=0)
     """Number of ids, including 256 byte tokens and the special tokens. A larger vocabulary makes
@@ -59,6 +60,15 @@ class TokenizerConfig(Config):
                     "and byte names such as <0x0A>",
                 )
         return value
+
+    @model_validator(mode="after")
+    def _check_path(self):
+        if self.kind == "huggingface" and self.path is None:
+            raise MaxlmError(
+                "a tokenizer of kind huggingface is imported, not trained",
+                fix="set path to the folder that `maxlm tokenizer import` wrote",
+            )
+        return self
 
     @property
     def special_literals(self) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
-"""A tokenizer's folder: the library's model file and ``maxlm_tokenizer.json`` beside it."""
+"""A tokenizer's folder: the library's model file, ``maxlm_tokenizer.json`` beside it, and what
+files an imported tokenizer brought along."""
 
 import os
 import shutil
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -9,14 +11,29 @@ from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.tokenizer.bpe import ByteLevelBPE
-from maxlm.data.tokenizer.codec import CodecTokenizer, SpecialTokens
+from maxlm.data.tokenizer.codec import Codec, CodecTokenizer, SpecialTokens
 from maxlm.data.tokenizer.config import Kind
+from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 from maxlm.data.tokenizer.interface import Tokenizer
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
 
 METADATA = "maxlm_tokenizer.json"
 _FORMAT = 1
 _MODEL_FILES = (ByteLevelBPE.file_name, SentencePieceModel.file_name)
+CARRIED = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What else belongs to a Hugging Face tokenizer: kept as it is, for the way back."""
 
 
 class TokenizerMetadata(Config):
@@ -30,6 +47,10 @@ class TokenizerMetadata(Config):
     pad: str | None
     special_tokens: dict[str, int]
     fingerprint: str
+    opens: bool = True
+    """Whether documents open with bos."""
+    carried: tuple[str, ...] = ()
+    """Names of further files, from ``CARRIED``."""
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
@@ -47,8 +68,14 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             fix="name a folder that `maxlm tokenizer train` wrote",
         )
     path = folder / METADATA
+    if not path.exists() and (folder / HuggingFaceModel.file_name).exists():
+        raise MaxlmError(
+            f"no {METADATA} here, but a {HuggingFaceModel.file_name}",
+            where=str(folder),
+            fix="make a tokenizer of it with `maxlm tokenizer import`",
+        )
     try:
-        metadata = TokenizerMetadata.model_validate_json(_read(path))
+        metadata = TokenizerMetadata.model_validate_json(read_file(path))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -60,34 +87,53 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             where=str(path),
             fix="read it with the version of maxlm that wrote it",
         )
-    codec_type = ByteLevelBPE if metadata.kind == "bpe" else SentencePieceModel
-    path = folder / codec_type.file_name
-    data = _read(path)
-    try:
-        codec = codec_type(data)
-    except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
-        raise _damaged(path, str(error).strip() or type(error).__name__) from error
+    if unknown := {*metadata.carried} - {*CARRIED}:
+        raise _damaged(path, f"carried: {min(unknown)}")
+    codec = open_codec(metadata.kind, folder, metadata.special_tokens)
     special = SpecialTokens(
         metadata.special_tokens, bos=metadata.bos, eos=metadata.eos, pad=metadata.pad
     )
-    tokenizer = CodecTokenizer(metadata.kind, codec, special)
+    carried = {name: read_file(folder / name) for name in metadata.carried}
+    tokenizer = CodecTokenizer(metadata.kind, codec, special, opens=metadata.opens, carried=carried)
     if tokenizer.fingerprint != metadata.fingerprint:
         raise MaxlmError(
-            f"{codec_type.file_name} and {METADATA} do not belong together",
+            f"{codec.file_name} and {METADATA} do not belong together",
             where=str(folder),
             fix="copy both from one tokenizer, or train it again",
         )
     return tokenizer
 
 
+def open_codec(kind: Kind, folder: Path, special: Iterable[str] = ()) -> Codec:
+    """The model file of a folder, opened.
+
+    Args:
+        special: literals that are special whatever the file says of them; used by "huggingface".
+
+    Raises:
+        MaxlmError: it is missing, unreadable, damaged, or of a sort that is not supported.
+    """
+    name = (SentencePieceModel if kind.startswith("sentencepiece") else ByteLevelBPE).file_name
+    path = folder / name
+    data = read_file(path)
+    try:
+        if kind == "huggingface":
+            return HuggingFaceModel(data, special)
+        return ByteLevelBPE(data) if kind == "bpe" else SentencePieceModel(data)
+    except MaxlmError as error:
+        raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
+    except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
+        raise _damaged(path, str(error).strip() or type(error).__name__) from error
+
+
 def holds_tokenizer(folder: str | PathLike[str]) -> bool:
     """Whether ``folder`` has any file that ``save`` would replace or remove."""
-    return any((Path(folder) / name).exists() for name in (METADATA, *_MODEL_FILES))
+    return any((Path(folder) / name).exists() for name in (METADATA, *_MODEL_FILES, *CARRIED))
 
 
 def save_tokenizer(tokenizer: CodecTokenizer, folder: Path) -> None:
-    """Write both files. A new folder appears whole; in an old one each file is replaced whole, and
-    a break between the two leaves a folder that fails to load."""
+    """Write all files. A new folder appears whole; in an old one each file is replaced whole, and
+    a break on the way leaves a folder that fails to load."""
     metadata = TokenizerMetadata(
         format=_FORMAT,
         kind=tokenizer.kind,
@@ -95,13 +141,28 @@ def save_tokenizer(tokenizer: CodecTokenizer, folder: Path) -> None:
         bos=tokenizer.special.bos,
         eos=tokenizer.special.eos,
         pad=tokenizer.special.pad,
-        special_tokens=tokenizer.special_tokens,
+        special_tokens=tokenizer.special.ids,
         fingerprint=tokenizer.fingerprint,
+        opens=tokenizer.opens,
+        carried=tuple(tokenizer.carried),
     )
-    contents = {
-        tokenizer.codec.file_name: tokenizer.codec.data,
-        METADATA: metadata.model_dump_json(indent=2).encode() + b"\n",
-    }
+    described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
+    contents = {**library_files(tokenizer), METADATA: described}
+    stale = {*_MODEL_FILES, *CARRIED} - {*contents}
+    write_files(contents, folder, stale)
+
+
+def library_files(tokenizer: CodecTokenizer) -> dict[str, bytes]:
+    """What other tools read of a tokenizer: its model file and the files it carries."""
+    return {tokenizer.codec.file_name: tokenizer.codec.data, **tokenizer.carried}
+
+
+def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
+    """Write files into a folder, each whole or not at all, and remove the stale ones.
+
+    Raises:
+        MaxlmError: the folder cannot be written.
+    """
     within = folder if folder.exists() else folder.parent
     part = within / f".tokenizer.part.{os.getpid()}"
     # Left by a killed process of this id: in containers ids repeat.
@@ -115,7 +176,7 @@ def save_tokenizer(tokenizer: CodecTokenizer, folder: Path) -> None:
         else:
             for name in contents:
                 (part / name).replace(folder / name)
-            for name in {*_MODEL_FILES} - {*contents}:
+            for name in stale:
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise MaxlmError(
@@ -127,7 +188,12 @@ def save_tokenizer(tokenizer: CodecTokenizer, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+        MaxlmError: it is missing or cannot be read.
+    """
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

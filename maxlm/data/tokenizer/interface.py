@@ -7,10 +7,12 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Lossless text <-> ids.
+    """Text <-> ids.
 
     Two promises hold for every text, of any bytes: ``decode_bytes(encode(text))`` is the text, and
-    no id in ``special_tokens`` is among ``encode(text)`` unless ``allow_special`` was set.
+    no id in ``special_tokens`` is among ``encode(text)`` unless ``allow_special`` was set. The
+    first one is ``lossless``: every tokenizer that maxlm trained keeps it, one imported from
+    Hugging Face only if its own rules do (``HuggingFaceModel`` says what each sort returns).
     """
 
     @property
@@ -19,8 +21,19 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def lossless(self) -> bool:
+        """Whether every text comes back. False: a normaliser may have changed it for good."""
+        ...
+
+    @property
     def bos_id(self) -> int:
         """The id that opens a document; may equal ``eos_id``."""
+        ...
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What to put before a document or a prompt: ``(bos_id,)``, or nothing for an imported
+        tokenizer that does not do so itself (GPT-2, Qwen, SmolLM2)."""
         ...
 
     @property
@@ -35,7 +48,11 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Every special token's literal and id, in order of id."""
+        """Every special token's literal and id, in order of id.
+
+        Not those that an imported tokenizer gives to ordinary text: the unknown character's, and
+        any that is a single character.
+        """
         ...
 
     @property
@@ -47,6 +64,7 @@ class Tokenizer(Protocol):
         """The ids of one text. No bos or eos is added.
 
         Bytes need not be valid UTF-8, and a lone surrogate in a str stands for its three bytes.
+        An imported tokenizer may have no ids for stray bytes: it reads U+FFFD instead.
 
         Args:
             text: what to encode.
@@ -59,7 +77,7 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
         """``encode`` of each text, all the library's threads at work.
 
-        Ids come as lists because both libraries hand out lists: an array would cost a second copy.
+        Ids come as lists because the libraries hand out lists: an array would cost a second copy.
         """
         ...
 
@@ -71,8 +89,12 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
         """The exact bytes of ids; special tokens as their literals.
+
+        Args:
+            continued: the ids go on after others. It matters to imported tokenizers that put a
+                space before a text and take it away again: it is the text's, if in the midst.
 
         Raises:
             MaxlmError: an id outside [0, vocab_size).

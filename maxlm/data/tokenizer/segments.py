@@ -1,6 +1,6 @@
 """Cutting a text into what a tokenizer library encodes faithfully and what it would mangle.
 
-Both libraries take valid Unicode only, and SentencePiece confuses U+2581 with a space. Those
+The libraries take valid Unicode only, and SentencePiece confuses U+2581 with a space. Those
 stretches become ``bytes`` segments, which turn into byte tokens one for one without passing
 through the library; everything else stays a ``str`` segment. Long ones are cut further where no
 token can straddle the cut, so that one huge document still uses every core and bounded memory.
@@ -41,6 +41,12 @@ def cut_long(text: str, limit: int, cut: re.Pattern[str]) -> Iterator[str]:
         start = found.end()
     if start < len(text):
         yield text[start:]
+
+
+def valid_text(text: str | bytes) -> str:
+    """The text with U+FFFD for whatever is not valid UTF-8."""
+    valid, clean = _to_str(text)
+    return valid if clean else valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _to_str(text: str | bytes) -> tuple[str, bool]:

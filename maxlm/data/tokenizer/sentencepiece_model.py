@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.segments import cut_long
 
@@ -25,7 +26,7 @@ _TRAINING_THREADS = 16
 _UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
 
 
-class SentencePieceModel:
+class SentencePieceModel(Codec):
     """A trained tokenizer.model as a ``Codec``."""
 
     file_name = "tokenizer.model"
@@ -55,6 +56,16 @@ class SentencePieceModel:
 
     def content(self) -> bytes:
         return self.data
+
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens that no text gives, by id."""
+        ids = range(self._model.get_piece_size())
+        return {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
+
+    def is_unigram(self) -> bool:
+        """Whether pieces have probabilities; BPE's have ranks."""
+        scores = map(self._model.get_score, range(self._model.get_piece_size()))
+        return any(score != int(score) for score in scores)
 
     def _bytes_of(self, i: int) -> bytes:
         piece: str = self._model.id_to_piece(i)

@@ -1,16 +1,32 @@
 """Whole models.
 
 An architecture is a config that builds its module. The rest of maxlm asks the config for
-``build``, ``position_limit``, ``attention_flops``, ``cache_shape``, ``shrunk`` and the sizes
-``vocab_size``, ``d_model`` and ``max_seq_len``; the module for a call as the decoder's,
-``unembedding``, ``logits``, ``rules``, ``dtype`` and ``config``. To add one that decodes, write
-both in a file here and join them to the two names below; pydantic tells configs apart by their
-``architecture``.
+``build``, ``position_limit``, ``attention_flops``, ``shrunk``, ``parts`` and sizes; the module for
+a call, ``head_of``, ``logits``, ``rules``, ``dtype`` and ``config``; one that decodes for
+``cache_shapes`` and ``cached`` too. To add one, write both in a file here and join them to the two
+names below; pydantic tells configs apart by their ``architecture``.
 """
 
+from typing import Annotated
+
+from pydantic import Field
+
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.encoder import Encoder, EncoderConfig
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
-ModelConfig = DecoderConfig
-Model = Decoder
+ModelConfig = Annotated[
+    DecoderConfig | EncoderConfig | EncoderDecoderConfig, Field(discriminator="architecture")
+]
+Model = Decoder | Encoder | EncoderDecoder
 
-__all__ = ["Decoder", "DecoderConfig", "Model", "ModelConfig"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "Model",
+    "ModelConfig",
+]

@@ -4,16 +4,33 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import Linear, apply_together, residual_std
-from maxlm.models.layers.positions import Rotary, rotate
+from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
+
+
+class LatentConfig(Config):
+    """Latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1): keys and values of all heads come
+    from one narrow vector a token, which is all that generation keeps. ``head_dim`` is then of
+    queries and keys: a part without positions, and the last ``rotary_dim`` with."""
+
+    q_rank: int | None = Field(default=None, gt=0)
+    """Width that queries are squeezed through; null: they are not."""
+    kv_rank: int = Field(gt=0)
+    """Width of the vector that keys and values come from."""
+    rotary_dim: int = Field(gt=0)
+    """Dimensions of a head that RoPE turns; their keys are shared by all heads."""
+    value_dim: int = Field(gt=0)
+    """Size of a value head."""
 
 
 class AttentionConfig(Config):
@@ -24,10 +41,21 @@ class AttentionConfig(Config):
     (smaller caches, a little less quality)."""
     head_dim: int = Field(gt=0)
     bias: bool = False
-    """Offsets on all four projections (GPT-2)."""
+    """Offsets on the projections to queries, keys and values (GPT-2, Qwen2)."""
+    out_bias: bool | None = None
+    """On the one back; null: as ``bias``."""
     window: int | None = Field(default=None, gt=0)
     """How many tokens a token sees: itself and the window − 1 before it (Mistral's sliding window);
     cost then grows with the window, not the sequence. null: all before it."""
+    scale: float | None = Field(default=None, gt=0)
+    """Factor on q·k; null: head_dim^−0.5."""
+    soft_cap: float | None = Field(default=None, gt=0)
+    """Scores become cap·tanh(score / cap) (Gemma 2, Grok-1)."""
+    qk_norm: bool = False
+    """Normalise each query and key head, by the model's kind of norm (Qwen3, Gemma 3)."""
+    clip: float | None = Field(default=None, gt=0)
+    """Cut queries, keys and values off at ± this (DBRX)."""
+    latent: LatentConfig | None = None
 
     @model_validator(mode="after")
     def _heads_divide(self):
@@ -36,14 +64,60 @@ class AttentionConfig(Config):
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
                 fix="let every kv head serve as many query heads as the others",
             )
+        if self.latent is None:
+            return self
+        if self.num_kv_heads != self.num_heads:
+            raise MaxlmError(
+                f"latent attention with num_kv_heads={self.num_kv_heads} of {self.num_heads} heads",
+                fix="every query head has its own keys there: set it to num_heads",
+            )
+        if self.latent.rotary_dim >= self.head_dim:
+            raise MaxlmError(
+                f"latent.rotary_dim={self.latent.rotary_dim} of head_dim={self.head_dim}",
+                fix="leave some dimensions without positions",
+            )
+        if self.qk_norm or self.clip:
+            raise MaxlmError("latent attention with qk_norm or clip", fix="leave them out")
         return self
+
+    @property
+    def has_out_bias(self) -> bool:
+        return self.bias if self.out_bias is None else self.out_bias
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value head."""
+        return self.latent.value_dim if self.latent else self.head_dim
 
 
 class KVCache(NamedTuple):
-    """Keys and values of one layer, [B, T, K, H]; slot t holds position t."""
+    """Keys and values of one layer, [B, T, K, H]; slot t holds position t. Of latent attention,
+    the shared rotary keys [B, T, 1, R] and the vectors [B, T, 1, kv_rank]."""
 
     key: jax.Array
     value: jax.Array
+
+
+Cache = dict[str, KVCache]
+"""Of each stack of layers by name, with a leading layer axis."""
+
+
+class Seen(NamedTuple):
+    """What a layer's attention is told of its tokens."""
+
+    positions: jax.Array
+    """int [B, S]; with a cache, the slots these tokens are written to."""
+    segment_ids: jax.Array | None
+    """int [B, S], 0 for padding; None: all one segment."""
+    rotary: Rotary | None
+    slopes: jax.Array | None
+    """fp32 [N], of ALiBi."""
+    biases: jax.Array | None
+    """fp32 [N, 2R+1], learnt, by distance."""
+    scale: float
+    """Factor on q·k."""
+    window: int | None
+    causal: bool
 
 
 class Attention(nnx.Module):
@@ -52,6 +126,7 @@ class Attention(nnx.Module):
     def __init__(
         self,
         config: AttentionConfig,
+        norm: NormConfig,
         d_model: int,
         num_layers: int,
         init_std: float,
@@ -60,51 +135,108 @@ class Attention(nnx.Module):
         dtype: Any,
         parallel: ParallelConfig,
     ):
-        self.rules, self.window, self.parallel = rules, config.window, parallel
+        self.config, self.rules, self.parallel = config, rules, parallel
         outer = {"embed": d_model}
         queries = {"heads": config.num_heads, "head_dim": config.head_dim}
         keys = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
-        self.query = Linear(outer, queries, std=init_std, **kw)
-        self.key = Linear(outer, keys, std=init_std, **kw)
-        self.value = Linear(outer, keys, std=init_std, **kw)
-        self.out = Linear(queries, outer, std=residual_std(init_std, num_layers), **kw)
+        own: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        kw = {"bias": config.bias, "std": init_std, **own}
+        self.query = Linear(outer, queries, **kw)
+        self.key = Linear(outer, keys, **kw)
+        self.value = Linear(outer, keys, **kw)
+        self.query_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
+        self.key_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
+        std = residual_std(init_std, num_layers)
+        self.out = Linear(queries, outer, **kw | {"bias": config.has_out_bias, "std": std})
 
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        rotary: Rotary | None,
-        cache: KVCache | None = None,
+        self, x: jax.Array, seen: Seen, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Causal self-attention; a sequence split over devices stands in the order of
+        """Self-attention; a sequence split over devices stands in the order of
         ``maxlm.parallel.context.sequence_order``.
 
         Args:
             x: [B, S, D].
-            positions: int [B, S]; with a cache, the slots these tokens are written to.
-            segment_ids: int [B, S], 0 for padding; None: all one segment.
             cache: keys and values of earlier tokens; the returned one holds these too.
 
         Returns:
             [B, S, D], and the cache (None if none was given).
         """
-        q, k, v = apply_together(x, self.query, self.key, self.value)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = self._clipped(*apply_together(x, self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if seen.rotary is not None:
+            q, k = rotate(q, seen.rotary), rotate(k, seen.rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-        attend = partial(sharded_attention, rules=self.rules, window=self.window)
+        attend = attention_of(self.config, seen, self.rules)
         if cache is None:
-            segments = None if segment_ids is None else (segment_ids, segment_ids)
-            own = self.parallel
-            y = attend(
-                q, k, v, segment_ids=segments, method=own.context, balanced=own.balance_sequence
-            )
+            y = attend(q, k, v, **among_themselves(seen, self.parallel))
         else:
-            new = KVCache(k, v)
-            write = partial(write_slots, positions=positions, rules=self.rules)
-            cache = KVCache(*map(write, cache, new))
+            cache = written(cache, KVCache(k, v), seen.positions, self.rules)
             # Slots not yet written lie after every query, so the causal mask hides them too.
-            y = attend(q, cache.key, cache.value, q_positions=positions)
+            y = attend(q, cache.key, cache.value, q_positions=seen.positions)
         return self.out(y, seq="residual"), cache
+
+    def across(
+        self, x: jax.Array, memory: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None
+    ) -> jax.Array:
+        """Cross-attention: every token sees all of ``memory`` in its segment, without positions.
+
+        Args:
+            x: [B, S, D].
+            memory: [B, T, D], what an encoder made of the input.
+            segment_ids: int [B, S] and [B, T].
+
+        Returns:
+            [B, S, D].
+        """
+        q = self.query(x)
+        k, v = apply_together(memory, self.key, self.value)
+        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        y = sharded_attention(
+            q,
+            k,
+            v,
+            rules=self.rules,
+            causal=False,
+            scale=self.config.scale,
+            soft_cap=self.config.soft_cap,
+            segment_ids=segment_ids,
+        )
+        return self.out(y, seq="residual")
+
+    def _clipped(self, *heads: jax.Array) -> tuple[jax.Array, ...]:
+        clip = self.config.clip
+        return heads if clip is None else tuple(jnp.clip(a, -clip, clip) for a in heads)
+
+
+def attention_of(config: AttentionConfig, seen: Seen, rules: AxisRules) -> Any:
+    """The attention of a layer, with all that does not depend on how keys are held."""
+    return partial(
+        sharded_attention,
+        rules=rules,
+        causal=seen.causal,
+        window=seen.window,
+        scale=seen.scale,
+        soft_cap=config.soft_cap,
+        slopes=seen.slopes,
+        biases=seen.biases,
+    )
+
+
+def among_themselves(seen: Seen, parallel: ParallelConfig) -> dict[str, Any]:
+    """Options of tokens that attend to each other, without a cache."""
+    segments = None if seen.segment_ids is None else (seen.segment_ids, seen.segment_ids)
+    return {
+        "segment_ids": segments,
+        "method": parallel.context,
+        "balanced": parallel.balance_sequence,
+    }
+
+
+def written(cache: KVCache, new: KVCache, positions: jax.Array, rules: AxisRules) -> KVCache:
+    """The cache with new tokens in their slots."""
+    return KVCache(
+        write_slots(cache.key, new.key, positions, rules=rules),
+        write_slots(cache.value, new.value, positions, rules=rules),
+    )

@@ -20,10 +20,13 @@ ACTIVATIONS = {
 }
 
 
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+
+
 class MlpConfig(Config):
     d_ff: int = Field(gt=0)
     """Width of the hidden layer."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     """Multiply the activated projection by a second, linear one: silu + gated is SwiGLU (Shazeer
     2020, eq. 6). A third matrix: d_ff is usually 2/3 of the ungated width for equal parameters."""

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import residual_std
-from maxlm.models.layers.mlp import ACTIVATIONS, Mlp, MlpConfig
+from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
 from maxlm.models.params import compute_view, declare, spec_of, truncated_normal, weight
 from maxlm.parallel import dispatch, experts
 from maxlm.parallel import local as shards
@@ -28,7 +28,7 @@ class MoeConfig(Config):
     """Routed experts that serve a token (k)."""
     d_ff: int = Field(gt=0)
     """Width of one expert's hidden layer."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "silu"
+    activation: Activation = "silu"
     gated: bool = True
     """As of a dense layer: silu + gated is SwiGLU."""
     shared_experts: int = Field(default=0, ge=0)

@@ -8,6 +8,7 @@ from flax import nnx
 from pydantic import Field
 
 from maxlm.config import Config
+from maxlm.models.dtypes import precise
 from maxlm.models.params import compute_view, declare
 from maxlm.models.remat import recomputed
 from maxlm.sharding import AxisRules
@@ -19,6 +20,8 @@ class NormConfig(Config):
     eps: float = Field(default=1e-5, gt=0)
     bias: bool = False
     """Add a learned offset (GPT-2's LayerNorm does)."""
+    zero_centred: bool = False
+    """Multiply by 1 + scale, with a scale that starts at 0 (Gemma)."""
 
 
 class Norm(nnx.Module):
@@ -27,24 +30,26 @@ class Norm(nnx.Module):
     def __init__(self, config: NormConfig, size: int, *, rules: AxisRules, dtype: Any):
         self.config, self.rules, self.dtype = config, rules, dtype
         # The scale is whole on every device: a few kilobytes that every residual element needs.
-        self.scale = declare((size,), (None,), jax.nn.initializers.ones, "vector")
+        start = jax.nn.initializers.zeros if config.zero_centred else jax.nn.initializers.ones
+        self.scale = declare((size,), (None,), start, "vector")
         self.bias = (
             declare((size,), (None,), jax.nn.initializers.zeros, "vector") if config.bias else None
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] → the same shape in the compute dtype."""
-        scale = compute_view(self.scale, self.rules, jnp.float32)
-        bias = compute_view(self.bias, self.rules, jnp.float32) if self.bias is not None else None
+        dtype = precise(self.dtype)
+        scale = compute_view(self.scale, self.rules, dtype)
+        bias = compute_view(self.bias, self.rules, dtype) if self.bias is not None else None
         return recomputed(self._normalise)(x, scale, bias)
 
     def _normalise(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
-        x32 = x.astype(jnp.float32)
+        x = x.astype(scale.dtype)
         if self.config.kind == "layernorm":
-            x32 -= jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        y = x32 * jax.lax.rsqrt(variance + self.config.eps)
-        y *= scale
+            x -= jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(variance + self.config.eps)
+        y *= 1 + scale if self.config.zero_centred else scale
         if bias is not None:
             y += bias
         return y.astype(self.dtype)

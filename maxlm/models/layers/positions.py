@@ -1,58 +1,94 @@
-"""How a model knows where a token stands."""
+"""How a model knows where a token stands; what of it is rotary is in ``rope.py``."""
 
-from typing import Literal, NamedTuple
+from math import floor, log2
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
 from maxlm.config import Config
+from maxlm.models.layers.rope import Scaling
 
 
 class PositionsConfig(Config):
-    kind: Literal["rope", "learned", "none"] = "rope"
-    """rope rotates queries and keys by their position; learned adds a table of max_seq_len rows
-    to the embedding, and cannot go past it; none leaves order to the causal mask."""
+    kind: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = "rope"
+    """rope turns queries and keys by their position; learned adds a table of max_seq_len rows to
+    the embedding, and cannot go past it; sinusoidal adds fixed waves; alibi takes from each score
+    in proportion to distance; relative adds a learnt bias by distance to each score; none leaves
+    order to the causal mask."""
     theta: float = Field(default=10_000.0, gt=0)
     """RoPE's base: the longest wavelength is about 2π·theta tokens."""
+    rotary_dim: int | None = Field(default=None, gt=0)
+    """How many of a head's dimensions RoPE turns, the first ones; null: all."""
+    scaling: Scaling | None = None
+    """How RoPE is stretched past the length a model was trained at."""
+    offset: int = Field(default=0, ge=0)
+    """Rows before position 0's in a learnt table (BART has 2)."""
+    max_bias: float = Field(default=8.0, gt=0)
+    """ALiBi's smallest slope is 2^−max_bias."""
+    buckets: int = Field(default=32, gt=3)
+    """relative: learnt values a head, shared by distances that are alike."""
+    max_distance: int = Field(default=128, gt=1)
+    """relative: distances from here on are alike."""
+
+    @model_validator(mode="after")
+    def _pairs(self):
+        if self.rotary_dim is not None and self.rotary_dim % 2:
+            raise ValueError(f"rope turns pairs of dimensions: rotary_dim={self.rotary_dim} is odd")
+        return self
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of every position's angles, fp32 [B, S, 1, H/2]."""
+def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
+    """float32 [N] (Press et al. 2022, arXiv 2108.12409, §3): 2^(−max_bias·i/n), i = 1..n, for n
+    heads, a power of two; further heads take every other slope of twice as many."""
+    n = 2 ** floor(log2(num_heads))
+    slopes = 2.0 ** (-max_bias * np.arange(1, n + 1) / n)
+    between = 2.0 ** (-max_bias * np.arange(1, 2 * n, 2) / (2 * n))
+    return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
 
-    cos: jax.Array
-    sin: jax.Array
 
-
-def rotary(positions: jax.Array, head_dim: int, theta: float) -> Rotary:
-    """Angles of rotary embeddings (Su et al. 2021, eq. 15): θ_i = theta^(−2i/H).
+def sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
+    """fp32 [..., D]: sin and cos of position / 10000^(2i/D) by turns (Vaswani et al. 2017, §3.5).
 
     Args:
-        positions: int [B, S].
+        positions: int [...].
     """
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return Rotary(jnp.cos(angle), jnp.sin(angle))
+    rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
+    angle = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
+    waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return waves.reshape(*positions.shape, -1)[..., :d_model]
 
 
-@jax.custom_vjp
-def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotate x [B, S, N, H]; dimension i pairs with i + H/2 (the layout of published weights).
-    Differentiable in x."""
-    # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
-    x = lax.optimization_barrier(x)
-    a, b = (half.astype(jnp.float32) for half in jnp.split(x, 2, axis=-1))
-    turned = (a * rotary.cos - b * rotary.sin, b * rotary.cos + a * rotary.sin)
-    return jnp.concatenate([half.astype(x.dtype) for half in turned], axis=-1)
+def relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
+    """The bucket of each distance key − query from −max_distance to max_distance, int
+    [2·max_distance + 1] (Raffel et al. 2020, arXiv 1910.10683, §2.1, and its published code).
+
+    Half of the buckets are for one distance each, the others grow with its logarithm. Without
+    ``causal`` keys before and after the query have half of them each.
+    """
+    reach, buckets = config.max_distance, config.buckets
+    distance = np.arange(-reach, reach + 1)
+    side = np.zeros_like(distance)
+    if causal:
+        behind = np.maximum(-distance, 0)
+    else:
+        buckets //= 2
+        side = np.where(distance > 0, buckets, 0)
+        behind = np.abs(distance)
+    exact = buckets // 2
+    # In fp32, as where weights were trained: a distance on a border must fall on the same side.
+    ratio = np.log(np.maximum(behind, 1).astype(np.float32) / np.float32(exact))
+    far = exact + (ratio / np.float32(np.log(reach / exact)) * np.float32(buckets - exact)).astype(
+        int
+    )
+    return side + np.where(behind < exact, behind, np.minimum(far, buckets - 1))
 
 
-def _rotate_forward(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, Rotary]:
-    return rotate(x, rotary), rotary
-
-
-def _rotate_backward(rotary: Rotary, d_y: jax.Array) -> tuple[jax.Array, None]:
-    return rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
+def relative_biases(table: Any, config: PositionsConfig, *, causal: bool) -> Any:
+    """[N, 2·max_distance + 1], by distance, from the learnt table [buckets, N]; differentiable."""
+    at = relative_buckets(config, causal=causal)
+    onehot = np.eye(config.buckets, dtype=np.float32)[at]
+    # A product and not a gather: its gradient is one too, and exact, as a row has one 1.
+    return jnp.einsum("rb,bn->nr", onehot, table, precision=jax.lax.Precision.HIGHEST)

@@ -52,6 +52,27 @@ def test_documents_come_back_exactly(reference, folder, texts):
     assert load_tokenizer(store.tokenizer_folder).fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.parametrize(("name", "opens"), [("smollm2", False), ("llama2", True)])
+def test_documents_open_as_an_imported_tokenizer_says(tmp_path, folder, texts, capfd, name, opens):
+    from maxlm.data.tokenizer import import_tokenizer
+    from tests.data.tokenizer.foreign import write_checkpoint
+
+    tokenizer = import_tokenizer(write_checkpoint(tmp_path / name, name))
+    tokenizer.save(tmp_path / "tokenizer")
+    source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
+    manifest = build_store(source, tmp_path / "tokenizer", tmp_path / "store", workers=1)
+    store = TokenStore.open(tmp_path / "store")
+    assert manifest.bos_id == (tokenizer.bos_id if opens else None)
+    for index in range(0, len(texts), 50):
+        ids = tokenizer.encode(texts[index])
+        assert store.text_tokens(index).tolist() == ids
+        assert store.document(index).tolist() == [*tokenizer.opening, *ids, tokenizer.eos_id]
+        assert main(["corpus", "show", str(store.path), str(index)]) == 0
+        assert capfd.readouterr().out == texts[index]
+    store.verify()
+    assert load_tokenizer(store.tokenizer_folder).opening == tokenizer.opening
+
+
 def test_number_of_workers_does_not_change_the_store(tmp_path, reference, folder, folder_bytes):
     source = SourceConfig(documents=(str(folder / "corpus.jsonl"),))
     stages = []

@@ -134,8 +134,9 @@ def test_metadata_of_another_shape(folder):
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "kind": "wordpiece"}))
     assert message(folder) == (
-        f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe' or "
-        "'sentencepiece_unigram'); copy it again from a good tokenizer, or train it again"
+        f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe', "
+        "'sentencepiece_unigram' or 'huggingface'); "
+        "copy it again from a good tokenizer, or train it again"
     )
     path.write_text(json.dumps({**data, "format": 7}))
     assert message(folder) == (

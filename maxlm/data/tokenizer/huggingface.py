@@ -1,0 +1,232 @@
+"""Someone else's tokenizer: the tokenizer.json of a Hugging Face checkpoint.
+
+Ids are the `tokenizers` library's own. A document is never cut: a foreign pre-tokeniser or
+normaliser may look past any character (GPT-2's pattern takes a line end together with the
+indentation after it, Metaspace marks the first word of whatever it is given), so no place is safe
+in all of them. One huge document therefore uses one core; batches use all.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from maxlm.data.tokenizer.bpe import byte_alphabet
+from maxlm.data.tokenizer.codec import Codec
+from maxlm.data.tokenizer.pieces import decoder_steps, flatten, prepends, spell
+
+
+class HuggingFaceModel(Codec):
+    """A tokenizer.json as a ``Codec``.
+
+    What comes back of a text depends on the file. Byte-level BPE with all 256 bytes and no
+    normaliser (GPT-2, Llama 3) is lossless, for any bytes; without some of them (SmolLM2) the
+    library drops the characters that need them; with a normaliser (Qwen: NFC) a text comes back
+    normalised. SentencePiece-like BPE with byte fallback (Llama 2, Mistral, Gemma) returns all
+    valid text but U+2581, which comes back as a space, and, with Metaspace, one leading space.
+    Unigram with Metaspace (T5) changes runs of spaces and rare characters. WordPiece (BERT) is
+    approximate: its normaliser drops case and accents, its decoder guesses where spaces were.
+
+    Args:
+        data: the file.
+        special: literals of special tokens, those too that the file does not mark as such.
+
+    Raises:
+        MaxlmError: a decoder that needs the whole text.
+        Exception: the library cannot read the file.
+    """
+
+    file_name = "tokenizer.json"
+    reserved = ""
+    cut = re.compile(r"(?!)")  # Never.
+    finds_special = True
+
+    def __init__(self, data: bytes, special: Iterable[str] = ()):
+        self.data = data
+        self._special = tuple(special)
+        self._library = _open(data, self._special)
+        self._library.encode_special_tokens = True
+        spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **json.loads(data)}
+        self._content = _digest(spec)
+        self.has_post_processor = spec.get("post_processor") is not None
+        vocab = self._library.get_vocab(with_added_tokens=False)
+        added = self._library.get_added_tokens_decoder()
+        tokens = _tokens(self._library)
+        self._steps = decoder_steps(spec["decoder"])
+        # A token that the model does not know is no piece of its alphabet, but plain text.
+        self._spelled = [
+            token.encode() if i in added and vocab.get(token) != i else token
+            for i, token in enumerate(tokens)
+        ]
+        self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
+        byte_ids = _byte_ids(spec, vocab)
+        self.byte_ids = None if _changes_ends(spec) else byte_ids
+        self.lossless = self.byte_ids is not None and _keeps_text(spec)
+        ids = [self._library.token_to_id(literal) for literal in self._special]
+        self._special_ids = frozenset(i for i in ids if i is not None)
+        self._respelled = {
+            i: self._respell(tokens[i]) for i in self._special_ids if vocab.get(tokens[i]) == i
+        }
+        unknown = set() if byte_ids else _unknown_ids(spec, vocab)
+        found = unknown.union(*self._respelled.values())
+        self.ordinary = self._special_ids & found
+        self._forbidden = self._special_ids - found
+
+    def __reduce__(self):
+        return HuggingFaceModel, (self.data, self._special)
+
+    def encode_segments(self, segments: list[str]) -> list[list[int]]:
+        encoded = _encode(self._library, segments)
+        for n, ids in enumerate(encoded):
+            # The library looks for no special token, but the model may have one as a piece.
+            if not self._forbidden.isdisjoint(ids):
+                parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
+                encoded[n] = [i for part in parts for i in part]
+        return encoded
+
+    def encode_marked(self, segments: list[str]) -> list[list[int]]:
+        return _encode(self._marked, segments)
+
+    def first_bytes(self, i: int) -> bytes:
+        return self._bytes_of(i, first=True)
+
+    def content(self) -> bytes:
+        return self._content
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """All that are marked as special, in the file or by ``special``, in order of id."""
+        added = self._library.get_added_tokens_decoder()
+        return {token.content: i for i, token in sorted(added.items()) if token.special}
+
+    def token(self, i: int) -> str | None:
+        """The token with this id, if there is one."""
+        return self._library.id_to_token(i)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._library.get_vocab(with_added_tokens=True)
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """What the library itself puts before and after a text when asked for special tokens."""
+        encoding = self._marked.encode("a")
+        ordinary = [i for i, mark in enumerate(encoding.special_tokens_mask) if not mark]
+        if not ordinary:
+            return [], []
+        return encoding.ids[: ordinary[0]], encoding.ids[ordinary[-1] + 1 :]
+
+    @cached_property
+    def _marked(self):
+        """The library with eyes for special tokens: it has one switch for all threads."""
+        return _open(self.data, self._special)
+
+    def _bytes_of(self, i: int, *, first: bool) -> bytes:
+        token = self._spelled[i]
+        return spell(self._steps, token, first=first) if token else b""
+
+    def _respell(self, token: str) -> list[int]:
+        """Ids of a piece's characters without special ones, as far as the vocabulary has them."""
+        ids = [piece.id for piece in self._library.model.tokenize(token)]
+        if len(token) < 2 or self._special_ids.isdisjoint(ids):
+            return ids
+        return self._respell(token[:1]) + self._respell(token[1:])
+
+
+def _open(data: bytes, special: Iterable[str]):
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    # Settings of some training run that such files carry along.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    marked = []
+    for literal in special:
+        old = added.get(literal)
+        if old is None:
+            marked.append(AddedToken(literal, special=True, normalized=False))
+        elif not old.special:
+            names = ("single_word", "lstrip", "rstrip", "normalized")
+            marked.append(
+                AddedToken(literal, special=True, **{name: getattr(old, name) for name in names})
+            )
+    tokenizer.add_special_tokens(marked)
+    return tokenizer
+
+
+def _encode(tokenizer: Any, segments: list[str]) -> list[list[int]]:
+    # As for ByteLevelBPE: no thread pool for one text.
+    if len(segments) == 1:
+        return [tokenizer.encode(segments[0], add_special_tokens=False).ids]
+    encodings = tokenizer.encode_batch_fast(segments, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def _tokens(tokenizer: Any) -> list[str]:
+    """Every token by id; of ids between them that are none the empty one."""
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return [tokenizer.id_to_token(i) or "" for i in range(size)]
+
+
+def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
+    """The id of each byte, if all 256 have one that decodes to it."""
+    kinds = {part["type"] for part in flatten(spec["decoder"])}
+    if "ByteLevel" in kinds:
+        names = byte_alphabet()
+    elif "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
+        names = [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        return None
+    ids = [vocab[name] for name in names if name in vocab]
+    return ids if len(ids) == 256 else None
+
+
+def _changes_ends(spec: dict[str, Any]) -> bool:
+    """Whether a text is given something at its ends, or loses it there: pieces of a text would be
+    too."""
+    for part in flatten(spec["normalizer"]) + flatten(spec["pre_tokenizer"]):
+        match part:
+            case {"type": "Prepend" | "Strip"}:
+                return True
+            case {"type": "Metaspace"} if prepends(part):
+                return True
+            case {"type": "ByteLevel"} if part.get("add_prefix_space", True):
+                return True
+    return False
+
+
+def _keeps_text(spec: dict[str, Any]) -> bool:
+    """Whether all that is between a text and its bytes' ids can be undone."""
+    model = spec["model"]
+    pre = flatten(spec["pre_tokenizer"])
+    known = {"ByteLevel", "Digits", "Split", "Punctuation"}
+    return (
+        spec["normalizer"] is None
+        and {part["type"] for part in flatten(spec["decoder"])} == {"ByteLevel"}
+        and "merges" in model
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and any(part["type"] == "ByteLevel" for part in pre)
+        and all(part["type"] in known and part.get("behavior") != "Removed" for part in pre)
+        and not any(
+            (token["lstrip"] or token["rstrip"]) and not token["special"]
+            for token in spec["added_tokens"]
+        )
+    )
+
+
+def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> set[int]:
+    """The id that characters outside the vocabulary become, if there is one."""
+    model = spec["model"]
+    found = model.get("unk_id"), vocab.get(model.get("unk_token"))
+    return {i for i in found if i is not None}
+
+
+def _digest(spec: dict[str, Any]) -> bytes:
+    parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+    content = json.dumps({part: spec[part] for part in parts}, sort_keys=True)
+    return hashlib.sha256(content.encode()).digest()

@@ -1,0 +1,181 @@
+"""Arrays of checkpoints, read and written slice by slice in bounded memory (TensorStore, zarr3).
+
+A slice is what belongs to one layer (and one expert). It lies in files of its own of at most
+``FILE_BYTES``, each cut into tiles that are compressed apart: whoever restores one device's share
+of it, along whichever axis, reads and decodes little else.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+
+FILE_BYTES = 16 << 20
+TILE_BYTES = 1 << 20
+_WRITING = "free some space or rights, run again"
+_OPEN = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+
+Shape = tuple[int, ...]
+Box = tuple[slice, ...]
+T = TypeVar("T")
+
+
+class Array:
+    """A stored array; :func:`create` or :func:`open_array` makes it."""
+
+    def __init__(self, store: Any, where: str):
+        self._store, self._where = store, where
+        self.shape: Shape = tuple(store.shape)
+        self.dtype: np.dtype = store.dtype.numpy_dtype
+        self.file_shape: Shape = tuple(store.chunk_layout.write_chunk.shape or ())
+        self.tile_shape: Shape = tuple(store.chunk_layout.read_chunk.shape or ())
+        """What can only be decoded together."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, index: Shape = ()) -> np.ndarray:
+        """The slice at some leading indices.
+
+        Raises:
+            MaxlmError: it is damaged.
+        """
+        values = np.empty(self.shape[len(index) :], self.dtype)
+        here = self._store[index] if index else self._store
+        with _Explained(self._where):
+            parts = boxes(values.shape, self.file_shape[len(index) :])
+            begun = ((box, here[box].read()) for box in parts)
+            for box, reading in _few_at_once(begun, values.nbytes):
+                values[box] = reading.result()
+        return values
+
+    def read_box(self, box: Box) -> np.ndarray:
+        """Any part; decodes all tiles that it touches at once."""
+        with _Explained(self._where):
+            return self._store[box].read().result()
+
+    def write(self, index: Shape, values: np.ndarray) -> None:
+        """The slice at some leading indices; returns when it is on disk.
+
+        Raises:
+            MaxlmError: the disk is full or cannot be written.
+        """
+        assert values.shape == self.shape[len(index) :]
+        here = self._store[index] if index else self._store
+        with _Explained(self._where, _WRITING):
+            parts = boxes(values.shape, self.file_shape[len(index) :])
+            begun = (here[box].write(values[box]) for box in parts)
+            for writing in _few_at_once(begun, values.nbytes):
+                writing.result()
+
+
+def boxes(shape: Shape, step: Shape) -> Iterator[Box]:
+    """The parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
+    axes = [range(0, size, width) for size, width in zip(shape, step, strict=True)]
+    for starts in product(*axes):
+        corners = zip(starts, step, shape, strict=True)
+        yield tuple(slice(start, min(start + width, size)) for start, width, size in corners)
+
+
+def create(folder: Path, shape: Shape, lead: int) -> Array:
+    """A new fp32 array, to be written whole, in slices at ``lead`` leading indices.
+
+    Raises:
+        MaxlmError: the folder cannot be written.
+    """
+    tile, file = chunking(shape[lead:])
+    tile, file = (1,) * lead + tile, (1,) * lead + file
+    codecs = [
+        {"name": "bytes", "configuration": {"endian": "little"}},
+        {"name": "zstd", "configuration": {"level": 1}},
+    ]
+    index_codecs = [codecs[0], {"name": "crc32c"}]
+    sharding = {"chunk_shape": tile, "codecs": codecs, "index_codecs": index_codecs}
+    metadata = {
+        "shape": shape,
+        "data_type": "float32",
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": file}},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    store = {"driver": "file", "path": f"{folder.resolve()}/"}
+    with _Explained(str(folder), _WRITING):
+        return Array(_open(store, {"metadata": metadata, "create": True}), str(folder))
+
+
+def open_array(folder: Path, name: str) -> Array:
+    """An array of the state of a checkpoint, whether one file holds many arrays (OCDBT) or not.
+
+    Raises:
+        MaxlmError: it is missing or damaged.
+    """
+    store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+    if (folder / "manifest.ocdbt").exists():
+        store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    else:
+        store["path"] += f"{name}/"
+    where = str(folder / name)
+    with _Explained(where):
+        return Array(_open(store, {}), where)
+
+
+def chunking(shape: Shape) -> tuple[Shape, Shape]:
+    """Shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
+    tile = _halved(shape, TILE_BYTES // 4)
+    counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
+    counts = _halved(counts, FILE_BYTES // 4 // math.prod(tile))
+    return tile, tuple(width * count for width, count in zip(tile, counts, strict=True))
+
+
+def _halved(shape: Sequence[int], most: int) -> Shape:
+    """``shape``, its longest side halved until it holds no more than ``most``."""
+    sides = [max(1, side) for side in shape]
+    while math.prod(sides) > max(1, most):
+        longest = sides.index(max(sides))
+        sides[longest] = -(-sides[longest] // 2)
+    return tuple(sides)
+
+
+def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
+    import tensorstore as ts
+
+    # TensorStore would keep no decoded tiles anyway, but read as many files at once as it can.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+    spec = {"driver": "zarr3", "kvstore": store}
+    return ts.open(spec | _OPEN | options, context=context).result()
+
+
+def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
+    """What an iterator begins, in order and only so much ahead as an eighth of ``nbytes``.
+
+    TensorStore holds each file twice while it is on its way, as values and compressed.
+    """
+    at_once = max(1, min(nbytes // (8 * FILE_BYTES), os.cpu_count() or 1))
+    flight: deque[T] = deque()
+    for one in begun:
+        flight.append(one)
+        if len(flight) >= at_once:
+            yield flight.popleft()
+    yield from flight
+
+
+class _Explained:
+    """TensorStore fails in many ways: all become one kind of error, without its source lines."""
+
+    def __init__(self, where: str, fix: str = "check the disk, or use another checkpoint"):
+        self._where, self._fix = where, fix
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, (ValueError, OSError, KeyError)):
+            reason = (str(error).split(" [")[0].splitlines() or [type(error).__name__])[0][:200]
+            what = f"array error: {reason}"
+            raise MaxlmError(what, where=self._where, fix=self._fix) from error

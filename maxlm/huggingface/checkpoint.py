@@ -1,0 +1,247 @@
+"""Checkpoints of parameters alone, written and read a slice at a time.
+
+What is written is what ``maxlm.train.checkpoint.Checkpointer`` restores: an Orbax checkpoint, each
+parameter under its canonical name in zarr3. Orbax itself saves whole arrays from devices, so its
+few JSON files are written here. What is read is any checkpoint that maxlm wrote.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface.arrays import Array, Shape, boxes, create, open_array
+from maxlm.huggingface.writer import PARTIAL
+
+ReadSlice = Callable[[Shape], np.ndarray]
+"""Leading indices → the slice there."""
+
+_TEMPORARY = ".orbax-checkpoint-tmp"  # Whoever opens the folder to train removes what ends so.
+_WHOLE_BYTES = 64 << 20
+_HANDLERS = {
+    "state": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
+    "metadata": "orbax.checkpoint._src.handlers.json_checkpoint_handler.JsonCheckpointHandler",
+}
+
+
+class CheckpointWriter:
+    """A checkpoint in the making; a context manager.
+
+    Nothing is made before the first :meth:`declare`; leaving without :meth:`commit` leaves
+    nothing behind.
+
+    Args:
+        folder: of checkpoints.
+        name: the part of a training state that is written.
+
+    Raises:
+        MaxlmError: there is a checkpoint of this step.
+    """
+
+    def __init__(self, folder: str | Path, *, step: int = 0, name: str = "params"):
+        self.folder, self.step, self._name = Path(folder).absolute(), step, name
+        self._final = self.folder / str(step)
+        self._partial = self.folder / f"{step}{_TEMPORARY}"
+        self._arrays: dict[str, Array] = {}
+        if self._final.exists():
+            fix = "choose another run folder"
+            raise MaxlmError(f"a checkpoint of step {step} exists", where=str(folder), fix=fix)
+
+    def declare(self, name: str, shape: Shape, lead: int = 0) -> None:
+        """Announce a parameter, which will be written in slices at ``lead`` leading indices.
+
+        Raises:
+            MaxlmError: the folder cannot be written.
+        """
+        if not self._arrays:
+            shutil.rmtree(self._partial, ignore_errors=True)  # of a writer that was killed
+        full = f"{self._name}.{name}"
+        self._arrays[name] = create(self._partial / "state" / full, shape, lead)
+
+    def write(self, name: str, index: Shape, values: np.ndarray) -> None:
+        """The fp32 slice of a parameter at some leading indices; returns when it is on disk.
+
+        Raises:
+            MaxlmError: the folder cannot be written.
+        """
+        assert values.dtype == np.float32, name
+        self._arrays[name].write(index, values)
+
+    def commit(self, metadata: Mapping[str, Any]) -> None:
+        """Complete the checkpoint; to be called once, when every slice is written.
+
+        Args:
+            metadata: JSON values; ``step`` and ``versions`` are added.
+
+        Raises:
+            MaxlmError: the folder cannot be written.
+        """
+        versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
+        metadata = {"step": self.step, "versions": versions, **metadata}
+        tree = {f"{self._name}.{name}": list(a.shape) for name, a in self._arrays.items()}
+        now = time.time_ns()
+        kind = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
+        times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
+        try:
+            _write_json(self._partial / "state" / "_METADATA", _state_metadata(tree))
+            _write_json(self._partial / "metadata" / "metadata", metadata)
+            _write_json(
+                self._partial / "_CHECKPOINT_METADATA", kind | times | {"custom_metadata": {}}
+            )
+            os.rename(self._partial, self._final)
+        except OSError as error:
+            what = f"a checkpoint was not written ({error.strerror or error})"
+            fix = "free some space or rights, run again"
+            raise MaxlmError(what, where=str(self.folder), fix=fix) from error
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._arrays:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+class CheckpointReader:
+    """The parameters of a saved checkpoint, by slices, on whatever mesh it was written.
+
+    Args:
+        folder: of checkpoints.
+        step: default, the newest.
+        name: the part of the state to read ("ema": the average of parameters).
+
+    Raises:
+        MaxlmError: no such checkpoint, a damaged one, or one without that part.
+    """
+
+    def __init__(self, folder: str | Path, step: int | None = None, *, name: str = "params"):
+        folder = Path(folder)
+        found = (path.parents[1].name for path in folder.glob("*/state/_METADATA"))
+        steps = sorted(int(number) for number in found if number.isdigit())
+        if step not in (None, *steps) or not steps:
+            what = "no checkpoint here" if not steps else f"no checkpoint of step {step}"
+            fix = f"use one of {', '.join(map(str, steps))}" if steps else "name a run that has one"
+            raise MaxlmError(what, where=str(folder), fix=fix)
+        self.step = steps[-1] if step is None else step
+        self.folder = folder / str(self.step)
+        self._prefix = f"{name}."
+        tree = _read_json(self.folder / "state" / "_METADATA", "tree_metadata")
+        keys = [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree.values()]
+        names = [key.removeprefix(self._prefix) for key in keys if key.startswith(self._prefix)]
+        if not names:
+            fix = "read another part of it"
+            raise MaxlmError(f"it holds no {name}", where=str(self.folder), fix=fix)
+        self.shapes = {name: self.open(name).shape for name in sorted(names)}
+        """Of all parameters, by canonical name."""
+
+    def metadata(self) -> dict[str, Any]:
+        """What was saved beside the state.
+
+        Raises:
+            MaxlmError: it is damaged.
+        """
+        return _read_json(self.folder / "metadata" / "metadata")
+
+    def open(self, name: str) -> Array:
+        """A parameter's array.
+
+        Raises:
+            MaxlmError: it is missing or damaged.
+        """
+        return open_array(self.folder / "state", self._prefix + name)
+
+    def read_slice(self, name: str, index: Shape = ()) -> np.ndarray:
+        """A parameter, or its slice at some leading indices (layer, expert), as it is stored.
+
+        What was stored with it, and can only be decoded with it, is read as well: to read all
+        slices of a parameter see :meth:`slices`.
+
+        Raises:
+            MaxlmError: it is damaged.
+        """
+        return self.open(name).read(index)
+
+    @contextmanager
+    def slices(self, name: str, lead: int, scratch: Path) -> Iterator[ReadSlice]:
+        """To read all slices of a parameter, at ``lead`` leading indices, one by one.
+
+        Training stores many layers in one compressed piece. Such a parameter is decoded once:
+        into memory if it is small, else into a file in the folder ``scratch``, then removed.
+
+        Raises:
+            MaxlmError: it is damaged, or ``scratch`` is full.
+        """
+        array = self.open(name)
+        if math.prod(array.tile_shape[:lead]) <= 1:
+            yield array.read
+        elif array.nbytes <= _WHOLE_BYTES:
+            whole = array.read()
+            yield lambda index: whole[index]
+        else:
+            with tempfile.NamedTemporaryFile(dir=scratch, suffix=PARTIAL) as file:
+                _unpack(array, lead, file.name)
+                # A map that is dropped after each slice holds no memory for longer.
+                yield lambda index: np.array(_mapped(array, file.name)[index])
+
+
+def _unpack(array: Array, lead: int, path: str) -> None:
+    try:
+        os.truncate(path, array.nbytes)
+        for box in boxes(array.shape, array.tile_shape):
+            values = array.read_box(box)
+            for at in np.ndindex(values.shape[:lead]):
+                there = tuple(part.start + i for part, i in zip(box, at, strict=False))
+                _mapped(array, path)[there + box[lead:]] = values[at]
+    except OSError as error:
+        what = f"no room to unpack {array.nbytes / 1e9:.1f} GB ({error.strerror or error})"
+        raise MaxlmError(what, where=str(Path(path).parent), fix="free some space") from error
+
+
+def _mapped(array: Array, path: str) -> np.ndarray:
+    return np.memmap(path, array.dtype, "r+", shape=array.shape)
+
+
+def _state_metadata(tree: Mapping[str, list[int]]) -> dict[str, Any]:
+    """Orbax's description of a flat dict of arrays."""
+    leaves = {
+        str((name,)): {
+            "key_metadata": [{"key": name, "key_type": 2}],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": shape,
+            },
+        }
+        for name, shape in tree.items()
+    }
+    return {
+        "tree_metadata": leaves,
+        "use_ocdbt": False,
+        "use_zarr3": True,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values), "utf-8")
+
+
+def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return values[key] if key else values
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"damaged checkpoint ({error})"
+        raise MaxlmError(what, where=str(path), fix="use another") from error

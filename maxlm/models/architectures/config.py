@@ -1,0 +1,250 @@
+"""The settings of a transformer: what decoders, encoders and both together have in common."""
+
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, MaxlmError
+from maxlm.models.blocks import Placement
+from maxlm.models.layers.attention import AttentionConfig
+from maxlm.models.layers.mlp import MlpConfig
+from maxlm.models.layers.moe import MoeConfig
+from maxlm.models.layers.norm import NormConfig
+from maxlm.models.layers.positions import PositionsConfig
+from maxlm.models.layers.rope import YarnScaling, yarn_mscale
+from maxlm.models.remat import RematPolicy
+
+
+class LayerKind(Config):
+    """How one layer of a pattern differs from the others."""
+
+    window: int | None = Field(default=None, gt=0)
+    """Of its attention, in place of ``attention.window``."""
+    positions: PositionsConfig | None = None
+    """In place of the model's."""
+
+
+class Part(NamedTuple):
+    """A run of layers whose parameters lie in one stack."""
+
+    name: str
+    depth: int
+    kinds: tuple[LayerKind, ...]
+    """Of its layers, by turns; ``depth`` is a multiple of their number."""
+    dense: bool
+    """Whether layers have ``mlp``, not ``moe``."""
+
+
+class TransformerConfig(Config):
+    """Layers between an embedding and an output head."""
+
+    vocab_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    d_model: int = Field(gt=0)
+    max_seq_len: int = Field(gt=0)
+    """Longest sequence the model is meant for; the rows of a learned position table."""
+    attention: AttentionConfig
+    mlp: MlpConfig | None = None
+    moe: MoeConfig | None = None
+    """A mixture of experts in place of ``mlp``."""
+    dense_layers: int = Field(default=0, ge=0)
+    """How many layers, the first ones, have ``mlp`` all the same (DeepSeek-V2 has one)."""
+    pattern: tuple[LayerKind, ...] = ()
+    """Kinds of layers by turns, such as five with a window and one without (Gemma 3); none: all
+    alike."""
+    norm: NormConfig = NormConfig()
+    placement: Placement = "pre"
+    """Where norms stand: pre (x + f(norm(x))), post (norm(x + f(x)): BERT), sandwich
+    (x + norm(f(norm(x))): Gemma 2), parallel (attention and MLP side by side, a norm each:
+    Falcon-40B) or parallel_shared (with one norm for both: Falcon-7B, Phi-2)."""
+    final_norm: bool = True
+    """Normalise the last layer's output."""
+    positions: PositionsConfig = PositionsConfig()
+    embedding_scale: float = Field(default=1.0, gt=0)
+    """Factor on token embeddings; Gemma has the root of d_model."""
+    embedding_norm: bool = False
+    """Normalise the embedding's sum (BLOOM, BERT)."""
+    tie_embeddings: bool = False
+    """Use the embedding table as the output head: fewer parameters, usual below a billion."""
+    head_bias: bool = False
+    """Offsets of the logits (Phi-2)."""
+    logit_scale: float = Field(default=1.0, gt=0)
+    """Factor on the logits, before the offsets (Grok-1)."""
+    logit_cap: float | None = Field(default=None, gt=0)
+    """Logits become cap·tanh(logit / cap) (Gemma 2)."""
+    init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of initial weights (truncated normal)."""
+    remat: RematPolicy = "full"
+    """What the backward pass keeps: none (all but norms and activations, most memory), matmuls,
+    mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
+
+    @model_validator(mode="after")
+    def _mlp_or_moe(self) -> Self:
+        if self.mlp is None and self.moe is None:
+            raise MaxlmError("neither mlp nor moe", fix="give one of them")
+        if self.mlp is not None and self.moe is not None and not self.dense_layers:
+            raise MaxlmError(
+                "both mlp and moe", fix="set one of them to null, or dense_layers above 0"
+            )
+        if self.dense_layers and (self.mlp is None or self.moe is None):
+            raise MaxlmError(
+                f"dense_layers={self.dense_layers} stand before layers with experts",
+                fix="give both mlp and moe, or set it to 0",
+            )
+        if self.dense_layers >= self.num_layers:
+            raise MaxlmError(
+                f"dense_layers={self.dense_layers} of num_layers={self.num_layers}",
+                fix="leave some layers for the experts, or set moe to null",
+            )
+        if self.dense_layers and self.pattern:
+            raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _positions_fit(self) -> Self:
+        for kind in self.kinds:
+            self._check_positions(kind.positions or self.positions)
+        scheme = self.positions.kind
+        if any(kind.positions and kind.positions.kind != scheme for kind in self.pattern):
+            raise MaxlmError(
+                f"a pattern of other positions than {scheme}",
+                where="pattern",
+                fix="let all layers have one kind",
+            )
+        return self
+
+    def _check_positions(self, positions: PositionsConfig) -> None:
+        latent, head = self.attention.latent, self.attention.head_dim
+        if latent is not None:
+            if positions.kind != "rope":
+                raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
+            return
+        if positions.kind == "rope" and (positions.rotary_dim or head) % 2:
+            raise ValueError(f"rope needs an even head_dim, not {head}")
+        if (positions.rotary_dim or 0) > head:
+            raise MaxlmError(
+                f"positions.rotary_dim={positions.rotary_dim} of attention.head_dim={head}",
+                fix="turn at most all dimensions",
+            )
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """What layers are, by turns; at least one."""
+        return self.pattern or (LayerKind(window=self.attention.window),)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The stacks of layers, first to last. What a pattern leaves over at the end has its own,
+        so that each is whole periods."""
+        depth, dense = self.num_layers - self.dense_layers, self.moe is None
+        first = [Part("first_layers", self.dense_layers, self.kinds, True)]
+        kinds = self.kinds[:depth]
+        rest = depth % len(kinds)
+        main = Part("layers", depth - rest, kinds, dense)
+        last = Part("last_layers", rest, kinds[:rest], dense)
+        return tuple(part for part in (*first, main, last) if part.depth)
+
+    def place_of(self, layer: int) -> tuple[str, int]:
+        """The stack of a layer, and its index there."""
+        for part in self.parts:
+            if layer < part.depth:
+                return part.name, layer
+            layer -= part.depth
+        raise IndexError(layer)
+
+    def score_scale(self, kind: LayerKind) -> float:
+        """Factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
+        scale = self.attention.scale or self.attention.head_dim**-0.5
+        scaling = (kind.positions or self.positions).scaling
+        if self.attention.latent and isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
+            scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+        return scale
+
+    @property
+    def position_limit(self) -> int | None:
+        """Positions it can be run at; None: any, if not equally well past ``max_seq_len``."""
+        return self.max_seq_len if self.positions.kind == "learned" else None
+
+    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """[L, B, T, K, H] of the keys that generation keeps and of the values, by stack."""
+        attention = self.attention
+        if latent := attention.latent:
+            sizes = (1, latent.rotary_dim), (1, latent.kv_rank)
+        else:
+            sizes = ((attention.num_kv_heads, attention.head_dim),) * 2
+        return {
+            part.name: tuple((part.depth, batch, length, *size) for size in sizes)
+            for part in self.parts
+        }
+
+    def attention_flops(self, seq_len: int) -> float:
+        """Forward FLOPs a token of attention's two products, masked pairs included:
+        2 N (H + Hv) S L."""
+        attention = self.attention
+        width = attention.num_heads * (attention.head_dim + attention.value_dim)
+        return 2.0 * self.num_layers * width * seq_len
+
+    @property
+    def expert_share(self) -> float:
+        """The share of a layer's routed experts that a token meets; 1 without experts."""
+        return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
+
+    def shrunk(self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int) -> Self:
+        """A small model of the same structure: the ratio of query to kv heads stays (up to 8), so
+        do that of the FFN to the width, the kinds of layers (each once), ties, biases, norms,
+        positions, gating and remat.
+
+        Args:
+            vocab_size, num_layers: upper bounds.
+            head_dim, seq_len: the new sizes.
+        """
+        attention = self.attention
+        group = min(attention.num_heads // attention.num_kv_heads, 8)
+        kv_heads = 1 if attention.num_kv_heads == 1 else 2
+        d_model = group * kv_heads * head_dim
+        heads: dict[str, Any] = {
+            "num_heads": group * kv_heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+        }
+        if latent := attention.latent:
+            ranks = {"q_rank": latent.q_rank and head_dim, "kv_rank": head_dim}
+            sizes = {"rotary_dim": head_dim // 2, "value_dim": head_dim}
+            heads["latent"] = latent.model_copy(update={**ranks, **sizes})
+
+        def narrowed(layer: Any) -> Any:
+            if layer is None:
+                return None
+            d_ff = max(1, round(layer.d_ff / self.d_model * d_model / 8)) * 8
+            return layer.model_copy(update={"d_ff": d_ff})
+
+        def turned(positions: PositionsConfig | None) -> PositionsConfig | None:
+            if positions is None or positions.rotary_dim is None:
+                return positions
+            share = positions.rotary_dim / attention.head_dim
+            size = max(2, round(share * head_dim / 2) * 2)
+            return positions.model_copy(update={"rotary_dim": size})
+
+        pattern = tuple(
+            kind.model_copy(
+                update={
+                    "window": kind.window and max(2, seq_len // 4),
+                    "positions": turned(kind.positions),
+                }
+            )
+            for kind in dict.fromkeys(self.pattern)
+        )
+        return self.model_copy(
+            update={
+                "vocab_size": min(self.vocab_size, vocab_size),
+                "num_layers": min(self.num_layers, num_layers),
+                "d_model": d_model,
+                "max_seq_len": seq_len,
+                "attention": attention.model_copy(update=heads),
+                "mlp": narrowed(self.mlp),
+                "moe": narrowed(self.moe),
+                "dense_layers": min(self.dense_layers, 1),
+                "pattern": pattern,
+                "positions": turned(self.positions),
+            }
+        )

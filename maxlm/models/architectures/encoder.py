@@ -1,0 +1,97 @@
+"""Encoders: every token sees every other one of its segment (BERT)."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic import Field, model_validator
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.aux import Aux
+from maxlm.models.layers.embedding import Embedding
+from maxlm.models.layers.linear import Linear
+from maxlm.models.layers.mlp import ACTIVATIONS, Activation
+from maxlm.models.layers.norm import Norm
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
+
+
+class EncoderConfig(TransformerConfig):
+    """A bidirectional encoder with a head that names masked tokens."""
+
+    architecture: Literal["encoder"] = "encoder"
+    token_types: int = Field(default=0, ge=0)
+    """Rows of a table that tells apart the texts of a pair; 0: there is none."""
+    head_activation: Activation | None = None
+    """Of a layer of the head's own before the logits, with a norm behind it; null: none."""
+
+    @model_validator(mode="after")
+    def _sees_both_ways(self):
+        if any(kind.window is not None for kind in self.kinds):
+            raise MaxlmError("windows look back; an encoder sees both ways", fix="set it to null")
+        return self
+
+    def build(
+        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
+    ) -> "Encoder":
+        """The model; see :class:`Encoder`."""
+        return Encoder(self, rules=rules, dtype=dtype, parallel=parallel)
+
+
+class HeadLayer(nnx.Module):
+    """``norm(activation(x · kernel + bias))`` (Devlin et al. 2019, published code)."""
+
+    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any):
+        assert config.head_activation is not None
+        self.activation = config.head_activation
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        size = config.d_model
+        self.dense = Linear({"embed": size}, {"latent": size}, bias=True, std=config.init_std, **kw)
+        self.norm = Norm(config.norm, size, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., S, D] → the same."""
+        return self.norm(ACTIVATIONS[self.activation](self.dense(x, seq="residual")))
+
+
+class Encoder(Transformer):
+    """Tokens to hidden states of all of them."""
+
+    config: EncoderConfig
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig = ParallelConfig(),
+    ):
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        super().__init__(config, parallel=parallel, causal=False, **kw)
+        rows = (None, config.token_types, config.d_model, config.init_std)
+        self.types = Embedding(*rows, **kw) if config.token_types else None
+        self.head_layer = HeadLayer(config, **kw) if config.head_activation else None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        types: jax.Array | None = None,
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states as the head wants them; see :class:`Transformer`.
+
+        Args:
+            types: int like tokens, the text of a pair that each is of; None: the first.
+        """
+        run = self.between or self.run_layers
+        x = self.embedding(tokens)
+        if self.types is not None:
+            x += self.types(jnp.zeros_like(tokens) if types is None else types)
+        x, aux = run(self.entered(x, positions), (positions, segment_ids))
+        x = self.finished(x)
+        return (x if self.head_layer is None else self.head_layer(x)), aux

@@ -1,0 +1,96 @@
+"""Encoder and decoder: the one reads the input, the other writes the output and looks back at what
+the first made of it (T5, BART)."""
+
+from typing import Any, Literal
+
+import jax
+from pydantic import Field, model_validator
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.architectures.trunk import Trunk
+from maxlm.models.aux import Aux
+from maxlm.models.blocks import Memory
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
+
+Tokens = tuple[jax.Array, jax.Array, jax.Array | None]
+"""Token ids, positions and segment ids, int [B, S]."""
+
+
+class EncoderDecoderConfig(TransformerConfig):
+    """Two trunks alike but for their depth; ``num_layers`` is the decoder's."""
+
+    architecture: Literal["encoder_decoder"] = "encoder_decoder"
+    encoder_layers: int = Field(gt=0)
+    """Layers of the encoder."""
+
+    @model_validator(mode="after")
+    def _plain(self):
+        if self.pattern or any(kind.window for kind in self.kinds) or self.dense_layers:
+            raise MaxlmError(
+                "an encoder and a decoder with windows, a pattern or dense_layers",
+                fix="leave them out; such layers are for decoders alone",
+            )
+        return self
+
+    @property
+    def encoder(self) -> TransformerConfig:
+        """The encoder by itself."""
+        return self.model_copy(update={"num_layers": self.encoder_layers})
+
+    def build(
+        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
+    ) -> "EncoderDecoder":
+        """The model; see :class:`EncoderDecoder`."""
+        return EncoderDecoder(self, rules=rules, dtype=dtype, parallel=parallel)
+
+    def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
+        """See :meth:`TransformerConfig.shrunk`."""
+        small = super().shrunk(**sizes)
+        return small.model_copy(
+            update={"encoder_layers": min(self.encoder_layers, sizes["num_layers"])}
+        )
+
+
+class EncoderDecoder(Transformer):
+    """The decoder with its table and head, and an encoder that shares the table."""
+
+    config: EncoderDecoderConfig
+
+    def __init__(
+        self,
+        config: EncoderDecoderConfig,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig = ParallelConfig(),
+    ):
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype, "parallel": parallel}
+        super().__init__(config, crossing=True, **kw)
+        self.encoder = Trunk(config.encoder, causal=False, **kw)
+
+    def encoded(self, inputs: Tokens) -> tuple[Memory, Aux]:
+        """What the encoder makes of the input."""
+        tokens, positions, segment_ids = inputs
+        x = self.encoder.entered(self.embedding(tokens), positions)
+        x, aux = self.encoder.run_layers(x, (positions, segment_ids))
+        return Memory(self.encoder.finished(x), segment_ids), aux
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        inputs: Tokens,
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states of the output's tokens; see :class:`Transformer`.
+
+        Args:
+            inputs: of the encoder; segments of equal number belong together.
+        """
+        memory, aux = self.encoded(inputs)
+        x, more = self.run_layers(self.embed(tokens, positions), (positions, segment_ids), memory)
+        return self.finished(x), aux.plus(more)

@@ -1,0 +1,151 @@
+"""A trunk with a table of tokens and an output head: what maxlm calls a model."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import reshard
+
+from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.trunk import LayersFunction, Trunk
+from maxlm.models.aux import Aux
+from maxlm.models.blocks import Block, Memory, scan_cached
+from maxlm.models.dtypes import precise
+from maxlm.models.layers.attention import Cache, KVCache, Seen
+from maxlm.models.layers.embedding import Embedding
+from maxlm.models.layers.linear import Linear
+from maxlm.models.params import Weight, declare, weight
+from maxlm.parallel.config import ParallelConfig
+from maxlm.parallel.local import spec_of
+from maxlm.sharding import AxisRules
+
+
+class Head(NamedTuple):
+    """Logits are cap·tanh((hidden · kernel + bias) / cap)."""
+
+    hidden: jax.Array
+    """[..., S, D]."""
+    kernel: Weight
+    """[D, V], in the compute dtype."""
+    bias: jax.Array | None
+    """fp32 [V], as it is stored."""
+    cap: float | None
+
+
+class Transformer(Trunk):
+    """Tokens to hidden states to logits.
+
+    Args:
+        rules: compute layout of parameters and activations.
+        dtype: compute dtype; parameters are fp32.
+        causal, crossing: see :class:`~maxlm.models.architectures.trunk.Trunk`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig = ParallelConfig(),
+        causal: bool = True,
+        crossing: bool = False,
+    ):
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        super().__init__(config, parallel=parallel, causal=causal, crossing=crossing, **kw)
+        D, std, vocab = config.d_model, config.init_std, config.vocab_size
+        self.embedding = Embedding("vocab", vocab, D, std, **kw)
+        own = {"bias": False, "std": std, "role": "table", **kw}
+        tied = config.tie_embeddings
+        self.head = None if tied else Linear({"embed": D}, {"vocab": vocab}, **own)
+        zeros = jax.nn.initializers.zeros
+        offsets = config.head_bias
+        self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
+        self.between: LayersFunction | None = None
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states after the final norm; for training, differentiable in reverse mode.
+
+        Args:
+            tokens: int [B, S]; on pipeline stages [M, B, S], M micro-batches.
+            positions: likewise, restarting at 0 with each segment.
+            segment_ids: likewise, 0 for padding; None: each row is one segment.
+
+        Returns:
+            [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
+        """
+        run = self.between or self.run_layers
+        x, aux = run(self.embed(tokens, positions), (positions, segment_ids))
+        return self.finished(x), aux
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """The first layer's input."""
+        if tokens.ndim == 3:  # outside the layers, stages are one more data axis
+            split = self.rules.spec("layers", "batch", "seq")
+            tokens, positions = reshard(tokens, split), reshard(positions, split)
+        return self.entered(self.embedding(tokens), positions)
+
+    def cached(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: Cache,
+        memory: Memory | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """For inference: hidden states of tokens that come after those in the cache.
+
+        Args:
+            tokens, positions: int [B, S].
+            cache: see inference/cache.py.
+            memory: an encoder's output, if there is one.
+
+        Returns:
+            [B, S, D], and the cache with these tokens in it.
+        """
+
+        def layer(seen: Seen, block: Block, x: jax.Array, cache: KVCache):
+            x, kept, _ = block(x, seen, cache, memory)
+            return x, kept
+
+        x, written = self.embed(tokens, positions), {}
+        for part in self.config.parts:
+            bodies = [partial(layer, seen) for seen in self.seen_by_kind(part, positions)]
+            stacked = self.parts[part.name]
+            x, written[part.name] = scan_cached(stacked, bodies, x, cache[part.name])
+        return self.finished(x), written
+
+    def unembedding(self) -> Weight:
+        """The output head [D, V] in the compute dtype."""
+        if self.head is not None:
+            return weight(self.head.kernel, self.rules, self.dtype)
+        table = weight(self.embedding.table, self.rules, self.dtype)
+        whole = None if table.whole is None else table.whole.T
+        return Weight(table.value.T, table.used[::-1], whole)
+
+    def head_of(self, hidden: jax.Array) -> "Head":
+        """How hidden states become logits; training fuses that with the loss."""
+        scale, bias = self.config.logit_scale, None
+        if scale != 1:
+            hidden = hidden * jnp.asarray(scale, hidden.dtype)
+        if self.head_bias is not None:
+            bias = weight(self.head_bias, self.rules, precise(self.dtype)).value
+        return Head(hidden, self.unembedding(), bias, self.config.logit_cap)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
+        head, dtype = self.head_of(hidden), precise(self.dtype)
+        logits = jnp.einsum(
+            "bsd,dv->bsv",
+            head.hidden,
+            reshard(head.kernel.value, spec_of(head.kernel.used)),
+            preferred_element_type=dtype,
+            out_sharding=self.rules.spec("batch", "seq", "vocab"),
+        )
+        if head.bias is not None:
+            logits += reshard(head.bias, self.rules.spec("vocab"))
+        if head.cap is not None:
+            logits = head.cap * jnp.tanh(logits / head.cap)
+        return reshard(logits, self.rules.spec("batch", "seq", None))

@@ -1,0 +1,185 @@
+"""Layers one after the other, with what stands before the first and after the last."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maxlm.models.architectures.config import LayerKind, Part, TransformerConfig
+from maxlm.models.aux import Aux
+from maxlm.models.blocks import Block, BlockConfig, Memory, scan_blocks
+from maxlm.models.layers.attention import Seen
+from maxlm.models.layers.embedding import Embedding
+from maxlm.models.layers.norm import Norm
+from maxlm.models.layers.positions import alibi_slopes, relative_biases, sinusoids
+from maxlm.models.layers.rope import Rotary, rotary
+from maxlm.models.params import Params, compute_view, declare, stack, truncated_normal, values
+from maxlm.parallel.config import ParallelConfig, Schedule
+from maxlm.parallel.pipeline import pipeline
+from maxlm.sharding import AxisRules
+
+Where = tuple[jax.Array, jax.Array | None]
+"""Positions and segment ids."""
+LayersFunction = Callable[[jax.Array, Where], tuple[jax.Array, Aux]]
+
+
+class Shared(NamedTuple):
+    """What all layers read, and have a gradient for."""
+
+    biases: jax.Array | None
+    """fp32 [N, 2R+1]: what scores gain by distance, where the model learns that."""
+    memory: Memory | None
+    """An encoder's output."""
+
+
+class Trunk(nnx.Module):
+    """A transformer without its table of tokens and its head.
+
+    Args:
+        causal: whether tokens see those before them alone.
+        crossing: whether layers look at an encoder's output as well.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig,
+        causal: bool = True,
+        crossing: bool = False,
+    ):
+        self.config, self.rules, self.dtype, self.parallel = config, rules, dtype, parallel
+        self.causal = causal
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        D, std, positions = config.d_model, config.init_std, config.positions
+        rows = config.max_seq_len + positions.offset
+        learned = positions.kind == "learned"
+        self.positions = Embedding(None, rows, D, std, **kw) if learned else None
+        self.embedding_norm = Norm(config.norm, D, **kw) if config.embedding_norm else None
+        shape = (positions.buckets, config.attention.num_heads)
+        biases: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
+        relative = positions.kind == "relative"
+        self.relative = declare(shape, (None, "heads"), **biases) if relative else None
+        for part in config.parts:
+            mlp = config.mlp if part.dense else config.moe
+            assert mlp is not None
+            sizes = (config.placement, D, config.num_layers, std, crossing)
+            layer = BlockConfig(config.attention, mlp, config.norm, *sizes)
+            block = Block(layer, parallel=parallel, **kw)
+            groups = self.layer_groups if part.name == "layers" else 1
+            setattr(self, part.name, stack(block, part.depth, groups))
+        self.final_norm = Norm(config.norm, D, **kw) if config.final_norm else None
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """How layers are pipelined over stages; None: they are not."""
+        return self.parallel.schedule if self.rules.layers else None
+
+    @property
+    def layer_groups(self) -> int:
+        """Groups of layers a pipeline stage holds."""
+        return self.parallel.layer_groups if self.schedule == "circular" else 1
+
+    @property
+    def parts(self) -> dict[str, Block]:
+        """The stacks of layers by name."""
+        return {part.name: getattr(self, part.name) for part in self.config.parts}
+
+    def entered(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embeddings of tokens [..., S, D] as the first layer's input."""
+        config = self.config
+        if config.embedding_scale != 1:
+            x *= jnp.asarray(config.embedding_scale, x.dtype)
+        if self.positions is not None:
+            x += self.positions(positions + config.positions.offset)
+        if config.positions.kind == "sinusoidal":
+            x += sinusoids(positions, config.d_model).astype(x.dtype)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def finished(self, x: jax.Array) -> jax.Array:
+        """The last layer's output, normalised."""
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def run_layers(
+        self, x: jax.Array, where: Where, memory: Memory | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """All layers, one after the other or in a pipeline; differentiable in reverse mode."""
+        if self.schedule is not None:
+            return pipeline(
+                self.stage,
+                values(self.parts["layers"]),
+                x,
+                where,
+                micro_batches=x.shape[0],
+                groups=self.layer_groups,
+            )
+        total = Aux()
+        for part in self.config.parts:
+            x, aux = self._run(part, values(self.parts[part.name]), x, where, memory)
+            total = total.plus(aux)
+        return x, total
+
+    def stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
+        """Some layers of a pipeline.
+
+        Args:
+            layers: the parameters of ``layers``, or a part of them along the layer axis.
+            x: [B, S, D].
+            where: positions and segment ids [B, S].
+        """
+        part = next(part for part in self.config.parts if part.name == "layers")
+        return self._run(part, layers, x, where, None)
+
+    def _run(
+        self, part: Part, layers: Params, x: jax.Array, where: Where, memory: Memory | None
+    ) -> tuple[jax.Array, Aux]:
+        def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Shared):
+            seen = self._seen(part.kinds[number], context[number], shared.biases)
+            x, _, aux = block(x, seen, memory=shared.memory)
+            return x, aux
+
+        bodies = [partial(layer, number) for number in range(len(part.kinds))]
+        context, shared = self._contexts(part, where), Shared(self.biases(), memory)
+        how: Any = {"dtype": self.dtype, "remat": self.config.remat}
+        return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
+
+    def seen_by_kind(self, part: Part, positions: jax.Array) -> Iterator[Seen]:
+        """For inference: what layers are told of tokens at these positions."""
+        biases = self.biases()
+        for kind, context in zip(part.kinds, self._contexts(part, (positions, None)), strict=True):
+            yield self._seen(kind, context, biases)
+
+    def _contexts(self, part: Part, where: Where) -> tuple[Any, ...]:
+        """For each kind of layer, positions, segment ids and angles."""
+        turns = {kind.positions: self.rotary(kind, where[0]) for kind in part.kinds}
+        return tuple((*where, turns[kind.positions]) for kind in part.kinds)
+
+    def _seen(self, kind: LayerKind, context: Any, biases: Any) -> Seen:
+        slopes, config = None, self.config
+        if config.positions.kind == "alibi":
+            heads = config.attention.num_heads
+            slopes = jnp.asarray(alibi_slopes(heads, config.positions.max_bias))
+        scale = config.score_scale(kind)
+        positions, segment_ids, turns = context
+        return Seen(positions, segment_ids, turns, slopes, biases, scale, kind.window, self.causal)
+
+    def rotary(self, kind: LayerKind, positions: jax.Array) -> Rotary | None:
+        """The angles of positions, where the model turns queries and keys."""
+        own, attention = kind.positions or self.config.positions, self.config.attention
+        if own.kind != "rope":
+            return None
+        size = own.rotary_dim or attention.head_dim
+        size = attention.latent.rotary_dim if attention.latent else size
+        return rotary(positions, size, own.theta, own.scaling)
+
+    def biases(self) -> jax.Array | None:
+        """See :class:`Shared`."""
+        if self.relative is None:
+            return None
+        table = compute_view(self.relative, self.rules, jnp.float32)
+        return relative_biases(table, self.config.positions, causal=self.causal)

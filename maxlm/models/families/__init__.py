@@ -1,0 +1,76 @@
+"""Families of published models, one file each: its configuration and its names, both ways.
+
+To add one, write its file and name it in :data:`FAMILIES`.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.models.families import (
+    bart,
+    bert,
+    bloom,
+    dbrx,
+    deepseek,
+    falcon,
+    gemma,
+    gpt2,
+    grok,
+    llama,
+    mixtral,
+    mpt,
+    phi,
+    qwen,
+    t5,
+)
+from maxlm.models.families.family import Family
+
+FAMILIES: Mapping[str, Family] = {
+    family.name: family
+    for family in (
+        gpt2.GPT2,
+        llama.LLAMA,
+        llama.MISTRAL,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        qwen.QWEN3_MOE,
+        gemma.GEMMA,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        falcon.FALCON,
+        phi.PHI,
+        phi.PHI3,
+        bloom.BLOOM,
+        mpt.MPT,
+        mixtral.MIXTRAL,
+        grok.GROK1,
+        dbrx.DBRX,
+        deepseek.DEEPSEEK_V2,
+        bert.BERT,
+        t5.T5,
+        bart.BART,
+    )
+}
+
+
+def family_of(values: Mapping[str, Any], where: str) -> Family:
+    """The family that a config.json is of.
+
+    Raises:
+        MaxlmError: none that maxlm knows.
+    """
+    names = values.get("architectures") or []
+    for family in FAMILIES.values():
+        known = {family.architecture, *family.other_architectures}
+        if known & {*names} or (not names and values.get("model_type") == family.model_type):
+            return family
+    named = ", ".join(names) or f"model_type={values.get('model_type')!r}"
+    known = [family.architecture for family in FAMILIES.values()]
+    near = get_close_matches(named, known, n=1, cutoff=0.8)
+    raise MaxlmError(
+        f"no family with the architecture {named}",
+        where=where,
+        fix=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}",
+    )

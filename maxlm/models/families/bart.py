@@ -1,0 +1,138 @@
+"""BART (Lewis et al. 2020, arXiv 1910.13461): encoder and decoder with norms behind each branch."""
+
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.gpt2 import activation, published_activation
+from maxlm.models.families.names import Table, linear, row, same
+from maxlm.models.families.reader import Reader
+
+SHORT = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))
+PARTS = (("weight", "kernel"), ("bias", "bias"))
+
+
+def _linear(theirs: str, ours: str) -> Table:
+    return {f"{theirs}.{x}": linear(f"{ours}.{y}") for x, y in PARTS}
+
+
+def _norm(theirs: str, ours: str) -> Table:
+    return {f"{theirs}.weight": same(f"{ours}.scale"), f"{theirs}.bias": same(f"{ours}.bias")}
+
+
+def _side(theirs: str, layer: str, trunk: str, block: str) -> Table:
+    """What encoder and decoder have in common.
+
+    Args:
+        trunk, block: prefixes of our parameters before the layers and within them.
+    """
+    at = f"{theirs}.layers.{{{layer}}}"
+    found: dict[str, Any] = {
+        f"{theirs}.embed_positions.weight": same(f"{trunk}positions.table"),
+        **_norm(f"{theirs}.layernorm_embedding", f"{trunk}embedding_norm"),
+        **_norm(f"{at}.self_attn_layer_norm", f"{block}attention_norm"),
+        **_linear(f"{at}.fc1", f"{block}mlp.up"),
+        **_linear(f"{at}.fc2", f"{block}mlp.down"),
+        **_norm(f"{at}.final_layer_norm", f"{block}mlp_norm"),
+    }
+    for name, own in SHORT:
+        found |= _linear(f"{at}.self_attn.{name}", f"{block}attention.{own}")
+    return found
+
+
+D = "model.decoder.layers.{layer}"
+TABLE: Table = {
+    "model.shared.weight": same(
+        "embedding.table",
+        "model.encoder.embed_tokens.weight",
+        "model.decoder.embed_tokens.weight",
+        "lm_head.weight",
+    ),
+    **_side("model.encoder", "encoder_layer", "encoder.", "encoder.layers."),
+    **_side("model.decoder", "layer", "", ""),
+    **{
+        name: rule
+        for theirs, own in SHORT
+        for name, rule in _linear(f"{D}.encoder_attn.{theirs}", f"cross.{own}").items()
+    },
+    **_norm(f"{D}.encoder_attn_layer_norm", "cross_norm"),
+    "final_logits_bias": row("head_bias"),
+}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    width, heads = reader.get("d_model"), reader.get("decoder_attention_heads")
+    reader.only("encoder_attention_heads", heads)
+    d_ff = reader.get("decoder_ffn_dim")
+    reader.only("encoder_ffn_dim", d_ff)
+    # Of early files, which had other placements besides.
+    reader.only("normalize_before", False)
+    reader.only("add_final_layer_norm", False)
+    reader.only("add_bias_logits", False)
+    reader.only("normalize_embedding", True)
+    reader.only("static_position_embeddings", False)
+    reader.only("extra_pos_embeddings", 2)
+    reader.get("num_hidden_layers", None)  # the encoder's once more
+    return {
+        "architecture": "encoder_decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("decoder_layers"),
+        "encoder_layers": reader.get("encoder_layers"),
+        "d_model": width,
+        "max_seq_len": reader.get("max_position_embeddings"),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": width // heads,
+            "bias": True,
+        },
+        "mlp": {
+            "d_ff": d_ff,
+            "activation": activation(reader, "activation_function", "gelu"),
+            "gated": False,
+            "bias": True,
+        },
+        "norm": {"kind": "layernorm", "eps": 1e-5, "bias": True},
+        "placement": "post",
+        "final_norm": False,
+        "positions": {"kind": "learned", "offset": 2},
+        "embedding_norm": True,
+        "embedding_scale": width**0.5 if reader.get("scale_embedding", False) else 1.0,
+        "tie_embeddings": reader.only("tie_word_embeddings", True),
+        "head_bias": True,
+    }
+
+
+def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
+    assert config.mlp is not None
+    if config.norm.eps != 1e-5:
+        raise MaxlmError(f"norm.eps={config.norm.eps}", fix="BART's published code has 1e-5 alone")
+    heads = config.attention.num_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "decoder_layers": config.num_layers,
+        "encoder_layers": config.encoder_layers,
+        "d_model": config.d_model,
+        "max_position_embeddings": config.max_seq_len,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": config.mlp.d_ff,
+        "decoder_ffn_dim": config.mlp.d_ff,
+        "activation_function": published_activation(config.mlp.activation),
+        "scale_embedding": config.embedding_scale != 1,
+        "init_std": config.init_std,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": True,
+    }
+
+
+BART = Family(
+    "bart",
+    "bart",
+    "BartForConditionalGeneration",
+    _read,
+    _write,
+    lambda config: TABLE,
+    other_architectures=["BartModel"],
+)

@@ -1,0 +1,129 @@
+"""DBRX (Databricks 2024): sixteen experts, four a token, LayerNorm without offsets, projections cut
+off at ± 8."""
+
+from typing import Any
+
+import numpy as np
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.mpt import NESTED
+from maxlm.models.families.names import Form, Piece, Rule, Table, head, linear, same
+from maxlm.models.families.reader import Reader
+
+B = "transformer.blocks.{layer}"
+QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
+
+
+def experts(ours: str, *, upright: bool) -> Rule:
+    """All experts' matrices, one above the other, each [d_ff, D].
+
+    Args:
+        upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].
+    """
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        (piece,) = pieces
+        e, *sides = piece.shape
+        d_ff, d = sides if upright else sides[::-1]
+
+        def split(whole: np.ndarray) -> list[np.ndarray]:
+            each = whole.reshape(e, d_ff, d)
+            return [each if upright else each.transpose(0, 2, 1)]
+
+        def join(parts: Any) -> np.ndarray:
+            (each,) = parts
+            return (each if upright else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
+
+        return Form((e * d_ff, d), split, join)
+
+    return Rule((ours,), form)
+
+
+TABLE: Table = {
+    "transformer.wte.weight": same("embedding.table"),
+    f"{B}.norm_attn_norm.norm_1.weight": same("attention_norm.scale"),
+    f"{B}.norm_attn_norm.attn.Wqkv.weight": linear(*QKV),
+    f"{B}.norm_attn_norm.attn.out_proj.weight": linear("attention.out.kernel"),
+    f"{B}.norm_attn_norm.norm_2.weight": same("mlp_norm.scale"),
+    f"{B}.ffn.router.layer.weight": linear("moe.router"),
+    f"{B}.ffn.experts.mlp.w1": experts("moe.gate", upright=False),
+    f"{B}.ffn.experts.mlp.v1": experts("moe.up", upright=False),
+    f"{B}.ffn.experts.mlp.w2": experts("moe.down", upright=True),
+    "transformer.norm_f.weight": same("final_norm.scale"),
+    "lm_head.weight": head("head.kernel"),
+}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    width, heads = reader.get("d_model"), reader.get("n_heads")
+    own, ffn = reader.inside("attn_config"), reader.inside("ffn_config")
+    reader.get("num_key_value_heads", None)  # once more
+    rope = reader.inside("rope_parameters")
+    rope.only("rope_type", "default")
+    theta = own.either("rope_theta", default=None) or rope.get("rope_theta", 10_000.0)
+    kv_heads, clip = own.get("kv_n_heads", 1), own.get("clip_qkv", None)
+    own.finish(*NESTED)
+    act = ffn.inside("ffn_act_fn")
+    k = ffn.get("moe_top_k")
+    ffn.only("moe_jitter_eps", None, 0, 0.01)  # noise, in training alone
+    ffn.only("moe_normalize_expert_weights", 1, 1.0)
+    moe = {
+        "num_experts": ffn.get("moe_num_experts"),
+        "experts_per_token": k,
+        "d_ff": ffn.get("ffn_hidden_size"),
+        "activation": act.only("name", "silu"),
+        "gated": True,
+        # Its shares of assignments sum to k, ours to 1.
+        "balance_loss": ffn.get("moe_loss_weight", 0.01) * k,
+    }
+    ffn.finish(*NESTED, "hidden_size", "uniform_expert_assignment")
+    return {
+        "architecture": "decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("n_layers"),
+        "d_model": width,
+        "max_seq_len": reader.get("max_seq_len"),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": width // heads,
+            "clip": clip,
+        },
+        "moe": moe,
+        "norm": {"kind": "layernorm", "eps": 1e-5},
+        "positions": {"kind": "rope", "theta": float(theta)},
+        "tie_embeddings": reader.only("tie_word_embeddings", False),
+    }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    moe, attention, theta = config.moe, config.attention, config.positions.theta
+    assert moe is not None
+    return {
+        "vocab_size": config.vocab_size,
+        "n_layers": config.num_layers,
+        "d_model": config.d_model,
+        "n_heads": attention.num_heads,
+        "max_seq_len": config.max_seq_len,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "attn_config": {
+            "kv_n_heads": attention.num_kv_heads,
+            "clip_qkv": attention.clip,
+            "rope_theta": theta,
+        },
+        "ffn_config": {
+            "hidden_size": config.d_model,
+            "ffn_hidden_size": moe.d_ff,
+            "ffn_act_fn": {"name": moe.activation},
+            "moe_num_experts": moe.num_experts,
+            "moe_top_k": moe.experts_per_token,
+            "moe_normalize_expert_weights": 1.0,
+            "moe_loss_weight": moe.balance_loss / moe.experts_per_token,
+        },
+    }
+
+
+DBRX = Family("dbrx", "dbrx", "DbrxForCausalLM", _read, _write, lambda config: TABLE)

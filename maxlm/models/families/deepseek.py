@@ -1,0 +1,198 @@
+"""DeepSeek-V2 and V2-Lite (DeepSeek-AI 2024, arXiv 2405.04434): latent attention, many small
+experts with shared ones beside them, a dense layer first."""
+
+from typing import Any
+
+import numpy as np
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families import llama, qwen
+from maxlm.models.families.family import Family
+from maxlm.models.families.names import Form, Piece, Rule, Table, linear, same
+from maxlm.models.families.reader import Reader
+from maxlm.models.families.rope import read_positions, write_positions
+
+A = "model.layers.{layer}.self_attn"
+S = "model.layers.{layer}.mlp.shared_experts"
+
+
+def _pairs(size: int) -> np.ndarray:
+    """Where each dimension that RoPE turns comes from: theirs pairs neighbours, ours halves."""
+    return np.arange(size).reshape(-1, 2).T.ravel()
+
+
+def turned(rule: Rule, rotary_dim: int, *, heads: bool) -> Rule:
+    """A map's rows with the last ``rotary_dim`` of each head, or of all, in the order that pairs
+    want."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        plain, last = rule.form(pieces), pieces[-1].shape[-1]
+        size = last if heads else plain.shape[0]
+        order = np.arange(size)
+        order[-rotary_dim:] = size - rotary_dim + _pairs(rotary_dim)
+        back = np.argsort(order)
+
+        def ordered(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+            return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+        return Form(
+            plain.shape,
+            lambda whole: plain.split(ordered(whole, order)),
+            lambda parts: ordered(plain.join(parts), back),
+        )
+
+    return Rule(rule.ours, form)
+
+
+def by_head(*ours: str) -> Rule:
+    """Several maps of one input, each head's rows of them together."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        inputs, heads = pieces[0].shape[0], pieces[0].shape[1]
+        sizes = [piece.shape[2] for piece in pieces]
+        stops = np.cumsum(sizes)
+
+        def split(whole: np.ndarray) -> list[np.ndarray]:
+            parts = np.split(whole.reshape(heads, -1, inputs), stops[:-1], axis=1)
+            return [part.transpose(2, 0, 1) for part in parts]
+
+        def join(parts: Any) -> np.ndarray:
+            rows = [part.transpose(1, 2, 0) for part in parts]
+            return np.concatenate(rows, axis=1).reshape(-1, inputs)
+
+        return Form((heads * int(stops[-1]), inputs), split, join)
+
+    return Rule(ours, form)
+
+
+def _table(config: DecoderConfig) -> Table:
+    latent = config.attention.latent
+    assert latent is not None
+    query = turned(linear("attention.query.kernel"), latent.rotary_dim, heads=True)
+    down = turned(
+        linear("attention.key_down.kernel", "attention.key_rotary.kernel"),
+        latent.rotary_dim,
+        heads=False,
+    )
+    bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
+    return {
+        **llama.OUTER,
+        **llama.NORMS,
+        **llama.MLP,
+        **qwen.EXPERTS,
+        f"{A}.q_proj.weight" if latent.q_rank is None else f"{A}.q_b_proj.weight": query,
+        f"{A}.q_a_proj.weight": linear("attention.query_down.kernel"),
+        f"{A}.q_a_proj.bias": linear("attention.query_down.bias"),
+        f"{A}.q_a_layernorm.weight": same("attention.query_norm.scale"),
+        f"{A}.kv_a_proj_with_mqa.weight": down,
+        f"{A}.kv_a_proj_with_mqa.bias": turned(bias, latent.rotary_dim, heads=False),
+        f"{A}.kv_a_layernorm.weight": same("attention.key_norm.scale"),
+        f"{A}.kv_b_proj.weight": by_head("attention.key_up.kernel", "attention.value_up.kernel"),
+        f"{A}.o_proj.weight": linear("attention.out.kernel"),
+        f"{A}.o_proj.bias": linear("attention.out.bias"),
+        f"{S}.gate_proj.weight": linear("moe.shared.gate.kernel"),
+        f"{S}.up_proj.weight": linear("moe.shared.up.kernel"),
+        f"{S}.down_proj.weight": linear("moe.shared.down.kernel"),
+    }
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    heads, rotary_dim = reader.get("num_attention_heads"), reader.get("qk_rope_head_dim")
+    reader.only("num_key_value_heads", heads)
+    reader.only("norm_topk_prob", False)  # the published code does not look at it
+    reader.only("scoring_func", "softmax")
+    reader.only("moe_layer_freq", 1)
+    reader.get("pretraining_tp", 1)
+    for derived in ("head_dim", "qk_head_dim", "ep_size", "seq_aux"):
+        reader.get(derived, None)
+    act, bias = reader.only("hidden_act", "silu"), reader.get("attention_bias", False)
+    limited = reader.only("topk_method", "greedy", "group_limited_greedy") != "greedy"
+    groups = {
+        "groups": reader.get("n_group", None),
+        "groups_per_token": reader.get("topk_group", None),
+    }
+    k = reader.get("num_experts_per_tok")
+    return {
+        "architecture": "decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("num_hidden_layers"),
+        "d_model": reader.get("hidden_size"),
+        "max_seq_len": reader.get("max_position_embeddings"),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": reader.get("qk_nope_head_dim") + rotary_dim,
+            "bias": bias,
+            "latent": {
+                "q_rank": reader.get("q_lora_rank", None),
+                "kv_rank": reader.get("kv_lora_rank"),
+                "rotary_dim": rotary_dim,
+                "value_dim": reader.get("v_head_dim"),
+            },
+        },
+        "mlp": {
+            "d_ff": reader.get("intermediate_size"),
+            "activation": act,
+            "bias": reader.only("mlp_bias", False),
+        },
+        "moe": {
+            "num_experts": reader.get("n_routed_experts"),
+            "experts_per_token": k,
+            "d_ff": reader.get("moe_intermediate_size"),
+            "activation": act,
+            "shared_experts": reader.get("n_shared_experts", None) or 0,
+            "renormalise": False,
+            "scale": reader.get("routed_scaling_factor", 1.0),
+            "balance_loss": reader.get("aux_loss_alpha", 0.001),
+            **(groups if limited else {}),
+        },
+        "dense_layers": reader.get("first_k_dense_replace", 0),
+        "norm": {"kind": "rmsnorm", "eps": reader.get("rms_norm_eps")},
+        "positions": read_positions(reader, rotary_dim),
+        "tie_embeddings": reader.get("tie_word_embeddings", False),
+    }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    attention, moe, mlp = config.attention, config.moe, config.mlp
+    latent = attention.latent
+    assert latent is not None
+    assert moe is not None
+    assert mlp is not None
+    limited = moe.groups_per_token < moe.groups
+    return {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.d_model,
+        "max_position_embeddings": config.max_seq_len,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "q_lora_rank": latent.q_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_rope_head_dim": latent.rotary_dim,
+        "qk_nope_head_dim": attention.head_dim - latent.rotary_dim,
+        "v_head_dim": latent.value_dim,
+        "attention_bias": attention.bias,
+        "intermediate_size": mlp.d_ff,
+        "moe_intermediate_size": moe.d_ff,
+        "hidden_act": moe.activation,
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "n_shared_experts": moe.shared_experts or None,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": moe.scale,
+        "aux_loss_alpha": moe.balance_loss,
+        "topk_method": "group_limited_greedy" if limited else "greedy",
+        "n_group": moe.groups,
+        "topk_group": moe.groups_per_token,
+        "first_k_dense_replace": config.dense_layers,
+        "rms_norm_eps": config.norm.eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_positions(config.positions, latent.rotary_dim),
+    }
+
+
+DEEPSEEK_V2 = Family(
+    "deepseek_v2", "deepseek_v2", "DeepseekV2ForCausalLM", _read, _write, _table, llama.BUFFERS
+)

@@ -1,0 +1,111 @@
+"""Falcon 7B and 40B (Almazrouei et al. 2023, arXiv 2311.16867): attention and FFN side by side, few
+kv heads. The 1B models with ALiBi scale and round their slopes in a way of their own: refused."""
+
+from typing import Any
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.gpt2 import QKV, activation, published_activation
+from maxlm.models.families.names import Table, grouped, head, linear, same
+from maxlm.models.families.reader import Reader
+from maxlm.models.families.rope import read_positions, write_positions
+
+H = "transformer.h.{layer}"
+TABLE: Table = {
+    "transformer.word_embeddings.weight": same("embedding.table", "lm_head.weight"),
+    f"{H}.self_attention.query_key_value.weight": grouped(*(f"{x}.kernel" for x in QKV)),
+    f"{H}.self_attention.query_key_value.bias": grouped(*(f"{x}.bias" for x in QKV)),
+    f"{H}.self_attention.dense.weight": linear("attention.out.kernel"),
+    f"{H}.self_attention.dense.bias": linear("attention.out.bias"),
+    f"{H}.mlp.dense_h_to_4h.weight": linear("mlp.up.kernel"),
+    f"{H}.mlp.dense_h_to_4h.bias": linear("mlp.up.bias"),
+    f"{H}.mlp.dense_4h_to_h.weight": linear("mlp.down.kernel"),
+    f"{H}.mlp.dense_4h_to_h.bias": linear("mlp.down.bias"),
+    "transformer.ln_f.weight": same("final_norm.scale"),
+    "transformer.ln_f.bias": same("final_norm.bias"),
+}
+UNTIED: Table = {
+    "transformer.word_embeddings.weight": same("embedding.table"),
+    "lm_head.weight": head("head.kernel"),
+}
+
+
+def _table(config: DecoderConfig) -> Table:
+    two = config.placement == "parallel"
+    attention, mlp = (
+        ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
+    )
+    norms: Table = {
+        f"{H}.{attention}.weight": same("attention_norm.scale"),
+        f"{H}.{attention}.bias": same("attention_norm.bias"),
+        f"{H}.{mlp}.weight": same("mlp_norm.scale"),
+        f"{H}.{mlp}.bias": same("mlp_norm.bias"),
+    }
+    return {**TABLE, **norms, **({} if config.tie_embeddings else UNTIED)}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    width, heads = reader.get("hidden_size"), reader.get("num_attention_heads")
+    new = reader.get("new_decoder_architecture", False)
+    parallel = reader.get("parallel_attn", True)
+    many = reader.get("num_kv_heads", None) or heads
+    single = reader.get("multi_query", True)
+    kv_heads = many if new else 1 if single else heads
+    norms = reader.get("num_ln_in_parallel_attn", None) or (2 if new else 1)
+    placement = "pre"
+    if new or parallel:
+        placement = "parallel" if new and norms == 2 else "parallel_shared"
+    reader.only("alibi", False)
+    bias = reader.get("bias", False)
+    return {
+        "architecture": "decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("num_hidden_layers"),
+        "d_model": width,
+        "max_seq_len": reader.get("max_position_embeddings", 2048),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": width // heads,
+            "bias": bias,
+        },
+        "mlp": {
+            "d_ff": reader.get("ffn_hidden_size", None) or 4 * width,
+            "activation": activation(reader, "activation", "gelu"),
+            "gated": False,
+            "bias": bias,
+        },
+        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon", 1e-5), "bias": True},
+        "placement": placement,
+        "positions": read_positions(reader, width // heads),
+        "tie_embeddings": reader.get("tie_word_embeddings", True),
+    }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    attention = config.attention
+    assert config.mlp is not None
+    new = config.placement == "parallel" or 1 < attention.num_kv_heads < attention.num_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.d_model,
+        "max_position_embeddings": config.max_seq_len,
+        "num_attention_heads": attention.num_heads,
+        "num_kv_heads": attention.num_kv_heads,
+        "new_decoder_architecture": new,
+        "multi_query": attention.num_kv_heads == 1,
+        "parallel_attn": config.placement != "pre",
+        "num_ln_in_parallel_attn": 2 if config.placement == "parallel" else 1,
+        "bias": attention.bias,
+        "alibi": False,
+        "ffn_hidden_size": config.mlp.d_ff,
+        "activation": published_activation(config.mlp.activation),
+        "layer_norm_epsilon": config.norm.eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_positions(config.positions, attention.head_dim),
+    }
+
+
+FALCON = Family("falcon", "falcon", "FalconForCausalLM", _read, _write, _table)

@@ -1,0 +1,60 @@
+"""What a family of published models is: who it is, its settings and its names, both ways."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm.models.families.entries import Entry
+from maxlm.models.families.names import Table, entries
+from maxlm.models.families.reader import Reader
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything is pure; nothing is allocated."""
+
+    name: str
+    model_type: str
+    """As config.json has it."""
+    architecture: str
+    """The class that a converted checkpoint is for, first of config.json's architectures."""
+    read: Callable[[Reader], dict[str, Any]]
+    """config.json → settings of a model's config."""
+    write: Callable[[Any], dict[str, Any]]
+    """A model's config → config.json, less what every family has."""
+    table: Callable[[Any], Table]
+    """A model's config → the names of its tensors."""
+    ignored: Sequence[str] = ()
+    """Patterns of tensors in files that hold no parameter: buffers, heads of other tasks."""
+    inert: Sequence[str] = ()
+    """Further names in config.json that say nothing of the maths."""
+    other_architectures: Sequence[str] = ()
+
+    def entries(self, config: Any) -> list[Entry]:
+        """Every tensor of a model, and where it lies in ours."""
+        return entries(config, self.table(config))
+
+    def config_json(self, config: Any) -> dict[str, Any]:
+        """A model's config.json."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **self.write(config),
+        }
+
+    def settings(
+        self, values: Mapping[str, Any], where: str, tensors: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], list[str]]:
+        """A config.json's settings of a model, and what is worth telling.
+
+        Args:
+            tensors: names of those beside it.
+
+        Raises:
+            MaxlmError: a value that maxlm does not implement, or one that is missing.
+        """
+        reader = Reader(values, where, frozenset(tensors))
+        settings = self.read(reader)
+        if std := reader.either("initializer_range", "init_std", default=None):
+            settings |= {"init_std": std}
+        return settings, reader.finish(*self.inert)

@@ -1,0 +1,73 @@
+"""Grok-1 (xAI 2024, its published code and weights), under the names of its safetensors port: eight
+experts, two a token, norms before and after each branch, capped scores, scaled embeddings."""
+
+from typing import Any
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.llama import read_common, write_common
+from maxlm.models.families.names import Table, linear, same
+from maxlm.models.families.reader import Reader
+
+L = "model.layers.{layer}"
+E = f"{L}.moe_block.experts.{{expert}}"
+TABLE: Table = {
+    "model.embed_tokens.weight": same("embedding.table", "lm_head.weight"),
+    f"{L}.pre_attn_norm.scale": same("attention_norm.scale"),
+    f"{L}.attn.q_proj.weight": linear("attention.query.kernel"),
+    f"{L}.attn.k_proj.weight": linear("attention.key.kernel"),
+    f"{L}.attn.v_proj.weight": linear("attention.value.kernel"),
+    f"{L}.attn.o_proj.weight": linear("attention.out.kernel"),
+    f"{L}.post_attn_norm.scale": same("attention_post_norm.scale"),
+    f"{L}.pre_moe_norm.scale": same("mlp_norm.scale"),
+    f"{L}.moe_block.gate.weight": linear("moe.router"),
+    f"{E}.linear.weight": linear("moe.gate"),
+    f"{E}.linear_v.weight": linear("moe.up"),
+    f"{E}.linear_1.weight": linear("moe.down"),
+    f"{L}.post_moe_norm.scale": same("mlp_post_norm.scale"),
+    "model.norm.scale": same("final_norm.scale"),
+}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    settings = read_common(reader)
+    settings["attention"] |= {
+        "scale": reader.get("attn_output_multiplier"),
+        "soft_cap": float(reader.get("max_attn_value", 30.0)),
+    }
+    k = reader.get("num_experts_per_tok")
+    settings["moe"] = {
+        "num_experts": reader.get("num_experts"),
+        "experts_per_token": k,
+        "d_ff": reader.get("intermediate_size"),
+        "activation": "gelu_tanh",
+        "gated": True,
+        "renormalise": False,
+        # Its shares of assignments sum to k, ours to 1.
+        "balance_loss": reader.get("router_aux_loss_coef", 0.001) * k,
+    }
+    return settings | {
+        "placement": "sandwich",
+        "embedding_scale": reader.get("embedding_multiplier_scale"),
+        "logit_scale": reader.get("output_multiplier_scale"),
+        "tie_embeddings": reader.only("tie_word_embeddings", True),
+    }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    moe, attention = config.moe, config.attention
+    assert moe is not None
+    return {
+        **write_common(config),
+        "attn_output_multiplier": attention.scale or attention.head_dim**-0.5,
+        "max_attn_value": attention.soft_cap,
+        "embedding_multiplier_scale": config.embedding_scale,
+        "output_multiplier_scale": config.logit_scale,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "intermediate_size": moe.d_ff,
+        "router_aux_loss_coef": moe.balance_loss / moe.experts_per_token,
+    }
+
+
+GROK1 = Family("grok1", "grok-1", "Grok1ModelForCausalLM", _read, _write, lambda config: TABLE)

@@ -1,0 +1,135 @@
+"""Llama 1 to 3.3 (Touvron et al. 2023, arXiv 2302.13971; Llama Team 2024, arXiv 2407.21783),
+SmolLM2, and Mistral (Jiang et al. 2023, arXiv 2310.06825): pre-norm, RoPE, grouped queries,
+SwiGLU."""
+
+from typing import Any
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.names import Table, head, linear, same
+from maxlm.models.families.reader import Reader
+from maxlm.models.families.rope import read_positions, write_positions
+
+OUTER: Table = {
+    "model.embed_tokens.weight": same("embedding.table"),
+    "model.norm.weight": same("final_norm.scale"),
+    "lm_head.weight": head("head.kernel"),
+}
+NORMS: Table = {
+    "model.layers.{layer}.input_layernorm.weight": same("attention_norm.scale"),
+    "model.layers.{layer}.post_attention_layernorm.weight": same("mlp_norm.scale"),
+}
+ATTENTION: Table = {
+    "model.layers.{layer}.self_attn.q_proj.weight": linear("attention.query.kernel"),
+    "model.layers.{layer}.self_attn.k_proj.weight": linear("attention.key.kernel"),
+    "model.layers.{layer}.self_attn.v_proj.weight": linear("attention.value.kernel"),
+    "model.layers.{layer}.self_attn.o_proj.weight": linear("attention.out.kernel"),
+    "model.layers.{layer}.self_attn.q_proj.bias": linear("attention.query.bias"),
+    "model.layers.{layer}.self_attn.k_proj.bias": linear("attention.key.bias"),
+    "model.layers.{layer}.self_attn.v_proj.bias": linear("attention.value.bias"),
+    "model.layers.{layer}.self_attn.o_proj.bias": linear("attention.out.bias"),
+    "model.layers.{layer}.self_attn.q_norm.weight": same("attention.query_norm.scale"),
+    "model.layers.{layer}.self_attn.k_norm.weight": same("attention.key_norm.scale"),
+}
+MLP: Table = {
+    "model.layers.{layer}.mlp.gate_proj.weight": linear("mlp.gate.kernel"),
+    "model.layers.{layer}.mlp.up_proj.weight": linear("mlp.up.kernel"),
+    "model.layers.{layer}.mlp.down_proj.weight": linear("mlp.down.kernel"),
+    "model.layers.{layer}.mlp.gate_proj.bias": linear("mlp.gate.bias"),
+    "model.layers.{layer}.mlp.up_proj.bias": linear("mlp.up.bias"),
+    "model.layers.{layer}.mlp.down_proj.bias": linear("mlp.down.bias"),
+}
+TABLE: Table = {**OUTER, **NORMS, **ATTENTION, **MLP}
+# Angles of RoPE, which older files hold.
+BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+
+def read_common(reader: Reader) -> dict[str, Any]:
+    """What all of Llama's kin have: sizes, heads, RoPE, RMSNorm, ties; no FFN yet."""
+    heads, width = reader.get("num_attention_heads"), reader.get("hidden_size")
+    head_dim = reader.get("head_dim", None) or width // heads
+    return {
+        "architecture": "decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("num_hidden_layers"),
+        "d_model": width,
+        "max_seq_len": reader.get("max_position_embeddings"),
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": reader.get("num_key_value_heads", None) or heads,
+            "head_dim": head_dim,
+        },
+        "norm": {"kind": "rmsnorm", "eps": reader.get("rms_norm_eps")},
+        "positions": read_positions(reader, head_dim),
+        "tie_embeddings": reader.get("tie_word_embeddings", False),
+    }
+
+
+def write_common(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read_common`."""
+    attention = config.attention
+    return {
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.d_model,
+        "max_position_embeddings": config.max_seq_len,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "rms_norm_eps": config.norm.eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.init_std,
+        **write_positions(config.positions, attention.head_dim),
+    }
+
+
+def swiglu(reader: Reader, width: str = "intermediate_size") -> dict[str, Any]:
+    """A gated FFN's settings."""
+    act = reader.only("hidden_act", "silu")
+    return {"d_ff": reader.get(width), "activation": act, "gated": True}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    settings = read_common(reader)
+    bias = reader.get("attention_bias", False)
+    settings["attention"] |= {"bias": bias}
+    settings["mlp"] = swiglu(reader) | {"bias": reader.get("mlp_bias", False)}
+    reader.get("pretraining_tp", 1)  # how matrices were cut in training, not what they compute
+    return settings
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    assert config.mlp is not None
+    return {
+        **write_common(config),
+        "intermediate_size": config.mlp.d_ff,
+        "hidden_act": config.mlp.activation,
+        "attention_bias": config.attention.bias,
+        "mlp_bias": config.mlp.bias,
+    }
+
+
+def _read_mistral(reader: Reader) -> dict[str, Any]:
+    settings = read_common(reader)
+    settings["attention"] |= {"window": reader.get("sliding_window", 4096)}
+    return settings | {"mlp": swiglu(reader)}
+
+
+def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
+    assert config.mlp is not None
+    return {
+        **write_common(config),
+        "intermediate_size": config.mlp.d_ff,
+        "hidden_act": config.mlp.activation,
+        "sliding_window": config.attention.window,
+    }
+
+
+def _table(config: DecoderConfig) -> Table:
+    return TABLE
+
+
+LLAMA = Family("llama", "llama", "LlamaForCausalLM", _read, _write, _table, BUFFERS)
+MISTRAL = Family(
+    "mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, _table, BUFFERS
+)

@@ -1,0 +1,55 @@
+"""Mixtral (Jiang et al. 2024, arXiv 2401.04088): Mistral with eight experts, two a token."""
+
+from typing import Any
+
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families import llama
+from maxlm.models.families.family import Family
+from maxlm.models.families.names import Table, linear
+from maxlm.models.families.reader import Reader
+
+MOE = "model.layers.{layer}.block_sparse_moe"
+TABLE: Table = {
+    **llama.OUTER,
+    **llama.NORMS,
+    **llama.ATTENTION,
+    f"{MOE}.gate.weight": linear("moe.router"),
+    f"{MOE}.experts.{{expert}}.w1.weight": linear("moe.gate"),
+    f"{MOE}.experts.{{expert}}.w2.weight": linear("moe.down"),
+    f"{MOE}.experts.{{expert}}.w3.weight": linear("moe.up"),
+}
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    settings = llama.read_common(reader)
+    settings["attention"] |= {"window": reader.get("sliding_window", None)}
+    experts = reader.either("num_local_experts", "num_experts")
+    k = reader.get("num_experts_per_tok")
+    reader.only("router_jitter_noise", 0.0)
+    settings["moe"] = {
+        "num_experts": experts,
+        "experts_per_token": k,
+        **llama.swiglu(reader),
+        # Its shares of assignments sum to k, ours to 1.
+        "balance_loss": reader.get("router_aux_loss_coef", 0.001) * k,
+    }
+    return settings
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    moe = config.moe
+    assert moe is not None
+    return {
+        **llama.write_common(config),
+        "sliding_window": config.attention.window,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "intermediate_size": moe.d_ff,
+        "hidden_act": moe.activation,
+        "router_aux_loss_coef": moe.balance_loss / moe.experts_per_token,
+    }
+
+
+MIXTRAL = Family(
+    "mixtral", "mixtral", "MixtralForCausalLM", _read, _write, lambda config: TABLE, llama.BUFFERS
+)

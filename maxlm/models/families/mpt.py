@@ -1,0 +1,105 @@
+"""MPT (MosaicML 2023): ALiBi, no biases, LayerNorm without offsets."""
+
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.names import Table, linear, same
+from maxlm.models.families.reader import Reader
+
+B = "transformer.blocks.{layer}"
+QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
+TABLE: Table = {
+    "transformer.wte.weight": same("embedding.table", "lm_head.weight"),
+    f"{B}.norm_1.weight": same("attention_norm.scale"),
+    f"{B}.attn.Wqkv.weight": linear(*QKV),
+    f"{B}.attn.out_proj.weight": linear("attention.out.kernel"),
+    f"{B}.norm_2.weight": same("mlp_norm.scale"),
+    f"{B}.ffn.up_proj.weight": linear("mlp.up.kernel"),
+    f"{B}.ffn.down_proj.weight": linear("mlp.down.kernel"),
+    "transformer.norm_f.weight": same("final_norm.scale"),
+}
+# What the library adds to nested mappings of its own.
+_NAMES = """
+    _name_or_path architectures attn_impl attn_pdrop chunk_size_feed_forward dtype id2label
+    is_encoder_decoder label2id model_type output_attentions output_hidden_states problem_type
+    return_dict
+"""
+NESTED = tuple(_NAMES.split())
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    width, heads = reader.get("d_model"), reader.get("n_heads")
+    own = reader.inside("attn_config")
+    own.only("alibi", True)
+    own.only("attn_type", "multihead_attention")
+    own.only("qk_ln", False)
+    own.only("prefix_lm", False)
+    own.only("attn_uses_sequence_id", False)
+    attention = {
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "head_dim": width // heads,
+        "clip": own.get("clip_qkv", None),
+        "scale": own.get("softmax_scale", None),
+    }
+    positions = {"kind": "alibi", "max_bias": float(own.get("alibi_bias_max", 8))}
+    own.finish(*NESTED)
+    reader.only("no_bias", True)
+    reader.only("norm_type", "low_precision_layernorm")
+    reader.only("logit_scale", None)
+    reader.only("embedding_fraction", 1.0)
+    # The published code has four widths whatever this says.
+    reader.only("expansion_ratio", 4)
+    return {
+        "architecture": "decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("n_layers"),
+        "d_model": width,
+        "max_seq_len": reader.get("max_seq_len"),
+        "attention": attention,
+        "mlp": {"d_ff": 4 * width, "activation": "gelu", "gated": False},
+        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon", 1e-5)},
+        "positions": positions,
+        "tie_embeddings": reader.only("tie_word_embeddings", True),
+    }
+
+
+def _write(config: DecoderConfig) -> dict[str, Any]:
+    attention = config.attention
+    assert config.mlp is not None
+    if config.mlp.d_ff != 4 * config.d_model:
+        raise MaxlmError(
+            f"mlp.d_ff={config.mlp.d_ff} with d_model={config.d_model}",
+            fix="MPT's published code knows an FFN of four times the width alone",
+        )
+    return {
+        "vocab_size": config.vocab_size,
+        "n_layers": config.num_layers,
+        "d_model": config.d_model,
+        "n_heads": attention.num_heads,
+        "max_seq_len": config.max_seq_len,
+        "expansion_ratio": 4,
+        "layer_norm_epsilon": config.norm.eps,
+        "initializer_range": config.init_std,
+        "no_bias": True,
+        "tie_word_embeddings": True,
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": config.positions.max_bias,
+            "clip_qkv": attention.clip,
+            "softmax_scale": attention.scale,
+        },
+    }
+
+
+MPT = Family(
+    "mpt",
+    "mpt",
+    "MptForCausalLM",
+    _read,
+    _write,
+    lambda config: TABLE,
+    inert=["init_config", "init_device", "learned_pos_emb", "tokenizer_name", "verbose"],
+)

@@ -1,0 +1,129 @@
+"""T5 (Raffel et al. 2020, arXiv 1910.10683), T5 v1.1, Flan-T5 and UL2 (Tay et al. 2022, arXiv
+2205.05131): encoder and decoder, learnt biases by distance, RMSNorm, no scale in attention."""
+
+from typing import Any
+
+from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
+from maxlm.models.families.family import Family
+from maxlm.models.families.gpt2 import activation, published_activation
+from maxlm.models.families.names import Table, head, linear, same
+from maxlm.models.families.reader import Reader
+
+SHORT = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
+
+
+def _attention(theirs: str, ours: str) -> Table:
+    return {f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel") for x, name in SHORT}
+
+
+def _mlp(theirs: str, ours: str, gated: bool) -> Table:
+    names = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
+    return {
+        f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel")
+        for x, name in (names | {"wo": "down"}).items()
+    }
+
+
+def _table(config: EncoderDecoderConfig) -> Table:
+    """Layers of the encoder are counted by ``{encoder_layer}``."""
+    assert config.mlp is not None
+    e, d, gated = "encoder.block.{encoder_layer}", "decoder.block.{layer}", config.mlp.gated
+    bias = "SelfAttention.relative_attention_bias.weight"
+    return {
+        "shared.weight": same(
+            "embedding.table", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
+            *(["lm_head.weight"] if config.tie_embeddings else []),
+        ),
+        f"encoder.block.0.layer.0.{bias}": same("encoder.relative"),
+        f"{e}.layer.0.layer_norm.weight": same("encoder.layers.attention_norm.scale"),
+        **_attention(f"{e}.layer.0.SelfAttention", "encoder.layers.attention"),
+        f"{e}.layer.1.layer_norm.weight": same("encoder.layers.mlp_norm.scale"),
+        **_mlp(f"{e}.layer.1.DenseReluDense", "encoder.layers.mlp", gated),
+        "encoder.final_layer_norm.weight": same("encoder.final_norm.scale"),
+        f"decoder.block.0.layer.0.{bias}": same("relative"),
+        f"{d}.layer.0.layer_norm.weight": same("attention_norm.scale"),
+        **_attention(f"{d}.layer.0.SelfAttention", "attention"),
+        f"{d}.layer.1.layer_norm.weight": same("cross_norm.scale"),
+        **_attention(f"{d}.layer.1.EncDecAttention", "cross"),
+        f"{d}.layer.2.layer_norm.weight": same("mlp_norm.scale"),
+        **_mlp(f"{d}.layer.2.DenseReluDense", "mlp", gated),
+        "decoder.final_layer_norm.weight": same("final_norm.scale"),
+        "lm_head.weight": head("head.kernel"),
+    }  # fmt: skip
+
+
+def _read(reader: Reader) -> dict[str, Any]:
+    width, heads = reader.get("d_model"), reader.get("num_heads")
+    how = reader.get("feed_forward_proj", "relu")
+    gated, name = how.startswith("gated-"), how.removeprefix("gated-")
+    # As the library reads it: "gated-gelu" is the approximation.
+    if how == "gated-gelu":
+        name = "gelu_new"
+    act = activation(Reader({"feed_forward_proj": name}, reader.where), "feed_forward_proj", "relu")
+    reader.get("dense_act_fn", None), reader.get("is_gated_act", None)  # the same, taken apart
+    reader.get("n_positions", None)  # the length of pretraining, on which nothing depends
+    # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
+    # transformers 5 writes true in any case, and tells them apart by another name.
+    tied = reader.get("tie_word_embeddings", True)
+    scaled = reader.get("scale_decoder_outputs", tied)
+    tied = tied and (scaled or "lm_head.weight" not in reader.tensors)
+    return {
+        "architecture": "encoder_decoder",
+        "vocab_size": reader.get("vocab_size"),
+        "num_layers": reader.get("num_decoder_layers", None) or reader.get("num_layers"),
+        "encoder_layers": reader.get("num_layers"),
+        "d_model": width,
+        "max_seq_len": reader.values.get("n_positions") or 512,
+        "attention": {
+            "num_heads": heads,
+            "num_kv_heads": heads,
+            "head_dim": reader.get("d_kv"),
+            "scale": 1.0,
+        },
+        "mlp": {"d_ff": reader.get("d_ff"), "activation": act, "gated": gated},
+        "norm": {"kind": "rmsnorm", "eps": reader.get("layer_norm_epsilon", 1e-6)},
+        "positions": {
+            "kind": "relative",
+            "buckets": reader.get("relative_attention_num_buckets", 32),
+            "max_distance": reader.get("relative_attention_max_distance", 128),
+        },
+        "tie_embeddings": tied,
+        "logit_scale": width**-0.5 if scaled else 1.0,
+    }
+
+
+def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
+    assert config.mlp is not None
+    name = published_activation(config.mlp.activation)
+    if config.mlp.gated:
+        name = "gated-gelu" if name == "gelu_new" else f"gated-{name}"
+    return {
+        "vocab_size": config.vocab_size,
+        "num_decoder_layers": config.num_layers,
+        "num_layers": config.encoder_layers,
+        "d_model": config.d_model,
+        "n_positions": config.max_seq_len,
+        "num_heads": config.attention.num_heads,
+        "d_kv": config.attention.head_dim,
+        "d_ff": config.mlp.d_ff,
+        "feed_forward_proj": name,
+        "layer_norm_epsilon": config.norm.eps,
+        "relative_attention_num_buckets": config.positions.buckets,
+        "relative_attention_max_distance": config.positions.max_distance,
+        "tie_word_embeddings": config.tie_embeddings,
+        "scale_decoder_outputs": config.logit_scale != 1,
+        "is_encoder_decoder": True,
+    }
+
+
+T5 = Family(
+    "t5",
+    "t5",
+    "T5ForConditionalGeneration",
+    _read,
+    _write,
+    _table,
+    inert=["initializer_factor"],
+    # Of cross-attention, in old files; the published code never reads it.
+    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+)

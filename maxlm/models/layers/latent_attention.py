@@ -1,0 +1,112 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, §2.1)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from maxlm.models.layers.attention import (
+    AttentionConfig,
+    KVCache,
+    Seen,
+    among_themselves,
+    attention_of,
+    written,
+)
+from maxlm.models.layers.linear import Linear, apply_together, residual_std
+from maxlm.models.layers.norm import Norm, NormConfig
+from maxlm.models.layers.rope import rotate
+from maxlm.models.params import compute_view
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import AxisRules
+
+
+class LatentAttention(nnx.Module):
+    """Keys and values of every head from one vector a token: eq. 9–19.
+
+    Parameters: ``query`` [D or q_rank, N, H], with q_rank behind ``query_down`` and ``query_norm``;
+    ``key_down`` [D, kv_rank] with ``key_norm``; ``key_rotary`` [D, R], shared by all heads;
+    ``key_up`` [kv_rank, N, H − R] and ``value_up`` [kv_rank, N, Hv]; ``out`` [N, Hv, D].
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        norm: NormConfig,
+        d_model: int,
+        num_layers: int,
+        init_std: float,
+        *,
+        rules: AxisRules,
+        dtype: Any,
+        parallel: ParallelConfig,
+    ):
+        assert config.latent is not None
+        self.config, self.latent, self.rules, self.parallel = config, config.latent, rules, parallel
+        # The vector is whole wherever heads are.
+        self.shared_rules = rules.model_copy(update={"kv_heads": ()})
+        latent, outer = config.latent, {"embed": d_model}
+        own: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        kw: dict[str, Any] = {"bias": False, "std": init_std, **own}
+        down: dict[str, Any] = {**kw, "bias": config.bias}
+        heads = {"heads": config.num_heads, "head_dim": config.head_dim}
+        rank = latent.q_rank
+        self.query_down = Linear(outer, {"latent": rank}, **down) if rank else None
+        self.query_norm = Norm(norm, rank, **own) if rank else None
+        self.query = Linear({"embed": rank} if rank else outer, heads, **kw)
+        # Maps out of the vector are stored split as those out of the residual stream are.
+        vector = {"embed": latent.kv_rank}
+        self.key_down = Linear(outer, {"latent": latent.kv_rank}, **down)
+        self.key_norm = Norm(norm, latent.kv_rank, **own)
+        self.key_rotary = Linear(outer, {"head_dim": latent.rotary_dim}, **down)
+        plain = {"heads": config.num_heads, "head_dim": config.head_dim - latent.rotary_dim}
+        values = {"heads": config.num_heads, "head_dim": latent.value_dim}
+        self.key_up = Linear(vector, plain, **kw)
+        self.value_up = Linear(vector, values, **kw)
+        std = residual_std(init_std, num_layers)
+        self.out = Linear(values, outer, **{**kw, "bias": config.has_out_bias, "std": std})
+
+    def __call__(
+        self, x: jax.Array, seen: Seen, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """As :class:`~maxlm.models.layers.attention.Attention`'s."""
+        assert seen.rotary is not None
+        first = self.query if self.query_down is None else self.query_down
+        q, vector, shared = apply_together(x, first, self.key_down, self.key_rotary)
+        if self.query_norm is not None:
+            q = self.query(self.query_norm(q))
+        plain = self.config.head_dim - self.latent.rotary_dim
+        q, turned = q[..., :plain], rotate(q[..., plain:], seen.rotary)
+        vector, shared = self.key_norm(vector), rotate(shared[:, :, None], seen.rotary)
+        if cache is None:
+            attend = attention_of(self.config, seen, self.rules)
+            k, v = apply_together(vector, self.key_up, self.value_up)
+            shared = jnp.broadcast_to(shared, (*k.shape[:3], shared.shape[-1]))
+            k = jnp.concatenate([k, shared], axis=-1)
+            q = jnp.concatenate([q, turned], axis=-1)
+            q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+            y = attend(q, k, v, **among_themselves(seen, self.parallel))
+        else:
+            new = KVCache(shared, vector[:, :, None])
+            attend = attention_of(self.config, seen, self.shared_rules)
+            cache = written(cache, new, seen.positions, self.shared_rules)
+            y = self._over_vectors(attend, q, turned, cache, seen.positions)
+        return self.out(y, seq="residual"), cache
+
+    def _over_vectors(
+        self, attend: Any, q: jax.Array, turned: jax.Array, cache: KVCache, positions: jax.Array
+    ) -> jax.Array:
+        """Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V c) = V Σ w c
+        (§2.1.2), so that a token reads kv_rank + R numbers of each earlier one."""
+        q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
+        q = jnp.concatenate([q, turned], axis=-1)
+        k = jnp.concatenate([cache.value, cache.key], axis=-1)
+        y = attend(q, k, cache.value, q_positions=positions)
+        return self._through(y, self.value_up, "bsnr,rnh->bsnh")
+
+    def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:
+        kernel = compute_view(map_.kernel, self.rules, map_.dtype)
+        heads = self.rules.spec("batch", "seq", "heads", None)
+        return jnp.einsum(maths, x, kernel, out_sharding=heads)

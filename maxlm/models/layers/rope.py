@@ -1,0 +1,201 @@
+"""Rotary positions: frequencies, how they are stretched to longer sequences, and the turn itself.
+
+Pair i of a head's dimensions turns by position · θ_i, θ_i = theta^(−2i/R), a wavelength of
+2π·theta^(2i/R) tokens. A model that is run past the positions it has learnt meets angles that it
+has not; each scaling here maps new positions to old angles in its own way (docs/positions.md).
+"""
+
+from functools import partial
+from math import ceil, floor, log, pi
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from pydantic import Field
+
+from maxlm.config import Config
+
+Factor = Annotated[float, Field(ge=1)]
+Length = Annotated[int, Field(gt=0)]
+
+
+class LinearScaling(Config):
+    """Position interpolation (Chen et al. 2023, arXiv 2306.15595, eq. 4): every frequency divided
+    by ``factor``. Needs a little fine-tuning; blurs the finest distances."""
+
+    kind: Literal["linear"] = "linear"
+    factor: Factor
+
+
+class NtkScaling(Config):
+    """NTK-aware: theta becomes theta · factor^(R/(R−2)), so that the longest wavelength grows by
+    ``factor`` and the shortest not at all (Peng et al. 2023, arXiv 2309.00071, eq. 16). Works
+    somewhat without fine-tuning."""
+
+    kind: Literal["ntk"] = "ntk"
+    factor: Factor
+
+
+class DynamicNtkScaling(Config):
+    """NTK-aware with the factor that the sequence at hand needs: factor · n / original_length −
+    (factor − 1) for n tokens, none up to ``original_length`` (Peng et al. 2023, §3.3). n is a
+    row's last position, so short sequences are computed as before."""
+
+    kind: Literal["dynamic_ntk"] = "dynamic_ntk"
+    factor: Factor
+    original_length: Length
+
+
+class YarnScaling(Config):
+    """YaRN (Peng et al. 2023, eq. 17–22): dimensions that turn more than ``beta_fast`` times in
+    ``original_length`` tokens stay, those that turn less than ``beta_slow`` times are interpolated,
+    a ramp lies between; and attention is sharpened."""
+
+    kind: Literal["yarn"] = "yarn"
+    factor: Factor
+    original_length: Length
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
+    attention_factor: float | None = Field(default=None, gt=0)
+    """Factor on cosines and sines, hence its square on scores; null: 0.1·ln(factor) + 1."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    """DeepSeek's two: cosines and sines are multiplied by m(mscale) / m(mscale_all_dim), scores of
+    latent attention by m(mscale_all_dim)², with m(s) = 0.1·s·ln(factor) + 1."""
+    truncate: bool = True
+    """Round the ramp's ends to whole dimensions."""
+
+
+class Llama3Scaling(Config):
+    """Llama 3.1's: wavelengths above original_length / low_freq_factor are stretched by ``factor``,
+    those below original_length / high_freq_factor stay, frequencies between are mixed (its
+    published code; Llama Team 2024, arXiv 2407.21783, §3.4.2, tells of the training)."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: Factor
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
+    original_length: Length
+
+
+Scaling = Annotated[
+    LinearScaling | NtkScaling | DynamicNtkScaling | YarnScaling | Llama3Scaling,
+    Field(discriminator="kind"),
+]
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of every position's angles, fp32 [B, S, 1, R/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
+    """Radians a token of each pair, float64 [size / 2], of any scaling but the dynamic one, which
+    counts as none here.
+
+    Args:
+        size: R, the dimensions that are turned.
+    """
+    if isinstance(scaling, NtkScaling):
+        theta *= scaling.factor ** (size / (size - 2))
+    plain = theta ** (-np.arange(0, size, 2) / size)
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor
+    if isinstance(scaling, YarnScaling):
+        return _yarn(plain, theta, size, scaling)
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(plain, scaling)
+    return plain
+
+
+def _yarn(plain: np.ndarray, theta: float, size: int, scaling: YarnScaling) -> np.ndarray:
+    def dimension(turns: float) -> float:
+        """Which pair turns so often in the original length."""
+        return size * log(scaling.original_length / (turns * 2 * pi)) / (2 * log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = floor(low), ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    width = high - low or 0.001
+    stretched = np.clip((np.arange(size // 2) - low) / width, 0, 1)
+    return plain * (1 - stretched) + plain / scaling.factor * stretched
+
+
+def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+    turns = scaling.original_length * plain / (2 * pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """How much YaRN sharpens attention (Peng et al. 2023, eq. 22)."""
+    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def amplitude(scaling: Any) -> float:
+    """Factor on cosines and sines."""
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        of = partial(yarn_mscale, scaling.factor)
+        return of(scaling.mscale) / of(scaling.mscale_all_dim)
+    return yarn_mscale(scaling.factor)
+
+
+def rotary(positions: jax.Array, size: int, theta: float, scaling: Any = None) -> Rotary:
+    """Angles of rotary embeddings (Su et al. 2021, eq. 15).
+
+    Args:
+        positions: int [B, S].
+        size: R, the dimensions that are turned; even.
+    """
+    turns: Any = frequencies(theta, size, scaling).astype(np.float32)
+    if isinstance(scaling, DynamicNtkScaling):
+        turns = _dynamic(positions, size, theta, scaling)
+    angle = positions[..., None, None].astype(jnp.float32) * turns
+    scale = amplitude(scaling)
+    return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
+
+
+def _dynamic(
+    positions: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling
+) -> jax.Array:
+    """fp32 [B, 1, 1, R/2]."""
+    length = 1 + positions.max(axis=1, keepdims=True)[..., None, None]
+    length = jnp.maximum(length, scaling.original_length).astype(jnp.float32)
+    factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+    base = theta * factor ** (size / (size - 2))
+    return base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+@jax.custom_vjp
+def rotate(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Turn the first R dimensions of x [B, S, N, H], i with i + R/2; the others stay.
+    Differentiable in x."""
+    # Or the map that made x writes its fp32 sums out, twice the bytes, for the fp32 that follows.
+    x = lax.optimization_barrier(x)
+    size = 2 * rotary.cos.shape[-1]
+    precise = jnp.promote_types(x.dtype, jnp.float32)
+    a, b = (half.astype(precise) for half in jnp.split(x[..., :size], 2, axis=-1))
+    turned = (a * rotary.cos - b * rotary.sin, b * rotary.cos + a * rotary.sin)
+    rest = [x[..., size:]] if size < x.shape[-1] else []
+    return jnp.concatenate([*(half.astype(x.dtype) for half in turned), *rest], axis=-1)
+
+
+def _rotate_forward(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, Rotary]:
+    return rotate(x, rotary), rotary
+
+
+def _rotate_backward(rotary: Rotary, d_y: jax.Array) -> tuple[jax.Array, None]:
+    return rotate(d_y, Rotary(rotary.cos, -rotary.sin)), None
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -1,0 +1,308 @@
+"""Checkpoints' tokenizers taken in, kept in maxlm's folders, and given back."""
+
+import io
+import json
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import (
+    Tokenizer,
+    TokenizerConfig,
+    export_tokenizer,
+    holds_tokenizer,
+    import_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
+
+TEXT = "  the quick </s>größer\n\n  12 猫 <|im_start|> <mask>"
+
+# name: bos, eos, pad, and whether a prompt opens with bos.
+EXPECTED = {
+    "smollm2": ("<|im_start|>", "<|im_end|>", None, False),
+    "qwen": ("<|endoftext|>", "<|endoftext|>", None, False),
+    "roberta": ("<s>", "</s>", None, True),
+    "llama2": ("<s>", "</s>", None, True),
+    "mistral": ("<s>", "</s>", "<unk>", True),
+    "gemma": ("<s>", "</s>", None, True),
+    "t5": ("</s>", "</s>", "<pad>", False),
+    "bert": ("[CLS]", "[SEP]", "[PAD]", True),
+}
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return write_checkpoint(tmp_path / "checkpoint", "llama2")
+
+
+def settings(folder, name="tokenizer_config.json", **values):
+    (folder / name).write_text(json.dumps(values))
+    return import_tokenizer(folder)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def message(call, *arguments) -> str:
+    with pytest.raises(MaxlmError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_roles(name, tmp_path):
+    folder = write_checkpoint(tmp_path, name)
+    ours = import_tokenizer(folder)
+    ids = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in ids}
+    bos, eos, pad, opens = EXPECTED[name]
+    assert isinstance(ours, Tokenizer)
+    assert (ours.bos_id, ours.eos_id) == (ids[bos], ids[eos])
+    assert ours.pad_id == (None if pad is None else ids[pad])
+    assert ours.opening == ((ids[bos],) if opens else ())
+    assert list(ours.special_tokens.values()) == sorted(ours.special_tokens.values())
+    unknown = {"t5": {"<unk>"}, "bert": {"[UNK]"}}.get(name, set())
+    ordinary = {"<tool>", "    ", "fox hole", "▁▁"} | unknown
+    assert set(ours.special_tokens) == set(ids) - ordinary
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_there_and_back(name, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", name)
+    ours = import_tokenizer(checkpoint)
+    ours.save(tmp_path / "kept")
+    loaded = load_tokenizer(tmp_path / "kept")
+    assert loaded.fingerprint == ours.fingerprint
+    roles = ("bos_id", "eos_id", "pad_id", "opening", "special_tokens", "vocab_size", "lossless")
+    for role in roles:
+        assert getattr(loaded, role) == getattr(ours, role)
+    for special in (False, True):
+        ids = ours.encode(TEXT, allow_special=special)
+        assert loaded.encode(TEXT, allow_special=special) == ids
+        assert loaded.decode(ids) == ours.decode(ids)
+    loaded.save(tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "kept")
+
+    brought = files(checkpoint)
+    del brought["config.json"]
+    assert files(tmp_path / "kept").keys() == {*brought, "maxlm_tokenizer.json"}
+    for source in (ours, loaded, tmp_path / "kept", str(tmp_path / "again")):
+        export_tokenizer(source, tmp_path / "given" / "back")
+        assert files(tmp_path / "given" / "back") == brought
+
+
+def test_every_file_of_a_tokenizer_is_carried_and_no_other(llama, tmp_path):
+    named = [
+        "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+        "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.txt",
+        "chat_template.jinja", "chat_template.json", "generation_config.json",
+    ]  # fmt: skip
+    for name in named[1:]:
+        (llama / name).write_bytes(b"{}\r\n" if name.endswith("json") else b"\xff\n\r\0")
+    (llama / "model.safetensors").write_bytes(b"weights")
+    brought = files(llama)
+    import_tokenizer(llama).save(tmp_path / "kept")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"others stay")
+    export_tokenizer(tmp_path / "kept", tmp_path / "out")
+    expected = {name: brought[name] for name in ["tokenizer.json", *named]}
+    assert files(tmp_path / "out") == {**expected, "model.safetensors": b"others stay"}
+
+
+def test_saving_another_over_it_leaves_nothing_of_it(llama, tmp_path):
+    import_tokenizer(llama).save(tmp_path / "t")
+    assert holds_tokenizer(tmp_path / "t")
+    train_tokenizer(TokenizerConfig(vocab_size=280), TEXTS).save(tmp_path / "t")
+    assert files(tmp_path / "t").keys() == {"maxlm_tokenizer.json", "tokenizer.json"}
+
+
+def test_a_trained_tokenizer_is_exported_as_its_model_file(tmp_path):
+    ours = train_tokenizer(TokenizerConfig(vocab_size=280), TEXTS)
+    export_tokenizer(ours, tmp_path / "out")
+    assert files(tmp_path / "out") == {"tokenizer.json": ours.codec.data}
+
+
+def test_roles_are_looked_for_in_turn(llama):
+    ids = {"generation_config.json": 2, "config.json": 1}
+    for name, i in ids.items():
+        (llama / name).write_text(json.dumps({"eos_token_id": [i, 0], "pad_token_id": i}))
+    ours = settings(llama, eos_token="<absent>")
+    assert (ours.eos_id, ours.pad_id) == (2, 2)
+    (llama / "generation_config.json").write_text('{"eos_token_id": null}')
+    ours = settings(llama, eos_token=None)
+    assert (ours.eos_id, ours.pad_id) == (1, 1)
+    ours = settings(llama, "special_tokens_map.json", eos_token={"content": "<unk>"})
+    assert ours.eos_id == 0
+    assert settings(llama, eos_token="</s>").eos_id == 2
+
+
+def test_whether_prompts_open_with_bos_is_the_post_processors_word(llama):
+    assert settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=False).opening == (1,)
+    data = json.loads((llama / "tokenizer.json").read_text())
+    (llama / "tokenizer.json").write_text(json.dumps({**data, "post_processor": None}))
+    for added, opening in ((True, (1,)), (False, ()), (None, ())):
+        found = settings(llama, bos_token="<s>", eos_token="</s>", add_bos_token=added)
+        assert found.opening == opening
+        assert found.bos_id == 1
+    assert settings(llama, eos_token="</s>", add_bos_token=True).opening == ()
+
+
+def test_fingerprints_tell_openings_roles_and_vocabularies_apart(tmp_path):
+    found = {import_tokenizer(write_checkpoint(tmp_path / n, n)).fingerprint for n in MAKERS}
+    folder = write_checkpoint(tmp_path / "other", "llama2")
+    found.add(settings(folder, bos_token="<s>", eos_token="<s>").fingerprint)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**data, "post_processor": None}))
+    for added in (False, True):
+        roles = {"bos_token": "<s>", "eos_token": "<s>", "add_bos_token": added}
+        found.add(settings(folder, **roles).fingerprint)
+    # With bos put by a template or by a setting, the ids are the same.
+    assert len(found) == len(MAKERS) + 2
+
+
+def test_files_of_other_tokenizers_are_told(llama, tmp_path):
+    import_tokenizer(llama).save(tmp_path / "t")
+    other = write_checkpoint(tmp_path / "other", "mistral")
+    (tmp_path / "t" / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
+    assert message(load_tokenizer, tmp_path / "t") == (
+        f"{tmp_path / 't'}: tokenizer.json and maxlm_tokenizer.json do not belong together; "
+        "copy both from one tokenizer, or train it again"
+    )
+
+
+def test_carried_files_that_are_missing_or_strange(llama, tmp_path):
+    folder = tmp_path / "t"
+    import_tokenizer(llama).save(folder)
+    (folder / "chat_template.jinja").unlink()
+    assert message(load_tokenizer, folder).startswith(
+        f"{folder / 'chat_template.jinja'}: no such file"
+    )
+    path = folder / "maxlm_tokenizer.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "carried": ["../config.json"]}))
+    assert f"{path}: damaged tokenizer file (carried: ../config.json)" in message(
+        load_tokenizer, folder
+    )
+
+
+def test_a_checkpoint_is_not_loaded_but_imported(llama):
+    assert message(load_tokenizer, llama) == (
+        f"{llama}: no maxlm_tokenizer.json here, but a tokenizer.json; "
+        "make a tokenizer of it with `maxlm tokenizer import`"
+    )
+
+
+def test_folders_without_a_tokenizer(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    assert message(import_tokenizer, tmp_path).startswith(
+        f"{tmp_path}: no tokenizer.json here; let transformers write"
+    )
+    assert message(import_tokenizer, tmp_path / "missing").startswith(
+        f"{tmp_path / 'missing'}: no such folder"
+    )
+    assert "not a folder" in message(import_tokenizer, tmp_path / "vocab.json")
+
+
+def test_damaged_files(llama):
+    (llama / "tokenizer_config.json").write_text("{")
+    assert f"{llama / 'tokenizer_config.json'}: not JSON" in message(import_tokenizer, llama)
+    (llama / "tokenizer_config.json").write_text("[]")
+    assert "not a JSON object" in message(import_tokenizer, llama)
+    (llama / "tokenizer.json").write_text("{}")
+    assert message(import_tokenizer, llama).startswith(
+        f"{llama / 'tokenizer.json'}: damaged tokenizer file ("
+    )
+
+
+def test_a_decoder_that_is_not_supported(llama):
+    data = json.loads((llama / "tokenizer.json").read_text())
+    data["decoder"] = {"type": "BPEDecoder", "suffix": "</w>"}
+    (llama / "tokenizer.json").write_text(json.dumps(data))
+    assert message(import_tokenizer, llama).startswith(
+        f"{llama / 'tokenizer.json'}: maxlm cannot decode token by token with the decoder "
+        "BPEDecoder; "
+    )
+
+
+def test_no_token_closes_a_document(tmp_path):
+    folder = write_checkpoint(tmp_path, "smollm2")
+    (folder / "tokenizer_config.json").unlink()
+    assert message(import_tokenizer, folder) == (
+        f"{folder / 'tokenizer_config.json'}: no token is named to close a document with; "
+        'name one of the vocabulary there as "eos_token"'
+    )
+
+
+def test_a_config_cannot_train_one():
+    assert TokenizerConfig(kind="huggingface", path="tokenizers/llama").path
+    assert message(lambda: TokenizerConfig(kind="huggingface")) == (
+        "a tokenizer of kind huggingface is imported, not trained; "
+        "set path to the folder that `maxlm tokenizer import` wrote"
+    )
+
+
+def sentencepiece(folder, **options):
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(TEXTS).split("\n") * 3),
+        model_writer=model,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        minloglevel=2,
+        **{
+            "vocab_size": 324,
+            "byte_fallback": True,
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": False,
+            **options,
+        },
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return folder
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_a_sentencepiece_model_that_changes_nothing_is_taken(tmp_path, model):
+    folder = sentencepiece(tmp_path / "checkpoint", model_type=model)
+    ours = import_tokenizer(folder)
+    assert (ours.kind, ours.lossless) == (f"sentencepiece_{model}", True)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.opening) == (1, 2, None, (1,))
+    assert ours.decode(ours.encode(TEXT)) == TEXT
+    assert not {1, 2} & set(ours.encode("<s></s>"))
+    ours.save(tmp_path / "kept")
+    assert load_tokenizer(tmp_path / "kept").fingerprint == ours.fingerprint
+    export_tokenizer(tmp_path / "kept", tmp_path / "out")
+    assert files(tmp_path / "out") == files(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False, "vocab_size": 70},
+    ],
+)
+def test_a_sentencepiece_model_that_changes_text_is_refused(tmp_path, options):
+    folder = sentencepiece(tmp_path / "checkpoint", **options)
+    assert message(import_tokenizer, folder).startswith(
+        f"{folder / 'tokenizer.model'}: this SentencePiece model changes text, lacks bytes or has "
+        "tokens added beside it; let transformers write tokenizer.json"
+    )
+
+
+def test_tokens_added_beside_a_sentencepiece_model_are_not_lost_in_silence(tmp_path):
+    folder = sentencepiece(tmp_path / "checkpoint")
+    (folder / "added_tokens.json").write_text('{"<pad>": 340}')
+    assert "tokens added beside it" in message(import_tokenizer, folder)

@@ -1,0 +1,85 @@
+"""Decoders token by token against the library's over whole sequences."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.pieces import decoder_steps, flatten, spell
+
+TOKENS = [
+    "the", "▁the", "▁", "▁▁a", "a▁b", "##s", "##", ".", "'", "n't", "'s", "!", "Ġthe", "Ã©", "é",
+    "<s>", "[SEP]", "do not", "<0x41>", "<0x20>", "Ċ", "猫",
+]  # fmt: skip
+
+DECODERS = {
+    "byte level": decoders.ByteLevel(),
+    "metaspace": decoders.Metaspace(prepend_scheme="always"),
+    "metaspace, first": decoders.Metaspace(prepend_scheme="first"),
+    "metaspace, never": decoders.Metaspace(prepend_scheme="never"),
+    "word pieces": decoders.WordPiece("##", True),
+    "word pieces, untidied": decoders.WordPiece("##", False),
+    "byte fallback": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    "llama": decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "replaced after fusing": decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace("▁", " "), decoders.Strip(" ", 0, 0)]
+    ),
+}
+
+
+def state(decoder) -> dict:
+    return json.loads(decoder.__getstate__())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@given(st.lists(st.sampled_from(TOKENS), max_size=6))
+def test_tokens_joined_are_the_librarys_text(name, tokens):
+    steps = decoder_steps(state(DECODERS[name]))
+    spelled = [spell(steps, token, first=n == 0) for n, token in enumerate(tokens)]
+    assert b"".join(spelled).decode("utf-8", "replace") == DECODERS[name].decode(tokens)
+
+
+def test_without_a_decoder_tokens_stand_apart():
+    steps = decoder_steps(None)
+    assert spell(steps, "a", first=True) + spell(steps, "b", first=False) == b"a b"
+
+
+def test_old_files_name_the_prefix_otherwise():
+    old = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False}
+    assert spell(decoder_steps(old), "▁a", first=True) == b" a"
+    assert spell(decoder_steps({**old, "add_prefix_space": True}), "▁a", first=True) == b"a"
+
+
+def test_sequences_in_sequences_are_flat():
+    inner = {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]}
+    outer = {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, inner]}
+    assert [part["type"] for part in flatten(outer)] == ["ByteLevel", "Fuse", "ByteFallback"]
+    assert flatten(None) == []
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.CTC(),
+        decoders.BPEDecoder(),
+        decoders.Strip(" ", 1, 0),  # of each token: nothing is fused
+        decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
+        decoders.Sequence([decoders.Fuse(), decoders.Metaspace()]),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", " ")]),
+    ],
+)
+def test_decoders_that_look_at_the_whole_text_are_refused(decoder):
+    with pytest.raises(MaxlmError) as error:
+        decoder_steps(state(decoder))
+    assert str(error.value).startswith("tokenizer.json: maxlm cannot decode token by token with ")

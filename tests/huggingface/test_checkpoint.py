@@ -1,0 +1,238 @@
+"""Checkpoints written by slices, restored by Orbax; saved by Orbax, read by slices."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface import arrays, checkpoint
+from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
+from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+
+LEADS = {"embed.table": 0, "layers.norm": 1, "layers.up": 1, "layers.experts": 2}
+SHAPES = {
+    "embed.table": (10, 8),
+    "layers.norm": (3, 7),
+    "layers.up": (3, 8, 14),
+    "layers.experts": (3, 4, 6, 2),
+}
+
+
+def make_params():
+    random = np.random.default_rng(3)
+    return {name: random.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def nested(params):
+    return {
+        "embed": {"table": params["embed.table"]},
+        "layers": {n.split(".")[1]: v for n, v in params.items() if n.startswith("layers.")},
+    }
+
+
+def write(folder, step=0, metadata=None):
+    params = make_params()
+    with CheckpointWriter(folder, step=step) as writer:
+        for name, lead in LEADS.items():
+            writer.declare(name, SHAPES[name], lead)
+        for name, lead in LEADS.items():
+            for index in np.ndindex(*SHAPES[name][:lead]):
+                writer.write(name, index, params[name][index])
+        writer.commit(metadata or {})
+    return params
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(arrays, "TILE_BYTES", 64)
+    monkeypatch.setattr(arrays, "FILE_BYTES", 200)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_orbax_restores_what_was_written(tmp_path):
+    want = nested(write(tmp_path, metadata={"config": {"a": 1}}))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
+    with Checkpointer(tmp_path) as keeper:
+        assert keeper.steps() == [0]
+        metadata = keeper.metadata()
+        got = keeper.restore_params(None, abstract)
+        keeper.save(1, {"params": jax.tree.map(jnp.array, want)}, {}, force=True)
+        assert keeper.steps() == [0, 1], "a run goes on from it"
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
+    versions = {
+        "jax": jax.__version__,
+        "orbax-checkpoint": metadata["versions"]["orbax-checkpoint"],
+    }
+    assert metadata == {"step": 0, "versions": versions, "config": {"a": 1}}
+
+
+@pytest.mark.usefixtures("small_files")
+def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
+    want = nested(write(tmp_path))
+    eight = mesh(data=2, fsdp=2, tensor=2)
+    specs = {2: P("tensor"), 3: P(None, "fsdp", "tensor"), 4: P(None, "fsdp")}
+
+    def asked(x):
+        spec = specs[x.ndim] if x.shape != (3, 7) else P()
+        return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=NamedSharding(eight, spec))
+
+    abstract = jax.tree.map(asked, want)
+    with Checkpointer(tmp_path, read_only=True) as keeper:
+        got = keeper.restore_params(None, abstract)
+
+    def check(got, asked, want):
+        assert got.sharding == asked.sharding
+        for shard in got.addressable_shards:
+            np.testing.assert_array_equal(shard.data, want[shard.index].astype(jnp.bfloat16))
+
+    jax.tree.map(check, got, abstract, want)
+
+
+def test_another_model_is_refused_as_ever(tmp_path):
+    write(tmp_path)
+    wider = {"embed": {"table": jax.ShapeDtypeStruct((10, 9), jnp.float32)}}
+    with Checkpointer(tmp_path, read_only=True) as keeper:
+        text = message(keeper.restore_params, None, wider)
+    assert "params.embed.table is [10, 8] in it, [10, 9] in this run" in text
+
+
+def saved_by_orbax(folder, where, step=5):
+    """Saved from a mesh, or from one device if ``where`` is None."""
+    params = make_params()
+
+    def put(x):
+        if where is None or x.shape == (3, 7):
+            return jnp.array(x)
+        return jax.device_put(x, NamedSharding(where, P(*(None,) * (x.ndim - 2), "fsdp", "tensor")))
+
+    with Checkpointer(folder, CheckpointConfig()) as keeper:
+        state = {"params": {n: put(x) for n, x in params.items()}, "step": np.int32(step)}
+        keeper.save(step, state, {"config": {}}, force=True)
+    return params
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reads_slices_of_what_orbax_saved(tmp_path, mesh, sharded):
+    want = saved_by_orbax(tmp_path, mesh(fsdp=2, tensor=2) if sharded else None)
+    reader = CheckpointReader(tmp_path)
+    assert reader.step == 5
+    assert reader.metadata()["config"] == {}
+    assert reader.shapes == SHAPES
+    for name, lead in LEADS.items():
+        for index in np.ndindex(*SHAPES[name][:lead]):
+            np.testing.assert_array_equal(reader.read_slice(name, index), want[name][index])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("small", [False, True])
+def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatch, sharded, small):
+    want = saved_by_orbax(tmp_path, mesh(fsdp=2, tensor=2) if sharded else None)
+    if not small:
+        monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", 0)
+    reads = []
+    read_box = arrays.Array.read_box
+    monkeypatch.setattr(
+        arrays.Array, "read_box", lambda self, box: reads.append(box) or read_box(self, box)
+    )
+    reader = CheckpointReader(tmp_path)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name, lead in LEADS.items():
+        with reader.slices(name, lead, scratch) as read:
+            assert bool(list(scratch.iterdir())) == bool(lead and not small)
+            for index in np.ndindex(*SHAPES[name][:lead]):
+                np.testing.assert_array_equal(read(index), want[name][index])
+        assert not list(scratch.iterdir())
+    pieces = 1 + (4 + 4 if sharded else 1 + 1)  # the norm is whole, the others in shards
+    assert len(reads) == (0 if small else pieces)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_reads_slices_of_what_it_wrote(tmp_path):
+    write(tmp_path, step=3)
+    want = write(tmp_path, step=10)
+    assert CheckpointReader(tmp_path).step == 10
+    reader = CheckpointReader(tmp_path, 3)
+    for name, lead in LEADS.items():
+        with reader.slices(name, lead, tmp_path / "unused") as read:
+            for index in np.ndindex(*SHAPES[name][:lead]):
+                np.testing.assert_array_equal(read(index), want[name][index])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_layer_and_an_expert_lie_in_files_of_their_own(tmp_path):
+    write(tmp_path)
+    for name, lead in LEADS.items():
+        array = CheckpointReader(tmp_path).open(name)
+        assert array.file_shape[:lead] == (1,) * lead
+        assert math.prod(array.file_shape) * 4 <= 200
+        assert math.prod(array.tile_shape) * 4 <= 64
+
+
+def test_a_writer_that_fails_leaves_no_checkpoint(tmp_path):
+    def fail():
+        with CheckpointWriter(tmp_path) as writer:
+            writer.declare("a", (2, 3), 1)
+            writer.write("a", (0,), np.ones(3, np.float32))
+            with Checkpointer(tmp_path, read_only=True) as keeper:
+                assert keeper.latest() is None
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path):
+    killed = CheckpointWriter(tmp_path)
+    killed.declare("a", (2, 3), 1)
+    assert list(tmp_path.iterdir())
+    with Checkpointer(tmp_path) as keeper:
+        assert keeper.latest() is None
+        keeper.save(1, {"params": {"a": jnp.ones(2)}}, {}, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"], "training removes it"
+    CheckpointWriter(tmp_path).declare("b", (2, 3), 1)
+    write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    assert set(CheckpointReader(tmp_path, 0).shapes) == set(SHAPES)
+
+
+def message(call, *args, **how):
+    with pytest.raises(MaxlmError) as error:
+        call(*args, **how)
+    return str(error.value)
+
+
+def test_errors_name_the_folder_and_a_way_out(tmp_path):
+    empty = f"{tmp_path}: no checkpoint here; name a run that has one"
+    assert message(CheckpointReader, tmp_path) == empty
+    write(tmp_path, step=4)
+    assert message(CheckpointWriter, tmp_path, step=4) == (
+        f"{tmp_path}: a checkpoint of step 4 exists; choose another run folder"
+    )
+    assert message(CheckpointReader, tmp_path, 3) == (
+        f"{tmp_path}: no checkpoint of step 3; use one of 4"
+    )
+    assert message(CheckpointReader, tmp_path, name="ema") == (
+        f"{tmp_path}/4: it holds no ema; read another part of it"
+    )
+
+
+def test_damage_is_an_error(tmp_path):
+    write(tmp_path)
+    state = tmp_path / "0" / "state"
+    reader = CheckpointReader(tmp_path)
+    for path in (state / "params.layers.up" / "c").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"broken")
+    assert "params.layers.up: array error" in message(reader.read_slice, "layers.up", (1,))
+    (state / "_METADATA").write_text(json.dumps({}))
+    assert "_METADATA: damaged checkpoint ('tree_metadata')" in message(CheckpointReader, tmp_path)
+    (tmp_path / "0" / "metadata" / "metadata").write_text("{")
+    assert "damaged checkpoint" in message(reader.metadata)

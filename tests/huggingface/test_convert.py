@@ -1,0 +1,337 @@
+"""Import and export: every bit of a tensor comes back, and tables that do not fit are refused."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface import arrays, checkpoint
+from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
+from maxlm.huggingface.convert import export_tensors, import_tensors
+from maxlm.huggingface.dtypes import NUMPY, Dtypes
+from maxlm.huggingface.files import read, stored_tensors
+from maxlm.huggingface.writer import SafetensorsWriter
+from maxlm.models.families.entries import Entry, Place
+from maxlm.train.checkpoint import Checkpointer
+
+V, D, L, E, F = 11, 6, 3, 2, 10
+
+
+class Spec(NamedTuple):
+    shape: tuple[int, ...]
+
+
+SHAPES = {
+    "embedding.table": (V, D),
+    "head.kernel": (D, V),
+    "layers.query": (L, D, D),
+    "layers.key": (L, D, 2),
+    "layers.up": (L, E, D, F),
+    "layers.down": (L, E, F, D),
+    "layers.norm": (L, D),
+    "final_norm": (D,),
+}
+SPECS = {name: Spec(shape) for name, shape in SHAPES.items()}
+
+
+def table():
+    """Transposed, fused, stacked and shifted tensors; one per layer, per expert, and alone."""
+    entries = [
+        Entry("embed", (V, D), (Place("embedding.table"),)),
+        Entry("head", (V, D), (Place("head.kernel"),), lambda x: (x.T,), lambda p: p[0].T),
+        Entry("norm", (D,), (Place("final_norm"),), lambda x: (x + 1,), lambda p: p[0] - 1),
+    ]
+    for i in range(L):
+        entries += [
+            Entry(
+                f"h.{i}.qk",
+                (D + 2, D),
+                (Place("layers.query", (i,)), Place("layers.key", (i,))),
+                lambda x: (x[:D].T, x[D:].T),
+                lambda parts: np.concatenate([part.T for part in parts]),
+            ),
+            Entry(f"h.{i}.down", (E, F, D), (Place("layers.down", (i,)),)),
+            Entry(f"h.{i}.norm", (D,), (Place("layers.norm", (i,)),)),
+        ]
+        entries += [Entry(f"h.{i}.{e}.up", (D, F), (Place("layers.up", (i, e)),)) for e in range(E)]
+    return entries
+
+
+def tensors(dtype="BF16", **others):
+    random = np.random.default_rng(5)
+    values = {}
+    for entry in table():
+        kind = NUMPY[others.get(entry.theirs, dtype)]
+        values[entry.theirs] = random.normal(size=entry.shape).astype(np.float32).astype(kind)
+    # A shift by one must be exact for the test of bits; these are sixteenths.
+    values["norm"] = (random.integers(-16, 16, D) / 16).astype(values["norm"].dtype)
+    return values
+
+
+def save(folder, values, shard_bytes=10**9):
+    names = {dtype: name for name, dtype in NUMPY.items()}
+    kinds = {name: (names[value.dtype], value.shape) for name, value in values.items()}
+    with SafetensorsWriter(folder, kinds, shard_bytes) as writer:
+        for name, value in values.items():
+            writer.write(name, value)
+        writer.commit()
+    return folder
+
+
+def imported(theirs, checkpoints, entries=None, specs=SPECS, **how):
+    with CheckpointWriter(checkpoints) as writer:
+        dtypes = import_tensors(theirs, entries or table(), specs, writer, **how)
+        writer.commit({"safetensors": dtypes.model_dump()})
+    return dtypes
+
+
+def load(folder):
+    return {name: read(stored) for name, stored in stored_tensors(folder).items()}
+
+
+def same_bits(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name].dtype, got[name].shape) == (want[name].dtype, want[name].shape)
+        assert got[name].tobytes() == want[name].tobytes(), name
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    monkeypatch.setattr(arrays, "TILE_BYTES", 64)
+    monkeypatch.setattr(arrays, "FILE_BYTES", 200)
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E4M3"])
+def test_every_bit_comes_back(tmp_path, dtype):
+    want = tensors(dtype, norm="F32", embed="F16")
+    want["embed"][0] = [np.inf, -np.inf, np.nan, -0.0, 0.0, 6e-8]
+    dtypes = imported(save(tmp_path / "theirs", want, 500), tmp_path / "checkpoints")
+    assert {name: NUMPY[dtypes.of(name)] for name in want} == {n: v.dtype for n, v in want.items()}
+    reader = CheckpointReader(tmp_path / "checkpoints")
+    assert Dtypes.model_validate(reader.metadata()["safetensors"]) == dtypes
+    export_tensors(reader, table(), dtypes, tmp_path / "again", 500)
+    same_bits(load(tmp_path / "again"), want)
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
+
+
+def test_parameters_are_what_the_table_says(tmp_path):
+    theirs = {name: value.astype(np.float32) for name, value in tensors().items()}
+    imported(save(tmp_path / "theirs", tensors()), tmp_path / "ours")
+    reader = CheckpointReader(tmp_path / "ours")
+    assert reader.shapes == SHAPES
+    got = {name: reader.read_slice(name) for name in SHAPES}
+    np.testing.assert_array_equal(got["head.kernel"], theirs["head"].T)
+    np.testing.assert_array_equal(got["final_norm"], theirs["norm"] + 1)
+    for i in range(L):
+        np.testing.assert_array_equal(got["layers.query"][i], theirs[f"h.{i}.qk"][:D].T)
+        np.testing.assert_array_equal(got["layers.key"][i], theirs[f"h.{i}.qk"][D:].T)
+        np.testing.assert_array_equal(got["layers.down"][i], theirs[f"h.{i}.down"])
+        for e in range(E):
+            np.testing.assert_array_equal(got["layers.up"][i, e], theirs[f"h.{i}.{e}.up"])
+
+
+@pytest.mark.parametrize("whole", [0, 10**9])
+def test_what_training_saved_is_exported(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", whole)
+    want = {n: v.astype(np.float32) for n, v in tensors().items()}
+    imported(save(tmp_path / "theirs", want), tmp_path / "ours")
+    reader = CheckpointReader(tmp_path / "ours")
+    params = {name: jnp.array(reader.read_slice(name)) for name in SHAPES}
+    state = {"params": params, "step": np.int32(7), "ema": jax.tree.map(lambda x: 2 * x, params)}
+    with Checkpointer(tmp_path / "run") as keeper:
+        keeper.save(7, state, {}, force=True)
+    export_tensors(
+        CheckpointReader(tmp_path / "run"), table(), Dtypes(default="F32"), tmp_path / "a"
+    )
+    same_bits(load_file(tmp_path / "a" / "model.safetensors"), want)
+    ema = CheckpointReader(tmp_path / "run", name="ema")
+    export_tensors(ema, table(), Dtypes(default="F32"), tmp_path / "b")
+    got = load_file(tmp_path / "b" / "model.safetensors")
+    np.testing.assert_array_equal(got["head"], 2 * want["head"])
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["model.safetensors"]
+
+
+def test_rounding_on_export_is_refused_unless_asked(tmp_path):
+    imported(save(tmp_path / "theirs", tensors("F32")), tmp_path / "ours")
+    reader = CheckpointReader(tmp_path / "ours")
+    with pytest.raises(MaxlmError, match="its float32 values would be rounded to bfloat16"):
+        export_tensors(reader, table(), Dtypes(default="BF16"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    export_tensors(reader, table(), Dtypes(default="BF16"), tmp_path / "a", lossy=True)
+    got, want = load(tmp_path / "a"), tensors("F32")
+    same_bits(got, {name: value.astype(ml_dtypes.bfloat16) for name, value in want.items()})
+
+
+def test_rounding_on_import_is_refused_unless_asked(tmp_path):
+    folder = save(tmp_path / "theirs", tensors("F64", embed="F32"))
+    folder64 = save(tmp_path / "sixty-four", tensors() | {"head": np.full((V, D), 0.1)})
+    imported(folder, tmp_path / "exact")  # fp64 that fp32 holds
+    with pytest.raises(MaxlmError, match="head: its float64 values would be rounded to float32"):
+        imported(folder64, tmp_path / "ours")
+    assert not list((tmp_path / "ours").iterdir())
+    imported(folder64, tmp_path / "ours", lossy=True)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F17", "bf16"])
+def test_an_unfit_format_is_refused(tmp_path, dtype):
+    imported(save(tmp_path / "theirs", tensors()), tmp_path / "ours")
+    reader = CheckpointReader(tmp_path / "ours")
+    text = message(export_tensors, reader, table(), Dtypes(default=dtype), tmp_path / "a")
+    assert text.startswith(f"no number format {dtype!r} for weights; use one of F64, F32")
+
+
+def test_progress_counts_bytes_to_the_end(tmp_path):
+    there, back = [], []
+    folder = save(tmp_path / "theirs", tensors())
+    imported(folder, tmp_path / "ours", progress=lambda *call: there.append(call))
+    reader, dtypes = CheckpointReader(tmp_path / "ours"), Dtypes(default="BF16")
+    note = lambda *call: back.append(call)  # noqa: E731
+    export_tensors(reader, table(), dtypes, tmp_path / "a", progress=note)
+    total = sum(value.nbytes for value in tensors().values())
+    for calls in (there, back):
+        done = [done for done, _, _ in calls]
+        assert done == sorted(set(done))
+        assert done[-1] == total
+        assert {total for _, total, _ in calls} == {total}
+        assert sorted(name for _, _, name in calls) == sorted(tensors())
+
+
+def message(call, *args, **how):
+    with pytest.raises(MaxlmError) as error:
+        call(*args, **how)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def refused(tmp_path, values, entries=None, specs=SPECS, **how):
+    """Why an import is refused; nothing may have been written."""
+    folder = save(tmp_path / "theirs", values)
+    ours = tmp_path / "ours"
+    text = message(imported, folder, ours, entries, specs, **how)
+    assert not ours.exists(), "refused before anything was written"
+    return text.replace(str(folder), "FOLDER")
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path):
+    values = tensors()
+    values["h.0.bias"] = values.pop("h.0.norm")
+    assert refused(tmp_path, values) == (
+        "FOLDER: the files lack h.0.norm and hold h.0.bias, which this model does not use; "
+        "check that the config is this model's"
+    )
+
+
+def test_many_faults_are_counted(tmp_path):
+    text = refused(tmp_path, {"embed": tensors()["embed"]})
+    assert "the files lack head, norm, h.0.qk, h.0.down and 13 more; check" in text
+
+
+def test_buffers_may_be_ignored(tmp_path):
+    values = tensors() | {"h.0.rotary.inv_freq": np.ones(3), "h.mask": np.ones(3, np.int64)}
+    ignored = ("*.inv_freq", "h.mask")
+    imported(save(tmp_path / "a", values), tmp_path / "b", ignored=ignored)
+    text = refused(tmp_path, values, ignored=("*.inv_freq",))
+    assert "hold h.mask, which this model does not use" in text
+
+
+def test_another_shape_is_named_with_both(tmp_path):
+    values = tensors() | {"h.1.down": np.ones((E, F + 1, D), np.float32)}
+    assert refused(tmp_path, values) == (
+        "FOLDER/model.safetensors: h.1.down is [2, 11, 6] there, [2, 10, 6] in this model; "
+        "check that the config is this model's"
+    )
+
+
+def test_quantized_weights_are_refused(tmp_path):
+    values = tensors() | {"embed": np.ones((V, D), np.int8)}
+    assert "embed is stored as I8, so quantized; use the model in bf16" in refused(tmp_path, values)
+
+
+def aliased():
+    entries = table()
+    return [replace(e, aliases=("tied", "again")) if e.theirs == "embed" else e for e in entries]
+
+
+def test_a_tied_tensor_may_be_stored_again(tmp_path):
+    values = tensors()
+    both = values | {"tied": values["embed"], "again": values["embed"]}
+    other = {("tied" if name == "embed" else name): value for name, value in values.items()}
+    for i, stored in enumerate((values, both, other)):
+        imported(save(tmp_path / f"a{i}", stored), tmp_path / f"b{i}", aliased())
+        table_ = CheckpointReader(tmp_path / f"b{i}").read_slice("embedding.table")
+        np.testing.assert_array_equal(table_, values["embed"].astype(np.float32))
+
+
+@pytest.mark.parametrize("change", ["value", "dtype", "shape"])
+def test_a_tied_tensor_that_differs_is_refused(tmp_path, change):
+    values = tensors()
+    other = values["embed"].copy()
+    if change == "value":
+        other[-1, -1] += 1
+    other = {"value": other, "dtype": other.astype(np.float32), "shape": other[1:]}[change]
+    text = refused(tmp_path, values | {"tied": other}, aliased())
+    reason = "differs from embed, which this model ties it to; set tie_embeddings=false"
+    assert text.startswith(
+        f"FOLDER/model.safetensors: tied {'is [10, 6] there' if change == 'shape' else reason}"
+    )
+
+
+def test_each_parameter_is_filled_once(tmp_path):
+    def without(theirs):
+        return [entry for entry in table() if entry.theirs != theirs]
+
+    values = tensors()
+    more = {"x": values["h.1.down"], **values}
+    down = Entry("x", (E, F, D), (Place("layers.down", (1,)),))
+    fix = "; check that the config is this model's"
+    cases = {
+        "layers.up[1][0]: nothing fills it": without("h.1.0.up"),
+        "layers.down[2]: nothing fills it": without("h.2.down"),
+        "embedding.table: nothing fills it": without("embed"),
+        "layers.down[1]: filled twice": [*table(), down],
+        "layers.up[1][1]: filled twice": [
+            *table(),
+            Entry("x", (D, F), (Place("layers.up", (1, 1)),)),
+        ],
+        "layers.up[0][0]: filled twice": [*table(), Entry("x", (), (Place("layers.up"),))],
+        "layers.down: no index [3] in [3, 2, 10, 6]": [
+            *table(),
+            replace(down, ours=(Place("layers.down", (L,)),)),
+        ],
+    }
+    for i, (text, entries) in enumerate(cases.items()):
+        (tmp_path / str(i)).mkdir()
+        assert refused(tmp_path / str(i), more, entries) == text + fix
+    wrong = [*table(), replace(down, ours=(Place("layers.sideways", (1,)),))]
+    (tmp_path / "w").mkdir()
+    text = refused(tmp_path / "w", more, wrong)
+    assert text == "layers.sideways: this model has no such parameter"
+
+
+def test_a_checkpoint_of_another_depth_is_refused(tmp_path):
+    imported(save(tmp_path / "theirs", tensors()), tmp_path / "ours")
+    fewer = [entry for entry in table() if not entry.theirs.startswith("h.2.")]
+    reader = CheckpointReader(tmp_path / "ours")
+    text = message(export_tensors, reader, fewer, Dtypes(default="F32"), tmp_path / "a")
+    assert text.startswith("layers.down[2]: nothing fills it")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_export_goes_into_an_empty_folder_or_replaces_a_model(tmp_path):
+    theirs = save(tmp_path / "theirs", tensors())
+    imported(theirs, tmp_path / "ours")
+    reader, dtypes = CheckpointReader(tmp_path / "ours"), Dtypes(default="F32")
+    text = message(export_tensors, reader, table(), dtypes, theirs)
+    assert text.startswith(f"{theirs}: the folder is not empty")
+    same_bits(load(theirs), tensors())
+    export_tensors(reader, table(), dtypes, theirs, 500, overwrite=True)
+    same_bits(load(theirs), {name: v.astype(np.float32) for name, v in tensors().items()})

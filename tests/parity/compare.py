@@ -1,0 +1,106 @@
+"""The same weights in transformers and here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from maxlm.config import Config
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.families import family_of
+from maxlm.models.families.family import Family
+from maxlm.models.params import bind, named, param_specs
+from maxlm.sharding import ShardingConfig
+
+
+class Holder(Config):
+    model: ModelConfig
+
+
+def read(values: dict[str, Any], tensors: Any = ()) -> tuple[Family, Any]:
+    """A config.json's family, and the model's config by way of a preset's text."""
+    family = family_of(values, "config.json")
+    settings, _ = family.settings(values, "config.json", tensors)
+    return family, Holder.model_validate({"model": settings}).model
+
+
+def parameters(config: Any, entries: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Every parameter by canonical name, filled from tensors."""
+    specs = named(param_specs(config.build(rules=ShardingConfig().compute, dtype=jnp.float32)))
+    dtype = np.result_type(*(x.dtype for x in tensors.values()))
+    found = {name: np.full(spec.shape, np.nan, dtype) for name, spec in specs.items()}
+    for entry in entries:
+        whole = tensors[entry.theirs]
+        assert whole.shape == entry.shape, (entry.theirs, whole.shape, entry.shape)
+        for place, part in zip(entry.ours, entry.split(whole), strict=True):
+            found[place.name][place.index] = part
+    for name, value in found.items():
+        assert not np.isnan(value).any(), f"{name} is not filled"
+    return found
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def one_device() -> Mesh:
+    from maxlm.sharding import MeshConfig, make_mesh
+
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
+def logits(
+    config: Any,
+    flat: dict[str, Any],
+    tokens: np.ndarray,
+    positions: np.ndarray | None = None,
+    segments: np.ndarray | None = None,
+    dtype: Any = jnp.float32,
+    **more: Any,
+) -> np.ndarray:
+    """[B, S, V] of our model.
+
+    Args:
+        more: ``types`` of an encoder, ``inputs`` of an encoder beside a decoder.
+    """
+    mesh = one_device()
+    rules = ShardingConfig().compute.on(dict(mesh.shape))
+    model = config.build(rules=rules, dtype=dtype)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    @jax.jit
+    def run(params, tokens, positions, segments, more):
+        bound = bind(model, params)
+        hidden, _ = bound(tokens, positions, segments, **more)
+        return bound.logits(hidden)
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(nested(flat), whole)
+        put = jax.tree.map(
+            lambda a: jax.device_put(np.asarray(a, np.int32), whole),
+            (tokens, positions, segments, more),
+        )
+        return np.asarray(run(params, *put))
+
+
+def tensors_of(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A folder's config.json and tensors, by the safetensors library."""
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return json.loads((folder / "config.json").read_text()), tensors
