@@ -11,7 +11,13 @@ from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
-from maxlm.objectives import ClmConfig, ObjectiveConfig
+from maxlm.objectives import (
+    ARCHITECTURES,
+    ClmConfig,
+    ObjectiveConfig,
+    batch_arrays,
+    marks_needed,
+)
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.train.config import CheckpointConfig, TrainConfig
@@ -72,10 +78,21 @@ def check_parts(config: RunConfig) -> None:
     Raises:
         MaxlmError: naming both settings.
     """
-    model, data, train = config.model, config.data, config.train
-    if data.seq_len > model.max_seq_len:
+    model, data, train, objective = config.model, config.data, config.train, config.objective
+    wanted = ARCHITECTURES[objective.kind]
+    if model.architecture != wanted:
+        fits = [kind for kind, one in ARCHITECTURES.items() if one == model.architecture]
         raise MaxlmError(
-            f"data.seq_len={data.seq_len} is longer than model.max_seq_len={model.max_seq_len}",
+            f"objective.kind={objective.kind} trains a model of architecture {wanted}, "
+            f"model.architecture={model.architecture}",
+            fix=f"use objective.kind={' or '.join(fits)}",
+        )
+    longest = max(length for length, _ in batch_arrays(objective, data.seq_len).values())
+    if longest > model.max_seq_len:
+        rows = "" if longest == data.seq_len else f" (rows of {longest} with the marks)"
+        raise MaxlmError(
+            f"data.seq_len={data.seq_len}{rows} is longer than "
+            f"model.max_seq_len={model.max_seq_len}",
             fix="shorten the sequences, or raise the model's limit",
         )
     if data.batch_size % train.micro_batches:
@@ -109,14 +126,20 @@ def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:
     for name in ("seq", "residual"):
         split_over = [axis for axis in getattr(config.sharding.compute, name) if sizes[axis] > 1]
         ways = prod(sizes[axis] for axis in split_over)
-        if config.data.seq_len % ways:
-            split = "·".join(f"{axis}={sizes[axis]}" for axis in split_over)
-            raise MaxlmError(
-                f"a sequence of {config.data.seq_len} tokens does not divide over {split} "
-                f"(sharding.compute.{name})",
-                where="data.seq_len",
-                fix=f"use a seq_len that is a multiple of {ways}, or a smaller mesh",
-            )
+        arrays = batch_arrays(config.objective, config.data.seq_len)
+        for array, (length, _) in arrays.items():
+            if length % ways:
+                split = "·".join(f"{axis}={sizes[axis]}" for axis in split_over)
+                where, what = "data.seq_len", "seq_len"
+                if length != config.data.seq_len:
+                    what = "encoder_len" if array.startswith("input_") else "decoder_len"
+                    where = f"objective.{what}"
+                raise MaxlmError(
+                    f"a sequence of {length} tokens does not divide over {split} "
+                    f"(sharding.compute.{name})",
+                    where=where,
+                    fix=f"use a {what} that is a multiple of {ways}, or a smaller mesh",
+                )
 
 
 def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
@@ -152,15 +175,54 @@ def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
             where="parallel.layer_groups",
             fix="set it to 1, or parallel.schedule=circular",
         )
+    if why := no_pipeline(config.model):
+        raise MaxlmError(
+            f"mesh.stage={stages}, but {why}",
+            where="mesh.stage",
+            fix="set it to 1 and give its devices to data, fsdp or tensor",
+        )
     layers, groups = config.model.num_layers, parallel.layer_groups
-    if layers % (stages * groups):
-        of, or_groups = "", ""
+    period = len(config.model.kinds)
+    if layers % (stages * groups * period):
+        of, or_groups, whole = "", "", ""
         if groups > 1:
             of, or_groups = f" of {groups} layer groups", " or layer groups"
+        if period > 1:
+            whole = f" in whole patterns of {period}"
         raise MaxlmError(
-            f"{layers} layers do not divide over {stages} pipeline stages{of}",
+            f"{layers} layers do not divide over {stages} pipeline stages{of}{whole}",
             where="model.num_layers",
-            fix=f"use a multiple of {stages * groups}, or fewer stages{or_groups}",
+            fix=f"use a multiple of {stages * groups * period}, or fewer stages{or_groups}",
+        )
+
+
+def no_pipeline(model: ModelConfig) -> str | None:
+    """Why a model's layers cannot lie on pipeline stages, which have equal shares of one stack;
+    None: they can, if their number divides."""
+    if len(model.trunks) > 1:
+        return "a pipeline has no place for an encoder beside a decoder"
+    if model.dense_layers:
+        return f"the first model.dense_layers={model.dense_layers} layers are unlike the others"
+    if model.positions.kind == "relative":
+        return "all layers share the table of model.positions.kind=relative"
+    return None
+
+
+def check_crossing(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Check that a decoder's tokens have an encoder's whole output at hand.
+
+    Args:
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: naming the sizes.
+    """
+    split = [axis for axis in config.sharding.compute.seq if sizes[axis] > 1]
+    if split and any(trunk.crossing for trunk in config.model.trunks):
+        raise MaxlmError(
+            f"cross-attention looks at whole sequences, which {split[0]}={sizes[split[0]]} splits",
+            where=f"mesh.{split[0]}",
+            fix="set it to 1, or sharding.compute.seq and residual to null",
         )
 
 
@@ -201,11 +263,21 @@ def check_experts(config: RunConfig, sizes: Mapping[str, int]) -> None:
 
 
 def vocab_fits(config: RunConfig, tokenizer_vocab: int) -> None:
-    """Check that every id of the tokenizer has a row in the model's table.
+    """Check that every id of the tokenizer has a row in the model's table, and that there are as
+    many more as the objective's marks take.
 
     Raises:
         MaxlmError: naming both sizes.
     """
+    marks = marks_needed(config.objective)
+    if marks and tokenizer_vocab + marks > config.model.vocab_size:
+        raise MaxlmError(
+            f"the tokenizer has {tokenizer_vocab} ids and objective.kind={config.objective.kind} "
+            f"needs {marks} more, model.vocab_size={config.model.vocab_size}",
+            where="model.vocab_size",
+            fix=f"set it to {tokenizer_vocab + marks} or more, or name ids of the tokenizer's own "
+            "in the objective",
+        )
     if tokenizer_vocab > config.model.vocab_size:
         raise MaxlmError(
             f"the tokenizer has {tokenizer_vocab} ids, model.vocab_size={config.model.vocab_size}",

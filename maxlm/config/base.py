@@ -1,6 +1,9 @@
 """The base of every component's config."""
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Config(BaseModel):
@@ -18,3 +21,14 @@ class Config(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+
+def default_tag(name: str, value: str) -> BeforeValidator:
+    """For a union that pydantic tells apart by a key ``name``: what a mapping without it is."""
+
+    def add(settings: Any) -> Any:
+        if isinstance(settings, Mapping) and name not in settings:
+            return {name: value, **settings}
+        return settings
+
+    return BeforeValidator(add)

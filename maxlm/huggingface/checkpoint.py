@@ -189,22 +189,26 @@ class CheckpointReader:
             yield lambda index: whole[index]
         else:
             with tempfile.NamedTemporaryFile(dir=scratch, suffix=PARTIAL) as file:
-                _unpack(array, lead, file.name)
+                _unpack(array, lead, file)
                 # A map that is dropped after each slice holds no memory for longer.
                 yield lambda index: np.array(_mapped(array, file.name)[index])
 
 
-def _unpack(array: Array, lead: int, path: str) -> None:
+def _unpack(array: Array, lead: int, file: Any) -> None:
     try:
-        os.truncate(path, array.nbytes)
+        # Writing to a map of a file for which the disk has no room would end the process.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, array.nbytes)
+        else:
+            file.truncate(array.nbytes)
         for box in boxes(array.shape, array.tile_shape):
             values = array.read_box(box)
             for at in np.ndindex(values.shape[:lead]):
                 there = tuple(part.start + i for part, i in zip(box, at, strict=False))
-                _mapped(array, path)[there + box[lead:]] = values[at]
+                _mapped(array, file.name)[there + box[lead:]] = values[at]
     except OSError as error:
         what = f"no room to unpack {array.nbytes / 1e9:.1f} GB ({error.strerror or error})"
-        raise MaxlmError(what, where=str(Path(path).parent), fix="free some space") from error
+        raise MaxlmError(what, where=str(Path(file.name).parent), fix="free some space") from error
 
 
 def _mapped(array: Array, path: str) -> np.ndarray:

@@ -20,8 +20,8 @@ from maxlm.huggingface.files import INDEX, SINGLE, Stored
 
 SHARD_BYTES = 5_000_000_000
 """As large as published files are."""
-PARTIAL = ".partial"
-"""Ends the names of files, and of folders for scratch, that are not complete."""
+PARTIAL = ".maxlm-partial"
+"""Ends the names of files that are not complete, and of scratch."""
 
 
 Kind = tuple[str, tuple[int, ...]]
@@ -62,6 +62,8 @@ class SafetensorsWriter:
     def __enter__(self) -> "SafetensorsWriter":
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"*{PARTIAL}"):  # by a writer that was killed
+                left.unlink()
             for name, (header, tensors) in self._shards.items():
                 mode = os.O_RDWR | os.O_CREAT | os.O_TRUNC
                 file = self._files[name] = os.open(self._partial(name), mode, 0o666)

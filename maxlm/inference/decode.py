@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.blocks import Memory
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params, bind, param_specs
 
@@ -23,8 +25,30 @@ def cast_params(model: Transformer, params: Params) -> Params:
     )
 
 
+def encode(
+    model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array
+) -> Memory | None:
+    """What an encoder beside the decoder makes of whole prompts; None: there is none.
+
+    Args:
+        tokens: int [B, S], padded on the right.
+        lengths: int [B], tokens of each row that are not padding, ≥ 1.
+    """
+    if not isinstance(model, EncoderDecoder):
+        return None
+    positions, rows = _places(model, tokens.shape), model.rules.spec("batch", None)
+    segments = (positions < reshard(lengths, model.rules.spec("batch"))[:, None]).astype(jnp.int32)
+    inputs = reshard(tokens, rows), positions, segments
+    return bind(model, params).encoded(inputs)[0]
+
+
 def prefill(
-    model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array, cache_length: int
+    model: Transformer,
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache_length: int,
+    memory: Memory | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run whole prompts, padded on the right, through the model.
 
@@ -35,23 +59,27 @@ def prefill(
         tokens: int [B, S].
         lengths: int [B], tokens of each row that are not padding, ≥ 1.
         cache_length: slots T ≥ S to allocate for each row.
+        memory: what :func:`encode` made of the input, where there is an encoder.
 
     Returns:
         fp32 logits [B, V] after each row's own last token, and the cache.
     """
-    rules, (batch, width) = model.rules, tokens.shape
-    rows = rules.spec("batch", None)
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-    cache = init_cache(model.config, batch, cache_length, model.dtype, rules)
-    bound = bind(model, params)
-    hidden, cache = bound.cached(reshard(tokens, rows), reshard(positions, rows), cache)
+    rules, rows = model.rules, model.rules.spec("batch", None)
+    cache = init_cache(model.config, tokens.shape[0], cache_length, model.dtype, rules)
+    bound, positions = bind(model, params), _places(model, tokens.shape)
+    hidden, cache = bound.cached(reshard(tokens, rows), positions, cache, memory)
     last = reshard(lengths - 1, rules.spec("batch"))
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
 
 
 def decode(
-    model: Transformer, params: Params, tokens: jax.Array, positions: jax.Array, cache: Cache
+    model: Transformer,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    memory: Memory | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One token a row.
 
@@ -60,6 +88,7 @@ def decode(
         positions: int [B], where each stands in its row; a position past the cache's last slot
             is not written.
         cache: everything before them; donate it, or two of it are alive at once.
+        memory: as of :func:`prefill`.
 
     Returns:
         fp32 logits [B, V] after these tokens, and the cache with them in it.
@@ -67,5 +96,11 @@ def decode(
     rows = model.rules.spec("batch", None)
     bound = bind(model, params)
     tokens, positions = (reshard(a[:, None], rows) for a in (tokens, positions))
-    hidden, cache = bound.cached(tokens, positions, cache)
+    hidden, cache = bound.cached(tokens, positions, cache, memory)
     return bound.logits(hidden)[:, 0], cache
+
+
+def _places(model: Transformer, shape: tuple[int, ...]) -> jax.Array:
+    """int32 [B, S]: 0, 1, ... in every row."""
+    positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return reshard(positions, model.rules.spec("batch", None))

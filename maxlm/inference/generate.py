@@ -5,14 +5,18 @@ from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.inference.decode import cast_params, decode, prefill
+from maxlm.inference.decode import cast_params, decode, encode, prefill
 from maxlm.inference.sampling import SamplingConfig, sample
 from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.encoder import Encoder
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.blocks import Memory
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params
 from maxlm.sharding import on_mesh
@@ -32,7 +36,8 @@ def generate(
     vocab_size: int | None = None,
     cache_length: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue a batch of prompts, yielding each step's tokens as soon as they are known.
+    """Continue a batch of prompts, yielding each step's tokens as soon as they are known. A model
+    with an encoder reads the prompts with it, and writes an output of its own.
 
     A row's tokens depend on its prompt, the settings, ``key`` and its stream, not on the other
     rows.
@@ -52,10 +57,16 @@ def generate(
         itself is yielded. Stops when every row has ended.
 
     Raises:
-        MaxlmError: before anything runs: no or empty prompts, ids outside the vocabulary, more
-            tokens than the model's positions or ``cache_length``, a mesh that splits the sequence
-            or no mesh.
+        MaxlmError: before anything runs: an encoder alone, no or empty prompts, ids outside the
+            vocabulary, more tokens than the model's positions or ``cache_length``, a mesh that
+            splits the sequence or no mesh.
     """
+    if isinstance(model, Encoder):
+        raise MaxlmError(
+            "an encoder names masked tokens; it does not continue text",
+            where="generate",
+            fix="use a decoder, or an encoder with a decoder",
+        )
     _check_prompts(model.config, prompts)
     if model.rules.seq:
         raise MaxlmError(
@@ -63,8 +74,12 @@ def generate(
             where="mesh",
             fix="generate on a mesh with context=1",
         )
-    longest = max(map(len, prompts))
-    width, length = _sizes(model.config, longest, sampling.max_new_tokens, cache_length)
+    longest, new = max(map(len, prompts)), sampling.max_new_tokens
+    if isinstance(model, EncoderDecoder):  # the output's slots, behind its start
+        width, _ = _sizes(model.config, longest, 0, None)
+        _, length = _sizes(model.config, 1, new, cache_length)
+    else:
+        width, length = _sizes(model.config, longest, new, cache_length)
     mesh = _mesh_of(params)
     rows = _round_up(len(prompts), prod(mesh.shape[axis] for axis in model.rules.batch))
     tokens = np.zeros((rows, width), np.int32)
@@ -85,11 +100,11 @@ def generate(
 
 def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
     ended = np.zeros(rows, bool)
-    tokens, positions, cache = start()
+    tokens, positions, cache, memory = start()
     for step in range(steps):
         drawn = tokens
         if step + 1 < steps:  # before looking at the tokens, so that the device never waits
-            tokens, positions, cache = advance(tokens, positions, cache)
+            tokens, positions, cache = advance(tokens, positions, cache, memory)
         values = np.asarray(drawn)[:rows]
         yield [None if over else int(token) for token, over in zip(values, ended, strict=True)]
         ended |= values == eos_id
@@ -108,10 +123,16 @@ def _start(
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    logits, cache = prefill(model, params, tokens, lengths, cache_length)
+) -> tuple[jax.Array, jax.Array, Cache, Memory | None]:
+    memory = encode(model, params, tokens, lengths)
+    if isinstance(model, EncoderDecoder):
+        tokens, lengths = (
+            jnp.full_like(tokens[:, :1], model.config.start_id),
+            jnp.ones_like(lengths),
+        )
+    logits, cache = prefill(model, params, tokens, lengths, cache_length, memory)
     first = _next(model, sampling, logits, lengths, seeds, key, vocab_size)
-    return first, _whole(lengths), cache
+    return first, _whole(lengths), cache, memory
 
 
 @partial(jax.jit, static_argnames=("model", "sampling", "vocab_size"), donate_argnames=("cache",))
@@ -122,11 +143,12 @@ def _advance(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
+    memory: Memory | None,
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    logits, cache = decode(model, params, tokens, positions, cache)
+    logits, cache = decode(model, params, tokens, positions, cache, memory)
     positions = positions + 1
     drawn = _next(model, sampling, logits, positions, seeds, key, vocab_size)
     return drawn, _whole(positions), cache

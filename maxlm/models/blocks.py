@@ -35,9 +35,12 @@ class Memory(NamedTuple):
     segment_ids: jax.Array | None
     """int [B, T]; None: each row is one segment."""
 
-    def segments_with(self, own: jax.Array | None) -> tuple[jax.Array, jax.Array] | None:
-        """Segments of queries and keys, of a decoder with segments ``own`` [B, S]."""
-        return None if own is None or self.segment_ids is None else (own, self.segment_ids)
+    def segments_with(self, seen: Seen) -> tuple[jax.Array, jax.Array] | None:
+        """Segments of queries and keys, for a decoder's tokens."""
+        if self.segment_ids is None:
+            return None
+        own = jnp.ones_like(seen.positions) if seen.segment_ids is None else seen.segment_ids
+        return own, self.segment_ids
 
 
 Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
@@ -108,7 +111,7 @@ class Block(nnx.Module):
         y, cache = self.attention(self._before(self.attention_norm, x), seen, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if memory is not None and self.cross is not None:
-            segments = memory.segments_with(seen.segment_ids)
+            segments = memory.segments_with(seen)
             y = self.cross.across(self._before(self.cross_norm, x), memory.states, segments)
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self._feed(self._before(self.mlp_norm, x), seen)

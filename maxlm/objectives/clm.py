@@ -2,72 +2,10 @@
 
 from typing import Literal
 
-import jax
-from pydantic import Field
-
-from maxlm.config import Config
-from maxlm.models.architectures.transformer import Transformer
-from maxlm.models.aux import Aux
-from maxlm.parallel.cross_entropy import fused_cross_entropy
-
-Batch = dict[str, jax.Array]
-
-
-class LossConfig(Config):
-    """How the loss of targets is counted, whatever they are."""
-
-    z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log-normaliser; 1e-4 steadies long runs in bf16, 0 is plain
-    cross-entropy."""
-    chunk_tokens: int = Field(default=1024, gt=0)
-    """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
+from maxlm.objectives.loss import LossConfig
 
 
 class ClmConfig(LossConfig):
+    """Every token from those before it."""
+
     kind: Literal["clm"] = "clm"
-
-
-def clm(
-    config: ClmConfig, model: Transformer, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Summed next-token loss of a batch.
-
-    Args:
-        model: bound to its parameters.
-        batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S], or
-            [M, B, S] on pipeline stages.
-        key: unused; other objectives draw masks from it.
-
-    Returns:
-        The loss to differentiate, summed over counted tokens, and sums to log: ``tokens`` (the
-        weight to divide by) and ``cross_entropy`` in nats.
-    """
-    hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return token_loss(config, model, hidden, aux, batch)
-
-
-def token_loss(
-    config: LossConfig, model: Transformer, hidden: jax.Array, aux: Aux, batch: Batch
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Summed loss of a batch's targets, and sums to log.
-
-    Args:
-        hidden: [..., S, D], what the model made of the batch.
-        aux: what its layers add.
-        batch: ``targets`` and ``weights`` [..., S] are used.
-    """
-    head = model.head_of(hidden)
-    loss, cross_entropy = fused_cross_entropy(
-        head.hidden,
-        head.kernel.value,
-        batch["targets"],
-        batch["weights"],
-        used=head.kernel.used,
-        whole=head.kernel.whole,
-        bias=head.bias,
-        soft_cap=head.cap,
-        z_loss=config.z_loss,
-        chunk=config.chunk_tokens,
-    )
-    sums = {"tokens": batch["weights"].sum(), "cross_entropy": cross_entropy}
-    return loss + aux.loss, sums | aux.sums

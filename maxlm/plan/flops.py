@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, named
+from maxlm.plan.stacks import reads_inputs
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Flops:
     full: float
     """Causal attention counted as if nothing were masked (Chowdhery et al. 2022, appendix B)."""
     causal: float
-    """Attention counted at half, as a causal kernel computes it."""
+    """Causal attention counted at half, as a kernel computes it."""
 
 
 def active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
@@ -23,16 +24,25 @@ def active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> flo
     return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
 
 
-def training_flops(specs: Params, config: ModelConfig, seq_len: int) -> Flops:
-    """FLOPs a token of a training step.
+def training_flops(
+    specs: Params, config: ModelConfig, seq_len: int, encoder_len: int | None = None
+) -> Flops:
+    """FLOPs a token of a training step; of an encoder and a decoder, a token of the decoder's.
 
     6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
     routed experts those a token meets, routers and the output head, tied or not, but not table
     look-ups, norms and biases. Attention's two products take their forward FLOPs and twice as many
     backward.
+
+    Args:
+        encoder_len: tokens of an encoder beside a decoder; None: as many.
     """
     flat = named(specs)
     multiplied = {n: s for n, s in flat.items() if s.role == "matrix" or n.endswith(".router")}
-    weights = active_parameters(multiplied, config) + config.vocab_size * config.d_model
-    attention = 3.0 * config.attention_flops(seq_len)
-    return Flops(full=6.0 * weights + attention, causal=6.0 * weights + attention / 2)
+    inputs = {n: s for n, s in multiplied.items() if reads_inputs(n, config)}
+    own = {n: s for n, s in multiplied.items() if n not in inputs}
+    lengths = seq_len, encoder_len or seq_len
+    weights = active_parameters(own, config) + config.vocab_size * config.d_model
+    weights += active_parameters(inputs, config) * lengths[1] / seq_len
+    full, causal = (3 * config.attention_flops(*lengths, causal=share) for share in (1.0, 0.5))
+    return Flops(full=6.0 * weights + full, causal=6.0 * weights + causal)

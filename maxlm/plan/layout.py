@@ -12,6 +12,7 @@ from maxlm.models.params import ParamSpec, named
 from maxlm.plan.flops import active_parameters, training_flops
 from maxlm.plan.notes import notes
 from maxlm.plan.placement import place_model
+from maxlm.plan.workload import Rows
 from maxlm.run import RunConfig
 from maxlm.sharding import Placement, abstract_mesh
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
@@ -59,7 +60,7 @@ class Layout:
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
-    """Training, causal attention counted at half; see plan/flops.py."""
+    """Training, of a token of text, causal attention counted at half; see plan/flops.py."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
     """How the run is parallel, in words."""
@@ -90,7 +91,9 @@ def lay_out(
     state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
     gradients = param_shardings(tree, placed.gradients, mesh)
     parameter_bytes = sum(row.bytes_per_device for row in rows)
-    flops = training_flops(tree, config.model, config.data.seq_len)
+    lengths = Rows.of(config)
+    flops = training_flops(tree, config.model, *lengths)
+    a_token = lengths.own / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
     return Layout(
         name=config.name,
@@ -108,8 +111,8 @@ def lay_out(
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
         tokens_total=tokens * config.train.steps,
-        flops_per_token=flops.causal,
-        flops_per_token_full_attention=flops.full,
+        flops_per_token=flops.causal * a_token,
+        flops_per_token_full_attention=flops.full * a_token,
         notes=notes(config, placed, sizes, links),
     )
 

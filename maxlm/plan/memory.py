@@ -8,14 +8,18 @@ them (``benchmarks/plan_memory.py`` compares).
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from maxlm.models.remat import SAVED
+from maxlm.objectives import batch_arrays
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.working import LOSS, UPDATE, Parts, hidden_elements, working_sets
+from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.stacks import Stack
+from maxlm.plan.working import LOSS, UPDATE, Parts, end_sets, layer_sets
 from maxlm.plan.workload import Number, Split
 from maxlm.sharding import AxisRules
 
@@ -63,29 +67,19 @@ class Memory:
         return {**parts, "total": float(self.total), "peak_at": self.phase, "working_sets": sets}
 
 
+# Of a layer's residual stream without remat: norms' outputs, and their inputs but for the layer's.
+_STREAMS = {"pre": 3.0, "post": 3.0, "sandwich": 5.0, "parallel": 2.0, "parallel_shared": 1.0}
 PARTS = ("parameters", "optimizer", "average", "batch", "gradients", "activations", "working")
 
 
 def memory(shape: Shape) -> Memory:
     """What a training step needs."""
-    layers, sums = _gradients(shape)
-    activations = _kept(shape) + _carried(shape)
-    ends = [(s.nbytes, s.axes) for s in shape.work.outer_specs.values()]
-    outer = _spread(shape.split, shape.split.gradients, ends)
-    # Beside what rests: gradients and kept activations in each phase.
-    beside = {
-        LOSS: (sums, activations),
-        UPDATE: (layers + sums + outer, 0.0),
-    }
-    sets = working_sets(shape)
-    phases = [
-        (*beside.get(phase, (layers + sums, activations)), sum(parts.values(), start=0.0))
-        for phase, parts in sets.items()
-    ]
-    totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in phases)))
+    phases = _phases(shape)
+    sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
+    totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in sizes)))
     peak = np.argmax(totals, axis=0)
     gradients, activations, working = (
-        np.choose(peak, np.broadcast_arrays(*parts)) for parts in zip(*phases, strict=True)
+        np.choose(peak, np.broadcast_arrays(*parts)) for parts in zip(*sizes, strict=True)
     )
     return Memory(
         **resting(shape),
@@ -93,8 +87,30 @@ def memory(shape: Shape) -> Memory:
         activations=activations,
         working=working,
         peak=peak,
-        working_sets=sets,
+        working_sets={phase: parts for phase, (*_, parts) in phases.items()},
     )
+
+
+def _phases(shape: Shape) -> dict[str, tuple[Number, Number, Parts]]:
+    """Phase → gradients, kept activations and what is alive besides, beside what rests."""
+    work, split, stacks = shape.work, shape.split, shape.work.stacks
+    sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in work.specs.values()])
+    added = np.greater(shape.micro, 1) | shape.pipelined
+    sums = np.where(added, sums, 0.0)
+    kept = list(accumulate(_kept(shape, stack) + _carried(shape, stack) for stack in stacks))
+    own = [_gradients(shape, stack, work.dtype_bytes) for stack in stacks]
+    whole = [np.where(added, 0.0, _gradients(shape, stack, FP32)) for stack in stacks]
+    phases = {}
+    for i, stack in enumerate(stacks):
+        # Those of later stacks are through, and in fp32 until they are added up.
+        gradients = own[i] + sum(whole[i + 1 :], start=0.0) + sums
+        for phase, parts in layer_sets(shape, stack).items():
+            name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
+            phases[name] = (gradients, kept[i], parts)
+    ends = [(s.nbytes, s.axes) for s in work.outer_specs.values()]
+    outer = _spread(split, split.gradients, ends)
+    beside = {LOSS: (sums, kept[-1]), UPDATE: (sum(own) + sums + outer, 0.0)}
+    return phases | {phase: (*beside[phase], parts) for phase, parts in end_sets(shape).items()}
 
 
 def resting(shape: Shape) -> dict[str, Number]:
@@ -103,14 +119,14 @@ def resting(shape: Shape) -> dict[str, Number]:
     config = work.config
     parameters = _spread(split, split.storage, [(s.nbytes, s.axes) for s in work.specs.values()])
     state = [(np.prod(a.shape) * a.dtype.itemsize, a.axes) for a in work.optimizer]
-    # Tokens, targets, segments, positions and weights, 4 bytes each.
-    tokens = config.data.batch_size * config.data.seq_len
+    arrays = batch_arrays(config.objective, config.data.seq_len).values()
+    row = sum(length * np.dtype(dtype).itemsize for length, dtype in arrays)
     spread = split.ways((*split.compute.batch, *split.compute.seq))
     return {
         "parameters": parameters,
         "optimizer": _spread(split, split.optimizer, state),
         "average": parameters if config.train.ema_decay is not None else 0.0,
-        "batch": 5 * 4 * tokens / spread,
+        "batch": config.data.batch_size * row / spread,
     }
 
 
@@ -118,64 +134,64 @@ def _spread(split: Split, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Nu
     return sum((nbytes / split.shards(rules, axes) for nbytes, axes in arrays), start=0.0)
 
 
-def _gradients(shape: Shape) -> tuple[Number, Number]:
-    """Of scanned layers, in the compute dtype, while these are being differentiated; and fp32 sums
-    over micro-batches."""
-    work, split = shape.work, shape.split
-    layers = _spread(
-        split,
-        split.gradients,
+def _gradients(shape: Shape, stack: Stack, itemsize: int) -> Number:
+    """Of scanned layers, matrices' in a dtype: the one of the maths while these are being
+    differentiated."""
+    return _spread(
+        shape.split,
+        shape.split.gradients,
         [
-            (s.size * (work.dtype_bytes if s.role == "matrix" else FP32), s.axes)
-            for s in work.layer_specs.values()
+            (s.size * (itemsize if s.role == "matrix" else FP32), s.axes)
+            for s in stack.specs.values()
         ],
     )
-    sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in work.specs.values()])
-    added = np.greater(shape.micro, 1) | shape.pipelined
-    return layers, np.where(added, sums, 0.0)
 
 
-def _carried(shape: Shape) -> Number:
-    """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too."""
+def _carried(shape: Shape, stack: Stack) -> Number:
+    """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too;
+    and an encoder's output for layers that look at it."""
     work, stages, micro = shape.work, shape.stages, shape.micro
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.stage_layers / shape.groups
+    layers = shape.held(stack.depth) / shape.groups * stack.rate
     if work.config.parallel.schedule == "1f1b":
         inputs = 2 * stages - 1
     else:
         inputs = shape.ticks + 3 * micro / stages
-    return one * (layers + np.where(shape.pipelined, inputs, 0))
+    memory = work.encoder_rate if stack.crossing else 0.0
+    return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
-def _kept(shape: Shape) -> Number:
+def _kept(shape: Shape, stack: Stack) -> Number:
     """What the remat policy keeps of the layers that are differentiated together."""
-    work, split, rules = shape.work, shape.split, shape.split.compute
-    model, itemsize = work.config.model, work.dtype_bytes
-    attention, heads = model.attention, split.ways(rules.heads)
-    queries = attention.num_heads * attention.head_dim / heads
-    keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
-    lse = attention.num_heads / heads * FP32 / itemsize
-    hidden = sum(hidden_elements(m, split) for m in work.maps if not m.experts)
-    kept = SAVED.get(shape.remat, ())
+    work, split, model = shape.work, shape.split, shape.work.config.model
+    itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
+    if shape.remat == "none":
+        kept = ("qkv", "attention", "mlp_up")
+    sizes = heads(model.attention, split)
+    looks = [stack.rate] + ([work.encoder_rate] if stack.crossing else [])
+    hidden = sum(hidden_elements(m, split) for m in stack.maps if not m.experts)
     within = 0.0
-    if "qkv" in kept:
-        within += queries + 2 * keys
-    if "attention" in kept:
-        within += queries + lse
+    for seen in looks:
+        if "qkv" in kept:
+            within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
+        if "attention" in kept:
+            within += sizes.output + sizes.count * FP32 / itemsize
     if "mlp_up" in kept:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        gated = [m for m in work.maps if m.writes == "mlp" and not m.experts]
-        products = sum(hidden_elements(m, split) / len(m.kernels) for m in gated)
-        within = 2 * queries + lse + 2 * keys + hidden + products
-        residual = 3.0 * model.d_model  # both norms' outputs, and the stream between the branches
-    layers = shape.stage_layers / shape.groups
-    tokens = shape.tokens * within + shape.residual_tokens * residual
-    return layers * (tokens * itemsize + _kept_of_experts(shape))
+        gated = [m for m in stack.maps if m.writes == "mlp" and not m.experts]
+        within += sum(hidden_elements(m, split) / len(m.kernels) for m in gated)
+        # Narrow vectors before their norms and after, and heads before theirs.
+        within += 2 * sum(latent_elements(m) for m in stack.maps)
+        within += sizes.queries + sizes.keys if model.attention.qk_norm else 0.0
+        residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.crossing)
+    layers = shape.held(stack.depth) / shape.groups
+    tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
+    return layers * (tokens * itemsize + _kept_of_experts(shape, stack))
 
 
-def _kept_of_experts(shape: Shape) -> Number:
-    if shape.work.config.model.moe is None or shape.remat != "none":
+def _kept_of_experts(shape: Shape, stack: Stack) -> Number:
+    if not stack.experts or shape.remat != "none":
         return 0.0
     return received_rows(shape) * (shape.work.config.model.d_model * shape.work.dtype_bytes + FP32)

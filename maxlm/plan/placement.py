@@ -7,7 +7,7 @@ from typing import Any
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, named, param_specs
 from maxlm.parallel.context import check_context
-from maxlm.run import RunConfig, check_batch, check_experts, check_stages
+from maxlm.run import RunConfig, check_batch, check_crossing, check_experts, check_stages
 from maxlm.sharding import (
     AxisRules,
     Placement,
@@ -58,18 +58,20 @@ def place_model(
         compute = compute.model_copy(update={"residual": compute.seq})
     check_activations(compute)
     check_experts(config, sizes)
+    check_crossing(config, sizes)
     if for_training:
         attention, parallel = config.model.attention, config.parallel
-        check_context(
-            config.data.seq_len,
-            attention.num_heads,
-            attention.num_kv_heads,
-            rules=compute,
-            sizes=sizes,
-            window=attention.window,
-            method=parallel.context,
-            balanced=parallel.balance_sequence,
-        )
+        for window in dict.fromkeys(kind.window for kind in config.model.kinds):
+            check_context(
+                config.data.seq_len,
+                attention.num_heads,
+                attention.num_kv_heads,
+                rules=compute,
+                sizes=sizes,
+                window=window,
+                method=parallel.context,
+                balanced=parallel.balance_sequence,
+            )
     model = config.model.build(rules=compute, dtype=dtype, parallel=config.parallel)
     specs = param_specs(model)
     flat = named(specs)

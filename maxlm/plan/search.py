@@ -20,7 +20,7 @@ from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import FILL, Machine, costs, predict
 from maxlm.plan.shape import Shape
 from maxlm.plan.workload import Split, Work
-from maxlm.run import RunConfig
+from maxlm.run import RunConfig, no_pipeline
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
@@ -242,21 +242,23 @@ def _divides(
 ) -> np.ndarray:
     """Which candidates divide as they must; see ``run.py`` for each check's words."""
     config, split = work.config, Split(work.config, sizes)
-    rules, seq_len = split.compute, config.data.seq_len
+    model, rules = config.model, split.compute
     good = np.equal(np.mod(config.data.batch_size / micro, split.ways(rules.batch)), 0)
-    good &= np.equal(np.mod(seq_len, split.ways(rules.residual)), 0)
+    for length in work.rows:
+        good &= np.equal(np.mod(length, split.ways(rules.residual)), 0)
     chunks = split.ways(rules.seq) * np.where(
         np.greater(split.ways(rules.seq), 1) & config.parallel.balance_sequence, 2, 1
     )
-    good &= np.equal(np.mod(seq_len, chunks), 0)
-    heads = config.model.attention.num_heads
+    good &= np.equal(np.mod(config.data.seq_len, chunks), 0)
+    heads = model.attention.num_heads
     if config.parallel.context == "ulysses":
         good &= np.equal(np.mod(heads, split.ways((*rules.heads, *rules.seq))), 0)
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
             for own in (split.storage, split.gradients, split.optimizer, rules):
                 good &= np.equal(np.mod(size, split.ways(own.mesh_axes(axis))), 0)
-    if config.model.moe is not None and config.model.moe.dispatch == "capacity":
+    by_rows = model.moe is not None and model.moe.dispatch == "capacity"
+    if by_rows or any(trunk.crossing for trunk in model.trunks):
         good &= np.equal(split.ways(rules.seq), 1)
     good &= _heads_align(config, split)
     stages = sizes["stage"]
@@ -264,10 +266,11 @@ def _divides(
     piped = np.greater(stages, 1)
     on_stages = rules.layers == split.storage.layers == ("stage",)
     grouped = config.parallel.layer_groups > 1 and config.parallel.schedule != "circular"
-    if grouped or not on_stages:
+    if grouped or not on_stages or no_pipeline(model):
         good &= ~piped
     good &= ~piped | np.equal(np.mod(micro, stages), 0)
-    good &= np.equal(np.mod(config.model.num_layers, stages * np.where(piped, groups, 1)), 0)
+    period = groups * len(model.kinds)
+    good &= ~piped | np.equal(np.mod(model.num_layers, stages * period), 0)
     topology = machine.topology
     if topology.platform == "gpu":
         good &= np.equal(np.mod(topology.shape[-1], sizes["tensor"]), 0)

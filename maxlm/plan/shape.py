@@ -32,24 +32,20 @@ class Shape:
     @property
     def tokens(self) -> Number:
         """Tokens of a micro-batch on a device, within layers ..."""
-        seq_len = self.work.config.data.seq_len
-        return self.rows * seq_len / self.split.ways(self.split.compute.seq)
+        return self.rows * self.work.rows.own / self.split.ways(self.split.compute.seq)
 
     @property
     def residual_tokens(self) -> Number:
         """... and of the residual stream."""
-        return (
-            self.rows * self.work.config.data.seq_len / self.split.ways(self.split.compute.residual)
-        )
+        return self.rows * self.work.rows.own / self.split.ways(self.split.compute.residual)
 
     @property
     def stages(self) -> Number:
         return self.split.ways(self.split.compute.layers)
 
-    @property
-    def stage_layers(self) -> Number:
-        """Layers that a device holds."""
-        return self.work.layers / self.stages
+    def held(self, layers: Number) -> Number:
+        """Of so many layers, those that a device holds."""
+        return layers / self.stages
 
     @property
     def groups(self) -> int:

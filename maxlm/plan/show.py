@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from maxlm.models.architectures.config import unstacked
 from maxlm.plan.layout import Layout, ParamRow
 from maxlm.plan.predict import Plan
 from maxlm.plan.search import Candidate, Found
@@ -187,7 +188,7 @@ def _communication(plan: Plan) -> Group:
 def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
     """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
     passes."""
-    kernels = {row.path.removeprefix("layers.").removesuffix(".kernel") for row in plan.layout.rows}
+    kernels = {unstacked(row.path).removesuffix(".kernel") for row in plan.layout.rows}
     kernels |= {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float | None]] = {}
     for s in plan.sends:

@@ -27,7 +27,8 @@ from maxlm.plan.hardware import Chip
 from maxlm.plan.memory import resting
 from maxlm.plan.network import Network
 from maxlm.plan.shape import Shape, expert_rows
-from maxlm.plan.working import hidden_elements
+from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.stacks import Pairs, Stack
 from maxlm.plan.workload import Number
 from maxlm.train.adafactor import matrix_dims
 
@@ -36,6 +37,8 @@ from maxlm.train.adafactor import matrix_dims
 # 128: 138 µs forward and 393 µs backward on a v5p, 161 and 277 µs on a v6e, for 67 M scores, less
 # the products' time.
 _SCORE_OPS = {"forward": 12.0, "backward": 20.0}
+# Passes over the residual stream of a layer's norms and additions.
+_STREAMS = {"pre": 8, "post": 8, "sandwich": 12, "parallel": 7, "parallel_shared": 5}
 # Passes over fp32 scores in memory where no kernel keeps them on the chip.
 _SCORE_PASSES = {"forward": 4.0, "backward": 8.0}
 # Blocks up to this size the C library keeps for the next step (glibc's DEFAULT_MMAP_THRESHOLD_MAX).
@@ -96,6 +99,10 @@ class Flops:
     backward: Number
     attention_forward: Number
     attention_backward: Number
+    scores: Number
+    """How many attention has in one pass."""
+    scores_again: Number
+    """How often the backward pass makes them as the forward pass did."""
     loss: Number
     """Its forward part, for all micro-batches; the backward part is twice that."""
 
@@ -117,31 +124,60 @@ def flops(shape: Shape) -> Flops:
         share = 1.0
         if map_.experts and config.model.moe is not None:
             share = expert_rows(shape) / config.model.moe.num_experts
+        tokens = shape.held(map_.depth) * map_.rate * shape.tokens
         for kernel in map_.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
-            one = 2 * kernel.size * share * shape.tokens / split.shards(rules, axes)
+            one = 2 * kernel.size * share * tokens / split.shards(rules, axes)
             forward += one
-            backward += one * (3 if work.recomputed(map_, shape.remat) else 2)
+            backward += one * (3 if work.recomputed(map_, kernel, shape.remat) else 2)
             if map_.experts and shape.remat == "none" and map_.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if config.model.moe is not None:
-        router = 2 * config.model.d_model * config.model.moe.num_experts * shape.tokens
+        tokens = shape.held(work.expert_layers) * shape.tokens
+        router = 2 * config.model.d_model * config.model.moe.num_experts * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
-    layers = shape.stage_layers
-    heads = config.model.attention_flops(config.data.seq_len) / work.layers
-    attention = heads * shape.tokens / split.ways(rules.heads) * causal_share(shape)
-    again = 1.0 if work.attention_recomputed(shape.remat) else 0.0
-    twice = np.where(shape.pipelined, forward, 0.0), np.where(shape.pipelined, attention, 0.0)
+    scores = computed_scores(shape)
+    attention = config.model.attention
+    head, value = attention.head_dim, attention.value_dim
+    again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
+    once = 2 * scores * (head + value)
     seen = shape.losses * shape.end_tokens
+    loss = work.head.size / split.ways(rules.vocab)
+    loss += sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
     return Flops(
-        forward=layers * forward,
-        backward=layers * (backward + twice[0]),
-        attention_forward=layers * attention,
-        attention_backward=layers * (attention * (2.5 + again) + twice[1]),
-        loss=2 * work.head.size * seen / split.ways(rules.vocab),
+        forward=forward,
+        backward=backward + np.where(shape.pipelined, forward, 0.0),
+        attention_forward=once,
+        # Scores, and gradients of weights, queries, keys and values.
+        attention_backward=2 * scores * (3 * head + 2 * value) + again * once,
+        scores=scores,
+        scores_again=again,
+        loss=2 * loss * seen,
     )
+
+
+def computed_scores(shape: Shape) -> Number:
+    """Scores of attention on a device in one pass of its layers, as far as they are computed."""
+    work, split = shape.work, shape.split
+    pairs = sum(p.layers * p.rate * p.keys * computed_share(p) for p in work.pairs)
+    heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
+    return shape.held(pairs) * shape.tokens * heads
+
+
+def computed_share(pairs: Pairs) -> float:
+    """The share of all pairs that is computed: under a causal mask tiles of queries skip the keys
+    after them, and those before their window."""
+    if not pairs.causal:
+        return 1.0
+    length = pairs.queries
+    window = min(pairs.window or length, length)
+    tile = max(128, -(-length // 16))
+    starts = np.arange(0, length, tile)
+    stops = np.minimum(starts + tile, length)
+    keys = stops - np.maximum(starts - window + 1, 0)
+    return float(np.sum(keys * (stops - starts)) / length**2)
 
 
 def update_flops(shape: Shape) -> Number:
@@ -163,35 +199,13 @@ def update_flops(shape: Shape) -> Number:
     return total
 
 
-def causal_share(shape: Shape) -> float:
-    """The share of all pairs that is computed: tiles of queries skip the keys after them, and
-    those before their window."""
-    config = shape.work.config
-    seq_len = config.data.seq_len
-    window = min(config.model.attention.window or seq_len, seq_len)
-    tile = max(128, -(-seq_len // 16))
-    starts = np.arange(0, seq_len, tile)
-    stops = np.minimum(starts + tile, seq_len)
-    keys = stops - np.maximum(starts - window + 1, 0)
-    return float(np.sum(keys * (stops - starts)) / seq_len**2)
-
-
 def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
     """Bytes that element-wise maps move between memory and chip: layers' forward and backward of
     one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
-    attention = model.attention
-    stream = shape.residual_tokens * model.d_model
-    queries = attention.num_heads * attention.head_dim / split.ways(rules.heads)
-    keys = attention.num_kv_heads * attention.head_dim / split.ways(rules.kv_heads)
-    hidden = 0.0
-    for map_ in work.maps:
-        served = expert_rows(shape) if map_.experts else 1.0
-        hidden += shape.tokens * served * hidden_elements(map_, split)
-    # Norms read and write the stream, additions read it twice; rotations; the activation.
-    maps = 8 * stream + shape.tokens * (4 * queries + 4 * keys) + 1.5 * hidden
-    forward = shape.stage_layers * maps * itemsize
+    forward = shape.held(sum(stack.depth * _moved(shape, stack) for stack in work.stacks))
+    forward *= itemsize
     again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     chunk = model.vocab_size / split.ways(rules.vocab)
     loss = 4 * shape.losses * shape.end_tokens * chunk * FP32
@@ -203,13 +217,30 @@ def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
     return forward, forward * (2 + again), loss, update
 
 
+def _moved(shape: Shape, stack: Stack) -> Number:
+    """Elements that a layer's element-wise maps read and write in a forward pass: norms the stream
+    and the narrow vectors of latent attention, additions the stream twice; rotations queries,
+    output, keys and values; the activation."""
+    work, split = shape.work, shape.split
+    model, sizes = work.config.model, heads(work.config.model.attention, split)
+    stream = shape.residual_tokens * stack.rate * model.d_model
+    tokens = shape.tokens * stack.rate
+    keys, narrow, hidden = sizes.keys + sizes.values, 0.0, 0.0
+    each = sizes.queries + sizes.output + keys
+    if stack.crossing:
+        each += sizes.queries + sizes.output + keys * work.encoder_rate
+    for map_ in stack.maps:
+        served = expert_rows(shape) if map_.experts else 1.0
+        hidden += tokens * served * hidden_elements(map_, split)
+        narrow += 2 * latent_elements(map_)
+    streams = _STREAMS[model.placement] + (4 if stack.crossing else 0)
+    return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden
+
+
 def score_traffic(shape: Shape) -> tuple[Number, Number]:
     """The same of attention's scores, forward and backward, where they go through memory."""
-    work, split = shape.work, shape.split
-    heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
-    pairs = shape.tokens * work.config.data.seq_len * causal_share(shape)
-    one = shape.stage_layers * pairs * heads * FP32
-    again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
+    one = computed_scores(shape) * FP32
+    again = np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
     forward = one * _SCORE_PASSES["forward"]
     return forward, one * _SCORE_PASSES["backward"] + again * forward
 
@@ -236,22 +267,14 @@ def seconds(
     work = flops(shape)
     rate, attention_rate = chip.peak[dtype] * own.matmul, _attention_peak(chip, dtype) * own.matmul
     bandwidth = chip.bandwidth * own.memory
-    head = shape.work.config.model.attention.head_dim
     vector = {
-        phase: _SCORE_OPS[phase] / (4.0 * head) / chip.vector if shape.fused_attention else 0.0
-        for phase in _SCORE_OPS
+        phase: work.scores * ops / chip.vector if shape.fused_attention else 0.0
+        for phase, ops in _SCORE_OPS.items()
     }
     ahead, back, loss_bytes, update = traffic(shape)
     scores = (0.0, 0.0) if shape.fused_attention else score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
-    # Vector work goes by the scores: the backward pass does 2.5 times the products for each.
-    softmax = (
-        work.attention_forward * vector["forward"],
-        (
-            work.attention_forward * vector["backward"]
-            + (work.attention_backward - 2.5 * work.attention_forward) * vector["forward"]
-        ),
-    )
+    softmax = vector["forward"], vector["backward"] + work.scores_again * vector["forward"]
     attention = {
         "forward": work.attention_forward / attention_rate + softmax[0] + scores[0] / bandwidth,
         "backward": work.attention_backward / attention_rate + softmax[1] + scores[1] / bandwidth,

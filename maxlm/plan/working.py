@@ -9,44 +9,58 @@ import numpy as np
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.workload import Map, Number, Split
+from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.stacks import Map, Stack
+from maxlm.plan.workload import Number
 
 Parts = dict[str, Number]
 """What → bytes on each device."""
 LOSS, UPDATE = "the loss", "the update"
+_MEMORY = "gradient of the encoder's output"
 # At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
 _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 
-def working_sets(shape: Shape) -> dict[str, Parts]:
-    """Phase → what is alive besides. A layer's are of its backward pass, branch by branch."""
-    sets = {"a layer's attention": _attention(shape)}
-    for map_ in shape.work.maps:
+def layer_sets(shape: Shape, stack: Stack) -> dict[str, Parts]:
+    """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
+    sets = {"a layer's attention": _attention(shape, stack, stack.rate)}
+    if stack.crossing:
+        sets["a layer's cross-attention"] = _attention(shape, stack, shape.work.encoder_rate)
+    for map_ in stack.maps:
         if map_.writes == "mlp" and not map_.experts:
-            sets[f"a layer's {_module(map_)}"] = _mlp(shape, map_)
-    if shape.work.config.model.moe is not None:
-        sets["a layer's experts"] = _experts(shape)
-    return sets | {LOSS: _loss(shape), UPDATE: _update(shape)}
+            sets[f"a layer's {map_.module}"] = _mlp(shape, stack, map_)
+    if stack.experts:
+        sets["a layer's experts"] = _experts(shape, stack)
+    if stack.crossing:
+        whole = _stream(shape, stack) / stack.rate * shape.work.encoder_rate
+        sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
+    return sets
 
 
-def _stream(shape: Shape) -> Number:
+def end_sets(shape: Shape) -> dict[str, Parts]:
+    """The same of what is behind the layers."""
+    return {LOSS: _loss(shape), UPDATE: _update(shape)}
+
+
+def _stream(shape: Shape, stack: Stack) -> Number:
     """One array of the residual stream's width."""
-    return shape.residual_tokens * shape.work.config.model.d_model * shape.work.dtype_bytes
+    width = shape.work.config.model.d_model * shape.work.dtype_bytes
+    return shape.residual_tokens * stack.rate * width
 
 
-def _mlp(shape: Shape, map_: Map) -> Parts:
+def _mlp(shape: Shape, stack: Stack, map_: Map) -> Parts:
     """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
-    back = next(m for m in work.maps if m.reads == "mlp" and _module(m) == _module(map_))
-    count = len(map_.kernels)
-    one = shape.tokens * hidden_elements(map_, shape.split) / count * itemsize
+    back = next(m for m in stack.maps if m.reads == "mlp" and m.module == map_.module)
+    count, tokens = len(map_.kernels), shape.tokens * stack.rate
+    one = tokens * hidden_elements(map_, shape.split) / count * itemsize
     outputs = count + 1
     if shape.remat == "none":
         outputs = 0  # all kept
     elif "mlp_up" in SAVED[shape.remat]:
         outputs = 1
-    stream, inner = _stream(shape), shape.tokens * work.config.model.d_model * itemsize
+    stream, inner = _stream(shape, stack), tokens * work.config.model.d_model * itemsize
     # Where the sequence is gathered, the stream's width is there five times in both lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
     return {
@@ -56,31 +70,39 @@ def _mlp(shape: Shape, map_: Map) -> Parts:
     }
 
 
-def _attention(shape: Shape) -> Parts:
-    split, rules, work = shape.split, shape.split.compute, shape.work
-    attention, itemsize = work.config.model.attention, work.dtype_bytes
-    heads = attention.num_heads / split.ways(rules.heads)
-    keys = attention.num_kv_heads / split.ways(rules.kv_heads)
-    one = shape.tokens * attention.head_dim
-    seq_len = work.config.data.seq_len
+def _attention(shape: Shape, stack: Stack, seen: float) -> Parts:
+    """Args:
+    seen: tokens that are looked at for each of the batch.
+    """
+    split, work = shape.split, shape.work
+    sizes, itemsize = heads(work.config.model.attention, split), work.dtype_bytes
+    tokens = shape.tokens * stack.rate
+    length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
-    scores = shape.rows * heads * min(max(128, seq_len / 16), seq_len) * seq_len * FP32
+    scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
     scores = 0.0 if shape.fused_attention else 3 * np.minimum(scores, _SCORE_BYTES)
-    whole = one * keys * split.ways(rules.seq)
-    return {
-        "queries, output and their gradients": one * heads * (3 * itemsize + FP32),
-        "keys, values and their gradients": whole * (2 * itemsize + 2 * FP32),
+    whole = shape.tokens * seen * split.ways(split.compute.seq)
+    narrow = sum(latent_elements(map_) for map_ in stack.maps)
+    parts = {
+        "queries, output and their gradients": tokens
+        * (sizes.queries * (itemsize + FP32) + sizes.output * 2 * itemsize),
+        "keys, values and their gradients": whole * (sizes.keys + sizes.values) * (itemsize + FP32),
         "scores of a tile": scores,
-        "residual stream, norms, their gradients": 4 * _stream(shape),
+        "residual stream, norms, their gradients": 4 * _stream(shape, stack),
     }
+    if narrow:
+        # The vectors before norms and after, and their gradients; parts of heads, not yet joined.
+        joined = sizes.queries + sizes.keys
+        parts["latent vectors, parts of heads"] = tokens * itemsize * (4 * narrow + joined)
+    return parts
 
 
-def _experts(shape: Shape) -> Parts:
+def _experts(shape: Shape, stack: Stack) -> Parts:
     work, moe = shape.work, shape.work.config.model.moe
     assert moe is not None
     rows, itemsize = received_rows(shape), work.dtype_bytes
     width = work.config.model.d_model
-    maps = [m for m in work.maps if m.experts]
+    maps = [m for m in stack.maps if m.experts]
     weights = sum(_weights(m, shape) for m in maps)
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
     hidden = rows * moe.d_ff / shape.split.ways(shape.split.compute.mlp) * itemsize
@@ -88,7 +110,7 @@ def _experts(shape: Shape) -> Parts:
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),
         "hidden activations and their gradients": 3 * np.minimum(hidden, _HIDDEN_BYTES),
-        "residual stream, norms, their gradients": 4 * _stream(shape),
+        "residual stream, norms, their gradients": 4 * _stream(shape, stack),
     }
 
 
@@ -99,11 +121,12 @@ def _loss(shape: Shape) -> Parts:
     tokens = shape.end_tokens
     chunk = np.minimum(work.config.objective.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
+    states = 5 + 3 * len(work.outer_kernels)
     return {
         "head, gathered": size * itemsize,
         "its gradient": size * FP32,
         "logits of a chunk": logits * (FP32 + itemsize),
-        "hidden states and their gradients": 5 * tokens * model.d_model * itemsize,
+        "hidden states and their gradients": states * tokens * model.d_model * itemsize,
     }
 
 
@@ -123,20 +146,9 @@ def _update(shape: Shape) -> Parts:
     return {"updates, gathered": largest.sum(axis=0)}
 
 
-def _module(map_: Map) -> str:
-    return map_.name.partition(":")[0]
-
-
 def _weights(map_: Map, shape: Shape) -> Number:
     """Bytes of a map's kernels in use."""
     split = shape.split
     return sum(
         k.size * shape.work.dtype_bytes / split.shards(split.compute, k.axes) for k in map_.kernels
     )
-
-
-def hidden_elements(map_: Map, split: Split) -> Number:
-    """Elements a token of what a map writes into the FFN's width on one device."""
-    if map_.writes != "mlp":
-        return 0.0
-    return sum(k.shape[-1] / split.shards(split.compute, k.axes[-1:]) for k in map_.kernels)

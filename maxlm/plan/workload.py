@@ -1,22 +1,34 @@
 """A run before any mesh, and the ways that one mesh, or very many, split it.
 
-Everything that the plan's formulas read of a model is here: its parameters and their axes, which
-matrices of a layer are multiplied together, and the sizes of what lies between them. Mesh sizes are
-numbers or arrays of them, one element a candidate: every formula holds for both, so that the search
-is the plan, many times over.
+Everything that the plan's formulas read of a model is here: its parameters and their axes, its
+layers (``plan/stacks.py``), and what of them is computed twice. Mesh sizes are numbers or arrays of
+them, one element a candidate: every formula holds for both, so that the search is the plan, many
+times over.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, named, param_specs
 from maxlm.models.remat import SAVED, RematPolicy
+from maxlm.objectives import batch_arrays
+from maxlm.plan.stacks import (
+    Kernel,
+    Map,
+    Pairs,
+    Stack,
+    kernel_of,
+    merged_maps,
+    merged_pairs,
+    reads_inputs,
+    stacks_of,
+)
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer
@@ -24,38 +36,20 @@ from maxlm.train.schedule import make_schedule
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""
-Reads = Literal["residual", "heads", "mlp"]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One matrix of a layer, or the output head."""
+class Rows(NamedTuple):
+    """Tokens in a row of a batch, as the objective makes them of ``data.seq_len`` of text."""
 
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    own: int
     inputs: int
-    """Leading dimensions that are summed over; of an expert's, behind the first."""
+    """An encoder's, beside a decoder's own."""
 
-    @property
-    def size(self) -> int:
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Map:
-    """Matrices of one module that read the same input, in one program (``parallel/linear.py``)."""
-
-    name: str
-    kernels: tuple[Kernel, ...]
-    reads: Reads
-    writes: Reads
-    experts: bool
-    """Whether tokens choose among these, which lie in one array."""
-
-    @property
-    def size(self) -> int:
-        return sum(kernel.size for kernel in self.kernels)
+    @classmethod
+    def of(cls, config: RunConfig) -> "Rows":
+        arrays = batch_arrays(config.objective, config.data.seq_len)
+        own, _ = arrays["tokens"]
+        return cls(own, arrays.get("input_tokens", (own, None))[0])
 
 
 @dataclass(frozen=True)
@@ -81,9 +75,27 @@ class Work:
         leaves = tuple(jax.tree.leaves(state))
         return cls(config, jnp.dtype(dtype).itemsize, named(tree), leaves)
 
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
+        """Layers, in the order in which they are run."""
+        return stacks_of(self.config.model, self.specs, *self.rows)
+
+    @cached_property
+    def rows(self) -> Rows:
+        return Rows.of(self.config)
+
     @property
     def layers(self) -> int:
-        return self.config.model.num_layers
+        return sum(stack.depth for stack in self.stacks)
+
+    @property
+    def expert_layers(self) -> int:
+        return sum(stack.depth for stack in self.stacks if stack.experts)
+
+    @property
+    def encoder_rate(self) -> float:
+        """Tokens of an encoder beside the decoder for each of the decoder's; without one, 0."""
+        return max((stack.rate for stack in self.stacks if stack.of_inputs), default=0.0)
 
     @cached_property
     def layer_specs(self) -> dict[str, ParamSpec]:
@@ -96,22 +108,26 @@ class Work:
 
     @cached_property
     def maps(self) -> tuple[Map, ...]:
-        """The matrix products of a layer, in order of their names."""
-        groups: dict[tuple[str, tuple[str | None, ...]], list[Kernel]] = {}
-        for name, spec in self.layer_specs.items():
-            if spec.role == "matrix":
-                module = name.removesuffix(".kernel").rpartition(".")[0]
-                groups.setdefault((module, _inputs(spec)), []).append(kernel_of(name, spec))
-        return tuple(
-            Map(
-                name=f"{module.removeprefix('layers.')}: {', '.join(map(_short, kernels))}",
-                kernels=tuple(kernels),
-                reads=_side(inputs),
-                writes=_side(kernels[0].axes[kernels[0].inputs + ("expert" in kernels[0].axes) :]),
-                experts="expert" in kernels[0].axes,
-            )
-            for (module, inputs), kernels in groups.items()
-        )
+        """The matrix products of layers, by stack and in order of their names."""
+        return merged_maps(map_ for stack in self.stacks for map_ in stack.maps)
+
+    @cached_property
+    def pairs(self) -> tuple[Pairs, ...]:
+        """Whom tokens look at, in how many layers."""
+        return merged_pairs(pairs for stack in self.stacks for pairs in stack.pairs)
+
+    @cached_property
+    def outer_kernels(self) -> tuple[Kernel, ...]:
+        """Matrices behind the layers, but for the head."""
+        matrices = {name: s for name, s in self.outer_specs.items() if s.role == "matrix"}
+        return tuple(kernel_of(name, spec) for name, spec in matrices.items())
+
+    def lookups(self, table: str) -> tuple[float, ...]:
+        """The ways a table is read, each by its tokens for each of the batch's."""
+        inputs = (self.encoder_rate,) if self.encoder_rate else ()
+        if reads_inputs(table, self.config.model):
+            return inputs
+        return (1.0, *inputs) if table.startswith("embedding.") else (1.0,)
 
     @property
     def head(self) -> Kernel:
@@ -119,40 +135,34 @@ class Work:
         model = self.config.model
         return Kernel("head", (model.d_model, model.vocab_size), ("embed", "vocab"), 1)
 
-    def recomputed(self, map_: Map, remat: RematPolicy) -> bool:
-        """Whether the backward pass multiplies by these once more, for what it has not kept.
-
-        The last map of a residual branch is needed for the branch after it alone.
-        """
-        if remat == "none" or map_.reads == "mlp":
+    def recomputed(self, map_: Map, kernel: Kernel, remat: RematPolicy) -> bool:
+        """Whether the backward pass multiplies by a kernel once more, for what it has not kept."""
+        if remat == "none":
             return False
         kept = SAVED[remat]
-        if map_.writes == "mlp":
+        if kernel.writes == "residual":
+            return self.ends_wanted(map_)
+        if kernel.writes == "mlp":
             return map_.experts or "mlp_up" not in kept
-        return map_.writes == "residual" or "qkv" not in kept
+        if kernel.writes == "latent":
+            return True  # for what is made of it next
+        return "qkv" not in kept or self._wanted_raw(kernel)
+
+    def ends_wanted(self, map_: Map) -> bool:
+        """Whether the backward pass wants what a residual branch adds, of which this is the last
+        map: for a norm behind it, or for the branch after it."""
+        placement = self.config.model.placement
+        return placement in ("sandwich", "post") or (placement == "pre" and map_.reads != "mlp")
+
+    def _wanted_raw(self, kernel: Kernel) -> bool:
+        """Whether heads are wanted as they were before they were kept."""
+        attention, (module, _, name) = self.config.model.attention, kernel.name.rpartition(".")
+        if module.endswith("cross"):
+            return False
+        return attention.clip is not None or (attention.qk_norm and name in ("query", "key"))
 
     def attention_recomputed(self, remat: RematPolicy) -> bool:
         return remat != "none" and "attention" not in SAVED[remat]
-
-
-def _inputs(spec: ParamSpec) -> tuple[str | None, ...]:
-    return tuple(spec.axes[d] for d in spec.contract)
-
-
-def kernel_of(name: str, spec: ParamSpec) -> Kernel:
-    """A layer's own part of a stack of matrices."""
-    return Kernel(name, spec.shape[spec.lead :], spec.axes[spec.lead :], len(spec.contract))
-
-
-def _short(kernel: Kernel) -> str:
-    return kernel.name.removesuffix(".kernel").rpartition(".")[2]
-
-
-def _side(axes: Iterable[str | None]) -> Reads:
-    axes = set(axes)
-    if axes & {"heads", "kv_heads"}:
-        return "heads"
-    return "mlp" if "mlp" in axes else "residual"
 
 
 @dataclass(frozen=True)

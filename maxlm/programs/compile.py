@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from maxlm.config import MaxlmError
+from maxlm.objectives import batch_arrays
 from maxlm.plan.compiled.cost import CompiledCost, Memory, compiled_cost, compiled_memory
 from maxlm.plan.topology import Topology, gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
@@ -105,12 +105,12 @@ def compile_step(
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch [micro-batches, rows, S] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
-    shape = (micro, data.batch_size // micro, data.seq_len)
+    lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh)
-    integers = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32)
+    arrays = batch_arrays(setup.config.objective, data.seq_len)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in {**integers, "weights": jnp.float32}.items()
+        name: jax.ShapeDtypeStruct((*lead, length), dtype, sharding=sharding)
+        for name, (length, dtype) in arrays.items()
     }
 
 

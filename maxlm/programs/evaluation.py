@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from maxlm.data.store import TokenStore
+from maxlm.objectives import Vocabulary
 from maxlm.programs.feed import evaluation_batches
 from maxlm.programs.setup import Setup
 from maxlm.train.loop import evaluate
@@ -18,9 +19,11 @@ def held_out(
     step: EvalStep,
     params: Any,
     stores: Mapping[str, TokenStore],
+    vocabulary: Vocabulary,
     max_batches: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Each store's ``loss`` (nats a predicted token) and ``bits_per_byte``.
+    """Each store's ``loss`` (nats a predicted token) and, where every token is predicted,
+    ``bits_per_byte``.
 
     Documents are cut into sequences, each predicted without what came before. Every token but a
     document's first is predicted, its end-of-text token among them; the bits of all are divided
@@ -29,14 +32,13 @@ def held_out(
     """
     results = {}
     for name, store in stores.items():
-        with evaluation_batches(setup, store, max_batches) as batches:
+        with evaluation_batches(setup, store, vocabulary, max_batches) as batches:
             sums = evaluate(step, params, batches)
-        predictable = store.num_tokens - store.num_documents
-        text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
-        results[name] = {
-            "loss": sums["cross_entropy"] / sums["tokens"],
-            "bits_per_byte": sums["cross_entropy"] / math.log(2) / text_bytes,
-            "tokens": sums["tokens"],
-            "bytes": text_bytes,
-        }
+        result = {"loss": sums["cross_entropy"] / sums["tokens"], "tokens": sums["tokens"]}
+        if setup.config.objective.kind == "clm":
+            predictable = store.num_tokens - store.num_documents
+            text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
+            bits = sums["cross_entropy"] / math.log(2)
+            result |= {"bits_per_byte": bits / text_bytes, "bytes": text_bytes}
+        results[name] = result
     return results

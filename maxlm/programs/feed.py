@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from maxlm.data.loader import TokenSource, make_loader, one_pass
 from maxlm.data.store import TokenStore
+from maxlm.objectives import Transform, Vocabulary, host_transform
 from maxlm.programs.setup import Setup
 from maxlm.train.batch import batch_sharding, local_rows, put_batch
 from maxlm.train.step import Batch
@@ -15,6 +16,7 @@ def training_batches(
     setup: Setup,
     stores: Mapping[str, TokenSource],
     weights: Mapping[str, float],
+    vocabulary: Vocabulary,
     start: int,
 ) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, S] from step ``start`` to the run's last."""
@@ -30,20 +32,35 @@ def training_batches(
         start_step=start,
         num_steps=setup.config.train.steps - start,
         rows=rows,
+        transform=_transform(setup, vocabulary),
     ) as loader:
         yield (put_batch(batch, rows, sharding, lead, order) for batch in loader)
 
 
 @contextmanager
 def evaluation_batches(
-    setup: Setup, store: TokenStore, max_batches: int | None = None
+    setup: Setup, store: TokenStore, vocabulary: Vocabulary, max_batches: int | None = None
 ) -> Iterator[Iterator[Batch]]:
-    """Arrays [micro-batches, rows, S]: a store read once, in order."""
+    """Arrays [micro-batches, rows, S]: a store read once, in order. What an objective takes out of
+    it is the same each time."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh)
     rows, order = local_rows(sharding, (*lead, data.seq_len)), setup.token_order
     with one_pass(
-        store, data.seq_len, data.batch_size, packing="concat", max_batches=max_batches, rows=rows
+        store,
+        data.seq_len,
+        data.batch_size,
+        packing="concat",
+        max_batches=max_batches,
+        rows=rows,
+        transform=_transform(setup, vocabulary),
     ) as loader:
         yield (put_batch(batch, rows, sharding, lead, order) for batch in loader)
+
+
+def _transform(setup: Setup, vocabulary: Vocabulary) -> Transform | None:
+    start_id = getattr(setup.config.model, "start_id", 0)
+    return host_transform(
+        setup.config.objective, vocabulary, start_id=start_id, seed=setup.config.seed
+    )

@@ -12,7 +12,9 @@ from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.store.progress import show_progress
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from maxlm.run import RunConfig
+from maxlm.objectives import Vocabulary
+from maxlm.programs.vocabulary import vocabulary_of
+from maxlm.run import RunConfig, vocab_fits
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Corpus:
     """What a run reads."""
 
     tokenizer: Tokenizer
+    vocabulary: Vocabulary
     training: dict[str, TokenStore]
     heldout: dict[str, TokenStore]
     weights: dict[str, float]
@@ -40,7 +43,10 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
         )
     home = ensure_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
-    corpus = Corpus(tokenizer, {}, {}, {source.name: source.weight for source in sources})
+    vocab_fits(config, tokenizer.vocab_size)
+    vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
+    weights = {source.name: source.weight for source in sources}
+    corpus = Corpus(tokenizer, vocabulary, {}, {}, weights)
     for source in sources:
         training, heldout = _stores(config, source, home, folder / "data" / source.name)
         corpus.training[source.name] = training

@@ -41,7 +41,7 @@ class Trained:
     state: TrainState
     folder: Path
     heldout: dict[str, dict[str, float]]
-    """Per source: ``loss`` in nats a token, ``bits_per_byte``, ``tokens``, ``bytes``."""
+    """Per source; see ``held_out``."""
 
 
 def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = print) -> Trained:
@@ -67,7 +67,6 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         stack.enter_context(_writable(folder))
         with _described(config, folder, lead):
             corpus = _prepare_together(config, folder)
-        vocab_fits(config, corpus.tokenizer.vocab_size)
         metadata = {
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
@@ -101,11 +100,14 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
             batches = config.train.eval_batches
-            results = held_out(setup, eval_step, parameters(state), corpus.heldout, batches)
+            read = (corpus.heldout, corpus.vocabulary, batches)
+            results = held_out(setup, eval_step, parameters(state), *read)
             return _evaluation_record(config, int(state.step), results)
 
         with (
-            training_batches(setup, corpus.training, corpus.weights, start) as batches,
+            training_batches(
+                setup, corpus.training, corpus.weights, corpus.vocabulary, start
+            ) as batches,
             ConsoleDisplay(config.train.steps, start, show=lead) as display,
         ):
             state = train(
@@ -122,7 +124,8 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
                 metadata=metadata,
                 folder=str(folder),
             )
-        results = held_out(setup, eval_step, parameters(state), corpus.heldout)
+        read = (corpus.heldout, corpus.vocabulary)
+        results = held_out(setup, eval_step, parameters(state), *read)
         if lead:
             if results and not _evaluated_at(folder, int(state.step)):
                 log.log(int(state.step), _evaluation_record(config, int(state.step), results))
@@ -139,7 +142,11 @@ def _evaluation_record(
     loss = sum(result["loss"] * result["tokens"] for result in results.values()) / counted
     tokens = step * config.data.batch_size * config.data.seq_len
     record = {"tokens": tokens, "eval_loss": loss}
-    return record | {f"eval_bits_per_byte/{n}": r["bits_per_byte"] for n, r in results.items()}
+    return record | {
+        f"eval_bits_per_byte/{name}": result["bits_per_byte"]
+        for name, result in results.items()
+        if "bits_per_byte" in result
+    }
 
 
 def _evaluated_at(folder: Path, step: int) -> bool:

@@ -52,11 +52,13 @@ def recorder(
             values = {
                 **values,
                 "tokens": step * tokens_a_step,
-                "bits_per_byte": values["cross_entropy"] / log(2) / bytes_a_target,
                 "tokens_per_second": rate,
                 **memory_record(),
                 **planned,
             }
+            if config.objective.kind == "clm":  # every token is predicted
+                bits = values["cross_entropy"] / log(2)
+                values["bits_per_byte"] = bits / bytes_a_target
             if peak is not None:
                 values["mfu"] = mfu(rate, layout.flops_per_token, peak)
                 values["mfu_full_attention"] = mfu(

@@ -31,7 +31,7 @@ def report(run: Trained) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    if run.heldout:
+    if any("bits_per_byte" in result for result in run.heldout.values()):
         console.print(_comparison(run))
     if measured := _measured(run):
         console.print(measured)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from maxlm.config import MaxlmError
 from maxlm.huggingface.dtypes import NUMPY
 from maxlm.huggingface.files import read, stored_tensors
-from maxlm.huggingface.writer import SafetensorsWriter
+from maxlm.huggingface.writer import PARTIAL, SafetensorsWriter
 
 BY_LIBRARY = [name for name in NUMPY if not name.startswith(("BF", "F8"))]
 NAMES = {NUMPY[name]: name for name in NUMPY}
@@ -132,7 +132,8 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_do_not_count(tmp_path):
-    (tmp_path / ".model.safetensors.partial").write_text("half")
+    for name in (".model-00001-of-00002.safetensors", "scratch"):
+        (tmp_path / f"{name}{PARTIAL}").write_text("half")
     write(tmp_path, ones("a"))
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 

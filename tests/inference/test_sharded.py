@@ -46,10 +46,12 @@ def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
         start = jax.jit(lambda p, t, n: prefill(sharded.model, p, t, n, length))
         ids, lengths = np.ones((batch, width), np.int32), np.full(batch, width, np.int32)
         _, cache = start(sharded.params, ids, lengths)
-        assert {s.data.shape for s in cache["layers"].key.addressable_shards} == {(3, 1, length, 1, 6)}
+        assert {s.data.shape for s in cache["layers"].key.addressable_shards} == {
+            (3, 1, length, 1, 6)
+        }
         seeds = np.zeros(batch, np.uint32)
         step = generation._advance.lower(
-            sharded.model, GREEDY, sharded.params, lengths, lengths, cache, seeds,
+            sharded.model, GREEDY, sharded.params, lengths, lengths, cache, None, seeds,
             jax.random.key(0), None,
         ).compile().as_text()  # fmt: skip
     collectives = re.findall(r"= \w+\[([\d,]+)\]\S* (?:all-|collective-)\S+\(", step)

@@ -23,8 +23,9 @@ def test_a_step_takes_the_memory_of_its_state_and_compiles_once():
     train = {"steps": 3, "micro_batches": 2, "ema_decay": 0.9}
     run = RunConfig.model_validate(tiny.settings("runs", "text", mesh=mesh, train=train))
     setup = set_up(run, jax.devices()[:4])
-    stores = {"text": CountingText(run.model.vocab_size)}
-    with training_batches(setup, stores, {"text": 1.0}, 0) as batches:
+    text = CountingText(run.model.vocab_size)
+    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, 0)
+    with feed as batches:
         step, state = setup.step_function(), setup.init()
         for batch in batches:
             before = state

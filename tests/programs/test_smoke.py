@@ -42,19 +42,30 @@ def _feed_forward(run: RunConfig) -> tuple[str, Any]:
     return ("mlp", run.model.mlp) if run.model.mlp else ("moe", run.model.moe)
 
 
+def structure(run: RunConfig) -> str:
+    """What a family's sizes have in common: all but widths, numbers of heads and constants."""
+    small = shrink(run, 1)
+    model, heads = small.model, small.model.attention
+    name_of, layer = _feed_forward(small)
+    same = {"num_heads": 1, "num_kv_heads": 1, "scale": heads.scale and 1.0}
+    scaling = model.positions.scaling
+    alike = {
+        "d_model": 1,
+        "attention": heads.model_copy(update=same),
+        name_of: layer.model_copy(update={"d_ff": 1}),
+        "norm": model.norm.kind,
+        "positions": (model.positions.kind, scaling and scaling.kind),
+        "embedding_scale": model.embedding_scale == 1,
+    }
+    shared = (heads.num_kv_heads == 1, heads.num_kv_heads == heads.num_heads)
+    train = (small.train.micro_batches, small.train.ema_decay, small.data.packing)
+    optimizer = (small.optimizer.kind, small.objective, small.sharding)
+    return str((vars(model.model_copy(update=alike)), shared, train, optimizer, run.compute_dtype))
+
+
 def distinct() -> list[str]:
-    """One shipped config of each structure: a family's sizes shrink to the same, but for d_ff."""
-    found: dict[str, str] = {}
-    for name in shipped_configs():
-        small = shrink(read(name), 1)
-        name_of, layer = _feed_forward(small)
-        kinds = {"norm": small.model.norm.kind, "positions": small.model.positions.kind}
-        narrow = {name_of: layer.model_copy(update={"d_ff": 1})}
-        model = small.model.model_copy(update={**narrow, **kinds})
-        train = (small.train.micro_batches, small.train.ema_decay, small.data.packing)
-        optimizer = (small.optimizer.kind, small.objective, small.sharding)
-        found[str((vars(model), train, optimizer, small.compute_dtype))] = name
-    return list(found.values())
+    """One shipped config of each structure."""
+    return list({structure(read(name)): name for name in shipped_configs()}.values())
 
 
 @pytest.mark.parametrize("name", distinct())
@@ -114,6 +125,11 @@ def test_a_checkpoint_that_loses_something_fails(monkeypatch):
     ]
 
 
+def turned(positions: Any) -> dict[str, Any]:
+    """Positions, with no more of a rotary size than whether there is one."""
+    return positions.model_dump() | {"rotary_dim": positions.rotary_dim is None}
+
+
 @pytest.mark.parametrize("name", shipped_configs())
 @pytest.mark.parametrize("devices", [1, 8])
 def test_shrinking_keeps_the_structure(name, devices):
@@ -123,8 +139,12 @@ def test_shrinking_keeps_the_structure(name, devices):
     assert small.model.d_model <= 256
     assert small.data.batch_size % devices == 0
     sizes = {"vocab_size", "num_layers", "d_model", "max_seq_len", "attention", "mlp", "moe"}
-    kept = set(type(run.model).model_fields) - sizes
+    kept = set(type(run.model).model_fields) - sizes - {"positions", "pattern"}
     assert small.model.model_dump(include=kept) == run.model.model_dump(include=kept)
+    assert turned(small.model.positions) == turned(run.model.positions)
+    assert [bool(kind.window) for kind in small.model.pattern] == [
+        bool(kind.window) for kind in dict.fromkeys(run.model.pattern)
+    ]
     was, now = run.model.attention, small.model.attention
     assert now.bias == was.bias
     assert (now.num_kv_heads == 1) == (was.num_kv_heads == 1)

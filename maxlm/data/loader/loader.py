@@ -1,13 +1,13 @@
 """Batches for training and evaluation from token stores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.loader.batches import Batches, Source
+from maxlm.data.loader.batches import Batch, Batches, Source
 from maxlm.data.loader.best_fit import open_best_fit
 from maxlm.data.loader.mixture import Mixture
 from maxlm.data.loader.order import EndlessOrder, OnePassOrder
@@ -17,6 +17,8 @@ from maxlm.data.loader.permutation import derive_key
 if TYPE_CHECKING:
     from maxlm.data.loader.prefetch import BatchIterator
 
+Transform = Callable[[Batch, int, Sequence[int]], Batch]
+"""(batch, step, its rows' global numbers) -> batch, of the same rows."""
 PackingMethod = Literal["concat", "best_fit"]
 
 
@@ -103,6 +105,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     rows: Sequence[int] | None = None,
+    transform: Transform | None = None,
 ) -> "BatchIterator":
     """Iterates over this process's rows of the batches from `start_step` on, made ahead.
 
@@ -114,6 +117,7 @@ def make_loader(
         num_steps: how many batches; None is endless.
         process_index, process_count: this process takes the contiguous block `host_rows`.
         rows: the global rows to take instead, in this order, where a mesh needs another layout.
+        transform: what becomes of each batch; must pickle.
 
     Raises:
         MaxlmError: as `make_batches`, or batch_size not divisible by process_count.
@@ -124,7 +128,7 @@ def make_loader(
         rows = host_rows(config.batch_size, process_index, process_count)
     batches = make_batches(stores, weights, config, seed=seed)
     return BatchIterator(
-        partial(batches.rows, rows=rows),
+        partial(_made, batches, transform, rows),
         start_step,
         None if num_steps is None else start_step + num_steps,
         workers=config.workers,
@@ -145,6 +149,7 @@ def one_pass(
     rows: Sequence[int] | None = None,
     workers: int = 0,
     prefetch: int = 4,
+    transform: Transform | None = None,
 ) -> "BatchIterator":
     """Iterates once over a store in order, for evaluation: every token in exactly one batch.
 
@@ -173,8 +178,13 @@ def one_pass(
     num_batches = -(-num_sequences // batch_size)
     if max_batches is not None:
         num_batches = min(num_batches, max_batches)
-    make = partial(batches.rows, rows=rows)
+    make = partial(_made, batches, transform, rows)
     return BatchIterator(make, 0, num_batches, workers=workers, prefetch=prefetch)
+
+
+def _made(batches: Batches, transform: Transform | None, rows: Sequence[int], step: int) -> Batch:
+    batch = batches.rows(step, rows)
+    return batch if transform is None else transform(batch, step, rows)
 
 
 def host_rows(batch_size: int, process_index: int, process_count: int) -> range:

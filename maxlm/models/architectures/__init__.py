@@ -1,7 +1,7 @@
 """Whole models.
 
 An architecture is a config that builds its module. The rest of maxlm asks the config for
-``build``, ``position_limit``, ``attention_flops``, ``shrunk``, ``parts`` and sizes; the module for
+``build``, ``position_limit``, ``attention_flops``, ``shrunk``, ``trunks`` and sizes; the module for
 a call, ``head_of``, ``logits``, ``rules``, ``dtype`` and ``config``; one that decodes for
 ``cache_shapes`` and ``cached`` too. To add one, write both in a file here and join them to the two
 names below; pydantic tells configs apart by their ``architecture``.
@@ -11,12 +11,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from maxlm.config import default_tag
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder import Encoder, EncoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 ModelConfig = Annotated[
-    DecoderConfig | EncoderConfig | EncoderDecoderConfig, Field(discriminator="architecture")
+    DecoderConfig | EncoderConfig | EncoderDecoderConfig,
+    Field(discriminator="architecture"),
+    default_tag("architecture", "decoder"),
 ]
 Model = Decoder | Encoder | EncoderDecoder
 

@@ -35,6 +35,33 @@ class Part(NamedTuple):
     """Whether layers have ``mlp``, not ``moe``."""
 
 
+STACKS = ("first_layers", "layers", "last_layers")
+"""What parts may be called."""
+
+
+def unstacked(name: str) -> str:
+    """A parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
+    return ".".join(word for word in name.split(".") if word not in STACKS)
+
+
+class TrunkParts(NamedTuple):
+    """A trunk's layers, and what their attention sees."""
+
+    parts: tuple[Part, ...]
+    prefix: str = ""
+    """Of its parameters' names."""
+    causal: bool = True
+    """Whether tokens see those before them alone."""
+    of_inputs: bool = False
+    """Whether its tokens are an encoder's, beside a decoder's."""
+    crossing: bool = False
+    """Whether layers look at an encoder's output as well."""
+
+    @property
+    def depth(self) -> int:
+        return sum(part.depth for part in self.parts)
+
+
 class TransformerConfig(Config):
     """Layers between an embedding and an output head."""
 
@@ -137,12 +164,18 @@ class TransformerConfig(Config):
         """The stacks of layers, first to last. What a pattern leaves over at the end has its own,
         so that each is whole periods."""
         depth, dense = self.num_layers - self.dense_layers, self.moe is None
-        first = [Part("first_layers", self.dense_layers, self.kinds, True)]
+        before, among, behind = STACKS
+        first = Part(before, self.dense_layers, self.kinds, True)
         kinds = self.kinds[:depth]
         rest = depth % len(kinds)
-        main = Part("layers", depth - rest, kinds, dense)
-        last = Part("last_layers", rest, kinds[:rest], dense)
-        return tuple(part for part in (*first, main, last) if part.depth)
+        main = Part(among, depth - rest, kinds, dense)
+        last = Part(behind, rest, kinds[:rest], dense)
+        return tuple(part for part in (first, main, last) if part.depth)
+
+    @property
+    def trunks(self) -> tuple[TrunkParts, ...]:
+        """All layers, in the order in which they are run."""
+        return (TrunkParts(self.parts),)
 
     def place_of(self, layer: int) -> tuple[str, int]:
         """The stack of a layer, and its index there."""
@@ -177,12 +210,24 @@ class TransformerConfig(Config):
             for part in self.parts
         }
 
-    def attention_flops(self, seq_len: int) -> float:
-        """Forward FLOPs a token of attention's two products, masked pairs included:
-        2 N (H + Hv) S L."""
+    def attention_flops(
+        self, seq_len: int, encoder_len: int | None = None, *, causal: float = 1.0
+    ) -> float:
+        """Forward FLOPs of attention's two products for each of ``seq_len`` tokens, masked pairs
+        included: 2 N (H + Hv) S L for as many layers.
+
+        Args:
+            encoder_len: tokens of an encoder beside a decoder; None: as many.
+            causal: what counts of pairs, where tokens see those before them alone.
+        """
+        inputs, pairs = encoder_len or seq_len, 0.0
+        for trunk in self.trunks:
+            own = inputs if trunk.of_inputs else seq_len
+            pairs += trunk.depth * own * own * (causal if trunk.causal else 1)
+            pairs += trunk.depth * own * inputs if trunk.crossing else 0
         attention = self.attention
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
-        return 2.0 * self.num_layers * width * seq_len
+        return 2.0 * width * pairs / seq_len
 
     @property
     def expert_share(self) -> float:

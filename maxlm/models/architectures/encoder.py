@@ -8,7 +8,7 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.config import TransformerConfig, TrunkParts
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
 from maxlm.models.layers.embedding import Embedding
@@ -33,6 +33,11 @@ class EncoderConfig(TransformerConfig):
         if any(kind.window is not None for kind in self.kinds):
             raise MaxlmError("windows look back; an encoder sees both ways", fix="set it to null")
         return self
+
+    @property
+    def trunks(self) -> tuple[TrunkParts, ...]:
+        """See :attr:`TransformerConfig.trunks`."""
+        return (TrunkParts(self.parts, causal=False),)
 
     def build(
         self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()

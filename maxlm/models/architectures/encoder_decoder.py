@@ -7,7 +7,7 @@ import jax
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.config import TransformerConfig
+from maxlm.models.architectures.config import TransformerConfig, TrunkParts
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
@@ -25,6 +25,8 @@ class EncoderDecoderConfig(TransformerConfig):
     architecture: Literal["encoder_decoder"] = "encoder_decoder"
     encoder_layers: int = Field(gt=0)
     """Layers of the encoder."""
+    start_id: int = Field(default=0, ge=0)
+    """The token that the decoder reads first; T5's is its padding."""
 
     @model_validator(mode="after")
     def _plain(self):
@@ -39,6 +41,12 @@ class EncoderDecoderConfig(TransformerConfig):
     def encoder(self) -> TransformerConfig:
         """The encoder by itself."""
         return self.model_copy(update={"num_layers": self.encoder_layers})
+
+    @property
+    def trunks(self) -> tuple[TrunkParts, ...]:
+        """See :attr:`TransformerConfig.trunks`."""
+        encoder = TrunkParts(self.encoder.parts, "encoder.", causal=False, of_inputs=True)
+        return encoder, TrunkParts(self.parts, crossing=True)
 
     def build(
         self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()

@@ -31,8 +31,8 @@ class Shared(NamedTuple):
 
     biases: jax.Array | None
     """fp32 [N, 2R+1]: what scores gain by distance, where the model learns that."""
-    memory: Memory | None
-    """An encoder's output."""
+    memory: jax.Array | None
+    """An encoder's output [B, T, D]."""
 
 
 class Trunk(nnx.Module):
@@ -139,12 +139,15 @@ class Trunk(nnx.Module):
         self, part: Part, layers: Params, x: jax.Array, where: Where, memory: Memory | None
     ) -> tuple[jax.Array, Aux]:
         def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Shared):
-            seen = self._seen(part.kinds[number], context[number], shared.biases)
-            x, _, aux = block(x, seen, memory=shared.memory)
+            kinds, segments = context
+            seen = self._seen(part.kinds[number], kinds[number], shared.biases)
+            looked_at = None if shared.memory is None else Memory(shared.memory, segments)
+            x, _, aux = block(x, seen, memory=looked_at)
             return x, aux
 
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
-        context, shared = self._contexts(part, where), Shared(self.biases(), memory)
+        states, segments = memory or (None, None)
+        context, shared = (self._contexts(part, where), segments), Shared(self.biases(), states)
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
 

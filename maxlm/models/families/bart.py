@@ -80,6 +80,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "num_layers": reader.get("decoder_layers"),
         "encoder_layers": reader.get("encoder_layers"),
         "d_model": width,
+        "start_id": reader.get("decoder_start_token_id", 2),
         "max_seq_len": reader.get("max_position_embeddings"),
         "attention": {
             "num_heads": heads,
@@ -122,6 +123,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "activation_function": published_activation(config.mlp.activation),
         "scale_embedding": config.embedding_scale != 1,
         "init_std": config.init_std,
+        "decoder_start_token_id": config.start_id,
         "is_encoder_decoder": True,
         "tie_word_embeddings": True,
     }

@@ -67,7 +67,7 @@ def _read(reader: Reader) -> dict[str, Any]:
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    attention = config.attention
+    attention, bias = config.attention, config.positions.max_bias
     assert config.mlp is not None
     if config.mlp.d_ff != 4 * config.d_model:
         raise MaxlmError(
@@ -87,7 +87,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "attn_config": {
             "alibi": True,
-            "alibi_bias_max": config.positions.max_bias,
+            "alibi_bias_max": int(bias) if bias.is_integer() else bias,  # the library insists
             "clip_qkv": attention.clip,
             "softmax_scale": attention.scale,
         },

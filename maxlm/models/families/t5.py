@@ -73,6 +73,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "num_layers": reader.get("num_decoder_layers", None) or reader.get("num_layers"),
         "encoder_layers": reader.get("num_layers"),
         "d_model": width,
+        "start_id": reader.get("decoder_start_token_id", None) or 0,
         "max_seq_len": reader.values.get("n_positions") or 512,
         "attention": {
             "num_heads": heads,
@@ -112,6 +113,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "relative_attention_max_distance": config.positions.max_distance,
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.logit_scale != 1,
+        "decoder_start_token_id": config.start_id,
         "is_encoder_decoder": True,
     }
 

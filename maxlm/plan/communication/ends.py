@@ -5,15 +5,21 @@ from collections.abc import Iterator
 from maxlm.plan.communication.collective import PASSES, Collective
 from maxlm.plan.communication.layers import weights
 from maxlm.plan.shape import Shape
-from maxlm.plan.workload import Kernel
+from maxlm.plan.stacks import Kernel
 
 
 def ends(shape: Shape) -> Iterator[Collective]:
-    """Of the embedding, learned positions and the loss."""
+    """Of the embedding, learned positions, matrices outside the layers and the loss."""
     yield from _loss(shape)
-    for name, spec in shape.work.outer_specs.items():
+    work, rules, runs = shape.work, shape.split.compute, shape.losses
+    for kernel in work.outer_kernels:
+        tokens = (*rules.batch, *rules.residual, *_stages(shape))
+        yield from weights(shape, kernel, runs, runs, tokens)
+    for name, spec in work.outer_specs.items():
         if name.endswith(".table"):
-            yield from _lookup(shape, Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1))
+            table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
+            for rate in work.lookups(name):
+                yield from _lookup(shape, table, rate)
 
 
 def _loss(shape: Shape) -> Iterator[Collective]:
@@ -42,17 +48,21 @@ def _loss(shape: Shape) -> Iterator[Collective]:
         yield Collective(what, kind, axes, hidden, runs, "backward", True)
 
 
-def _lookup(shape: Shape, table: Kernel) -> Iterator[Collective]:
+def _lookup(shape: Shape, table: Kernel, rate: float) -> Iterator[Collective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
     partial sums, and what splits the residual stream further is scattered
-    (``parallel/embedding.py``)."""
+    (``parallel/embedding.py``).
+
+    Args:
+        rate: tokens that are looked up for each of the batch.
+    """
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
     vocab = rules.mesh_axes(table.axes[0])
     extra = split.extra(split.gradients, table)
     exchanged = tuple(axis for axis in extra if axis in (*rules.batch, *rules.seq))
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
     summed = tuple(axis for axis in vocab if axis not in sequence)
-    rows = shape.end_tokens * work.config.model.d_model * work.dtype_bytes
+    rows = shape.end_tokens * rate * work.config.model.d_model * work.dtype_bytes
     for kind, axes, whole in (
         ("all-to-all", exchanged, rows / split.ways(sequence)),
         ("reduce-scatter", sequence, rows),

@@ -2,31 +2,29 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from maxlm.plan.communication.collective import FP32, Collective, Phase
-from maxlm.plan.communication.layers import weights
+from maxlm.plan.communication.layers import passes, weights
 from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.workload import Number, kernel_of
+from maxlm.plan.stacks import kernel_of
+from maxlm.plan.workload import Number
 
 
 def experts(shape: Shape) -> Iterator[Collective]:
     work, split, rules = shape.work, shape.split, shape.split.compute
-    moe = work.config.model.moe
+    moe, maps = work.config.model.moe, [m for m in work.maps if m.experts]
     if moe is None:
         return
-    runs = shape.slots * shape.stage_layers
-    forward = runs * np.where(shape.pipelined, 2, 1)
+    forward, runs = passes(shape, work.expert_layers)
     again = runs if shape.remat != "none" else 0
+    wanted = again if any(work.ends_wanted(m) for m in maps if m.reads == "mlp") else 0
     itemsize, width = work.dtype_bytes, work.config.model.d_model * work.dtype_bytes
-    for map_ in work.maps:
-        if map_.experts:
-            for kernel in map_.kernels:
-                tokens = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
-                yield from weights(shape, kernel, forward, runs, tokens)
-    router = work.specs["layers.moe.router"]
-    axes = split.extra(split.storage, kernel_of("router", router))
-    size = router.size / work.layers * FP32
+    split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
+    for kernel in (kernel for map_ in maps for kernel in map_.kernels):
+        yield from weights(shape, kernel, forward, runs, split_over)
+    routers = (kernel_of(n, s) for n, s in work.layer_specs.items() if n.endswith(".router"))
+    router = next(routers)
+    axes = split.extra(split.storage, router)
+    size = router.size * FP32
     yield Collective("router", "all-gather", axes, size, forward, "forward", False)
     yield Collective("router", "all-gather", axes, size, runs, "backward", False)
     yield Collective(
@@ -51,6 +49,7 @@ def experts(shape: Shape) -> Iterator[Collective]:
     yield moved("rows there", forward, "forward")
     yield moved("rows back", forward, "forward")
     yield moved("rows there", again, "backward")
+    yield moved("rows back", wanted, "backward")
     yield moved("gradients there", runs, "backward")
     yield moved("gradients back", runs, "backward")
     inner = rules.mlp

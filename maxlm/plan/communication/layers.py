@@ -6,30 +6,37 @@ import numpy as np
 
 from maxlm.plan.communication.collective import FP32, PASSES, Collective, Phase
 from maxlm.plan.shape import Shape
-from maxlm.plan.workload import Kernel, Map, Number
+from maxlm.plan.stacks import Kernel, Map, Pairs
+from maxlm.plan.workload import Number
 
 
 def layers(shape: Shape) -> Iterator[Collective]:
     work, split = shape.work, shape.split
-    runs = shape.slots * shape.stage_layers
-    # A pipeline's backward pass runs a stage forward once more, to differentiate it.
-    forward = runs * np.where(shape.pipelined, 2, 1)
     for map_ in work.maps:
         if not map_.experts:
-            yield from _map(shape, map_, forward, runs)
-    yield from _attention(shape, forward, runs)
+            yield from _map(shape, map_, *passes(shape, map_.depth))
+    for pairs in work.pairs:
+        yield from _attention(shape, pairs, *passes(shape, pairs.layers))
+    _, runs = passes(shape, work.layers)
     vectors = [s for s in work.layer_specs.values() if s.role == "vector" and not s.by_rule]
     size = sum(s.size for s in vectors) / work.layers * FP32
     axes = (*split.compute.batch, *split.compute.residual)
     yield Collective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
 
 
+def passes(shape: Shape, layers: Number) -> tuple[Number, Number]:
+    """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
+    backward pass runs a stage forward once more, to differentiate it."""
+    runs = shape.slots * shape.held(layers)
+    return runs * np.where(shape.pipelined, 2, 1), runs
+
+
 def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator[Collective]:
     """Of a layer's map; see the table in ``parallel/linear.py``."""
     work, rules = shape.work, shape.split.compute
-    width, tokens = work.config.model.d_model * work.dtype_bytes, shape.tokens
+    tokens = shape.tokens * map_.rate * work.dtype_bytes
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
-    again = backward if work.recomputed(map_, shape.remat) else 0
+    again = backward if shape.remat != "none" and work.ends_wanted(map_) else 0
     for kernel in map_.kernels:
         yield from weights(shape, kernel, forward, backward, (*rules.batch, *rules.seq))
     sides = {
@@ -39,9 +46,12 @@ def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator
     summed, spread = (tuple(sorted(sides[side])) for side in ("in", "out"))
 
     def moved(what: str, kind: str, axes: tuple[str, ...], runs: Number, phase: Phase):
+        width = work.config.model.d_model if map_.reads != "latent" else map_.width
         return Collective(f"{map_.name}: {what}", kind, axes, tokens * width, runs, phase, True)
 
-    if map_.reads == "residual":
+    if map_.reads == "latent":
+        yield moved("its gradient", "all-reduce", spread, backward, "backward")
+    if map_.reads in ("residual", "memory"):
         yield moved("input", "all-gather", sequence, forward, "forward")
         yield moved("input", "all-gather", sequence, backward, "backward")
         yield moved("its gradient", "reduce-scatter", sequence, backward, "backward")
@@ -66,7 +76,7 @@ def weights(
     """
     split, itemsize = shape.split, shape.work.dtype_bytes
     used = kernel.size * itemsize / split.shards(split.compute, kernel.axes)
-    name = kernel.name.removeprefix("layers.").removesuffix(".kernel")
+    name = kernel.name
     scattered, here = split.extra(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
@@ -80,14 +90,19 @@ def weights(
     yield Collective(what, "all-reduce", rest, left, backward, "backward", False)
 
 
-def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Collective]:
+def _attention(
+    shape: Shape, pairs: Pairs, forward: Number, backward: Number
+) -> Iterator[Collective]:
     """Of a sequence split over devices, and of kv heads that are whole on several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config, axes = work.config.model.attention, shape.split.compute.seq
     ways, kv_ways = split.ways(axes), split.ways(rules.kv_heads)
     query_heads = config.num_heads / split.ways(rules.heads)
     kv_heads = config.num_kv_heads / kv_ways
-    head = shape.tokens * config.head_dim
+    tokens, value = shape.tokens * pairs.rate, config.value_dim
+    head = tokens * config.head_dim
+    # Of a key and its value, or a query and its output, each.
+    either = tokens * (config.head_dim + value) / 2
     itemsize, again = work.dtype_bytes, 0
     if work.attention_recomputed(shape.remat):
         again = backward
@@ -99,12 +114,12 @@ def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Coll
 
     method = work.config.parallel.context
     if method == "all_gather":
-        whole = head * read * ways
+        whole = either * read * ways
         yield moved("keys and values", "all-gather", whole * itemsize, 2 * forward, "forward")
         yield moved("keys and values", "all-gather", whole * itemsize, 2 * backward, "backward")
         yield moved("their gradients", "reduce-scatter", whole * FP32, 2 * backward, "backward")
     elif method == "ring":
-        block, steps = head * read, _steps(shape, ways)
+        block, steps = either * read, _steps(shape, pairs, ways)
         yield moved(
             "keys and values",
             "collective-permute",
@@ -129,32 +144,31 @@ def _attention(shape: Shape, forward: Number, backward: Number) -> Iterator[Coll
     else:
         shared = np.gcd(np.asarray(np.maximum(read, 1), int), np.asarray(ways, int))
         copies = ways / shared
-        keys = head * read * copies
-        whole = head * query_heads
+        keys = either * read * copies
+        queries, output = head * query_heads * itemsize, tokens * value * query_heads * itemsize
         for runs, phase in zip((forward, backward), PASSES, strict=True):
-            yield moved("queries", "all-to-all", whole * itemsize, runs, phase)
+            yield moved("queries", "all-to-all", queries, runs, phase)
             yield moved("keys and values", "all-to-all", keys * itemsize, 2 * runs, phase)
-        yield moved("output", "all-to-all", whole * itemsize, forward + again, "forward")
-        yield moved("gradients", "all-to-all", whole * itemsize, 2 * backward, "backward")
+        yield moved("output", "all-to-all", output, forward + again, "forward")
+        gradients = (queries + output) / 2
+        yield moved("gradients", "all-to-all", gradients, 2 * backward, "backward")
         wire = np.where(np.greater(copies, 1), FP32, itemsize)
         yield moved(
             "gradients of keys and values", "all-to-all", keys * wire, 2 * backward, "backward"
         )
-    if rules.heads and not rules.kv_heads:
+    if rules.heads and not rules.kv_heads and config.latent is None:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
-        whole = head * config.num_kv_heads * wire
+        whole = either * config.num_kv_heads * wire * pairs.keys / pairs.queries
         yield Collective(
             *("whole kv heads: gradients", "all-reduce", rules.heads, whole),
             *(2 * backward, "backward", True),
         )
 
 
-def _steps(shape: Shape, ways: Number) -> Number:
+def _steps(shape: Shape, pairs: Pairs, ways: Number) -> Number:
     """Turns of a ring in which keys come from another device (``parallel/context.py``)."""
-    config = shape.work.config
-    window = config.model.attention.window
-    if window is None or config.parallel.balance_sequence:
+    if pairs.window is None or shape.work.config.parallel.balance_sequence:
         return ways - 1
-    rows = config.data.seq_len / ways
-    return np.minimum(ways - 1, np.floor((window + rows - 2) / rows))
+    rows = pairs.queries / ways
+    return np.minimum(ways - 1, np.floor((pairs.window + rows - 2) / rows))

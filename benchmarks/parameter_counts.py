@@ -1,0 +1,169 @@
+"""Parameters of every preset beside the published figure, as a Markdown table.
+
+    python benchmarks/parameter_counts.py [--write]
+
+Nothing is allocated. With --write the table goes into docs/families.md, between its markers.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from maxlm.config import Config, asset, load
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.params import named, param_specs
+from maxlm.plan.flops import active_parameters
+from maxlm.sharding import AxisRules
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+MARKERS = "<!-- sizes -->\n", "<!-- /sizes -->\n"
+
+# The family (maxlm.models.families) of presets whose names start so; the longest start counts.
+FAMILIES = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "smollm2": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_30b_a3b": "qwen3_moe",
+    "qwen3_235b_a22b": "qwen3_moe",
+    "gemma_": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "falcon": "falcon",
+    "phi_": "phi",
+    "phi3": "phi3",
+    "bloom": "bloom",
+    "mpt": "mpt",
+    "grok": "grok1",
+    "dbrx": "dbrx",
+    "deepseek_v2": "deepseek_v2",
+}
+
+# As its paper or model card says: parameters, and those that a token meets.
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    "gpt2": ("124M",),
+    "gpt2_medium": ("355M",),
+    "gpt2_large": ("774M",),
+    "gpt2_xl": ("1558M",),
+    "llama_7b": ("6.7B",),
+    "llama_13b": ("13.0B",),
+    "llama_33b": ("32.5B",),
+    "llama_65b": ("65.2B",),
+    "llama2_7b": ("7B",),
+    "llama2_13b": ("13B",),
+    "llama2_70b": ("70B",),
+    "llama3_8b": ("8B",),
+    "llama3_70b": ("70B",),
+    "llama3_405b": ("405B",),
+    "llama3_1_8b": ("8B",),
+    "llama3_1_70b": ("70B",),
+    "llama3_1_405b": ("405B",),
+    "llama3_2_1b": ("1.23B",),
+    "llama3_2_3b": ("3.21B",),
+    "llama3_3_70b": ("70B",),
+    "smollm2_135m": ("135M",),
+    "smollm2_360m": ("360M",),
+    "smollm2_1_7b": ("1.7B",),
+    "mistral_7b": ("7.3B",),
+    "mixtral_8x7b": ("47B", "13B"),
+    "mixtral_8x22b": ("141B", "39B"),
+    "qwen2_5_0_5b": ("0.49B",),
+    "qwen2_5_1_5b": ("1.54B",),
+    "qwen2_5_3b": ("3.09B",),
+    "qwen2_5_7b": ("7.61B",),
+    "qwen2_5_14b": ("14.7B",),
+    "qwen2_5_32b": ("32.5B",),
+    "qwen2_5_72b": ("72.7B",),
+    "qwen3_0_6b": ("0.6B",),
+    "qwen3_1_7b": ("1.7B",),
+    "qwen3_4b": ("4.0B",),
+    "qwen3_8b": ("8.2B",),
+    "qwen3_14b": ("14.8B",),
+    "qwen3_32b": ("32.8B",),
+    "qwen3_30b_a3b": ("30.5B", "3.3B"),
+    "qwen3_235b_a22b": ("235B", "22B"),
+    "gemma_2b": ("2.51B",),
+    "gemma_7b": ("8.54B",),
+    "gemma2_2b": ("2.61B",),
+    "gemma2_9b": ("9.24B",),
+    "gemma2_27b": ("27.2B",),
+    "gemma3_270m": ("270M",),
+    "gemma3_1b": ("1.00B",),
+    "gemma3_4b": ("3.88B",),
+    "gemma3_12b": ("11.77B",),
+    "gemma3_27b": ("27.02B",),
+    "falcon_7b": ("7B",),
+    "falcon_40b": ("40B",),
+    "falcon_180b": ("180B",),
+    "phi_1_5": ("1.3B",),
+    "phi_2": ("2.7B",),
+    "phi3_mini": ("3.8B",),
+    "phi3_medium": ("14B",),
+    "bloom_560m": ("559M",),
+    "bloom_1b1": ("1065M",),
+    "bloom_1b7": ("1722M",),
+    "bloom_3b": ("3003M",),
+    "bloom_7b1": ("7069M",),
+    "bloom_176b": ("176,247M",),
+    "mpt_7b": ("6.7B",),
+    "mpt_30b": ("29.95B",),
+    "grok_1": ("314B",),
+    "dbrx": ("132B", "36B"),
+    "deepseek_v2": ("236B", "21B"),
+    "deepseek_v2_lite": ("15.7B", "2.4B"),
+}
+
+
+class Preset(Config):
+    """What a preset file holds."""
+
+    model: ModelConfig
+
+
+def preset(name: str) -> ModelConfig:
+    """A preset's model."""
+    return load(Preset, asset(f"configs/models/{name}.yaml")).value.model
+
+
+def family(name: str) -> str:
+    """The family of a preset."""
+    return FAMILIES[max(filter(name.startswith, FAMILIES), key=len)]
+
+
+def counts(config: ModelConfig) -> tuple[int, int]:
+    """Parameters, and those that a token meets."""
+    flat = named(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
+    return sum(spec.size for spec in flat.values()), round(active_parameters(flat, config))
+
+
+def table() -> str:
+    """A row for each preset, in the order of ``PUBLISHED``."""
+    rows = ["| preset | family | parameters | of which a token meets | published |"]
+    rows.append("|---|---|---:|---:|---|")
+    for name, published in PUBLISHED.items():
+        total, active = counts(preset(name))
+        met = f"{active:,}" if active < total else "all"
+        figure = " of which ".join(published)
+        rows.append(f"| `{name}` | {family(name)} | {total:,} | {met} | {figure} |")
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help=f"into docs/{PAGE.name}")
+    if not parser.parse_args().write:
+        print(table(), end="")
+        return
+    before, rest = PAGE.read_text().split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    PAGE.write_text(before + MARKERS[0] + table() + MARKERS[1] + after)
+
+
+if __name__ == "__main__":
+    main()

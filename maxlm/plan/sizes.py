@@ -1,0 +1,37 @@
+"""Elements a token of what layers make, on one device."""
+
+from typing import NamedTuple
+
+from maxlm.models.layers.attention import AttentionConfig
+from maxlm.plan.stacks import Map
+from maxlm.plan.workload import Number, Split
+
+
+class Heads(NamedTuple):
+    """Of attention."""
+
+    queries: Number
+    output: Number
+    keys: Number
+    values: Number
+    count: Number
+    """Query heads, and log-sum-exps."""
+
+
+def heads(attention: AttentionConfig, split: Split) -> Heads:
+    own = attention.num_heads / split.ways(split.compute.heads)
+    kv = attention.num_kv_heads / split.ways(split.compute.kv_heads)
+    size, value = attention.head_dim, attention.value_dim
+    return Heads(own * size, own * value, kv * size, kv * value, own)
+
+
+def hidden_elements(map_: Map, split: Split) -> Number:
+    """Of what a map writes into the FFN's width."""
+    if map_.writes != "mlp":
+        return 0.0
+    return sum(k.shape[-1] / split.shards(split.compute, k.axes[-1:]) for k in map_.kernels)
+
+
+def latent_elements(map_: Map) -> int:
+    """Of the narrow vectors that a map writes, for latent attention."""
+    return sum(k.shape[-1] for k in map_.kernels if k.writes == "latent")

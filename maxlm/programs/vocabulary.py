@@ -1,0 +1,29 @@
+"""What objectives ask of a run's tokenizer."""
+
+import numpy as np
+
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.objectives import Vocabulary
+
+
+def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """A tokenizer's ids, as far as objectives care.
+
+    A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
+    or what a WordPiece vocabulary does not mark as a continuation.
+
+    Args:
+        size: rows of the model's table; those past the tokenizer's ids count as special.
+    """
+    special = np.ones(size, bool)
+    special[: tokenizer.vocab_size] = False
+    special[list(tokenizer.special_tokens.values())] = True
+    starts_word = np.ones(size, bool)
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode_bytes([token], continued=True)
+        # Bytes of a character in the middle are neither, and go on with what came before.
+        first = text.decode("utf-8", "replace")[:1]
+        starts_word[token] = not (first.isalnum() or first == "\ufffd")
+    return Vocabulary(
+        size, tokenizer.vocab_size, tuple(tokenizer.opening), tokenizer.eos_id, special, starts_word
+    )
