@@ -136,5 +136,6 @@ BART = Family(
     _read,
     _write,
     lambda config: TABLE,
+    prefix="model.",
     other_architectures=["BartModel"],
 )

@@ -99,7 +99,8 @@ BERT = Family(
     _write,
     lambda config: TABLE,
     # Position numbers, and the head of the task that was trained beside.
-    ignored=(r"bert\.embeddings\.position_ids", r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
+    ignored=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
+    spellings={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
     inert=["directionality", "gradient_checkpointing"],
     other_architectures=["BertForPreTraining"],
 )

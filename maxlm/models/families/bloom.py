@@ -77,6 +77,7 @@ BLOOM = Family(
     _read,
     _write,
     lambda config: TABLE,
+    prefix="transformer.",
     inert=[
         "attention_softmax_in_fp32",
         "masked_softmax_fusion",

@@ -1,7 +1,7 @@
 """What a family of published models is: who it is, its settings and its names, both ways."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maxlm.models.families.entries import Entry
@@ -25,14 +25,34 @@ class Family:
     table: Callable[[Any], Table]
     """A model's config → the names of its tensors."""
     ignored: Sequence[str] = ()
-    """Patterns of tensors in files that hold no parameter: buffers, heads of other tasks."""
+    """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
+    prefix: str = ""
+    """Which names begin with, but for those of the head; some published files leave it out."""
+    spellings: Mapping[str, str] = field(default_factory=dict)
+    """Ends of names, and how some published files spell them."""
     inert: Sequence[str] = ()
     """Further names in config.json that say nothing of the maths."""
     other_architectures: Sequence[str] = ()
 
-    def entries(self, config: Any) -> list[Entry]:
-        """Every tensor of a model, and where it lies in ours."""
-        return entries(config, self.table(config))
+    def entries(self, config: Any, tensors: Iterable[str] = ()) -> list[Entry]:
+        """Every tensor of a model, and where it lies in ours.
+
+        Args:
+            tensors: names in files at hand, whose variants are followed.
+        """
+        there, found = frozenset(tensors), entries(config, self.table(config))
+        if not there:
+            return found
+        bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
+
+        def spelt(name: str) -> str:
+            plain = name.removeprefix(self.prefix) if bare else name
+            for usual, other in self.spellings.items():
+                if plain not in there and plain.endswith(usual):
+                    return plain.removesuffix(usual) + other
+            return plain
+
+        return [replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),)) for e in found]
 
     def config_json(self, config: Any) -> dict[str, Any]:
         """A model's config.json."""

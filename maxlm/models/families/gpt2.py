@@ -105,6 +105,7 @@ GPT2 = Family(
     _read,
     _write,
     lambda config: TABLE,
-    ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
+    ignored=("*h.*.attn.bias", "*h.*.attn.masked_bias"),
+    prefix="transformer.",
     inert=[f"summary_{x}" for x in ("activation", "proj_to_labels", "type", "use_proj")],
 )

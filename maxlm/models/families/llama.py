@@ -41,7 +41,7 @@ MLP: Table = {
 }
 TABLE: Table = {**OUTER, **NORMS, **ATTENTION, **MLP}
 # Angles of RoPE, which older files hold.
-BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
 def read_common(reader: Reader) -> dict[str, Any]:

@@ -127,5 +127,5 @@ T5 = Family(
     _table,
     inert=["initializer_factor"],
     # Of cross-attention, in old files; the published code never reads it.
-    ignored=(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",),
+    ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )
