@@ -10,10 +10,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from maxlm.config import Config, asset, load
+from maxlm.config import asset, load
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import named, param_specs
 from maxlm.plan.flops import active_parameters
+from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -41,6 +42,10 @@ FAMILIES = {
     "grok": "grok1",
     "dbrx": "dbrx",
     "deepseek_v2": "deepseek_v2",
+    "bert": "bert",
+    "t5": "t5",
+    "ul2": "t5",
+    "bart": "bart",
 }
 
 # As its paper or model card says: parameters, and those that a token meets.
@@ -115,18 +120,27 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "dbrx": ("132B", "36B"),
     "deepseek_v2": ("236B", "21B"),
     "deepseek_v2_lite": ("15.7B", "2.4B"),
+    "bert_base": ("110M",),
+    "bert_large": ("340M",),
+    "t5_small": ("60M",),
+    "t5_base": ("220M",),
+    "t5_large": ("770M",),
+    "t5_3b": ("2.8B",),
+    "t5_11b": ("11B",),
+    "t5_v1_1_small": ("77M",),
+    "t5_v1_1_base": ("250M",),
+    "t5_v1_1_large": ("800M",),
+    "t5_v1_1_xl": ("3B",),
+    "t5_v1_1_xxl": ("11B",),
+    "ul2_20b": ("20B",),
+    "bart_base": ("140M",),
+    "bart_large": ("400M",),
 }
-
-
-class Preset(Config):
-    """What a preset file holds."""
-
-    model: ModelConfig
 
 
 def preset(name: str) -> ModelConfig:
     """A preset's model."""
-    return load(Preset, asset(f"configs/models/{name}.yaml")).value.model
+    return load(RunConfig, asset(f"configs/models/{name}.yaml")).value.model
 
 
 def family(name: str) -> str:

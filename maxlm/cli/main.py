@@ -48,6 +48,9 @@ VERBS = {
         {"diff": "maxlm.cli.plan:diff"},
     ),
     "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
+    "convert": Verb(
+        "maxlm.cli.convert:command", "Turn a Hugging Face checkpoint into a run, or a run into one."
+    ),
     "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train, import and try tokenizers."),
     "corpus": Verb("maxlm.cli.corpus:app", "Turn documents into a token store."),
     "config": Verb(

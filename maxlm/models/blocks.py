@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
+from maxlm.models.dtypes import precise
 from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache, Seen
 from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
@@ -196,8 +197,9 @@ def scan_blocks(
 
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(jnp.shape(s), jnp.float32), aux)
-    layers = [rematerialise(partial(layer, body), remat) for body in bodies]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, precise(s.dtype)), aux)
+    alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
+    layers = [rematerialise(partial(layer, body), remat, alone=alone) for body in bodies]
     return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast)
 
 

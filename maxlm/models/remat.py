@@ -21,15 +21,22 @@ SAVED: dict[str, tuple[str, ...]] = {
 }
 
 
-def rematerialise(layer: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
-    """``layer`` under a policy; "none" runs nothing of it again but what is :func:`recomputed`."""
+def rematerialise(
+    layer: Callable[..., Any], policy: RematPolicy, *, alone: bool = True
+) -> Callable[..., Any]:
+    """``layer`` under a policy; "none" runs nothing of it again but what is :func:`recomputed`.
+
+    Args:
+        alone: whether it is all there is to the body of a loop. Otherwise a compiler could do the
+            work of several layers again at once, and hold all of it, or, in one program with
+            their forward pass, not do it again at all: a barrier makes each wait for its gradient.
+    """
     if policy == "none":
         return layer
-    # The body of a scan needs no barrier against common-subexpression elimination.
     return jax.checkpoint(
         layer,
         policy=jax.checkpoint_policies.save_only_these_names(*SAVED[policy]),
-        prevent_cse=False,
+        prevent_cse=not alone,
     )
 
 

@@ -93,12 +93,12 @@ def sharded_attention(
 
 
 def _by_heads(x: Any, num_heads: int, rules: AxisRules) -> jax.Array | None:
-    """[N, ...] in fp32, each device with those of its query heads."""
+    """[N, ...] in fp32 or wider, each device with those of its query heads."""
     if x is None:
         return None
     if len(x) != num_heads:
         raise ValueError(f"slopes or biases of shape {x.shape} for {num_heads} query heads")
-    return reshard(jnp.asarray(x, jnp.float32), rules.spec("heads"))
+    return reshard(jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), rules.spec("heads"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

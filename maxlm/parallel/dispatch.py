@@ -86,7 +86,7 @@ class Dropless:
     @property
     def _sizes(self) -> jax.Array:
         """Rows of each expert here."""
-        return self.counts.sum(0).reshape(len(self.counts), -1)[self.here[0]]
+        return self.counts.sum(0, dtype=jnp.int32).reshape(len(self.counts), -1)[self.here[0]]
 
     def _slices(self):
         """Of the ragged exchanges there and back: (first row, rows) of each slice sent, its first

@@ -195,13 +195,14 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
             plan = plan_capacity(chosen, num_experts, how.room, how.expert_axes)
         flat = x.reshape(-1, x.shape[-1])
         rows = plan.send(_to_slots(flat, plan, chosen.shape[-1]))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
         scale = plan.send(_to_slots(weights.reshape(-1, 1), plan, 1))
 
         def add(out, own: Kernels):
             weighted = _weighted(_hidden(plan, rows, own), scale, how.activation)
             return out + plan.dot(weighted, own["down"]), None
 
-        out, _ = _over_parts(add, jnp.zeros(rows.shape, jnp.float32), kernels, len(rows))
+        out, _ = _over_parts(add, jnp.zeros(rows.shape, wide), kernels, len(rows))
         out = out.astype(rows.dtype)
         y = _from_slots(plan.receive(out), plan).astype(x.dtype).reshape(x.shape)
         y = reduce(y, how.f_axes, how.whole, how.tokens)
@@ -239,7 +240,8 @@ def _backward(how: _Layouts, residuals, d_y):
                 d_rows += plan.dot(d, own[name], turned=True)
             return (d_rows, d_scale + d_own_scale), grads
 
-        zeros = jnp.zeros(rows.shape, jnp.float32), jnp.zeros_like(saved["scale"])
+        wide = jnp.promote_types(rows.dtype, jnp.float32)
+        zeros = jnp.zeros(rows.shape, wide), jnp.zeros_like(saved["scale"])
         (d_rows, d_scale), grads = _over_parts(add, zeros, kernels, len(rows))
         assert grads is not None
         d_rows = d_rows.astype(rows.dtype)
@@ -323,8 +325,9 @@ def _to_slots(values: jax.Array, plan: Plan, k: int) -> jax.Array:
 
 
 def _from_slots(slots: jax.Array, plan: Plan) -> jax.Array:
-    """The sum over a token's assignments, fp32 [T, D]; those dropped add nothing."""
-    return jnp.sum(_taken(slots, plan.slot), axis=1, dtype=jnp.float32)
+    """The sum over a token's assignments, [T, D] in fp32 or wider; those dropped add nothing."""
+    wide = jnp.promote_types(slots.dtype, jnp.float32)
+    return jnp.sum(_taken(slots, plan.slot), axis=1, dtype=wide)
 
 
 def _taken(values: jax.Array, index: jax.Array) -> jax.Array:

@@ -76,6 +76,11 @@ class Shape:
         return self.tokens * np.where(self.spread, self.micro / self.stages, 1.0)
 
     @property
+    def end_residual_tokens(self) -> Number:
+        """... and those of them in the residual stream ..."""
+        return self.end_tokens * self.residual_tokens / self.tokens
+
+    @property
     def losses(self) -> Number:
         """... how often the loss does: under 1F1B on every stage, for each micro-batch ..."""
         return np.where(self.spread, 1.0, self.micro)

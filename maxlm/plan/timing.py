@@ -143,9 +143,9 @@ def flops(shape: Shape) -> Flops:
     head, value = attention.head_dim, attention.value_dim
     again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
     once = 2 * scores * (head + value)
-    seen = shape.losses * shape.end_tokens
-    loss = work.head.size / split.ways(rules.vocab)
-    loss += sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
+    loss = work.head.size * shape.end_tokens / split.ways(rules.vocab)
+    outer = sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
+    loss += outer * shape.end_residual_tokens
     return Flops(
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
@@ -154,7 +154,7 @@ def flops(shape: Shape) -> Flops:
         attention_backward=2 * scores * (3 * head + 2 * value) + again * once,
         scores=scores,
         scores_again=again,
-        loss=2 * loss * seen,
+        loss=2 * shape.losses * loss,
     )
 
 

@@ -154,6 +154,12 @@ class Work:
         placement = self.config.model.placement
         return placement in ("sandwich", "post") or (placement == "pre" and map_.reads != "mlp")
 
+    def beside_attention(self, map_: Map) -> bool:
+        """Whether a map's branch is added to the stream together with attention's: what it adds
+        has the same gradient."""
+        beside = self.config.model.placement in ("parallel", "parallel_shared")
+        return beside and not map_.module.endswith("attention")
+
     def _wanted_raw(self, kernel: Kernel) -> bool:
         """Whether heads are wanted as they were before they were kept."""
         attention, (module, _, name) = self.config.model.attention, kernel.name.rpartition(".")

@@ -63,7 +63,7 @@ def planned_vocab(config: RunConfig) -> int:
     Raises:
         MaxlmError: it is named and cannot be read.
     """
-    path = config.tokenizer.path
+    path = _named_tokenizer(config)
     return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
 
 
@@ -72,8 +72,8 @@ def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
     home = folder / "tokenizer"
     if home.exists():
         return home
-    if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+    if (path := _named_tokenizer(config)) is not None:
+        tokenizer = load_tokenizer(path)
         for source in config.data.sources:
             if source.store is not None:
                 _named_stores(source, tokenizer)  # Refused before anything is written.
@@ -87,6 +87,14 @@ def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
             ) from None
         trained.save(home)
     return home
+
+
+def _named_tokenizer(config: RunConfig) -> Path | None:
+    """A tokenizer that is there: the one named, or that of the run to start from."""
+    if config.tokenizer.path is not None:
+        return Path(config.tokenizer.path)
+    start = config.train.start_from
+    return None if start is None else Path(start) / "tokenizer"
 
 
 def _training_text(config: RunConfig) -> Iterator[bytes]:

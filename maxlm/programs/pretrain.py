@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, load, to_yaml
@@ -71,7 +72,10 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
         }
-        state = _restore(setup, origin, metadata, say) if origin else setup.init()
+        if origin:
+            state = _restore(setup, origin, metadata, say)
+        else:
+            state = _started(setup, setup.init(), say)
         start = int(state.step)
         if start > config.train.steps:
             raise MaxlmError(
@@ -240,6 +244,21 @@ def _restore(
     state = origin.restore(None, setup.abstract_state)
     say(f"resuming from step {int(state.step)} in {origin.folder}")
     return state
+
+
+def _started(setup: Setup, state: TrainState, say: Say) -> TrainState:
+    """A fresh state with the parameters that the run is to start from."""
+    home = setup.config.train.start_from
+    if home is None:
+        return state
+    folder = Path(home) / "checkpoints"
+    abstract = setup.abstract_state.params
+    with Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
+        average = keeper.metadata()["config"]["train"].get("ema_decay") is not None
+        params = keeper.restore_params(None, abstract, name="ema" if average else "params")
+    say(f"starting from the parameters in {home}")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, ema=ema)
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ class TrainConfig(Config):
     micro_batches: int = Field(default=1, gt=0)
     """Parts a batch is taken in, one after the other: activation memory falls by as much, the
     result stays the same."""
+    start_from: str | None = None
+    """A run's folder, such as `maxlm convert` makes, whose parameters (and tokenizer, if none is
+    named) this run starts from; null: from random ones. The optimizer starts anew."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the parameters with this decay (4 bytes a parameter)
     and evaluate with it; null: none."""

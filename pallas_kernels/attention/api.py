@@ -33,7 +33,8 @@ def attention(
     block_sizes: Any = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1).
+    """softmax(scores + mask)·v, exact, softmax in fp32 (Vaswani et al. 2017, eq. 1), or in float64
+    where operands are, which XLA alone has.
 
     The backward pass computes the weights again: nothing of size S × T is kept. Differentiable
     once, by q, k, v, ``sinks`` and ``biases``; ``slopes`` and whatever places tokens are

@@ -8,6 +8,8 @@ dV are its own, and its dQ is a term of the sum over steps.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention.how import wide_type
+
 
 def merge(
     first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
@@ -30,7 +32,7 @@ def merge(
 
 def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
     """fp32 [B, S, N]: d_o · o for each query and head, what softmax's gradient subtracts."""
-    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=jnp.float32)
+    return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=wide_type(o))
 
 
 def sink_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:

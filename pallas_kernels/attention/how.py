@@ -76,6 +76,7 @@ def described(
         ValueError: as there.
     """
     (B, S, N, _), T = _sizes(q, k, v), k.shape[1]
+    wide = wide_type(q)
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window={window} with causal={causal}: windows look back, 1 key or more")
     if prefix is not None and not causal:
@@ -93,12 +94,17 @@ def described(
         _array("segment_ids of queries", q_segments, jnp.int32, (B, S)),
         _array("segment_ids of keys", k_segments, jnp.int32, (B, T)),
         _array("prefix", prefix, jnp.int32, (B,)),
-        _array("slopes", slopes, jnp.float32, (N,)),
-        _array("sinks", sinks, jnp.float32, (N,)),
-        _biases(biases, N),
+        _array("slopes", slopes, wide, (N,)),
+        _array("sinks", sinks, wide, (N,)),
+        _biases(biases, N, wide),
     )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return where, How(causal, window, soft_cap, scale, static_q, static_k)
+
+
+def wide_type(*operands: jax.Array) -> Any:
+    """What scores and sums are held in: fp32, or float64 where operands are."""
+    return jnp.result_type(*operands, jnp.float32)
 
 
 def first_position(static: int, traced: jax.Array | None) -> Offset:
@@ -148,13 +154,13 @@ def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | No
     return static, traced
 
 
-def _biases(x: Any, N: int) -> jax.Array | None:
+def _biases(x: Any, N: int, dtype: Any) -> jax.Array | None:
     if x is None:
         return None
     shape = jnp.shape(x)
     if len(shape) != 2 or shape[0] != N or shape[1] % 2 == 0:
         raise ValueError(f"biases of shape {shape}: these sizes want ({N}, an odd number)")
-    return jnp.asarray(x, jnp.float32)
+    return jnp.asarray(x, dtype)
 
 
 def _array(name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]) -> jax.Array | None:

@@ -1,19 +1,22 @@
 """Tiles of the score matrix, for XLA: which there are, their masks and their scores."""
 
-from functools import partial, reduce
+from functools import reduce
 from operator import and_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.how import How, Where, first_position
+from pallas_kernels.attention.how import How, Where, first_position, wide_type
 
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
 MIN_TILE, MAX_TILES = 128, 16
 
-einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+def einsum(maths: str, *operands: jax.Array) -> Any:
+    """Summed, and returned, in fp32 or wider."""
+    return jnp.einsum(maths, *operands, preferred_element_type=wide_type(*operands))
 
 
 class Tile(NamedTuple):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.how import How, Where, wide_type
 from pallas_kernels.attention.parts import Part
 from pallas_kernels.attention.tiles import (
     MASKED,
@@ -61,7 +61,7 @@ def _forward(q, k, v, where: Where, how: How, dtype):
             own = _forward(own_q, own_k, own_v, _of_part(part, i, where), how, dtype)
             return part.put(i, out, own), None
 
-        out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), jnp.float32)
+        out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), wide_type(q))
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
         return o, lse
     if count := _loop_length(S, where, how):
@@ -78,7 +78,7 @@ def _forward(q, k, v, where: Where, how: How, dtype):
     def block(tile: Tile):
         if tile.begin >= tile.end:
             shape = (B, K, N // K, tile.stop - tile.start)
-            lse = jnp.full((*shape, 1), -jnp.inf, jnp.float32)
+            lse = jnp.full((*shape, 1), -jnp.inf, wide_type(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
         scores, _ = tile.scores(q, k, where, how)
         top = jnp.max(scores, axis=-1, keepdims=True)
@@ -120,13 +120,14 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
         carry = places, _no_biases(where)
         (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.count))
         return *(x.astype(dtype) for x in grads), *d_biases
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32), *_no_biases(where)
+    wide = wide_type(q)
+    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(where)
     if count := _loop_length(S, where, how):
 
         def add(sums, rows):
             (q, lse, delta, d_o), own = rows
             own = where._replace(**own)
-            d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, how, jnp.float32)
+            d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, how, wide)
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
         rows = _rows((q, lse, delta, d_o), where, S, count)

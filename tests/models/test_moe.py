@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.models.layers.moe import MoeConfig, route, router_loss
@@ -240,3 +242,33 @@ def test_optimizers_treat_each_expert_as_a_matrix_of_its_own(kind):
 def test_impossible_settings_are_refused_with_their_values(change, message):
     with pytest.raises(MaxlmError, match=message):
         MoeConfig(**SMALL | change)
+
+
+@given(
+    most=st.integers(4, 12),
+    groups=st.integers(1, 12),
+    size=st.integers(1, 20),
+    met=st.integers(1, 12),
+    per_token=st.integers(1, 30),
+    rank=st.sampled_from(["max", "top2"]),
+)
+def test_fewer_experts_are_possible_and_routed_alike(most, groups, size, met, per_token, rank):
+    met, experts = min(met, groups), groups * size
+    assume(rank == "max" or size > 1)
+    config = MoeConfig(
+        num_experts=experts,
+        experts_per_token=min(per_token, met * size),
+        d_ff=8,
+        groups=groups,
+        groups_per_token=met,
+        group_score=rank,
+    )
+    small = config.fewer(most)
+    assert small == MoeConfig.model_validate(small.model_dump())
+    assert small.num_experts <= most
+    assert (small == config) == (experts <= most)
+    if experts > most:
+        assert most // 2 < small.num_experts
+        assert small.experts_per_token <= min(config.experts_per_token, small.num_experts / 2)
+        limited = config.groups_per_token < config.groups
+        assert (small.groups_per_token < small.groups) == limited

@@ -1,6 +1,7 @@
 """The same weights in transformers and here."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from maxlm.models.families import family_of
 from maxlm.models.families.family import Family
 from maxlm.models.params import bind, named, param_specs
 from maxlm.sharding import ShardingConfig
+from tests.models.building import QUICK
 
 
 class Holder(Config):
@@ -54,6 +56,11 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def placed(flat: dict[str, Any], mesh: Mesh) -> Any:
+    """Parameters, nested, on a mesh's every device."""
+    return jax.device_put(nested(flat), NamedSharding(mesh, PartitionSpec()))
+
+
 def one_device() -> Mesh:
     from maxlm.sharding import MeshConfig, make_mesh
 
@@ -81,14 +88,14 @@ def logits(
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     whole = NamedSharding(mesh, PartitionSpec())
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def run(params, tokens, positions, segments, more):
         bound = bind(model, params)
         hidden, _ = bound(tokens, positions, segments, **more)
         return bound.logits(hidden)
 
     with jax.set_mesh(mesh):
-        params = jax.device_put(nested(flat), whole)
+        params = placed(flat, mesh)
         put = jax.tree.map(
             lambda a: jax.device_put(np.asarray(a, np.int32), whole),
             (tokens, positions, segments, more),

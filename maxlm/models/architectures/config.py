@@ -1,5 +1,6 @@
 """The settings of a transformer: what decoders, encoders and both together have in common."""
 
+from math import isclose
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, model_validator
@@ -237,7 +238,7 @@ class TransformerConfig(Config):
     def shrunk(self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int) -> Self:
         """A small model of the same structure: the ratio of query to kv heads stays (up to 8), so
         do that of the FFN to the width, the kinds of layers (each once), ties, biases, norms,
-        positions, gating and remat.
+        positions, gating and remat; experts are 8 at most.
 
         Args:
             vocab_size, num_layers: upper bounds.
@@ -279,6 +280,9 @@ class TransformerConfig(Config):
             )
             for kind in dict.fromkeys(self.pattern)
         )
+        # T5's, without which a narrow model's logits would hardly differ.
+        by_width = isclose(self.logit_scale, self.d_model**-0.5, rel_tol=1e-3)
+        logit_scale = d_model**-0.5 if by_width else self.logit_scale
         return self.model_copy(
             update={
                 "vocab_size": min(self.vocab_size, vocab_size),
@@ -287,9 +291,10 @@ class TransformerConfig(Config):
                 "max_seq_len": seq_len,
                 "attention": attention.model_copy(update=heads),
                 "mlp": narrowed(self.mlp),
-                "moe": narrowed(self.moe),
+                "moe": narrowed(self.moe and self.moe.fewer(8)),
                 "dense_layers": min(self.dense_layers, 1),
                 "pattern": pattern,
                 "positions": turned(self.positions),
+                "logit_scale": logit_scale,
             }
         )

@@ -11,6 +11,7 @@ from flax import nnx
 from maxlm.models.architectures.config import LayerKind, Part, TransformerConfig
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, BlockConfig, Memory, scan_blocks
+from maxlm.models.dtypes import precise
 from maxlm.models.layers.attention import Seen
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.norm import Norm
@@ -178,11 +179,11 @@ class Trunk(nnx.Module):
             return None
         size = own.rotary_dim or attention.head_dim
         size = attention.latent.rotary_dim if attention.latent else size
-        return rotary(positions, size, own.theta, own.scaling)
+        return rotary(positions, size, own.theta, own.scaling, precise(self.dtype))
 
     def biases(self) -> jax.Array | None:
         """See :class:`Shared`."""
         if self.relative is None:
             return None
-        table = compute_view(self.relative, self.rules, jnp.float32)
+        table = compute_view(self.relative, self.rules, precise(self.dtype))
         return relative_biases(table, self.config.positions, causal=self.causal)

@@ -52,7 +52,9 @@ class Family:
                     return plain.removesuffix(usual) + other
             return plain
 
-        return [replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),)) for e in found]
+        return [
+            replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),)) for e in found
+        ]
 
     def config_json(self, config: Any) -> dict[str, Any]:
         """A model's config.json."""

@@ -9,7 +9,7 @@ _REQUIRED = object()
 
 # What says nothing of the maths: names, tokens, bookkeeping of the library that wrote the file.
 _INERT = """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures
+    architectures
     attn_implementation auto_map begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id dtype early_stopping eos_token_id
     finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
@@ -95,7 +95,7 @@ class Reader:
             MaxlmError: a value that nobody asked for.
         """
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
-        for key in sorted(left):
+        for key in sorted(key for key in left if not key.startswith("_")):
             raise MaxlmError(
                 f"{key}={self.values[key]!r} is not implemented",
                 where=self.where,

@@ -83,7 +83,8 @@ class LatentAttention(nnx.Module):
         if cache is None:
             attend = attention_of(self.config, seen, self.rules)
             k, v = apply_together(vector, self.key_up, self.value_up)
-            shared = jnp.broadcast_to(shared, (*k.shape[:3], shared.shape[-1]))
+            of_all = (*k.shape[:3], shared.shape[-1])
+            shared = jnp.broadcast_to(shared, of_all, out_sharding=jax.typeof(k).sharding)
             k = jnp.concatenate([k, shared], axis=-1)
             q = jnp.concatenate([q, turned], axis=-1)
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))

@@ -4,7 +4,7 @@ A router scores every token against every expert; the k best serve it, and their
 added, weighted by score. Parameters grow with the number of experts, work with k alone.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import lax
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.dtypes import precise
 from maxlm.models.layers.linear import residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
 from maxlm.models.params import compute_view, declare, spec_of, truncated_normal, weight
@@ -100,6 +101,24 @@ class MoeConfig(Config):
             )
         return self
 
+    def fewer(self, most: int) -> Self:
+        """With at most so many experts (4 or more), of which a token meets half at most; where it
+        meets some groups alone, so it does then."""
+        if self.num_experts <= most:
+            return self
+        groups = min(self.groups, most // 2)  # of two or more
+        size = most // groups
+        per_token = max(1, groups * self.groups_per_token // self.groups)
+        met = min(self.experts_per_token, groups * size // 2, per_token * size)
+        return self.model_copy(
+            update={
+                "num_experts": groups * size,
+                "experts_per_token": met,
+                "groups": groups,
+                "groups_per_token": per_token,
+            }
+        )
+
 
 class MoeAux(NamedTuple):
     """What a layer reports beside its output, fp32, the same on all devices."""
@@ -185,7 +204,7 @@ class Moe(nnx.Module):
         logits = self._logits(x)
         bias = None
         if self.selection_bias is not None:
-            bias = weight(self.selection_bias, self.rules, jnp.float32).value
+            bias = weight(self.selection_bias, self.rules, precise(self.dtype)).value
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
@@ -219,10 +238,11 @@ class Moe(nnx.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """fp32 [B, S, E], laid out over B and S as x."""
-        router = compute_view(self.router, self.rules, jnp.float32)
+        dtype = precise(self.dtype)
+        router = compute_view(self.router, self.rules, dtype)
         return jnp.einsum(
             "bsd,de->bse",
-            x.astype(jnp.float32),
+            x.astype(dtype),
             router,
             precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
             out_sharding=shards.spec_of((*shards.layout(x)[:2], ())),

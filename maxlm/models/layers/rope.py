@@ -87,7 +87,7 @@ Scaling = Annotated[
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of every position's angles, fp32 [B, S, 1, R/2]."""
+    """Cosines and sines of every position's angles, [B, S, 1, R/2] in fp32 or wider."""
 
     cos: jax.Array
     sin: jax.Array
@@ -150,30 +150,33 @@ def amplitude(scaling: Any) -> float:
     return yarn_mscale(scaling.factor)
 
 
-def rotary(positions: jax.Array, size: int, theta: float, scaling: Any = None) -> Rotary:
+def rotary(
+    positions: jax.Array, size: int, theta: float, scaling: Any = None, dtype: Any = jnp.float32
+) -> Rotary:
     """Angles of rotary embeddings (Su et al. 2021, eq. 15).
 
     Args:
         positions: int [B, S].
         size: R, the dimensions that are turned; even.
+        dtype: of angles, cosines and sines; fp32 or wider.
     """
-    turns: Any = frequencies(theta, size, scaling).astype(np.float32)
+    turns: Any = frequencies(theta, size, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
-        turns = _dynamic(positions, size, theta, scaling)
-    angle = positions[..., None, None].astype(jnp.float32) * turns
+        turns = _dynamic(positions, size, theta, scaling, dtype)
+    angle = positions[..., None, None].astype(dtype) * turns
     scale = amplitude(scaling)
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
 def _dynamic(
-    positions: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling
+    positions: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
 ) -> jax.Array:
-    """fp32 [B, 1, 1, R/2]."""
+    """[B, 1, 1, R/2] in ``dtype``."""
     length = 1 + positions.max(axis=1, keepdims=True)[..., None, None]
-    length = jnp.maximum(length, scaling.original_length).astype(jnp.float32)
+    length = jnp.maximum(length, scaling.original_length).astype(dtype)
     factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
     base = theta * factor ** (size / (size - 2))
-    return base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    return base ** (-jnp.arange(0, size, 2, dtype=dtype) / size)
 
 
 @jax.custom_vjp

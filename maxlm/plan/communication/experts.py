@@ -55,12 +55,18 @@ def experts(shape: Shape) -> Iterator[Collective]:
     inner = rules.mlp
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
     tokens = shape.tokens * work.config.model.d_model * itemsize
-    # Shared experts gather the same arrays, and the compiler gathers them once.
-    gathered = () if moe.shared_experts else sequence
-    for what, kind, axes in (
-        ("output", "reduce-scatter", sequence),
-        ("output", "all-reduce", tuple(a for a in inner if a not in sequence)),
-        ("input", "all-gather", gathered),
+    # Shared experts gather the same arrays, and so may attention; the compiler gathers them once.
+    beside = any(work.beside_attention(map_) for map_ in maps)
+    same = beside and work.config.model.placement == "parallel_shared"
+    rest = tuple(axis for axis in inner if axis not in sequence)
+    gathers = 0 if moe.shared_experts else 1
+    for what, kind, axes, ahead, back in (
+        ("output", "reduce-scatter", sequence, forward, wanted),
+        ("output", "all-reduce", rest, forward, wanted),
+        ("gradient", "reduce-scatter", sequence, 0, runs),
+        ("gradient", "all-reduce", rest, 0, runs),
+        ("input", "all-gather", sequence, forward * gathers * (not same), runs * gathers * (not same)),
+        ("gradient", "all-gather", sequence, 0, runs * gathers * (not beside)),
     ):
-        yield Collective(f"experts: {what}", kind, axes, tokens, forward, "forward", True)
-        yield Collective(f"experts: {what}", kind, axes, tokens, runs, "backward", True)
+        yield Collective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
+        yield Collective(f"experts: {what}", kind, axes, tokens, back, "backward", True)

@@ -49,18 +49,25 @@ def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator
         width = work.config.model.d_model if map_.reads != "latent" else map_.width
         return Collective(f"{map_.name}: {what}", kind, axes, tokens * width, runs, phase, True)
 
+    beside, once = work.beside_attention(map_), shape.slots
+    # The compiler gathers the same array once: what both branches read, or all layers.
+    shared = beside and work.config.model.placement == "parallel_shared"
     if map_.reads == "latent":
         yield moved("its gradient", "all-reduce", spread, backward, "backward")
-    if map_.reads in ("residual", "memory"):
+    if map_.reads == "memory":
+        yield moved("input", "all-gather", sequence, once, "forward")
+    if map_.reads == "residual" and not shared:
         yield moved("input", "all-gather", sequence, forward, "forward")
         yield moved("input", "all-gather", sequence, backward, "backward")
+    if map_.reads in ("residual", "memory"):
         yield moved("its gradient", "reduce-scatter", sequence, backward, "backward")
         rest = tuple(axis for axis in spread if axis not in sequence)
         yield moved("its gradient", "all-reduce", rest, backward, "backward")
     if map_.writes == "residual":
         yield moved("output", "reduce-scatter", sequence, forward, "forward")
         yield moved("output", "reduce-scatter", sequence, again, "backward")
-        yield moved("its gradient", "all-gather", sequence, backward, "backward")
+        gathers = 0 if beside else backward
+        yield moved("its gradient", "all-gather", sequence, gathers, "backward")
         rest = tuple(axis for axis in summed if axis not in sequence)
         yield moved("output", "all-reduce", rest, forward, "forward")
         yield moved("output", "all-reduce", rest, again, "backward")
@@ -155,6 +162,12 @@ def _attention(
         wire = np.where(np.greater(copies, 1), FP32, itemsize)
         yield moved(
             "gradients of keys and values", "all-to-all", keys * wire, 2 * backward, "backward"
+        )
+    if config.latent is not None:
+        shared = tokens * config.latent.rotary_dim * itemsize
+        yield Collective(
+            *("attention: shared keys' gradient", "all-reduce", rules.heads, shared),
+            *(backward, "backward", True),
         )
     if rules.heads and not rules.kv_heads and config.latent is None:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.

@@ -1,0 +1,48 @@
+"""maxlm convert"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint's folder, or a run's.")],
+    target: Annotated[
+        Path, typer.Argument(help="What to make of it: a run's folder, or a checkpoint's.")
+    ],
+    family: Annotated[
+        str | None,
+        typer.Option(help="Write a run under this family's names; default: that it came from."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Write float32, bfloat16 or float16; default: as the tensors came."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+    shard_gb: Annotated[float, typer.Option(help="Most of a file, in GB of 10^9 bytes.")] = 5.0,
+) -> None:
+    """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.
+
+    Tensors pass one at a time: memory for three of the largest is enough.
+    """
+    from maxlm.config import MaxlmError
+    from maxlm.data.store.progress import show_progress
+
+    if shard_gb <= 0:
+        raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
+    from maxlm.programs.convert import convert
+
+    with show_progress() as show:
+        done = convert(
+            source,
+            target,
+            family=family,
+            dtype=dtype,
+            step=step,
+            shard_bytes=int(shard_gb * 1e9),
+            progress=lambda done, total, name: show("converting", done, total),
+        )
+    typer.echo(f"{done.folder}: {done.family}, {done.parameters:,} parameters, {done.dtype}")
+    for note in done.notes:
+        typer.echo(f"  {note}")

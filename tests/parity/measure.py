@@ -1,0 +1,254 @@
+"""How closely each case agrees with the other implementation; what the tests assert and the report
+writes down."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.families.family import Family
+from maxlm.sharding import ShardingConfig
+from tests.parity import compare, grok, tiny
+
+Arrays = dict[str, np.ndarray]
+CASES = (*tiny.CASES, "grok1")
+LENGTH, SOURCE = 23, 19
+# Documents that share a row: of the output, and of the input of an encoder beside a decoder.
+PARTS, SOURCE_PARTS = (13, 10), (8, 11)
+NEW = 12
+
+
+class Case(NamedTuple):
+    model: Any
+    """The other implementation's, fp32."""
+    family: Family
+    config: Any
+    """Ours, read from the other's config.json."""
+    entries: Any
+    tensors: Arrays
+    """As the other saves them."""
+    params: Arrays
+    """Ours, by canonical name."""
+
+
+def build(name: str) -> Any:
+    """The other implementation's model, with random weights."""
+    return grok.build() if name == "grok1" else tiny.build(name)
+
+
+@cache
+def case(name: str) -> Case:
+    """Built, saved, and read by the family's table."""
+    model = build(name)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        values, tensors = compare.tensors_of(Path(folder))
+    family, config = compare.read(values, tensors)
+    entries = family.entries(config)
+    return Case(
+        model, family, config, entries, tensors, compare.parameters(config, entries, tensors)
+    )
+
+
+class Batch(NamedTuple):
+    """What a model is shown, int [B, S] each."""
+
+    tokens: np.ndarray
+    types: np.ndarray | None
+    source: np.ndarray | None
+
+    def part(self, number: int) -> "Batch":
+        """A document of the first row."""
+        own, other = _run_of(PARTS, number), _run_of(SOURCE_PARTS, number)
+        return Batch(
+            self.tokens[:1, own],
+            None if self.types is None else self.types[:1, own],
+            None if self.source is None else self.source[:1, other],
+        )
+
+
+def batch(name: str) -> Batch:
+    config = case(name).config
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, config.vocab_size, (2, LENGTH))
+    types = getattr(config, "token_types", 0)
+    return Batch(
+        tokens,
+        random.integers(0, types, tokens.shape) if types else None,
+        random.integers(0, config.vocab_size, (2, SOURCE)) if _has_encoder(name) else None,
+    )
+
+
+def theirs(model: Any, given: Batch) -> np.ndarray:
+    """Logits [B, S, V] of the other implementation."""
+    import torch
+
+    ids = torch.tensor(given.tokens)
+    named = {"input_ids": ids}
+    if given.types is not None:
+        named["token_type_ids"] = torch.tensor(given.types)
+    if given.source is not None:
+        named = {"input_ids": torch.tensor(given.source), "decoder_input_ids": ids}
+    with torch.no_grad():
+        logits = model(**named).logits
+    return (logits.float() if logits.dtype == torch.bfloat16 else logits).numpy()
+
+
+def ours(name: str, given: Batch, dtype: Any = jnp.float32) -> np.ndarray:
+    """Ours, of rows that are one document each."""
+    own = case(name)
+    params = {key: value.astype(dtype) for key, value in own.params.items()}
+    more: dict[str, Any] = {}
+    if given.types is not None:
+        more["types"] = given.types
+    if given.source is not None:
+        more["inputs"] = (given.source, _places(given.source.shape), None)
+    return compare.logits(own.config, params, given.tokens, dtype=dtype, **more)
+
+
+def relative(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest error over the largest logit."""
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@cache
+def single(name: str) -> float:
+    """The error of logits in fp32."""
+    given = batch(name)
+    return relative(ours(name, given), theirs(case(name).model, given))
+
+
+@cache
+def double(name: str) -> float:
+    """The error of logits where both sides compute in float64."""
+    given = batch(name)
+    with jax.enable_x64(True):
+        got = ours(name, given, jnp.float64)
+    assert got.dtype == np.float64
+    with all_double():
+        model = build(name)
+        model.load_state_dict(case(name).model.state_dict())
+        want = theirs(model, given)
+    assert want.dtype == np.float64
+    return relative(got, want)
+
+
+@contextmanager
+def all_double() -> Iterator[None]:
+    """torch's fp32 is float64: models are built and run in it throughout, where they otherwise cast
+    norms, angles, routers and softmax to fp32."""
+    import torch
+
+    kept = torch.float32, torch.float, torch.Tensor.float, torch.get_default_dtype()
+    torch.float32 = torch.float = torch.float64  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept[3])
+        torch.float32, torch.float, torch.Tensor.float = kept[:3]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def packed(name: str) -> float:
+    """The largest difference of two documents' logits, in a row that they share and in rows padded
+    on the right, from the documents alone."""
+    own, given = case(name), batch(name)
+    parts = [given.part(0), given.part(1)]
+    rows, more = _rows([p.tokens[0] for p in parts], PARTS), {}
+    if given.types is not None:
+        more["types"] = _rows([p.types[0] for p in parts], PARTS).tokens
+    if given.source is not None:
+        source = _rows([p.source[0] for p in parts], SOURCE_PARTS)
+        more["inputs"] = tuple(source)
+    got = compare.logits(own.config, own.params, *rows, **more)
+    errors = []
+    for number, part in enumerate(parts):
+        want = ours(name, part)[0]
+        errors.append(relative(got[0, _run_of(PARTS, number)], want))
+        errors.append(relative(got[1 + number, : PARTS[number]], want))
+    return max(errors)
+
+
+class Rows(NamedTuple):
+    tokens: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+
+
+def _rows(documents: list[np.ndarray], lengths: tuple[int, ...]) -> Rows:
+    """A row with all documents, one behind the other, and a padded row for each."""
+    total = sum(lengths)
+    tokens, positions, segments = np.zeros((3, 1 + len(documents), total), np.int32)
+    for number, document in enumerate(documents):
+        for row, run in ((0, _run_of(lengths, number)), (1 + number, slice(len(document)))):
+            tokens[row, run] = document
+            positions[row, run] = range(len(document))
+            segments[row, run] = number + 1
+    return Rows(tokens, positions, segments)
+
+
+def _run_of(lengths: tuple[int, ...], number: int) -> slice:
+    start = sum(lengths[:number])
+    return slice(start, start + lengths[number])
+
+
+def _places(shape: tuple[int, ...]) -> np.ndarray:
+    return np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+
+
+def _has_encoder(name: str) -> bool:
+    return case(name).model.config.is_encoder_decoder
+
+
+def prompts(name: str) -> list[list[int]]:
+    """Of unequal length."""
+    random = np.random.default_rng(2)
+    return [random.integers(0, case(name).config.vocab_size, n).tolist() for n in (7, 12)]
+
+
+@cache
+def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
+    """What follows each prompt, greedily: here, both at once and through the cache; there, one by
+    one."""
+    given = prompts(name)
+    return _ours_continued(name, given), [_theirs_continued(name, prompt) for prompt in given]
+
+
+def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
+    own, mesh = case(name), compare.one_device()
+    rules = ShardingConfig().compute.on(dict(mesh.shape))
+    model = own.config.build(rules=rules, dtype=jnp.float32)
+    params = compare.placed(own.params, mesh)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=NEW)
+    steps = generate(model, params, given, sampling, eos_id=None, key=jax.random.key(0))
+    return [list(tokens) for tokens in zip(*steps, strict=True)]  # pyright: ignore[reportReturnType]
+
+
+def _theirs_continued(name: str, prompt: list[int]) -> list[int]:
+    import torch
+    from transformers import GenerationConfig
+
+    own = case(name)
+    start = getattr(own.config, "start_id", None)
+    # Nothing ends it early. Its caches want as many layers of the encoder as of the decoder.
+    own.model.generation_config = GenerationConfig()
+    how = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=NEW,
+        pad_token_id=0,
+        decoder_start_token_id=start,
+        use_cache=start is None,
+    )
+    out = own.model.generate(torch.tensor([prompt]), generation_config=how)[0].tolist()
+    return out[1 if start is not None else len(prompt) :]

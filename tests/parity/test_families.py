@@ -1,0 +1,91 @@
+"""Every family computes what another implementation does: transformers, or for Grok-1 a few lines of
+torch. Weights are random, sizes odd, and in float64 nothing but rounding is left between the two."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from maxlm.models.families import FAMILIES  # noqa: E402
+from maxlm.programs.convert import convert  # noqa: E402
+from tests.parity import compare, measure  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+GENERATE = [name for name in measure.CASES if name != "bert"]
+
+every = pytest.mark.parametrize("name", measure.CASES)
+
+
+def test_every_family_is_here():
+    assert {measure.case(name).family.name for name in measure.CASES} == set(FAMILIES)
+
+
+@every
+def test_same_logits(name):
+    assert measure.single(name) < 1e-4
+
+
+@every
+def test_same_logits_in_float64(name):
+    # BLOOM's tanh has a constant of eight digits; all others agree within 1e-13.
+    assert measure.double(name) < (1e-9 if name == "bloom" else 1e-12)
+
+
+@every
+def test_documents_in_one_row_and_padding(name):
+    assert measure.packed(name) < 1e-5
+
+
+@pytest.mark.parametrize("name", GENERATE)
+def test_continues_alike(name):
+    here, there = measure.continued(name)
+    assert [len(tokens) for tokens in here] == [measure.NEW] * 2
+    assert here == there
+
+
+@every
+def test_config_comes_back(name):
+    own = measure.case(name)
+    assert compare.read(own.family.config_json(own.config))[1] == own.config
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_there_and_back(name, dtype, tmp_path):
+    model = measure.build(name).to(getattr(torch, dtype))
+    first, run, again = (tmp_path / part for part in ("first", "run", "again"))
+    model.save_pretrained(first)
+    assert convert(first, run).family == measure.case(name).family.name
+    convert(run, again)
+    want, got = _tensors(first), _tensors(again)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert (got[key].dtype, got[key].shape) == (tensor.dtype, tensor.shape), key
+        assert got[key].tobytes() == tensor.tobytes(), key
+    tokens = measure.batch(name)
+    assert np.array_equal(
+        measure.theirs(_loaded(name, again), tokens), measure.theirs(model, tokens)
+    )
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    return compare.tensors_of(folder)[1]
+
+
+def _loaded(name: str, folder: Path) -> Any:
+    if name == "grok1":
+        model = measure.build(name)
+        kept = {key: torch.tensor(x.astype(np.float32)) for key, x in _tensors(folder).items()}
+        kind = compare.tensors_of(folder)[0]["dtype"]
+        model.load_state_dict(kept)  # all of them, and no other
+        return model.to(getattr(torch, kind))
+    cls = type(measure.case(name).model)
+    kinds = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": "auto"}
+    model, told = cls.from_pretrained(folder, output_loading_info=True, **kinds)
+    assert not any(told.values()), told
+    return model.eval()

