@@ -1,11 +1,11 @@
-"""Memory and speed of converting published weights to a checkpoint and back.
+"""Memory and speed of `maxlm convert`: published weights to a run and back.
 
     python benchmarks/convert_memory.py [--parameters 1e9] [--dtype BF16] [--folder DIR]
 
-Random weights in the shape of a Llama are streamed to disk, imported and exported again, each in a
-process of its own. MB (1e6) of resident memory: before converting, with all imported, and at its
-peak; what lies between, over the largest tensor as it is stored. Needs 5 × the size of the weights
-on the disk of DIR (in bf16; default: the system's folder for temporary files), and Linux.
+A random Llama is streamed to disk, converted to a run and back again, each in a process of its own.
+MB (1e6) of resident memory: before converting, with all imported, and at its peak; what lies
+between, over the largest tensor as it is stored. Needs 5 × the size of the weights on the disk of
+DIR (in bf16; default: the system's folder for temporary files), and Linux.
 """
 
 import argparse
@@ -15,62 +15,33 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from maxlm.huggingface.dtypes import NUMPY, Dtypes, slabs
+from maxlm.huggingface.dtypes import NUMPY, slabs
 from maxlm.huggingface.files import stored_tensors
 from maxlm.huggingface.writer import SafetensorsWriter
-from maxlm.models.families.entries import Entry, Place
+from maxlm.models.architectures import DecoderConfig
+from maxlm.models.families.entries import Entry
+from maxlm.models.families.llama import LLAMA
 
-LAYERS = 16
-
-
-class Declared(NamedTuple):
-    """All that importing asks of a ``ParamSpec``."""
-
-    shape: tuple[int, ...]
+LAYERS, HEAD = 16, 64
 
 
-def transposed(theirs: str, shape: tuple[int, int], name: str, *index: int) -> Entry:
-    """A linear map, which they store as [out, in] and we as [in, out]."""
-    place = (Place(name, index),)
-    return Entry(theirs, shape, place, lambda x: (x.T,), lambda parts: parts[0].T)
-
-
-def llama(parameters: float) -> tuple[list[Entry], dict[str, tuple[int, ...]]]:
-    """A table of names and the shapes of our parameters, for about so many of them."""
-    d = max(1, round((parameters / (128 + 14.5 * LAYERS)) ** 0.5 / 64)) * 64
-    vocab, ff, kv = 64 * d, 4 * d, d // 4
-    entries = [
-        Entry("model.embed_tokens.weight", (vocab, d), (Place("embedding.table"),)),
-        transposed("lm_head.weight", (vocab, d), "head.kernel"),
-        Entry("model.norm.weight", (d,), (Place("final_norm.scale"),)),
-    ]
-    linear = {
-        "self_attn.q_proj": (d, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, d),
-        "mlp.gate_proj": (ff, d),
-        "mlp.up_proj": (ff, d),
-        "mlp.down_proj": (d, ff),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    for i in range(LAYERS):
-        entries += [
-            transposed(f"model.layers.{i}.{name}.weight", shape, f"layers.{name}", i)
-            for name, shape in linear.items()
-        ]
-        entries += [
-            Entry(f"model.layers.{i}.{name}.weight", (d,), (Place(f"layers.{name}", (i,)),))
-            for name in norms
-        ]
-    shapes = {f"layers.{name}": (LAYERS, *shape[::-1]) for name, shape in linear.items()}
-    shapes |= {f"layers.{name}": (LAYERS, d) for name in norms}
-    shapes |= {"embedding.table": (vocab, d), "head.kernel": (d, vocab), "final_norm.scale": (d,)}
-    return entries, shapes
+def llama(parameters: float) -> DecoderConfig:
+    """Of about so many parameters: a wide one, whose tables are its largest tensors."""
+    d = max(1, round((parameters / (128 + 14.5 * LAYERS)) ** 0.5 / 256)) * 256
+    heads = {"num_heads": d // HEAD, "num_kv_heads": d // HEAD // 4, "head_dim": HEAD}
+    return DecoderConfig.model_validate(
+        {
+            "vocab_size": 64 * d,
+            "num_layers": LAYERS,
+            "d_model": d,
+            "max_seq_len": 4096,
+            "attention": heads,
+            "mlp": {"d_ff": 4 * d},
+        }
+    )
 
 
 def make(folder: Path, entries: list[Entry], dtype: str) -> None:
@@ -90,24 +61,15 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def convert(way: str, home: Path, parameters: float, dtype: str) -> None:
-    """One direction; prints [baseline, peak, seconds]."""
-    import orbax.checkpoint  # noqa: F401 (the command that converts has loaded it)
+def convert_one_way(source: str, target: str) -> None:
+    """Prints [baseline, peak, seconds]."""
+    import orbax.checkpoint  # noqa: F401 (restoring the run would load it too)
     import tensorstore  # noqa: F401
 
-    from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
-    from maxlm.huggingface.convert import export_tensors, import_tensors
+    from maxlm.programs.convert import convert
 
-    entries, shapes = llama(parameters)
     began, baseline = time.perf_counter(), resident("VmRSS")
-    if way == "import":
-        specs = {name: Declared(shape) for name, shape in shapes.items()}
-        with CheckpointWriter(home / "checkpoints") as writer:
-            import_tensors(home / "theirs", entries, specs, writer)
-            writer.commit({})
-    else:
-        reader = CheckpointReader(home / "checkpoints")
-        export_tensors(reader, entries, Dtypes(default=dtype), home / "again")
+    convert(source, target)
     print(json.dumps([baseline, resident("VmHWM"), time.perf_counter() - began]))
 
 
@@ -119,22 +81,21 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        way, home = args.child
-        convert(way, Path(home), args.parameters, args.dtype)
+        convert_one_way(*args.child)
         return
-    entries, _ = llama(args.parameters)
+    config = llama(args.parameters)
     with tempfile.TemporaryDirectory(dir=args.folder) as home:
-        theirs = Path(home) / "theirs"
-        make(theirs, entries, args.dtype)
+        theirs, run, again = (str(Path(home) / name) for name in ("theirs", "run", "again"))
+        make(Path(theirs), LLAMA.entries(config), args.dtype)
+        (Path(theirs) / "config.json").write_text(json.dumps(LLAMA.config_json(config)))
         sizes = [stored.nbytes for stored in stored_tensors(theirs).values()]
         largest, total = max(sizes), sum(sizes)
         print(
             f"{total / NUMPY[args.dtype].itemsize / 1e6:.0f} M parameters in {args.dtype}: "
             f"{total / 1e6:.0f} MB, largest tensor {largest / 1e6:.1f} MB"
         )
-        for way in ("import", "export"):
-            command = [sys.executable, __file__, "--parameters", str(args.parameters)]
-            command += ["--dtype", args.dtype, "--child", way, home]
+        for way, places in (("to a run", (theirs, run)), ("and back", (run, again))):
+            command = [sys.executable, __file__, "--child", *places]
             out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             baseline, peak, seconds = json.loads(out)
             print(
@@ -143,8 +104,8 @@ def main() -> None:
                 f"{seconds:.1f} s, {total / 1e6 / seconds:.0f} MB/s",
                 flush=True,
             )
-        for file in sorted(theirs.iterdir()):
-            same = subprocess.run(["cmp", file, Path(home) / "again" / file.name]).returncode == 0
+        for file in sorted(Path(theirs).glob("*.safetensors")):
+            same = subprocess.run(["cmp", file, Path(again) / file.name]).returncode == 0
             print(f"{file.name}: {'the same bytes' if same else 'DIFFERENT'} again")
 
 

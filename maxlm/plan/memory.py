@@ -98,12 +98,11 @@ def _phases(shape: Shape) -> dict[str, tuple[Number, Number, Parts]]:
     added = np.greater(shape.micro, 1) | shape.pipelined
     sums = np.where(added, sums, 0.0)
     kept = list(accumulate(_kept(shape, stack) + _carried(shape, stack) for stack in stacks))
-    own = [_gradients(shape, stack, work.dtype_bytes) for stack in stacks]
-    whole = [np.where(added, 0.0, _gradients(shape, stack, FP32)) for stack in stacks]
+    own = [_gradients(shape, stack) for stack in stacks]
     phases = {}
     for i, stack in enumerate(stacks):
-        # Those of later stacks are through, and in fp32 until they are added up.
-        gradients = own[i] + sum(whole[i + 1 :], start=0.0) + sums
+        through = np.where(added, 0.0, sum(own[i + 1 :], start=0.0))  # or among the sums
+        gradients = own[i] + through + sums
         for phase, parts in layer_sets(shape, stack).items():
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
@@ -134,14 +133,13 @@ def _spread(split: Split, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Nu
     return sum((nbytes / split.shards(rules, axes) for nbytes, axes in arrays), start=0.0)
 
 
-def _gradients(shape: Shape, stack: Stack, itemsize: int) -> Number:
-    """Of scanned layers, matrices' in a dtype: the one of the maths while these are being
-    differentiated."""
+def _gradients(shape: Shape, stack: Stack) -> Number:
+    """Of scanned layers, in the compute dtype, while these are being differentiated."""
     return _spread(
         shape.split,
         shape.split.gradients,
         [
-            (s.size * (itemsize if s.role == "matrix" else FP32), s.axes)
+            (s.size * (shape.work.dtype_bytes if s.role == "matrix" else FP32), s.axes)
             for s in stack.specs.values()
         ],
     )

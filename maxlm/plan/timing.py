@@ -134,7 +134,7 @@ def flops(shape: Shape) -> Flops:
             if map_.experts and shape.remat == "none" and map_.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if config.model.moe is not None:
-        tokens = shape.held(work.expert_layers) * shape.tokens
+        tokens = shape.held(work.expert_layers) * shape.residual_tokens
         router = 2 * config.model.d_model * config.model.moe.num_experts * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)

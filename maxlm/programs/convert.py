@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
 from maxlm.huggingface.convert import Progress, export_tensors, import_tensors, silent
 from maxlm.huggingface.dtypes import Dtypes
 from maxlm.huggingface.files import stored_tensors
-from maxlm.huggingface.writer import SHARD_BYTES, check_empty
+from maxlm.huggingface.writer import SHARD_BYTES
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.families.family import Family
 from maxlm.models.params import named, param_specs
@@ -162,11 +162,13 @@ def to_published(
     if dtype is not None:
         kept = Dtypes(default=_known_dtype(dtype))
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
-    check_empty(target)
-    export_tensors(reader, entries, kept, target, shard_bytes, progress, lossy=dtype is not None)
-    if tokenizer is not None:
-        export_tokenizer(home, target)
-    (target / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    _check_free(target)
+    how: dict[str, Any] = {"progress": progress, "lossy": dtype is not None}
+    with _whole(target) as folder:
+        export_tensors(reader, entries, kept, folder, shard_bytes, **how)
+        if tokenizer is not None:
+            export_tokenizer(home, folder)
+        (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
     parameters = sum(spec.size for spec in specs.values())
     return Converted(chosen.name, target, parameters, kept.default, [])
@@ -258,9 +260,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MaxlmError(
-            "not an empty folder", where=str(target), fix="name a new one, such as runs/NAME"
-        )
+        raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
 
 
 @contextmanager
@@ -268,6 +268,7 @@ def _whole(target: Path) -> Iterator[Path]:
     """A folder that appears under its name when it is complete."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
+    made = [parent for parent in part.parents if not parent.exists()]
     try:
         part.mkdir(parents=True)
         yield part
@@ -282,6 +283,9 @@ def _whole(target: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty
+            for parent in made:
+                parent.rmdir()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def tiles(sizes: jax.Array, num_rows: int, block: int) -> tuple[jax.Array, jax.A
 def sum_type(left: Any, right: Any) -> Any:
     """In which products are summed: int32 for integers, else fp32, or float64 as they are."""
     integers = jnp.issubdtype(left, jnp.integer) and jnp.issubdtype(right, jnp.integer)
-    return jnp.int32 if integers else jnp.promote_types(left, jnp.float32)
+    return jnp.int32 if integers else jnp.float64 if left == jnp.float64 else jnp.float32
 
 
 def _product(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:

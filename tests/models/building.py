@@ -59,11 +59,123 @@ NO_POSITIONS = DecoderConfig.model_validate(
         "remat": "none",
     }
 )
+# Five layers of two kinds by turns: one is left over.
+PATTERN = DecoderConfig.model_validate(
+    {
+        "vocab_size": 29,
+        "num_layers": 5,
+        "d_model": 10,
+        "max_seq_len": 13,
+        "attention": {
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 6,
+            "qk_norm": True,
+            "scale": 0.3,
+            "soft_cap": 1.5,
+        },
+        "mlp": {"d_ff": 9, "activation": "gelu_tanh"},
+        "pattern": [{"window": 3}, {"positions": {"theta": 900.0, "rotary_dim": 4}}],
+        "norm": {"zero_centred": True, "eps": 1e-6},
+        "placement": "sandwich",
+        "positions": {"theta": 50.0},
+        "embedding_scale": 3.2,
+        "tie_embeddings": True,
+        "logit_cap": 4.0,
+    }
+)
+POST = DecoderConfig.model_validate(
+    {
+        "vocab_size": 23,
+        "num_layers": 2,
+        "d_model": 9,
+        "max_seq_len": 13,
+        "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 5, "qk_norm": True},
+        "mlp": {"d_ff": 11, "activation": "gelu", "gated": False},
+        "norm": {"kind": "layernorm", "bias": True, "eps": 1e-12},
+        "placement": "post",
+        "final_norm": False,
+        "positions": {"kind": "learned", "offset": 2},
+        "embedding_norm": True,
+        "head_bias": True,
+        "logit_scale": 0.6,
+    }
+)
+PARALLEL = DecoderConfig.model_validate(
+    {
+        "vocab_size": 23,
+        "num_layers": 2,
+        "d_model": 7,
+        "max_seq_len": 13,
+        "attention": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "clip": 0.9},
+        "mlp": {"d_ff": 6, "activation": "relu"},
+        "norm": {"kind": "layernorm", "zero_centred": True},
+        "placement": "parallel",
+        "positions": {"kind": "alibi"},
+        "embedding_norm": True,
+        "head_bias": True,
+        "logit_cap": 3.0,
+    }
+)
+PARALLEL_SHARED = DecoderConfig.model_validate(
+    {
+        "vocab_size": 23,
+        "num_layers": 2,
+        "d_model": 7,
+        "max_seq_len": 13,
+        "attention": {
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "head_dim": 8,
+            "bias": True,
+            "out_bias": False,
+        },
+        "mlp": {"d_ff": 6, "activation": "silu", "bias": True},
+        "norm": {"kind": "layernorm", "bias": True},
+        "placement": "parallel_shared",
+        "positions": {"theta": 20.0, "rotary_dim": 6},
+        "tie_embeddings": True,
+        "head_bias": True,
+        "logit_scale": 1.7,
+        "logit_cap": 5.0,
+    }
+)
+WAVES = DecoderConfig.model_validate(
+    {
+        "vocab_size": 19,
+        "num_layers": 1,
+        "d_model": 7,
+        "max_seq_len": 13,
+        "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 3},
+        "mlp": {"d_ff": 5},
+        "positions": {"kind": "sinusoidal"},
+        "embedding_scale": 2.6,
+    }
+)
+RELATIVE = DecoderConfig.model_validate(
+    {
+        "vocab_size": 19,
+        "num_layers": 2,
+        "d_model": 6,
+        "max_seq_len": 13,
+        "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 4, "scale": 1.0},
+        "mlp": {"d_ff": 5, "activation": "relu", "gated": False},
+        "positions": {"kind": "relative", "buckets": 6, "max_distance": 9},
+        "tie_embeddings": True,
+        "logit_scale": 0.4,
+    }
+)
 CONFIGS = {
     "gpt2": GPT2,
     "llama_gqa": LLAMA_GQA,
     "llama_mqa": LLAMA_MQA,
     "no_positions": NO_POSITIONS,
+    "pattern": PATTERN,
+    "post": POST,
+    "parallel": PARALLEL,
+    "parallel_shared": PARALLEL_SHARED,
+    "waves": WAVES,
+    "relative": RELATIVE,
 }
 
 # For jax.jit: XLA compiles a model four times as fast when it does not optimise; nothing else

@@ -4,17 +4,23 @@ Nothing here comes from maxlm but the names of the parameters. One sequence, one
 query at a time.
 """
 
-from math import erf, pi, sqrt
+from math import ceil, erf, log2, pi, sqrt
 
 import numpy as np
 
 
-def norm(x, params, kind, eps):
+def norm(x, params, config):
     """x [D]. RMSNorm: Zhang & Sennrich 2019, eq. 4. LayerNorm: Ba et al. 2016, eq. 4."""
-    if kind == "layernorm":
+    if config["kind"] == "layernorm":
         x = x - x.mean()
-    y = x / sqrt((x * x).mean() + eps) * params["scale"]
+    scale = params["scale"] + (1 if config["zero_centred"] else 0)
+    y = x / sqrt((x * x).mean() + config["eps"]) * scale
     return y + params["bias"] if "bias" in params else y
+
+
+def norms(x, params, config):
+    """x [S, D]."""
+    return np.array([norm(row, params, config) for row in x])
 
 
 def activation(kind, x):
@@ -43,45 +49,133 @@ def linear(x, params):
     return y + params["bias"] if "bias" in params else y
 
 
-def rotate(x, position, theta):
-    """x [H]; Su et al. 2021, eq. 13: pair i turns by position · theta^(-2i/H)."""
-    half, y = len(x) // 2, np.empty_like(x)
+def rotate(x, position, theta, size=None):
+    """x [H]; Su et al. 2021, eq. 13: pair i of the first R turns by position · theta^(-2i/R)."""
+    size = size or len(x)
+    half, y = size // 2, x.copy()
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
+        angle = position * theta ** (-2 * i / size)
         c, s = np.cos(angle), np.sin(angle)
         y[i], y[i + half] = c * x[i] - s * x[i + half], s * x[i] + c * x[i + half]
     return y
 
 
-def head_attention(q, k, v, allowed):
-    """q [H], k and v [T, H], allowed [T] → [H]; Vaswani et al. 2017, eq. 1."""
+def wave(position, place, width):
+    """Vaswani et al. 2017, §3.5: sines at even places, cosines at odd ones."""
+    angle = position / 10000 ** (place // 2 * 2 / width)
+    return np.cos(angle) if place % 2 else np.sin(angle)
+
+
+def alibi_slope(head, heads):
+    """Press et al. 2022, §3: a geometric sequence that starts at and has the ratio 2^(-8/n); its
+    published code takes those that n heads lack from the sequence of the next power of two."""
+    above = 2 ** ceil(log2(heads))
+    below = above if above == heads else above // 2
+    if head < below:
+        return 2.0 ** (-8 * (head + 1) / below)
+    return 2.0 ** (-8 * (2 * (head - below) + 1) / above)
+
+
+def relative_bucket(distance, buckets, reach, causal):
+    """Of a key so far behind the query (Raffel et al. 2020, §2.1, and its published code): half of
+    the buckets for one distance each, the other half's lower ends a geometric sequence up to
+    ``reach``; in integers, with roots and logarithms taken away."""
+    if not causal:
+        half = buckets // 2
+        if distance < 0:
+            return half + relative_bucket(-distance, half, reach, True)
+        buckets = half
+    exact = buckets // 2
+    far = buckets - exact
+    distance = max(distance, 0)
+    if distance < exact:
+        return distance
+    # The last k for which distance ≥ exact · (reach / exact)^(k / far).
+    reached = [k for k in range(far) if distance**far >= reach**k * exact ** (far - k)]
+    return exact + reached[-1]
+
+
+def score_bias(config, table, head, distance):
+    """What a score gains for a key so far behind the query."""
+    if config["kind"] == "alibi":
+        return -alibi_slope(head, config["heads"]) * distance
+    if config["kind"] == "relative":
+        bucket = relative_bucket(distance, config["buckets"], config["max_distance"], True)
+        return table[bucket, head]
+    return 0.0
+
+
+def capped(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def head_attention(q, k, v, allowed, bias, config):
+    """q [H], k and v [T, H], allowed and bias [T] → [H]; Vaswani et al. 2017, eq. 1."""
     if not allowed.any():
         return np.zeros_like(v[0])
-    scores = np.array([q @ key for key in k[allowed]]) / sqrt(len(q))
+    scale = config["scale"] or 1 / sqrt(len(q))
+    scores = np.array([capped(scale * (q @ key), config["soft_cap"]) for key in k[allowed]])
+    scores += bias[allowed]
     weights = np.exp(scores - scores.max())
     return (weights / weights.sum()) @ v[allowed]
 
 
-def self_attention(x, params, positions, segments, config, theta):
-    """x [S, D] → [S, D]; query head n reads kv head n // (N / K) (Ainslie et al. 2023)."""
+def self_attention(x, params, seen, config, window, table):
+    """x [S, D] → [S, D]; query head n reads kv head n // (N / K) (Ainslie et al. 2023).
+
+    Args:
+        seen: positions and segments [S], and the settings of positions and norms.
+        window: how many tokens a token sees; None: all before it.
+        table: learnt biases by distance [buckets, N], if there are any.
+    """
+    positions, segments, scheme, norm_config = seen
     S, N, K = len(x), config["num_heads"], config["num_kv_heads"]
+    scheme = scheme | {"heads": N}
 
     def project(name, head):
         p = params[name]
         rows = x @ p["kernel"][:, head] + (p["bias"][head] if "bias" in p else 0)
-        if theta is None or name == "value":
+        if config["clip"]:
+            rows = np.clip(rows, -config["clip"], config["clip"])
+        if name == "value":
             return rows
-        return np.array([rotate(r, at, theta) for r, at in zip(rows, positions, strict=True)])
+        if config["qk_norm"]:
+            rows = norms(rows, params[f"{name}_norm"], norm_config)
+        if scheme["kind"] != "rope":
+            return rows
+        turn = scheme["theta"], scheme["rotary_dim"]
+        return np.array([rotate(r, at, *turn) for r, at in zip(rows, positions, strict=True)])
 
     y = np.zeros_like(x)
     for n in range(N):
         group = n // (N // K)
         q, k, v = project("query", n), project("key", group), project("value", group)
         for s in range(S):
-            before = (np.arange(S) <= s) & (np.arange(S) > s - (config["window"] or S))
-            allowed = before & (segments == segments[s]) & (segments[s] != 0)
-            y[s] += head_attention(q[s], k, v, allowed) @ params["out"]["kernel"][n]
+            behind = s - np.arange(S)
+            allowed = (behind >= 0) & (behind < (window or S))
+            allowed &= (segments == segments[s]) & (segments[s] != 0)
+            bias = np.array([score_bias(scheme, table, n, int(d)) for d in behind])
+            head = head_attention(q[s], k, v, allowed, bias, config)
+            y[s] += head @ params["out"]["kernel"][n]
     return y + params["out"].get("bias", 0)
+
+
+def block(x, p, attend, feed, normed, placement):
+    """One layer, with parameters p: Xiong et al. 2020 (pre, post), Gemma Team 2024 (sandwich),
+    Wang & Komatsuzaki 2021 (parallel)."""
+    if placement == "post":
+        x = normed(x + attend(x), p["attention_norm"])
+        return normed(x + feed(x), p["mlp_norm"])
+    y = normed(x, p["attention_norm"])
+    if placement == "parallel_shared":
+        return x + attend(y) + feed(y)
+    if placement == "parallel":
+        return x + attend(y) + feed(normed(x, p["mlp_norm"]))
+    sandwich = placement == "sandwich"
+    y = attend(y)
+    x = x + (normed(y, p["attention_post_norm"]) if sandwich else y)
+    y = feed(normed(x, p["mlp_norm"]))
+    return x + (normed(y, p["mlp_post_norm"]) if sandwich else y)
 
 
 def layer_of(stacked, index):
@@ -91,29 +185,52 @@ def layer_of(stacked, index):
     }
 
 
+def layers_of(params):
+    """Every layer's parameters, first to last."""
+    for name in ("first_layers", "layers", "last_layers"):
+        if name in params:
+            for i in range(len(params[name]["attention_norm"]["scale"])):
+                yield layer_of(params[name], i)
+
+
+def embedded(config, params, tokens, positions):
+    """The first layer's input [S, D]."""
+    x = np.array([params["embedding"]["table"][t] for t in tokens]) * config["embedding_scale"]
+    scheme, width = config["positions"], config["d_model"]
+    if scheme["kind"] == "learned":
+        x = x + np.array([params["positions"]["table"][p + scheme["offset"]] for p in positions])
+    if scheme["kind"] == "sinusoidal":
+        x = x + np.array([[wave(p, i, width) for i in range(width)] for p in positions])
+    return norms(x, params["embedding_norm"], config["norm"]) if config["embedding_norm"] else x
+
+
 def decoder(config, params, tokens, positions, segments):
     """Hidden states [S, D] and logits [S, V] of one row; config is a plain nested dict."""
-    eps, kind = config["norm"]["eps"], config["norm"]["kind"]
-    x = np.array([params["embedding"]["table"][t] for t in tokens])
-    theta = None
-    if config["positions"]["kind"] == "learned":
-        x = x + np.array([params["positions"]["table"][p] for p in positions])
-    elif config["positions"]["kind"] == "rope":
-        theta = config["positions"]["theta"]
+    x, kinds = embedded(config, params, tokens, positions), config["pattern"]
 
     def normed(x, p):
-        return np.array([norm(row, p, kind, eps) for row in x])
+        return norms(x, p, config["norm"])
 
-    for i in range(config["num_layers"]):
-        p = layer_of(params["layers"], i)
-        y = normed(x, p["attention_norm"])
-        x = x + self_attention(y, p["attention"], positions, segments, config["attention"], theta)
-        y = normed(x, p["mlp_norm"])
-        x = x + np.array([mlp(row, p["mlp"], config["mlp"]) for row in y])
-    hidden = normed(x, params["final_norm"])
+    for number, p in enumerate(layers_of(params)):
+        window, scheme = config["attention"]["window"], config["positions"]
+        if kinds:
+            kind = kinds[number % len(kinds)]
+            window, scheme = kind["window"], kind["positions"] or scheme
+        seen = (positions, segments, scheme, config["norm"])
+        of_layer = (p["attention"], seen, config["attention"], window, params.get("relative"))
+        x = block(
+            x,
+            p,
+            lambda y, of_layer=of_layer: self_attention(y, *of_layer),
+            lambda y, p=p: np.array([mlp(row, p["mlp"], config["mlp"]) for row in y]),
+            normed,
+            config["placement"],
+        )
+    hidden = normed(x, params["final_norm"]) if config["final_norm"] else x
     tied = config["tie_embeddings"]
     head = params["embedding"]["table"].T if tied else params["head"]["kernel"]
-    return hidden, hidden @ head
+    logits = hidden @ head * config["logit_scale"] + params.get("head_bias", 0)
+    return hidden, capped(logits, config["logit_cap"])
 
 
 def cross_entropy(logits, targets, weights):

@@ -7,7 +7,7 @@ import pytest
 
 from maxlm.models.params import named
 from tests.models import building, reference
-from tests.models.building import CONFIGS, POSITIONS, SEGMENTS
+from tests.models.building import CONFIGS, PATTERN, POSITIONS, SEGMENTS
 
 
 def reference_loss(config, params, batch):
@@ -21,19 +21,19 @@ def reference_loss(config, params, batch):
     return total
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def run(request, one_device_mesh):
-    """One model's results, and all that the reference needs to recompute them."""
-    config, mesh = CONFIGS[request.param], one_device_mesh
-    params = building.random_params(config, mesh)
+def batch_of(config):
     tokens, targets, weights = building.tokens_and_targets(config.vocab_size, SEGMENTS.shape)
-    batch = {
+    return {
         "tokens": tokens,
         "positions": POSITIONS,
         "segments": SEGMENTS,
         "targets": targets,
         "weights": weights * (SEGMENTS > 0),
     }
+
+
+def computed(config, mesh, params, batch):
+    """(loss, (hidden, logits)) and gradients."""
     with jax.set_mesh(mesh):
         model = building.decoder(config, mesh)
         placed = building.on_devices(params, building.storage(config, mesh))
@@ -42,7 +42,15 @@ def run(request, one_device_mesh):
             jax.value_and_grad(lambda p, b: building.loss(model, p, b), has_aux=True),
             compiler_options=building.QUICK,
         )
-        (loss, (hidden, logits)), grads = jax.device_get(step(placed, arrays))
+        return jax.device_get(step(placed, arrays))
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def run(request, one_device_mesh):
+    """One model's results, and all that the reference needs to recompute them."""
+    config, mesh = CONFIGS[request.param], one_device_mesh
+    params, batch = building.random_params(config, mesh), batch_of(config)
+    (loss, (hidden, logits)), grads = computed(config, mesh, params, batch)
     return {
         "config": config.model_dump(),
         "params": params,
@@ -91,3 +99,27 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
         slope = (at(name, value + step * direction) - at(name, value - step * direction)) / 2 / step
         found, size = np.vdot(grads[name], direction), np.linalg.norm(grads[name])
         assert abs(found - slope) <= 2e-5 * size + 1e-6, name
+
+
+def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device_mesh):
+    """Five layers of two kinds are two periods and a rest; as a pattern of five, one period, in
+    which every layer is written out."""
+    mesh, batch = one_device_mesh, batch_of(PATTERN)
+    params = building.random_params(PATTERN, mesh)
+    kinds = tuple(PATTERN.pattern[i % 2] for i in range(5))
+    unrolled = PATTERN.model_copy(update={"pattern": kinds})
+    assert [part.depth for part in PATTERN.parts] == [4, 1]
+    assert [part.depth for part in unrolled.parts] == [5]
+
+    def as_one(tree):
+        stacks = tree["layers"], tree["last_layers"]
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stacks)
+        return {k: v for k, v in tree.items() if k != "last_layers"} | {"layers": joined}
+
+    (loss, aux), grads = computed(PATTERN, mesh, params, batch)
+    (expected, same), wanted = computed(unrolled, mesh, as_one(params), batch)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), aux, same)
+    for name, grad in named(wanted).items():
+        found = named(as_one(grads))[name]
+        assert np.abs(found - grad).max() <= 1e-5 * np.abs(grad).max(), name

@@ -68,7 +68,7 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
             return family
     named = ", ".join(names) or f"model_type={values.get('model_type')!r}"
     known = [family.architecture for family in FAMILIES.values()]
-    near = get_close_matches(named, known, n=1, cutoff=0.8)
+    near = get_close_matches(named, known, n=1, cutoff=0.9)
     raise MaxlmError(
         f"no family with the architecture {named}",
         where=where,

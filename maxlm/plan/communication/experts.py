@@ -52,21 +52,20 @@ def experts(shape: Shape) -> Iterator[Collective]:
     yield moved("rows back", wanted, "backward")
     yield moved("gradients there", runs, "backward")
     yield moved("gradients back", runs, "backward")
-    inner = rules.mlp
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
+    rest = tuple(axis for axis in rules.mlp if axis not in sequence)
     tokens = shape.tokens * work.config.model.d_model * itemsize
-    # Shared experts gather the same arrays, and so may attention; the compiler gathers them once.
+    # Shared experts gather the same arrays, and so does attention beside; the compiler gathers them
+    # once.
     beside = any(work.beside_attention(map_) for map_ in maps)
-    same = beside and work.config.model.placement == "parallel_shared"
-    rest = tuple(axis for axis in inner if axis not in sequence)
-    gathers = 0 if moe.shared_experts else 1
+    same_input = beside and work.config.model.placement == "parallel_shared"
+    inputs = () if moe.shared_experts or same_input else sequence
+    gradients = () if moe.shared_experts or beside else sequence
     for what, kind, axes, ahead, back in (
-        ("output", "reduce-scatter", sequence, forward, wanted),
-        ("output", "all-reduce", rest, forward, wanted),
-        ("gradient", "reduce-scatter", sequence, 0, runs),
-        ("gradient", "all-reduce", rest, 0, runs),
-        ("input", "all-gather", sequence, forward * gathers * (not same), runs * gathers * (not same)),
-        ("gradient", "all-gather", sequence, 0, runs * gathers * (not beside)),
+        ("output", "reduce-scatter", sequence, forward, runs + wanted),
+        ("output", "all-reduce", rest, forward, runs + wanted),
+        ("input", "all-gather", inputs, forward, runs),
+        ("output's gradient", "all-gather", gradients, 0, runs),
     ):
         yield Collective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
         yield Collective(f"experts: {what}", kind, axes, tokens, back, "backward", True)

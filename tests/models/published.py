@@ -1,0 +1,51 @@
+"""Tiny models of every family, with the logits that another implementation computes from them:
+tests/parity/make_golden.py writes them."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+FOLDER = Path(__file__).parent / "golden"
+CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+_PREFIX = "golden."
+
+
+class Golden(NamedTuple):
+    values: dict[str, Any]
+    """config.json."""
+    tensors: dict[str, np.ndarray]
+    """bf16, as model.safetensors has them."""
+    shown: dict[str, np.ndarray]
+    """int32 [1, S]: ``tokens``, maybe ``types``, maybe an encoder's ``source``."""
+    logits: np.ndarray
+    """fp32 [1, S, V]."""
+
+
+@cache
+def golden(name: str) -> Golden:
+    path = FOLDER / f"{name}.safetensors"
+    with safe_open(path, "np") as file:
+        values = json.loads(file.metadata()["config"])
+    tensors = load_file(path)
+    extra = [key for key in tensors if key.startswith(_PREFIX)]
+    shown = {key.removeprefix(_PREFIX): tensors.pop(key) for key in extra}
+    return Golden(values, tensors, shown, shown.pop("logits"))
+
+
+def folder_of(name: str, folder: Path, tensors: Any = None, **values: Any) -> Path:
+    """A case as a Hugging Face folder.
+
+    Args:
+        tensors: others than its own.
+        values: of config.json, besides its own or instead.
+    """
+    own = golden(name)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(own.values | values))
+    save_file(own.tensors if tensors is None else tensors, folder / "model.safetensors")
+    return folder

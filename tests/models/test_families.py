@@ -1,0 +1,77 @@
+"""Every family reads weights as published and computes the published function. What the other
+implementation made of the same weights lies in golden/; tests/parity compares with it at length."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.huggingface.check import check_places
+from maxlm.models.families import FAMILIES, family_of
+from maxlm.models.params import named, param_specs
+from maxlm.sharding import AxisRules
+from tests.models.published import CASES, golden
+from tests.parity import compare
+
+every = pytest.mark.parametrize("name", CASES)
+# T5 does not scale its scores: softmax is near a choice of one, and magnifies rounding.
+LOOSE = dict.fromkeys(("t5", "t5_v1_1", "ul2"), 1e-4)
+
+
+def read(name: str) -> tuple[Any, Any, Any]:
+    """A case's family, its config in our words, and the entries of its table."""
+    own = golden(name)
+    family, config = compare.read(own.values, own.tensors)
+    return family, config, family.entries(config, own.tensors)
+
+
+def test_every_family_has_a_case():
+    assert {read(name)[0].name for name in CASES} == set(FAMILIES)
+
+
+@every
+def test_the_published_logits(name):
+    own, (_, config, entries) = golden(name), read(name)
+    more: dict[str, Any] = {}
+    if "types" in own.shown:
+        more["types"] = own.shown["types"]
+    if (source := own.shown.get("source")) is not None:
+        places = np.broadcast_to(np.arange(source.shape[1]), source.shape)
+        more["inputs"] = (source, places, None)
+    tensors = {key: value.astype(np.float32) for key, value in own.tensors.items()}
+    params = compare.parameters(config, entries, tensors)
+    got = compare.logits(config, params, own.shown["tokens"], **more)
+    error = np.abs(got - own.logits).max() / np.abs(own.logits).max()
+    assert error < LOOSE.get(name, 1e-5)
+
+
+@every
+def test_each_tensor_and_each_parameter_once(name):
+    own, (_, config, entries) = golden(name), read(name)
+    assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
+    specs = named(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
+    check_places(entries, {key: spec.shape for key, spec in specs.items()})
+    for entry in entries:
+        whole = own.tensors[entry.theirs].astype(np.float32)
+        parts = entry.split(whole)
+        for place, part in zip(entry.ours, parts, strict=True):
+            assert part.shape == specs[place.name].shape[len(place.index) :], place
+        np.testing.assert_array_equal(entry.join(parts), whole)
+        assert entry.join(parts).shape == entry.shape
+
+
+@every
+def test_config_comes_back(name):
+    family, config, _ = read(name)
+    values = family.config_json(config)
+    assert family_of(values, "config.json") is family
+    assert compare.read(values)[1] == config
+
+
+@every
+def test_no_setting_is_passed_over(name):
+    values = golden(name).values | {"attention_of_tomorrow": True}
+    with pytest.raises(MaxlmError, match="attention_of_tomorrow=True is not implemented"):
+        compare.read(values)

@@ -1,0 +1,391 @@
+"""Position schemes are what their papers say, in float64 and by other formulas than the code's."""
+
+from math import log, pi
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from maxlm.models.layers.positions import (
+    PositionsConfig,
+    alibi_slopes,
+    relative_biases,
+    relative_buckets,
+    sinusoids,
+)
+from maxlm.models.layers.rope import (
+    DynamicNtkScaling,
+    LinearScaling,
+    Llama3Scaling,
+    NtkScaling,
+    Rotary,
+    YarnScaling,
+    amplitude,
+    frequencies,
+    rotary,
+    rotate,
+    yarn_mscale,
+)
+from tests.models import reference
+
+THETAS, SIZES, FACTORS = (1e4, 5e5), (6, 64, 128), (1.0, 2.5, 8.0)
+SHAPES = [(theta, size) for theta in THETAS for size in SIZES]
+
+
+def plain(theta, size):
+    """Su et al. 2021, §3.2.2, pair after pair."""
+    return np.array([theta ** (-2 * i / size) for i in range(size // 2)])
+
+
+def close(found, expected, rtol=1e-12):
+    np.testing.assert_allclose(found, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize(("theta", "size"), SHAPES)
+def test_frequencies_fall_geometrically_from_one_radian_a_token(theta, size):
+    close(frequencies(theta, size), plain(theta, size))
+    dynamic = DynamicNtkScaling(factor=8.0, original_length=32)
+    close(frequencies(theta, size, dynamic), plain(theta, size))
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize(("theta", "size"), SHAPES)
+def test_linear_scaling_divides_every_frequency(theta, size, factor):
+    close(frequencies(theta, size, LinearScaling(factor=factor)), plain(theta, size) / factor)
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize(("theta", "size"), SHAPES)
+def test_ntk_keeps_the_first_frequency_and_divides_the_last(theta, size, factor):
+    """What fixes the new base: a geometric sequence, the ends of which are known."""
+    last = plain(theta, size)[-1] / factor
+    pairs = np.arange(size // 2) / (size // 2 - 1)
+    close(frequencies(theta, size, NtkScaling(factor=factor)), last**pairs)
+
+
+def yarn(theta, size, scaling):
+    """In turns a pair makes in the original length, r = L / λ. Where it is more than beta_fast it
+    stays, where it is less than beta_slow it is divided (Peng et al. 2023, eq. 17 and 18). Between,
+    as in the published code, the ramp is even in the pair's number, that is in log r."""
+    own = plain(theta, size)
+    found = np.empty_like(own)
+    fast, slow = scaling.beta_fast, scaling.beta_slow
+
+    def turns(pair):
+        return scaling.original_length * theta ** (-2 * pair / size) / (2 * pi)
+
+    # Pairs of which the one still turns so often, and the other so seldom; there may be none such
+    # in a head, so that the sequence is thought on at both ends.
+    pairs = range(-3 * size, 4 * size)
+    first = max(max(i for i in pairs if turns(i) >= fast), 0)
+    last = min(min(i for i in pairs if turns(i) <= slow), size - 1)
+    for i, frequency in enumerate(own):
+        if scaling.truncate:
+            share = (i - first) / (last - first)
+        else:
+            share = log(fast / turns(i)) / log(fast / slow)
+        kept = 1 - min(max(share, 0), 1)
+        found[i] = frequency * kept + frequency / scaling.factor * (1 - kept)
+    return found
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+@pytest.mark.parametrize("betas", [(32.0, 1.0), (8.0, 2.0)])
+@pytest.mark.parametrize("length", [2048, 8192])
+@pytest.mark.parametrize("theta", THETAS)
+def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, betas, truncate):
+    scaling = YarnScaling(
+        factor=8.0,
+        original_length=length,
+        beta_fast=betas[0],
+        beta_slow=betas[1],
+        truncate=truncate,
+    )
+    found = frequencies(theta, 128, scaling)
+    close(found, yarn(theta, 128, scaling))
+    own = plain(theta, 128)
+    turns = length * own / (2 * pi)
+    # Whole dimensions move the ramp's ends by less than one pair.
+    pair = theta ** (2 / 128) if truncate else 1
+    close(found[turns > betas[0] * pair], own[turns > betas[0] * pair])
+    close(found[turns < betas[1] / pair], own[turns < betas[1] / pair] / 8)
+    between = (turns < betas[0] / pair) & (turns > betas[1] * pair)
+    assert between.any()
+    assert ((found < own) & (found > own / 8))[between].all()
+
+
+def test_yarn_ramps_begin_at_a_pair_that_there_is():
+    """In 200 tokens no pair turns 32 times: the ramp begins at the first."""
+    scaling = YarnScaling(factor=8.0, original_length=200)
+    found = frequencies(1e4, 128, scaling)
+    close(found, yarn(1e4, 128, scaling))
+    assert found[0] == 1
+    assert (found[1:] < plain(1e4, 128)[1:]).all()
+
+
+def test_yarn_ramps_end_at_the_head_s_last_dimension_at_most():
+    """Where even the slowest pair turns: it would end at the 8th, and does at the 7th."""
+    scaling = YarnScaling(factor=8.0, original_length=10**8, beta_fast=1e6)
+    found, own = frequencies(1e4, 8, scaling), plain(1e4, 8)
+    close(found, yarn(1e4, 8, scaling))
+    kept = 1 - np.array([0, 0, 1, 2]) / 6
+    close(found, own * kept + own / 8 * (1 - kept))
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_llama3_has_three_regimes_that_meet(theta):
+    """Its published code: by wavelength, below L / high, above L / low, and between."""
+    scaling = Llama3Scaling(factor=8.0, original_length=8192)
+    own, found = plain(theta, 128), frequencies(theta, 128, scaling)
+    counts = {"short": 0, "long": 0, "between": 0}
+    for frequency, got in zip(own, found, strict=True):
+        wavelength = 2 * pi / frequency
+        if wavelength < 8192 / 4.0:
+            expected, regime = frequency, "short"
+        elif wavelength > 8192 / 1.0:
+            expected, regime = frequency / 8.0, "long"
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            expected, regime = (1 - smooth) * frequency / 8.0 + smooth * frequency, "between"
+        assert got == pytest.approx(expected, rel=1e-12)
+        counts[regime] += 1
+    assert min(counts.values()) > 5
+
+
+@pytest.mark.parametrize("pair", [20, 40, 60])
+def test_llama3_meets_its_neighbours_at_the_borders(pair):
+    own = plain(5e5, 128)[pair]
+    turns = 8192 * own / (2 * pi)
+
+    def at(low, high):
+        factors = {"low_freq_factor": low, "high_freq_factor": high}
+        scaling = Llama3Scaling(factor=8.0, original_length=8192, **factors)
+        return frequencies(5e5, 128, scaling)[pair]
+
+    assert at(turns, 2 * turns) == pytest.approx(own / 8, rel=1e-12)
+    assert at(turns / 2, turns) == pytest.approx(own, rel=1e-12)
+    assert own / 8 < at(turns * 0.999, 2 * turns) < own / 8 * 1.01
+    assert own > at(turns / 2, turns * 1.001) > own * 0.99
+
+
+def angles(positions, turns):
+    return np.asarray(positions, np.float64)[..., None] * turns
+
+
+def assert_turned(found: Rotary, expected, scale=1.0):
+    """``expected``: angles [B, S, R/2]."""
+    np.testing.assert_allclose(found.cos[..., 0, :], scale * np.cos(expected), atol=1e-4)
+    np.testing.assert_allclose(found.sin[..., 0, :], scale * np.sin(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("theta", THETAS)
+def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta):
+    """By each row's own last position (Peng et al. 2023, §3.3); the third is one token too long."""
+    scaling = DynamicNtkScaling(factor=4.0, original_length=10)
+    lengths = 5, 10, 11, 37
+    rows = np.array([[*range(n), *[0] * (37 - n)] for n in lengths], np.int32)
+    found = rotary(jnp.asarray(rows), 16, theta, scaling)
+    for row, n in enumerate(lengths):
+        factor = max(1.0, 4.0 * n / 10 - 3.0)
+        base = theta * factor ** (16 / 14)
+        own = Rotary(found.cos[row : row + 1], found.sin[row : row + 1])
+        assert_turned(own, angles(rows[row : row + 1], plain(base, 16)))
+        if n <= 10:
+            same = rotary(jnp.asarray(rows[row : row + 1]), 16, theta)
+            np.testing.assert_allclose(own.cos, same.cos, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, 1.0),
+        (LinearScaling(factor=8.0), 1.0),
+        (NtkScaling(factor=8.0), 1.0),
+        (DynamicNtkScaling(factor=8.0, original_length=64), 1.0),
+        (Llama3Scaling(factor=8.0, original_length=64), 1.0),
+        (YarnScaling(factor=8.0, original_length=64), 0.1 * log(8) + 1),
+        (YarnScaling(factor=1.0, original_length=64), 1.0),
+        (YarnScaling(factor=8.0, original_length=64, attention_factor=0.7), 0.7),
+        # DeepSeek-V2's are equal, and cancel here.
+        (YarnScaling(factor=40.0, original_length=64, mscale=0.707, mscale_all_dim=0.707), 1.0),
+        (
+            YarnScaling(factor=40.0, original_length=64, mscale=1.0, mscale_all_dim=0.5),
+            (0.1 * log(40) + 1) / (0.05 * log(40) + 1),
+        ),
+    ],
+)
+def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
+    assert amplitude(scaling) == pytest.approx(expected, rel=1e-12)
+    found = rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
+    np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
+
+
+def test_yarn_sharpens_attention_by_the_square_of_its_root():
+    """Peng et al. 2023, eq. 22: √(1/t) = 0.1 ln(s) + 1, and both queries and keys have it."""
+    assert yarn_mscale(16.0) ** 2 == pytest.approx((0.1 * log(16) + 1) ** 2)
+    assert yarn_mscale(1.0, 0.7) == 1.0
+
+
+def turned_reference(x, positions, theta, size):
+    return np.array(
+        [
+            [[reference.rotate(head, at, theta, size) for head in token] for token, at in row]
+            for row in (list(zip(a, b, strict=True)) for a, b in zip(x, positions, strict=True))
+        ]
+    )
+
+
+def drawn(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [2, 6, 10])
+def test_turning_equals_the_reference_and_leaves_other_dimensions_as_they_are(size):
+    x, positions = drawn(2, 5, 3, 10), np.array([[0, 1, 2, 3, 4], [0, 1, 0, 7, 31]], np.int32)
+    found = np.asarray(rotate(jnp.asarray(x), rotary(jnp.asarray(positions), size, 50.0)))
+    np.testing.assert_allclose(
+        found, turned_reference(x.astype(np.float64), positions, 50.0, size), atol=2e-5
+    )
+    np.testing.assert_array_equal(found[..., size:], x[..., size:])
+    assert np.abs(found[:, 1:, :, :size] - x[:, 1:, :, :size]).max() > 0.1
+    np.testing.assert_allclose(
+        np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LinearScaling(factor=3.0), YarnScaling(factor=4.0, original_length=32)],
+)
+def test_scores_depend_on_distance_alone(scaling):
+    """Su et al. 2021, eq. 16."""
+    q, k = drawn(8), drawn(8, seed=1)
+    count = 40
+    turns = rotary(jnp.arange(count, dtype=jnp.int32)[None], 8, 30.0, scaling)
+
+    def everywhere(x):
+        return np.asarray(rotate(jnp.broadcast_to(x, (1, count, 1, 8)), turns))[0, :, 0]
+
+    scores = everywhere(q) @ everywhere(k).T
+    for distance in range(-count + 1, count):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-5)
+    assert scores[0].std() > 0.1
+
+
+def test_the_gradient_of_turning_is_turning_back():
+    x, d_y = drawn(1, 4, 2, 9), drawn(1, 4, 2, 9, seed=1)
+    turns = rotary(jnp.asarray([[0, 3, 5, 11]], jnp.int32), 6, 20.0)
+    _, pull = jax.vjp(lambda x: rotate(x, turns), jnp.asarray(x))
+    (d_x,) = pull(jnp.asarray(d_y))
+    # A turn is linear: <turned(e), d_y> for every unit vector e.
+    for h in range(9):
+        unit = np.zeros(9)
+        unit[h] = 1
+        for s, at in enumerate((0, 3, 5, 11)):
+            turned = reference.rotate(unit, at, 20.0, 6)
+            np.testing.assert_allclose(d_x[0, s, :, h], d_y[0, s] @ turned, atol=1e-5)
+
+
+def test_alibi_slopes_of_8_heads_are_the_published_ones():
+    """Press et al. 2022, §3."""
+    expected = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
+    assert alibi_slopes(8).tolist() == expected
+
+
+def test_alibi_slopes_of_12_heads_are_the_published_ones():
+    """Those of 8, and the first four of 16 that 8 do not have."""
+    between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
+    np.testing.assert_allclose(alibi_slopes(12)[8:], between, rtol=1e-6)
+    np.testing.assert_array_equal(alibi_slopes(12)[:8], alibi_slopes(8))
+
+
+@given(st.integers(1, 130))
+def test_alibi_slopes_equal_the_reference_and_differ(heads):
+    expected = [reference.alibi_slope(head, heads) for head in range(heads)]
+    np.testing.assert_allclose(alibi_slopes(heads), expected, rtol=1e-6)
+    assert len(set(alibi_slopes(heads).tolist())) == heads
+    assert alibi_slopes(heads).dtype == np.float32
+
+
+def test_alibi_s_smallest_slope_is_given():
+    """MPT's alibi_bias_max."""
+    np.testing.assert_allclose(alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_sinusoids_are_sines_and_cosines_by_turns(width):
+    positions = np.array([[0, 1, 2], [511, 0, 90]], np.int32)
+    found = sinusoids(jnp.asarray(positions), width)
+    assert found.shape == (2, 3, width)
+    for row, column in np.ndindex(2, 3):
+        expected = [reference.wave(positions[row, column], i, width) for i in range(width)]
+        np.testing.assert_allclose(found[row, column], expected, atol=5e-5)
+
+
+def buckets_of(config, causal):
+    """By distance query − key, from max_distance on this side to as far on the other."""
+    at = relative_buckets(config, causal=causal)
+    reach = config.max_distance
+    assert at.shape == (2 * reach + 1,)
+    return {distance: at[reach - distance] for distance in range(-reach, reach + 1)}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_t5_s_own_buckets_equal_the_reference(causal):
+    found = buckets_of(PositionsConfig(kind="relative"), causal)
+    for distance, bucket in found.items():
+        assert bucket == reference.relative_bucket(distance, 32, 128, causal)
+
+
+def test_t5_s_own_buckets_as_its_paper_tells():
+    """All 32 are used, the first ones for one distance each, and from 128 on there is one."""
+    both, behind = (buckets_of(PositionsConfig(kind="relative"), c) for c in (False, True))
+    assert set(both.values()) == set(range(32)) - {16}  # distance 0 has one bucket
+    assert set(behind.values()) == set(range(32))
+    assert [behind[d] for d in range(16)] == list(range(16))
+    assert [both[d] for d in range(8)] == list(range(8))
+    assert [both[-d] for d in range(1, 8)] == list(range(17, 24))
+    assert (behind[128], both[128], both[-128]) == (31, 15, 31)
+    assert all(behind[d] == 0 for d in range(-128, 1))
+
+
+@given(half=st.integers(2, 20), reach=st.integers(2, 300), causal=st.booleans())
+def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
+    per_side = 2 * half if causal else half
+    exact = per_side // 2
+    assume(reach > exact)
+    config = PositionsConfig(kind="relative", buckets=2 * half, max_distance=reach)
+    found = buckets_of(config, causal)
+    ahead = 0 if causal else half
+    behind = [found[d] for d in range(reach + 1)]
+    before = [found[-d] - ahead for d in range(1, reach + 1)]
+    assert behind == sorted(behind)
+    assert before == ([0] * reach if causal else behind[1:])
+    assert behind[:exact] == list(range(exact))
+    assert behind[reach] == per_side - 1
+    for distance, bucket in enumerate(behind):
+        expected = reference.relative_bucket(distance, per_side, reach, True)
+        if bucket != expected:  # fp32 may take a distance on a border for one just below it
+            power = distance ** (per_side - exact)
+            k = expected - exact
+            assert power == reach**k * exact ** (per_side - exact - k)
+            assert bucket == expected - 1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_biases_by_distance_and_their_gradient(causal):
+    """A bucket's gradient is the sum over the distances that share it."""
+    config = PositionsConfig(kind="relative", buckets=6, max_distance=9)
+    at = relative_buckets(config, causal=causal)
+    table, d_y = drawn(6, 3), drawn(3, 19, seed=1)
+    found, pull = jax.vjp(
+        lambda table: relative_biases(table, config, causal=causal), jnp.asarray(table)
+    )
+    np.testing.assert_array_equal(found, table[at].T)
+    (d_table,) = pull(jnp.asarray(d_y))
+    for bucket in range(6):
+        np.testing.assert_allclose(d_table[bucket], d_y[:, at == bucket].sum(axis=1), atol=1e-5)

@@ -1,0 +1,86 @@
+"""Small models of every kind of layer, for the plan's formulas to be held against."""
+
+from typing import Any
+
+from maxlm.run import RunConfig
+from tests.programs.cells import CELLS
+
+SEQ, ROWS = 32, 8
+_HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
+_PLAIN = {"d_ff": 48, "gated": False, "activation": "gelu"}
+_EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "dispatch": "capacity"}
+_LATENT = {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}
+MODELS: dict[str, dict[str, Any]] = {
+    "pattern": {
+        "attention": _HEADS | {"qk_norm": True, "soft_cap": 20.0},
+        "mlp": {"d_ff": 48},
+        "placement": "sandwich",
+        "num_layers": 6,
+        "pattern": [{"window": 7, "positions": {"theta": 100.0}}, {"window": 5}, {"window": None}],
+        "tie_embeddings": True,
+    },
+    "latent": {
+        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10, "latent": _LATENT},
+        "mlp": {"d_ff": 72},
+        "moe": _EXPERTS | {"shared_experts": 1},
+        "dense_layers": 2,
+        "num_layers": 5,
+    },
+    "parallel": {
+        "attention": _HEADS | {"clip": 8.0},
+        "mlp": _PLAIN,
+        "placement": "parallel",
+    },
+    "parallel_shared": {
+        "attention": _HEADS | {"num_kv_heads": 1},
+        "mlp": _PLAIN,
+        "placement": "parallel_shared",
+        "head_bias": True,
+    },
+    "sandwich_experts": {"attention": _HEADS, "moe": _EXPERTS, "placement": "sandwich"},
+    "encoder": {
+        "architecture": "encoder",
+        "attention": _HEADS | {"bias": True},
+        "mlp": _PLAIN | {"bias": True},
+        "placement": "post",
+        "norm": {"kind": "layernorm", "bias": True},
+        "final_norm": False,
+        "embedding_norm": True,
+        "positions": {"kind": "learned"},
+        "token_types": 2,
+        "head_activation": "gelu",
+        "tie_embeddings": True,
+    },
+    "encoder_decoder": {
+        "architecture": "encoder_decoder",
+        "encoder_layers": 2,
+        "attention": _HEADS,
+        "mlp": _PLAIN,
+        "positions": {"kind": "relative", "buckets": 8, "max_distance": 16},
+        "vocab_size": 208,
+    },
+}
+_OBJECTIVES = {
+    "encoder": {"kind": "mlm"},
+    "encoder_decoder": {"kind": "span_corruption", "encoder_len": 32, "decoder_len": 16},
+}
+
+
+def run(model: str, layout: str, **changes: Any) -> RunConfig:
+    """A run of one of these on a layout of the parity matrix.
+
+    Args:
+        changes: of the model.
+    """
+    sizes = {"vocab_size": 88, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
+    settings = dict(CELLS[layout].settings)
+    return RunConfig.model_validate(
+        {
+            "model": {**sizes, **MODELS[model], **changes},
+            "objective": _OBJECTIVES.get(model, {"kind": "clm"}),
+            "data": {"seq_len": SEQ, "batch_size": ROWS},
+            "mesh": CELLS[layout].mesh,
+            **settings,
+            "sharding": {"max_unsharded": 1.0, **settings.get("sharding", {})},
+        }
+    )

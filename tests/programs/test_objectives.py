@@ -1,0 +1,153 @@
+"""Encoders, and encoders with decoders, through the one loop: on any mesh, resumed at any step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.models.params import bind, named
+from maxlm.objectives import OBJECTIVES
+from maxlm.programs.feed import training_batches
+from maxlm.programs.setup import Setup, set_up
+from maxlm.programs.smoke import CountingText
+from maxlm.run import RunConfig
+from maxlm.sharding import on_mesh
+
+SEQ_LEN, STEPS = 48, 3
+BLOCK = {
+    "vocab_size": 160,
+    "num_layers": 2,
+    "d_model": 24,
+    "max_seq_len": 96,
+    "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6},
+    "mlp": {"d_ff": 40, "activation": "gelu_tanh"},
+}
+ENCODER = BLOCK | {
+    "architecture": "encoder",
+    "placement": "post",
+    "final_norm": False,
+    "positions": {"kind": "learned"},
+    "norm": {"kind": "layernorm", "bias": True},
+    "embedding_norm": True,
+    "token_types": 2,
+    "head_activation": "gelu",
+    "head_bias": True,
+    "tie_embeddings": True,
+}
+BOTH = BLOCK | {
+    "architecture": "encoder_decoder",
+    "encoder_layers": 3,
+    "positions": {"kind": "relative", "buckets": 8, "max_distance": 20},
+}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mlm": (ENCODER, {"kind": "mlm", "share": 0.3, "whole_words": True}),
+    "span_corruption": (BOTH, {"kind": "span_corruption", "mean_span": 2.0, "sentinels": 40}),
+    "ul2": (BOTH, {"kind": "ul2", "sentinels": 40}),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def prepared(kind: str, **mesh: int) -> Setup:
+    model, objective = CASES[kind]
+    run = RunConfig.model_validate(
+        {
+            "compute_dtype": "float32",
+            "model": model,
+            "objective": objective,
+            "data": {"seq_len": SEQ_LEN, "batch_size": 8, "workers": 0},
+            "mesh": {"data": 1, "fsdp": 1} | mesh,
+            "train": {"steps": STEPS, "micro_batches": 2},
+            "optimizer": {"kind": "adamw"},
+            "schedule": {"learning_rate": 1e-2, "warmup_steps": 0, "kind": "constant"},
+        }
+    )
+    return set_up(run, jax.devices()[: int(np.prod([*mesh.values(), 1]))])
+
+
+def trained(setup: Setup, state: Any = None) -> tuple[Any, list[float]]:
+    """Steps to the last, from the state's own."""
+    text = CountingText(setup.config.model.vocab_size)
+    state = setup.init() if state is None else state
+    step, losses = setup.step_function(), []
+    start = int(state.step)
+    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, start)
+    with feed as batches:
+        for batch in batches:
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
+def test_a_mesh_trains_as_one_device_does(kind):
+    alone, losses = trained(prepared(kind))
+    spread, same = trained(prepared(kind, data=2, fsdp=2, tensor=2))
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    ours = named(spread.params)
+    for name, value in named(alone.params).items():
+        np.testing.assert_allclose(ours[name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["mlm", "span_corruption"])
+def test_gradients_are_slopes_of_the_loss(kind):
+    """Along random directions of each parameter, by central differences."""
+    setup = prepared(kind)
+    text = CountingText(setup.config.model.vocab_size)
+    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, 0)
+    with feed as batches:
+        batch = {name: array[0] for name, array in next(batches).items()}
+    objective = setup.config.objective
+
+    def loss(params, batch):
+        bound = bind(setup.model, params)
+        value, sums = OBJECTIVES[objective.kind](objective, bound, batch, jax.random.key(0))
+        return value / sums["tokens"]
+
+    random = np.random.default_rng(0)
+    value = on_mesh(setup.mesh, jax.jit(loss))
+    # Far from the start, where biases and scales matter too.
+    params = jax.tree.map(
+        lambda p: p + jnp.asarray(0.2 * random.standard_normal(p.shape), p.dtype),
+        setup.init().params,
+    )
+    gradients = on_mesh(setup.mesh, jax.jit(jax.grad(loss)))(params, batch)
+    flat = named(gradients)
+    for name, gradient in flat.items():
+        direction = jnp.asarray(np.sign(gradient) / np.sqrt(gradient.size), gradient.dtype)
+        slope = float(jnp.vdot(direction, gradient))
+        assert slope > 0, name
+        step = 2e-2
+        ends = [
+            float(value(moved(params, name, sign * step * direction), batch)) for sign in (1, -1)
+        ]
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(slope, rel=0.03, abs=2e-4), name
+
+
+def moved(params: Any, name: str, by: jax.Array) -> Any:
+    *path, last = name.split(".")
+    tree = jax.tree.map(lambda p: p, params)
+    node = tree
+    for part in path:
+        node = node[part]
+    node[last] = node[last] + by
+    return tree
+
+
+@pytest.mark.parametrize("kind", ["ul2"])
+def test_a_run_goes_on_with_the_same_batches(kind):
+    setup = prepared(kind)
+    _, losses = trained(setup)
+    text = CountingText(setup.config.model.vocab_size)
+    state, step = setup.init(), setup.step_function()
+    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, 0)
+    with feed as batches:
+        state, _ = step(state, next(batches))
+    assert trained(setup, state)[1] == losses[1:]
