@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-aot test-browser check format smoke clean
+.PHONY: help setup train test test-parity test-aot test-browser check format smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -37,7 +37,13 @@ train: $(ready) ## train a small language model here, in minutes, and show how g
 
 # Its programs run for an instant: LLVM's optimizations would cost more than they give.
 test: $(ready) ## run the test suite
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 --ignore=tests/aot
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
+		--ignore=tests/aot --ignore=tests/parity
+
+test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
+		tests/parity $(if $(K),-k '$(K)')
 
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \

@@ -211,6 +211,11 @@ def _has_encoder(name: str) -> bool:
     return case(name).model.config.is_encoder_decoder
 
 
+def generates(name: str) -> bool:
+    """Whether it continues texts; an encoder alone does not."""
+    return case(name).config.architecture != "encoder"
+
+
 def prompts(name: str) -> list[list[int]]:
     """Of unequal length."""
     random = np.random.default_rng(2)

@@ -5,8 +5,9 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import linear, row, same
 from maxlm.models.families.gpt2 import activation, published_activation
-from maxlm.models.families.names import Table, linear, row, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 SHORT = (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "out"))

@@ -4,8 +4,9 @@ from typing import Any
 
 from maxlm.models.architectures.encoder import EncoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import linear, same
 from maxlm.models.families.gpt2 import activation, published_activation
-from maxlm.models.families.names import Table, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 L = "bert.encoder.layer.{layer}"

@@ -4,8 +4,9 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import grouped, linear, same
 from maxlm.models.families.gpt2 import QKV
-from maxlm.models.families.names import Table, grouped, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 H = "transformer.h.{layer}"

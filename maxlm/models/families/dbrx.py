@@ -3,41 +3,15 @@ off at ± 8."""
 
 from typing import Any
 
-import numpy as np
-
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import experts, head, linear, same
 from maxlm.models.families.mpt import NESTED
-from maxlm.models.families.names import Form, Piece, Rule, Table, head, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 B = "transformer.blocks.{layer}"
 QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
-
-
-def experts(ours: str, *, upright: bool) -> Rule:
-    """All experts' matrices, one above the other, each [d_ff, D].
-
-    Args:
-        upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].
-    """
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        (piece,) = pieces
-        e, *sides = piece.shape
-        d_ff, d = sides if upright else sides[::-1]
-
-        def split(whole: np.ndarray) -> list[np.ndarray]:
-            each = whole.reshape(e, d_ff, d)
-            return [each if upright else each.transpose(0, 2, 1)]
-
-        def join(parts: Any) -> np.ndarray:
-            (each,) = parts
-            return (each if upright else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
-
-        return Form((e * d_ff, d), split, join)
-
-    return Rule((ours,), form)
 
 
 TABLE: Table = {

@@ -3,66 +3,16 @@ experts with shared ones beside them, a dense layer first."""
 
 from typing import Any
 
-import numpy as np
-
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama, qwen
 from maxlm.models.families.family import Family
-from maxlm.models.families.names import Form, Piece, Rule, Table, linear, same
+from maxlm.models.families.forms import by_head, linear, same, turned
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 from maxlm.models.families.rope import read_positions, write_positions
 
 A = "model.layers.{layer}.self_attn"
 S = "model.layers.{layer}.mlp.shared_experts"
-
-
-def _pairs(size: int) -> np.ndarray:
-    """Where each dimension that RoPE turns comes from: theirs pairs neighbours, ours halves."""
-    return np.arange(size).reshape(-1, 2).T.ravel()
-
-
-def turned(rule: Rule, rotary_dim: int, *, heads: bool) -> Rule:
-    """A map's rows with the last ``rotary_dim`` of each head, or of all, in the order that pairs
-    want."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        plain, last = rule.form(pieces), pieces[-1].shape[-1]
-        size = last if heads else plain.shape[0]
-        order = np.arange(size)
-        order[-rotary_dim:] = size - rotary_dim + _pairs(rotary_dim)
-        back = np.argsort(order)
-
-        def ordered(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
-            return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
-
-        return Form(
-            plain.shape,
-            lambda whole: plain.split(ordered(whole, order)),
-            lambda parts: ordered(plain.join(parts), back),
-        )
-
-    return Rule(rule.ours, form)
-
-
-def by_head(*ours: str) -> Rule:
-    """Several maps of one input, each head's rows of them together."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        inputs, heads = pieces[0].shape[0], pieces[0].shape[1]
-        sizes = [piece.shape[2] for piece in pieces]
-        stops = np.cumsum(sizes)
-
-        def split(whole: np.ndarray) -> list[np.ndarray]:
-            parts = np.split(whole.reshape(heads, -1, inputs), stops[:-1], axis=1)
-            return [part.transpose(2, 0, 1) for part in parts]
-
-        def join(parts: Any) -> np.ndarray:
-            rows = [part.transpose(1, 2, 0) for part in parts]
-            return np.concatenate(rows, axis=1).reshape(-1, inputs)
-
-        return Form((heads * int(stops[-1]), inputs), split, join)
-
-    return Rule(ours, form)
 
 
 def _table(config: DecoderConfig) -> Table:

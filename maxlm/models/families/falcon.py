@@ -5,8 +5,9 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import grouped, head, linear, same
 from maxlm.models.families.gpt2 import QKV, activation, published_activation
-from maxlm.models.families.names import Table, grouped, head, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 from maxlm.models.families.rope import read_positions, write_positions
 

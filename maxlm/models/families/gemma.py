@@ -7,9 +7,10 @@ from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import same
 from maxlm.models.families.gpt2 import activation, published_activation
 from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
-from maxlm.models.families.names import Table, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 from maxlm.models.families.rope import read_scaling, write_scaling
 from maxlm.models.layers.positions import PositionsConfig

@@ -4,7 +4,8 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
-from maxlm.models.families.names import Table, linear, same, transposed
+from maxlm.models.families.forms import linear, same, transposed
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 ACTIVATIONS = {

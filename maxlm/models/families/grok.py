@@ -5,8 +5,9 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import linear, same
 from maxlm.models.families.llama import read_common, write_common
-from maxlm.models.families.names import Table, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 L = "model.layers.{layer}"

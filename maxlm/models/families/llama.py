@@ -6,7 +6,8 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
-from maxlm.models.families.names import Table, head, linear, same
+from maxlm.models.families.forms import head, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 from maxlm.models.families.rope import read_positions, write_positions
 

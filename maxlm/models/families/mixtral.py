@@ -5,7 +5,8 @@ from typing import Any
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import Family
-from maxlm.models.families.names import Table, linear
+from maxlm.models.families.forms import linear
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 MOE = "model.layers.{layer}.block_sparse_moe"

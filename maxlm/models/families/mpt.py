@@ -5,7 +5,8 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import Family
-from maxlm.models.families.names import Table, linear, same
+from maxlm.models.families.forms import linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 B = "transformer.blocks.{layer}"

@@ -53,90 +53,6 @@ class Rule:
 Table = Mapping[str, Rule]
 
 
-def linear(*ours: str) -> Rule:
-    """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,
-    end to end."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        stops = np.cumsum([piece.rows for piece in pieces])
-        inputs = _inputs(pieces[0])
-
-        def split(whole: Array) -> list[Array]:
-            parts = np.split(whole, stops[:-1])
-            return [_from_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-
-        def join(parts: Sequence[Array]) -> Array:
-            rows = [_to_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
-            return np.concatenate(rows) if len(rows) > 1 else rows[0]
-
-        return Form((int(stops[-1]), *inputs), split, join)
-
-    return Rule(ours, form)
-
-
-def transposed(*ours: str) -> Rule:
-    """Matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        upright = linear().form(pieces)
-        shape = upright.shape[::-1]
-        return Form(shape, lambda x: upright.split(x.T), lambda parts: upright.join(parts).T)
-
-    return Rule(ours, form)
-
-
-def grouped(query: str, key: str, value: str) -> Rule:
-    """Queries, keys and values fused by kv head: each one's queries, then its key, its value."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        q, k, _ = pieces
-        inputs, size = _inputs(q), q.shape[-1]
-        heads = k.shape[-2]
-        group = q.shape[-2] // heads
-
-        def split(whole: Array) -> list[Array]:
-            whole = whole.reshape(heads, group + 2, size, *inputs)
-            parts = whole[:, :group], whole[:, group], whole[:, group + 1]
-            rows = [part.reshape(-1, *inputs) for part in parts]
-            return [_from_rows(part, piece) for part, piece in zip(rows, pieces, strict=True)]
-
-        def join(parts: Sequence[Array]) -> Array:
-            rows = [
-                _to_rows(part, piece).reshape(heads, -1, size, *inputs)
-                for part, piece in zip(parts, pieces, strict=True)
-            ]
-            return np.concatenate(rows, axis=1).reshape(-1, *inputs)
-
-        return Form((heads * (group + 2) * size, *inputs), split, join)
-
-    return Rule((query, key, value), form)
-
-
-def same(ours: str, *aliases: str) -> Rule:
-    """A table or a vector as it is."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        (piece,) = pieces
-        return Form(piece.shape, lambda x: [x], lambda parts: parts[0])
-
-    return Rule((ours,), form, aliases)
-
-
-def row(ours: str) -> Rule:
-    """A vector as a matrix of one row."""
-
-    def form(pieces: tuple[Piece, ...]) -> Form:
-        (piece,) = pieces
-        return Form((1, *piece.shape), lambda x: [x[0]], lambda parts: parts[0][None])
-
-    return Rule((ours,), form)
-
-
-def head(ours: str, *aliases: str) -> Rule:
-    """An output head [vocabulary, D]."""
-    return Rule((ours,), linear(ours).form, aliases)
-
-
 def entries(config: Any, table: Table) -> list[Entry]:
     """All tensors of a model under its family's names."""
     specs = named(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
@@ -176,17 +92,3 @@ def _piece(spec: ParamSpec, leading: int) -> Piece:
     # An expert's inputs stand behind the expert axis, which an index may or may not have removed.
     inputs = 0 if not spec.contract else spec.contract[-1] + 1 - leading
     return Piece(spec.shape[leading:], inputs)
-
-
-def _inputs(piece: Piece) -> tuple[int, ...]:
-    return (prod(piece.shape[: piece.inputs]),) if piece.inputs else ()
-
-
-def _from_rows(rows: Array, piece: Piece) -> Array:
-    return (rows.T if piece.inputs else rows).reshape(piece.shape)
-
-
-def _to_rows(part: Array, piece: Piece) -> Array:
-    if not piece.inputs:
-        return part.reshape(-1)
-    return part.reshape(*_inputs(piece), piece.rows).T

@@ -6,8 +6,9 @@ from typing import Any
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import head, linear, same
 from maxlm.models.families.gpt2 import activation, published_activation
-from maxlm.models.families.names import Table, head, linear, same
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 from maxlm.models.families.rope import read_positions, write_positions
 

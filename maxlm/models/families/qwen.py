@@ -7,8 +7,9 @@ from typing import Any
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import Family
+from maxlm.models.families.forms import linear
 from maxlm.models.families.layers import read_pattern, write_pattern
-from maxlm.models.families.names import Table, linear
+from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
 EXPERTS: Table = {

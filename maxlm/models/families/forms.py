@@ -1,0 +1,180 @@
+"""The words of name tables: rules by which one of their tensors is made of our parameters."""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from maxlm.models.families.names import Array, Form, Piece, Rule
+
+
+def linear(*ours: str) -> Rule:
+    """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,
+    end to end."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        stops = np.cumsum([piece.rows for piece in pieces])
+        inputs = _inputs(pieces[0])
+
+        def split(whole: Array) -> list[Array]:
+            parts = np.split(whole, stops[:-1])
+            return [_from_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+
+        def join(parts: Sequence[Array]) -> Array:
+            rows = [_to_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+            return np.concatenate(rows) if len(rows) > 1 else rows[0]
+
+        return Form((int(stops[-1]), *inputs), split, join)
+
+    return Rule(ours, form)
+
+
+def transposed(*ours: str) -> Rule:
+    """Matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        upright = linear().form(pieces)
+        shape = upright.shape[::-1]
+        return Form(shape, lambda x: upright.split(x.T), lambda parts: upright.join(parts).T)
+
+    return Rule(ours, form)
+
+
+def grouped(query: str, key: str, value: str) -> Rule:
+    """Queries, keys and values fused by kv head: each one's queries, then its key, its value."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        q, k, _ = pieces
+        inputs, size = _inputs(q), q.shape[-1]
+        heads = k.shape[-2]
+        group = q.shape[-2] // heads
+
+        def split(whole: Array) -> list[Array]:
+            whole = whole.reshape(heads, group + 2, size, *inputs)
+            parts = whole[:, :group], whole[:, group], whole[:, group + 1]
+            rows = [part.reshape(-1, *inputs) for part in parts]
+            return [_from_rows(part, piece) for part, piece in zip(rows, pieces, strict=True)]
+
+        def join(parts: Sequence[Array]) -> Array:
+            rows = [
+                _to_rows(part, piece).reshape(heads, -1, size, *inputs)
+                for part, piece in zip(parts, pieces, strict=True)
+            ]
+            return np.concatenate(rows, axis=1).reshape(-1, *inputs)
+
+        return Form((heads * (group + 2) * size, *inputs), split, join)
+
+    return Rule((query, key, value), form)
+
+
+def same(ours: str, *aliases: str) -> Rule:
+    """A table or a vector as it is."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        (piece,) = pieces
+        return Form(piece.shape, lambda x: [x], lambda parts: parts[0])
+
+    return Rule((ours,), form, aliases)
+
+
+def row(ours: str) -> Rule:
+    """A vector as a matrix of one row."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        (piece,) = pieces
+        return Form((1, *piece.shape), lambda x: [x[0]], lambda parts: parts[0][None])
+
+    return Rule((ours,), form)
+
+
+def head(ours: str, *aliases: str) -> Rule:
+    """An output head [vocabulary, D]."""
+    return Rule((ours,), linear(ours).form, aliases)
+
+
+def _pairs(size: int) -> Array:
+    """Where each dimension that RoPE turns comes from: theirs pairs neighbours, ours halves."""
+    return np.arange(size).reshape(-1, 2).T.ravel()
+
+
+def turned(rule: Rule, rotary_dim: int, *, heads: bool) -> Rule:
+    """A map's rows with the last ``rotary_dim`` of each head, or of all, in the order that pairs
+    want."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        plain, last = rule.form(pieces), pieces[-1].shape[-1]
+        size = last if heads else plain.shape[0]
+        order = np.arange(size)
+        order[-rotary_dim:] = size - rotary_dim + _pairs(rotary_dim)
+        back = np.argsort(order)
+
+        def ordered(rows: Array, order: Array) -> Array:
+            return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
+
+        return Form(
+            plain.shape,
+            lambda whole: plain.split(ordered(whole, order)),
+            lambda parts: ordered(plain.join(parts), back),
+        )
+
+    return Rule(rule.ours, form)
+
+
+def by_head(*ours: str) -> Rule:
+    """Several maps of one input, each head's rows of them together."""
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        inputs, heads = pieces[0].shape[0], pieces[0].shape[1]
+        sizes = [piece.shape[2] for piece in pieces]
+        stops = np.cumsum(sizes)
+
+        def split(whole: Array) -> list[Array]:
+            parts = np.split(whole.reshape(heads, -1, inputs), stops[:-1], axis=1)
+            return [part.transpose(2, 0, 1) for part in parts]
+
+        def join(parts: Sequence[Array]) -> Array:
+            rows = [part.transpose(1, 2, 0) for part in parts]
+            return np.concatenate(rows, axis=1).reshape(-1, inputs)
+
+        return Form((heads * int(stops[-1]), inputs), split, join)
+
+    return Rule(ours, form)
+
+
+def experts(ours: str, *, upright: bool) -> Rule:
+    """All experts' matrices, one above the other, each [d_ff, D].
+
+    Args:
+        upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].
+    """
+
+    def form(pieces: tuple[Piece, ...]) -> Form:
+        (piece,) = pieces
+        e, *sides = piece.shape
+        d_ff, d = sides if upright else sides[::-1]
+
+        def split(whole: Array) -> list[Array]:
+            each = whole.reshape(e, d_ff, d)
+            return [each if upright else each.transpose(0, 2, 1)]
+
+        def join(parts: Sequence[Array]) -> Array:
+            (each,) = parts
+            return (each if upright else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
+
+        return Form((e * d_ff, d), split, join)
+
+    return Rule((ours,), form)
+
+
+def _inputs(piece: Piece) -> tuple[int, ...]:
+    return (prod(piece.shape[: piece.inputs]),) if piece.inputs else ()
+
+
+def _from_rows(rows: Array, piece: Piece) -> Array:
+    return (rows.T if piece.inputs else rows).reshape(piece.shape)
+
+
+def _to_rows(part: Array, piece: Piece) -> Array:
+    if not piece.inputs:
+        return part.reshape(-1)
+    return part.reshape(*_inputs(piece), piece.rows).T
