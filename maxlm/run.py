@@ -177,7 +177,7 @@ def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
         )
     if why := no_pipeline(config.model):
         raise MaxlmError(
-            f"mesh.stage={stages}, but {why}",
+            f"{stages} stages have equal shares of one row of layers, but {why}",
             where="mesh.stage",
             fix="set it to 1 and give its devices to data, fsdp or tensor",
         )
@@ -197,14 +197,14 @@ def check_stages(config: RunConfig, sizes: Mapping[str, int]) -> None:
 
 
 def no_pipeline(model: ModelConfig) -> str | None:
-    """Why a model's layers cannot lie on pipeline stages, which have equal shares of one stack;
-    None: they can, if their number divides."""
+    """Why a model's layers cannot lie on pipeline stages; None: they can, if their number
+    divides."""
     if len(model.trunks) > 1:
-        return "a pipeline has no place for an encoder beside a decoder"
+        return "this is an encoder beside a decoder"
     if model.dense_layers:
-        return f"the first model.dense_layers={model.dense_layers} layers are unlike the others"
+        return f"the first model.dense_layers={model.dense_layers} are unlike the others"
     if model.positions.kind == "relative":
-        return "all layers share the table of model.positions.kind=relative"
+        return "all of these share the table of model.positions.kind=relative"
     return None
 
 

@@ -86,10 +86,9 @@ def _context(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -
 
 
 def _kv_heads(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
-    rules = placed.compute
-    if not rules.heads or rules.kv_heads == rules.heads:
+    rules, attention = placed.compute, config.model.attention
+    if not rules.heads or rules.kv_heads == rules.heads or attention.latent:
         return None
-    attention = config.model.attention
     return (
         f"{attention.num_kv_heads} kv heads are whole on every device of "
         f"{_ways(rules.heads, sizes)}, each of which computes them all and reads those of its own "

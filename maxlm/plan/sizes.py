@@ -20,7 +20,7 @@ class Heads(NamedTuple):
 
 def heads(attention: AttentionConfig, split: Split) -> Heads:
     own = attention.num_heads / split.ways(split.compute.heads)
-    kv = attention.num_kv_heads / split.ways(split.compute.kv_heads)
+    kv = attention.num_kv_heads / split.ways(split.kv_heads)
     size, value = attention.head_dim, attention.value_dim
     return Heads(own * size, own * value, kv * size, kv * value, own)
 

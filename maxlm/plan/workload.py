@@ -195,6 +195,12 @@ class Split:
     def compute(self) -> AxisRules:
         return self.config.sharding.compute
 
+    @property
+    def kv_heads(self) -> tuple[str, ...]:
+        """The mesh axes of kv heads in use; those of latent attention lie with the query heads."""
+        latent = self.config.model.attention.latent
+        return self.compute.kv_heads if latent is None else self.compute.heads
+
     def ways(self, mesh_axes: Iterable[str]) -> Number:
         """Devices along mesh axes together."""
         return prod((self.sizes[axis] for axis in dict.fromkeys(mesh_axes)), start=1.0)

@@ -170,7 +170,8 @@ def check(
         return o, lse, d_q, d_k, d_v, *learned
 
     found = compiled(run)(q, k, v, d_o, **options)
-    assert (found[0].dtype, found[1].dtype) == (jnp.dtype(case.dtype), jnp.dtype("float32"))
+    wide = jnp.promote_types(case.dtype, jnp.float32)
+    assert (found[0].dtype, found[1].dtype) == (jnp.dtype(case.dtype), wide)
     found = [np.asarray(x, np.float64) for x in found]
 
     keyless = ~np.broadcast_to(seen.any(axis=2), (B, S))

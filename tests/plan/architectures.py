@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "placement": "parallel",
     },
     "parallel_shared": {
-        "attention": _HEADS | {"num_kv_heads": 1},
+        "attention": _HEADS,
         "mlp": _PLAIN,
         "placement": "parallel_shared",
         "head_bias": True,

@@ -64,6 +64,37 @@ CAPACITY = "moe capacity"
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
 }
+# Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent attention with
+# a dense layer before those with experts (DeepSeek-V2).
+PATTERN, LATENT = "pattern", "latent"
+MODELS[PATTERN] = {
+    "vocab_size": 72,
+    "num_layers": 5,
+    "d_model": 32,
+    "max_seq_len": SEQ,
+    "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "qk_norm": True},
+    "mlp": {"d_ff": 48, "activation": "gelu_tanh"},
+    "norm": {"zero_centred": True},
+    "placement": "sandwich",
+    "pattern": [{"window": 5, "positions": {"theta": 100.0}}, {"window": None}],
+    "embedding_scale": 5.0,
+    "tie_embeddings": True,
+}
+MODELS[LATENT] = {
+    "vocab_size": 72,
+    "num_layers": 3,
+    "d_model": 32,
+    "max_seq_len": SEQ,
+    "attention": {
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "head_dim": 10,
+        "latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6},
+    },
+    "mlp": {"d_ff": 48},
+    "moe": {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1},
+    "dense_layers": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +151,7 @@ CELLS: dict[str, Cell] = {
     "cp ring": _cell(_context("ring"), (*ALL, CAPACITY), context=4),
     "cp ulysses": _cell(_context("ulysses"), (*ALL, CAPACITY), context=4),
     "ep": _cell({}, (*ALL, CAPACITY), expert=8),
-    "pp gpipe": _cell(_pipe("gpipe"), stage=4),
+    "pp gpipe": _cell(_pipe("gpipe"), (*ALL, PATTERN, LATENT), stage=4),
     "pp circular": _cell(_pipe("circular", 2), stage=2),
     "pp 1f1b": _cell(_pipe("1f1b"), stage=4),
     "tp, 8 ways": _cell(tensor=8),
@@ -133,7 +164,7 @@ CELLS: dict[str, Cell] = {
     "d_model split in compute": _cell(
         _compute(embed=["fsdp"], batch=["data", "expert"]), data=2, fsdp=2
     ),
-    "hsdp × tp+sp": _cell(SP, data=2, fsdp=2, tensor=2),
+    "hsdp × tp+sp": _cell(SP, (*ALL, PATTERN, LATENT), data=2, fsdp=2, tensor=2),
     "zero2 × tp+sp": _cell(
         {"sharding": {**ZERO2, **SEQUENCE_PARALLEL}}, ("gqa_window",), fsdp=4, tensor=2
     ),
@@ -224,6 +255,13 @@ REFUSED: dict[str, dict[str, str]] = {
         "experts and the loss need whole; set it to null (sharding.storage.embed splits weights at "
         "rest)"
     ),
+    "pp gpipe": {
+        PATTERN: "model.num_layers: 5 layers do not divide over 4 pipeline stages in whole "
+        "patterns of 2; use a multiple of 8, or fewer stages",
+        LATENT: "mesh.stage: 4 stages have equal shares of one row of layers, but the first "
+        "model.dense_layers=1 are unlike the others; set it to 1 and give its devices to data, "
+        "fsdp or tensor",
+    },
     "pp 1f1b, 2 micro-batches": _for_all(
         "train.micro_batches: 2 is less than the 4 pipeline stages; set it to 4, or mesh.stage to "
         "a divisor of 2"

@@ -15,6 +15,8 @@ COLUMNS = {
     "gqa_window": "GQA, window",
     "moe": "MoE",
     cells.CAPACITY: "MoE, capacity",
+    cells.PATTERN: "windows by turns",
+    cells.LATENT: "MLA, MoE",
 }
 
 

@@ -44,7 +44,9 @@ class LatentAttention(nnx.Module):
         parallel: ParallelConfig,
     ):
         assert config.latent is not None
-        self.config, self.latent, self.rules, self.parallel = config, config.latent, rules, parallel
+        self.config, self.latent, self.parallel = config, config.latent, parallel
+        # Every query head has its own keys and values, where it is.
+        self.rules = rules.model_copy(update={"kv_heads": rules.heads})
         # The vector is whole wherever heads are.
         self.shared_rules = rules.model_copy(update={"kv_heads": ()})
         latent, outer = config.latent, {"embed": d_model}

@@ -103,7 +103,7 @@ def _attention(
     """Of a sequence split over devices, and of kv heads that are whole on several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config, axes = work.config.model.attention, shape.split.compute.seq
-    ways, kv_ways = split.ways(axes), split.ways(rules.kv_heads)
+    ways, kv_ways = split.ways(axes), split.ways(split.kv_heads)
     query_heads = config.num_heads / split.ways(rules.heads)
     kv_heads = config.num_kv_heads / kv_ways
     tokens, value = shape.tokens * pairs.rate, config.value_dim
@@ -169,7 +169,7 @@ def _attention(
             *("attention: shared keys' gradient", "all-reduce", rules.heads, shared),
             *(backward, "backward", True),
         )
-    if rules.heads and not rules.kv_heads and config.latent is None:
+    if rules.heads and not split.kv_heads:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
         whole = either * config.num_kv_heads * wire * pairs.keys / pairs.queries

@@ -1,0 +1,198 @@
+"""A plan counts what layers of every kind do: by hand, and as the compiled step does it."""
+
+from collections import Counter
+from math import prod
+
+import jax.numpy as jnp
+import pytest
+
+from maxlm.config import MaxlmError, load
+from maxlm.plan.layout import lay_out
+from maxlm.plan.predict import Machine, predict
+from maxlm.plan.search import search
+from maxlm.plan.shape import Shape
+from maxlm.plan.timing import flops
+from maxlm.plan.workload import Split, Work
+from maxlm.run import RunConfig
+from maxlm.sharding import MESH_AXES
+from tests.plan.architectures import MODELS, run
+from tests.plan.test_against_compiled import compiled, products, sent
+
+ALONE = dict.fromkeys(MESH_AXES, 1)
+# A preset of each kind of layer, with what its objective is.
+PRESETS = {
+    "gemma3_1b": "clm",
+    "gemma2_9b": "clm",
+    "deepseek_v2_lite": "clm",
+    "falcon_7b": "clm",
+    "bloom_560m": "clm",
+    "phi_2": "clm",
+    "dbrx": "clm",
+    "grok_1": "clm",
+    "bert_base": "mlm",
+    "bart_base": "span_corruption",
+    "t5_small": "ul2",
+}
+
+
+def preset(name: str, *settings: str) -> RunConfig:
+    own = ["data.seq_len=512", "data.batch_size=256", f"objective.kind={PRESETS[name]}"]
+    return load(RunConfig, name, [*own, *settings]).value
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_planned_and_searched(name):
+    machine = Machine.of("v5p-256")
+    plan = predict(preset(name), machine)
+    assert plan.step_seconds is not None
+    assert 0.01 < plan.mfu() < 0.5
+    assert plan.memory.total > 12 * plan.layout.parameters / machine.topology.devices
+    best = search(preset(name), machine, top=1).best[0]
+    assert 0 < best.seconds <= plan.step_seconds * (1 + 1e-9)
+
+
+def test_deepseek_by_hand():
+    """DeepSeek-V2-Lite: 27 layers, of which the first has an MLP."""
+    d, heads, rank, rotary, plain, value = 2048, 16, 512, 64, 128, 128
+    attention = (
+        d * heads * (plain + rotary)  # queries
+        + d * (rank + rotary)  # the narrow vector, the shared keys
+        + rank * heads * (plain + value)
+        + heads * value * d
+    )
+    expert, router, dense, table = 3 * d * 1408, d * 64, 3 * d * 10944, 102400 * d
+    norms = 27 * (2 * d + rank) + d
+    met = 27 * attention + dense + 26 * (router + (6 + 2) * expert)
+    layout = lay_out(preset("deepseek_v2_lite"), ALONE)
+    assert layout.active_parameters == met + norms + 2 * table
+    assert layout.parameters == layout.active_parameters + 26 * (64 - 6) * expert == 15_706_484_224
+    # Scores of queries and keys, and of weights and values, forward and twice backward.
+    pairs = 27 * 512 * heads * 3 * 2 * (plain + rotary + value)
+    assert layout.flops_per_token_full_attention == 6 * (met + table) + pairs
+    assert layout.flops_per_token == 6 * (met + table) + pairs / 2
+
+
+def test_an_encoder_and_a_decoder_by_hand():
+    """T5 small: six layers each; 512 tokens of text become so many of either's."""
+    config = preset("t5_small", "objective.encoder_len=448", "objective.decoder_len=128")
+    layout = lay_out(config, ALONE)
+    d, heads = 512, 8 * 64
+    projection, mlp = d * heads, 2 * d * 2048
+    of_inputs = 6 * (4 * projection + mlp) + 6 * 2 * projection  # the decoder's keys and values
+    own = 6 * (4 * projection + mlp) + 6 * 2 * projection + 32128 * d
+    # (queries, keys, whether half of them are masked)
+    looks = [(448, 448, False), (128, 128, True), (128, 448, False)]
+    for count, got in ((2, layout.flops_per_token), (1, layout.flops_per_token_full_attention)):
+        pairs = sum(q * k / (count if masked else 1) for q, k, masked in looks)
+        row = 6 * (448 * of_inputs + 128 * own) + 3 * 6 * 4 * heads * pairs
+        assert got * 512 == pytest.approx(row, rel=1e-12)
+
+
+def test_nothing_is_masked_in_an_encoder():
+    layout = lay_out(preset("bert_base"), ALONE)
+    assert layout.flops_per_token == layout.flops_per_token_full_attention
+
+
+def work(name: str, **changes) -> Work:
+    return Work.of(run(name, "dp", **changes), jnp.float32)
+
+
+def counted(own: Work):
+    return flops(Shape(own, Split(own.config, ALONE), 1, "full"))
+
+
+def test_layers_over_the_last_pattern_count_like_others():
+    """Eight layers, kinds by turns of three: windows 7, 5, none."""
+    whole, more = work("pattern"), work("pattern", num_layers=8)
+    assert [s.name for s in more.stacks] == ["layers", "last_layers"]
+    assert {p.window: p.layers for p in more.pairs} == {7: 3, 5: 3, None: 2}
+    assert [m.depth for m in more.maps] == [8] * len(whole.maps)
+    assert counted(more).forward == pytest.approx(counted(whole).forward * 8 / 6)
+
+
+def test_windows_by_turns_cost_less_than_none():
+    long = {"max_seq_len": 4096, "num_layers": 6}
+    config = run("pattern", "dp", **long)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": 4096})})
+    model = config.model
+    kinds = [kind.model_copy(update={"window": None}) for kind in model.pattern]
+    plain = config.model_copy(
+        update={"model": model.model_copy(update={"pattern": tuple(kinds[-1:])})}
+    )
+    by_turns, all_see = (counted(Work.of(c, jnp.float32)).scores for c in (config, plain))
+    # Of 16 tiles a window sees its own alone; without one, all before it: 17 / 32.
+    own = (256 * 256 + 15 * 256 * (256 + 6)) / 4096**2, (256 * 256 + 15 * 256 * 260) / 4096**2
+    assert by_turns / all_see == pytest.approx((sum(own) + 17 / 32) / (3 * 17 / 32), rel=1e-6)
+
+
+# (layout, model, how far bytes sent may be off); see test_against_compiled.py.
+CASES = (
+    ("fsdp", "pattern", 0.01),
+    ("fsdp", "latent", 0.01),
+    ("tp+sp", "latent", 0.03),
+    ("tp+sp", "parallel_shared", 0.01),
+    ("tp+sp", "encoder", 0.01),
+    ("tp+sp", "encoder_decoder", 0.01),
+    ("fsdp", "sandwich_experts", 0.01),
+)
+
+
+@pytest.mark.parametrize(("layout", "model", "off"), CASES)
+def test_bytes_sent_and_products(layout, model, off):
+    shape, cost, _ = compiled(run(model, layout, remat="matmuls"))
+    ours, theirs = sent(shape), Counter(cost.wire_by_kind_and_axes())
+    theirs -= scores_gathered(shape)
+    assert sum(ours.values()) == pytest.approx(sum(theirs.values()), rel=off)
+    large = 0.1 * sum(theirs.values())
+    for key in ours | theirs:
+        if max(ours[key], theirs[key]) > large:
+            assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
+    # Beside maps and attention a decoder beside an encoder makes biases of a table.
+    exact = 1e-3 if model == "encoder_decoder" else 1e-6
+    assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
+
+
+def scores_gathered(shape: Shape) -> Counter[tuple[str, str]]:
+    """XLA:CPU gathers every token's fp32 scores of experts for a top-k, which it cannot split;
+    forward, and once more to differentiate."""
+    moe, sizes, rules = shape.work.config.model.moe, shape.split.sizes, shape.split.compute
+    axes = [a for a in sizes if a in (*rules.batch, *rules.residual) and sizes[a] > 1]
+    if moe is None or not axes:
+        return Counter()
+    others = prod(sizes[a] for a in axes) - 1
+    one = float(shape.residual_tokens) * moe.num_experts * 4 * others
+    return Counter({("all-gather", "+".join(axes)): 2 * shape.work.expert_layers * one})
+
+
+REFUSED = {
+    ("latent", "stage"): "mesh.stage: 2 stages have equal shares of one row of layers, but the "
+    "first model.dense_layers=2 are unlike the others; set it to 1 and give its devices to data, "
+    "fsdp or tensor",
+    ("encoder_decoder", "stage"): "mesh.stage: 2 stages have equal shares of one row of layers, "
+    "but this is an encoder beside a decoder; set it to 1 and give its devices to data, fsdp or "
+    "tensor",
+    ("pattern", "stage"): "model.num_layers: 6 layers do not divide over 2 pipeline stages of 2 "
+    "layer groups in whole patterns of 3; use a multiple of 12, or fewer stages or layer groups",
+    ("encoder_decoder", "context"): "mesh.context: cross-attention looks at whole sequences, which "
+    "context=2 splits; set it to 1, or sharding.compute.seq and residual to null",
+}
+
+
+@pytest.mark.parametrize(("model", "axis"), REFUSED)
+def test_what_layers_cannot_be_split_so_is_refused(model, axis):
+    config = run(model, "dp")
+    circular = {"schedule": "circular", "layer_groups": 2}
+    parallel = config.parallel.model_copy(update=circular if axis == "stage" else {})
+    train = config.train.model_copy(update={"micro_batches": 2})
+    config = config.model_copy(update={"parallel": parallel, "train": train})
+    with pytest.raises(MaxlmError) as error:
+        lay_out(config, ALONE | {axis: 2})
+    assert str(error.value) == REFUSED[model, axis]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_search_proposes_nothing_that_is_refused(model):
+    """Every candidate that divides passes the run's own checks."""
+    config = run(model, "dp")
+    found = search(config, Machine.of("v5p-16"), top=10_000)
+    assert len(found.best) == found.fitting > 0, found.refusal
