@@ -103,7 +103,9 @@ def _phases(shape: Shape) -> dict[str, tuple[Number, Number, Parts]]:
     for i, stack in enumerate(stacks):
         through = np.where(added, 0.0, sum(own[i + 1 :], start=0.0))  # or among the sums
         gradients = own[i] + through + sums
+        turn = _turn(shape, stack)
         for phase, parts in layer_sets(shape, stack).items():
+            parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
     ends = [(s.nbytes, s.axes) for s in work.outer_specs.values()]
@@ -131,6 +133,15 @@ def resting(shape: Shape) -> dict[str, Number]:
 
 def _spread(split: Split, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Number:
     return sum((nbytes / split.shards(rules, axes) for nbytes, axes in arrays), start=0.0)
+
+
+def _turn(shape: Shape, stack: Stack) -> Parts:
+    """Of a scan whose turns have several layers: what it takes out of their stack at once."""
+    if not 1 < stack.period < stack.depth:
+        return {}
+    arrays = [(s.nbytes, s.axes) for s in stack.specs.values()]
+    whole = _spread(shape.split, shape.split.storage, arrays) + _gradients(shape, stack)
+    return {"parameters of a turn's layers, gradients": whole * stack.period / stack.depth}
 
 
 def _gradients(shape: Shape, stack: Stack) -> Number:

@@ -93,6 +93,8 @@ class Stack:
 
     name: str
     depth: int
+    period: int
+    """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
     maps: tuple[Map, ...]
     pairs: tuple[Pairs, ...]
@@ -135,7 +137,7 @@ def _stacks(
                 pairs.append(Pairs(part.depth, length, encoder_len, False, None, rate))
             maps = tuple(_maps(own, part.depth, rate, inputs))
             what = (rate, trunk.of_inputs, trunk.crossing)
-            yield Stack(name, part.depth, own, maps, merged_pairs(pairs), *what)
+            yield Stack(name, part.depth, len(part.kinds), own, maps, merged_pairs(pairs), *what)
 
 
 def _pairs(trunk: TrunkParts, kind: LayerKind, length: int, rate: float) -> Pairs:

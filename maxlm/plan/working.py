@@ -16,6 +16,7 @@ from maxlm.plan.workload import Number
 Parts = dict[str, Number]
 """What → bytes on each device."""
 LOSS, UPDATE = "the loss", "the update"
+_BRANCH = "what a branch adds before its last norm, its gradient"
 _MEMORY = "gradient of the encoder's output"
 # At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
 _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
@@ -31,6 +32,10 @@ def layer_sets(shape: Shape, stack: Stack) -> dict[str, Parts]:
             sets[f"a layer's {map_.module}"] = _mlp(shape, stack, map_)
     if stack.experts:
         sets["a layer's experts"] = _experts(shape, stack)
+    if shape.work.config.model.placement == "sandwich":
+        # Norms are in fp32.
+        branch = 2 * _stream(shape, stack) / shape.work.dtype_bytes * FP32
+        sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
     if stack.crossing:
         whole = _stream(shape, stack) / stack.rate * shape.work.encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}

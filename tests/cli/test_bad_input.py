@@ -28,7 +28,8 @@ KV_WHOLE = "sharding.storage.kv_heads=null sharding.compute.kv_heads=null"
 # A config with one odd setting → what `maxlm train` says to it. None of these needs any text.
 REFUSED_AT_ONCE = {
     "model.num_layer=3": (
-        "command line: unknown key model.num_layer; did you mean model.num_layers?"
+        "command line: unknown key model.num_layer; did you mean model.num_layers or "
+        "model.dense_layers?"
     ),
     "trian.steps=3": "command line: unknown key trian; did you mean train?",
     "mesh.dat=3": "command line: unknown key mesh.dat; did you mean mesh.data?",
@@ -89,7 +90,7 @@ REFUSED_AT_ONCE = {
         "splits; use dispatch=dropless, or mesh.context=1"
     ),
     "model.moe={num_experts: 6, experts_per_token: 2, d_ff: 16}": (
-        "tiny.yaml:15: model: both mlp and moe; set one of them to null"
+        "tiny.yaml:15: model: both mlp and moe; set one of them to null, or dense_layers above 0"
     ),
     "model.mlp=null": ("command line: model: neither mlp nor moe; give one of them"),
     "mesh.context=4 data.seq_len=30": (
@@ -148,7 +149,7 @@ REFUSED_AT_ONCE = {
     ),
     "sharding.compute.sequence=context": (
         "command line: unknown key sharding.compute.sequence; valid here: batch, seq, residual, "
-        "embed, heads, kv_heads, head_dim, mlp, vocab, expert, expert_embed, layers, ..."
+        "embed, heads, kv_heads, head_dim, mlp, vocab, expert, expert_embed, latent, ..."
     ),
     "data.batch_size=12": (
         "data.batch_size: a micro-batch of 12 sequences does not divide over fsdp=8; use a "

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.models.architectures.config import LayerKind
 from tests.models import building
 from tests.models.building import GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
 
@@ -41,6 +42,25 @@ def test_loss_and_gradients_are_the_same_under_every_policy(inputs):
             results[policy][1],
             grads,
         )
+
+
+@pytest.mark.parametrize(("kinds", "depth"), [(1, 4), (2, 4), (1, 1)])
+def test_layers_of_one_turn_are_computed_again_one_after_the_other(inputs, kinds, depth):
+    """Where a turn of the loop has several, or the loop one turn, a barrier keeps a compiler from
+    computing all of them at once, or from keeping what it is not to keep."""
+    mesh, batch = inputs
+    pattern = tuple(LayerKind(window=window) for window in (3, None)[:kinds])
+    changes = {"remat": "full", "pattern": pattern, "num_layers": depth}
+    config = LLAMA_GQA.model_copy(update=changes)
+    model = building.decoder(config, mesh)
+    with jax.set_mesh(mesh):
+        params = building.on_devices(
+            building.random_params(config, mesh), building.storage(config, mesh)
+        )
+        step = jax.jit(jax.grad(lambda p: building.loss(model, p, batch)[0]))
+        text = str(step.trace(params).jaxpr)
+    barriers = text.count("prevent_cse=True")
+    assert barriers == (0 if kinds == 1 < depth else kinds)
 
 
 def saved_per_token_and_layer(config, mesh, batch) -> int:
