@@ -10,7 +10,7 @@ from flax import nnx
 
 from maxlm.models.params import declare
 from maxlm.objectives import ClmConfig
-from maxlm.objectives.clm import clm
+from maxlm.objectives.loss import name_tokens
 from maxlm.train.state import TrainState
 from maxlm.train.step import eval_step, train_step
 from tests.models import building
@@ -143,7 +143,7 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
                 state,
                 batch,
                 model=building.decoder(config, one_device_mesh),
-                loss=lambda *inputs: clm(ClmConfig(chunk_tokens=16), *inputs),
+                loss=lambda *inputs: name_tokens(ClmConfig(chunk_tokens=16), *inputs),
                 optimizer=optimizer,
                 schedule=lambda _: RATE,
                 seed=0,
