@@ -24,7 +24,7 @@ def command(
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.
 
-    Tensors pass one at a time: memory for three of the largest is enough.
+    Tensors pass one at a time, so that a model need not fit in memory.
     """
     from maxlm.config import MaxlmError
     from maxlm.data.store.progress import show_progress

@@ -1,5 +1,6 @@
 """Span corruption (T5) and mixtures of denoisers (UL2): write what was taken out of a text."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,9 +34,9 @@ class DenoisingConfig(LossConfig):
     the tokenizer must leave so many free. T5's is 32,099."""
 
     @property
+    @abstractmethod
     def mixture(self) -> tuple[Denoiser, ...]:
         """Ways to take tokens out."""
-        raise NotImplementedError
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Tokens of a row of the encoder's and of the decoder's."""
