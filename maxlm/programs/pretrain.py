@@ -65,6 +65,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     vocab_fits(config, planned_vocab(config))
     with ExitStack() as stack:
         origin = _origin(setup, folder, resume, stack)
+        beginning = None if origin else _beginning(setup, stack)
         stack.enter_context(_writable(folder))
         with _described(config, folder, lead):
             corpus = _prepare_together(config, folder)
@@ -72,10 +73,12 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
         }
+        if before := origin or beginning:
+            metadata |= _published(before, corpus.tokenizer.fingerprint)
         if origin:
             state = _restore(setup, origin, metadata, say)
         else:
-            state = _started(setup, setup.init(), say)
+            state = _started(setup, beginning, say)
         start = int(state.step)
         if start > config.train.steps:
             raise MaxlmError(
@@ -246,19 +249,39 @@ def _restore(
     return state
 
 
-def _started(setup: Setup, state: TrainState, say: Say) -> TrainState:
-    """A fresh state with the parameters that the run is to start from."""
+def _beginning(setup: Setup, stack: ExitStack) -> Checkpointer | None:
+    """The checkpoints of the run whose parameters this one is to start from, if there is one."""
     home = setup.config.train.start_from
     if home is None:
-        return state
+        return None
     folder = Path(home) / "checkpoints"
-    abstract = setup.abstract_state.params
-    with Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
-        average = keeper.metadata()["config"]["train"].get("ema_decay") is not None
-        params = keeper.restore_params(None, abstract, name="ema" if average else "params")
-    say(f"starting from the parameters in {home}")
+    return stack.enter_context(
+        Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs))
+    )
+
+
+def _started(setup: Setup, beginning: Checkpointer | None, say: Say) -> TrainState:
+    """A fresh state, with another run's parameters where there is one."""
+    state = setup.init()
+    if beginning is None:
+        return state
+    average = beginning.metadata()["config"]["train"].get("ema_decay") is not None
+    params = beginning.restore_params(
+        None, setup.abstract_state.params, name="ema" if average else "params"
+    )
+    say(f"starting from the parameters in {beginning.folder.parent}")
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)
+
+
+def _published(before: Checkpointer, tokenizer: str) -> dict[str, dict[str, Any]]:
+    """What export should know of the published model that the parameters once were, if any: its
+    family and, while the tokenizer is still its own, its token ids."""
+    saved = before.metadata()
+    if (known := saved.get("published")) is None:
+        return {}
+    kept = ("family", "tokens") if saved["tokenizer"] == tokenizer else ("family",)
+    return {"published": {key: known[key] for key in kept if key in known}}
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,31 @@ def test_a_run_there_and_back(llama, name, tmp_path):
     assert there.decode(there.encode(text)) == text
 
 
+def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
+    done = convert(llama, tmp_path / "published", family="mistral")
+    assert done.family == "mistral"
+    path = tmp_path / "published/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [5, 1]}))
+    convert(tmp_path / "published", tmp_path / "run")
+    tuned = tiny.write_config(
+        tmp_path,
+        str(llama.parent / "text"),
+        train={"steps": 1, "start_from": str(tmp_path / "run")},
+        schedule={"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-9},
+    )
+    pretrain(load(RunConfig, tuned).value, say=lambda _: None)
+    want, got = parameters(llama), parameters(tmp_path / "tiny")
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-7, err_msg=name)
+    pretrain(load(RunConfig, tuned, ["train.steps=2"]).value, say=lambda _: None)  # and resumed
+
+    done = convert(tmp_path / "tiny", tmp_path / "out")
+    assert (done.family, done.dtype) == ("mistral", "F32")
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert values["model_type"] == "mistral"
+    assert values["eos_token_id"] == [5, 1]
+
+
 def test_a_model_of_no_family_is_refused(llama, tmp_path):
     own = alike(llama, OWN)
     before = sorted(tmp_path.rglob("*"))
