@@ -13,7 +13,8 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     or what a WordPiece vocabulary does not mark as a continuation.
 
     Args:
-        size: rows of the model's table; those past the tokenizer's ids count as special.
+        size: rows of the model's table; those past the tokenizer's ids count as special, and so do
+            ids within that have no text.
     """
     special = np.ones(size, bool)
     special[: tokenizer.vocab_size] = False
@@ -21,6 +22,7 @@ def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
     starts_word = np.ones(size, bool)
     for token in range(tokenizer.vocab_size):
         text = tokenizer.decode_bytes([token], continued=True)
+        special[token] |= not text
         # Bytes of a character in the middle are neither, and go on with what came before.
         first = text.decode("utf-8", "replace")[:1]
         starts_word[token] = not (first.isalnum() or first == "\ufffd")
