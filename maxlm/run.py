@@ -87,6 +87,12 @@ def check_parts(config: RunConfig) -> None:
             f"model.architecture={model.architecture}",
             fix=f"use objective.kind={' or '.join(fits)}",
         )
+    if model.attention.latent is not None and config.sharding.compute.latent:
+        raise MaxlmError(
+            "latent attention needs its narrow vectors whole",
+            where="sharding.compute.latent",
+            fix="set it to null (sharding.storage.latent splits weights at rest)",
+        )
     longest = max(length for length, _ in batch_arrays(objective, data.seq_len).values())
     if longest > model.max_seq_len:
         rows = "" if longest == data.seq_len else f" (rows of {longest} with the marks)"
@@ -94,6 +100,13 @@ def check_parts(config: RunConfig) -> None:
             f"data.seq_len={data.seq_len}{rows} is longer than "
             f"model.max_seq_len={model.max_seq_len}",
             fix="shorten the sequences, or raise the model's limit",
+        )
+    objective.check(data.seq_len, model.vocab_size)
+    if config.samples.prompts and model.architecture == "encoder":
+        raise MaxlmError(
+            "an encoder names masked tokens, and continues no text",
+            where="samples.prompts",
+            fix="set it to []",
         )
     if data.batch_size % train.micro_batches:
         raise MaxlmError(
@@ -201,6 +214,8 @@ def no_pipeline(model: ModelConfig) -> str | None:
     divides."""
     if len(model.trunks) > 1:
         return "this is an encoder beside a decoder"
+    if model.architecture == "encoder":
+        return "this is an encoder, whose head's own layer is behind them"
     if model.dense_layers:
         return f"the first model.dense_layers={model.dense_layers} are unlike the others"
     if model.positions.kind == "relative":

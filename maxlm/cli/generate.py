@@ -44,17 +44,17 @@ def command(
     chosen = load(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
 
-    from maxlm.programs.generate import generate_text
+    from maxlm.programs.generate import between, generate_text
     from maxlm.programs.load import load_run
 
     opened = load_run(run, step=step)
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
     sampling = SamplingConfig(**{**samples, **chosen})
     steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
-    _show(texts, steps)
+    _show(texts, steps, between(opened.model))
 
 
-def _show(prompts: Sequence[bytes], steps: Iterator[list[str]]) -> None:
+def _show(prompts: Sequence[bytes], steps: Iterator[list[str]], between: str) -> None:
     """The first text as it comes, the others when all are done; headings if there are several."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal cannot
@@ -62,7 +62,7 @@ def _show(prompts: Sequence[bytes], steps: Iterator[list[str]]) -> None:
     def open_text(number: int) -> None:
         if len(prompts) > 1:
             print(f"──── prompt {number} ────")
-        print(prompts[number - 1].decode("utf-8", "replace"), end="", flush=True)
+        print(prompts[number - 1].decode("utf-8", "replace"), end=between, flush=True)
 
     open_text(1)
     others = [""] * (len(prompts) - 1)

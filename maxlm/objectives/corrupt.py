@@ -12,6 +12,7 @@ Spans of n tokens (Raffel et al. 2020, §3.1.4), with sentinels <0>, <1>, ... co
 No last sentinel follows in the targets, as in the authors' code and unlike the paper's figure.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -173,6 +174,12 @@ def room(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
     return max(inputs for inputs, _ in found), max(targets for _, targets in found)
 
 
+def most_spans(n: int, denoisers: Sequence[Denoiser]) -> int:
+    """Spans taken out of at most n tokens, whichever denoiser is drawn."""
+    many = [d for d in denoisers if d.kind == "spans"]
+    return max((counts(n, d.density, d.mean_span)[1] for d in many), default=1)
+
+
 class Row(NamedTuple):
     """What an encoder and a decoder get for one row."""
 
@@ -182,7 +189,7 @@ class Row(NamedTuple):
     """int32 [S_dec] tokens (the targets one step later, behind the start id), targets, positions
     and segment_ids, and fp32 weights, 1 where there is a target; 0 in padding."""
     left_out: int
-    """Tokens of the segments that found no room."""
+    """Tokens that found no room."""
 
 
 def corrupt_row(
@@ -196,8 +203,8 @@ def corrupt_row(
     decoder_len: int,
 ) -> Row:
     """A packed row's segments, each by a denoiser drawn for it, packed again on both sides under
-    the numbers they had. A segment is whole on both sides or on neither: one for which either has
-    no room left is left out, and those after it are still tried.
+    the numbers they had. A segment for which either has no room left is cut short: each has ends
+    of its own, so that several take more than :func:`room` says of one.
 
     Args:
         tokens, segment_ids: int32 [S], as the loader's; segments adjoin, 0 is padding.
@@ -216,10 +223,14 @@ def corrupt_row(
     ):
         if piece.size == 0 or numbers[0] == 0:
             continue
-        inputs, targets = denoise(piece, draw(denoisers, rng), marks, rng)
-        if at + inputs.size > encoder_len or to + targets.size > decoder_len:
-            left_out += piece.size
-            continue
+        denoiser, free = draw(denoisers, rng), (encoder_len - at, decoder_len - to)
+        inputs, targets = denoise(piece, denoiser, marks, rng)
+        if inputs.size > free[0] or targets.size > free[1]:
+            kept = _fitting(piece.size, denoiser, free)
+            left_out += piece.size - kept
+            if kept == 0:
+                continue
+            inputs, targets = denoise(piece[:kept], denoiser, marks, rng)
         _place(encoder, at, numbers[0], tokens=inputs)
         shifted = np.concatenate([[marks.start], targets[:-1]])
         _place(decoder, to, numbers[0], tokens=shifted, targets=targets, weights=1)
@@ -312,6 +323,18 @@ def _longest(n: int, denoiser: Denoiser) -> tuple[int, int]:
     else:  # one sentinel and an end on each side
         inputs, targets = n - 1 + 2, _longest_suffix(n, denoiser.density) + 2
     return inputs + mode, targets
+
+
+def _fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
+    """How many of n tokens surely fit (inputs, targets) of these lengths; 0: too few to take any
+    out of."""
+
+    def too_long(m: int) -> bool:
+        inputs, targets = _longest(m, denoiser)
+        return inputs > free[0] or targets > free[1]
+
+    fits = bisect_left(range(2, n + 1), True, key=too_long)  # lengths never fall as m grows
+    return fits + 1 if fits else 0
 
 
 def _ended(ids: np.ndarray, marks: Marks) -> Ids:

@@ -1,16 +1,17 @@
 """Span corruption (T5) and mixtures of denoisers (UL2): write what was taken out of a text."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from maxlm.config import MaxlmError
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.objectives.corrupt import Denoiser, Marks, corrupt_row, room, ul2
+from maxlm.objectives.corrupt import Denoiser, Marks, corrupt_row, most_spans, room, ul2
 from maxlm.objectives.loss import Batch, LossConfig, Result, token_loss
 from maxlm.objectives.vocabulary import Vocabulary
 
@@ -44,6 +45,38 @@ class DenoisingConfig(LossConfig):
         encoder, decoder = (-(-n // _MULTIPLE) * _MULTIPLE for n in (encoder, decoder))
         return self.encoder_len or encoder, self.decoder_len or decoder
 
+    @property
+    def marks(self) -> Mapping[str, int | None]:
+        return {"first_sentinel": self.first_sentinel}
+
+    def check(self, seq_len: int, vocab_size: int) -> None:
+        super().check(seq_len, vocab_size)
+        if (spans := most_spans(seq_len, self.mixture)) > self.sentinels:
+            raise MaxlmError(
+                f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and there are "
+                f"{self.sentinels} sentinels",
+                where="objective.sentinels",
+                fix=f"set it to {spans} or more, or shorten the sequences",
+            )
+        given = {"encoder_len": self.encoder_len, "decoder_len": self.decoder_len}
+        needed = room(seq_len, self.mixture)
+        for (name, length), least in zip(given.items(), needed, strict=True):
+            if length is not None and length < least:
+                raise MaxlmError(
+                    f"{length} is too short for what data.seq_len={seq_len} tokens become",
+                    where=f"objective.{name}",
+                    fix=f"set it to {least} or more, to null, or shorten the sequences",
+                )
+
+    @model_validator(mode="after")
+    def _all_sentinels(self):
+        if self.first_sentinel is not None and self.first_sentinel + 1 < self.sentinels:
+            raise MaxlmError(
+                f"first_sentinel={self.first_sentinel} has no {self.sentinels} ids at and below it",
+                fix=f"use fewer sentinels: {self.first_sentinel + 1}",
+            )
+        return self
+
 
 class SpanCorruptionConfig(DenoisingConfig):
     """T5's (Raffel et al. 2020, §3.1.4): 568 tokens become 512 and 114."""
@@ -69,6 +102,11 @@ class Ul2Config(DenoisingConfig):
     """Of the second, [S2S]."""
     extreme_id: int | None = Field(default=None, ge=0)
     """Of the third, [NLG]."""
+
+    @property
+    def marks(self) -> Mapping[str, int | None]:
+        modes = ("regular_id", "sequential_id", "extreme_id")
+        return {**super().marks, **{name: getattr(self, name) for name in modes}}
 
     @property
     def mixture(self) -> tuple[Denoiser, ...]:

@@ -1,9 +1,11 @@
 """The loss of tokens that a model is to name, whatever made them its targets."""
 
+from collections.abc import Mapping
+
 import jax
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
 from maxlm.parallel.cross_entropy import fused_cross_entropy
@@ -20,6 +22,25 @@ class LossConfig(Config):
     cross-entropy."""
     chunk_tokens: int = Field(default=1024, gt=0)
     """Tokens a device holds logits of at once: chunk_tokens × vocab_size fp32 values."""
+
+    @property
+    def marks(self) -> Mapping[str, int | None]:
+        """Settings that are ids; None: one is found."""
+        return {}
+
+    def check(self, seq_len: int, vocab_size: int) -> None:
+        """Check that this can be done to rows of text, for a table of so many rows.
+
+        Raises:
+            MaxlmError: naming the setting.
+        """
+        for name, mark in self.marks.items():
+            if mark is not None and mark >= vocab_size:
+                raise MaxlmError(
+                    f"{mark} is no row of the model's table, model.vocab_size={vocab_size}",
+                    where=f"objective.{name}",
+                    fix="name one of the tokenizer's ids, or null",
+                )
 
 
 def token_loss(

@@ -1,6 +1,6 @@
 """Masked language modelling: name the tokens that were hidden (Devlin et al. 2019, §3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,10 @@ class MlmConfig(LossConfig):
     mask_id: int | None = Field(default=None, ge=0)
     """The mask's id; null: the last one of the model's table, which the tokenizer must leave free.
     BERT's is 103."""
+
+    @property
+    def marks(self) -> Mapping[str, int | None]:
+        return {"mask_id": self.mask_id}
 
     @model_validator(mode="after")
     def _parts(self):

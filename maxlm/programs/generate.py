@@ -8,6 +8,7 @@ from maxlm.data.tokenizer import StreamDecoder, Tokenizer
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import Model
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params
 
 
@@ -18,33 +19,40 @@ def generate_text(
     prompts: Sequence[str | bytes],
     sampling: SamplingConfig,
 ) -> Iterator[list[str]]:
-    """Continue prompts, each as the opening of a document; literals of special tokens in them are
-    plain text.
+    """Continue prompts, each as the opening of a document; an encoder reads them as whole ones.
+    Literals of special tokens in them are plain text.
 
     Args:
         prompts: bytes need not be UTF-8.
 
     Returns:
         At each step a list with the text that each row's new token completes, often empty; all of
-        a row's pieces joined are its continuation. The end-of-document token gives no text.
+        a row's pieces joined are its continuation (see :func:`between`). The end-of-document
+        token gives no text.
 
     Raises:
         MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
     """
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    whole = isinstance(model, EncoderDecoder)
+    end = [tokenizer.eos_id] if whole else []
     steps = generate(
         model,
         params,
         # A model needs a token to start from, even where documents open without one.
-        [[*tokenizer.opening, *ids] or [tokenizer.bos_id] for ids in encoded],
+        [[*tokenizer.opening, *ids, *end] or [tokenizer.bos_id] for ids in encoded],
         sampling,
         eos_id=tokenizer.eos_id,
         key=jax.random.key(sampling.seed),
         vocab_size=tokenizer.vocab_size,
     )
-    return _decode(
-        steps, tokenizer, [StreamDecoder(tokenizer, continued=bool(ids)) for ids in encoded]
-    )
+    continued = [bool(ids) and not whole for ids in encoded]
+    return _decode(steps, tokenizer, [StreamDecoder(tokenizer, continued=c) for c in continued])
+
+
+def between(model: Model) -> str:
+    """What parts a prompt from the text that follows it, where both are shown."""
+    return "\n" if isinstance(model, EncoderDecoder) else ""
 
 
 def _decode(

@@ -57,13 +57,14 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     return corpus
 
 
-def planned_vocab(config: RunConfig) -> int:
-    """Ids of the tokenizer that a run will use.
+def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:
+    """Ids of the tokenizer that a run will use; ``folder``: its own, where it may have one already.
 
     Raises:
         MaxlmError: it is named and cannot be read.
     """
-    path = _named_tokenizer(config)
+    own = folder and folder / "tokenizer"
+    path = own if own and own.exists() else _named_tokenizer(config)
     return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
 
 

@@ -62,7 +62,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     # What does not fit is refused before anything is written or read.
     setup = set_up(config)
     use_compilation_cache(config)
-    vocab_fits(config, planned_vocab(config))
+    vocab_fits(config, planned_vocab(config, folder))
     with ExitStack() as stack:
         origin = _origin(setup, folder, resume, stack)
         beginning = None if origin else _beginning(setup, stack)
@@ -250,14 +250,26 @@ def _restore(
 
 
 def _beginning(setup: Setup, stack: ExitStack) -> Checkpointer | None:
-    """The checkpoints of the run whose parameters this one is to start from, if there is one."""
+    """The checkpoints of the run whose parameters this one is to start from, if there is one.
+
+    Raises:
+        MaxlmError: none there, or of another model.
+    """
     home = setup.config.train.start_from
     if home is None:
         return None
     folder = Path(home) / "checkpoints"
-    return stack.enter_context(
+    keeper = stack.enter_context(
         Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs))
     )
+    keeper.check_params(None, setup.abstract_state.params, _averaged(keeper))
+    return keeper
+
+
+def _averaged(keeper: Checkpointer) -> str:
+    """Under which name the parameters are that a run is judged by."""
+    average = keeper.metadata()["config"]["train"].get("ema_decay") is not None
+    return "ema" if average else "params"
 
 
 def _started(setup: Setup, beginning: Checkpointer | None, say: Say) -> TrainState:
@@ -265,10 +277,8 @@ def _started(setup: Setup, beginning: Checkpointer | None, say: Say) -> TrainSta
     state = setup.init()
     if beginning is None:
         return state
-    average = beginning.metadata()["config"]["train"].get("ema_decay") is not None
-    params = beginning.restore_params(
-        None, setup.abstract_state.params, name="ema" if average else "params"
-    )
+    abstract = setup.abstract_state.params
+    params = beginning.restore_params(None, abstract, _averaged(beginning))
     say(f"starting from the parameters in {beginning.folder.parent}")
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)

@@ -12,7 +12,7 @@ import jax
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.show import human_bytes, human_seconds
-from maxlm.programs.generate import generate_text
+from maxlm.programs.generate import between, generate_text
 from maxlm.programs.pretrain import Trained, parameters
 from maxlm.train.metrics import read_records
 
@@ -41,7 +41,8 @@ def report(run: Trained) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         console.print(text, markup=False)
-    console.print(_places(run.folder), markup=False)
+    generates = run.setup.config.model.architecture != "encoder"
+    console.print(_places(run.folder, generates), markup=False)
 
 
 def _comparison(run: Trained):
@@ -114,13 +115,13 @@ def samples(run: Trained) -> str:
     )
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
-        f"──── sample {number} ────\n{prompt}{text}"
+        f"──── sample {number} ────\n{prompt}{between(run.setup.model)}{text}"
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"
 
 
-def _places(folder: Path) -> str:
+def _places(folder: Path, generates: bool) -> str:
     kinds = {
         "config.yaml": "the run, resolved",
         "plan.json": "what was planned: maxlm plan diff compares two",
@@ -135,4 +136,6 @@ def _places(folder: Path) -> str:
     there = {name: what for name, what in kinds.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     lines = [f"  {folder / name!s:<{width}}  {what}" for name, what in there.items()]
-    return "\n".join(["Everything is in", *lines, f'Try: maxlm generate {folder} "your prompt"'])
+    if generates:
+        lines.append(f'Try: maxlm generate {folder} "your prompt"')
+    return "\n".join(["Everything is in", *lines])

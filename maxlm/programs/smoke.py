@@ -51,9 +51,9 @@ def shrink(config: RunConfig, num_devices: int) -> RunConfig:
     Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
     """
     # Marks and lengths that were given fit the model's own size.
-    given = type(config.objective).model_fields
-    fitted = [n for n in given if n.endswith(("_id", "_len")) or n == "first_sentinel"]
-    objective = config.objective.model_copy(update=dict.fromkeys(fitted))
+    lengths = [n for n in type(config.objective).model_fields if n.endswith("_len")]
+    fitted = dict.fromkeys([*config.objective.marks, *lengths])
+    objective = config.objective.model_copy(update=fitted)
     steps = STEPS if objective.kind == "clm" else SPARSE_STEPS
     longest = max(length for length, _ in batch_arrays(objective, SEQ_LEN).values())
     small = config.model.shrunk(

@@ -155,6 +155,14 @@ class Checkpointer:
         """
         return self._restore(step, abstract, prefix=f"{name}.", complete=False)
 
+    def check_params(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
+        """Check, reading no array, that :meth:`restore_params` would find what it looks for.
+
+        Raises:
+            MaxlmError: as that does.
+        """
+        self._found(self._existing(step), abstract, prefix=f"{name}.", complete=False)
+
     def wait(self) -> None:
         """Return once nothing is being written any more.
 
@@ -191,13 +199,7 @@ class Checkpointer:
 
     def _restore(self, step: int | None, abstract: PyTree, prefix: str, complete: bool) -> PyTree:
         step = self._existing(step)
-        held = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
-        grouped = {name for name, leaf in held.items() if self._is_grouped(name, leaf)}
-        wanted = {name: on_disk(leaf) if name in grouped else leaf for name, leaf in held.items()}
-        with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
-            stored = self._manager.item_metadata(step)["state"].tree
-        shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
-        _check_same_arrays(shapes, wanted, where=str(self.folder / str(step)))
+        held, wanted = self._found(step, abstract, prefix, complete)
         with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
             restored = self._manager.restore(
                 step,
@@ -209,8 +211,21 @@ class Checkpointer:
                     )
                 ),
             )["state"]
+        grouped = {name for name, leaf in held.items() if self._is_grouped(name, leaf)}
         restored |= reshaped({name: restored[name] for name in grouped}, held)
         return jax.tree.unflatten(jax.tree.structure(abstract), [restored[n] for n in wanted])
+
+    def _found(
+        self, step: int, abstract: PyTree, prefix: str, complete: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Leaves by name, as they are held and as they are on disk, where they are."""
+        held = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
+        wanted = {n: on_disk(x) if self._is_grouped(n, x) else x for n, x in held.items()}
+        with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
+            stored = self._manager.item_metadata(step)["state"].tree
+        shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
+        _check_same_arrays(shapes, wanted, where=str(self.folder / str(step)))
+        return held, wanted
 
     def _is_grouped(self, name: str, leaf: Any) -> bool:
         return is_grouped(name, leaf.shape, self._grouped)

@@ -57,6 +57,8 @@ def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(objective):
     assert all(np.array_equal(alone[name][0], whole[name][1]) for name in whole)
     assert not np.array_equal(transform(before, 8, [4, 5, 6])["targets"], whole["targets"])
     assert not np.array_equal(transform(before, 7, [5, 5, 6])["targets"][0], whole["targets"][0])
+    other = host_transform(objective, VOCABULARY, start_id=0, seed=4)(before, 7, [4, 5, 6])
+    assert not np.array_equal(other["targets"], whole["targets"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)

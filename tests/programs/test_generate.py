@@ -8,8 +8,9 @@ import pytest
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.params import param_specs
-from maxlm.programs.generate import generate_text
+from maxlm.programs.generate import between, generate_text
 from maxlm.sharding import AxisRules
 
 BOS, EOS, NAMED = 0, 1, 258
@@ -91,3 +92,31 @@ def test_a_prompt_opens_as_the_tokenizer_says_and_its_continuation_keeps_its_spa
     seen.clear()
     list(generate_text(None, None, ByteTokenizer(), prompts, SAMPLING))
     assert seen == [[BOS, a], [BOS, b, c], [BOS]]
+
+
+def test_an_encoder_reads_a_whole_document_and_the_output_begins_a_text(
+    monkeypatch, one_device_mesh
+):
+    seen = []
+
+    def fake(model, params, prompts, sampling, **options):
+        seen.extend(prompts)
+        yield [ord(" ") + 2] * 2
+        yield [ord("x") + 2, EOS]
+
+    monkeypatch.setattr("maxlm.programs.generate.generate", fake)
+    config = EncoderDecoderConfig(
+        vocab_size=NAMED,
+        num_layers=1,
+        encoder_layers=1,
+        d_model=8,
+        max_seq_len=64,
+        attention={"num_heads": 2, "num_kv_heads": 2, "head_dim": 4},
+        mlp={"d_ff": 8},
+    )
+    with jax.set_mesh(one_device_mesh):
+        model = config.build(rules=AxisRules(), dtype=jnp.float32)
+    steps = list(generate_text(model, None, ForeignTokenizer(), ["a", ""], SAMPLING))
+    assert seen == [[ord("a") + 2, EOS], [EOS]]
+    assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == ["x", ""]
+    assert between(model) == "\n"
