@@ -9,8 +9,7 @@ from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import Transformer
-from maxlm.models.blocks import Memory
+from maxlm.models.architectures.transformer import Remembered, Transformer
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params, bind, param_specs
 
@@ -27,8 +26,9 @@ def cast_params(model: Transformer, params: Params) -> Params:
 
 def encode(
     model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array
-) -> Memory | None:
-    """What an encoder beside the decoder makes of whole prompts; None: there is none.
+) -> Remembered | None:
+    """What an encoder beside the decoder makes of whole prompts, as every layer of the decoder will
+    look it up; None: there is none.
 
     Args:
         tokens: int [B, S], padded on the right.
@@ -38,8 +38,8 @@ def encode(
         return None
     positions, rows = _places(model, tokens.shape), model.rules.spec("batch", None)
     segments = (positions < reshard(lengths, model.rules.spec("batch"))[:, None]).astype(jnp.int32)
-    inputs = reshard(tokens, rows), positions, segments
-    return bind(model, params).encoded(inputs)[0]
+    inputs = reshard(tokens, rows), positions * segments, segments
+    return bind(model, params).remembered(inputs)
 
 
 def prefill(
@@ -48,7 +48,7 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     cache_length: int,
-    memory: Memory | None = None,
+    memory: Remembered | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run whole prompts, padded on the right, through the model.
 
@@ -67,9 +67,9 @@ def prefill(
     rules, rows = model.rules, model.rules.spec("batch", None)
     cache = init_cache(model.config, tokens.shape[0], cache_length, model.dtype, rules)
     bound, positions = bind(model, params), _places(model, tokens.shape)
-    hidden, cache = bound.cached(reshard(tokens, rows), positions, cache, memory)
-    last = reshard(lengths - 1, rules.spec("batch"))
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    lengths = reshard(lengths, rules.spec("batch"))
+    hidden, cache = bound.cached(reshard(tokens, rows), positions, cache, memory, lengths)
+    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return bound.logits(hidden)[:, 0], cache
 
 
@@ -79,7 +79,7 @@ def decode(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    memory: Memory | None = None,
+    memory: Remembered | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One token a row.
 

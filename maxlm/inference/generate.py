@@ -15,8 +15,7 @@ from maxlm.inference.sampling import SamplingConfig, sample
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import Transformer
-from maxlm.models.blocks import Memory
+from maxlm.models.architectures.transformer import Remembered, Transformer
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params
 from maxlm.sharding import on_mesh
@@ -123,7 +122,7 @@ def _start(
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
-) -> tuple[jax.Array, jax.Array, Cache, Memory | None]:
+) -> tuple[jax.Array, jax.Array, Cache, Remembered | None]:
     memory = encode(model, params, tokens, lengths)
     if isinstance(model, EncoderDecoder):
         tokens, lengths = (
@@ -143,7 +142,7 @@ def _advance(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    memory: Memory | None,
+    memory: Remembered | None,
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,

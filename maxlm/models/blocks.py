@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +25,12 @@ from maxlm.parallel.layers import joined, one_of, periods, scan_layers, stacked_
 from maxlm.parallel.local import LANES, axis_size, layout, spec_of
 from maxlm.sharding import AxisRules
 
-BlockT = TypeVar("BlockT", bound=nnx.Module)
-
 
 class Memory(NamedTuple):
     """What an encoder made of the input, for the layers of a decoder."""
 
-    states: jax.Array
-    """[B, T, D]."""
+    states: jax.Array | KVCache
+    """[B, T, D]; or, for inference, a layer's keys and values of it [B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]; None: each row is one segment."""
 
@@ -112,11 +110,18 @@ class Block(nnx.Module):
         y, cache = self.attention(self._before(self.attention_norm, x), seen, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if memory is not None and self.cross is not None:
-            segments = memory.segments_with(seen)
-            y = self.cross.across(self._before(self.cross_norm, x), memory.states, segments)
+            y = self._before(self.cross_norm, x)
+            y = self.cross.across(y, self.keys_of(memory), memory.segments_with(seen))
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self._feed(self._before(self.mlp_norm, x), seen)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
+
+    def keys_of(self, memory: Memory) -> KVCache:
+        """What cross-attention looks up of an encoder's output."""
+        if isinstance(memory.states, KVCache):
+            return memory.states
+        assert self.cross is not None
+        return self.cross.keys_of(memory.states)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)
@@ -216,19 +221,19 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def scan_cached(
-    stacked: BlockT, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, cache: Any
+    stacked: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, held: Any
 ) -> tuple[Any, Any]:
-    """The same for inference: bodies ``(block, carry, layer's cache) -> (carry, cache)``, without
-    gradient; the block is bound and the cache stacked by layer."""
+    """The same for inference: bodies ``(block, carry, held) -> (carry, cache)``, without gradient;
+    the block is bound, and what layers hold and the caches they write are stacked by layer."""
     count = len(bodies)
 
     def period(carry, inputs):
         kept = []
         for place, body in enumerate(bodies):
-            own, cache = one_of(inputs, place, count)
-            carry, cache = body(bind(stacked, own), carry, cache)
+            own, layers = one_of(inputs, place, count)
+            carry, cache = body(bind(stacked, own), carry, layers)
             kept.append(cache)
         return carry, stacked_up(kept)
 
-    carry, cache = lax.scan(period, carry, periods((values(stacked), cache), count))
+    carry, cache = lax.scan(period, carry, periods((values(stacked), held), count))
     return carry, joined(cache, count)

@@ -27,7 +27,7 @@ def write_slots(
     Args:
         cache: [B, T, K, H].
         new: [B, S, K, H].
-        positions: int [B, S]; those outside 0..T-1 are not written.
+        positions: int [B, S], not negative; those from T on are not written.
     """
     keys = rules.spec("batch", None, "kv_heads", None)
 

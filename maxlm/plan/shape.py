@@ -23,6 +23,10 @@ class Shape:
     fused_attention: bool = False
     """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
 
+    def fused(self, biased: bool) -> bool:
+        """The same of one attention: no kernel has learnt biases."""
+        return self.fused_attention and not biased
+
     @property
     def rows(self) -> Number:
         """Sequences of a micro-batch on a device."""

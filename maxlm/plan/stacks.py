@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, NamedTuple
 
-from maxlm.models.architectures.config import LayerKind, TransformerConfig, TrunkParts, unstacked
+from maxlm.models.architectures.config import TransformerConfig, unstacked
 from maxlm.models.params import ParamSpec
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
@@ -85,6 +85,8 @@ class Pairs(NamedTuple):
     window: int | None
     rate: float = 1.0
     """Tokens that look for each of the batch."""
+    biased: bool = False
+    """Whether scores gain learnt biases by distance."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +133,15 @@ def _stacks(
         for part in trunk.parts:
             name = f"{trunk.prefix}{part.name}"
             own = {n: s for n, s in specs.items() if n.startswith(f"{name}.")}
-            looks = [_pairs(trunk, kind, length, rate) for kind in part.kinds]
+            biased = model.positions.kind == "relative"
+            one = Pairs(1, length, length, trunk.causal, None, rate, biased)
+            looks = [one._replace(window=kind.window) for kind in part.kinds]
             pairs = [p._replace(layers=part.depth / len(looks)) for p in looks]
             if trunk.crossing:
                 pairs.append(Pairs(part.depth, length, encoder_len, False, None, rate))
             maps = tuple(_maps(own, part.depth, rate, inputs))
             what = (rate, trunk.of_inputs, trunk.crossing)
             yield Stack(name, part.depth, len(part.kinds), own, maps, merged_pairs(pairs), *what)
-
-
-def _pairs(trunk: TrunkParts, kind: LayerKind, length: int, rate: float) -> Pairs:
-    return Pairs(1, length, length, trunk.causal, kind.window, rate)
 
 
 def _maps(

@@ -100,7 +100,7 @@ class Flops:
     attention_forward: Number
     attention_backward: Number
     scores: Number
-    """How many attention has in one pass."""
+    """How many attention has in one pass and keeps on the chip."""
     scores_again: Number
     """How often the backward pass makes them as the forward pass did."""
     loss: Number
@@ -138,7 +138,8 @@ def flops(shape: Shape) -> Flops:
         router = 2 * config.model.d_model * config.model.moe.num_experts * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
-    scores = computed_scores(shape)
+    fused = computed_scores(shape, fused=True)
+    scores = fused + computed_scores(shape, fused=False)
     attention = config.model.attention
     head, value = attention.head_dim, attention.value_dim
     again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
@@ -152,16 +153,18 @@ def flops(shape: Shape) -> Flops:
         attention_forward=once,
         # Scores, and gradients of weights, queries, keys and values.
         attention_backward=2 * scores * (3 * head + 2 * value) + again * once,
-        scores=scores,
+        scores=fused,
         scores_again=again,
         loss=2 * shape.losses * loss,
     )
 
 
-def computed_scores(shape: Shape) -> Number:
-    """Scores of attention on a device in one pass of its layers, as far as they are computed."""
+def computed_scores(shape: Shape, *, fused: bool) -> Number:
+    """Scores of attention on a device in one pass of its layers, as far as they are computed: those
+    that a kernel keeps on the chip, or the others."""
     work, split = shape.work, shape.split
-    pairs = sum(p.layers * p.rate * p.keys * computed_share(p) for p in work.pairs)
+    own = [pairs for pairs in work.pairs if shape.fused(pairs.biased) == fused]
+    pairs = sum(p.layers * p.rate * p.keys * computed_share(p) for p in own)
     heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
     return shape.held(pairs) * shape.tokens * heads
 
@@ -239,7 +242,7 @@ def _moved(shape: Shape, stack: Stack) -> Number:
 
 def score_traffic(shape: Shape) -> tuple[Number, Number]:
     """The same of attention's scores, forward and backward, where they go through memory."""
-    one = computed_scores(shape) * FP32
+    one = computed_scores(shape, fused=False) * FP32
     again = np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
     forward = one * _SCORE_PASSES["forward"]
     return forward, one * _SCORE_PASSES["backward"] + again * forward
@@ -272,7 +275,7 @@ def seconds(
         for phase, ops in _SCORE_OPS.items()
     }
     ahead, back, loss_bytes, update = traffic(shape)
-    scores = (0.0, 0.0) if shape.fused_attention else score_traffic(shape)
+    scores = score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
     softmax = vector["forward"], vector["backward"] + work.scores_again * vector["forward"]
     attention = {

@@ -24,9 +24,10 @@ _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 def layer_sets(shape: Shape, stack: Stack) -> dict[str, Parts]:
     """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
-    sets = {"a layer's attention": _attention(shape, stack, stack.rate)}
+    biased = shape.work.config.model.positions.kind == "relative"
+    sets = {"a layer's attention": _attention(shape, stack, stack.rate, biased)}
     if stack.crossing:
-        sets["a layer's cross-attention"] = _attention(shape, stack, shape.work.encoder_rate)
+        sets["a layer's cross-attention"] = _attention(shape, stack, shape.work.encoder_rate, False)
     for map_ in stack.maps:
         if map_.writes == "mlp" and not map_.experts:
             sets[f"a layer's {map_.module}"] = _mlp(shape, stack, map_)
@@ -75,9 +76,10 @@ def _mlp(shape: Shape, stack: Stack, map_: Map) -> Parts:
     }
 
 
-def _attention(shape: Shape, stack: Stack, seen: float) -> Parts:
+def _attention(shape: Shape, stack: Stack, seen: float, biased: bool) -> Parts:
     """Args:
     seen: tokens that are looked at for each of the batch.
+    biased: whether scores gain learnt biases.
     """
     split, work = shape.split, shape.work
     sizes, itemsize = heads(work.config.model.attention, split), work.dtype_bytes
@@ -85,7 +87,7 @@ def _attention(shape: Shape, stack: Stack, seen: float) -> Parts:
     length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
     scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
-    scores = 0.0 if shape.fused_attention else 3 * np.minimum(scores, _SCORE_BYTES)
+    scores = 0.0 if shape.fused(biased) else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = shape.tokens * seen * split.ways(split.compute.seq)
     narrow = sum(latent_elements(map_) for map_ in stack.maps)
     parts = {

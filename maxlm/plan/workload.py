@@ -162,9 +162,7 @@ class Work:
 
     def _wanted_raw(self, kernel: Kernel) -> bool:
         """Whether heads are wanted as they were before they were kept."""
-        attention, (module, _, name) = self.config.model.attention, kernel.name.rpartition(".")
-        if module.endswith("cross"):
-            return False
+        attention, name = self.config.model.attention, kernel.name.rpartition(".")[2]
         return attention.clip is not None or (attention.qk_norm and name in ("query", "key"))
 
     def attention_recomputed(self, remat: RematPolicy) -> bool:

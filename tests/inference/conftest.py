@@ -116,5 +116,5 @@ def gpt2(tinies, one_device_mesh) -> Iterator[Tiny]:
 
 @pytest.fixture(scope="session")
 def build_tiny():
-    """``build_tiny("llama", mesh)``: the values of ``tiny`` on another mesh."""
-    return lambda name, mesh: build(CONFIGS[name], mesh)
+    """``build_tiny("llama", mesh)``: the values of ``tiny`` on another mesh, or other settings."""
+    return lambda name, mesh, **settings: build(CONFIGS[name] | settings, mesh)

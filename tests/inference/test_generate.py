@@ -8,6 +8,7 @@ from maxlm.config import MaxlmError
 from maxlm.inference import generate as generation
 from maxlm.inference.generate import bucket, generate
 from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.params import bind
 
 PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], [7, 7], list(range(20, 33))]
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=9)
@@ -41,6 +42,23 @@ def test_sampled_rows_do_not_depend_on_their_batch(tiny):
         assert rows(tiny, [prompt], SAMPLED, seed=4, streams=[stream]) == [together[stream]]
     reordered = rows(tiny, PROMPTS[::-1], SAMPLED, seed=4, streams=[3, 2, 1, 0])
     assert reordered == together[::-1]
+
+
+def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, build_tiny):
+    """Some rows are beyond the original length and some are not; none sees another's padding."""
+    scaling = {"kind": "dynamic_ntk", "factor": 4.0, "original_length": 6}
+    with jax.set_mesh(one_device_mesh):
+        tiny = build_tiny("llama", one_device_mesh, positions={"scaling": scaling})
+        together = rows(tiny, PROMPTS, GREEDY)
+        for prompt, row in zip(PROMPTS, together, strict=True):
+            assert rows(tiny, [prompt], GREEDY) == [row]
+            # A forward pass of just the prompt.
+            ids, places = np.array([prompt]), np.arange(len(prompt), dtype=np.int32)[None]
+            bound = bind(tiny.model, tiny.params)
+            logits = np.asarray(bound.logits(bound(ids, places)[0]))
+            assert logits[0, -1].argmax() == row[0]
+        plain = rows(build_tiny("llama", one_device_mesh), PROMPTS, GREEDY)
+    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * 4
 
 
 def test_seeds_and_streams_give_different_text_and_repeat(llama):

@@ -1,11 +1,17 @@
 """Impossible models are refused when their config is read."""
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.layers.attention import AttentionConfig
+from maxlm.models.layers.positions import PositionsConfig
+from maxlm.sharding import AxisRules
 from tests.models.building import GPT2, LLAMA_GQA
 
 
@@ -52,7 +58,6 @@ def test_rope_needs_pairs():
         "attention__head_dim",
         "mlp__d_ff",
         "norm__eps",
-        "positions__theta",
     ],
 )
 def test_sizes_are_positive(key):
@@ -65,3 +70,69 @@ def test_unknown_keys_and_names_are_refused():
     assert refused(LLAMA_GQA, remat="some") == (
         "remat: Input should be 'none', 'full', 'attention', 'mlp' or 'matmuls'"
     )
+
+
+BOTH = {"architecture": "encoder_decoder", "encoder_layers": 2}
+LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "what"),
+    [
+        (BOTH, {"placement": "parallel"}, "placement=parallel with cross-attention"),
+        (BOTH, {"placement": "sandwich"}, "placement=sandwich with cross-attention"),
+        (BOTH, {"attention": {"num_kv_heads": 4, "latent": LATENT}}, "cross-attention with"),
+        ({}, {"attention": {"window": 4}, "pattern": [{}]}, "attention.window=4 with a pattern"),
+        ({}, {"positions": {"theta": 1.0}}, "greater than 1"),
+        ({}, {"positions": {"rotary_dim": 2, "scaling": {"kind": "ntk", "factor": 2}}}, "one pair"),
+        ({}, {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}}, "not beyond"),
+        (
+            {},
+            {
+                "positions": {
+                    "scaling": {
+                        "kind": "llama3",
+                        "factor": 8,
+                        "original_length": 64,
+                        "low_freq_factor": 4,
+                    }
+                }
+            },
+            "low_freq_factor=4.0 is not below",
+        ),
+        (
+            {},
+            {"attention": {"num_kv_heads": 4, "latent": LATENT | {"rotary_dim": 3}}},
+            "even head_dim, not 3",
+        ),
+        (
+            {"positions": {"rotary_dim": 2}},
+            {"attention": {"num_kv_heads": 4, "latent": LATENT}},
+            "rotary_dim=2 with latent attention",
+        ),
+        (
+            {"positions": {"kind": "relative"}},
+            {"pattern": [{"window": 2}, {"positions": {"kind": "relative", "buckets": 16}}]},
+            "a pattern of positions of kind=relative",
+        ),
+    ],
+)
+def test_what_is_not_computed_is_refused(config, changes, what):
+    kind = EncoderDecoderConfig if config is BOTH else DecoderConfig
+    tree = LLAMA_GQA.model_dump(exclude={"architecture"}) | config
+    changes = dict(changes)
+    tree["attention"] |= changes.pop("attention", {})
+    with pytest.raises((MaxlmError, ValidationError), match=what):
+        kind.model_validate(tree | changes)
+
+
+def test_a_layer_s_own_slopes_are_used(one_device_mesh):
+    own = LLAMA_GQA.model_copy(update={"positions": PositionsConfig(kind="alibi")})
+    kinds = [{"window": 3}, {"positions": {"kind": "alibi", "max_bias": 2.0}}]
+    own = DecoderConfig.model_validate(own.model_dump() | {"pattern": kinds, "num_layers": 2})
+    with jax.set_mesh(one_device_mesh):
+        trunk = own.build(rules=AxisRules(), dtype=jnp.float32)
+        (part,) = own.parts
+        first, second = trunk.seen_by_kind(part, jnp.zeros((1, 1), jnp.int32), None)
+    np.testing.assert_allclose(first.slopes, 2.0 ** -np.arange(2, 9, 2))
+    np.testing.assert_allclose(second.slopes, 2.0 ** (-np.arange(1, 5) / 2))

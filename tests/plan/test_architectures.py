@@ -11,7 +11,8 @@ from maxlm.plan.layout import lay_out
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.search import search
 from maxlm.plan.shape import Shape
-from maxlm.plan.timing import flops
+from maxlm.plan.timing import flops, score_traffic
+from maxlm.plan.working import layer_sets
 from maxlm.plan.workload import Split, Work
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -76,17 +77,17 @@ def test_deepseek_by_hand():
 
 def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
-    config = preset("t5_small", "objective.encoder_len=448", "objective.decoder_len=128")
+    config = preset("t5_small", "objective.encoder_len=464", "objective.decoder_len=312")
     layout = lay_out(config, ALONE)
     d, heads = 512, 8 * 64
     projection, mlp = d * heads, 2 * d * 2048
     of_inputs = 6 * (4 * projection + mlp) + 6 * 2 * projection  # the decoder's keys and values
     own = 6 * (4 * projection + mlp) + 6 * 2 * projection + 32128 * d
     # (queries, keys, whether half of them are masked)
-    looks = [(448, 448, False), (128, 128, True), (128, 448, False)]
+    looks = [(464, 464, False), (312, 312, True), (312, 464, False)]
     for count, got in ((2, layout.flops_per_token), (1, layout.flops_per_token_full_attention)):
         pairs = sum(q * k / (count if masked else 1) for q, k, masked in looks)
-        row = 6 * (448 * of_inputs + 128 * own) + 3 * 6 * 4 * heads * pairs
+        row = 6 * (464 * of_inputs + 312 * own) + 3 * 6 * 4 * heads * pairs
         assert got * SEQ == pytest.approx(row, rel=1e-12)
 
 
@@ -121,10 +122,37 @@ def test_windows_by_turns_cost_less_than_none():
     plain = config.model_copy(
         update={"model": model.model_copy(update={"pattern": tuple(kinds[-1:])})}
     )
-    by_turns, all_see = (counted(Work.of(c, jnp.float32)).scores for c in (config, plain))
+    by_turns, all_see = (
+        counted(Work.of(c, jnp.float32)).attention_forward for c in (config, plain)
+    )
     # Of 16 tiles a window sees its own alone; without one, all before it: 17 / 32.
     own = (256 * 256 + 15 * 256 * (256 + 6)) / 4096**2, (256 * 256 + 15 * 256 * 260) / 4096**2
     assert by_turns / all_see == pytest.approx((sum(own) + 17 / 32) / (3 * 17 / 32), rel=1e-6)
+
+
+def test_no_kernel_adds_learnt_biases():
+    """On a TPU scores with them go through memory, and a tile of them is held; cross-attention's,
+    which have none, stay on the chip."""
+
+    def on_tpu(kind: str) -> Shape:
+        own = work("encoder_decoder", positions={"kind": kind})
+        return Shape(own, Split(own.config, ALONE), 1, "full", fused_attention=True)
+
+    plain, biased = on_tpu("rope"), on_tpu("relative")
+    assert flops(biased).attention_forward == flops(plain).attention_forward
+    assert score_traffic(plain) == (0, 0)
+    # Its share of all scores: an encoder of two layers beside a decoder of four.
+    crossing = 4 * 16 * 32 / (2 * 32 * 32 + 4 * 16 * 16 + 4 * 16 * 32)
+    assert flops(biased).scores == pytest.approx(crossing * flops(plain).scores)
+    whole = Shape(biased.work, biased.split, 1, "full")  # no kernel at all
+    got, most = (score_traffic(shape)[0] for shape in (biased, whole))
+    assert got == pytest.approx((1 - crossing) * most)
+    tiles = {
+        phase: parts["scores of a tile"]
+        for phase, parts in layer_sets(biased, biased.work.stacks[-1]).items()
+        if "scores of a tile" in parts
+    }
+    assert tiles["a layer's attention"] > 0 == tiles["a layer's cross-attention"]
 
 
 # (layout, model, how far bytes sent may be off); see test_against_compiled.py.
@@ -175,6 +203,12 @@ REFUSED = {
     "tensor",
     ("pattern", "stage"): "model.num_layers: 6 layers do not divide over 2 pipeline stages of 2 "
     "layer groups in whole patterns of 3; use a multiple of 12, or fewer stages or layer groups",
+    (
+        "encoder",
+        "stage",
+    ): "mesh.stage: 2 stages have equal shares of one row of layers, but this is "
+    "an encoder, whose head's own layer is behind them; set it to 1 and give its devices to data, "
+    "fsdp or tensor",
     ("encoder_decoder", "context"): "mesh.context: cross-attention looks at whole sequences, which "
     "context=2 splits; set it to 1, or sharding.compute.seq and residual to null",
 }
@@ -192,7 +226,7 @@ def test_what_layers_cannot_be_split_so_is_refused(model, axis):
     assert str(error.value) == REFUSED[model, axis]
 
 
-@pytest.mark.parametrize("model", ["pattern", "latent", "encoder_decoder"])
+@pytest.mark.parametrize("model", ["pattern", "latent", "encoder", "encoder_decoder"])
 def test_a_search_proposes_nothing_that_is_refused(model):
     """Every candidate that divides passes the run's own checks."""
     config = run(model, "dp")

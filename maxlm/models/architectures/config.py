@@ -12,7 +12,7 @@ from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.models.layers.rope import YarnScaling, yarn_mscale
+from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, yarn_mscale
 from maxlm.models.remat import RematPolicy
 
 
@@ -20,7 +20,7 @@ class LayerKind(Config):
     """How one layer of a pattern differs from the others."""
 
     window: int | None = Field(default=None, gt=0)
-    """Of its attention, in place of ``attention.window``."""
+    """Of its attention; null: it sees all before it."""
     positions: PositionsConfig | None = None
     """In place of the model's."""
 
@@ -126,33 +126,56 @@ class TransformerConfig(Config):
             )
         if self.dense_layers and self.pattern:
             raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
+        if self.pattern and self.attention.window is not None:
+            raise MaxlmError(
+                f"attention.window={self.attention.window} with a pattern",
+                where="pattern",
+                fix="give windows to its kinds of layers alone",
+            )
         return self
 
     @model_validator(mode="after")
     def _positions_fit(self) -> Self:
         for kind in self.kinds:
             self._check_positions(kind.positions or self.positions)
-        scheme = self.positions.kind
-        if any(kind.positions and kind.positions.kind != scheme for kind in self.pattern):
+        scheme, own = self.positions.kind, [kind.positions for kind in self.pattern]
+        if any(positions and positions.kind != scheme for positions in own):
             raise MaxlmError(
                 f"a pattern of other positions than {scheme}",
                 where="pattern",
                 fix="let all layers have one kind",
             )
+        if scheme not in ("rope", "alibi") and any(own):
+            raise MaxlmError(
+                f"a pattern of positions of kind={scheme}, of which a model has one",
+                where="pattern",
+                fix="leave them out",
+            )
         return self
 
     def _check_positions(self, positions: PositionsConfig) -> None:
         latent, head = self.attention.latent, self.attention.head_dim
-        if latent is not None:
-            if positions.kind != "rope":
-                raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
-            return
-        if positions.kind == "rope" and (positions.rotary_dim or head) % 2:
-            raise ValueError(f"rope needs an even head_dim, not {head}")
-        if (positions.rotary_dim or 0) > head:
+        if latent is not None and positions.kind != "rope":
+            raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
+        if latent is not None and positions.rotary_dim is not None:
             raise MaxlmError(
-                f"positions.rotary_dim={positions.rotary_dim} of attention.head_dim={head}",
+                f"positions.rotary_dim={positions.rotary_dim} with latent attention",
+                fix="set attention.latent.rotary_dim alone",
+            )
+        if positions.kind != "rope":
+            return
+        size = latent.rotary_dim if latent else positions.rotary_dim or head
+        if size % 2:
+            raise ValueError(f"rope needs an even head_dim, not {size}")
+        if size > head:
+            raise MaxlmError(
+                f"positions.rotary_dim={size} of attention.head_dim={head}",
                 fix="turn at most all dimensions",
+            )
+        if size == 2 and isinstance(positions.scaling, NtkScaling | DynamicNtkScaling):
+            raise MaxlmError(
+                f"scaling.kind={positions.scaling.kind} of one pair of dimensions",
+                fix="turn more of them, or use another scaling",
             )
 
     @property
@@ -252,6 +275,7 @@ class TransformerConfig(Config):
             "num_heads": group * kv_heads,
             "num_kv_heads": kv_heads,
             "head_dim": head_dim,
+            "window": attention.window and max(2, seq_len // 4),
         }
         if latent := attention.latent:
             ranks = {"q_rank": latent.q_rank and head_dim, "kv_rank": head_dim}

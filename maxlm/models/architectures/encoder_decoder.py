@@ -4,14 +4,17 @@ the first made of it (T5, BART)."""
 from typing import Any, Literal
 
 import jax
+from jax import lax
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.config import TransformerConfig, TrunkParts
-from maxlm.models.architectures.transformer import Transformer
+from maxlm.models.architectures.transformer import Remembered, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Memory
+from maxlm.models.blocks import Block, Memory
+from maxlm.models.layers.attention import KVCache
+from maxlm.models.params import bind, values
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -34,6 +37,14 @@ class EncoderDecoderConfig(TransformerConfig):
             raise MaxlmError(
                 "an encoder and a decoder with windows, a pattern or dense_layers",
                 fix="leave them out; such layers are for decoders alone",
+            )
+        if self.placement not in ("pre", "post"):
+            raise MaxlmError(
+                f"placement={self.placement} with cross-attention", fix="use pre or post"
+            )
+        if self.attention.latent is not None:
+            raise MaxlmError(
+                "cross-attention with attention.latent", fix="leave it out, or use a decoder alone"
             )
         return self
 
@@ -85,6 +96,15 @@ class EncoderDecoder(Transformer):
         x = self.encoder.entered(self.embedding(tokens), positions)
         x, aux = self.encoder.run_layers(x, (positions, segment_ids))
         return Memory(self.encoder.finished(x), segment_ids), aux
+
+    def remembered(self, inputs: Tokens) -> Remembered:
+        """For inference: what every layer will look up of the input, made once."""
+        memory, _ = self.encoded(inputs)
+
+        def keys(stacked: Block) -> KVCache:
+            return lax.map(lambda own: bind(stacked, own).keys_of(memory), values(stacked))
+
+        return Remembered({name: keys(s) for name, s in self.parts.items()}, memory.segment_ids)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

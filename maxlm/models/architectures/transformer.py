@@ -21,6 +21,15 @@ from maxlm.parallel.local import spec_of
 from maxlm.sharding import AxisRules
 
 
+class Remembered(NamedTuple):
+    """For inference: what a decoder's layers look up of an encoder's output."""
+
+    keys: dict[str, KVCache]
+    """By stack, [L, B, T, K, H]."""
+    segment_ids: jax.Array | None
+    """int [B, T]."""
+
+
 class Head(NamedTuple):
     """Logits are cap·tanh((hidden · kernel + bias) / cap)."""
 
@@ -93,28 +102,32 @@ class Transformer(Trunk):
         tokens: jax.Array,
         positions: jax.Array,
         cache: Cache,
-        memory: Memory | None = None,
+        memory: Remembered | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """For inference: hidden states of tokens that come after those in the cache.
 
         Args:
             tokens, positions: int [B, S].
             cache: see inference/cache.py.
-            memory: an encoder's output, if there is one.
+            memory: of an encoder, if there is one.
+            lengths: int [B], tokens of each row so far, where others are padding; None: none are.
 
         Returns:
             [B, S, D], and the cache with these tokens in it.
         """
 
-        def layer(seen: Seen, block: Block, x: jax.Array, cache: KVCache):
-            x, kept, _ = block(x, seen, cache, memory)
+        def layer(seen: Seen, block: Block, x: jax.Array, held: Any):
+            cache, keys = held
+            looked_at = None if memory is None else Memory(keys, memory.segment_ids)
+            x, kept, _ = block(x, seen, cache, looked_at)
             return x, kept
 
         x, written = self.embed(tokens, positions), {}
         for part in self.config.parts:
-            bodies = [partial(layer, seen) for seen in self.seen_by_kind(part, positions)]
-            stacked = self.parts[part.name]
-            x, written[part.name] = scan_cached(stacked, bodies, x, cache[part.name])
+            bodies = [partial(layer, seen) for seen in self.seen_by_kind(part, positions, lengths)]
+            held = cache[part.name], memory and memory.keys[part.name]
+            x, written[part.name] = scan_cached(self.parts[part.name], bodies, x, held)
         return self.finished(x), written
 
     def unembedding(self) -> Weight:
@@ -129,7 +142,7 @@ class Transformer(Trunk):
         """How hidden states become logits; training fuses that with the loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
-            hidden = hidden * jnp.asarray(scale, hidden.dtype)
+            hidden = (hidden.astype(precise(self.dtype)) * scale).astype(hidden.dtype)
         if self.head_bias is not None:
             bias = weight(self.head_bias, self.rules, precise(self.dtype)).value
         return Head(hidden, self.unembedding(), bias, self.config.logit_cap)

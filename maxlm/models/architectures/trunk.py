@@ -147,39 +147,48 @@ class Trunk(nnx.Module):
             return x, aux
 
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
-        states, segments = memory or (None, None)
+        states: Any = memory and memory.states
+        segments = memory and memory.segment_ids
         context, shared = (self._contexts(part, where), segments), Shared(self.biases(), states)
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
 
-    def seen_by_kind(self, part: Part, positions: jax.Array) -> Iterator[Seen]:
+    def seen_by_kind(
+        self, part: Part, positions: jax.Array, lengths: jax.Array | None
+    ) -> Iterator[Seen]:
         """For inference: what layers are told of tokens at these positions."""
-        biases = self.biases()
-        for kind, context in zip(part.kinds, self._contexts(part, (positions, None)), strict=True):
+        biases, contexts = self.biases(), self._contexts(part, (positions, None), lengths)
+        for kind, context in zip(part.kinds, contexts, strict=True):
             yield self._seen(kind, context, biases)
 
-    def _contexts(self, part: Part, where: Where) -> tuple[Any, ...]:
+    def _contexts(
+        self, part: Part, where: Where, lengths: jax.Array | None = None
+    ) -> tuple[Any, ...]:
         """For each kind of layer, positions, segment ids and angles."""
-        turns = {kind.positions: self.rotary(kind, where[0]) for kind in part.kinds}
+        turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}
         return tuple((*where, turns[kind.positions]) for kind in part.kinds)
 
     def _seen(self, kind: LayerKind, context: Any, biases: Any) -> Seen:
         slopes, config = None, self.config
         if config.positions.kind == "alibi":
             heads = config.attention.num_heads
-            slopes = jnp.asarray(alibi_slopes(heads, config.positions.max_bias))
+            own = kind.positions or config.positions
+            slopes = jnp.asarray(alibi_slopes(heads, own.max_bias))
         scale = config.score_scale(kind)
         positions, segment_ids, turns = context
         return Seen(positions, segment_ids, turns, slopes, biases, scale, kind.window, self.causal)
 
-    def rotary(self, kind: LayerKind, positions: jax.Array) -> Rotary | None:
+    def rotary(
+        self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
+    ) -> Rotary | None:
         """The angles of positions, where the model turns queries and keys."""
         own, attention = kind.positions or self.config.positions, self.config.attention
         if own.kind != "rope":
             return None
         size = own.rotary_dim or attention.head_dim
         size = attention.latent.rotary_dim if attention.latent else size
-        return rotary(positions, size, own.theta, own.scaling, precise(self.dtype))
+        how = (own.theta, own.scaling, precise(self.dtype))
+        return rotary(positions, size, *how, lengths=lengths)
 
     def biases(self) -> jax.Array | None:
         """See :class:`Shared`."""

@@ -177,26 +177,31 @@ class Attention(nnx.Module):
             y = attend(q, cache.key, cache.value, q_positions=seen.positions)
         return self.out(y, seq="residual"), cache
 
+    def keys_of(self, memory: jax.Array) -> KVCache:
+        """For :meth:`across`: keys and values of an encoder's output [B, T, D]."""
+        k, v = self._clipped(*apply_together(memory, self.key, self.value))
+        k = k if self.key_norm is None else self.key_norm(k)
+        return KVCache(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
+
     def across(
-        self, x: jax.Array, memory: jax.Array, segment_ids: tuple[jax.Array, jax.Array] | None
+        self, x: jax.Array, keys: KVCache, segment_ids: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
-        """Cross-attention: every token sees all of ``memory`` in its segment, without positions.
+        """Cross-attention: every token sees all of an encoder's in its segment, without positions.
 
         Args:
             x: [B, S, D].
-            memory: [B, T, D], what an encoder made of the input.
+            keys: :meth:`keys_of` the encoder's output.
             segment_ids: int [B, S] and [B, T].
 
         Returns:
             [B, S, D].
         """
-        q = self.query(x)
-        k, v = apply_together(memory, self.key, self.value)
-        q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
+        (q,) = self._clipped(self.query(x))
+        q = q if self.query_norm is None else self.query_norm(q)
         y = sharded_attention(
-            q,
-            k,
-            v,
+            checkpoint_name(q, "qkv"),
+            keys.key,
+            keys.value,
             rules=self.rules,
             causal=False,
             scale=self.config.scale,

@@ -18,7 +18,7 @@ class PositionsConfig(Config):
     the embedding, and cannot go past it; sinusoidal adds fixed waves; alibi takes from each score
     in proportion to distance; relative adds a learnt bias by distance to each score; none leaves
     order to the causal mask."""
-    theta: float = Field(default=10_000.0, gt=0)
+    theta: float = Field(default=10_000.0, gt=1)
     """RoPE's base: the longest wavelength is about 2π·theta tokens."""
     rotary_dim: int | None = Field(default=None, gt=0)
     """How many of a head's dimensions RoPE turns, the first ones; null: all."""
@@ -32,6 +32,15 @@ class PositionsConfig(Config):
     """relative: learnt values a head, shared by distances that are alike."""
     max_distance: int = Field(default=128, gt=1)
     """relative: distances from here on are alike."""
+
+    @model_validator(mode="after")
+    def _distances(self):
+        if self.kind == "relative" and self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"max_distance={self.max_distance} is not beyond the {self.buckets // 2} distances "
+                "with a bucket each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs(self):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maxlm.config import Config
 
@@ -40,8 +40,8 @@ class NtkScaling(Config):
 
 class DynamicNtkScaling(Config):
     """NTK-aware with the factor that the sequence at hand needs: factor · n / original_length −
-    (factor − 1) for n tokens, none up to ``original_length`` (Peng et al. 2023, §3.3). n is a
-    row's last position, so short sequences are computed as before."""
+    (factor − 1) for n tokens, none up to ``original_length`` (Peng et al. 2023, §3.3). n is the
+    row's longest document, so short sequences are computed as before."""
 
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"
     factor: Factor
@@ -78,6 +78,15 @@ class Llama3Scaling(Config):
     low_freq_factor: float = Field(default=1.0, gt=0)
     high_freq_factor: float = Field(default=4.0, gt=0)
     original_length: Length
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+        return self
 
 
 Scaling = Annotated[
@@ -151,7 +160,13 @@ def amplitude(scaling: Any) -> float:
 
 
 def rotary(
-    positions: jax.Array, size: int, theta: float, scaling: Any = None, dtype: Any = jnp.float32
+    positions: jax.Array,
+    size: int,
+    theta: float,
+    scaling: Any = None,
+    dtype: Any = jnp.float32,
+    *,
+    lengths: jax.Array | None = None,
 ) -> Rotary:
     """Angles of rotary embeddings (Su et al. 2021, eq. 15).
 
@@ -159,21 +174,22 @@ def rotary(
         positions: int [B, S].
         size: R, the dimensions that are turned; even.
         dtype: of angles, cosines and sines; fp32 or wider.
+        lengths: int [B], the tokens of each row; None: one more than its last position.
     """
     turns: Any = frequencies(theta, size, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
-        turns = _dynamic(positions, size, theta, scaling, dtype)
+        lengths = 1 + positions.max(axis=1) if lengths is None else lengths
+        turns = _dynamic(lengths, size, theta, scaling, dtype)
     angle = positions[..., None, None].astype(dtype) * turns
     scale = amplitude(scaling)
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 
 def _dynamic(
-    positions: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
+    lengths: jax.Array, size: int, theta: float, scaling: DynamicNtkScaling, dtype: Any
 ) -> jax.Array:
     """[B, 1, 1, R/2] in ``dtype``."""
-    length = 1 + positions.max(axis=1, keepdims=True)[..., None, None]
-    length = jnp.maximum(length, scaling.original_length).astype(dtype)
+    length = jnp.maximum(lengths, scaling.original_length).astype(dtype)[:, None, None, None]
     factor = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
     base = theta * factor ** (size / (size - 2))
     return base ** (-jnp.arange(0, size, 2, dtype=dtype) / size)

@@ -1,0 +1,106 @@
+"""Promise: an output token by token, with what layers look up of the input made once, is that of
+whole passes; and its attention to the input is computed as other attention is."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.inference.generate import generate
+from maxlm.inference.sampling import SamplingConfig
+from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from maxlm.models.params import bind, named, param_specs
+from maxlm.sharding import AxisRules
+
+BOTH: dict[str, Any] = {
+    "vocab_size": 53,
+    "num_layers": 3,
+    "encoder_layers": 2,
+    "d_model": 20,
+    "max_seq_len": 64,
+    "start_id": 4,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "qk_norm": True},
+    "mlp": {"d_ff": 28},
+    "positions": {"kind": "relative", "buckets": 8, "max_distance": 20},
+    "init_std": 0.5,
+}
+PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], list(range(20, 33))]
+
+
+@pytest.fixture
+def both(one_device_mesh):
+    with jax.set_mesh(one_device_mesh):
+        yield built(clip=2.0)
+
+
+def built(**attention: Any) -> tuple[EncoderDecoder, Any]:
+    config = EncoderDecoderConfig(**BOTH | {"attention": BOTH["attention"] | attention})
+    model = config.build(rules=AxisRules(), dtype=jnp.float32)
+    return model, random_params(model)
+
+
+def random_params(model: EncoderDecoder) -> Any:
+    def value(spec):
+        drawn = np.random.default_rng(spec.shape).normal(0, 0.5, spec.shape).astype(np.float32)
+        return jnp.asarray(1 + 0.3 * drawn if spec.role == "vector" else drawn)
+
+    return jax.tree.map(value, param_specs(model))
+
+
+def forward(model, params, prompt, written) -> np.ndarray:
+    """Logits [S, V] of an output [S] for one prompt, by a whole pass."""
+    # One width, one compilation: what follows a token does not change its logits.
+    output = np.zeros((1, 8), np.int32)
+    output[0, : len(written)] = written
+    return np.asarray(_forward(model, params, np.array([prompt]), output))[0, : len(written)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(model, params, source, output):
+    def places(ids):
+        return jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+
+    bound = bind(model, params)
+    hidden, _ = bound(output, places(output), inputs=(source, places(source), None))
+    return bound.logits(hidden)
+
+
+def test_greedy_rows_equal_whole_passes(both):
+    model, params = both
+    greedy = SamplingConfig(temperature=0, max_new_tokens=5)
+    steps = generate(model, params, PROMPTS, greedy, eos_id=None, key=jax.random.key(0))
+    got = [list(row) for row in zip(*steps, strict=True)]
+    for prompt, row in zip(PROMPTS, got, strict=True):
+        written = [model.config.start_id]
+        for _ in row:
+            written.append(int(forward(model, params, prompt, written)[-1].argmax()))
+        assert row == written[1:]
+    assert len({tuple(row) for row in got}) == len(got)  # the input matters
+
+
+def scaled(params: Any, name: str, factor: float) -> Any:
+    flat = named(params)
+    assert sum(key.endswith(name) for key in flat) == 1
+    leaves = [value * (factor if key.endswith(name) else 1) for key, value in flat.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+@pytest.mark.parametrize("name", ["query", "key"])
+def test_queries_and_keys_across_are_normalised(name, one_device_mesh):
+    """So that their sizes do not matter."""
+    with jax.set_mesh(one_device_mesh):
+        model, params = built()
+        large = scaled(params, f"layers.cross.{name}.kernel", 3.0)
+        got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in (params, large))
+    np.testing.assert_allclose(got, same, rtol=1e-3, atol=1e-3)
+
+
+def test_values_across_are_cut_off(both):
+    """Far beyond the limit only their signs are left."""
+    model, params = both
+    large = [scaled(params, "layers.cross.value.kernel", factor) for factor in (1e5, 1e6)]
+    got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in large)
+    np.testing.assert_allclose(got, same, rtol=1e-4, atol=1e-4)
