@@ -24,12 +24,13 @@ def command(
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.
 
-    Tensors pass one at a time, so that a model need not fit in memory.
+    Tensors pass one at a time, so that a model need not fit in memory. To go on from an imported
+    run, train under a new name with train.start_from=TARGET.
     """
     from maxlm.config import MaxlmError
     from maxlm.data.store.progress import show_progress
 
-    if shard_gb <= 0:
+    if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
     from maxlm.programs.convert import convert
 

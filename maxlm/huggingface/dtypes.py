@@ -44,6 +44,15 @@ class Dtypes(Config):
     def of(self, name: str) -> str:
         return self.exceptions.get(name, self.default)
 
+    def renamed(self, names: Mapping[str, str]) -> "Dtypes":
+        """The same under other names.
+
+        Args:
+            names: old → new, of all tensors.
+        """
+        kinds = {names[name]: dtype for name, dtype in self.exceptions.items()}
+        return Dtypes(default=self.default, exceptions=kinds)
+
     @classmethod
     def common(cls, dtypes: Mapping[str, str]) -> "Dtypes":
         """The shortest description of each tensor's own."""
@@ -80,7 +89,9 @@ def cast(values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
         raise MaxlmError(
             f"its {values.dtype.name} values would be rounded to {dtype.name}",
             where=where,
-            fix="ask for that outright, or for a format that holds them",
+            fix="save the model as float32 first"
+            if values.dtype == np.float64
+            else "ask for that outright, or for a format that holds them",
         )
     return result
 

@@ -6,14 +6,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from pydantic import BaseModel
+from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, differences, load, to_yaml
+from maxlm.config import MaxlmError, Origin, differences, load, to_yaml
+from maxlm.config.keys import dotted
+from maxlm.config.layers import Tree
+from maxlm.config.load import validate
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
+from maxlm.data.tokenizer.codec import CodecTokenizer
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
 from maxlm.huggingface.convert import Progress, export_tensors, import_tensors, silent
 from maxlm.huggingface.dtypes import Dtypes
@@ -22,7 +27,7 @@ from maxlm.huggingface.writer import SHARD_BYTES
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.families.family import Family
 from maxlm.models.params import named, param_specs
-from maxlm.objectives import ARCHITECTURES
+from maxlm.objectives import ARCHITECTURES, marks_needed
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 
@@ -36,6 +41,8 @@ _ASIDE = (
     "moe.capacity_factor",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Literals of published tokenizers' marks.
+_MASKS, _SENTINEL = ("[MASK]", "<mask>"), "<extra_id_{}>"
 # By the names that config.json has for number formats.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -64,14 +71,26 @@ def convert(
 ) -> Converted:
     """A Hugging Face folder to a run, or a run to a Hugging Face folder: whichever ``source`` is.
 
+    Args:
+        family, dtype, step, shard_bytes: of ``to_published``; the other way knows no choice.
+
     Raises:
-        MaxlmError: neither is there, or anything wrong with it.
+        MaxlmError: neither is there, or anything wrong with it; a choice where there is none.
     """
     source, target = Path(source), Path(target)
+    how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
     if (source / "config.yaml").exists():
-        how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
         return to_published(source, target, shard_bytes=shard_bytes, progress=progress, **how)
     if (source / "config.json").exists():
+        how["shard-gb"] = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
+        for option, value in how.items():
+            if value is not None:
+                raise MaxlmError(
+                    f"--{option} {value} says how a run is written, and this is a published "
+                    "checkpoint",
+                    where=str(source),
+                    fix="leave it out",
+                )
         return to_run(source, target, progress=progress)
     raise MaxlmError(
         "no such folder" if not source.exists() else "neither config.json nor config.yaml here",
@@ -90,15 +109,15 @@ def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Conver
             damaged, missing, extra or misshaped tensors; a tokenizer larger than the model.
     """
     _check_free(target)
-    values = _read_json(source / "config.json")
-    family = family_of(values, str(source / "config.json"))
+    where = source / "config.json"
+    values = _read_json(where)
+    family = family_of(values, str(where))
     tensors = stored_tensors(source)
-    settings, notes = family.settings(values, str(source / "config.json"), tensors)
-    tokenizer = import_tokenizer(source) if _has_tokenizer(source) else None
-    if tokenizer is None:
-        notes.append("no tokenizer: there is no tokenizer.json or tokenizer.model beside it")
-    config = _run_config(settings, target, tokenizer)
-    _check_vocabulary(config, tokenizer, source)
+    settings, notes = family.settings(values, str(where), tensors)
+    config = _run_config(settings, target, where)
+    tokenizer, told = _import_tokenizer(source, config)
+    config, marks = _with_tokenizer(config, target, tokenizer)
+    notes += told + marks
     specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
     entries = family.entries(config.model, tensors)
     with _whole(target) as folder:
@@ -108,6 +127,9 @@ def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Conver
             )
             used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
             notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
+            # The way back asks under the usual names.
+            usual = [entry.theirs for entry in family.entries(config.model)]
+            dtypes = dtypes.renamed(dict(zip((e.theirs for e in entries), usual, strict=True)))
             writer.commit(
                 {
                     "config": config.model_dump(mode="json"),
@@ -174,38 +196,80 @@ def to_published(
     return Converted(chosen.name, target, parameters, kept.default, [])
 
 
-def _run_config(
-    settings: Mapping[str, Any], target: Path, tokenizer: Tokenizer | None
-) -> RunConfig:
-    """A run that goes on from these weights, on text to be named."""
+def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
+    """A run that goes on from these weights, on text to be named.
+
+    Raises:
+        MaxlmError: settings that no model has.
+    """
     objective = next(k for k, a in ARCHITECTURES.items() if a == settings["architecture"])
-    seq_len = min(settings["max_seq_len"] * 2 // 3, 512)
-    named_tokenizer: dict[str, Any] = {}
-    if tokenizer is not None:
-        named_tokenizer = {"kind": "huggingface", "path": str(target / "tokenizer")}
-    return RunConfig.model_validate(
-        {
-            "name": target.name,
-            "folder": str(target.parent),
-            "model": settings,
-            "tokenizer": named_tokenizer,
-            "objective": {"kind": objective},
-            "data": {"seq_len": max(seq_len, 1)},
-        }
-    )
+    longest = settings["max_seq_len"]
+    seq_len = min(longest * 2 // 3, 512) if isinstance(longest, int) else 1
+    tree = {
+        "name": target.name,
+        "folder": str(target.parent),
+        "model": dict(settings),
+        "objective": {"kind": objective},
+        "data": {"seq_len": max(seq_len, 1)},
+    }
+    return validate(RunConfig, Tree(tree, {(): Origin(str(where))}))
 
 
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer | None, source: Path) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer beside a model, and what is worth telling.
+
+    Raises:
+        MaxlmError: it gives text ids that the model's table has no rows for.
+    """
+    if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None, ["no tokenizer: there is no tokenizer.json or tokenizer.model beside it"]
+    rows = config.model.vocab_size
+    tokenizer = import_tokenizer(source, rows=rows)
+    if tokenizer.vocab_size > rows:
+        whole = import_tokenizer(source).vocab_size
         raise MaxlmError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model's table "
-            f"{config.model.vocab_size} rows",
+            f"the tokenizer has {whole} ids, the model's table {rows} rows",
             where=str(source),
             fix="use the tokenizer that the model was trained with",
         )
+    assert isinstance(tokenizer, CodecTokenizer)
+    lost = getattr(tokenizer.codec, "left_out", ())
+    return tokenizer, [
+        f"left out of the tokenizer: {x}, which the table has no row for" for x in lost
+    ]
 
 
-def _chosen(model: BaseModel, name: str | None) -> Family:
+def _with_tokenizer(
+    config: RunConfig, target: Path, tokenizer: Tokenizer | None
+) -> tuple[RunConfig, list[str]]:
+    """A run with its tokenizer and the marks of its objective, and what is worth telling."""
+    if tokenizer is None:
+        return config, []
+    assert isinstance(tokenizer, CodecTokenizer)
+    special, kind = tokenizer.special_tokens, config.objective.kind
+    marks: dict[str, int] = {}
+    if kind == "mlm":
+        mask = next((special[literal] for literal in _MASKS if literal in special), None)
+        marks = {} if mask is None else {"mask_id": mask}
+    elif kind == "span_corruption" and (first := special.get(_SENTINEL.format(0))) is not None:
+        count = next(n for n in count_from(1) if special.get(_SENTINEL.format(n)) != first - n)
+        marks = {"first_sentinel": first, "sentinels": count}
+    values = config.model_dump() | {
+        "tokenizer": {"kind": tokenizer.kind, "path": str(target / "tokenizer")},
+        "objective": config.objective.model_dump() | marks,
+    }
+    found = RunConfig.model_validate(values)
+    needed = marks_needed(found.objective)
+    if needed and tokenizer.vocab_size + needed > config.model.vocab_size:
+        name = "mask_id" if kind == "mlm" else "first_sentinel and objective.sentinels"
+        return found, [
+            f"to train it, name ids for the marks of objective.kind={kind} in objective.{name}: "
+            "the tokenizer has none, and the table no rows to spare"
+        ]
+    return found, []
+
+
+def _chosen(model: Any, name: str | None) -> Family:
     """The family of a name, or the first that can say what a model computes."""
     if name is not None:
         if name not in FAMILIES:
@@ -227,13 +291,19 @@ def _chosen(model: BaseModel, name: str | None) -> Family:
     )
 
 
-def _lost(model: BaseModel, family: Family) -> str | None:
+def _lost(model: Any, family: Family) -> str | None:
     """What a family's config.json would not say of a model; None: nothing."""
+    if model.architecture != family.shape:
+        return f"model.architecture={model.architecture}"
     try:
         settings, _ = family.settings(family.config_json(model), family.name)
         again = type(model).model_validate(settings)
-    except (MaxlmError, AssertionError, AttributeError, ValueError) as error:
-        return str(error) or "its kind of layers"
+    except MaxlmError as error:
+        return error.what
+    except ValidationError as error:
+        return f"its model.{dotted(error.errors()[0]['loc'])}"
+    except (AssertionError, AttributeError):
+        return "its kind of layers"
     different = differences(model.model_dump(mode="json"), again.model_dump(mode="json"))
     for key, ours, _ in different:
         if not key.startswith(_ASIDE):
@@ -254,13 +324,13 @@ def _known_dtype(dtype: str) -> str:
     return DTYPES[dtype]
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-
-
 def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
+    if target.resolve() == Path.cwd():
+        raise MaxlmError(
+            "the folder that this runs in cannot be replaced", where=str(target), fix="name another"
+        )
 
 
 @contextmanager

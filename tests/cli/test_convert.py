@@ -1,7 +1,9 @@
 """maxlm convert: there and back, and a line for whatever is wrong with what it is given, with
 nothing left behind."""
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +107,20 @@ REFUSED: dict[str, tuple[Change, str]] = {
         config(attention_sink_size=4),
         "their/config.json: attention_sink_size=4 is not implemented; convert a model without it; "
         "dropping it silently could change the model",
+    ),
+    "a setting that no model can have": (
+        config(rope_parameters={"rope_type": "linear", "factor": 0.5}),
+        "their/config.json: model.positions.scaling.factor must be greater than or equal to 1, not "
+        "0.5",
+    ),
+    "heads that do not go together": (
+        config(num_key_value_heads=4),
+        "their/config.json: model.attention: ...",
+    ),
+    "a size that is no number": (
+        config(hidden_size="big"),
+        "their/config.json: hidden_size='big' is not a whole number above 0; take it from the "
+        "published model",
     ),
     "a setting that is missing": (
         config(num_hidden_layers=None),
@@ -225,6 +241,11 @@ def test_targets_that_are_there(run, tmp_path):
     (tmp_path / "runs/mine/notes.txt").write_text("keep")
     message = "runs/mine: not an empty folder; name a new one"
     check_refused(run, tmp_path, ["their", "runs/mine"], message)
+    with contextlib.chdir(tmp_path / "runs"):
+        Path("here").mkdir()
+        os.chdir("here")
+        message = ".: the folder that this runs in cannot be replaced; name another"
+        check_refused(run, tmp_path, ["../../their", "."], message)
     message = "nowhere: no such folder; name a Hugging Face checkpoint's folder, or a run's such as"
     check_refused(run, tmp_path, ["nowhere", "runs/other"], f"{message} runs/demo")
 
@@ -255,9 +276,32 @@ REFUSED_BACK = {
     "new --family gpt2": "config.yaml: model: GPT2LMHeadModel has no word for ...; name another "
     "--family, or change the model",
     "new --step 3": "runs/mine/checkpoints: no checkpoint of step 3; use one of 0",
-    "new --shard-gb 0": "--shard-gb 0.0; use a number above 0",
+    "new --family t5": "config.yaml: model: T5ForConditionalGeneration has no word for "
+    "model.architecture=decoder; name another --family, or change the model",
+    "new --family gemma": "config.yaml: model: GemmaForCausalLM has no word for ...; name another "
+    "--family, or change the model",
+    "new --family mixtral": "config.yaml: model: MixtralForCausalLM has no word for its kind of "
+    "layers; name another --family, or change the model",
+    **{
+        f"new --shard-gb {size}": f"--shard-gb {float(size)}; use a number above 0"
+        for size in ("0", "-1", "nan", "inf")
+    },
     "again": "again: not an empty folder; name a new one",
 }
+
+
+def test_choices_where_there_is_none(run, tmp_path):
+    for option, value in (
+        ("family", "llama"),
+        ("dtype", "float32"),
+        ("step", "3"),
+        ("shard-gb", "1.5"),
+    ):
+        message = (
+            f"their: --{option} {value} says how a run is written, and this is a published "
+            "checkpoint; leave it out"
+        )
+        check_refused(run, tmp_path, ["their", "new", f"--{option}", value], message)
 
 
 def test_values_that_a_format_cannot_hold(run, tmp_path):

@@ -174,7 +174,7 @@ def test_rounding_on_import_is_refused_unless_asked(tmp_path):
     folder = save(tmp_path / "theirs", tensors("F64", embed="F32"))
     folder64 = save(tmp_path / "sixty-four", tensors() | {"head": np.full((V, D), 0.1)})
     imported(folder, tmp_path / "exact")  # fp64 that fp32 holds
-    with pytest.raises(MaxlmError, match="head: its float64 values would be rounded to float32"):
+    with pytest.raises(MaxlmError, match=r"head: its float64 values would be .* save the model as"):
         imported(folder64, tmp_path / "ours")
     assert not list((tmp_path / "ours").iterdir())
     imported(folder64, tmp_path / "ours", lossy=True)

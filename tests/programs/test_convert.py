@@ -13,15 +13,19 @@ import pytest
 
 from maxlm.config import MaxlmError, load, to_yaml
 from maxlm.data.tokenizer import load_tokenizer
+from maxlm.data.tokenizer.foreign import import_tokenizer
 from maxlm.huggingface.checkpoint import CheckpointWriter
 from maxlm.huggingface.files import read, stored_tensors
+from maxlm.models.families import family_of
 from maxlm.models.params import named, param_specs
 from maxlm.programs.convert import convert
 from maxlm.programs.load import load_run
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from tests.models import tiny_tokenizers
 from tests.models.published import folder_of, golden
+from tests.parity import compare
 from tests.programs import tiny
 
 LLAMA = tiny.settings(Path(), "")["model"]
@@ -180,3 +184,139 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
     convert(tmp_path / "run", tmp_path / "again")
     for name in {*files, "tokenizer_config.json", "special_tokens_map.json"}:
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2"],
+)
+def test_a_tied_head_may_be_stored_again(name, tmp_path):
+    tensors = dict(golden(name).tensors)
+    table = tensors["model.embed_tokens.weight"]
+    for head, folder in ((table, "same"), (table[::-1].copy(), "other")):
+        stored = tensors | {"lm_head.weight": head}
+        folder_of(name, tmp_path / folder, stored, tie_word_embeddings=True)
+    convert(tmp_path / "same", tmp_path / "run")
+    assert load(RunConfig, tmp_path / "run/config.yaml").value.model.tie_embeddings
+    convert(tmp_path / "run", tmp_path / "again")
+    del tensors["lm_head.weight"]
+    check_same_tensors(tmp_path / "again", tensors)
+    with pytest.raises(MaxlmError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        convert(tmp_path / "other", tmp_path / "run2")
+
+
+def bare_bart(folder: Path) -> Path:
+    """BART as published without its head: its logits have no offsets, its names no prefix."""
+    tensors = dict(golden("bart").tensors)
+    del tensors["final_logits_bias"]
+    tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+    return folder_of("bart", folder, tensors, architectures=["BartModel"])
+
+
+def test_bart_without_its_head(tmp_path):
+    source, own = bare_bart(tmp_path / "their"), golden("bart")
+    convert(source, tmp_path / "run")
+    model = load(RunConfig, tmp_path / "run/config.yaml").value.model
+    assert not model.head_bias
+    places = np.broadcast_to(np.arange(own.shown["source"].shape[1]), own.shown["source"].shape)
+    inputs = (own.shown["source"], places, None)
+    config, tensors = compare.tensors_of(source)
+    assert compare.read(config, tensors)[1] == model
+    entries = family_of(config, "config.json").entries(model, tensors)
+    exact = {key: value.astype(np.float32) for key, value in tensors.items()}
+    params = compare.parameters(model, entries, exact)
+    got = compare.logits(model, params, own.shown["tokens"], inputs=inputs)
+    want = own.logits - own.tensors["final_logits_bias"].astype(np.float32)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(own.logits).max())
+
+    convert(tmp_path / "run", tmp_path / "again")
+    values = json.loads((tmp_path / "again/config.json").read_text())
+    assert values["architectures"] == ["BartModel"]
+    check_same_tensors(
+        tmp_path / "again",
+        {name: value for name, value in own.tensors.items() if name != "final_logits_bias"},
+    )
+    convert(tmp_path / "again", tmp_path / "run2")
+    assert load(RunConfig, tmp_path / "run2/config.yaml").value.model == model
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_number_formats_come_back_under_usual_names(name, tmp_path):
+    """Some published files leave a prefix out, or spell norms otherwise."""
+    usual = dict(golden(name).tensors)
+    exact = [key for key in usual if "ln_f" in key or "LayerNorm" in key]
+    usual |= {key: np.linspace(-1, 1, usual[key].size, dtype=np.float32) for key in exact}
+
+    def spelt(key: str) -> str:
+        key = key.removeprefix("transformer.") if name == "gpt2" else key
+        return key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta")
+
+    folder_of(name, tmp_path / "their", {spelt(key): value for key, value in usual.items()})
+    assert {spelt(key) for key in exact}.isdisjoint(exact)
+    convert(tmp_path / "their", tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "again")
+    check_same_tensors(tmp_path / "again", usual)
+
+
+def test_special_tokens_that_the_table_has_no_rows_for(tmp_path):
+    source = folder_of("gemma3", tmp_path / "their")
+    tiny_tokenizers.save(tiny_tokenizers.images(97), source, bos_token="<bos>", eos_token="<eos>")
+    assert import_tokenizer(source).vocab_size == 98
+    done = convert(source, tmp_path / "run")
+    assert done.notes == ["left out of the tokenizer: <image>, which the table has no row for"]
+    assert load_tokenizer(tmp_path / "run/tokenizer").vocab_size == 97
+    convert(tmp_path / "run", tmp_path / "again")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (source / file).read_bytes()
+
+
+MARKS = {
+    "bert": (tiny_tokenizers.bert, {"mask_id": 4}),
+    "t5": (tiny_tokenizers.t5, {"first_sentinel": 60, "sentinels": tiny_tokenizers.SENTINELS}),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
+    make, marks = MARKS[name]
+    source = folder_of(name, tmp_path / "their")
+    tiny_tokenizers.save(make(), source, pad_token=make().id_to_token(0))
+    if name == "bert":
+        tiny_tokenizers.save(make(), source, bos_token="[CLS]", eos_token="[SEP]")
+    done = convert(source, tmp_path / "run")
+    assert not [note for note in done.notes if "marks" in note]
+    path = tmp_path / "run/config.yaml"
+    objective = load(RunConfig, path).value.objective.model_dump()
+    assert objective | marks == objective
+    text = tiny.write_text(tmp_path / "text")
+    config = load(
+        RunConfig,
+        path,
+        [
+            "name=tuned",
+            f"train.start_from={tmp_path / 'run'}",
+            f"data.sources=[{{name: text, documents: [{text}]}}]",
+            "data.batch_size=8",
+            "data.workers=0",
+            "data.build_workers=1",
+            "train.steps=1",
+            "schedule.learning_rate=1e-9",
+            "schedule.warmup_steps=0",
+            "compilation_cache=null",
+            "mesh.data=8",
+        ],
+    ).value
+    pretrain(config, say=lambda _: None)
+    want, got = parameters(tmp_path / "run"), parameters(tmp_path / "tuned")
+    for key, value in want.items():
+        np.testing.assert_allclose(got[key], value, atol=1e-6, err_msg=key)
+
+
+def test_marks_that_there_is_no_room_for_are_told_of(tmp_path):
+    source = folder_of("bart", tmp_path / "their")
+    tiny_tokenizers.save(tiny_tokenizers.bert(), source, bos_token="[CLS]", eos_token="[SEP]")
+    assert convert(source, tmp_path / "run").notes[-1] == (
+        "to train it, name ids for the marks of objective.kind=span_corruption in "
+        "objective.first_sentinel and objective.sentinels: the tokenizer has none, and the table "
+        "no rows to spare"
+    )

@@ -28,7 +28,7 @@ _CONVERT = (
 _PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
 
 
-def import_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
+def import_tokenizer(folder: str | PathLike[str], *, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face checkpoint's folder.
 
     tokenizer.json decides the ids. bos, eos and pad are those of tokenizer_config.json, else of
@@ -37,6 +37,11 @@ def import_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     one before a text (its post_processor; add_bos_token if it has none).
 
     Without tokenizer.json a tokenizer.model is taken if it is such as maxlm trains.
+
+    Args:
+        rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
+            tokenizer, in tokenizer.json alone; its files stay as they are. Some models were
+            published with such, for images (Gemma 3) or of a larger relative (BART).
 
     Raises:
         MaxlmError: no tokenizer there; files that are damaged; a decoder or a SentencePiece model
@@ -50,7 +55,7 @@ def import_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             fix="name the folder of a Hugging Face checkpoint",
         )
     if (folder / HuggingFaceModel.file_name).exists():
-        return _from_json(folder)
+        return _from_json(folder, rows)
     if (folder / SentencePieceModel.file_name).exists():
         return _from_sentencepiece(folder)
     raise MaxlmError("no tokenizer.json here", where=str(folder), fix=_CONVERT)
@@ -74,18 +79,23 @@ def export_tokenizer(
     write_files(library_files(tokenizer), Path(folder))
 
 
-def _from_json(folder: Path) -> CodecTokenizer:
+def _from_json(folder: Path, rows: int | None) -> CodecTokenizer:
     codec = open_codec("huggingface", folder)
     assert isinstance(codec, HuggingFaceModel)
-    settings = _Settings(folder, codec.vocabulary())
+    ids = codec.vocabulary()
+    within = {token for token, i in ids.items() if rows is None or i < rows}
+    settings = _Settings(folder, ids)
     before, after = codec.around()
     bos = codec.token(before[0]) if before else settings.role("bos")
     eos = settings.role("eos") or (codec.token(after[0]) if after else bos)
     pad = settings.role("pad")
+    pad = pad if pad in within else None
     bos, eos = _both(bos, eos, folder)
     opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
     # Again, now that the literals of all special tokens are known.
-    codec = HuggingFaceModel(codec.data, {*codec.special_tokens, *filter(None, (bos, eos, pad))})
+    literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
+    codec = open_codec("huggingface", folder, literals)
+    assert isinstance(codec, HuggingFaceModel)
     return CodecTokenizer(
         "huggingface",
         codec,

@@ -31,7 +31,8 @@ class HuggingFaceModel(Codec):
 
     Args:
         data: the file.
-        special: literals of special tokens, those too that the file does not mark as such.
+        special: literals of special tokens, those too that the file does not mark as such. If there
+            are any, others that the file marks are unknown here: ``left_out``.
 
     Raises:
         MaxlmError: a decoder that needs the whole text.
@@ -46,9 +47,10 @@ class HuggingFaceModel(Codec):
     def __init__(self, data: bytes, special: Iterable[str] = ()):
         self.data = data
         self._special = tuple(special)
-        self._library = _open(data, self._special)
+        self._known, known, self.left_out = _known(data, self._special)
+        self._library = _open(self._known, self._special)
         self._library.encode_special_tokens = True
-        spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **json.loads(data)}
+        spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **known}
         self._content = _digest(spec)
         self.has_post_processor = spec.get("post_processor") is not None
         vocab = self._library.get_vocab(with_added_tokens=False)
@@ -120,7 +122,7 @@ class HuggingFaceModel(Codec):
     @cached_property
     def _marked(self):
         """The library with eyes for special tokens: it has one switch for all threads."""
-        return _open(self.data, self._special)
+        return _open(self._known, self._special)
 
     def _bytes_of(self, i: int, *, first: bool) -> bytes:
         token = self._spelled[i]
@@ -156,6 +158,21 @@ def _open(data: bytes, special: Iterable[str]):
             )
     tokenizer.add_special_tokens(marked)
     return tokenizer
+
+
+def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any], tuple[str, ...]]:
+    """A file without the tokens that it marks as special and ``special`` lacks, what is in it, and
+    these tokens."""
+    spec = json.loads(data)
+    added = spec.get("added_tokens") or []
+    lost = {token["content"] for token in added if token["special"]} - {*special}
+    if not special or not lost:
+        return data, spec, ()
+    spec["added_tokens"] = [token for token in added if token["content"] not in lost]
+    vocab = spec["model"].get("vocab")
+    if isinstance(vocab, dict):
+        spec["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in lost}
+    return json.dumps(spec).encode(), spec, tuple(sorted(lost))
 
 
 def _encode(tokenizer: Any, segments: list[str]) -> list[list[int]]:

@@ -62,6 +62,12 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
         MaxlmError: none that maxlm knows.
     """
     names = values.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MaxlmError(
+            f"architectures={names!r} is not a list of names",
+            where=where,
+            fix="take it from the published model",
+        )
     for family in FAMILIES.values():
         known = {family.architecture, *family.other_architectures}
         if known & {*names} or (not names and values.get("model_type") == family.model_type):

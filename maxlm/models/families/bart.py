@@ -42,6 +42,8 @@ def _side(theirs: str, layer: str, trunk: str, block: str) -> Table:
     return found
 
 
+# Published without a head, so without the logits' offsets.
+BARE = "BartModel"
 D = "model.decoder.layers.{layer}"
 TABLE: Table = {
     "model.shared.weight": same(
@@ -63,18 +65,16 @@ TABLE: Table = {
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("d_model"), reader.get("decoder_attention_heads")
+    width, heads = reader.size("d_model"), reader.size("decoder_attention_heads")
     reader.only("encoder_attention_heads", heads)
-    d_ff = reader.get("decoder_ffn_dim")
+    d_ff, bare = reader.get("decoder_ffn_dim"), BARE in (reader.get("architectures", None) or ())
     reader.only("encoder_ffn_dim", d_ff)
     # Of early files, which had other placements besides.
-    reader.only("normalize_before", False)
-    reader.only("add_final_layer_norm", False)
-    reader.only("add_bias_logits", False)
+    for other in ("normalize_before", "add_final_layer_norm", "add_bias_logits"):
+        reader.only(other, False)
     reader.only("normalize_embedding", True)
     reader.only("static_position_embeddings", False)
     reader.only("extra_pos_embeddings", 2)
-    reader.get("num_hidden_layers", None)  # the encoder's once more
     return {
         "architecture": "encoder_decoder",
         "vocab_size": reader.get("vocab_size"),
@@ -102,7 +102,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "embedding_norm": True,
         "embedding_scale": width**0.5 if reader.get("scale_embedding", False) else 1.0,
         "tie_embeddings": reader.only("tie_word_embeddings", True),
-        "head_bias": True,
+        "head_bias": "final_logits_bias" in reader.tensors if reader.tensors else not bare,
     }
 
 
@@ -112,6 +112,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         raise MaxlmError(f"norm.eps={config.norm.eps}", fix="BART's published code has 1e-5 alone")
     heads = config.attention.num_heads
     return {
+        **({} if config.head_bias else {"architectures": [BARE]}),
         "vocab_size": config.vocab_size,
         "decoder_layers": config.num_layers,
         "encoder_layers": config.encoder_layers,
@@ -138,5 +139,7 @@ BART = Family(
     _write,
     lambda config: TABLE,
     prefix="model.",
-    other_architectures=["BartModel"],
+    other_architectures=[BARE],
+    inert=["force_bos_token_to_be_generated", "num_hidden_layers"],  # the encoder's once more
+    shape="encoder_decoder",
 )

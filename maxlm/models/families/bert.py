@@ -39,11 +39,14 @@ TABLE: Table = {
     f"{HEAD}.bias": same("head_bias", f"{HEAD}.decoder.bias"),
 }
 
+POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("hidden_size"), reader.get("num_attention_heads")
+    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     reader.only("position_embedding_type", "absolute")
     reader.only("add_cross_attention", False)
+    reader.only("is_decoder", False)  # true: nothing sees what follows
     act = activation(reader, "hidden_act", "gelu")
     return {
         "architecture": "encoder",
@@ -102,6 +105,7 @@ BERT = Family(
     # Position numbers, and the head of the task that was trained beside.
     ignored=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
     spellings={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},
-    inert=["directionality", "gradient_checkpointing"],
+    inert=["directionality", *(f"pooler_{name}" for name in POOLER)],
     other_architectures=["BertForPreTraining"],
+    shape="encoder",
 )

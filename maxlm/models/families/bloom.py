@@ -33,9 +33,10 @@ TABLE: Table = {
 
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = (
-        reader.either("hidden_size", "n_embed"),
-        reader.either("n_head", "num_attention_heads"),
+        reader.size("hidden_size", "n_embed"),
+        reader.size("n_head", "num_attention_heads"),
     )
+    reader.only("n_inner", None, 4 * width)
     reader.only("apply_residual_connection_post_layernorm", False)
     reader.get("pretraining_tp", 1), reader.get("slow_but_exact", False)  # how sums are rounded
     return {
@@ -84,5 +85,7 @@ BLOOM = Family(
         "masked_softmax_fusion",
         "bias_dropout_fusion",
         "offset_alibi",
+        "skip_bias_add",
+        "skip_bias_add_qkv",
     ],
 )

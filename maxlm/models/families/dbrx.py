@@ -30,18 +30,19 @@ TABLE: Table = {
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("d_model"), reader.get("n_heads")
-    own, ffn = reader.inside("attn_config"), reader.inside("ffn_config")
+    width, heads = reader.size("d_model"), reader.size("n_heads")
+    own, ffn = reader.inside("attn_config", *NESTED), reader.inside("ffn_config", *NESTED)
     reader.get("num_key_value_heads", None)  # once more
     rope = reader.inside("rope_parameters")
     rope.only("rope_type", "default")
-    theta = own.either("rope_theta", default=None) or rope.get("rope_theta", 10_000.0)
+    theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
     kv_heads, clip = own.get("kv_n_heads", 1), own.get("clip_qkv", None)
-    own.finish(*NESTED)
     act = ffn.inside("ffn_act_fn")
-    k = ffn.get("moe_top_k")
+    k = ffn.size("moe_top_k")
     ffn.only("moe_jitter_eps", None, 0, 0.01)  # noise, in training alone
     ffn.only("moe_normalize_expert_weights", 1, 1.0)
+    ffn.only("uniform_expert_assignment", False)
+    ffn.only("hidden_size", None, width)
     moe = {
         "num_experts": ffn.get("moe_num_experts"),
         "experts_per_token": k,
@@ -49,9 +50,8 @@ def _read(reader: Reader) -> dict[str, Any]:
         "activation": act.only("name", "silu"),
         "gated": True,
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": ffn.get("moe_loss_weight", 0.01) * k,
+        "balance_loss": ffn.number("moe_loss_weight", 0.01) * k,
     }
-    ffn.finish(*NESTED, "hidden_size", "uniform_expert_assignment")
     return {
         "architecture": "decoder",
         "vocab_size": reader.get("vocab_size"),
@@ -66,7 +66,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         },
         "moe": moe,
         "norm": {"kind": "layernorm", "eps": 1e-5},
-        "positions": {"kind": "rope", "theta": float(theta)},
+        "positions": {"kind": "rope", "theta": theta},
         "tie_embeddings": reader.only("tie_word_embeddings", False),
     }
 
@@ -100,4 +100,12 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-DBRX = Family("dbrx", "dbrx", "DbrxForCausalLM", _read, _write, lambda config: TABLE)
+DBRX = Family(
+    "dbrx",
+    "dbrx",
+    "DbrxForCausalLM",
+    _read,
+    _write,
+    lambda config: TABLE,
+    inert=["router_aux_loss_coef"],  # moe_loss_weight once more, which the published code reads
+)

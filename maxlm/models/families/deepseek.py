@@ -26,7 +26,7 @@ def _table(config: DecoderConfig) -> Table:
     )
     bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
     return {
-        **llama.OUTER,
+        **llama.tied(llama.OUTER)(config),
         **llama.NORMS,
         **llama.MLP,
         **qwen.EXPERTS,
@@ -47,9 +47,9 @@ def _table(config: DecoderConfig) -> Table:
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    heads, rotary_dim = reader.get("num_attention_heads"), reader.get("qk_rope_head_dim")
+    heads, rotary_dim = reader.size("num_attention_heads"), reader.size("qk_rope_head_dim")
     reader.only("num_key_value_heads", heads)
-    reader.only("norm_topk_prob", False)  # the published code does not look at it
+    reader.only("norm_topk_prob", False)  # published with all; implementations differ in true
     reader.only("scoring_func", "softmax")
     reader.only("moe_layer_freq", 1)
     reader.get("pretraining_tp", 1)
@@ -71,7 +71,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
-            "head_dim": reader.get("qk_nope_head_dim") + rotary_dim,
+            "head_dim": reader.size("qk_nope_head_dim") + rotary_dim,
             "bias": bias,
             "latent": {
                 "q_rank": reader.get("q_lora_rank", None),

@@ -46,7 +46,7 @@ def _table(config: DecoderConfig) -> Table:
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("hidden_size"), reader.get("num_attention_heads")
+    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     new = reader.get("new_decoder_architecture", False)
     parallel = reader.get("parallel_attn", True)
     many = reader.get("num_kv_heads", None) or heads
@@ -57,6 +57,9 @@ def _read(reader: Reader) -> dict[str, Any]:
     if new or parallel:
         placement = "parallel" if new and norms == 2 else "parallel_shared"
     reader.only("alibi", False)
+    reader.only("apply_residual_connection_post_layernorm", False)
+    d_ff = reader.size("ffn_hidden_size") if reader.get("ffn_hidden_size", None) else 4 * width
+    reader.only("ff_factor", d_ff / width)
     bias = reader.get("bias", False)
     return {
         "architecture": "decoder",
@@ -71,7 +74,7 @@ def _read(reader: Reader) -> dict[str, Any]:
             "bias": bias,
         },
         "mlp": {
-            "d_ff": reader.get("ffn_hidden_size", None) or 4 * width,
+            "d_ff": d_ff,
             "activation": activation(reader, "activation", "gelu"),
             "gated": False,
             "bias": bias,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.models.families.entries import Entry
 from maxlm.models.families.names import Table, entries
 from maxlm.models.families.reader import Reader
@@ -33,6 +34,8 @@ class Family:
     inert: Sequence[str] = ()
     """Further names in config.json that say nothing of the maths."""
     other_architectures: Sequence[str] = ()
+    shape: str = "decoder"
+    """The architecture of its models, as our configs name it."""
 
     def entries(self, config: Any, tensors: Iterable[str] = ()) -> list[Entry]:
         """Every tensor of a model, and where it lies in ours.
@@ -76,7 +79,15 @@ class Family:
             MaxlmError: a value that maxlm does not implement, or one that is missing.
         """
         reader = Reader(values, where, frozenset(tensors))
-        settings = self.read(reader)
-        if std := reader.either("initializer_range", "init_std", default=None):
-            settings |= {"init_std": std}
-        return settings, reader.finish(*self.inert)
+        try:
+            settings = self.read(reader)
+            if std := reader.either("initializer_range", "init_std", default=None):
+                settings |= {"init_std": std}
+            return settings, reader.finish(*self.inert)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            # A value of a kind that no published file has there.
+            raise MaxlmError(
+                f"a value cannot be made sense of ({error})",
+                where=where,
+                fix="compare it with the published model's",
+            ) from error

@@ -21,12 +21,13 @@ SANDWICH: Table = {
     "model.layers.{layer}.pre_feedforward_layernorm.weight": same("mlp_norm.scale"),
     "model.layers.{layer}.post_feedforward_layernorm.weight": same("mlp_post_norm.scale"),
 }
-EMBEDDING: Table = {"model.embed_tokens.weight": same("embedding.table", "lm_head.weight")}
+INERT = ("cache_implementation",)
+PERIOD = ("sliding_window_pattern", "_sliding_window_pattern")
 
 
 def _table(config: DecoderConfig) -> Table:
     norms = SANDWICH if config.placement == "sandwich" else llama.NORMS
-    return {**llama.OUTER, **EMBEDDING, **norms, **llama.ATTENTION, **llama.MLP}
+    return {**llama.OUTER, **llama.EMBEDDING, **norms, **llama.ATTENTION, **llama.MLP}
 
 
 def _read(reader: Reader) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 def _read_local(reader: Reader) -> dict[str, Any]:
     """What Gemma 2 and 3 add, but for the pattern."""
     settings = _read(reader)
-    divisor = float(reader.get("query_pre_attn_scalar"))
+    divisor = reader.number("query_pre_attn_scalar")
     settings["attention"] |= {
         "scale": divisor**-0.5,
         "soft_cap": reader.get("attn_logit_softcapping", None),
@@ -74,12 +75,10 @@ def _read_local(reader: Reader) -> dict[str, Any]:
 
 def _read_gemma2(reader: Reader) -> dict[str, Any]:
     settings = _read_local(reader)
-    kinds = reader.get("layer_types", None) or [
-        GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])
-    ]
-    reader.get("cache_implementation", None)
-    meaning = {LOCAL: {"window": reader.get("sliding_window")}, GLOBAL: {}}
-    return settings | read_pattern(kinds, meaning)
+    kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
+    window = reader.get("sliding_window")
+    reader.only("sliding_window_size", window)  # once more
+    return settings | read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
 def _write_local(config: DecoderConfig) -> dict[str, Any]:
@@ -98,26 +97,23 @@ def _write_local(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_gemma3(reader: Reader) -> dict[str, Any]:
     """Local layers have a theta of their own, and no scaling."""
-    own = reader.values.get("rope_parameters")
-    if own is not None:
-        local, whole = own[LOCAL], own[GLOBAL]
-        reader.values["rope_parameters"] = whole
-    else:
-        local = {"rope_theta": reader.get("rope_local_base_freq", 10_000.0)}
-        reader.values.setdefault("rope_theta", 1_000_000.0)
+    near = reader.number("rope_local_base_freq", 10_000.0)
+    both = reader.inside("rope_parameters")
+    local = both.inside(LOCAL)
+    reader.values["rope_parameters"] = both.get(GLOBAL, None)
+    reader.values.setdefault("rope_theta", 1_000_000.0)
     settings = _read_local(reader)
     settings["attention"] |= {"qk_norm": True}
-    period = reader.either("sliding_window_pattern", "_sliding_window_pattern", default=6)
-    kinds = reader.get("layer_types", None) or [
-        LOCAL if (layer + 1) % period else GLOBAL for layer in range(settings["num_layers"])
-    ]
-    scaling = read_scaling(
-        Reader({k: v for k, v in local.items() if k != "rope_theta"}, "rope_parameters"), None
-    )
-    positions = {"kind": "rope", "theta": float(local["rope_theta"]), "scaling": scaling}
+    period = 6
+    if any(reader.get(key, None) is not None for key in PERIOD):
+        period = reader.size(*PERIOD)
+    layers = range(1, settings["num_layers"] + 1)
+    kinds = [LOCAL if layer % period else GLOBAL for layer in layers]
+    theta = local.number("rope_theta", near)
+    positions = {"kind": "rope", "theta": theta, "scaling": read_scaling(local, None)}
+    both.finish()
     nearby = {"window": reader.get("sliding_window"), "positions": positions}
-    reader.get("cache_implementation", None)
-    return settings | read_pattern(kinds, {LOCAL: nearby, GLOBAL: {}})
+    return settings | read_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
@@ -136,5 +132,9 @@ def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
 
 
 GEMMA = Family("gemma", "gemma", "GemmaForCausalLM", _read, _write, _table)
-GEMMA2 = Family("gemma2", "gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_local, _table)
-GEMMA3 = Family("gemma3", "gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _table)
+GEMMA2 = Family(
+    "gemma2", "gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_local, _table, inert=INERT
+)
+GEMMA3 = Family(
+    "gemma3", "gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _table, inert=INERT
+)

@@ -41,18 +41,19 @@ TABLE: Table = {
 def activation(reader: Reader, key: str, default: str) -> str:
     """Our name of an activation."""
     name = reader.get(key, default)
-    if name not in ACTIVATIONS:
+    if name not in [*ACTIVATIONS]:
         reader.only(key, *ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
 def published_activation(name: str) -> str:
     """The inverse of :func:`activation`."""
+    assert name in ACTIVATIONS.values(), name
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("n_embd"), reader.get("n_head")
+    width, heads = reader.size("n_embd"), reader.size("n_head")
     reader.only("scale_attn_weights", True)
     reader.only("scale_attn_by_inverse_layer_idx", False)
     reader.only("add_cross_attention", False)

@@ -34,9 +34,9 @@ def _read(reader: Reader) -> dict[str, Any]:
     settings = read_common(reader)
     settings["attention"] |= {
         "scale": reader.get("attn_output_multiplier"),
-        "soft_cap": float(reader.get("max_attn_value", 30.0)),
+        "soft_cap": reader.number("max_attn_value", 30.0),
     }
-    k = reader.get("num_experts_per_tok")
+    k = reader.size("num_experts_per_tok")
     settings["moe"] = {
         "num_experts": reader.get("num_experts"),
         "experts_per_token": k,
@@ -45,7 +45,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "gated": True,
         "renormalise": False,
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.get("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
     }
     return settings | {
         "placement": "sandwich",

@@ -3,18 +3,40 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families.reader import Reader
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
-def read_pattern(kinds: Sequence[str], meaning: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The shortest pattern that gives a list of kinds, as settings of a decoder; none where all
+def read_pattern(
+    reader: Reader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The shortest pattern that gives ``layer_types``, as settings of a decoder; none where all
     layers are as the model says.
 
     Args:
+        usual: each layer's kind where there is no such list.
         meaning: of each kind, settings of ``LayerKind``.
+
+    Raises:
+        MaxlmError: a kind that is not implemented, or a list that is not one of all layers.
     """
+    kinds = reader.get("layer_types", None) or usual
+    if not isinstance(kinds, Sequence) or len(kinds) != len(usual):
+        raise MaxlmError(
+            f"layer_types does not name the kinds of {len(usual)} layers",
+            where=reader.where,
+            fix="take it from the published model",
+        )
+    for kind in kinds:
+        if kind not in [*meaning]:
+            raise MaxlmError(
+                f"layer_types has {kind!r}, which is not implemented",
+                where=reader.where,
+                fix=f"only {' and '.join(meaning)} can be converted",
+            )
     period = next(
         n
         for n in range(1, len(kinds) + 1)

@@ -2,6 +2,7 @@
 SmolLM2, and Mistral (Jiang et al. 2023, arXiv 2310.06825): pre-norm, RoPE, grouped queries,
 SwiGLU."""
 
+from collections.abc import Callable
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
@@ -41,27 +42,42 @@ MLP: Table = {
     "model.layers.{layer}.mlp.down_proj.bias": linear("mlp.down.bias"),
 }
 TABLE: Table = {**OUTER, **NORMS, **ATTENTION, **MLP}
+# What is tied is stored a second time by some, as the head.
+EMBEDDING: Table = {"model.embed_tokens.weight": same("embedding.table", "lm_head.weight")}
 # Angles of RoPE, which older files hold.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
-def read_common(reader: Reader) -> dict[str, Any]:
-    """What all of Llama's kin have: sizes, heads, RoPE, RMSNorm, ties; no FFN yet."""
-    heads, width = reader.get("num_attention_heads"), reader.get("hidden_size")
-    head_dim = reader.get("head_dim", None) or width // heads
+def tied(table: Table) -> Callable[[DecoderConfig], Table]:
+    """A family's table, for models with a head of their own and for those without."""
+    return lambda config: {**table, **EMBEDDING} if config.tie_embeddings else table
+
+
+def read_common(reader: Reader, theta: float = 10_000.0) -> dict[str, Any]:
+    """What all of Llama's kin have: sizes, heads, RoPE, RMSNorm, ties; no FFN yet.
+
+    Args:
+        theta: where the file names none.
+    """
+    heads, width = reader.size("num_attention_heads"), reader.size("hidden_size")
+    named = reader.get("head_dim", None) is not None
+    head_dim = reader.size("head_dim") if named else width // heads
+    length = reader.size("max_position_embeddings", "max_sequence_length")
+    reader.only("max_sequence_length", None, length)  # of early files
+    reader.values["max_position_embeddings"] = length
     return {
         "architecture": "decoder",
         "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("num_hidden_layers"),
+        "num_layers": reader.size("num_hidden_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("max_position_embeddings"),
+        "max_seq_len": length,
         "attention": {
             "num_heads": heads,
             "num_kv_heads": reader.get("num_key_value_heads", None) or heads,
             "head_dim": head_dim,
         },
         "norm": {"kind": "rmsnorm", "eps": reader.get("rms_norm_eps")},
-        "positions": read_positions(reader, head_dim),
+        "positions": read_positions(reader, head_dim, theta=theta),
         "tie_embeddings": reader.get("tie_word_embeddings", False),
     }
 
@@ -92,6 +108,7 @@ def swiglu(reader: Reader, width: str = "intermediate_size") -> dict[str, Any]:
 
 def _read(reader: Reader) -> dict[str, Any]:
     settings = read_common(reader)
+    reader.only("rope_interleaved", False)
     bias = reader.get("attention_bias", False)
     settings["attention"] |= {"bias": bias}
     settings["mlp"] = swiglu(reader) | {"bias": reader.get("mlp_bias", False)}
@@ -126,11 +143,8 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _table(config: DecoderConfig) -> Table:
-    return TABLE
-
-
-LLAMA = Family("llama", "llama", "LlamaForCausalLM", _read, _write, _table, BUFFERS)
-MISTRAL = Family(
-    "mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, _table, BUFFERS
+_KIN = tied(TABLE), BUFFERS
+LLAMA = Family(
+    "llama", "llama", "LlamaForCausalLM", _read, _write, *_KIN, inert=["is_llama_config"]
 )
+MISTRAL = Family("mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, *_KIN)

@@ -22,17 +22,17 @@ TABLE: Table = {
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
+    settings = llama.read_common(reader, theta=1_000_000.0)  # the published code's default
     settings["attention"] |= {"window": reader.get("sliding_window", None)}
     experts = reader.either("num_local_experts", "num_experts")
-    k = reader.get("num_experts_per_tok")
+    k = reader.size("num_experts_per_tok")
     reader.only("router_jitter_noise", 0.0)
     settings["moe"] = {
         "num_experts": experts,
         "experts_per_token": k,
         **llama.swiglu(reader),
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.get("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
     }
     return settings
 
@@ -52,5 +52,5 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 MIXTRAL = Family(
-    "mixtral", "mixtral", "MixtralForCausalLM", _read, _write, lambda config: TABLE, llama.BUFFERS
+    "mixtral", "mixtral", "MixtralForCausalLM", _read, _write, llama.tied(TABLE), llama.BUFFERS
 )

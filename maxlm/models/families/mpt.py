@@ -23,7 +23,7 @@ TABLE: Table = {
 }
 # What the library adds to nested mappings of its own.
 _NAMES = """
-    _name_or_path architectures attn_impl attn_pdrop chunk_size_feed_forward dtype id2label
+    _name_or_path architectures attn_impl chunk_size_feed_forward dtype id2label
     is_encoder_decoder label2id model_type output_attentions output_hidden_states problem_type
     return_dict
 """
@@ -31,8 +31,8 @@ NESTED = tuple(_NAMES.split())
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("d_model"), reader.get("n_heads")
-    own = reader.inside("attn_config")
+    width, heads = reader.size("d_model"), reader.size("n_heads")
+    own = reader.inside("attn_config", *NESTED)
     own.only("alibi", True)
     own.only("attn_type", "multihead_attention")
     own.only("qk_ln", False)
@@ -45,8 +45,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "clip": own.get("clip_qkv", None),
         "scale": own.get("softmax_scale", None),
     }
-    positions = {"kind": "alibi", "max_bias": float(own.get("alibi_bias_max", 8))}
-    own.finish(*NESTED)
+    positions = {"kind": "alibi", "max_bias": own.number("alibi_bias_max", 8)}
     reader.only("no_bias", True)
     reader.only("norm_type", "low_precision_layernorm")
     reader.only("logit_scale", None)
@@ -102,5 +101,6 @@ MPT = Family(
     _read,
     _write,
     lambda config: TABLE,
+    other_architectures=["MPTForCausalLM"],
     inert=["init_config", "init_device", "learned_pos_emb", "tokenizer_name", "verbose"],
 )

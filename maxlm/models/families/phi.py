@@ -49,7 +49,7 @@ PHI3_TABLE: Table = {
 
 
 def _read_phi(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("hidden_size"), reader.get("num_attention_heads")
+    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     reader.values.setdefault("partial_rotary_factor", 0.5)  # the published code's default
     return {
         "architecture": "decoder",
@@ -121,4 +121,4 @@ def _write_phi3(config: DecoderConfig) -> dict[str, Any]:
 
 
 PHI = Family("phi", "phi", "PhiForCausalLM", _read_phi, _write_phi, lambda config: PHI_TABLE)
-PHI3 = Family("phi3", "phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, lambda config: PHI3_TABLE)
+PHI3 = Family("phi3", "phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, llama.tied(PHI3_TABLE))

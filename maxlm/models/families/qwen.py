@@ -8,7 +8,7 @@ from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import Family
 from maxlm.models.families.forms import linear
-from maxlm.models.families.layers import read_pattern, write_pattern
+from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
 from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
@@ -26,11 +26,8 @@ def _windows(reader: Reader, settings: dict[str, Any]) -> None:
     layers, window = settings["num_layers"], reader.get("sliding_window", None)
     used = reader.get("use_sliding_window", False) and window is not None
     first = reader.get("max_window_layers", layers)
-    kinds = reader.get("layer_types", None) or [
-        "sliding_attention" if used and layer >= first else "full_attention"
-        for layer in range(layers)
-    ]
-    settings |= read_pattern(kinds, {"sliding_attention": {"window": window}, "full_attention": {}})
+    kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
+    settings |= read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
 def _write_windows(config: DecoderConfig) -> dict[str, Any]:
@@ -39,15 +36,14 @@ def _write_windows(config: DecoderConfig) -> dict[str, Any]:
         "layer_types": kinds,
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "max_window_layers": next(
-            (i for i, kind in enumerate(kinds) if kind == "sliding_attention"), len(kinds)
-        ),
+        "max_window_layers": next((i for i, kind in enumerate(kinds) if kind == LOCAL), len(kinds)),
     }
 
 
 def _read_qwen2(reader: Reader) -> dict[str, Any]:
     settings = llama.read_common(reader)
     settings["attention"] |= {"bias": True, "out_bias": False}
+    reader.only("use_mrope", False)
     _windows(reader, settings)
     return settings | {"mlp": llama.swiglu(reader)}
 
@@ -84,14 +80,14 @@ def _read_moe(reader: Reader) -> dict[str, Any]:
     reader.only("mlp_only_layers", [], None)
     reader.get("intermediate_size", None)  # of dense layers, which there are none of
     reader.get("max_window_layers", None)  # unread by the published code
-    k = reader.get("num_experts_per_tok")
+    k = reader.size("num_experts_per_tok")
     settings["moe"] = {
         "num_experts": reader.either("num_experts", "num_local_experts"),
         "experts_per_token": k,
         **llama.swiglu(reader, "moe_intermediate_size"),
         "renormalise": reader.get("norm_topk_prob", False),
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.get("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
     }
     return settings
 
@@ -115,10 +111,7 @@ def _write_moe(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _table(config: DecoderConfig) -> Table:
-    return TABLE
-
-
+_table = llama.tied(TABLE)
 QWEN2 = Family("qwen2", "qwen2", "Qwen2ForCausalLM", _read_qwen2, _write, _table)
 QWEN3 = Family("qwen3", "qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _table)
 QWEN3_MOE = Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", _read_moe, _write_moe, _table)

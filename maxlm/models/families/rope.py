@@ -1,5 +1,6 @@
 """Rotary positions as config.json has them: rope_theta and rope_scaling, or rope_parameters."""
 
+from math import nextafter
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -12,6 +13,8 @@ from maxlm.models.layers.rope import (
     YarnScaling,
 )
 
+_KINDS = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
+
 
 def read_positions(reader: Reader, head_dim: int, *, theta: float = 10_000.0) -> dict[str, Any]:
     """Settings of ``PositionsConfig``.
@@ -19,16 +22,13 @@ def read_positions(reader: Reader, head_dim: int, *, theta: float = 10_000.0) ->
     Args:
         theta: where the file names none.
     """
-    own = reader.get("rope_parameters", None)
-    values = dict(own if own is not None else reader.get("rope_scaling", None) or {})
-    given = reader.get("rope_theta", None), values.pop("rope_theta", None)
-    theta = next((value for value in reversed(given) if value is not None), theta)
-    share = reader.get("partial_rotary_factor", None), values.pop("partial_rotary_factor", None)
-    share = next((value for value in reversed(share) if value is not None), 1.0)
-    where = f"{reader.where}: {'rope_scaling' if own is None else 'rope_parameters'}"
-    scaling = read_scaling(Reader(values, where), reader.get("max_position_embeddings", None))
-    size = int(head_dim * share)
-    found: dict[str, Any] = {"kind": "rope", "theta": float(theta), "scaling": scaling}
+    newer = reader.values.get("rope_parameters") is not None
+    own = reader.inside("rope_parameters" if newer else "rope_scaling")
+    theta = own.number("rope_theta", reader.number("rope_theta", theta))
+    share = own.number("partial_rotary_factor", reader.number("partial_rotary_factor", 1.0))
+    scaling = read_scaling(own, reader.get("max_position_embeddings", None))
+    size = int(head_dim * share)  # cut off, as in the published code
+    found: dict[str, Any] = {"kind": "rope", "theta": theta, "scaling": scaling}
     return found | ({"rotary_dim": size} if size != head_dim else {})
 
 
@@ -37,44 +37,48 @@ def read_scaling(reader: Reader, max_positions: int | None) -> dict[str, Any] | 
 
     Args:
         max_positions: what stands for the original length where none is named.
+
+    Raises:
+        MaxlmError: a kind that is not implemented, or a value that is no number.
     """
     kind = reader.either("rope_type", "type", default="default")
-    if kind == "default":
-        reader.finish("factor")
-        return None
-    found: dict[str, Any] = {"factor": float(reader.get("factor"))}
-    original = reader.get("original_max_position_embeddings", None) or max_positions
-    if kind == "linear":
-        found["kind"] = "linear"
-    elif kind in ("dynamic", "ntk"):
-        # There the length is max_position_embeddings, whatever else is written.
-        found |= {"kind": "dynamic_ntk", "original_length": max_positions}
-    elif kind == "yarn":
-        found |= {"kind": "yarn", "original_length": original}
-        for key in ("beta_fast", "beta_slow"):
-            found |= {key: float(value)} if (value := reader.get(key, None)) else {}
-        for key in ("attention_factor", "mscale", "mscale_all_dim"):
-            found |= {key: float(value)} if (value := reader.get(key, None)) else {}
-        found |= {"truncate": bool(reader.get("truncate", True))}
-    elif kind == "llama3":
-        found |= {"kind": "llama3", "original_length": original}
-        for key in ("low_freq_factor", "high_freq_factor"):
-            found[key] = float(reader.get(key))
-    else:
+    if kind not in _KINDS:
         raise MaxlmError(
             f"rope_type={kind!r} is not implemented",
             where=reader.where,
             fix="linear, dynamic, yarn, llama3 and default can be converted",
         )
-    reader.finish()
+    if kind == "default":
+        reader.get("factor", None)
+        return None
+    found: dict[str, Any] = {"factor": reader.number("factor")}
+    original = reader.get("original_max_position_embeddings", None) or max_positions
+    if kind == "linear":
+        found["kind"] = "linear"
+    elif kind == "yarn":
+        found |= {"kind": "yarn", "original_length": original}
+        for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            found |= {key: reader.number(key)} if reader.get(key, None) else {}
+        found |= {"truncate": reader.only("truncate", True, False)}
+    elif kind == "llama3":
+        found |= {"kind": "llama3", "original_length": original}
+        for key in ("low_freq_factor", "high_freq_factor"):
+            found[key] = reader.number(key)
+    else:
+        # There the length is max_position_embeddings, whatever else is written.
+        found |= {"kind": "dynamic_ntk", "original_length": max_positions}
     return found
 
 
 def write_positions(positions: PositionsConfig, head_dim: int) -> dict[str, Any]:
     """The inverse of :func:`read_positions`."""
     found: dict[str, Any] = {"rope_theta": positions.theta}
-    if positions.rotary_dim is not None:
-        found["partial_rotary_factor"] = positions.rotary_dim / head_dim
+    if (size := positions.rotary_dim) is not None:
+        share = size / head_dim
+        # Who reads it cuts the product off, which rounding can leave just below a whole number.
+        found["partial_rotary_factor"] = (
+            share if int(head_dim * share) == size else nextafter(share, 1)
+        )
     scaling = write_scaling(positions)
     return found | ({"rope_scaling": scaling} if scaling else {})
 

@@ -54,7 +54,7 @@ def _table(config: EncoderDecoderConfig) -> Table:
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    width, heads = reader.get("d_model"), reader.get("num_heads")
+    width, heads = reader.size("d_model"), reader.size("num_heads")
     how = reader.get("feed_forward_proj", "relu")
     gated, name = how.startswith("gated-"), how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
@@ -127,6 +127,8 @@ T5 = Family(
     _write,
     _table,
     inert=["initializer_factor"],
+    other_architectures=["T5WithLMHeadModel"],  # of early files
     # Of cross-attention, in old files; the published code never reads it.
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
+    shape="encoder_decoder",
 )

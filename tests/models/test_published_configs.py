@@ -1,0 +1,221 @@
+"""The config.json of published models, as they lie on their pages: each is read, and says the model
+of our preset; what is wrong in one is refused in a line that names it."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from maxlm.config import MaxlmError, asset, load
+from maxlm.config.base import Config
+from maxlm.models.architectures import ModelConfig
+from maxlm.models.families import FAMILIES, family_of
+from maxlm.models.families.rope import write_positions
+from maxlm.models.layers.positions import PositionsConfig
+from maxlm.objectives import ObjectiveConfig
+from tests.models.published_configs import MORE, PUBLISHED
+
+# What no config.json says of a model.
+TRAINED = ("balance_loss", "z_loss", "dispatch", "capacity_factor")
+
+
+class Preset(Config):
+    model: ModelConfig
+    objective: ObjectiveConfig | None = None
+    data: dict[str, Any] | None = None
+
+
+def settings(values: dict[str, Any], tensors: Any = ()) -> tuple[Any, list[str]]:
+    values = json.loads(json.dumps(values))
+    family = family_of(values, "config.json")
+    found, notes = family.settings(values, "config.json", tensors)
+    return TypeAdapter(ModelConfig).validate_python(found), notes
+
+
+def computed(model: Any) -> dict[str, Any]:
+    """A model's settings, as far as they say what it computes."""
+    found = model.model_dump(exclude={"remat", "init_std"})
+    if found["moe"]:
+        found["moe"] = {key: value for key, value in found["moe"].items() if key not in TRAINED}
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_says_the_model_of_the_preset(name):
+    # BART's presets have the offsets of logits, which files of BartModel lack.
+    model, _ = settings(PUBLISHED[name], ["final_logits_bias"] if "bart" in name else ())
+    preset = load(Preset, asset(f"configs/models/{name}.yaml")).value.model
+    assert computed(model) == computed(preset)
+
+
+def test_there_is_one_of_each_family():
+    assert {family_of(values, "").name for values in PUBLISHED.values()} == set(FAMILIES)
+
+
+def test_a_relative_without_a_preset():
+    model, notes = settings(MORE["falcon2_11b"])
+    assert model.placement == "parallel_shared"
+    assert model.mlp.d_ff == 16384
+    assert notes == []
+
+
+def change(name: str, **values: Any) -> dict[str, Any]:
+    return (PUBLISHED | MORE)[name] | values
+
+
+def nested(name: str, part: str, **values: Any) -> dict[str, Any]:
+    return change(name, **{part: PUBLISHED[name][part] | values})
+
+
+FIX = "take it from the published model"
+SIZE = f"is not a whole number above 0; {FIX}"
+DROPPED = "convert a model without it; dropping it silently could change the model"
+ONLY = "is not implemented; only {} can be converted"
+# What is wrong → what is said of it.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another value of a key that has one": (
+        change("smollm2_135m", rope_interleaved=True),
+        f"rope_interleaved=True {ONLY.format(False)}",
+    ),
+    "mrope": (change("qwen2_5_7b", use_mrope=True), f"use_mrope=True {ONLY.format(False)}"),
+    "residuals behind norms": (
+        change("falcon_7b", apply_residual_connection_post_layernorm=True),
+        f"apply_residual_connection_post_layernorm=True {ONLY.format(False)}",
+    ),
+    "an FFN of two widths": (change("falcon2_11b", ff_factor=2), f"ff_factor=2 {ONLY.format(4.0)}"),
+    "another inner width": (
+        change("bloom_560m", n_inner=1024),
+        f"n_inner=1024 {ONLY.format('None or 4096')}",
+    ),
+    "two windows": (
+        change("gemma2_9b", sliding_window_size=1024),
+        f"sliding_window_size=1024 {ONLY.format(4096)}",
+    ),
+    "two lengths": (
+        change("llama_7b", max_position_embeddings=4096),
+        f"max_sequence_length=2048 {ONLY.format('None or 4096')}",
+    ),
+    "a BERT that looks back alone": (
+        change("bert_base", is_decoder=True),
+        f"is_decoder=True {ONLY.format(False)}",
+    ),
+    "a private key": (
+        change("llama_7b", _attention_sinks=4),
+        f"_attention_sinks=4 is not implemented; {DROPPED}",
+    ),
+    "experts by turns": (
+        nested("dbrx", "ffn_config", uniform_expert_assignment=True),
+        f"ffn_config: uniform_expert_assignment=True {ONLY.format(False)}",
+    ),
+    "a key of an activation": (
+        nested("dbrx", "ffn_config", ffn_act_fn={"name": "silu", "beta": 2}),
+        f"ffn_config: ffn_act_fn: beta=2 is not implemented; {DROPPED}",
+    ),
+    "a key of RoPE": (
+        change("dbrx", rope_parameters={"rope_theta": 5e5, "factor": 3.0}),
+        f"rope_parameters: factor=3.0 is not implemented; {DROPPED}",
+    ),
+    "a kind of RoPE without a factor": (
+        change("phi3_mini", rope_scaling={"type": "longrope", "long_factor": [1.0]}),
+        "rope_scaling: rope_type='longrope' is not implemented; linear, dynamic, yarn, llama3 and "
+        "default can be converted",
+    ),
+    "two descriptions of RoPE": (
+        change("llama_7b", rope_scaling={"type": "linear"}, rope_parameters={"rope_theta": 1e4}),
+        f"rope_scaling={{'type': 'linear'}} is not implemented; {DROPPED}",
+    ),
+    "a factor that is no number": (
+        change("llama_7b", rope_scaling={"type": "linear", "factor": "x"}),
+        f"rope_scaling: factor='x' is not a number; {FIX}",
+    ),
+    "one description of two kinds of RoPE": (
+        change("gemma3_1b", rope_parameters={"rope_theta": 1e6}),
+        f"rope_parameters: rope_theta=1000000.0 is not implemented; {DROPPED}",
+    ),
+    "a kind of layer": (
+        change("qwen3_0_6b", layer_types=["chunked_attention"] * 28),
+        "layer_types has 'chunked_attention', which is not implemented; only sliding_attention and "
+        "full_attention can be converted",
+    ),
+    "too few kinds of layers": (
+        change("gemma2_2b", layer_types=["full_attention"]),
+        f"layer_types does not name the kinds of 26 layers; {FIX}",
+    ),
+    "a width that is no number": (
+        change("llama_7b", hidden_size="big"),
+        f"hidden_size='big' {SIZE}",
+    ),
+    "no heads": (
+        change("llama_7b", num_attention_heads=0),
+        f"num_attention_heads=0 {SIZE}",
+    ),
+    "a list for a mapping": (
+        change("mpt_7b", attn_config=[1]),
+        f"attn_config=[1] is not a mapping; {FIX}",
+    ),
+    "architectures without names": (
+        change("gpt2", architectures=[None]),
+        f"architectures=[None] is not a list of names; {FIX}",
+    ),
+    "an architecture without a list": (
+        change("gpt2", architectures="GPT2LMHeadModel"),
+        f"architectures='GPT2LMHeadModel' is not a list of names; {FIX}",
+    ),
+    "a value of a kind that nobody expects": (
+        change("deepseek_v2_lite", hidden_act={"name": "silu"}),
+        f"hidden_act={{'name': 'silu'}} {ONLY.format(repr('silu'))}",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_refused_by_name(fault):
+    values, message = REFUSED[fault]
+    with pytest.raises(MaxlmError) as caught:
+        settings(values)
+    assert str(caught.value) == f"config.json: {message}"
+
+
+def refusal(values: dict[str, Any]) -> str | None:
+    try:
+        family_of(values, "config.json").settings(values, "config.json")
+    except MaxlmError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("odd", [[1], {"a": 1}, "x", 0, -1, 1e400, 0.5])
+def test_no_value_is_a_traceback(name, odd):
+    """Whatever stands at a key: it is taken, refused in one line, or refused by the model's own
+    checks, which know where it was written."""
+    for key in PUBLISHED[name]:
+        values = PUBLISHED[name] | {key: odd}
+        message = refusal(values)
+        assert message is None or message.startswith("config.json: ")
+
+
+def test_null_says_nothing():
+    more = {"rope_scaling": None, "experts_of_tomorrow": None, "use_mrope": None}
+    values = change("qwen2_5_7b", rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    assert settings(values | more)[0] == settings(PUBLISHED["qwen2_5_7b"])[0]
+
+
+def test_dropout_is_told_of_wherever_it_stands():
+    for name in ("mpt_7b", "dbrx"):
+        _, notes = settings(nested(name, "attn_config", attn_pdrop=0.1))
+        assert notes == ["attn_config.attn_pdrop=0.1: training here has no dropout"]
+
+
+def test_mixtral_turns_slowly_where_it_does_not_say():
+    values = {key: value for key, value in PUBLISHED["mixtral_8x7b"].items() if "theta" not in key}
+    assert settings(values)[0] == settings(PUBLISHED["mixtral_8x7b"])[0]
+
+
+def test_a_share_of_a_head_is_written_so_that_it_is_read_again():
+    """int(head_dim * share), as the published code has it: 44 * (30 / 44) is below 30."""
+    for head in range(2, 257, 2):
+        for size in range(2, head, 2):
+            values = write_positions(PositionsConfig(kind="rope", rotary_dim=size), head)
+            assert int(head * values["partial_rotary_factor"]) == size
