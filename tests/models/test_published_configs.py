@@ -1,5 +1,5 @@
-"""The config.json of published models, as they lie on their pages: each is read, and says the model
-of our preset; what is wrong in one is refused in a line that names it."""
+"""The config.json of published models: each is read, and says the model of our preset; what is
+wrong in one is refused in a line that names it."""
 
 import json
 from typing import Any
