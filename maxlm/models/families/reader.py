@@ -11,9 +11,10 @@ _REQUIRED = object()
 # What says nothing of the maths: names, tokens, how to sample, bookkeeping of the library that
 # wrote the file.
 _INERT = """
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
-    _experts_implementation _flash_attn_2_enabled _from_model_config _name_or_path _num_labels
-    architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class
+    _commit_hash _experts_implementation _flash_attn_2_enabled _from_auto _from_model_config
+    _model_name_or_path _name_or_path _num_labels _use_flash_attention_2 architectures
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
