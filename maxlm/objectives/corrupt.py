@@ -37,6 +37,8 @@ class Marks(NamedTuple):
     eos: int
     start: int = 0
     """What a decoder reads first; T5's is its padding."""
+    opening: tuple[int, ...] = ()
+    """What every input begins with; T5's with nothing, BART's with <s>."""
 
 
 class Denoiser(Config):
@@ -146,7 +148,8 @@ def replace_spans(tokens: Ids, noise: Flags, marks: Marks) -> tuple[Ids, Ids]:
 
 
 def denoise(tokens: Ids, denoiser: Denoiser, marks: Marks, rng: Generator) -> tuple[Ids, Ids]:
-    """(inputs, targets) of one document's tokens [n], int32, with the mode token and their ends.
+    """(inputs, targets) of one document's tokens [n], int32, with the opening, the mode token and
+    their ends.
 
     Raises:
         MaxlmError: more spans than sentinels.
@@ -156,9 +159,8 @@ def denoise(tokens: Ids, denoiser: Denoiser, marks: Marks, rng: Generator) -> tu
     else:
         noise = span_noise(tokens.size, denoiser.density, denoiser.mean_span, rng)
     inputs, targets = replace_spans(tokens, noise, marks)
-    if denoiser.mode is not None:
-        inputs = np.insert(inputs, 0, denoiser.mode)
-    return inputs, targets
+    mode = () if denoiser.mode is None else (denoiser.mode,)
+    return np.array([*marks.opening, *mode, *inputs], np.int32), targets
 
 
 def draw(denoisers: Sequence[Denoiser], rng: Generator) -> Denoiser:
@@ -226,7 +228,7 @@ def corrupt_row(
         denoiser, free = draw(denoisers, rng), (encoder_len - at, decoder_len - to)
         inputs, targets = denoise(piece, denoiser, marks, rng)
         if inputs.size > free[0] or targets.size > free[1]:
-            kept = _fitting(piece.size, denoiser, free)
+            kept = _fitting(piece.size, denoiser, (free[0] - len(marks.opening), free[1]))
             left_out += piece.size - kept
             if kept == 0:
                 continue

@@ -128,7 +128,8 @@ class Denoising:
     ) -> dict[str, np.ndarray]:
         config, vocabulary = self.config, self.vocabulary
         first = vocabulary.size - 1 if config.first_sentinel is None else config.first_sentinel
-        marks = Marks(first, config.sentinels, vocabulary.eos, self.start_id)
+        opening = vocabulary.opening
+        marks = Marks(first, config.sentinels, vocabulary.eos, self.start_id, opening)
         encoder_len, decoder_len = config.lengths(batch["tokens"].shape[1])
         found = [
             corrupt_row(
@@ -150,8 +151,7 @@ class Denoising:
 def _text_alone(
     tokens: np.ndarray, segment_ids: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A row without the marks that documents open and close with: both sides get ends of their
-    own."""
+    """A row without the marks that documents open and close with: each piece gets its own."""
     opens = np.diff(segment_ids, prepend=0) != 0
     closes = np.diff(segment_ids, append=0) != 0
     mark = (opens & np.isin(tokens, vocabulary.opening)) | (closes & (tokens == vocabulary.eos))

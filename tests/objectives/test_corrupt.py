@@ -252,26 +252,30 @@ def test_a_row_with_room_leaves_nothing_out(row, seed):
     assert found.left_out == 0
 
 
-@given(st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed):
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([(), (503, 504)]))
+def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     """568 tokens in so many pieces, rows of T5's lengths, which hold them as one."""
     rng = np.random.default_rng(seed)
     borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
     numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(np.int32)
     found = corrupt_row(
-        *(text(568), numbers, (Denoiser(),), MARKS, rng), encoder_len=512, decoder_len=120
+        *(text(568), numbers, (Denoiser(),), MARKS._replace(opening=opening), rng),
+        encoder_len=512,
+        decoder_len=120,
     )
-    at, to, left_out = 0, 0, 0
+    at, to, left_out, marks = 0, 0, 0, len(opening)
     for n in np.bincount(numbers)[1:]:
         fitting = [
             m
             for m in range(2 if n > 1 else 1, n + 1)
-            if at + lengths(m, 0.15, 3.0)[0] <= 512 and to + lengths(m, 0.15, 3.0)[1] <= 120
+            if at + marks + lengths(m, 0.15, 3.0)[0] <= 512 and to + lengths(m, 0.15, 3.0)[1] <= 120
         ]
         left_out += n - max(fitting, default=0)
         if fitting:
             inputs, targets = lengths(max(fitting), 0.15, 3.0)
-            at, to = at + inputs, to + targets
+            begin = found.encoder["tokens"][at : at + marks]
+            np.testing.assert_array_equal(begin, opening)
+            at, to = at + marks + inputs, to + targets
     assert found.left_out == left_out
     assert np.count_nonzero(found.encoder["segment_ids"]) == at
     assert np.count_nonzero(found.decoder["segment_ids"]) == to

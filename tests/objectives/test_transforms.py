@@ -95,7 +95,10 @@ def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(objective
             assert tokens[0] == 9
             assert np.array_equal(tokens[1:], targets[:-1])
             assert inputs[-1] == targets[-1] == EOS
-            assert np.array_equal(recovered(inputs, targets), text)
+            assert inputs[0] == BOS
+            found = recovered(inputs[1:], targets)
+            assert np.array_equal(found, text[: found.size])
+            assert found.size >= 0.9 * text.size  # the last one is cut to what fits
         assert np.array_equal(after["weights"][row] > 0, after["segment_ids"][row] > 0)
 
 
