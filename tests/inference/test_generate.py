@@ -46,19 +46,20 @@ def test_sampled_rows_do_not_depend_on_their_batch(tiny):
 
 def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, build_tiny):
     """Some rows are beyond the original length and some are not; none sees another's padding."""
-    scaling = {"kind": "dynamic_ntk", "factor": 4.0, "original_length": 6}
+    scaling = {"kind": "dynamic_ntk", "factor": 8.0, "original_length": 6}
+    prompts = [*PROMPTS, [3, 1, 4, 1, 5, 9, 2, 6] * 5]
     with jax.set_mesh(one_device_mesh):
         tiny = build_tiny("llama", one_device_mesh, positions={"scaling": scaling})
-        together = rows(tiny, PROMPTS, GREEDY)
-        for prompt, row in zip(PROMPTS, together, strict=True):
-            assert rows(tiny, [prompt], GREEDY) == [row]
+        together = rows(tiny, prompts, GREEDY, cache_length=64)
+        for prompt, row in zip(prompts, together, strict=True):
+            assert rows(tiny, [prompt], GREEDY, cache_length=64) == [row]
             # A forward pass of just the prompt.
             ids, places = np.array([prompt]), np.arange(len(prompt), dtype=np.int32)[None]
             bound = bind(tiny.model, tiny.params)
             logits = np.asarray(bound.logits(bound(ids, places)[0]))
             assert logits[0, -1].argmax() == row[0]
-        plain = rows(build_tiny("llama", one_device_mesh), PROMPTS, GREEDY)
-    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * 4
+        plain = rows(build_tiny("llama", one_device_mesh), prompts, GREEDY, cache_length=64)
+    assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * len(prompts)
 
 
 def test_seeds_and_streams_give_different_text_and_repeat(llama):
