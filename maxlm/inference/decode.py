@@ -38,6 +38,7 @@ def encode(
         return None
     positions, rows = _places(model, tokens.shape), model.rules.spec("batch", None)
     segments = (positions < reshard(lengths, model.rules.spec("batch"))[:, None]).astype(jnp.int32)
+    # Padding at 0, as in training: a row is as long as its last position says (dynamic NTK).
     inputs = reshard(tokens, rows), positions * segments, segments
     return bind(model, params).remembered(inputs)
 

@@ -108,6 +108,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         nested("dbrx", "ffn_config", uniform_expert_assignment=True),
         f"ffn_config: uniform_expert_assignment=True {ONLY.format(False)}",
     ),
+    "shares of experts as they are": (
+        nested("dbrx", "ffn_config", moe_normalize_expert_weights=None),
+        f"ffn_config: moe_normalize_expert_weights=None {ONLY.format('1 or 1.0')}",
+    ),
+    "a null that is false where true is usual": (
+        change("gemma2_9b", tie_word_embeddings=None),
+        f"tie_word_embeddings=None {ONLY.format(True)}",
+    ),
     "a key of an activation": (
         nested("dbrx", "ffn_config", ffn_act_fn={"name": "silu", "beta": 2}),
         f"ffn_config: ffn_act_fn: beta=2 is not implemented; {DROPPED}",

@@ -74,13 +74,14 @@ class Reader:
         return self.get(keys[0], default) if default is _REQUIRED else default
 
     def only(self, key: str, *allowed: Any) -> Any:
-        """A value that must be one of those that are implemented, or absent or null (the first).
+        """A value that must be one of those that are implemented, or absent (the first); a null
+        means what false and 0 do.
 
         Raises:
             MaxlmError: it is another.
         """
         value = self.get(key, allowed[0])
-        if value is None:
+        if value is None and not allowed[0]:
             return allowed[0]
         if value not in allowed:
             which = " or ".join(repr(one) for one in allowed)
