@@ -1,13 +1,100 @@
-"""`maxlm corpus`: build token stores and look into them."""
+"""`maxlm corpus`: from raw documents over labels to token stores, and looking into each."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Build token stores and look into them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Clean and label documents, build token stores, and look into them.",
+)
 
 StoreArgument = Annotated[Path, typer.Argument(help="A token store's folder.")]
+CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, as key.path=value.", metavar="[KEY=VALUE]..."),
+    ] = None,
+) -> None:
+    """Read sources and label their documents. Run it again after an interruption to go on.
+
+    Stages whose settings have not changed are not done again; rules under keep are applied when a
+    token store is built, so another threshold costs nothing here.
+    """
+    from maxlm.config import load
+    from maxlm.data.corpus.opened import Corpus
+    from maxlm.data.corpus.recipe import RecipeConfig
+    from maxlm.data.corpus.run import run_recipe
+    from maxlm.data.work.progress import show_progress
+
+    with show_progress("shards") as progress:
+        folder = run_recipe(load(RecipeConfig, recipe, settings or ()).value, progress)
+    _print_funnel(Corpus.open(folder), None, None)
+
+
+@app.command()
+def report(
+    corpus: CorpusArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="The page's file; by default report.html in the corpus.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer's folder, to count tokens with.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
+    ] = None,
+) -> None:
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
+    from maxlm.data.corpus.opened import Corpus
+
+    opened = Corpus.open(corpus)
+    rules = dict(opened.recipe.keep) | _named(keep or [])
+    _print_funnel(opened, rules, tokenizer, out or corpus / "report.html")
+
+
+def _named(rules: list[str]) -> dict[str, str]:
+    from maxlm.config import MaxlmError
+
+    for rule in rules:
+        if not rule.partition("=")[0].strip().isidentifier():
+            fix = "write it like: --keep 'long=heuristics.words >= 100'"
+            raise MaxlmError(f"{rule!r} has no name", where="--keep", fix=fix)
+    return {name.strip(): text for name, _, text in (rule.partition("=") for rule in rules)}
+
+
+def _print_funnel(
+    corpus: Any, keep: dict[str, str] | None, tokenizer: Path | None, page: Path | None = None
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from maxlm.data.corpus.report import summarize, write_report
+    from maxlm.data.corpus.report.page import funnel
+    from maxlm.data.work.engine import open_engine
+
+    rules = corpus.rules(keep)
+    with open_engine(corpus.recipe.engine, corpus.recipe.workers) as engine:
+        summary = summarize(corpus, rules, engine, tokenizer)
+    sources = sorted({source for _, source in summary.documents})
+    table = Table("rule", *("dropped", "left", "MB", *sources), title=str(corpus.folder))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in funnel(rules, summary, sources):
+        counts = [f"{row['by_source'][source]:,}" for source in sources]
+        figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
+        table.add_row(row["rule"], *figures, *counts)
+    Console().print(table)
+    if page is not None:
+        write_report(corpus, rules, summary, page)
+        typer.echo(f"the page: {page}")
 
 
 @app.command()
@@ -42,7 +129,7 @@ def build(
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.corpus import SourceConfig
     from maxlm.data.store import build_store
-    from maxlm.data.store.progress import show_progress
+    from maxlm.data.work.progress import show_progress
 
     source = SourceConfig(
         documents=tuple(text),
@@ -89,15 +176,48 @@ def info(
 
 @app.command()
 def show(
-    store: StoreArgument,
-    index: Annotated[int, typer.Argument(help="The document's number, from 0.")],
-    tokens: Annotated[bool, typer.Option("--tokens", help="Print token ids instead.")] = False,
+    folder: Annotated[Path, typer.Argument(help="A token store or a corpus.")],
+    document: Annotated[
+        str, typer.Argument(help="The document's number in the store, from 0; its id in a corpus.")
+    ],
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Of a store: print token ids instead.")
+    ] = False,
 ) -> None:
-    """Print a document of a store, decoded with the tokenizer that made it."""
+    """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
+    from maxlm.data.corpus.files import CORPUS_FILE
+
+    if (folder / CORPUS_FILE).is_file():
+        _show_labels(folder, document)
+    else:
+        _show_stored(folder, document, tokens)
+
+
+def _show_labels(corpus: Path, document: str) -> None:
+    import sys
+
+    from maxlm.data.corpus.opened import Corpus, find_document
+
+    opened = Corpus.open(corpus)
+    found, kept = find_document(opened, document)
+    text = found.pop("text")
+    for name, value in found.items():
+        typer.echo(f"{name}: {value}", err=True)
+    for name, passes in kept.items():
+        typer.echo(f"rule {name}: {'kept' if passes else 'dropped'}", err=True)
+    sys.stderr.flush()
+    typer.echo(text if text is not None else "", nl=False)
+
+
+def _show_stored(store: Path, document: str, tokens: bool) -> None:
+    from maxlm.config import MaxlmError
     from maxlm.data.store import TokenStore, check_tokenizer
     from maxlm.data.tokenizer import load_tokenizer
 
-    opened = TokenStore.open(store)
+    if not document.isdecimal():
+        fix = "give its number, from 0"
+        raise MaxlmError(f"{document!r} is no number of a document", where=str(store), fix=fix)
+    opened, index = TokenStore.open(store), int(document)
     if tokens:
         typer.echo(" ".join(map(str, opened.document(index).tolist())))
         return

@@ -52,7 +52,9 @@ VERBS = {
         "maxlm.cli.convert:command", "Turn a Hugging Face checkpoint into a run, or a run into one."
     ),
     "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train, import and try tokenizers."),
-    "corpus": Verb("maxlm.cli.corpus:app", "Turn documents into a token store."),
+    "corpus": Verb(
+        "maxlm.cli.corpus:app", "Clean and label documents, and turn them into token stores."
+    ),
     "config": Verb(
         "maxlm.cli.config:app", "Show configs, where each value comes from, their schema."
     ),

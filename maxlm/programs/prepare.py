@@ -10,7 +10,7 @@ from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import make_batches
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.store.progress import show_progress
+from maxlm.data.work.progress import show_progress
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.objectives import Vocabulary
 from maxlm.programs.vocabulary import vocabulary_of

@@ -43,7 +43,13 @@ def read_documents(config: SourceConfig, file: SourceFile | None = None) -> Iter
 
 def read_slice(config: SourceConfig, part: FileSlice) -> Iterator[Document | None]:
     """The documents of a part of a file; None for each that is empty or left out by policy."""
-    readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+    readers = {
+        "text": _read_text,
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+        "warc": _refuse_warc,
+        "corpus": _read_corpus,
+    }
     for id_, text in readers[part.file.format](config, part):
         yield Document(id_, text) if text else None
 
@@ -58,6 +64,17 @@ def _read_text(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, byt
         return
     for number, piece in enumerate(_pieces(text, config.piece_bytes)):
         yield f"{file.name}#{number}", piece
+
+
+def _read_corpus(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:
+    from maxlm.data.corpus.selection import read_corpus
+
+    return read_corpus(config, part)
+
+
+def _refuse_warc(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:
+    fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
+    raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
 
 
 def _pieces(text: bytes, size: int) -> Iterator[bytes]:

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import Literal
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.config import PYTHON_STDLIB, SourceConfig
+from maxlm.data.corpus.config import PYTHON_STDLIB, FilesConfig
 from maxlm.data.corpus.streams import Compression, open_stream
 
-Format = Literal["text", "jsonl", "parquet"]
+Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
 
-_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_FORMATS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".warc": "warc",
+    ".arc": "warc",
+    ".wet": "warc",
+}
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 _SNIFF_BYTES = 8192
+CORPUS_FILE = "recipe.json"
+"""What tells the folder of a corpus that `maxlm corpus run` made."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class SourceFile:
     compression: Compression
     size: int
     """Bytes on disk."""
+    labels: tuple[Path, ...] = ()
+    """Of a corpus's shard: the files with labels that decide what is taken from it."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,12 @@ class Listing:
     num_binary: int
 
 
-def list_files(config: SourceConfig) -> list[SourceFile]:
+def list_files(config: FilesConfig) -> list[SourceFile]:
     """The files of a corpus in reading order; see `find_files`."""
     return list(find_files(config).files)
 
 
-def find_files(config: SourceConfig) -> Listing:
+def find_files(config: FilesConfig) -> Listing:
     """Resolve `config.documents` to files.
 
     Entries keep their order; within a folder or glob the order is that of the sorted paths. A
@@ -60,6 +71,11 @@ def find_files(config: SourceConfig) -> Listing:
     files: dict[str, SourceFile] = {}
     num_binary = 0
     for entry in config.documents:
+        if Path(entry, CORPUS_FILE).is_file():
+            from maxlm.data.corpus.selection import corpus_files
+
+            files |= {str(file.path): file for file in corpus_files(entry, config)}
+            continue
         found = binary = 0
         for path, name, is_text in _expand(entry):
             file = _source_file(path, name)
@@ -143,7 +159,7 @@ def _source_file(path: Path, name: str) -> SourceFile:
 
 
 def _is_binary(file: SourceFile) -> bool:
-    if file.format == "parquet":
+    if file.format in ("parquet", "warc"):
         return False
     with open_stream(file.path, file.compression) as stream:
         return b"\0" in stream.read(_SNIFF_BYTES)

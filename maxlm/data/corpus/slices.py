@@ -44,24 +44,26 @@ def whole(file: SourceFile) -> FileSlice:
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
 
-def scan_file(file: SourceFile, slice_bytes: int) -> Scan:
+def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Scan:
     """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
 
-    Reads the file once. Cuts depend on the file and `slice_bytes` only.
+    Reads the file once; without `digest` (`sha256` is empty then) only to count lines. Cuts depend
+    on the file and `slice_bytes` only.
 
     Raises:
         MaxlmError: the file cannot be read.
     """
     cut_lines = file.format == "jsonl" and file.compression == "none"
-    digest, cuts = hashlib.sha256(), [(0, 1)]
+    hasher, cuts = hashlib.sha256(), [(0, 1)]
     position, line = 0, 1
-    with open_stream(file.path, "none") as stream:
-        mtime = file.path.stat().st_mtime_ns
-        while block := stream.read(_BLOCK_BYTES):
-            digest.update(block)
-            if cut_lines:
-                line = _cut_block(block, position, line, slice_bytes, cuts)
-            position += len(block)
+    mtime = file.path.stat().st_mtime_ns
+    for path in (file.path, *file.labels) if digest or cut_lines else ():
+        with open_stream(path, "none") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                hasher.update(block)
+                if cut_lines:
+                    line = _cut_block(block, position, line, slice_bytes, cuts)
+                position += len(block)
     if file.format == "parquet":
         slices = tuple(_parquet_slices(file, slice_bytes))
     elif cut_lines:
@@ -73,7 +75,7 @@ def scan_file(file: SourceFile, slice_bytes: int) -> Scan:
         )
     else:
         slices = (whole(file),)
-    return Scan(digest.hexdigest(), mtime, slices)
+    return Scan(hasher.hexdigest() if digest else "", mtime, slices)
 
 
 def _cut_block(

@@ -2,8 +2,8 @@
 
 import pytest
 
-from maxlm.data.store import progress as module
-from maxlm.data.store.progress import show_progress
+from maxlm.data.work import progress as module
+from maxlm.data.work.progress import show_progress
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.pool import WorkerPool, default_workers
+from maxlm.data.work.pool import WorkerPool, default_workers
 
 
 def test_results_errors_and_several_maps():
@@ -51,7 +51,7 @@ def test_a_dead_worker_is_an_error():
 def test_workers_end_when_their_parent_is_killed():
     script = (
         "import time\n"
-        "from maxlm.data.store.pool import WorkerPool\n"
+        "from maxlm.data.work.pool import WorkerPool\n"
         "if __name__ == '__main__':\n"
         "    with WorkerPool(2) as pool:\n"
         "        list(pool.map(abs, [1, 2]))\n"

@@ -1,0 +1,230 @@
+"""Expressions over labels: `language.name == "en" and heuristics.words >= 50`.
+
+Python's syntax, of which comparisons, `and`, `or`, `not`, `in`, `is None`, arithmetic and literals
+mean something. A label that a document lacks is null, and nulls spread as in SQL: a comparison
+with null is neither true nor false, and a document is taken only where the whole is true.
+"""
+
+import ast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maxlm.config import MaxlmError
+
+_COMPARE: dict[type, tuple[str, Callable]] = {
+    ast.Eq: ("==", pc.equal),
+    ast.NotEq: ("!=", pc.not_equal),
+    ast.Lt: ("<", pc.less),
+    ast.LtE: ("<=", pc.less_equal),
+    ast.Gt: (">", pc.greater),
+    ast.GtE: (">=", pc.greater_equal),
+}
+_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_ARITHMETIC: dict[type, Callable] = {
+    ast.Add: pc.add,
+    ast.Sub: pc.subtract,
+    ast.Mult: pc.multiply,
+    ast.Div: lambda a, b: pc.divide(_float(a), _float(b)),
+}
+_FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A comparison of a label with a number, such as `heuristics.words >= 50`."""
+
+    label: str
+    comparison: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A condition on a document's labels. Made by `parse`; picklable."""
+
+    text: str
+
+    @cached_property
+    def _tree(self) -> ast.expr:
+        return _parse(self.text)
+
+    def __getstate__(self):
+        return {"text": self.text}
+
+    def __setstate__(self, state):
+        object.__setattr__(self, "text", state["text"])
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The labels it looks at, each once."""
+        return tuple(dict.fromkeys(_names(self._tree)))
+
+    @cached_property
+    def thresholds(self) -> tuple[Threshold, ...]:
+        """Its comparisons of a label with a number."""
+        return tuple(_thresholds(self._tree))
+
+    def true(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
+        """Where it holds: bool [rows]. `table` has a column for each of `names`."""
+        value = _evaluate(self._tree, table)
+        if isinstance(value, pa.Scalar | bool):
+            return np.full(
+                table.num_rows, bool(value.as_py() if isinstance(value, pa.Scalar) else value)
+            )
+        filled = pc.fill_null(value, False)
+        if isinstance(filled, pa.ChunkedArray):
+            filled = filled.combine_chunks()
+        return filled.to_numpy(zero_copy_only=False)
+
+
+def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expression:
+    """Check an expression against the labels there are.
+
+    Args:
+        text: the expression.
+        labels: the type of each label that may be named.
+        where: the config key it comes from, for errors.
+
+    Raises:
+        MaxlmError: bad syntax, a label that does not exist (names near ones), or types that do not
+            go together, such as a string compared with a number.
+    """
+    try:
+        _parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = getattr(error, "msg", str(error))
+        raise MaxlmError(f"{text!r} is no expression: {reason}", where=where, fix=_FIX) from error
+    expression = Expression(text)
+    try:
+        names = expression.names
+    except _Unknown as error:
+        what = f"{text!r}: {error} means nothing here"
+        raise MaxlmError(what, where=where, fix=_FIX) from error
+    for name in names:
+        if name not in labels:
+            raise _no_label(name, labels, where)
+    empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
+    try:
+        value = _evaluate(expression._tree, empty if names else pa.table({"": pa.nulls(1)}))
+    except _Unknown as error:
+        what = f"{text!r}: {error} means nothing here"
+        raise MaxlmError(what, where=where, fix=_FIX) from error
+    except (pa.ArrowException, TypeError) as error:
+        what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
+        raise MaxlmError(what, where=where, fix=f"labels: {_kinds(names, labels)}") from error
+    if not isinstance(value, bool) and not pa.types.is_boolean(value.type):
+        what = f"{text!r} is a value, not a condition"
+        raise MaxlmError(what, where=where, fix="compare it with something") from None
+    return expression
+
+
+def _parse(text: str) -> ast.expr:
+    return ast.parse(text.replace("\n", " ").strip(), mode="eval").body
+
+
+class _Unknown(Exception):
+    """Syntax that has no meaning in an expression."""
+
+
+def _no_label(name: str, labels: Mapping[str, pa.DataType], where: str) -> MaxlmError:
+    near = get_close_matches(name, labels, n=3, cutoff=0.5)
+    if not near:
+        near = [label for label in labels if name.rpartition(".")[2] in label][:3]
+    listed = ", ".join(near or list(labels)[:8]) or "no stage gives any"
+    fix = f"did you mean {listed}?" if near else f"there are: {listed}"
+    return MaxlmError(f'there is no label "{name}"', where=where, fix=fix)
+
+
+def _kinds(names: tuple[str, ...], labels: Mapping[str, pa.DataType]) -> str:
+    return ", ".join(f"{name} is {labels[name]}" for name in names)
+
+
+def _dotted(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (inner := _dotted(node.value)):
+        return f"{inner}.{node.attr}"
+    return None
+
+
+def _names(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.expr) and (name := _dotted(node)):
+        return [name]
+    return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
+
+
+def _thresholds(tree: ast.expr) -> list[Threshold]:
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare):
+            continue
+        sides = [node.left, *node.comparators]
+        for left, sign, right in zip(sides, node.ops, sides[1:], strict=False):
+            text = _COMPARE.get(type(sign), ("", None))[0]
+            if text and (name := _dotted(left)) and (value := _number(right)) is not None:
+                found.append(Threshold(name, text, value))
+            elif text and (name := _dotted(right)) and (value := _number(left)) is not None:
+                found.append(Threshold(name, _MIRRORED.get(text, text), value))
+    return found
+
+
+def _number(node: ast.expr) -> float | None:
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return None
+    return float(value) if isinstance(value, int | float) and value is not True else None
+
+
+def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
+    if (name := _dotted(node)) is not None:
+        return table.column(name)
+    match node:
+        case ast.Constant(value=str() | int() | float() | bool() | None):
+            return pa.scalar(node.value)
+        case ast.BoolOp(op=op, values=values):
+            join = pc.and_kleene if isinstance(op, ast.And) else pc.or_kleene
+            result = _evaluate(values[0], table)
+            for value in values[1:]:
+                result = join(result, _evaluate(value, table))
+            return result
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return pc.invert(_evaluate(operand, table))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return pc.negate(_evaluate(operand, table))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+            return _ARITHMETIC[type(op)](_evaluate(left, table), _evaluate(right, table))
+        case ast.Compare(left=left, ops=ops, comparators=comparators):
+            sides = [left, *comparators]
+            results = [_compare(sides[i], op, sides[i + 1], table) for i, op in enumerate(ops)]
+            result = results[0]
+            for each in results[1:]:
+                result = pc.and_kleene(result, each)
+            return result
+    raise _Unknown(ast.unparse(node))
+
+
+def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
+    if isinstance(op, ast.Is | ast.IsNot) and ast.unparse(right) == "None":
+        null = pc.is_null(_evaluate(left, table))
+        return null if isinstance(op, ast.Is) else pc.invert(null)
+    if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List | ast.Set):
+        value = _evaluate(left, table)
+        found = pa.scalar(False)
+        for each in right.elts:
+            found = pc.or_kleene(found, pc.equal(value, _evaluate(each, table)))
+        return found if isinstance(op, ast.In) else pc.invert(found)
+    if type(op) in _COMPARE:
+        return _COMPARE[type(op)][1](_evaluate(left, table), _evaluate(right, table))
+    raise _Unknown(f"{ast.unparse(left)} {type(op).__name__} {ast.unparse(right)}")
+
+
+def _float(value: Any) -> Any:
+    return pc.cast(value, pa.float64())

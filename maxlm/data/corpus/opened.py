@@ -1,0 +1,135 @@
+"""A finished corpus, open for reading."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.cuts import cut
+from maxlm.data.corpus.recipe import (
+    RecipeConfig,
+    Rules,
+    labels_of,
+    recipe_file,
+    resolve_rules,
+    texts_of,
+)
+from maxlm.data.corpus.shards import DOCUMENTS, Shard
+
+_AGAIN = "run maxlm corpus run with its recipe again"
+
+
+def manifest_file(home: Path) -> Path:
+    """Where a stage's folder says what is in it; written last."""
+    return home / "manifest.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The folder that `run_recipe` made."""
+
+    folder: Path
+    recipe: RecipeConfig
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Corpus":
+        """The corpus in a folder.
+
+        Raises:
+            MaxlmError: there is none, it is of another version, or its stages are not all done.
+        """
+        folder = Path(folder)
+        try:
+            recipe = RecipeConfig.model_validate_json(recipe_file(folder).read_text())
+        except OSError as error:
+            fix = "make one with maxlm corpus run RECIPE"
+            raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
+        except ValidationError as error:
+            what = "this corpus was made by another version of maxlm, or is damaged"
+            raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
+        corpus = cls(folder, recipe)
+        for title in (DOCUMENTS, *(stage.title for stage in recipe.stages)):
+            corpus.manifest(title)
+        return corpus
+
+    def manifest(self, title: str) -> dict[str, Any]:
+        """What a stage's folder says about itself."""
+        path = manifest_file(self.folder / title)
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            what = f"the stage {title} is not finished"
+            raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
+
+    @cached_property
+    def labels(self) -> dict[str, pa.DataType]:
+        """The type of each label."""
+        return labels_of(self.recipe)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Its shards, in the order of its documents."""
+        names, texts = self.manifest(DOCUMENTS)["shards"], texts_of(self.recipe)
+        return [Shard(self.folder, name, texts) for name in names]
+
+    def rules(
+        self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
+    ) -> Rules:
+        """Rules for this corpus; None: those of its recipe. See `resolve_rules`."""
+        keep = self.recipe.keep if keep is None else keep
+        cut = self.recipe.cut if cut is None else cut
+        return resolve_rules(keep, cut, self.labels, str(self.folder))
+
+
+def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
+    """Which documents fulfil all rules and have a text: bool [rows]."""
+    keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
+    for rule in rules.keep.values():
+        keep = keep & rule.true(table)
+    return keep
+
+
+def read_kept(shard: Shard, rules: Rules) -> Iterator[tuple[str, str | None]]:
+    """(id, text) of each document of a shard, in order; None for what the rules leave out.
+
+    Spans of all the labels in `rules.cut` are cut out of the text.
+    """
+    names = [name for rule in rules.keep.values() for name in rule.names]
+    for table in shard.groups(list(dict.fromkeys(["id", "text", *names, *rules.cut]))):
+        keep = kept(table, rules)
+        texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
+        spans = [table.column(label).to_pylist() for label in rules.cut]
+        for i, (id_, keeps) in enumerate(zip(table.column("id").to_pylist(), keep, strict=True)):
+            if not keeps:
+                yield id_, None
+                continue
+            cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
+            text = next(texts)
+            yield id_, cut(text, cuts) if cuts else text
+
+
+def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """A document's newest text, its columns and all its labels by name, and what each rule says.
+
+    Raises:
+        MaxlmError: there is no such document.
+    """
+    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
+    for shard in corpus.shards:
+        for group, ids in enumerate(shard.groups(["id"])):
+            if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
+                tables = shard.groups(list(dict.fromkeys(columns)))
+                table = next(islice(tables, group, None)).slice(row, 1)
+                verdicts = {n: bool(rule.true(table)[0]) for n, rule in corpus.rules().keep.items()}
+                return table.to_pylist()[0], verdicts
+    fix = "ids are in the report, or in the column id of documents/*.parquet"
+    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

@@ -1,0 +1,178 @@
+"""A recipe: from sources over stages to the rules that say what is kept."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, MaxlmError
+from maxlm.data.corpus.config import FilesConfig
+from maxlm.data.corpus.expression import Expression, parse
+from maxlm.data.corpus.files import CORPUS_FILE
+from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
+from maxlm.data.corpus.stage import Stage
+from maxlm.data.corpus.stages import AnyStage
+from maxlm.data.corpus.stages.heuristics import PUBLISHED
+from maxlm.data.work.engine import EngineName
+
+_LABELS_OF_DOCUMENTS = ("id", "source", "url")
+
+
+class CrawlSource(FilesConfig):
+    """Files of raw documents."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """The source that its documents are said to come from: web, code, books, ..."""
+    url_field: str = "url"
+    """The JSON key or Parquet column of a document's address, if there is one."""
+    on_bad_bytes: Literal["replace", "skip"] = "replace"
+    """What becomes of text that is not valid UTF-8: U+FFFD for each bad sequence, or nothing at
+    all of the document. HTML has encodings of its own, which extraction finds out."""
+    max_document_bytes: int = Field(default=64 << 20, gt=0)
+    """Longer documents are passed over and counted, compressed ones by what they unpack to."""
+
+
+class RecipeConfig(Config):
+    """What `maxlm corpus run` does."""
+
+    out: str
+    """The corpus's folder."""
+    sources: tuple[CrawlSource, ...] = Field(min_length=1)
+    """Where raw documents come from."""
+    stages: tuple[AnyStage, ...] = ()
+    """What labels them, in this order."""
+    keep: dict[str, str] = Field(default_factory=dict)
+    """Rules by name, in the order in which the report tells what each one drops: expressions over
+    labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
+    docs/corpus.md. Applied when a token store is built; changing one costs no new pass."""
+    cut: tuple[str, ...] = ()
+    """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
+    engine: EngineName = "local"
+    """Where stages run: processes of this machine, or a Ray cluster."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes at most; null: one a core (local), or as many as the cluster has CPUs (ray)."""
+    shard_bytes: int = Field(default=64 << 20, gt=0)
+    """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
+    holds in memory does not grow with it."""
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        for kind, names in (
+            ("sources", [source.name for source in self.sources]),
+            ("stages", [stage.title for stage in self.stages]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two {kind} are called {name}: give one another name")
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in its place: what it may read, and what its labels depend on."""
+
+    stage: Stage
+    texts: tuple[str, ...]
+    where: Expression | None
+    key: str
+    """A hash of everything that decides its labels, but for the documents."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is kept of a corpus, checked against its labels."""
+
+    keep: Mapping[str, Expression]
+    cut: tuple[str, ...]
+
+
+def resolve(recipe: RecipeConfig) -> list[Step]:
+    """The stages in their places.
+
+    Raises:
+        MaxlmError: an expression is wrong, or names a label that no earlier stage gives; a stage
+            reads a label that is not there.
+    """
+    labels = {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS}
+    texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
+    for number, stage in enumerate(recipe.stages):
+        place = f"stages.{number}"
+        where = None
+        if stage.where is not None:
+            where = parse(stage.where, labels, f"{place}.where")
+        read = [*stage.reads, *(where.names if where else ())]
+        for column in read:
+            if "." in column and column not in labels:
+                what = f"{stage.title} reads {column}, which no earlier stage gives"
+                fix = f"put a stage that gives it before, or name one of: {', '.join(labels)}"
+                raise MaxlmError(what, where=place, fix=fix)
+        sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
+        if "text" in stage.reads:
+            sources |= set(texts)
+        parts = [stage.key(), stage.where, sorted((s, keys[s]) for s in sources)]
+        keys[stage.title] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        steps.append(Step(stage, tuple(texts), where, keys[stage.title]))
+        labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
+        if "text" in stage.schema().names:
+            texts.append(stage.title)
+    resolve_rules(recipe.keep, recipe.cut, labels, "recipe")
+    return steps
+
+
+def labels_of(recipe: RecipeConfig) -> dict[str, pa.DataType]:
+    """The type of each label that a corpus of this recipe has."""
+    return {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS} | {
+        f"{stage.title}.{field.name}": field.type
+        for stage in recipe.stages
+        for field in stage.schema()
+        if field.name != "text"
+    }
+
+
+def texts_of(recipe: RecipeConfig) -> tuple[str, ...]:
+    """The stages that write a version of the text, oldest first."""
+    writers = [stage.title for stage in recipe.stages if "text" in stage.schema().names]
+    return (DOCUMENTS, *writers)
+
+
+def resolve_rules(
+    keep: Mapping[str, str], cut: Sequence[str], labels: Mapping[str, pa.DataType], where: str
+) -> Rules:
+    """Check rules against the labels there are.
+
+    Raises:
+        MaxlmError: a wrong expression, an unknown label (names near ones), a cut label without
+            spans.
+    """
+    parsed = {}
+    for name, text in keep.items():
+        place = f"{where}.keep.{name}" if where != "recipe" else f"keep.{name}"
+        if (known := text.strip().removeprefix("published.")) != text.strip():
+            if known not in PUBLISHED:
+                what = f'there is no published rule "{known}"'
+                raise MaxlmError(what, where=place, fix=f"choose: {', '.join(PUBLISHED)}")
+            text = PUBLISHED[known]
+        parsed[name] = parse(text, labels, place)
+    for label in cut:
+        spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
+        if label not in spans:
+            what = f'"{label}" is no label that holds spans to cut'
+            raise MaxlmError(what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}")
+    return Rules(parsed, tuple(cut))
+
+
+def _holds_spans(type_: pa.DataType) -> bool:
+    if not pa.types.is_list(type_) or not pa.types.is_struct(type_.value_type):
+        return False
+    fields = {type_.value_type.field(i).name for i in range(type_.value_type.num_fields)}
+    return {"start", "end"} <= fields
+
+
+def recipe_file(folder: Path) -> Path:
+    """Where a corpus keeps the recipe it was made by."""
+    return folder / CORPUS_FILE

@@ -1,0 +1,186 @@
+"""Running a recipe: each stage over each shard, going on where an earlier run stopped."""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.opened import manifest_file
+from maxlm.data.corpus.reading import ReadJob, plan_shards, read_shard
+from maxlm.data.corpus.recipe import RecipeConfig, Step, recipe_file, resolve
+from maxlm.data.corpus.shards import DOCUMENTS, Shard, read_counts
+from maxlm.data.corpus.stage import CorpusStage, LabelStage, label_shard
+from maxlm.data.work.engine import Engine, open_engine
+from maxlm.data.work.paths import locked_folder, writing
+from maxlm.data.work.progress import Progress, silent
+
+_PACKAGES = ("maxlm", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class _LabelJob:
+    stage: LabelStage
+    shard: Shard
+
+
+def run_recipe(recipe: RecipeConfig, progress: Progress = silent) -> Path:
+    """Read the sources and label the documents; returns the corpus's folder.
+
+    A shard's labels are one file that appears when complete, so a run that was stopped or killed,
+    or that met a full disk, goes on from the shards that are missing, and ends with the same files
+    as an unbroken one. A stage whose settings, or whose input's settings, have changed is done
+    again, and so are the stages that read its labels; nothing else is.
+
+    Raises:
+        MaxlmError: a wrong recipe (before anything is written), sources that are not there, a
+            missing package or model, a disk that is full, or a stage's alarm.
+    """
+    folder = Path(recipe.out)
+    steps = resolve(recipe)
+    jobs = plan_shards(folder, recipe.sources, recipe.shard_bytes)
+    shards = [job.shard for job in jobs]
+    if len({shard.name for shard in shards}) < len(shards):
+        what = "a source names the same files twice"
+        raise MaxlmError(what, where="sources", fix="name each file once")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
+        what = "this folder holds something else than a corpus"
+        raise MaxlmError(what, where=str(folder), fix="choose another out, or empty the folder")
+    with locked_folder(folder), open_engine(recipe.engine, recipe.workers) as engine:
+        _write_json(recipe_file(folder), recipe.model_dump(mode="json"))
+        _read(folder, jobs, recipe, engine, progress)
+        for step in steps:
+            _run_step(folder, step, shards, engine, progress)
+    return folder
+
+
+def _read(
+    folder: Path, jobs: Sequence[ReadJob], recipe: RecipeConfig, engine: Engine, progress: Progress
+) -> None:
+    began = time.time()
+    pending = [job for job in jobs if not job.shard.path(DOCUMENTS).exists()]
+    _map(DOCUMENTS, read_shard, pending, len(jobs), engine, progress)
+    sources = [source.model_dump(mode="json") for source in recipe.sources]
+    shards = [job.shard for job in jobs]
+    inputs = [
+        {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
+        for job in jobs
+    ]
+    _finish(folder, DOCUMENTS, shards, began, {"sources": sources, "inputs": inputs}, ())
+
+
+def _run_step(
+    folder: Path, step: Step, shards: Sequence[Shard], engine: Engine, progress: Progress
+) -> None:
+    began, title = time.time(), step.stage.title
+    home = folder / title
+    views = [Shard(folder, s.name, step.texts, step.where, title) for s in shards]
+    key = step.key
+    if isinstance(step.stage, CorpusStage):  # One document more or less may change every label.
+        key += "".join(shard.name for shard in shards)
+    with writing(home):
+        _forget_other_labels(home, key)
+    pending = [view for view in views if not view.path(title).exists()]
+    if isinstance(step.stage, LabelStage):
+        tasks = [_LabelJob(step.stage, view) for view in pending]
+        _map(title, _label, tasks, len(views), engine, progress)
+    elif isinstance(step.stage, CorpusStage) and (pending or not manifest_file(home).exists()):
+        scratch = home / "scratch"
+        with writing(home):
+            scratch.mkdir(exist_ok=True)
+        step.stage.label(views, scratch, engine, progress)
+    details = {
+        "stage": step.stage.model_dump(mode="json"),
+        "version": step.stage.version,
+        "reads": list(step.stage.reads),
+        "texts": list(step.texts),
+    }
+    if pending or not manifest_file(home).exists():
+        _finish(folder, title, shards, began, details, step.stage.packages())
+    with writing(home):
+        shutil.rmtree(home / "scratch", ignore_errors=True)
+
+
+def _map(
+    title: str, function: Any, jobs: Sequence[Any], total: int, engine: Engine, progress: Progress
+) -> None:
+    done = total - len(jobs)
+    progress(title, done, total)
+    for _ in engine.map(function, jobs):
+        done += 1
+        progress(title, done, total)
+
+
+def _label(job: _LabelJob) -> None:
+    try:
+        label_shard(job.stage, job.shard)
+    except MaxlmError as error:
+        where = error.where or f"{job.stage.title}, shard {job.shard.name}"
+        raise MaxlmError(error.what, where=where, fix=error.fix) from error
+
+
+def _forget_other_labels(home: Path, key: str) -> None:
+    """Empty a stage's folder if its labels are of other settings or inputs."""
+    home.mkdir(exist_ok=True)
+    path = home / "key"
+    if path.exists() and path.read_text() == key:
+        return
+    shutil.rmtree(home)
+    home.mkdir()
+    path.with_suffix(".new").write_text(key)
+    os.replace(path.with_suffix(".new"), path)
+
+
+def _finish(
+    folder: Path,
+    title: str,
+    shards: Sequence[Shard],
+    began: float,
+    details: dict[str, Any],
+    packages: Sequence[str],
+) -> None:
+    """Write a stage's manifest, and delete the shards of files that are no longer sources."""
+    home = folder / title
+    wanted = {shard.path(title).name for shard in shards}
+    for path in home.glob("*.parquet"):
+        if path.name not in wanted:
+            path.unlink()
+    for path in home.glob(".*.parquet.*"):
+        path.unlink()  # Left by a killed worker.
+    counts: Counter[str] = Counter()
+    rows = {}
+    for shard in shards:
+        each = read_counts(shard.path(title))
+        rows[shard.name] = each["rows"]
+        counts += each
+    _write_json(
+        manifest_file(home),
+        details
+        | {
+            "packages": {name: _version(name) for name in (*_PACKAGES, *packages)},
+            "counts": dict(sorted(counts.items())),
+            "shards": rows,
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+            "seconds": round(time.time() - began, 3),
+        },
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with writing(path):
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        os.replace(temporary, path)

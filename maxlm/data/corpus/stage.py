@@ -1,0 +1,96 @@
+"""What a stage of the corpus pipeline is: settings that know how to label documents.
+
+A stage that looks at documents one by one is a `LabelStage`; one that compares documents with each
+other (deduplication) is a `CorpusStage`. Neither changes a text, except that a stage whose schema
+has a column "text" writes a new version, which the stages after it read.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from maxlm.config import Config
+from maxlm.data.corpus.shards import Shard
+from maxlm.data.work.engine import Engine
+from maxlm.data.work.progress import Progress
+
+Label = Callable[[pa.RecordBatch], pa.RecordBatch]
+"""From the columns a stage reads to the columns it adds, row by row. Pure."""
+
+
+class Stage(Config):
+    """Settings that every stage has. A subclass adds `stage: Literal["kind"] = "kind"`."""
+
+    stage: str
+    """Which stage this is."""
+    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
+    """What its labels begin with, and its folder; null: its kind. For stages that come twice."""
+    where: str | None = None
+    """Which documents to label, by an expression over the labels of earlier stages; null: all.
+    The others' labels are null."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same settings give other labels."""
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    """The columns it reads: of the documents, or labels as "stage.label"."""
+
+    @property
+    def title(self) -> str:
+        """What its labels begin with."""
+        return self.name or self.stage
+
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The columns it adds."""
+
+    def key(self) -> str:
+        """A hash of all that decides its labels, but for the documents and labels it reads."""
+        settings = self.model_dump(mode="json", exclude={"where"})
+        text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def packages(self) -> tuple[str, ...]:
+        """The distributions whose versions go into the manifest."""
+        return ()
+
+
+class LabelStage(Stage):
+    """A stage that labels each document by itself."""
+
+    @abstractmethod
+    def open(self) -> Label:
+        """The labelling function; loads models, once in each process and shard."""
+
+
+class CorpusStage(Stage):
+    """A stage that compares documents with each other."""
+
+    @abstractmethod
+    def label(
+        self, shards: Sequence[Shard], scratch: Path, engine: Engine, progress: Progress
+    ) -> None:
+        """Write the labels of every shard (`Shard.writer`).
+
+        Large work goes through `engine.map`, in jobs whose memory does not grow with the corpus;
+        they pass data on by files in `scratch`, which stays if the run is killed and is deleted
+        when the stage is done. The labels must not depend on the order in which jobs finish.
+        """
+
+
+def label_shard(stage: LabelStage, shard: Shard) -> None:
+    """Write the labels of one shard."""
+    label = stage.open()
+    schema = stage.schema()
+    with shard.writer(schema) as writer:
+        for rows in shard.rows(stage.reads):
+            if rows.batch.num_rows:
+                labels = label(rows.batch)
+            else:
+                labels = pa.RecordBatch.from_pylist([], schema=schema)
+            writer.write(rows, labels)

@@ -1,0 +1,1 @@
+"""Long work on many files: processes, progress, and folders in the making."""
