@@ -1,31 +1,37 @@
-"""How fast the loader alone makes batches.
+"""How fast the loader alone makes batches of a mixture, beside Grain's own packers.
 
     python benchmarks/loader.py [--tokens 100000000] [--seq-len 512 2048] [--seconds 4]
 
-Builds a synthetic store in a temporary folder (document lengths like the standard library's
-files, token frequencies by Zipf's law), then prints tokens/s for each packing and number of
-workers. The default store is larger than the 64 MiB that a store caches. "direct" calls the
-function that makes a batch, without Grain and without reading ahead.
+Builds two synthetic stores in a temporary folder (document lengths like the standard library's
+files, token frequencies by Zipf's law), mixes them 3 to 1 and prints tokens/s for each packing and
+number of workers. The default stores are larger than the 64 MiB that a store caches. "direct" calls
+the function that makes a batch, without Grain and without reading ahead; "1 of 4 hosts" counts the
+tokens of that host. Grain's packers get the same documents out of memory, mixed and shuffled by it,
+one thread; best fit gets them cut to seq_len. Last comes what a resumed run waits for at step 10^9
+of a mixture of 10 trillion tokens in 10^10 documents, whose offsets are computed and not stored.
 """
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from maxlm.data.loader import LoaderConfig, make_batches, make_loader
+from maxlm.data.loader import LoaderConfig, Mixing, Phase, host_rows, make_batches, make_loader
 from maxlm.data.loader.best_fit import build_index
 from maxlm.data.loader.packing import utilisation
 from maxlm.data.loader.prefetch import WARM_UP_STEPS
 from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import create_array, write_array
 from maxlm.data.store.manifest import write_manifest
+from maxlm.data.store.offsets import Offsets
 
 VOCABULARY = 8192
+WEIGHTS = {"web": 3.0, "code": 1.0}
 # Steps left out of a rate: threads' own, and those the workers made ahead while starting.
 SETTLE_STEPS = WARM_UP_STEPS + 16
 
@@ -39,11 +45,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        store = synthetic_store(Path(folder), arguments.tokens)
-        print(
-            f"{store.num_tokens:,} tokens, {store.num_documents:,} documents, "
-            f"{arguments.batch_tokens:,} tokens a batch, {os.cpu_count()} CPUs"
-        )
+        sizes = {"web": arguments.tokens * 3 // 4, "code": arguments.tokens // 4}
+        stores = {n: synthetic_store(Path(folder, n), size) for n, size in sizes.items()}
+        for name, store in stores.items():
+            print(f"{name}: {store.num_tokens:,} tokens, {store.num_documents:,} documents")
+        print(f"{arguments.batch_tokens:,} tokens a batch, {os.cpu_count()} CPUs")
+        store = stores["web"]
         began = time.perf_counter()
         build_index(store.offsets, 2048, 16384)
         print(f"best_fit index: {store.num_documents / (time.perf_counter() - began):,.0f} docs/s")
@@ -51,35 +58,125 @@ def main() -> None:
             for packing in ("concat", "best_fit"):
                 config = LoaderConfig(
                     seq_len=seq_len,
-                    batch_size=max(1, arguments.batch_tokens // seq_len),
+                    batch_size=max(4, arguments.batch_tokens // seq_len),
                     packing=packing,
                 )
-                measure(store, config, arguments.workers, arguments.seconds)
+                measure(stores, config, arguments.workers, arguments.seconds)
+                measure_grain(stores, config, arguments.seconds)
+    measure_resume()
 
 
-def measure(store: TokenStore, config: LoaderConfig, workers: list[int], seconds: float) -> None:
+def measure(
+    stores: dict[str, TokenStore], config: LoaderConfig, workers: list[int], seconds: float
+) -> None:
     """Prints one packing's lines."""
-    stores, weights = {"a": store}, {"a": 1.0}
-    batches = make_batches(stores, weights, config, seed=0)
-    full = utilisation(batches.sources[0].packing, store.num_tokens, config.seq_len)
+    batches = make_batches(stores, WEIGHTS, config, seed=0)
+    full = min(
+        utilisation(source.packing, source.store.num_tokens, config.seq_len)
+        for source in batches.sources
+    )
     head = f"seq_len {config.seq_len:5}  {config.packing:9}"
     tokens = config.batch_size * config.seq_len
-    steps = iter(range(1 << 30))
-    direct = tokens * rate(lambda: batches.rows(next(steps)), seconds)
-    print(f"{head} utilisation {full:.4f}  direct     {direct:12,.0f} tokens/s")
+    for hosts in (1, 4):
+        rows = host_rows(config.batch_size // hosts * hosts, 0, hosts)
+        steps = iter(range(1 << 30))
+        speed = len(rows) * config.seq_len
+        speed *= rate(lambda steps=steps, rows=rows: batches.rows(next(steps), rows), seconds)
+        name = f"direct, 1 of {hosts} hosts" if hosts > 1 else f"direct, utilisation {full:.4f}"
+        print(f"{head} {name:28} {speed:12,.0f} tokens/s")
     for count in workers:
         began = time.perf_counter()
         made = config.model_copy(update={"workers": count})
-        with make_loader(stores, weights, made, seed=0, start_step=0) as loader:
+        with make_loader(stores, WEIGHTS, made, seed=0, start_step=0) as loader:
             next(loader)
             first = time.perf_counter() - began
             for _ in range(SETTLE_STEPS):
                 next(loader)
             speed = tokens * rate(lambda: next(loader), seconds)
-        print(
-            f"{head}                     workers {count}  {speed:12,.0f} tokens/s"
-            f"  first batch {first:.2f} s"
+        name = f"workers {count}, first batch {first:.2f} s"
+        print(f"{head} {name:28} {speed:12,.0f} tokens/s")
+
+
+def measure_grain(stores: dict[str, TokenStore], config: LoaderConfig, seconds: float) -> None:
+    """Prints the line of Grain's packer of the same kind."""
+    import grain
+
+    length, packing = {"tokens": config.seq_len}, config.packing
+    datasets = []
+    for store in stores.values():
+        tokens, starts = store.read(0, store.num_tokens).astype(np.int32), store.offsets
+        if packing == "best_fit":
+            starts = np.union1d(
+                starts,
+                np.concatenate(
+                    [np.arange(a, b, config.seq_len) for a, b in itertools.pairwise(starts)]
+                ),
+            )
+        documents = np.split(tokens, starts[1:-1])
+        datasets.append(grain.MapDataset.source(documents).shuffle(0).repeat())
+    mixed = grain.MapDataset.mix(datasets, list(WEIGHTS.values()))
+    documents = mixed.map(lambda tokens: {"tokens": tokens}).to_iter_dataset(
+        grain.ReadOptions(num_threads=1)
+    )
+    packed = (
+        grain.experimental.ConcatThenSplitIterDataset(documents, length_struct=length)
+        if packing == "concat"
+        else grain.experimental.BestFitPackIterDataset(
+            documents, length_struct=length, num_packing_bins=config.batch_size
         )
+    )
+    iterator = iter(packed.batch(config.batch_size))
+    filled = places = 0
+
+    def take() -> None:
+        nonlocal filled, places
+        segments = next(iterator)["tokens_segment_ids"]
+        filled, places = filled + np.count_nonzero(segments), places + segments.size
+
+    for _ in range(8):
+        take()
+    filled = places = 0
+    began = time.perf_counter()
+    rate(take, seconds)
+    speed, full = filled / (time.perf_counter() - began), filled / places
+    head = f"seq_len {config.seq_len:5}  {packing:9}"
+    print(f"{head} {f'Grain, utilisation {full:.4f}':28} {speed:12,.0f} tokens/s")
+
+
+class SimulatedStore:
+    """Documents of 500 to 1,500 tokens, all zeros, whose offsets are computed."""
+
+    path, offsets_sha256 = None, ""
+
+    def __init__(self, num_documents: int):
+        self.num_tokens = int(_starts(np.array([num_documents]))[0])
+        self.offsets = Offsets(_computed, num_documents + 1, self.num_tokens)
+
+    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
+        return [np.zeros(b - a, np.uint16) for a, b in zip(starts, stops, strict=True)]
+
+
+def _starts(index: np.ndarray) -> np.ndarray:
+    return 1000 * index + (index * 2654435761 % 500) * (index > 0)
+
+
+def _computed(ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    return [_starts(np.arange(a, b)) for a, b in ranges]
+
+
+def measure_resume() -> None:
+    """Prints how long the first batch of a resumed run takes, and the rate from there on."""
+    stores = {name: SimulatedStore(5 * 10**9) for name in WEIGHTS}
+    config = LoaderConfig(seq_len=2048, batch_size=64)
+    mixing = Mixing(WEIGHTS, max_epochs={"code": 1}, phases=(Phase(from_step=9, weights=WEIGHTS),))
+    began = time.perf_counter()
+    batches = make_batches(stores, mixing, config, seed=0)
+    batches.rows(10**9)
+    first = time.perf_counter() - began
+    steps = iter(range(10**9, 1 << 60))
+    speed = 64 * 2048 * rate(lambda: batches.rows(next(steps)), 3.0)
+    total = sum(store.num_tokens for store in stores.values())
+    print(f"{total:,} tokens: first batch at step 10^9 after {first:.3f} s, {speed:,.0f} tokens/s")
 
 
 def rate(function: Callable[[], object], seconds: float) -> float:
@@ -93,6 +190,7 @@ def rate(function: Callable[[], object], seconds: float) -> float:
 
 def synthetic_store(folder: Path, num_tokens: int) -> TokenStore:
     """A real store of random documents, without the text and the tokenizer behind it."""
+    folder.mkdir()
     random = np.random.default_rng(0)
     lengths = random.lognormal(7.0, 1.4, num_tokens // 1000).astype(np.int64) + 2
     offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -33,7 +33,7 @@ def run(
     from maxlm.data.corpus.run import run_recipe
     from maxlm.data.work.progress import show_progress
 
-    with show_progress("shards") as progress:
+    with show_progress("parts") as progress:
         folder = run_recipe(load(RecipeConfig, recipe, settings or ()).value, progress)
     _print_funnel(Corpus.open(folder), None, None)
 

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from maxlm.data.corpus import SourceConfig
-    from maxlm.data.tokenizer import TokenizerStats
+    from maxlm.data.tokenizer import Tokenizer, TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
@@ -24,13 +24,22 @@ def train(
     text: TextArgument,
     out: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
     kind: Annotated[
-        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram"],
-        typer.Option(help="Byte-level BPE, or a SentencePiece model."),
+        Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece"],
+        typer.Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(min=1, help="Ids, special tokens included.")] = 8192,
     special: Annotated[
         list[str] | None, typer.Option(help="A further special token; may be repeated.")
     ] = None,
+    bos: Annotated[str, typer.Option(help="Opens a document.")] = "<|endoftext|>",
+    eos: Annotated[str, typer.Option(help="Closes a document.")] = "<|endoftext|>",
+    pad: Annotated[str | None, typer.Option(help="Pads.")] = None,
+    chat: Annotated[
+        Literal["chatml", "llama3"] | None, typer.Option(help="How conversations are written.")
+    ] = None,
+    lowercase: Annotated[
+        bool, typer.Option("--lowercase", help="For wordpiece: drop case and accents.")
+    ] = False,
     sample_bytes: Annotated[
         int, typer.Option(min=1, help="Learn from the first so many bytes.")
     ] = 100_000_000,
@@ -38,8 +47,8 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Learn a tokenizer from text."""
-    from maxlm.data.store.progress import show_progress
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+    from maxlm.data.work.progress import show_progress
 
     _require_free(out, force)
     source = _source(text, text_field)
@@ -47,7 +56,12 @@ def train(
         config = TokenizerConfig(
             kind=kind,
             vocab_size=vocab_size,
+            bos=bos,
+            eos=eos,
+            pad=pad,
             extra_special_tokens=tuple(special or ()),
+            chat=chat,
+            lowercase=lowercase,
             sample_bytes=sample_bytes,
         )
         tokenizer = train_tokenizer(config, _counted(source, sample_bytes, progress))
@@ -57,15 +71,27 @@ def train(
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint's folder.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A Hugging Face checkpoint's folder; a tokenizer.json, SentencePiece or tiktoken "
+            "file; tiktoken:cl100k_base or tiktoken:o200k_base."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
+    bos: Annotated[str | None, typer.Option(help="The token that opens a document.")] = None,
+    eos: Annotated[str | None, typer.Option(help="The token that closes a document.")] = None,
+    pad: Annotated[str | None, typer.Option(help="The token that pads.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="How an unknown tiktoken file splits text, by name.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
-    """Take in the tokenizer of a Hugging Face checkpoint."""
+    """Take in someone else's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
 
     _require_free(out, force)
-    tokenizer = import_tokenizer(checkpoint)
+    tokenizer = import_tokenizer(source, bos=bos, eos=eos, pad=pad, pattern=pattern)
     tokenizer.save(out)
     exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
     typer.echo(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
@@ -127,8 +153,8 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
-    from maxlm.data.store.progress import show_progress
     from maxlm.data.tokenizer import load_tokenizer, tokenizer_stats
+    from maxlm.data.work.progress import show_progress
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
@@ -141,6 +167,42 @@ def stats(
         _print_table(str(tokenizer), found)
 
 
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A tokenizer's folder, or what `import` takes.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    text: TextArgument,
+    by_language: Annotated[
+        bool,
+        typer.Option("--by-language", help="Group by detected language, not by TEXT argument."),
+    ] = False,
+    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure two tokenizers on the same text: bytes per token by group, fertility, speed."""
+    from maxlm.data.tokenizer import compare_tokenizers
+    from maxlm.data.work.progress import show_progress
+
+    tokenizers = {name: _open(name) for name in dict.fromkeys((first, second))}
+    with show_progress() as progress:
+        texts = (
+            (argument, document)
+            for argument in text
+            for document in _counted(_source([argument], text_field), None, progress)
+        )
+        found = compare_tokenizers(tokenizers, _by_language(texts) if by_language else texts)
+    if as_json:
+        import json
+
+        flat = {
+            group: {name: stats.as_dict() for name, stats in of_group.items()}
+            for group, of_group in found.items()
+        }
+        typer.echo(json.dumps(flat))
+    else:
+        _print_comparison(found)
+
+
 def _require_free(out: Path, force: bool) -> None:
     from maxlm.config import MaxlmError
     from maxlm.data.tokenizer import holds_tokenizer
@@ -151,6 +213,25 @@ def _require_free(out: Path, force: bool) -> None:
             where=str(out),
             fix="add --force to replace it, or choose another --out",
         )
+
+
+def _open(name: str) -> "Tokenizer":
+    from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
+    from maxlm.data.tokenizer.files import METADATA
+
+    return load_tokenizer(name) if (Path(name) / METADATA).exists() else import_tokenizer(name)
+
+
+def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """The texts with the language that each is in."""
+    import pyarrow as pa
+
+    from maxlm.data.corpus.stages.language import LanguageStage
+
+    label = LanguageStage().open()
+    for _, text in texts:
+        rows = pa.record_batch({"text": [text.decode("utf-8", "replace")]})
+        yield label(rows).column("name")[0].as_py(), text
 
 
 def _source(text: list[str], text_field: str) -> "SourceConfig":
@@ -189,20 +270,45 @@ def _print_table(title: str, found: "TokenizerStats") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows: Iterable[tuple[str, str]] = (
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in _rows(found):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
+    """The groups, then the measures over all texts; a column a tokenizer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    *_, total = found.values()
+    groups = Table("group", "MB", title="bytes per token (tokens per word)")
+    totals = Table("all texts")
+    for name in total:
+        groups.add_column(name, justify="right")
+        totals.add_column(name, justify="right")
+    for group, of_group in found.items():
+        size = next(iter(of_group.values())).bytes / 1e6
+        cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in of_group.values())
+        groups.add_row(group, f"{size:,.2f}", *cells)
+    for rows in zip(*map(_rows, total.values()), strict=True):
+        totals.add_row(rows[0][0], *(value for _, value in rows))
+    Console().print(groups, totals)
+
+
+def _rows(found: "TokenizerStats") -> list[tuple[str, str]]:
+    return [
         ("documents", f"{found.documents:,}"),
         ("bytes", f"{found.bytes:,}"),
         ("tokens", f"{found.tokens:,}"),
         ("bytes per token", f"{found.bytes_per_token:.3f}"),
+        ("tokens per word", f"{found.fertility:.3f}"),
+        ("unknown", f"{found.unknown_share:.2%}"),
         (
             "vocabulary used",
             f"{found.used_ids:,} of {found.vocab_size:,} ({found.vocabulary_use:.1%})",
         ),
         ("speed", f"{found.megabytes_per_second:.2f} MB/s"),
-    )
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    ]

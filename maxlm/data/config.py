@@ -2,8 +2,10 @@
 
 from pydantic import Field, model_validator
 
+from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.loader.loader import LoaderConfig
+from maxlm.data.loader.mixing import Mixing, Phase, check_phases
 
 
 class MixtureSource(SourceConfig):
@@ -14,10 +16,17 @@ class MixtureSource(SourceConfig):
     the run's folder."""
     name: str = "text"
     """A short name, also of the source's folder; its order of reading depends on it."""
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the sequences a step takes from this source, relative to the others."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the sequences a step takes from this source, relative to the others; 0 for a source
+    that only later `phases` read."""
+    max_epochs: float | None = Field(default=None, gt=0)
+    """How often it may be read, also in part (2.5). After that its weight goes to the others, in
+    proportion to theirs. null: no limit."""
     store: str | None = None
-    """A token store built before, instead of documents."""
+    """A token store built before, instead of documents: a folder, or a `gs://` or `s3://` URL."""
+    store_segments: int | None = Field(default=None, ge=1)
+    """Read the store as it was when it had so many segments (`maxlm corpus append` adds one), so
+    that a run resumes with the batches it would have had; null: all."""
     heldout_store: str | None = None
     """Its held-out part, if there is one."""
 
@@ -25,6 +34,8 @@ class MixtureSource(SourceConfig):
     def _one_origin(self):
         if bool(self.documents) == bool(self.store):
             raise ValueError("give either documents or a store")
+        if self.store_segments and not self.store:
+            raise ValueError("store_segments goes with store")
         if self.heldout_store and not self.store:
             raise ValueError("heldout_store goes with store; documents are split by hash")
         return self
@@ -39,6 +50,13 @@ class DataConfig(LoaderConfig):
 
     sources: tuple[MixtureSource, ...] = ()
     """What is mixed."""
+    temperature: float | None = Field(default=None, gt=0)
+    """A number T makes shares proportional to weight × tokens^(1/T): 1 mixes sources by their
+    size, more brings them closer to their bare weights (mT5's alpha is 1/T: Xue et al. 2021). null
+    takes the weights as they are, whatever the sizes."""
+    phases: tuple[Phase, ...] = ()
+    """Other weights from some step on, such as more of the best text at the end. Each source goes
+    on where it stood; an order of reading begun is never begun anew."""
     heldout_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of documents kept out of training for evaluation, chosen by a hash of their text."""
     build_workers: int | None = Field(default=None, ge=1)
@@ -49,4 +67,17 @@ class DataConfig(LoaderConfig):
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"source names must differ: {', '.join(names)}")
+        try:
+            check_phases(self.phases, names)
+        except MaxlmError as error:
+            raise ValueError(str(error)) from error
         return self
+
+    def mixing(self) -> Mixing:
+        """How the loader is to mix the sources."""
+        return Mixing(
+            {source.name: source.weight for source in self.sources},
+            {s.name: s.max_epochs for s in self.sources if s.max_epochs is not None},
+            self.temperature,
+            self.phases,
+        )

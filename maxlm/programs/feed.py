@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from maxlm.data.loader import TokenSource, make_loader, one_pass
+from maxlm.data.loader import Mixing, TokenSource, make_loader, one_pass
 from maxlm.data.store import TokenStore
 from maxlm.objectives import Transform, Vocabulary, host_transform
 from maxlm.programs.setup import Setup
@@ -15,7 +15,7 @@ from maxlm.train.step import Batch
 def training_batches(
     setup: Setup,
     stores: Mapping[str, TokenSource],
-    weights: Mapping[str, float],
+    mixing: Mapping[str, float] | Mixing,
     vocabulary: Vocabulary,
     start: int,
 ) -> Iterator[Iterator[Batch]]:
@@ -26,7 +26,7 @@ def training_batches(
     rows, order = local_rows(sharding, (*lead, data.seq_len)), setup.token_order
     with make_loader(
         stores,
-        weights,
+        mixing,
         data,
         seed=setup.config.seed,
         start_step=start,

@@ -7,11 +7,11 @@ from pathlib import Path
 from maxlm.config import MaxlmError
 from maxlm.data.config import MixtureSource
 from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
-from maxlm.data.loader import make_batches
+from maxlm.data.loader import Batches, check_lasts, make_batches
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
-from maxlm.data.work.progress import show_progress
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from maxlm.data.work.progress import show_progress
 from maxlm.objectives import Vocabulary
 from maxlm.programs.vocabulary import vocabulary_of
 from maxlm.run import RunConfig, vocab_fits
@@ -25,7 +25,8 @@ class Corpus:
     vocabulary: Vocabulary
     training: dict[str, TokenStore]
     heldout: dict[str, TokenStore]
-    weights: dict[str, float]
+    batches: Batches
+    """Of the training stores, mixed: any of the run's, without its transform."""
 
 
 def prepare(config: RunConfig, folder: Path) -> Corpus:
@@ -45,16 +46,17 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     tokenizer = load_tokenizer(home)
     vocab_fits(config, tokenizer.vocab_size)
     vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
-    weights = {source.name: source.weight for source in sources}
-    corpus = Corpus(tokenizer, vocabulary, {}, {}, weights)
+    all_training: dict[str, TokenStore] = {}
+    all_heldout: dict[str, TokenStore] = {}
     for source in sources:
         training, heldout = _stores(config, source, home, folder / "data" / source.name)
-        corpus.training[source.name] = training
+        all_training[source.name] = training
         if heldout is not None:
-            corpus.heldout[source.name] = heldout
+            all_heldout[source.name] = heldout
     # Refuses a store shorter than a sequence, and builds what indices are missing.
-    make_batches(corpus.training, corpus.weights, config.data, seed=config.seed)
-    return corpus
+    batches = make_batches(all_training, config.data.mixing(), config.data, seed=config.seed)
+    check_lasts(batches, config.train.steps)
+    return Corpus(tokenizer, vocabulary, all_training, all_heldout, batches)
 
 
 def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:
@@ -141,8 +143,10 @@ def _named_stores(
     source: MixtureSource, tokenizer: Tokenizer
 ) -> tuple[TokenStore, TokenStore | None]:
     """Stores built before, if this tokenizer made them."""
-    named = (source.store, source.heldout_store)
-    stores = [None if path is None else TokenStore.open(path) for path in named]
+    named = ((source.store, source.store_segments), (source.heldout_store, None))
+    stores = [
+        None if path is None else TokenStore.open(path, segments=count) for path, count in named
+    ]
     for store in filter(None, stores):
         check_tokenizer(store, tokenizer)
     assert stores[0] is not None

@@ -113,7 +113,7 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
 
         with (
             training_batches(
-                setup, corpus.training, corpus.weights, corpus.vocabulary, start
+                setup, corpus.training, config.data.mixing(), corpus.vocabulary, start
             ) as batches,
             ConsoleDisplay(config.train.steps, start, show=lead) as display,
         ):

@@ -37,14 +37,10 @@ def recorder(
             "planned_mfu": plan.mfu(),
             "planned_memory": float(plan.memory.total),
         }
-    share = sum(corpus.weights.values())
-    bytes_a_target = sum(
-        corpus.weights[name]
-        / share
-        * store.manifest.text_bytes
-        / (store.num_tokens - store.num_documents)
+    bytes_a_target = {
+        name: store.manifest.text_bytes / (store.num_tokens - store.num_documents)
         for name, store in corpus.training.items()
-    )
+    }
 
     def record(step: int, values: Mapping[str, float]) -> None:
         if "seconds" in values:
@@ -58,7 +54,10 @@ def recorder(
             }
             if config.objective.kind == "clm":  # every token is predicted
                 bits = values["cross_entropy"] / log(2)
-                values["bits_per_byte"] = bits / bytes_a_target
+                shares = corpus.batches.mixture.shares(max(0, step - 1) * config.data.batch_size)
+                values["bits_per_byte"] = bits / sum(
+                    share * bytes_a_target[name] for name, share in shares.items()
+                )
             if peak is not None:
                 values["mfu"] = mfu(rate, layout.flops_per_token, peak)
                 values["mfu_full_attention"] = mfu(

@@ -81,7 +81,7 @@ def shrink(config: RunConfig, num_devices: int) -> RunConfig:
 class CountingText:
     """A token source that is quickly learnt: documents that count up and around, in few tokens."""
 
-    path = None
+    path, offsets_sha256 = None, ""
 
     def __init__(self, vocab_size: int, documents: int = 512, seed: int = 0):
         random = np.random.default_rng(seed)

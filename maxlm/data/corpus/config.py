@@ -49,3 +49,17 @@ class SourceConfig(FilesConfig):
 
     cut: tuple[str, ...] | None = None
     """For a corpus: labels with spans to cut out of its texts; null: the recipe's."""
+
+
+class CrawlSource(FilesConfig):
+    """Files of raw documents."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """The source that its documents are said to come from: web, code, books, ..."""
+    url_field: str = "url"
+    """The JSON key or Parquet column of a document's address, if there is one."""
+    on_bad_bytes: Literal["replace", "skip"] = "replace"
+    """What becomes of text that is not valid UTF-8: U+FFFD for each bad sequence, or nothing at
+    all of the document. HTML has encodings of its own, which extraction finds out."""
+    max_document_bytes: int = Field(default=64 << 20, gt=0)
+    """Longer documents are passed over and counted, compressed ones by what they unpack to."""

@@ -24,7 +24,7 @@ _FORMATS: dict[str, Format] = {
 }
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 _SNIFF_BYTES = 8192
-CORPUS_FILE = "recipe.json"
+CORPUS_FILE = "corpus.json"
 """What tells the folder of a corpus that `maxlm corpus run` made."""
 
 
@@ -161,8 +161,11 @@ def _source_file(path: Path, name: str) -> SourceFile:
 def _is_binary(file: SourceFile) -> bool:
     if file.format in ("parquet", "warc"):
         return False
-    with open_stream(file.path, file.compression) as stream:
-        return b"\0" in stream.read(_SNIFF_BYTES)
+    try:
+        with open_stream(file.path, file.compression) as stream:
+            return b"\0" in stream.read(_SNIFF_BYTES)
+    except MaxlmError:
+        return False  # For the reader to say.
 
 
 def _is_utf8(path: Path) -> bool:

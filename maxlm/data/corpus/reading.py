@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.config import CrawlSource
 from maxlm.data.corpus.crawl import RawDocument, read_warc
-from maxlm.data.corpus.files import find_files
-from maxlm.data.corpus.recipe import CrawlSource
+from maxlm.data.corpus.files import SourceFile, find_files
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
-from maxlm.data.corpus.slices import FileSlice, open_parquet, scan_file
+from maxlm.data.corpus.slices import FileSlice, open_parquet, scan_file, whole
 from maxlm.data.corpus.streams import open_stream
 
 # What is in memory at once, and so in a row group.
@@ -58,7 +58,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
             if file.format == "corpus":
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
-            for each in scan_file(file, shard_bytes, digest=False).slices:
+            for each in _slices(file, shard_bytes):
                 slices.append(each)
                 size += each.size
                 if size >= shard_bytes:
@@ -67,6 +67,13 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
         if slices:
             jobs.append(_job(folder, source, slices))
     return jobs
+
+
+def _slices(file: SourceFile, shard_bytes: int) -> tuple[FileSlice, ...]:
+    try:
+        return scan_file(file, shard_bytes, digest=False).slices
+    except MaxlmError:
+        return (whole(file),)  # Damaged, which the reader will count.
 
 
 def _job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> ReadJob:
@@ -204,6 +211,8 @@ def _from_row(source: CrawlSource, name: str, row: dict[str, Any]) -> RawDocumen
     """A document from named fields. Raises KeyError or TypeError where there is no text in them."""
     text = row.pop(source.text_field)
     if text is not None:
+        if not isinstance(text, str | bytes):
+            raise TypeError(type(text).__name__)
         raw = _SURROGATE.sub("\ufffd", text).encode() if isinstance(text, str) else text
         text = _text(source, raw)
     url = row.pop(source.url_field, None)

@@ -5,13 +5,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.corpus.config import FilesConfig
+from maxlm.data.corpus.config import CrawlSource
 from maxlm.data.corpus.expression import Expression, parse
 from maxlm.data.corpus.files import CORPUS_FILE
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
@@ -21,20 +20,6 @@ from maxlm.data.corpus.stages.heuristics import PUBLISHED
 from maxlm.data.work.engine import EngineName
 
 _LABELS_OF_DOCUMENTS = ("id", "source", "url")
-
-
-class CrawlSource(FilesConfig):
-    """Files of raw documents."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    """The source that its documents are said to come from: web, code, books, ..."""
-    url_field: str = "url"
-    """The JSON key or Parquet column of a document's address, if there is one."""
-    on_bad_bytes: Literal["replace", "skip"] = "replace"
-    """What becomes of text that is not valid UTF-8: U+FFFD for each bad sequence, or nothing at
-    all of the document. HTML has encodings of its own, which extraction finds out."""
-    max_document_bytes: int = Field(default=64 << 20, gt=0)
-    """Longer documents are passed over and counted, compressed ones by what they unpack to."""
 
 
 class RecipeConfig(Config):

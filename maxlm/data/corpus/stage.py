@@ -39,6 +39,8 @@ class Stage(Config):
     """Raised when the same settings give other labels."""
     reads: ClassVar[tuple[str, ...]] = ("text",)
     """The columns it reads: of the documents, or labels as "stage.label"."""
+    neutral: ClassVar[tuple[str, ...]] = ("where",)
+    """Settings that change no label (`where` is in the key by other means)."""
 
     @property
     def title(self) -> str:
@@ -51,7 +53,7 @@ class Stage(Config):
 
     def key(self) -> str:
         """A hash of all that decides its labels, but for the documents and labels it reads."""
-        settings = self.model_dump(mode="json", exclude={"where"})
+        settings = self.model_dump(mode="json", exclude=set(self.neutral))
         text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,18 +1,18 @@
 """Opening source files, compressed or not, as streams of bytes."""
 
-import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 from maxlm.config import MaxlmError
 
 Compression = Literal["none", "gz", "zst"]
 
 READ_BYTES = 1 << 20
+_FEED_BYTES = 2048
 
 
 def missing_package(package: str, path: Path) -> MaxlmError:
@@ -38,11 +38,10 @@ def open_stream(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
                 case "none":
                     yield file
                 case "gz":
-                    with gzip.open(file, "rb") as stream:
-                        yield io.BufferedReader(stream, READ_BYTES)  # pyright: ignore[reportArgumentType]
+                    yield io.BufferedReader(_FrameReader(file, _gzip_frame), READ_BYTES)
                 case "zst":
-                    yield io.BufferedReader(_ZstdReader(file, path), READ_BYTES)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    yield io.BufferedReader(_FrameReader(file, _zstd_frames(path)), READ_BYTES)
+    except EOFError as error:
         what = f"damaged or incomplete .{compression} data ({error})"
         raise MaxlmError(what, where=str(path), fix="fetch or compress the file again") from error
     except OSError as error:
@@ -50,30 +49,26 @@ def open_stream(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
 
 
-class _ZstdReader(io.RawIOBase):
-    """Reads all frames of a .zst file.
+class _FrameReader(io.RawIOBase):
+    """Reads all frames of a compressed file, and gives out whatever comes before a damaged place.
 
-    zstandard's own stream reader takes a truncated file for a finished one, and would lose the
-    documents after the cut in silence; this one raises EOFError.
+    The libraries' own readers lose the last block of data when what follows is damaged; and
+    zstandard's takes a truncated file for a finished one, and loses what came after the cut in
+    silence. This one raises EOFError.
     """
 
-    def __init__(self, file: IO[bytes], path: Path):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise missing_package("zstandard", path) from error
-        self._file, self._module = file, zstandard
-        self._frame = None
-        self._input = b""
-        self._output = b""
+    def __init__(self, file: IO[bytes], new_frame: Callable[[], Any]):
+        self._file, self._new_frame = file, new_frame
+        self._frame: Any = None
+        self._input = self._output = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer, /) -> int:
         while not self._output:
-            if not self._input:
-                self._input = self._file.read(READ_BYTES)
+            # Little at a time, so that a bomb unpacks to 128 MB at once at the very worst.
+            self._input = self._input or self._file.read(_FEED_BYTES)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the last frame is cut short")
@@ -85,10 +80,27 @@ class _ZstdReader(io.RawIOBase):
         return size
 
     def _step(self) -> None:
-        frame = self._frame or self._module.ZstdDecompressor().decompressobj()
+        if self._frame is None:
+            self._input = self._input.lstrip(b"\0")  # Padding, as tapes and disks leave it.
+            if not self._input:
+                return
+            self._frame = self._new_frame()
         try:
-            self._output = frame.decompress(self._input)
-        except self._module.ZstdError as error:
+            self._output = self._frame.decompress(self._input)
+        except Exception as error:  # zlib.error and zstandard.ZstdError have no other base.
             raise EOFError(str(error)) from error
-        self._input = frame.unused_data if frame.eof else b""
-        self._frame = None if frame.eof else frame
+        self._input = self._frame.unused_data if self._frame.eof else b""
+        if self._frame.eof:
+            self._frame = None
+
+
+def _gzip_frame() -> Any:
+    return zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+
+def _zstd_frames(path: Path) -> Callable[[], Any]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise missing_package("zstandard", path) from error
+    return lambda: zstandard.ZstdDecompressor().decompressobj()

@@ -3,20 +3,27 @@
 from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
+    check_lasts,
     host_rows,
     make_batches,
     make_loader,
     one_pass,
 )
+from maxlm.data.loader.mixing import Mixing, MixtureRow, Phase, mixture_table
 from maxlm.data.loader.packing import TokenSource
 
 __all__ = [
     "Batch",
     "Batches",
     "LoaderConfig",
+    "Mixing",
+    "MixtureRow",
+    "Phase",
     "TokenSource",
+    "check_lasts",
     "host_rows",
     "make_batches",
     "make_loader",
+    "mixture_table",
     "one_pass",
 ]

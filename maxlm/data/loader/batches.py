@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maxlm.data.loader.order import PADDING, Order
+from maxlm.data.loader.mixture import ENDLESS, Mixture
+from maxlm.data.loader.order import PADDING, EndlessOrder, Order
 from maxlm.data.loader.packing import Packing, Pieces, TokenSource
 
 Int64s = NDArray[np.int64]
@@ -44,6 +45,19 @@ class Batches:
     order: Order
     seq_len: int
     batch_size: int
+
+    @property
+    def mixture(self) -> Mixture:
+        """What a mixture's rows are drawn from; `one_pass` has none."""
+        assert isinstance(self.order, EndlessOrder)
+        return self.order.mixture
+
+    @property
+    def num_steps(self) -> int | None:
+        """Whole batches until every source of the mixture was read as often as it may; None: no
+        end."""
+        end = self.mixture.end
+        return None if end == ENDLESS else end // self.batch_size
 
     def rows(self, step: int, rows: Sequence[int] | ArrayLike | None = None) -> Batch:
         """The given global rows [n] of the batch of `step`, in the order given; None is all."""

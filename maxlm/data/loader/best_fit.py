@@ -8,7 +8,6 @@ the memory of the build and keeps each sequence's documents near one another in 
 The index lies in STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
 """
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader.packing import Pieces, TokenSource
+from maxlm.data.loader.packing import Offsets, Pieces, TokenSource
 
 Int64s = NDArray[np.int64]
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
@@ -80,7 +79,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     if store.path is None:
         return BestFitPacking(build_index(store.offsets, seq_len, block))
     # The offsets alone decide the index, so their hash in its name leaves nothing to go stale.
-    digest = hashlib.sha256(np.ascontiguousarray(store.offsets).data).hexdigest()[:12]
+    digest = store.offsets_sha256[:12]
     folder = Path(store.path) / "packing" / f"best_fit-{seq_len}-{block}-{digest}"
     if not folder.is_dir():
         try:
@@ -94,37 +93,42 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     return BestFitPacking(folder)
 
 
-def build_index(offsets: Int64s, seq_len: int, block: int) -> PackingIndex:
+def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
     """The index in memory, from document offsets int64 [num_documents + 1]."""
-    size = _num_pieces(offsets, seq_len)
+    size = _num_pieces(offsets, seq_len, block)
     arrays = (np.empty(size, np.int64), np.empty(size, np.int32), np.empty(size, np.bool_))
-    return PackingIndex(*arrays, _fill(*arrays, offsets, seq_len, block))
+    firsts = np.empty(size + 1, np.int64)
+    return PackingIndex(*arrays, firsts[: _fill(*arrays, firsts, offsets, seq_len, block)])
 
 
-def _num_pieces(offsets: Int64s, seq_len: int) -> int:
-    return int((-(-np.diff(offsets) // seq_len)).sum())
+def _num_pieces(offsets: Offsets, seq_len: int, block: int) -> int:
+    blocks = (offsets[i : i + block + 1] for i in range(0, offsets.size - 1, block))
+    return sum(int((-(-np.diff(bounds) // seq_len)).sum()) for bounds in blocks)
 
 
 def _fill(
     starts: Int64s,
     lengths: NDArray[np.int32],
     ends: NDArray[np.bool_],
-    offsets: Int64s,
+    firsts: Int64s,
+    offsets: Offsets,
     seq_len: int,
     block: int,
-) -> Int64s:
-    """Fills the piece arrays in place; returns sequence_offsets."""
-    done, firsts = 0, []
+) -> int:
+    """Fills the piece arrays and sequence_offsets in place; returns the size of the last."""
+    done = opened = 0
     for piece_starts, piece_lengths, piece_ends, sequence in _blocks(offsets, seq_len, block):
         here = slice(done, done + piece_starts.size)
         starts[here], lengths[here], ends[here] = piece_starts, piece_lengths, piece_ends
-        firsts.append(done + np.flatnonzero(np.diff(sequence, prepend=-1)))
-        done = here.stop
-    return np.concatenate([*firsts, [done]]).astype(np.int64)
+        new = done + np.flatnonzero(np.diff(sequence, prepend=-1))
+        firsts[opened : opened + new.size] = new
+        done, opened = here.stop, opened + new.size
+    firsts[opened] = done
+    return opened + 1
 
 
 def _blocks(
-    offsets: Int64s, seq_len: int, block: int
+    offsets: Offsets, seq_len: int, block: int
 ) -> Iterator[tuple[Int64s, Int64s, NDArray[np.bool_], Int64s]]:
     """Each block's pieces (start, length, ends, sequence), in order of (sequence, start)."""
     num_documents = offsets.size - 1
@@ -185,19 +189,24 @@ def assign_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     return bins
 
 
-def _write(folder: Path, offsets: Int64s, seq_len: int, block: int) -> None:
+def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
     folder.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        size = _num_pieces(offsets, seq_len)
-        starts, lengths, ends = (
-            np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (size,))
-            for name, dtype in zip(_ARRAYS, (np.int64, np.int32, np.bool_), strict=False)
+        size = _num_pieces(offsets, seq_len, block)
+        # Mapped, not held: pages go to the disk as they fill. The last is cut to size afterwards.
+        starts, lengths, ends, firsts = (
+            np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (count,))
+            for name, dtype, count in (
+                ("starts", np.int64, size),
+                ("lengths", np.int32, size),
+                ("ends", np.bool_, size),
+                ("firsts", np.int64, size + 1),
+            )
         )
-        np.save(
-            temporary / "sequence_offsets.npy",
-            _fill(starts, lengths, ends, offsets, seq_len, block),
-        )
+        used = _fill(starts, lengths, ends, firsts, offsets, seq_len, block)
+        np.save(temporary / "sequence_offsets.npy", np.asarray(firsts[:used]))
+        (temporary / "firsts.npy").unlink()
         for array in (starts, lengths, ends):
             array.flush()
         temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.

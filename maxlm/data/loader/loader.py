@@ -9,7 +9,7 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.data.loader.batches import Batch, Batches, Source
 from maxlm.data.loader.best_fit import open_best_fit
-from maxlm.data.loader.mixture import Mixture
+from maxlm.data.loader.mixing import Mixing
 from maxlm.data.loader.order import EndlessOrder, OnePassOrder
 from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_key
@@ -49,34 +49,38 @@ class LoaderConfig(Config):
 
 def make_batches(
     stores: Mapping[str, TokenSource],
-    weights: Mapping[str, float],
+    mixing: Mapping[str, float] | Mixing,
     config: LoaderConfig,
     *,
     seed: int,
 ) -> Batches:
-    """The endless batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
+    """The batches of a mixture: `make_batches(...).rows(step, rows)` is any of them.
 
-    A store's order depends on the seed and its name, not on the other stores.
+    They are endless unless every source that is read has `max_epochs`. A store's order depends on
+    the seed and its name, not on the other stores.
 
     Args:
         stores: by name.
-        weights: each store's share of the sequences, by name; need not sum to 1.
+        mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
+            depend on sizes, epochs and steps.
         config: seq_len, batch_size, packing and shuffle are used.
         seed: any integer.
 
     Raises:
-        MaxlmError: no stores, names that differ, a bad weight, a store shorter than one sequence,
-            or a best_fit index that cannot be written.
+        MaxlmError: no stores, names that differ, a bad weight or phase, a store shorter than one
+            sequence, or a best_fit index that cannot be written.
     """
-    if stores.keys() != weights.keys():
+    if not isinstance(mixing, Mixing):
+        mixing = Mixing(mixing)
+    if stores.keys() != mixing.weights.keys():
         raise MaxlmError(
-            f"weights are for {sorted(weights)}, stores are {sorted(stores)}",
+            f"weights are for {sorted(mixing.weights)}, stores are {sorted(stores)}",
             where="weights",
             fix="give each store one weight",
         )
-    # The mixture checks the weights: before any index is built.
-    mixture_key = derive_key(seed, "mixture") if config.shuffle else None
-    mixture = Mixture.of({name: weights[name] for name in stores}, mixture_key)
+    tokens = {name: store.num_tokens for name, store in stores.items()}
+    # Weights are checked before any index is built; the true sizes do not change the answer.
+    mixing.mixture(tokens, tokens, config.batch_size, None)
     for name, store in stores.items():
         if store.num_tokens < config.seq_len:
             raise MaxlmError(
@@ -89,6 +93,9 @@ def make_batches(
         for store in stores.values()
     )
     sizes = tuple(source.packing.num_sequences for source in sources)
+    mixture_key = derive_key(seed, "mixture") if config.shuffle else None
+    sequences = dict(zip(stores, sizes, strict=True))
+    mixture = mixing.mixture(tokens, sequences, config.batch_size, mixture_key)
     keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
     order = EndlessOrder(mixture, sizes, keys)
     return Batches(sources, order, config.seq_len, config.batch_size)
@@ -96,7 +103,7 @@ def make_batches(
 
 def make_loader(
     stores: Mapping[str, TokenSource],
-    weights: Mapping[str, float],
+    mixing: Mapping[str, float] | Mixing,
     config: LoaderConfig,
     *,
     seed: int,
@@ -112,28 +119,46 @@ def make_loader(
     To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
 
     Args:
-        stores, weights, config, seed: see `make_batches`.
+        stores, mixing, config, seed: see `make_batches`.
         start_step: the first batch's step.
-        num_steps: how many batches; None is endless.
+        num_steps: how many batches; None is all there are.
         process_index, process_count: this process takes the contiguous block `host_rows`.
         rows: the global rows to take instead, in this order, where a mesh needs another layout.
         transform: what becomes of each batch; must pickle.
 
     Raises:
-        MaxlmError: as `make_batches`, or batch_size not divisible by process_count.
+        MaxlmError: as `make_batches`, a mixture that ends before the last step, or batch_size not
+            divisible by process_count.
     """
     from maxlm.data.loader.prefetch import BatchIterator
 
     if rows is None:
         rows = host_rows(config.batch_size, process_index, process_count)
-    batches = make_batches(stores, weights, config, seed=seed)
+    batches = make_batches(stores, mixing, config, seed=seed)
+    stop = batches.num_steps if num_steps is None else start_step + num_steps
+    if stop is not None:
+        check_lasts(batches, stop)
     return BatchIterator(
         partial(_made, batches, transform, rows),
         start_step,
-        None if num_steps is None else start_step + num_steps,
+        stop,
         workers=config.workers,
         prefetch=config.prefetch,
     )
+
+
+def check_lasts(batches: Batches, steps: int) -> None:
+    """
+    Raises:
+        MaxlmError: the mixture ends before so many steps.
+    """
+    if batches.num_steps is not None and batches.num_steps < steps:
+        raise MaxlmError(
+            f"the mixture ends after {batches.num_steps:,} of {steps:,} steps: every source that "
+            "has a weight then was read max_epochs times",
+            where="data.sources",
+            fix="raise max_epochs of a source or give it more text, or train for fewer steps",
+        )
 
 
 def one_pass(

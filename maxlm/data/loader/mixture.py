@@ -6,12 +6,18 @@ one a step, so "the k-th sequence of this store" is well defined, and every coun
 few sequences of its weight for ever (largest-remainder rounding of cumulative counts would let a
 small store's count fall back). Within a block the order is shuffled, so that no store sits at
 the same rows of every batch.
+
+Where weights change with the step, or a store has been read as often as it may, a new segment
+begins: a run of global indices with one tree. Each knows how many sequences every store gave
+before it, so each store's stream goes on without a gap or a repeat.
 """
 
 import heapq
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +27,8 @@ from maxlm.data.loader.permutation import derive_keys, permute
 
 # Global indices shuffled together. Smaller keeps each batch closer to the weights.
 BLOCK = 256
+# Past any index: what `permute` and the arithmetic of the tree can take.
+ENDLESS = 1 << 62
 _SHARE_BITS = 31
 
 Int64s = NDArray[np.int64]
@@ -36,49 +44,177 @@ class _Split:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A run of global indices, from `start` to the next segment's, over which weights are equal."""
+
+    start: int
+    tree: _Split | int
+    weights: tuple[float, ...]
+    """By store number; 0 for a store that is not read here."""
+    before: tuple[int, ...]
+    """Sequences that each store gave before it."""
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Maps a global sequence index to (store number, index within that store's own stream)."""
 
-    tree: _Split | int
+    names: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    end: int
+    """The first index past the mixture; `ENDLESS` if there is none."""
     key: int | None
     """Shuffles within blocks of `BLOCK` indices; None keeps the even interleaving."""
 
     @classmethod
-    def of(cls, weights: Mapping[str, float], key: int | None) -> "Mixture":
-        """Stores are numbered in the mapping's order; the weights need not sum to 1.
+    def of(
+        cls,
+        weights: Mapping[str, float],
+        key: int | None,
+        *,
+        changes: Sequence[tuple[int, Mapping[str, float]]] = (),
+        most: Mapping[str, int] | None = None,
+    ) -> "Mixture":
+        """Stores are numbered in the order of `weights`; weights need not sum to 1.
+
+        Args:
+            weights: of every store, from index 0 on.
+            key: see `key`.
+            changes: (first index, weights of every store) of later phases, in rising order.
+            most: how many sequences a store gives in all, for stores that do not go on for ever.
+                Its weight then goes to the others, in proportion to theirs.
 
         Raises:
-            MaxlmError: no stores, or a weight that is not a positive finite number.
+            MaxlmError: no stores, or a weight that is not a finite number, or below 0, or 0 from
+                beginning to end, or all weights of a phase 0.
         """
-        if not weights:
-            raise MaxlmError("no stores to mix", where="weights", fix="name at least one store")
-        for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise MaxlmError(
-                    f"the weight of store {name!r} is {weight}, not a positive number",
-                    where="weights",
-                    fix="give a weight above 0, or leave the store out",
-                )
-        # Huffman's order: small stores share a node, so each share keeps its precision. Ties go by
-        # name and not by place: the mixture must not depend on the order of a mapping.
-        heap: list[tuple[float, str, _Split | int]] = [
-            (weight, name, number) for number, (name, weight) in enumerate(weights.items())
-        ]
-        heapq.heapify(heap)
-        while len(heap) > 1:
-            (weight_a, name_a, a), (weight_b, name_b, b) = heapq.heappop(heap), heapq.heappop(heap)
-            share = max(1, round(weight_a / (weight_a + weight_b) * 2**_SHARE_BITS))
-            heapq.heappush(heap, (weight_a + weight_b, min(name_a, name_b), _Split(share, a, b)))
-        return cls(heap[0][2], key)
+        names = tuple(weights)
+        phases = [(0, weights), *changes]
+        _check(names, phases)
+        limits = [(most or {}).get(name, ENDLESS) for name in names]
+        before, segments = [0] * len(names), list[Segment]()
+        for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
+            while start < stop:
+                open_ = {
+                    name: of_phase[name] * (before[i] < limits[i]) for i, name in enumerate(names)
+                }
+                if not any(open_.values()):
+                    return cls(names, tuple(segments), start, key)
+                tree = _tree(open_)
+                segments.append(Segment(start, tree, tuple(open_.values()), tuple(before)))
+                left = {i: limits[i] - before[i] for i, w in enumerate(open_.values()) if w}
+                length = _until_full(tree, left, stop - start)
+                for i, count in _counts(tree, length).items():
+                    before[i] += count
+                start += length
+        return cls(names, tuple(segments), ENDLESS, key)
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        """Store numbers [n] and indices [n] within those stores' streams, both int64."""
-        if self.key is not None and isinstance(self.tree, _Split):
-            blocks, within = np.divmod(indices, BLOCK)
-            indices = blocks * BLOCK + permute(within, BLOCK, derive_keys(self.key, blocks))
+        """Store numbers [n] and indices [n] within those stores' streams, both int64.
+
+        Raises:
+            IndexError: an index at or past `end`.
+        """
+        if self.end < ENDLESS and indices.size and int(indices.max()) >= self.end:
+            raise IndexError(f"the mixture ends after {self.end} sequences")
         stores, streams = np.empty_like(indices), np.empty_like(indices)
-        _descend(self.tree, indices, np.arange(indices.size), stores, streams)
+        starts = [segment.start for segment in self.segments]
+        numbers = np.searchsorted(starts, indices, side="right") - 1
+        for number in np.unique(numbers):
+            segment = self.segments[number]
+            at = np.flatnonzero(numbers == number)
+            within = self._shuffled(indices[at] - segment.start, number)
+            _descend(segment.tree, within, at, stores, streams)
+            streams[at] += np.array(segment.before)[stores[at]]
         return stores, streams
+
+    def counts(self, index: int) -> tuple[int, ...]:
+        """How many of the first `index` sequences are each store's, but for the shuffling of the
+        block that `index` cuts."""
+        number = bisect_right(self.segments, index, key=lambda segment: segment.start) - 1
+        segment = self.segments[number]
+        here = _counts(segment.tree, min(index, self.end) - segment.start)
+        return tuple(before + here.get(i, 0) for i, before in enumerate(segment.before))
+
+    def shares(self, index: int) -> dict[str, float]:
+        """Each store's share of the sequences around a global index, by name; they sum to 1."""
+        number = bisect_right(self.segments, index, key=lambda segment: segment.start) - 1
+        weights = self.segments[number].weights
+        return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
+
+    def _shuffled(self, indices: Int64s, number: int) -> Int64s:
+        """Indices within segment `number`, each moved within its block."""
+        segment = self.segments[number]
+        if self.key is None or isinstance(segment.tree, int):
+            return indices
+        ends = [*(each.start for each in self.segments[1:]), self.end]
+        length = ends[number] - segment.start
+        blocks, within = np.divmod(indices, BLOCK)
+        # A segment has fewer blocks than indices: adding its start makes no number come twice.
+        keys = derive_keys(self.key, segment.start + blocks)
+        # A block cut by the segment's end is shuffled within what is left of it.
+        cut = (blocks + 1) * BLOCK > length
+        if cut.any():
+            within[cut] = permute(within[cut], length % BLOCK, keys[cut])
+        within[~cut] = permute(within[~cut], BLOCK, keys[~cut])
+        return blocks * BLOCK + within
+
+
+def _check(names: Sequence[str], phases: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+    if not names:
+        raise MaxlmError("no stores to mix", where="weights", fix="name at least one store")
+    for name in names:
+        used = [weights[name] for _, weights in phases]
+        wrong = [weight for weight in used if not (math.isfinite(weight) and weight >= 0)]
+        if wrong or not any(used):
+            raise MaxlmError(
+                f"the weight of store {name!r} is {[*wrong, 0][0]}, not a positive number",
+                where="weights",
+                fix="give a weight above 0, or leave the store out",
+            )
+    for start, weights in phases:
+        if not any(weights.values()):
+            what = f"from sequence {start:,} on all weights are 0"
+            raise MaxlmError(what, where="weights", fix="give a store a weight above 0 there")
+
+
+def _tree(weights: Mapping[str, float]) -> _Split | int:
+    """The tree of the stores with weights above 0; leaves are places in `weights`."""
+    # Huffman's order: small stores share a node, so each share keeps its precision. Ties go by
+    # name and not by place: the mixture must not depend on the order of a mapping.
+    heap: list[tuple[float, str, _Split | int]] = [
+        (weight, name, number) for number, (name, weight) in enumerate(weights.items()) if weight
+    ]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        (weight_a, name_a, a), (weight_b, name_b, b) = heapq.heappop(heap), heapq.heappop(heap)
+        share = max(1, round(weight_a / (weight_a + weight_b) * 2**_SHARE_BITS))
+        heapq.heappush(heap, (weight_a + weight_b, min(name_a, name_b), _Split(share, a, b)))
+    return heap[0][2]
+
+
+def _until_full(tree: _Split | int, left: Mapping[int, int], length: int) -> int:
+    """The fewest sequences after which a store has given all it has `left`; at most `length`."""
+    low, high = 0, 1
+    while high < length and not _any_full(tree, left, high):
+        low, high = high, high * 2
+    high = min(high, length)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _any_full(tree, left, middle) else (middle, high)
+    return high
+
+
+def _any_full(tree: _Split | int, left: Mapping[int, int], total: int) -> bool:
+    return any(count >= left[store] for store, count in _counts(tree, total).items())
+
+
+def _counts(node: _Split | int, total: int) -> dict[int, int]:
+    """How many of the first `total` sequences reach each leaf."""
+    if isinstance(node, int):
+        return {node: total}
+    left = _left_count(total, node.share)
+    return _counts(node.left, left) | _counts(node.right, total - left)
 
 
 def _descend(
@@ -94,7 +230,10 @@ def _descend(
     _descend(node.right, (indices - before)[right], at[right], stores, streams)
 
 
-def _left_count(total: Int64s, share: int) -> Int64s:
+Count = TypeVar("Count", int, Int64s)
+
+
+def _left_count(total: Count, share: int) -> Count:
     """floor(total * share / 2^31 + 1/2), split so that nothing overflows for total < 2^62."""
     high, low = total >> _SHARE_BITS, total & ((1 << _SHARE_BITS) - 1)
     return high * share + ((low * share + (1 << (_SHARE_BITS - 1))) >> _SHARE_BITS)

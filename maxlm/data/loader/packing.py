@@ -20,6 +20,11 @@ from numpy.typing import NDArray
 Int64s = NDArray[np.int64]
 
 
+Offsets = Any
+"""int64 [num_documents + 1], from 0 to num_tokens: an array, or what can be indexed by slices and
+arrays and has `size` and `searchsorted` as one does."""
+
+
 class TokenSource(Protocol):
     """What the loader needs of a token store; `maxlm.data.store.TokenStore` has it."""
 
@@ -32,8 +37,13 @@ class TokenSource(Protocol):
     def num_tokens(self) -> int: ...
 
     @property
-    def offsets(self) -> Any:  # An array; Any also admits a cached_property.
-        """Where documents start, int64 [num_documents + 1], from 0 to num_tokens."""
+    def offsets(self) -> Offsets:
+        """Where documents start."""
+        ...
+
+    @property
+    def offsets_sha256(self) -> Any:  # A str; Any also admits a cached_property.
+        """A hash of the offsets, which names an index; not used where `path` is None."""
         ...
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[NDArray[np.integer]]:
@@ -80,9 +90,10 @@ class ConcatPacking:
         offsets = self.store.offsets
         begins = sequences * self.seq_len
         ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
-        # offsets[first:last] are the document starts strictly inside each sequence.
-        first = np.searchsorted(offsets, begins, side="right")
-        last = np.searchsorted(offsets, ends, side="left")
+        # offsets[first:last] are the document starts strictly inside each sequence. As many are
+        # below an end as are at most one less: one search for both.
+        found = offsets.searchsorted(np.concatenate([begins, ends - 1]), side="right")
+        first, last = np.split(found, 2)
         counts = last - first + 1
         row = np.repeat(np.arange(sequences.size), counts)
         nth = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)

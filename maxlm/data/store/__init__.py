@@ -4,8 +4,8 @@ A store is a folder with `tokens/` (zarr3, uint16 or uint32), `offsets/` (zarr3,
 `tokenizer/` that made it, and `manifest.json`. `build_store` writes one; `TokenStore` reads it.
 """
 
-from maxlm.data.store.build import build_store
+from maxlm.data.store.build import append_store, build_store
 from maxlm.data.store.manifest import Manifest, Source
 from maxlm.data.store.store import TokenStore, check_tokenizer
 
-__all__ = ["Manifest", "Source", "TokenStore", "build_store", "check_tokenizer"]
+__all__ = ["Manifest", "Source", "TokenStore", "append_store", "build_store", "check_tokenizer"]

@@ -2,18 +2,22 @@
 
 Tokens lie in shards of 16 Mi (one file each, so a trillion tokens is 60,000 files) cut into
 chunks of 16 Ki that are compressed apart, so that a short random range costs one small read.
-LZ4, not zstd: 40% larger on disk, but it doubles the rate of short random reads.
+LZ4, not zstd: 40% larger on disk, but it doubles the rate of short random reads. Chunks of offsets
+are a block of `Offsets`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.data.store.places import Place, below, kvstore
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
+CHUNK_OFFSETS = 4 << 10
 _CODECS = {"tokens": "lz4", "offsets": "zstd"}
 
 
@@ -24,7 +28,8 @@ def create_array(folder: Path, name: str, size: int, dtype: str):
         {"name": "bytes", "configuration": {"endian": "little"}},
         {"name": "blosc", "configuration": compressor},
     ]
-    sharding = {"chunk_shape": [CHUNK_TOKENS], "codecs": chunk_codecs}
+    chunk = CHUNK_TOKENS if name == "tokens" else min(CHUNK_OFFSETS, CHUNK_TOKENS)
+    sharding = {"chunk_shape": [chunk], "codecs": chunk_codecs}
     metadata = {
         "shape": [size],
         "data_type": dtype,
@@ -52,8 +57,9 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
         raise array_error(folder, error, fix) from error
 
 
-def open_for_reading(folder: Path, name: str, cache_bytes: int):
-    """The TensorStore of an array, with a cache of `cache_bytes` decompressed bytes.
+def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
+    """The TensorStore of an array that lies in pieces in `folders`, with a cache of `cache_bytes`
+    decompressed bytes. Of offsets the first piece's first and every piece's others count.
 
     Raises:
         MaxlmError: the array is missing or damaged.
@@ -63,15 +69,18 @@ def open_for_reading(folder: Path, name: str, cache_bytes: int):
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     # A finished store never changes, so what is cached need not be checked against the disk.
     options = {"recheck_cached_data": False, "recheck_cached_metadata": False}
-    return _open(folder / name, options, read=True, context=context)
+    pieces = [_open(below(f, name), options, read=True, context=context) for f in folders]
+    skipped = 1 if name == "offsets" else 0
+    pieces = [pieces[0], *(piece[skipped:] for piece in pieces[1:])]
+    return pieces[0] if len(pieces) == 1 else ts.concat(pieces, axis=0)
 
 
-def _open(path: Path, options: dict[str, Any], **kwargs: Any):
+def _open(path: Place, options: dict[str, Any], **kwargs: Any):
     import tensorstore as ts
 
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        "kvstore": kvstore(path),
         # By default a missing chunk reads as zeros, so a lost file would pass for tokens.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
@@ -83,7 +92,7 @@ def _open(path: Path, options: dict[str, Any], **kwargs: Any):
         raise array_error(path, error, fix) from error
 
 
-def array_error(path: Path, error: Exception, fix: str) -> MaxlmError:
+def array_error(path: Place, error: Exception, fix: str) -> MaxlmError:
     """A TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
     return MaxlmError(f"array error: {reason}", where=str(path), fix=fix)

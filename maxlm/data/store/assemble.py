@@ -1,5 +1,6 @@
 """From finished parts to the arrays of a store."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 
 from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
 from maxlm.data.store.parts import Part, part_path
-from maxlm.data.store.pool import WorkerPool
+from maxlm.data.work.pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,12 @@ def assemble(
     dtype: str,
     pool: WorkerPool,
     progress: Callable[[int, int], None],
-) -> None:
+    base: int = 0,
+) -> str:
     """Write `tokens/` and `offsets/` into the folder `store`; parts in order of their index.
+
+    Offsets begin with `base`, which is how many tokens the store has before this segment. Returns
+    their SHA-256.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.
@@ -47,10 +52,34 @@ def assemble(
     for size in pool.map(_write_shard, _shard_jobs(store, parts_folder, parts, begins, dtype)):
         done += size
         progress(done, total)
-    lengths = [np.fromfile(part_path(parts_folder, p.index, "lengths"), np.int64) for p in parts]
-    offsets = np.concatenate([np.zeros(1, np.int64), *lengths])
-    np.cumsum(offsets, out=offsets)
-    write_array(create_array(store, "offsets", len(offsets), "int64"), 0, offsets, store)
+    return _write_offsets(store, parts_folder, parts, base)
+
+
+def _write_offsets(store: Path, parts_folder: Path, parts: Sequence[Part], base: int) -> str:
+    """Shard by shard, so that memory does not grow with the number of documents."""
+    size = 1 + sum(part.num_documents for part in parts)
+    array, digest = create_array(store, "offsets", size, "int64"), hashlib.sha256()
+    shard = np.full(min(size, SHARD_TOKENS), base, np.int64)
+    written, filled, last = 0, 1, base
+
+    def write() -> None:
+        nonlocal written, filled
+        digest.update(shard[:filled].data)
+        write_array(array, written, shard[:filled], store)
+        written, filled = written + filled, 0
+
+    for part in parts:
+        offsets = last + np.cumsum(
+            np.fromfile(part_path(parts_folder, part.index, "lengths"), np.int64)
+        )
+        while offsets.size:
+            if filled == shard.size:
+                write()
+            taken = min(offsets.size, shard.size - filled)
+            shard[filled : filled + taken] = offsets[:taken]
+            filled, last, offsets = filled + taken, int(offsets[taken - 1]), offsets[taken:]
+    write()
+    return digest.hexdigest()
 
 
 def _shard_jobs(

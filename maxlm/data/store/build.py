@@ -1,28 +1,40 @@
 """Building a token store: documents in, one finished folder out."""
 
 import contextlib
-import hashlib
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import SourceConfig
-from maxlm.data.corpus.files import find_files
-from maxlm.data.corpus.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.assemble import assemble
-from maxlm.data.store.existing import check_replaceable
-from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, Source, Split, write_manifest
-from maxlm.data.store.parts import Counts, Part, PartJob, PartSlice, finished_part, make_part
-from maxlm.data.store.paths import locked_folder, writing
-from maxlm.data.store.pool import WorkerPool, default_workers
-from maxlm.data.store.progress import Progress, silent
-
-_MAX_SHARD_BYTES = 64 << 20
-_MIN_SHARD_BYTES = 256 << 10
+from maxlm.data.store.checksums import write_checksums
+from maxlm.data.store.existing import check_replaceable, is_appended
+from maxlm.data.store.manifest import (
+    Manifest,
+    Segment,
+    Split,
+    joined,
+    segment_folder,
+    write_manifest,
+)
+from maxlm.data.store.parts import (
+    Counts,
+    Part,
+    PartJob,
+    claim_part,
+    finished_part,
+    make_part,
+)
+from maxlm.data.store.places import to_place
+from maxlm.data.store.plan import Plan, plan_build
+from maxlm.data.store.store import TokenStore
+from maxlm.data.work.paths import locked_folder, writing
+from maxlm.data.work.pool import WorkerPool, default_workers
+from maxlm.data.work.progress import Progress, silent
 
 
 def build_store(
@@ -36,6 +48,7 @@ def build_store(
     shard_bytes: int | None = None,
     progress: Progress = silent,
     force: bool = False,
+    join: bool = False,
 ) -> Manifest:
     """Tokenize a corpus into a token store in folder `out`.
 
@@ -57,101 +70,160 @@ def build_store(
             64th of the corpus within 256 KiB to 64 MiB. Does not change the result.
         progress: told about the bytes read and the tokens written.
         force: replace a store of other inputs.
+        join: work beside other builders of this store, on this machine or on others that share
+            the disk, each called the same way. Parts go to whoever is free; the last to be done
+            writes the store while the others wait, and all return. Its files are the same as one
+            builder's. The disk must support `flock` (NFS from version 4 does).
 
     Raises:
         MaxlmError: anything `read_documents` refuses; no documents; `out` holds a store of other
             inputs (names the difference) or something that is no store; a disk that is full or
-            cannot be written; a build of the same store by another process.
+            cannot be written; a build of the same store by another process, without `join`; with
+            it, one of other inputs.
     """
-    from maxlm.data.tokenizer import load_tokenizer
-
-    out, tokenizer_folder = Path(out), Path(tokenizer_folder)
-    _check_settings(split, heldout_fraction, workers)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    listing = find_files(source)
-    if shard_bytes is None:
-        even = sum(file.size for file in listing.files) // 64
-        shard_bytes = min(max(even, _MIN_SHARD_BYTES), _MAX_SHARD_BYTES)
-    with ThreadPoolExecutor(workers or default_workers()) as threads:
-        scans = list(threads.map(lambda file: scan_file(file, shard_bytes), listing.files))
-    planned = Manifest(
-        format_version=FORMAT_VERSION,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id if tokenizer.opening else None,
-        eos_id=tokenizer.eos_id,
-        dtype=token_dtype(tokenizer.vocab_size).name,  # pyright: ignore[reportArgumentType]
-        num_tokens=0,
-        num_documents=0,
-        text_bytes=0,
-        split=split,
-        heldout_fraction=heldout_fraction if split != "all" else 0.0,
-        text_field=source.text_field,
-        on_bad_bytes=source.on_bad_bytes,
-        piece_bytes=source.piece_bytes,
-        num_binary_files=listing.num_binary,
-        sources=tuple(
-            Source(
-                name=file.name,
-                format=file.format,
-                size=file.size,
-                sha256=scan.sha256,
-                num_documents=0,
-                text_bytes=0,
-                num_left_out=0,
-            )
-            for file, scan in zip(listing.files, scans, strict=True)
-        ),
-    )
+    out, tokenizer_folder = _on_disk(out), Path(tokenizer_folder)
+    plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
-    if existing := check_replaceable(out, planned, force):
+    if existing := check_replaceable(out, plan.manifest, force):
         shutil.rmtree(building, ignore_errors=True)
         return existing
-    with locked_folder(building), WorkerPool(workers or default_workers()) as pool:
-        _forget_other_plan(building, planned, shard_bytes)
-        with writing(building):
-            (building / "parts").mkdir(exist_ok=True)
-        units = list(_units(scans, shard_bytes))
-        jobs = [
-            PartJob(building / "parts", index, unit, source, tokenizer_folder, planned)
-            for index, unit in enumerate(units)
-        ]
-        parts = _make_parts(jobs, pool, progress)
-        manifest = _count(planned, parts)
-        if not manifest.num_documents:
-            shutil.rmtree(building)
-            raise _no_documents(source, manifest, heldout_fraction)
-        store = building / "store"
-        with writing(building):
-            shutil.rmtree(store, ignore_errors=True)
-            store.mkdir()
-        assemble(
-            store,
-            building / "parts",
-            parts,
-            manifest.dtype,
-            pool,
-            lambda done, total: progress("writing tokens", done, total),
-        )
-        with writing(building):
-            tokenizer.save(store / "tokenizer")
-            write_manifest(store, manifest)
-            _publish(store, out, building / "replaced")
+    with WorkerPool(workers or default_workers()) as pool:
+        if join:
+            _share_parts(plan, building, out, force, pool, progress)
+        with locked_folder(building, wait=join):
+            # Meanwhile another builder may have finished it.
+            if join and (existing := check_replaceable(out, plan.manifest, force)):
+                shutil.rmtree(building, ignore_errors=True)
+                return existing
+            manifest = _write_segment(plan, building, 0, pool, progress)
+            with writing(building):
+                plan.tokenizer.save(building / "store" / "tokenizer")
+                write_checksums(building / "store")
+                write_manifest(building / "store", manifest)
+                _publish(building / "store", out, building / "replaced")
     shutil.rmtree(building, ignore_errors=True)
     return manifest
 
 
-def _check_settings(split: Split, heldout_fraction: float, workers: int | None) -> None:
-    if split != "all" and not 0 < heldout_fraction < 1:
-        what = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"
-        raise MaxlmError(what, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")')
-    if workers is not None and workers < 1:
-        raise MaxlmError(f"workers={workers} is less than 1", fix="give 1 or more")
+def append_store(
+    source: SourceConfig,
+    out: Path | str,
+    *,
+    workers: int | None = None,
+    shard_bytes: int | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Add the documents of more files to the store in folder `out`, as a new segment.
+
+    They come after those that are there, which keep their numbers and are not touched; tokenizer,
+    split and fraction are the store's. The segment counts from when the manifest is replaced, at
+    the end: readers that opened the store before go on with what it was. A killed append goes on
+    when it is called again; one that is done is not done twice.
+
+    Args: see `build_store`.
+
+    Raises:
+        MaxlmError: as `build_store`; other ways of reading than the store's; a file that is
+            already in it.
+    """
+    out = _on_disk(out)
+    existing = TokenStore.open(out).manifest
+    split = existing.split, existing.heldout_fraction
+    plan = plan_build(source, out / "tokenizer", *split, workers, shard_bytes)
+    building = out.with_name(f".{out.name}.building")
+    with WorkerPool(workers or default_workers()) as pool, locked_folder(building):
+        existing = _with_segments(TokenStore.open(out))
+        if not is_appended(out, existing, plan.manifest):
+            new = _write_segment(plan, building, existing.num_tokens, pool, progress)
+            folder = out / segment_folder(len(existing.segments))
+            with writing(out):
+                write_checksums(building / "store")
+                shutil.rmtree(folder, ignore_errors=True)  # Of an append that was killed here.
+                folder.parent.mkdir(exist_ok=True)
+                os.rename(building / "store", folder)
+                existing = joined(existing, new)
+                write_manifest(out, existing)
+    shutil.rmtree(building, ignore_errors=True)
+    return existing
 
 
-def _forget_other_plan(building: Path, planned: Manifest, shard_bytes: int) -> None:
+def _on_disk(out: Path | str) -> Path:
+    place = to_place(out)
+    if isinstance(place, str):
+        fix = "build it on a disk and copy the folder"
+        raise MaxlmError("stores are written to disks", where=place, fix=fix)
+    return place
+
+
+def _with_segments(store: TokenStore) -> Manifest:
+    """The manifest; its one segment is told apart also where an older maxlm wrote it."""
+    manifest = store.manifest
+    if manifest.segments:
+        return manifest
+    segment = Segment(
+        num_tokens=manifest.num_tokens,
+        num_documents=manifest.num_documents,
+        num_sources=len(manifest.sources),
+        offsets_sha256=store.offsets_sha256,
+    )
+    return manifest.model_copy(update={"segments": (segment,)})
+
+
+def _share_parts(
+    plan: Plan, building: Path, out: Path, force: bool, pool: WorkerPool, progress: Progress
+) -> None:
+    """Make parts beside other builders, until none is left that nobody makes."""
+    with locked_folder(building, shared=True, wait=True):
+        if check_replaceable(out, plan.manifest, force):  # Finished while we waited.
+            return
+        with writing(building), open(building / "plan.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (building / "plan").exists() and (building / "plan").read_text() != plan.key:
+                what = "other inputs are being built here, or were once"
+                fix = "give all builders the same inputs, or remove this folder"
+                raise MaxlmError(what, where=str(building), fix=fix)
+            _forget_other_plan(building, plan.key)
+            (building / "parts").mkdir(exist_ok=True)
+        _make_parts(plan.jobs(building / "parts"), claim_part, pool, progress)
+
+
+def _write_segment(
+    plan: Plan, building: Path, base: int, pool: WorkerPool, progress: Progress
+) -> Manifest:
+    """Make the arrays in `building/store`; offsets begin with `base`. Returns the manifest."""
+    _forget_other_plan(building, plan.key)
+    with writing(building):
+        (building / "parts").mkdir(exist_ok=True)
+    made = _make_parts(plan.jobs(building / "parts"), make_part, pool, progress)
+    parts = [made[index] for index in sorted(made)]
+    manifest = _count(plan.manifest, parts)
+    if not manifest.num_documents:
+        shutil.rmtree(building)
+        raise _no_documents(plan.source, manifest, plan.manifest.heldout_fraction)
+    store = building / "store"
+    with writing(building):
+        shutil.rmtree(store, ignore_errors=True)
+        store.mkdir()
+    digest = assemble(
+        store,
+        building / "parts",
+        parts,
+        manifest.dtype,
+        pool,
+        lambda done, total: progress("writing tokens", done, total),
+        base,
+    )
+    segment = Segment(
+        num_tokens=manifest.num_tokens,
+        num_documents=manifest.num_documents,
+        num_sources=len(manifest.sources),
+        offsets_sha256=digest,
+    )
+    return manifest.model_copy(update={"segments": (segment,)})
+
+
+def _forget_other_plan(building: Path, key: str) -> None:
     """Empty the folder if it was left by a build of anything else."""
-    key = hashlib.sha256(f"{shard_bytes} {planned.model_dump_json()}".encode()).hexdigest()
     path = building / "plan"
     with writing(building):
         if path.exists() and path.read_text() == key:
@@ -162,22 +234,13 @@ def _forget_other_plan(building: Path, planned: Manifest, shard_bytes: int) -> N
         os.replace(temporary, path)
 
 
-def _units(scans: Sequence[Scan], shard_bytes: int) -> Iterator[tuple[PartSlice, ...]]:
-    """Group consecutive slices into parts of at least `shard_bytes`."""
-    unit: list[PartSlice] = []
-    size = 0
-    for index, scan in enumerate(scans):
-        for each in scan.slices:
-            unit.append(PartSlice(index, scan.mtime_ns, each))
-            size += each.size
-            if size >= shard_bytes:
-                yield tuple(unit)
-                unit, size = [], 0
-    if unit:
-        yield tuple(unit)
-
-
-def _make_parts(jobs: Sequence[PartJob], pool: WorkerPool, progress: Progress) -> list[Part]:
+def _make_parts(
+    jobs: Sequence[PartJob],
+    make: Callable[[PartJob], Part | None],
+    pool: WorkerPool,
+    progress: Progress,
+) -> dict[int, Part]:
+    """The parts by index, without those for which `make` returns None."""
     itemsize = token_dtype(jobs[0].planned.vocab_size).itemsize
     sizes = [sum(each.slice.size for each in job.slices) for job in jobs]
     parts: dict[int, Part] = {}
@@ -186,11 +249,12 @@ def _make_parts(jobs: Sequence[PartJob], pool: WorkerPool, progress: Progress) -
             parts[job.index] = part
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
-    for part in pool.map(make_part, [job for job in jobs if job.index not in parts]):
-        parts[part.index] = part
-        done += sizes[part.index]
-        progress("tokenizing", done, total)
-    return [parts[job.index] for job in jobs]
+    for part in pool.map(make, [job for job in jobs if job.index not in parts]):
+        if part is not None:
+            parts[part.index] = part
+            done += sizes[part.index]
+            progress("tokenizing", done, total)
+    return parts
 
 
 def _count(planned: Manifest, parts: Sequence[Part]) -> Manifest:

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
 
 
 def describe(store: TokenStore) -> dict[str, Any]:
-    """The manifest as JSON values, with `path`, `bytes_on_disk` and `bytes_per_token`.
+    """The manifest as JSON values, with `path`, `bytes_on_disk` (0: not on a disk here) and
+    `bytes_per_token`.
 
     Bytes per token counts bos and eos among the tokens.
     """
-    files = (path for path in store.path.rglob("*") if path.is_file())
+    files = store.path.rglob("*") if store.path else ()
     derived = {
-        "path": str(store.path),
-        "bytes_on_disk": sum(path.stat().st_size for path in files),
+        "path": str(store.place),
+        "bytes_on_disk": sum(path.stat().st_size for path in files if path.is_file()),
         "bytes_per_token": store.manifest.text_bytes / store.num_tokens,
     }
     return derived | store.manifest.model_dump(mode="json")
@@ -37,9 +38,10 @@ def summary_table(store: TokenStore) -> Table:
     rows = {
         "tokens": f"{manifest.num_tokens:,} ({manifest.dtype})",
         "documents": f"{manifest.num_documents:,}",
+        "segments": f"{max(1, len(manifest.segments)):,}",
         "text": f"{manifest.text_bytes:,} bytes",
         "bytes per token": f"{about['bytes_per_token']:.3f}",
-        "on disk": f"{about['bytes_on_disk']:,} bytes",
+        "on disk": f"{about['bytes_on_disk']:,} bytes" if store.path else "elsewhere",
         "split": split,
         "source files": f"{len(manifest.sources):,}",
         "left out": f"{left_out:,} empty or undecodable documents, "
@@ -47,7 +49,7 @@ def summary_table(store: TokenStore) -> Table:
         "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],
     }
-    table = Table(title=str(store.path), show_header=False)
+    table = Table(title=str(store.place), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -37,6 +37,32 @@ def check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | N
     return TokenStore.open(out).manifest
 
 
+def is_appended(out: Path, existing: Manifest, planned: Manifest) -> bool:
+    """Whether a segment of the store in `out` holds just the files of the planned one.
+
+    Raises:
+        MaxlmError: the planned one is read in another way, or some of its files are in the store.
+    """
+    for found in _other_settings(existing, planned):
+        fix = "give the store's settings, or build a store of its own and mix the two"
+        raise MaxlmError(f"cannot append: {found}", where=str(out), fix=fix)
+    files = [(source.sha256, source.format) for source in existing.sources]
+    new = [(source.sha256, source.format) for source in planned.sources]
+    start, selections = 0, (existing.selection or "").split("\n")
+    for segment in existing.segments:
+        same_files = files[start : start + segment.num_sources] == new
+        if same_files and (planned.selection is None or planned.selection in selections):
+            return True
+        start += segment.num_sources
+    # By name, too: other documents may well hold the same text, a licence for one.
+    there = {(source.name, source.sha256) for source in existing.sources}
+    for source in planned.sources:
+        if (source.name, source.sha256) in there:
+            what = f"{source.name} is already in the store"
+            raise MaxlmError(what, where=str(out), fix="leave it out")
+    return False
+
+
 def difference(existing: Manifest, planned: Manifest) -> str | None:
     """In words, the first input in which two manifests differ; None if their inputs are equal.
 
@@ -46,13 +72,9 @@ def difference(existing: Manifest, planned: Manifest) -> str | None:
 
 
 def _differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
-    old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
-    if old != new:
-        yield f"another tokenizer ({old[:12]}, now {new[:12]})"
-    for name in _SETTINGS:
-        old, new = getattr(existing, name), getattr(planned, name)
-        if old != new:
-            yield f"{name} was {old}, now {new}"
+    yield from _other_settings(existing, planned)
+    if existing.selection != planned.selection:
+        yield "the rules by which the corpus's documents are taken have changed"
     for old, new in zip(existing.sources, planned.sources, strict=False):
         if (old.sha256, old.format) != (new.sha256, new.format):
             same = old.name == new.name
@@ -60,3 +82,13 @@ def _differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
     old, new = len(existing.sources), len(planned.sources)
     if old != new:
         yield f"{old} files, now {new}"
+
+
+def _other_settings(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
+    if old != new:
+        yield f"another tokenizer ({old[:12]}, now {new[:12]})"
+    for name in _SETTINGS:
+        old, new = getattr(existing, name), getattr(planned, name)
+        if old != new:
+            yield f"{name} was {old}, now {new}"

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.config import BadBytes
 from maxlm.data.corpus.files import Format
+from maxlm.data.store.places import Place, below, read_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -34,6 +35,17 @@ class Source(Config):
     """Documents that were empty, or left out by `on_bad_bytes="skip"`."""
 
 
+class Segment(Config):
+    """What was written into a store at once: by its build, or by an append."""
+
+    num_tokens: int
+    num_documents: int
+    num_sources: int
+    """How many of the manifest's sources are its; they follow those of the segments before."""
+    offsets_sha256: str
+    """Of its offsets, as little-endian int64."""
+
+
 class Manifest(Config):
     """A token store's description; equal inputs give equal manifests, byte for byte."""
 
@@ -56,9 +68,52 @@ class Manifest(Config):
     text_field: str
     on_bad_bytes: BadBytes
     piece_bytes: int | None = None
+    selection: str | None = None
+    """The rules by which documents were taken from the corpora among the sources."""
     num_binary_files: int
     """Files passed over as binary."""
     sources: tuple[Source, ...]
+    segments: tuple[Segment, ...] = ()
+    """In the order of their documents. None: a store of an older version, which has one."""
+
+    def first(self, segments: int) -> "Manifest":
+        """As it was when it had only so many segments (but for `num_binary_files`).
+
+        Raises:
+            MaxlmError: it has fewer, or none is asked for.
+        """
+        if not 1 <= segments <= max(1, len(self.segments)):
+            what = f"the store has {max(1, len(self.segments))} segments, not {segments}"
+            raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
+        kept = self.segments[:segments]
+        if len(kept) == len(self.segments):
+            return self
+        sources = self.sources[: sum(segment.num_sources for segment in kept)]
+        return self.model_copy(
+            update={
+                "num_tokens": sum(segment.num_tokens for segment in kept),
+                "num_documents": sum(segment.num_documents for segment in kept),
+                "text_bytes": sum(source.text_bytes for source in sources),
+                "sources": sources,
+                "segments": kept,
+            }
+        )
+
+
+def joined(existing: Manifest, new: Manifest) -> Manifest:
+    """The manifest of a store with the segments of both, in this order."""
+    selections = filter(None, (existing.selection, new.selection))
+    selection = "\n".join(dict.fromkeys(selections)) or None
+    sums = ("num_tokens", "num_documents", "text_bytes", "num_binary_files", "sources", "segments")
+    return existing.model_copy(
+        update={name: getattr(existing, name) + getattr(new, name) for name in sums}
+        | {"selection": selection}
+    )
+
+
+def segment_folder(number: int) -> str:
+    """Where in a store's folder segment `number` (from 0) has its arrays; "" is the folder."""
+    return f"segments/{number:06d}" if number else ""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -68,16 +123,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     os.replace(temporary, folder / MANIFEST_NAME)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store folder.
+def read_manifest(folder: Place) -> Manifest:
+    """The manifest of a store.
 
     Raises:
         MaxlmError: no store there, or a manifest that is damaged or of another format version.
     """
-    path = folder / MANIFEST_NAME
+    path = below(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
     try:
-        text = path.read_text()
+        text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MaxlmError("there is no token store here", where=str(folder), fix=rebuild) from error
     except (OSError, UnicodeDecodeError) as error:

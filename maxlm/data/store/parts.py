@@ -4,6 +4,7 @@ A part is a run of whole documents. Its files hold raw tokens (`.tokens`) and th
 lengths in tokens (`.lengths`, int64); the counts (`.json`) are written last and make it finished.
 """
 
+import fcntl
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from maxlm.data.corpus.documents import read_slice
 from maxlm.data.corpus.slices import FileSlice
 from maxlm.data.corpus.split import is_heldout
 from maxlm.data.store.manifest import Manifest, Split
-from maxlm.data.store.paths import writing
+from maxlm.data.work.paths import writing
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -95,6 +96,17 @@ def finished_part(folder: Path, index: int, itemsize: int) -> Part | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return part if whole else None
+
+
+def claim_part(job: PartJob) -> Part | None:
+    """Make a part unless another process, maybe on another machine, is making it: then None."""
+    with writing(job.folder), open(part_path(job.folder, job.index, "claim"), "w") as claim:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        itemsize = np.dtype(job.planned.dtype).itemsize
+        return finished_part(job.folder, job.index, itemsize) or make_part(job)
 
 
 def make_part(job: PartJob) -> Part:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +13,20 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.store.arrays import array_error, open_for_reading
-from maxlm.data.store.manifest import Manifest, read_manifest
+from maxlm.data.store.checksums import damaged_files
+from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
+from maxlm.data.store.offsets import Offsets
+from maxlm.data.store.places import Place, below, copy_folder, to_place
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
 
+# Offsets of so many documents (32 MiB) are held in memory; of more, blocks.
+IN_MEMORY_DOCUMENTS = 4 << 20
+# Holds the indices of the shards of 10^9 documents twice.
+_OFFSETS_CACHE_BYTES = 8 << 20
 _VERIFY_TOKENS = 4 << 20
+_VERIFY_DOCUMENTS = 1 << 20
 _REBUILD = "build the store again with maxlm corpus build"
 
 
@@ -28,22 +38,35 @@ class TokenStore:
     process opens the arrays when it first reads.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, cache_bytes: int):
-        self.path, self.manifest, self.cache_bytes = path, manifest, cache_bytes
+    def __init__(self, place: Place, manifest: Manifest, cache_bytes: int):
+        self.place, self.manifest, self.cache_bytes = place, manifest, cache_bytes
 
     @classmethod
-    def open(cls, path: Path | str, *, cache_bytes: int = 64 << 20) -> TokenStore:
-        """Open the store in folder `path`.
+    def open(
+        cls, path: Path | str, *, segments: int | None = None, cache_bytes: int = 64 << 20
+    ) -> TokenStore:
+        """Open the store in folder `path`, or at a `gs://` or `s3://` URL.
 
         Args:
+            segments: read the store as it was when it had so many; None is all.
             cache_bytes: how much decompressed data to keep for later reads.
 
         Raises:
-            MaxlmError: no store there, or its manifest and arrays do not fit together.
+            MaxlmError: no store there, fewer segments, or its manifest and arrays do not fit
+                together.
         """
-        store = cls(Path(path), read_manifest(Path(path)), cache_bytes)
+        place = to_place(path)
+        manifest = read_manifest(place)
+        if segments is not None:
+            manifest = manifest.first(segments)
+        store = cls(place, manifest, cache_bytes)
         store._check_shapes()
         return store
+
+    @property
+    def path(self) -> Path | None:
+        """The store's folder; None if it lies in an object store."""
+        return self.place if isinstance(self.place, Path) else None
 
     @property
     def num_tokens(self) -> int:
@@ -55,13 +78,32 @@ class TokenStore:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The tokenizer that made the store."""
-        return self.path / "tokenizer"
+        """The tokenizer that made the store; out of an object store a copy, for as long as this
+        object lives."""
+        return self.path / "tokenizer" if self.path else Path(self._tokenizer_copy.name)
 
     @cached_property
-    def offsets(self) -> np.ndarray:
-        """Where documents begin: int64 [num_documents + 1]; the last is `num_tokens`."""
+    def offsets(self) -> np.ndarray | Offsets:
+        """Where documents begin: int64 [num_documents + 1]; the last is `num_tokens`.
+
+        Of more than 4 million documents an `Offsets`, which does not hold them all.
+        """
+        if self.num_documents > IN_MEMORY_DOCUMENTS:
+            return Offsets(self._offset_ranges, self.num_documents + 1, self.num_tokens)
         return self._wait(self._offsets.read(), "offsets")
+
+    @cached_property
+    def offsets_sha256(self) -> str:
+        """A hash of the offsets; quick unless a maxlm wrote the store that kept none."""
+        segments = [segment.offsets_sha256 for segment in self.manifest.segments]
+        if len(segments) == 1:
+            return segments[0]
+        digest = hashlib.sha256("".join(segments).encode())
+        if not segments:
+            for first in range(0, self.num_documents + 1, _VERIFY_DOCUMENTS):
+                stop = min(first + _VERIFY_DOCUMENTS, self.num_documents + 1)
+                digest.update(np.ascontiguousarray(self._offset_ranges([(first, stop)])[0]).data)
+        return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`: uint16 or uint32 [stop - start].
@@ -83,8 +125,8 @@ class TokenStore:
         if not 0 <= index < self.num_documents:
             what = f"there is no document {index}; the store has {self.num_documents}"
             fix = f"choose 0 to {self.num_documents - 1}"
-            raise MaxlmError(what, where=str(self.path), fix=fix)
-        start, stop = np.asarray(self._wait(self._offsets[index : index + 2].read(), "offsets"))
+            raise MaxlmError(what, where=str(self.place), fix=fix)
+        start, stop = self._offset_ranges([(index, index + 2)])[0]
         return self.read(int(start), int(stop))
 
     def text_tokens(self, index: int) -> np.ndarray:
@@ -92,26 +134,43 @@ class TokenStore:
         return self.document(index)[self._opening : -1]
 
     def verify(self) -> None:
-        """Check the offsets and read every token.
+        """Check every file against its checksum, the counts and offsets, and every token.
 
         Raises:
             MaxlmError: the first inconsistency found.
         """
-        if self.offsets[0] != 0 or self.offsets[-1] != self.num_tokens:
-            ends = f"{self.offsets[0]} to {self.offsets[-1]}"
-            raise self._damaged(f"offsets run from {ends}, not from 0 to {self.num_tokens}")
-        if np.any(np.diff(self.offsets) < 1 + self._opening):
+        for folder in self._folders:
+            for name, fault in damaged_files(folder):
+                raise MaxlmError(f"this file {fault}", where=str(below(folder, name)), fix=_REBUILD)
+        for count in ("num_documents", "text_bytes"):
+            of_sources = sum(getattr(source, count) for source in self.manifest.sources)
+            if self.manifest.sources and of_sources != getattr(self.manifest, count):
+                raise self._damaged(f"{count} of its sources are {of_sources} together")
+        (first,), (last,) = self._offset_ranges(
+            [(0, 1), (self.num_documents, self.num_documents + 1)]
+        )
+        if first != 0 or last != self.num_tokens:
+            raise self._damaged(
+                f"offsets run from {first} to {last}, not from 0 to {self.num_tokens}"
+            )
+        for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
+            stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
+            self._verify_documents(self._offset_ranges([(first, stop)])[0])
+
+    def _verify_documents(self, offsets: np.ndarray) -> None:
+        """Check the tokens of consecutive documents with these offsets [n + 1]."""
+        if np.any(np.diff(offsets) < 1 + self._opening):
             least = "two (bos and eos)" if self._opening else "one (eos)"
             raise self._damaged(f"offsets do not rise by at least {least}")
         bos, eos = self.manifest.bos_id, self.manifest.eos_id
-        for start in range(0, self.num_tokens, _VERIFY_TOKENS):
-            tokens = self.read(start, min(start + _VERIFY_TOKENS, self.num_tokens))
+        for start in range(int(offsets[0]), int(offsets[-1]), _VERIFY_TOKENS):
+            tokens = self.read(start, min(start + _VERIFY_TOKENS, int(offsets[-1])))
             if tokens.max() >= self.manifest.vocab_size:
                 raise self._damaged(f"token {tokens.max()} lies outside the vocabulary")
-            low, high = np.searchsorted(self.offsets, [start, start + len(tokens)])
-            if bos is not None and np.any(tokens[self.offsets[low:high] - start] != bos):
+            low, high = np.searchsorted(offsets, [start, start + len(tokens)])
+            if bos is not None and np.any(tokens[offsets[low:high] - start] != bos):
                 raise self._damaged("a document does not begin with bos")
-            ends = self.offsets[max(low, 1) : high + 1] - 1 - start
+            ends = offsets[max(low, 1) : high + 1] - 1 - start
             if np.any(tokens[ends[(ends >= 0) & (ends < len(tokens))]] != eos):
                 raise self._damaged("a document does not end with eos")
 
@@ -120,13 +179,34 @@ class TokenStore:
         """How many tokens each document opens with."""
         return 0 if self.manifest.bos_id is None else 1
 
+    @property
+    def _folders(self) -> list[Place]:
+        """Where the segments' arrays lie."""
+        later = range(1, len(self.manifest.segments))
+        return [self.place, *(below(self.place, segment_folder(number)) for number in later)]
+
     @cached_property
     def _tokens(self):
-        return open_for_reading(self.path, "tokens", self.cache_bytes)
+        return open_for_reading(self._folders, "tokens", self.cache_bytes)
 
     @cached_property
     def _offsets(self):
-        return open_for_reading(self.path, "offsets", 0)
+        return open_for_reading(self._folders, "offsets", _OFFSETS_CACHE_BYTES)
+
+    @cached_property
+    def _tokenizer_copy(self) -> tempfile.TemporaryDirectory[str]:
+        copy = tempfile.TemporaryDirectory(prefix="tokenizer-")
+        try:
+            copy_folder(self.place, "tokenizer", Path(copy.name))
+        except OSError as error:
+            raise MaxlmError(
+                f"cannot read the tokenizer: {error}", where=str(self.place)
+            ) from error
+        return copy
+
+    def _offset_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        futures = [self._offsets[start:stop].read() for start, stop in ranges]
+        return [self._wait(future, "offsets") for future in futures]
 
     def _check_shapes(self) -> None:
         expected = {
@@ -148,13 +228,13 @@ class TokenStore:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise array_error(self.path / name, error, _REBUILD) from error
+            raise array_error(below(self.place, name), error, _REBUILD) from error
 
     def _damaged(self, what: str) -> MaxlmError:
-        return MaxlmError(f"damaged store: {what}", where=str(self.path), fix=_REBUILD)
+        return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)
 
     def __getstate__(self):
-        return {key: self.__dict__[key] for key in ("path", "manifest", "cache_bytes")}
+        return {key: self.__dict__[key] for key in ("place", "manifest", "cache_bytes")}
 
 
 def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
@@ -170,4 +250,4 @@ def check_tokenizer(store: TokenStore, tokenizer: Tokenizer) -> None:
             f"not {tokenizer.fingerprint[:12]})"
         )
         fix = f"use the tokenizer in {store.tokenizer_folder}, or build the store again with yours"
-        raise MaxlmError(what, where=str(store.path), fix=fix)
+        raise MaxlmError(what, where=str(store.place), fix=fix)

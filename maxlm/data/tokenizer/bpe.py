@@ -11,14 +11,9 @@ from collections.abc import Iterator
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.config import TokenizerConfig
-
-# Merges never cross the borders drawn here. Every character falls under exactly one rule:
-_WORD = r"[^\p{L}\p{M}\p{N}\r\n]?[\p{L}\p{M}]+"  # a word, with one space or sign before it
-_NUMBER = r"\p{N}{1,3}"  # digits by threes at most, so that numbers are spelled in few ways
-_SIGNS = r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"  # punctuation, with the line ends that follow
-_LINE_END = r"[^\S\r\n]*[\r\n]+"  # blanks at a line's end, then line ends
-_BLANKS = r"[^\S\r\n]+(?!\S)|[^\S\r\n]+"  # indentation, less the blank that goes with a word
-PATTERN = "|".join((_WORD, _NUMBER, _SIGNS, _LINE_END, _BLANKS))
+from maxlm.data.tokenizer.patterns import PATTERN
+from maxlm.data.tokenizer.pieces import byte_alphabet
+from maxlm.data.tokenizer.ranks import SegmentEncoder
 
 
 class ByteLevelBPE(Codec):
@@ -30,8 +25,9 @@ class ByteLevelBPE(Codec):
 
     file_name = "tokenizer.json"
     reserved = ""
-    # By PATTERN nothing runs over a line end into a character that is not one itself.
-    cut = re.compile(r"\n(?![\r\n])")
+    # By PATTERN nothing runs over a line end into a character that is not one itself, nor from a
+    # sign or letter into a space.
+    cut = re.compile(r"\n(?![\r\n])|[!-~](?= )")
 
     def __init__(self, data: bytes):
         from tokenizers import Tokenizer
@@ -39,6 +35,7 @@ class ByteLevelBPE(Codec):
         self.data = data
         self._tokenizer = Tokenizer.from_str(data.decode("utf-8"))
         self._tokenizer.encode_special_tokens = True
+        self.encode_segments = SegmentEncoder(self._tokenizer, data)
         self._spec = json.loads(data)
         of_char = {char: byte for byte, char in enumerate(byte_alphabet())}
         vocab: dict[str, int] = self._spec["model"]["vocab"]
@@ -51,32 +48,17 @@ class ByteLevelBPE(Codec):
     def __reduce__(self):
         return ByteLevelBPE, (self.data,)
 
-    def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        # The batch call starts a thread pool, which a later fork would then have to do without.
-        if len(segments) == 1:
-            return [self._tokenizer.encode(segments[0], add_special_tokens=False).ids]
-        encodings = self._tokenizer.encode_batch_fast(segments, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
     def content(self) -> bytes:
         parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
         return json.dumps({part: self._spec[part] for part in parts}, sort_keys=True).encode()
 
 
-def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's convention).
-
-    Visible Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
-    """
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
-
-
 def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, dict[str, int]]:
     """The tokenizer.json learned from ``segments``, and the special tokens' ids (the last ones).
 
-    Memory grows with the number of distinct words, not with the text.
+    The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
+    the number of distinct words, not with the text (and by 256 segments, which the library reads
+    ahead).
 
     Raises:
         MaxlmError: the text has too few distinct words for the vocabulary.
@@ -97,13 +79,16 @@ def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, 
         vocab_size=wanted, initial_alphabet=byte_alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(segments, trainer)
-    reached = tokenizer.get_vocab_size()
-    if reached != wanted:
-        most = reached + len(literals)
-        raise MaxlmError(
-            f"the text is too small for vocab_size={config.vocab_size}: it yields {most} tokens",
-            fix=f"give more text or set vocab_size to {most} or less",
-        )
+    require_size(config, tokenizer.get_vocab_size() + len(literals))
     tokenizer.add_special_tokens(literals)
     ids = {literal: wanted + i for i, literal in enumerate(literals)}
     return tokenizer.to_str().encode(), ids
+
+
+def require_size(config: TokenizerConfig, reached: int) -> None:
+    """Raises: MaxlmError: training came to fewer tokens than were asked for."""
+    if reached < config.vocab_size:
+        raise MaxlmError(
+            f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens",
+            fix=f"give more text or set vocab_size to {reached} or less",
+        )

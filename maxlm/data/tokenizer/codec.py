@@ -39,6 +39,8 @@ class Codec(Protocol):
     ordinary: frozenset[int] = frozenset()
     """Ids of special tokens that text may have all the same: an unknown character's, or those of
     single characters."""
+    unknown_ids: frozenset[int] = frozenset()
+    """Ids that stand for whatever the vocabulary lacks."""
     finds_special: bool = False
     """Whether the library itself looks for special tokens, and may swallow spaces beside them."""
 

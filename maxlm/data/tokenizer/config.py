@@ -7,12 +7,18 @@ from pydantic import Field, field_validator, model_validator
 
 from maxlm.config import Config, MaxlmError
 
-Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "huggingface"]
+Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece", "huggingface"]
 
 # Printable ASCII without spaces, two or more characters: such a literal is spelled alike in text,
 # in byte-level symbols and in SentencePiece pieces, and is never one of the 256 byte tokens.
 _LITERAL = re.compile(r"[!-~]{2,64}")
 _RESERVED = re.compile(r"<unk>|<0x[0-9A-F]{2}>")
+
+CHAT_TOKENS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""The special tokens of each way to write a conversation."""
 
 
 class TokenizerConfig(Config):
@@ -22,8 +28,9 @@ class TokenizerConfig(Config):
     """``bpe``: byte-level BPE, the fastest to train and to encode with; its pre-tokeniser keeps
     words, numbers and punctuation apart. ``sentencepiece_bpe`` (the Llama-2 kind) and
     ``sentencepiece_unigram`` (the T5 kind) learn from characters and fall back to bytes for rare
-    ones; their training holds 20 to 25 times the text's size in memory. ``huggingface`` is someone
-    else's, imported and never trained: ``path`` names it."""
+    ones; their training holds 20 to 25 times the text's size in memory. ``wordpiece`` (the BERT
+    kind) is for encoders: rare words become [UNK], and text does not come back as it was.
+    ``huggingface`` is someone else's, imported and never trained: ``path`` names it."""
 
     vocab_size: int = Field(default=8192, gt=0)
     """Number of ids, including 256 byte tokens and the special tokens. A larger vocabulary makes
@@ -44,6 +51,15 @@ class TokenizerConfig(Config):
     extra_special_tokens: tuple[str, ...] = ()
     """Further literals with an id of their own, such as chat roles. Text in which they occur never
     produces those ids; only ``encode(..., allow_special=True)`` does."""
+
+    lowercase: bool = False
+    """Of ``wordpiece`` alone. True: text loses case and accents first (BERT uncased)."""
+
+    chat: Literal["chatml", "llama3"] | None = None
+    """How a conversation is written: adds the special tokens of its roles, and a template for
+    ``render_chat`` and other tools. ``chatml``: <|im_start|>role, the text, <|im_end|> (Qwen,
+    SmolLM2). ``llama3``: headers with the role, <|eot_id|> after a turn. Set ``eos`` to the token
+    that ends a turn if generation shall stop there."""
 
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Train on the first so many bytes of the corpus, so a corpus in order of source should be
@@ -74,4 +90,5 @@ class TokenizerConfig(Config):
     def special_literals(self) -> tuple[str, ...]:
         """The literals of all special tokens, each once, in the order of their ids."""
         pad = () if self.pad is None else (self.pad,)
-        return tuple(dict.fromkeys((self.bos, self.eos, *pad, *self.extra_special_tokens)))
+        chat = CHAT_TOKENS[self.chat] if self.chat else ()
+        return tuple(dict.fromkeys((self.bos, self.eos, *pad, *self.extra_special_tokens, *chat)))

@@ -104,20 +104,23 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def open_codec(kind: Kind, folder: Path, special: Iterable[str] = ()) -> Codec:
-    """The model file of a folder, opened.
+def open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes = b"") -> Codec:
+    """A model file, opened.
 
     Args:
+        path: the file, or the folder that has it under its usual name.
         special: literals that are special whatever the file says of them; used by "huggingface".
+        data: what is in the file, if that was read or made already.
 
     Raises:
         MaxlmError: it is missing, unreadable, damaged, or of a sort that is not supported.
     """
-    name = (SentencePieceModel if kind.startswith("sentencepiece") else ByteLevelBPE).file_name
-    path = folder / name
-    data = read_file(path)
+    if path.is_dir():
+        is_model = kind.startswith("sentencepiece")
+        path /= (SentencePieceModel if is_model else ByteLevelBPE).file_name
+    data = data or read_file(path)
     try:
-        if kind == "huggingface":
+        if kind in ("huggingface", "wordpiece"):
             return HuggingFaceModel(data, special)
         return ByteLevelBPE(data) if kind == "bpe" else SentencePieceModel(data)
     except MaxlmError as error:

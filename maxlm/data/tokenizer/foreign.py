@@ -1,6 +1,8 @@
-"""Tokenizers of Hugging Face checkpoint folders: taken in, and given back file by file."""
+"""Other people's tokenizers, of Hugging Face checkpoint folders or single files: taken in, and
+given back file by file."""
 
 import json
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,48 +19,78 @@ from maxlm.data.tokenizer.files import (
 )
 from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 from maxlm.data.tokenizer.interface import Tokenizer
+from maxlm.data.tokenizer.rank_files import (
+    END_OF_TEXT,
+    SCHEME,
+    is_rank_file,
+    shipped_ranks,
+    tokenizer_json,
+)
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
 
 _CONVERT = (
     "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
     ".save_pretrained(folder)"
 )
-# What a SentencePiece model must give back: spaces are kept and none is added, nothing is
-# normalised, and rare characters fall back to bytes.
-_PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
 
 
-def import_tokenizer(folder: str | PathLike[str], *, rows: int | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face checkpoint's folder.
+def import_tokenizer(
+    source: str | PathLike[str],
+    *,
+    rows: int | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
+    pad: str | None = None,
+    pattern: str | None = None,
+) -> Tokenizer:
+    """Someone else's tokenizer.
 
-    tokenizer.json decides the ids. bos, eos and pad are those of tokenizer_config.json, else of
-    special_tokens_map.json, else of generation_config.json and config.json. Without a bos a
-    document's eos stands for it. Documents and prompts open with bos if the tokenizer itself puts
-    one before a text (its post_processor; add_bos_token if it has none).
+    Of a folder tokenizer.json decides the ids. bos, eos and pad are those of
+    tokenizer_config.json, else of special_tokens_map.json, else of generation_config.json and
+    config.json. Without a bos a document's eos stands for it. Documents and prompts open with bos
+    if the tokenizer itself puts one before a text (its post_processor; add_bos_token if it has
+    none). Without tokenizer.json a tokenizer.model is taken if it is such as maxlm trains.
 
-    Without tokenizer.json a tokenizer.model is taken if it is such as maxlm trains.
+    Of a single file only that file is looked at.
 
     Args:
+        source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
+            or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
+            "tiktoken:o200k_base".
         rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
             tokenizer, in tokenizer.json alone; its files stay as they are. Some models were
             published with such, for images (Gemma 3) or of a larger relative (BART).
+        bos, eos, pad: literals of tokens that have these roles, whatever the files say.
+        pattern: how a rank file that is not a known one splits text: a name in ``PATTERNS``.
 
     Raises:
-        MaxlmError: no tokenizer there; files that are damaged; a decoder or a SentencePiece model
-            that is not supported; no token to close documents with.
+        MaxlmError: no tokenizer there; files that are damaged; a decoder or a folder's
+            SentencePiece model that is not supported; no token to close documents with.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    roles = {"bos": bos, "eos": eos, "pad": pad}
+    if str(source).startswith(SCHEME):
+        data = shipped_ranks(str(source).removeprefix(SCHEME))
+        return _from_ranks(data, Path(source), roles, pattern)
+    path = Path(source)
+    if path.is_file():
+        data = read_file(path)
+        if is_rank_file(data):
+            return _from_ranks(data, path, roles, pattern)
+        if data.lstrip()[:1] == b"{":
+            return _from_json(path, roles, rows)
+        return _from_sentencepiece(path, roles)
+    if not path.exists():
         raise MaxlmError(
-            "no such folder" if not folder.exists() else "not a folder",
-            where=str(folder),
-            fix="name the folder of a Hugging Face checkpoint",
+            "no such folder",
+            where=str(path),
+            fix="name a Hugging Face checkpoint's folder, a tokenizer's file or "
+            "tiktoken:cl100k_base",
         )
-    if (folder / HuggingFaceModel.file_name).exists():
-        return _from_json(folder, rows)
-    if (folder / SentencePieceModel.file_name).exists():
-        return _from_sentencepiece(folder)
-    raise MaxlmError("no tokenizer.json here", where=str(folder), fix=_CONVERT)
+    if (path / HuggingFaceModel.file_name).exists():
+        return _from_json(path, roles, rows)
+    if (path / SentencePieceModel.file_name).exists():
+        return _from_sentencepiece(path, roles)
+    raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
 
 
 def export_tokenizer(
@@ -79,73 +111,84 @@ def export_tokenizer(
     write_files(library_files(tokenizer), Path(folder))
 
 
-def _from_json(folder: Path, rows: int | None) -> CodecTokenizer:
-    codec = open_codec("huggingface", folder)
+def _from_ranks(
+    data: bytes, path: Path, roles: dict[str, str | None], pattern: str | None
+) -> CodecTokenizer:
+    data, special = tokenizer_json(data, str(path), pattern, roles["eos"])
+    roles["eos"] = roles["eos"] or END_OF_TEXT
+    return _from_json(path, roles, data=data, special=special)
+
+
+def _from_json(
+    path: Path,
+    roles: dict[str, str | None],
+    rows: int | None = None,
+    data: bytes = b"",
+    special: Iterable[str] = (),
+) -> CodecTokenizer:
+    codec = open_codec("huggingface", path, special, data)
     assert isinstance(codec, HuggingFaceModel)
     ids = codec.vocabulary()
     within = {token for token, i in ids.items() if rows is None or i < rows}
-    settings = _Settings(folder, ids)
+    settings = _Settings(path, ids, roles)
     before, after = codec.around()
-    bos = codec.token(before[0]) if before else settings.role("bos")
-    eos = settings.role("eos") or (codec.token(after[0]) if after else bos)
+    own = {"bos": codec.token(before[0]) if before else None}
+    own["eos"] = codec.token(after[0]) if after else None
+    bos = roles["bos"] or own["bos"] or settings.role("bos")
+    eos = settings.role("eos") or own["eos"] or bos
     pad = settings.role("pad")
     pad = pad if pad in within else None
-    bos, eos = _both(bos, eos, folder)
+    bos, eos = _both(bos, eos, path)
     opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
     # Again, now that the literals of all special tokens are known.
     literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
-    codec = open_codec("huggingface", folder, literals)
-    assert isinstance(codec, HuggingFaceModel)
+    if literals != {*special}:
+        codec = open_codec("huggingface", path, literals, codec.data)
+        assert isinstance(codec, HuggingFaceModel)
     return CodecTokenizer(
         "huggingface",
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
         opens=opens,
-        carried=_carried(folder, codec.file_name),
+        carried=_carried(path, codec.file_name),
     )
 
 
-def _from_sentencepiece(folder: Path) -> CodecTokenizer:
-    codec = open_codec("sentencepiece_bpe", folder)
+def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> CodecTokenizer:
+    codec = open_codec("sentencepiece_bpe", path)
     assert isinstance(codec, SentencePieceModel)
     control = codec.control_tokens()
-    settings = _Settings(folder, control)
-    if not _is_exact(codec) or settings.adds_tokens:
+    if path.is_file():
+        roles = {name: given or codec.role(name) for name, given in roles.items()}
+    settings = _Settings(path, control, roles)
+    # Of a checkpoint transformers may make more than its model file says.
+    if path.is_dir() and (not codec.lossless or settings.adds_tokens):
         raise MaxlmError(
             "this SentencePiece model changes text, lacks bytes or has tokens added beside it",
-            where=str(folder / codec.file_name),
+            where=str(path / codec.file_name),
             fix=_CONVERT,
         )
     named = settings.role("bos")
-    bos, eos = _both(named, settings.role("eos") or named, folder)
+    bos, eos = _both(named, settings.role("eos") or named, path)
     return CodecTokenizer(
         "sentencepiece_unigram" if codec.is_unigram() else "sentencepiece_bpe",
         codec,
         SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
         opens=named is not None and settings.adds_bos(default=True),
-        carried=_carried(folder, codec.file_name),
+        carried=_carried(path, codec.file_name),
     )
 
 
-def _both(bos: str | None, eos: str | None, folder: Path) -> tuple[str, str]:
+def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
     if eos is None:
         raise MaxlmError(
             "no token is named to close a document with",
-            where=str(folder / "tokenizer_config.json"),
-            fix='name one of the vocabulary there as "eos_token"',
+            where=str(path / "tokenizer_config.json" if path.is_dir() else path),
+            fix='name one of the vocabulary there as "eos_token"'
+            if path.is_dir()
+            else "name one of the vocabulary as eos (--eos)",
         )
     return bos or eos, eos
-
-
-def _is_exact(codec: SentencePieceModel) -> bool:
-    bytes_of = codec.token_bytes
-    if [bytes_of[i] for i in codec.byte_ids or ()] != [bytes([byte]) for byte in range(256)]:
-        return False
-    encoded = codec.encode_segments(list(_PROBES))
-    return all(
-        b"".join(bytes_of[i] for i in ids) == text.encode()
-        for text, ids in zip(_PROBES, encoded, strict=True)
-    )
 
 
 def _carried(folder: Path, model: str) -> dict[str, bytes]:
@@ -157,11 +200,23 @@ class _Settings:
     """What the folder's JSON files say of a vocabulary.
 
     Args:
+        folder: a file has no others beside it.
         ids: the tokens that may have a role.
+        given: roles that were named by hand.
+
+    Raises:
+        MaxlmError: a file is not JSON; a token named by hand is not in the vocabulary.
     """
 
-    def __init__(self, folder: Path, ids: dict[str, int]):
+    def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
+        if missing := [token for token in given.values() if token and token not in ids]:
+            raise MaxlmError(
+                f"the vocabulary has no token {missing[0]!r}",
+                where=str(folder),
+                fix="name one that it has",
+            )
         self._ids = ids
+        self._given = given
         self._tokenizer = _json(folder / "tokenizer_config.json")
         self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))
         names = ("generation_config.json", "config.json")
@@ -170,6 +225,8 @@ class _Settings:
 
     def role(self, name: str) -> str | None:
         """The literal of the token called bos, eos or pad, if the vocabulary has it."""
+        if given := self._given[name]:
+            return given
         for settings in self._by_token:
             token = settings.get(f"{name}_token")
             if isinstance(token, dict):

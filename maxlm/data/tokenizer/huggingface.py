@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from maxlm.data.tokenizer.bpe import byte_alphabet
 from maxlm.data.tokenizer.codec import Codec
-from maxlm.data.tokenizer.pieces import decoder_steps, flatten, prepends, spell
+from maxlm.data.tokenizer.pieces import byte_alphabet, decoder_steps, flatten, prepends, spell
+from maxlm.data.tokenizer.ranks import SegmentEncoder, library_ids
 
 
 class HuggingFaceModel(Codec):
@@ -50,6 +50,7 @@ class HuggingFaceModel(Codec):
         self._known, known, self.left_out = _known(data, self._special)
         self._library = _open(self._known, self._special)
         self._library.encode_special_tokens = True
+        self._ordinary = SegmentEncoder(self._library, self._known)
         spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **known}
         self._content = _digest(spec)
         self.has_post_processor = spec.get("post_processor") is not None
@@ -71,8 +72,8 @@ class HuggingFaceModel(Codec):
         self._respelled = {
             i: self._respell(tokens[i]) for i in self._special_ids if vocab.get(tokens[i]) == i
         }
-        unknown = set() if byte_ids else _unknown_ids(spec, vocab)
-        found = unknown.union(*self._respelled.values())
+        self.unknown_ids = frozenset() if byte_ids else _unknown_ids(spec, vocab)
+        found = self.unknown_ids.union(*self._respelled.values())
         self.ordinary = self._special_ids & found
         self._forbidden = self._special_ids - found
 
@@ -80,7 +81,7 @@ class HuggingFaceModel(Codec):
         return HuggingFaceModel, (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        encoded = _encode(self._library, segments)
+        encoded = self._ordinary(segments)
         for n, ids in enumerate(encoded):
             # The library looks for no special token, but the model may have one as a piece.
             if not self._forbidden.isdisjoint(ids):
@@ -89,7 +90,7 @@ class HuggingFaceModel(Codec):
         return encoded
 
     def encode_marked(self, segments: list[str]) -> list[list[int]]:
-        return _encode(self._marked, segments)
+        return library_ids(self._marked, segments)
 
     def first_bytes(self, i: int) -> bytes:
         return self._bytes_of(i, first=True)
@@ -175,14 +176,6 @@ def _known(data: bytes, special: tuple[str, ...]) -> tuple[bytes, dict[str, Any]
     return json.dumps(spec).encode(), spec, tuple(sorted(lost))
 
 
-def _encode(tokenizer: Any, segments: list[str]) -> list[list[int]]:
-    # As for ByteLevelBPE: no thread pool for one text.
-    if len(segments) == 1:
-        return [tokenizer.encode(segments[0], add_special_tokens=False).ids]
-    encodings = tokenizer.encode_batch_fast(segments, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
-
-
 def _tokens(tokenizer: Any) -> list[str]:
     """Every token by id; of ids between them that are none the empty one."""
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -236,11 +229,11 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
     )
 
 
-def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> set[int]:
+def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
     """The id that characters outside the vocabulary become, if there is one."""
     model = spec["model"]
     found = model.get("unk_id"), vocab.get(model.get("unk_token"))
-    return {i for i in found if i is not None}
+    return frozenset(i for i in found if i is not None)
 
 
 def _digest(spec: dict[str, Any]) -> bytes:

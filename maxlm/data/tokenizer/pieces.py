@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.bpe import byte_alphabet
 
 Spelling = str | bytes
 """A token on its way through the steps: bytes once no later step may see characters in it."""
@@ -25,6 +24,16 @@ _TIDY = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
     (" 'm", "'m"), (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
+
+
+def byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's convention).
+
+    Visible Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
 
 
 def flatten(part: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ keeps U+2581 from it and spells it in byte tokens.
 """
 
 import io
-import os
 import re
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.segments import cut_long
+from maxlm.data.tokenizer.threads import thread_count
 
 _SPACE = "\u2581"
 _UNKNOWN = "<unk>"
@@ -26,8 +26,17 @@ _TRAINING_THREADS = 16
 _UNLEARNABLE = re.compile(f"[\0\u2585{_SPACE}]|<unk>|<0x[0-9A-F]{{2}}>")
 
 
+# What a model must give back to be lossless: spaces are kept and none is added, nothing is
+# normalised, and rare characters fall back to bytes.
+_PROBES = ("a", " a", "a ", "a  b", "\t\n", "e\u0301é", "ﬁ Ａ", "\u3000\u00a0", "\U0010ffff☃")
+
+
 class SentencePieceModel(Codec):
-    """A trained tokenizer.model as a ``Codec``."""
+    """A trained tokenizer.model as a ``Codec``.
+
+    Lossless if it changes no text and has every byte, as those that maxlm trains. Others (T5,
+    Llama 2, XLM-R) get whole texts as they are, so that their ids are the library's own.
+    """
 
     file_name = "tokenizer.model"
     reserved = _SPACE
@@ -44,23 +53,36 @@ class SentencePieceModel(Codec):
         self._model.load_from_serialized_proto(data)  # pyright: ignore[reportAttributeAccessIssue]
         self.token_bytes = [self._bytes_of(i) for i in range(self._model.get_piece_size())]
         self.byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.lossless = self._is_exact(self.byte_ids)
+        if not self.lossless:
+            self.byte_ids, self.reserved, self.cut = None, "", re.compile(r"(?!)")
+            self.unknown_ids = frozenset([self._model.unk_id()])
+            self.token_bytes[self._model.unk_id()] = " ⁇ ".encode()  # As the library decodes it.
 
     def __reduce__(self):
         return SentencePieceModel, (self.data,)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        # The same switch as the BPE library's, so that one setting holds workers to one thread.
-        serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
-        threads = 1 if serial or len(segments) == 1 else os.cpu_count() or 1
+        threads = 1 if len(segments) == 1 else thread_count()
         return self._model.encode(segments, out_type=int, num_threads=threads)
 
     def content(self) -> bytes:
         return self.data
 
+    def first_bytes(self, i: int) -> bytes:
+        if self.lossless or self._model.is_byte(i) or self._model.is_control(i):
+            return self.token_bytes[i]
+        return self._model.decode([i]).encode()  # Without the space that it put before the text.
+
     def control_tokens(self) -> dict[str, int]:
         """Tokens that no text gives, by id."""
         ids = range(self._model.get_piece_size())
         return {self._model.id_to_piece(i): i for i in ids if self._model.is_control(i)}
+
+    def role(self, name: str) -> str | None:
+        """The piece that the model itself calls bos, eos or pad, if it has one."""
+        i: int = getattr(self._model, f"{name}_id")()
+        return self._model.id_to_piece(i) if i >= 0 else None
 
     def is_unigram(self) -> bool:
         """Whether pieces have probabilities; BPE's have ranks."""
@@ -72,12 +94,21 @@ class SentencePieceModel(Codec):
         if self._model.is_byte(i):
             return bytes([int(piece[3:5], 16)])
         if self._model.is_unknown(i):
-            return (
-                "\ufffd".encode()
-            )  # The library insists on this id; with byte fallback it is unused.
+            # The library insists on this id; with byte fallback it is unused.
+            return "\ufffd".encode()
         if self._model.is_control(i):
             return piece.encode()
         return piece.replace(_SPACE, " ").encode()
+
+    def _is_exact(self, byte_ids: list[int]) -> bool:
+        bytes_of = self.token_bytes
+        if [bytes_of[i] for i in byte_ids] != [bytes([byte]) for byte in range(256)]:
+            return False
+        encoded = self.encode_segments(list(_PROBES))
+        return all(
+            b"".join(bytes_of[i] for i in ids) == text.encode()
+            for text, ids in zip(_PROBES, encoded, strict=True)
+        )
 
 
 def train_sentencepiece(

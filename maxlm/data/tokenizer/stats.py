@@ -1,11 +1,15 @@
-"""How well a tokenizer suits a text, and how fast it is."""
+"""How well tokenizers suit a text, and how fast they are."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.codec import CodecTokenizer
 from maxlm.data.tokenizer.interface import Tokenizer
+
+ALL = "all"
+"""The name of all groups together."""
 
 _BATCH_BYTES = 4_194_304
 
@@ -16,17 +20,42 @@ class TokenizerStats:
 
     documents: int
     bytes: int
+    words: int
+    """Stretches without a blank."""
     tokens: int
-    used_ids: int
-    """How many different ids occurred."""
+    unknown: int
+    """Tokens that stand for whatever the vocabulary lacks."""
+    used: frozenset[int]
+    """The different ids that occurred."""
     vocab_size: int
     seconds: float
     """Time spent encoding, not reading."""
+
+    def __add__(self, other: "TokenizerStats") -> "TokenizerStats":
+        """Of both sets of texts together, by the same tokenizer."""
+        sums = ("documents", "bytes", "words", "tokens", "unknown", "seconds")
+        counts = {name: getattr(self, name) + getattr(other, name) for name in sums}
+        return replace(self, used=self.used | other.used, **counts)
+
+    @property
+    def used_ids(self) -> int:
+        """How many different ids occurred."""
+        return len(self.used)
 
     @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a token stands for, on average: higher means shorter sequences."""
         return self.bytes / self.tokens
+
+    @property
+    def fertility(self) -> float:
+        """Tokens a word, on average; of scripts without spaces it says nothing."""
+        return self.tokens / max(self.words, 1)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of all tokens that say nothing of the text."""
+        return self.unknown / self.tokens
 
     @property
     def vocabulary_use(self) -> float:
@@ -40,8 +69,12 @@ class TokenizerStats:
 
     def as_dict(self) -> dict[str, float]:
         """Counts and ratios by name."""
-        ratios = ("bytes_per_token", "vocabulary_use", "megabytes_per_second")
-        return asdict(self) | {name: getattr(self, name) for name in ratios}
+        derived = (
+            "used_ids", "bytes_per_token", "fertility", "unknown_share", "vocabulary_use",
+            "megabytes_per_second",
+        )  # fmt: skip
+        counts = {name: value for name, value in vars(self).items() if name != "used"}
+        return counts | {name: getattr(self, name) for name in derived}
 
 
 def tokenizer_stats(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
@@ -50,28 +83,70 @@ def tokenizer_stats(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerSt
     Raises:
         MaxlmError: there is no text.
     """
-    documents = size = tokens = 0
-    seconds = 0.0
-    used: set[int] = set()
+    return compare_tokenizers({"": tokenizer}, ((ALL, text) for text in texts))[ALL][""]
+
+
+def compare_tokenizers(
+    tokenizers: Mapping[str, Tokenizer], texts: Iterable[tuple[str, bytes]]
+) -> dict[str, dict[str, TokenizerStats]]:
+    """Encode every text by every tokenizer and count: by group of texts, then by tokenizer.
+
+    Args:
+        tokenizers: by a name.
+        texts: with the name of a group, such as a language. Read once, some megabytes at a time.
+
+    Returns:
+        The group ``ALL``, all texts together, comes last.
+
+    Raises:
+        MaxlmError: there is no text.
+    """
+    found: dict[str, dict[str, TokenizerStats]] = {}
     for batch in _batches(texts):
-        start = time.perf_counter()
-        encoded = tokenizer.encode_batch(batch)
-        seconds += time.perf_counter() - start
-        documents += len(batch)
-        size += sum(map(len, batch))
-        tokens += sum(map(len, encoded))
-        used.update(*encoded)
-    if tokens == 0:
+        groups: dict[str, list[bytes]] = {}
+        for group, text in batch:
+            groups.setdefault(group, []).append(text)
+        for name, tokenizer in tokenizers.items():
+            if not found:  # What is built at first use takes no part.
+                tokenizer.encode_batch([text for _, text in batch])
+            for group, members in groups.items():
+                counts = _count(tokenizer, members)
+                for each in {group, ALL}:
+                    of_group = found.setdefault(each, {})
+                    of_group[name] = of_group[name] + counts if name in of_group else counts
+    found = {
+        group: found[group]
+        for group in sorted(found, key=lambda group: (group == ALL, group))
+        if all(counts.tokens for counts in found[group].values())
+    }
+    if not found:
         raise MaxlmError("no text to measure", fix="give files that are not empty")
-    return TokenizerStats(documents, size, tokens, len(used), tokenizer.vocab_size, seconds)
+    return found
 
 
-def _batches(texts: Iterable[bytes]) -> Iterable[list[bytes]]:
-    batch: list[bytes] = []
+def _count(tokenizer: Tokenizer, texts: list[bytes]) -> TokenizerStats:
+    assert isinstance(tokenizer, CodecTokenizer)
+    start = time.perf_counter()
+    encoded = tokenizer.encode_batch(texts)
+    seconds = time.perf_counter() - start
+    return TokenizerStats(
+        documents=len(texts),
+        bytes=sum(map(len, texts)),
+        words=sum(len(text.split()) for text in texts),
+        tokens=sum(map(len, encoded)),
+        unknown=sum(ids.count(i) for ids in encoded for i in tokenizer.codec.unknown_ids),
+        used=frozenset().union(*encoded),
+        vocab_size=tokenizer.vocab_size,
+        seconds=seconds,
+    )
+
+
+def _batches(texts: Iterable[tuple[str, bytes]]) -> Iterable[list[tuple[str, bytes]]]:
+    batch: list[tuple[str, bytes]] = []
     size = 0
     for text in texts:
         batch.append(text)
-        size += len(text)
+        size += len(text[1])
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0

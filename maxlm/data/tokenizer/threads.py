@@ -10,3 +10,10 @@ def use_one_thread() -> None:
     workers on N cores would run N² threads. Where one process does all the encoding, leave it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def thread_count() -> int:
+    """How many threads ``encode_batch`` may use in this process."""
+    # The `tokenizers` library's own switch, as it reads it.
+    serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
+    return 1 if serial else os.cpu_count() or 1

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Iterator
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.bpe import ByteLevelBPE, train_bpe
+from maxlm.data.tokenizer.chat import chat_files
 from maxlm.data.tokenizer.codec import CodecTokenizer, SpecialTokens
 from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 from maxlm.data.tokenizer.interface import Tokenizer
 from maxlm.data.tokenizer.segments import split_segments
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel, train_sentencepiece
+from maxlm.data.tokenizer.wordpiece import train_wordpiece
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
@@ -22,6 +25,13 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         MaxlmError: no text, or a vocab_size too small for bytes and special tokens, for the
             characters of the text (SentencePiece), or too large for the text.
     """
+    carried = chat_files(config)
+    if config.kind == "wordpiece":
+        segments = _require_text(_training_segments(config, texts))
+        data, literals = train_wordpiece(config, segments)
+        codec = HuggingFaceModel(data, literals)
+        special = SpecialTokens(codec.special_tokens, config.bos, config.eos, config.pad)
+        return CodecTokenizer(config.kind, codec, special, carried=carried)
     literals = config.special_literals
     unknown = 0 if config.kind == "bpe" else 1
     least = 256 + len(literals) + unknown
@@ -39,7 +49,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         data, ids = train_sentencepiece(config, segments)
         codec = SentencePieceModel(data)
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
-    return CodecTokenizer(config.kind, codec, special)
+    return CodecTokenizer(config.kind, codec, special, carried=carried)
 
 
 def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Iterator[str]:

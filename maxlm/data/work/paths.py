@@ -21,19 +21,27 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Create `folder` and hold it against other builders; the lock dies with the process.
 
+    Args:
+        shared: hold it together with others that hold it shared.
+        wait: until it is free.
+
     Raises:
-        MaxlmError: it cannot be created, or another process holds it.
+        MaxlmError: it cannot be created, or (without `wait`) another process holds it.
     """
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+            try:
+                descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:  # Deleted just now by the builder that is done.
+                continue
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, how)
             except BlockingIOError as error:
                 what = "another process is building this store"
                 raise MaxlmError(what, where=str(folder), fix="wait for it to end") from error

@@ -19,22 +19,22 @@ def silent(stage: str, done: int, total: int) -> None:
 def show_progress(unit: str = "B") -> Iterator[Progress]:
     """A `Progress` that shows itself on stderr; `unit` is what the amounts count."""
     if sys.stderr.isatty():
-        with _bar() as progress:
+        with _bar(unit) as progress:
             yield progress
     else:
         yield _lines(unit)
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _bar(unit: str) -> Iterator[Progress]:
     from rich import progress as rich_progress
     from rich.console import Console
 
+    amounts = [rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn()]
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(),
-        rich_progress.TransferSpeedColumn(),
+        *(amounts if unit == "B" else [rich_progress.MofNCompleteColumn()]),
         rich_progress.TimeRemainingColumn(),
     )
     tasks: dict[str, rich_progress.TaskID] = {}
@@ -61,7 +61,10 @@ def _lines(unit: str) -> Progress:
         shown[stage] = now
         rate = (done - already) / max(now - start, 1e-9)
         eta = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        line = f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} M{unit}"
-        print(f"{line}, {rate / 1e6:.2f} M{unit}/s{eta}", file=sys.stderr, flush=True)
+        if unit == "B":
+            line = f"{stage}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.2f} MB/s{eta}"
+        else:
+            line = f"{stage}: {done:,} of {total:,} {unit}, {rate:.2f} {unit}/s{eta}"
+        print(line, file=sys.stderr, flush=True)
 
     return progress

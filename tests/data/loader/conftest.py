@@ -1,5 +1,6 @@
 """A token store in memory, whose tokens say where they lie."""
 
+import hashlib
 import sys
 
 import cloudpickle
@@ -10,12 +11,10 @@ import pytest
 class MemoryStore:
     """Documents of given lengths; token i of the store is i, so a batch shows what it read."""
 
-    path = None
-
     def __init__(self, lengths, path=None):
         self.offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
         self.offsets = self.offsets.astype(np.int64)
-        self.path = path
+        self.path, self.offsets_sha256 = path, hashlib.sha256(self.offsets).hexdigest()
 
     @property
     def num_tokens(self):

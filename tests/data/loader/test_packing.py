@@ -1,5 +1,6 @@
 """Both packings lay every token into one sequence, once, in pieces of single documents."""
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,6 +13,7 @@ from maxlm.data.loader import best_fit
 from maxlm.data.loader.best_fit import assign_best_fit, build_index, open_best_fit
 from maxlm.data.loader.loader import open_packing
 from maxlm.data.loader.packing import utilisation
+from maxlm.data.store.offsets import Offsets
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum)
 methods = st.sampled_from(["concat", "best_fit"])
@@ -138,3 +140,26 @@ def test_long_builds_report(memory_store, monkeypatch, caplog):
     with caplog.at_level("INFO"):
         build_index(memory_store([3, 4, 5, 6]).offsets, 10, 2)
     assert "packing: 2 of 4 documents, " in caplog.text
+
+
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
+    """The index is written into mapped files, from offsets that are read in blocks."""
+
+    def peak(num_documents, folder):
+        def read(ranges):
+            return [700 * (i := np.arange(a, b)) + i % 300 for a, b in ranges]
+
+        class Source:
+            path, offsets_sha256 = folder, str(num_documents)
+            offsets = Offsets(read, num_documents + 1, 700 * num_documents + num_documents % 300)
+
+        folder.mkdir()
+        tracemalloc.start()
+        packing = open_best_fit(Source, 2048, 1024)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert packing.index.lengths.sum() == Source.offsets[num_documents:][0]
+        return used
+
+    small, large = peak(5_000, tmp_path / "small"), peak(80_000, tmp_path / "large")
+    assert large < small + (1 << 19)  # The index itself grows by 1.2 MB.

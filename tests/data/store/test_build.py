@@ -14,6 +14,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, is_heldout
 from maxlm.data.store import TokenStore, build_store
 from maxlm.data.store import build as build_module
+from maxlm.data.store import plan as plan_module
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.parts import join_documents
 
@@ -267,7 +268,7 @@ def test_full_disk(tmp_path):
 
 
 def test_a_file_that_changes_meanwhile(tmp_path, corpus, byte_tokenizer, monkeypatch):
-    real = build_module.scan_file
+    real = plan_module.scan_file
 
     def scan_then_change(file, slice_bytes):
         scan = real(file, slice_bytes)
@@ -275,7 +276,7 @@ def test_a_file_that_changes_meanwhile(tmp_path, corpus, byte_tokenizer, monkeyp
             file.path.write_text("something else entirely")
         return scan
 
-    monkeypatch.setattr(build_module, "scan_file", scan_then_change)
+    monkeypatch.setattr(plan_module, "scan_file", scan_then_change)
     assert fails(tmp_path, corpus, byte_tokenizer()) == (
         f"{tmp_path}/corpus/a5.txt: the file changed while the store was being built; run the "
         "build again"

@@ -97,7 +97,7 @@ def test_killed_builds_end_the_same(tmp_path, reference, folder, folder_bytes):
     command += [str(folder / "corpus.jsonl"), "--tokenizer", str(folder / "tokenizer")]
     command += ["--out", str(tmp_path / "store")]
     # The default part size makes this corpus one part.
-    starter = "import maxlm.data.store.build as b, maxlm.cli.main as m, sys\n"
+    starter = "import maxlm.data.store.plan as b, maxlm.cli.main as m, sys\n"
     starter += "if __name__ == '__main__':\n    b._MIN_SHARD_BYTES = 2000\n    m.main(sys.argv[1:])"
     command[1:3] = ["-c", starter]
     parts = tmp_path / ".store.building" / "parts"

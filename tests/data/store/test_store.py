@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -148,7 +149,9 @@ def test_lost_and_damaged_shards_are_errors_not_zeros(store):
     assert message.startswith(f"{store.path}/tokens: array error: NOT_FOUND: ")
     assert message.endswith("; " + REBUILD)
     shard.write_bytes(data[:-20])
-    assert f"{store.path}/tokens: array error: " in fails(TokenStore.open(store.path).verify)
+    assert f"{store.path}/tokens: array error: " in fails(
+        lambda: TokenStore.open(store.path).read(512, 1024)
+    )
 
 
 def overwrite(store, name, index, value):
@@ -156,7 +159,36 @@ def overwrite(store, name, index, value):
     return TokenStore.open(store.path).verify
 
 
+@pytest.mark.parametrize("name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"])
+def test_verify_names_the_damaged_file(store, name):
+    """One flipped bit, a lost file; sha256sum agrees."""
+    check = ["sha256sum", "--quiet", "-c", "checksums.sha256"]
+    assert subprocess.run(check, cwd=store.path, check=False).returncode == 0
+    path = store.path / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert fails(store.verify) == f"{path}: this file has changed since it was written; {REBUILD}"
+    assert subprocess.run(check, cwd=store.path, check=False).returncode == 1
+    path.unlink()
+    assert fails(store.verify) == f"{path}: this file is missing; {REBUILD}"
+
+
+def test_every_file_but_the_manifest_has_a_checksum(store):
+    lines = (store.path / "checksums.sha256").read_text().splitlines()
+    files = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
+    assert {line[66:] for line in lines} == files - {"manifest.json", "checksums.sha256"}
+
+
+def test_verify_finds_wrong_counts(store):
+    texts = sum(len(text) for text in TEXTS)
+    assert fails(edit_manifest(store, text_bytes=5)().verify) == (
+        f"{store.path}: damaged store: text_bytes of its sources are {texts} together; {REBUILD}"
+    )
+
+
 def test_verify_finds_wrong_values(store):
+    (store.path / "checksums.sha256").unlink()
     prefix = f"{store.path}: damaged store: "
     inside, first, last = (
         int(store.offsets[5]) + 1,

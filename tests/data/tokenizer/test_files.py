@@ -132,10 +132,10 @@ def test_corrupt_metadata(folder, content, fault):
 def test_metadata_of_another_shape(folder):
     path = folder / "maxlm_tokenizer.json"
     data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "kind": "wordpiece"}))
+    path.write_text(json.dumps({**data, "kind": "morphemes"}))
     assert message(folder) == (
         f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe', "
-        "'sentencepiece_unigram' or 'huggingface'); "
+        "'sentencepiece_unigram', 'wordpiece' or 'huggingface'); "
         "copy it again from a good tokenizer, or train it again"
     )
     path.write_text(json.dumps({**data, "format": 7}))

@@ -203,7 +203,7 @@ def test_folders_without_a_tokenizer(tmp_path):
     assert message(import_tokenizer, tmp_path / "missing").startswith(
         f"{tmp_path / 'missing'}: no such folder"
     )
-    assert "not a folder" in message(import_tokenizer, tmp_path / "vocab.json")
+    assert "damaged tokenizer file" in message(import_tokenizer, tmp_path / "vocab.json")
 
 
 def test_damaged_files(llama):

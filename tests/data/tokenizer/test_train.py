@@ -143,3 +143,20 @@ def test_long_documents_train_sentencepiece_in_whole(make_config, texts):
     dense = "abcdefgh" * 2000
     tokenizer = train_tokenizer(TokenizerConfig(kind="sentencepiece_bpe", vocab_size=272), [dense])
     assert len(tokenizer.encode(dense)) <= len(dense) / 4
+
+
+def test_training_takes_no_more_memory_for_more_text_of_the_same_words():
+    code = """
+import random, resource
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+chance = random.Random(0)
+words = ["".join(chance.choices("abcdefghijklmnop", k=6)) for _ in range(2000)]
+line = " ".join(chance.choices(words, k=150_000))  # A megabyte.
+peaks = []
+for megabytes in (6, 6, 16):
+    train_tokenizer(TokenizerConfig(vocab_size=1200), (line + str(i) for i in range(megabytes)))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peaks[2] - peaks[1])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 7  # MB, of 10 MB more.

@@ -1,0 +1,96 @@
+"""The heuristics stage beside datatrove's Gopher, C4 and FineWeb filters, on the same documents.
+
+    pip install 'maxlm[corpus]' datatrove 'xxhash<4' spacy regex
+    python benchmarks/corpus_heuristics.py DOCUMENTS... [--documents 500] [--characters 3000]
+
+DOCUMENTS are files or folders of English text (text, JSONL with "text", Parquet; or
+`python-stdlib`). CPU seconds of one process, the best of several alternating rounds. datatrove is
+timed twice: every filter on every document, which is what the labels of this stage amount to, and
+as a pipeline, where a document that one filter drops does not reach the next. Its filters share the
+words of a document through a cache, as they do in a pipeline. Below, how often the published
+expressions over our labels and its filters agree; the words are not the same (see
+`maxlm.data.corpus.stages.heuristics`).
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+
+from maxlm.data.corpus import SourceConfig, read_documents
+from maxlm.data.corpus.expression import Expression
+from maxlm.data.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
+
+
+def peer_filters() -> dict[str, Callable[[str], bool]]:
+    """datatrove's filters by the names of `PUBLISHED`: whether a text is kept."""
+    from datatrove.data import Document  # pyright: ignore[reportMissingImports]
+    from datatrove.pipeline.filters import (  # pyright: ignore[reportMissingImports]
+        C4QualityFilter,
+        FineWebQualityFilter,
+        GopherQualityFilter,
+        GopherRepetitionFilter,
+    )
+
+    def keeps(each) -> Callable[[str], bool]:
+        return lambda text: each.filter(Document(text=text, id="")) is True
+
+    return {
+        "gopher_quality": keeps(GopherQualityFilter()),
+        "gopher_repetition": keeps(GopherRepetitionFilter()),
+        "c4": keeps(C4QualityFilter()),
+        "fineweb": keeps(FineWebQualityFilter()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("paths", nargs="+")
+    parser.add_argument("--documents", type=int, default=500)
+    parser.add_argument("--characters", type=int, default=3000, help="most of a document")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    config = SourceConfig(documents=tuple(arguments.paths), on_bad_bytes="skip")
+    documents = islice(read_documents(config), arguments.documents)
+    texts = [document.text.decode()[: arguments.characters] for document in documents]
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    filters = peer_filters()
+    batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, pa.large_string())})
+    label = HeuristicsStage().open()
+    label(batch.slice(0, 1))  # Compiles.
+    for keeps in filters.values():
+        keeps(texts[0])  # Loads.
+
+    calls: dict[str, Callable[[], object]] = {
+        "datatrove, all filters": lambda: [[k(text) for k in filters.values()] for text in texts],
+        "datatrove, pipeline": lambda: [all(k(text) for k in filters.values()) for text in texts],
+        "maxlm, all labels": lambda: label(batch),
+    }
+    times: dict[str, float] = dict.fromkeys(calls, float("inf"))
+    for _ in range(arguments.rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name] = min(times[name], time.process_time() - start)
+
+    print(f"{len(texts)} documents, {size:.1f} MB; CPU time of one core")
+    print(f"{'':26}{'docs/s':>9}{'MB/s':>8}{'ratio':>8}")
+    for name, spent in times.items():
+        ratio = times["datatrove, all filters"] / spent
+        print(f"{name:26}{len(texts) / spent:9.0f}{size / spent:8.1f}{ratio:8.1f}")
+    labels = label(batch)
+    names = [f"heuristics.{name}" for name in labels.schema.names]
+    table = pa.Table.from_batches([labels]).rename_columns(names)
+    print(f"\n{'kept':26}{'maxlm':>9}{'datatrove':>10}{'agree':>8}")
+    for name, keeps in filters.items():
+        ours = Expression(PUBLISHED[name]).true(table)
+        theirs = np.array([keeps(text) for text in texts])
+        agree = np.mean(ours == theirs)
+        print(f"{name:26}{ours.mean():9.3f}{theirs.mean():10.3f}{agree:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

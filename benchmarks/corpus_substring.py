@@ -1,0 +1,163 @@
+"""Substring deduplication: speed end to end, linearity, memory, and suffix arrays beside it.
+
+    python benchmarks/corpus_substring.py FOLDER... [--memory 64] [--min-tokens 50]
+
+The folders hold HTML or text (.gz too), for example of Debian's documentation packages:
+
+    apt-get download python3.13-doc anarchism linux-doc-6.12
+    for each in *.deb; do dpkg -x $each docs; done
+
+Texts are taken from HTML by deleting tags, shuffled, and written as corpora of a 16th, a quarter
+and all of them, in shards of 4 MB. Each runs in a process of its own, with one worker, from Parquet
+to labels; times are the process's CPU seconds and wall, and memory its peak over what it holds
+after a first small run, which loads compiled code. Linux only. Needs `pip install pydivsufsort`,
+whose suffix sort and common prefixes are timed on the smallest corpus, which is all they are given.
+"""
+
+import argparse
+import gzip
+import html
+import multiprocessing
+import random
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.data.corpus.stages.substring import SubstringStage
+from maxlm.data.work.pool import WorkerPool
+from maxlm.data.work.progress import silent
+
+_HIDDEN = re.compile(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->|<[^>]*>")
+_SHARD_BYTES = 4 << 20
+
+
+def read_texts(folders: Sequence[Path]) -> list[str]:
+    """The texts below some folders, in a fixed random order."""
+    texts = []
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+        name = path.name.removesuffix(".gz")
+        if not path.is_file() or path.is_symlink() or not name.endswith((".html", ".txt", ".rst")):
+            continue
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8", "replace")
+        texts.append(html.unescape(_HIDDEN.sub("", text)) if name.endswith(".html") else text)
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def write_corpus(folder: Path, texts: Sequence[str]) -> list[Shard]:
+    """Shards of about `_SHARD_BYTES`, of row groups of 64 documents."""
+    shards = []
+    for part in _parts(texts):
+        shards.append(Shard(folder, f"{len(shards):05d}"))
+        with ShardWriter(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+            for first in range(0, len(part), 64):
+                rows = [{"id": str(i), "text": t} for i, t in enumerate(part[first : first + 64])]
+                writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+    return shards
+
+
+def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
+    part, size = [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= _SHARD_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def run(stage: SubstringStage, shards: Sequence[Shard], scratch: Path) -> None:
+    """The stage, as the runner would call it."""
+    scratch.mkdir()
+    views = [replace(shard, out=stage.title) for shard in shards]
+    with WorkerPool(1) as pool:
+        stage.label(views, scratch, pool, silent)
+
+
+def measure(stage, small, shards, scratch, connection) -> None:
+    """Send CPU seconds, wall seconds and peak memory in MB of one run."""
+    run(stage, small, scratch / "small")
+    Path("/proc/self/clear_refs").write_text("5")  # The peak becomes what is held now.
+    before = memory("VmRSS")
+    cpu, wall = time.process_time(), time.perf_counter()
+    run(stage, shards, scratch / "all")
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    connection.send((cpu, wall, memory("VmHWM") - before))
+
+
+def memory(name: str) -> float:
+    """A figure of this process's memory in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def cut_share(stage: SubstringStage, shards: Sequence[Shard]) -> float:
+    """The share of all characters that are cut."""
+    lost = total = 0
+    for shard in shards:
+        for rows in shard.rows(("text", f"{stage.title}.cut_share")):
+            sizes = np.array([len(text) for text in rows.batch.column(0).to_pylist()])
+            total += sizes.sum()
+            lost += (sizes * rows.batch.column(1).to_numpy()).sum()
+    return lost / total
+
+
+def suffix_array_seconds(texts: Sequence[str]) -> tuple[float, float]:
+    """CPU seconds of sorting the suffixes of all texts, and of their common prefixes."""
+    from pydivsufsort import divsufsort, kasai
+
+    data = np.frombuffer(bytearray("\0".join(texts).encode()), np.uint8)
+    began = time.process_time()
+    suffixes = divsufsort(data)
+    middle = time.process_time()
+    kasai(data, suffixes)
+    return middle - began, time.process_time() - middle
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--memory", type=int, default=64, help="MB a job may use")
+    parser.add_argument("--min-tokens", type=int, default=50)
+    arguments = parser.parse_args()
+    stage = SubstringStage(min_tokens=arguments.min_tokens, memory=arguments.memory << 20)
+    texts = read_texts(arguments.folders)
+    total = sum(len(text.encode()) for text in texts)
+    print(f"{len(texts)} documents, {total / 1e6:.1f} MB, memory: {arguments.memory} MB")
+    print(f"{'':>14}{'MB':>7}{'MB/CPU s':>10}{'MB/s':>8}{'peak MB':>9}{'cut':>7}")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        small = write_corpus(home / "small", texts[:4])
+        for times in (1, 4, 16):
+            some = texts[: len(texts) * times // 16]
+            size = sum(len(text.encode()) for text in some) / 1e6
+            shards = write_corpus(home / f"{times}", some)
+            (scratch := home / f"scratch-{times}").mkdir()
+            ours, theirs = context.Pipe()
+            process = context.Process(target=measure, args=(stage, small, shards, scratch, theirs))
+            process.start()
+            theirs.close()
+            cpu, wall, peak = ours.recv()
+            process.join()
+            share = cut_share(stage, shards)
+            row = f"{size:7.1f}{size / cpu:10.1f}{size / wall:8.1f}{peak:9.0f}{share:7.1%}"
+            print(f"{f'maxlm, {times}x':>14}{row}")
+            if times == 1:
+                suffixes, prefixes = suffix_array_seconds(some)
+                print(f"{'divsufsort':>14}{size:7.1f}{size / suffixes:10.1f}")
+                print(f"{'and kasai':>14}{size:7.1f}{size / (suffixes + prefixes):10.1f}")
+
+
+if __name__ == "__main__":
+    main()

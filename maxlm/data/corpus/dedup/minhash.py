@@ -1,0 +1,106 @@
+"""MinHash with banding: which documents may be alike, with a chosen probability to see it.
+
+Broder, "On the resemblance and containment of documents" (1997): two sets of Jaccard similarity s
+have the same minimum under a random hash function with probability s. With b bands of r such
+functions, two documents agree in at least one band with probability 1 - (1 - s^r)^b (Leskovec,
+Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
+"""
+
+from dataclasses import dataclass
+from math import ceil, log, log1p
+
+import numpy as np
+import pyarrow as pa
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.dedup.words import letter_table
+
+
+@dataclass(frozen=True)
+class Banding:
+    """How many bands, of how many hash functions (rows) each."""
+
+    bands: int
+    rows: int
+
+    def recall(self, similarity: float) -> float:
+        """The probability that two documents of this Jaccard similarity agree in some band."""
+        return 1 - (1 - similarity**self.rows) ** self.bands
+
+
+def choose_banding(similarity: float, recall: float, most_hashes: int) -> Banding:
+    """The banding with the most rows, and so the fewest false candidates, that is affordable.
+
+    Args:
+        similarity: of pairs that must be found with probability `recall` at least.
+        most_hashes: bands * rows at most. One row always fits: more are used if need be.
+    """
+    best = Banding(1, 1)
+    for rows in range(1, most_hashes + 1):
+        miss = log1p(-(similarity**rows)) if similarity < 1 else -np.inf
+        bands = max(1, ceil(log(1 - recall) / miss - 1e-9))
+        if rows > 1 and bands * rows > most_hashes:
+            break
+        best = Banding(bands, rows)
+    return best
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of an Arrow array as the kernels want them."""
+
+    data: np.ndarray
+    offsets: np.ndarray
+
+    @staticmethod
+    def of(array: pa.Array) -> "Texts":
+        """The texts of a string array without nulls; not copied."""
+        array = array.cast(pa.large_string())
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+        return Texts(np.frombuffer(data or b"", np.uint8), ends)
+
+
+def band_keys(texts: Texts, size: int, banding: Banding) -> tuple[np.ndarray, np.ndarray]:
+    """A hash of all words, and one for each band: uint64 [bands + 1, texts]; words: int64 [texts].
+
+    A text without words has no shingles, and its keys mean nothing.
+    """
+    number = len(texts.offsets) - 1
+    keys = np.empty((banding.bands + 1, number), np.uint64)
+    counts = np.empty(number, np.int64)
+    random = np.random.Generator(np.random.PCG64(0))
+    functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
+    kernels().band_keys(
+        texts.data, texts.offsets, letter_table(), size,
+        functions[0] | np.uint32(1), functions[1], banding.bands, keys, counts,
+    )  # fmt: skip
+    return keys, counts
+
+
+def shingle_set(texts: Texts, which: int, size: int) -> np.ndarray:
+    """A text's shingles as 64-bit hashes: uint64, sorted, each once.
+
+    Two of a million different shingles share a hash with a probability of 3e-8, so a Jaccard
+    similarity of these sets is that of the shingles themselves.
+    """
+    start, stop = texts.offsets[which : which + 2]
+    hashes, _ = kernels().shingles(texts.data, start, stop, letter_table(), size)
+    hashes.sort()
+    keep = np.ones(len(hashes), np.bool_)
+    keep[1:] = hashes[1:] != hashes[:-1]
+    return hashes[keep]
+
+
+def kernels():
+    """The compiled loops.
+
+    Raises:
+        MaxlmError: Numba is not installed.
+    """
+    try:
+        from maxlm.data.corpus.dedup import kernels
+    except ImportError as error:
+        what = f"comparing documents needs Numba: {error}"
+        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    return kernels

@@ -1,0 +1,267 @@
+"""The search for near-duplicates, as jobs over shards and over ranges of hashes.
+
+1. Each shard: a key for each band of each member's signature.
+2. Each range of the hash of all words: which members are copies of another; only the best of them
+   takes part in what follows.
+3. Each band and range of its keys: pairs of members with the same key, the candidates.
+4. Each range of members: its candidates, each once.
+5. Each shard: the sets of n-grams of its members that are in a pair.
+6. Each range of members: the exact similarity of its pairs.
+
+A job whose files are there is not done again, so a killed run goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from maxlm.data.corpus.dedup.candidates import (
+    find_copies,
+    find_pairs,
+    join_pairs,
+    read_pairs,
+    split_pairs,
+    write_bands,
+)
+from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.data.corpus.dedup.members import (
+    Members,
+    label_read,
+    member_file,
+    number_members,
+    ranks,
+)
+from maxlm.data.corpus.dedup.minhash import Banding, Texts, band_keys, kernels, shingle_set
+from maxlm.data.corpus.dedup.steps import Steps
+from maxlm.data.corpus.shards import Shard
+
+_KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
+_PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched for; see the settings of `NearStage`."""
+
+    jaccard: float
+    ngram: int
+    banding: Banding
+    max_group: int
+    keep_by: str | None
+    memory: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Pairs that are alike. See `components.resolve`."""
+
+    members: Members
+    pairs: tuple[np.ndarray, np.ndarray]
+    jaccard: np.ndarray
+    copies: tuple[np.ndarray, np.ndarray]
+
+
+def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: Steps) -> Found:
+    """Find the pairs of documents that are as alike as is asked for."""
+    steps.run("signatures", _sign_shard, [_ShardJob(search, s, scratch) for s in shards])
+    members = number_members(scratch, shards)
+    number = max(1, -(-members.total * _KEY_BYTES // search.memory))
+    # Not to be mixed up with what a killed run of other ranges left.
+    keys = _RangeJob(search, members, scratch / f"keys-{number}", number)
+    every = [replace(keys, which=i) for i in range(number)]
+    steps.run("copies", _find_copies, every)
+    _gather_copies(keys)
+    bands = range(1, search.banding.bands + 1)
+    steps.run("candidates", _find_pairs, [replace(e, band=b) for b in bands for e in every])
+
+    files = tuple(sorted(keys.folder.glob("pairs-*.arrow")))
+    number = max(1, -(-sum(map(_length, files)) * _PAIR_BYTES // search.memory))
+    pairs = _RangeJob(search, members, keys.folder / f"pairs-{number}", number, files=files)
+    every = [replace(pairs, which=i) for i in range(number)]
+    steps.run("pairs", _merge_pairs, every)
+    steps.run("n-grams", _write_sets, [_SetJob(s, i, pairs) for i, s in enumerate(shards)])
+    steps.run("verify", _verify, every)
+    verified, jaccard = [], []
+    for each in every:
+        with open_columns(each.file("verified")) as columns:
+            verified.append(columns["pair"])
+            jaccard.append(columns["jaccard"])
+    with open_columns(keys.folder / "copies.arrow") as columns:
+        copies = columns["member"].copy(), columns["best"].copy()
+    alike = split_pairs(concatenate(verified, np.uint64))
+    return Found(members, alike, concatenate(jaccard, np.float64), copies)
+
+
+@dataclass(frozen=True)
+class _ShardJob:
+    search: Search
+    shard: Shard
+    scratch: Path
+
+
+def _sign_shard(job: _ShardJob) -> None:
+    search, shard = job.search, job.shard
+    out = member_file(job.scratch, shard.name)
+    if out.exists():
+        return
+    rows, rank, ids, sources = [], [], [], []
+    banding = search.banding
+    keys, worded = [np.empty((banding.bands + 1, 0), np.uint64)], []
+    for group in shard.rows(("text", "id", "source", *label_read(search.keep_by))):
+        batch = group.batch
+        key, count = band_keys(Texts.of(batch.column("text")), search.ngram, banding)
+        keys.append(key)
+        worded.append(count > 0)
+        rows.append(group.index + group.first)
+        rank.append(ranks(batch, search.keep_by))
+        ids.append(batch.column("id"))
+        sources.append(batch.column("source"))
+    write_bands(job.scratch, shard.name, np.concatenate(keys, axis=1), concatenate(worded, bool))
+    none = pa.array([], pa.string())
+    columns = {
+        "row": concatenate(rows, np.int64),
+        "rank": concatenate(rank, np.float64),
+        "id": pa.concat_arrays([none, *ids]),
+        "source": pa.concat_arrays([none, *sources]),
+    }
+    write_columns(out, columns)
+
+
+@dataclass(frozen=True)
+class _RangeJob:
+    search: Search
+    members: Members
+    folder: Path
+    number: int
+    which: int = 0
+    band: int = 0
+    files: tuple[Path, ...] = ()
+
+    def file(self, what: str) -> Path:
+        return self.folder / f"{what}-{self.which}.arrow"
+
+
+def _find_copies(job: _RangeJob) -> None:
+    if not job.file("copies").exists():
+        member, best = find_copies(job.members, job.number, job.which)
+        write_columns(job.file("copies"), {"member": member, "best": best})
+
+
+def _gather_copies(job: _RangeJob) -> None:
+    """Join what was found in all ranges, in order of members; their pairs are candidates too."""
+    member, best = [], []
+    for which in range(job.number):
+        with open_columns(replace(job, which=which).file("copies")) as columns:
+            member.append(columns["member"])
+            best.append(columns["best"])
+    members, bests = concatenate(member, np.int64), concatenate(best, np.int64)
+    order = np.argsort(members)
+    columns = {"member": members[order], "best": bests[order]}
+    write_columns(job.folder / "pairs-0.arrow", {"pair": np.sort(join_pairs(members, bests))})
+    write_columns(job.folder / "copies.arrow", columns)
+
+
+def _find_pairs(job: _RangeJob) -> None:
+    """Write a band's candidates in files of bounded size, each sorted."""
+    name = f"{job.band}-{job.which}"
+    done = job.folder / f"{name}.done"
+    if done.exists():
+        return
+    with open_columns(job.folder / "copies.arrow") as columns:
+        copies = columns["member"]
+    found = find_pairs(job.members, job.band, job.number, job.which, copies, job.search.max_group)
+    most = max(1, job.search.memory // _PAIR_BYTES)
+    piece, size, number = [], 0, 0
+    for pairs in chain(found, [None]):
+        if piece and (pairs is None or size + len(pairs) > most):
+            path = job.folder / f"pairs-{name}-{number}.arrow"
+            write_columns(path, {"pair": np.unique(concatenate(piece, np.uint64))})
+            piece, size, number = [], 0, number + 1
+        if pairs is not None:
+            piece.append(pairs)
+            size += len(pairs)
+    done.touch()
+
+
+def _length(path: Path) -> int:
+    with open_columns(path) as columns:
+        return len(columns)
+
+
+def _merge_pairs(job: _RangeJob) -> None:
+    if job.file("needed").exists():
+        return
+    pairs = read_pairs(job.files, job.members.total, job.number, job.which)
+    write_columns(job.file("candidates"), {"pair": pairs})
+    write_columns(job.file("needed"), {"member": np.unique(np.concatenate(split_pairs(pairs)))})
+
+
+@dataclass(frozen=True)
+class _SetJob:
+    shard: Shard
+    which: int
+    pairs: _RangeJob
+
+
+def _write_sets(job: _SetJob) -> None:
+    """Write the sets of n-grams of a shard's members that are in a pair."""
+    members, out = job.pairs.members, _set_file(job.pairs, job.which)
+    if out.exists():
+        return
+    needed = [np.empty(0, np.int64)]
+    for which in range(job.pairs.number):
+        with open_columns(replace(job.pairs, which=which).file("needed")) as columns:
+            ends = np.searchsorted(columns["member"], members.first[job.which : job.which + 2])
+            needed.append(columns["member"][ends[0] : ends[1]])
+    member = np.unique(np.concatenate(needed))
+    with open_columns(members.file(job.which)) as columns:
+        rows = columns["row"][member - members.first[job.which]]
+    sets = []
+    for group in job.shard.rows(("text",)):
+        start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
+        texts = Texts.of(group.batch.column("text"))
+        for place in np.searchsorted(group.index, rows[start:stop] - group.first).tolist():
+            sets.append(shingle_set(texts, place, job.pairs.search.ngram))
+    starts = np.concatenate([[0], np.cumsum([len(each) for each in sets])]).astype(np.int64)
+    lists = pa.LargeListArray.from_arrays(starts, concatenate(sets, np.uint64))
+    write_columns(out, {"member": member, "set": lists})
+
+
+def _set_file(job: _RangeJob, shard: int) -> Path:
+    return job.folder / "sets" / f"{job.members.shards[shard]}.arrow"
+
+
+def _verify(job: _RangeJob) -> None:
+    """Write the candidates of a range that are as alike as is asked for."""
+    if job.file("verified").exists():
+        return
+    with open_columns(job.file("candidates")) as columns:
+        pairs = columns["pair"]
+    low, high = split_pairs(pairs)
+    jaccard = np.empty(len(pairs))
+    for shard, part in job.members.by_shard(low):
+        with open_columns(_set_file(job, shard)) as columns:
+            one = _Sets(columns["member"], columns.array("set"))
+        order = np.argsort(high[part], kind="stable") + part.start
+        for other, there in job.members.by_shard(high[order]):
+            here = order[there]
+            with open_columns(_set_file(job, other)) as columns:
+                two = _Sets(columns["member"], columns.array("set"))
+            jaccard[here] = kernels().jaccards(*one.find(low[here]), *two.find(high[here]))
+    alike = jaccard >= job.search.jaccard
+    write_columns(job.file("verified"), {"pair": pairs[alike], "jaccard": jaccard[alike]})
+
+
+@dataclass(frozen=True)
+class _Sets:
+    member: np.ndarray
+    sets: pa.Array
+
+    def find(self, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All sets one after another, where each begins, and which are those of `member`."""
+        starts = self.sets.offsets.to_numpy()
+        return self.sets.values.to_numpy(), starts, np.searchsorted(self.member, member)

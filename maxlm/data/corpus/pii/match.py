@@ -1,0 +1,51 @@
+"""What a detector finds."""
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, get_args
+
+Kind = Literal["email", "phone", "ip", "iban", "card", "ssn", "key"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Of overlapping finds the one whose evidence is stronger: a checksum or a prefix before a shape.
+_PRIORITY: tuple[Kind, ...] = ("key", "email", "iban", "card", "ssn", "ip", "phone")
+
+_LEAD = 40
+_LEAD_START = re.compile(r"[0-9\n]|@\S+|[.!?]\s+(?=[A-ZÀ-Þ])|[^\W\d]{6}[.!?]$")
+
+
+NOT_OURS = re.compile(
+    r"(?:isbn|issn|doi|ean|imei|order|invoice|ticket|case|part|serial|sku|item|tracking|version|"
+    r"article|bestell\w*|rechnung\w*|commande|pedido|ordine|facture|patent|model|lot|batch|id|"
+    r"ref\w*|no|nr|n°|№|#|[$€£¥])[\s.:#-]*(?:no|nr|number|nummer|code|id)?[\s.:#-]*$"
+)
+"""Ends a `lead` to a number that counts things."""
+
+
+class Match(NamedTuple):
+    """Personal data at `text[start:end]`."""
+
+    start: int
+    end: int
+    kind: Kind
+
+
+def without_overlaps(matches: Iterable[Match]) -> list[Match]:
+    """The matches in order; of those that overlap, one."""
+    kept: list[Match] = []
+    for match in sorted(matches):
+        if not kept or match.start >= kept[-1].end:
+            kept.append(match)
+        elif _PRIORITY.index(match.kind) < _PRIORITY.index(kept[-1].kind):
+            kept[-1] = match
+    return kept
+
+
+def lead(text: str, start: int) -> str:
+    """The words that lead up to a number, in lower case.
+
+    Those of the same sentence and line (or the line above, if none of its own), after any number
+    before: a word such as "phone" speaks of the number that comes next.
+    """
+    words = text[max(0, start - _LEAD) : start].rstrip()
+    return _LEAD_START.split(words)[-1].lower()

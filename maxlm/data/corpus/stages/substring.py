@@ -1,0 +1,117 @@
+"""Substring deduplication: passages that a corpus has more than once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from maxlm.data.corpus.dedup.members import label_read, write_labels
+from maxlm.data.corpus.dedup.substrings import (
+    CUTS,
+    find_cuts,
+    index_shard,
+    list_blocks,
+    match_range,
+)
+from maxlm.data.corpus.shards import Shard
+from maxlm.data.corpus.stage import CorpusStage
+from maxlm.data.work.engine import Engine
+from maxlm.data.work.progress import Progress
+
+_BYTES_OF_TEXT = 16  # What an index job needs for a byte of its block,
+_BYTES_OF_WINDOW = 64  # and a range job for a window.
+
+
+class SubstringStage(CorpusStage):
+    """Passages of at least `min_tokens` words that stand elsewhere too, within a document or in
+    another, become spans to cut; the first copy stays (Lee et al. 2022, arXiv 2107.06499).
+
+    A word is what white space separates, and in scripts without spaces each letter (see
+    `maxlm.data.corpus.characters`), so spans begin and end between words; passages are the same if
+    their bytes are, white space included. `dedup.substrings` states the rule and its guarantees.
+    """
+
+    stage: Literal["substring"] = "substring"
+    min_tokens: int = Field(default=50, ge=2)
+    """The shortest repeat to be cut, in words: each word of it counts, and 50 are the paper's 50
+    tokens or somewhat more. Shorter ones (addresses, set phrases) are left alone."""
+    keep_by: str | None = None
+    """The label by which the document is chosen that keeps its copy: the highest value wins, or
+    with a minus in front ("-perplexity.value") the lowest; null, and among equals: the first."""
+    memory: int = Field(default=1 << 29, ge=1 << 10)
+    """Bytes that a job may use, about; smaller means more files and jobs. No document is split, so
+    one that is longer than a sixteenth of this takes more."""
+
+    neutral = (*CorpusStage.neutral, "memory")
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return ("text", *label_read(self.keep_by))
+
+    def schema(self) -> pa.Schema:
+        return pa.schema([("cuts", CUTS), ("cut_share", pa.float32())])
+
+    def label(
+        self, shards: Sequence[Shard], scratch: Path, engine: Engine, progress: Progress
+    ) -> None:
+        """See `CorpusStage.label`. The scratch files take three times the text.
+
+        Raises:
+            MaxlmError: a document of 2 GiB or more.
+        """
+        folder = scratch / str(self.memory)  # A killed run may have had another.
+
+        def work(name: str, function: Callable, jobs: Sequence) -> None:
+            progress(f"{self.title}: {name}", 0, len(jobs))
+            for done, _ in enumerate(engine.map(function, jobs), 1):
+                progress(f"{self.title}: {name}", done, len(jobs))
+
+        work("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
+        windows = list_blocks(folder, [shard.name for shard in shards])
+        number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
+        work("match", _match, [_RangeJob(self, folder, number, i) for i in range(number)])
+        work("cut", _cut, [_CutJob(self, folder, number, shard) for shard in shards])
+
+
+@dataclass(frozen=True)
+class _IndexJob:
+    stage: SubstringStage
+    folder: Path
+    shard: Shard
+
+
+def _index(job: _IndexJob) -> None:
+    stage = job.stage
+    block_bytes = stage.memory // _BYTES_OF_TEXT
+    index_shard(job.folder, job.shard, stage.min_tokens, block_bytes, stage.keep_by)
+
+
+@dataclass(frozen=True)
+class _RangeJob:
+    stage: SubstringStage
+    folder: Path
+    number: int
+    which: int
+
+
+def _match(job: _RangeJob) -> None:
+    match_range(job.folder, job.number, job.which, job.stage.keep_by is not None)
+
+
+@dataclass(frozen=True)
+class _CutJob:
+    stage: SubstringStage
+    folder: Path
+    number: int
+    shard: Shard
+
+
+def _cut(job: _CutJob) -> None:
+    stage = job.stage
+    found = find_cuts(job.folder, job.shard.name, job.number, stage.min_tokens)
+    rows = found.column("row").to_numpy()
+    labels = {name: found.column(name) for name in stage.schema().names}
+    write_labels(job.shard, stage.schema(), rows, labels)

@@ -1,0 +1,182 @@
+"""Conversations as text and ids, by the Jinja template that a tokenizer carries.
+
+Templates are written for transformers' ``apply_chat_template`` and see here what they see there:
+the same variables, filters and functions. A template of someone else's checkpoint is a program:
+it runs in Jinja's sandbox and is given plain data only.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.codec import CodecTokenizer
+from maxlm.data.tokenizer.config import TokenizerConfig
+from maxlm.data.tokenizer.interface import Tokenizer
+
+Message = Mapping[str, Any]
+"""At least {"role": ..., "content": ...}."""
+
+_TEMPLATES = {
+    "chatml": "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "llama3": "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+}
+# Noncharacters: never in text that means anything, so one is free to mark places with.
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+def chat_files(config: TokenizerConfig) -> dict[str, bytes]:
+    """The files that tell other tools, and ``render_chat``, of ``config.chat``."""
+    if config.chat is None:
+        return {}
+    roles = {"bos_token": config.bos, "eos_token": config.eos, "pad_token": config.pad}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+    return {
+        "chat_template.jinja": _TEMPLATES[config.chat].encode(),
+        "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n",
+    }
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> str:
+    """A conversation as the text that the model was, or shall be, trained on.
+
+    Args:
+        tools: JSON schemas of functions that the model may call.
+        add_generation_prompt: end with what opens the assistant's turn.
+        variables: further ones of the template, such as ``enable_thinking``.
+
+    Raises:
+        MaxlmError: the tokenizer has no template, or the template refuses this conversation.
+    """
+    assert isinstance(tokenizer, CodecTokenizer)
+    given: dict[str, Any] = {
+        "messages": [{k: v for k, v in each.items() if v is not None} for each in messages],
+        "tools": tools and list(tools),
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    # Plain data has no methods that the sandbox does not know.
+    given = json.loads(json.dumps(given | variables))
+    try:
+        template = _compile(_template(tokenizer, with_tools=tools is not None))
+        return template.render(**_special_names(tokenizer) | given)
+    except Exception as error:  # It is a program of someone else's: it may raise anything.
+        raise MaxlmError(
+            f"the chat template cannot write this conversation: {error}",
+            fix="change the messages to suit the template, or the template",
+        ) from error
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: Any) -> list[int]:
+    """The ids of ``render_chat``, with special tokens where the template put them.
+
+    Literals of special tokens within messages stay the ordinary text that they are: nobody ends a
+    turn, or begins another's, by writing so.
+
+    Args:
+        settings: of ``render_chat``.
+    """
+    assert isinstance(tokenizer, CodecTokenizer)
+    settings["messages"] = list(messages)
+    text = json.dumps(settings, ensure_ascii=False)
+    mark = next(char for char in _MARKS if char not in text)
+
+    def disarm(string: str) -> str:
+        for literal in tokenizer.special_tokens:
+            string = string.replace(literal, literal[:1] + mark + literal[1:])
+        return string
+
+    rendered = render_chat(tokenizer, **_map_strings(settings, disarm))
+    if mark not in rendered:
+        return tokenizer.encode(rendered, allow_special=True)
+    ids: list[int] = []
+    for i, part in enumerate(tokenizer.special.split(rendered.encode())):
+        if i % 2:
+            ids.append(tokenizer.special.ids[part.decode()])
+        else:
+            ids += tokenizer.encode(part.replace(mark.encode(), b""))
+    return ids
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_strings(item, change) for item in value]
+    return value
+
+
+def _template(tokenizer: CodecTokenizer, *, with_tools: bool) -> str:
+    carried = tokenizer.carried
+    if "chat_template.jinja" in carried:
+        return carried["chat_template.jinja"].decode()
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = json.loads(carried.get(name, b"{}")).get("chat_template")
+        if isinstance(found, list):
+            named = {each["name"]: each["template"] for each in found}
+            found = (with_tools and named.get("tool_use")) or named.get("default")
+        if found:
+            return found
+    raise MaxlmError(
+        "the tokenizer carries no chat template",
+        where="chat_template.jinja",
+        fix="train it with chat set, or import one that has a template",
+    )
+
+
+def _special_names(tokenizer: CodecTokenizer) -> dict[str, str]:
+    """bos_token, eos_token and so on: what the tokenizer's files say of them, or its roles."""
+    special = tokenizer.special
+    names: dict[str, Any] = {"bos_token": special.bos, "eos_token": special.eos}
+    names["pad_token"] = special.pad
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name, token in json.loads(tokenizer.carried.get(file, b"{}")).items():
+            if name.endswith("_token") and not isinstance(token, bool):
+                names[name] = token.get("content") if isinstance(token, dict) else token
+    return {name: token for name, token in names.items() if token is not None}
+
+
+def _compile(source: str):
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: what the assistant wrote, marked for training; plain text here."""
+
+        tags: set[str] = {"generation"}  # noqa: RUF012  (as Jinja declares it)
+
+        def parse(self, parser: Parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def refuse(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    # Jinja's own tojson escapes for HTML.
+    environment.filters["tojson"] = lambda value, ensure_ascii=False, **layout: json.dumps(
+        value, ensure_ascii=ensure_ascii, **layout
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)

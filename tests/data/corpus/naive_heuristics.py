@@ -1,0 +1,163 @@
+"""The measures of the heuristics stage, written down once more as plainly as can be."""
+
+import re
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import regex
+
+STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+_SPACE = "".join(c for c in map(chr, range(0x110000)) if c.isspace())
+_ALONE = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff"
+)
+_WORD, _EXTEND = r"[\p{L}\p{N}--[\p{L}&&[" + _ALONE + r"]]]", r"[\p{M}\p{Cf}]*"
+_TOKEN = regex.compile(
+    rf"""(?V1)[\p{{L}}&&[{_ALONE}]]{_EXTEND}
+    | (?: (?<={_WORD}{_EXTEND})['’] )? {_WORD}{_EXTEND}
+      (?: (?: [._·] | (?<=\p{{Nd}}{_EXTEND}),(?=\p{{Nd}}) )? {_WORD}{_EXTEND} )*
+    | (?P<symbol>[^{_SPACE}\p{{L}}\p{{N}}\p{{M}}\p{{Cf}}]){_EXTEND} (?: (?P=symbol){_EXTEND} )*""",
+    regex.VERBOSE,
+)
+
+
+def tokens(text: str) -> list[str]:
+    """Words and symbols."""
+    return [match[0] for match in _TOKEN.finditer(text)]
+
+
+def is_word(token: str) -> bool:
+    return any(unicodedata.category(c)[0] in "LN" for c in token)
+
+
+def repeated(pieces: list[str]) -> list[str]:
+    """Those that are there before."""
+    return [piece for i, piece in enumerate(pieces) if piece in pieces[:i]]
+
+
+def chars(pieces: list[str]) -> int:
+    return sum(map(len, pieces))
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def measures(text: str, stop_words: tuple[str, ...] = STOP_WORDS) -> dict[str, float | None]:
+    """Every label of a text."""
+    return {
+        "characters": len(text),
+        **_gopher_quality(text, stop_words),
+        **_gopher_repetition(text),
+        **_fineweb(text),
+        "curly_bracket": "{" in text,
+        "lorem_ipsum": "lorem ipsum" in _lower(text),
+        **_c4(text),
+    }
+
+
+def _lower(text: str) -> str:
+    return "".join(c.lower() if c < "\x80" else c for c in text)
+
+
+def _gopher_quality(text: str, stop_words: tuple[str, ...]) -> dict[str, float | None]:
+    found, lines = tokens(text), text.splitlines()
+    words = [each for each in found if is_word(each)]
+    letters = [each for each in found if any(c.isalpha() for c in each)]
+    bullets = [line for line in lines if line.lstrip()[:1] in ("•", "-")]
+    trailing = [line for line in lines if line.rstrip().endswith(("...", "…"))]
+    return {
+        "words": len(words),
+        "mean_word_length": ratio(chars(words), len(words)),
+        "hash_ratio": ratio(text.count("#"), len(found)),
+        "ellipsis_ratio": ratio(text.count("...") + text.count("…"), len(found)),
+        "alphabetic_words": ratio(len(letters), len(found)),
+        "stop_words": len(set(stop_words) & set(found)),
+        "bullet_lines": ratio(len(bullets), len(lines)),
+        "ellipsis_lines": ratio(len(trailing), len(lines)),
+    }
+
+
+def _gopher_repetition(text: str) -> dict[str, float | None]:
+    lines, paragraphs = re.split("\n+", text), re.split("\n{2,}", text.strip())
+    size = len(text)
+    values = {
+        "duplicate_lines": ratio(len(repeated(lines)), len(lines)),
+        "duplicate_line_chars": ratio(chars(repeated(lines)), size),
+        "duplicate_paragraphs": ratio(len(repeated(paragraphs)), len(paragraphs)),
+        "duplicate_paragraph_chars": ratio(chars(repeated(paragraphs)), size),
+    }
+    found = tokens(text)
+    for n in (2, 3, 4):
+        counts = Counter(" ".join(found[i : i + n]) for i in range(len(found) - n + 1))
+        gram, times = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        values[f"top_{n}gram"] = ratio(len(gram) * times, size)
+    for n in range(5, 11):
+        seen, doubled, i = set(), 0, 0
+        while i + n <= len(found):
+            gram = tuple(found[i : i + n])
+            doubled += chars(list(gram)) if gram in seen else 0
+            i += n if gram in seen else 1
+            seen.add(gram)
+        values[f"duplicate_{n}grams"] = ratio(doubled, size)
+    return values
+
+
+def _fineweb(text: str) -> dict[str, float | None]:
+    lines = [line for line in text.split("\n") if line.strip()]
+    ended = [line for line in lines if regex.search(r"\p{Sentence_Terminal}\Z", line)]
+    return {
+        "line_punct_ratio": ratio(len(ended), len(lines)),
+        "short_line_ratio": ratio(len([line for line in lines if len(line) <= 30]), len(lines)),
+        "char_dup_ratio": ratio(chars(repeated(lines)), len(text.replace("\n", ""))),
+        "list_ratio": ratio(text.count("\n"), len(tokens(text))),
+    }
+
+
+def _c4(text: str) -> dict[str, float | None]:
+    policies = (
+        "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+        "use cookies",
+    )  # fmt: skip
+    flags, kept, curly, lorem = [], [], False, False
+    for line in text.splitlines():
+        words = line.split()
+        line = re.sub(r"\[\d*\]|\[edit\]|\[citation needed\]", "", line.strip())
+        low = _lower(line)
+        punctuated = line.endswith((".", "?", "!", '"', "'")) and not line.endswith("...")
+        short, long = len(words) < 3, any(len(word) > 1000 for word in words)
+        javascript, policy = "javascript" in low, any(each in low for each in policies)
+        flags.append((punctuated, short, long, javascript, policy))
+        if punctuated and not short and not long and not curly and not lorem:
+            lorem = "lorem ipsum" in low
+            curly = not lorem and not javascript and "{" in line
+            if not (lorem or curly or javascript or policy):
+                kept.append(line)
+    shares = np.mean(flags, axis=0) if flags else [None] * 5
+    return {
+        "c4_lines": len(kept),
+        "c4_sentences": sum(map(sentences, kept)),
+        "c4_curly_bracket": curly,
+        "c4_lorem_ipsum": lorem,
+        "c4_punctuated_lines": shares[0],
+        "c4_short_lines": shares[1],
+        "c4_long_word_lines": shares[2],
+        "c4_javascript_lines": shares[3],
+        "c4_policy_lines": shares[4],
+    }
+
+
+_END = regex.compile(r"\p{Sentence_Terminal}[\p{Sentence_Terminal}\"')\]”’»]*")
+
+
+def sentences(line: str) -> int:
+    """Ends of sentences before the line's last visible character, and one for the rest."""
+    ends, rest = 0, line
+    for end in _END.finditer(line):
+        marks = regex.sub(r"[\"')\]”’»]", "", end[0])
+        after = line[end.end() :]
+        initial = marks == "." and regex.search(r"(?<!\p{L})\p{L}\Z", line[: end.start()])
+        if not initial and (not marks.isascii() or not after or after[0].isspace()):
+            ends, rest = ends + 1, after
+    return ends + bool(rest.strip())

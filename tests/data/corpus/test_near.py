@@ -1,0 +1,304 @@
+"""Near-duplicates against brute force: sets of n-grams by other means than the package's."""
+
+import random
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.dedup.candidates import find_pairs, split_pairs, write_bands
+from maxlm.data.corpus.dedup.columns import write_columns
+from maxlm.data.corpus.dedup.members import Members, member_file
+from maxlm.data.corpus.dedup.minhash import (
+    Banding,
+    Texts,
+    band_keys,
+    choose_banding,
+    kernels,
+    shingle_set,
+)
+from maxlm.data.corpus.dedup.words import letter_table
+from maxlm.data.corpus.stages.near import NearStage
+from tests.data.corpus.corpora import add_labels, labels, make_corpus, run_stage
+
+WORDS = [f"{a}{b}" for a in "bcdfgklmnprstvz" for b in ("a", "e", "io", "ou", "an", "er", "ish")]
+# Scripts with no spaces between words, which the package goes through letter by letter.
+ALONE = r"[\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff]"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in Latin, Greek, Cyrillic, Han, ...; not in scripts with vowel marks."""
+    plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text)).casefold()
+    return re.findall(rf"{ALONE}|(?:(?!{ALONE})[^\W_])+", plain)
+
+
+def grams(text: str, n: int = 5) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1))} if found else set()
+
+
+def jaccard(a: str, b: str) -> float:
+    one, two = grams(a), grams(b)
+    return len(one & two) / len(one | two) if one | two else 0.0
+
+
+def texts_with_copies(seed: int, number: int = 120) -> list[str]:
+    """Random texts and copies with some words replaced, so that many similarities occur."""
+    random_ = random.Random(seed)
+    texts = [" ".join(random_.choices(WORDS, k=random_.randint(1, 150))) for _ in range(number)]
+    for text in random_.choices(texts, k=number):
+        edited = text.split(" ")
+        for _ in range(random_.choice((0, 0, 1, 1, 2, 3, 8))):
+            edited[random_.randrange(len(edited))] = random_.choice(WORDS).upper() + "!"
+        texts.insert(random_.randrange(len(texts)), ", ".join(edited))
+    return texts
+
+
+@pytest.mark.parametrize(("shards", "memory", "workers"), [(1, 1 << 29, 1), (5, 1 << 13, 2)])
+def test_every_alike_pair_is_found_and_every_mark_is_right(
+    tmp_path: Path, shards: int, memory: int, workers: int
+) -> None:
+    documents = [*texts_with_copies(0), "", "?!", None]
+    scores = np.random.default_rng(0).integers(0, 3, len(documents)).astype(float)
+    made = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=50)
+    add_labels(made, "quality", score=pa.array(scores))
+    stage = NearStage(keep_by="quality.score", max_share=1, memory=memory, recall=0.9999, hashes=80)
+    run_stage(stage, made, tmp_path / "scratch", workers)
+    found = labels(made, stage).to_pylist()
+
+    alike = {
+        (i, j)
+        for i, a in enumerate(documents)
+        for j, b in enumerate(documents[:i])
+        if a and b and jaccard(a, b) >= 0.8
+    }
+    assert len(alike) > 60
+    for i, j in alike:
+        assert found[i]["duplicate"] or found[j]["duplicate"]
+        assert found[i]["cluster"] == found[j]["cluster"] is not None
+    for i, each in enumerate(found):
+        if each["duplicate"]:
+            kept = int(each["of"][1:])
+            assert not found[kept]["duplicate"]
+            assert (scores[kept], -kept) > (scores[i], -i)
+            assert each["jaccard"] == pytest.approx(jaccard(documents[i], documents[kept]))
+            assert each["jaccard"] >= np.float32(0.8)
+        else:
+            assert each["of"] is each["jaccard"] is None
+    sizes = [each["cluster"] for each in found if each["cluster"] is not None]
+    assert all(
+        each["cluster_size"] == (1 if each["cluster"] is None else sizes.count(each["cluster"]))
+        for each in found[:-1]
+    )
+    assert list(dict.fromkeys(sizes)) == list(range(len(set(sizes))))  # As they first appear.
+    assert found[-1] == {"id": f"d{len(found) - 1}"} | dict.fromkeys(stage.schema().names)
+
+
+def test_shards_ranges_and_workers_change_no_label(tmp_path: Path) -> None:
+    documents = texts_with_copies(1, 60)
+    tables = []
+    for number, (shards, memory, workers) in enumerate(
+        [(1, 1 << 29, 1), (4, 1 << 12, 2), (7, 3000, 1)]
+    ):
+        made = make_corpus(tmp_path / f"corpus{number}", documents, shards)
+        stage = NearStage(max_share=1, memory=memory, hashes=20, recall=0.95)
+        run_stage(stage, made, tmp_path / "scratch", workers)
+        tables.append(labels(made, stage).combine_chunks())
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+
+
+def test_chains_of_likeness_delete_nothing_that_is_like_no_kept_document(tmp_path: Path) -> None:
+    line = [f"word{i}" for i in range(200)]
+    chain = [" ".join(line[start : start + 100]) for start in range(0, 100, 4)]
+    assert jaccard(chain[0], chain[1]) >= 0.8
+    assert jaccard(chain[0], chain[-1]) < 0.1
+    made = make_corpus(tmp_path / "corpus", chain)
+    stage = NearStage(max_share=1, recall=0.9999)
+    run_stage(stage, made, tmp_path / "scratch")
+    found = labels(made, stage)
+    assert set(found["cluster_size"].to_pylist()) == {len(chain)}
+    assert found["duplicate"].to_pylist() == [i % 3 > 0 for i in range(25)]
+
+
+def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None:
+    page = " ".join(WORDS[:60])
+    documents = [
+        *({"text": f"{page} page", "source": "books", "id": f"b{i}"} for i in range(90)),
+        *({"text": text, "source": "books"} for text in texts_with_copies(2, 5)),
+        *({"text": page, "source": "few"} for _ in range(5)),
+    ]
+    made = make_corpus(tmp_path / "corpus", documents)
+    with pytest.raises(MaxlmError) as caught:
+        run_stage(NearStage(), made, tmp_path / "scratch")
+    message = str(caught.value)
+    assert 'source "books" would lose' in message
+    assert "of 100 documents" in message
+    assert "89 like b0 (b1, b2, b3, ...)" in message
+    assert "max_shares: {books: " in message
+    assert not made[0].path("near").exists()
+    allowed = NearStage(max_shares={"books": 0.95})
+    assert allowed.key() == NearStage().key()
+    run_stage(allowed, made, tmp_path / "scratch")
+    assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4
+
+
+def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_path: Path) -> None:
+    random_ = random.Random(3)
+    template = [f"t{i}" for i in range(200)]
+    pages = [template + [f"u{random_.random()}"[:9] for _ in range(35)] for _ in range(600)]
+    copies = random_.sample(range(600), 60)
+    pages += [[*pages[i][:50], "edited", *pages[i][50:]] for i in copies]
+    made = make_corpus(tmp_path / "corpus", [" ".join(page) for page in pages], rows_per_group=200)
+    stage = NearStage(max_share=1, max_group=20)
+    run_stage(stage, made, tmp_path / "scratch")
+    of = labels(made, stage)["of"].to_pylist()
+    assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59
+
+
+@pytest.mark.parametrize(("size", "limit"), [(2, 8), (8, 8), (9, 8), (500, 8), (500, 1000)])
+def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
+    rank = np.random.default_rng(size).permutation(size).astype(float)
+    write_columns(member_file(tmp_path, "s"), {"rank": rank})
+    write_bands(tmp_path, "s", np.full((2, size), 7, np.uint64), np.ones(size, np.bool_))
+    members = Members(tmp_path, ("s",), (0, size))
+    none = np.empty(0, np.int64)
+    found = np.unique(np.concatenate([*find_pairs(members, 1, 1, 0, none, limit)]))
+    low, high = split_pairs(found)
+    assert (low < high).all()
+    if size <= limit:
+        assert len(found) == size * (size - 1) // 2
+    else:
+        assert len(found) <= size * limit // 2
+        pairs = set(zip(low.tolist(), high.tolist(), strict=True))
+        best = int(np.argmax(rank))
+        assert all((min(i, best), max(i, best)) in pairs for i in range(size) if i != best)
+
+
+def test_copies_of_one_text_are_compared_with_one_of_them_only(tmp_path: Path) -> None:
+    made = make_corpus(tmp_path / "corpus", ["The same, again and again."] * 3000, 2, 1000)
+    stage = NearStage(max_share=1, max_group=100_000)
+    run_stage(stage, made, tmp_path / "scratch")
+    found = labels(made, stage)
+    assert found["of"].to_pylist() == [None, *["d0"] * 2999]
+    assert found["cluster_size"].to_pylist() == [3000] * 3000
+
+
+def test_short_texts_count_as_one_gram(tmp_path: Path) -> None:
+    texts = ["Yes.", "yes", "no", "yes no", "日本", "日 本", "...", "...", "a b c d e", "a b c d"]
+    made = make_corpus(tmp_path / "corpus", texts)
+    stage = NearStage(max_share=1)
+    run_stage(stage, made, tmp_path / "scratch")
+    of = labels(made, stage)["of"].to_pylist()
+    assert of == [None, "d0", None, None, None, "d4", None, None, None, None]
+
+
+@given(
+    st.text(
+        st.sampled_from(
+            "aB\u00e9\u0301\u00df \n.,_-'1\u0416\u0439\u03c2\u03a3日本ア한\x00\U0001f600\u00ad"
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 4),
+)
+def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> None:
+    text = unicodedata.normalize("NFC", text).replace("\u00ad", "")
+    shy = "\u00ad".join(text)  # Format characters are as if they were not there.
+    for each in (text, unicodedata.normalize("NFD", text), shy):
+        found = shingle_set(Texts.of(pa.array(["before", each])), 1, n)
+        assert len(found) == len(grams(text.replace("ア", "x"), n)) or "ア" in text
+        assert found.tolist() == sorted(set(found.tolist()))
+    assert shingle_set(Texts.of(pa.array([text])), 0, n).tolist() == found.tolist()
+
+
+def test_letters() -> None:
+    table = letter_table()
+    assert table[ord("É")] == table[ord("e")] == ord("e")
+    assert table[ord("Σ")] == table[ord("ς")]
+    assert table[0x301] == table[0x200D] == 1
+    assert table[ord(".")] == table[0x1F600] == 0
+
+
+def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
+    texts = [
+        "この文書は似ている文書です。",
+        "この文書は、似ている 文書です",
+        "กขคงจฉชซ",
+        "กขคงจ ฉชซ",
+    ]
+    sets = [set(shingle_set(Texts.of(pa.array(texts)), i, 5).tolist()) for i in range(4)]
+    assert sets[0] == sets[1]
+    assert len(sets[0]) == 13 - 4
+    assert sets[2] == sets[3]
+    assert len(sets[2]) == 8 - 4
+
+
+def test_a_long_text_is_the_same_in_pieces() -> None:
+    # More words than the kernel looks at together; half of the text has the same set twice.
+    random_ = random.Random(4)
+    half = random_.choices(WORDS, k=40_000)
+    texts = Texts.of(pa.array([" ".join(half), " ".join(half + half), "x" * 1_000_000]))
+    banding = Banding(bands=20, rows=1)
+    keys, counts = band_keys(texts, 5, banding)
+    assert counts.tolist() == [40_000, 80_000, 1]
+    shared = len(set(range(20)) & set(np.flatnonzero(keys[1:, 0] == keys[1:, 1]).tolist()))
+    sets = [shingle_set(texts, i, 5) for i in (0, 1)]
+    assert len(sets[1]) - len(sets[0]) <= 4
+    assert shared >= 19
+    assert keys[0, 0] != keys[0, 1]
+
+
+def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
+    # 300 pairs of sets, 200 functions each: the share of agreements has a deviation of ~0.0015.
+    random_ = random.Random(5)
+    banding = Banding(bands=200, rows=1)
+    for edits in (2, 8, 25):
+        pairs = []
+        for _ in range(300):
+            one = [str(random_.random()) for _ in range(120)]
+            two = list(one)
+            for i in random_.sample(range(120), edits):
+                two[i] = "other"
+            pairs += [" ".join(one), " ".join(two)]
+        keys, _ = band_keys(Texts.of(pa.array(pairs)), 5, banding)
+        agree = (keys[1:, 0::2] == keys[1:, 1::2]).mean()
+        alike = np.mean([jaccard(pairs[i], pairs[i + 1]) for i in range(0, 600, 2)])
+        assert agree == pytest.approx(alike, abs=0.008)
+
+
+@given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
+def test_bandings_keep_their_promise(similarity: float, recall: float, most: int) -> None:
+    banding = choose_banding(similarity, recall, most)
+    assert banding.recall(similarity) >= recall - 1e-9
+    assert banding.rows == 1 or banding.bands * banding.rows <= most
+    if similarity < 1:
+        more = banding.rows + 1
+        needed = np.log(1 - recall) / np.log(1 - similarity**more)
+        assert np.ceil(needed - 1e-6) * more > most or needed * more > most
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 15)), st.sets(st.integers(0, 15))), max_size=9))
+def test_jaccard_is_that_of_pythons_sets(pairs: list[tuple[set[int], set[int]]]) -> None:
+    pairs = [(a, b) for a, b in pairs if a and b]
+    sides = []
+    for which in (0, 1):
+        sets = [sorted(pair[which]) for pair in pairs]
+        starts = np.cumsum([0, *map(len, sets)]).astype(np.int64)
+        flat = np.array([x for each in sets for x in each], np.uint64)
+        sides += [flat, starts, np.arange(len(sets))]
+    expected = [len(a & b) / len(a | b) for a, b in pairs]
+    assert kernels().jaccards(*sides).tolist() == expected
+
+
+@pytest.mark.parametrize("documents", [[], [None], ["", "!"]])
+def test_nothing_to_compare(tmp_path: Path, documents: list) -> None:
+    made = make_corpus(tmp_path / "corpus", documents)
+    run_stage(NearStage(), made, tmp_path / "scratch")
+    assert all(shard.path("near").exists() for shard in made)

@@ -1,0 +1,180 @@
+"""Whatever lies in source files, what can be read becomes documents and the rest is counted."""
+
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.config import CrawlSource
+from maxlm.data.corpus.reading import plan_shards, read_shard
+from maxlm.data.corpus.shards import DOCUMENTS, read_counts
+
+
+def read(folder, shard_bytes=1 << 20, **settings):
+    """All documents of a source and the sum of the shards' counts."""
+    source = CrawlSource(name="web", **settings)
+    rows, counts = [], Counter()
+    for job in plan_shards(folder / "corpus", [source], shard_bytes):
+        read_shard(job)
+        rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()
+        counts += read_counts(job.shard.path(DOCUMENTS))
+    return rows, {k: n for k, n in counts.items() if k not in ("rows", "labelled")}
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'\xef\xbb\xbf{"text": "one", "url": "http://a.org/", "lang": "en", "n": 3}',
+        b"{broken",
+        b'{"text": null}',
+        b'{"text": "  "}',
+        b"[1, 2]",
+        b'{"txt": "no text"}',
+        b'{"text": 17}',
+        b"",
+        b'{"text": "nul\\u0000 and \\ud800 surrogate", "id": "mine"}',
+        b'{"text": "bad \xff byte"}',
+        b"[" * 100_000,
+        b'{"text": "' + b"x" * 300 + b'"}',
+        b'{"text": "' + b"x" * 3000 + b'"}',
+        b'{"text": "last"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=200)
+    assert [(row["id"], row["text"]) for row in rows] == [
+        (f"{path}:1", "one"),
+        ("mine", "nul and \ufffd surrogate"),
+        (f"{path}:10", "bad \ufffd byte"),
+        (f"{path}:14", "last"),
+    ]
+    assert rows[0]["url"] == "http://a.org/"
+    assert json.loads(rows[0]["meta"]) == {"lang": "en", "n": 3}
+    assert {row["source"] for row in rows} == {"web"}
+    assert counts == {"broken": 4, "empty": 2, "too_large": 3}
+
+
+def test_json_lines_in_any_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * i}) + "\n" for i in range(1, 60)))
+    whole, _ = read(tmp_path / "1", documents=(str(path),))
+    cut, _ = read(tmp_path / "2", shard_bytes=100, documents=(str(path),))
+    assert len(list((tmp_path / "2" / "corpus" / "documents").iterdir())) > 5
+    assert sorted(cut, key=lambda row: len(row["text"])) == whole
+
+
+def test_bytes_that_are_no_text_may_be_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"latin \xe9 one")
+    rows, counts = read(tmp_path, documents=(str(tmp_path),), on_bad_bytes="skip")
+    assert [row["text"] for row in rows] == ["fine"]
+    assert counts == {"bad_bytes": 1}
+
+
+def test_text_and_html_files(tmp_path):
+    root = tmp_path / "tree"
+    (root / "src").mkdir(parents=True)
+    (root / "src" / "a.py").write_text("print('é')\n")
+    (root / "b.html").write_bytes(b"<p>caf\xe9</p>")
+    (root / "c.txt").write_text("")
+    (root / "large.txt").write_text("y" * 5000)
+    (root / "image.png").write_bytes(b"\x89PNG\0\0")
+    with gzip.open(root / "d.txt.gz", "wt") as file:
+        file.write("compressed")
+    rows, counts = read(tmp_path, documents=(str(root),), max_document_bytes=1000)
+    found = {row["id"].removeprefix(f"{root}/"): (row["text"], row["html"]) for row in rows}
+    assert found == {
+        "src/a.py": ("print('é')\n", None),
+        "b.html": (None, b"<p>caf\xe9</p>"),
+        "d.txt.gz": ("compressed", None),
+    }
+    assert counts == {"too_large": 1}
+
+
+def test_pieces_of_a_long_text(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.txt"),), piece_bytes=64)
+    assert "".join(row["text"] for row in rows) == text
+    assert len(rows) > 5
+    assert all(row["text"].endswith("\n") for row in rows)
+    assert [row["id"].rpartition("#")[2] for row in rows] == [str(i) for i in range(len(rows))]
+
+
+def test_parquet(tmp_path):
+    columns = {"body": ["a", None, "c"], "url": ["u", None, None], "n": [1, 2, None]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing more")
+    rows, counts = read(
+        tmp_path, documents=(str(tmp_path / "a.parquet"),), text_field="body", shard_bytes=1
+    )
+    assert [(row["text"], row["url"], row["meta"]) for row in rows] == [
+        ("a", "u", '{"n": 1}'),
+        ("c", None, None),
+    ]
+    assert counts == {"empty": 1}
+
+
+@pytest.mark.parametrize("kept", [30, 200, 2000])
+def test_a_compressed_file_that_was_cut_short(tmp_path, kept):
+    whole = "".join(json.dumps({"text": f"document {i} " * 50}) + "\n" for i in range(2000))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(whole.encode())[:kept])
+    rows, counts = read(tmp_path, documents=(str(path),))
+    assert counts["broken"] == 1
+    assert [row["text"] for row in rows] == [f"document {i} " * 50 for i in range(len(rows))]
+    assert rows or kept < 2000
+
+
+def test_damaged_files_in_a_folder_are_counted(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.txt.gz").write_bytes(gzip.compress(b"text" * 500)[:12])
+    (root / "b.jsonl.gz").write_bytes(b"no gzip at all")
+    (root / "c.parquet").write_bytes(b"PAR1 nothing more")
+    (root / "d.warc.gz").write_bytes(b"")
+    (root / "e.txt").write_text("good")
+    rows, counts = read(tmp_path, documents=(str(root),))
+    assert [row["text"] for row in rows] == ["good"]
+    assert counts == {"broken": 4}
+
+
+def test_a_bomb_is_passed_over(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "before"}\n')
+        for _ in range(64):
+            file.write(b"0" * (1 << 20))
+        file.write(b'\n{"text": "after"}\n')
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=1 << 16)
+    assert [row["text"] for row in rows] == ["before", "after"]
+    assert counts == {"too_large": 1}
+
+
+def test_a_shard_is_named_after_what_is_in_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+
+    def names(**settings):
+        source = CrawlSource(name="web", documents=(str(tmp_path),), **settings)
+        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1)]
+
+    before = names()
+    assert names() == before
+    (tmp_path / "c.txt").write_text("new")
+    assert names()[:2] == before
+    assert len(names()) == 3
+    (tmp_path / "a.txt").write_text("changed")
+    assert names()[0] != before[0]
+    assert names()[1] == before[1]
+    assert not set(names(on_bad_bytes="skip")) & set(names())
+
+
+def test_a_corpus_is_no_source(tmp_path):
+    (tmp_path / "corpus.json").write_text("{}")
+    source = CrawlSource(name="web", documents=(str(tmp_path),))
+    with pytest.raises(MaxlmError):
+        plan_shards(tmp_path / "c", [source], 1)

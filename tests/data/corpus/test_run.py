@@ -1,0 +1,213 @@
+"""A recipe's labels do not depend on how often it was stopped, nor on where it ran."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.data.corpus.recipes import recipe
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus import SourceConfig, read_documents
+from maxlm.data.corpus.opened import Corpus, find_document
+from maxlm.data.corpus.run import run_recipe
+
+
+def files(folder):
+    """Every label file's bytes, by stage and shard."""
+    found = sorted(Path(folder).glob("*/*.parquet"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def kept(folder, **settings):
+    documents = read_documents(SourceConfig(documents=(str(folder),), **settings))
+    return [document.id for document in documents]
+
+
+def test_the_labels_are_what_they_say(whole, crawl):
+    corpus = Corpus.open(whole)
+    assert len(corpus.shards) > 4
+    raw = [json.loads(line) for line in (crawl / "web.jsonl").read_text().splitlines()]
+    raw += [json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()]
+    lengths = {row["id"]: len(row["text"].split()) for row in raw}
+    taken = kept(whole)
+    originals = set(taken)
+    assert all(lengths[name] >= 20 for name in taken)
+    copies = {f"web-{i}" for i in range(100, 110)}
+    edited = {f"web-{i}" for i in range(150, 160) if lengths[f"web-{i}"] > 60}
+    assert not originals & (copies | edited)
+    assert taken == [r["id"] for r in raw if r["id"] in originals]
+    found, verdicts = find_document(corpus, "web-105")
+    assert found["exact.duplicate"]
+    assert found["exact.of"] == "web-5"
+    assert found["near.duplicate"] is None
+    assert found["text"] == raw[105]["text"]
+    assert verdicts == {"long": lengths["web-105"] >= 20, "unique": False}
+    masked, _ = find_document(corpus, "books-0")
+    assert "jean.dupont" not in masked["text"]
+    assert masked["language.name"] == "fr"
+    with pytest.raises(MaxlmError, match="no document 'web-9999'"):
+        find_document(corpus, "web-9999")
+
+
+def test_manifests_add_up(whole):
+    corpus = Corpus.open(whole)
+    for title in ("documents", "language", "heuristics", "pii", "exact", "near"):
+        manifest = corpus.manifest(title)
+        assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 240
+    assert corpus.manifest("pii")["counts"]["labelled"] == 40
+    exact = corpus.manifest("exact")["counts"]
+    assert exact["duplicate=true"] == 10
+    assert corpus.manifest("near")["counts"]["labelled"] == 230
+    assert corpus.manifest("near")["stage"]["where"] == "not exact.duplicate"
+
+
+def test_other_thresholds_need_no_pass(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+    few = kept(whole, keep={"long": "heuristics.words >= 100"})
+    assert 0 < len(few) < len(kept(whole)) < len(kept(whole, keep={}))
+    assert len(kept(whole, keep={})) == 240
+    with pytest.raises(MaxlmError, match=r"keep\.long: .*did you mean heuristics\.words"):
+        kept(whole, keep={"long": "heuristics.word >= 100"})
+    assert before == {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+
+
+def test_workers_do_not_matter(whole, crawl, tmp_path):
+    run_recipe(recipe(crawl, tmp_path / "corpus", workers=2))
+    assert files(tmp_path / "corpus") == files(whole)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_does_not_matter(whole, crawl, tmp_path):
+    run_recipe(recipe(crawl, tmp_path / "corpus", engine="ray", workers=None))
+    assert files(tmp_path / "corpus") == files(whole)
+
+
+def test_only_what_changed_is_done_again(crawl, tmp_path):
+    out = tmp_path / "corpus"
+    run_recipe(recipe(crawl, out))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+
+    def redone():
+        after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+        return {path.parent.name for path in after if before.get(path) != after[path]}
+
+    run_recipe(recipe(crawl, out))
+    assert redone() == set()
+    run_recipe(recipe(crawl, out, keep={"all": "heuristics.words > 0"}))
+    assert redone() == set()
+    stages = list(recipe(crawl, out).model_dump()["stages"])
+    stages[3] = {"stage": "exact", "keep_by": "heuristics.words"}
+    run_recipe(recipe(crawl, out, stages=stages))
+    assert redone() == {"exact", "near"}  # near reads exact's label
+
+
+def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
+    mine = tmp_path / "crawl"
+    mine.mkdir()
+    for name in ("web.jsonl", "books.jsonl"):
+        (mine / name).write_bytes((crawl / name).read_bytes())
+    out = tmp_path / "corpus"
+    run_recipe(recipe(mine, out))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+    (mine / "more.jsonl").write_text(json.dumps({"text": "the house " * 30, "id": "new"}) + "\n")
+    sources = [
+        {"name": "web", "documents": [str(mine / "web.jsonl"), str(mine / "more.jsonl")]},
+        {"name": "books", "documents": [str(mine / "books.jsonl")]},
+    ]
+    run_recipe(recipe(mine, out, sources=sources))
+    after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+    kept_as_is = {p.parent.name for p in before if after.get(p) == before[p]}
+    assert kept_as_is == {"documents", "language", "heuristics", "pii"}
+    assert "new" in kept(out, keep={})
+    run_recipe(recipe(mine, out))  # and away again
+    assert "new" not in kept(out, keep={})
+    assert len(list(out.glob("documents/*.parquet"))) == len(Corpus.open(out).shards)
+
+
+SCRIPT = """
+import resource, signal, sys
+from pathlib import Path
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.run import run_recipe
+from tests.data.corpus.recipes import recipe
+
+if __name__ == "__main__":
+    crawl, out, workers, limit = sys.argv[1:]
+    if int(limit):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    try:
+        run_recipe(recipe(Path(crawl), out, workers=int(workers)))
+    except MaxlmError as error:
+        sys.exit(f"refused: {error}")
+"""
+
+
+def start(folder, *arguments):
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("stage", ["documents", "heuristics", "near"])
+def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
+    out = tmp_path / "corpus"
+    process = start(tmp_path, crawl, out, 2, 0)
+    waits = time.monotonic() + 120
+    while not any((out / stage).glob("*")) and time.monotonic() < waits:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert any((out / stage).glob("*"))
+    with pytest.raises(MaxlmError, match="not finished|no corpus"):
+        Corpus.open(out)
+    run_recipe(recipe(crawl, out))
+    assert files(out) == files(whole)
+    left = [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "scratch"]
+    assert left == []
+
+
+def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_path):
+    out = tmp_path / "corpus"
+    process = start(tmp_path, crawl, out, 1, 9_000)
+    _, message = process.communicate(timeout=120)
+    assert "refused: " in message
+    assert "cannot write" in message
+    assert "free some disk space" in message
+    run_recipe(recipe(crawl, out))
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
+        ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
+        ({"cut": ["near.of"]}, "holds spans to cut"),
+        ({"stages": [{"stage": "exact", "where": "language.name is None"}]}, "stages.0.where"),
+        ({"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]}, "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(crawl, tmp_path, settings, message):
+    with pytest.raises(MaxlmError, match=message):
+        run_recipe(recipe(crawl, tmp_path / "corpus", **settings))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(crawl, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all my work")
+    with pytest.raises(MaxlmError, match="something else than a corpus"):
+        run_recipe(recipe(crawl, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

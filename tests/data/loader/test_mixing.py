@@ -1,0 +1,241 @@
+"""Mixtures that change: caps on epochs, temperature, phases; and constant ones that must not."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from maxlm.config import MaxlmError
+from maxlm.data.config import DataConfig
+from maxlm.data.loader import LoaderConfig, Mixing, Phase, make_batches, make_loader, mixture_table
+from maxlm.data.loader.mixture import ENDLESS, Mixture
+
+names = ("a", "b", "c", "d")
+weights = st.fixed_dictionaries({name: st.just(0.0) | st.floats(0.01, 10) for name in names})
+some_weights = weights.filter(lambda w: sum(w.values()) > 0)
+caps = st.dictionaries(st.sampled_from(names), st.integers(1, 3000))
+keys = st.none() | st.integers(0, 2**64 - 1)
+changes = st.lists(
+    st.tuples(st.integers(1, 4000), some_weights), max_size=3, unique_by=lambda change: change[0]
+).map(sorted)
+
+
+def mixture(first, later=(), most=None, key=5):
+    read = {n for w in (first, *(w for _, w in later)) for n in names if w[n] > 0}
+    phases = [({n: w[n] for n in names if n in read}, t) for t, w in [(0, first), *later]]
+    most = {n: count for n, count in (most or {}).items() if n in read}
+    later = [(t, w) for w, t in phases[1:]]
+    return Mixture.of(phases[0][0], key, changes=later, most=most), phases, most
+
+
+@given(first=some_weights, later=changes, most=caps, key=keys)
+def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most, key):
+    made, _, most = mixture(first, later, most, key)
+    total = min(made.end, 6000)
+    whole = made.end < ENDLESS and made.end <= 6000
+    stores, streams = made.locate(np.arange(total))
+    limits = [most.get(name, ENDLESS) for name in made.names]
+    for store, limit in enumerate(limits):
+        mine = np.sort(streams[stores == store])
+        assert np.unique(mine).size == mine.size
+        assert mine.size == 0 or mine[-1] < limit
+        if whole or key is None:
+            assert np.array_equal(mine, np.arange(mine.size))
+    if whole:
+        # What could still have been read at the end had weight 0 there.
+        for store in np.flatnonzero(made.segments[-1].weights):
+            assert (stores == store).sum() == limits[store]
+        with pytest.raises(IndexError):
+            made.locate(np.array([made.end]))
+
+
+@given(first=some_weights, later=changes, most=caps, index=st.integers(0, 6000))
+def test_counts_are_those_of_the_unshuffled_order(first, later, most, index):
+    made, _, _ = mixture(first, later, most, None)
+    stores, _ = made.locate(np.arange(min(index, made.end)))
+    assert made.counts(index) == tuple(np.bincount(stores, minlength=len(made.names)))
+
+
+@given(first=some_weights, later=changes, most=caps, key=keys, data=st.data())
+def test_any_index_alone(first, later, most, key, data):
+    made, _, _ = mixture(first, later, most, key)
+    total = min(made.end, 6000)
+    stores, streams = made.locate(np.arange(total))
+    some = data.draw(st.lists(st.integers(0, total - 1), min_size=1, max_size=5))
+    alone = [made.locate(np.array([i])) for i in some]
+    assert [(a[0], b[0]) for a, b in alone] == [(stores[i], streams[i]) for i in some]
+
+
+@settings(max_examples=25, deadline=None)
+@given(first=some_weights, later=changes, most=caps, batch=st.sampled_from([8, 13, 32, 256]))
+def test_realised_shares_of_any_thousand_batches(first, later, most, batch):
+    """Within 0.5% of the weights, where a store at its cap leaves its weight to the others."""
+    later = [(step * batch, w) for step, w in later]
+    most = {name: count * batch for name, count in most.items()}
+    made, phases, most = mixture(first, later, most)
+    total = min(made.end, 6000 * batch)
+    stores, _ = made.locate(np.arange(total))
+    given_out = stores == np.arange(len(made.names))[:, None]
+    wanted = np.zeros((len(made.names), total))
+    for of_phase, start in phases:
+        wanted[:, start:] = np.array(list(of_phase.values()))[:, None]
+    for store, name in enumerate(made.names):
+        full = np.searchsorted(np.cumsum(given_out[store]), most.get(name, ENDLESS)) + 1
+        wanted[store, full:] = 0
+    wanted /= np.maximum(wanted.sum(0), 1e-9)
+    ahead = np.cumsum(given_out - wanted, axis=1)[:, batch - 1 :: batch]
+    drift = np.abs(ahead[:, 1000:] - ahead[:, :-1000]) / (1000 * batch)
+    assert not drift.size or drift.max() <= 0.005
+
+
+def config(**changes):
+    return LoaderConfig(**{"seq_len": 16, "batch_size": 8, "packing_block": 7, **changes})
+
+
+@pytest.mark.parametrize(
+    ("shuffle", "packing", "digest"),
+    [
+        (True, "concat", "cddf685d20cd8858"),
+        (True, "best_fit", "9cf60e9f60d4b1d9"),
+        (False, "concat", "8497891c4ddd1d23"),
+        (False, "best_fit", "a382f25c5b5158f1"),
+    ],
+)
+def test_batches_of_constant_weights_stay_as_they_were(memory_store, shuffle, packing, digest):
+    """A run begun with an older version goes on with the batches it would have had."""
+    lengths = {"web": [5, 60, 20] * 9, "code": [33] * 7, "wiki": [17, 2] * 8}
+    stores = {name: memory_store(each) for name, each in lengths.items()}
+    shares = {"web": 0.7, "code": 0.2, "wiki": 0.1}
+    made = make_batches(stores, shares, config(shuffle=shuffle, packing=packing), seed=3)
+    found = hashlib.sha256()
+    for step in (0, 1, 2, 63, 64, 10**6, 10**12):
+        for name, values in sorted(made.rows(step).items()):
+            found.update(name.encode() + values.tobytes())
+    assert found.hexdigest().startswith(digest)
+
+
+@pytest.mark.parametrize("method", ["concat", "best_fit"])
+def test_a_capped_store_is_read_exactly_so_often(memory_store, method):
+    stores = {"small": memory_store([30, 9, 40] * 4), "large": memory_store([50] * 40)}
+    mixing = Mixing({"small": 1, "large": 1}, max_epochs={"small": 2, "large": 1})
+    made = make_batches(stores, mixing, config(packing=method, batch_size=1), seed=0)
+    assert made.num_steps == sum(
+        s.packing.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
+    )
+    for name, store, epochs in (("small", 0, 2), ("large", 1, 1)):
+        steps = [s for s in range(made.num_steps) if made.order.locate(np.array([s]))[0] == store]
+        rows = [made.rows(step) for step in steps]
+        seen = np.concatenate([r["tokens"][r["segment_ids"] > 0] for r in rows])
+        every = np.repeat(np.arange(stores[name].num_tokens), epochs)
+        assert np.array_equal(np.sort(seen), every)
+    with pytest.raises(IndexError, match="ends after"):
+        made.rows(made.num_steps)
+
+
+def test_a_loader_ends_with_its_mixture_or_refuses(memory_store):
+    stores = {"web": memory_store([160])}
+    mixing, made = Mixing({"web": 1}, max_epochs={"web": 2.5}), config(workers=0)
+    with make_loader(stores, mixing, made, seed=0, start_step=1) as loader:
+        assert len(list(loader)) == 2  # 25 sequences are 3 whole batches of 8.
+    with pytest.raises(MaxlmError) as error:
+        make_loader(stores, mixing, made, seed=0, start_step=1, num_steps=5)
+    assert str(error.value) == (
+        "data.sources: the mixture ends after 3 of 6 steps: every source that has a weight then "
+        "was read max_epochs times; raise max_epochs of a source or give it more text, or train "
+        "for fewer steps"
+    )
+
+
+def shares_of(memory_store, mixing, step, sizes=(1600, 16000, 160000)):
+    stores = {n: memory_store([size]) for n, size in zip("abc", sizes, strict=True)}
+    return make_batches(stores, mixing, config(), seed=0).mixture.shares(step * 8)
+
+
+def test_temperature_is_mt5_s(memory_store):
+    for temperature, alpha in ((1.0, 1.0), (1 / 0.3, 0.3), (1e9, 0.0)):
+        found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1), temperature=temperature), 0)
+        powers = np.array([1600, 16000, 160000]) ** alpha
+        assert np.allclose(list(found.values()), powers / powers.sum())
+    weighted = shares_of(memory_store, Mixing({"a": 2, "b": 1, "c": 1}, temperature=1e9), 0)
+    assert np.allclose(list(weighted.values()), [0.5, 0.25, 0.25])
+
+
+def test_phases_begin_with_their_step(memory_store):
+    """Also within a block of shuffling, and a source waits at weight 0 for its phase."""
+    stores = {n: memory_store([16000]) for n in "abc"}
+    phases = (
+        Phase(from_step=11, weights={"a": 0, "c": 1}),
+        Phase(from_step=50, weights={"b": 0}),
+    )
+    made = make_batches(stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1)
+    owners = made.order.locate(np.arange(100 * 8))[0].reshape(100, 8)
+    assert [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))] == [
+        {0, 1},
+        {1, 2},
+        {0},
+    ]
+    assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
+
+
+def test_a_ramp_moves_shares_along_a_line(memory_store):
+    phase = Phase(from_step=1000, ramp_steps=3200, weights={"a": 8, "b": 1, "c": 1})
+    mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(phase,))
+    for step in range(0, 6000, 100):
+        expected = 0.5 + 0.3 * min(max((step - 1000) / 3200, 0), 1)
+        assert abs(shares_of(memory_store, mixing, step)["a"] - expected) <= 0.3 / 16
+    assert shares_of(memory_store, mixing, 999)["a"] == 0.5
+    assert shares_of(memory_store, mixing, 4200)["a"] == 0.8
+
+
+def test_the_table_counts_what_batches_hold(memory_store):
+    stores = {"web": memory_store([300, 20] * 20), "code": memory_store([100] * 3)}
+    mixing = Mixing(
+        {"web": 3, "code": 1},
+        max_epochs={"code": 4},
+        phases=(Phase(from_step=20, weights={"code": 9}),),
+    )
+    made = make_batches(stores, mixing, config(shuffle=False), seed=0)
+    owners, _ = made.order.locate(np.arange(5 * 8, 200 * 8))
+    web, code = mixture_table(made, 5, 200)
+    assert (web.source, code.source) == ("web", "code")
+    assert [web.sequences, code.sequences] == np.bincount(owners).tolist()
+    assert web.share + code.share == pytest.approx(1)
+    assert code.epochs == code.sequences / 19
+    assert code.tokens == round(300 * code.epochs)
+    assert mixture_table(made, 0, 10**6)[1].epochs == 4
+
+
+def test_refusals(memory_store):
+    def refused(**settings):
+        sources = [{"name": n, "documents": ["x"], "weight": w} for n, w in (("web", 1), ("q", 0))]
+        with pytest.raises(ValidationError) as error:
+            DataConfig.model_validate({"sources": sources} | settings)
+        return str(error.value)
+
+    assert "phases.0.weights: there is no source 'wbe'; did you mean 'web'?" in refused(
+        phases=[{"from_step": 0, "weights": {"wbe": 1}}]
+    )
+    assert "there is no source 'books'; sources are: web, q" in refused(
+        phases=[{"from_step": 0, "weights": {"books": 1}}]
+    )
+    ramp = {"from_step": 5, "weights": {"q": 1}, "ramp_steps": 10}
+    for step in (5, 14):
+        late = {"from_step": step, "weights": {"q": 2}}
+        assert (
+            f"phases.1: from_step={step} is not past the phase before and its ramp; begin at step "
+            "15 or later, in rising order"
+        ) in refused(phases=[ramp, late])
+    stores = {"web": memory_store([50]), "q": memory_store([50])}
+    for mixing, message in (
+        (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
+        (
+            Mixing({"web": 1, "q": 1}, phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),)),
+            "weights: from sequence 24 on all weights are 0; give a store a weight above 0 there",
+        ),
+    ):
+        with pytest.raises(MaxlmError) as error:
+            make_batches(stores, mixing, config(), seed=0)
+        assert str(error.value).startswith(message)

