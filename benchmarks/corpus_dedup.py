@@ -1,7 +1,7 @@
 """Deduplication: what is found against brute force, and how fast, beside datatrove.
 
     python benchmarks/corpus_dedup.py [--documents FILES] [--count 6000] [--piece 3000]
-        [--versions OLD NEW] [--datatrove PYTHON]
+        [--versions OLD NEW] [--datatrove PYTHON] [--memory]
 
 Takes real documents (default: the source of Python's standard library, cut at line ends into pieces
 of about 3 KB), plants exact copies and edited copies among them, and prints, for one process:
@@ -18,10 +18,13 @@ of about 3 KB), plants exact copies and edited copies among them, and prints, fo
 - versions: of two versions of the same manual (two folders), the pages with J >= 0.8 to their other
   version that were found. For Django: `pip download --no-binary :all: --no-deps django==4.2.16`,
   the same for 5.0.9, unpack both, and give their docs folders.
+- memory (--memory): peak memory of a process for corpora of 1, 4 and 16 times the size, of shards
+  of one size.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import re
 import subprocess
@@ -163,12 +166,34 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
         print(f"  {mark} J = {jaccard[i]:.3f}  {names[pairs[i, 0] // 2]}")
 
 
+def peak_memory(shards: list[Shard], folder: Path) -> float:
+    """MB that a process takes at most to run both stages over shards, in small ranges."""
+    for stage in (ExactStage(memory=8 << 20), NearStage(memory=8 << 20, max_share=1)):
+        run(stage, shards, folder / stage.title)
+    # Not getrusage: that is never below what the parent had when it started this process.
+    return int(re.findall(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[0]) / 1e3
+
+
+def report_memory(texts: list[str], folder: Path) -> None:
+    """Peak memory over corpora of 1, 4 and 16 times as many shards of the same size."""
+    context = multiprocessing.get_context("spawn")
+    for times in (1, 4, 16):
+        # Words told apart by a number, so that the copies of the corpus are not alike.
+        many = [re.sub(r"\b(?=[a-z])", f"{i}", text) for i in range(times) for text in texts[:2000]]
+        place = folder / str(times)
+        shards = write_corpus(place / "corpus", many, 4 * times)
+        with context.Pool(1) as pool:
+            peak = pool.apply(peak_memory, (shards, place))
+        print(f"memory, {len(many)} documents in {len(shards)} shards: {peak:.0f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--documents", nargs="+", default=[PYTHON_STDLIB])
     parser.add_argument("--count", type=int, default=6000)
     parser.add_argument("--piece", type=int, default=3000)
     parser.add_argument("--versions", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    parser.add_argument("--memory", action="store_true", help="peak memory by corpus size")
     parser.add_argument("--datatrove", help="a Python interpreter that has datatrove")
     arguments = parser.parse_args()
 
@@ -194,7 +219,6 @@ def main() -> None:
         stage = NearStage(max_share=1)
         banding = stage.search().banding
         array = Texts.of(pa.array(texts, pa.large_string()))
-        band_keys(Texts.of(pa.array(["compile it"], pa.large_string())), 5, banding)
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []
         for _ in range(5):
@@ -221,8 +245,10 @@ def main() -> None:
                         f"datatrove ({tokenizer}), {part}: {len(texts) / theirs[part]:,.0f} "
                         f"documents/s; ours is {theirs[part] / ours[part]:.0f} times as fast"
                     )
+        if arguments.memory:
+            report_memory(texts, folder / "memory")
         if arguments.versions:
-            report_versions(*arguments.versions, folder / "versions")
+            report_versions(arguments.versions[0], arguments.versions[1], folder / "versions")
 
 
 if __name__ == "__main__":

@@ -51,37 +51,44 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
     """Time and perplexity of ours and lmplz's on the same lines."""
     import kenlm
 
+    quiet = kenlm.Config()
+    quiet.show_progress, quiet.arpa_complain = False, kenlm.ARPALoadComplain.NONE
     lines = open_lines(WordsConfig())
     corpus, test = folder / "lines.txt", [line for text in held for line in lines(text)]
     corpus.write_text("".join(f"{line}\n" for text in texts for line in lines(text)))
     size = corpus.stat().st_size / 1e6
     config = KneserNeyConfig(order=order)
 
-    def ours() -> None:
+    def ours(name: str = "ours.arpa", binary: bool = False) -> None:
         with corpus.open(encoding="utf-8", newline="\n") as sentences:
-            estimate_kneser_ney(sentences, folder / "ours.arpa", config, scratch=folder)
+            estimate_kneser_ney(sentences, folder / name, config, folder, binary)
 
     def theirs() -> None:
         command = [lmplz, "-o", order, "-S", "2G", "-T", folder, "--text", corpus]
         command += ["--arpa", folder / "lmplz.arpa"]
         subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
 
-    calls = {"ours": (ours, resource.RUSAGE_SELF)}
+    calls = {
+        "ours": (ours, resource.RUSAGE_SELF),
+        "ours.kenlm": (lambda: ours("ours.kenlm", True), resource.RUSAGE_SELF),
+    }
     if lmplz := shutil.which("lmplz"):
         calls["lmplz"] = (theirs, resource.RUSAGE_CHILDREN)
     else:
         print("(no lmplz on PATH)")
-    ours()  # Compiles.
+    ours("ours.kenlm", True)  # Compiles.
+    ours()
     print(f"{size:.1f} MB of lines, order {order}")
-    print(f"{'':8}{'CPU s':>8}{'MB/CPU s':>10}{'wall s':>8}{'held-out perplexity':>22}")
+    print(f"{'':12}{'CPU s':>8}{'MB/CPU s':>10}{'wall s':>8}{'held-out perplexity':>22}")
     words = sum(line.count(" ") + 2 for line in test)
     for name, (call, whose) in calls.items():
         start = time.perf_counter()
         cpu = min(seconds(call, whose)[0] for _ in range(3))
         wall = (time.perf_counter() - start) / 3
-        model = kenlm.Model(str(folder / f"{name}.arpa"))
+        path = folder / name if "." in name else folder / f"{name}.arpa"
+        model = kenlm.Model(str(path), quiet)
         perplexity = 10 ** (-sum(map(model.score, test)) / words)
-        print(f"{name:8}{cpu:8.2f}{size / cpu:10.2f}{wall:8.2f}{perplexity:22.5f}")
+        print(f"{name:12}{cpu:8.2f}{size / cpu:10.2f}{wall:8.2f}{perplexity:22.5f}")
 
 
 def shuffled(text: str, chance: random.Random) -> str:

@@ -72,7 +72,6 @@ def draw(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], report: R
     for name, (scores, labels) in curves.items():
         left.plot(*roc_curve(scores, labels), label=name)
     left.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC, held-out")
-    left.set(xscale="symlog", xlim=(0, 1))
     left.legend(loc="lower right")
     score, share, _ = zip(*report.calibration(), strict=True)
     right.plot([0, 1], [0, 1], color="0.8")

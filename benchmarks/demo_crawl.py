@@ -145,7 +145,9 @@ def as_text(path: Path, text: str) -> str:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return ""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    nodes = [
+        n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
 
@@ -212,7 +214,10 @@ def personal_data(rng: random.Random) -> list[tuple[str, str]]:
         ("ipv4", ".".join(str(rng.randrange(11, 223)) for _ in range(4))),
         ("iban", iban(rng)),
         ("credit_card", card(rng)),
-        ("us_ssn", f"{rng.randrange(1, 665):03d}-{rng.randrange(1, 99):02d}-{rng.randrange(1, 9999):04d}"),
+        (
+            "us_ssn",
+            f"{rng.randrange(1, 665):03d}-{rng.randrange(1, 99):02d}-{rng.randrange(1, 9999):04d}",
+        ),
     ]
 
 
@@ -361,7 +366,13 @@ def write_capture(writer, capture: Capture, new_id) -> None:
     http = StatusAndHeaders(capture.status, capture.headers, protocol="HTTP/1.1")
     kind = "revisit" if capture.truth.get("reason") == "revisit" else "response"
     profile = "http://netpreserve.org/warc/1.1/revisit/identical-payload-digest"
-    record(kind, capture.id, capture.body, http, **({"WARC-Profile": profile} if kind == "revisit" else {}))
+    record(
+        kind,
+        capture.id,
+        capture.body,
+        http,
+        **({"WARC-Profile": profile} if kind == "revisit" else {}),
+    )
     record("metadata", new_id(), b"fetchTimeMs: 101\r\n", **concurrent)
 
 
@@ -371,7 +382,9 @@ def break_something(file, writer, number: int) -> str:
     head = b"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: https://broken.example.com/\r\n"
     match number % 4:
         case 0:
-            file.write(gzip.compress(head + b"Content-Length: %d\r\n\r\n" % len(page) + page)[:-150])
+            file.write(
+                gzip.compress(head + b"Content-Length: %d\r\n\r\n" % len(page) + page)[:-150]
+            )
             return "truncated member"
         case 1:
             file.write(b"\0 no gzip member at all \0" * 20)

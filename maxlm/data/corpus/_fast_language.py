@@ -22,9 +22,9 @@ class Tables(NamedTuple):
     rows: np.ndarray
     """Embeddings of words, then of n-grams in the order of their hashes: float32 [rows, dim]."""
     present: np.ndarray
-    """Bits that say which hashes have a row: uint64 [buckets / 64]; stays in cache."""
+    """Bits that say which hashes have a row: uint32 [buckets / 64]; stays in cache."""
     ranks: np.ndarray
-    """The row after the last one that a word of `present` stands for: int64 [buckets / 64]."""
+    """The row after the last one that a word of `present` stands for: int32 [buckets / 64]."""
     keys: np.ndarray
     """Open-addressed table of words by hash: uint64 [2^k], 0: free."""
     key_rows: np.ndarray
@@ -73,7 +73,7 @@ def build_tables(model: Classifier) -> Tables:
     return Tables(
         np.concatenate([model.rows[:num_words], model.rows[ngrams]]),
         np.packbits(present, bitorder="little").view(np.uint64),
-        num_words + np.cumsum(present.sum(1)),
+        (num_words + np.cumsum(present.sum(1))).astype(np.int32),
         keys,
         key_rows,
         model.nodes.copy(),

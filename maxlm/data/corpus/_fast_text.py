@@ -73,10 +73,10 @@ def tokenize(data, start, stop, classes, lower, hashes, lengths, kinds):
         code, i = decode(data, i, stop)
         characters += 1
         bits = classes[code]
-        if bits & SPACE or (bits & EXTEND and not inside):
+        if bits & SPACE:
             goes_on, starts = False, False
         elif bits & EXTEND:
-            goes_on, starts = True, False
+            goes_on, starts = inside, False
         elif bits & WORD:
             goes_on = inside and kind & WORD != 0 and (bits | kind) & ALONE == 0
             starts = not goes_on

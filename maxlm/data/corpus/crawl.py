@@ -27,6 +27,7 @@ MAX_BYTES = 1 << 24
 _LINE_START = b"\nWARC/"
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _ARC_HEADER = re.compile(rb"^([a-z]+:\S+) (\S+) (\d{12,17}) (\S+)(?: [^\n]*)? (\d+)\r?\n", re.M)
+_ARC_NEXT = re.compile(rb"\s*(?:[a-z]+:\S+ |\Z)")
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
@@ -73,6 +74,9 @@ class _PassOver(Exception):
 def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
     """The documents of a WARC, WET or ARC file; plain, .gz or (WARC) .zst, told by content.
 
+    A .gz that is one member for the whole file is read as well, but after a broken place in it
+    nothing is found again.
+
     Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
     `conversion` records, and resources that are HTML or text. The others are counted:
     by record type ("request", "revisit", ...), or as "status" (not 2xx), "not_html", "empty",
@@ -115,9 +119,13 @@ def _read_warc(
     file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
 ) -> Iterator[_Record]:
     """The complete records. Starts again at the next possible place when one is broken."""
-    from fastwarc.warc import ArchiveIterator
+    try:
+        from fastwarc.warc import ArchiveIterator
+    except ImportError as error:
+        what = "reading a WARC needs fastwarc, which is not installed"
+        raise MaxlmError(what, where=name, fix="pip install 'maxlm[corpus]'") from error
 
-    mark = next((m for m in (_GZIP, _ZSTD) if view[:4].startswith(m)), _LINE_START)
+    mark = _mark(view, name)
     start, false_starts, counted = 0, 0, False
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)
@@ -152,6 +160,15 @@ def _read_warc(
             counted = True
         start = view.find(mark, start + 1)
         start += mark == _LINE_START and start >= 0
+
+
+def _mark(view: mmap.mmap, name: str) -> bytes:
+    """What a record begins with; by the name where the very first is damaged."""
+    marks = {".gz": _GZIP, ".zst": _ZSTD}
+    for mark in marks.values():
+        if view[:4].startswith(mark):
+            return mark
+    return _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
 
 
 def _ends_with(view: mmap.mmap, start: int, end: bytes) -> bool:
@@ -224,28 +241,37 @@ def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
 def _arc_records(
     data: mmap.mmap | bytes, name: str, count: Count, max_bytes: int
 ) -> Iterator[_Record]:
-    position = 0
+    position, lost = 0, False
     while position < len(data):
         header = _ARC_HEADER.search(data, position)
         between = data[position : header.start() if header else position + _SNIFF]
-        if between.strip():
+        if between.strip() and not lost:
             count("broken")
         if header is None:
             return
         url, date, media = (header[i].decode("utf-8", "replace") for i in (1, 3, 4))
         length, start = int(header[5]), header.end()
         position = start + length
-        if url.startswith("filedesc:"):
+        lost = position > len(data) or not _ARC_NEXT.match(data, position)
+        if lost:
+            count("broken")
+            position = start
+        elif url.startswith("filedesc:"):
             count("warcinfo")
         elif length > max_bytes:
             count("too_large")
-        elif position > len(data):
-            count("broken")
-            position = start
         else:
-            date = datetime.strptime(date[:14].ljust(14, "0"), "%Y%m%d%H%M%S")
             id_ = f"{name}:{header.start()}"
-            yield _Record("response", id_, url, date.isoformat() + "Z", media, data[start:position])
+            yield _Record("response", id_, url, _iso(date), media, data[start:position])
+
+
+def _iso(date: str) -> str | None:
+    """A date of 12 to 17 digits."""
+    try:
+        moment = datetime.strptime(date[:14].ljust(14, "0"), "%Y%m%d%H%M%S")
+    except ValueError:
+        return None
+    return f"{moment.isoformat()}Z"
 
 
 def _document(record: _Record, max_bytes: int) -> RawDocument:

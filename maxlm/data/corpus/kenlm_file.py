@@ -69,11 +69,13 @@ class KenlmFile:
             logarithms: float64 [n, 2], of probability and backoff, to base 10, at most 0.
         """
         # With a minus before 0 too, which says of a backoff that nothing extends the n-gram.
-        values = (-np.abs(logarithms)).astype(np.float32).view(np.uint32)
+        values = (-np.abs(logarithms.round(7))).astype(np.float32).view(np.uint32)
         if order == 1:
             first, self._unigrams = self._unigrams, self._unigrams + len(keys)
             self._ids[keys[:, 1].astype(np.int64)] = np.arange(first, self._unigrams)
             self._tables[0][first : self._unigrams] = values
+            if first == 0:
+                self._tables[0][1, 0] = 0  # But not before the probability of <s>.
         else:
             lower, table = self._tables[order - 2 : order]
             compiled("kenlm").put_ngrams(keys, values, order, self._bits, self._ids, table, lower)
@@ -82,7 +84,7 @@ class KenlmFile:
         """Add the words and write all out."""
         fast = compiled("kenlm")
         # Ours without <unk>, which is not looked up, and those that are pruned.
-        words = [self._words[i] for i in np.flatnonzero(self._ids)]
+        words = [self._words[i] for i in np.flatnonzero(self._ids).tolist()]
         ends = np.cumsum([0, *map(len, words)])
         letters = np.frombuffer(b"".join(words), np.uint8)
         fast.put_words(fast.word_hashes(letters, ends), self._vocabulary)

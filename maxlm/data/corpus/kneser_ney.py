@@ -91,7 +91,7 @@ def estimate_kneser_ney(
     """Estimate a model and write it to a file, which appears when complete.
 
     N-grams are written in suffix order. Only the words (about 150 bytes each) grow in memory with
-    the text; on disk about 40 bytes for each n-gram of each order are needed besides the model.
+    the text; on disk about 100 bytes for each n-gram of each order are needed besides the model.
 
     Args:
         sentences: their words separated by white space.

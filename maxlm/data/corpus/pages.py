@@ -23,12 +23,13 @@ _CODE = re.compile(r"[a-zA-Z]{2,3}(?:-\w+)*")
 _PUBLISHED = re.compile(r'"datePublished"\s*:\s*"([^"]{8,40})"')
 _TIME = re.compile(r"""<time\b[^>]{0,500}?\bdatetime\s*=\s*["']?([^"'>]{8,40})""", re.I)
 _DAY = re.compile(r"((?:19|20)\d\d)[-/.]?([01]\d)[-/.]?([0-3]\d)(?!\d)")
-_DATE_NAMES = (  # Schema.org, Open Graph, Dublin Core, Google Scholar and the rest, best first.
+# Schema.org, Open Graph, Dublin Core, Google Scholar and the rest, best first.
+_DATE_NAMES = (
     "article:published_time datepublished og:published_time citation_publication_date "
     "dc.date.issued dcterms.issued dc.date.created dcterms.created dc.date dcterms.date pubdate "
     "publishdate publish-date publish_date publication_date parsely-pub-date sailthru.date "
     "article.published citation_date date"
-).split()
+)
 _TITLE_CHARACTERS = 500
 
 MOST_DEPTH = 256
@@ -74,7 +75,9 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
     source, encoding = decode(data, charset)
     if not _TAG.search(source) or _is_binary(data, encoding):
         return Page("not_html", encoding=encoding)
-    depth = nesting(source.encode() if encoding.startswith("utf-16") else data)
+    raw = source.encode() if encoding.startswith("utf-16") else data
+    few = raw.count(b"<") <= (MOST_DEPTH if quality else TOO_DEEP)
+    depth = 0 if few else nesting(raw)
     if depth > TOO_DEEP:
         return Page("too_deep", encoding=encoding)
     head = source[:_HEAD]
@@ -151,15 +154,18 @@ def _title(head: str, metas: dict[str, str]) -> str | None:
 
 
 def _date(head: str, metas: dict[str, str]) -> str | None:
-    values = [metas[name] for name in _DATE_NAMES if name in metas]
-    values += [found[1] for pattern in (_PUBLISHED, _TIME) if (found := pattern.search(head))]
-    for value in values:
+    for value in _dates(head, metas):
         if found := _DAY.match(value.strip()):
             try:
                 return date(*map(int, found.groups())).isoformat()
             except ValueError:
                 continue
     return None
+
+
+def _dates(head: str, metas: dict[str, str]) -> Iterator[str]:
+    yield from (metas[name] for name in _DATE_NAMES.split() if name in metas)
+    yield from (found[1] for pattern in (_PUBLISHED, _TIME) if (found := pattern.search(head)))
 
 
 def _language(head: str, metas: dict[str, str]) -> str | None:
@@ -169,7 +175,7 @@ def _language(head: str, metas: dict[str, str]) -> str | None:
 
 
 def _metas(head: str) -> Iterator[tuple[str, str]]:
-    """(name in lower case, content) of the meta tags, last first, so that in a dict the first wins."""
+    """(name in lower case, content) of meta tags, last first: in a dict the first wins."""
     for tag in reversed(_META.findall(head)):
         attributes = {k.lower(): v.strip("\"'") for k, v in _ATTRIBUTE.findall(tag)}
         content = attributes.get("content")

@@ -106,8 +106,9 @@ def compare_tokenizers(
         groups: dict[str, list[bytes]] = {}
         for group, text in batch:
             groups.setdefault(group, []).append(text)
+        is_first = not found
         for name, tokenizer in tokenizers.items():
-            if not found:  # What is built at first use takes no part.
+            if is_first:  # What is built at first use takes no part.
                 tokenizer.encode_batch([text for _, text in batch])
             for group, members in groups.items():
                 counts = _count(tokenizer, members)

@@ -25,7 +25,8 @@ def make_corpus(
     the source "made" unless it says otherwise.
     """
     rows = [
-        {"id": f"d{i}", "source": "made"} | (each if isinstance(each, Mapping) else {"text": each})
+        {"id": f"d{i}", "source": "made"}
+        | (dict(each) if isinstance(each, Mapping) else {"text": each})
         for i, each in enumerate(documents)
     ]
     made = []

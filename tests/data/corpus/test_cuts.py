@@ -59,6 +59,7 @@ def test_spans_of_several_labels_are_united():
     spans = [(13, 18), (5, 12), (9, 13), (-3, 0), (90, 99), (24, 400), (7, 7)]
     assert cut(text, spans) == "zero four"
     assert cut(text, reversed(spans)) == "zero four"
+    assert cut(text, [(5, 18), (9, 12)]) == "zero four five"
     assert cut(text, []) == text
     assert cut("", [(0, 5)]) == ""
 

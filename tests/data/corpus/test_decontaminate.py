@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.corpus.stages.decontaminate import DecontaminateStage, ItemCount, count_items
 from tests.data.corpus.corpora import labels, make_corpus, run_stage
 
@@ -17,9 +18,9 @@ def sentence(number: int) -> list[str]:
     return [f"word{CHANCE.randrange(10**6)}" for _ in range(number)]
 
 
-def write_set(path: Path, items: list[str]) -> dict:
+def write_set(path: Path, items: list[str]) -> SourceConfig:
     path.write_text("".join(json.dumps({"text": item}) + "\n" for item in items))
-    return {"documents": [str(path)]}
+    return SourceConfig(documents=(str(path),))
 
 
 def grams(words: list[str], n: int) -> set[tuple[str, ...]]:
@@ -141,4 +142,6 @@ def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
     with pytest.raises(MaxlmError, match="no text of 8 words"):
         short.open()
     with pytest.raises(MaxlmError):
-        DecontaminateStage(sets={"q": {"documents": [str(tmp_path / "missing.jsonl")]}}).open()
+        DecontaminateStage(
+            sets={"q": SourceConfig(documents=(str(tmp_path / "missing.jsonl"),))}
+        ).open()

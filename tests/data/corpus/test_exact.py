@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ TEXTS = [
 ]
 
 
-def by_dictionary(documents: list[str | None], scores: list[float | None]) -> list[dict]:
+def by_dictionary(documents: Sequence[str | None], scores: list[float | None]) -> list[dict]:
     """What the labels should be, computed with everything in memory."""
     groups: dict[str, list[int]] = {}
     for i, text in enumerate(documents):

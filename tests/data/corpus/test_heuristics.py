@@ -3,6 +3,7 @@
 import builtins
 import inspect
 import math
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,15 @@ def test_any_text_is_measured_as_defined(text):
 def test_repetition_is_measured_as_defined(pieces):
     check(" ".join(pieces))
     check("".join(pieces))
+
+
+def test_c4_takes_its_rules_in_their_order():
+    # One line of every mixture of what its rules look for, and a line that they keep.
+    parts = ("Lorem ipsum ", "JavaScript ", "{x} ", "our cookie policy ", "y" * 1001 + " ", "[12]")
+    for taken in product((True, False), repeat=len(parts)):
+        middle = "".join(part for part, take in zip(parts, taken, strict=True) if take)
+        for end in (".", "...", '"', "", " [2]", ".[2]"):
+            check(f"It says {middle}{end}\nThe next line is one. And two.\n")
 
 
 def test_running_text():

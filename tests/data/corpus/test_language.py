@@ -15,9 +15,9 @@ from maxlm.data.corpus.fasttext_file import read_classifier
 from maxlm.data.corpus.stages.language import LanguageStage, find_shipped_model
 
 TEXTS = {
-    "en": "The harbour was quiet when the first boats came back, and nobody expected them so soon.",
-    "de": "Am frühen Morgen lag der Hafen noch still, und niemand hatte die Boote so früh erwartet.",
-    "fr": "Le port était encore calme lorsque les premiers bateaux sont rentrés plus tôt que prévu.",
+    "en": "The harbour was quiet when the first boats came back, and nobody expected them yet.",
+    "de": "Am frühen Morgen lag der Hafen noch still, und niemand hatte Boote so früh erwartet.",
+    "fr": "Le port était encore calme lorsque les premiers bateaux sont rentrés plus tôt hier.",
     "es": "El puerto todavía estaba tranquilo cuando volvieron temprano los primeros barcos.",
     "it": "Il porto era ancora tranquillo quando le prime barche tornarono prima del previsto.",
     "pt": "O porto ainda estava calmo quando os primeiros barcos voltaram mais cedo que o normal.",
@@ -99,6 +99,16 @@ def test_a_paragraphs_label_is_the_librarys_for_it_alone(library):
     assert [span["name"] for span in row["spans"]] == list(TEXTS)
     for span, line in zip(row["spans"], lines, strict=True):
         assert span["score"] == pytest.approx(predict(library, line)[0][1], abs=1e-4)
+
+
+def test_a_spans_score_is_the_mean_over_its_paragraphs(library, label):
+    lines = [TEXTS["en"], "Whatever it is, it is rather short. " * 5]
+    (row,) = rows(label, ["\n".join(lines)])
+    scores = [predict(library, line)[0][1] for line in lines]
+    assert [span["name"] for span in row["spans"]] == ["en"]
+    weights = [len(lines[0]) + 1, len(lines[1])]
+    mean = np.average(scores, weights=weights)
+    assert row["spans"][0]["score"] == pytest.approx(mean, abs=1e-4)
 
 
 def test_a_page_that_is_half_translated_shows_it(label):

@@ -85,11 +85,10 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
 def test_a_known_rank_file_is_known_by_its_content(tmp_path):
     path = tmp_path / "any"
     path.write_bytes(rank_files.shipped_ranks("cl100k_base"))
-    ours = import_tokenizer(path)
+    ours = import_tokenizer(path, eos="<|endofprompt|>")
     assert ours.encode("hello world") == [15339, 1917]
-    assert ours.eos_id == 100257
-    assert ours.encode("<|fim_middle|>", allow_special=True) == [100259]
-    assert import_tokenizer(path, eos="<|endofprompt|>").eos_id == 100276
+    assert ours.eos_id == 100276
+    assert ours.encode("<|fim_middle|><|endoftext|>", allow_special=True) == [100259, 100257]
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "smollm2", "llama2"])

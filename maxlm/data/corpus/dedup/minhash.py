@@ -58,7 +58,10 @@ class Texts:
         array = array.cast(pa.large_string())
         _, offsets, data = array.buffers()
         ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-        return Texts(np.frombuffer(data or b"", np.uint8), ends)
+        texts = Texts(np.frombuffer(data or b"", np.uint8), ends)
+        for each in (texts.data, texts.offsets):
+            each.setflags(write=False)  # Else the kernels are compiled again for what is writable.
+        return texts
 
 
 def band_keys(texts: Texts, size: int, banding: Banding) -> tuple[np.ndarray, np.ndarray]:

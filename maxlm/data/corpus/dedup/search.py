@@ -38,6 +38,7 @@ from maxlm.data.corpus.dedup.members import (
 from maxlm.data.corpus.dedup.minhash import Banding, Texts, band_keys, kernels, shingle_set
 from maxlm.data.corpus.dedup.steps import Steps
 from maxlm.data.corpus.shards import Shard
+from maxlm.data.work.paths import writing
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
@@ -184,7 +185,8 @@ def _find_pairs(job: _RangeJob) -> None:
         if pairs is not None:
             piece.append(pairs)
             size += len(pairs)
-    done.touch()
+    with writing(done):
+        done.touch()
 
 
 def _length(path: Path) -> int:

@@ -20,10 +20,11 @@ first copy of each repeat. What follows from the rule, whatever is nested, chain
 **Why hashes of windows rather than a suffix array.** Of a suffix array and its common-prefix
 lengths (Lee et al. 2022, arXiv 2107.06499) the rule needs only which suffixes share their first
 `size` words, and in which order they stand. Sorting one 64-bit hash a word gives the same groups as
-sorting all suffixes a byte at a time, several times faster (`benchmarks/corpus_substring.py` runs
-both), and sorted hashes of parts merge by ranges without their texts, where merging suffix arrays
-reads the texts of all parts at random places. Hashes only propose: every copy is compared with its
-source byte by byte before anything is cut, so of two windows with one hash none is cut for it.
+sorting one suffix a byte, in a fraction of the time (`benchmarks/corpus_substring.py` runs both;
+the tests compare the cuts). And sorted hashes of parts are merged by ranges without their texts,
+where merging suffix arrays reads the texts of all parts at random places. Hashes only propose:
+every copy is compared with its source byte by byte before anything is cut, so of two windows that
+share a hash by chance none is cut for it.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `index_shard` sorts the windows of each block and leaves out what the block repeats itself;
@@ -42,6 +43,7 @@ import pyarrow as pa
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.characters import character_classes
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import concatenate, cut, first_of_runs, ranges
 from maxlm.data.corpus.dedup.members import ranks
 from maxlm.data.corpus.shards import Shard
@@ -79,14 +81,12 @@ def index_shard(
     done = _block_file(folder, shard.name)
     if Path(f"{done}.windows").exists():
         return
-    from maxlm.data.corpus._fast_substring import find_words, hash_windows
-
-    windows = []
+    fast, windows = compiled("substring"), []
     for number, block in enumerate(_blocks(shard, block_bytes, keep_by)):
         path = _block_file(folder, f"{shard.name}-{number}")
         _write(path, row=block.rows, rank=block.rank, end=block.offsets[1:], text=block.text)
-        starts, stops, first = find_words(block.text, block.offsets, character_classes())
-        hashes, begins = hash_windows(block.text, starts, stops, first, size)
+        starts, stops, first = fast.find_words(block.text, block.offsets, character_classes())
+        hashes, begins = fast.hash_windows(block.text, starts, stops, first, size)
         order = np.argsort(hashes, kind="stable")
         hashes, place = hashes[order], starts[begins[order]]
         leads = first_of_runs(hashes)
@@ -205,12 +205,11 @@ def find_cuts(folder: Path, shard: str, number: int, size: int) -> pa.RecordBatc
 def _cut_block(
     folder: Path, blocks: list[Path], block: int, number: int, size: int
 ) -> pa.RecordBatch:
-    from maxlm.data.corpus._fast_substring import count_characters, find_words
-
+    fast = compiled("substring")
     rows, ends, text = (_read(blocks[block], name) for name in ("row", "end", "text"))
     offsets = np.concatenate([[0], ends])
     place, source = _sources(folder, blocks[block], block, number)
-    starts, stops, first = find_words(text, offsets, character_classes())
+    starts, stops, first = fast.find_words(text, offsets, character_classes())
     words = np.searchsorted(starts, place)
     reach = stops[words + size - 1].astype(np.uint64) - place
     apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
@@ -218,12 +217,13 @@ def _cut_block(
     words = words[_verify(blocks, text, starts, stops, words, source, size)]
     edges = _unite(words, starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
-    spans = count_characters(text, np.repeat(offsets[document], 2), edges.ravel()).reshape(-1, 2)
+    begins = np.repeat(offsets[document], 2)
+    spans = fast.count_characters(text, begins, edges.ravel()).reshape(-1, 2)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
     some = np.flatnonzero(counts)
     share = np.zeros(len(rows), np.float32)
-    share[some] = lost[some] / count_characters(text, offsets[some], ends[some])
+    share[some] = lost[some] / fast.count_characters(text, offsets[some], ends[some])
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
     return pa.RecordBatch.from_arrays([rows, cuts, share], schema=_SCHEMA)
@@ -265,14 +265,13 @@ def _verify(
 
     The texts of other blocks are opened one at a time, and only what is compared is read.
     """
-    from maxlm.data.corpus._fast_substring import equal_windows
-
+    fast = compiled("substring")
     equal = np.zeros(len(words), np.bool_)
     origin, place = source >> _PLACE, (source & _LOW).astype(np.int64)
     for other in np.unique(origin).tolist():
         these = np.flatnonzero(origin == other)
-        theirs = _read(blocks[other], "text")
-        equal[these] = equal_windows(text, starts, stops, words[these], theirs, place[these], size)
+        theirs, there = _read(blocks[other], "text"), place[these]
+        equal[these] = fast.equal_windows(text, starts, stops, words[these], theirs, there, size)
     return equal
 
 

@@ -113,7 +113,8 @@ class ExactStage(CorpusStage):
             earlier = tuple(index.earlier) if index else ()
             # Not to be mixed up with what a killed run of other ranges, or another index, left.
             out = scratch / "ranges" / f"{number}-{len(earlier)}"
-            out.mkdir(parents=True, exist_ok=True)
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
             groups = [_GroupJob(members, out, number, i, earlier) for i in range(number)]
             steps.run("group", _group_range, groups)
             labels = [_LabelJob(self, s, members, i, out, number) for i, s in enumerate(shards)]

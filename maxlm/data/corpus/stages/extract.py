@@ -59,7 +59,9 @@ class ExtractStage(LabelStage):
         )
 
     def packages(self) -> tuple[str, ...]:
-        return ("trafilatura", "lxml", "resiliparse") if self.mode == "quality" else ("resiliparse",)
+        return (
+            ("trafilatura", "lxml", "resiliparse") if self.mode == "quality" else ("resiliparse",)
+        )
 
     def open(self) -> Label:
         """Raises: MaxlmError: a package is missing."""
@@ -86,10 +88,14 @@ class ExtractStage(LabelStage):
         return label
 
 
+def _lengths(html: pa.Array) -> list[int | None]:
+    return pc.call_function("binary_length", [html]).to_pylist()
+
+
 def _groups(html: pa.Array, max_bytes: int, pages: list[Page | None]) -> Iterator[list[int]]:
     """Rows with HTML to be read together; pages that are too large are marked in `pages`."""
     rows, size = [], 0
-    for row, length in enumerate(pc.binary_length(html).to_pylist()):
+    for row, length in enumerate(_lengths(html)):
         if length is None:
             continue
         if length > max_bytes:

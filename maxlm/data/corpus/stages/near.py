@@ -50,12 +50,12 @@ class NearStage(CorpusStage):
     """Words in an n-gram (shingle)."""
     hashes: int = Field(default=256, ge=1, le=4096)
     """Hash functions at most. More of them make fewer false candidates to verify, for more time a
-    document; at 0.8 and 0.99 the default gives 25 bands of 8."""
+    document; at 0.8 and 0.99 the default gives 26 bands of 8."""
     keep_by: str | None = None
     """The label by which the better document is kept: the highest value wins, or with a minus in
     front ("-perplexity.value") the lowest; null, and among equals: the first document."""
     max_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops if a source would lose more than this share of its documents."""
+    """The run stops if a source would lose more than this share of the documents looked at."""
     max_shares: Mapping[str, float] = {}
     """The same for single sources by name, instead of `max_share`."""
     alarm_from: int = Field(default=100, ge=1)
@@ -135,7 +135,8 @@ class NearStage(CorpusStage):
 def _largest(members: Members, marks: Marks, source: str) -> str:
     """A sentence about the clusters in which a source would lose most."""
     lost = np.flatnonzero(marks.of >= 0)
-    lost = lost[pc.equal(members.take("source", marks.member[lost]), source).to_numpy(False)]
+    sources = members.take("source", marks.member[lost]).to_numpy(zero_copy_only=False)
+    lost = lost[sources == source]
     cluster, counts = np.unique(marks.cluster[lost], return_counts=True)
     told = []
     for which in np.argsort(-counts, kind="stable")[:_SHOWN]:
@@ -168,12 +169,7 @@ def _count_sources(job: _LabelJob) -> tuple[Counter, Counter]:
     marked = marks.member[marks.of >= 0] - job.members.first[job.which]
     with open_columns(job.members.file(job.which)) as columns:
         sources = columns.array("source")
-        return _count(sources), _count(sources.take(pa.array(marked)))
-
-
-def _count(sources: pa.Array) -> Counter:
-    counts = pc.value_counts(sources.drop_null()).to_pylist()
-    return Counter({each["values"]: each["counts"] for each in counts})
+        return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
 
 
 def _label_shard(job: _LabelJob) -> None:

@@ -21,23 +21,25 @@ from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.work.engine import Engine
 from maxlm.data.work.progress import Progress
 
-_BYTES_OF_TEXT = 16  # What an index job needs for a byte of its block,
-_BYTES_OF_WINDOW = 64  # and a range job for a window.
+_BYTES_OF_TEXT = 16  # What an index job needs for a byte of its block: of English 10.
+_BYTES_OF_WINDOW = 64  # What a range job needs for a window.
 
 
 class SubstringStage(CorpusStage):
     """Passages of at least `min_tokens` words that stand elsewhere too, within a document or in
     another, become spans to cut; the first copy stays (Lee et al. 2022, arXiv 2107.06499).
 
-    A word is what white space separates, and in scripts without spaces each letter (see
-    `maxlm.data.corpus.characters`), so spans begin and end between words; passages are the same if
-    their bytes are, white space included. `dedup.substrings` states the rule and its guarantees.
+    A word is what white space separates, and in scripts without spaces each letter with its marks
+    (see `maxlm.data.corpus.characters`), so spans begin and end between words; passages are the
+    same if their bytes are, white space included. `dedup.substrings` states the rule and what it
+    guarantees. The copy that stays counts on its document to be kept: `where` should leave out
+    those that later rules drop, or a passage may go with both.
     """
 
     stage: Literal["substring"] = "substring"
     min_tokens: int = Field(default=50, ge=2)
-    """The shortest repeat to be cut, in words: each word of it counts, and 50 are the paper's 50
-    tokens or somewhat more. Shorter ones (addresses, set phrases) are left alone."""
+    """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
+    of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
     keep_by: str | None = None
     """The label by which the document is chosen that keeps its copy: the highest value wins, or
     with a minus in front ("-perplexity.value") the lowest; null, and among equals: the first."""

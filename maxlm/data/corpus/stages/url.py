@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 from urllib.parse import unquote, urlsplit
@@ -13,9 +14,10 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.stage import Label, LabelStage
-from maxlm.data.corpus.streams import open_stream
+from maxlm.data.corpus.streams import Compression, open_stream
 
 _SHIPPED = Path(__file__).parents[1] / "lists"
+_SCHEME = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.I)
 _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -62,8 +64,8 @@ class UrlStage(LabelStage):
 
     def key(self) -> str:
         digest = hashlib.sha256(super().key().encode())
-        shipped = sorted(_SHIPPED.glob("nsfw_*.txt")) if self.nsfw else ()
-        for path in (*self.domains, *self.words, *self.subwords, *self.soft_words, *shipped):
+        lists = [self.domains, self.words, self.subwords, self.soft_words]
+        for path in chain(*lists, *(_nsfw_lists() if self.nsfw else ())):
             digest.update(hashlib.sha256(_content(Path(path))).digest())
         return digest.hexdigest()
 
@@ -80,9 +82,7 @@ class UrlStage(LabelStage):
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
         names = frozenset(map(_ascii, _entries(self.domains)))
         words = _Words.read(self.words, self.subwords, self.soft_words, self.soft_count)
-        shipped = [(str(_SHIPPED / f"nsfw_{kind}.txt"),) for kind in ("words", "subwords")]
-        soft = (str(_SHIPPED / "nsfw_soft_words.txt"),)
-        nsfw = _Words.read(*shipped, soft, self.soft_count) if self.nsfw else None
+        nsfw = _Words.read(*_nsfw_lists(), self.soft_count) if self.nsfw else None
         schema = self.schema()
 
         def look(url: str | None) -> tuple[str | None, str | None, bool | None, str | None]:
@@ -105,6 +105,14 @@ class UrlStage(LabelStage):
             return pa.RecordBatch.from_pylist(rows, schema=schema)
 
         return label
+
+
+def _nsfw_lists() -> tuple[list[str], list[str], list[str]]:
+    """The files of words, subwords and soft words."""
+    words, subwords, soft = (
+        [str(_SHIPPED / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")
+    )
+    return words, subwords, soft
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,7 @@ def _split(url: str) -> tuple[str, str]:
     """The host as ASCII, "" if there is none, and what follows it, percent-decoded."""
     url = url.strip()
     try:
-        parts = urlsplit(url if "://" in url else f"//{url}")
+        parts = urlsplit(url if _SCHEME.match(url) else f"//{url}")
         host = _ascii(unquote(parts.hostname or ""))
         _ = parts.port  # Raises where the port is none, as in "javascript:alert(1)".
     except ValueError:
@@ -179,6 +187,6 @@ def _entries(paths: Iterable[str]) -> Iterable[str]:
 
 
 def _content(path: Path) -> bytes:
-    compression = {".gz": "gz", ".zst": "zst"}.get(path.suffix, "none")
-    with open_stream(path, compression) as stream:
+    compressions: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+    with open_stream(path, compressions.get(path.suffix, "none")) as stream:
         return stream.read()
