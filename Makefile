@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-parity test-aot test-browser check format smoke clean
+.PHONY: help setup train corpus-demo test test-parity test-aot test-browser check format smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,12 @@ test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: G
 test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	$(bin)/python -m pytest -q tests/browser
+
+corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
+	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages
+	$(bin)/maxlm corpus run configs/corpora/demo.yaml
+	$(bin)/maxlm train configs/runs/corpus_demo.yaml
+	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .

@@ -1,7 +1,7 @@
 """A small crawl in Common Crawl's layout, made of real pages, with planted cases.
 
-    python benchmarks/demo_crawl.py OUT.warc.gz [--folders DOCS ...] [--pages 3000] [--seed 0]
-    python benchmarks/demo_crawl.py OUT.warc.gz --fetch FOLDER
+    python benchmarks/demo_crawl.py OUT [--folders DOCS ...] [--pages 3000] [--files 8] [--seed 0]
+    python benchmarks/demo_crawl.py OUT --fetch FOLDER
 
 Without folders the pages are the HTML and text on this machine; with --fetch they are Debian's
 documentation packages, downloaded to FOLDER by apt-get where its archive can be reached. Needs
@@ -9,7 +9,7 @@ warcio.
 
 Beside real pages the crawl holds what a pipeline must find: exact copies, copies edited to a known
 Jaccard similarity, boilerplate, personal data, junk, odd encodings, records that are no documents
-and records that are broken. OUT.truth.jsonl, one object a record, says which is which:
+and records that are broken. OUT/truth.jsonl, one object a record, says which is which:
 
     kind        page, article, exact_copy, edited_copy, boilerplate, pii, junk, edge, none, broken
     id, url     of the record (none for broken ones)
@@ -310,38 +310,44 @@ def no_documents(share: int) -> Iterator[Capture]:
         yield Capture(f"{url}/again", b"", {"kind": "none", "reason": "revisit"})
 
 
-def write(out: Path, captures: Iterable[Capture], rng: random.Random) -> None:
-    """The WARC, each record a gzip member, and the truth beside it."""
-    from warcio.warcwriter import WARCWriter
-
-    def new_id() -> str:
-        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-
+def write(out: Path, captures: Iterable[Capture], rng: random.Random, files: int) -> None:
+    """The WARC files, each record a gzip member, and the truth beside them."""
     captures = list(captures)
     for capture in captures:
-        capture.id = new_id()
+        capture.id = new_id(rng)
     rng.shuffle(captures)
-    every = len(captures) // 6 + 1
-    with open(out, "wb") as file, open(truth_file(out), "w") as truth:
-        writer = WARCWriter(file, gzip=True)
-        software = {"software": "demo_crawl", "format": "WARC File Format 1.1"}
-        writer.write_record(writer.create_warcinfo_record(out.name, software))
-        for number, capture in enumerate(captures):
-            if number % every == every - 1:
-                what = break_something(file, writer, number // every)
-                truth.write(json.dumps({"kind": "broken", "reason": what}) + "\n")
-            write_capture(writer, capture, new_id)
-            row = {"id": capture.id, "url": capture.url, **capture.truth}
-            if isinstance(row.get("of"), Capture):
-                row["of"] = row["of"].id
-            truth.write(json.dumps(row) + "\n")
+    broken = {(i + 1) * len(captures) // 6 for i in range(5)}
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "truth.jsonl", "w") as truth:
+        for part in range(files):
+            numbers = range(part * len(captures) // files, (part + 1) * len(captures) // files)
+            with open(out / f"crawl-{part:05d}.warc.gz", "wb") as file:
+                write_file(file, truth, captures, numbers, broken, rng)
 
 
-def truth_file(out: Path) -> Path:
-    return out.with_name(out.name.partition(".")[0] + ".truth.jsonl")
+def write_file(file, truth, captures, numbers: range, broken: set[int], rng: random.Random) -> None:
+    from warcio.warcwriter import WARCWriter
+
+    writer = WARCWriter(file, gzip=True)
+    software = {"software": "demo_crawl", "format": "WARC File Format 1.1"}
+    writer.write_record(writer.create_warcinfo_record(Path(file.name).name, software))
+    for number in numbers:
+        capture = captures[number]
+        if number in broken:
+            what = break_something(file, writer, sorted(broken).index(number))
+            truth.write(json.dumps({"kind": "broken", "reason": what}) + "\n")
+        write_capture(writer, capture, rng)
+        row = {"id": capture.id, "url": capture.url, **capture.truth}
+        if isinstance(row.get("of"), Capture):
+            row["of"] = row["of"].id
+        truth.write(json.dumps(row) + "\n")
 
 
-def write_capture(writer, capture: Capture, new_id) -> None:
+def new_id(rng: random.Random) -> str:
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+def write_capture(writer, capture: Capture, rng: random.Random) -> None:
     """Request, response and metadata, as Common Crawl has them."""
     from warcio.statusandheaders import StatusAndHeaders
 
@@ -362,7 +368,7 @@ def write_capture(writer, capture: Capture, new_id) -> None:
     request = [("Host", target[1]), ("User-Agent", "demo"), ("Accept", "text/html")]
     line = StatusAndHeaders(f"GET {target[2] or '/'} HTTP/1.1", request, is_http_request=True)
     concurrent = {"WARC-Concurrent-To": f"<urn:uuid:{capture.id}>"}
-    record("request", new_id(), b"", line, **concurrent)
+    record("request", new_id(rng), b"", line, **concurrent)
     http = StatusAndHeaders(capture.status, capture.headers, protocol="HTTP/1.1")
     kind = "revisit" if capture.truth.get("reason") == "revisit" else "response"
     profile = "http://netpreserve.org/warc/1.1/revisit/identical-payload-digest"
@@ -373,7 +379,7 @@ def write_capture(writer, capture: Capture, new_id) -> None:
         http,
         **({"WARC-Profile": profile} if kind == "revisit" else {}),
     )
-    record("metadata", new_id(), b"fetchTimeMs: 101\r\n", **concurrent)
+    record("metadata", new_id(rng), b"fetchTimeMs: 101\r\n", **concurrent)
 
 
 def break_something(file, writer, number: int) -> str:
@@ -397,28 +403,31 @@ def break_something(file, writer, number: int) -> str:
             return "Content-Length too large"
 
 
-def make_crawl(out: Path, folders: Sequence[Path], pages: int = 3000, seed: int = 0) -> Path:
+def make_crawl(
+    out: Path, folders: Sequence[Path], pages: int = 3000, files: int = 8, seed: int = 0
+) -> Path:
     """Write a crawl of about `pages` real pages and what is planted; returns the truth's path."""
     rng = random.Random(seed)
     real = read_pages(folders, pages, rng)
     if not real:
         raise SystemExit(f"no pages in {', '.join(map(str, folders))}")
-    write(out, [*real, *planted(real, rng)], rng)
-    return truth_file(out)
+    write(out, [*real, *planted(real, rng)], rng, files)
+    return out / "truth.jsonl"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="the crawl's folder")
     parser.add_argument("--folders", type=Path, nargs="+", help="with HTML or text files")
     parser.add_argument("--fetch", type=Path, help="where to put Debian packages")
     parser.add_argument("--pages", type=int, default=3000)
+    parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    folders = arguments.folders
+    given = parser.parse_args()
+    folders = given.folders
     if folders is None:
-        folders = fetch_packages(arguments.fetch) if arguments.fetch else local_folders()
-    truth = make_crawl(arguments.out, folders, arguments.pages, arguments.seed)
+        folders = fetch_packages(given.fetch) if given.fetch else local_folders()
+    truth = make_crawl(given.out, folders, given.pages, given.files, given.seed)
     kinds = [json.loads(line)["kind"] for line in truth.read_text().splitlines()]
     print(", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)))
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from maxlm.data.corpus import SourceConfig, list_files, read_documents
 from maxlm.data.store import build_store
-from maxlm.data.work.pool import default_workers
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.data.work.pool import default_workers
 
 LIBRARY = ("encode_batch", "encode_batch_fast")
 

@@ -1,22 +1,21 @@
 """`maxlm corpus`: from raw documents over labels to token stores, and looking into each."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from maxlm.cli import store
+from maxlm.cli.store import TextArgument
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Clean and label documents, build token stores, and look into them.",
 )
 
-StoreArgument = Annotated[Path, typer.Argument(help="A token store's folder.")]
-TextArgument = Annotated[
-    list[str],
-    typer.Argument(
-        help="Corpora, files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."
-    ),
-]
+for verb in (store.build, store.append, store.verify, store.info, store.mix):
+    app.command()(verb)
+
 CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
 
 
@@ -161,80 +160,6 @@ def train_quality(
     model.save(out)
     typer.echo(report)
     typer.echo(f"the model: {out}")
-
-
-@app.command()
-def build(
-    text: TextArgument,
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
-    out: Annotated[Path, typer.Option(help="The store's folder; appears when complete.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one a core.")
-    ] = None,
-    split: Annotated[
-        Literal["all", "train", "heldout"], typer.Option(help="Which documents to take.")
-    ] = "all",
-    heldout_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out, by a hash of their text.")
-    ] = 0.01,
-    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
-    on_bad_bytes: Annotated[
-        Literal["error", "replace", "keep", "skip"],
-        typer.Option(help="What to do with text that is not valid UTF-8."),
-    ] = "error",
-    piece_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer text files into pieces, at line ends.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a store of other inputs.")
-    ] = False,
-) -> None:
-    """Tokenize documents into a token store. Run it again after an interruption to go on."""
-    from maxlm.data.corpus import SourceConfig
-    from maxlm.data.store import build_store
-    from maxlm.data.work.progress import show_progress
-
-    source = SourceConfig(
-        documents=tuple(text),
-        text_field=text_field,
-        on_bad_bytes=on_bad_bytes,
-        piece_bytes=piece_bytes,
-    )
-    with show_progress() as progress:
-        build_store(
-            source,
-            tokenizer,
-            out,
-            split=split,
-            heldout_fraction=heldout_fraction,
-            workers=workers,
-            progress=progress,
-            force=force,
-        )
-    info(out)
-
-
-@app.command()
-def info(
-    store: StoreArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    full: Annotated[bool, typer.Option("--verify", help="Read and check every token.")] = False,
-) -> None:
-    """Show what a store holds, after checking that its arrays have the sizes it claims."""
-    from maxlm.data.store import TokenStore
-    from maxlm.data.store.describe import describe, summary_table
-
-    opened = TokenStore.open(store)
-    if full:
-        opened.verify()
-    if as_json:
-        import json
-
-        typer.echo(json.dumps(describe(opened), indent=1))
-    else:
-        from rich.console import Console
-
-        Console().print(summary_table(opened))
 
 
 @app.command()

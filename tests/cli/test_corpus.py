@@ -49,7 +49,7 @@ def test_from_raw_lines_to_a_store(recipe, tmp_path, capfd):
     assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
     capfd.readouterr()
     assert main(["corpus", "info", store, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["documents"] == 8
+    assert json.loads(capfd.readouterr().out)["num_documents"] == 8
     assert main(["corpus", "show", store, "3"]) == 0
     assert capfd.readouterr().out == ENGLISH * 3 + "Number 3."
     # The same store is found again, one of other rules is another store.
@@ -61,7 +61,7 @@ def test_from_raw_lines_to_a_store(recipe, tmp_path, capfd):
     assert main([*build, "--force"]) == 0
     capfd.readouterr()
     assert main(["corpus", "info", store, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["documents"] == 9
+    assert json.loads(capfd.readouterr().out)["num_documents"] == 9
 
 
 def test_a_document_is_shown_with_its_labels(recipe, tmp_path, capfd):

@@ -37,8 +37,6 @@ class Stage(Config):
 
     version: ClassVar[int] = 1
     """Raised when the same settings give other labels."""
-    reads: ClassVar[tuple[str, ...]] = ("text",)
-    """The columns it reads: of the documents, or labels as "stage.label"."""
     neutral: ClassVar[tuple[str, ...]] = ("where",)
     """Settings that change no label (`where` is in the key by other means)."""
 
@@ -46,6 +44,11 @@ class Stage(Config):
     def title(self) -> str:
         """What its labels begin with."""
         return self.name or self.stage
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns it reads: of the documents, or labels as "stage.label"."""
+        return ("text",)
 
     @abstractmethod
     def schema(self) -> pa.Schema:

@@ -4,11 +4,30 @@ import json
 import random
 
 import pytest
-from tests.data.corpus.recipes import recipe
 
 from maxlm.data.corpus.run import run_recipe
+from tests.data.corpus.recipes import recipe
 
-WORDS = "the of and to in house river stone walks over under green light a bird sings".split()
+WORDS = tuple(
+    [
+        "the",
+        "of",
+        "and",
+        "to",
+        "in",
+        "house",
+        "river",
+        "stone",
+        "walks",
+        "over",
+        "under",
+        "green",
+        "light",
+        "a",
+        "bird",
+        "sings",
+    ]
+)
 
 
 @pytest.fixture(scope="session")

@@ -171,6 +171,10 @@ BROKEN = {  # name: data, the documents that are left
     "header too long": (A + gzip.compress(b"WARC/1.0\r\nA: " + b"a" * 100_000) + C, "13"),
     "no header": (A + gzip.compress(b"nothing " * 9) + C, "13"),
     "plain, length too large": (page(1) + page(2, length=500) + page(3) + page(4), "134"),
+    "plain, length of two": (
+        page(1) + page(2, length=len(HEAD + HTML) + 1 + len(page(3))) + page(3) + page(4),
+        "134",
+    ),
     "plain, length no number": (page(1) + page(2, length="") + page(3), "13"),
     "plain, garbage": (page(1) + b"garbage \0\r\n" * 30 + page(3), "13"),
     "zstd, cut amid": (

@@ -4,9 +4,9 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
-from tests.data.corpus.recipes import recipe
 
 from maxlm.data.corpus import SourceConfig, read_documents
 from maxlm.data.corpus.opened import Corpus
@@ -14,6 +14,7 @@ from maxlm.data.corpus.report import summarize, write_report
 from maxlm.data.corpus.report.page import funnel
 from maxlm.data.corpus.run import run_recipe
 from maxlm.data.work.pool import WorkerPool
+from tests.data.corpus.recipes import recipe
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def test_the_funnel_ends_at_what_is_kept(figures, whole):
     rows = funnel(corpus.rules(), summary, ["books", "web"])
     assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
     assert rows[0]["left"] == 240
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in pairwise(rows):
         assert before["left"] - after["dropped"] == after["left"]
         assert sum(after["by_source"].values()) == after["left"]
     taken = list(read_documents(SourceConfig(documents=(str(whole),))))
@@ -42,7 +43,7 @@ def test_the_funnel_ends_at_what_is_kept(figures, whole):
 
 
 def test_samples_fell_where_the_report_says(figures):
-    corpus, summary = figures
+    _, summary = figures
     for rule, samples in summary.dropped.items():
         assert 0 < len(samples) <= 5, rule
     assert all(sample.labels["heuristics.words"] < 20 for sample in summary.dropped["long"])

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.data.corpus.recipes import recipe
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, read_documents
 from maxlm.data.corpus.opened import Corpus, find_document
 from maxlm.data.corpus.run import run_recipe
+from tests.data.corpus.recipes import recipe
 
 
 def files(folder):
@@ -171,7 +171,7 @@ def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert any((out / stage).glob("*"))
-    with pytest.raises(MaxlmError, match="not finished|no corpus"):
+    with pytest.raises(MaxlmError, match=r"not finished|no corpus"):
         Corpus.open(out)
     run_recipe(recipe(crawl, out))
     assert files(out) == files(whole)

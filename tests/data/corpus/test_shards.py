@@ -3,11 +3,11 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.corpus.corpora import add_labels, make_corpus
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.expression import parse
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, Shard, read_counts
+from tests.data.corpus.corpora import add_labels, make_corpus
 
 SCHEMA = pa.schema([("words", pa.int32()), ("good", pa.bool_()), ("kind", pa.string())])
 
@@ -35,8 +35,13 @@ def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     assert [g.num_rows for g in shard.groups(["made.words"])] == [3, 3, 1]
     counts = read_counts(shard.path("made"))
     assert counts == {
-        **{"rows": 7, "labelled": 4, "good=true": 1},
-        **{"kind=a": 1, "kind=": 1, "kind=é": 1, "kind=l": 1},
+        "rows": 7,
+        "labelled": 4,
+        "good=true": 1,
+        "kind=a": 1,
+        "kind=": 1,
+        "kind=é": 1,
+        "kind=l": 1,
     }
 
 

@@ -142,9 +142,12 @@ def test_build_command(tmp_path, capsysbinary, folder, texts):
 
 
 def test_info_command(capsysbinary, reference, texts):
-    code, out, _ = run(capsysbinary, "corpus", "info", reference, "--json", "--verify")
+    code, out, _ = run(capsysbinary, "corpus", "info", reference, "--json")
     about = json.loads(out)
     assert code == 0
+    code, out, _ = run(capsysbinary, "corpus", "verify", reference)
+    assert code == 0
+    assert f"{about['num_documents']:,} documents, {about['num_tokens']:,} tokens" in out
     assert about["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert about["bytes_per_token"] == about["text_bytes"] / about["num_tokens"]
     code, out, _ = run(capsysbinary, "corpus", "info", reference)

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster of two nodes: the same results, errors and survivals as in local processes."""
+"""Jobs on a Ray cluster of two nodes end as they do in local processes."""
 
 import os
 from pathlib import Path

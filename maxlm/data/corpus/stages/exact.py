@@ -72,7 +72,7 @@ class ExactStage(CorpusStage):
     neutral = (*CorpusStage.neutral, "memory")
 
     @property
-    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads(self) -> tuple[str, ...]:
         return ("text", *label_read(self.keep_by))
 
     def schema(self) -> pa.Schema:

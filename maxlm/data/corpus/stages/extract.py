@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -42,7 +42,9 @@ class ExtractStage(LabelStage):
     max_bytes: int = Field(default=1 << 23, gt=0)
     """Longer pages have no text. Trees take some hundred times as much memory."""
 
-    reads: ClassVar = ("html", "meta")
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("html", "meta")
 
     def schema(self) -> pa.Schema:
         # Strings that are no categories are large: they are not counted by value.

@@ -1,6 +1,6 @@
 """Measures of running text after Gopher, C4 and FineWeb."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -136,8 +136,6 @@ class HeuristicsStage(LabelStage):
     longest: int = Field(default=8 << 20, ge=1, lt=1 << 31)
     """Bytes of a text to measure; what comes after is passed over. Bounds memory: about 60 bytes
     for each, at worst."""
-
-    reads: ClassVar = ("text",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))

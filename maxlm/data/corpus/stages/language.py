@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -48,8 +48,6 @@ class LanguageStage(LabelStage):
     paragraph_characters: int = Field(default=200, ge=1)
     """Lines are joined to paragraphs of at least as many characters: shorter ones are told less
     surely. A rest that is shorter belongs to the paragraph before it."""
-
-    reads: ClassVar = ("text",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(

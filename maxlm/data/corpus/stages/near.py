@@ -71,7 +71,7 @@ class NearStage(CorpusStage):
     neutral = (*CorpusStage.neutral, "memory", "max_share", "max_shares", "alarm_from")
 
     @property
-    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads(self) -> tuple[str, ...]:
         return ("text", "source", *label_read(self.keep_by))
 
     def schema(self) -> pa.Schema:

@@ -44,7 +44,7 @@ class PerplexityStage(LabelStage):
         return self
 
     @property
-    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads(self) -> tuple[str, ...]:
         """The text and, if it matters, its language."""
         return ("text",) if self.language is None else ("text", self.language)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -43,8 +43,6 @@ class PiiStage(LabelStage):
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
     """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
     with a country code are known from everywhere. Each costs time and a little precision."""
-
-    reads: ClassVar = ("text",)
 
     def schema(self) -> pa.Schema:
         counts = [(kind, pa.int32()) for kind in KINDS]

@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,6 @@ class QualityStage(LabelStage):
 
     model: Path
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
-
-    reads: ClassVar = ("text",)
 
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])

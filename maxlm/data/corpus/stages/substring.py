@@ -50,7 +50,7 @@ class SubstringStage(CorpusStage):
     neutral = (*CorpusStage.neutral, "memory")
 
     @property
-    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads(self) -> tuple[str, ...]:
         return ("text", *label_read(self.keep_by))
 
     def schema(self) -> pa.Schema:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +53,6 @@ class ToxicityStage(LabelStage):
 
     longest: int = Field(default=1 << 20, ge=1)
     """Bytes of a text to look at (characters, for the classifier)."""
-
-    reads: ClassVar = ("text",)
 
     def schema(self) -> pa.Schema:
         scores = [("score", pa.float32()), ("max_score", pa.float32())]

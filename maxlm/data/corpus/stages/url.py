@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -54,7 +54,9 @@ class UrlStage(LabelStage):
     """Also use the shipped lists of words of pornographic addresses: short ones, in English. Name
     the category lists of your choice in `domains` for real coverage."""
 
-    reads: ClassVar = ("url",)
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("url",)
 
     def schema(self) -> pa.Schema:
         # Strings that are no categories are large: they are not counted by value.

@@ -1,0 +1,97 @@
+"""What a recipe found of what was planted in the demonstration's crawl.
+
+    python benchmarks/corpus_truth.py corpora/demo corpora/demo-crawl/truth.jsonl
+
+Both come from `make corpus-demo`. The truth is the crawl's maker's alone; no stage has seen it.
+"""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from maxlm.data.corpus.cuts import cut
+from maxlm.data.corpus.opened import Corpus, kept
+
+COLUMNS = (
+    *("id", "text", "exact.duplicate", "exact.of", "near.duplicate", "near.of"),
+    *("near.cluster", "substring.cuts", "pii.spans"),
+)
+_PII = {"ipv4": "ip", "ipv6": "ip", "credit_card": "card", "us_ssn": "ssn"}
+
+
+def documents(corpus: Corpus) -> dict[str, dict[str, Any]]:
+    """Every document's labels, by id, and whether it is kept."""
+    rules = corpus.rules()
+    names = [name for rule in rules.keep.values() for name in rule.names]
+    found = {}
+    for shard in corpus.shards:
+        for table in shard.groups(list(dict.fromkeys([*COLUMNS, *names]))):
+            for row, keep in zip(table.to_pylist(), kept(table, rules), strict=True):
+                found[row["id"]] = row | {"kept": bool(keep)}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("truth", type=Path)
+    given = parser.parse_args()
+    corpus = Corpus.open(given.corpus)
+    rows = documents(corpus)
+    truth = defaultdict(list)
+    for line in given.truth.read_text().splitlines():
+        truth[(row := json.loads(line))["kind"]].append(row)
+
+    def share(name: str, found: int, number: int) -> None:
+        print(f"{name:58} {found:5} of {number:5}  {found / max(1, number):7.2%}")
+
+    copies = [t for t in truth["exact_copy"] if (rows[t["id"]]["text"] or "").strip()]
+    pairs = [(rows[t["id"]], rows[t["of"]]) for t in copies]
+    marked = sum(bool(a["exact.duplicate"] or b["exact.duplicate"]) for a, b in pairs)
+    share("exact copies, one of the two marked", marked, len(pairs))
+    for low, high in ((0.8, 1.0), (0.0, 0.8)):
+        alike = [t for t in truth["edited_copy"] if low <= t["jaccard"] < high]
+        pairs = [(rows[t["id"]], rows[t["of"]]) for t in alike]
+        marked = sum(any(x["near.duplicate"] for x in pair) for pair in pairs)
+        share(
+            f"edited copies at {low:.1f} to {high:.1f}, one of the two marked", marked, len(pairs)
+        )
+    left = times = 0
+    for t in truth["boilerplate"]:
+        row = rows[t["id"]]
+        if not row["kept"] or t["text"] not in row["text"]:
+            continue
+        spans = [(span["start"], span["end"]) for span in row["substring.cuts"] or ()]
+        times += 1
+        left += t["text"] in cut(row["text"], spans)
+    share("repeated paragraph in kept documents, cut (one stays)", times - left, times)
+    found = Counter()
+    for t in truth["pii"]:
+        row = rows[t["id"]]
+        if row["pii.spans"] is None:
+            continue
+        masked = Counter(span["kind"] for span in row["pii.spans"])
+        for kind, value in t["spans"]:
+            found[kind, "all"] += 1
+            found[kind, "masked"] += value not in row["text"] and masked[_PII.get(kind, kind)] > 0
+    for kind in sorted({kind for kind, _ in found}):
+        share(f"personal data, {kind}", found[kind, "masked"], found[kind, "all"])
+    for reason, number in Counter(t["reason"] for t in truth["junk"]).items():
+        dropped = sum(
+            not rows[t["id"]]["kept"]
+            for t in truth["junk"]
+            if t["reason"] == reason and t["id"] in rows
+        )
+        share(f"junk, {reason}", dropped, number)
+    taken = [t for t in (*truth["page"], *truth["article"]) if t["id"] in rows]
+    share("pages and articles kept", sum(rows[t["id"]]["kept"] for t in taken), len(taken))
+    counts = corpus.manifest("documents")["counts"]
+    share("broken places counted", counts.get("broken", 0), len(truth["broken"]))
+    bombs = sum(t["reason"] == "bomb" for t in truth["edge"])
+    share("zip bombs passed over", counts.get("too_large", 0), bombs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The verbs of `maxlm corpus` that build token stores, check them and mix them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+StoreArgument = Annotated[str, typer.Argument(help="A token store: a folder, s3://... or gs://...")]
+TextArgument = Annotated[
+    list[str],
+    typer.Argument(
+        help="Corpora, files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."
+    ),
+]
+
+
+def build(
+    text: TextArgument,
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
+    out: Annotated[Path, typer.Option(help="The store's folder; appears when complete.")],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one a core.")
+    ] = None,
+    split: Annotated[
+        Literal["all", "train", "heldout"], typer.Option(help="Which documents to take.")
+    ] = "all",
+    heldout_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out, by a hash of their text.")
+    ] = 0.01,
+    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
+    on_bad_bytes: Annotated[
+        Literal["error", "replace", "keep", "skip"],
+        typer.Option(help="What to do with text that is not valid UTF-8."),
+    ] = "error",
+    piece_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Cut longer text files into pieces, at line ends.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a store of other inputs.")
+    ] = False,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Work beside other builders of this store, on a shared disk."),
+    ] = False,
+) -> None:
+    """Tokenize documents into a token store. Run it again after an interruption to go on."""
+    from maxlm.data.corpus import SourceConfig
+    from maxlm.data.store import build_store
+    from maxlm.data.work.progress import show_progress
+
+    source = SourceConfig(
+        documents=tuple(text),
+        text_field=text_field,
+        on_bad_bytes=on_bad_bytes,
+        piece_bytes=piece_bytes,
+    )
+    with show_progress() as progress:
+        build_store(
+            source,
+            tokenizer,
+            out,
+            split=split,
+            heldout_fraction=heldout_fraction,
+            workers=workers,
+            progress=progress,
+            force=force,
+            join=join,
+        )
+    info(str(out))
+
+
+def append(
+    store: StoreArgument,
+    text: TextArgument,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one a core.")
+    ] = None,
+) -> None:
+    """Add documents to a store, as a new segment; those that are there keep their numbers."""
+    from maxlm.data.corpus import SourceConfig
+    from maxlm.data.store import TokenStore, append_store
+    from maxlm.data.work.progress import show_progress
+
+    made = TokenStore.open(store).manifest
+    source = SourceConfig(
+        documents=tuple(text),
+        text_field=made.text_field,
+        on_bad_bytes=made.on_bad_bytes,
+        piece_bytes=made.piece_bytes,
+    )
+    with show_progress() as progress:
+        append_store(source, store, workers=workers, progress=progress)
+    info(store)
+
+
+def verify(store: StoreArgument) -> None:
+    """Read a whole store: every file against its checksum, counts, offsets and every token."""
+    from maxlm.data.store import TokenStore
+
+    opened = TokenStore.open(store)
+    opened.verify()
+    typer.echo(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
+
+
+def mix(
+    config: Annotated[str, typer.Argument(help="A run's config.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, as key.path=value.", metavar="[KEY=VALUE]..."),
+    ] = None,
+) -> None:
+    """Show what a run reads of each source, over all its steps; builds stores that are missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from maxlm.config import load
+    from maxlm.data.loader import mixture_table
+    from maxlm.programs.prepare import prepare
+    from maxlm.programs.setup import run_folder
+    from maxlm.run import RunConfig
+
+    run = load(RunConfig, config, settings or ()).value
+    batches = prepare(run, run_folder(run)).batches
+    table = Table("source", "sequences", "share", "tokens", "epochs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in mixture_table(batches, 0, run.train.steps):
+        figures = (f"{row.share:.2%}", f"{row.tokens:,}", f"{row.epochs:.2f}")
+        table.add_row(row.source, f"{row.sequences:,}", *figures)
+    Console().print(table)
+
+
+def info(
+    store: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a store holds, after checking that its arrays have the sizes it claims."""
+    from maxlm.data.store import TokenStore
+    from maxlm.data.store.describe import describe, summary_table
+
+    opened = TokenStore.open(store)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(describe(opened), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(summary_table(opened))
