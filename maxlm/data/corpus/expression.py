@@ -5,6 +5,9 @@ mean something. A label that a document lacks is null, and nulls spread as in SQ
 with null is neither true nor false, and a document is taken only where the whole is true.
 """
 
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

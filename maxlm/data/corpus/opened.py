@@ -1,5 +1,8 @@
 """A finished corpus, open for reading."""
 
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

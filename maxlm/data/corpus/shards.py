@@ -6,6 +6,9 @@ are added without a text being written again, and any set of columns can be read
 group at a time, which bounds memory whatever the size of a shard.
 """
 
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import os
 from collections import Counter

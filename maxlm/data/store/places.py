@@ -47,7 +47,11 @@ def kvstore(place: Place) -> dict[str, Any]:
         return {"driver": "file", "path": f"{place.resolve()}/"}
     scheme, _, rest = place.partition("://")
     bucket, _, path = rest.partition("/")
-    spec = {"driver": _DRIVERS[scheme], "bucket": bucket, "path": f"{path}/" if path else ""}
+    spec: dict[str, object] = {
+        "driver": _DRIVERS[scheme],
+        "bucket": bucket,
+        "path": f"{path}/" if path else "",
+    }
     if scheme == "s3":
         names = {"endpoint": "AWS_ENDPOINT_URL", "aws_region": "AWS_REGION"}
         spec |= {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}

@@ -83,6 +83,7 @@ class RayEngine:
             Exception: whatever `function` raises.
         """
         import ray
+        from ray import exceptions
 
         task = ray.remote(function)
         most = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -98,9 +99,9 @@ class RayEngine:
                     return
                 done, busy = ray.wait(busy)
                 yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
+        except exceptions.RayTaskError as error:
             raise error.cause from None
-        except ray.exceptions.RayError as error:
+        except exceptions.RayError as error:
             fix = "look at the cluster's memory, or run it again with fewer workers"
             raise MaxlmError(f"a Ray worker died: {str(error).splitlines()[0]}", fix=fix) from error
         finally:

@@ -8,25 +8,19 @@ import pytest
 from maxlm.data.corpus.run import run_recipe
 from tests.data.corpus.recipes import recipe
 
-WORDS = tuple(
-    [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "house",
-        "river",
-        "stone",
-        "walks",
-        "over",
-        "under",
-        "green",
-        "light",
-        "a",
-        "bird",
-        "sings",
-    ]
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "house",
+    "river",
+    "stone",
+    "walks",
+    "over",
+    "under",
+    "green",
 )
 
 

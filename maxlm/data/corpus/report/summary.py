@@ -1,5 +1,8 @@
 """The figures of a report, shard by shard, and their sum."""
 
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import heapq
 from collections import Counter
