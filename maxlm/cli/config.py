@@ -23,14 +23,22 @@ def show(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="Of a corpus's recipe instead of a run.")
+    ] = False,
+) -> None:
     """Print the JSON Schema of a run config, for editors to complete and check YAML with."""
     import json
 
     from maxlm import config as configs
-    from maxlm.run import RunConfig
 
-    _print(json.dumps(configs.schema(RunConfig), indent=2, ensure_ascii=False), "json")
+    if recipe:
+        from maxlm.data.corpus.recipe import RecipeConfig as described
+    else:
+        from maxlm.run import RunConfig as described
+
+    _print(json.dumps(configs.schema(described), indent=2, ensure_ascii=False), "json")
 
 
 @app.command("list")

@@ -73,3 +73,14 @@ def test_schema(run):
 def test_list(run, monkeypatch):
     monkeypatch.setattr("maxlm.config.shipped_configs", lambda: ["runs/demo", "models/tiny"])
     assert run("list") == (0, "runs/demo\nmodels/tiny\n", "")
+
+
+def test_the_schema_of_recipes_has_every_stage(capsys):
+    assert main(["config", "schema", "--recipe"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    kinds = {
+        d["properties"]["stage"].get("const")
+        for d in schema["$defs"].values()
+        if "stage" in d.get("properties", {})
+    }
+    assert {"url", "extract", "near", "substring", "pii"} <= kinds

@@ -90,7 +90,7 @@ class Corpus:
         """Rules for this corpus; None: those of its recipe. See `resolve_rules`."""
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
-        return resolve_rules(keep, cut, self.labels, str(self.folder))
+        return resolve_rules(self.recipe, keep, cut, str(self.folder))
 
 
 def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:

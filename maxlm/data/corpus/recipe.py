@@ -105,7 +105,7 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
         labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
         if "text" in stage.schema().names:
             texts.append(stage.title)
-    resolve_rules(recipe.keep, recipe.cut, labels, "recipe")
+    resolve_rules(recipe, recipe.keep, recipe.cut, "")
     return steps
 
 
@@ -126,28 +126,37 @@ def texts_of(recipe: RecipeConfig) -> tuple[str, ...]:
 
 
 def resolve_rules(
-    keep: Mapping[str, str], cut: Sequence[str], labels: Mapping[str, pa.DataType], where: str
+    recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], where: str
 ) -> Rules:
-    """Check rules against the labels there are.
+    """Check rules against a recipe's labels.
+
+    Args:
+        where: what comes before a rule's key in errors, such as the corpus's folder.
 
     Raises:
         MaxlmError: a wrong expression, an unknown label (names near ones), a cut label without
-            spans.
+            spans, or with spans of a text that a later stage has changed.
     """
-    parsed = {}
+    labels, parsed = labels_of(recipe), {}
     for name, text in keep.items():
-        place = f"{where}.keep.{name}" if where != "recipe" else f"keep.{name}"
+        place = f"{where}: keep.{name}" if where else f"keep.{name}"
         if (known := text.strip().removeprefix("published.")) != text.strip():
             if known not in PUBLISHED:
                 what = f'there is no published rule "{known}"'
                 raise MaxlmError(what, where=place, fix=f"choose: {', '.join(PUBLISHED)}")
             text = PUBLISHED[known]
         parsed[name] = parse(text, labels, place)
+    spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
+    titles = [DOCUMENTS, *(stage.title for stage in recipe.stages)]
+    newest = texts_of(recipe)[-1]
     for label in cut:
-        spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
         if label not in spans:
             what = f'"{label}" is no label that holds spans to cut'
             raise MaxlmError(what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}")
+        stage = label.rpartition(".")[0]
+        if titles.index(stage) <= titles.index(newest):
+            what = f"{label} are places in the text as it was before {newest} changed it"
+            raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
     return Rules(parsed, tuple(cut))
 
 

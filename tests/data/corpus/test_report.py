@@ -106,3 +106,21 @@ def test_thresholds_are_drawn_on_their_scores(figures, tmp_path):
     kinds = re.findall(r'class="(in|out)"', charts[0])
     assert kinds == sorted(kinds, reverse=True)
     assert set(kinds) == {"in", "out"}
+
+
+def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
+    question = "Which of the four rivers that leave the lake runs north past the old stone mill?"
+    rows = [{"text": f"Some words before. {question} Some more words after it."}, {"text": "None."}]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "A book about other things."}) + "\n")
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text(json.dumps({"text": question}) + "\n")
+    stage = {"stage": "decontaminate", "sets": {"quiz": {"documents": [str(quiz)]}}}
+    out = tmp_path / "corpus"
+    corpus = Corpus.open(run_recipe(recipe(tmp_path, out, stages=[stage], keep={})))
+    with WorkerPool(1) as pool:
+        summary = summarize(corpus, corpus.rules(), pool)
+    write_report(corpus, corpus.rules(), summary, out / "report.html")
+    page = (out / "report.html").read_text()
+    assert f"<td>quiz</td><td>{quiz}:1</td>" in page
+    assert '<td class="num">1</td><td class="num">100.0%</td>' in page

@@ -196,6 +196,8 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
         ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
         ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
         ({"cut": ["near.of"]}, "holds spans to cut"),
+        ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
+        ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
         ({"stages": [{"stage": "exact", "where": "language.name is None"}]}, "stages.0.where"),
         ({"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]}, "/nowhere/at/all"),
     ],

@@ -14,9 +14,11 @@ from maxlm.data.corpus.opened import Corpus
 from maxlm.data.corpus.recipe import Rules
 from maxlm.data.corpus.report.summary import Summary
 from maxlm.data.corpus.shards import DOCUMENTS
+from maxlm.data.corpus.stages.decontaminate import DecontaminateStage, count_items
 from maxlm.data.work.paths import writing
 
 _BINS = 48
+_MOST_ITEMS = 100
 _WIDTH, _HEIGHT = 440, 120
 _DROPS = {"<": "above", "<=": "above", ">": "below", ">=": "below"}
 
@@ -59,6 +61,12 @@ def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
         "kept": summary.kept,
         "mixture": _mixture(summary),
         "cut": ", ".join(rules.cut),
+        "contaminated": [
+            item
+            for stage in corpus.recipe.stages
+            if isinstance(stage, DecontaminateStage)
+            for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
+        ],
     }
 
 
