@@ -33,6 +33,9 @@ def run(
     token store is built, so another threshold costs nothing here.
     """
     from maxlm.config import load
+    from maxlm.data.corpus.streams import require_corpus_packages
+
+    require_corpus_packages(recipe)
     from maxlm.data.corpus.opened import Corpus
     from maxlm.data.corpus.recipe import RecipeConfig
     from maxlm.data.corpus.run import run_recipe
@@ -58,6 +61,9 @@ def report(
     ] = None,
 ) -> None:
     """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
+    from maxlm.data.corpus.streams import require_corpus_packages
+
+    require_corpus_packages(str(corpus))
     from maxlm.data.corpus.opened import Corpus
 
     opened = Corpus.open(corpus)
@@ -184,6 +190,9 @@ def show(
 def _show_labels(corpus: Path, document: str) -> None:
     import sys
 
+    from maxlm.data.corpus.streams import require_corpus_packages
+
+    require_corpus_packages(str(corpus))
     from maxlm.data.corpus.opened import Corpus, find_document
 
     opened = Corpus.open(corpus)

@@ -110,3 +110,19 @@ def test_mistakes_end_in_one_line(recipe, tmp_path, capfd, setting, message):
 def test_a_folder_without_a_corpus(tmp_path, capfd):
     assert main(["corpus", "report", str(tmp_path)]) == 2
     assert "there is no corpus here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "recipe.yaml"), ("report", "corpus"), ("show", "corpus", "d1")]
+)
+def test_without_the_packages(recipe, tmp_path, capfd, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "corpus.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["corpus", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error == (
+        f"error: {arguments[1]}: corpora need pyarrow, which is not installed; "
+        "pip install 'maxlm[corpus]'\n"
+    )

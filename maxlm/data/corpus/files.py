@@ -10,7 +10,7 @@ from typing import Literal
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import PYTHON_STDLIB, FilesConfig
-from maxlm.data.corpus.streams import Compression, open_stream
+from maxlm.data.corpus.streams import Compression, open_stream, require_corpus_packages
 
 Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
 
@@ -72,6 +72,7 @@ def find_files(config: FilesConfig) -> Listing:
     num_binary = 0
     for entry in config.documents:
         if Path(entry, CORPUS_FILE).is_file():
+            require_corpus_packages(entry)
             from maxlm.data.corpus.selection import corpus_files
 
             files |= {str(file.path): file for file in corpus_files(entry, config)}

@@ -1,5 +1,6 @@
 """Opening source files, compressed or not, as streams of bytes."""
 
+import importlib.util
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,6 +23,17 @@ def missing_package(package: str, path: Path) -> MaxlmError:
         where=str(path),
         fix="pip install 'maxlm[data]'",
     )
+
+
+def require_corpus_packages(where: str) -> None:
+    """Check, before a corpus is made or opened, that the packages for it are installed.
+
+    Raises:
+        MaxlmError: they are not.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        what = "corpora need pyarrow, which is not installed"
+        raise MaxlmError(what, where=where, fix="pip install 'maxlm[corpus]'")
 
 
 @contextmanager
