@@ -179,9 +179,9 @@ def show(
     ] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.data.corpus.files import CORPUS_FILE
+    from maxlm.data.corpus.files import is_corpus
 
-    if (folder / CORPUS_FILE).is_file():
+    if is_corpus(folder):
         _show_labels(folder, document)
     else:
         _show_stored(folder, document, tokens)

@@ -117,7 +117,7 @@ def test_a_folder_without_a_corpus(tmp_path, capfd):
 )
 def test_without_the_packages(recipe, tmp_path, capfd, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "documents").mkdir(parents=True)
     (tmp_path / "corpus" / "corpus.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["corpus", *arguments]) == 2

@@ -30,6 +30,7 @@ _COMPARE: dict[type, tuple[str, Callable]] = {
     ast.GtE: (">=", pc.greater_equal),
 }
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 _ARITHMETIC: dict[type, Callable] = {
     ast.Add: pc.add,
     ast.Sub: pc.subtract,
@@ -46,6 +47,8 @@ class Threshold:
     label: str
     comparison: str
     value: float
+    decides: bool = True
+    """Whether a document on its far side is dropped whatever else the expression says."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +103,28 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
             go together, such as a string compared with a number.
     """
     try:
-        _parse(text)
+        tree = _parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", str(error))
         raise MaxlmError(f"{text!r} is no expression: {reason}", where=where, fix=_FIX) from error
     expression = Expression(text)
     try:
         names = expression.names
+        for name in names:
+            if name not in labels:
+                raise no_label(name, labels, where)
+        empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
+        value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
+        _ = expression.thresholds
     except _Unknown as error:
         what = f"{text!r}: {error} means nothing here"
         raise MaxlmError(what, where=where, fix=_FIX) from error
-    for name in names:
-        if name not in labels:
-            raise _no_label(name, labels, where)
-    empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
-    try:
-        value = _evaluate(expression._tree, empty if names else pa.table({"": pa.nulls(1)}))
-    except _Unknown as error:
-        what = f"{text!r}: {error} means nothing here"
-        raise MaxlmError(what, where=where, fix=_FIX) from error
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
         raise MaxlmError(what, where=where, fix=f"labels: {_kinds(names, labels)}") from error
+    except RecursionError as error:
+        what = f"an expression of {len(text):,} characters is nested too deeply"
+        raise MaxlmError(what, where=where, fix="make it several rules") from error
     if not isinstance(value, bool) and not pa.types.is_boolean(value.type):
         what = f"{text!r} is a value, not a condition"
         raise MaxlmError(what, where=where, fix="compare it with something") from None
@@ -129,14 +132,18 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
 
 
 def _parse(text: str) -> ast.expr:
-    return ast.parse(text.replace("\n", " ").strip(), mode="eval").body
+    if not text.strip():
+        raise SyntaxError("it is empty")
+    # In brackets it may have several lines, with comments.
+    return ast.parse(f"(\n{text}\n)", mode="eval").body
 
 
 class _Unknown(Exception):
     """Syntax that has no meaning in an expression."""
 
 
-def _no_label(name: str, labels: Mapping[str, pa.DataType], where: str) -> MaxlmError:
+def no_label(name: str, labels: Mapping[str, pa.DataType], where: str) -> MaxlmError:
+    """The error for a label that does not exist; names near ones."""
     near = get_close_matches(name, labels, n=3, cutoff=0.5)
     if not near:
         near = [label for label in labels if name.rpartition(".")[2] in label][:3]
@@ -163,19 +170,27 @@ def _names(node: ast.AST) -> list[str]:
     return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
 
 
-def _thresholds(tree: ast.expr) -> list[Threshold]:
-    found = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Compare):
-            continue
-        sides = [node.left, *node.comparators]
-        for left, sign, right in zip(sides, node.ops, sides[1:], strict=False):
-            text = _COMPARE.get(type(sign), ("", None))[0]
-            if text and (name := _dotted(left)) and (value := _number(right)) is not None:
-                found.append(Threshold(name, text, value))
-            elif text and (name := _dotted(right)) and (value := _number(left)) is not None:
-                found.append(Threshold(name, _MIRRORED.get(text, text), value))
-    return found
+def _thresholds(node: ast.expr, negated: bool = False, decides: bool = True) -> list[Threshold]:
+    """`decides`: whether a document is dropped if the comparison (negated or not) does not hold."""
+    match node:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _thresholds(operand, not negated, decides)
+        case ast.BoolOp(op=op, values=values):
+            decides = decides and isinstance(op, ast.Or if negated else ast.And)
+            return [each for value in values for each in _thresholds(value, negated, decides)]
+        case ast.Compare(left=left, ops=ops, comparators=comparators):
+            sides, found = [left, *comparators], []
+            decides = decides and not (negated and len(ops) > 1)
+            for one, sign, other in zip(sides, ops, sides[1:], strict=False):
+                text = _COMPARE.get(type(sign), ("", None))[0]
+                name, value = _dotted(one), _number(other)
+                if name is None:
+                    name, value, text = _dotted(other), _number(one), _MIRRORED.get(text, text)
+                if text and name is not None and value is not None:
+                    text = _NEGATED[text] if negated else text
+                    found.append(Threshold(name, text, value, decides))
+            return found
+    return []
 
 
 def _number(node: ast.expr) -> float | None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import PYTHON_STDLIB, FilesConfig
-from maxlm.data.corpus.streams import Compression, open_stream, require_corpus_packages
+from maxlm.data.corpus.streams import Compression, DamagedFile, open_stream, require_corpus_packages
 
 Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
 
@@ -71,20 +71,23 @@ def find_files(config: FilesConfig) -> Listing:
     files: dict[str, SourceFile] = {}
     num_binary = 0
     for entry in config.documents:
-        if Path(entry, CORPUS_FILE).is_file():
-            require_corpus_packages(entry)
-            from maxlm.data.corpus.selection import corpus_files
-
-            files |= {str(file.path): file for file in corpus_files(entry, config)}
-            continue
         found = binary = 0
-        for path, name, is_text in _expand(entry):
-            file = _source_file(path, name)
-            if not is_text and _is_binary(file):
-                binary += 1
+        for root in _roots(entry):
+            if is_corpus(root):
+                require_corpus_packages(entry)
+                from maxlm.data.corpus.selection import corpus_files
+
+                for file in corpus_files(root, config):
+                    found += 1
+                    files.setdefault(os.path.realpath(file.path), file)
                 continue
-            found += 1
-            files.setdefault(os.path.realpath(path), file)
+            for path, name, is_text in _expand(root, named=root == Path(entry).expanduser()):
+                file = _source_file(path, name)
+                if not is_text and _is_binary(file):
+                    binary += 1
+                    continue
+                found += 1
+                files.setdefault(os.path.realpath(path), file)
         if not found:
             what = f"no text files here ({binary} binary files skipped)"
             raise MaxlmError(what, where=entry, fix="name a folder or files that hold text")
@@ -92,29 +95,34 @@ def find_files(config: FilesConfig) -> Listing:
     return Listing(tuple(files.values()), num_binary)
 
 
-def _expand(entry: str) -> Iterator[tuple[Path, str, bool]]:
-    """Yield (path, name, known to be text) for each file an entry stands for."""
-    if entry == PYTHON_STDLIB:
-        yield from _python_stdlib()
-        return
+def is_corpus(folder: Path) -> bool:
+    """Whether `maxlm corpus run` made this folder."""
+    return (folder / CORPUS_FILE).is_file() and (folder / "documents").is_dir()
+
+
+def _roots(entry: str) -> list[Path]:
+    """The files and folders that an entry stands for."""
     path = Path(entry).expanduser()
-    if path.is_dir():
-        yield from _walk(path)
-    elif path.exists():
-        yield path, path.as_posix(), True
-    elif glob.has_magic(entry):
-        matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not matches:
-            fix = "check the pattern (and quote it, so that the shell leaves it alone)"
-            raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
-        for match in matches:
-            if match.is_dir():
-                yield from _walk(match)
-            elif match.is_file():
-                yield match, match.as_posix(), False
-    else:
+    if entry == PYTHON_STDLIB or path.exists():
+        return [path]
+    if not glob.has_magic(entry):
         fix = f"give a file, a folder, a quoted glob or {PYTHON_STDLIB}"
         raise MaxlmError("no such file or folder", where=entry, fix=fix)
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)))
+    if not matches:
+        fix = "check the pattern (and quote it, so that the shell leaves it alone)"
+        raise MaxlmError("the pattern matches nothing", where=entry, fix=fix)
+    return matches
+
+
+def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
+    """Yield (path, name, known to be text) for each file of a root; `named`: outright."""
+    if str(root) == PYTHON_STDLIB:
+        yield from _python_stdlib()
+    elif root.is_dir():
+        yield from _walk(root)
+    elif named or root.is_file():
+        yield root, root.as_posix(), named
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str, bool]]:
@@ -142,6 +150,10 @@ def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
     paths = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in skip]
+        for each in folders:
+            if is_corpus(Path(folder, each)):
+                what = "a corpus lies among the files of this folder"
+                raise MaxlmError(what, where=str(Path(folder, each)), fix="name what is meant")
         files = (Path(folder, name) for name in names if not name.startswith("."))
         paths += [file.relative_to(root).as_posix() for file in files if file.is_file()]
     return sorted(paths)
@@ -165,7 +177,7 @@ def _is_binary(file: SourceFile) -> bool:
     try:
         with open_stream(file.path, file.compression) as stream:
             return b"\0" in stream.read(_SNIFF_BYTES)
-    except MaxlmError:
+    except DamagedFile:
         return False  # For the reader to say.
 
 

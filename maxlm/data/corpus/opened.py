@@ -36,6 +36,22 @@ def manifest_file(home: Path) -> Path:
     return home / "manifest.json"
 
 
+def read_recipe(folder: Path) -> RecipeConfig:
+    """The recipe that a corpus was made by.
+
+    Raises:
+        MaxlmError: there is no corpus, or it is of another version.
+    """
+    try:
+        return RecipeConfig.model_validate_json(recipe_file(folder).read_text())
+    except OSError as error:
+        fix = "make one with maxlm corpus run RECIPE"
+        raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
+    except ValidationError as error:
+        what = "this corpus was made by another version of maxlm, or is damaged"
+        raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The folder that `run_recipe` made."""
@@ -50,17 +66,8 @@ class Corpus:
         Raises:
             MaxlmError: there is none, it is of another version, or its stages are not all done.
         """
-        folder = Path(folder)
-        try:
-            recipe = RecipeConfig.model_validate_json(recipe_file(folder).read_text())
-        except OSError as error:
-            fix = "make one with maxlm corpus run RECIPE"
-            raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
-        except ValidationError as error:
-            what = "this corpus was made by another version of maxlm, or is damaged"
-            raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
-        corpus = cls(folder, recipe)
-        for title in (DOCUMENTS, *(stage.title for stage in recipe.stages)):
+        corpus = cls(Path(folder), read_recipe(Path(folder)))
+        for title in (DOCUMENTS, *(stage.title for stage in corpus.recipe.stages)):
             corpus.manifest(title)
         return corpus
 

@@ -20,7 +20,7 @@ from maxlm.data.corpus.crawl import RawDocument, read_warc
 from maxlm.data.corpus.files import SourceFile, find_files
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
 from maxlm.data.corpus.slices import FileSlice, open_parquet, scan_file, whole
-from maxlm.data.corpus.streams import open_stream
+from maxlm.data.corpus.streams import DamagedFile, open_stream
 
 # What is in memory at once, and so in a row group.
 _GROUP_ROWS = 1024
@@ -72,7 +72,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
 def _slices(file: SourceFile, shard_bytes: int) -> tuple[FileSlice, ...]:
     try:
         return scan_file(file, shard_bytes, digest=False).slices
-    except MaxlmError:
+    except DamagedFile:
         return (whole(file),)  # Damaged, which the reader will count.
 
 
@@ -88,29 +88,33 @@ def _job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> Read
 def read_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
-        rows: list[RawDocument] = []
+        rows: list[dict[str, Any]] = []
         size = 0
         for document in _documents(job, writer.count):
-            rows.append(document)
-            size += len(document.html or b"") + len(document.text or "")
+            rows.append(_columns(job.source.name, document))
+            size += sum(len(value) for value in rows[-1].values() if value is not None)
             if size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS:
-                writer.add(_batch(job.source.name, rows))
+                writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
                 rows, size = [], 0
         if rows:
-            writer.add(_batch(job.source.name, rows))
+            writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
 
 
-def _batch(source: str, rows: Sequence[RawDocument]) -> pa.RecordBatch:
-    columns = {
-        "id": [row.id for row in rows],
-        "source": [source] * len(rows),
-        "url": [row.url for row in rows],
-        "text": [row.text for row in rows],
-        "html": [row.html for row in rows],
-        "meta": [json.dumps(row.meta, default=str) if row.meta else None for row in rows],
+def _columns(source: str, document: RawDocument) -> dict[str, Any]:
+    """A row. Texts of all kinds are without NUL and lone surrogates from here on."""
+    meta = json.dumps(document.meta, default=str) if document.meta else None
+    return {
+        "id": _clean(document.id),
+        "source": source,
+        "url": document.url and _clean(document.url),
+        "text": document.text and _clean(document.text),
+        "html": document.html,
+        "meta": meta,
     }
-    arrays = [pa.array(columns[field.name], field.type) for field in DOCUMENT_SCHEMA]
-    return pa.RecordBatch.from_arrays(arrays, schema=DOCUMENT_SCHEMA)
+
+
+def _clean(text: str) -> str:
+    return _SURROGATE.sub("\ufffd", text.replace("\0", ""))
 
 
 def _documents(job: ReadJob, count: Count) -> Iterator[RawDocument]:
@@ -123,11 +127,8 @@ def _documents(job: ReadJob, count: Count) -> Iterator[RawDocument]:
                     yield document
                 else:
                     count("empty")
-        except MaxlmError as error:
-            # The rest of a damaged file; what came before is kept.
-            if "not installed" in error.what:
-                raise
-            count("broken")
+        except DamagedFile:
+            count("broken")  # The rest of the file; what came before is kept.
 
 
 Reader = Callable[[CrawlSource, FileSlice, Count], Iterator[RawDocument]]
@@ -136,7 +137,8 @@ Reader = Callable[[CrawlSource, FileSlice, Count], Iterator[RawDocument]]
 def _reader(part: FileSlice) -> Reader:
     if part.file.format == "warc":
         return _read_warc
-    if part.file.format == "text" and part.file.path.name.lower().endswith(_HTML):
+    name = part.file.path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if part.file.format == "text" and name.endswith(_HTML):
         return _read_html
     return {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[part.file.format]
 
@@ -162,8 +164,11 @@ def _read_text(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[R
             name = part.file.name if size is None else f"{part.file.name}#{number}"
             if len(piece) > limit:
                 count("too_large")
-                return
-            if (text := _text(source, piece)) is None:
+                if size is None:
+                    return
+                while piece and not piece.endswith(b"\n"):
+                    piece = stream.readline(limit)
+            elif (text := _text(source, piece)) is None:
                 count("bad_bytes")
             else:
                 yield RawDocument(id=name, url=None, html=None, text=text, meta={})
@@ -187,8 +192,11 @@ def _read_jsonl(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[
                 count("too_large")
             elif line.strip():
                 try:
-                    row = json.loads(line.decode("utf-8-sig", "replace"))
-                    yield _from_row(source, name, row)
+                    if (decoded := _text(source, line)) is None:
+                        raise _BadBytes
+                    yield _from_row(source, name, json.loads(decoded))
+                except _BadBytes:
+                    count("bad_bytes")
                 except (ValueError, RecursionError, TypeError, KeyError):
                     count("broken")
 
@@ -199,38 +207,62 @@ def _read_parquet(source: CrawlSource, part: FileSlice, count: Count) -> Iterato
         stop = parquet.num_row_groups if part.stop is None else part.stop
         groups = list(range(part.start, stop))
         for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=groups) if groups else ():
-            for each in batch.to_pylist():
+            columns = {
+                n: _values(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)
+            }
+            for i in range(batch.num_rows):
                 try:
-                    yield _from_row(source, f"{part.file.name}:{row}", each)
+                    fields = {name: values[i] for name, values in columns.items()}
+                    yield _from_row(source, f"{part.file.name}:{row}", fields)
+                except _BadBytes:
+                    count("bad_bytes")
                 except (TypeError, KeyError):
                     count("broken")
                 row += 1
 
 
-def _from_row(source: CrawlSource, name: str, row: dict[str, Any]) -> RawDocument:
+def _values(column: pa.Array) -> list[Any]:
+    """Python values. Strings as bytes, since Arrow does not check that they are UTF-8."""
+    try:
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            return column.cast(pa.large_binary()).to_pylist()
+        return column.to_pylist()
+    except (ValueError, pa.ArrowException):  # Such as times that Python cannot hold.
+        return [None] * len(column)
+
+
+class _BadBytes(Exception):
+    """Text that is not UTF-8, and is to be skipped for it."""
+
+
+def _from_row(source: CrawlSource, name: str, row: Any) -> RawDocument:
     """A document from named fields. Raises KeyError or TypeError where there is no text in them."""
+    if not isinstance(row, dict):
+        raise TypeError(type(row).__name__)
     text = row.pop(source.text_field)
     if text is not None:
         if not isinstance(text, str | bytes):
             raise TypeError(type(text).__name__)
-        raw = _SURROGATE.sub("\ufffd", text).encode() if isinstance(text, str) else text
-        text = _text(source, raw)
-    url = row.pop(source.url_field, None)
-    id_ = row.pop("id", None)
+        if (text := _text(source, text)) is None:
+            raise _BadBytes
+    fields = {
+        k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in row.items()
+    }
+    url, id_ = fields.pop(source.url_field, None), fields.pop("id", None)
     return RawDocument(
         id=str(id_) if id_ is not None else name,
         url=url if isinstance(url, str) else None,
         html=None,
         text=text,
-        meta={k: v for k, v in row.items() if v is not None},
+        meta={k: v for k, v in fields.items() if v is not None},
     )
 
 
-def _text(source: CrawlSource, data: bytes) -> str | None:
+def _text(source: CrawlSource, data: bytes | str) -> str | None:
+    """The text of UTF-8 bytes, or of a string with lone surrogates; None: it is to be skipped."""
+    if isinstance(data, str):
+        return None if source.on_bad_bytes == "skip" and _SURROGATE.search(data) else data
     try:
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        if source.on_bad_bytes == "skip":
-            return None
-        text = data.decode("utf-8-sig", "replace")
-    return text.replace("\0", "")
+        return None if source.on_bad_bytes == "skip" else data.decode("utf-8-sig", "replace")

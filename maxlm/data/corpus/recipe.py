@@ -2,19 +2,22 @@
 
 import hashlib
 import json
+import keyword
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.types as types
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.config import CrawlSource
-from maxlm.data.corpus.expression import Expression, parse
+from maxlm.data.corpus.expression import Expression, no_label, parse
 from maxlm.data.corpus.files import CORPUS_FILE
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
-from maxlm.data.corpus.stage import Stage
+from maxlm.data.corpus.stage import CorpusStage, Stage
 from maxlm.data.corpus.stages import AnyStage
 from maxlm.data.corpus.stages.heuristics import PUBLISHED
 from maxlm.data.work.engine import EngineName
@@ -47,13 +50,17 @@ class RecipeConfig(Config):
 
     @model_validator(mode="after")
     def _names_differ(self):
+        titles = [stage.title for stage in self.stages]
         for kind, names in (
             ("sources", [source.name for source in self.sources]),
-            ("stages", [stage.title for stage in self.stages]),
+            ("stages", titles),
         ):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
+        for title in titles:
+            if title in (DOCUMENTS, "lock") or keyword.iskeyword(title):
+                raise ValueError(f"no stage can be called {title}: give it another name")
         return self
 
 
@@ -66,6 +73,8 @@ class Step:
     where: Expression | None
     key: str
     """A hash of everything that decides its labels, but for the documents."""
+    whole: bool
+    """Whether its labels depend on what other documents there are."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,7 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
     """
     labels = {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS}
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
+    wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         place = f"stages.{number}"
         where = None
@@ -92,16 +102,21 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
             where = parse(stage.where, labels, f"{place}.where")
         read = [*stage.reads, *(where.names if where else ())]
         for column in read:
-            if "." in column and column not in labels:
-                what = f"{stage.title} reads {column}, which no earlier stage gives"
-                fix = f"put a stage that gives it before, or name one of: {', '.join(labels)}"
-                raise MaxlmError(what, where=place, fix=fix)
+            if column not in labels and column not in DOCUMENT_SCHEMA.names:
+                raise no_label(column, labels, f"{place} ({stage.title})")
+        if isinstance(stage, CorpusStage):
+            for label in stage.ranks_by:
+                if not is_number(labels.get(label, pa.null())):
+                    what = f'"{label}" holds no numbers to choose the best document by'
+                    raise MaxlmError(what, where=f"{place}.keep_by", fix="name a label that does")
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
-        if "text" in stage.reads:
-            sources |= set(texts)
-        parts = [stage.key(), stage.where, sorted((s, keys[s]) for s in sources)]
+        # Of texts the order matters: the newest that a document has is read.
+        seen = texts if "text" in stage.reads else []
+        parts = [stage.key(), stage.where, sorted((s, keys[s]) for s in {*sources, *seen}), seen]
         keys[stage.title] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        steps.append(Step(stage, tuple(texts), where, keys[stage.title]))
+        whole = isinstance(stage, CorpusStage) or bool(wholes & {*sources, *seen})
+        wholes |= {stage.title} if whole else set()
+        steps.append(Step(stage, tuple(texts), where, keys[stage.title], whole))
         labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
         if "text" in stage.schema().names:
             texts.append(stage.title)
@@ -117,6 +132,11 @@ def labels_of(recipe: RecipeConfig) -> dict[str, pa.DataType]:
         for field in stage.schema()
         if field.name != "text"
     }
+
+
+def is_number(type_: pa.DataType) -> bool:
+    """Whether a label is a score: numbers, or flags as 0 and 1."""
+    return types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)
 
 
 def texts_of(recipe: RecipeConfig) -> tuple[str, ...]:
@@ -140,6 +160,9 @@ def resolve_rules(
     labels, parsed = labels_of(recipe), {}
     for name, text in keep.items():
         place = f"{where}: keep.{name}" if where else f"keep.{name}"
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            what = f"{name!r} cannot be the name of a rule"
+            raise MaxlmError(what, where=place, fix="use letters, digits, _ and -")
         if (known := text.strip().removeprefix("published.")) != text.strip():
             if known not in PUBLISHED:
                 what = f'there is no published rule "{known}"'

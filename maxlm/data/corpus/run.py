@@ -1,5 +1,6 @@
 """Running a recipe: each stage over each shard, going on where an earlier run stopped."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -42,26 +43,65 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = silent) -> Path:
         MaxlmError: a wrong recipe (before anything is written), sources that are not there, a
             missing package or model, a disk that is full, or a stage's alarm.
     """
-    folder = Path(recipe.out)
+    folder = Path(recipe.out).expanduser()
     steps = resolve(recipe)
+    _check_place(folder, recipe)
     jobs = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     shards = [job.shard for job in jobs]
     if len({shard.name for shard in shards}) < len(shards):
         what = "a source names the same files twice"
         raise MaxlmError(what, where="sources", fix="name each file once")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
-        what = "this folder holds something else than a corpus"
-        raise MaxlmError(what, where=str(folder), fix="choose another out, or empty the folder")
+    documents = hashlib.sha256("".join(shard.name for shard in shards).encode()).hexdigest()
+    keys = {step.stage.title: _key(step, documents) for step in steps}
     with locked_folder(folder), open_engine(recipe.engine, recipe.workers) as engine:
+        # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
+        for title, key in {DOCUMENTS: documents, **keys}.items():
+            _forget_stale_manifest(folder / title, key, [shard.name for shard in shards])
         _write_json(recipe_file(folder), recipe.model_dump(mode="json"))
-        _read(folder, jobs, recipe, engine, progress)
+        _read(folder, documents, jobs, recipe, engine, progress)
         for step in steps:
-            _run_step(folder, step, shards, engine, progress)
+            _run_step(folder, step, keys[step.stage.title], shards, engine, progress)
     return folder
 
 
+def _check_place(folder: Path, recipe: RecipeConfig) -> None:
+    fix = "choose another out"
+    if folder.exists() and not folder.is_dir():
+        raise MaxlmError("this is a file", where=str(folder), fix=fix)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "lock").exists():
+        what = "this folder holds something else than a corpus"
+        raise MaxlmError(what, where=str(folder), fix=f"{fix}, or empty the folder")
+    for source in recipe.sources:
+        for entry in source.documents:
+            if folder.resolve().is_relative_to(Path(entry).expanduser().resolve()):
+                what = f"the corpus would lie inside {entry}, which it is made of"
+                raise MaxlmError(what, where=str(folder), fix=fix)
+
+
+def _key(step: Step, documents: str) -> str:
+    """What a stage's folder is named to hold; of some, one document changes every label."""
+    return f"{step.key} {documents}" if step.whole else step.key
+
+
+def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
+    path = manifest_file(home)
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["key"] == key and list(manifest["shards"]) == list(shards):
+            return
+    except (OSError, ValueError, KeyError):
+        pass
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
 def _read(
-    folder: Path, jobs: Sequence[ReadJob], recipe: RecipeConfig, engine: Engine, progress: Progress
+    folder: Path,
+    key: str,
+    jobs: Sequence[ReadJob],
+    recipe: RecipeConfig,
+    engine: Engine,
+    progress: Progress,
 ) -> None:
     began = time.time()
     pending = [job for job in jobs if not job.shard.path(DOCUMENTS).exists()]
@@ -72,18 +112,22 @@ def _read(
         {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
         for job in jobs
     ]
-    _finish(folder, DOCUMENTS, shards, began, {"sources": sources, "inputs": inputs}, ())
+    if pending or not manifest_file(folder / DOCUMENTS).exists():
+        details = {"key": key, "sources": sources, "inputs": inputs}
+        _finish(folder, DOCUMENTS, shards, began, details, ())
 
 
 def _run_step(
-    folder: Path, step: Step, shards: Sequence[Shard], engine: Engine, progress: Progress
+    folder: Path,
+    step: Step,
+    key: str,
+    shards: Sequence[Shard],
+    engine: Engine,
+    progress: Progress,
 ) -> None:
     began, title = time.time(), step.stage.title
     home = folder / title
     views = [Shard(folder, s.name, step.texts, step.where, title) for s in shards]
-    key = step.key
-    if isinstance(step.stage, CorpusStage):  # One document more or less may change every label.
-        key += "".join(shard.name for shard in shards)
     with writing(home):
         _forget_other_labels(home, key)
     pending = [view for view in views if not view.path(title).exists()]
@@ -96,6 +140,7 @@ def _run_step(
             scratch.mkdir(exist_ok=True)
         step.stage.label(views, scratch, engine, progress)
     details = {
+        "key": key,
         "stage": step.stage.model_dump(mode="json"),
         "version": step.stage.version,
         "reads": list(step.stage.reads),
@@ -147,18 +192,20 @@ def _finish(
 ) -> None:
     """Write a stage's manifest, and delete the shards of files that are no longer sources."""
     home = folder / title
+    with writing(home):
+        home.mkdir(exist_ok=True)
     wanted = {shard.path(title).name for shard in shards}
     for path in home.glob("*.parquet"):
         if path.name not in wanted:
             path.unlink()
     for path in home.glob(".*.parquet.*"):
         path.unlink()  # Left by a killed worker.
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(rows=0, labelled=0)
     rows = {}
     for shard in shards:
         each = read_counts(shard.path(title))
         rows[shard.name] = each["rows"]
-        counts += each
+        counts.update(each)
     _write_json(
         manifest_file(home),
         details

@@ -4,16 +4,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import FilesConfig, SourceConfig
-from maxlm.data.corpus.files import CORPUS_FILE, SourceFile
-from maxlm.data.corpus.opened import Corpus, read_kept
-from maxlm.data.corpus.recipe import Rules
-from maxlm.data.corpus.shards import DOCUMENTS
+from maxlm.data.corpus.files import SourceFile, is_corpus
+from maxlm.data.corpus.opened import Corpus, read_kept, read_recipe
+from maxlm.data.corpus.recipe import Rules, texts_of
+from maxlm.data.corpus.shards import DOCUMENTS, Shard
 from maxlm.data.corpus.slices import FileSlice
 
 
-def corpus_files(folder: str, config: FilesConfig) -> list[SourceFile]:
+def corpus_files(folder: Path, config: FilesConfig) -> list[SourceFile]:
     """The shards of the corpus in `folder`, as files.
 
     Raises:
@@ -22,7 +21,7 @@ def corpus_files(folder: str, config: FilesConfig) -> list[SourceFile]:
     corpus = Corpus.open(folder)
     rules = _rules(corpus, config)
     labels = [name for rule in rules.keep.values() for name in rule.names] + list(rules.cut)
-    stages = {label.rpartition(".")[0] for label in labels} - {""} | set(corpus.shards[0].texts)
+    stages = {label.rpartition(".")[0] for label in labels} - {""} | set(texts_of(corpus.recipe))
     return [
         SourceFile(
             path=(path := shard.path(DOCUMENTS)),
@@ -40,8 +39,8 @@ def selection(config: SourceConfig) -> str | None:
     """The rules that decide what is taken from the corpora among a source's documents, as text."""
     found = {}
     for entry in config.documents:
-        if Path(entry, CORPUS_FILE).is_file():
-            rules = _rules(Corpus.open(entry), config)
+        if is_corpus(folder := Path(entry).expanduser()):
+            rules = _rules(Corpus.open(folder), config)
             keep = {name: rule.text for name, rule in rules.keep.items()}
             found[entry] = {"keep": keep, "cut": rules.cut}
     return json.dumps(found) if found else None
@@ -50,12 +49,10 @@ def selection(config: SourceConfig) -> str | None:
 def read_corpus(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:
     """(id, text) of each document of a shard; None for what the rules leave out."""
     folder, name = part.file.path.parents[1], part.file.path.stem
-    corpus = Corpus.open(folder)
+    # Its manifests were looked at by `corpus_files`; once for each shard would be quadratic.
+    corpus = Corpus(folder, read_recipe(folder))
     rules = _rules(corpus, config)
-    shard = next((shard for shard in corpus.shards if shard.name == name), None)
-    if shard is None:
-        what = "the corpus has changed while it was read"
-        raise MaxlmError(what, where=str(part.file.path), fix="run it again")
+    shard = Shard(folder, name, texts_of(corpus.recipe))
     for document_id, text in read_kept(shard, rules):
         yield document_id, None if text is None else text.encode()
 

@@ -121,6 +121,12 @@ class Shard:
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
         for stage, name in self._origins(column):
+            if name not in files[stage].schema_arrow.names:
+                raise MaxlmError(
+                    f'there is no column "{name}": another version of maxlm made this file',
+                    where=str(self.path(stage)),
+                    fix="delete the stage's folder and run the recipe again",
+                )
             table = files[stage].read_row_group(group, columns=[name])
             if table.num_rows != size:
                 raise MaxlmError(

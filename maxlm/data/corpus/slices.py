@@ -8,7 +8,7 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.files import SourceFile
-from maxlm.data.corpus.streams import missing_package, open_stream
+from maxlm.data.corpus.streams import DamagedFile, missing_package, open_stream
 
 _BLOCK_BYTES = 4 << 20
 
@@ -60,12 +60,13 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
     for path in (file.path, *file.labels) if digest or cut_lines else ():
         with open_stream(path, "none") as stream:
             while block := stream.read(_BLOCK_BYTES):
-                hasher.update(block)
+                if digest:
+                    hasher.update(block)
                 if cut_lines:
                     line = _cut_block(block, position, line, slice_bytes, cuts)
                 position += len(block)
     if file.format == "parquet":
-        slices = tuple(_parquet_slices(file, slice_bytes))
+        slices = tuple(_parquet_slices(file, slice_bytes)) or (whole(file),)
     elif cut_lines:
         cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
         stops = [start for start, _ in cuts[1:]] + [position]
@@ -122,4 +123,6 @@ def open_parquet(path: Path):
             yield parquet
     except (pa.ArrowException, OSError) as error:
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
-        raise MaxlmError(what, where=str(path), fix="fetch or write the file again") from error
+        # An error of the system has a number; what Arrow finds in the bytes has none.
+        kind = MaxlmError if getattr(error, "errno", None) else DamagedFile
+        raise kind(what, where=str(path), fix="fetch or write the file again") from error

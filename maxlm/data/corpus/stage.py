@@ -76,6 +76,23 @@ class LabelStage(Stage):
 class CorpusStage(Stage):
     """A stage that compares documents with each other."""
 
+    keep_by: str | None = None
+    """The label by which the best of several documents is kept: the highest value wins, or with a
+    minus in front ("-perplexity.value") the lowest; null, and among equals: the first document."""
+    memory: int = Field(default=1 << 29, ge=1 << 10)
+    """Bytes that a job may use, about; smaller means more files and jobs."""
+
+    neutral = (*Stage.neutral, "memory")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("text", *self.ranks_by)
+
+    @property
+    def ranks_by(self) -> tuple[str, ...]:
+        """The label that `keep_by` names, if any."""
+        return () if self.keep_by is None else (self.keep_by.removeprefix("-"),)
+
     @abstractmethod
     def label(
         self, shards: Sequence[Shard], scratch: Path, engine: Engine, progress: Progress

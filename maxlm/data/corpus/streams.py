@@ -16,6 +16,10 @@ READ_BYTES = 1 << 20
 _FEED_BYTES = 2048
 
 
+class DamagedFile(MaxlmError):
+    """A file whose content cannot be read, though the file itself can."""
+
+
 def missing_package(package: str, path: Path) -> MaxlmError:
     """The error for a format whose optional reader is not installed."""
     return MaxlmError(
@@ -55,7 +59,7 @@ def open_stream(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
                     yield io.BufferedReader(_FrameReader(file, _zstd_frames(path)), READ_BYTES)
     except EOFError as error:
         what = f"damaged or incomplete .{compression} data ({error})"
-        raise MaxlmError(what, where=str(path), fix="fetch or compress the file again") from error
+        raise DamagedFile(what, where=str(path), fix="fetch or compress the file again") from error
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error

@@ -4,6 +4,7 @@ Jobs are picklable functions of picklable arguments that pass data on by files, 
 machines share; so both engines give the same files.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol, TypeVar
@@ -60,9 +61,10 @@ class RayEngine:
         if not ray.is_initialized():
             try:
                 ray.init(log_to_driver=False, include_dashboard=False)
-            except ConnectionError as error:
+            except (ConnectionError, ValueError, RuntimeError) as error:
                 fix = "check RAY_ADDRESS, or set engine: local"
-                raise MaxlmError(f"no Ray cluster to be reached: {error}", fix=fix) from error
+                reason = str(error).splitlines()[0]
+                raise MaxlmError(f"no Ray cluster to be reached: {reason}", fix=fix) from error
             self._started = True
         return self
 
@@ -85,7 +87,7 @@ class RayEngine:
         import ray
         from ray import exceptions
 
-        task = ray.remote(function)
+        task, here = ray.remote(_call_in), os.getcwd()
         most = self._workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting, busy = iter(jobs), []
         try:
@@ -94,7 +96,7 @@ class RayEngine:
                     job = next(waiting, None)
                     if job is None:
                         break
-                    busy.append(task.remote(job))
+                    busy.append(task.remote(here, function, job))
                 if not busy:
                     return
                 done, busy = ray.wait(busy)
@@ -107,3 +109,13 @@ class RayEngine:
         finally:
             for each in busy:
                 ray.cancel(each, force=True)
+
+
+def _call_in(folder: str, function: Callable[[Job], Result], job: Job) -> Result:
+    """Call where relative paths mean what they meant for whoever wrote the job."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        what = f"a Ray worker cannot see this folder ({error.strerror})"
+        raise MaxlmError(what, where=folder, fix="run it on a disk that all nodes share") from error
+    return function(job)

@@ -43,7 +43,7 @@ def locked_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> 
             try:
                 fcntl.flock(descriptor, how)
             except BlockingIOError as error:
-                what = "another process is building this store"
+                what = "another process is at work in this folder"
                 raise MaxlmError(what, where=str(folder), fix="wait for it to end") from error
             # The last holder may have deleted the folder between our open and our lock.
             if _is_file(folder / "lock", descriptor):

@@ -175,6 +175,7 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
 
 def test_a_corpus_is_no_source(tmp_path):
     (tmp_path / "corpus.json").write_text("{}")
+    (tmp_path / "documents").mkdir()
     source = CrawlSource(name="web", documents=(str(tmp_path),))
     with pytest.raises(MaxlmError):
         plan_shards(tmp_path / "c", [source], 1)

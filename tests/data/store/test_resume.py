@@ -113,7 +113,7 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path, corpus, byte_tokenizer):
         with pytest.raises(MaxlmError) as caught:
             build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
     assert str(caught.value) == (
-        f"{building}: another process is building this store; wait for it to end"
+        f"{building}: another process is at work in this folder; wait for it to end"
     )
     build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
 

@@ -45,7 +45,7 @@ def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
     """What the template is filled with."""
     sources = sorted({source for _, source in summary.documents})
     return {
-        "name": corpus.folder.name,
+        "name": corpus.folder.resolve().name,
         "sources": sources,
         "read": [
             (reason, number)
@@ -110,7 +110,7 @@ def _histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
             thresholds.setdefault(each.label, []).append(each)
     charts = []
     for label in sorted(summary.values, key=lambda label: (label not in thresholds, label)):
-        values = np.concatenate(summary.values[label])
+        values = summary.values[label][1]
         values = values[np.isfinite(values)]
         if not values.size:
             continue
@@ -157,7 +157,7 @@ def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
 
 
 def _drops(mark: Threshold, place: float, at: float) -> bool:
-    side = _DROPS.get(mark.comparison)
+    side = _DROPS.get(mark.comparison) if mark.decides else None
     return (side == "above" and place > at) or (side == "below" and place < at)
 
 

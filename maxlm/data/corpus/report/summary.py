@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +25,11 @@ from maxlm.data.work.progress import Progress, silent
 
 SAMPLES = 5
 _SNIPPET_CHARS = 700
-_VALUES_PER_SHARD = 4096
+_VALUES = 16_384  # of each label
 _TOKENIZED_BYTES = 200_000  # of each source and language in each shard
+
+if TYPE_CHECKING:
+    from maxlm.data.tokenizer import Tokenizer
 
 Key = tuple[str, ...]
 
@@ -54,8 +57,9 @@ class Summary:
     mixture: dict[Key, np.ndarray] = field(default_factory=dict)
     """By (source, language) of what is kept, after cuts: documents, bytes, and bytes and tokens of
     those tokenized: int64 [4]."""
-    values: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """A sample of each numeric label's values, over all documents."""
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """A sample of each numeric label's values: float64 [2, values], the first row random numbers
+    of which the smallest are kept, so that the sample does not depend on the order of shards."""
     dropped: dict[str, list[Sample]] = field(default_factory=dict)
     """By rule: examples that it alone drops of what the rules before leave."""
     kept: list[Sample] = field(default_factory=list)
@@ -66,11 +70,15 @@ class Summary:
         self.bytes.update(other.bytes)
         for key, figures in other.mixture.items():
             self.mixture[key] = self.mixture.get(key, np.zeros(4, np.int64)) + figures
-        for label, arrays in other.values.items():
-            self.values.setdefault(label, []).extend(arrays)
+        for label, sample in other.values.items():
+            self.add_values(label, sample)
         for rule, samples in other.dropped.items():
             self.dropped[rule] = heapq.nsmallest(SAMPLES, self.dropped.get(rule, []) + samples)
         self.kept = heapq.nsmallest(SAMPLES, self.kept + other.kept)
+
+    def add_values(self, label: str, sample: np.ndarray) -> None:
+        both = np.concatenate([self.values.get(label, np.empty((2, 0))), sample], axis=1)
+        self.values[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ def summarize(
     Raises:
         MaxlmError: a file of the corpus or the tokenizer is missing or damaged.
     """
-    numeric = tuple(name for name, type_ in corpus.labels.items() if _is_number(type_))
+    numeric = tuple(name for name, type_ in corpus.labels.items() if _is_score(name, type_))
     jobs = [
         _Job(shard, rules, numeric, language_label(corpus), tokenizer) for shard in corpus.shards
     ]
@@ -114,7 +122,9 @@ def language_label(corpus: Corpus) -> str | None:
     return f"{found[0]}.name" if found else None
 
 
-def _is_number(type_: pa.DataType) -> bool:
+def _is_score(name: str, type_: pa.DataType) -> bool:
+    if name.endswith(".cluster"):
+        return False  # A number that is a name.
     return types.is_integer(type_) or types.is_floating(type_)
 
 
@@ -124,7 +134,8 @@ def _summarize_shard(job: _Job) -> Summary:
     language = [job.language] if job.language else []
     columns = ["id", "source", "text", *names, *job.numeric, *language, *job.rules.cut]
     columns = list(dict.fromkeys(columns))
-    stride = max(1, job.shard.num_rows // _VALUES_PER_SHARD)
+    seed = int.from_bytes(hashlib.sha256(job.shard.name.encode()).digest()[:8], "big")
+    random, tokenizer = np.random.default_rng(seed), _load(job.tokenizer)
     for table in job.shard.groups(columns):
         texts = table.column("text")
         sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
@@ -143,8 +154,8 @@ def _summarize_shard(job: _Job) -> Summary:
         summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
         for label in job.numeric:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
-            summary.values.setdefault(label, []).append(values[::stride])
-        _count_mixture(summary, job, table.filter(pa.array(keep)))
+            summary.add_values(label, np.stack([random.random(len(values)), values]))
+        _count_mixture(summary, job, tokenizer, table.filter(pa.array(keep)))
     return summary
 
 
@@ -174,16 +185,19 @@ def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> 
     ]
 
 
-def _count_mixture(summary: Summary, job: _Job, table: pa.RecordBatch) -> None:
+def _load(tokenizer: Path | None) -> "Tokenizer | None":
+    from maxlm.data.tokenizer import load_tokenizer
+
+    return None if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def _count_mixture(
+    summary: Summary, job: _Job, tokenizer: "Tokenizer | None", table: pa.RecordBatch
+) -> None:
     languages: Sequence[str | None] = [None] * table.num_rows
     if job.language:
         languages = table.column(job.language).to_pylist()
     spans = [table.column(label).to_pylist() for label in job.rules.cut]
-    tokenizer = None
-    if job.tokenizer is not None:
-        from maxlm.data.tokenizer import load_tokenizer
-
-        tokenizer = load_tokenizer(job.tokenizer)
     sources = table.column("source").to_pylist()
     for i, text in enumerate(table.column("text").to_pylist()):
         cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
