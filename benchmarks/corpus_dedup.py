@@ -41,11 +41,12 @@ import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
 from maxlm.data.corpus import PYTHON_STDLIB, SourceConfig, read_documents
-from maxlm.data.corpus.dedup.minhash import Texts, band_keys
+from maxlm.data.corpus.dedup.minhash import band_keys
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
 from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.corpus.stages.exact import ExactStage
 from maxlm.data.corpus.stages.near import NearStage
+from maxlm.data.corpus.textbuffers import text_buffers
 from maxlm.data.work.pool import WorkerPool
 from maxlm.data.work.progress import silent
 
@@ -218,7 +219,7 @@ def main() -> None:
 
         stage = NearStage(max_share=1)
         banding = stage.search().banding
-        array = Texts.of(pa.array(texts, pa.large_string()))
+        array = text_buffers(pa.array(texts, pa.large_string()))
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []
         for _ in range(5):

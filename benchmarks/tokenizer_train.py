@@ -11,6 +11,7 @@ others). maxlm's merges must be tokenizers'. Peak memory is the process's less w
 import argparse
 import hashlib
 import multiprocessing
+import queue
 import resource
 import time
 from collections.abc import Iterator
@@ -77,6 +78,17 @@ def measure(side: str, source: str, limit: int, vocab_size: int, results) -> Non
     return results.put((wall, cpu, peak, digest))
 
 
+def received(results, process):
+    """What the process puts into ``results``, or the end of all if it dies without."""
+    while True:
+        alive = process.is_alive()  # First: what it put before it ended is there to be got.
+        try:
+            return results.get(timeout=1)
+        except queue.Empty:
+            if not alive:
+                raise SystemExit(f"a side's process died: exit code {process.exitcode}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("text")
@@ -92,7 +104,7 @@ def main() -> None:
         given = (side, arguments.text, limit, arguments.vocab_size, results)
         process = spawn.Process(target=measure, args=given)
         process.start()
-        found = results.get()
+        found = received(results, process)
         process.join()
         if found is None:
             print(f"{side:12} not installed")

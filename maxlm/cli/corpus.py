@@ -1,5 +1,6 @@
 """`maxlm corpus`: from raw documents over labels to token stores, and looking into each."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,7 @@ def _named(rules: list[str]) -> dict[str, str]:
     from maxlm.config import MaxlmError
 
     for rule in rules:
-        if not rule.partition("=")[0].strip().isidentifier():
+        if "=" not in rule or not re.fullmatch(r"\s*[A-Za-z][\w-]*\s*", rule.partition("=")[0]):
             fix = "write it like: --keep 'long=heuristics.words >= 100'"
             raise MaxlmError(f"{rule!r} has no name", where="--keep", fix=fix)
     return {name.strip(): text for name, _, text in (rule.partition("=") for rule in rules)}
@@ -89,11 +90,14 @@ def _print_funnel(
 
     from maxlm.data.corpus.report import summarize, write_report
     from maxlm.data.corpus.report.page import funnel
+    from maxlm.data.corpus.shards import DOCUMENTS
     from maxlm.data.work.engine import open_engine
+    from maxlm.data.work.progress import show_progress
 
     rules = corpus.rules(keep)
-    with open_engine(corpus.recipe.engine, corpus.recipe.workers) as engine:
-        summary = summarize(corpus, rules, engine, tokenizer)
+    engines = open_engine(corpus.recipe.engine, corpus.recipe.workers)
+    with engines as engine, show_progress("parts") as progress:
+        summary = summarize(corpus, rules, engine, tokenizer, progress)
     sources = sorted({source for _, source in summary.documents})
     table = Table("rule", *("dropped", "left", "MB", *sources), title=str(corpus.folder))
     for column in table.columns[1:]:
@@ -103,6 +107,10 @@ def _print_funnel(
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
     Console().print(table)
+    read = corpus.manifest(DOCUMENTS)["counts"]
+    passed = [f"{n:,} {reason}" for reason, n in read.items() if reason not in ("rows", "labelled")]
+    if passed:
+        typer.echo(f"passed over in reading: {', '.join(passed)}")
     if page is not None:
         write_report(corpus, rules, summary, page)
         typer.echo(f"the page: {page}")

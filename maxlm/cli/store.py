@@ -115,12 +115,15 @@ def mix(
 
     from maxlm.config import load
     from maxlm.data.loader import mixture_table
-    from maxlm.programs.prepare import prepare
+    from maxlm.programs.prepare import check_prepared, prepare, preparing
     from maxlm.programs.setup import run_folder
     from maxlm.run import RunConfig
 
     run = load(RunConfig, config, settings or ()).value
-    batches = prepare(run, run_folder(run)).batches
+    folder = run_folder(run)
+    check_prepared(run, folder)
+    with preparing(run, folder):
+        batches = prepare(run, folder).batches
     table = Table("source", "sequences", "share", "tokens", "epochs")
     for column in table.columns[1:]:
         column.justify = "right"

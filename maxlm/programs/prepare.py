@@ -1,10 +1,13 @@
 """A run's tokenizer and token stores: made once in its folder, then found there."""
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from maxlm.config import MaxlmError
+from maxlm.config import MaxlmError, load, to_yaml
 from maxlm.data.config import MixtureSource
 from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import Batches, check_lasts, make_batches
@@ -14,7 +17,11 @@ from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.data.work.progress import show_progress
 from maxlm.objectives import Vocabulary
 from maxlm.programs.vocabulary import vocabulary_of
-from maxlm.run import RunConfig, vocab_fits
+from maxlm.run import PREPARED, RunConfig, vocab_fits
+from maxlm.train.checkpoint import check_same
+
+# What of a source says how it is read, and not what is prepared of it.
+_READING = ("weight", "max_epochs", "store_segments")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,80 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     batches = make_batches(all_training, config.data.mixing(), config.data, seed=config.seed)
     check_lasts(batches, config.train.steps)
     return Corpus(tokenizer, vocabulary, all_training, all_heldout, batches)
+
+
+@contextmanager
+def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator[None]:
+    """The run's folder, made if missing, for text to be prepared in; taken away again if nothing
+    came of it. It says of which config it is, even if preparing is cut short.
+
+    Args:
+        lead: whether this process is the one that writes.
+
+    Raises:
+        MaxlmError: it cannot be written.
+    """
+    path = folder / "config.yaml"
+    with _writable(folder):
+        new = lead and not path.exists()
+        if new:
+            write_whole(path, to_yaml(config))
+        try:
+            yield
+        except MaxlmError:
+            if new and list(folder.iterdir()) == [path]:
+                path.unlink()
+            raise
+
+
+def check_prepared(config: RunConfig, folder: Path) -> None:
+    """
+    Raises:
+        MaxlmError: the text in the folder was prepared with another config.
+    """
+    path = folder / "config.yaml"
+    if path.exists():
+        before, now = (
+            without_settings(each.model_dump(mode="json"), _READING)
+            for each in (load(RunConfig, path).value, config)
+        )
+        check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
+
+
+def without_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A config, as JSON values, without these settings of its sources."""
+    data = config["data"]
+    sources = [{k: v for k, v in each.items() if k not in names} for each in data["sources"]]
+    return {**config, "data": {**data, "sources": sources}}
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".writable-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MaxlmError(
+            f"cannot write the run folder ({error.strerror})",
+            where=str(folder),
+            fix="set folder=PATH to a place you may write to",
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Not empty.
+            for path in made:
+                path.rmdir()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:

@@ -1,8 +1,8 @@
 """Training, from a config to a trained model: the story of `maxlm train`."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
+from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.config import MaxlmError, to_yaml
+from maxlm.data.store import TokenStore
+from maxlm.data.store.manifest import read_manifest
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
-from maxlm.programs.prepare import Corpus, planned_vocab, prepare
+from maxlm.programs.prepare import (
+    Corpus,
+    check_prepared,
+    planned_vocab,
+    prepare,
+    preparing,
+    without_settings,
+    write_whole,
+)
 from maxlm.programs.record import recorder
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
-from maxlm.run import IDENTITY, INCIDENTAL, PREPARED, RunConfig, vocab_fits
+from maxlm.run import IDENTITY, INCIDENTAL, RunConfig, vocab_fits
 from maxlm.sharding import links
 from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.display import ConsoleDisplay, plot_loss
@@ -66,17 +77,17 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
     with ExitStack() as stack:
         origin = _origin(setup, folder, resume, stack)
         beginning = None if origin else _beginning(setup, stack)
-        stack.enter_context(_writable(folder))
-        with _described(config, folder, lead):
+        with preparing(config, folder, lead=lead):
             corpus = _prepare_together(config, folder)
         metadata = {
             "config": config.model_dump(mode="json"),
             "tokenizer": corpus.tokenizer.fingerprint,
+            "stores": {name: _described(store) for name, store in corpus.training.items()},
         }
         if before := origin or beginning:
             metadata |= _published(before, corpus.tokenizer.fingerprint)
         if origin:
-            state = _restore(setup, origin, metadata, say)
+            state = _restore(setup, origin, metadata, corpus, say)
         else:
             state = _started(setup, beginning, say)
         start = int(state.step)
@@ -94,8 +105,8 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         )
         say(planned_words(plan))
         if lead:
-            _write(folder / "config.yaml", to_yaml(config))
-            _write(folder / "plan.json", f"{json.dumps(plan.to_json(), indent=2)}\n")
+            write_whole(folder / "config.yaml", to_yaml(config))
+            write_whole(folder / "plan.json", f"{json.dumps(plan.to_json(), indent=2)}\n")
         keeper = stack.enter_context(
             Checkpointer(
                 folder / "checkpoints", config.checkpoint, grouped=group_sizes(setup.specs)
@@ -167,44 +178,6 @@ def parameters(state: TrainState) -> Any:
     return state.params if state.ema is None else state.ema
 
 
-@contextmanager
-def _writable(folder: Path) -> Iterator[None]:
-    """The folder, made if missing; taken away again if nothing came of it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / f".writable-{jax.process_index()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MaxlmError(
-            f"cannot write the run folder ({error.strerror})",
-            where=str(folder),
-            fix="set folder=PATH to a place you may write to",
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Not empty.
-            for path in made:
-                path.rmdir()
-
-
-@contextmanager
-def _described(config: RunConfig, folder: Path, lead: bool) -> Iterator[None]:
-    """A folder that text is prepared in says of which config it is, even if that is cut short."""
-    path = folder / "config.yaml"
-    new = lead and not path.exists()
-    if new:
-        _write(path, to_yaml(config))
-    try:
-        yield
-    except MaxlmError:
-        if new and list(folder.iterdir()) == [path]:
-            path.unlink()
-        raise
-
-
 def _prepare_together(config: RunConfig, folder: Path) -> Corpus:
     """Process 0 builds what is missing, the others wait and open it."""
     corpus = prepare(config, folder) if jax.process_index() == 0 else None
@@ -231,19 +204,63 @@ def _origin(
             )
         )
         if required or keeper.latest() is not None:
-            saved = _lasting(keeper.metadata()["config"])
+            saved = _lasting(_completed(keeper.metadata()["config"]))
             check_same(saved, now, IDENTITY, str(keeper.folder))
             return keeper
-    if (folder / "config.yaml").exists():
-        before = load(RunConfig, folder / "config.yaml").value.model_dump(mode="json")
-        check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
+    check_prepared(setup.config, folder)
     return None
 
 
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the settings that are newer than it, at their defaults."""
+    try:
+        return RunConfig.model_validate(saved).model_dump(mode="json")
+    except (ValidationError, MaxlmError):  # What is wrong with it shows in the comparison.
+        return saved
+
+
+def _described(store: TokenStore) -> dict[str, Any]:
+    """What tells whether a store still holds the documents that it held."""
+    counts = {"documents": store.num_documents, "tokens": store.num_tokens}
+    return counts | {"offsets_sha256": store.offsets_sha256}
+
+
+def _check_stores(
+    config: RunConfig,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    corpus: Corpus,
+    where: str,
+) -> None:
+    """
+    Raises:
+        MaxlmError: a store is not what it was when the checkpoint was written.
+    """
+    for source in config.data.sources:
+        name = source.name
+        if name not in before or before[name] == now[name]:
+            continue
+        was, became = (
+            f"{each['documents']:,} documents, {each['tokens']:,} tokens"
+            for each in (before[name], now[name])
+        )
+        fix = "give it the documents that it had, or train in another run folder"
+        whole = read_manifest(corpus.training[name].place)
+        for count in range(1, len(whole.segments) + 1 if source.store else 1):
+            if whole.first(count).offsets_sha256 == before[name]["offsets_sha256"]:
+                fix = f"set store_segments: {count} for it, or train in another run folder"
+        what = f"the store of source {name!r} is not what it was ({was}; now {became})"
+        raise MaxlmError(what, where=where, fix=fix)
+
+
 def _restore(
-    setup: Setup, origin: Checkpointer, metadata: Mapping[str, Any], say: Say
+    setup: Setup, origin: Checkpointer, metadata: Mapping[str, Any], corpus: Corpus, say: Say
 ) -> TrainState:
-    check_same(origin.metadata(), metadata, ("tokenizer",), str(origin.folder))
+    saved = origin.metadata()
+    check_same(saved, metadata, ("tokenizer",), str(origin.folder))
+    # Checkpoints of older versions say nothing of stores.
+    before = saved.get("stores", {})
+    _check_stores(setup.config, before, metadata["stores"], corpus, str(origin.folder))
     state = origin.restore(None, setup.abstract_state)
     say(f"resuming from step {int(state.step)} in {origin.folder}")
     return state
@@ -295,16 +312,15 @@ def _published(before: Checkpointer, tokenizer: str) -> dict[str, dict[str, Any]
 
 
 def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the settings that may change from one start to the next."""
+    """A config without the settings that may change from one start to the next.
+
+    ``store_segments`` may so that a run can go on after an append to its store: what the store
+    then holds is compared.
+    """
+    config = without_settings(config, ("store_segments",))
     return {
         part: {k: v for k, v in settings.items() if f"{part}.{k}" not in INCIDENTAL}
         if isinstance(settings, Mapping)
         else settings
         for part, settings in config.items()
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -135,6 +135,14 @@ def test_mistakes_are_one_line_and_leave_nothing(corpus, trained, tmp_path, capf
         assert not out.exists()
 
 
+def test_compare_says_what_to_do_of_a_tokenizer_without_roles(tmp_path, corpus, trained, capfd):
+    from tests.data.tokenizer.foreign import write_checkpoint
+
+    path = write_checkpoint(tmp_path / "c", "smollm2") / "tokenizer.json"
+    assert main(["tokenizer", "compare", str(trained), str(path), "--", str(corpus)]) == 2
+    assert "(--eos of `maxlm tokenizer import`)" in capfd.readouterr().err
+
+
 def test_import_and_export_of_a_checkpoints_tokenizer(tmp_path, capfd):
     from tests.data.tokenizer.foreign import write_checkpoint
 

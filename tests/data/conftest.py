@@ -3,9 +3,9 @@
 import pytest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster():
-    """A Ray cluster of two nodes on this machine."""
+    """A Ray cluster of two nodes, for no longer than it is used: its daemons never rest."""
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 

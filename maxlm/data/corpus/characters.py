@@ -26,10 +26,15 @@ WORD, LETTER, SPACE, BREAK, ALONE, DIGIT, TERMINAL, EXTEND = (1 << i for i in ra
 AS_IS = np.empty(0, np.int32)
 """In place of `lower_case()`: upper and lower case are different."""
 
+UNICODE = f"Unicode {unicodedata.unidata_version}"
+"""What labels by these tables depend on besides: they are those of the running Python."""
+
 _ASSIGNED = 0x34000  # No letters or marks above, but for the variation selectors at E0000.
 _CASED = 0x1F000  # No character above has a lower case.
-# Scripts without spaces: code points, inclusive.
-_ALONE = "E00-EFF 1000-109F 1780-17FF 3005-3007 3040-309F 3400-4DBF 4E00-9FFF F900-FAFF 20000-3FFFF"
+ALONE_RANGES = (
+    "E00-EFF 1000-109F 1780-17FF 3005-3007 3040-309F 3400-4DBF 4E00-9FFF F900-FAFF 20000-3FFFF"
+)
+"""Scripts without spaces: code points, inclusive."""
 # PropList.txt of Unicode 17: Sentence_Terminal.
 _TERMINAL = """
     21 2E 3F 589 61D-61F 6D4 700-702 7F9 837 839 83D-83E 964-965 104A-104B 1362 1367-1368 166E
@@ -60,7 +65,7 @@ def character_classes() -> np.ndarray:
             classes[code] = WORD | letter | digit
     for line_end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029":
         classes[ord(line_end)] |= BREAK
-    for code in _codes(_ALONE):
+    for code in _codes(ALONE_RANGES):
         if classes[code] & LETTER:
             classes[code] |= ALONE
     classes[_codes(_TERMINAL)] |= TERMINAL

@@ -7,7 +7,9 @@ others that neither saw.
 """
 
 import hashlib
+import importlib.util
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -96,14 +98,33 @@ class Classifier:
         return sigmoid(self.scale * means + self.offset)
 
     def save(self, path: Path) -> None:
-        """Write a .safetensors file: the weights, and all else as JSON in its metadata."""
+        """Write a .safetensors file: the weights, and all else as JSON in its metadata.
+
+        Raises:
+            MaxlmError: it cannot be written; safetensors is missing.
+        """
+        _require_safetensors(str(path))
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         numbers = {"scale": self.scale, "offset": self.offset, "threshold": self.threshold}
         metadata = {"settings": self.settings.model_dump_json(), "numbers": json.dumps(numbers)}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"weights": self.weights}, path, metadata)
+            try:
+                save_file({"weights": self.weights}, temporary, metadata)
+                os.replace(temporary, path)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _require_safetensors(where: str | None) -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        what = "classifiers are files of safetensors, which is not installed"
+        raise MaxlmError(what, where=where, fix="pip install 'maxlm[corpus]'")
 
 
 def load_classifier(path: Path, where: str | None = None) -> Classifier:
@@ -113,8 +134,9 @@ def load_classifier(path: Path, where: str | None = None) -> Classifier:
         where: the config key it comes from, for errors.
 
     Raises:
-        MaxlmError: there is no such file, or it is not a classifier's.
+        MaxlmError: there is no such file, or it is not a classifier's; safetensors is missing.
     """
+    _require_safetensors(where)
     from safetensors import SafetensorError, safe_open
 
     fix = f"train one: {TRAIN} (see its --help)"

@@ -1,4 +1,4 @@
-"""The door to the modules `_fast_*.py`, whose loops Numba compiles."""
+"""The door to `kernels`, whose loops Numba compiles."""
 
 from importlib import import_module
 from typing import Any
@@ -7,13 +7,13 @@ from maxlm.config import MaxlmError
 
 
 def compiled(name: str) -> Any:
-    """The module `_fast_NAME`.
+    """The module `kernels.NAME`.
 
     Raises:
         MaxlmError: Numba is not installed.
     """
     try:
-        return import_module(f"maxlm.data.corpus._fast_{name}")
+        return import_module(f"maxlm.data.corpus.kernels.{name}")
     except ModuleNotFoundError as error:
         if error.name != "numba":
             raise

@@ -30,7 +30,7 @@ _ARC_HEADER = re.compile(rb"^([a-z]+:\S+) (\S+) (\d{12,17}) (\S+)(?: [^\n]*)? (\
 _ARC_NEXT = re.compile(rb"\s*(?:[a-z]+:\S+ |\Z)")
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-_CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I)
+_CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|meta)\b", re.I)
 _SNIFF = 1024
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -292,7 +292,7 @@ def _document(record: _Record, max_bytes: int) -> RawDocument:
         body = _undo(body, coding.strip().lower(), max_bytes)
     if not body.strip():
         raise _PassOver("empty")
-    charset = _CHARSET.search(content_type)
+    charset = _CHARSET.search(content_type[:_SNIFF])
     found = {
         "date": record.date,
         "content_type": media,

@@ -11,7 +11,12 @@ words. A text's own last white space stays; what is cut at its beginning leaves 
 import re
 from collections.abc import Iterable
 
+import pyarrow as pa
+
 from maxlm.data.corpus.characters import ALONE, character_classes
+
+CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
+"""The type of a label that holds spans of a text, in characters."""
 
 _SPACE = re.compile(r"\s+")
 

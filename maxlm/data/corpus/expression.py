@@ -104,7 +104,9 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
     """
     try:
         tree = _parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (RecursionError, MemoryError) as error:
+        raise _too_deep(text, where) from error
+    except (SyntaxError, ValueError) as error:
         reason = getattr(error, "msg", str(error))
         raise MaxlmError(f"{text!r} is no expression: {reason}", where=where, fix=_FIX) from error
     expression = Expression(text)
@@ -123,8 +125,7 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
         what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
         raise MaxlmError(what, where=where, fix=f"labels: {_kinds(names, labels)}") from error
     except RecursionError as error:
-        what = f"an expression of {len(text):,} characters is nested too deeply"
-        raise MaxlmError(what, where=where, fix="make it several rules") from error
+        raise _too_deep(text, where) from error
     if not isinstance(value, bool) and not pa.types.is_boolean(value.type):
         what = f"{text!r} is a value, not a condition"
         raise MaxlmError(what, where=where, fix="compare it with something") from None
@@ -140,6 +141,11 @@ def _parse(text: str) -> ast.expr:
 
 class _Unknown(Exception):
     """Syntax that has no meaning in an expression."""
+
+
+def _too_deep(text: str, where: str) -> MaxlmError:
+    what = f"no expression of {len(text):,} characters can be nested so deeply"
+    return MaxlmError(what, where=where, fix="make it several rules")
 
 
 def no_label(name: str, labels: Mapping[str, pa.DataType], where: str) -> MaxlmError:

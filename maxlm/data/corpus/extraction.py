@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.pages import Page, read_page
+from maxlm.data.corpus.pages import Page, load_parsers, read_page
 
 _MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
-_CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve({fd}, {seconds})"
+_CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve{arguments!r}"
 
 
 class Extractor:
@@ -80,8 +80,9 @@ class Extractor:
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
         with theirs:
-            fd, seconds = theirs.fileno(), self._seconds
-            code = _CHILD.format(path=sys.path, module=__name__, fd=fd, seconds=seconds)
+            fd = theirs.fileno()
+            arguments = fd, self._seconds, self._ways[0][0]
+            code = _CHILD.format(path=sys.path, module=__name__, arguments=arguments)
             process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[fd])
         connection = Connection(ours.detach())
         self._end = weakref.finalize(self, _stop, process, connection)
@@ -100,8 +101,13 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
     process.wait()
 
 
-def serve(fd: int, seconds: float) -> None:
-    """Read pages for the process at the other end, until it ends."""
+def serve(fd: int, seconds: float, quality: bool) -> None:
+    """Read pages for the process at the other end, until it ends.
+
+    Args:
+        seconds: processor time for a page.
+        quality: whether trafilatura will be asked for.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
@@ -109,6 +115,7 @@ def serve(fd: int, seconds: float) -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     connection = Connection(fd)
+    load_parsers(quality)  # Else it is on the first page's time.
     connection.send(os.getpid())
     try:
         while True:

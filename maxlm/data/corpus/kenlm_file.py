@@ -32,7 +32,7 @@ class KenlmFile:
 
         Args:
             words: by id, beginning with <unk>.
-            bits: of an id in a key of `_fast_ngrams`.
+            bits: of an id in a key of `kernels.ngrams`.
             counts: the n-grams by order, at least two.
 
         Raises:

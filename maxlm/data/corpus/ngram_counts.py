@@ -2,7 +2,7 @@
 
 The plan is that of Heafield et al. 2013, "Scalable Modified Kneser-Ney Language Model Estimation":
 sort all n-grams of the highest order by their suffixes, and read the adjusted counts of all orders
-off one pass. `_fast_ngrams` tells how an n-gram is a key.
+off one pass. `kernels.ngrams` tells how an n-gram is a key.
 """
 
 from array import array

@@ -101,6 +101,14 @@ def _is_binary(data: bytes, encoding: str) -> bool:
     return not encoding.startswith("utf") and num_controls(data) > len(data) // 20
 
 
+def load_parsers(quality: bool) -> None:
+    """Import what `read_page` needs, which takes longer than most pages."""
+    import resiliparse.extract.html2text  # noqa: F401
+
+    if quality:
+        import trafilatura  # noqa: F401
+
+
 def _trafilatura(source: str, markdown: bool) -> str:
     import trafilatura
 

@@ -133,6 +133,28 @@ def read_cutoffs(folder: Path) -> Cutoffs:
         raise _unreadable(path, str(error)) from error
 
 
+def content_hash(folder: Path) -> str:
+    """A hash of all that decides a model's perplexities: its files and its tokenizer's.
+
+    Raises:
+        MaxlmError: see `read_cutoffs`; the model is not the one that was trained with the cutoffs;
+            its tokenizer is not there.
+    """
+    kept, path = read_cutoffs(folder), folder / MODEL
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    if found != kept.model_sha256:
+        raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
+    parts = [kept.model_dump_json()]
+    if kept.words.tokenizer is not None:
+        from maxlm.data.tokenizer import load_tokenizer
+
+        parts.append(load_tokenizer(kept.words.tokenizer).fingerprint)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def _unreadable(path: Path, reason: str) -> MaxlmError:
     what = f"cannot read the perplexity model: {reason}"
     return MaxlmError(what, where=str(path), fix=f"train it again: {TRAIN}")

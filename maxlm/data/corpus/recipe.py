@@ -104,11 +104,7 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
                 raise no_label(column, labels, f"{place} ({stage.title})")
-        if isinstance(stage, CorpusStage):
-            for label in stage.ranks_by:
-                if not is_number(labels.get(label, pa.null())):
-                    what = f'"{label}" holds no numbers to choose the best document by'
-                    raise MaxlmError(what, where=f"{place}.keep_by", fix="name a label that does")
+        _check_names(stage, labels, [source.name for source in recipe.sources], place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
         seen = texts if "text" in stage.reads else []
@@ -122,6 +118,24 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
             texts.append(stage.title)
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
     return steps
+
+
+def _check_names(
+    stage: Stage, labels: Mapping[str, pa.DataType], sources: Sequence[str], place: str
+) -> None:
+    """Whether what a stage's settings name is of the right kind."""
+    fix = "name a label that does"
+    for label in stage.ranks_by if isinstance(stage, CorpusStage) else ():
+        if not is_number(labels.get(label, pa.null())):
+            what = f'"{label}" holds no numbers to choose the best document by'
+            raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
+    for label in stage.strings:
+        if not types.is_string(labels[label]) and not types.is_large_string(labels[label]):
+            raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
+    for source in stage.sources:
+        if source not in sources:
+            fix = f"there are: {', '.join(sources)}"
+            raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)
 
 
 def labels_of(recipe: RecipeConfig) -> dict[str, pa.DataType]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 import time
 from collections import Counter
@@ -211,6 +212,7 @@ def _finish(
         details
         | {
             "packages": {name: _version(name) for name in (*_PACKAGES, *packages)},
+            "python": platform.python_version(),
             "counts": dict(sorted(counts.items())),
             "shards": rows,
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),

@@ -41,7 +41,7 @@ DOCUMENT_SCHEMA = pa.schema(
     ]
 )
 """A document: text as it was read, or HTML that no stage has turned into text yet; meta is JSON."""
-_MOST_VALUES = 64  # A string label with more values than this is no category to be counted.
+_MOST_VALUES = 256  # A string label with more values in a shard is no category to be counted.
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class ShardWriter:
         self._path, self._schema = path, schema
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
         self._counts: Counter[str] = Counter()
+        self._values: dict[str, Counter[str]] = {}
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "ShardWriter":
@@ -183,9 +184,19 @@ class ShardWriter:
         assert self._writer is not None, "outside its context"
         self._counts["rows"] += batch.num_rows
         self._counts["labelled"] += batch.num_rows if labelled is None else labelled
-        _count_values(batch, self._counts)
+        self._count_values(batch)
         with writing(self._path):
             self._writer.write_batch(batch.cast(self._schema), row_group_size=batch.num_rows or 1)
+
+    def _count_values(self, batch: pa.RecordBatch) -> None:
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if pa.types.is_boolean(field.type):
+                self._counts[f"{field.name}=true"] += pc.sum(column).as_py() or 0
+            elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
+                values = self._values.setdefault(field.name, Counter())
+                if len(values) <= _MOST_VALUES:  # Else it is no category, and would grow.
+                    found = pc.value_counts(column.drop_null()).to_pylist()
+                    values.update({each["values"]: each["counts"] for each in found})
 
     def count(self, reason: str, number: int = 1) -> None:
         """Count something that is in no row, such as a record that was passed over."""
@@ -195,6 +206,9 @@ class ShardWriter:
         assert self._writer is not None
         try:
             with writing(self._path):
+                for name, values in self._values.items():
+                    if len(values) <= _MOST_VALUES:
+                        self._counts.update({f"{name}={v}": n for v, n in values.items()})
                 self._writer.add_key_value_metadata({"counts": json.dumps(self._counts)})
                 self._writer.close()
                 if kind is None:
@@ -208,14 +222,3 @@ def read_counts(path: Path) -> Counter[str]:
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))
-
-
-def _count_values(batch: pa.RecordBatch, counts: Counter[str]) -> None:
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if pa.types.is_boolean(field.type):
-            counts[f"{field.name}=true"] += pc.sum(column).as_py() or 0
-        elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
-            values = pc.value_counts(column.drop_null())
-            if len(values) <= _MOST_VALUES:
-                for each in values.to_pylist():
-                    counts[f"{field.name}={each['values']}"] += each["counts"]

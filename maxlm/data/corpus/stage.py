@@ -50,6 +50,16 @@ class Stage(Config):
         """The columns it reads: of the documents, or labels as "stage.label"."""
         return ("text",)
 
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Labels it reads that must hold strings."""
+        return ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources that its settings name."""
+        return ()
+
     @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns it adds."""

@@ -1,16 +1,17 @@
 """Texts as lines of plain words: lower case, no accents, one digit, few kinds of punctuation."""
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maxlm.config import Config
+from maxlm.data.corpus.characters import ALONE_RANGES
+from maxlm.data.corpus.normalization import normalize
 
-# Scripts written without spaces: each character is a word.
-_SOLID = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+# Scripts written without spaces, here with Katakana: each character is a word.
+_SOLID = "".join(
+    "-".join(chr(int(code, 16)) for code in each.split("-"))
+    for each in f"{ALONE_RANGES} 30A0-30FF".split()
 )
 # Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no letters.
 _LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0f00-\u0fff"
@@ -66,12 +67,12 @@ def open_lines(config: WordsConfig) -> Lines:
 
 
 def _normalised(text: str, config: WordsConfig) -> str:
-    if config.lower:
-        text = text.lower()
     if not text.isascii():
         if config.accents:
-            text = _ACCENT.sub("", unicodedata.normalize("NFKD", text))
-        text = unicodedata.normalize("NFKC", text).translate(_PUNCTUATION)
+            text = _ACCENT.sub("", normalize("NFKD", text))
+        text = normalize("NFKC", text).translate(_PUNCTUATION)
+    if config.lower:  # After NFKC, which has capital letters for some signs.
+        text = text.lower()
     return _DIGIT.sub("0", text) if config.digits else text
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from math import isfinite
 
 from pydantic import Field
 
@@ -12,6 +13,9 @@ from maxlm.data.loader.mixture import Mixture
 
 # A ramp is so many steps of a stair: each change of weights costs a look-up one segment more.
 RAMP_STAIRS = 16
+# Far below the least share that a mixture can keep, far above where floats end.
+_LEAST_SIZE = 1e-100
+_LARGE, _SMALLER = 2.0**900, 2.0**-200
 
 Weights = Mapping[str, float]
 
@@ -56,10 +60,16 @@ class Mixing:
         check_phases(self.phases, tuple(self.weights))
         sizes = dict.fromkeys(tokens, 1.0)
         if self.temperature is not None:
-            sizes = {name: count ** (1 / self.temperature) for name, count in tokens.items()}
+            largest = max([*tokens.values(), 1])
+            for name, count in tokens.items():
+                sizes[name] = max((count / largest) ** (1 / self.temperature), _LEAST_SIZE)
 
         def scaled(weights: Weights) -> dict[str, float]:
-            return {name: weights[name] * size for name, size in sizes.items()}
+            products = {name: weights[name] * size for name, size in sizes.items()}
+            # Sums must stay finite; a power of two leaves every ratio as it is.
+            if max(products.values(), default=0) > _LARGE and all(map(isfinite, weights.values())):
+                return {name: product * _SMALLER for name, product in products.items()}
+            return products
 
         steps: list[tuple[int, Weights]] = [(0, scaled(self.weights))]
         for phase in self.phases:
@@ -71,7 +81,8 @@ class Mixing:
             first,
             key,
             changes=[(step * batch_size, weights) for step, weights in changes],
-            most={name: round(n * sequences[name]) for name, n in self.max_epochs.items()},
+            # 0 would be a source that nobody meant to leave out.
+            most={name: max(1, round(n * sequences[name])) for name, n in self.max_epochs.items()},
         )
 
 

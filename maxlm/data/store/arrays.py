@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.places import Place, below, kvstore
+from maxlm.data.store.places import Place, below, kvstore, remedy
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
@@ -88,7 +88,7 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
     try:
         return ts.open(spec | options, **kwargs).result()
     except (ValueError, OSError) as error:
-        fix = "check the disk, or build the store again with maxlm corpus build"
+        fix = remedy(path, "check the disk, or build the store again with maxlm corpus build")
         raise array_error(path, error, fix) from error
 
 

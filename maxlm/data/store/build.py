@@ -84,6 +84,7 @@ def build_store(
     out, tokenizer_folder = _on_disk(out), Path(tokenizer_folder)
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
+    _finish_swap(out, building, wait=join)
     if existing := check_replaceable(out, plan.manifest, force):
         shutil.rmtree(building, ignore_errors=True)
         return existing
@@ -98,7 +99,7 @@ def build_store(
             manifest = _write_segment(plan, building, 0, pool, progress)
             with writing(building):
                 plan.tokenizer.save(building / "store" / "tokenizer")
-                write_checksums(building / "store")
+                manifest = _with_checksums(manifest, write_checksums(building / "store"))
                 write_manifest(building / "store", manifest)
                 _publish(building / "store", out, building / "replaced")
     shutil.rmtree(building, ignore_errors=True)
@@ -124,9 +125,10 @@ def append_store(
 
     Raises:
         MaxlmError: as `build_store`; other ways of reading than the store's; a file that is
-            already in it.
+            already in it under its name, or no file whose content is not.
     """
     out = _on_disk(out)
+    _finish_swap(out, out.with_name(f".{out.name}.building"))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction
     plan = plan_build(source, out / "tokenizer", *split, workers, shard_bytes)
@@ -137,7 +139,7 @@ def append_store(
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
             folder = out / segment_folder(len(existing.segments))
             with writing(out):
-                write_checksums(building / "store")
+                new = _with_checksums(new, write_checksums(building / "store"))
                 shutil.rmtree(folder, ignore_errors=True)  # Of an append that was killed here.
                 folder.parent.mkdir(exist_ok=True)
                 os.rename(building / "store", folder)
@@ -165,6 +167,7 @@ def _with_segments(store: TokenStore) -> Manifest:
         num_documents=manifest.num_documents,
         num_sources=len(manifest.sources),
         offsets_sha256=store.offsets_sha256,
+        selection=manifest.selection,
     )
     return manifest.model_copy(update={"segments": (segment,)})
 
@@ -218,7 +221,14 @@ def _write_segment(
         num_documents=manifest.num_documents,
         num_sources=len(manifest.sources),
         offsets_sha256=digest,
+        selection=manifest.selection,
     )
+    return manifest.model_copy(update={"segments": (segment,)})
+
+
+def _with_checksums(manifest: Manifest, digest: str) -> Manifest:
+    (segment,) = manifest.segments
+    segment = segment.model_copy(update={"checksums_sha256": digest})
     return manifest.model_copy(update={"segments": (segment,)})
 
 
@@ -288,7 +298,7 @@ def _no_documents(source: SourceConfig, manifest: Manifest, fraction: float) -> 
 
 
 def _publish(store: Path, out: Path, replaced: Path) -> None:
-    """Move the finished store to its place, by rename."""
+    """Move the finished store to its place, by rename; `_finish_swap` mends a kill between two."""
     if out.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(out, replaced)
@@ -300,3 +310,12 @@ def _publish(store: Path, out: Path, replaced: Path) -> None:
             raise
     else:
         os.rename(store, out)
+
+
+def _finish_swap(out: Path, building: Path, *, wait: bool = False) -> None:
+    """Put the old store back if a kill came after it was moved away and before the new one came."""
+    replaced = building / "replaced"
+    if replaced.exists() and not out.exists():
+        with locked_folder(building, wait=wait), writing(out):
+            if replaced.exists() and not out.exists():
+                os.rename(replaced, out)

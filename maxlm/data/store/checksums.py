@@ -1,41 +1,54 @@
 """Checksums of a store's files, as `sha256sum` writes and checks them."""
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.places import Place, below, read_file, sha256
+from maxlm.data.store.places import Place, below, read_file, remedy, sha256
 from maxlm.data.work.pool import default_workers
 
 CHECKSUMS_NAME = "checksums.sha256"
 """Names in it are relative to its folder."""
 
 
-def write_checksums(folder: Path) -> None:
-    """Write the checksums of all files that are below the folder now."""
+def write_checksums(folder: Path) -> str:
+    """Write the checksums of all files that are below the folder now; returns the list's own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     with ThreadPoolExecutor(default_workers()) as threads:
         digests = threads.map(lambda name: sha256(folder, name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
     (folder / CHECKSUMS_NAME).write_text("".join(lines))
+    return sha256(folder, CHECKSUMS_NAME)
 
 
-def damaged_files(place: Place) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong) of files that are not as they were written; None are known to be in a
-    store of an older version, which has no checksums.
+def damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]:
+    """(name, what is wrong) of files that are not as they were written.
+
+    Args:
+        digest: the SHA-256 of the list of checksums; None: the store is of an older version, which
+            kept none. It may have no list either, and then no file is known to be damaged.
 
     Raises:
-        MaxlmError: the list of checksums is no such list.
+        MaxlmError: the list of checksums cannot be read, or is no such list.
     """
+    where, rebuild = str(below(place, CHECKSUMS_NAME)), "build the store again"
     try:
-        lines = read_file(place, CHECKSUMS_NAME).decode("utf-8", "replace").splitlines()
+        data = read_file(place, CHECKSUMS_NAME)
     except FileNotFoundError:
+        if digest is not None:
+            yield CHECKSUMS_NAME, "is missing"
         return
-    pairs = [line.split("  ", 1) for line in lines]
+    except OSError as error:
+        what = f"cannot read: {error.strerror or error}"
+        raise MaxlmError(what, where=where, fix=remedy(place, rebuild)) from error
+    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
+        yield CHECKSUMS_NAME, "has changed since it was written"
+        return
+    pairs = [line.split("  ", 1) for line in data.decode("utf-8", "replace").splitlines()]
     if not pairs or any(len(pair) != 2 for pair in pairs):
-        where = str(below(place, CHECKSUMS_NAME))
-        raise MaxlmError("damaged list of checksums", where=where, fix="build the store again")
+        raise MaxlmError("damaged list of checksums", where=where, fix=rebuild)
 
     def fault(pair: list[str]) -> str | None:
         try:

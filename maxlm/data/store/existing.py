@@ -41,13 +41,14 @@ def is_appended(out: Path, existing: Manifest, planned: Manifest) -> bool:
     """Whether a segment of the store in `out` holds just the files of the planned one.
 
     Raises:
-        MaxlmError: the planned one is read in another way, or some of its files are in the store.
+        MaxlmError: the planned one is read in another way, or some of its files are in the store
+            under their names, or all of them under others.
     """
     for found in _other_settings(existing, planned):
         fix = "give the store's settings, or build a store of its own and mix the two"
         raise MaxlmError(f"cannot append: {found}", where=str(out), fix=fix)
-    files = [(source.sha256, source.format) for source in existing.sources]
-    new = [(source.sha256, source.format) for source in planned.sources]
+    files = [(source.name, source.sha256, source.format) for source in existing.sources]
+    new = [(source.name, source.sha256, source.format) for source in planned.sources]
     start, selections = 0, (existing.selection or "").split("\n")
     for segment in existing.segments:
         same_files = files[start : start + segment.num_sources] == new
@@ -60,6 +61,11 @@ def is_appended(out: Path, existing: Manifest, planned: Manifest) -> bool:
         if (source.name, source.sha256) in there:
             what = f"{source.name} is already in the store"
             raise MaxlmError(what, where=str(out), fix="leave it out")
+    names = {source.sha256: source.name for source in existing.sources}
+    if all(source.sha256 in names for source in planned.sources):
+        name, digest = planned.sources[0].name, planned.sources[0].sha256
+        what = f"{name} is already in the store, as {names[digest]}"
+        raise MaxlmError(what, where=str(out), fix="append files that are new")
     return False
 
 

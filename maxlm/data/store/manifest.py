@@ -1,6 +1,8 @@
 """What a token store says about itself."""
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.config import BadBytes
 from maxlm.data.corpus.files import Format
-from maxlm.data.store.places import Place, below, read_file
+from maxlm.data.store.places import Place, below, read_file, remedy
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -44,6 +46,10 @@ class Segment(Config):
     """How many of the manifest's sources are its; they follow those of the segments before."""
     offsets_sha256: str
     """Of its offsets, as little-endian int64."""
+    checksums_sha256: str | None = None
+    """Of its list of checksums; null: an older version wrote it."""
+    selection: str | None = None
+    """The rules by which its documents were taken from corpora."""
 
 
 class Manifest(Config):
@@ -76,6 +82,14 @@ class Manifest(Config):
     segments: tuple[Segment, ...] = ()
     """In the order of their documents. None: a store of an older version, which has one."""
 
+    @property
+    def offsets_sha256(self) -> str | None:
+        """A hash of all offsets; None for a store of an older version."""
+        digests = [segment.offsets_sha256 for segment in self.segments]
+        if len(digests) < 2:
+            return digests[0] if digests else None
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
     def first(self, segments: int) -> "Manifest":
         """As it was when it had only so many segments (but for `num_binary_files`).
 
@@ -89,11 +103,13 @@ class Manifest(Config):
         if len(kept) == len(self.segments):
             return self
         sources = self.sources[: sum(segment.num_sources for segment in kept)]
+        known = any(segment.selection for segment in self.segments)
         return self.model_copy(
             update={
                 "num_tokens": sum(segment.num_tokens for segment in kept),
                 "num_documents": sum(segment.num_documents for segment in kept),
                 "text_bytes": sum(source.text_bytes for source in sources),
+                "selection": _together(s.selection for s in kept) if known else self.selection,
                 "sources": sources,
                 "segments": kept,
             }
@@ -102,13 +118,16 @@ class Manifest(Config):
 
 def joined(existing: Manifest, new: Manifest) -> Manifest:
     """The manifest of a store with the segments of both, in this order."""
-    selections = filter(None, (existing.selection, new.selection))
-    selection = "\n".join(dict.fromkeys(selections)) or None
+    selection = _together((existing.selection, new.selection))
     sums = ("num_tokens", "num_documents", "text_bytes", "num_binary_files", "sources", "segments")
     return existing.model_copy(
         update={name: getattr(existing, name) + getattr(new, name) for name in sums}
         | {"selection": selection}
     )
+
+
+def _together(selections: Iterable[str | None]) -> str | None:
+    return "\n".join(dict.fromkeys(filter(None, selections))) or None
 
 
 def segment_folder(number: int) -> str:
@@ -131,12 +150,13 @@ def read_manifest(folder: Place) -> Manifest:
     """
     path = below(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
+    fix = remedy(folder, rebuild)
     try:
         text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MaxlmError("there is no token store here", where=str(folder), fix=rebuild) from error
+        raise MaxlmError("there is no token store here", where=str(folder), fix=fix) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise MaxlmError(f"cannot read: {error}", where=str(path), fix=rebuild) from error
+        raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import array_error, open_for_reading
+from maxlm.data.store.arrays import array_error, open_for_reading, token_dtype
 from maxlm.data.store.checksums import damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
 from maxlm.data.store.offsets import Offsets
-from maxlm.data.store.places import Place, below, copy_folder, to_place
+from maxlm.data.store.places import Place, below, copy_folder, remedy, to_place
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -95,15 +95,7 @@ class TokenStore:
     @cached_property
     def offsets_sha256(self) -> str:
         """A hash of the offsets; quick unless a maxlm wrote the store that kept none."""
-        segments = [segment.offsets_sha256 for segment in self.manifest.segments]
-        if len(segments) == 1:
-            return segments[0]
-        digest = hashlib.sha256("".join(segments).encode())
-        if not segments:
-            for first in range(0, self.num_documents + 1, _VERIFY_DOCUMENTS):
-                stop = min(first + _VERIFY_DOCUMENTS, self.num_documents + 1)
-                digest.update(np.ascontiguousarray(self._offset_ranges([(first, stop)])[0]).data)
-        return digest.hexdigest()
+        return self.manifest.offsets_sha256 or self._hash(self._offsets)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`: uint16 or uint32 [stop - start].
@@ -134,14 +126,23 @@ class TokenStore:
         return self.document(index)[self._opening : -1]
 
     def verify(self) -> None:
-        """Check every file against its checksum, the counts and offsets, and every token.
+        """Check every file but the manifest against its checksum, and every entry of the manifest
+        that can be told from the files; then offsets and every token.
+
+        Of files of an older version, which wrote no checksums or none of their list, what is
+        listed is checked.
 
         Raises:
             MaxlmError: the first inconsistency found.
         """
-        for folder in self._folders:
-            for name, fault in damaged_files(folder):
+        for number, folder in enumerate(self._folders):
+            digest = None
+            if self.manifest.segments:
+                digest = self.manifest.segments[number].checksums_sha256
+            for name, fault in damaged_files(folder, digest):
                 raise MaxlmError(f"this file {fault}", where=str(below(folder, name)), fix=_REBUILD)
+        self._verify_tokenizer()
+        self._verify_segments()
         for count in ("num_documents", "text_bytes"):
             of_sources = sum(getattr(source, count) for source in self.manifest.sources)
             if self.manifest.sources and of_sources != getattr(self.manifest, count):
@@ -156,6 +157,48 @@ class TokenStore:
         for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
             stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
             self._verify_documents(self._offset_ranges([(first, stop)])[0])
+
+    def _verify_tokenizer(self) -> None:
+        """Check what the manifest says of the tokenizer against the one in the store."""
+        from maxlm.data.tokenizer import load_tokenizer
+
+        tokenizer, manifest = load_tokenizer(self.tokenizer_folder), self.manifest
+        found = {
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id if tokenizer.opening else None,
+            "eos_id": tokenizer.eos_id,
+            "dtype": token_dtype(tokenizer.vocab_size).name,
+        }
+        for name, value in found.items():
+            if (said := getattr(manifest, name)) != value:
+                raise self._damaged(f"its tokenizer's {name} is {value}, the manifest says {said}")
+
+    def _verify_segments(self) -> None:
+        """Check what the manifest says of segments against their arrays, sources and the whole."""
+        segments, sources = self.manifest.segments, self.manifest.sources
+        for number, (segment, folder) in enumerate(zip(segments, self._folders, strict=False)):
+            tokens, offsets = (
+                open_for_reading([folder], name, _OFFSETS_CACHE_BYTES)
+                for name in ("tokens", "offsets")
+            )
+            mine, sources = sources[: segment.num_sources], sources[segment.num_sources :]
+            found = {
+                "num_tokens": tokens.shape[0],
+                "num_documents": offsets.shape[0] - 1,
+                "num_sources": len(mine),
+                "offsets_sha256": self._hash(offsets),
+            }
+            for name, value in found.items():
+                if (said := getattr(segment, name)) != value:
+                    what = f"{name} of segment {number} is {value}, the manifest says {said}"
+                    raise self._damaged(what)
+            of_sources = sum(source.num_documents for source in mine)
+            if of_sources != segment.num_documents:
+                what = f"segment {number} has {segment.num_documents} documents"
+                raise self._damaged(f"{what}, its sources {of_sources}")
+        if segments and sources:
+            raise self._damaged(f"{len(sources)} sources belong to no segment")
 
     def _verify_documents(self, offsets: np.ndarray) -> None:
         """Check the tokens of consecutive documents with these offsets [n + 1]."""
@@ -199,10 +242,17 @@ class TokenStore:
         try:
             copy_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
-            raise MaxlmError(
-                f"cannot read the tokenizer: {error}", where=str(self.place)
-            ) from error
+            what, where = f"cannot read the tokenizer: {error}", str(self.place)
+            raise MaxlmError(what, where=where, fix=remedy(self.place, _REBUILD)) from error
         return copy
+
+    def _hash(self, offsets) -> str:
+        """Of an array of offsets, as little-endian int64."""
+        digest, size = hashlib.sha256(), offsets.shape[0]
+        for first in range(0, size, _VERIFY_DOCUMENTS):
+            part = offsets[first : min(first + _VERIFY_DOCUMENTS, size)].read()
+            digest.update(np.ascontiguousarray(self._wait(part, "offsets")).data)
+        return digest.hexdigest()
 
     def _offset_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         futures = [self._offsets[start:stop].read() for start, stop in ranges]

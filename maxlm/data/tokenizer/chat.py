@@ -59,20 +59,25 @@ def render_chat(
         variables: further ones of the template, such as ``enable_thinking``.
 
     Raises:
-        MaxlmError: the tokenizer has no template, or the template refuses this conversation.
+        MaxlmError: the tokenizer has no template, or the template refuses this conversation; it is
+            not plain data.
     """
     assert isinstance(tokenizer, CodecTokenizer)
     given: dict[str, Any] = {
-        "messages": [{k: v for k, v in each.items() if v is not None} for each in messages],
+        "messages": [
+            {k: v for k, v in each.items() if v is not None} for each in _checked(messages)
+        ],
         "tools": tools and list(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
     # Plain data has no methods that the sandbox does not know.
-    given = json.loads(json.dumps(given | variables))
+    given = json.loads(_as_json(given | variables))
     try:
         template = _compile(_template(tokenizer, with_tools=tools is not None))
         return template.render(**_special_names(tokenizer) | given)
+    except MaxlmError:
+        raise
     except Exception as error:  # It is a program of someone else's: it may raise anything.
         raise MaxlmError(
             f"the chat template cannot write this conversation: {error}",
@@ -90,9 +95,15 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
         settings: of ``render_chat``.
     """
     assert isinstance(tokenizer, CodecTokenizer)
-    settings["messages"] = list(messages)
-    text = json.dumps(settings, ensure_ascii=False)
-    mark = next(char for char in _MARKS if char not in text)
+    settings["messages"] = list(_checked(messages))
+    text = _as_json(settings)
+    mark = next((char for char in _MARKS if char not in text), None)
+    if mark is None:
+        raise MaxlmError(
+            "the messages hold every noncharacter from U+FDD0 to U+FDEF",
+            where="messages",
+            fix="remove one of them",
+        )
 
     def disarm(string: str) -> str:
         for literal in tokenizer.special_tokens:
@@ -102,13 +113,29 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     rendered = render_chat(tokenizer, **_map_strings(settings, disarm))
     if mark not in rendered:
         return tokenizer.encode(rendered, allow_special=True)
-    ids: list[int] = []
-    for i, part in enumerate(tokenizer.special.split(rendered.encode())):
-        if i % 2:
-            ids.append(tokenizer.special.ids[part.decode()])
-        else:
-            ids += tokenizer.encode(part.replace(mark.encode(), b""))
-    return ids
+    return tokenizer.encode_disarmed(rendered, mark)
+
+
+def _checked(messages: Sequence[Message]) -> Sequence[Message]:
+    whole = isinstance(messages, (list, tuple))
+    if not whole or not all(isinstance(each, Mapping) for each in messages):
+        raise MaxlmError(
+            "messages must be a list of mappings",
+            where="messages",
+            fix='give some like {"role": "user", "content": "hi"}',
+        )
+    return messages
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MaxlmError(
+            f"a conversation must be plain data: {error}",
+            where="messages",
+            fix="give str, numbers, lists and mappings",
+        ) from error
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -52,6 +52,11 @@ class Codec(Protocol):
         """The same, with special tokens' ids for their literals, where ``finds_special``."""
         return self.encode_segments(segments)
 
+    def encode_disarmed(self, segment: str, mark: str) -> list[int]:
+        """``encode_marked``, where ``finds_special``, of a segment without the character ``mark``;
+        literals that hold it are ordinary text."""
+        return self.encode_segments([segment.replace(mark, "")])[0]
+
     def first_bytes(self, i: int) -> bytes:
         """What this id stands for at the beginning of a text."""
         return self.token_bytes[i]
@@ -150,6 +155,23 @@ class CodecTokenizer:
         for literal, following in zip(parts[1::2], ordinary[1:], strict=True):
             ids.append(self.special.ids[literal.decode()])
             ids += following
+        return ids
+
+    def encode_disarmed(self, text: str, mark: str) -> list[int]:
+        """``encode(text, allow_special=True)`` as if the character ``mark`` were not there, but of
+        literals that hold it, which stay ordinary text."""
+        if self.codec.finds_special:
+
+            def encode(segments: list[str]) -> list[list[int]]:
+                return [self.codec.encode_disarmed(segment, mark) for segment in segments]
+
+            return self._encode([text], encode)[0]
+        ids: list[int] = []
+        for i, part in enumerate(self.special.split(text.encode("utf-8", "surrogatepass"))):
+            if i % 2:
+                ids.append(self.special.ids[part.decode()])
+            else:
+                ids += self.encode(part.replace(mark.encode(), b""))
         return ids
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:

@@ -65,7 +65,8 @@ def import_tokenizer(
 
     Raises:
         MaxlmError: no tokenizer there; files that are damaged; a decoder or a folder's
-            SentencePiece model that is not supported; no token to close documents with.
+            SentencePiece model that is not supported; no token to close documents with; a pattern
+            that is not known, or where it does not belong.
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
     if str(source).startswith(SCHEME):
@@ -76,6 +77,7 @@ def import_tokenizer(
         data = read_file(path)
         if is_rank_file(data):
             return _from_ranks(data, path, roles, pattern)
+        _refuse_pattern(pattern, path)
         if data.lstrip()[:1] == b"{":
             return _from_json(path, roles, rows)
         return _from_sentencepiece(path, roles)
@@ -86,11 +88,21 @@ def import_tokenizer(
             fix="name a Hugging Face checkpoint's folder, a tokenizer's file or "
             "tiktoken:cl100k_base",
         )
+    _refuse_pattern(pattern, path)
     if (path / HuggingFaceModel.file_name).exists():
         return _from_json(path, roles, rows)
     if (path / SentencePieceModel.file_name).exists():
         return _from_sentencepiece(path, roles)
     raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
+
+
+def _refuse_pattern(pattern: str | None, path: Path) -> None:
+    if pattern is not None:
+        raise MaxlmError(
+            "this is no rank file, and says itself how text is split",
+            where=str(path),
+            fix="leave the pattern out",
+        )
 
 
 def export_tokenizer(
@@ -186,7 +198,7 @@ def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
             where=str(path / "tokenizer_config.json" if path.is_dir() else path),
             fix='name one of the vocabulary there as "eos_token"'
             if path.is_dir()
-            else "name one of the vocabulary as eos (--eos)",
+            else "name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)",
         )
     return bos or eos, eos
 

@@ -76,21 +76,69 @@ class HuggingFaceModel(Codec):
         found = self.unknown_ids.union(*self._respelled.values())
         self.ordinary = self._special_ids & found
         self._forbidden = self._special_ids - found
+        self._continued: dict[str, Any] = {}
 
     def __reduce__(self):
         return HuggingFaceModel, (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        encoded = self._ordinary(segments)
-        for n, ids in enumerate(encoded):
-            # The library looks for no special token, but the model may have one as a piece.
-            if not self._forbidden.isdisjoint(ids):
-                parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
-                encoded[n] = [i for part in parts for i in part]
-        return encoded
+        return [self._without_special(ids) for ids in self._ordinary(segments)]
 
     def encode_marked(self, segments: list[str]) -> list[list[int]]:
         return library_ids(self._marked, segments)
+
+    def encode_disarmed(self, segment: str, mark: str) -> list[int]:
+        encoding = self._marked.encode(segment, add_special_tokens=False)
+        ids: list[int] = []
+        run: list[int] = []
+        begin = 0  # Of the run: what lies between two special tokens.
+
+        def close(end: int) -> None:
+            text = segment[begin:end]
+            if mark in text:
+                text = text.replace(mark, "")
+                whole = begin == 0
+                ids.extend(self.encode_segments([text])[0] if whole else self._after(mark, text))
+            else:
+                ids.extend(run)
+            run.clear()
+
+        for i, token, (start, stop) in zip(
+            encoding.ids, encoding.tokens, encoding.offsets, strict=True
+        ):
+            # A mark that a normaliser takes away leaves a literal, but not one of the template's.
+            if i in self._special_ids and segment[start:stop].strip() == self.token(i):
+                # Spaces that it swallows are in the token; offsets may have been trimmed of them.
+                found = segment[start:stop]
+                start += len(found) - len(found.lstrip()) - (len(token) - len(token.lstrip()))
+                stop += len(token) - len(token.rstrip()) - (len(found) - len(found.rstrip()))
+                close(start)
+                ids.append(i)
+                begin = stop
+            else:
+                run.append(i)
+        close(len(segment))
+        return ids
+
+    def _after(self, mark: str, text: str) -> list[int]:
+        """The ids of ordinary text without ``mark`` that follows a special token: some tokenizers
+        put a space at the beginning of the whole alone. ``mark`` stands for the special token."""
+        from tokenizers import AddedToken
+
+        if mark not in self._continued:
+            library = _open(self._known, self._special)
+            library.add_tokens([AddedToken(mark, normalized=False)])
+            library.encode_special_tokens = True
+            self._continued[mark] = library
+        ids = self._continued[mark].encode(mark + text, add_special_tokens=False).ids
+        return self._without_special(ids[1:])
+
+    def _without_special(self, ids: list[int]) -> list[int]:
+        # The library looks for no special token, but the model may have one as a piece.
+        if self._forbidden.isdisjoint(ids):
+            return ids
+        parts = (self._respelled[i] if i in self._forbidden else (i,) for i in ids)
+        return [i for part in parts for i in part]
 
     def first_bytes(self, i: int) -> bytes:
         return self._bytes_of(i, first=True)

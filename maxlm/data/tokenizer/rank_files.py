@@ -83,20 +83,33 @@ def tokenizer_json(
             special tokens are tiktoken's. It gets the id after the last rank.
 
     Raises:
-        MaxlmError: the file is damaged, or not known and no pattern named.
+        MaxlmError: the file is damaged, or not known and no pattern named; no such pattern, or
+            not that of a known file; eos is spelled like a token of the file.
     """
     digest = hashlib.sha256(data).hexdigest()
     known = next((name for name, (found, _) in _KNOWN.items() if found == digest), None)
+    if pattern is not None and pattern not in PATTERNS:
+        raise MaxlmError(
+            f"no pattern is called {pattern!r}", where=where, fix=f"use {', '.join(PATTERNS)}"
+        )
+    if known and pattern not in (None, known):
+        raise MaxlmError(
+            f"these are the ranks of {known}, whose text is not split as {pattern} does it",
+            where=where,
+            fix="leave the pattern out",
+        )
     pattern = pattern or known
-    if pattern not in PATTERNS:
+    if pattern is None:
         raise MaxlmError(
             "a rank file does not say how text is split",
             where=where,
-            fix=f"name the pattern: {', '.join(PATTERNS)}",
+            fix=f"name its pattern (--pattern of `maxlm tokenizer import`): {', '.join(PATTERNS)}",
         )
     try:
-        lines = (line.split() for line in data.splitlines() if line)
+        lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if not len({*ranks.values()}) == len(ranks) == len(lines):
+            raise ValueError("a token or a rank comes twice")
         special = dict(_KNOWN[known][1]) if known else {eos or END_OF_TEXT: max(ranks.values()) + 1}
         if any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError("not every byte has a rank")
@@ -106,6 +119,12 @@ def tokenizer_json(
         ) from error
     alphabet = byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
+    if taken := {*special}.intersection(spelled.values()):
+        raise MaxlmError(
+            f"{min(taken)!r} is an ordinary token of this file",
+            where=where,
+            fix="name another literal as eos (--eos of `maxlm tokenizer import`)",
+        )
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = _split(token, ranks, rank)

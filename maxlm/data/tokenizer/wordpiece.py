@@ -6,8 +6,10 @@ calls for WordPiece, is given words in which each character at a word's start an
 a word is a letter of its own, numbered by code point: the same merges, and always the same.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.bpe import require_size
@@ -32,7 +34,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     Raises:
         MaxlmError: the text has too few pieces, or too many characters, for the vocabulary.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
     split = pre_tokenizers.BertPreTokenizer()
@@ -56,12 +58,30 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=f"{config.bos} $A {config.eos}",
-        special_tokens=[(literal, vocab[literal]) for literal in {config.bos, config.eos}],
-    )
     tokenizer.add_special_tokens(literals)
-    return tokenizer.to_str().encode(), literals
+    spec = json.loads(tokenizer.to_str())
+    spec["post_processor"] = _around(config, vocab)
+    return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode(), literals
+
+
+def _around(config: TokenizerConfig, vocab: dict[str, int]) -> dict[str, Any]:
+    """What puts bos before a text and eos after it.
+
+    As JSON: the library's own constructor reads "$B" and "a:1" in literals as its signs.
+    """
+    names = config.bos, config.eos
+    bos, eos = ({"SpecialToken": {"id": name, "type_id": 0}} for name in names)
+    first, second = (
+        {"Sequence": {"id": name, "type_id": place}} for place, name in enumerate("AB")
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first, eos],
+        "pair": [first, second],
+        "special_tokens": {
+            name: {"id": name, "ids": [vocab[name]], "tokens": [name]} for name in sorted(names)
+        },
+    }
 
 
 def _learn(words: Counter[str], size: int) -> list[str]:

@@ -102,6 +102,17 @@ def test_common_crawl_layout_is_read_as_by_warcio(tmp_path):
     assert second.meta["charset"] == "koi8-r"
 
 
+@pytest.mark.timeout(30)
+def test_a_long_content_type_takes_time_in_proportion(tmp_path):
+    media = b"text/html; charset=" + b" " * 200_000
+    block = b"HTTP/1.1 200 OK\r\nX: y\r\nContent-Type: %b;\r\n\r\n%b" % (media, HTML)
+    documents, _ = read(tmp_path / "a.warc", record(1, block))
+    assert [document.html for document in documents] == [HTML]
+    quoted = block.replace(media, b"text/html; Charset = ' koi8-r'")
+    [document] = read(tmp_path / "b.warc", record(1, quoted))[0]
+    assert document.meta["charset"] == "koi8-r"
+
+
 def test_extracted_texts_and_resources(tmp_path):
     wet = record(1, "Wörter\0 und mehr".encode(), "conversion")
     resource = record(2, HTML, "resource")

@@ -6,6 +6,7 @@ import os
 import random
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -116,6 +117,39 @@ def test_an_index_remembers_earlier_corpora_and_no_later_ones(tmp_path: Path) ->
     )
 
 
+def test_an_index_knows_a_corpus_in_another_place_and_by_a_stage_of_another_name(
+    tmp_path: Path,
+) -> None:
+    stage = ExactStage(index=str(tmp_path / "index"))
+    made = make_corpus(tmp_path / "one", ["a", "b"])
+    run_stage(stage, made, tmp_path / "scratch")
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = [replace(shard, folder=tmp_path / "two") for shard in made]
+    renamed = stage.model_copy(update={"name": "copies"})
+    run_stage(renamed, moved, tmp_path / "scratch")
+    assert labels(moved, renamed)["seen_before"].to_pylist() == [False, False]
+    assert len(list((tmp_path / "index").glob("*.digests"))) == 1
+
+
+def test_other_files_in_an_index_are_none_of_it_and_damaged_ones_are_named(tmp_path: Path) -> None:
+    made, index = make_corpus(tmp_path / "corpus", ["a"]), tmp_path / "index"
+    stage = ExactStage(index=str(index))
+    index.mkdir()
+    for name in ("notes.digests", "x-y.digests", "1x-y.digests"):
+        (index / name).write_bytes(hashlib.sha256(b"a").digest())
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["seen_before"].to_pylist() == [False]
+    settings = index / "settings.json"
+    whole = settings.read_text()
+    settings.write_text(whole[:5])
+    with pytest.raises(MaxlmError, match=r"settings\.json"):
+        run_stage(stage, made, tmp_path / "scratch")
+    settings.write_text(whole)
+    (index / "000000-other.digests").write_bytes(b"x" * 33)
+    with pytest.raises(MaxlmError, match="damaged"):
+        run_stage(stage, made, tmp_path / "scratch")
+
+
 def test_an_index_of_other_settings_is_refused(tmp_path: Path) -> None:
     made = make_corpus(tmp_path / "corpus", ["a"])
     run_stage(ExactStage(index=str(tmp_path / "index")), made, tmp_path / "scratch")
@@ -141,8 +175,6 @@ def _run_until(corpus: Path, index: Path, scratch: Path, step: str) -> None:
 
 
 def _out(shard):
-    from dataclasses import replace
-
     return replace(shard, out="exact")
 
 

@@ -94,6 +94,10 @@ def test_logic_is_three_valued(expression, documents):
         ("heuristics.words / 40 >= 1.5", [True, True, False]),
         ("heuristics.words * 2 - 100 > -heuristics.words + 50", [True, True, False]),
         ("heuristics.symbol_ratio <= 0.1 or not near.duplicate", [True, True, False]),
+        (
+            "heuristics.words >= 60  # at least\n and heuristics.words < 65  # at most",
+            [True, False, False],
+        ),
         (' source=="web"\n and heuristics.words>0', [True, False, False]),
         ("False", [False, False, False]),
     ],
@@ -119,6 +123,13 @@ def test_names_and_thresholds():
         Threshold("heuristics.words", ">=", 50),
         Threshold("heuristics.symbol_ratio", "<", 0.1),
     )
+    text = "not heuristics.words < 50 and not (near.duplicate or heuristics.symbol_ratio > 0.1)"
+    assert parse(text, LABELS, "keep.x").thresholds == (
+        Threshold("heuristics.words", ">=", 50),
+        Threshold("heuristics.symbol_ratio", "<=", 0.1),
+    )
+    (either,) = parse("near.duplicate or heuristics.words < 50", LABELS, "keep.x").thresholds
+    assert either == Threshold("heuristics.words", "<", 50, decides=False)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +149,8 @@ def test_names_and_thresholds():
         ("heuristics.words if near.duplicate else 3", "means nothing here"),
         ("language.name in (1, 2)", "different kinds"),
         ("[x for x in source]", "x"),
+        ("heuristics.words > 99999999999999999999", "different kinds"),
+        ("heuristics.words" + " + heuristics.words" * 3000 + " > 1", "nested so deeply"),
         ("", "no expression"),
         ("(" * 5000 + "1" + ")" * 5000, "no expression"),
     ],

@@ -199,6 +199,11 @@ def test_what_one_way_cannot_do_another_does():
     assert (page.status, page.mode) == ("ok", "fast")
 
 
+def test_no_page_pays_for_the_imports():
+    extractor = Extractor(quality=True, markdown=False, seconds=0.1)
+    assert [page.mode for page in extractor.read([(PAGE.encode(), None)])] == ["trafilatura"]
+
+
 def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "serve(" in " ".join(p.cmdline())]
 

@@ -169,7 +169,7 @@ def test_stop_words_are_a_setting():
 
 
 def test_columns_of_the_loops_are_the_labels():
-    from maxlm.data.corpus import _fast_heuristics as fast
+    from maxlm.data.corpus.kernels import heuristics as fast
 
     assert len(LABELS) == fast.NUM_MEASURES
     for k, name in enumerate(LABELS):
@@ -177,11 +177,11 @@ def test_columns_of_the_loops_are_the_labels():
 
 
 def test_bytes_that_are_no_utf8_do_no_harm():
-    from maxlm.data.corpus import _fast_text
     from maxlm.data.corpus.characters import AS_IS, character_classes
+    from maxlm.data.corpus.kernels import text
 
     generator = np.random.default_rng(0)
     for _ in range(200):
         data = generator.integers(0, 256, generator.integers(0, 40)).astype(np.uint8)
-        hashes = _fast_text.token_hashes(data, character_classes(), AS_IS)
+        hashes = text.token_hashes(data, character_classes(), AS_IS)
         assert len(hashes) <= len(data)

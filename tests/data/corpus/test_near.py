@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.candidates import find_pairs, split_pairs, write_bands
 from maxlm.data.corpus.dedup.columns import write_columns
 from maxlm.data.corpus.dedup.members import Members, member_file
 from maxlm.data.corpus.dedup.minhash import (
     Banding,
-    Texts,
     band_keys,
     choose_banding,
-    kernels,
     shingle_set,
 )
 from maxlm.data.corpus.dedup.words import letter_table
 from maxlm.data.corpus.stages.near import NearStage
+from maxlm.data.corpus.textbuffers import text_buffers
 from maxlm.data.work.pool import WorkerPool
 from tests.data.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
@@ -172,6 +172,7 @@ def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None
     assert "max_shares: {books: " in message
     assert not made[0].path("near").exists()
     allowed = NearStage(max_shares={"books": 0.95})
+    assert allowed.sources == ("books",)
     assert allowed.key() == NearStage().key()
     run_stage(allowed, made, tmp_path / "scratch")
     assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4
@@ -238,13 +239,13 @@ def test_short_texts_count_as_one_gram(tmp_path: Path) -> None:
 )
 def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> None:
     text = unicodedata.normalize("NFC", text)
-    found = shingle_set(Texts.of(pa.array(["before", text])), 1, n).tolist()
+    found = shingle_set(text_buffers(pa.array(["before", text])), 1, n).tolist()
     assert found == sorted(set(found))
     assert len(found) == len(grams(text.replace("\u00ad", ""), n))
     # Accents apart or joined, and format characters that are not seen, make no difference.
     apart = "".join(each if each == "한" else unicodedata.normalize("NFD", each) for each in text)
     for each in (apart, "\u00ad".join(text), text.upper() if "ß" not in text else text):
-        assert shingle_set(Texts.of(pa.array([each])), 0, n).tolist() == found
+        assert shingle_set(text_buffers(pa.array([each])), 0, n).tolist() == found
 
 
 def test_letters() -> None:
@@ -262,7 +263,7 @@ def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
         "กขคงจฉชซ",
         "กขคงจ ฉชซ",
     ]
-    sets = [set(shingle_set(Texts.of(pa.array(texts)), i, 5).tolist()) for i in range(4)]
+    sets = [set(shingle_set(text_buffers(pa.array(texts)), i, 5).tolist()) for i in range(4)]
     assert sets[0] == sets[1]
     assert len(sets[0]) == 13 - 4
     assert sets[2] == sets[3]
@@ -274,7 +275,7 @@ def test_a_long_text_is_looked_at_in_pieces_without_a_seam() -> None:
     # words at which the kernel goes on to the next piece (2^14 and a few).
     short = ["a"] * 9 + ["b", "c", "d"] + ["a"] * 9
     longs = [["a"] * (place - 3) + short[9:12] + ["a"] * 9 for place in range(16_380, 16_400)]
-    texts = Texts.of(pa.array([" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]))
+    texts = text_buffers(pa.array([" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]))
     keys, counts = band_keys(texts, 5, Banding(bands=60, rows=1))
     assert counts.tolist() == [21, *map(len, longs), 1]
     for i in range(1, len(longs) + 1):
@@ -287,7 +288,7 @@ def test_signatures_see_every_word_and_no_order() -> None:
         some = WORDS[:number]
         turned = [" ".join(some[i:] + some[:i]) for i in range(number)]
         turned.append(" ".join(["other", *some[1:]]))
-        keys, _ = band_keys(Texts.of(pa.array(turned)), 1, Banding(bands=40, rows=1))
+        keys, _ = band_keys(text_buffers(pa.array(turned)), 1, Banding(bands=40, rows=1))
         assert (keys[1:, :number] == keys[1:, :1]).all()
         assert (keys[1:, number] != keys[1:, 0]).any()
 
@@ -304,7 +305,7 @@ def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
             for i in random_.sample(range(120), edits):
                 two[i] = "other"
             pairs += [" ".join(one), " ".join(two)]
-        keys, _ = band_keys(Texts.of(pa.array(pairs)), 5, banding)
+        keys, _ = band_keys(text_buffers(pa.array(pairs)), 5, banding)
         agree = (keys[1:, 0::2] == keys[1:, 1::2]).mean()
         alike = np.mean([jaccard(pairs[i], pairs[i + 1]) for i in range(0, 600, 2)])
         assert agree == pytest.approx(alike, abs=0.008)
@@ -331,7 +332,7 @@ def test_jaccard_is_that_of_pythons_sets(pairs: list[tuple[set[int], set[int]]])
         flat = np.array([x for each in sets for x in each], np.uint64)
         sides += [flat, starts, np.arange(len(sets))]
     expected = [len(a & b) / len(a | b) for a, b in pairs]
-    assert kernels().jaccards(*sides).tolist() == expected
+    assert compiled("shingles").jaccards(*sides).tolist() == expected
 
 
 @pytest.mark.parametrize("documents", [[], [None], ["", "!"]])

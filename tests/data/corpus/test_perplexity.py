@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import kenlm
@@ -45,6 +46,7 @@ def trained(tmp_path_factory):
         ("  two\n\n \r\nlines\t here ", ["two", "lines here"]),
         ("Déjà—vu… «Ωμέγα» Йод", ['deja - vu . . . " ωμεγα " иод']),
         ("ﬁne１２：Ａ\u00a0b", ["fine00 : a b"]),
+        ("℡ 𝐀 İ", ["tel a i"]),
         ("我爱北京。ひらカタ\u3000x", ["我 爱 北 京 . ひ ら カ タ x"]),
         ("कि नमस्ते। مَرْحَبا، ٣", ["कि नमस्ते . مَرْحَبا , 0"]),
         ("สวัสดี", ["ส ว ั ส ด ี"]),
@@ -231,6 +233,31 @@ def test_the_key_follows_the_model(tmp_path):
     assert stage.key() != first
     kept = json.loads((tmp_path / "cutoffs.json").read_text())
     assert kept["report"]["model"]["tokens"] > 1000
+
+
+def test_the_key_refuses_a_model_of_other_cutoffs_and_follows_its_tokenizer(trained, tmp_path):
+    from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+
+    stage, kept = PerplexityStage(models={"en": tmp_path}), read_cutoffs(trained[0])
+    (tmp_path / "model.kenlm").write_bytes((trained[0] / "model.kenlm").read_bytes())
+    words = WordsConfig(tokenizer=str(tmp_path / "bpe"))
+    whole = kept.model_copy(update={"words": words}).model_dump_json()
+    (tmp_path / "cutoffs.json").write_text(whole)
+    keys = []
+    for size in (300, 310):
+        texts = [p.encode() for p in PARAGRAPHS[:20]]
+        train_tokenizer(TokenizerConfig(vocab_size=size), texts).save(tmp_path / "bpe")
+        keys.append(stage.key())
+    assert keys[0] != keys[1]
+    with (tmp_path / "model.kenlm").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(MaxlmError, match="not the one"):
+        stage.key()
+
+
+def test_a_stage_says_which_label_must_hold_strings():
+    assert PerplexityStage(models={"en": Path("x")}).strings == ("language.name",)
+    assert PerplexityStage(models={"*": Path("x")}, language=None).strings == ()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -214,6 +215,20 @@ def test_a_saved_model_gives_the_same_scores(trained, tmp_path):
     assert again.settings == model.settings
     size = int.from_bytes(path.read_bytes()[:8], "little")
     assert "weights" in json.loads(path.read_bytes()[8 : 8 + size])
+
+
+def test_a_model_that_cannot_be_written_or_read(trained, tmp_path, monkeypatch):
+    (model, _), _, _ = trained
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(MaxlmError, match="cannot write"):
+        model.save(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+    with pytest.raises(MaxlmError, match="cannot write"):
+        model.save(Path("/proc/none/model"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for call in (model.save, load_classifier):
+        with pytest.raises(MaxlmError, match=r"maxlm\[corpus\]"):
+            call(tmp_path / "model")
 
 
 def test_a_file_that_is_no_model(trained, tmp_path):

@@ -38,6 +38,9 @@ def test_json_lines(tmp_path):
         b"",
         b'{"text": "nul\\u0000 and \\ud800 surrogate", "id": "mine"}',
         b'{"text": "bad \xff byte"}',
+        b"42",
+        b"null",
+        b'{"text": "odd fields", "url": "http://x/\\ud800", "id": "i\\udfff", "more": "\\udc80"}',
         b"[" * 100_000,
         b'{"text": "' + b"x" * 300 + b'"}',
         b'{"text": "' + b"x" * 3000 + b'"}',
@@ -49,12 +52,14 @@ def test_json_lines(tmp_path):
         (f"{path}:1", "one"),
         ("mine", "nul and \ufffd surrogate"),
         (f"{path}:10", "bad \ufffd byte"),
-        (f"{path}:14", "last"),
+        ("i\ufffd", "odd fields"),
+        (f"{path}:17", "last"),
     ]
+    assert rows[3]["url"] == "http://x/\ufffd"
     assert rows[0]["url"] == "http://a.org/"
     assert json.loads(rows[0]["meta"]) == {"lang": "en", "n": 3}
     assert {row["source"] for row in rows} == {"web"}
-    assert counts == {"broken": 4, "empty": 2, "too_large": 3}
+    assert counts == {"broken": 6, "empty": 2, "too_large": 3}
 
 
 def test_json_lines_in_any_cut(tmp_path):
@@ -69,9 +74,12 @@ def test_json_lines_in_any_cut(tmp_path):
 def test_bytes_that_are_no_text_may_be_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"latin \xe9 one")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a\xff"}\n{"text": "b\\ud800"}\n{"text": "c"}\n')
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"d", b"e\xff"]).buffers())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
     rows, counts = read(tmp_path, documents=(str(tmp_path),), on_bad_bytes="skip")
-    assert [row["text"] for row in rows] == ["fine"]
-    assert counts == {"bad_bytes": 1}
+    assert [row["text"] for row in rows] == ["fine", "c", "d"]
+    assert counts == {"bad_bytes": 4}
 
 
 def test_text_and_html_files(tmp_path):
@@ -79,6 +87,7 @@ def test_text_and_html_files(tmp_path):
     (root / "src").mkdir(parents=True)
     (root / "src" / "a.py").write_text("print('é')\n")
     (root / "b.html").write_bytes(b"<p>caf\xe9</p>")
+    (root / "f.html.gz").write_bytes(gzip.compress(b"<p>packed</p>"))
     (root / "c.txt").write_text("")
     (root / "large.txt").write_text("y" * 5000)
     (root / "image.png").write_bytes(b"\x89PNG\0\0")
@@ -89,6 +98,7 @@ def test_text_and_html_files(tmp_path):
     assert found == {
         "src/a.py": ("print('é')\n", None),
         "b.html": (None, b"<p>caf\xe9</p>"),
+        "f.html.gz": (None, b"<p>packed</p>"),
         "d.txt.gz": ("compressed", None),
     }
     assert counts == {"too_large": 1}
@@ -102,6 +112,50 @@ def test_pieces_of_a_long_text(tmp_path):
     assert len(rows) > 5
     assert all(row["text"].endswith("\n") for row in rows)
     assert [row["id"].rpartition("#")[2] for row in rows] == [str(i) for i in range(len(rows))]
+
+
+def test_a_long_line_is_passed_over_alone(tmp_path):
+    lines = ["a" * 40, "b" * 300, "c" * 40, "d" * 40]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+    settings = {"piece_bytes": 30, "max_document_bytes": 100}
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
+    assert [row["text"][0] for row in rows] == ["a", "c", "d"]
+    assert counts == {"too_large": 1}
+
+
+def test_a_file_that_goes_away_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n')
+    (job,) = plan_shards(tmp_path / "c", [CrawlSource(name="web", documents=(str(path),))], 1 << 20)
+    path.rename(tmp_path / "away")
+    with pytest.raises(MaxlmError, match="cannot read"):
+        read_shard(job)
+    assert not job.shard.path(DOCUMENTS).exists()
+    (tmp_path / "away").rename(path)
+    read_shard(job)
+    assert pq.read_table(job.shard.path(DOCUMENTS)).num_rows == 1
+
+
+def test_other_columns_may_hold_anything(tmp_path):
+    columns = {
+        "text": ["a"],
+        "when": pa.array([1], pa.timestamp("ns")),
+        "blob": [b"\xff\0"],
+        "nested": [[{"x": 1}]],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == ["a"]
+    assert json.loads(rows[0]["meta"])["nested"] == [{"x": 1}]
+    assert counts == {}
+
+
+def test_large_fields_bound_a_row_group_too(tmp_path):
+    row = json.dumps({"text": "short", "raw": "x" * 2_000_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(row * 20)
+    read(tmp_path, documents=(str(tmp_path / "a.jsonl"),), shard_bytes=1 << 30)
+    (path,) = (tmp_path / "corpus" / "documents").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups == 3
 
 
 def test_parquet(tmp_path):

@@ -8,12 +8,17 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus import SourceConfig, read_documents
+from maxlm.data.corpus import SourceConfig, read_documents, run
 from maxlm.data.corpus.opened import Corpus, find_document
+from maxlm.data.corpus.report import summarize, write_report
 from maxlm.data.corpus.run import run_recipe
+from maxlm.data.work.pool import WorkerPool
 from tests.data.corpus.recipes import recipe
 
 
@@ -195,6 +200,16 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
     [
         ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
         ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
+        ({"keep": {"a b": "heuristics.words > 1"}}, "cannot be the name of a rule"),
+        ({"stages": [{"stage": "exact", "keep_by": "words"}]}, 'no label "words"'),
+        (
+            {"stages": [{"stage": "language"}, {"stage": "exact", "keep_by": "-language.name"}]},
+            "holds no numbers",
+        ),
+        (
+            {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}]},
+            'stages.0: there is no source "wbe"; there are: web, books',
+        ),
         ({"cut": ["near.of"]}, "holds spans to cut"),
         ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
         ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
@@ -213,3 +228,119 @@ def test_a_folder_of_something_else_is_left_alone(crawl, tmp_path):
     with pytest.raises(MaxlmError, match="something else than a corpus"):
         run_recipe(recipe(crawl, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def made_again(crawl, out, *recipes):
+    """The corpus of the last recipe, after the others were run in the same folder."""
+    for each in recipes:
+        run_recipe(recipe(crawl, out, **each))
+    return files(out)
+
+
+LATER = [{"stage": "exact"}, {"stage": "pii", "where": "not exact.duplicate"}]
+
+
+def test_labels_after_a_comparison_follow_the_documents(tmp_path):
+    text = "Write to jean.dupont@example.org or do not write at all, dear reader of this page."
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text, "id": name}) + "\n")
+    both = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    recipes = [
+        {"sources": [{"name": "web", "documents": documents}], "stages": LATER, "keep": {}}
+        for documents in (both, both[1:])
+    ]
+    again = made_again(tmp_path, tmp_path / "again", *recipes)
+    assert again == made_again(tmp_path, tmp_path / "fresh", recipes[1])
+    found, _ = find_document(Corpus.open(tmp_path / "again"), "b")
+    assert "jean.dupont" not in found["text"]
+    manifest = Corpus.open(tmp_path / "again").manifest("pii")
+    assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 1
+
+
+def test_the_order_of_versions_of_a_text_matters(tmp_path):
+    page = (
+        "<html><body><p>" + "A paragraph of the page. " * 20 + "</p><p>12 &lt; 13</p></body></html>"
+    )
+    (tmp_path / "a.html").write_text(page)
+    ways = [{"stage": "extract", "name": mode, "mode": mode} for mode in ("bulk", "quality")]
+    source = [{"name": "web", "documents": [str(tmp_path / "a.html")]}]
+    recipes = [
+        {"sources": source, "stages": [*order, {"stage": "heuristics"}], "keep": {}}
+        for order in (ways, ways[::-1])
+    ]
+    again = made_again(tmp_path, tmp_path / "again", *recipes)
+    assert again == made_again(tmp_path, tmp_path / "fresh", recipes[1])
+
+
+def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monkeypatch):
+    out = tmp_path / "corpus"
+    run_recipe(recipe(crawl, out))
+    stages = list(recipe(crawl, out).model_dump()["stages"])
+    stages[1] = {"stage": "heuristics", "stop_words": ["river"]}
+    stages[2] = {"stage": "pii", "where": "heuristics.stop_words >= 1"}
+    real = run._run_step
+
+    def stops(folder, step, *rest):
+        if step.stage.title == "pii":
+            raise KeyboardInterrupt
+        real(folder, step, *rest)
+
+    monkeypatch.setattr(run, "_run_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(crawl, out, stages=stages))
+    with pytest.raises(MaxlmError, match="the stage pii is not finished"):
+        Corpus.open(out)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(crawl, out, stages=stages, sources=[recipe(crawl, out).sources[0]]))
+    with pytest.raises(MaxlmError, match="is not finished"):
+        Corpus.open(out)
+
+
+def test_a_corpus_of_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    names = ("url", "extract", "language", "heuristics", "toxicity", "pii", "exact", "near")
+    stages = [{"stage": name} for name in (*names, "substring")]
+    documents = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    sources = [{"name": "web", "documents": documents}]
+    out = run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={}))
+    corpus = Corpus.open(out)
+    assert kept(out) == []
+    with WorkerPool(1) as pool:
+        summary = summarize(corpus, corpus.rules(), pool)
+    write_report(corpus, corpus.rules(), summary, tmp_path / "page.html")
+    assert "0 documents read" in (tmp_path / "page.html").read_text()
+
+
+def test_a_corpus_does_not_read_itself(crawl, tmp_path):
+    inside = [{"name": "web", "documents": [str(tmp_path)]}]
+    with pytest.raises(MaxlmError, match="which it is made of"):
+        run_recipe(recipe(crawl, tmp_path / "data" / "corpus", sources=inside))
+    (tmp_path / "text.txt").write_text("some text")
+    run_recipe(recipe(crawl, tmp_path / "corpus"))
+    with pytest.raises(MaxlmError, match="a corpus lies among the files"):
+        list(read_documents(SourceConfig(documents=(str(tmp_path),))))
+    again = (str(tmp_path / "corp*"), str(tmp_path / "corpus" / ".." / "corpus"))
+    found = list(read_documents(SourceConfig(documents=again)))
+    assert [d.id for d in found] == kept(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("name", ["documents", "lock", "in"])
+def test_names_that_no_stage_can_have(crawl, tmp_path, name):
+    with pytest.raises(ValidationError, match=f"no stage can be called {name}"):
+        recipe(crawl, tmp_path, stages=[{"stage": "heuristics", "name": name}])
+
+
+def test_out_is_a_file(crawl, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(MaxlmError, match="this is a file"):
+        run_recipe(recipe(crawl, tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_relative_paths_mean_the_same_on_a_cluster(crawl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.jsonl").write_bytes((crawl / "web.jsonl").read_bytes())
+    sources = [{"name": "web", "documents": ["raw.jsonl"]}]
+    run_recipe(recipe(crawl, "corpus", sources=sources, engine="ray", workers=None))
+    assert len(kept(tmp_path / "corpus", keep={})) == 200

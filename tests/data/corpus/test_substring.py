@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus import _fast_substring
 from maxlm.data.corpus.cuts import cut
 from maxlm.data.corpus.dedup import substrings
 from maxlm.data.corpus.expression import parse
+from maxlm.data.corpus.kernels import substring as loops
 from maxlm.data.corpus.stages.substring import SubstringStage
 from maxlm.data.work.pool import WorkerPool
 from maxlm.data.work.progress import silent
@@ -345,13 +345,13 @@ def test_the_copy_of_the_best_document_is_kept(tmp_path, shards):
 
 @pytest.mark.parametrize("hashes", [1, 2, 7])
 def test_windows_that_share_a_hash_are_not_cut_for_it(tmp_path, monkeypatch, hashes):
-    true = _fast_substring.hash_windows
+    true = loops.hash_windows
 
     def colliding(*arguments):
         values, begins = true(*arguments)
         return values % np.uint64(hashes), begins
 
-    monkeypatch.setattr(_fast_substring, "hash_windows", colliding)
+    monkeypatch.setattr(loops, "hash_windows", colliding)
     found = 0
     for seed in range(8):
         texts = [" ".join(random.Random(seed + i).choices("ab", k=40)) for i in range(4)]

@@ -35,6 +35,8 @@ HOSTS = {  # url: (host, registered domain)
     "http://a b.com/": (None, None),
     "http://a\0b.com/": (None, None),
     "javascript:alert(1)": (None, None),
+    f"http://{'a.' * 120}example.com/": (f"{'a.' * 120}example.com", "example.com"),
+    f"http://{'a.' * 130}example.com/": (None, None),
     "http://": (None, None),
     "": (None, None),
 }
@@ -126,6 +128,12 @@ def test_shipped_lists():
     rows = look(UrlStage(), list(NSFW))
     assert {url: row["rule"] == "nsfw" for url, row in zip(NSFW, rows, strict=True)} == NSFW
     assert not any(row["blocked"] for row in look(UrlStage(nsfw=False), list(NSFW)))
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("host", ["." * 200_000, "a." * 200_000, "a" + "\u0301\u0323" * 200_000])
+def test_a_long_host_takes_time_in_proportion(lists, host):
+    assert look(lists, [f"http://x{host}x/"])[0]["host"] is None
 
 
 def test_another_list_is_another_stage(lists, tmp_path):

@@ -163,6 +163,19 @@ def test_temperature_is_mt5_s(memory_store):
     assert np.allclose(list(weighted.values()), [0.5, 0.25, 0.25])
 
 
+def test_extreme_numbers_are_taken(memory_store):
+    """A cold temperature, weights whose sum no float holds, and a cap of less than a sequence."""
+    found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1), temperature=0.001), 0)
+    assert found["c"] == 1
+    assert 0 < found["a"] < 1e-9
+    phase = Phase(from_step=9, ramp_steps=4, weights={"a": 1e308})
+    found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1e308), phases=(phase,)), 10)
+    assert np.allclose(list(found.values()), 1 / 3)
+    mixing = Mixing(dict.fromkeys("abc", 1), max_epochs={"a": 1e-9})
+    made = make_batches({n: memory_store([1600]) for n in "abc"}, mixing, config(), seed=0)
+    assert made.mixture.counts(10**6)[0] == 1
+
+
 def test_phases_begin_with_their_step(memory_store):
     """Also within a block of shuffling, and a source waits at weight 0 for its phase."""
     stores = {n: memory_store([16000]) for n in "abc"}

@@ -104,9 +104,8 @@ def test_the_store_of_an_older_version_can_be_appended_to(appended, sources, tmp
     (appended / "checksums.sha256").unlink()
     old = TokenStore.open(appended)
     assert old.offsets_sha256 == segments[0]["offsets_sha256"]
-    assert append_store(sources[1], appended, workers=1).model_dump()["segments"] == tuple(
-        segments[:2]
-    )
+    expected = ({**segments[0], "checksums_sha256": None}, segments[1])
+    assert append_store(sources[1], appended, workers=1).model_dump()["segments"] == expected
     TokenStore.open(appended).verify()
 
 
@@ -129,11 +128,27 @@ def test_appending_again_does_nothing_and_doubles_are_refused(
     assert refused(both) == (
         f"{appended}: {sources[1].documents[0]} is already in the store; leave it out"
     )
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes((tmp_path / "b.jsonl").read_bytes())
+    assert refused(SourceConfig(documents=(str(copy),))) == (
+        f"{appended}: {copy} is already in the store, as {sources[1].documents[0]}; append files "
+        "that are new"
+    )
     other = SourceConfig(documents=both.documents[:1], on_bad_bytes="skip")
     assert refused(other) == (
         f"{appended}: cannot append: on_bad_bytes was error, now skip; give the store's settings, "
         "or build a store of its own and mix the two"
     )
+
+
+def test_earlier_segments_have_earlier_rules(appended):
+    """`selection` is of the segments that are read."""
+    path = appended / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"selection": "x"}
+    manifest["segments"][1]["selection"] = "x"
+    path.write_text(json.dumps(manifest))
+    found = [TokenStore.open(appended, segments=n).manifest.selection for n in (1, 2, 3)]
+    assert found == [None, "x", "x"]
 
 
 def test_no_store_to_append_to(tmp_path, sources):

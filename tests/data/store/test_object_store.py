@@ -3,6 +3,7 @@ as much of the protocols of S3 and Google Cloud Storage as reading takes."""
 
 import json
 import pickle
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -141,7 +142,7 @@ def test_what_is_wrong_is_said(root, local):
         with pytest.raises(MaxlmError) as error:
             TokenStore.open(url)
         assert str(error.value) == (
-            f"{url}: there is no token store here; build the store again with maxlm corpus build"
+            f"{url}: there is no token store here; check the URL, the network and the credentials"
         )
     with pytest.raises(MaxlmError) as error:
         TokenStore.open("https://corpora/none")
@@ -164,6 +165,57 @@ def test_what_is_wrong_is_said(root, local):
         store.verify()
     with pytest.raises(MaxlmError, match=f"{url}/tokens: array error: NOT_FOUND"):
         TokenStore.open(url).document(300)
+
+
+def test_a_store_that_may_not_be_read(root, local, monkeypatch):
+    """Listing is denied, then the list of checksums, then everything."""
+    denied, real = [], Objects.do_GET
+
+    def guarded(self):
+        if any(part in unquote(self.path) for part in denied):
+            self.reply(403, b"")
+        else:
+            real(self)
+
+    monkeypatch.setattr(Objects, "do_GET", guarded)
+    monkeypatch.setattr(Objects, "do_HEAD", guarded)
+    remedy = "check the URL, the network and the credentials"
+
+    def refused(call):
+        with pytest.raises(MaxlmError) as error:
+            call()
+        assert str(error.value).endswith(remedy)
+        return str(error.value)
+
+    url = f"s3://{local.path.relative_to(root)}"
+    store = TokenStore.open(url)
+    denied.append("list-type")
+    assert refused(lambda: store.tokenizer_folder).startswith(f"{url}: cannot read the tokenizer: ")
+    denied[:] = ["checksums.sha256"]
+    assert refused(store.verify).startswith(f"{url}/checksums.sha256: cannot read: ")
+    denied[:] = [""]
+    assert refused(lambda: TokenStore.open(url)).startswith(f"{url}/manifest.json: cannot read: ")
+
+
+def test_a_tokenizer_with_folders_is_copied(root, local):
+    (local.path / "tokenizer" / "more").mkdir()
+    (local.path / "tokenizer" / "more" / "a.txt").write_text("deep")
+    store = TokenStore.open(f"s3://{local.path.relative_to(root)}")
+    assert (store.tokenizer_folder / "more" / "a.txt").read_text() == "deep"
+
+
+def test_who_cannot_be_reached_is_given_up(monkeypatch):
+    """Within seconds; data are read more patiently."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    retries = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
+    monkeypatch.setattr("maxlm.data.store.places._FEW_RETRIES", retries)
+    with pytest.raises(MaxlmError, match=r"check the URL, the network and the credentials$"):
+        TokenStore.open("s3://corpora/web")
+    assert kvstore("gs://b/a", patient=False)["gcs_request_retries"] == retries
+    assert "s3_request_retries" not in kvstore("s3://b/a")
 
 
 def test_places(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig
-from maxlm.data.store import TokenStore, build_store
+from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store import build as build_module
 
 
@@ -116,6 +116,35 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path, corpus, byte_tokenizer):
         f"{building}: another process is at work in this folder; wait for it to end"
     )
     build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_kill_within_the_swap_leaves_the_old_store(
+    tmp_path, corpus, byte_tokenizer, folder_bytes, append
+):
+    out, building = tmp_path / "store", tmp_path / ".store.building"
+    build_store(corpus, byte_tokenizer(), out, **SETTINGS)
+    before, real = folder_bytes(out), os.rename
+
+    def rename(source, target):
+        if str(source).endswith("building/store"):
+            raise Stopped
+        real(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(Stopped):
+            build_store(corpus, byte_tokenizer(5), out, force=True, **SETTINGS)
+    assert not out.exists()
+    if append:
+        append_store(corpus, out, **SETTINGS)
+    else:
+        with pytest.raises(MaxlmError, match="built from other inputs"):
+            build_store(corpus, byte_tokenizer(5), out, **SETTINGS)
+    assert folder_bytes(out) == before
+    build_store(corpus, byte_tokenizer(5), out, force=True, **SETTINGS)
+    assert folder_bytes(out) != before
+    assert not building.exists()
 
 
 def test_a_failed_swap_leaves_the_old_store(tmp_path, corpus, byte_tokenizer, folder_bytes):

@@ -159,6 +159,58 @@ def overwrite(store, name, index, value):
     return TokenStore.open(store.path).verify
 
 
+def without_checksums(store):
+    """As an older version left it."""
+    (store.path / "checksums.sha256").unlink()
+    edit_segment(store, checksums_sha256=None)
+
+
+def edit_segment(store, **changes):
+    segments = json.loads((store.path / "manifest.json").read_text())["segments"]
+    return edit_manifest(store, segments=[segments[0] | changes])
+
+
+def test_a_lost_or_cut_list_of_checksums_is_damage(store):
+    path = store.path / "checksums.sha256"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert fails(store.verify) == f"{path}: this file has changed since it was written; {REBUILD}"
+    path.unlink()
+    assert fails(store.verify) == f"{path}: this file is missing; {REBUILD}"
+    path.mkdir()
+    assert fails(store.verify) == f"{path}: cannot read: Is a directory; build the store again"
+    path.rmdir()
+    edit_segment(store, checksums_sha256=None)().verify()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_fingerprint": "0" * 64}, "its tokenizer's tokenizer_fingerprint is "),
+        ({"vocab_size": 299}, "its tokenizer's vocab_size is 300, the manifest says 299"),
+        ({"bos_id": None}, "its tokenizer's bos_id is 256, the manifest says None"),
+        ({"eos_id": 9}, "its tokenizer's eos_id is 257, the manifest says 9"),
+    ],
+)
+def test_verify_checks_the_manifest_by_the_tokenizer(store, changes, message):
+    start = f"{store.path}: damaged store: {message}"
+    assert fails(edit_manifest(store, **changes)().verify).startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_tokens": 5}, f"num_tokens of segment 0 is {len(FLAT)}, the manifest says 5"),
+        ({"num_documents": 5}, "num_documents of segment 0 is 61, the manifest says 5"),
+        ({"num_sources": 0}, "segment 0 has 61 documents, its sources 0"),
+        ({"num_sources": 2}, "num_sources of segment 0 is 1, the manifest says 2"),
+        ({"offsets_sha256": "0"}, "offsets_sha256 of segment 0 is "),
+    ],
+)
+def test_verify_checks_the_segments(store, changes, message):
+    start = f"{store.path}: damaged store: {message}"
+    assert fails(edit_segment(store, **changes)().verify).startswith(start)
+
+
 @pytest.mark.parametrize("name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"])
 def test_verify_names_the_damaged_file(store, name):
     """One flipped bit, a lost file; sha256sum agrees."""
@@ -188,7 +240,7 @@ def test_verify_finds_wrong_counts(store):
 
 
 def test_verify_finds_wrong_values(store):
-    (store.path / "checksums.sha256").unlink()
+    without_checksums(store)
     prefix = f"{store.path}: damaged store: "
     inside, first, last = (
         int(store.offsets[5]) + 1,
@@ -208,6 +260,7 @@ def test_verify_finds_wrong_values(store):
         f"{prefix}a document does not end with eos; {REBUILD}"
     )
     overwrite(store, "tokens", last, kept[2])()
+    edit_manifest(store, segments=[])
     assert fails(overwrite(store, "offsets", 3, 0)) == (
         f"{prefix}offsets do not rise by at least two (bos and eos); {REBUILD}"
     )

@@ -61,13 +61,25 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
 
 def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
     names = "gpt2, cl100k_base, o200k_base, qwen2, tekken"
-    for pattern in (None, "gpt9"):
-        assert message(rank_file, pattern=pattern) == (
-            f"{rank_file}: a rank file does not say how text is split; name the pattern: {names}"
-        )
+    assert message(rank_file) == (
+        f"{rank_file}: a rank file does not say how text is split; name its pattern (--pattern of "
+        f"`maxlm tokenizer import`): {names}"
+    )
+    assert message(rank_file, pattern="gpt9") == (
+        f"{rank_file}: no pattern is called 'gpt9'; use {names}"
+    )
+    assert message("tiktoken:cl100k_base", pattern="gpt2") == (
+        "tiktoken:cl100k_base: these are the ranks of cl100k_base, whose text is not split as gpt2 "
+        "does it; leave the pattern out"
+    )
+    assert message(rank_file, pattern="gpt2", eos="quick") == (
+        f"{rank_file}: 'quick' is an ordinary token of this file; name another literal as eos "
+        "(--eos of `maxlm tokenizer import`)"
+    )
     good = rank_file.read_bytes()
     _, rest = good.split(b"\n", 1)
-    for damage in (rest, good + b"!!! 7\n", good + b"YQ== x\n", good + b"YQ==\n"):
+    twice = good + b"emVicmF6 7\n", good + b"YQ== 9999\n"
+    for damage in (rest, good + b"!!! 7\n", good + b"YQ== x\n", good + b"YQ==\n", *twice):
         rank_file.write_bytes(damage)
         assert message(rank_file, pattern="gpt2").startswith(f"{rank_file}: damaged rank file (")
     assert message("tiktoken:p50k") == (
@@ -100,7 +112,7 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     if name == "smollm2":
         assert message(path) == (
             f"{path}: no token is named to close a document with; name one of the vocabulary as "
-            "eos (--eos)"
+            "eos (--eos of `maxlm tokenizer import`)"
         )
     ours = import_tokenizer(path, eos=named)
     expected = {"bert": "[SEP]", "t5": "</s>"}.get(name, named)
@@ -109,6 +121,15 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     assert ours.carried == {}
     assert message(path, eos="<absent>") == (
         f"{path}: the vocabulary has no token '<absent>'; name one that it has"
+    )
+
+
+@pytest.mark.parametrize("file", ["", "tokenizer.json"])
+def test_a_pattern_is_of_rank_files_alone(tmp_path, file):
+    folder = write_checkpoint(tmp_path, "llama2")
+    assert message(folder / file, pattern="gpt2") == (
+        f"{folder / file}: this is no rank file, and says itself how text is split; leave the "
+        "pattern out"
     )
 
 

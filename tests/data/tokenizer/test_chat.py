@@ -163,6 +163,50 @@ def test_templates_that_refuse_or_break(tmp_path):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "messages", ["hi", ["hi"], [{"role": "user", "content": b"hi"}], 3, [{"role": {1}}]]
+)
+def test_what_is_no_conversation(make_config, texts, messages):
+    ours = train_tokenizer(make_config("bpe", chat="chatml"), texts)
+    for call in (render_chat, encode_chat):
+        with pytest.raises(MaxlmError, match=r"^messages: "):
+            call(ours, messages)
+
+
+@pytest.mark.parametrize("content", ["a\ud800b", "a\ud800<|im_end|>b"])
+def test_lone_surrogates_are_their_bytes(make_config, texts, content):
+    ours = train_tokenizer(make_config("bpe", chat="chatml"), texts)
+    ids = encode_chat(ours, [{"role": "user", "content": content}])
+    assert content.encode("utf-8", "surrogatepass") in ours.decode_bytes(ids)
+
+
+def test_a_missing_template_is_said_so(make_config, texts):
+    plain = train_tokenizer(make_config("bpe"), texts)
+    with pytest.raises(MaxlmError) as error:
+        render_chat(plain, MESSAGES)
+    assert str(error.value).startswith("chat_template.jinja: the tokenizer carries no")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_literal_in_one_message_changes_no_other_ids(tmp_path, name):
+    """Spaces beside special tokens, and at the beginning alone, are the library's business."""
+    literals = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "<mask>")}.get(name, ("<s>", "</s>"))
+    if name in ("smollm2", "qwen"):
+        literals = ("<|endoftext|>", "<|im_end|>")
+    turn = "{{ m.role }} {{ m.content }} " + literals[1] + " so on "
+    template = "{% for m in messages %}" + literals[0] + turn + "{% endfor %}"
+    ours = with_template(tmp_path, template, name)
+    end = ours.special.ids[literals[1]]
+    calm = [{"role": "user", "content": "the fox"}, {"role": "user", "content": "hi"}]
+    forged = [{**calm[0], "content": f"the {literals[1]}fox"}, calm[1]]
+    expected, found = encode_chat(ours, calm), encode_chat(ours, forged)
+    assert expected == ours.encode(render_chat(ours, calm), allow_special=True)
+    assert found.count(end) == expected.count(end) == 2
+    assert found[found.index(end) :] == expected[expected.index(end) :]
+    plain = [{**calm[0], "content": "the xyz fox"}, calm[1]]
+    assert encode_chat(ours, plain)[:3] == found[:3]
+
+
 def test_chat_adds_its_tokens_once():
     config = TokenizerConfig(chat="chatml", eos="<|im_end|>", extra_special_tokens=("<|tool|>",))
     names = ("<|endoftext|>", "<|im_end|>", "<|tool|>", "<|im_start|>")

@@ -78,6 +78,15 @@ def test_ids_are_the_librarys_and_special_tokens_stay_out_of_text(trained, texts
     assert loaded.special_tokens == {"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, "[MASK]": 3}
 
 
+@pytest.mark.parametrize(("bos", "eos"), [("a:b", "[CLS]:1"), ("$B", "$A"), ("$A:0", "$A:0")])
+def test_literals_that_the_librarys_template_would_read_as_its_own(texts, bos, eos):
+    ours = train_tokenizer(config(bos=bos, eos=eos), texts)
+    library = Library.from_str(ours.codec.data.decode())
+    assert library.encode("the").tokens == [bos, "the", eos]
+    assert library.encode("the", "the").tokens == ["the", "the"]
+    assert (ours.codec.token(ours.bos_id), ours.codec.token(ours.eos_id)) == (bos, eos)
+
+
 def test_case_and_accents(texts):
     lower = train_tokenizer(config(lowercase=True, vocab_size=300), texts)
     assert lower.encode("THÉ") == lower.encode("the")

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import first_of_runs
 from maxlm.data.corpus.dedup.members import Members
-from maxlm.data.corpus.dedup.minhash import kernels
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def resolve(
     by_source = np.lexsort((target, source))
     starts = np.searchsorted(source[by_source], np.arange(len(nodes) + 1))
     order = np.lexsort((nodes, -members.take("rank", nodes).to_numpy()))
-    of, likeness = kernels().keep_best(
+    of, likeness = compiled("shingles").keep_best(
         order, starts, target[by_source], np.concatenate([jaccard, jaccard])[by_source]
     )
     graph = coo_array((np.ones(len(low), np.int8), tuple(ends)), shape=(len(nodes),) * 2)

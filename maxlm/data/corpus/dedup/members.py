@@ -68,11 +68,6 @@ def number_members(folder: Path, shards: Sequence[Shard]) -> Members:
     return Members(folder, tuple(shard.name for shard in shards), tuple(first))
 
 
-def label_read(keep_by: str | None) -> tuple[str, ...]:
-    """The label that a `keep_by` names, if any: "-a.b" means the lowest a.b is best."""
-    return (keep_by.removeprefix("-"),) if keep_by else ()
-
-
 def ranks(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
     """How good each document is: float64 [rows], -inf where the label is null or no number."""
     if keep_by is None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from math import ceil, log, log1p
 
 import numpy as np
-import pyarrow as pa
 
-from maxlm.config import MaxlmError
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.words import letter_table
+from maxlm.data.corpus.textbuffers import Texts
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,6 @@ def choose_banding(similarity: float, recall: float, most_hashes: int) -> Bandin
     return best
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts of an Arrow array as the kernels want them."""
-
-    data: np.ndarray
-    offsets: np.ndarray
-
-    @staticmethod
-    def of(array: pa.Array) -> "Texts":
-        """The texts of a string array without nulls; not copied."""
-        array = array.cast(pa.large_string())
-        _, offsets, data = array.buffers()
-        ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-        texts = Texts(np.frombuffer(data or b"", np.uint8), ends)
-        for each in (texts.data, texts.offsets):
-            each.setflags(write=False)  # Else the kernels are compiled again for what is writable.
-        return texts
-
-
 def band_keys(texts: Texts, size: int, banding: Banding) -> tuple[np.ndarray, np.ndarray]:
     """A hash of all words, and one for each band: uint64 [bands + 1, texts]; words: int64 [texts].
 
@@ -74,7 +55,7 @@ def band_keys(texts: Texts, size: int, banding: Banding) -> tuple[np.ndarray, np
     counts = np.empty(number, np.int64)
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
-    kernels().band_keys(
+    compiled("shingles").band_keys(
         texts.data, texts.offsets, letter_table(), size,
         functions[0] | np.uint32(1), functions[1], banding.bands, keys, counts,
     )  # fmt: skip
@@ -88,22 +69,8 @@ def shingle_set(texts: Texts, which: int, size: int) -> np.ndarray:
     similarity of these sets is that of the shingles themselves.
     """
     start, stop = texts.offsets[which : which + 2]
-    hashes, _ = kernels().shingles(texts.data, start, stop, letter_table(), size)
+    hashes, _ = compiled("shingles").shingles(texts.data, start, stop, letter_table(), size)
     hashes.sort()
     keep = np.ones(len(hashes), np.bool_)
     keep[1:] = hashes[1:] != hashes[:-1]
     return hashes[keep]
-
-
-def kernels():
-    """The compiled loops.
-
-    Raises:
-        MaxlmError: Numba is not installed.
-    """
-    try:
-        from maxlm.data.corpus.dedup import kernels
-    except ImportError as error:
-        what = f"comparing documents needs Numba: {error}"
-        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
-    return kernels

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pyarrow as pa
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.corpus.dedup.columns import concatenate, first_of_runs
-from maxlm.data.corpus.dedup.minhash import Texts, kernels
 from maxlm.data.corpus.dedup.words import letter_table
 from maxlm.data.corpus.documents import read_documents
 from maxlm.data.corpus.files import list_files
+from maxlm.data.corpus.textbuffers import Texts, pack_texts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GramIndex:
     is_size: np.ndarray
     """bool [n + 1]: which n there are."""
     filter_bits: np.ndarray
-    """See `kernels.find_grams`."""
+    """See `kernels.shingles.find_grams`."""
 
 
 def content_hash(sets: Mapping[str, SourceConfig]) -> str:
@@ -68,6 +68,7 @@ def index_sets(
 
 @lru_cache(maxsize=2)
 def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> GramIndex:
+    loops = compiled("shingles")
     sets = {name: SourceConfig(**source) for name, source in json.loads(plain).items()}
     is_size = np.zeros(n + 1, np.bool_)
     grams, owners, ids, names = [], [], [], []
@@ -75,8 +76,8 @@ def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> G
         first = len(ids)
         mine, whose = [], []
         for document in read_documents(source):
-            texts = Texts.of(pa.array([document.text.decode(errors="replace")]))
-            found, words = kernels().shingles(texts.data, 0, len(texts.data), letter_table(), n)
+            data = pack_texts([document.text]).data
+            found, words = loops.shingles(data, 0, len(data), letter_table(), n)
             if words >= shortest:
                 is_size[min(words, n)] = True
                 mine.append(np.unique(found))
@@ -112,10 +113,10 @@ def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> G
 
 
 def find_grams(index: GramIndex, texts: Texts) -> np.ndarray:
-    """Every n-gram of the index in texts: int64 [found, 4], see `kernels.find_grams`."""
+    """Every n-gram of the index in texts: int64 [found, 4], see `kernels.shingles.find_grams`."""
     found = np.empty((1 << 10, 4), np.int64)
     while True:
-        number = kernels().find_grams(
+        number = compiled("shingles").find_grams(
             texts.data, texts.offsets, letter_table(), index.is_size, index.grams,
             index.filter_bits, found,
         )  # fmt: skip

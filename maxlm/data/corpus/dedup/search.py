@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.candidates import (
     find_copies,
     find_pairs,
@@ -28,16 +29,11 @@ from maxlm.data.corpus.dedup.candidates import (
     write_bands,
 )
 from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_columns
-from maxlm.data.corpus.dedup.members import (
-    Members,
-    label_read,
-    member_file,
-    number_members,
-    ranks,
-)
-from maxlm.data.corpus.dedup.minhash import Banding, Texts, band_keys, kernels, shingle_set
+from maxlm.data.corpus.dedup.members import Members, member_file, number_members, ranks
+from maxlm.data.corpus.dedup.minhash import Banding, band_keys, shingle_set
 from maxlm.data.corpus.dedup.steps import Steps
 from maxlm.data.corpus.shards import Shard
+from maxlm.data.corpus.textbuffers import text_buffers
 from maxlm.data.work.paths import writing
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
@@ -52,6 +48,7 @@ class Search:
     ngram: int
     banding: Banding
     max_group: int
+    reads: tuple[str, ...]
     keep_by: str | None
     memory: int
 
@@ -112,9 +109,9 @@ def _sign_shard(job: _ShardJob) -> None:
     rows, rank, ids, sources = [], [], [], []
     banding = search.banding
     keys, worded = [np.empty((banding.bands + 1, 0), np.uint64)], []
-    for group in shard.rows(("text", "id", "source", *label_read(search.keep_by))):
+    for group in shard.rows(("id", *search.reads)):
         batch = group.batch
-        key, count = band_keys(Texts.of(batch.column("text")), search.ngram, banding)
+        key, count = band_keys(text_buffers(batch.column("text")), search.ngram, banding)
         keys.append(key)
         worded.append(count > 0)
         rows.append(group.index + group.first)
@@ -225,7 +222,7 @@ def _write_sets(job: _SetJob) -> None:
     sets = []
     for group in job.shard.rows(("text",)):
         start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
-        texts = Texts.of(group.batch.column("text"))
+        texts = text_buffers(group.batch.column("text"))
         for place in np.searchsorted(group.index, rows[start:stop] - group.first).tolist():
             sets.append(shingle_set(texts, place, job.pairs.search.ngram))
     starts = np.concatenate([[0], np.cumsum([len(each) for each in sets])]).astype(np.int64)
@@ -244,7 +241,7 @@ def _verify(job: _RangeJob) -> None:
     with open_columns(job.file("candidates")) as columns:
         pairs = columns["pair"]
     low, high = split_pairs(pairs)
-    jaccard = np.empty(len(pairs))
+    jaccard, loops = np.empty(len(pairs)), compiled("shingles")
     for shard, part in job.members.by_shard(low):
         with open_columns(_set_file(job, shard)) as columns:
             one = _Sets(columns["member"], columns.array("set"))
@@ -253,7 +250,7 @@ def _verify(job: _RangeJob) -> None:
             here = order[there]
             with open_columns(_set_file(job, other)) as columns:
                 two = _Sets(columns["member"], columns.array("set"))
-            jaccard[here] = kernels().jaccards(*one.find(low[here]), *two.find(high[here]))
+            jaccard[here] = loops.jaccards(*one.find(low[here]), *two.find(high[here]))
     alike = jaccard >= job.search.jaccard
     write_columns(job.file("verified"), {"pair": pairs[alike], "jaccard": jaccard[alike]})
 

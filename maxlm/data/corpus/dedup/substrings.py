@@ -44,6 +44,7 @@ import pyarrow as pa
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.characters import character_classes
 from maxlm.data.corpus.compiled import compiled
+from maxlm.data.corpus.cuts import CUTS
 from maxlm.data.corpus.dedup.columns import concatenate, cut, first_of_runs, ranges
 from maxlm.data.corpus.dedup.members import ranks
 from maxlm.data.corpus.shards import Shard
@@ -54,8 +55,6 @@ _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a byte of 
 _LOW = np.uint64(2**32 - 1)
 _LONGEST = 2**31 - 1  # Spans are int32.
 
-CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
-"""Spans of a text, in characters."""
 _SCHEMA = pa.schema([("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float32())])
 
 
@@ -205,7 +204,7 @@ def find_cuts(folder: Path, shard: str, number: int, size: int) -> pa.RecordBatc
 def _cut_block(
     folder: Path, blocks: list[Path], block: int, number: int, size: int
 ) -> pa.RecordBatch:
-    fast = compiled("substring")
+    fast, count = compiled("substring"), compiled("text").count_characters
     rows, ends, text = (_read(blocks[block], name) for name in ("row", "end", "text"))
     offsets = np.concatenate([[0], ends])
     place, source = _sources(folder, blocks[block], block, number)
@@ -218,12 +217,12 @@ def _cut_block(
     edges = _unite(words, starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
     begins = np.repeat(offsets[document], 2)
-    spans = fast.count_characters(text, begins, edges.ravel()).reshape(-1, 2)
+    spans = count(text, begins, edges.ravel()).reshape(-1, 2)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
     some = np.flatnonzero(counts)
     share = np.zeros(len(rows), np.float32)
-    share[some] = lost[some] / fast.count_characters(text, offsets[some], ends[some])
+    share[some] = lost[some] / count(text, offsets[some], ends[some])
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
     return pa.RecordBatch.from_arrays([rows, cuts, share], schema=_SCHEMA)

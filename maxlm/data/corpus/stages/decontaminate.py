@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from maxlm.data.corpus.characters import UNICODE
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.config import SourceConfig
-from maxlm.data.corpus.dedup.minhash import Texts, kernels
+from maxlm.data.corpus.cuts import CUTS
 from maxlm.data.corpus.dedup.overlap import GramIndex, content_hash, find_grams, index_sets
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.stage import Label, LabelStage
-
-_CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
+from maxlm.data.corpus.textbuffers import Texts, text_buffers
 
 
 class DecontaminateStage(LabelStage):
@@ -48,13 +49,13 @@ class DecontaminateStage(LabelStage):
                 ("overlap", pa.float32()),  # the share of the item's n-grams found; 0: no item
                 ("set", pa.string()),  # of the item with the greatest overlap
                 ("item", pa.large_string()),  # its id; large: no category to be counted
-                ("cuts", _CUTS),  # characters that the n-grams found cover
+                ("cuts", CUTS),  # characters that the n-grams found cover
             ]
         )
 
     def key(self) -> str:
         """As for every stage, and of the contents of the evaluation sets."""
-        return super().key() + content_hash(self.sets)
+        return f"{super().key()} {UNICODE} {content_hash(self.sets)}"
 
     def packages(self) -> tuple[str, ...]:
         return ("numba",)
@@ -65,12 +66,11 @@ class DecontaminateStage(LabelStage):
         Raises:
             MaxlmError: an evaluation set can't be read or has nothing to look for; no Numba.
         """
-        kernels()
         index = index_sets(self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items)
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
             rows = _empty(batch.num_rows)
-            texts = Texts.of(batch.column("text"))
+            texts = text_buffers(batch.column("text"))
             for which, found in _by_text(find_grams(index, texts)):
                 for name, value in self._judge(index, found).items():
                     rows[name][which] = value
@@ -116,16 +116,10 @@ def _cuts(texts: Texts, which: int, spans: np.ndarray) -> list[dict[str, int]]:
     reach = np.maximum.accumulate(spans[:, 1])
     opens = np.append(True, spans[1:, 0] > reach[:-1])
     begins, ends = spans[opens, 0], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
-    cuts, byte, character = [], int(texts.offsets[which]), 0
-    for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-        character += _characters(texts.data[byte:begin])
-        cuts.append({"start": character, "end": character + _characters(texts.data[begin:end])})
-        byte, character = end, cuts[-1]["end"]
-    return cuts
-
-
-def _characters(data: np.ndarray) -> int:
-    return int(np.count_nonzero((data & 0xC0) != 0x80))  # Not the later bytes of a character.
+    edges = np.stack([begins, ends], 1).ravel()
+    first = np.full(len(edges), texts.offsets[which])
+    places = compiled("text").count_characters(texts.data, first, edges).reshape(-1, 2)
+    return [{"start": start, "end": end} for start, end in places.tolist()]
 
 
 @dataclass(frozen=True)

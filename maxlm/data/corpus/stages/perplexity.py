@@ -4,12 +4,19 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.data.corpus.perplexity import PerplexityModel, bucket, open_model, read_cutoffs
+from maxlm.data.corpus.characters import UNICODE
+from maxlm.data.corpus.perplexity import (
+    PerplexityModel,
+    bucket,
+    content_hash,
+    open_model,
+    read_cutoffs,
+)
 from maxlm.data.corpus.stage import Label, LabelStage
 
 ANY = "*"
@@ -35,6 +42,8 @@ class PerplexityStage(LabelStage):
     language: str | None = "language.name"
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
+    version: ClassVar[int] = 2
+
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":
         if self.language is None and set(self.models) != {ANY}:
@@ -48,13 +57,22 @@ class PerplexityStage(LabelStage):
         """The text and, if it matters, its language."""
         return ("text",) if self.language is None else ("text", self.language)
 
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Labels it reads that must hold strings."""
+        return self.reads[1:]
+
     def schema(self) -> pa.Schema:
         return pa.schema([("value", pa.float64()), ("bucket", pa.string())])
 
     def key(self) -> str:
-        """Also of the models' content."""
-        contents = [read_cutoffs(folder).model_dump_json() for folder in self.models.values()]
-        return hashlib.sha256("\n".join([super().key(), *contents]).encode()).hexdigest()
+        """Also of the models' content.
+
+        Raises:
+            MaxlmError: see `content_hash`.
+        """
+        contents = map(content_hash, self.models.values())
+        return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
 
     def packages(self) -> tuple[str, ...]:
         return ("kenlm-ex",)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from maxlm.data.corpus.pii import KINDS, Finder, Kind, Match
 from maxlm.data.corpus.stage import Label, LabelStage
@@ -29,7 +29,8 @@ class PiiStage(LabelStage):
     numbering plans (phonenumbers), top-level domains, words nearby. See `maxlm.data.corpus.pii`.
     Names and postal addresses are not looked for.
 
-    Labels: `text`, the masked version, null where nothing is masked; how many there are of each
+    Labels: `text`, the masked version, null where nothing is masked (no such label if `mask` is
+    empty); how many there are of each
     kind and their sum, `count`; `spans`, in order: `start` and `end` count characters (code points)
     in the text before, `masked_start` and `masked_end` in the text after (null where the kind is
     not masked), so each position of one text has its place in the other.
@@ -39,21 +40,22 @@ class PiiStage(LabelStage):
     mask: tuple[Kind, ...] = KINDS
     """The kinds to mask; the others are only counted. Empty: no new text."""
     placeholders: dict[Kind, str] = Field(default_factory=dict)
-    """What to put in their place, where it is not the kind in capitals: `<EMAIL>`."""
+    """What to put in the place of kinds in `mask`, where it is not the kind in capitals:
+    `<EMAIL>`."""
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
     """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
     with a country code are known from everywhere. Each costs time and a little precision."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "PiiStage":
+        if unmasked := [kind for kind in self.placeholders if kind not in self.mask]:
+            raise ValueError(f"placeholders for {', '.join(unmasked)}, which mask does not name")
+        return self
+
     def schema(self) -> pa.Schema:
+        text = [("text", pa.large_string())] if self.mask else []
         counts = [(kind, pa.int32()) for kind in KINDS]
-        return pa.schema(
-            [
-                ("text", pa.large_string()),
-                ("count", pa.int32()),
-                *counts,
-                ("spans", pa.list_(_SPAN)),
-            ]
-        )
+        return pa.schema([*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))])
 
     def packages(self) -> tuple[str, ...]:
         return ("phonenumbers", "tldextract")

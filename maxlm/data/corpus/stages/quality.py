@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.classifier import TRAIN, load_classifier
 from maxlm.data.corpus.stage import Label, LabelStage
 from maxlm.data.corpus.textbuffers import text_buffers
@@ -36,7 +37,7 @@ class QualityStage(LabelStage):
         except OSError as error:
             what = f"cannot read the classifier {self.model}: {error.strerror}"
             raise MaxlmError(what, where=self.title, fix=f"train one: {TRAIN}") from error
-        return hashlib.sha256(f"{super().key()} {content}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
 
     def open(self) -> Label:
         model = load_classifier(self.model, self.title)

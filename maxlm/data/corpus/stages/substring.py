@@ -1,6 +1,6 @@
 """Substring deduplication: passages that a corpus has more than once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,14 +8,11 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.data.corpus.dedup.members import label_read, write_labels
-from maxlm.data.corpus.dedup.substrings import (
-    CUTS,
-    find_cuts,
-    index_shard,
-    list_blocks,
-    match_range,
-)
+from maxlm.data.corpus.characters import UNICODE
+from maxlm.data.corpus.cuts import CUTS
+from maxlm.data.corpus.dedup.members import write_labels
+from maxlm.data.corpus.dedup.steps import Steps
+from maxlm.data.corpus.dedup.substrings import find_cuts, index_shard, list_blocks, match_range
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.work.engine import Engine
@@ -32,7 +29,8 @@ class SubstringStage(CorpusStage):
     A word is what white space separates, and in scripts without spaces each letter with its marks
     (see `maxlm.data.corpus.characters`), so spans begin and end between words; passages are the
     same if their bytes are, white space included. `dedup.substrings` states the rule and what it
-    guarantees. The copy that stays counts on its document to be kept: `where` should leave out
+    guarantees. No document is split, so one that is longer than a sixteenth of `memory` takes more.
+    The copy that stays counts on its document to be kept: `where` should leave out
     those that later rules drop, or a passage may go with both.
     """
 
@@ -40,21 +38,15 @@ class SubstringStage(CorpusStage):
     min_tokens: int = Field(default=50, ge=2)
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
-    keep_by: str | None = None
-    """The label by which the document is chosen that keeps its copy: the highest value wins, or
-    with a minus in front ("-perplexity.value") the lowest; null, and among equals: the first."""
-    memory: int = Field(default=1 << 29, ge=1 << 10)
-    """Bytes that a job may use, about; smaller means more files and jobs. No document is split, so
-    one that is longer than a sixteenth of this takes more."""
-
-    neutral = (*CorpusStage.neutral, "memory")
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        return ("text", *label_read(self.keep_by))
 
     def schema(self) -> pa.Schema:
         return pa.schema([("cuts", CUTS), ("cut_share", pa.float32())])
+
+    def key(self) -> str:
+        return f"{super().key()} {UNICODE}"
+
+    def packages(self) -> tuple[str, ...]:
+        return ("numba",)
 
     def label(
         self, shards: Sequence[Shard], scratch: Path, engine: Engine, progress: Progress
@@ -65,17 +57,12 @@ class SubstringStage(CorpusStage):
             MaxlmError: a document of 2 GiB or more.
         """
         folder = scratch / str(self.memory)  # A killed run may have had another.
-
-        def work(name: str, function: Callable, jobs: Sequence) -> None:
-            progress(f"{self.title}: {name}", 0, len(jobs))
-            for done, _ in enumerate(engine.map(function, jobs), 1):
-                progress(f"{self.title}: {name}", done, len(jobs))
-
-        work("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
+        steps = Steps(self.title, engine, progress)
+        steps.run("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
         windows = list_blocks(folder, [shard.name for shard in shards])
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        work("match", _match, [_RangeJob(self, folder, number, i) for i in range(number)])
-        work("cut", _cut, [_CutJob(self, folder, number, shard) for shard in shards])
+        steps.run("match", _match, [_RangeJob(self, folder, number, i) for i in range(number)])
+        steps.run("cut", _cut, [_CutJob(self, folder, number, shard) for shard in shards])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.characters import character_classes, lower_case
+from maxlm.data.corpus.characters import UNICODE, character_classes, lower_case
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.stage import Label, LabelStage
 from maxlm.data.corpus.textbuffers import text_buffers
@@ -61,7 +61,7 @@ class ToxicityStage(LabelStage):
     def key(self) -> str:
         """Also of the lists' content."""
         content = repr(read_lists(self.lists))
-        return hashlib.sha256(f"{super().key()} {content}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
 
     def open(self) -> Label:
         count = _counter(read_lists(self.lists), self.longest)

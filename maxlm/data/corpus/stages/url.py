@@ -17,7 +17,8 @@ from maxlm.data.corpus.stage import Label, LabelStage
 from maxlm.data.corpus.streams import Compression, open_stream
 
 _SHIPPED = Path(__file__).parents[1] / "lists"
-_SCHEME = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//", re.I)
+_AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
+_LONGEST_AUTHORITY, _LONGEST_HOST = 1024, 253  # DNS has no longer names.
 _HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WORD = re.compile(r"[^\W_]+")
 
@@ -152,13 +153,18 @@ def _rule(host: str, domain: str | None, names: frozenset[str]) -> str | None:
 def _split(url: str) -> tuple[str, str]:
     """The host as ASCII, "" if there is none, and what follows it, percent-decoded."""
     url = url.strip()
+    url = url if _AUTHORITY.match(url) else f"//{url}"
+    authority = _AUTHORITY.match(url)
+    # A long one that is not ASCII would take urlsplit a time that grows with its square.
+    if authority is None or len(authority[1]) > _LONGEST_AUTHORITY:
+        return "", ""
     try:
-        parts = urlsplit(url if _SCHEME.match(url) else f"//{url}")
+        parts = urlsplit(url)
         host = _ascii(unquote(parts.hostname or ""))
         _ = parts.port  # Raises where the port is none, as in "javascript:alert(1)".
     except ValueError:
         return "", ""
-    if not _HOST.fullmatch(host):
+    if len(host) > _LONGEST_HOST or not _HOST.fullmatch(host):
         return "", ""
     return host, unquote(f"{parts.path}?{parts.query}").lower()
 

@@ -3,8 +3,8 @@
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_text import first_bytes, tokenize
 from maxlm.data.corpus.characters import WORD
+from maxlm.data.corpus.kernels.text import first_bytes, tokenize
 
 _POWER = np.uint64(0x9FB21C651E98DF25)
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_ngrams import word_at
+from maxlm.data.corpus.kernels.ngrams import word_at
 
 _MURMUR = np.uint64(0xC6A4A7935BD1E995)
 _THIS, _NEXT = np.uint64(8978948897894561157), np.uint64(17894857484156487943)
@@ -76,7 +76,7 @@ def put_ngrams(keys, values, order, bits, ids, table, lower):
     the sign of its backoff if that is -0.
 
     Args:
-        keys: as in `_fast_ngrams`.
+        keys: as in `kernels.ngrams`.
         values: uint32 [n, 2], the bits of float32 logarithms, with signs.
         ids: uint32, KenLM's ids of words by ours.
         table: uint32 [buckets, 4], for the highest order [buckets, 3] without backoffs.

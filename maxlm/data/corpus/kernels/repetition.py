@@ -7,8 +7,8 @@ so two that differ are taken for equal once in 10^12 documents or so.
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_text import decode, mix
 from maxlm.data.corpus.characters import SPACE, TERMINAL
+from maxlm.data.corpus.kernels.text import decode, mix
 
 _SHORT_LINE = 30  # FineWeb: characters.
 _NEWLINE = 0x0A

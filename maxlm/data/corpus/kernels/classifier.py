@@ -3,8 +3,8 @@
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_text import decode, first_bytes, mix, tokenize
 from maxlm.data.corpus.characters import SPACE
+from maxlm.data.corpus.kernels.text import decode, first_bytes, mix, tokenize
 
 _LONGEST = 1 << 20  # Bytes of a text that are looked at.
 _POWER = np.uint64(0x9FB21C651E98DF25)

@@ -6,8 +6,8 @@ Imported only where it runs, as it loads Numba.
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_text import decode, mix
 from maxlm.data.corpus.characters import ALONE, EXTEND, SPACE
+from maxlm.data.corpus.kernels.text import decode, mix
 
 _PRIME = np.uint64(0x100000001B3)
 _BASE = np.uint64(0x9FB21C651E98DF25)
@@ -131,21 +131,3 @@ def equal_windows(data, starts, stops, words, other, places, size):
             at += 1
         equal[k] = at == end
     return equal
-
-
-@njit(cache=True, nogil=True)
-def count_characters(data, begins, positions):
-    """Characters between each of `begins` and the byte `positions`, of whole characters.
-
-    Both rise, so that counting goes on where a position shares the last one's begin.
-    """
-    counts = np.empty(len(positions), np.int32)
-    for k in range(len(positions)):
-        at, count = begins[k], 0
-        if k > 0 and begins[k - 1] == at:
-            at, count = positions[k - 1], counts[k - 1]
-        while at < positions[k]:
-            count += data[at] & 0xC0 != 0x80
-            at += 1
-        counts[k] = count
-    return counts

@@ -1,4 +1,4 @@
-"""Hot loops of near-duplicate search and decontamination.
+"""Hot loops of near-duplicate search and decontamination: words and their n-grams.
 
 Imported only where it runs, as it loads Numba.
 """
@@ -6,8 +6,8 @@ Imported only where it runs, as it loads Numba.
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_text import decode, mix
 from maxlm.data.corpus.dedup.words import BY_ITSELF, FOLLOWS, IGNORED, SEPARATOR
+from maxlm.data.corpus.kernels.text import decode, mix
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)

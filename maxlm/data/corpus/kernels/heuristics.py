@@ -6,9 +6,15 @@ Imported only where it runs, as it loads Numba.
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus._fast_repetition import find, new_set, ratio, repeated_lines, repeated_ngrams
-from maxlm.data.corpus._fast_text import decode, first_bytes, tokenize
 from maxlm.data.corpus.characters import AS_IS, BREAK, DIGIT, LETTER, SPACE, TERMINAL, WORD
+from maxlm.data.corpus.kernels.repetition import (
+    find,
+    new_set,
+    ratio,
+    repeated_lines,
+    repeated_ngrams,
+)
+from maxlm.data.corpus.kernels.text import decode, first_bytes, tokenize
 
 # Columns of `measure`, in the order of `stages.heuristics.LABELS`.
 (

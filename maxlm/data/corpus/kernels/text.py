@@ -2,7 +2,7 @@
 
 Imported only where it runs, as it loads Numba. Bytes that are no valid UTF-8 do no harm: each bad
 byte counts as one character. Numba's cache does not see that a function in another file changed:
-after an edit here, delete `__pycache__/_fast_*`.
+after an edit here, delete `__pycache__`.
 """
 
 import numpy as np
@@ -137,3 +137,21 @@ def first_bytes(data, start, stop, longest):
     while stop > start and data[stop] & 0xC0 == 0x80:
         stop -= 1
     return stop
+
+
+@njit(cache=True, nogil=True)
+def count_characters(data, begins, positions):
+    """Characters between each of `begins` and the byte `positions`, of whole characters.
+
+    Both rise, so that counting goes on where a position shares the last one's begin.
+    """
+    counts = np.empty(len(positions), np.int32)
+    for k in range(len(positions)):
+        at, count = begins[k], 0
+        if k > 0 and begins[k - 1] == at:
+            at, count = positions[k - 1], counts[k - 1]
+        while at < positions[k]:
+            count += data[at] & 0xC0 != 0x80
+            at += 1
+        counts[k] = count
+    return counts

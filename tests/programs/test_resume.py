@@ -1,0 +1,102 @@
+"""What a run may go on from: checkpoints of older versions, and stores that still hold what they
+held."""
+
+import json
+
+import pytest
+import yaml
+
+from maxlm.cli.main import main
+from maxlm.config import MaxlmError, load
+from maxlm.data.corpus import SourceConfig
+from maxlm.data.store import append_store, build_store
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.programs.pretrain import pretrain
+from maxlm.run import RunConfig
+from tests.programs import tiny
+
+NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
+
+
+def train(path, *overrides):
+    return pretrain(load(RunConfig, path, overrides).value, say=lambda _: None)
+
+
+def saved_metadata(run, step):
+    (path,) = (run / "checkpoints" / str(step)).rglob("metadata/metadata")
+    return path
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
+    """One that knows nothing of settings that came after it, nor of stores."""
+    path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), train={"steps": 1})
+    train(path)
+    file = saved_metadata(tmp_path / "tiny", 1)
+    metadata = json.loads(file.read_text())
+    data, tokenizer = metadata["config"]["data"], metadata["config"]["tokenizer"]
+    for part, names in (
+        (data, NEW[0]),
+        (data["sources"][0], NEW[1]),
+        (tokenizer, ("chat", "lowercase")),
+        (metadata, ("stores",)),
+    ):
+        for name in names:
+            del part[name]
+    file.write_text(json.dumps(metadata))
+    assert train(path, "train.steps=2").start == 1
+    with pytest.raises(MaxlmError, match=r"tokenizer\.lowercase=False became True"):
+        train(path, "tokenizer.lowercase=true", "train.steps=3")
+
+
+def test_a_store_that_grew_is_read_as_it_was(tmp_path):
+    texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
+    words = [path.read_bytes() for path in sorted((tmp_path / "old").iterdir())]
+    train_tokenizer(TokenizerConfig(vocab_size=300), words).save(tmp_path / "tokenizer")
+    build_store(SourceConfig(documents=(texts[0],)), tmp_path / "tokenizer", tmp_path / "store")
+    path = tiny.write_config(
+        tmp_path,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(tmp_path / "tokenizer")},
+        data={
+            "sources": [{"name": "text", "store": str(tmp_path / "store")}],
+            "seq_len": 32,
+            "batch_size": 8,
+            "workers": 0,
+        },
+    )
+    train(path)
+    append_store(SourceConfig(documents=(texts[1],)), tmp_path / "store", workers=1)
+    with pytest.raises(MaxlmError) as error:
+        train(path, "train.steps=2")
+    assert "the store of source 'text' is not what it was (12 documents, " in str(error.value)
+    assert str(error.value).endswith(
+        "; set store_segments: 1 for it, or train in another run folder"
+    )
+    grown = "data.sources.0.store_segments=1"
+    assert train(path, "train.steps=2", grown).start == 1
+    # Both were read: the newest checkpoint is again one of the first segment.
+    with pytest.raises(MaxlmError, match="set store_segments: 1"):
+        train(path, "train.steps=3", "data.sources.0.store_segments=2")
+
+
+def test_mix_prepares_for_its_config_alone(tmp_path, capfd):
+    """Weights may be tried; other text is refused, by itself and by a run."""
+    texts = [tiny.write_text(tmp_path / name, seed=i) for i, name in enumerate(("old", "new"))]
+    path = tiny.write_config(tmp_path, texts[0])
+    assert main(["corpus", "mix", path, "data.sources.0.weight=2"]) == 0
+    assert main(["corpus", "mix", path, "data.sources.0.max_epochs=500"]) == 0
+    written = yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())
+    assert written["data"]["sources"][0]["documents"] == [texts[0]]
+    capfd.readouterr()
+    other = f"data.sources.0.documents=[{texts[1]}]"
+    assert main(["corpus", "mix", path, other]) == 2
+    assert "the text here was prepared with another config: data.sources" in capfd.readouterr().err
+    with pytest.raises(MaxlmError, match="the text here was prepared with another config"):
+        train(path, other)
+
+
+def test_mix_leaves_nothing_of_what_it_refuses(tmp_path, capfd):
+    path = tiny.write_config(tmp_path, str(tmp_path / "nowhere"))
+    assert main(["corpus", "mix", path]) == 2
+    assert [each.name for each in tmp_path.iterdir()] == ["tiny.yaml"]
