@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -31,9 +31,18 @@ def mixture(first, later=(), most=None, key=5):
     return Mixture.of(phases[0][0], key, changes=later, most=most), phases, most
 
 
+ENDS_WITH_ITS_PHASE = {
+    "first": {"a": 1.0, "b": 1.0, "c": 0.0, "d": 0.0},
+    "later": [(100, {"a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0})],
+    "most": {"a": 5},
+    "key": 5,
+}
+
+
+@example(**ENDS_WITH_ITS_PHASE)
 @given(first=some_weights, later=changes, most=caps, key=keys)
 def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most, key):
-    made, _, most = mixture(first, later, most, key)
+    made, phases, most = mixture(first, later, most, key)
     total = min(made.end, 6000)
     whole = made.end < ENDLESS and made.end <= 6000
     stores, streams = made.locate(np.arange(total))
@@ -46,7 +55,8 @@ def test_streams_have_no_gap_no_repeat_and_stop_at_their_caps(first, later, most
             assert np.array_equal(mine, np.arange(mine.size))
     if whole:
         # What could still have been read at the end had weight 0 there.
-        for store in np.flatnonzero(made.segments[-1].weights):
+        at_end = [weights for weights, start in phases if start <= made.end][-1]
+        for store in np.flatnonzero(list(at_end.values())):
             assert (stores == store).sum() == limits[store]
         with pytest.raises(IndexError):
             made.locate(np.array([made.end]))
