@@ -132,5 +132,6 @@ def serve(fd: int, seconds: float, quality: bool) -> None:
 def _read(page: tuple[bytes, str | None], way: Sequence[bool]) -> Page:
     try:
         return read_page(*page, *way)
+    # The parsers raise what they like; the label says so, and the manifest counts it.
     except Exception:
         return Page("broken")

@@ -120,7 +120,7 @@ def _trafilatura(source: str, markdown: bool) -> str:
             include_tables=True,
             output_format="markdown" if markdown else "txt",
         )
-    # Whatever it stumbles over, there is the other one.
+    # Whatever it stumbles over, there is the other one, and the label `mode` names that.
     except Exception:
         return ""
     return clean(text or "").strip()
