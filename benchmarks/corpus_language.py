@@ -9,7 +9,7 @@ edition, so a line that stands in an English folder too is English: a page is in
 0.1 of its characters do not, in its folder's language if at most 0.2 of those in lines of 40 do,
 else mixed. Counted are pages with at least 200 characters in such lines of that language.
 `pip install pycld2 resiliparse` for the peer and to read HTML. Speeds are of CPU time on the first
-3,000 bytes of a sample of the pages.
+3,000 bytes of a sample of all pages, and of those that have as many.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import re
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from maxlm.data.corpus.stages.language import LanguageStage, find_shipped_model
 
 LEAST = 200  # characters
 LONG = 40  # Shorter lines, mostly names, are the same in many languages.
-ROUNDS, TIMED = 5, 2000
+ROUNDS, TIMED, BYTES = 5, 2000, 3000
+
+Predict = Callable[[list[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def judge(texts: dict[str, list[str]]) -> list[Page]:
     return pages
 
 
-def predictors() -> dict[str, Callable[[list[str]], list[str]]]:
+def predictors() -> dict[str, Predict]:
     """Functions from texts to codes."""
     import fasttext
 
@@ -202,8 +204,15 @@ def main() -> None:
     if arguments.plot:
         plot(table, arguments.plot)
 
-    timed = random.Random(0).sample(contents, min(len(contents), TIMED))
-    cut = [text.encode()[:3000].decode("utf-8", "ignore") for text in timed]
+    print_speed("pages", contents, calls)
+    print_speed("long pages", [text for text in contents if len(text) >= BYTES], calls)
+
+
+def print_speed(what: str, texts: Sequence[str], calls: Mapping[str, Predict]) -> None:
+    texts = random.Random(0).sample(texts, min(len(texts), TIMED))
+    cut = [text.encode()[:BYTES].decode("utf-8", "ignore") for text in texts]
+    if not cut:
+        return
     size = sum(len(text.encode()) for text in cut)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(ROUNDS):
@@ -211,7 +220,7 @@ def main() -> None:
             start = time.process_time()
             calls[name](cut)
             times[name].append(time.process_time() - start)
-    print(f"{len(cut)} pages of {size / len(cut):.0f} bytes, medians of {ROUNDS} rounds, one core")
+    print(f"{len(cut)} {what} of {size / len(cut):.0f} bytes, medians of {ROUNDS} rounds, one core")
     for name, each in times.items():
         taken = statistics.median(each)
         ratio = statistics.median(f / t for f, t in zip(times["fasttext"], each, strict=True))

@@ -9,7 +9,6 @@ others that neither saw.
 import hashlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +26,7 @@ from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.corpus.documents import read_documents
 from maxlm.data.corpus.split import is_heldout
 from maxlm.data.corpus.textbuffers import pack_texts
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing, writing
 
 _BATCH = 1024
 TRAIN = "maxlm corpus train-quality"
@@ -109,16 +108,13 @@ class Classifier:
 
         numbers = {"scale": self.scale, "offset": self.offset, "threshold": self.threshold}
         metadata = {"settings": self.settings.model_dump_json(), "numbers": json.dumps(numbers)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
             try:
-                save_file({"weights": self.weights}, temporary, metadata)
-                os.replace(temporary, path)
+                save_file({"weights": self.weights}, new, metadata)
             except SafetensorError as error:
                 raise OSError(str(error)) from error
-            finally:
-                temporary.unlink(missing_ok=True)
 
 
 def _require_safetensors(where: str | None) -> None:

@@ -10,7 +10,13 @@ from typing import Literal
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import PYTHON_STDLIB, FilesConfig
-from maxlm.data.corpus.streams import Compression, DamagedFile, open_stream, require_corpus_packages
+from maxlm.data.corpus.streams import (
+    COMPRESSIONS,
+    Compression,
+    DamagedFile,
+    open_stream,
+    require_corpus_packages,
+)
 
 Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
 
@@ -22,7 +28,6 @@ _FORMATS: dict[str, Format] = {
     ".arc": "warc",
     ".wet": "warc",
 }
-_COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 _SNIFF_BYTES = 8192
 CORPUS_FILE = "corpus.json"
 """What tells the folder of a corpus that `maxlm corpus run` made."""
@@ -161,7 +166,7 @@ def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
 
 def _source_file(path: Path, name: str) -> SourceFile:
     stem = Path(path.name.lower())
-    compression = _COMPRESSIONS.get(stem.suffix, "none")
+    compression = COMPRESSIONS.get(stem.suffix, "none")
     inner = stem if compression == "none" else stem.with_suffix("")
     format_ = _FORMATS.get(inner.suffix, "text")
     if format_ == "parquet" and compression != "none":

@@ -6,7 +6,6 @@ unigrams are interpolated with a uniform distribution over the words, </s> and <
 ever a context.
 """
 
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from maxlm.data.corpus.ngram_counts import (
     read_tokens,
     sort_runs,
 )
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing
 
 _ROW_BYTES = 24
 
@@ -112,20 +111,15 @@ def estimate_kneser_ney(
             _discounts(order, n, config.discount_fallback)
             for order, n in enumerate(counts.with_count.tolist(), 1)
         ]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            smoothed = [
-                _smooth(table, k * tokens.bits, discounts[k], folder / f"smooth-{k}", config.block)
-                for k, table in enumerate(counts.tables)
-            ]
+        smoothed = [
+            _smooth(table, k * tokens.bits, discounts[k], folder / f"smooth-{k}", config.block)
+            for k, table in enumerate(counts.tables)
+        ]
+        with replacing(path) as new:
             form = KenlmFile if binary else ArpaFile
-            file = form(temporary, tokens.words, tokens.bits, counts.kept.tolist())
+            file = form(new, tokens.words, tokens.bits, counts.kept.tolist())
             _interpolate(file, tokens, counts, smoothed, folder, config.block)
             file.close()
-            with writing(path):
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         return KneserNeyReport(
             len(tokens.ids()),
             tuple(counts.kept.tolist()),

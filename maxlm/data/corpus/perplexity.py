@@ -5,7 +5,6 @@ its words, the perplexities that part head, middle and tail, and what it was tra
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
 from maxlm.data.corpus.words import Lines, WordsConfig, open_lines
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing, writing
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
 """The command that trains a model."""
@@ -219,10 +218,8 @@ def train_perplexity(
         model_sha256=_sha256(folder / MODEL),
         report=asdict(whole),
     )
-    temporary = folder / f".{CUTOFFS}.{os.getpid()}"
-    with writing(folder / CUTOFFS):
-        temporary.write_text(kept.model_dump_json(indent=2) + "\n")
-        os.replace(temporary, folder / CUTOFFS)
+    with replacing(folder / CUTOFFS) as new:
+        new.write_text(kept.model_dump_json(indent=2) + "\n")
     return whole
 
 

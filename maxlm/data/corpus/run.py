@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,12 @@ from maxlm.data.corpus.opened import manifest_file
 from maxlm.data.corpus.reading import ReadJob, plan_shards, read_shard
 from maxlm.data.corpus.recipe import RecipeConfig, Step, recipe_file, resolve
 from maxlm.data.corpus.shards import DOCUMENTS, Shard, read_counts
-from maxlm.data.corpus.stage import CorpusStage, LabelStage, label_shard
+from maxlm.data.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.data.work.engine import Engine, open_engine
-from maxlm.data.work.paths import locked_folder, writing
+from maxlm.data.work.paths import locked_folder, replacing, writing
 from maxlm.data.work.progress import Progress, silent
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
-
-
-@dataclass(frozen=True)
-class _LabelJob:
-    stage: LabelStage
-    shard: Shard
 
 
 def run_recipe(recipe: RecipeConfig, progress: Progress = silent) -> Path:
@@ -133,8 +125,7 @@ def _run_step(
         _forget_other_labels(home, key)
     pending = [view for view in views if not view.path(title).exists()]
     if isinstance(step.stage, LabelStage):
-        tasks = [_LabelJob(step.stage, view) for view in pending]
-        _map(title, _label, tasks, len(views), engine, progress)
+        _map(title, ShardLabeller(step.stage), pending, len(views), engine, progress)
     elif isinstance(step.stage, CorpusStage) and (pending or not manifest_file(home).exists()):
         scratch = home / "scratch"
         with writing(home):
@@ -163,14 +154,6 @@ def _map(
         progress(title, done, total)
 
 
-def _label(job: _LabelJob) -> None:
-    try:
-        label_shard(job.stage, job.shard)
-    except MaxlmError as error:
-        where = error.where or f"{job.stage.title}, shard {job.shard.name}"
-        raise MaxlmError(error.what, where=where, fix=error.fix) from error
-
-
 def _forget_other_labels(home: Path, key: str) -> None:
     """Empty a stage's folder if its labels are of other settings or inputs."""
     home.mkdir(exist_ok=True)
@@ -179,8 +162,8 @@ def _forget_other_labels(home: Path, key: str) -> None:
         return
     shutil.rmtree(home)
     home.mkdir()
-    path.with_suffix(".new").write_text(key)
-    os.replace(path.with_suffix(".new"), path)
+    with replacing(path) as new:
+        new.write_text(key)
 
 
 def _finish(
@@ -229,7 +212,5 @@ def _version(package: str) -> str | None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with writing(path):
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-        os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False))

@@ -15,7 +15,7 @@ from typing import ClassVar
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.work.engine import Engine
 from maxlm.data.work.progress import Progress
@@ -80,7 +80,7 @@ class LabelStage(Stage):
 
     @abstractmethod
     def open(self) -> Label:
-        """The labelling function; loads models, once in each process and shard."""
+        """The labelling function; loads models, once in each process."""
 
 
 class CorpusStage(Stage):
@@ -115,14 +115,29 @@ class CorpusStage(Stage):
         """
 
 
-def label_shard(stage: LabelStage, shard: Shard) -> None:
-    """Write the labels of one shard."""
-    label = stage.open()
-    schema = stage.schema()
-    with shard.writer(schema) as writer:
-        for rows in shard.rows(stage.reads):
-            if rows.batch.num_rows:
-                labels = label(rows.batch)
-            else:
-                labels = pa.RecordBatch.from_pylist([], schema=schema)
-            writer.write(rows, labels)
+class ShardLabeller:
+    """Writes a stage's labels, shard by shard; the stage is opened with the first of them."""
+
+    def __init__(self, stage: LabelStage):
+        self._stage = stage
+        self._label: Label | None = None
+
+    def __call__(self, shard: Shard) -> None:
+        """Label one shard.
+
+        Raises:
+            MaxlmError: whatever the stage refuses, with the shard's name.
+        """
+        stage, schema = self._stage, self._stage.schema()
+        try:
+            self._label = self._label or stage.open()
+            with shard.writer(schema) as writer:
+                for rows in shard.rows(stage.reads):
+                    if rows.batch.num_rows:
+                        labels = self._label(rows.batch)
+                    else:
+                        labels = pa.RecordBatch.from_pylist([], schema=schema)
+                    writer.write(rows, labels)
+        except MaxlmError as error:
+            where = error.where or f"{stage.title}, shard {shard.name}"
+            raise MaxlmError(error.what, where=where, fix=error.fix) from error

@@ -11,6 +11,8 @@ from typing import IO, Any, Literal
 from maxlm.config import MaxlmError
 
 Compression = Literal["none", "gz", "zst"]
+COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
+"""By a file name's last suffix, in lower case; other files are not compressed."""
 
 READ_BYTES = 1 << 20
 _FEED_BYTES = 2048

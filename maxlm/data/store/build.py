@@ -32,7 +32,7 @@ from maxlm.data.store.parts import (
 from maxlm.data.store.places import to_place
 from maxlm.data.store.plan import Plan, plan_build
 from maxlm.data.store.store import TokenStore
-from maxlm.data.work.paths import locked_folder, writing
+from maxlm.data.work.paths import locked_folder, replacing, writing
 from maxlm.data.work.pool import WorkerPool, default_workers
 from maxlm.data.work.progress import Progress, silent
 
@@ -239,9 +239,8 @@ def _forget_other_plan(building: Path, key: str) -> None:
         if path.exists() and path.read_text() == key:
             return
         shutil.rmtree(building / "parts", ignore_errors=True)
-        temporary = building / "plan.new"
-        temporary.write_text(key)
-        os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_text(key)
 
 
 def _make_parts(

@@ -1,7 +1,6 @@
 """What a token store says about itself."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.config import BadBytes
 from maxlm.data.corpus.files import Format
 from maxlm.data.store.places import Place, below, read_file, remedy
+from maxlm.data.work.paths import replacing
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -137,9 +137,8 @@ def segment_folder(number: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into a store folder, whole or not at all."""
-    temporary = folder / f".{MANIFEST_NAME}.{os.getpid()}"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
-    os.replace(temporary, folder / MANIFEST_NAME)
+    with replacing(folder / MANIFEST_NAME) as new:
+        new.write_text(manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(folder: Place) -> Manifest:

@@ -21,6 +21,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes its place if the block ends well.
+
+    Raises:
+        MaxlmError: as `writing`; `path` is as before then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def locked_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Create `folder` and hold it against other builders; the lock dies with the process.
 

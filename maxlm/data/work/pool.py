@@ -32,25 +32,31 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind, value, trace) -> None:
-        self._stop(kill=kind is not None)
+        self._stop()
 
     def map(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[Result]:
         """Yield `function(job)` for each job, in order of completion.
+
+        A worker receives the function once, so what a callable object keeps in itself (an open
+        model) is there for all the jobs that this worker does, and gone with the next function.
 
         Raises:
             MaxlmError: a worker died, most often for want of memory.
             Exception: whatever `function` raises.
         """
-        if self._workers == 1 or len(jobs) < 2:
+        # What does one job is left to a worker that has imported its modules, if there is one.
+        if self._workers == 1 or (len(jobs) < 2 and not self._processes):
             yield from map(function, jobs)
             return
         self._start(min(self._workers, len(jobs)))
         waiting, finished = iter(jobs), False
         busy: set[Connection] = set()
+        told: set[Connection] = set()
 
         def feed(connection: Connection) -> None:
             for job in waiting:
-                connection.send((function, job))
+                connection.send((None if connection in told else function, job))
+                told.add(connection)
                 busy.add(connection)
                 return
 
@@ -76,7 +82,7 @@ class WorkerPool:
         finally:
             # Else a later map would be handed the answers still on their way.
             if not finished:
-                self._stop(kill=True)
+                self._stop()
 
     def _start(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -88,11 +94,11 @@ class WorkerPool:
             theirs.close()
             self._processes[ours] = process
 
-    def _stop(self, kill: bool) -> None:
+    def _stop(self) -> None:
+        # Without their clearing up, which takes half a second: what is done is done.
         for connection, process in self._processes.items():
             connection.close()
-            if kill:
-                process.terminate()
+            process.terminate()
         for process in self._processes.values():
             process.join()
         self._processes = {}
@@ -111,11 +117,13 @@ def _serve(connection: Connection) -> None:
     use_one_thread()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    function: Any = None
     while True:
         try:
-            function, job = connection.recv()
+            new, job = connection.recv()
         except EOFError:
             return
+        function = function if new is None else new
         try:
             reply = function(job), None
         except Exception as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
-from maxlm.data.corpus.stage import CorpusStage, LabelStage, label_shard
+from maxlm.data.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.data.work.pool import WorkerPool
 from maxlm.data.work.progress import silent
 
@@ -57,8 +57,8 @@ def run_stage(
     """Run one stage over the shards, as the runner would."""
     views = [replace(shard, out=stage.title) for shard in shards]
     if isinstance(stage, LabelStage):
-        for view in views:
-            label_shard(stage, view)
+        for _ in map(ShardLabeller(stage), views):
+            pass
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with WorkerPool(workers) as pool:

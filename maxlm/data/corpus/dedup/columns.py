@@ -1,6 +1,5 @@
 """Files of columns that jobs pass on: Arrow IPC, memory-mapped, complete or not there at all."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing, writing
 
 Column = np.ndarray | pa.Array
 
@@ -24,18 +23,14 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
     """
     arrays = [_to_arrow(column) for column in columns.values()]
     batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with (
-                pa.OSFile(str(temporary), "wb") as file,
-                pa.ipc.new_file(file, batch.schema) as out,
-            ):
-                out.write_batch(batch)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with (
+        replacing(path) as new,
+        pa.OSFile(str(new), "wb") as file,
+        pa.ipc.new_file(file, batch.schema) as out,
+    ):
+        out.write_batch(batch)
 
 
 def _to_arrow(column: Column) -> pa.Array:

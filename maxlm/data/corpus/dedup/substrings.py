@@ -49,7 +49,7 @@ from maxlm.data.corpus.dedup.columns import concatenate, cut, first_of_runs, ran
 from maxlm.data.corpus.dedup.members import ranks
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.textbuffers import text_buffers
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing, writing
 
 _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a byte of its text.
 _LOW = np.uint64(2**32 - 1)
@@ -310,13 +310,9 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
     """Write each array to a file of its own, which appears when complete."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        for name, array in arrays.items():
-            temporary = path.with_name(f".{path.name}.{name}.{os.getpid()}")
-            try:
-                array.astype(_KINDS[name], copy=False).tofile(temporary)
-                os.replace(temporary, f"{path}.{name}")
-            finally:
-                temporary.unlink(missing_ok=True)
+    for name, array in arrays.items():
+        with replacing(Path(f"{path}.{name}")) as new:
+            array.astype(_KINDS[name], copy=False).tofile(new)
 
 
 def _read(path: Path, name: str) -> np.ndarray:

@@ -1,7 +1,6 @@
 """A corpus's figures as one HTML page that needs no network: `page.html` is its template."""
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +14,7 @@ from maxlm.data.corpus.recipe import Rules
 from maxlm.data.corpus.report.summary import Summary
 from maxlm.data.corpus.shards import DOCUMENTS
 from maxlm.data.corpus.stages.decontaminate import DecontaminateStage, count_items
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing
 
 _BINS = 48
 _MOST_ITEMS = 100
@@ -35,10 +34,8 @@ def write_report(corpus: Corpus, rules: Rules, summary: Summary, path: Path) -> 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "size": _size, "share": _share, "value": _value}
     page = environment.from_string(template).render(**content(corpus, rules, summary))
-    with writing(path):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(page, "utf-8")
-        os.replace(temporary, path)
+    with replacing(path) as new:
+        new.write_text(page, "utf-8")
 
 
 def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:

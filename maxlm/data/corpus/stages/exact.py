@@ -38,7 +38,7 @@ from maxlm.data.corpus.normalization import normalize
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.work.engine import Engine
-from maxlm.data.work.paths import locked_folder, writing
+from maxlm.data.work.paths import locked_folder, replacing, writing
 from maxlm.data.work.progress import Progress
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -282,9 +282,8 @@ class _Index:
                 raise MaxlmError(what, where=str(file), fix=fix)
         path = self._folder / "settings.json"
         if not path.exists():
-            with writing(path):
-                path.with_suffix(".new").write_text(json.dumps(self._settings))
-                os.replace(path.with_suffix(".new"), path)
+            with replacing(path) as new:
+                new.write_text(json.dumps(self._settings))
             return
         try:
             theirs = json.loads(path.read_text())
@@ -298,24 +297,21 @@ class _Index:
 
     def add(self, parts: Sequence[Path]) -> None:
         """Enter this corpus, or replace what it entered before: all or nothing."""
-        temporary = self._own.with_suffix(".new")
-        with writing(self._own):
-            with temporary.open("wb") as out:
-                for part in parts:
-                    with part.open("rb") as file:
-                        shutil.copyfileobj(file, out)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, self._own)
+        with replacing(self._own) as new, new.open("wb") as out:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, out)
+            out.flush()
+            os.fsync(out.fileno())
 
 
 def _corpus_id(corpus: Path) -> str:
     """What tells a corpus from others wherever it lies; chosen at first use."""
     path = corpus / "corpus.id"
+    if not path.exists():
+        with replacing(path) as new:
+            new.write_text(uuid.uuid4().hex)
     with writing(path):
-        if not path.exists():
-            path.with_suffix(".id.new").write_text(uuid.uuid4().hex)
-            os.replace(path.with_suffix(".id.new"), path)
         found = path.read_text(errors="replace").strip()
     if not _ID.fullmatch(found):
         fix = "write there the ID of the corpus's entry in the index, NUMBER-ID.digests"

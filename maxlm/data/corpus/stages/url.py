@@ -14,7 +14,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.stage import Label, LabelStage
-from maxlm.data.corpus.streams import Compression, open_stream
+from maxlm.data.corpus.streams import COMPRESSIONS, open_stream
 
 _SHIPPED = Path(__file__).parents[1] / "lists"
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
@@ -195,6 +195,5 @@ def _entries(paths: Iterable[str]) -> Iterable[str]:
 
 
 def _content(path: Path) -> bytes:
-    compressions: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
-    with open_stream(path, compressions.get(path.suffix, "none")) as stream:
+    with open_stream(path, COMPRESSIONS.get(path.suffix.lower(), "none")) as stream:
         return stream.read()
