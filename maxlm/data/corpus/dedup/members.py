@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maxlm.data.corpus.dedup.columns import open_columns
-from maxlm.data.corpus.shards import Shard
+from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.data.corpus.shards import Rows, Shard
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,34 @@ class Members:
 def member_file(folder: Path, shard: str) -> Path:
     """Where a shard's members are, below a stage's scratch folder."""
     return folder / "members" / f"{shard}.arrow"
+
+
+class MemberList:
+    """The members of one shard, as they are read."""
+
+    reads = ("id", "source")
+    """The columns it needs, besides the label that `keep_by` names."""
+
+    def __init__(self, keep_by: str | None):
+        self._keep_by = keep_by
+        self._rows: list[np.ndarray] = []
+        self._ranks: list[np.ndarray] = []
+        self._names: dict[str, list[pa.Array]] = {name: [] for name in self.reads}
+
+    def add(self, group: Rows) -> None:
+        """The members of one row group."""
+        self._rows.append(group.index + group.first)
+        self._ranks.append(ranks(group.batch, self._keep_by))
+        for name, parts in self._names.items():
+            parts.append(group.batch.column(name))
+
+    def write(self, path: Path) -> np.ndarray:
+        """Write the shard's file; returns the ranks."""
+        rank = concatenate(self._ranks, np.float64)
+        none = pa.array([], pa.string())
+        names = {name: pa.concat_arrays([none, *parts]) for name, parts in self._names.items()}
+        write_columns(path, {"row": concatenate(self._rows, np.int64), "rank": rank, **names})
+        return rank
 
 
 def number_members(folder: Path, shards: Sequence[Shard]) -> Members:

@@ -29,7 +29,7 @@ from maxlm.data.corpus.dedup.candidates import (
     write_bands,
 )
 from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_columns
-from maxlm.data.corpus.dedup.members import Members, member_file, number_members, ranks
+from maxlm.data.corpus.dedup.members import MemberList, Members, member_file, number_members
 from maxlm.data.corpus.dedup.minhash import Banding, band_keys, shingle_set
 from maxlm.data.corpus.dedup.steps import Steps
 from maxlm.data.corpus.shards import Shard
@@ -106,27 +106,16 @@ def _sign_shard(job: _ShardJob) -> None:
     out = member_file(job.scratch, shard.name)
     if out.exists():
         return
-    rows, rank, ids, sources = [], [], [], []
-    banding = search.banding
+    members, banding = MemberList(search.keep_by), search.banding
     keys, worded = [np.empty((banding.bands + 1, 0), np.uint64)], []
-    for group in shard.rows(("id", *search.reads)):
+    for group in shard.rows((*members.reads, *search.reads)):
         batch = group.batch
         key, count = band_keys(text_buffers(batch.column("text")), search.ngram, banding)
         keys.append(key)
         worded.append(count > 0)
-        rows.append(group.index + group.first)
-        rank.append(ranks(batch, search.keep_by))
-        ids.append(batch.column("id"))
-        sources.append(batch.column("source"))
+        members.add(group)
     write_bands(job.scratch, shard.name, np.concatenate(keys, axis=1), concatenate(worded, bool))
-    none = pa.array([], pa.string())
-    columns = {
-        "row": concatenate(rows, np.int64),
-        "rank": concatenate(rank, np.float64),
-        "id": pa.concat_arrays([none, *ids]),
-        "source": pa.concat_arrays([none, *sources]),
-    }
-    write_columns(out, columns)
+    members.write(out)
 
 
 @dataclass(frozen=True)

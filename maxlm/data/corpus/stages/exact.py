@@ -27,10 +27,10 @@ from maxlm.data.corpus.dedup.columns import (
     write_columns,
 )
 from maxlm.data.corpus.dedup.members import (
+    MemberList,
     Members,
     member_file,
     number_members,
-    ranks,
     write_labels,
 )
 from maxlm.data.corpus.dedup.steps import Steps
@@ -136,22 +136,15 @@ def _hash_shard(job: _HashJob) -> None:
     out = _digest_file(job.scratch, shard.name)
     if out.exists():
         return
-    rows, rank, ids, digests = [], [], [], []
-    for group in shard.rows(("id", *stage.reads)):
+    members, digests = MemberList(stage.keep_by), []
+    for group in shard.rows((*members.reads, *stage.reads)):
         texts = (stage.normalise(text.as_py()) for text in group.batch.column("text"))
         digests += [hashlib.sha256(text.encode()).digest() for text in texts]
-        rows.append(group.index + group.first)
-        rank.append(ranks(group.batch, stage.keep_by))
-        ids.append(group.batch.column("id"))
-    member = {
-        "row": concatenate(rows, np.int64),
-        "rank": concatenate(rank, np.float64),
-        "id": pa.concat_arrays([pa.array([], pa.string()), *ids]),
-    }
-    write_columns(member_file(job.scratch, shard.name), member)
+        members.add(group)
+    rank = members.write(member_file(job.scratch, shard.name))
     digest = np.array(digests, _DIGEST)
-    order = np.lexsort((-member["rank"], digest))
-    write_columns(out, {"digest": digest[order], "member": order, "rank": member["rank"][order]})
+    order = np.lexsort((-rank, digest))
+    write_columns(out, {"digest": digest[order], "member": order, "rank": rank[order]})
 
 
 @dataclass(frozen=True)

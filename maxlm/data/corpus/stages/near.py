@@ -69,10 +69,6 @@ class NearStage(CorpusStage):
     neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        return (*super().reads, "source")
-
-    @property
     def sources(self) -> tuple[str, ...]:
         """Sources that its settings name."""
         return tuple(self.max_shares)
