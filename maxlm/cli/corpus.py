@@ -108,7 +108,8 @@ def _print_funnel(
         table.add_row(row["rule"], *figures, *counts)
     Console().print(table)
     read = corpus.manifest(DOCUMENTS)["counts"]
-    passed = [f"{n:,} {reason}" for reason, n in read.items() if reason not in ("rows", "labelled")]
+    rows = ("rows", "labelled")
+    passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in rows]
     if passed:
         typer.echo(f"passed over in reading: {', '.join(passed)}")
     if page is not None:
@@ -203,7 +204,7 @@ def _show_labels(corpus: Path, document: str) -> None:
     require_corpus_packages(str(corpus))
     from maxlm.data.corpus.opened import Corpus, find_document
 
-    opened = Corpus.open(corpus)
+    opened = Corpus.open(corpus, unfinished=True)
     found, kept = find_document(opened, document)
     text = found.pop("text")
     for name, value in found.items():

@@ -222,7 +222,8 @@ def _completed(saved: dict[str, Any]) -> dict[str, Any]:
 def _described(store: TokenStore) -> dict[str, Any]:
     """What tells whether a store still holds the documents that it held."""
     counts = {"documents": store.num_documents, "tokens": store.num_tokens}
-    return counts | {"offsets_sha256": store.offsets_sha256}
+    digest = store.manifest.tokens_sha256  # None: an older version made the store.
+    return counts | {"offsets_sha256": store.offsets_sha256, "tokens_sha256": digest}
 
 
 def _check_stores(
@@ -238,7 +239,11 @@ def _check_stores(
     """
     for source in config.data.sources:
         name = source.name
-        if name not in before or before[name] == now[name]:
+        # An older run, or store, has no hash of tokens.
+        if name not in before or all(
+            now[name][key] == value or None in (now[name][key], value)
+            for key, value in before[name].items()
+        ):
             continue
         was, became = (
             f"{each['documents']:,} documents, {each['tokens']:,} tokens"

@@ -2,6 +2,7 @@
 held."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -44,8 +45,36 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
             del part[name]
     file.write_text(json.dumps(metadata))
     assert train(path, "train.steps=2").start == 1
-    with pytest.raises(MaxlmError, match=r"tokenizer\.lowercase=False became True"):
-        train(path, "tokenizer.lowercase=true", "train.steps=3")
+    with pytest.raises(MaxlmError, match=r"tokenizer\.chat=None became 'chatml'"):
+        train(path, "tokenizer.chat=chatml", "train.steps=3")
+
+
+def test_a_store_of_other_texts_of_the_same_lengths_is_another(tmp_path):
+    for name, letter in (("old", "a"), ("new", "b")):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"])
+    tokenizer.save(tmp_path / "tokenizer")
+    for name in ("old", "new"):
+        source = SourceConfig(documents=(str(tmp_path / f"{name}.jsonl"),))
+        build_store(source, tmp_path / "tokenizer", tmp_path / name)
+    path = tiny.write_config(
+        tmp_path,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(tmp_path / "tokenizer")},
+        data={
+            "sources": [{"name": "text", "store": str(tmp_path / "store")}],
+            "seq_len": 32,
+            "batch_size": 8,
+            "workers": 0,
+        },
+    )
+    shutil.copytree(tmp_path / "old", tmp_path / "store")
+    train(path)
+    shutil.rmtree(tmp_path / "store")
+    shutil.copytree(tmp_path / "new", tmp_path / "store")
+    with pytest.raises(MaxlmError, match="the store of source 'text' is not what it was"):
+        train(path, "train.steps=2")
 
 
 def test_a_store_that_grew_is_read_as_it_was(tmp_path):

@@ -26,8 +26,12 @@ MAX_BYTES = 1 << 24
 
 _LINE_START = b"\nWARC/"
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-_ARC_HEADER = re.compile(rb"^([a-z]+:\S+) (\S+) (\d{12,17}) (\S+)(?: [^\n]*)? (\d+)\r?\n", re.M)
-_ARC_NEXT = re.compile(rb"\s*(?:[a-z]+:\S+ |\Z)")
+_ARC_HEADER = re.compile(
+    rb"^([a-z]+:\S+) (\S+) (\d{12,17}) (\S+)(?: [^\n]*)? (\d{1,18})\r?\n", re.M
+)
+# Bounded, or a file whose headers all point to one long line or gap would take for ever.
+_ARC_NEXT = re.compile(rb"\s{0,64}(?:[a-z]{1,64}:\S{1,4096} |\Z)")
+_NOT_BLANK = re.compile(rb"\S")
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
@@ -37,7 +41,8 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _MOST_FALSE_STARTS = 256  # Else a file made of nothing but magic numbers would take for ever.
 _BOMB = 1 << 30  # So long a record is not even decompressed.
 _MOST_MEMBER = 1 << 26
-_CHUNK = 1 << 16
+_MOST_VAIN = 64  # How often the bytes of a file may be unpacked in vain, for the same reason.
+_CHUNK = 1 << 11  # Little, since all that a damaged chunk holds is lost.
 
 
 @dataclass(frozen=True)
@@ -217,25 +222,43 @@ def _read_arc(
     if view[:3] != _GZIP:
         yield from _arc_records(view, name, count, max_bytes)
         return
-    start = 0
-    while start >= 0:
-        member, end, _ = _inflate(view, start)
-        yield from _arc_records(member, f"{name}:{start}", count, max_bytes)
-        start = view.find(_GZIP, end)
+    start, vain, counted = 0, 0, False
+    while start >= 0 and vain <= _MOST_MEMBER + _MOST_VAIN * len(view):
+        member, end, sound = _inflate(view, start)
+        reasons: list[str] = []
+        records = 0
+        for record in _arc_records(member, f"{name}:{start}", reasons.append, max_bytes):
+            records += 1
+            yield record
+        for reason in reasons:
+            if sound or reason != "broken":
+                count(reason)
+        if sound or records:
+            counted = False  # What was broken before lies behind.
+        if sound:
+            start = view.find(_GZIP, end)
+            broken = start != end and end < len(view)
+        else:
+            vain += end - start + len(member)
+            start = view.find(_GZIP, start + 1)
+            broken = not records or "broken" in reasons
+        if broken and not counted:
+            count("broken")
+            counted = True
 
 
 def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
-    """The gzip member at `start` as far as it is sound, where it ends, and whether it does."""
+    """What the gzip member at `start` holds, where that ends, and whether it is sound so far."""
     inflate, parts, size, end = zlib.decompressobj(31), [], 0, start
     try:
         while not inflate.eof and end < len(view) and size < _MOST_MEMBER:
             chunk = view[end : end + _CHUNK]
+            end += len(chunk)
             parts.append(inflate.decompress(chunk))
             size += len(parts[-1])
-            end += len(chunk) - len(inflate.unused_data)
     except zlib.error:
-        end = start + 1
-    return b"".join(parts), end, inflate.eof
+        return b"".join(parts), end, False
+    return b"".join(parts), end - len(inflate.unused_data), inflate.eof
 
 
 def _arc_records(
@@ -244,8 +267,8 @@ def _arc_records(
     position, lost = 0, False
     while position < len(data):
         header = _ARC_HEADER.search(data, position)
-        between = data[position : header.start() if header else position + _SNIFF]
-        if between.strip() and not lost:
+        between = header.start() if header else position + _SNIFF
+        if not lost and _NOT_BLANK.search(data, position, between):
             count("broken")
         if header is None:
             return

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import types
 
 from maxlm.config import MaxlmError
 
@@ -31,11 +32,12 @@ _COMPARE: dict[type, tuple[str, Callable]] = {
 }
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 _NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
+# In float64: integers of labels would silently wrap around.
 _ARITHMETIC: dict[type, Callable] = {
     ast.Add: pc.add,
     ast.Sub: pc.subtract,
     ast.Mult: pc.multiply,
-    ast.Div: lambda a, b: pc.divide(_float(a), _float(b)),
+    ast.Div: pc.divide,
 }
 _FIX = 'write it like: language.name == "en" and heuristics.words >= 50'
 
@@ -224,7 +226,8 @@ def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return pc.negate(_evaluate(operand, table))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
-            return _ARITHMETIC[type(op)](_evaluate(left, table), _evaluate(right, table))
+            sides = (_float(_evaluate(side, table)) for side in (left, right))
+            return _ARITHMETIC[type(op)](*sides)
         case ast.Compare(left=left, ops=ops, comparators=comparators):
             sides = [left, *comparators]
             results = [_compare(sides[i], op, sides[i + 1], table) for i, op in enumerate(ops)]
@@ -251,4 +254,6 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, table: Any) -> Any:
 
 
 def _float(value: Any) -> Any:
+    if not (types.is_integer(value.type) or types.is_floating(value.type)):
+        raise TypeError(f"no arithmetic with {value.type}")
     return pc.cast(value, pa.float64())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.config import PYTHON_STDLIB, FilesConfig
+from maxlm.data.corpus.config import PYTHON_STDLIB, CrawlSource, FilesConfig
 from maxlm.data.corpus.streams import (
     COMPRESSIONS,
     Compression,
@@ -28,6 +28,7 @@ _FORMATS: dict[str, Format] = {
     ".arc": "warc",
     ".wet": "warc",
 }
+_HTML = (".html", ".htm", ".xhtml")
 _SNIFF_BYTES = 8192
 CORPUS_FILE = "corpus.json"
 """What tells the folder of a corpus that `maxlm corpus run` made."""
@@ -40,13 +41,20 @@ class SourceFile:
     path: Path
     name: str
     """What documents and manifests call it: the path as the user gave it (below a folder: that
-    folder's path and the rest), or the path inside the standard library."""
+    folder's path and the rest), or the path inside the standard library. Always valid Unicode;
+    U+FFFD stands for what is not in the path, so that two files may have one name."""
     format: Format
     compression: Compression
     size: int
     """Bytes on disk."""
     labels: tuple[Path, ...] = ()
     """Of a corpus's shard: the files with labels that decide what is taken from it."""
+
+    @property
+    def is_html(self) -> bool:
+        """Whether it is a file of one web page, by its name."""
+        name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        return self.format == "text" and name.endswith(_HTML)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,9 @@ def find_files(config: FilesConfig) -> Listing:
 
     Entries keep their order; within a folder or glob the order is that of the sorted paths. A
     file reached twice is listed once. Files that come from a folder or glob are left out when
-    hidden, or binary (a NUL in the first 8 KiB); a file named outright never is.
+    hidden, or binary (a NUL in the first 8 KiB); a file named outright never is. Formats that say
+    themselves what is broken are never binary: all but text, and in a crawl also HTML, which may
+    be UTF-16. A folder's links to other folders are not followed (a glob's are).
 
     Raises:
         MaxlmError: an entry that does not exist, matches nothing or holds no text file; a file
@@ -88,7 +98,7 @@ def find_files(config: FilesConfig) -> Listing:
                 continue
             for path, name, is_text in _expand(root, named=root == Path(entry).expanduser()):
                 file = _source_file(path, name)
-                if not is_text and _is_binary(file):
+                if not is_text and _is_binary(file, config):
                     binary += 1
                     continue
                 found += 1
@@ -173,11 +183,13 @@ def _source_file(path: Path, name: str) -> SourceFile:
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
         raise MaxlmError(what, where=str(path), fix=fix)
+    # A file system's names are bytes; Python has surrogates for those that are not UTF-8.
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return SourceFile(path, name, format_, compression, path.stat().st_size)
 
 
-def _is_binary(file: SourceFile) -> bool:
-    if file.format in ("parquet", "warc"):
+def _is_binary(file: SourceFile, config: FilesConfig) -> bool:
+    if file.format != "text" or (file.is_html and isinstance(config, CrawlSource)):
         return False
     try:
         with open_stream(file.path, file.compression) as stream:

@@ -5,6 +5,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.cuts import cut
@@ -47,7 +47,7 @@ def read_recipe(folder: Path) -> RecipeConfig:
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
         raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
-    except ValidationError as error:
+    except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
         what = "this corpus was made by another version of maxlm, or is damaged"
         raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
 
@@ -60,15 +60,25 @@ class Corpus:
     recipe: RecipeConfig
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Corpus":
+    def open(cls, folder: Path | str, *, unfinished: bool = False) -> "Corpus":
         """The corpus in a folder.
+
+        Args:
+            unfinished: if a stage is not done, open it as if the recipe ended before that stage,
+                with the rules that need no more.
 
         Raises:
             MaxlmError: there is none, it is of another version, or its stages are not all done.
         """
         corpus = cls(Path(folder), read_recipe(Path(folder)))
-        for title in (DOCUMENTS, *(stage.title for stage in corpus.recipe.stages)):
-            corpus.manifest(title)
+        corpus.manifest(DOCUMENTS)
+        for number, stage in enumerate(corpus.recipe.stages):
+            try:
+                corpus.manifest(stage.title)
+            except MaxlmError:
+                if not unfinished:
+                    raise
+                return cls(corpus.folder, _first_stages(corpus.recipe, number))
         return corpus
 
     def manifest(self, title: str) -> dict[str, Any]:
@@ -98,6 +108,16 @@ class Corpus:
         keep = self.recipe.keep if keep is None else keep
         cut = self.recipe.cut if cut is None else cut
         return resolve_rules(self.recipe, keep, cut, str(self.folder))
+
+
+def _first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
+    first = recipe.model_copy(update={"stages": recipe.stages[:number], "cut": ()})
+    keep = {}
+    for name, text in recipe.keep.items():
+        with suppress(MaxlmError):  # It names a label that is not there.
+            resolve_rules(first, {name: text}, (), "")
+            keep[name] = text
+    return first.model_copy(update={"keep": keep})
 
 
 def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import CrawlSource
@@ -25,8 +26,9 @@ from maxlm.data.corpus.streams import DamagedFile, open_stream
 # What is in memory at once, and so in a row group.
 _GROUP_ROWS = 1024
 _GROUP_BYTES = 16 << 20
-_PARQUET_ROWS = 64
-_HTML = (".html", ".htm", ".xhtml")
+_BATCH_ROWS = 64
+_BATCH_BYTES = 64 << 20
+_ROW = 8  # A line of JSON may be so much longer than a document, and so may Parquet's other fields.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Count = Callable[[str], None]
@@ -41,20 +43,31 @@ class ReadJob:
     slices: tuple[FileSlice, ...]
 
 
-def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> list[ReadJob]:
+@dataclass(frozen=True)
+class Planned:
+    """What is to be read, and how many files were passed over as binary."""
+
+    jobs: list[ReadJob]
+    num_binary: int
+
+
+def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> Planned:
     """Cut sources into shards.
 
-    A shard's name is made from what is in it (names, sizes and times of files, and how they are
+    A shard's name is made from what is in it (paths, sizes and times of files, and how they are
     read): a shard of the same name holds the same documents, and new files make new shards.
 
     Raises:
         MaxlmError: anything `find_files` refuses.
     """
     jobs = []
+    num_binary = 0
     for source in sources:
         slices: list[FileSlice] = []
         size = 0
-        for file in find_files(source).files:
+        listing = find_files(source)
+        num_binary += listing.num_binary
+        for file in listing.files:
             if file.format == "corpus":
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
@@ -66,7 +79,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
                     slices, size = [], 0
         if slices:
             jobs.append(_job(folder, source, slices))
-    return jobs
+    return Planned(jobs, num_binary)
 
 
 def _slices(file: SourceFile, shard_bytes: int) -> tuple[FileSlice, ...]:
@@ -80,7 +93,9 @@ def _job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> Read
     parts: list[Any] = [source.model_dump(exclude={"documents"})]
     for each in slices:
         state = each.file.path.stat()
-        parts.append([each.file.name, state.st_size, state.st_mtime_ns, each.start, each.stop])
+        # By its path: two names that are not Unicode may have become one.
+        path = str(each.file.path)
+        parts.append([path, state.st_size, state.st_mtime_ns, each.start, each.stop])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     return ReadJob(Shard(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices))
 
@@ -88,11 +103,11 @@ def _job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> Read
 def read_shard(job: ReadJob) -> None:
     """Write a shard's documents."""
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
-        rows: list[dict[str, Any]] = []
+        rows: list[dict[str, bytes | None]] = []
         size = 0
-        for document in _documents(job, writer.count):
-            rows.append(_columns(job.source.name, document))
-            size += sum(len(value) for value in rows[-1].values() if value is not None)
+        for row in _rows(job, writer.count):
+            rows.append(row)
+            size += sum(len(value) for value in row.values() if value is not None)
             if size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS:
                 writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
                 rows, size = [], 0
@@ -100,35 +115,50 @@ def read_shard(job: ReadJob) -> None:
             writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
 
 
-def _columns(source: str, document: RawDocument) -> dict[str, Any]:
-    """A row. Texts of all kinds are without NUL and lone surrogates from here on."""
-    meta = json.dumps(document.meta, default=str) if document.meta else None
-    return {
-        "id": _clean(document.id),
-        "source": source,
-        "url": document.url and _clean(document.url),
-        "text": document.text and _clean(document.text),
-        "html": document.html,
-        "meta": meta,
-    }
-
-
-def _clean(text: str) -> str:
-    return _SURROGATE.sub("\ufffd", text.replace("\0", ""))
-
-
-def _documents(job: ReadJob, count: Count) -> Iterator[RawDocument]:
+def _rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:
+    """Rows of `DOCUMENT_SCHEMA`."""
     for part in job.slices:
         try:
             for document in _reader(part)(job.source, part, count):
-                if len(document.html or document.text or "") > job.source.max_document_bytes:
-                    count("too_large")
-                elif document.html or (document.text and document.text.strip()):
-                    yield document
-                else:
-                    count("empty")
+                try:
+                    yield _row(job.source, document)
+                except _PassOver as why:
+                    count(str(why))
         except DamagedFile:
             count("broken")  # The rest of the file; what came before is kept.
+
+
+def _row(source: CrawlSource, document: RawDocument) -> dict[str, bytes | None]:
+    """A document's columns. Texts of all kinds are UTF-8 without NUL from here on.
+
+    Raises:
+        _PassOver: it is too large or empty, or its other fields are nested too deeply.
+    """
+    text = document.text
+    row = {
+        "id": _utf8(document.id),
+        "source": source.name.encode(),
+        "url": _utf8(document.url),
+        "text": _utf8(text),
+        "html": document.html,
+    }
+    if len(row["html"] or row["text"] or b"") > source.max_document_bytes:
+        raise _PassOver("too_large")
+    if not document.html and not (text and text.strip()):
+        raise _PassOver("empty")
+    try:
+        meta = json.dumps(document.meta, default=str) if document.meta else None
+    except RecursionError as error:
+        raise _PassOver("broken") from error
+    return {**row, "meta": _utf8(meta)}
+
+
+def _utf8(text: str | None) -> bytes | None:
+    return None if text is None else _SURROGATE.sub("\ufffd", text.replace("\0", "")).encode()
+
+
+class _PassOver(Exception):
+    """What was read is no document; the argument says why."""
 
 
 Reader = Callable[[CrawlSource, FileSlice, Count], Iterator[RawDocument]]
@@ -137,8 +167,7 @@ Reader = Callable[[CrawlSource, FileSlice, Count], Iterator[RawDocument]]
 def _reader(part: FileSlice) -> Reader:
     if part.file.format == "warc":
         return _read_warc
-    name = part.file.path.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if part.file.format == "text" and name.endswith(_HTML):
+    if part.file.is_html:
         return _read_html
     return {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[part.file.format]
 
@@ -178,7 +207,7 @@ def _read_text(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[R
 def _read_jsonl(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[RawDocument]:
     file, number, position = part.file, part.first, part.start
     # A line holds a text with its escapes, six bytes a character at worst, and other fields.
-    limit = 8 * source.max_document_bytes
+    limit = _ROW * source.max_document_bytes
     with open_stream(file.path, file.compression) as stream:
         if position:
             stream.seek(position)
@@ -193,10 +222,10 @@ def _read_jsonl(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[
             elif line.strip():
                 try:
                     if (decoded := _text(source, line)) is None:
-                        raise _BadBytes
+                        raise _PassOver("bad_bytes")
                     yield _from_row(source, name, json.loads(decoded))
-                except _BadBytes:
-                    count("bad_bytes")
+                except _PassOver as why:
+                    count(str(why))
                 except (ValueError, RecursionError, TypeError, KeyError):
                     count("broken")
 
@@ -204,39 +233,61 @@ def _read_jsonl(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[
 def _read_parquet(source: CrawlSource, part: FileSlice, count: Count) -> Iterator[RawDocument]:
     row = part.first
     with open_parquet(part.file.path) as parquet:
-        stop = parquet.num_row_groups if part.stop is None else part.stop
-        groups = list(range(part.start, stop))
-        for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=groups) if groups else ():
-            columns = {
-                n: _values(c) for n, c in zip(batch.schema.names, batch.columns, strict=True)
-            }
+        for batch in _batches(parquet, part):
+            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             for i in range(batch.num_rows):
                 try:
-                    fields = {name: values[i] for name, values in columns.items()}
+                    fields = {n: _value(source, n, column, i) for n, column in columns.items()}
                     yield _from_row(source, f"{part.file.name}:{row}", fields)
-                except _BadBytes:
-                    count("bad_bytes")
-                except (TypeError, KeyError):
+                except _PassOver as why:
+                    count(str(why))
+                except (TypeError, KeyError, RecursionError):
                     count("broken")
                 row += 1
 
 
-def _values(column: pa.Array) -> list[Any]:
-    """Python values. Strings as bytes, since Arrow does not check that they are UTF-8."""
+def _batches(parquet: pq.ParquetFile, part: FileSlice) -> Iterator[pa.RecordBatch]:
+    """A slice's rows, of each row group as many at a time as are no more than some MB."""
+    for index in range(part.start, parquet.num_row_groups if part.stop is None else part.stop):
+        group = parquet.metadata.row_group(index)
+        size = sum(group.column(c).total_uncompressed_size for c in range(group.num_columns))
+        fit = _BATCH_BYTES * group.num_rows // max(size, 1)
+        yield from parquet.iter_batches(min(max(fit, 1), _BATCH_ROWS), row_groups=[index])
+
+
+def _value(source: CrawlSource, name: str, column: pa.Array, row: int) -> Any:
+    """A value of a column, None if Python cannot hold it.
+
+    Strings come as bytes, since Arrow does not check that they are UTF-8.
+
+    Raises:
+        _PassOver: it is too large.
+    """
+    limit = source.max_document_bytes * (1 if name == source.text_field else _ROW)
     try:
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            return column.cast(pa.large_binary()).to_pylist()
-        return column.to_pylist()
-    except (ValueError, pa.ArrowException):  # Such as times that Python cannot hold.
-        return [None] * len(column)
-
-
-class _BadBytes(Exception):
-    """Text that is not UTF-8, and is to be skipped for it."""
+        scalar = column[row]
+        if isinstance(scalar, pa.DictionaryScalar):
+            scalar = scalar.value
+        if isinstance(scalar, pa.BinaryScalar):
+            buffer = scalar.as_buffer()
+            if buffer is None:
+                return None
+            if buffer.size <= limit:
+                return buffer.to_pybytes()
+        elif pa.types.is_dictionary(column.type) or column.slice(row, 1).nbytes <= limit:
+            return scalar.as_py()
+    except Exception:  # Unknown time zones, durations of millions of years, ...: of many types.
+        return None
+    raise _PassOver("too_large")
 
 
 def _from_row(source: CrawlSource, name: str, row: Any) -> RawDocument:
-    """A document from named fields. Raises KeyError or TypeError where there is no text in them."""
+    """A document from named fields.
+
+    Raises:
+        KeyError, TypeError: there is no text in them.
+        _PassOver: its bytes are no text.
+    """
     if not isinstance(row, dict):
         raise TypeError(type(row).__name__)
     text = row.pop(source.text_field)
@@ -244,7 +295,7 @@ def _from_row(source: CrawlSource, name: str, row: Any) -> RawDocument:
         if not isinstance(text, str | bytes):
             raise TypeError(type(text).__name__)
         if (text := _text(source, text)) is None:
-            raise _BadBytes
+            raise _PassOver("bad_bytes")
     fields = {
         k: v.decode("utf-8", "replace") if isinstance(v, bytes) else v for k, v in row.items()
     }

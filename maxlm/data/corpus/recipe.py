@@ -46,7 +46,7 @@ class RecipeConfig(Config):
     """Processes at most; null: one a core (local), or as many as the cluster has CPUs (ray)."""
     shard_bytes: int = Field(default=64 << 20, gt=0)
     """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
-    holds in memory does not grow with it."""
+    holds in memory grows with it only in stages that compare documents (see docs/corpus.md)."""
 
     @model_validator(mode="after")
     def _names_differ(self):
@@ -130,7 +130,8 @@ def _check_names(
             what = f'"{label}" holds no numbers to choose the best document by'
             raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
     for label in stage.strings:
-        if not types.is_string(labels[label]) and not types.is_large_string(labels[label]):
+        type_ = labels.get(label, pa.null())
+        if not types.is_string(type_) and not types.is_large_string(type_):
             raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
     for source in stage.sources:
         if source not in sources:

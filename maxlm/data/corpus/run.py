@@ -5,17 +5,16 @@ import json
 import platform
 import shutil
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.opened import manifest_file
-from maxlm.data.corpus.reading import ReadJob, plan_shards, read_shard
+from maxlm.data.corpus.reading import Planned, ReadJob, plan_shards, read_shard
 from maxlm.data.corpus.recipe import RecipeConfig, Step, recipe_file, resolve
-from maxlm.data.corpus.shards import DOCUMENTS, Shard, read_counts
+from maxlm.data.corpus.shards import DOCUMENTS, Shard, add_counts, read_counts
 from maxlm.data.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.data.work.engine import Engine, open_engine
 from maxlm.data.work.paths import locked_folder, replacing, writing
@@ -39,19 +38,21 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = silent) -> Path:
     folder = Path(recipe.out).expanduser()
     steps = resolve(recipe)
     _check_place(folder, recipe)
-    jobs = plan_shards(folder, recipe.sources, recipe.shard_bytes)
-    shards = [job.shard for job in jobs]
+    planned = plan_shards(folder, recipe.sources, recipe.shard_bytes)
+    _check_outside(folder, planned.jobs)
+    shards = [job.shard for job in planned.jobs]
     if len({shard.name for shard in shards}) < len(shards):
         what = "a source names the same files twice"
         raise MaxlmError(what, where="sources", fix="name each file once")
     documents = hashlib.sha256("".join(shard.name for shard in shards).encode()).hexdigest()
     keys = {step.stage.title: _key(step, documents) for step in steps}
+    read = f"{documents} {planned.num_binary}"
     with locked_folder(folder), open_engine(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
-        for title, key in {DOCUMENTS: documents, **keys}.items():
+        for title, key in {DOCUMENTS: read, **keys}.items():
             _forget_stale_manifest(folder / title, key, [shard.name for shard in shards])
         _write_json(recipe_file(folder), recipe.model_dump(mode="json"))
-        _read(folder, documents, jobs, recipe, engine, progress)
+        _read(folder, read, planned, recipe, engine, progress)
         for step in steps:
             _run_step(folder, step, keys[step.stage.title], shards, engine, progress)
     return folder
@@ -71,6 +72,17 @@ def _check_place(folder: Path, recipe: RecipeConfig) -> None:
                 raise MaxlmError(what, where=str(folder), fix=fix)
 
 
+def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
+    """A pattern may match what a run has written, of which the next would make documents."""
+    home = folder.resolve()
+    for job in jobs:
+        for part in job.slices:
+            if part.file.path.resolve().is_relative_to(home):
+                what = f"the corpus would be made of its own file {part.file.name}"
+                fix = "choose another out, or sources that leave it out"
+                raise MaxlmError(what, where=str(folder), fix=fix)
+
+
 def _key(step: Step, documents: str) -> str:
     """What a stage's folder is named to hold; of some, one document changes every label."""
     return f"{step.key} {documents}" if step.whole else step.key
@@ -82,7 +94,7 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
         manifest = json.loads(path.read_text())
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     with writing(path):
         path.unlink(missing_ok=True)
@@ -91,12 +103,12 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
 def _read(
     folder: Path,
     key: str,
-    jobs: Sequence[ReadJob],
+    planned: Planned,
     recipe: RecipeConfig,
     engine: Engine,
     progress: Progress,
 ) -> None:
-    began = time.time()
+    began, jobs = time.time(), planned.jobs
     pending = [job for job in jobs if not job.shard.path(DOCUMENTS).exists()]
     _map(DOCUMENTS, read_shard, pending, len(jobs), engine, progress)
     sources = [source.model_dump(mode="json") for source in recipe.sources]
@@ -107,7 +119,8 @@ def _read(
     ]
     if pending or not manifest_file(folder / DOCUMENTS).exists():
         details = {"key": key, "sources": sources, "inputs": inputs}
-        _finish(folder, DOCUMENTS, shards, began, details, ())
+        last = _last_run(began, len(pending), ())
+        _finish(folder, DOCUMENTS, shards, details, last, {"binary_files": planned.num_binary})
 
 
 def _run_step(
@@ -139,7 +152,8 @@ def _run_step(
         "texts": list(step.texts),
     }
     if pending or not manifest_file(home).exists():
-        _finish(folder, title, shards, began, details, step.stage.packages())
+        last = _last_run(began, len(pending), step.stage.packages())
+        _finish(folder, title, shards, details, last)
     with writing(home):
         shutil.rmtree(home / "scratch", ignore_errors=True)
 
@@ -170,9 +184,9 @@ def _finish(
     folder: Path,
     title: str,
     shards: Sequence[Shard],
-    began: float,
     details: dict[str, Any],
-    packages: Sequence[str],
+    last_run: dict[str, Any],
+    more_counts: Mapping[str, int] | None = None,
 ) -> None:
     """Write a stage's manifest, and delete the shards of files that are no longer sources."""
     home = folder / title
@@ -184,24 +198,28 @@ def _finish(
             path.unlink()
     for path in home.glob(".*.parquet.*"):
         path.unlink()  # Left by a killed worker.
-    counts: Counter[str] = Counter(rows=0, labelled=0)
-    rows = {}
-    for shard in shards:
-        each = read_counts(shard.path(title))
-        rows[shard.name] = each["rows"]
-        counts.update(each)
+    counts = {shard.name: read_counts(shard.path(title)) for shard in shards}
     _write_json(
         manifest_file(home),
         details
         | {
-            "packages": {name: _version(name) for name in (*_PACKAGES, *packages)},
-            "python": platform.python_version(),
-            "counts": dict(sorted(counts.items())),
-            "shards": rows,
-            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-            "seconds": round(time.time() - began, 3),
+            "counts": {"rows": 0, "labelled": 0, **(more_counts or {})}
+            | add_counts(counts.values()),
+            "shards": {name: each["rows"] for name, each in counts.items()},
+            "last_run": last_run,
         },
     )
+
+
+def _last_run(began: float, shards: int, packages: Sequence[str]) -> dict[str, Any]:
+    """How the shards were made that were made in this run; others may be of earlier ones."""
+    return {
+        "shards": shards,
+        "packages": {name: _version(name) for name in (*_PACKAGES, *packages)},
+        "python": platform.python_version(),
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(time.time() - began, 3),
+    }
 
 
 def _version(package: str) -> str | None:
@@ -213,4 +231,4 @@ def _version(package: str) -> str | None:
 
 def _write_json(path: Path, content: Any) -> None:
     with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")

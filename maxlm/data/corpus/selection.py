@@ -1,11 +1,11 @@
 """A corpus as a source of text: what its labels' rules keep."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from maxlm.data.corpus.config import FilesConfig, SourceConfig
-from maxlm.data.corpus.files import SourceFile, is_corpus
+from maxlm.data.corpus.files import SourceFile
 from maxlm.data.corpus.opened import Corpus, read_kept, read_recipe
 from maxlm.data.corpus.recipe import Rules, texts_of
 from maxlm.data.corpus.shards import DOCUMENTS, Shard
@@ -35,26 +35,29 @@ def corpus_files(folder: Path, config: FilesConfig) -> list[SourceFile]:
     ]
 
 
-def selection(config: SourceConfig) -> str | None:
-    """The rules that decide what is taken from the corpora among a source's documents, as text."""
-    found = {}
-    for entry in config.documents:
-        if is_corpus(folder := Path(entry).expanduser()):
-            rules = _rules(Corpus.open(folder), config)
-            keep = {name: rule.text for name, rule in rules.keep.items()}
-            found[entry] = {"keep": keep, "cut": rules.cut}
-    return json.dumps(found) if found else None
+def selection(config: SourceConfig, files: Iterable[SourceFile]) -> str:
+    """The rules that decide what is taken from the corpora among a source's files, as text."""
+    found = []
+    for folder in dict.fromkeys(_home(file) for file in files if file.format == "corpus"):
+        rules = _rules(Corpus.open(folder), config)
+        keep = {name: rule.text for name, rule in rules.keep.items()}
+        found.append({"keep": keep, "cut": rules.cut})
+    return json.dumps(found)
 
 
 def read_corpus(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:
     """(id, text) of each document of a shard; None for what the rules leave out."""
-    folder, name = part.file.path.parents[1], part.file.path.stem
+    folder, name = _home(part.file), part.file.path.stem
     # Its manifests were looked at by `corpus_files`; once for each shard would be quadratic.
     corpus = Corpus(folder, read_recipe(folder))
     rules = _rules(corpus, config)
     shard = Shard(folder, name, texts_of(corpus.recipe))
     for document_id, text in read_kept(shard, rules):
         yield document_id, None if text is None else text.encode()
+
+
+def _home(shard: SourceFile) -> Path:
+    return shard.path.parents[1]
 
 
 def _rules(corpus: Corpus, config: FilesConfig) -> Rules:

@@ -12,7 +12,7 @@ group at a time, which bounds memory whatever the size of a shard.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ DOCUMENT_SCHEMA = pa.schema(
 )
 """A document: text as it was read, or HTML that no stage has turned into text yet; meta is JSON."""
 _MOST_VALUES = 256  # A string label with more values in a shard is no category to be counted.
+_MANY = "too many values: "
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,6 @@ class Shard:
     def path(self, stage: str) -> Path:
         """The file with a stage's columns."""
         return self.folder / stage / f"{self.name}.parquet"
-
-    @property
-    def num_rows(self) -> int:
-        return pq.read_metadata(self.path(DOCUMENTS)).num_rows
 
     def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
         """The documents to label, a row group at a time.
@@ -209,6 +206,8 @@ class ShardWriter:
                 for name, values in self._values.items():
                     if len(values) <= _MOST_VALUES:
                         self._counts.update({f"{name}={v}": n for v, n in values.items()})
+                    else:
+                        self._counts[f"{_MANY}{name}"] = 1
                 self._writer.add_key_value_metadata({"counts": json.dumps(self._counts)})
                 self._writer.close()
                 if kind is None:
@@ -222,3 +221,14 @@ def read_counts(path: Path) -> Counter[str]:
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))
+
+
+def add_counts(shards: Iterable[Counter[str]]) -> dict[str, int]:
+    """The counts of several shards together.
+
+    Without the values of labels that have too many in one of them: of the others they are no sum.
+    """
+    total = sum(shards, Counter())
+    many = tuple(f"{key.removeprefix(_MANY)}=" for key in total if key.startswith(_MANY))
+    kept = (key for key in total if not key.startswith((*many, _MANY)))
+    return {key: total[key] for key in sorted(kept)}

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,9 +119,14 @@ def open_parquet(path: Path):
     except ImportError as error:
         raise missing_package("pyarrow", path) from error
     try:
-        with pq.ParquetFile(path) as parquet:
+        with ExitStack() as stack:
+            parquet = stack.enter_context(pq.ParquetFile(path))
+            # As they are in the file: changing their type, Arrow refuses all for one bad byte.
+            names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
+            if names:
+                parquet = stack.enter_context(pq.ParquetFile(path, read_dictionary=names))
             yield parquet
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
         # An error of the system has a number; what Arrow finds in the bytes has none.
         kind = MaxlmError if getattr(error, "errno", None) else DamagedFile

@@ -80,7 +80,7 @@ class LabelStage(Stage):
 
     @abstractmethod
     def open(self) -> Label:
-        """The labelling function; loads models, once in each process."""
+        """The labelling function; loads models, once in each process (on Ray: for each shard)."""
 
 
 class CorpusStage(Stage):

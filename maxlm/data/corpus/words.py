@@ -18,10 +18,11 @@ _LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff
 _WORD = re.compile(rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]")
 _ACCENT = re.compile("[\u0300-\u036f]")
 _DIGIT = re.compile(r"\d")
+# None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other line.
 _PUNCTUATION = str.maketrans(
     {
         **dict.fromkeys("“”„‟«»「」『』《》〈〉", '"'),
-        **dict.fromkeys("‘’‚‛‹›´`′ʼ", "'"),
+        **dict.fromkeys("‘’‚‛‹›′ʼ", "'"),
         **dict.fromkeys("‐‑‒–—―−─━", "-"),
         **dict.fromkeys("。।॥۔｡", "."),
         **dict.fromkeys("、،､", ","),

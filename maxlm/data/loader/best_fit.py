@@ -9,6 +9,7 @@ The index lies in STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-map
 """
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -49,7 +50,13 @@ class BestFitPacking:
         if isinstance(self.source, PackingIndex):
             return self.source
         files = {name: self.source / f"{name}.npy" for name in _ARRAYS}
-        return PackingIndex(**{n: np.asarray(np.load(f, mmap_mode="r")) for n, f in files.items()})
+        try:
+            maps = {name: np.asarray(np.load(f, mmap_mode="r")) for name, f in files.items()}
+        except (OSError, ValueError) as error:
+            fix = "delete this folder, which will be made again"
+            what = f"damaged packing index: {error}"
+            raise MaxlmError(what, where=str(self.source), fix=fix) from error
+        return PackingIndex(**maps)
 
     def __reduce__(self):
         # A worker process maps the files itself; the mapped arrays must not travel.
@@ -189,6 +196,14 @@ def assign_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     return bins
 
 
+def _map_file(path: Path, dtype: type, count: int) -> np.memmap:
+    array = np.lib.format.open_memmap(path, "w+", dtype, (count,))
+    if hasattr(os, "posix_fallocate"):  # Else a full disk ends the process by a signal.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
     folder.parent.mkdir(exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -196,7 +211,7 @@ def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
         size = _num_pieces(offsets, seq_len, block)
         # Mapped, not held: pages go to the disk as they fill. The last is cut to size afterwards.
         starts, lengths, ends, firsts = (
-            np.lib.format.open_memmap(temporary / f"{name}.npy", "w+", dtype, (count,))
+            _map_file(temporary / f"{name}.npy", dtype, count)
             for name, dtype, count in (
                 ("starts", np.int64, size),
                 ("lengths", np.int32, size),

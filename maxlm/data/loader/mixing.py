@@ -72,8 +72,13 @@ class Mixing:
             return products
 
         steps: list[tuple[int, Weights]] = [(0, scaled(self.weights))]
-        for phase in self.phases:
-            after = scaled({**self.weights, **phase.weights})
+        for number, phase in enumerate(self.phases):
+            weights = {**self.weights, **phase.weights}
+            if not any(weights.values()):
+                what = f"from step {phase.from_step:,} on all weights are 0"
+                fix = "give a source a weight above 0 there"
+                raise MaxlmError(what, where=f"phases.{number}.weights", fix=fix)
+            after = scaled(weights)
             steps += _ramp(phase, steps[-1][1], after)
         # What a later phase says of the same step is what holds.
         (_, first), *changes = dict(steps).items()

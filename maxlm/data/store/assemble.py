@@ -1,7 +1,7 @@
 """From finished parts to the arrays of a store."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,11 +33,11 @@ def assemble(
     pool: WorkerPool,
     progress: Callable[[int, int], None],
     base: int = 0,
-) -> str:
+) -> tuple[str, str]:
     """Write `tokens/` and `offsets/` into the folder `store`; parts in order of their index.
 
     Offsets begin with `base`, which is how many tokens the store has before this segment. Returns
-    their SHA-256.
+    the hashes of tokens and offsets, as `Segment` has them.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.
@@ -48,11 +48,19 @@ def assemble(
     begins = np.concatenate([[0], np.cumsum([part.num_tokens for part in parts])])
     total = int(begins[-1])
     create_array(store, "tokens", total, dtype)
-    done = 0
-    for size in pool.map(_write_shard, _shard_jobs(store, parts_folder, parts, begins, dtype)):
-        done += size
+    done, digests = 0, {}
+    jobs = _shard_jobs(store, parts_folder, parts, begins, dtype)
+    for job, digest in pool.map(_write_shard, jobs):
+        digests[job.start] = digest
+        done += job.stop - job.start
         progress(done, total)
-    return _write_offsets(store, parts_folder, parts, base)
+    tokens = join_digests(digests[start] for start in sorted(digests))
+    return tokens, _write_offsets(store, parts_folder, parts, base)
+
+
+def join_digests(digests: Iterable[str]) -> str:
+    """The SHA-256 of hexadecimal hashes one after another."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _write_offsets(store: Path, parts_folder: Path, parts: Sequence[Part], base: int) -> str:
@@ -97,7 +105,7 @@ def _shard_jobs(
     return jobs
 
 
-def _write_shard(job: ShardJob) -> int:
+def _write_shard(job: ShardJob) -> tuple[ShardJob, str]:
     shard = np.empty(job.stop - job.start, job.dtype)
     for index, begin in job.pieces:
         path = part_path(job.parts_folder, index, "tokens")
@@ -105,4 +113,4 @@ def _write_shard(job: ShardJob) -> int:
         low, high = max(begin, job.start), min(begin + len(tokens), job.stop)
         shard[low - job.start : high - job.start] = tokens[low - begin : high - begin]
     write_array(open_for_writing(job.store, "tokens"), job.start, shard, job.store)
-    return len(shard)
+    return job, hashlib.sha256(shard.data).hexdigest()

@@ -86,7 +86,7 @@ def build_store(
     building = out.with_name(f".{out.name}.building")
     _finish_swap(out, building, wait=join)
     if existing := check_replaceable(out, plan.manifest, force):
-        shutil.rmtree(building, ignore_errors=True)
+        _clear(building)
         return existing
     with WorkerPool(workers or default_workers()) as pool:
         if join:
@@ -102,7 +102,7 @@ def build_store(
                 manifest = _with_checksums(manifest, write_checksums(building / "store"))
                 write_manifest(building / "store", manifest)
                 _publish(building / "store", out, building / "replaced")
-    shutil.rmtree(building, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
     return manifest
 
 
@@ -145,7 +145,7 @@ def append_store(
                 os.rename(building / "store", folder)
                 existing = joined(existing, new)
                 write_manifest(out, existing)
-    shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
     return existing
 
 
@@ -207,7 +207,7 @@ def _write_segment(
     with writing(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
-    digest = assemble(
+    tokens_digest, offsets_digest = assemble(
         store,
         building / "parts",
         parts,
@@ -220,7 +220,8 @@ def _write_segment(
         num_tokens=manifest.num_tokens,
         num_documents=manifest.num_documents,
         num_sources=len(manifest.sources),
-        offsets_sha256=digest,
+        offsets_sha256=offsets_digest,
+        tokens_sha256=tokens_digest,
         selection=manifest.selection,
     )
     return manifest.model_copy(update={"segments": (segment,)})
@@ -309,6 +310,13 @@ def _publish(store: Path, out: Path, replaced: Path) -> None:
             raise
     else:
         os.rename(store, out)
+
+
+def _clear(building: Path) -> None:
+    """Delete what a build that is done has left, unless another process is at work there."""
+    if building.exists():
+        with contextlib.suppress(MaxlmError), locked_folder(building):
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _finish_swap(out: Path, building: Path, *, wait: bool = False) -> None:

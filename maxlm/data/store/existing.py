@@ -1,7 +1,8 @@
 """What already lies where a store is to go."""
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from maxlm.config import MaxlmError
 from maxlm.data.store.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -41,8 +42,8 @@ def is_appended(out: Path, existing: Manifest, planned: Manifest) -> bool:
     """Whether a segment of the store in `out` holds just the files of the planned one.
 
     Raises:
-        MaxlmError: the planned one is read in another way, or some of its files are in the store
-            under their names, or all of them under others.
+        MaxlmError: the planned one is read in another way, or some of its files are in the store,
+            under the same path or one that may be the same, or all of them under others.
     """
     for found in _other_settings(existing, planned):
         fix = "give the store's settings, or build a store of its own and mix the two"
@@ -55,18 +56,29 @@ def is_appended(out: Path, existing: Manifest, planned: Manifest) -> bool:
         if same_files and (planned.selection is None or planned.selection in selections):
             return True
         start += segment.num_sources
+    names: dict[str, list[str]] = {}
+    for source in existing.sources:
+        names.setdefault(source.sha256, []).append(source.name)
     # By name, too: other documents may well hold the same text, a licence for one.
-    there = {(source.name, source.sha256) for source in existing.sources}
+    all_there = all(source.sha256 in names for source in planned.sources)
     for source in planned.sources:
-        if (source.name, source.sha256) in there:
-            what = f"{source.name} is already in the store"
-            raise MaxlmError(what, where=str(out), fix="leave it out")
-    names = {source.sha256: source.name for source in existing.sources}
-    if all(source.sha256 in names for source in planned.sources):
-        name, digest = planned.sources[0].name, planned.sources[0].sha256
-        what = f"{name} is already in the store, as {names[digest]}"
-        raise MaxlmError(what, where=str(out), fix="append files that are new")
+        for name in names.get(source.sha256, ()):
+            if all_there or _may_be_one(name, source.name):
+                told = "" if name == source.name else f", as {name}"
+                what = f"{source.name} is already in the store{told}"
+                fix = "append files that are new" if all_there else "leave it out"
+                raise MaxlmError(what, where=str(out), fix=fix)
     return False
+
+
+def _may_be_one(a: str, b: str) -> bool:
+    """Whether two paths may be one as seen from two folders: one ends as the other is."""
+    parts = [
+        [part for part in PurePath(os.path.normpath(name)).parts if part not in ("/", "..")]
+        for name in (a, b)
+    ]
+    shorter, longer = sorted(parts, key=len)
+    return longer[len(longer) - len(shorter) :] == shorter
 
 
 def difference(existing: Manifest, planned: Manifest) -> str | None:

@@ -46,6 +46,9 @@ class Segment(Config):
     """How many of the manifest's sources are its; they follow those of the segments before."""
     offsets_sha256: str
     """Of its offsets, as little-endian int64."""
+    tokens_sha256: str | None = None
+    """Of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as little-endian
+    numbers of their dtype; null: an older version wrote it."""
     checksums_sha256: str | None = None
     """Of its list of checksums; null: an older version wrote it."""
     selection: str | None = None
@@ -88,6 +91,14 @@ class Manifest(Config):
         digests = [segment.offsets_sha256 for segment in self.segments]
         if len(digests) < 2:
             return digests[0] if digests else None
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @property
+    def tokens_sha256(self) -> str | None:
+        """A hash of the tokens of all segments; None if an older version wrote one of them."""
+        digests = [segment.tokens_sha256 or "" for segment in self.segments]
+        if not all(digests) or not digests:
+            return None
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def first(self, segments: int) -> "Manifest":

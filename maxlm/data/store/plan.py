@@ -106,7 +106,7 @@ def _selection(source: SourceConfig, listing: Listing) -> str | None:
         return None
     from maxlm.data.corpus.selection import selection
 
-    return selection(source)
+    return selection(source, listing.files)
 
 
 def _check_settings(split: Split, heldout_fraction: float, workers: int | None) -> None:

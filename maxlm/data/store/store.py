@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.data.store import arrays
 from maxlm.data.store.arrays import array_error, open_for_reading, token_dtype
+from maxlm.data.store.assemble import join_digests
 from maxlm.data.store.checksums import damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
 from maxlm.data.store.offsets import Offsets
@@ -157,6 +159,7 @@ class TokenStore:
         for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
             stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
             self._verify_documents(self._offset_ranges([(first, stop)])[0])
+        self._verify_tokens()
 
     def _verify_tokenizer(self) -> None:
         """Check what the manifest says of the tokenizer against the one in the store."""
@@ -199,6 +202,21 @@ class TokenStore:
                 raise self._damaged(f"{what}, its sources {of_sources}")
         if segments and sources:
             raise self._damaged(f"{len(sources)} sources belong to no segment")
+
+    def _verify_tokens(self) -> None:
+        """Check the segments' hashes of tokens, where there are any."""
+        first, step = 0, arrays.SHARD_TOKENS
+        for number, segment in enumerate(self.manifest.segments):
+            last = first + segment.num_tokens
+            if said := segment.tokens_sha256:
+                parts = (self.read(i, min(i + step, last)) for i in range(first, last, step))
+                value = join_digests(
+                    hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in parts
+                )
+                if value != said:
+                    what = f"tokens_sha256 of segment {number} is {value}, the manifest says {said}"
+                    raise self._damaged(what)
+            first = last
 
     def _verify_documents(self, offsets: np.ndarray) -> None:
         """Check the tokens of consecutive documents with these offsets [n + 1]."""

@@ -64,9 +64,7 @@ def render_chat(
     """
     assert isinstance(tokenizer, CodecTokenizer)
     given: dict[str, Any] = {
-        "messages": [
-            {k: v for k, v in each.items() if v is not None} for each in _checked(messages)
-        ],
+        "messages": [_as_templates_read(each) for each in _checked(messages)],
         "tools": tools and list(tools),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -97,7 +95,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     assert isinstance(tokenizer, CodecTokenizer)
     settings["messages"] = list(_checked(messages))
     text = _as_json(settings)
-    mark = next((char for char in _MARKS if char not in text), None)
+    free = (char for char in _MARKS if char not in text and _escaped(char) not in text)
+    mark = next(free, None)
     if mark is None:
         raise MaxlmError(
             "the messages hold every noncharacter from U+FDD0 to U+FDEF",
@@ -105,15 +104,46 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
             fix="remove one of them",
         )
 
+    literals = list(tokenizer.special_tokens)
+    beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
+    longest = max(map(len, beginnings), default=0)
+
     def disarm(string: str) -> str:
-        for literal in tokenizer.special_tokens:
+        for literal in literals:
             string = string.replace(literal, literal[:1] + mark + literal[1:])
         return string
 
-    rendered = render_chat(tokenizer, **_map_strings(settings, disarm))
+    def disarm_end(string: str) -> str:
+        # A literal must not come about either where the template joins two strings, or trims them.
+        # Words are what templates ask for, such as roles.
+        string = disarm(string)
+        end = len(string.rstrip())
+        if string.isidentifier() or not any(
+            string[max(0, end - n) : end] in beginnings for n in range(1, longest + 1)
+        ):
+            return string
+        return string[:end] + mark + string[end:]
+
+    rendered = render_chat(tokenizer, **_map_strings(settings, disarm, disarm_end))
+    rendered = rendered.replace(_escaped(mark), mark)
     if mark not in rendered:
         return tokenizer.encode(rendered, allow_special=True)
     return tokenizer.encode_disarmed(rendered, mark)
+
+
+def _escaped(char: str) -> str:
+    """A character as a template's `tojson(ensure_ascii=True)` writes it."""
+    return json.dumps(char)[1:-1]
+
+
+def _as_templates_read(message: Message) -> Message:
+    """Without what is None; its reasoning under all of its names, as transformers has it."""
+    given = {key: value for key, value in message.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((given[name] for name in names if name in given), None)
+    if reasoning is None:
+        return given
+    return {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
@@ -138,13 +168,15 @@ def _as_json(value: Any) -> str:
         ) from error
 
 
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], str]) -> Any:
+    """Plain data with other strings: keys of mappings by `key`, all others by `change`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _map_strings(item, change) for key, item in value.items()}
+        pairs = ((key(k) if isinstance(k, str) else k, v) for k, v in value.items())
+        return {k: _map_strings(v, key, change) for k, v in pairs}
     if isinstance(value, (list, tuple)):
-        return [_map_strings(item, change) for item in value]
+        return [_map_strings(item, key, change) for item in value]
     return value
 
 

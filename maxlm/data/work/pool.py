@@ -129,7 +129,11 @@ def _serve(connection: Connection) -> None:
         except Exception as error:
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             reply = None, error
-        connection.send(reply)
+        try:
+            connection.send(reply)
+        except Exception as error:  # An answer that cannot be pickled, such as some errors.
+            what = f"a worker's answer cannot be sent ({error}): {reply[1] or reply[0]!r}"
+            connection.send((None, MaxlmError(what)))
 
 
 def _end_with_parent() -> None:

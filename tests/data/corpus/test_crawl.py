@@ -262,11 +262,8 @@ def test_the_limit_is_on_what_is_decoded(tmp_path):
     assert counts == {"too_large": 2}
 
 
-ARC = (
-    b"filedesc://a.arc 0.0.0.0 20140216050221 text/plain 75\n1 0 test\n"
-    b"URL IP-address Archive-date Content-type Archive-length\n".ljust(76, b" ")
-    + b"\n\n"
-)
+ARC_FIELDS = b"1 0 test\nURL IP-address Archive-date Content-type Archive-length\n"
+ARC = b"filedesc://a.arc 0.0.0.0 20140216050221 text/plain %d\n%b\n" % (len(ARC_FIELDS), ARC_FIELDS)
 
 
 def arc_page(url: bytes, block: bytes, length: object = None) -> bytes:
@@ -276,9 +273,8 @@ def arc_page(url: bytes, block: bytes, length: object = None) -> bytes:
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_arc(tmp_path, pack):
-    desc = b"1 0 test\nURL IP-address Archive-date Content-type Archive-length\n"
     parts = [
-        b"filedesc://a.arc 0.0.0.0 20140216050221 text/plain %d\n%b\n" % (len(desc), desc),
+        ARC,
         arc_page(b"http://a.org/", HEAD + HTML),
         arc_page(b"http://b.org/", HEAD + HTML, length="-1"),
         arc_page(b"http://c.org/", HEAD.replace(b"200 OK", b"404 No") + HTML),
@@ -293,6 +289,68 @@ def test_arc(tmp_path, pack):
     assert documents[0].meta["date"] == "2014-02-16T05:02:21Z"
     assert counts == {"warcinfo": 1, "broken": 2, "status": 1}
     assert len(set(ids(documents))) == 2
+
+
+ARC_PAGES = [arc_page(b"http://%b.org/" % name, HEAD + HTML) for name in (b"a", b"b", b"c")]
+A_ARC, B_ARC, C_ARC = map(gzip.compress, ARC_PAGES)
+FALSE_START = b"\x1f\x8b\x08\x08AAAA\x02\x03"  # A file name follows, up to the next NUL.
+BROKEN_ARC = {  # name: what follows the first member, the documents that are left
+    "cut at the end": (A_ARC + B_ARC + C_ARC[:-30], "ab"),
+    "cut amid": (A_ARC + B_ARC[:-30] + C_ARC, "ac"),
+    "cut amid twice": (A_ARC + B_ARC[:-30] + B_ARC[:-40] + C_ARC, "ac"),
+    "wrong checksum": (A_ARC + B_ARC[:-8] + bytes(8) + C_ARC, "ac"),
+    "no header": (A_ARC + gzip.compress(b"nothing " * 9) + C_ARC, "ac"),
+    "garbage between": (A_ARC + b"garbage \0" * 30 + C_ARC, "ac"),
+    "garbage at the end": (A_ARC + B_ARC + b"garbage", "ab"),
+    "endless file names": (A_ARC + FALSE_START * 9999 + b"\0\xff" + C_ARC, "a"),
+    "few false starts": (A_ARC + FALSE_START * 9 + b"\0\xff" + C_ARC, "ac"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ARC)
+def test_each_broken_place_of_an_arc_file_is_counted(tmp_path, name):
+    data, left = BROKEN_ARC[name]
+    documents, counts = read(tmp_path / "a.arc.gz", gzip.compress(ARC) + data)
+    assert "".join(document.url[7] for document in documents) == left
+    assert counts == {"warcinfo": 1, "broken": 1}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.data())
+def test_damage_in_one_arc_member_costs_no_other(tmp_path_factory, number, data):
+    pages = [arc_page(b"http://%d.org/" % i, HEAD + HTML + b"%d" % i) for i in range(6)]
+    archive = members(ARC, *pages)
+    member = bytearray(archive[number])
+    start = data.draw(st.integers(0, len(member) - 1))
+    stop = start + data.draw(st.integers(0, 60))
+    member[start:stop] = data.draw(st.binary(min_size=1, max_size=40))
+    damaged = bytes(member) != archive[number]
+    archive[number] = bytes(member)
+    documents, counts = read(tmp_path_factory.getbasetemp() / "a.arc.gz", b"".join(archive))
+    found = {document.url: document.html for document in documents}
+    for i in set(range(6)) - {number - 1}:
+        assert found[f"http://{i}.org/"] == HTML + b"%d" % i
+    assert damaged <= (counts["broken"] == 1 or len(documents) == 6)
+
+
+def test_an_absurd_length_is_broken(tmp_path):
+    absurd = arc_page(b"http://b.org/", HEAD + HTML, length="9" * 5000)
+    documents, counts = read(tmp_path / "a.arc", ARC + ARC_PAGES[0] + absurd + ARC_PAGES[2])
+    assert [document.url for document in documents] == ["http://a.org/", "http://c.org/"]
+    assert counts == {"warcinfo": 1, "broken": 1}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("byte", [b"\n", b"a", b"\0"])
+def test_headers_that_point_to_one_place_take_time_in_proportion(tmp_path, byte):
+    """Each would else read the whole gap (or line) there: for hours."""
+    size, number = len(arc_page(b"http://a.org/", b"", length="0" * 15)) - 1, 20_000
+    places = range(number * size, 0, -size)
+    headers = (arc_page(b"http://a.org/", b"", f"{place:015d}")[:-1] for place in places)
+    data = ARC + b"".join(headers) + b"\n" * size + byte * 1_000_000 + b"end"
+    documents, counts = read(tmp_path / "a.arc", data)
+    assert not documents
+    assert counts == {"warcinfo": 1, "broken": number}
 
 
 def test_unreadable_file(tmp_path):

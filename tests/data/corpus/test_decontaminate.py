@@ -2,6 +2,7 @@
 
 import json
 import random
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,83 @@ def test_min_hits_and_templates(tmp_path: Path) -> None:
     assert ItemCount("q", f"{item}:4", 1, 1.0) in count_items(stage, made)
 
 
+def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:
+    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)}, **settings)
+    made = make_corpus(tmp_path / "corpus", texts)
+    run_stage(stage, made, tmp_path / "scratch")
+    return labels(made, stage)["contaminated"].to_pylist()
+
+
+def test_equal_items_count_once(tmp_path: Path) -> None:
+    passage, other = (" ".join(sentence(20)) for _ in range(2))
+    items = [passage] * 30 + [passage.upper() + "!", other]
+    assert contaminated(tmp_path, items, [passage, other, "none"]) == [True, True, False]
+    made = make_corpus(tmp_path / "corpus", [passage])
+    stage = DecontaminateStage(sets={"q": SourceConfig(documents=(f"{tmp_path}/q.jsonl",))})
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["item"].to_pylist() == [f"{tmp_path}/q.jsonl:1"]
+
+
+def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not(
+    tmp_path: Path,
+) -> None:
+    template, instructions = sentence(15), sentence(60)
+    passages = [sentence(60) for _ in range(3)]
+    questions = [
+        [*instructions, *passage, *template, *sentence(9)]
+        for passage in passages
+        for _ in range(12)
+    ]
+    texts = [
+        template,
+        instructions,
+        passages[1],
+        [*sentence(30), *passages[2][20:34], *sentence(30)],
+        [*template, *questions[3][-9:]],
+    ]
+    found = contaminated(
+        tmp_path, [" ".join(each) for each in questions], list(map(" ".join, texts))
+    )
+    assert found == [False, False, True, True, True]
+
+
+def test_a_short_phrase_of_some_items_is_of_a_template(tmp_path: Path) -> None:
+    phrases = [sentence(25), sentence(26)]
+    items = [[*phrase, *sentence(20)] for phrase in phrases for _ in range(12)]
+    items += [sentence(20) for _ in range(5)]
+    texts = list(map(" ".join, phrases))
+    assert contaminated(tmp_path, list(map(" ".join, items)), texts) == [False, True]
+
+
+def test_a_share_is_exact(tmp_path: Path) -> None:
+    item = sentence(12)
+    stage = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])}, ngram=3
+    )
+    made = make_corpus(tmp_path / "corpus", [" ".join(item[:9])])
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["overlap"].to_pylist() == [0.7]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "다람쥐 헌 쳇바퀴에 타고파 한국어 문서는 여러 낱말로 되어 있다",
+        "がぎぐげご、ガギグゲゴとパピプペポ",
+        "ऩ ऱ ऴ \u0958 \u0959 \u095a \u095b \u095c",
+        "কোন বোন মোট দোষ যৌথ মৌন ভোর জোর",
+        "آب أحمد إلى مؤمن سائل آخر أمس إن",
+    ],
+)
+def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) -> None:
+    forms = [*(unicodedata.normalize(form, item) for form in ("NFC", "NFD")), item]
+    assert forms[0] != forms[1]
+    for form in forms:
+        assert contaminated(tmp_path, [form], forms) == [True] * 3
+    changed = forms[0].replace(forms[0][0], "xyz")
+    assert contaminated(tmp_path, [forms[1]], [changed]) == [False]
+
+
 def test_long_documents_are_searched_to_their_end(tmp_path: Path) -> None:
     item = sentence(20)
     long = sentence(1000) * 40
@@ -141,6 +219,17 @@ def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
     short = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", ["too short"])})
     with pytest.raises(MaxlmError, match="no text of 8 words"):
         short.open()
+    common = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])},
+        ngram=1,
+        shortest=1,
+        max_items=1,
+    )
+    with pytest.raises(MaxlmError, match="common to more than 1 of its items"):
+        common.open()
+    empty = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [])})
+    with pytest.raises(MaxlmError, match='no items in "q"'):
+        empty.open()
     with pytest.raises(MaxlmError):
         DecontaminateStage(
             sets={"q": SourceConfig(documents=(str(tmp_path / "missing.jsonl"),))}

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pytest
@@ -85,7 +86,19 @@ def test_settings_say_what_is_the_same() -> None:
     exact = ExactStage(unicode="none", case=False, spaces=False)
     assert exact.normalise(" A\n") == " A\n"
     assert ExactStage(unicode="NFKC").normalise("ﬁ Ａ\u3000b") == "fi a b"
-    assert ExactStage().normalise("ﬁ") == "ﬁ"
+    assert ExactStage(case=False).normalise("ﬁ") == "ﬁ"
+    assert ExactStage().normalise("ﬁ") == ExactStage().normalise("FI") == "fi"
+
+
+@pytest.mark.parametrize("unicode", ["NFC", "NFKC"])
+def test_case_makes_no_difference_to_any_character(unicode: Literal["NFC", "NFKC"]) -> None:
+    same = ExactStage(unicode=unicode).normalise
+    for code in range(0x20000):
+        text = f"{chr(code)}x"
+        for other in (text.upper(), text.lower(), text.casefold()):
+            # Upper case has one I, where Turkish has two.
+            if text not in ("İx", "ıx"):
+                assert same(other) == same(text), hex(code)
 
 
 def test_a_minus_keeps_the_lowest(tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ def table(**columns):
     return pa.table({n: pa.array(v, LABELS[n]) for n, v in arrays.items()})
 
 
+def test_arithmetic_does_not_wrap_around():
+    labels = table(heuristics__words=[100_000, 3, None])
+    for text in (
+        "heuristics.words * heuristics.words > 9e9",
+        "heuristics.words * 100000 - heuristics.words + heuristics.words >= 10000000000",
+    ):
+        assert parse(text, LABELS, "").true(labels).tolist() == [True, False, False]
+    for text in ("language.name + 1 > 2", "near.duplicate * 2 > 1"):
+        with pytest.raises(MaxlmError, match="compares things of different kinds"):
+            parse(text, LABELS, "")
+
+
 def three_valued(expression, row):
     """The oracle: SQL's logic over one row, None for unknown."""
     kind, *rest = expression

@@ -1,6 +1,7 @@
 """Which files a corpus is made of, and in which order."""
 
 import gzip
+import os
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, find_files, list_files, read_documents
+from maxlm.data.corpus.config import CrawlSource
 
 
 def names(config: SourceConfig, root: Path) -> list[str]:
@@ -31,6 +33,34 @@ def test_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_pa
     config = SourceConfig(documents=(str(tmp_path),))
     assert names(config, tmp_path) == ["a.txt", "a/z.md", "b.txt", "c.jsonl", "late.bin"]
     assert find_files(config).num_binary == 2
+
+
+def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
+    write(tmp_path, a_jsonl=b'{"text": "a"}\n\0\n', b_html="<p>b".encode("utf-16"), c_txt=b"c\0")
+    (tmp_path / "d.ndjson.gz").write_bytes(gzip.compress(b"\0"))
+    crawl = CrawlSource(name="web", documents=(str(tmp_path),))
+    found = find_files(crawl)
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.html", "d.ndjson.gz"]
+    assert found.num_binary == 1
+    # Without a stage that finds out its encoding, this page is no text.
+    source = SourceConfig(documents=(str(tmp_path),))
+    assert names(source, tmp_path) == ["a.jsonl", "d.ndjson.gz"]
+
+
+def test_names_are_unicode_whatever_the_paths(tmp_path):
+    for name in (b"caf\xe8", b"caf\xe9", "café".encode()):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(name)
+    files = list_files(SourceConfig(documents=(str(tmp_path),)))
+    assert sorted(file.path.read_bytes() for file in files) == [
+        "café".encode(),
+        b"caf\xe8",
+        b"caf\xe9",
+    ]
+    assert sorted(file.name for file in files) == [
+        f"{tmp_path}/café",
+        f"{tmp_path}/caf\ufffd",
+        f"{tmp_path}/caf\ufffd",
+    ]
 
 
 def test_entries_keep_their_order_and_a_file_is_listed_once(tmp_path):

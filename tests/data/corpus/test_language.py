@@ -89,7 +89,22 @@ def test_spans_divide_the_text_and_their_labels_are_the_librarys(library, label,
         assert a["name"] != b["name"]
         assert text[a["end"] - 1] == "\n"
     own = sum(s["end"] - s["start"] for s in spans if s["name"] == row["name"])
-    assert row["share"] == pytest.approx(own / len(text) if text else 0, abs=1e-6)
+    assert row["share"] == (own / len(text) if text else 0)
+
+
+def test_marks_of_labels_are_passed_over_as_by_the_library(library, label):
+    marked = TEXTS["de"].replace(" ", " __label__en __label__quiet ")
+    for text in (marked, TEXTS["fr"] + " __label_", TEXTS["fr"] + " x__label__en"):
+        (row,) = rows(label, [text])
+        (name, score), _ = predict(library, text)
+        assert (row["name"], row["score"]) == (name, pytest.approx(score, abs=1e-4))
+    assert rows(label, [marked])[0]["score"] == rows(label, [TEXTS["de"]])[0]["score"]
+
+
+def test_the_word_that_ends_a_line_for_fasttext_is_a_word(library, label):
+    text = f"{TEXTS['en']} </s> {(TEXTS['de'] + ' ') * 5}"
+    assert predict(library, text)[0][0] == "en"
+    assert rows(label, [text])[0]["name"] == "de"
 
 
 def test_a_paragraphs_label_is_the_librarys_for_it_alone(library):

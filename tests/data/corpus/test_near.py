@@ -15,9 +15,6 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.compiled import compiled
-from maxlm.data.corpus.dedup.candidates import find_pairs, split_pairs, write_bands
-from maxlm.data.corpus.dedup.columns import write_columns
-from maxlm.data.corpus.dedup.members import Members, member_file
 from maxlm.data.corpus.dedup.minhash import (
     Banding,
     band_keys,
@@ -118,9 +115,10 @@ def test_shards_ranges_and_workers_change_no_label(tmp_path: Path) -> None:
     assert tables[0].equals(tables[2])
 
 
-def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [1 << 29, 1 << 11])
+def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> None:
     documents = texts_with_copies(6, 20)
-    stage = NearStage(max_share=1, hashes=12, recall=0.9)
+    stage = NearStage(max_share=1, hashes=12, recall=0.9, memory=memory)
     whole = make_corpus(tmp_path / "whole", documents)
     run_stage(stage, whole, tmp_path / "other")
     made = make_corpus(tmp_path / "corpus", documents)
@@ -189,25 +187,6 @@ def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_p
     run_stage(stage, made, tmp_path / "scratch")
     of = labels(made, stage)["of"].to_pylist()
     assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59
-
-
-@pytest.mark.parametrize(("size", "limit"), [(2, 8), (8, 8), (9, 8), (500, 8), (500, 1000)])
-def test_pairs_of_a_group(tmp_path: Path, size: int, limit: int) -> None:
-    rank = np.random.default_rng(size).permutation(size).astype(float)
-    write_columns(member_file(tmp_path, "s"), {"rank": rank})
-    write_bands(tmp_path, "s", np.full((2, size), 7, np.uint64), np.ones(size, np.bool_))
-    members = Members(tmp_path, ("s",), (0, size))
-    none = np.empty(0, np.int64)
-    found = np.unique(np.concatenate([*find_pairs(members, 1, 1, 0, none, limit)]))
-    low, high = split_pairs(found)
-    assert (low < high).all()
-    if size <= limit:
-        assert len(found) == size * (size - 1) // 2
-    else:
-        assert len(found) <= size * limit // 2
-        pairs = set(zip(low.tolist(), high.tolist(), strict=True))
-        best = int(np.argmax(rank))
-        assert all((min(i, best), max(i, best)) in pairs for i in range(size) if i != best)
 
 
 def test_copies_of_one_text_are_compared_with_one_of_them_only(tmp_path: Path) -> None:
@@ -314,7 +293,7 @@ def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
 @given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
 def test_bandings_keep_their_promise(similarity: float, recall: float, most: int) -> None:
     banding = choose_banding(similarity, recall, most)
-    assert banding.recall(similarity) >= recall - 1e-9
+    assert 1 - (1 - similarity**banding.rows) ** banding.bands >= recall - 1e-9
     assert banding.rows == 1 or banding.bands * banding.rows <= most
     if similarity < 1:
         more = banding.rows + 1

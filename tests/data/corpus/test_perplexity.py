@@ -9,6 +9,8 @@ import kenlm
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
@@ -58,6 +60,13 @@ def trained(tmp_path_factory):
 )
 def test_texts_become_lines_of_plain_words(text, expected):
     assert lines(text) == expected
+
+
+@given(st.lists(st.text("aZ9`'\"-.~^|é´`“—。 ", max_size=8), max_size=4))
+def test_a_lines_words_hang_on_no_other_line(texts):
+    alone = [line for text in texts for line in lines(text)]
+    assert lines("\n".join(texts)) == alone
+    assert lines("\n".join([*texts, "ü"])) == [*alone, "u"]
 
 
 def test_each_part_of_the_normalisation_can_be_left_out():

@@ -177,6 +177,58 @@ def test_what_fails_a_check_is_nothing(text):
     assert finds(text) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ask bob@gmail.com.She knows", ["bob@gmail.com"]),
+        ("ask bob@gmail.com.So what", ["bob@gmail.com"]),
+        ("bob@example.co.uk.Tel 12", ["bob@example.co.uk"]),
+        ("mail bob@example.com-- thanks", ["bob@example.com"]),
+        ("bob@example.com-alice@x.org", ["bob@example.com", "alice@x.org"]),
+        ("bob@example.com.alice@x.org", ["bob@example.com", "alice@x.org"]),
+        ("bob@example.com-a.b@x.org", ["bob@example.com", "a.b@x.org"]),
+        ("bob@example.com." + "x" * 70, ["bob@example.com"]),
+        ("bob@example.com" + "x" * 70, []),
+        ("Bob@Example.Com", ["Bob@Example.Com"]),
+        ("a@my-company.co-op.com", ["a@my-company.co-op.com"]),
+        ("git@gitlab.my-company.local", []),
+        ("bob@mail.xn--fiqs8s", ["bob@mail.xn--fiqs8s"]),
+        ("bob@xn--mller-kva.de.", ["bob@xn--mller-kva.de"]),
+        # The list of public suffixes has only names below these two.
+        ("thandi@sun.ac.za, nabin@mpp.org.np", ["thandi@sun.ac.za", "nabin@mpp.org.np"]),
+    ],
+)
+def test_an_address_ends_with_its_domain_whatever_follows(text, expected):
+    assert finds(text) == [("email", address) for address in expected]
+
+
+CARDS = ("4111 1111 1111 1111", "5500 0000 0000 0004")
+IBANS = ("AT61 1904 3002 3457 3201", "DE89 3704 0044 0532 0130 00")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"Visa 2024 {CARDS[0]}", [("card", CARDS[0])]),
+        (f"code 1234 {CARDS[0]} ok", [("card", CARDS[0])]),
+        ("in 2024 4111111111111111", [("card", "4111111111111111")]),
+        (" ".join(CARDS), [("card", each) for each in CARDS]),
+        (" ".join(IBANS), [("iban", each) for each in IBANS]),
+        (f"AB12 CD34 {IBANS[1]}", [("iban", IBANS[1])]),
+    ],
+)
+def test_a_number_that_is_none_does_not_hide_the_next(text, expected):
+    assert finds(text) == expected
+
+
+def test_groups_amid_a_row_are_of_a_table():
+    card = CARDS[0]
+    assert finds(f"1234 {card} 5678") == []
+    assert finds(f"1234 {card} 567A") == []
+    assert finds(f"{card} 5678") == [("card", card)]
+    assert finds(f"1234 {card}\n5678") == [("card", card)]
+
+
 @given(st.integers(0, 10**14 - 1))
 @settings(max_examples=50)
 def test_of_ten_card_numbers_one_is_right(number):
@@ -280,7 +332,8 @@ def test_only_chosen_kinds_are_masked_and_by_chosen_words():
 @pytest.mark.parametrize(
     "unit",
     ["@", "a@", "a.", "1", "1 ", "12 34 567 ", "+1", "(", "1.1.", "2001:", "eyJ", "key=", "key=a1",
-     "-----BEGIN PRIVATE KEY-----", "://a:b", "AB12 ", "x" * 50 + "1"],
+     "-----BEGIN PRIVATE KEY-----", "://a:b", "AB12 ", "x" * 50 + "1",
+     "a@b.", "a@b.com-", "a@b.com.", "a@" + "b-" * 30 + ".", "4111 ", "4111-", "AT61 1904 "],
 )  # fmt: skip
 def test_a_long_line_takes_time_in_proportion(unit):
     """A quadratic pattern would run for minutes on these."""

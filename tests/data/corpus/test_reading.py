@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import os
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.data.corpus import reading
 from maxlm.data.corpus.config import CrawlSource
 from maxlm.data.corpus.reading import plan_shards, read_shard
 from maxlm.data.corpus.shards import DOCUMENTS, read_counts
@@ -18,7 +21,7 @@ def read(folder, shard_bytes=1 << 20, **settings):
     """All documents of a source and the sum of the shards' counts."""
     source = CrawlSource(name="web", **settings)
     rows, counts = [], Counter()
-    for job in plan_shards(folder / "corpus", [source], shard_bytes):
+    for job in plan_shards(folder / "corpus", [source], shard_bytes).jobs:
         read_shard(job)
         rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()
         counts += read_counts(job.shard.path(DOCUMENTS))
@@ -126,7 +129,8 @@ def test_a_long_line_is_passed_over_alone(tmp_path):
 def test_a_file_that_goes_away_is_an_error(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n')
-    (job,) = plan_shards(tmp_path / "c", [CrawlSource(name="web", documents=(str(path),))], 1 << 20)
+    source = CrawlSource(name="web", documents=(str(path),))
+    (job,) = plan_shards(tmp_path / "c", [source], 1 << 20).jobs
     path.rename(tmp_path / "away")
     with pytest.raises(MaxlmError, match="cannot read"):
         read_shard(job)
@@ -148,6 +152,138 @@ def test_other_columns_may_hold_anything(tmp_path):
     assert [row["text"] for row in rows] == ["a"]
     assert json.loads(rows[0]["meta"])["nested"] == [{"x": 1}]
     assert counts == {}
+
+
+def no_utf8(*values, type_=pa.string()):
+    return pa.Array.from_buffers(type_, len(values), pa.array(values).buffers())
+
+
+@pytest.mark.parametrize("index", [None, pa.int8(), pa.int32()])
+def test_a_bad_byte_costs_its_own_text_alone(tmp_path, index):
+    texts = no_utf8(b"a", b"b\xff", b"c")
+    if index:
+        places = pa.array([0, 1, 2, None, 0], index)
+        texts = pa.DictionaryArray.from_arrays(places, texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == ["a", "b\ufffd", "c"] + ["a"] * bool(index)
+    assert counts == ({"empty": 1} if index else {})
+
+
+def test_what_python_cannot_hold_costs_itself_alone(tmp_path):
+    nested = pa.ListArray.from_arrays([0, 1, 2], no_utf8(b"x", b"\xff"))
+    columns = {
+        "text": ["a", "b"],
+        "took": pa.array([1, 2**62], pa.duration("s")),
+        "when": pa.array([1, 2], pa.timestamp("us", tz="Nowhere/City")),
+        "day": pa.array([2**40, 0], pa.timestamp("s")),
+        "words": nested,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [(row["text"], json.loads(row["meta"])) for row in rows] == [
+        ("a", {"took": "0:00:01", "words": ["x"]}),
+        ("b", {"day": "1970-01-01 00:00:00"}),
+    ]
+    assert counts == {}
+
+
+def test_columns_whose_names_are_no_text_are_a_damaged_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "other": ["b"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xffr"))
+    rows, counts = read(tmp_path, documents=(str(path),))
+    assert not rows
+    assert counts == {"broken": 1}
+
+
+def test_limits_are_bytes_of_utf8(tmp_path):
+    texts = ["é" * 50, "é" * 51, "😀" * 25, "😀" * 26, "x" * 100, "x" * 101]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    for name in ("a.parquet", "b.jsonl"):
+        documents = (str(tmp_path / name),)
+        rows, counts = read(tmp_path / name[0], documents=documents, max_document_bytes=100)
+        assert [row["text"] for row in rows] == texts[::2]
+        assert counts == {"too_large": 3}
+
+
+def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
+    large = "x" * 900
+    columns = {
+        "text": ["a", large, "c", "d", "e"],
+        "raw": pa.array([b"", b"", large.encode(), b"", b"y" * 700]),
+        "list": [[], [], [], [large], ["y" * 700]],
+        "kind": pa.array(["k", "k", "k", "k", large]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    seen = []
+    from_row = reading._from_row
+    monkeypatch.setattr(
+        reading, "_from_row", lambda *args: (seen.append(args[1]), from_row(*args))[1]
+    )
+    path = tmp_path / "a.parquet"
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=100)
+    assert seen == [f"{path}:0"]
+    assert [row["text"] for row in rows] == ["a"]
+    assert counts == {"too_large": 4}
+
+
+def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 100_000)
+    texts = [f"{i:05d}" * 4000 for i in range(20)] + [f"{i:05d}" for i in range(20, 40)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
+    sizes = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda file, size, **more: (sizes.append(size), iter_batches(file, size, **more))[1],
+    )
+    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == texts
+    assert sizes == [4, 64]
+
+
+def test_text_in_other_scripts_bounds_a_row_group(tmp_path):
+    row = json.dumps({"text": "語" * 2_000_000}, ensure_ascii=False) + "\n"
+    (tmp_path / "a.jsonl").write_text(row * 6)
+    read(tmp_path, documents=(str(tmp_path / "a.jsonl"),), shard_bytes=1 << 30)
+    (path,) = (tmp_path / "corpus" / "documents").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups == 2
+
+
+def test_files_that_are_no_text_are_counted(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\0"}\n{"text": "two"}\n')
+    (root / "b.html").write_bytes("<p>page</p>".encode("utf-16"))
+    (root / "c.bin").write_bytes(b"\0")
+    source = CrawlSource(name="web", documents=(str(root),))
+    assert plan_shards(tmp_path / "c", [source, source], 1 << 20).num_binary == 2
+    rows, counts = read(tmp_path, documents=(str(root),))
+    assert [row["text"] or row["html"].decode("utf-16") for row in rows] == [
+        "one",
+        "two",
+        "<p>page</p>",
+    ]
+    assert counts == {"broken": 1}
+
+
+def test_files_whose_names_are_no_unicode(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for name in (b"caf\xe8", b"caf\xe9"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        path.write_bytes(name[-1:])
+        os.utime(path, ns=(0, 0))
+    rows, _ = read(tmp_path, shard_bytes=1, documents=(str(root),))
+    assert [row["id"] for row in rows] == [f"{root}/caf\ufffd"] * 2
+    source = CrawlSource(name="web", documents=(str(root),))
+    jobs = plan_shards(tmp_path / "c", [source], 1).jobs
+    assert len({job.shard.name for job in jobs}) == 2
 
 
 def test_large_fields_bound_a_row_group_too(tmp_path):
@@ -214,7 +350,7 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
 
     def names(**settings):
         source = CrawlSource(name="web", documents=(str(tmp_path),), **settings)
-        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1)]
+        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1).jobs]
 
     before = names()
     assert names() == before

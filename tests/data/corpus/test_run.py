@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, read_documents, run
 from maxlm.data.corpus.opened import Corpus, find_document
 from maxlm.data.corpus.report import summarize, write_report
 from maxlm.data.corpus.run import run_recipe
+from maxlm.data.corpus.shards import add_counts
+from maxlm.data.store import build_store
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.data.work.pool import WorkerPool
 from tests.data.corpus.recipes import recipe
 
@@ -210,6 +216,10 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
             {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}]},
             'stages.0: there is no source "wbe"; there are: web, books',
         ),
+        (
+            {"stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}]},
+            '"meta" holds no strings',
+        ),
         ({"cut": ["near.of"]}, "holds spans to cut"),
         ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
         ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
@@ -316,6 +326,15 @@ def test_a_corpus_does_not_read_itself(crawl, tmp_path):
     inside = [{"name": "web", "documents": [str(tmp_path)]}]
     with pytest.raises(MaxlmError, match="which it is made of"):
         run_recipe(recipe(crawl, tmp_path / "data" / "corpus", sources=inside))
+    shutil.copy(crawl / "web.jsonl", tmp_path / "raw.jsonl")
+    matching = [{"name": "web", "documents": [str(tmp_path / "**" / "*.parquet")]}]
+    pq.write_table(pa.table({"text": ["some text of a document"]}), tmp_path / "a.parquet")
+    run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
+    with pytest.raises(MaxlmError, match="would be made of its own file"):
+        run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
+    shutil.rmtree(tmp_path / "d")
+    (tmp_path / "raw.jsonl").unlink()
+    (tmp_path / "a.parquet").unlink()
     (tmp_path / "text.txt").write_text("some text")
     run_recipe(recipe(crawl, tmp_path / "corpus"))
     with pytest.raises(MaxlmError, match="a corpus lies among the files"):
@@ -323,6 +342,53 @@ def test_a_corpus_does_not_read_itself(crawl, tmp_path):
     again = (str(tmp_path / "corp*"), str(tmp_path / "corpus" / ".." / "corpus"))
     found = list(read_documents(SourceConfig(documents=again)))
     assert [d.id for d in found] == kept(tmp_path / "corpus")
+
+
+def test_manifests_say_what_the_last_run_made(crawl, tmp_path):
+    """And sum only what every shard has counted."""
+    rows = [{"text": "no page", "id": str(i), "url": f"http://{i}.org"} for i in range(300)]
+    for name, part in (("a", rows[:290]), ("b", rows[290:])):
+        lines = "".join(json.dumps(row | {"kind": "x" + row["id"]}) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    out = tmp_path / "corpus"
+    for names in ("a", "ab"):
+        sources = [{"name": n, "documents": [str(tmp_path / f"{n}.jsonl")]} for n in names]
+        run_recipe(recipe(crawl, out, sources=sources, stages=[{"stage": "url"}], keep={}))
+    manifest = Corpus.open(out).manifest("url")
+    assert manifest["last_run"]["shards"] == 1
+    assert manifest["counts"]["rows"] == 300
+    many = Counter({"rows": 3, "too many values: kind": 1})
+    few = Counter({"rows": 1, "kind=x": 1, "kinds=y": 1})
+    assert add_counts([many, few]) == {"kinds=y": 1, "rows": 4}
+
+
+def test_what_is_done_of_a_corpus_can_be_looked_at(tmp_path, capfd):
+    """The alarm of `near` says to look at documents, when `near` cannot be finished."""
+    lines = [f"The same page of the same book, but for a number: {i % 2}. " * 9 for i in range(30)]
+    rows = "".join(json.dumps({"text": t, "id": f"n{i}"}) + "\n" for i, t in enumerate(lines))
+    (tmp_path / "a.jsonl").write_text(rows)
+    sources = [{"name": "web", "documents": [str(tmp_path / "a.jsonl")]}]
+    stages = [{"stage": "heuristics"}, {"stage": "near", "alarm_from": 10}]
+    keep = {"long": "heuristics.words > 3", "unique": "not near.duplicate"}
+    with pytest.raises(MaxlmError, match=f"maxlm corpus show {tmp_path}/c ID") as error:
+        run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep=keep))
+    assert "would lose" in str(error.value)
+    assert main(["corpus", "show", str(tmp_path / "c"), "n1"]) == 0
+    shown = capfd.readouterr()
+    assert shown.out == lines[1]
+    assert "rule long: kept\n" in shown.err
+    assert "unique" not in shown.err
+
+
+def test_a_store_of_a_pattern_of_corpora_follows_their_rules(crawl, tmp_path):
+    folder = tmp_path / "g" / "web"
+    train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"]).save(tmp_path / "t")
+    run_recipe(recipe(crawl, folder, keep={}))
+    source = SourceConfig(documents=(str(tmp_path / "g" / "*"),))
+    build_store(source, tmp_path / "t", tmp_path / "s", workers=1)
+    run_recipe(recipe(crawl, folder, keep={"long": "heuristics.words > 30"}))
+    with pytest.raises(MaxlmError, match=r"the rules by which .* have changed"):
+        build_store(source, tmp_path / "t", tmp_path / "s", workers=1)
 
 
 @pytest.mark.parametrize("name", ["documents", "lock", "in"])

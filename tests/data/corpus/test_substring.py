@@ -21,6 +21,7 @@ from maxlm.data.corpus.cuts import cut
 from maxlm.data.corpus.dedup import substrings
 from maxlm.data.corpus.expression import parse
 from maxlm.data.corpus.kernels import substring as loops
+from maxlm.data.corpus.stages import substring as stage_module
 from maxlm.data.corpus.stages.substring import SubstringStage
 from maxlm.data.work.pool import WorkerPool
 from maxlm.data.work.progress import silent
@@ -406,6 +407,16 @@ def test_empty_corpora_and_very_long_lines(tmp_path):
     cuts, shares = run(tmp_path / "2", [line, glued, glued, f"{line} end"], rows_per_group=1)
     assert cuts == [[], [], [], [(0, len(line))]]
     assert shares[3] == pytest.approx(len(line) / (len(line) + 4))
+
+
+def test_places_in_a_block_fit_their_type_whatever_the_memory(tmp_path, monkeypatch):
+    largest = []
+    monkeypatch.setattr(stage_module, "index_shard", lambda *args: largest.append(args[3]))
+    (shard,) = make_corpus(tmp_path, ["a"], shards=1)
+    for memory in (1 << 30, 1 << 40):
+        stage = SubstringStage(memory=memory)
+        stage_module._index(stage_module._IndexJob(stage, tmp_path, shard))
+    assert largest == [1 << 26, 1 << 31]
 
 
 def test_a_document_that_spans_cannot_measure_is_refused(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_listed_words_are_counted_and_only_whole_ones(tmp_path):
     )
     # The longest phrase at each place: "big grut" is one.
     assert [row["words"] for row in rows] == [4, 3, 1, 2, 0, 0]
-    assert rows[0]["word_ratio"] == np.float32(4 / 11)
+    assert rows[0]["word_ratio"] == 4 / 11
     assert [row["word_ratio"] for row in rows[4:]] == [0, None]
     assert all(row["score"] is None and row["max_score"] is None for row in rows)
 

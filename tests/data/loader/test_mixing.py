@@ -256,7 +256,7 @@ def test_refusals(memory_store):
         (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
         (
             Mixing({"web": 1, "q": 1}, phases=(Phase(from_step=3, weights={"web": 0, "q": 0}),)),
-            "weights: from sequence 24 on all weights are 0; give a store a weight above 0 there",
+            "phases.0.weights: from step 3 on all weights are 0; give a source a weight above 0",
         ),
     ):
         with pytest.raises(MaxlmError) as error:

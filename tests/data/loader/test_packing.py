@@ -1,5 +1,7 @@
 """Both packings lay every token into one sequence, once, in pieces of single documents."""
 
+import errno
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -140,6 +142,34 @@ def test_long_builds_report(memory_store, monkeypatch, caplog):
     with caplog.at_level("INFO"):
         build_index(memory_store([3, 4, 5, 6]).offsets, 10, 2)
     assert "packing: 2 of 4 documents, " in caplog.text
+
+
+def stored_offsets(folder):
+    class Source:
+        path, offsets_sha256 = folder, "0"
+        offsets = np.arange(0, 7 * 500 + 1, 7)
+
+    return Source
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, monkeypatch):
+    """Not the signal that a write into a mapped file without blocks would be."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MaxlmError, match=r"cannot write the packing index .No space left"):
+        open_best_fit(stored_offsets(tmp_path), 32, 100)
+    assert not list((tmp_path / "packing").iterdir())
+
+
+def test_a_damaged_index_is_named(tmp_path):
+    open_best_fit(stored_offsets(tmp_path), 32, 100)
+    (folder,) = (tmp_path / "packing").iterdir()
+    (folder / "ends.npy").write_bytes((folder / "ends.npy").read_bytes()[:-9])
+    with pytest.raises(MaxlmError, match=r"damaged packing index: .*; delete this folder"):
+        _ = open_best_fit(stored_offsets(tmp_path), 32, 100).index
 
 
 def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):

@@ -11,6 +11,7 @@ from maxlm.data.corpus import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, arrays, build_store
 from maxlm.data.store import build as build_module
+from maxlm.data.work.paths import locked_folder
 
 TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]
 
@@ -104,13 +105,14 @@ def test_the_store_of_an_older_version_can_be_appended_to(appended, sources, tmp
     (appended / "checksums.sha256").unlink()
     old = TokenStore.open(appended)
     assert old.offsets_sha256 == segments[0]["offsets_sha256"]
-    expected = ({**segments[0], "checksums_sha256": None}, segments[1])
+    older = {"checksums_sha256": None, "tokens_sha256": None}
+    expected = ({**segments[0], **older}, segments[1])
     assert append_store(sources[1], appended, workers=1).model_dump()["segments"] == expected
     TokenStore.open(appended).verify()
 
 
 def test_appending_again_does_nothing_and_doubles_are_refused(
-    tmp_path, sources, appended, folder_bytes
+    tmp_path, sources, appended, folder_bytes, monkeypatch
 ):
     before = folder_bytes(appended)
     for source in (sources[1], sources[2], sources[0]):
@@ -134,11 +136,39 @@ def test_appending_again_does_nothing_and_doubles_are_refused(
         f"{appended}: {copy} is already in the store, as {sources[1].documents[0]}; append files "
         "that are new"
     )
+    monkeypatch.chdir(tmp_path)
+    here = SourceConfig(documents=("d.jsonl", "./b.jsonl"))
+    assert refused(here) == (
+        f"{appended}: b.jsonl is already in the store, as {sources[1].documents[0]}; leave it out"
+    )
     other = SourceConfig(documents=both.documents[:1], on_bad_bytes="skip")
     assert refused(other) == (
         f"{appended}: cannot append: on_bad_bytes was error, now skip; give the store's settings, "
         "or build a store of its own and mix the two"
     )
+
+
+def test_the_same_text_under_another_name_is_another_document(tmp_path, sources, appended):
+    """Of files that are new in part; many folders have the same licence."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "copy.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes())
+    (tmp_path / "more" / "new.jsonl").write_text('{"text": "new"}\n')
+    more = SourceConfig(documents=(str(tmp_path / "more"),))
+    assert append_store(more, appended, workers=1).num_documents == 161
+
+
+def test_a_repeated_build_leaves_an_append_that_is_at_work_alone(
+    tmp_path, sources, appended, byte_tokenizer
+):
+    """The build has nothing to do but to clear up what it may have left."""
+    build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
+    building = tmp_path / ".one.building"
+    with locked_folder(building):
+        (building / "parts").mkdir()
+        build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
+        assert (building / "parts").is_dir()
+    build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
+    assert not building.exists()
 
 
 def test_earlier_segments_have_earlier_rules(appended):

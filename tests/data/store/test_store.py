@@ -204,6 +204,7 @@ def test_verify_checks_the_manifest_by_the_tokenizer(store, changes, message):
         ({"num_sources": 0}, "segment 0 has 61 documents, its sources 0"),
         ({"num_sources": 2}, "num_sources of segment 0 is 1, the manifest says 2"),
         ({"offsets_sha256": "0"}, "offsets_sha256 of segment 0 is "),
+        ({"tokens_sha256": "0"}, "tokens_sha256 of segment 0 is "),
     ],
 )
 def test_verify_checks_the_segments(store, changes, message):

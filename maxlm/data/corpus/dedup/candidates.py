@@ -21,6 +21,8 @@ from maxlm.data.corpus.dedup.members import Members
 
 _HALF = np.uint64(32)
 _LOW = np.uint64(2**32 - 1)
+_PIECE = 1 << 20  # Pairs made at a time.
+_SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the same size.
 
 
 def join_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -49,32 +51,49 @@ def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray)
     write_columns(_band_file(scratch, shard), columns)
 
 
-def read_band(
+def _read_band(
     members: Members, band: int, number: int, which: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The keys of one band in one of `number` ranges, sorted, and their members, rising in each."""
-    starts, keys, found = ranges(number), [], []
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each shard, its keys of one band in one of `number` ranges, sorted, and their members, which
+    rise within a key."""
+    starts = ranges(number)
     for shard, name in enumerate(members.shards):
         with open_columns(_band_file(members.folder, name)) as columns:
             part = cut(columns[f"key{band}"], starts, which)
-            keys.append(columns[f"key{band}"][part])
-            found.append(columns[f"member{band}"][part] + np.int64(members.first[shard]))
-    key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
-    order = np.argsort(key, kind="stable")
-    return key[order], member[order]
+            member = columns[f"member{band}"][part] + np.int64(members.first[shard])
+            yield shard, columns[f"key{band}"][part], member
 
 
 def find_copies(members: Members, number: int, which: int) -> tuple[np.ndarray, np.ndarray]:
-    """Members with the same words in the same order as a better one: (member, the best)."""
-    key, member = read_band(members, 0, number, which)
-    shared = _in_groups(key)
-    key, member = key[shared], member[shared]
-    group = np.cumsum(first_of_runs(key)) - 1
-    rank = members.take("rank", member).to_numpy()
-    order = np.lexsort((member, -rank, group))
-    first = first_of_runs(group[order])
-    best = member[order][first][group]
-    return member[member != best], best[member != best]
+    """Members with the same words in the same order as a better one: (member, the best).
+
+    Of each shard only the best with a key is compared with those of other shards. So a text that
+    is everywhere takes memory for what is returned, 35 bytes a copy, and little else.
+    """
+    keys, bests, ranks = [], [], []
+    for shard, key, member in _read_band(members, 0, number, which):
+        with open_columns(members.file(shard)) as columns:
+            rank = columns["rank"][member - members.first[shard]]
+        best = _best_of_keys(key, rank)
+        keys.append(key[best])
+        bests.append(member[best])
+        ranks.append(rank[best])
+    key, member = concatenate(keys, np.uint64), concatenate(bests, np.int64)
+    best = _best_of_keys(key, concatenate(ranks, np.float64))
+    known, kept = key[best], member[best]
+
+    copies, originals = [], []
+    for _, key, member in _read_band(members, 0, number, which):
+        best = kept[np.searchsorted(known, key)]
+        copies.append(member[member != best])
+        originals.append(best[member != best])
+    return concatenate(copies, np.int64), concatenate(originals, np.int64)
+
+
+def _best_of_keys(key: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Which is the best of each key, in order of keys; of those as good the first."""
+    order = np.lexsort((-rank, key))
+    return order[first_of_runs(key[order])]
 
 
 def find_pairs(
@@ -85,13 +104,20 @@ def find_pairs(
     In a group of up to `limit` members all are paired. In a larger one, such as the pages of a
     template, each is paired with the limit / 4 best and the limit / 4 that follow it, which is as
     many as a group of the limit has for a member: the pairs stay in proportion to the members.
+
+    The members of one key are in one range, however many they are: about 80 bytes each.
     """
-    key, member = read_band(members, band, number, which)
-    if len(copies):
-        there = copies[np.minimum(np.searchsorted(copies, member), len(copies) - 1)] == member
-        key, member = key[~there], member[~there]
-    shared = _in_groups(key)
-    key, member = key[shared], member[shared]
+    keys, found = [], []
+    for _, key, member in _read_band(members, band, number, which):
+        takes_part = ~_among(copies, member)
+        keys.append(key[takes_part])
+        found.append(member[takes_part])
+    key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
+    del keys, found
+    order = np.argsort(key, kind="stable")
+    order = order[_in_groups(key[order])]
+    key, member = key[order], member[order]
+    del order
     starts = np.flatnonzero(first_of_runs(key))
     sizes = np.diff(starts, append=len(key))
     for size in np.unique(sizes):
@@ -105,9 +131,6 @@ def find_pairs(
         for i in range(0, len(groups), step):
             rows = member[groups[i : i + step, None] + np.arange(size)]
             yield join_pairs(rows[:, a].ravel(), rows[:, b].ravel())
-
-
-_PIECE = 1 << 20  # Pairs made at a time.
 
 
 def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.ndarray]:
@@ -127,15 +150,50 @@ def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.
         yield np.unique(join_pairs(group[a[a != b]], group[b[a != b]]))
 
 
+def _among(known: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Which members are among the sorted ones."""
+    if not len(known):
+        return np.zeros(len(members), np.bool_)
+    return known[np.minimum(np.searchsorted(known, members), len(known) - 1)] == members
+
+
 def _in_groups(keys: np.ndarray) -> np.ndarray:
     """Which sorted keys occur more than once."""
     first = first_of_runs(keys)
     return ~(first & np.append(first[1:], True))
 
 
-def read_pairs(files: Sequence[Path], total: int, number: int, which: int) -> np.ndarray:
-    """The pairs, each once, whose smaller member is in one of `number` ranges of all members."""
-    starts = np.arange(number, dtype=np.uint64) * np.uint64(-(-total // number)) << _HALF
+def count_pairs(files: Sequence[Path]) -> int:
+    """How many pairs the files have, each counted as often as it is there."""
+    total = 0
+    for path in files:
+        with open_columns(path) as columns:
+            total += len(columns)
+    return total
+
+
+def pair_ranges(files: Sequence[Path], number: int) -> np.ndarray:
+    """Where each of `number` ranges of pairs begins, with about as many in each: uint64 [number].
+
+    Members have very different numbers of pairs: the best of a template has one with every page of
+    it. So the ranges are quantiles of a sample, every nth pair of the files end to end. Each file
+    is sorted, and so puts a range wrong by n pairs at most.
+    """
+    step = max(1, count_pairs(files) // (number * _SAMPLES))
+    skip, samples = step // 2, []
+    for path in files:
+        with open_columns(path) as columns:
+            sample = columns["pair"][skip::step].copy()
+            skip += len(sample) * step - len(columns)
+        samples.append(sample)
+    sample = np.sort(concatenate(samples, np.uint64))
+    starts = np.zeros(number, np.uint64)
+    starts[1:] = sample[np.arange(1, number) * len(sample) // number]
+    return starts
+
+
+def read_pairs(files: Sequence[Path], starts: np.ndarray, which: int) -> np.ndarray:
+    """The pairs, each once, in one of the ranges of `pair_ranges`."""
     parts = []
     for path in files:
         with open_columns(path) as columns:

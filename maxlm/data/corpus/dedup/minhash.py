@@ -23,10 +23,6 @@ class Banding:
     bands: int
     rows: int
 
-    def recall(self, similarity: float) -> float:
-        """The probability that two documents of this Jaccard similarity agree in some band."""
-        return 1 - (1 - similarity**self.rows) ** self.bands
-
 
 def choose_banding(similarity: float, recall: float, most_hashes: int) -> Banding:
     """The banding with the most rows, and so the fewest false candidates, that is affordable.

@@ -4,9 +4,9 @@
 2. Each range of the hash of all words: which members are copies of another; only the best of them
    takes part in what follows.
 3. Each band and range of its keys: pairs of members with the same key, the candidates.
-4. Each range of members: its candidates, each once.
+4. Each range of pairs: its candidates, each once.
 5. Each shard: the sets of n-grams of its members that are in a pair.
-6. Each range of members: the exact similarity of its pairs.
+6. Each range of pairs: their exact similarity.
 
 A job whose files are there is not done again, so a killed run goes on where it stopped.
 """
@@ -17,13 +17,14 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.candidates import (
+    count_pairs,
     find_copies,
     find_pairs,
     join_pairs,
+    pair_ranges,
     read_pairs,
     split_pairs,
     write_bands,
@@ -34,7 +35,7 @@ from maxlm.data.corpus.dedup.minhash import Banding, band_keys, shingle_set
 from maxlm.data.corpus.dedup.steps import Steps
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.textbuffers import text_buffers
-from maxlm.data.work.paths import writing
+from maxlm.data.work.paths import replacing, writing
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
@@ -64,7 +65,10 @@ class Found:
 
 
 def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: Steps) -> Found:
-    """Find the pairs of documents that are as alike as is asked for."""
+    """Find the pairs of documents that are as alike as is asked for.
+
+    The memory of this process grows with what is found: 24 bytes for each pair, 72 for each copy.
+    """
     steps.run("signatures", _sign_shard, [_ShardJob(search, s, scratch) for s in shards])
     members = number_members(scratch, shards)
     number = max(1, -(-members.total * _KEY_BYTES // search.memory))
@@ -77,8 +81,10 @@ def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: St
     steps.run("candidates", _find_pairs, [replace(e, band=b) for b in bands for e in every])
 
     files = tuple(sorted(keys.folder.glob("pairs-*.arrow")))
-    number = max(1, -(-sum(map(_length, files)) * _PAIR_BYTES // search.memory))
-    pairs = _RangeJob(search, members, keys.folder / f"pairs-{number}", number, files=files)
+    number = max(1, -(-count_pairs(files) * _PAIR_BYTES // search.memory))
+    pairs = _RangeJob(search, members, keys.folder / f"merged-{number}", number, files=files)
+    if not pairs.starts.exists():
+        write_columns(pairs.starts, {"pair": pair_ranges(files, number)})
     every = [replace(pairs, which=i) for i in range(number)]
     steps.run("pairs", _merge_pairs, every)
     steps.run("n-grams", _write_sets, [_SetJob(s, i, pairs) for i, s in enumerate(shards)])
@@ -131,6 +137,11 @@ class _RangeJob:
     def file(self, what: str) -> Path:
         return self.folder / f"{what}-{self.which}.arrow"
 
+    @property
+    def starts(self) -> Path:
+        """The file that says where the ranges of pairs begin."""
+        return self.folder / "starts.arrow"
+
 
 def _find_copies(job: _RangeJob) -> None:
     if not job.file("copies").exists():
@@ -175,15 +186,11 @@ def _find_pairs(job: _RangeJob) -> None:
         done.touch()
 
 
-def _length(path: Path) -> int:
-    with open_columns(path) as columns:
-        return len(columns)
-
-
 def _merge_pairs(job: _RangeJob) -> None:
     if job.file("needed").exists():
         return
-    pairs = read_pairs(job.files, job.members.total, job.number, job.which)
+    with open_columns(job.starts) as columns:
+        pairs = read_pairs(job.files, columns["pair"], job.which)
     write_columns(job.file("candidates"), {"pair": pairs})
     write_columns(job.file("needed"), {"member": np.unique(np.concatenate(split_pairs(pairs)))})
 
@@ -196,31 +203,50 @@ class _SetJob:
 
 
 def _write_sets(job: _SetJob) -> None:
-    """Write the sets of n-grams of a shard's members that are in a pair."""
+    """Write the sets of n-grams of a shard's members that are in a pair.
+
+    They go to disk a row group at a time, end to end, and after them a file with the columns
+    member (rising) and start (where its set begins). A last row, of no member, ends the last set.
+    """
     members, out = job.pairs.members, _set_file(job.pairs, job.which)
     if out.exists():
         return
-    needed = [np.empty(0, np.int64)]
+    needed = _needed(job)
+    with open_columns(members.file(job.which)) as columns:
+        rows = columns["row"][needed]
+    sizes = [0]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(_hash_file(out)) as new, new.open("wb") as file:
+        for group in job.shard.rows(("text",)):
+            start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
+            texts = text_buffers(group.batch.column("text"))
+            places = np.searchsorted(group.index, rows[start:stop] - group.first).tolist()
+            sets = [shingle_set(texts, place, job.pairs.search.ngram) for place in places]
+            concatenate(sets, np.uint64).tofile(file)
+            sizes += [len(each) for each in sets]
+    first, end = members.first[job.which : job.which + 2]
+    columns = {"member": np.append(needed + first, end), "start": np.cumsum(sizes, dtype=np.int64)}
+    write_columns(out, columns)
+
+
+def _needed(job: _SetJob) -> np.ndarray:
+    """The members of a shard that are in a pair, counted within the shard: int64, rising."""
+    first, end = job.pairs.members.first[job.which : job.which + 2]
+    needed = np.zeros(end - first, np.bool_)
     for which in range(job.pairs.number):
         with open_columns(replace(job.pairs, which=which).file("needed")) as columns:
-            ends = np.searchsorted(columns["member"], members.first[job.which : job.which + 2])
-            needed.append(columns["member"][ends[0] : ends[1]])
-    member = np.unique(np.concatenate(needed))
-    with open_columns(members.file(job.which)) as columns:
-        rows = columns["row"][member - members.first[job.which]]
-    sets = []
-    for group in job.shard.rows(("text",)):
-        start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
-        texts = text_buffers(group.batch.column("text"))
-        for place in np.searchsorted(group.index, rows[start:stop] - group.first).tolist():
-            sets.append(shingle_set(texts, place, job.pairs.search.ngram))
-    starts = np.concatenate([[0], np.cumsum([len(each) for each in sets])]).astype(np.int64)
-    lists = pa.LargeListArray.from_arrays(starts, concatenate(sets, np.uint64))
-    write_columns(out, {"member": member, "set": lists})
+            part = slice(*np.searchsorted(columns["member"], [first, end]))
+            needed[columns["member"][part] - first] = True
+    return np.flatnonzero(needed)
 
 
 def _set_file(job: _RangeJob, shard: int) -> Path:
     return job.folder / "sets" / f"{job.members.shards[shard]}.arrow"
+
+
+def _hash_file(set_file: Path) -> Path:
+    return set_file.with_suffix(".hashes")
 
 
 def _verify(job: _RangeJob) -> None:
@@ -232,13 +258,11 @@ def _verify(job: _RangeJob) -> None:
     low, high = split_pairs(pairs)
     jaccard, loops = np.empty(len(pairs)), compiled("shingles")
     for shard, part in job.members.by_shard(low):
-        with open_columns(_set_file(job, shard)) as columns:
-            one = _Sets(columns["member"], columns.array("set"))
+        one = _Sets.open(_set_file(job, shard))
         order = np.argsort(high[part], kind="stable") + part.start
         for other, there in job.members.by_shard(high[order]):
             here = order[there]
-            with open_columns(_set_file(job, other)) as columns:
-                two = _Sets(columns["member"], columns.array("set"))
+            two = _Sets.open(_set_file(job, other))
             jaccard[here] = loops.jaccards(*one.find(low[here]), *two.find(high[here]))
     alike = jaccard >= job.search.jaccard
     write_columns(job.file("verified"), {"pair": pairs[alike], "jaccard": jaccard[alike]})
@@ -246,10 +270,19 @@ def _verify(job: _RangeJob) -> None:
 
 @dataclass(frozen=True)
 class _Sets:
+    """What `_write_sets` wrote, on disk until it is looked at."""
+
     member: np.ndarray
-    sets: pa.Array
+    start: np.ndarray
+    hashes: np.ndarray
+
+    @classmethod
+    def open(cls, path: Path) -> "_Sets":
+        # A shard that is opened has members in pairs, and each has an n-gram: no file is empty.
+        hashes = np.memmap(_hash_file(path), np.uint64, "r")
+        with open_columns(path) as columns:
+            return cls(columns["member"], columns["start"], hashes)
 
     def find(self, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """All sets one after another, where each begins, and which are those of `member`."""
-        starts = self.sets.offsets.to_numpy()
-        return self.sets.values.to_numpy(), starts, np.searchsorted(self.member, member)
+        return self.hashes, self.start, np.searchsorted(self.member, member)

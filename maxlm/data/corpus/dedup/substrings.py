@@ -55,7 +55,7 @@ _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a byte of 
 _LOW = np.uint64(2**32 - 1)
 _LONGEST = 2**31 - 1  # Spans are int32.
 
-_SCHEMA = pa.schema([("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float32())])
+_SCHEMA = pa.schema([("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
     path = _range_file(folder, number, which)
     if Path(f"{path}.source").exists():
         return
-    hashes, positions, good = [], [], []
+    hashes, positions, good, starts = [], [], [], ranges(number)
     for block, (_, file) in enumerate(_listed(folder)):
-        part = cut(known := _read(file, "hash"), ranges(number), which)
+        part = cut(known := _read(file, "hash"), starts, which)
         hashes.append(np.array(known[part]))
         place = _read(file, "place")[part].astype(np.int64)
         positions.append(np.uint64(block) << _PLACE | place.astype(np.uint64))
@@ -221,7 +221,7 @@ def _cut_block(
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
     some = np.flatnonzero(counts)
-    share = np.zeros(len(rows), np.float32)
+    share = np.zeros(len(rows), np.float64)
     share[some] = lost[some] / count(text, offsets[some], ends[some])
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
@@ -267,9 +267,10 @@ def _verify(
     fast = compiled("substring")
     equal = np.zeros(len(words), np.bool_)
     origin, place = source >> _PLACE, (source & _LOW).astype(np.int64)
-    for other in np.unique(origin).tolist():
-        these = np.flatnonzero(origin == other)
-        theirs, there = _read(blocks[other], "text"), place[these]
+    order = np.argsort(origin, kind="stable")  # Those of one block stay in the order of words.
+    first = np.flatnonzero(first_of_runs(origin[order]))
+    for these in np.split(order, first)[1:]:
+        theirs, there = _read(blocks[int(origin[these[0]])], "text"), place[these]
         equal[these] = fast.equal_windows(text, starts, stops, words[these], theirs, there, size)
     return equal
 

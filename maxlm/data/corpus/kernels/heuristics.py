@@ -28,7 +28,7 @@ from maxlm.data.corpus.kernels.text import decode, first_bytes, tokenize
 
 _LONG_WORD = 1000  # C4: characters.
 _FEWEST_WORDS = 3  # C4: in a line.
-_NEWLINE, _RETURN, _DASH, _BULLET, _ELLIPSIS = 0x0A, 0x0D, 0x2D, 0x2022, 0x2026
+_NEWLINE, _RETURN, _DASH, _BULLET = 0x0A, 0x0D, 0x2D, 0x2022
 
 
 @njit(cache=True, nogil=True)

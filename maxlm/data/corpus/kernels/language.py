@@ -2,7 +2,8 @@
 
 Same numbers as fastText's `predict`, but in one pass over an Arrow batch: a paragraph's sum of
 embeddings is also a part of its document's, and a word that was seen before is not hashed n-gram
-by n-gram again.
+by n-gram again. One word is read otherwise: at `</s>` fastText takes the line to end and reads no
+further; here it is a word like others.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from maxlm.data.corpus.fasttext_file import Classifier
 
 _SLOT_BITS = 14  # 2^14 words are remembered within a call: 1.2 MB, about a core's cache.
 _BEGIN, _END = 60, 62  # fastText puts every word between < and >.
+_LABEL = np.frombuffer(b"__label__", np.uint8).copy()
 
 
 class Tables(NamedTuple):
@@ -22,7 +24,7 @@ class Tables(NamedTuple):
     rows: np.ndarray
     """Embeddings of words, then of n-grams in the order of their hashes: float32 [rows, dim]."""
     present: np.ndarray
-    """Bits that say which hashes have a row: uint32 [buckets / 64]; stays in cache."""
+    """Bits that say which hashes have a row: uint64 [buckets / 64]; stays in cache."""
     ranks: np.ndarray
     """The row after the last one that a word of `present` stands for: int32 [buckets / 64]."""
     keys: np.ndarray
@@ -110,8 +112,19 @@ def _count_bits(x):
 
 
 @njit(cache=True, nogil=True)
+def _is_label(data, start, end):
+    """Whether a word begins as fastText marks labels, which it passes over in texts."""
+    k = 0
+    while k < len(_LABEL) and start + k < end and data[start + k] == _LABEL[k]:
+        k += 1
+    return k == len(_LABEL)
+
+
+@njit(cache=True, nogil=True)
 def _embed_word(tables, data, start, end, key, total):
     """Add the rows of a word and its n-grams to `total`, float32 [dim]; how many they are."""
+    if _is_label(data, start, end):
+        return 0
     count = 0
     size = np.uint64(len(tables.keys))
     slot = key % size
@@ -217,7 +230,7 @@ def score(tables, data, text_offsets, paragraph_characters):
     num, dim = len(text_offsets) - 1, tables.rows.shape[1]
     labels, seconds = np.full(num, -1, np.int32), np.full(num, -1, np.int32)
     scores, second_scores = np.zeros(num, np.float32), np.zeros(num, np.float32)
-    shares, offsets = np.zeros(num, np.float32), np.zeros(num + 1, np.int32)
+    shares, offsets = np.zeros(num), np.zeros(num + 1, np.int32)
     most = num
     for i in range(text_offsets[0], text_offsets[num]):
         most += data[i] == 10

@@ -6,14 +6,20 @@ Imported only where it runs, as it loads Numba.
 import numpy as np
 from numba import njit
 
-from maxlm.data.corpus.dedup.words import BY_ITSELF, FOLLOWS, IGNORED, SEPARATOR
+from maxlm.data.corpus.dedup.words import (
+    BY_ITSELF,
+    FOLLOWS,
+    IGNORED,
+    PLACE,
+    SEPARATOR,
+    SEVERAL,
+)
 from maxlm.data.corpus.kernels.text import decode, mix
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 _HIGH = np.uint64(32)
 _CHUNK = 1 << 14  # Words of a document that are looked at together.
-_BEGINS = ~np.uint32(FOLLOWS)
 
 
 @njit(cache=True, nogil=True)
@@ -53,7 +59,12 @@ def hash_words(data, start, stop, table, hashes, count, begins, ends):
             inside, alone, value = True, single, _SEED
             if place:
                 begins[count] = here
-        if inside:
+        if inside and letter & np.uint32(SEVERAL):
+            part = letter & np.uint32(PLACE)
+            while table[part] != SEPARATOR:
+                value = (value ^ np.uint64(table[part])) * _PRIME
+                part += np.uint32(1)
+        elif inside:
             value = (value ^ np.uint64(letter)) * _PRIME
     if inside:
         hashes[count] = mix(value)

@@ -21,6 +21,8 @@ _CARD_RANGES = tuple((re.compile(prefix), lengths) for prefix, lengths in _ISSUE
 _CARD = re.compile(
     r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
 )
+_DIGITS = re.compile(r"[0-9]+")
+_GROUP_AFTER = re.compile(r"[ -][0-9][0-9A-Fa-f]{3}(?!\w)")
 _SSN = re.compile(r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[0-9]{4}(?!\d)")
 _SSN_WORDS = re.compile(r"\bssns?\b|social.security|\btax(?:payer)?.id|\bitin\b")
 _VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
@@ -48,6 +50,7 @@ _IBAN_COUNTRIES = {
 }
 _IBAN_LENGTHS = {c: length for length, cs in _IBAN_COUNTRIES.items() for c in cs.split()}
 _IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,29}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)")
+_WORD = re.compile(r"[A-Z0-9]+")
 
 
 def _inside(text: str, start: int, end: int) -> bool:
@@ -69,13 +72,27 @@ def _counts(text: str, start: int) -> bool:
 def find_cards(text: str) -> Iterator[Match]:
     """Payment cards: an issuer's range and length, and the check digit of Luhn (ISO/IEC 7812-1).
 
-    One number in ten has that check digit by chance, so those after "order" and the like are none.
+    One number in ten has that check digit by chance, so those after "order" and the like are none;
+    nor are those with groups of digits both before them and after, which are of a table.
     """
-    for found in _CARD.finditer(text):
+    at, refused = 0, False
+    while found := _CARD.search(text, at):
         start, end = found.span()
+        after_group = refused and start == at + 1
+        table = after_group and _GROUP_AFTER.match(text, end)
         digits = found[0].replace(" ", "").replace("-", "")
-        if not _inside(text, start, end) and _is_card(digits) and not _counts(text, start):
+        refused = (
+            _inside(text, start, end) or not _is_card(digits) or _counts(text, start) or bool(table)
+        )
+        if not refused:
             yield Match(start, end, "card")
+        at = _end_of(_DIGITS, text, start) if refused else end
+
+
+def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
+    """Where the group that begins at `start` ends."""
+    found = group.match(text, start)
+    return found.end() if found else start + 1
 
 
 def _is_card(digits: str) -> bool:
@@ -107,14 +124,20 @@ def find_ssns(text: str) -> Iterator[Match]:
 
 def find_ibans(text: str) -> Iterator[Match]:
     """Bank accounts by ISO 13616: the country's length, and remainder 1 modulo 97 (ISO 7064)."""
-    for found in _IBAN.finditer(text):
+    at = 0
+    while found := _IBAN.search(text, at):
         start = found.start()
-        length = _IBAN_LENGTHS.get(found[0][:2])
-        if length is None:
-            continue
+        length = _IBAN_LENGTHS.get(found[0][:2], 0)
         # In groups of four the pattern may run on into the next word.
         end = start + length + (length - 1) // 4 * (found[0][4:5] == " ")
         compact = text[start:end].replace(" ", "")
-        whole = end <= found.end() and len(compact) == length and not _inside(text, start, end)
-        if whole and int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1:
+        whole = end <= found.end() and len(compact) == length > 0
+        if whole and not _inside(text, start, end) and _is_iban(compact):
             yield Match(start, end, "iban")
+            at = end
+        else:
+            at = _end_of(_WORD, text, start)
+
+
+def _is_iban(compact: str) -> bool:
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1

@@ -47,7 +47,7 @@ def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
         "read": [
             (reason, number)
             for reason, number in corpus.manifest(DOCUMENTS)["counts"].items()
-            if reason not in ("rows", "labelled")
+            if number and reason not in ("rows", "labelled")
         ],
         "funnel": funnel(rules, summary, sources),
         "stages": [(stage.title, corpus.manifest(stage.title)) for stage in corpus.recipe.stages],
@@ -118,6 +118,7 @@ def _histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
 
 def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
     """A histogram with a line at each threshold; what lies on the dropped side is grey."""
+    marks = [mark for mark in marks if np.isfinite(mark.value)]
     points = [*np.quantile(values, (0.005, 0.995)), *(mark.value for mark in marks)]
     low, high = min(points), max(points)
     # Counts and perplexities span decades.

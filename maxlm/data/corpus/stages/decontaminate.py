@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -39,14 +39,19 @@ class DecontaminateStage(LabelStage):
     min_hits: int = Field(default=1, ge=1)
     """Different n-grams of one item that make a document contaminated; items with fewer: all."""
     max_items: int = Field(default=10, ge=1)
-    """An n-gram that more items of a set have in common is text of a template ("Choose the best
-    answer ...") and is not looked for."""
+    """An n-gram that more different items of a set have in common is text of a template ("Choose
+    the best answer ...") and is not looked for. Not so in a passage that many items quote, as where
+    a text has many questions: 2 * `ngram` words in a row or more that the same items share, at
+    most half of the set's. (The paper leaves out n-grams of more than 10 documents of the corpus.)
+    Items with the same n-grams count as one, the first."""
+
+    version: ClassVar[int] = 2
 
     def schema(self) -> pa.Schema:
         return pa.schema(
             [
                 ("contaminated", pa.bool_()),
-                ("overlap", pa.float32()),  # the share of the item's n-grams found; 0: no item
+                ("overlap", pa.float64()),  # the share of the item's n-grams found; 0: no item
                 ("set", pa.string()),  # of the item with the greatest overlap
                 ("item", pa.large_string()),  # its id; large: no category to be counted
                 ("cuts", CUTS),  # characters that the n-grams found cover

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +51,7 @@ _ID = re.compile(r"[0-9a-f]{32}")
 class ExactStage(CorpusStage):
     """Documents with the same SHA-256 of their normalised text are copies; the best is kept.
 
-    Normalisation decides what "the same" means: by default Unicode's form C, lower case, and each
+    Normalisation decides what "the same" means: by default Unicode's form C, folded case, and each
     run of white space as one space. A text that is empty then is like every other empty one.
     """
 
@@ -70,7 +70,9 @@ class ExactStage(CorpusStage):
     has one entry, and one stage of a recipe uses an index; a corpus made anew in a deleted folder
     is another one, to which the old one's entry (`NUMBER-ID.digests`, to be deleted) is an earlier
     corpus. A stage that is done enters nothing again: after the index was deleted, delete the
-    stage's folder as well."""
+    stage's folder as well, and those of stages that read `seen_before`."""
+
+    version: ClassVar[int] = 2
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -90,7 +92,9 @@ class ExactStage(CorpusStage):
         if self.unicode != "none":
             text = normalize(self.unicode, text)
         if self.case:
-            text = text.lower()
+            text = text.casefold()
+            if self.unicode != "none" and not text.isascii():
+                text = normalize(self.unicode, text)  # Folding may take letters apart.
         return " ".join(text.split()) if self.spaces else text
 
     def label(
@@ -101,8 +105,9 @@ class ExactStage(CorpusStage):
         Raises:
             MaxlmError: the index is of other settings or damaged, or another run is using it.
         """
-        with locked_folder(Path(self.index)) if self.index else nullcontext():
-            index = _Index(Path(self.index), self, shards) if self.index and shards else None
+        folder = Path(self.index).expanduser() if self.index else None
+        with locked_folder(folder) if folder else nullcontext():
+            index = _Index(folder, self, shards) if folder and shards else None
             if index:
                 index.check()
 
@@ -243,7 +248,8 @@ class _Index:
 
     def __init__(self, folder: Path, stage: ExactStage, shards: Sequence[Shard]):
         self._folder = folder
-        self._settings = stage.model_dump(include={"unicode", "case", "spaces"})
+        settings = stage.model_dump(include={"unicode", "case", "spaces"})
+        self._settings = settings | {"version": stage.version}
         self._name = f"{_corpus_id(shards[0].folder)}.digests"
 
     @cached_property
@@ -290,6 +296,8 @@ class _Index:
 
     def add(self, parts: Sequence[Path]) -> None:
         """Enter this corpus, or replace what it entered before: all or nothing."""
+        for left in self._folder.glob(f".*{self._name}.*"):  # By one that was killed here.
+            left.unlink()
         with replacing(self._own) as new, new.open("wb") as out:
             for part in parts:
                 with part.open("rb") as file:

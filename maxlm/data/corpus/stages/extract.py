@@ -33,7 +33,7 @@ class ExtractStage(LabelStage):
     stage: Literal["extract"] = "extract"
     mode: Literal["quality", "bulk"] = "quality"
     """`quality`: trafilatura, and the fast way where it fails. `bulk`: the fast way, resiliparse,
-    for all: about a tenth of the time; more menus stay in."""
+    for all: about a sixth of the time; more menus stay in."""
     markdown: bool = False
     """Text of trafilatura as Markdown: headings, emphasis, fences around code, and backslashes.
     Without it tables and the lines of code stay as well, and paragraphs are one line each."""

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,8 @@ class LanguageStage(LabelStage):
     """The language of a document and of its paragraphs, by fastText's classifier of 176 languages.
 
     Joulin et al., "Bag of tricks for efficient text classification" (arXiv:1607.01759). The scores
-    are those of fastText's own `predict`, with line ends as spaces, over the whole text. Trained on
+    are those of fastText's own `predict`, with line ends as spaces, over the whole text; fastText
+    reads no further than the word `</s>`, which here is a word like others. Trained on
     Wikipedia, Tatoeba and SETimes: `no` is Norwegian Bokmål, `sh` and `hr`, `bs`, `sr` overlap,
     `zh` is Chinese in either script. Source code is mostly `en`, with a low score. Not English
     because its menus are: compare `share`, and see `spans`.
@@ -51,6 +52,8 @@ class LanguageStage(LabelStage):
     """Lines are joined to paragraphs of at least as many characters: shorter ones are told less
     surely. A rest that is shorter belongs to the paragraph before it."""
 
+    version: ClassVar[int] = 2
+
     def schema(self) -> pa.Schema:
         return pa.schema(
             [
@@ -59,7 +62,7 @@ class LanguageStage(LabelStage):
                 ("second", pa.string()),
                 ("second_score", pa.float32()),
                 ("confident", pa.bool_()),
-                ("share", pa.float32()),
+                ("share", pa.float64()),
                 ("spans", pa.list_(_SPAN)),
             ]
         )

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,7 @@ class NearStage(CorpusStage):
     larger group each with a quarter of this number of the best and with as many of the documents
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
+    version: ClassVar[int] = 2
     neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
 
     @property
@@ -78,7 +79,7 @@ class NearStage(CorpusStage):
             [
                 ("duplicate", pa.bool_()),
                 ("of", pa.large_string()),  # the kept document; large: no category to be counted
-                ("jaccard", pa.float32()),  # with `of`
+                ("jaccard", pa.float64()),  # with `of`
                 ("cluster", pa.int64()),  # null: like no other
                 ("cluster_size", pa.int64()),
             ]
@@ -113,11 +114,17 @@ class NearStage(CorpusStage):
         marks = resolve(members, found.pairs, found.jaccard, found.copies)
         write_columns(scratch / "marks.arrow", vars(marks))
         jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]
-        self._check_shares(members, marks, steps.run("count", _count_sources, jobs))
+        counts = steps.run("count", _count_sources, jobs)
+        if shards:
+            self._check_shares(members, marks, counts, shards[0].folder)
         steps.run("label", _label_shard, jobs)
 
     def _check_shares(
-        self, members: Members, marks: Marks, counts: Sequence[tuple[Counter, Counter]]
+        self,
+        members: Members,
+        marks: Marks,
+        counts: Sequence[tuple[Counter, Counter]],
+        corpus: Path,
     ) -> None:
         documents = sum((each for each, _ in counts), Counter())
         lost = sum((each for _, each in counts), Counter())
@@ -128,9 +135,9 @@ class NearStage(CorpusStage):
                     f'source "{source}" would lose {lost[source]} of {documents[source]} documents'
                     f" ({share:.1%}; allowed: {most:.1%}). {_largest(members, marks, source)}",
                     where=self.title,
-                    fix="look at these documents (maxlm corpus show ID): if they are to go, set "
-                    f"max_shares: {{{source}: {min(1.0, share + 0.01):.2f}}}; if not, raise "
-                    "jaccard or leave them out by where",
+                    fix=f"look at these documents (maxlm corpus show {corpus} ID): if they are to "
+                    f"go, set max_shares: {{{source}: {min(1.0, share + 0.01):.2f}}}; if not, "
+                    "raise jaccard or leave them out by where",
                 )
 
     def _most(self, source: str) -> float:
@@ -190,7 +197,7 @@ def _label_shard(job: _LabelJob) -> None:
     labels = {
         "duplicate": of.is_valid(),
         "of": members.take("id", of.drop_null().to_numpy()).cast(pa.large_string()).take(lost),
-        "jaccard": jaccard.cast(pa.float32()),
+        "jaccard": jaccard,
         "cluster": pa.array(marks.cluster).take(clustered),
         "cluster_size": pc.fill_null(pa.array(marks.size).take(clustered), 1),
     }

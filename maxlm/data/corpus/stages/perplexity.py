@@ -42,7 +42,7 @@ class PerplexityStage(LabelStage):
     language: str | None = "language.name"
     """The label that tells a document's language; null: all documents go by the model "*"."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @model_validator(mode="after")
     def _check(self) -> "PerplexityStage":

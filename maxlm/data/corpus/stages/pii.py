@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -45,6 +45,8 @@ class PiiStage(LabelStage):
     regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
     """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
     with a country code are known from everywhere. Each costs time and a little precision."""
+
+    version: ClassVar[int] = 2
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":

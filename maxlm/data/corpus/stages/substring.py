@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -20,6 +20,7 @@ from maxlm.data.work.progress import Progress
 
 _BYTES_OF_TEXT = 16  # What an index job needs for a byte of its block: of English 10.
 _BYTES_OF_WINDOW = 64  # What a range job needs for a window.
+_LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
 
 class SubstringStage(CorpusStage):
@@ -39,8 +40,10 @@ class SubstringStage(CorpusStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
+    version: ClassVar[int] = 2
+
     def schema(self) -> pa.Schema:
-        return pa.schema([("cuts", CUTS), ("cut_share", pa.float32())])
+        return pa.schema([("cuts", CUTS), ("cut_share", pa.float64())])
 
     def key(self) -> str:
         return f"{super().key()} {UNICODE}"
@@ -74,7 +77,7 @@ class _IndexJob:
 
 def _index(job: _IndexJob) -> None:
     stage = job.stage
-    block_bytes = stage.memory // _BYTES_OF_TEXT
+    block_bytes = min(stage.memory // _BYTES_OF_TEXT, _LARGEST_BLOCK)
     index_shard(job.folder, job.shard, stage.min_tokens, block_bytes, stage.keep_by)
 
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -54,9 +54,11 @@ class ToxicityStage(LabelStage):
     longest: int = Field(default=1 << 20, ge=1)
     """Bytes of a text to look at (characters, for the classifier)."""
 
+    version: ClassVar[int] = 2
+
     def schema(self) -> pa.Schema:
         scores = [("score", pa.float32()), ("max_score", pa.float32())]
-        return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float32())])
+        return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float64())])
 
     def key(self) -> str:
         """Also of the lists' content."""
@@ -74,7 +76,7 @@ class ToxicityStage(LabelStage):
             columns = [
                 *self._scores(texts, predict),
                 pa.array(found, pa.int32()),
-                pa.array(ratio.astype(np.float32), mask=words == 0),
+                pa.array(ratio, mask=words == 0),
             ]
             return pa.RecordBatch.from_arrays(columns, schema=self.schema())
 
