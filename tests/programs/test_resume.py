@@ -49,6 +49,21 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
         train(path, "tokenizer.chat=chatml", "train.steps=3")
 
 
+def config_of_store(folder):
+    return tiny.write_config(
+        folder,
+        "unused",
+        train={"steps": 1},
+        tokenizer={"path": str(folder / "tokenizer")},
+        data={
+            "sources": [{"name": "text", "store": str(folder / "store")}],
+            "seq_len": 32,
+            "batch_size": 8,
+            "workers": 0,
+        },
+    )
+
+
 def test_a_store_of_other_texts_of_the_same_lengths_is_another(tmp_path):
     for name, letter in (("old", "a"), ("new", "b")):
         (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{letter * 40}"}}\n' * 40)
@@ -57,18 +72,7 @@ def test_a_store_of_other_texts_of_the_same_lengths_is_another(tmp_path):
     for name in ("old", "new"):
         source = SourceConfig(documents=(str(tmp_path / f"{name}.jsonl"),))
         build_store(source, tmp_path / "tokenizer", tmp_path / name)
-    path = tiny.write_config(
-        tmp_path,
-        "unused",
-        train={"steps": 1},
-        tokenizer={"path": str(tmp_path / "tokenizer")},
-        data={
-            "sources": [{"name": "text", "store": str(tmp_path / "store")}],
-            "seq_len": 32,
-            "batch_size": 8,
-            "workers": 0,
-        },
-    )
+    path = config_of_store(tmp_path)
     shutil.copytree(tmp_path / "old", tmp_path / "store")
     train(path)
     shutil.rmtree(tmp_path / "store")
@@ -82,18 +86,7 @@ def test_a_store_that_grew_is_read_as_it_was(tmp_path):
     words = [path.read_bytes() for path in sorted((tmp_path / "old").iterdir())]
     train_tokenizer(TokenizerConfig(vocab_size=300), words).save(tmp_path / "tokenizer")
     build_store(SourceConfig(documents=(texts[0],)), tmp_path / "tokenizer", tmp_path / "store")
-    path = tiny.write_config(
-        tmp_path,
-        "unused",
-        train={"steps": 1},
-        tokenizer={"path": str(tmp_path / "tokenizer")},
-        data={
-            "sources": [{"name": "text", "store": str(tmp_path / "store")}],
-            "seq_len": 32,
-            "batch_size": 8,
-            "workers": 0,
-        },
-    )
+    path = config_of_store(tmp_path)
     train(path)
     append_store(SourceConfig(documents=(texts[1],)), tmp_path / "store", workers=1)
     with pytest.raises(MaxlmError) as error:
