@@ -18,11 +18,11 @@ class FilesConfig(Config):
     """Files, folders, globs, or `python-stdlib`.
 
     The folder of a corpus (`maxlm corpus run`) means the documents that its rules keep; any other
-    folder every text file below it, in sorted order; hidden and binary files are left
-    out. `.jsonl`/`.ndjson` hold one document a line, `.parquet` one a row, any other file is one
-    document. Text and JSONL may be compressed (`.gz`, `.zst`). `python-stdlib` is the source of
-    the running Python's standard library: tens of MB of real text that need no download, but
-    which differ between Python versions."""
+    folder every text file below it, in sorted order; hidden and binary files (by a NUL byte;
+    never JSONL, nor HTML in a recipe) are left out. `.jsonl`/`.ndjson` hold one document a line,
+    `.parquet` one a row, any other file is one document. Text and JSONL may be compressed (`.gz`,
+    `.zst`). `python-stdlib` is the source of the running Python's standard library: tens of MB of
+    real text that need no download, but which differ between Python versions."""
 
     text_field: str = "text"
     """The JSON key or Parquet column that holds a document's text."""
