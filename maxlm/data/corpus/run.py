@@ -138,6 +138,8 @@ def _run_step(
         _forget_other_labels(home, key)
     pending = [view for view in views if not view.path(title).exists()]
     if isinstance(step.stage, LabelStage):
+        # The largest first, or all would wait for one that begins last.
+        pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
         _map(title, ShardLabeller(step.stage), pending, len(views), engine, progress)
     elif isinstance(step.stage, CorpusStage) and (pending or not manifest_file(home).exists()):
         scratch = home / "scratch"
