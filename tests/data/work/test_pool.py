@@ -39,6 +39,42 @@ def test_one_worker_works_here():
         assert list(pool.map(operator.call, [os.getpid, os.getpid])) == [os.getpid()] * 2
 
 
+class Counts:
+    """Says how many jobs this copy of it has done, and where."""
+
+    def __init__(self):
+        self.done = 0
+
+    def __call__(self, _):
+        self.done += 1
+        return os.getpid(), self.done
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_function_keeps_what_it_has_for_all_jobs_of_a_worker_in_one_map(workers):
+    with WorkerPool(workers) as pool:
+        for _ in range(2):
+            results = list(pool.map(Counts(), range(9)))
+            for pid in {pid for pid, _ in results}:
+                here = [done for each, done in results if each == pid]
+                assert here == list(range(1, len(here) + 1))
+
+
+def test_one_job_is_for_a_worker_that_is_there():
+    with WorkerPool(2) as pool:
+        assert list(pool.map(operator.call, [os.getpid])) == [os.getpid()]
+        there = set(pool.map(operator.call, [os.getpid] * 8))
+        assert set(pool.map(operator.call, [os.getpid])) <= there
+        assert list(pool.map(abs, [])) == []
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error():
+    with WorkerPool(2) as pool:
+        with pytest.raises(MaxlmError, match="a worker's answer cannot be sent"):
+            list(pool.map(open, [os.devnull] * 2))
+        assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
+
+
 def test_a_dead_worker_is_an_error():
     with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
         list(pool.map(os._exit, [1, 1]))
