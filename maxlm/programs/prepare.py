@@ -14,6 +14,7 @@ from maxlm.data.loader import Batches, check_lasts, make_batches
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from maxlm.data.work.paths import replacing
 from maxlm.data.work.progress import show_progress
 from maxlm.objectives import Vocabulary
 from maxlm.programs.vocabulary import vocabulary_of
@@ -81,7 +82,8 @@ def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator
     with _writable(folder):
         new = lead and not path.exists()
         if new:
-            write_whole(path, to_yaml(config))
+            with replacing(path) as temporary:
+                temporary.write_text(to_yaml(config))
         try:
             yield
         except MaxlmError:
@@ -131,13 +133,6 @@ def _writable(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # Not empty.
             for path in made:
                 path.rmdir()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
+from maxlm.data.work.paths import replacing
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
 from maxlm.programs.evaluation import held_out
@@ -26,7 +27,6 @@ from maxlm.programs.prepare import (
     prepare,
     preparing,
     without_settings,
-    write_whole,
 )
 from maxlm.programs.record import recorder
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
@@ -105,8 +105,13 @@ def pretrain(config: RunConfig, *, resume: str | Path | None = None, say: Say = 
         )
         say(planned_words(plan))
         if lead:
-            write_whole(folder / "config.yaml", to_yaml(config))
-            write_whole(folder / "plan.json", f"{json.dumps(plan.to_json(), indent=2)}\n")
+            described = {
+                "config.yaml": to_yaml(config),
+                "plan.json": f"{json.dumps(plan.to_json(), indent=2)}\n",
+            }
+            for name, text in described.items():
+                with replacing(folder / name) as temporary:
+                    temporary.write_text(text)
         keeper = stack.enter_context(
             Checkpointer(
                 folder / "checkpoints", config.checkpoint, grouped=group_sizes(setup.specs)

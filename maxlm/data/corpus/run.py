@@ -84,7 +84,7 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
 
 
 def _key(step: Step, documents: str) -> str:
-    """What a stage's folder is named to hold; of some, one document changes every label."""
+    """What a stage's labels depend on: for some stages, also on which documents there are."""
     return f"{step.key} {documents}" if step.whole else step.key
 
 

@@ -228,7 +228,9 @@ def add_counts(shards: Iterable[Counter[str]]) -> dict[str, int]:
 
     Without the values of labels that have too many in one of them: of the others they are no sum.
     """
-    total = sum(shards, Counter())
+    total: Counter[str] = Counter()
+    for each in shards:  # By `update`, as a sum of Counters drops what is 0.
+        total.update(each)
     many = tuple(f"{key.removeprefix(_MANY)}=" for key in total if key.startswith(_MANY))
     kept = (key for key in total if not key.startswith((*many, _MANY)))
     return {key: total[key] for key in sorted(kept)}

@@ -360,6 +360,7 @@ def test_manifests_say_what_the_last_run_made(crawl, tmp_path):
     many = Counter({"rows": 3, "too many values: kind": 1})
     few = Counter({"rows": 1, "kind=x": 1, "kinds=y": 1})
     assert add_counts([many, few]) == {"kinds=y": 1, "rows": 4}
+    assert add_counts([Counter({"duplicate=true": 0})] * 2) == {"duplicate=true": 0}
 
 
 def test_what_is_done_of_a_corpus_can_be_looked_at(tmp_path, capfd):

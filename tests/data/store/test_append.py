@@ -157,9 +157,7 @@ def test_the_same_text_under_another_name_is_another_document(tmp_path, sources,
     assert append_store(more, appended, workers=1).num_documents == 161
 
 
-def test_a_repeated_build_leaves_an_append_that_is_at_work_alone(
-    tmp_path, sources, appended, byte_tokenizer
-):
+def test_a_repeated_build_leaves_an_append_that_is_at_work_alone(tmp_path, sources, byte_tokenizer):
     """The build has nothing to do but to clear up what it may have left."""
     build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
     building = tmp_path / ".one.building"
