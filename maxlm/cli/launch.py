@@ -1,0 +1,140 @@
+"""maxlm launch"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    scheduler: Annotated[str, typer.Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
+    ] = None,
+    *,
+    on: Annotated[str, typer.Option(help="The machine: v5p-256, 2xv5e-256, h100x64, cpux8, ...")],
+    submitting: Annotated[
+        bool, typer.Option("--submit", help="Hand it to the scheduler's client; keeps a copy.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write it to this file as well.")] = None,
+    template: Annotated[
+        Path | None, typer.Option(help="Your own copy of a template from launch/.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Although the plan says that it does not fit.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="The job's; tpu-vm: the TPU's.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="slurm, ray with cpuxN: hosts to spread it over.")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Container; slurm (by pyxis), jobset, skypilot.")
+    ] = None,
+    queue: Annotated[
+        str | None, typer.Option("--queue", "--partition", help="slurm; jobset: Kueue's queue.")
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="slurm.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="jobset.")] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option(help="slurm: QOS; jobset: priority class; skypilot: 0 to 1000."),
+    ] = None,
+    reservation: Annotated[str | None, typer.Option(help="slurm, jobset.")] = None,
+    spot: Annotated[
+        bool, typer.Option("--spot", help="Machines that may be taken away: jobset, skypilot.")
+    ] = False,
+    time: Annotated[
+        str | None, typer.Option(help="slurm: the limit of one start, 24:00:00 or 24h.")
+    ] = None,
+    retries: Annotated[
+        int | None,
+        typer.Option(min=0, help="Restarts after exit codes 75, 76 (jobset: 76): 100."),
+    ] = None,
+    grace: Annotated[
+        int | None,
+        typer.Option(min=1, help="Seconds to save in when it is to stop: 120; slurm, jobset, ray."),
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; again for more.")] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME of a variable where you submit (slurm, skypilot); jobset: NAME=SECRET/KEY."
+        ),
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(help="SOURCE:/PATH; a bucket's URL, jobset's claim, a host's folder."),
+    ] = None,
+    node_selector: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of nodes' labels: jobset.")
+    ] = None,
+    service_account: Annotated[str | None, typer.Option(help="jobset.")] = None,
+    zone: Annotated[str | None, typer.Option(help="skypilot, tpu-vm.")] = None,
+    project: Annotated[str | None, typer.Option(help="tpu-vm.")] = None,
+    maxlm: Annotated[
+        str | None, typer.Option(help="The program on the hosts, if not on their PATH.")
+    ] = None,
+) -> None:
+    """Print a scheduler's job for a run, checked against its plan; --submit starts it.
+
+    \b
+    maxlm launch slurm llama3_8b --on h100x64 --partition gpu --time 24h folder=/shared/runs
+    maxlm launch jobset my.yaml --on 2xv5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
+    maxlm launch tpu-vm llama3_8b --on v5p-64 --zone us-east5-a folder=/nfs/runs --submit
+
+    Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
+    """
+    import jax
+
+    from maxlm.config import load
+    from maxlm.launch import Options, check_scheduler, job_file, keep, make_job, render, submit
+    from maxlm.launch.job import planned
+    from maxlm.run import RunConfig
+
+    check_scheduler(scheduler)
+    jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
+    options = Options(
+        name=name,
+        nodes=nodes,
+        image=image,
+        queue=queue,
+        account=account,
+        namespace=namespace,
+        priority=priority,
+        reservation=reservation,
+        spot=spot,
+        time=time,
+        retries=retries,
+        grace=grace,
+        env=tuple(env or ()),
+        secret=tuple(secret or ()),
+        mount=tuple(mount or ()),
+        node_selector=tuple(node_selector or ()),
+        service_account=service_account,
+        zone=zone,
+        project=project,
+        maxlm=maxlm,
+    )
+    run = load(RunConfig, config, settings or ()).value
+    job, plan = make_job(
+        run,
+        config,
+        settings or (),
+        scheduler=scheduler,
+        on=on,
+        options=options,
+        force=force,
+        own_template=template is not None,
+    )
+    text = render(job, template)
+    path = out or job_file(job, run)
+    if out or submitting:
+        keep(text, path)
+    print(text, end="")
+    print(f"planned: {planned(plan)}", file=sys.stderr)
+    if out or submitting:
+        print(f"written: {path}", file=sys.stderr)
+    if submitting and submit(job, path):
+        raise typer.Exit(1)

@@ -1,0 +1,100 @@
+"""A machine as schedulers see it: slices, hosts, devices of a host, and what vendors call them."""
+
+from dataclasses import dataclass
+from math import prod
+
+from maxlm.config import MaxlmError
+from maxlm.plan.topology import Topology
+
+# kind → GKE's accelerator, the prefix of Cloud TPU's type, cores a chip where that type counts them
+# (Google Cloud: "TPU configurations"; "About TPUs in GKE").
+_TPUS = {
+    "v4": ("tpu-v4-podslice", "v4", 2),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod", 1),
+    "v5p": ("tpu-v5p-slice", "v5p", 2),
+    "v6e": ("tpu-v6e-slice", "v6e", 1),
+    "tpu7x": ("tpu7x", "tpu7x", 2),
+}
+_CHIPS_PER_HOST = 4
+# SkyPilot's A100 has 40 GB.
+_SKYPILOT_GPUS = {"a100": "A100-80GB"}
+# Kinds of machines that a scheduler's template is written for.
+_PLATFORMS = {
+    "slurm": ("gpu", "cpu"),
+    "jobset": ("tpu", "gpu"),
+    "skypilot": ("tpu", "gpu"),
+    "ray": ("gpu", "cpu"),
+    "tpu-vm": ("tpu",),
+}
+_ONE_SLICE = ("skypilot", "tpu-vm")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What a scheduler is asked for. One process runs on each host and drives all its devices."""
+
+    platform: str
+    slices: int
+    per_slice: int
+    """Hosts of a slice; GPUs and CPUs are one slice."""
+    devices: int
+    """Of a host, as its scheduler counts them: chips, GPUs, virtual CPU devices."""
+    gke_accelerator: str = ""
+    gke_topology: str = ""
+    accelerator_type: str = ""
+    """As Cloud TPU's API names a slice, or as SkyPilot names a GPU."""
+
+    @property
+    def count(self) -> int:
+        return self.slices * self.per_slice
+
+
+def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -> Hosts:
+    """The hosts of a machine.
+
+    Args:
+        name: the machine's, for messages.
+        nodes: how many hosts a CPU machine has; of others the name tells.
+
+    Raises:
+        MaxlmError: the scheduler has none such, or the hosts do not share the devices evenly.
+    """
+    platform = topology.platform
+    if platform not in _PLATFORMS[scheduler]:
+        able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
+        raise MaxlmError(
+            f"{scheduler} is not for {platform.upper()}s, and {name} is one",
+            fix=f"use {' or '.join(able)}",
+        )
+    if scheduler in _ONE_SLICE and platform == "tpu" and topology.slices > 1:
+        raise MaxlmError(
+            f"{scheduler} starts one slice, and {name} is {topology.slices}", fix="use jobset"
+        )
+    if platform == "cpu":
+        nodes = nodes or 1
+        if nodes < 1 or topology.devices % nodes:
+            raise MaxlmError(
+                f"{topology.devices} devices do not divide over --nodes {nodes}",
+                fix="give a divisor of them",
+            )
+        return Hosts("cpu", 1, nodes, topology.devices // nodes)
+    if platform == "gpu":
+        count, devices = topology.slices * topology.shape[0], topology.shape[1]
+        gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
+        found = Hosts("gpu", 1, count, devices, accelerator_type=gpu)
+    else:
+        accelerator, prefix, cores = _TPUS[topology.kind]
+        chips = prod(topology.shape)
+        found = Hosts(
+            *("tpu", topology.slices, max(chips // _CHIPS_PER_HOST, 1)),
+            *(min(chips, _CHIPS_PER_HOST), accelerator),
+            # GKE names the shortest side first.
+            "x".join(map(str, sorted(topology.shape))),
+            f"{prefix}-{chips * cores}",
+        )
+    if nodes not in (None, found.count):
+        raise MaxlmError(
+            f"--nodes {nodes}: {name} is {found.count} hosts of {found.devices}",
+            fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4",
+        )
+    return found

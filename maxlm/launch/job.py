@@ -1,0 +1,225 @@
+"""A job: everything a template may print, checked against the plan before anything is written."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from maxlm.config import MaxlmError, to_yaml
+from maxlm.config.assets import find_shipped
+from maxlm.launch.hosts import Hosts, hosts_of
+from maxlm.launch.options import (
+    Mount,
+    Options,
+    check_options,
+    check_scheduler,
+    check_url,
+    environment,
+    mounts,
+    seconds,
+    secrets,
+    selectors,
+)
+from maxlm.plan.predict import Machine, Plan, predict
+from maxlm.plan.show import human_bytes
+from maxlm.run import RunConfig
+
+RETRIES = 100
+GRACE = 120
+# From a job's start to its first step: a container to fetch, a checkpoint to read, a compilation.
+START_UP = 300
+# A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters in all.
+_LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a template is rendered with: its fields and those of its options, where they are not
+    the same, are the template's variables."""
+
+    scheduler: str
+    name: str
+    """As the scheduler takes it: letters, digits, dashes."""
+    run: str
+    title: str
+    """The run and its machine, for a reader."""
+    hosts: Hosts
+    maxlm: str
+    config: str
+    """Of ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
+    settings: tuple[str, ...]
+    config_text: str
+    """What is to be written to `config` before; empty: it is there."""
+    env: Mapping[str, str]
+    secrets: Mapping[str, tuple[str, str]]
+    mounts: tuple[Mount, ...]
+    node_selector: Mapping[str, str]
+    time: str | None
+    """D-HH:MM:SS"""
+    retries: int
+    grace: int
+    """Seconds from the notice of a preemption to its end."""
+    options: Options
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (self.maxlm, "train", self.config, *self.settings)
+
+    @property
+    def script(self) -> str:
+        """The command for a shell, which writes the config first if it is not there."""
+        run = f"exec {shlex.join(self.command)}"
+        if not self.config_text:
+            return run
+        end = f"end of {self.name}"
+        return f"cat > {self.config} <<'{end}'\n{self.config_text}{end}\n{run}"
+
+
+def make_job(
+    run: RunConfig,
+    source: str,
+    settings: Sequence[str],
+    *,
+    scheduler: str,
+    on: str,
+    options: Options = Options(),
+    force: bool = False,
+    own_template: bool = False,
+) -> tuple[Job, Plan]:
+    """Check a run for a scheduler and a machine, and describe the job that trains it.
+
+    Args:
+        run: the config that `source` and `settings` load.
+        source: as a user names it: a shipped config, or a file.
+        on: the machine, as ``maxlm plan`` takes it.
+        force: although it does not fit.
+        own_template: the user's, who may mount folders there.
+
+    Raises:
+        MaxlmError: whatever is wrong, nothing is written.
+    """
+    check_scheduler(scheduler)
+    check_options(options, scheduler)
+    machine = Machine.of(on)
+    hosts = hosts_of(machine.topology, scheduler, on, options.nodes)
+    mounted = mounts(options.mount, scheduler)
+    _check_places(run, scheduler, mounted, own_template)
+    name = _job_name(options.name or run.name)
+    limit = None if options.time is None else seconds(options.time)
+    retries = RETRIES if options.retries is None else options.retries
+    grace = GRACE if options.grace is None else options.grace
+    env = environment(options.env)
+    if hosts.platform == "cpu":
+        env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
+    secret = secrets(options.secret, scheduler)
+    node_selector = selectors(options.node_selector)
+    plan = predict(run, machine)
+    if not plan.fits and not force:
+        raise MaxlmError(
+            f"does not fit on {on}: {planned(plan)}",
+            where=run.name,
+            fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
+        )
+    if limit is not None:
+        _check_limit(limit, grace, plan)
+    config, settings, text = _config(run, source, settings, scheduler, name)
+    job = Job(
+        scheduler=scheduler,
+        name=name,
+        run=run.name,
+        title=f"{run.name} on {on}: {machine.words}",
+        hosts=hosts,
+        maxlm=options.maxlm or "maxlm",
+        config=config,
+        settings=tuple(settings),
+        config_text=text,
+        env=env,
+        secrets=secret,
+        mounts=mounted,
+        node_selector=node_selector,
+        time=None if limit is None else _clock(limit),
+        retries=retries,
+        grace=grace,
+        options=options,
+    )
+    return job, plan
+
+
+def planned(plan: Plan) -> str:
+    """A plan in one line: memory of a device, and time of a step."""
+    limit, total = plan.limit or 0.0, float(plan.memory.total)
+    words = f"{human_bytes(total)} of {human_bytes(limit)} a device"
+    if plan.step_seconds is not None:
+        words += f", {plan.step_seconds:.3g} s a step"
+    return words
+
+
+def _check_limit(limit: int, grace: int, plan: Plan) -> None:
+    least = START_UP + grace + (plan.step_seconds or 0.0)
+    if limit < least:
+        raise MaxlmError(
+            f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to start, "
+            f"{plan.step_seconds or 0.0:.3g} s a step and {grace} s to save",
+            fix=f"give {-(-least // 60):.0f}m or more",
+        )
+
+
+def _check_places(
+    run: RunConfig, scheduler: str, mounted: Sequence[Mount], own_template: bool
+) -> None:
+    """There is text, and a run's folder that outlives its hosts, of which all see the same."""
+    named = {"folder": run.folder, "checkpoint.remote_folder": run.checkpoint.remote_folder}
+    named |= {f"data.sources.{i}.store": each.store for i, each in enumerate(run.data.sources)}
+    for key, folder in named.items():
+        if folder:
+            check_url(folder, key)
+    if not run.data.sources:
+        raise MaxlmError(
+            "no text to train on", where="data.sources", fix="name documents or a store there"
+        )
+    if scheduler == "slurm" or own_template:
+        return
+    if not run.folder.startswith("/"):
+        raise MaxlmError(
+            f"folder={run.folder} is another one on each host",
+            fix="name one that all see: folder=/data/runs",
+        )
+    if scheduler in ("jobset", "skypilot") and not any(
+        PurePosixPath(run.folder).is_relative_to(mount.path) for mount in mounted
+    ):
+        top = "/".join(run.folder.split("/")[:2])
+        raise MaxlmError(
+            f"folder={run.folder} would be lost with its hosts",
+            fix=f"mount what is to keep it: --mount gs://bucket:{top}",
+        )
+
+
+def _job_name(name: str) -> str:
+    found = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", found) or len(found) > _LONGEST_NAME:
+        raise MaxlmError(
+            f"'{name}' makes no name for a job",
+            fix=f"give --name: a letter, then letters, digits and dashes, {_LONGEST_NAME} at most",
+        )
+    return found
+
+
+def _config(
+    run: RunConfig, source: str, settings: Sequence[str], scheduler: str, name: str
+) -> tuple[str, Sequence[str], str]:
+    """What ``maxlm train`` is to be given: config, settings, and the config's text where hosts
+    do not see this machine's files."""
+    path = Path(source).expanduser()
+    if not path.is_file() and find_shipped(source):
+        return source, settings, ""
+    if scheduler == "slurm":
+        return str(path.resolve()), settings, ""
+    return f"/tmp/{name}.yaml", (), to_yaml(run)
+
+
+def _clock(total: int) -> str:
+    minutes, second = divmod(total, 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}-" * (days > 0) + f"{hour:02}:{minute:02}:{second:02}"

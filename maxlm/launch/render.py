@@ -1,0 +1,76 @@
+"""A job's text from its scheduler's template."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.config.assets import asset
+from maxlm.launch.job import Job
+
+# scheduler → template under launch/; what follows the last slash, without .j2, is the file's name.
+TEMPLATES = {
+    "slurm": "slurm/job.sbatch.j2",
+    "jobset": "jobset/jobset.yaml.j2",
+    "skypilot": "skypilot/task.yaml.j2",
+    "ray": "ray/driver.py.j2",
+    "tpu-vm": "tpu_vm/worker.sh.j2",
+}
+
+
+def file_name(scheduler: str) -> str:
+    """Of a rendered job."""
+    return TEMPLATES[scheduler].rpartition("/")[2].removesuffix(".j2")
+
+
+def render(job: Job, template: Path | None = None) -> str:
+    """The job as its scheduler takes it.
+
+    Args:
+        template: the user's own, in place of the shipped one.
+
+    Raises:
+        MaxlmError: a template that cannot be read, or asks for what there is not.
+    """
+    from jinja2 import Environment, StrictUndefined, TemplateError
+
+    path = template or asset(f"launch/{TEMPLATES[job.scheduler]}")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"shell": _shell, "yaml": _yaml, "python": _python}
+    parts = (job.options, job)
+    values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
+    try:
+        found = environment.from_string(path.read_text())
+        return found.render(**values, command=job.command, script=job.script)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise MaxlmError(f"cannot be read: {reason}", where=str(path)) from None
+    except TemplateError as error:
+        line = f":{line}" if (line := getattr(error, "lineno", None)) else ""
+        raise MaxlmError(
+            f"{error}",
+            where=f"{path}{line}",
+            fix=f"compare with the shipped launch/{TEMPLATES[job.scheduler]}",
+        ) from None
+
+
+def _python(value: str | Mapping[str, str]) -> str:
+    """JSON's strings and objects of them are Python's too."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _yaml(value: str) -> str:
+    """One line of YAML that is this text, quoted where it would be read as something else."""
+    import yaml
+
+    if "\n" in value:
+        return json.dumps(value)
+    return yaml.safe_dump(value, width=float("inf"), allow_unicode=True).split("\n")[0]
+
+
+def _shell(value: str | tuple[str, ...]) -> str:
+    return shlex.quote(value) if isinstance(value, str) else shlex.join(value)

@@ -1,0 +1,77 @@
+"""A rendered job handed to its scheduler's own client."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.data.work.paths import replacing, writing
+from maxlm.launch.job import Job
+from maxlm.launch.render import file_name
+from maxlm.run import RunConfig
+
+
+def job_file(job: Job, run: RunConfig) -> Path:
+    """Where a submitted job is kept: in the run's folder, or in runs/ where that is on other
+    machines."""
+    folder = run.folder if job.scheduler == "slurm" else "runs"
+    return Path(folder) / run.name / "launch" / file_name(job.scheduler)
+
+
+def keep(text: str, path: Path) -> None:
+    """Write a rendered job.
+
+    Raises:
+        MaxlmError: it cannot be written.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def submit(job: Job, path: Path) -> int:
+    """Hand a job's file to the client of its scheduler, which speaks for itself.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        MaxlmError: there is no such client here.
+    """
+    for command in commands(job, path):
+        if shutil.which(command[0]) is None:
+            raise MaxlmError(
+                f"{command[0]} is not on the PATH here; the job is kept in this file",
+                where=str(path),
+                fix=f"where it is, run: {' '.join(command)}",
+            )
+        code = subprocess.run(command).returncode
+        if code:
+            return code
+    return 0
+
+
+def commands(job: Job, path: Path) -> list[list[str]]:
+    """What submits a job's file, in order."""
+    file = str(path)
+    if job.scheduler == "slurm":
+        return [["sbatch", file]]
+    if job.scheduler == "jobset":
+        return [["kubectl", "apply", "-f", file]]
+    if job.scheduler == "skypilot":
+        named = [part for name in job.secrets for part in ("--secret", name)]
+        return [["sky", "jobs", "launch", "--yes", "--detach-run", *named, file]]
+    if job.scheduler == "ray":
+        submit = ["ray", "job", "submit", "--no-wait", "--working-dir", str(path.parent)]
+        return [[*submit, "--", "python", path.name]]
+    where = [
+        f"--{key}={value}" for key in ("zone", "project") if (value := getattr(job.options, key))
+    ]
+    remote = f"maxlm-{job.name}.sh"
+    tool = ["gcloud", "compute", "tpus", "tpu-vm"]
+    start = f"setsid nohup bash {remote} >> maxlm-{job.name}.log 2>&1 < /dev/null &"
+    return [
+        [*tool, "scp", file, f"{job.name}:{remote}", "--worker=all", *where],
+        [*tool, "ssh", job.name, "--worker=all", *where, f"--command={start}"],
+    ]

@@ -1,0 +1,243 @@
+"""maxlm launch: what is refused in which words, what is written, what clients are given."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from maxlm.cli.main import main
+
+TEXT = "data.sources=[{store: /tokens}]"
+GPU = ["llama2_7b", TEXT, "folder=/data/runs", "--on", "h100x64"]
+TPU = ["llama2_7b", TEXT, "folder=/data/runs", "--on", "v5p-64"]
+IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["slrum", *GPU],
+            "no scheduler 'slrum'; did you mean slurm? use one of slurm, jobset, skypilot, ray, "
+            "tpu-vm",
+        ),
+        (
+            ["jobset", *GPU[:-1], "h110x64", "--image", "i"],
+            "no machine is called 'h110x64'; did you mean h100?",
+        ),
+        (["slurm", *TPU], "slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or"),
+        (["jobset", "demo", "--on", "cpux8", "--image", "i"], "jobset is not for CPUs"),
+        (
+            ["tpu-vm", *TPU[:-1], "2xv5p-64"],
+            "tpu-vm starts one slice, and 2xv5p-64 is 2; use jobset",
+        ),
+        (
+            ["slurm", "demo", "--on", "cpux8", "--nodes", "3"],
+            "8 devices do not divide over --nodes 3; give a divisor of them",
+        ),
+        (
+            ["slurm", *GPU, "--nodes", "4"],
+            "--nodes 4: h100x64 is 8 hosts of 8; leave --nodes out, or name the shape of GPUs, as "
+            "in h100:16x4",
+        ),
+        (
+            ["jobset", *GPU],
+            "jobset runs a container, and none is named; add --image; launch/images/ has files to "
+            "build one from",
+        ),
+        (["slurm", *GPU, "--spot"], "slurm has no use for --spot; ask for such machines where"),
+        (
+            ["tpu-vm", *TPU, "--namespace", "x"],
+            "tpu-vm has no use for --namespace; leave it out (jobset has it)",
+        ),
+        (["skypilot", *GPU, "--retries", "0"], "skypilot has no use for --retries; leave it out"),
+        (["slurm", *GPU, "--mount", "/a:/b"], "--mount is into a container; add --image, or"),
+        (
+            ["slurm", *GPU, "--partition", "a\n#SBATCH --uid=0"],
+            "--queue 'a #SBATCH --uid=0' is not one plain word",
+        ),
+        (
+            ["slurm", *GPU, "--time", "5m"],
+            "--time 00:05:00 is over before a step is saved: 300 s to start, ",
+        ),
+        (
+            ["slurm", *GPU, "--time", "soon"],
+            "--time soon is no time limit; write 24:00:00, 1-12:00:00 or 24h",
+        ),
+        (
+            ["slurm", *GPU, "--env", "WANDB_API_KEY=abc"],
+            "--env WANDB_API_KEY=... looks like a secret, and would be written into a file; use "
+            "--secret WANDB_API_KEY, which names where it is kept",
+        ),
+        (["slurm", *GPU, "--env", "A"], "--env A is not NAME=VALUE; write --env NCCL_DEBUG=INFO"),
+        (
+            ["jobset", *GPU, *IN_CLUSTER, "--secret", "HF_TOKEN"],
+            "--secret HF_TOKEN does not name a Kubernetes secret and its key; write --secret "
+            "HF_TOKEN=huggingface/token",
+        ),
+        (
+            ["skypilot", *GPU, *IN_CLUSTER[2:], "--secret", "HF_TOKEN=abc"],
+            "--secret HF_TOKEN: skypilot takes the variable's name alone; set HF_TOKEN in the "
+            "environment you submit from, and write --secret HF_TOKEN",
+        ),
+        (
+            ["jobset", *GPU, "--image", "i", "--mount", "gcs://bucket:/data"],
+            "--mount: 'gcs://bucket' is no bucket's URL; write gs:// or s3://",
+        ),
+        (
+            ["ray", *GPU, "checkpoint.remote_folder=gs:/bucket"],
+            "checkpoint.remote_folder: 'gs:/bucket' is no bucket's URL; write gs:// or s3://",
+        ),
+        (
+            ["jobset", *GPU, "--image", "i", "--mount", "s3://b:/data"],
+            "jobset cannot mount s3://b;",
+        ),
+        (
+            ["jobset", *GPU, "--image", "i", "--mount", "data"],
+            "--mount data is not SOURCE:/PATH; write --mount gs://bucket/folder:/data",
+        ),
+        (
+            ["jobset", *GPU, "--image", "i"],
+            "folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount "
+            "gs://bucket:/data",
+        ),
+        (
+            ["ray", *GPU, "folder=runs"],
+            "folder=runs is another one on each host; name one that all see: folder=/data/runs",
+        ),
+        (
+            ["jobset", *GPU, *IN_CLUSTER, "--name", "9" * 50],
+            f"'{'9' * 50}' makes no name for a job; give --name: a letter, then letters, digits "
+            "and dashes, 40 at most",
+        ),
+        (["slurm", "llama2_7b", "--on", "h100x64"], "data.sources: no text to train on; name"),
+        (
+            ["slurm", *GPU[:-1], "h100x8"],
+            "llama2_7b: does not fit on h100x8: ",
+        ),
+        (["slurm", *GPU, "mesh.tensor=16"], "across hosts"),
+        (["slurm", *GPU, "mesh.tensor=3"], "needs"),
+        (["slurm", *GPU, "--template", "nowhere.j2"], "nowhere.j2: cannot be read: No such file"),
+        (["slurm", *GPU[:-2]], "missing option '--on'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    arguments, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", *arguments, "--out", "job", "--submit"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert message in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_says_how_to_find_what_does(capsys):
+    job = ["launch", "slurm", *GPU[:-1], "h100x8"]
+    assert main(job) == 2
+    end = "find what does: maxlm plan llama2_7b --on h100x8 --search (or --force)\n"
+    assert capsys.readouterr().err.endswith(end)
+    assert main([*job, "--force"]) == 0
+    assert "--gpus-per-node=8" in capsys.readouterr().out
+
+
+def test_a_template_of_ones_own(capsys, tmp_path):
+    own = tmp_path / "own.j2"
+    own.write_text("{{ name }} on {{ hosts.count }}: {{ command | shell }}\n")
+    job = ["launch", "slurm", *GPU, "--template", str(own)]
+    assert main(job) == 0
+    assert capsys.readouterr().out == (
+        "llama2-7b on 8: maxlm train llama2_7b 'data.sources=[{store: /tokens}]' "
+        "folder=/data/runs\n"
+    )
+    own.write_text("{{ name }}\n{{ nmae }}\n")
+    assert main(job) == 2
+    assert "own.j2: 'nmae' is undefined; compare with the shipped" in capsys.readouterr().err
+    own.write_text("\n{% if %}\n")
+    assert main(job) == 2
+    assert "own.j2:2: " in capsys.readouterr().err
+
+
+def test_unwritable(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert main(["launch", "slurm", *GPU, "--out", str(tmp_path / "file/job")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"{tmp_path}/file/job: cannot write: " in printed.err
+
+
+CLIENT = """#!{python}
+import json, sys
+print(json.dumps([{name!r}, *sys.argv[1:]]))
+sys.exit({code})
+"""
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """Puts a stand-in for a scheduler's client on the PATH, which prints what it is given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+
+    def make(name, code=0):
+        path = tmp_path / "bin" / name
+        path.write_text(CLIENT.format(python=sys.executable, name=name, code=code))
+        path.chmod(0o755)
+
+    return make
+
+
+TPU_VM = "gcloud compute tpus tpu-vm"
+WHERE = "--worker=all --zone=us-east5-a --project=p"
+START = "setsid nohup bash maxlm-mine.sh >> maxlm-mine.log 2>&1 < /dev/null &"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls", "kept"),
+    [
+        (["slurm", *GPU, "folder=runs"], ["sbatch {kept}"], "job.sbatch"),
+        (["jobset", *GPU, *IN_CLUSTER], ["kubectl apply -f {kept}"], "jobset.yaml"),
+        (
+            ["skypilot", *GPU, *IN_CLUSTER, "--secret", "HF_TOKEN"],
+            ["sky jobs launch --yes --detach-run --secret HF_TOKEN {kept}"],
+            "task.yaml",
+        ),
+        (
+            ["ray", *GPU],
+            [
+                "ray job submit --no-wait --working-dir runs/llama2_7b/launch -- python driver.py",
+            ],
+            "driver.py",
+        ),
+        (
+            ["tpu-vm", *TPU, "--name", "mine", "--zone", "us-east5-a", "--project", "p"],
+            [
+                f"{TPU_VM} scp {{kept}} mine:maxlm-mine.sh {WHERE}",
+                f"{TPU_VM} ssh mine {WHERE} '--command={START}'",
+            ],
+            "worker.sh",
+        ),
+    ],
+)
+def test_submit(arguments, calls, kept, client, capfd):
+    path = f"runs/llama2_7b/launch/{kept}"
+    calls = [shlex.split(call.format(kept=path)) for call in calls]
+    job = ["launch", *arguments, "--submit"]
+    assert main(job) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert f"{path}: {calls[0][0]} is not on the PATH here; the job is kept in this file" in error
+    text = Path(path).read_text()
+    client(calls[0][0])
+    assert main(job) == 0
+    out = capfd.readouterr().out
+    assert out.startswith(text)
+    assert [json.loads(line) for line in out.removeprefix(text).splitlines()] == calls
+    client(calls[0][0], code=3)
+    assert main(job) == 1
+    assert capfd.readouterr().out.count("[") == text.count("[") + len(calls[0:1])
+    assert os.listdir(Path(path).parent) == [kept]

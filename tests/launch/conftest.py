@@ -1,0 +1,41 @@
+"""Jobs for stand-ins of `maxlm`, and of schedulers' programs."""
+
+import stat
+
+import pytest
+
+from maxlm.config import load
+from maxlm.launch import Options, make_job, render
+from maxlm.run import RunConfig
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a program into a folder for the PATH."""
+
+    def write(name, text):
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        path = folder / name
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """A job's text: (scheduler, machine, options of the job)."""
+
+    def make(scheduler, on, **options):
+        source, settings = "llama2_7b", ["data.sources=[{store: /tokens}]", "folder=/shared/runs"]
+        if on.startswith("cpu"):
+            source, settings = "demo", ["model.num_layers=1", f"folder={tmp_path}"]
+        run = load(RunConfig, source, settings).value
+        job, _ = make_job(
+            run, source, settings, scheduler=scheduler, on=on, options=Options(**options)
+        )
+        return render(job)
+
+    return make

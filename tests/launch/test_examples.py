@@ -1,0 +1,175 @@
+"""The committed examples are what the README's commands print, and what schedulers' own checks
+take."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from maxlm.cli.main import main
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "launch/examples"
+README = (ROOT / "launch/README.md").read_text()
+COMMANDS = {
+    Path(words[-1]).name: words[1:-2]
+    for line in README.splitlines()
+    if line.startswith("maxlm launch")
+    for words in (shlex.split(line),)
+}
+
+
+def test_every_example_has_a_command():
+    assert sorted(COMMANDS) == sorted(path.name for path in EXAMPLES.iterdir())
+    assert {words[1] for words in COMMANDS.values()} == {
+        *("slurm", "jobset", "skypilot", "ray", "tpu-vm")
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_is_what_its_command_prints(name, capfd):
+    assert main(COMMANDS[name]) == 0
+    assert capfd.readouterr().out == (EXAMPLES / name).read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.endswith((".sh", ".sbatch"))])
+def test_shell_scripts(name):
+    checker = Path(sys.executable).with_name("shellcheck")
+    for command in (["bash", "-n"], [checker, "--shell=bash"]):
+        found = subprocess.run([*command, EXAMPLES / name], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout + found.stderr
+
+
+def round_trip(jobset):
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+    found = JobsetV1alpha2JobSet.from_dict(deepcopy(jobset))
+    assert found is not None
+    return found.to_dict()
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("jobset")])
+def test_a_jobset_has_known_fields_alone(name):
+    """The API's generated models drop a field they do not know, at any depth."""
+    jobset = yaml.safe_load((EXAMPLES / name).read_text())
+    assert round_trip(jobset) == jobset
+    pod = ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec")
+    for path in ((), ("spec", "failurePolicy", "rules", 0), pod, (*pod, "containers", 0)):
+        wrong = deepcopy(jobset)
+        node = wrong
+        for part in path:
+            node = node[part]
+        node["maxRestart"] = 1
+        assert round_trip(wrong) == jobset
+    wrong = deepcopy(jobset)
+    wrong["spec"]["failurePolicy"]["maxRestarts"] = "100"
+    with pytest.raises(ValueError, match="maxRestarts"):
+        round_trip(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "hosts", "chips", "selector"),
+    [
+        ("jobset-v5p-256.yaml", 1, 32, 4, ("tpu-v5p-slice", "4x4x8")),
+        ("jobset-2xv5e-256.yaml", 2, 64, 4, ("tpu-v5-lite-podslice", "16x16")),
+        ("jobset-h100x64.yaml", 1, 8, 8, None),
+    ],
+)
+def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, selector):
+    """Every pod's environment, as Kubernetes would fill it in, run by a shell: numbers 0 to n-1."""
+    spec = yaml.safe_load((EXAMPLES / name).read_text())["spec"]
+    (replicated,) = spec["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    container = pod["containers"][0]
+    assert (replicated["replicas"], job["completions"], job["parallelism"]) == (
+        slices,
+        hosts,
+        hosts,
+    )
+    assert list(container["resources"]["limits"].values()) == [chips]
+    if selector:
+        keys = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
+        assert tuple(pod["nodeSelector"][key] for key in keys) == selector
+    rules = {rule["name"]: rule for rule in spec["failurePolicy"]["rules"]}
+    # As Kubernetes' Job controller words it (pkg/controller/job/pod_failure_policy.go).
+    exit_code = (
+        "Container train for pod a/b failed with exit code {} matching FailJob rule at index 1"
+    )
+    evicted = "Pod a/b has condition DisruptionTarget matching FailJob rule at index 0"
+    for message, rule in [
+        *((exit_code.format(code), "Failed") for code in (1, 2)),
+        *((exit_code.format(code), None) for code in (12, 76, 137)),
+        *((message, "Preempted") for message in (exit_code.format(75), evicted)),
+    ]:
+        matching = [
+            name
+            for name, each in rules.items()
+            if any(re.search(p, message) for p in each["onJobFailureMessagePatterns"])
+        ]
+        assert matching == ([rule] if rule else []), message
+    script = 'echo "$MAXLM_PROCESS_ID $MAXLM_NUM_PROCESSES $MAXLM_COORDINATOR"'
+    if container["command"] == ["/bin/sh", "-c"]:
+        script = container["args"][0].split("exec maxlm train")[0] + script
+    seen = []
+    for slice_ in range(slices):
+        for host in (0, 1, hosts - 1):
+            fields = {
+                "metadata.annotations['batch.kubernetes.io/job-completion-index']": str(host),
+                "metadata.labels['jobset.sigs.k8s.io/job-index']": str(slice_),
+            }
+            env = {
+                entry["name"]: entry.get("value")
+                or fields[entry["valueFrom"]["fieldRef"]["fieldPath"]]
+                for entry in container["env"]
+                if "secretKeyRef" not in entry.get("valueFrom", {})
+            }
+            out = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True)
+            number, total, coordinator = out.stdout.split()
+            assert int(total) == slices * hosts
+            assert coordinator.endswith(":8476")
+            assert re.match(r"(llama3-\d+b)-(slice|hosts)-0-0\.\1:", coordinator)
+            seen.append(int(number))
+    assert seen == [s * hosts + h for s in range(slices) for h in (0, 1, hosts - 1)]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("skypilot")])
+def test_skypilot_takes_its_tasks(name, monkeypatch, tmp_path):
+    why = "pip install skypilot (0.14; 285 MB, best in an environment of its own)"
+    sky = pytest.importorskip("sky", reason=why)
+    monkeypatch.setenv("HF_TOKEN", "a token of the environment")
+    task = sky.Task.from_yaml(str(EXAMPLES / name))
+    assert task.num_nodes == (2 if "h100" in name else 1)
+    wrong = yaml.safe_load((EXAMPLES / name).read_text())
+    wrong["resources"]["spot"] = True
+    with pytest.raises(Exception, match="spot"):
+        sky.Task.from_yaml_config(wrong)
+
+
+def test_skypilot_numbers_its_nodes():
+    """What SkyPilot sets on each node becomes what `maxlm train` reads."""
+    run = yaml.safe_load((EXAMPLES / "skypilot-h100x16.yaml").read_text())["run"]
+    script = run.split("exec ")[0] + "env | grep ^MAXLM | sort"
+    nodes = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.9", "SKYPILOT_NUM_NODES": "2"}
+    env = {**nodes, "SKYPILOT_NODE_RANK": "1", "PATH": "/usr/bin:/bin"}
+    out = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True).stdout
+    assert out.split() == [
+        *("MAXLM_COORDINATOR=10.0.0.7:8476", "MAXLM_NUM_PROCESSES=2", "MAXLM_PROCESS_ID=1")
+    ]
+
+
+def test_the_ray_driver_is_python():
+    tree = ast.parse((EXAMPLES / "ray-h100x32.py").read_text())
+    values = {
+        ast.unparse(node.targets[0]): ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+    }
+    assert int(values["NODES"]) * ast.literal_eval(values["BUNDLE"])["GPU"] == 32
+    assert ast.literal_eval(values["COMMAND"])[:3] == ["maxlm", "train", "llama3_8b"]

@@ -1,0 +1,139 @@
+"""What the scripts do when processes end: run for real, with stand-ins for `srun` and `maxlm`."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+# Each start takes the next exit code of $CODES; a start with SLEEP waits for a signal.
+STAND_IN = """#!/bin/bash
+trap 'sleep 0.3; echo "saved" >> "$LOG"; exit 75' TERM USR1
+echo "start $*" >> "$LOG"
+read -ra codes <<< "$CODES"
+code=${codes[$(grep -c ^start "$LOG") - 1]}
+if [[ $code == sleep ]]; then for ((i = 0; i < 200; i++)); do sleep 0.05; done; fi
+exit "$code"
+"""
+
+
+def environment(tmp_path, **more):
+    log = tmp_path / "log"
+    log.touch()
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    return {"PATH": path, "LOG": str(log), "HOME": str(tmp_path), **more}
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        *((code, None, True) for code in (75, 76, 137, 139)),
+        *((code, None, False) for code in (0, 1, 2, 127)),
+        *((75, 2, True), (75, 3, False), (76, 3, False)),
+    ],
+)
+def test_slurm_requeues(code, restarts, requeued, program, rendered, tmp_path):
+    program("srun", f'#!/bin/bash\necho "srun $*" >> "$LOG"\nexit {code}\n')
+    program("scontrol", '#!/bin/bash\necho "scontrol $*" >> "$LOG"\n')
+    script = rendered("slurm", "h100x64", retries=3)
+    env = environment(tmp_path, SLURM_JOB_ID="17")
+    if restarts is not None:
+        env["SLURM_RESTART_COUNT"] = str(restarts)
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == code
+    first, *rest = (tmp_path / "log").read_text().splitlines()
+    assert "maxlm train llama2_7b data.sources=[{store: /tokens}] folder=/shared/runs" in first
+    assert rest == (["scontrol requeue 17"] if requeued else [])
+
+
+def test_slurm_environment(program, rendered, tmp_path):
+    """Values reach the processes as they are, a secret only from where the job was submitted."""
+    program("srun", '#!/bin/bash\nenv > "$LOG"\n')
+    value = "two words; $(touch hacked) 'q'"
+    script = rendered("slurm", "cpux8", nodes=2, env=(f"NOTE={value}",), secret=("HF_TOKEN",))
+    assert "#SBATCH --nodes=2" in script
+    env = environment(tmp_path)
+    lacking = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert lacking.returncode
+    assert "HF_TOKEN: is not in the environment" in lacking.stderr
+    env["HF_TOKEN"] = "x"
+    assert subprocess.run(["bash", "-c", script], env=env, cwd=tmp_path).returncode == 0
+    seen = (tmp_path / "log").read_text().splitlines()
+    assert f"NOTE={value}" in seen
+    assert {"JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=4"} <= set(seen)
+    assert not (tmp_path / "hacked").exists()
+
+
+def tpu_worker(rendered, program, codes, **options):
+    program("sleep", '#!/bin/bash\n[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n')
+    script = rendered("tpu-vm", "v5p-64", maxlm=str(program("maxlm", STAND_IN)), **options)
+    return ["bash", "-c", script], {"CODES": codes}
+
+
+@pytest.mark.parametrize(
+    ("codes", "retries", "starts", "last"),
+    [
+        ("75 76 137 0", 100, 4, 0),
+        ("75 2 0", 100, 2, 2),
+        ("1 0", 100, 1, 1),
+        ("76 76 76 0", 1, 2, 76),
+    ],
+)
+def test_tpu_worker_restarts(codes, retries, starts, last, program, rendered, tmp_path):
+    command, codes = tpu_worker(rendered, program, codes, retries=retries)
+    done = subprocess.run(command, env=environment(tmp_path, **codes))
+    assert done.returncode == last
+    assert (tmp_path / "log").read_text().count("start") == starts
+
+
+def test_tpu_worker_stops_when_told(program, rendered, tmp_path):
+    command, codes = tpu_worker(rendered, program, "76 sleep 0")
+    log = tmp_path / "log"
+    process = subprocess.Popen(command, env=environment(tmp_path, **codes))
+    deadline = time.monotonic() + 20
+    while log.read_text().count("start") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+    assert re.fullmatch(r"start .*\nstart .*\nsaved\n", log.read_text())
+
+
+@pytest.mark.parametrize("scheduler", ["jobset", "skypilot", "ray", "tpu-vm"])
+def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
+    """Hosts that do not see this machine's files get the resolved config's text."""
+    import yaml
+
+    from maxlm.config import load
+    from maxlm.launch import Options, make_job
+    from maxlm.run import RunConfig
+
+    source = tmp_path / "own.yaml"
+    sources = "{sources: [{store: /tokens}]}"
+    source.write_text(f"include: llama2_7b\nname: own\nfolder: /data/runs\ndata: {sources}\n")
+    run = load(RunConfig, str(source), ["seed=7"]).value
+    mount = ("gs://bucket:/data",) if scheduler in ("jobset", "skypilot") else ()
+    options = Options(image="i", mount=mount) if scheduler == "jobset" else Options(mount=mount)
+    on = "v5p-64" if scheduler == "tpu-vm" else "h100x64"
+    job, _ = make_job(run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options)
+    from maxlm.launch import render
+
+    text = render(job)
+    if scheduler == "jobset":
+        script = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+        script = script["spec"]["containers"][0]["args"][0]
+    elif scheduler == "skypilot":
+        script = yaml.safe_load(text)["run"]
+    elif scheduler == "ray":
+        line = next(line for line in text.splitlines() if "cat >" in line)
+        script = __import__("ast").literal_eval(line.strip().rstrip(","))
+    else:
+        script = text
+    written = re.search(r"cat > (\S+) <<'(.*)'\n((?:.*\n)*?)\2\n", script)
+    assert written
+    sent = tmp_path / "sent.yaml"
+    sent.write_text(written[3])
+    assert load(RunConfig, sent).value == run
+    assert f"maxlm train {written[1]}\n" in f"{script}\n"
+    assert os.path.isabs(written[1])
