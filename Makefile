@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train corpus-demo test test-parity test-aot test-browser check format smoke clean
+.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster check format smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -38,7 +38,7 @@ train: $(ready) ## train a small language model here, in minutes, and show how g
 # Its programs run for an instant: LLVM's optimizations would cost more than they give.
 test: $(ready) ## run the test suite
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
-		--ignore=tests/aot --ignore=tests/parity
+		--ignore=tests/aot --ignore=tests/parity --ignore=tests/cluster
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
@@ -53,6 +53,9 @@ test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: G
 test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
 	$(bin)/python -m pytest -q tests/browser
+
+test-cluster: $(ready) ## train under a SLURM of its own (apt-get install -y slurm-wlm munge)
+	$(bin)/python -m pytest -q tests/cluster
 
 corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token store, 50 steps and a report
 	$(bin)/python benchmarks/demo_crawl.py corpora/demo-crawl --fetch corpora/demo-pages

@@ -1,0 +1,224 @@
+"""Which processes a run has, and which of them this is: read from where it was started."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+
+# What JAX takes itself: above the ports that Linux gives to outgoing connections.
+_SLURM_PORTS = range(61440, 65536)
+_TPU_PORT = 8482
+_GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One process's place among several."""
+
+    source: str
+    """Where it was read, for messages."""
+    coordinator: str
+    """host:port of process 0."""
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] | None = None
+    """The GPUs of this host that are this process's; None: all that it sees."""
+
+
+def find_cluster(
+    environ: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    metadata: Callable[[str], str | None] | None = None,
+) -> Cluster | None:
+    """This process's place in its cluster; None if it is alone.
+
+    The first that says anything: the arguments, each in place of its MAXLM_COORDINATOR,
+    MAXLM_NUM_PROCESSES or MAXLM_PROCESS_ID; a step of SLURM with several tasks (of which a
+    coordinator named alone replaces that part); the variables of a TPU pod on Kubernetes; the
+    metadata of a TPU VM.
+
+    Args:
+        environ: such as os.environ.
+        metadata: an attribute of this machine by its name, None where there is none; by default
+            Google's metadata server is asked, on machines with TPUs only.
+
+    Raises:
+        MaxlmError: settings that are incomplete, no numbers, or contradict each other.
+    """
+    explicit = _explicit(environ, coordinator, num_processes, process_id)
+    slurm = _slurm(environ)
+    if explicit:
+        if set(explicit) == {"coordinator"} and slurm:
+            found = Cluster(slurm.source, str(explicit["coordinator"]), *_place(slurm))
+        else:
+            found = _complete(explicit, slurm)
+    else:
+        found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, metadata or _attribute)
+    return _checked(found) if found else None
+
+
+def _place(cluster: Cluster) -> tuple[int, int, tuple[int, ...] | None]:
+    return cluster.num_processes, cluster.process_id, cluster.local_device_ids
+
+
+_NAMES = {
+    "coordinator": "--coordinator (MAXLM_COORDINATOR)",
+    "num_processes": "--num-processes (MAXLM_NUM_PROCESSES)",
+    "process_id": "--process-id (MAXLM_PROCESS_ID)",
+}
+
+
+def _explicit(environ: Mapping[str, str], *arguments: str | int | None) -> dict[str, str | int]:
+    """Those that are set, by their names."""
+    values = {}
+    for name, argument in zip(_NAMES, arguments, strict=True):
+        variable = f"MAXLM_{name.upper()}"
+        if argument is not None:
+            values[name] = argument
+        elif environ.get(variable):
+            numeric = name != "coordinator"
+            values[name] = _number(environ, variable) if numeric else environ[variable]
+    return values
+
+
+def _complete(explicit: Mapping[str, str | int], slurm: Cluster | None) -> Cluster:
+    missing = [words for name, words in _NAMES.items() if name not in explicit]
+    if missing:
+        given = ", ".join(f"{_NAMES[name]} is {value}" for name, value in explicit.items())
+        beside = f"; SLURM's step has {slurm.num_processes} tasks" if slurm else ""
+        raise MaxlmError(
+            f"{given}, but {' and '.join(missing)} not set{beside}",
+            fix="set all three, or none" + (" (SLURM's are used then)" if slurm else ""),
+        )
+    return Cluster(
+        "settings",
+        str(explicit["coordinator"]),
+        int(explicit["num_processes"]),
+        int(explicit["process_id"]),
+    )
+
+
+def _checked(cluster: Cluster) -> Cluster | None:
+    """
+    Raises:
+        MaxlmError: this is no place in a cluster.
+    """
+    count, number = cluster.num_processes, cluster.process_id
+    host, _, port = cluster.coordinator.rpartition(":")
+    fix = None
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        fix = "write it as host:port, such as node1:8476"
+        what = f"the coordinator {cluster.coordinator!r} is no host with a port"
+    elif count < 1:
+        what = f"{count} is no number of processes"
+    elif not 0 <= number < count:
+        what = f"process id {number} is not below the number of processes, {count}"
+        fix = f"number them 0 to {count - 1}"
+    else:
+        return cluster if count > 1 else None
+    raise MaxlmError(what, where=cluster.source, fix=fix)
+
+
+def _number(environ: Mapping[str, str], variable: str) -> int:
+    try:
+        return int(environ[variable])
+    except ValueError:
+        what = f"{environ[variable]!r} is no whole number"
+        raise MaxlmError(what, where=variable) from None
+
+
+def _slurm(environ: Mapping[str, str]) -> Cluster | None:
+    """A task of a step. The batch script itself is none, though it has a SLURM_PROCID too."""
+    if not {"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"} <= set(environ):
+        return None
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+        return None
+    count = _number(environ, "SLURM_STEP_NUM_TASKS")
+    if count == 1:
+        return None
+    # Steps of a job may run side by side.
+    job, step = (_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))
+    port = _SLURM_PORTS[(job + 101 * step) % len(_SLURM_PORTS)]
+    return Cluster(
+        "SLURM",
+        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        count,
+        _number(environ, "SLURM_PROCID"),
+        _slurm_gpus(environ),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list: gpu001 of ``gpu[001-003,7],login1``."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", found.group() if found else nodes)
+
+
+def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """An equal share of the node's GPUs for each of several tasks on it.
+
+    SLURM may have given each task GPUs of its own, the only ones that it sees.
+    """
+    bound = any(environ.get(f"SLURM_{name}") for name in ("GPUS_PER_TASK", "GPU_BIND"))
+    per_node = []
+    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # 2(x3),1
+        tasks, _, times = part.rstrip(")").partition("(x")
+        per_node += [int(tasks)] * int(times or 1)
+    tasks = per_node[int(environ.get("SLURM_NODEID", "0"))]
+    if bound or tasks == 1:
+        return None
+    share = max(1, int(environ.get("SLURM_GPUS_ON_NODE") or 0) // tasks)
+    first = int(environ.get("SLURM_LOCALID", "0")) * share
+    return tuple(range(first, first + share))
+
+
+def _kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
+    """What Google's Kubernetes gives to the pods of a TPU slice, and to several slices."""
+    if "TPU_WORKER_ID" not in environ or "TPU_WORKER_HOSTNAMES" not in environ:
+        return None
+    workers = environ["TPU_WORKER_HOSTNAMES"].split(",")
+    return _slices("TPU pod", workers, _number(environ, "TPU_WORKER_ID"), environ)
+
+
+def _tpu_vm(environ: Mapping[str, str], metadata: Callable[[str], str | None]) -> Cluster | None:
+    if environ.get("TPU_SKIP_MDS_QUERY"):
+        return None
+    number, endpoints = metadata("agent-worker-number"), metadata("worker-network-endpoints")
+    if not number or not endpoints:
+        return None
+    # Names, or name:id:address.
+    workers = [each.split(":")[-1] for each in endpoints.split(",")]
+    lines = re.findall(r"^(\w+): *'?([^'\n]*)'?$", metadata("tpu-env") or "", re.MULTILINE)
+    return _slices("TPU VM", workers, int(number), dict(lines))
+
+
+def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:
+    """All slices together; the first worker of the first is process 0."""
+    count, number = (
+        _number(settings, name) if settings.get(name) else default
+        for name, default in (("MEGASCALE_NUM_SLICES", 1), ("MEGASCALE_SLICE_ID", 0))
+    )
+    first = settings.get("MEGASCALE_COORDINATOR_ADDRESS") or workers[0]
+    coordinator = f"{first.split(':')[0]}:{_TPU_PORT}"
+    return Cluster(source, coordinator, count * len(workers), number * len(workers) + worker)
+
+
+def _attribute(name: str) -> str | None:
+    """Of this machine, as Google's metadata server has it."""
+    import urllib.request
+
+    makers = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(maker.read_text().strip() == _GOOGLE for maker in makers):
+        return None  # no TPU; elsewhere nobody may answer for minutes
+    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
+    asked = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(asked, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:
+        return None

@@ -1,0 +1,40 @@
+"""On a real SLURM, processes find each other by what srun tells them."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.programs import peers_worker, tiny
+
+PARTS = [sys.executable, str(Path(peers_worker.__file__))]
+
+
+def test_the_tasks_of_a_step_meet(scheduler, tmp_path):
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", *PARTS, "60", "10", "once"]
+    environ = tiny.environment(tmp_path) | dict(scheduler)
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"0: process 0 of 2: 3", "1: process 1 of 2: 3"} <= set(done.stdout.splitlines())
+
+
+def test_a_killed_task_ends_the_other(scheduler, tmp_path):
+    """The other says who is gone, on which host, and which state is left; srun ends with 137."""
+    marks = [tmp_path / "0", tmp_path / "1"]
+    script = 'exec > "$1/$SLURM_PROCID" 2>&1; shift; echo $$; exec "$@"'
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
+    command += ["bash", "-c", script, "-", str(tmp_path), *PARTS, "60", "10", "loop"]
+    environ = tiny.environment(tmp_path) | dict(scheduler)
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as step:
+        deadline = time.monotonic() + 60
+        while not all(mark.exists() and "of 2: 3" in mark.read_text() for mark in marks):
+            assert step.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        subprocess.run(["kill", "-9", marks[1].read_text().split()[0]], check=True)
+        assert step.wait(20) == 137
+    last = marks[0].read_text().splitlines()[-1]
+    assert last.startswith("error: process 1 (")
+    assert last.endswith(") is gone; the state is that of the last checkpoint")
