@@ -1,0 +1,70 @@
+"""``maxlm runs``: how far runs are, and where their time went."""
+
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="List runs; show how far one is and where its time went.")
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command("list")
+def list_runs(
+    folder: Annotated[str, typer.Argument(help="The folder that runs lie in.")] = "runs",
+    as_json: _Json = False,
+) -> None:
+    """List the runs in a folder: step, state, loss, goodput."""
+    from maxlm.programs import runs
+
+    found = runs.list_runs(folder)
+    if as_json:
+        _print_json([run.to_json() for run in found])
+        return
+    from rich.console import Console
+
+    from maxlm.programs.show_runs import listing
+
+    Console(highlight=False).print(listing(found) if found else f"no runs in {folder}")
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="A run's folder.")],
+    as_json: _Json = False,
+) -> None:
+    """Show a run's goodput, what else its time went to, its interruptions, how long steps take; and
+    draw it."""
+    import sys
+    import time
+    from pathlib import Path
+
+    from maxlm.config import MaxlmError
+    from maxlm.programs.runs import read_run
+
+    now = time.time()
+    found = read_run(run, now)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    from rich.console import Console
+
+    from maxlm.programs.show_runs import tables
+    from maxlm.programs.timeline import plot_history
+
+    Console(highlight=False).print(tables(found, now))
+    if not found.history.wall:
+        return
+    image = Path(run) / "plots" / "goodput.png"
+    try:
+        plot_history(found.history, image, title=found.name)
+    except MaxlmError as error:  # Another's run can be looked at, if not written to.
+        print(f"not drawn: {error}", file=sys.stderr)
+    else:
+        print(f"drawn: {image}")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))

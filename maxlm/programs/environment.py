@@ -1,0 +1,113 @@
+"""What a run was trained with: versions, the state of the source, devices, hosts, the job."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import maxlm
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+# What changes how programs are compiled or run, and what a scheduler calls the job: never a
+# variable that may hold a secret.
+VARIABLES = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_PLATFORMS",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "CUDA_VISIBLE_DEVICES",
+    "SLURM_JOB_ID",
+    "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NODELIST",
+    "JOBSET_NAME",
+    "JOBSET_RESTART_ATTEMPT",
+    "RAY_JOB_ID",
+    "SKYPILOT_TASK_ID",
+    "TPU_NAME",
+    "TPU_ACCELERATOR_TYPE",
+)
+# Bytes that a host's name may have, of those of all processes.
+_NAME = 64
+
+
+def environment() -> dict[str, Any]:
+    """Plain data for the run folder's ``environment.json``. All processes call it together.
+
+    Packages that are missing, variables that are not set and a source that is no checkout are None
+    or left out.
+    """
+    import jax
+
+    device = jax.devices()[0]
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "maxlm": maxlm.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions | {device.platform: device.client.platform_version},
+        "git": git_state(Path(maxlm.__file__).parents[1]),
+        "devices": {"kind": device.device_kind, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "hosts": _hosts(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """The commit that a source tree is at, whether it differs, and by how many bytes of diff.
+
+    None: not a checkout, or no git. An installed package may lie inside another project's checkout,
+    which does not track it.
+    """
+    if _git(root, "ls-files", "--error-unmatch", "maxlm/__init__.py") is None:
+        return None
+    commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    changes = _git(root, "diff", "HEAD")
+    if commit is None or status is None or changes is None:
+        return None
+    return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
+
+
+def process_began() -> float:
+    """Unix seconds when this process was started, imports and all; now, where nothing tells."""
+    now = time.time()
+    try:
+        # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks since the
+        # machine was booted (proc(5)).
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return now
+    return now - max(0.0, age)
+
+
+def _hosts() -> list[str]:
+    """The host of each process, in their order."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    name = platform.node().encode()[:_NAME]
+    if jax.process_count() == 1:
+        return [name.decode(errors="replace")]
+    own = np.frombuffer(name.ljust(_NAME, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(own))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
+    try:
+        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,139 @@
+"""What run folders tell: how far each run is, how it went, where its time was spent."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from maxlm.config import MaxlmError
+from maxlm.programs.goodput import History, history
+from maxlm.train.records import read_records
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it; None: it does not tell."""
+
+    name: str
+    state: str
+    """``running``, ``done``, or what ended its last attempt; ``not begun``."""
+    step: int
+    steps: int | None
+    """Of the whole run."""
+    loss: float | None
+    eval_loss: float | None
+    history: History
+    step_seconds: dict[int, float]
+    """By percentile (100: the longest), without the first step of an attempt, which compiles; empty
+    of a run without steps."""
+    planned_step_seconds: float | None
+    planned_goodput: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: seconds, unix seconds, shares."""
+        told = self.history
+        attempts = [asdict(attempt) for attempt in told.attempts]
+        for attempt in attempts:
+            del attempt["stretches"]
+        return {
+            "name": self.name,
+            "state": self.state,
+            "step": self.step,
+            "steps": self.steps,
+            "loss": self.loss,
+            "eval_loss": self.eval_loss,
+            "goodput": told.goodput,
+            "wall_seconds": told.wall,
+            "seconds": told.seconds,
+            "interruptions": told.interruptions,
+            "mean_time_to_interruption": told.mean_time_to_interruption,
+            "steps_per_second": self.steps_per_second,
+            "step_seconds": {str(p): value for p, value in self.step_seconds.items()},
+            "planned": {
+                "step_seconds": self.planned_step_seconds,
+                "goodput": self.planned_goodput,
+            },
+            "attempts": attempts,
+            "events": dict(told.counts),
+        }
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Of the steps that count, over the time that they were wanted."""
+        told = self.history
+        if not told.goodput:
+            return None
+        wanted = told.wall - told.seconds["finished"]
+        return (self.step - told.attempts[0].first_step) / wanted
+
+
+def read_run(folder: str | Path, now: float | None = None) -> Run:
+    """A run from its folder; nothing in it is changed.
+
+    Args:
+        now: unix seconds (default: the clock's): an attempt heard of just before may still run.
+
+    Raises:
+        MaxlmError: there is no such folder, or it is no run's.
+    """
+    folder = Path(folder)
+    if not _is_run(folder):
+        what = "is no run's folder" if folder.is_dir() else "no such folder"
+        raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
+    told = history(read_records(folder / "events.jsonl"), time.time() if now is None else now)
+    first = {attempt.first_step + 1 for attempt in told.attempts}
+    step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
+    for record in read_records(folder / "metrics.jsonl"):
+        step = max(step, record.get("step") or 0)
+        latest |= {name: record[name] for name in latest if name in record}
+        if record.get("seconds") and record["step"] not in first:
+            seconds.append(record["seconds"])
+    plan = _mapping(folder / "plan.json")
+    return Run(
+        name=folder.resolve().name,
+        state=told.attempts[-1].end if told.attempts else "not begun",
+        step=step,
+        steps=_at(_mapping(folder / "config.yaml"), "train", "steps"),
+        history=told,
+        step_seconds={p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds},
+        planned_step_seconds=_at(plan, "time", "step"),
+        planned_goodput=_at(plan, "goodput", "configured"),
+        **latest,
+    )
+
+
+def list_runs(folder: str | Path, now: float | None = None) -> list[Run]:
+    """The runs that lie in a folder, by name.
+
+    Raises:
+        MaxlmError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        fix = "name the folder that runs lie in"
+        raise MaxlmError("no such folder", where=str(folder), fix=fix)
+    return [read_run(path, now) for path in sorted(Path(folder).iterdir()) if _is_run(path)]
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("events.jsonl", "config.yaml"))
+
+
+def _mapping(path: Path) -> Any:
+    """What a YAML or JSON file holds; None if it cannot be read."""
+    try:
+        text = path.read_text()
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _at(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,142 @@
+"""Runs as tables for a terminal."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from maxlm.programs.goodput import PARTS
+from maxlm.programs.runs import Run
+from maxlm.train.display import duration
+
+# An attempt's row each, at most so many: the first ones of a long history are left out.
+ATTEMPTS = 12
+
+
+def listing(runs: Sequence[Run]) -> Table:
+    """A row for each run."""
+    table = _table("run", "step", "of", "state", "loss", "goodput", left=("run", "state"))
+    for run in runs:
+        table.add_row(
+            run.name,
+            f"{run.step:,}",
+            _or_dash(run.steps, "{:,}".format),
+            run.state,
+            _or_dash(run.loss, "{:.4f}".format),
+            _or_dash(run.history.goodput, "{:.1%}".format),
+        )
+    return table
+
+
+def tables(run: Run, now: float) -> Group:
+    """How far a run is, where its time went, its attempts and interruptions, its steps.
+
+    Args:
+        now: unix seconds.
+    """
+    told = run.history
+    if not told.attempts:
+        return Group(_headline(run, now))
+    parts: list[Any] = [_headline(run, now), _goodput(run), _time(run), _attempts(run)]
+    ends = told.interruptions
+    if ends:
+        causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))
+        parts.append(
+            Text(
+                f"{_many(sum(ends.values()), 'interruption')} ({causes}), "
+                f"one in {duration(told.mean_time_to_interruption or 0)} of running"
+            )
+        )
+    if happened := [
+        _many(told.counts[kind], word)
+        for kind, word in (("skip", "update skipped"), ("rollback", "rollback"), ("hang", "hang"))
+        if told.counts.get(kind)
+    ]:
+        parts.append(Text(" · ".join(happened)))
+    if run.step_seconds:
+        parts.append(_steps(run))
+    return Group(*parts)
+
+
+def _headline(run: Run, now: float) -> Text:
+    words = [f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")]
+    words += [f"loss {run.loss:.4f}"] if run.loss is not None else []
+    words += [f"held out {run.eval_loss:.4f}"] if run.eval_loss is not None else []
+    state = run.state
+    if run.history.attempts:
+        last = run.history.attempts[-1]
+        words += [_many(last.devices, "device")] if last.devices else []
+        if state == "killed":  # or in a step that takes minutes: nothing else can tell
+            state = f"killed, or silent: last heard of {duration(now - last.ended)} ago"
+    return Text.assemble((run.name, "bold"), f" · {state} · {' · '.join(words)}")
+
+
+def _goodput(run: Run) -> Text:
+    share = _or_dash(run.history.goodput, "{:.1%}".format)
+    planned = run.planned_goodput
+    beside = "" if planned is None else f" (planned: {planned:.1%})"
+    rate = _or_dash(run.steps_per_second, "{:.3g} steps/s".format)
+    return Text.assemble(
+        "goodput ",
+        (share, "bold"),
+        f"{beside} of {duration(run.history.wall)}, {rate} over all of it",
+    )
+
+
+def _time(run: Run) -> Group:
+    seconds, wall = run.history.seconds, run.history.wall
+    table = _table("spent", "time", "share", left=("spent",))
+    for part in PARTS:
+        if seconds[part] > 0:
+            table.add_row(part, duration(seconds[part]), f"{seconds[part] / wall:.1%}")
+    return _titled("Where the time went", table)
+
+
+def _attempts(run: Run) -> Group:
+    attempts = run.history.attempts
+    table = _table("", "began", "ran", "from step", "to step", "end", left=("end",))
+    shown = list(enumerate(attempts, 1))[-ATTEMPTS:]
+    for number, attempt in shown:
+        began = datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S")
+        ran = duration(attempt.ended - attempt.began)
+        steps = (f"{attempt.first_step:,}", f"{attempt.last_step:,}")
+        table.add_row(str(number), began, ran, *steps, attempt.end)
+    left_out = len(attempts) - len(shown)
+    before = [Text(f"and {left_out:,} before them")] if left_out else []
+    return _titled("Attempts", table, *before)
+
+
+def _steps(run: Run) -> Group:
+    table = _table(*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
+    planned = _or_dash(run.planned_step_seconds, _step_words)
+    table.add_row(*map(_step_words, run.step_seconds.values()), planned)
+    return _titled("Time of a step", table)
+
+
+def _step_words(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.4g} s"
+
+
+def _many(count: int, what: str) -> str:
+    """``1 hang``, ``2 hangs``, ``2 updates skipped``."""
+    noun, _, rest = what.partition(" ")
+    return f"{count:,} {noun}{'' if count == 1 else 's'}{f' {rest}' if rest else ''}"
+
+
+def _or_dash(value: Any, words: Callable[[Any], str]) -> str:
+    return "-" if value is None else words(value)
+
+
+def _table(*columns: str, left: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return table
+
+
+def _titled(title: str, *parts: Any) -> Group:
+    # A table's own title is as narrow as the table.
+    return Group(Text(f"\n{title}", style="italic"), *parts)

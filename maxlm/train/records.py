@@ -1,0 +1,93 @@
+"""Files of records: JSON lines that a full disk or a kill never leaves torn."""
+
+import json
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from maxlm.data.work.paths import replacing, writing
+
+Record = Mapping[str, Any]
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSONL file, none if it is missing; a line cut short by a kill is left out."""
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if (record := _parsed(line)) is not None:
+                    yield record
+
+
+class RecordFile:
+    """A JSONL file that one process appends to: each record as a whole, or not at all.
+
+    What a kill left of a last record is removed first. Threads may share it.
+
+    Args:
+        path: in a folder that exists.
+
+    Raises:
+        MaxlmError: it cannot be written, here and in every method.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with writing(path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._mend()
+
+    def append(self, record: Record) -> None:
+        """Write a record behind the others; it is with the operating system on return."""
+        rest = f"{json.dumps(record)}\n".encode()
+        with writing(self.path):
+            size = os.fstat(self._descriptor).st_size
+            try:
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:  # A full disk may have taken the first part.
+                with suppress(OSError):
+                    os.ftruncate(self._descriptor, size)
+                raise
+
+    def keep(self, last_step: int) -> None:
+        """Drop every record whose ``step`` is later than ``last_step``."""
+        with replacing(self.path) as temporary, temporary.open("w") as file:
+            for record in read_records(self.path):
+                if record.get("step", 0) <= last_step:
+                    file.write(f"{json.dumps(record)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with writing(self.path):
+            replaced, self._descriptor = (
+                self._descriptor,
+                os.open(self.path, os.O_RDWR | os.O_APPEND),
+            )
+        os.close(replaced)
+
+    def close(self) -> None:
+        """Give the file back; nothing is left to be written."""
+        os.close(self._descriptor)
+
+    def _mend(self) -> None:
+        size = os.fstat(self._descriptor).st_size
+        if not size:
+            return
+        with mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ) as written:
+            whole = written.rfind(b"\n") + 1
+            last = written[whole:]
+        if last and _parsed(last) is None:
+            os.ftruncate(self._descriptor, whole)
+        elif last:  # Only its end of line is missing.
+            os.write(self._descriptor, b"\n")
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

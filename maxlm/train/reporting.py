@@ -1,0 +1,49 @@
+"""Where a run's numbers go besides its own files."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+from pydantic import Field
+
+from maxlm.config import Config, MaxlmError
+
+
+class WandbConfig(Config):
+    """A run on Weights & Biases; every attempt goes on with the same one."""
+
+    project: str = "maxlm"
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """offline: kept in FOLDER/NAME/wandb for `wandb sync`; disabled: not at all."""
+
+
+class ReportingConfig(Config):
+    """Besides metrics.jsonl and events.jsonl, which every run writes."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events to FOLDER/NAME/tensorboard; false: do not."""
+    wandb: WandbConfig | None = None
+    """Report to Weights & Biases too; null: do not."""
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
+
+    def check(self) -> None:
+        """Check that the packages for it are here.
+
+        Raises:
+            MaxlmError: one is missing.
+        """
+        needed = {
+            "wandb": self.wandb is not None and self.wandb.mode != "disabled",
+            "prometheus_client": self.prometheus_port is not None,
+        }
+        for package, wanted in needed.items():
+            spec = find_spec(package) if wanted else None
+            # A folder of that name, such as wandb makes beside a script, is found too: no package.
+            if wanted and (spec is None or spec.origin is None):
+                raise MaxlmError(
+                    f"the package {package} is not installed",
+                    where=f"reporting.{package.replace('_client', '_port')}",
+                    fix="pip install 'maxlm[reporting]', or leave the setting out",
+                )

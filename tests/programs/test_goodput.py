@@ -1,0 +1,239 @@
+"""Where a run's time went: against a run that is played out here step by step."""
+
+import math
+from collections import defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.programs.goodput import PARTS, history
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 50) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
+)
+KINDS = (
+    "start",
+    "resume",
+    "compiled",
+    "progress",
+    "checkpoint",
+    "rollback",
+    "hang",
+    "stop",
+    "skip",
+    "unheard-of",
+)
+DETAILS = ("began", "seconds", "stepping", "loading", "saving", "evaluating", "from_step", "reason")
+EVENTS = st.fixed_dictionaries(
+    {"event": st.sampled_from(KINDS), "step": st.integers(0, 20), "time": st.floats(0, 1e4)},
+    optional=dict.fromkeys(DETAILS, JSON),
+)
+JUNK = st.dictionaries(st.sampled_from(("event", "time", "step")), JSON)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        EVENTS | st.dictionaries(st.sampled_from(("event", "time", "step")), JSON), max_size=25
+    ),
+    st.floats(0, 2e4),
+)
+def test_parts_sum_to_the_whole_whatever_was_written(events, now):
+    told = history(events, now)
+    assert sum(told.seconds.values()) == pytest.approx(told.wall, abs=1e-6)
+    assert all(a.end == b.begin for a, b in zip(told.spans, told.spans[1:], strict=False))
+    assert all(span.end > span.begin and span.part in PARTS for span in told.spans)
+    assert told.goodput is None or 0 <= told.goodput <= 1 + 1e-9
+    for attempt in told.attempts:
+        assert attempt.ended >= attempt.began
+        for stretch in attempt.stretches:
+            assert list(stretch.points) == sorted(stretch.points)
+
+
+class Play:
+    """A run played out: it writes events as maxlm does, and remembers whose work was kept."""
+
+    def __init__(self):
+        self.clock, self.events, self.spent = 1e9, [], defaultdict(float)
+        self.kept = {}
+        """By step: the seconds of the update that the run holds, None of one that came with
+        compilation."""
+        self.stepped = 0.0
+
+    def pass_(self, part, seconds):
+        self.clock += seconds
+        self.spent[part] += seconds
+
+    def event(self, kind, step, **details):
+        self.events.append({"event": kind, "step": step, "time": self.clock, **details})
+
+    def go_back(self, step):
+        self.kept = {s: seconds for s, seconds in self.kept.items() if s <= step}
+
+    def attempt(self, draw, step):
+        """From ``step`` on; returns the step that the next one begins from, and how it ended."""
+        number, began = draw(st.floats(0.1, 30)), self.clock
+        self.go_back(step)
+        self.pass_("starting", number)
+        self.event("resume" if step else "start", step, began=began, devices=8)
+        if draw(st.integers(0, 5)) == 0:
+            return step, "killed"  # before its first step was done
+        seconds = draw(st.floats(0.1, 100))
+        self.pass_("compiling", seconds)
+        step += 1
+        self.kept[step] = 0.0
+        self.event("compiled", step, seconds=seconds)
+        counted, saved = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0), 0
+        for _ in range(draw(st.integers(0, 12))):
+            # Between two events steps take as long as each other: they are told apart pro rata.
+            pace = draw(st.floats(0.1, 5))
+            for _ in range(draw(st.integers(1, 4))):
+                step += 1
+                self.clock += pace
+                self.stepped += pace
+                counted["stepping"] += pace
+                self.kept[step] = pace
+            for part in ("loading", "saving", "evaluating"):
+                seconds = draw(st.just(0.0) | st.floats(0.1, 9))
+                self.pass_(part, seconds)
+                counted[part] += seconds
+            self.pass_("other", draw(st.just(0.0) | st.floats(0.1, 2)))
+            self.event("progress", step, **counted)
+            what = draw(st.sampled_from(["go on", "save", "save", "roll back"]))
+            if what == "save":
+                self.event("checkpoint", step, tier="remote", seconds=0.0)
+                saved = step
+            elif what == "roll back" and saved:
+                self.event("rollback", saved, from_step=step, reason="loss", batches=[0, 1])
+                step = saved
+                self.go_back(step)
+                counted = dict.fromkeys(counted, 0.0)
+        end = draw(st.sampled_from(["killed", "preempted", "hang"]))
+        if end == "hang":
+            seconds = draw(st.floats(1, 100))
+            self.pass_("hanging", seconds)
+            self.event("hang", step, process=3, seconds=seconds)
+        if end != "killed":
+            self.event("stop", step, reason=end)
+        return (step if end == "preempted" else saved), end
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_parts_are_those_of_a_run_played_out(data):
+    play, begins, ends = Play(), 0, []
+    for _ in range(data.draw(st.integers(1, 6))):
+        if play.events:
+            play.pass_("down", data.draw(st.floats(0.1, 500)))
+        begins, end = play.attempt(data.draw, begins)
+        ends.append(end)
+    told = history(play.events, now=play.clock + 1000)
+    seconds = dict.fromkeys(PARTS, 0.0) | play.spent
+    # What was run and never gone back from is all that is kept: the last attempt's is still.
+    seconds["productive"] = sum(play.kept.values())
+    seconds["lost"] = play.stepped - seconds["productive"]
+    assert told.seconds == pytest.approx(seconds, abs=1e-4)
+    assert told.wall == pytest.approx(play.clock - 1e9, abs=1e-4)
+    assert [attempt.end for attempt in told.attempts] == ends
+    assert told.interruptions == {end: ends.count(end) for end in set(ends)}
+    ran = told.wall - seconds["down"]
+    assert told.mean_time_to_interruption == pytest.approx(ran / len(ends), abs=1e-4)
+
+
+def log(*events):
+    return [
+        {"event": kind, "step": step, "time": time, **more} for kind, step, time, more in events
+    ]
+
+
+def test_steps_between_two_events_are_told_apart_pro_rata():
+    """Ten steps in 20 s, of which the next attempt repeats the last four."""
+    events = log(
+        ("start", 0, 0, {"began": 0}),
+        ("progress", 10, 20, {"stepping": 20}),
+        ("resume", 6, 50, {"began": 40}),
+        ("progress", 16, 70, {"stepping": 20}),
+        ("stop", 16, 70, {"reason": "done"}),
+    )
+    told = history(events, now=1e6)
+    assert told.seconds == {
+        **dict.fromkeys(PARTS, 0.0),
+        "productive": 12 + 20,
+        "lost": 8,
+        "down": 20,
+        "starting": 10,
+    }
+    assert told.goodput == pytest.approx(32 / 70)
+    assert told.interruptions == {"killed": 1}
+    assert told.mean_time_to_interruption == 20 + 30
+
+
+def test_the_first_step_is_compilations():
+    """It is kept here, and has no part in the seconds of the other two, which are not."""
+    events = log(
+        ("start", 0, 0, {"began": 0}),
+        ("compiled", 1, 8, {"seconds": 8}),
+        ("progress", 3, 12, {"stepping": 4}),
+        ("resume", 1, 12, {"began": 12}),
+    )
+    seconds = history(events, now=1e6).seconds
+    assert (seconds["compiling"], seconds["lost"], seconds["productive"]) == (8, 4, 0)
+
+
+def test_a_later_attempt_may_go_back_behind_an_earlier_one():
+    """Where the newest checkpoint is bad, two attempts' steps are lost at once."""
+    events = log(
+        ("start", 0, 0, {"began": 0}),
+        ("progress", 10, 10, {"stepping": 10}),
+        ("resume", 8, 10, {"began": 10}),
+        ("progress", 18, 20, {"stepping": 10}),
+        ("resume", 4, 20, {"began": 20}),
+        ("progress", 14, 30, {"stepping": 10}),
+    )
+    told = history(events, now=1e6)
+    assert (told.seconds["productive"], told.seconds["lost"]) == (4 + 10, 6 + 10)
+    assert [attempt.stretches[0].kept for attempt in told.attempts] == [4, 4, math.inf]
+
+
+@pytest.mark.parametrize(
+    ("silent", "end", "wall"), [(59, "running", 69), (61, "killed", 10), (-5, "running", 10)]
+)
+def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
+    events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))
+    told = history(events, now=10 + silent)
+    assert told.attempts[0].end == end
+    assert told.wall == wall
+    assert told.interruptions == ({} if end == "running" else {"killed": 1})
+
+
+def test_a_run_that_was_done_is_not_down_until_it_is_made_longer():
+    events = log(
+        ("start", 0, 0, {"began": 0}),
+        ("progress", 5, 10, {"stepping": 10}),
+        ("stop", 5, 10, {"reason": "done"}),
+        ("resume", 5, 1000, {"began": 1000}),
+        ("progress", 10, 1010, {"stepping": 10}),
+        ("stop", 10, 1010, {"reason": "done"}),
+    )
+    told = history(events, now=1e6)
+    assert told.seconds["finished"] == 990
+    assert told.goodput == 1.0
+    assert told.mean_time_to_interruption is None
+
+
+def test_a_hang_that_ended_by_itself_is_not_taken_for_steps():
+    events = log(
+        ("start", 0, 0, {"began": 0}),
+        ("hang", 5, 60, {"process": 1, "seconds": 50}),
+        ("progress", 6, 70, {"stepping": 70}),
+    )
+    seconds = history(events, now=1e6).seconds
+    assert (seconds["hanging"], seconds["productive"]) == (50, 20)
+
+
+def test_nothing_has_happened_yet():
+    told = history([], now=1.0)
+    assert (told.wall, told.goodput, told.mean_time_to_interruption) == (0, None, None)

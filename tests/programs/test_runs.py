@@ -1,0 +1,167 @@
+"""What a run's folder tells of it: beside the plan, the config and the records it was made of."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.plan.predict import Machine, predict
+from maxlm.programs.goodput import PARTS, History, Span, history
+from maxlm.programs.runs import list_runs, read_run
+from maxlm.programs.timeline import COLUMNS, plot_history
+from maxlm.run import RunConfig
+
+BEGAN = 1_700_000_000.0
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+
+
+def event(kind, step, after, **details):
+    return {"event": kind, "step": step, "time": BEGAN + after, **details}
+
+
+EVENTS = [
+    event("start", 0, 10, began=BEGAN, devices=8),
+    event("compiled", 1, 40, seconds=30),
+    event("progress", 60, 150, stepping=100, loading=10),
+    event("checkpoint", 51, 150, tier="remote", seconds=0),
+    event("resume", 51, 220, began=BEGAN + 200, devices=8),
+    event("compiled", 52, 230, seconds=10),
+    event("progress", 102, 330, stepping=100),
+    event("stop", 102, 330, reason="preempted"),
+]
+
+
+def write_run(folder, events=EVENTS):
+    """Steps of 1, 2, ..., 100 seconds, in an order of chance; the first of each attempt of 1000."""
+    seconds = np.random.default_rng(0).permutation(np.arange(1.0, 101)).tolist()
+    steps = [step for step in range(1, 103) if step not in (1, 52)]
+    records = [
+        {"step": s, "loss": 5 / s, "seconds": t} for s, t in zip(steps, seconds, strict=True)
+    ]
+    records += [{"step": step, "loss": 9.0, "seconds": 1000.0} for step in (1, 52)]
+    records.sort(key=lambda record: record["step"])
+    write_lines(folder / "metrics.jsonl", [*records, {"step": 102, "eval_loss": 1.5}])
+    write_lines(folder / "events.jsonl", events)
+    return folder
+
+
+def test_a_run_beside_its_plan_and_config(tmp_path):
+    folder = write_run(tmp_path / "seven")
+    config = load(RunConfig, "llama2_7b", ["data.batch_size=128"]).value
+    plan = predict(config, Machine.of("v5p-64"))
+    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    run = read_run(folder, now=BEGAN + 1e6)
+    assert (run.name, run.state, run.step, run.steps) == (
+        "seven",
+        "preempted",
+        102,
+        config.train.steps,
+    )
+    assert (run.loss, run.eval_loss) == (5 / 102, 1.5)
+    # Of 1, 2, ..., 100 with linear interpolation; no first step is among them.
+    assert run.step_seconds == pytest.approx({50: 50.5, 90: 90.1, 99: 99.01, 100: 100})
+    assert run.planned_step_seconds == plan.step_seconds
+    assert plan.goodput is not None
+    assert run.planned_goodput == plan.goodput.configured
+    # 59 steps in 100 s, nine of which the second attempt takes again.
+    told = run.to_json()
+    assert told["seconds"]["lost"] == pytest.approx(100 * 9 / 59)
+    assert told["goodput"] == pytest.approx((200 - 100 * 9 / 59) / 330)
+    assert told["steps_per_second"] == pytest.approx(102 / 330)
+    assert told["interruptions"] == {"killed": 1, "preempted": 1}
+    assert told["mean_time_to_interruption"] == pytest.approx((150 + 130) / 2)
+    assert json.loads(json.dumps(told, allow_nan=False)) == told
+
+
+def test_a_folder_may_hold_next_to_nothing(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.yaml").write_text("{not: [yaml")
+    (tmp_path / "new" / "plan.json").write_text("[1]")
+    run = read_run(tmp_path / "new")
+    assert (run.state, run.step, run.steps, run.loss) == ("not begun", 0, None, None)
+    assert run.to_json()["goodput"] is None
+
+
+def test_events_of_an_older_version_are_time_of_no_known_use(tmp_path):
+    events = [event("start", 0, 0, devices=8), event("checkpoint", 5, 10), event("stop", 5, 11)]
+    write_lines(tmp_path / "old" / "events.jsonl", events)
+    seconds = read_run(tmp_path / "old").history.seconds
+    assert {part: value for part, value in seconds.items() if value} == {"other": 11}
+
+
+def test_runs_of_a_folder_by_name(tmp_path):
+    for name in ("b", "a"):
+        write_run(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [run.name for run in list_runs(tmp_path)] == ["a", "b"]
+
+
+def test_no_run_is_an_error(tmp_path):
+    with pytest.raises(MaxlmError, match="nowhere: no such folder"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(MaxlmError, match="is no run's folder; maxlm runs list"):
+        read_run(tmp_path)
+    with pytest.raises(MaxlmError, match="no such folder"):
+        list_runs(tmp_path / "nowhere")
+
+
+def drawn(monkeypatch, told, image):
+    """Lines as [(colour, xs, ys)], and the heights of each part's area."""
+    from matplotlib.axes import Axes
+
+    lines, areas, plot, stairs = [], {}, Axes.plot, Axes.stairs
+
+    def record_line(self, x, y, **options):
+        lines.append((options["color"], np.atleast_1d(x), np.atleast_1d(y)))
+        return plot(self, x, y, **options)
+
+    def record_area(self, top, edges, **options):
+        areas[options["label"].split()[0]] = top - options["baseline"]
+        return stairs(self, top, edges, **options)
+
+    monkeypatch.setattr(Axes, "plot", record_line)
+    monkeypatch.setattr(Axes, "stairs", record_area)
+    plot_history(told, image, title="seven")
+    return lines, areas
+
+
+def test_the_plot_shows_all_of_the_time_and_the_steps_lost(tmp_path, monkeypatch):
+    told = history(EVENTS, now=BEGAN + 1e6)
+    image = tmp_path / "plots" / "goodput.png"
+    lines, areas = drawn(monkeypatch, told, image)
+    assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
+    assert [path.name for path in image.parent.iterdir()] == ["goodput.png"]
+    assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
+    seconds = told.seconds
+    assert set(areas) == {part for part in PARTS if seconds[part]}
+    for part, heights in areas.items():
+        assert heights.sum() * told.wall / COLUMNS == pytest.approx(seconds[part])
+    # Up to step 51 and from there to 60; the second attempt; a mark at the end of both. In minutes.
+    green, red, mark, again, last = lines
+    assert (green[2][-1], red[2][0], red[2][-1]) == (51, 51, 60)
+    assert green[0] == again[0] != red[0]
+    assert red[1][-1] == mark[1][0] == pytest.approx(150 / 60)
+    assert (again[2][0], again[2][-1], last[2][0]) == (51, 102, 102)
+
+
+def test_many_spans_are_drawn_in_time(tmp_path, monkeypatch):
+    """Spans far shorter than a column, and one of many columns."""
+    spans = [Span(i / 10, (i + 1) / 10, PARTS[i % 3]) for i in range(2000)]
+    told = History((), (*spans, Span(200.0, 4000.0, "down")))
+    _, areas = drawn(monkeypatch, told, tmp_path / "image.png")
+    assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
+    assert areas["down"][13:] == pytest.approx(np.ones(COLUMNS - 13))
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(MaxlmError, match="no time to plot"):
+        plot_history(history([], 0.0), tmp_path / "image.png")
+    assert not list(tmp_path.iterdir())
