@@ -275,7 +275,7 @@ def final_arrays(run: Path) -> dict[str, Any]:
 
 
 def timeless(metrics: Path) -> list[dict[str, Any]]:
-    from maxlm.train.metrics import read_records
+    from maxlm.train.records import read_records
 
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_records(metrics)]
 

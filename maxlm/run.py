@@ -20,8 +20,9 @@ from maxlm.objectives import (
 )
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
-from maxlm.train.config import CheckpointConfig, TrainConfig
+from maxlm.train.config import CheckpointConfig, FaultsConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig
+from maxlm.train.reporting import ReportingConfig
 from maxlm.train.schedule import ScheduleConfig
 
 # A checkpoint can be gone on from only while these are what they were: they decide the parameters'
@@ -64,6 +65,8 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+    reporting: ReportingConfig = ReportingConfig()
     samples: SamplesConfig = SamplesConfig()
 
     @model_validator(mode="after")
@@ -108,12 +111,41 @@ def check_parts(config: RunConfig) -> None:
             where="samples.prompts",
             fix="set it to []",
         )
-    if data.batch_size % train.micro_batches:
+    if train.max_device_rows is None and data.batch_size % train.micro_batches:
         raise MaxlmError(
             f"data.batch_size={data.batch_size} does not divide into "
             f"train.micro_batches={train.micro_batches}",
             fix="make the batch a multiple of the micro-batches",
         )
+
+
+def fitted(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:
+    """The config on a mesh: where ``train.max_device_rows`` is set, ``train.micro_batches`` is the
+    fewest parts of the batch that leave every device no more sequences at once.
+
+    Args:
+        sizes: mesh axis → devices.
+
+    Raises:
+        MaxlmError: the batch does not divide over the mesh.
+    """
+    most = config.train.max_device_rows
+    if most is None:
+        return config
+    ways, stages = prod(sizes[axis] for axis in config.sharding.compute.batch), sizes["stage"]
+    rows = config.data.batch_size // ways
+    divides = config.data.batch_size % ways == 0
+    parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
+    if not divides or not parts:
+        split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
+        raise MaxlmError(
+            f"a batch of {config.data.batch_size} sequences does not divide over {split} into "
+            f"parts of {most} or less",
+            where="train.max_device_rows",
+            fix="use a mesh whose batch axes and stages divide the batch",
+        )
+    train = config.train.model_copy(update={"micro_batches": parts[0]})
+    return config.model_copy(update={"train": train})
 
 
 def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:

@@ -47,6 +47,8 @@ VERBS = {
         "Show what a run holds, sends and takes on a machine, before paying for it.",
         {"diff": "maxlm.cli.plan:diff"},
     ),
+    "runs": Verb("maxlm.cli.runs:app", "List runs; show how far one is and where its time went."),
+    "launch": Verb("maxlm.cli.launch:command", "Print or submit a cluster scheduler's job."),
     "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
     "convert": Verb(
         "maxlm.cli.convert:command", "Turn a Hugging Face checkpoint into a run, or a run into one."
@@ -123,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows ``maxlm``; the process's own by default.
 
     Returns:
-        The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on stderr), 130
-        interrupted. With MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
+        The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on stderr), 75 a
+        run that was told to stop and saved, 76 one that lost a process, 130 interrupted. With
+        MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
     """
     if arguments is None:  # the process is ours alone
         # Imports make 150,000 objects that stay. Looking through them after every 700 new ones,
@@ -137,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if text is None:
             raise
         print(text, file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
     return result if isinstance(result, int) else 0
 
 

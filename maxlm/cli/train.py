@@ -14,8 +14,23 @@ def command(
         str | None,
         typer.Option(help="Go on from this run's newest checkpoint, in a folder of its own."),
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Trace these steps for xprof: 10:13, both of them with it.")
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Of several processes: host:port of the first.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
-    """Train a model. Called again, it goes on from the newest checkpoint in the run's folder."""
+    """Train a model. Called again, it goes on from the newest checkpoint in the run's folder.
+
+    On a cluster, every process is started with the same command and finds the others by itself
+    (SLURM, TPUs, the templates of `maxlm launch`); the options say it otherwise.
+
+    Exit code: 0 done, 2 a mistake in what was given, 75 told to stop (SIGTERM, SIGUSR1) and saved,
+    76 a process hung or was lost: after the last two the same command goes on.
+    """
     import os
 
     from maxlm.config import load
@@ -26,7 +41,17 @@ def command(
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load(RunConfig, config, settings or ()).value
-    from maxlm.programs.pretrain import pretrain
-    from maxlm.programs.report import report
+    from maxlm.programs.job import taking_part
+    from maxlm.train.profile import parse_steps
 
-    report(pretrain(run, resume=resume))
+    traced = parse_steps(profile) if profile else None
+    cluster = {
+        "coordinator": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    with taking_part(run, **cluster):
+        from maxlm.programs.pretrain import pretrain
+        from maxlm.programs.report import report
+
+        report(pretrain(run, resume=resume, profile=traced))

@@ -19,7 +19,7 @@ from maxlm.plan.shape import Shape
 from maxlm.plan.timing import EFFICIENCY, Time, seconds
 from maxlm.plan.topology import Topology, dimensions, parse_topology
 from maxlm.plan.workload import Split, Work
-from maxlm.run import RunConfig
+from maxlm.run import RunConfig, fitted
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import between_slices, check_hosts
 
@@ -246,6 +246,7 @@ def predict(
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
+    config = fitted(config, sizes)
     split = Split(config, sizes)
     network = machine.network if machine else None
     if links is None and network:

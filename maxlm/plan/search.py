@@ -49,7 +49,7 @@ class Candidate:
         run = config.model_dump()
         run["mesh"] |= self.sizes
         run["model"]["remat"] = self.remat
-        run["train"]["micro_batches"] = self.micro_batches
+        run["train"] |= {"micro_batches": self.micro_batches, "max_device_rows": None}
         run["sharding"]["compute"]["residual"] = self.residual
         return RunConfig.model_validate(run)
 

@@ -1,13 +1,14 @@
 """Batches of a run, on its mesh."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 
 from maxlm.data.loader import Mixing, TokenSource, make_loader, one_pass
 from maxlm.data.store import TokenStore
 from maxlm.objectives import Transform, Vocabulary, host_transform
 from maxlm.programs.setup import Setup
 from maxlm.train.batch import batch_sharding, local_rows, put_batch
+from maxlm.train.skips import Skips, stretches
 from maxlm.train.step import Batch
 
 
@@ -18,23 +19,35 @@ def training_batches(
     mixing: Mapping[str, float] | Mixing,
     vocabulary: Vocabulary,
     start: int,
+    skips: Skips = (),
 ) -> Iterator[Iterator[Batch]]:
-    """Arrays [micro-batches, rows, S] from step ``start`` to the run's last."""
+    """Arrays [micro-batches, rows, S] from step ``start`` to the run's last.
+
+    Args:
+        skips: batches to leave out.
+    """
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
     sharding = batch_sharding(setup.compute, setup.mesh)
     rows, order = local_rows(sharding, (*lead, data.seq_len)), setup.token_order
-    with make_loader(
-        stores,
-        mixing,
-        data,
-        seed=setup.config.seed,
-        start_step=start,
-        num_steps=setup.config.train.steps - start,
-        rows=rows,
-        transform=_transform(setup, vocabulary),
-    ) as loader:
-        yield (put_batch(batch, rows, sharding, lead, order) for batch in loader)
+
+    def batches() -> Generator[Batch]:
+        for first, count in stretches(start, setup.config.train.steps, skips):
+            with make_loader(
+                stores,
+                mixing,
+                data,
+                seed=setup.config.seed,
+                start_step=first,
+                num_steps=count,
+                rows=rows,
+                transform=_transform(setup, vocabulary),
+            ) as loader:
+                for batch in loader:
+                    yield put_batch(batch, rows, sharding, lead, order)
+
+    with closing(batches()) as each:
+        yield each
 
 
 @contextmanager

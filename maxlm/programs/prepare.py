@@ -23,6 +23,8 @@ from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.
 _READING = ("weight", "max_epochs", "store_segments")
+# What a run's folder has before anything is prepared in it.
+_EMPTY = ("lock", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator
         try:
             yield
         except MaxlmError:
-            if new and list(folder.iterdir()) == [path]:
-                path.unlink()
+            if new and {each.name for each in folder.iterdir()} <= {*_EMPTY, path.name}:
+                with suppress(OSError):
+                    (folder / "checkpoints").rmdir()
+                for each in (folder / "lock", path):
+                    each.unlink(missing_ok=True)
             raise
 
 

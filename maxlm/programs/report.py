@@ -14,7 +14,7 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.show import human_bytes, human_seconds
 from maxlm.programs.generate import between, generate_text
 from maxlm.programs.pretrain import Trained, parameters
-from maxlm.train.metrics import read_records
+from maxlm.train.records import read_records
 
 # Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
 COMPARED_BYTES = 16 << 20

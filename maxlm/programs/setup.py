@@ -18,7 +18,7 @@ from maxlm.models.params import Params
 from maxlm.objectives import OBJECTIVES
 from maxlm.parallel.context import sequence_order
 from maxlm.plan.placement import place_model
-from maxlm.run import RunConfig
+from maxlm.run import RunConfig, fitted
 from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
 from maxlm.train.optimizer import make_optimizer, updated_in
 from maxlm.train.schedule import make_schedule
@@ -136,6 +136,8 @@ def set_up(
             schedule longer than the run, too much unsharded.
     """
     mesh = make_mesh(config.mesh, devices)
+    if for_training:
+        config = fitted(config, dict(mesh.shape))
     dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
     placed = place_model(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)

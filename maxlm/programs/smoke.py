@@ -66,7 +66,9 @@ def shrink(config: RunConfig, num_devices: int) -> RunConfig:
         "objective": objective,
         "mesh": {"data": 1, "fsdp": num_devices},
         "data": config.data.model_copy(update=data),
-        "train": config.train.model_copy(update={"steps": steps, "micro_batches": micro}),
+        "train": config.train.model_copy(
+            update={"steps": steps, "micro_batches": micro, "max_device_rows": None}
+        ),
         "schedule": config.schedule.model_copy(
             update={
                 "kind": "constant",

@@ -1,4 +1,4 @@
-"""How long a run is, and how often it looks up from its work."""
+"""How long a run is, how often it looks up from its work, and what it does when things go wrong."""
 
 from pydantic import Field
 
@@ -11,6 +11,10 @@ class TrainConfig(Config):
     micro_batches: int = Field(default=1, gt=0)
     """Parts a batch is taken in, one after the other: activation memory falls by as much, the
     result stays the same."""
+    max_device_rows: int | None = Field(default=None, ge=1)
+    """Most sequences that a device takes at once: on a machine with fewer devices a batch is taken
+    in more parts, and the batch stays what it was. With it, micro_batches follows from the mesh;
+    null: micro_batches says."""
     start_from: str | None = None
     """A run's folder, such as `maxlm convert` makes, whose parameters (and tokenizer, if none is
     named) this run starts from; null: from random ones. The optimizer starts anew."""
@@ -24,10 +28,12 @@ class TrainConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When checkpoints are written, and which are kept."""
+    """When checkpoints are written, where, and which are kept."""
 
     every_steps: int = Field(default=500, ge=0)
     """Steps between checkpoints; 0: only where the run stops."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Also so many minutes after the last one; null: by steps alone."""
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest are kept."""
     keep_every: int | None = Field(default=None, ge=1)
@@ -35,3 +41,40 @@ class CheckpointConfig(Config):
     asynchronous: bool = True
     """true: training goes on while files are written, for one more copy of the state in host
     memory. false: it waits for them."""
+    local_folder: str | None = None
+    """A fast disk of each host's own (or its memory: /dev/shm/maxlm) for the two newest of
+    checkpoints in between, which outlive the job and not the host; null: none."""
+    local_every_steps: int = Field(default=50, ge=1)
+    """Steps between those."""
+    remote_folder: str | None = None
+    """A place (gs://, s3://, a path) to which process 0 copies each checkpoint once it is complete,
+    and from which a run goes on whose own folder has no newer one; null: none."""
+
+
+class FaultsConfig(Config):
+    """What a run does about numbers gone bad, steps that hang, and peers that are gone."""
+
+    max_skipped: int = Field(default=3, ge=1)
+    """An update with a loss or gradient that is not finite is left out; after so many in a row the
+    run goes back to a checkpoint and leaves out the batches since."""
+    spike_threshold: float | None = Field(default=15.0, gt=0)
+    """A loss is a spike if it exceeds the median of those before by this many standard deviations,
+    estimated from the median deviation (1.4826 times it, and 0.5% of the median at least);
+    null: no loss is."""
+    spike_steps: int = Field(default=3, ge=1)
+    """So many spikes in a row are treated as bad numbers are."""
+    spike_window: int = Field(default=128, ge=8)
+    """How many losses before are looked at; until there are so many, none is a spike."""
+    max_rollbacks: int = Field(default=5, ge=0)
+    """Times that a run goes back in its whole life before it gives up."""
+    hang_factor: float = Field(default=50.0, gt=1)
+    """A step that takes this many times the median is a hang: every process writes down what each
+    of its threads is doing, and ends."""
+    hang_seconds: float = Field(default=300.0, gt=0)
+    """... but it is given this long in any case."""
+    idle_seconds: float = Field(default=3600.0, gt=0)
+    """The same for what has no median: the first step, which compiles, an evaluation, a save."""
+    join_seconds: float = Field(default=300.0, gt=0)
+    """How long processes wait for each other at the start."""
+    peer_seconds: float = Field(default=60.0, ge=10)
+    """How long a process may be silent before the others take it for dead, and end."""

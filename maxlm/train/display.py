@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.train.metrics import read_records
+from maxlm.train.records import read_records
 
 
 def duration(seconds: float) -> str:

@@ -1,21 +1,28 @@
 """The loop: batches in, steps taken, what happened written down, the state kept safe."""
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.config.errors import Preempted
+from maxlm.train.agreement import Agreement, Wish
+from maxlm.train.anomaly import LossWatch, Verdict
+from maxlm.train.checkpoint.tiers import Tiers
 from maxlm.train.config import TrainConfig
+from maxlm.train.notices import Notices
+from maxlm.train.profile import Profiler
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
+from maxlm.train.watchdog import Watchdog
+
+# Seconds between two notes of progress in the event log: what a killed run loses of its account.
+NOTED_EVERY = 10.0
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,18 @@ class Hooks:
     evaluate: Callable[[TrainState], Mapping[str, float]] | None
     """Scalars to record every ``eval_every`` steps."""
     event: Callable[..., None]
-    """``checkpoint`` (begun, not yet written), step; ``stop``, step, reason=done, interrupt or
-    loss."""
+    """(kind, step, **details); see docs/runs.md for the kinds."""
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What the loop minds besides the steps."""
+
+    notices: Notices
+    agreement: Agreement
+    watch: LossWatch
+    watchdog: Watchdog
+    profiler: Profiler
 
 
 def train(
@@ -38,10 +55,11 @@ def train(
     *,
     config: TrainConfig,
     hooks: Hooks,
-    checkpointer: Checkpointer,
+    guards: Guards,
+    tiers: Tiers,
     metadata: Mapping[str, Any],
     folder: str,
-) -> TrainState:
+) -> TrainState | Verdict:
     """Train from ``state.step`` to ``config.steps``.
 
     The device is kept one step ahead of the host: a step's scalars are read only once the next
@@ -54,111 +72,163 @@ def train(
         folder: the run's, for messages.
 
     Returns:
-        The final state, saved.
+        The final state, saved; or why the run must go back to a checkpoint, with nothing saved.
 
     Raises:
-        MaxlmError: interrupted (after saving the state); a loss that is no number (without saving:
-            the newest checkpoint is from before it).
+        Preempted: told to stop by a scheduler; the state is saved.
+        MaxlmError: interrupted; the state is saved.
     """
-    start, pending, clock = int(state.step), None, _Clock()
-    with _interrupts() as interrupted:
+    start, number = int(state.step), int(state.step)
+    loop = _Loop(hooks, guards, tiers, metadata, _Account(hooks.event, start))
+    account, asked, pending = loop.account, Wish.NONE, None
+    with guards.notices.held():
         for number in range(start + 1, config.steps + 1):
-            with clock.waiting():
+            guards.watchdog.expect(number, "first step" if number == start + 1 else "step")
+            guards.profiler.before(number, state)
+            with account.waiting():
                 batch = next(batches)
             state, sums = step(state, batch)
+            guards.profiler.after(number, sums)
+            wish = guards.notices.wish | (Wish.SAVE if tiers.late() else Wish.NONE)
+            proposed = guards.agreement.propose(wish)
+            verdict = None
             if pending is not None:
-                _record(hooks, clock, *pending)
-            pending = number, sums
+                verdict, asked = loop.settle(*pending)
+            pending = number, sums, proposed
             evaluating = _due(config.eval_every, number) and number < config.steps
-            if evaluating or checkpointer.due(number):
+            if verdict is None and (evaluating or asked or tiers.due(number)):
                 # A checkpoint never comes before the records up to it: a run may be killed between.
-                _record(hooks, clock, *pending)
-                pending = None
+                verdict, more = loop.settle(*pending)
+                pending, asked = None, asked | more
+            if verdict is not None:
+                return loop.gone_bad(verdict)
             if evaluating and hooks.evaluate:
-                hooks.record(number, hooks.evaluate(state))
-                clock.restart()
-            if checkpointer.save(number, state, metadata):
-                hooks.event("checkpoint", number)
-            if interrupted():
+                guards.watchdog.expect(number, "evaluation")
+                with account.timed("evaluating") as seconds:
+                    hooks.record(number, hooks.evaluate(state))
+                hooks.event("evaluate", number, seconds=seconds())
+            loop.save(number, state, force=asked != Wish.NONE)
+            if asked.stops:
                 break
+            asked = Wish.NONE
         if pending is not None:
-            _record(hooks, clock, *pending)
-    if checkpointer.save(int(state.step), state, metadata, force=True):
-        hooks.event("checkpoint", int(state.step))
-    checkpointer.wait()
-    if int(state.step) < config.steps:
-        hooks.event("stop", int(state.step), reason="interrupt")
-        raise MaxlmError(
-            f"interrupted at step {int(state.step)} of {config.steps}, which is saved",
-            where=folder,
-            fix="run the same command to go on from there",
-        )
-    hooks.event("stop", int(state.step), reason="done")
-    return state
+            verdict, _ = loop.settle(*pending)
+            if verdict is not None:
+                return loop.gone_bad(verdict)
+        loop.save(number, state, force=True)
+        guards.watchdog.expect(number, "save")
+        with account.timed("saving"):
+            tiers.wait()
+        account.note(number)
+    if not asked.stops or number == config.steps:
+        return state
+    told = Wish.PREEMPT in asked
+    hooks.event("stop", number, reason="preempted" if told else "interrupt")
+    kind, words = (Preempted, "told to stop at") if told else (MaxlmError, "interrupted at")
+    stopped = kind(
+        f"{words} step {number} of {config.steps}, which is saved",
+        where=folder,
+        fix="run the same command to go on from there",
+    )
+    stopped.together = True
+    raise stopped
 
 
 def _due(every: int, number: int) -> bool:
     return every > 0 and number % every == 0
 
 
-def _record(hooks: Hooks, clock: "_Clock", number: int, sums: Sums) -> None:
-    values = {name: float(value) for name, value in jax.device_get(sums).items()}
-    hooks.record(number, values | clock.lap())
-    if not isfinite(values["loss"]):
-        hooks.event("stop", number, reason="loss")
-        raise MaxlmError(
-            f"the loss is {values['loss']} at step {number}",
-            where="train",
-            fix="go on from the last checkpoint with a lower schedule.learning_rate or "
-            "optimizer.clip_norm, in another run folder (--resume)",
-        )
+@dataclass(frozen=True)
+class _Loop:
+    """What is done with a step once it is taken."""
+
+    hooks: Hooks
+    guards: Guards
+    tiers: Tiers
+    metadata: Mapping[str, Any]
+    account: "_Account"
+
+    def settle(self, number: int, sums: Sums, proposed: Any) -> tuple[Verdict | None, Wish]:
+        """Wait for a step, write down its scalars, and judge them; what anyone wanted then."""
+        values = {name: float(value) for name, value in jax.device_get(sums).items()}
+        lap = self.account.lap(number)
+        self.guards.watchdog.lap(lap["seconds"])
+        self.hooks.record(number, values | lap)
+        if values.get("skipped"):
+            self.hooks.event("skip", number, reason="the loss or a gradient is not finite")
+        return self.guards.watch.see(number, values), self.guards.agreement.agreed(proposed)
+
+    def save(self, number: int, state: TrainState, force: bool) -> None:
+        if not (force or self.tiers.due(number)):
+            return
+        self.guards.watchdog.expect(number, "save")
+        metadata = {**self.metadata, "losses": self.guards.watch.memory}
+        with self.account.timed("saving") as seconds:
+            tier = self.tiers.save(number, state, metadata, force=force)
+        if tier is not None:
+            self.account.note(number)
+            name = "local" if tier == "local" else "remote"
+            self.hooks.event("checkpoint", number, tier=name, seconds=seconds())
+
+    def gone_bad(self, verdict: Verdict) -> Verdict:
+        self.account.note(verdict.last)
+        return verdict
 
 
-class _Clock:
-    """Seconds from one step's end to the next's, and what of them went to waiting for data."""
+@dataclass
+class _Account:
+    """Where the time goes: seconds from one step's end to the next's, and what of them went to
+    waiting for data; cumulative seconds of each kind, noted in the event log now and then."""
 
-    def __init__(self):
-        self.restart()
+    event: Callable[..., None]
+    start: int
+    spent: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    )
 
-    def restart(self) -> None:
+    def __post_init__(self) -> None:
+        self._noted = time.monotonic()
+        self._restart()
+
+    def _restart(self) -> None:
         self._lap_began, self._waited = time.perf_counter(), 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """For data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
-    def lap(self) -> dict[str, float]:
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[Callable[[], float]]:
+        """Time that is no step's; yields what tells how long it took."""
+        began = time.perf_counter()
+        ended = began
+        try:
+            yield lambda: ended - began
+        finally:
+            ended = time.perf_counter()
+            self.spent[kind] += ended - began
+            self._lap_began += ended - began
+
+    def lap(self, number: int) -> dict[str, float]:
+        """A step's end."""
         seconds = max(time.perf_counter() - self._lap_began, 1e-9)
-        waited = self._waited
-        self.restart()
-        return {"seconds": seconds, "loader_wait": min(waited / seconds, 1.0)}
+        waited = min(self._waited, seconds)
+        self._restart()
+        if number == self.start + 1:
+            self.event("compiled", number, seconds=seconds - waited)
+        else:
+            self.spent["stepping"] += seconds - waited
+        self.spent["loading"] += waited
+        if time.monotonic() - self._noted >= NOTED_EVERY:
+            self.note(number)
+        return {"seconds": seconds, "loader_wait": waited / seconds}
 
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C asks the loop to stop after the step in hand; a second one stops at once.
-
-    Processes of a larger job cannot each stop where they please, so there it keeps its meaning.
-    """
-    pressed = False
-
-    def press(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    try:
-        before = signal.signal(signal.SIGINT, press) if jax.process_count() == 1 else None
-    except ValueError:  # Not the main thread (a notebook's worker): leave signals alone.
-        before = None
-    try:
-        yield lambda: pressed
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+    def note(self, number: int) -> None:
+        self._noted = time.monotonic()
+        self.event("progress", number, **{k: round(v, 6) for k, v in self.spent.items()})
 
 
 def evaluate(

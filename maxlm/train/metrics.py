@@ -4,19 +4,19 @@ A metrics record is a flat dict of JSON numbers with an integer ``step``; the st
 updates made so far.
 """
 
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.config import MaxlmError
-
-Record = Mapping[str, Any]
+from maxlm.data.work.paths import writing
+from maxlm.train.records import Record, RecordFile
+from maxlm.train.reporting import ReportingConfig
+from maxlm.train.sinks import open_sinks
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -33,15 +33,6 @@ def per_token(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}
     loads = jnp.maximum(sums.get("expert_load", tokens), 1.0)
     return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}
-
-
-def tree_norms(grads: Any, params: Any, updates: Any) -> dict[str, jax.Array]:
-    """fp32 scalars: ``grad_norm`` (before clipping), ``param_norm`` and ``update_norm``."""
-    return {
-        "grad_norm": global_norm(grads),
-        "param_norm": global_norm(params),
-        "update_norm": global_norm(updates),
-    }
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
@@ -71,34 +62,22 @@ def memory_record() -> dict[str, float]:
     return {"process_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file; a last line cut short by a kill is left out."""
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record
-
-
 class MetricsLog:
-    """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and TensorBoard events beside them.
+    """``metrics.jsonl`` and ``events.jsonl`` in a run folder, and what shows them elsewhere.
 
     Resuming at a step drops every record after it, so that a run that was killed leaves the same
     ``metrics.jsonl`` as one that was not, but for times, rates and memory. ``events.jsonl`` only
-    grows: from its starts, resumes, checkpoints begun and stops, with wall times, goodput can be
-    computed.
+    grows: `maxlm.programs.goodput` tells from it where the time of all attempts went.
 
     Args:
         folder: the run folder; made if missing.
         resume_step: keep records up to and including this step; 0 begins anew.
         write: False on all processes but the first: every method then does nothing.
-        tensorboard: also write TensorBoard events.
+        reporting: where else the numbers go.
 
     Raises:
-        MaxlmError: the folder cannot be written.
+        MaxlmError: a file cannot be written (no place, no permission), here and in every method;
+            anything about ``reporting``.
     """
 
     def __init__(
@@ -107,69 +86,56 @@ class MetricsLog:
         resume_step: int = 0,
         *,
         write: bool = True,
-        tensorboard: bool = True,
+        reporting: ReportingConfig = ReportingConfig(),
     ):
         self._write = write
-        self._board = None
         if not write:
             return
         folder = Path(folder)
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._metrics = self._resume(folder / "metrics.jsonl", resume_step)
-            self._events = (folder / "events.jsonl").open("a")
-        except OSError as error:
-            raise MaxlmError(
-                f"cannot write metrics ({error.strerror})",
-                where=str(folder),
-                fix="name a folder that can be written",
-            ) from error
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            purge = resume_step + 1 if resume_step else None
-            # Its file names go by the second: a quick restart would overwrite the last run's.
-            suffix = f".{resume_step}.{os.getpid()}"
-            board = str(folder / "tensorboard")
-            self._board = SummaryWriter(board, purge_step=purge, filename_suffix=suffix)
-
-    @staticmethod
-    def _resume(path: Path, step: int):
-        kept = [r for r in read_records(path) if r["step"] <= step] if step else []
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("w") as file:
-            file.writelines(f"{json.dumps(r)}\n" for r in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        return path.open("a")
+        self._sinks = []
+        with ExitStack() as stack:
+            self._metrics = RecordFile(folder / "metrics.jsonl")
+            stack.callback(self._metrics.close)
+            # A run that begins anew has no step 0 in its records.
+            self._metrics.keep(resume_step if resume_step else -1)
+            self._events = RecordFile(folder / "events.jsonl")
+            stack.callback(self._events.close)
+            for sink in open_sinks(reporting, folder, resume_step):
+                stack.callback(sink.close)
+                self._sinks.append(sink)
+            self._open = stack.pop_all()
 
     def log(self, step: int, values: Record) -> None:
         """Append one record: ``step`` and finite or non-finite numbers (written as null)."""
         if not self._write:
             return
-        record = {"step": step} | {name: _number(value) for name, value in values.items()}
-        self._metrics.write(f"{json.dumps(record)}\n")
-        self._metrics.flush()
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, float(value), step)
+        numbers = {name: _number(value) for name, value in values.items()}
+        self._metrics.append({"step": step, **{n: _or_null(v) for n, v in numbers.items()}})
+        for sink in self._sinks:
+            sink.log(step, numbers)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
-        """Append an event (start, resume, checkpoint, stop, ...) with the wall time in seconds."""
+        """Append an event with the wall time in seconds; docs/runs.md lists them."""
         if not self._write:
             return
-        record = {"event": kind, "step": step, "time": time.time(), **details}
-        self._events.write(f"{json.dumps(record)}\n")
-        self._events.flush()
+        self._events.append({"event": kind, "step": step, "time": time.time(), **details})
+        for sink in self._sinks:
+            sink.event(kind, details)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records after ``step``: training goes on from there once more."""
+        if not self._write:
+            return
+        self._metrics.keep(step)
+        for sink in self._sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Write everything out."""
         if self._write:
-            self._metrics.close()
-            self._events.close()
-            if self._board:
-                self._board.close()
+            self._open.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -178,6 +144,9 @@ class MetricsLog:
         self.close()
 
 
-def _number(value: Any) -> int | float | None:
-    value = value if isinstance(value, int) else float(value)
+def _number(value: Any) -> int | float:
+    return value if isinstance(value, int) else float(value)
+
+
+def _or_null(value: int | float) -> int | float | None:
     return value if abs(value) < float("inf") else None  # also None for NaN: JSON has neither

@@ -10,7 +10,7 @@ from jax import lax
 
 from maxlm.models.params import Params, bind, param_specs
 from maxlm.train.gradients import loss_and_gradients
-from maxlm.train.metrics import per_token, tree_norms
+from maxlm.train.metrics import global_norm, per_token
 from maxlm.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -44,8 +44,9 @@ def train_step(
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the objective's other sums per counted
-        token, ``batch_tokens`` (how many were counted), ``learning_rate``, and the global norms
-        of gradients (before clipping), parameters and updates.
+        token, ``batch_tokens`` (how many were counted), ``learning_rate``, the global norms of
+        gradients (before clipping), parameters and updates, and ``skipped``: 1 where the loss or
+        a gradient was not finite, so that parameters and optimizer stayed what they were.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -59,11 +60,32 @@ def train_step(
     ema: Any = state.ema
     if ema is not None:
         ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
-    metrics: Sums = {"loss": total / tokens, **per_token(sums), "batch_tokens": sums["tokens"]}
-    learned = (_learned(model, tree) for tree in (grads, params, updates))
+    grad_norm = global_norm(_learned(model, grads))
+    finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+    params, opt_state, ema = _kept(
+        finite, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+    )
     rate: Any = schedule(state.step)
-    metrics |= {"learning_rate": rate, **tree_norms(*learned)}
+    metrics: Sums = {
+        "loss": total / tokens,
+        **per_token(sums),
+        "batch_tokens": sums["tokens"],
+        "learning_rate": rate,
+        "grad_norm": grad_norm,
+        "param_norm": global_norm(_learned(model, params)),
+        "update_norm": jnp.where(finite, global_norm(_learned(model, updates)), 0.0),
+        "skipped": 1.0 - finite.astype(jnp.float32),
+    }
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
+    """``new``, or ``old`` where the numbers are bad; counts go on, with them the schedule."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return jax.tree.map(choose, new, old)
 
 
 def _learned(model: Any, tree: Any) -> Any:

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from maxlm.config import MaxlmError
 from maxlm.huggingface import arrays, checkpoint
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
-from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.config import CheckpointConfig
 
 LEADS = {"embed.table": 0, "layers.norm": 1, "layers.up": 1, "layers.experts": 2}
 SHAPES = {

@@ -20,7 +20,7 @@ from maxlm.models.params import bind
 from maxlm.programs.convert import convert
 from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
-from maxlm.train.metrics import read_records
+from maxlm.train.records import read_records
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from maxlm.train.metrics import read_records
+from maxlm.train.records import read_records
 from tests.programs import tiny
 
 STEPS = 30

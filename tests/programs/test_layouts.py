@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.train.metrics import read_records
+from maxlm.train.records import read_records
 from tests.programs import tiny
 
 WORKER = Path(__file__).with_name("train_worker.py")

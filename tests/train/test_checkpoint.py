@@ -15,7 +15,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import CheckpointConfig, Checkpointer, check_same, named_leaves
+from maxlm.train.checkpoint import Checkpointer, check_same, named_leaves
+from maxlm.train.config import CheckpointConfig
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"config": {"model": {"d_model": 6}}, "loader": 3}
@@ -86,7 +87,8 @@ if cluster:
     jax.distributed.initialize(f"127.0.0.1:{cluster[0]}", 2, int(cluster[1]))
 from jax.sharding import NamedSharding, PartitionSpec as P
 from maxlm.sharding import MeshConfig, make_mesh
-from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.config import CheckpointConfig
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 want = runpy.run_path(here)["make_state"]()
 specs = {0: P(), 2: P("tensor", "fsdp"), 3: P(None, "fsdp", "tensor")}
@@ -126,7 +128,8 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
 SAVES_FOR_EVER = """
 import itertools, runpy, sys
 here = runpy.run_path(sys.argv[1])
-from maxlm.train.checkpoint import CheckpointConfig, Checkpointer
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.config import CheckpointConfig
 checkpoints = Checkpointer(sys.argv[2], CheckpointConfig(keep_last=1))
 start = (checkpoints.latest() or 0) + 1
 for step in itertools.count(start):
@@ -199,7 +202,9 @@ def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
     save(tmp_path, 3, 5)
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         metadata = checkpoints.metadata()
-    assert metadata == METADATA | {"step": 5, "versions": metadata["versions"]}
+    added = {name: metadata[name] for name in ("versions", "fingerprints")}
+    assert metadata == METADATA | {"step": 5, **added}
+    assert set(added["fingerprints"]) == set(named_leaves(make_state()))
     assert metadata["versions"]["jax"] == jax.__version__
 
 
@@ -301,9 +306,9 @@ def test_an_unreadable_checkpoint_is_an_error(tmp_path):
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         for call in (checkpoints.restore, checkpoints.restore_params):
             text = message(call, 2, abstract(make_state()))
-            assert text.startswith(f"{tmp_path}: checkpoint 2 is unreadable (")
+            assert text.startswith(f"{tmp_path}/2: unreadable (")
             assert text.endswith("; restore another step")
-        assert "checkpoint 2 is unreadable" in message(checkpoints.metadata, 2)
+        assert message(checkpoints.metadata, 2).startswith(f"{tmp_path}/2: unreadable (")
         assert_same(checkpoints.restore(1, abstract(make_state())), make_state())
 
 

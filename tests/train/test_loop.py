@@ -1,15 +1,23 @@
-"""The loop takes, records, evaluates and saves every step once, in order; an interrupt saves."""
+"""The loop takes, records, evaluates and saves every step once, in order; when told to stop it
+saves, and when the numbers go bad it does not."""
 
 import signal
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.errors import Preempted
 from maxlm.train import loop
-from maxlm.train.config import TrainConfig
-from maxlm.train.loop import Hooks, evaluate, train
+from maxlm.train.agreement import Agreement, Wish
+from maxlm.train.anomaly import LossWatch, Verdict
+from maxlm.train.config import FaultsConfig, TrainConfig
+from maxlm.train.loop import Guards, Hooks, evaluate, train
+from maxlm.train.notices import noticing
+from maxlm.train.profile import Profiler
+from maxlm.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -22,20 +30,29 @@ class Journal:
     """Stands in for all that the loop talks to, and writes down what it is told."""
 
     save_every: int = 0
-    interrupt_at: tuple[int, ...] = ()
+    late_at: int | None = None
+    signals: dict[int, list[signal.Signals]] = field(default_factory=dict)
+    bad: tuple[int, ...] = ()
     lines: list[tuple] = field(default_factory=list)
-    events: list[tuple[str, int]] = field(default_factory=list)
+    events: list[tuple] = field(default_factory=list)
     records: dict[int, dict[str, float]] = field(default_factory=dict)
+    taken: int = 0
 
     def due(self, step):
         return self.save_every > 0 and step % self.save_every == 0
 
+    def late(self):
+        return self.taken == self.late_at
+
     def save(self, step, state, metadata, force=False):
-        assert (step, metadata) == (state.step, {"meta": 1})
-        begun = force or self.due(step)
-        if begun:
-            self.lines.append(("save", step))
-        return begun
+        assert step == state.step
+        assert metadata["meta"] == 1
+        good = step - sum(each <= step for each in self.bad)
+        assert len(metadata["losses"]["losses"]) == good
+        if not (force or self.due(step)) or ("save", step) in self.lines:
+            return None
+        self.lines.append(("save", step))
+        return "folder"
 
     def wait(self):
         self.lines.append(("wait",))
@@ -45,48 +62,65 @@ class Journal:
         self.lines.append((kind, step))
         self.records.setdefault(step, {}).update(values)
 
-    def event(self, kind, step, reason=None):
-        self.events.append((kind, step, *filter(None, [reason])))
+    def event(self, kind, step, **details):
+        if kind not in ("progress", "compiled", "evaluate"):
+            self.events.append((kind, step, *filter(None, [details.get("reason")])))
 
     def evaluate(self, state):
         return {"eval_loss": 100.0 + state.step}
 
     def step(self, state, batch):
         assert batch == state.step  # the batch of step s is number s
-        for _ in range(self.interrupt_at.count(state.step + 1)):
-            signal.raise_signal(signal.SIGINT)
-        return State(state.step + 1), {"loss": np.float32(state.step + 1)}
+        self.taken = state.step + 1
+        for number in self.signals.get(self.taken, ()):
+            signal.raise_signal(number)
+        skipped = float(self.taken in self.bad)
+        loss = np.float32("nan") if skipped else np.float32(self.taken)
+        return State(self.taken), {"loss": loss, "skipped": np.float32(skipped)}
 
 
-def run(journal, start=0, evaluating=True, batches=None, **config):
-    return train(
-        State(start),
-        journal.step,
-        iter(range(start, 1000)) if batches is None else batches,
-        config=TrainConfig(**config),
-        hooks=Hooks(journal.record, journal.evaluate if evaluating else None, journal.event),
-        checkpointer=journal,
-        metadata={"meta": 1},
-        folder="runs/x",
-    )
+def run(journal, mesh, start=0, evaluating=True, batches=None, **config):
+    with noticing("runs/x") as notices:
+        return train(
+            State(start),
+            journal.step,
+            iter(range(start, 1000)) if batches is None else batches,
+            config=TrainConfig(**config),
+            hooks=Hooks(journal.record, journal.evaluate if evaluating else None, journal.event),
+            guards=Guards(
+                notices,
+                Agreement(mesh),
+                LossWatch(FaultsConfig(), {"losses": [1.0] * start}),
+                Watchdog(FaultsConfig(), None),
+                Profiler.off(),
+            ),
+            tiers=journal,
+            metadata={"meta": 1},
+            folder="runs/x",
+        )
 
 
-def test_every_step_is_recorded_once_and_in_order():
+@pytest.fixture
+def alone(one_device_mesh):
+    return one_device_mesh
+
+
+def test_every_step_is_recorded_once_and_in_order(alone):
     journal = Journal()
-    assert run(journal, steps=7) == State(7)
+    assert run(journal, alone, steps=7) == State(7)
     assert journal.lines == [*(("record", n) for n in range(1, 8)), ("save", 7), ("wait",)]
     assert {n: r["loss"] for n, r in journal.records.items()} == {n: n for n in range(1, 8)}
 
 
-def test_it_goes_on_from_a_state():
+def test_it_goes_on_from_a_state(alone):
     journal = Journal()
-    assert run(journal, start=4, steps=6) == State(6)
+    assert run(journal, alone, start=4, steps=6) == State(6)
     assert journal.lines == [("record", 5), ("record", 6), ("save", 6), ("wait",)]
 
 
-def test_evaluations_follow_their_step_and_the_last_is_left_to_the_end():
+def test_evaluations_follow_their_step_and_the_last_is_left_to_the_end(alone):
     journal = Journal()
-    run(journal, steps=6, eval_every=3)
+    run(journal, alone, steps=6, eval_every=3)
     assert journal.lines[:5] == [
         *(("record", n) for n in (1, 2, 3)),
         ("evaluated", 3),
@@ -96,83 +130,100 @@ def test_evaluations_follow_their_step_and_the_last_is_left_to_the_end():
     assert ("evaluated", 6) not in journal.lines
 
 
-def test_nothing_is_evaluated_where_nothing_is_held_out():
+def test_nothing_is_evaluated_where_nothing_is_held_out(alone):
     journal = Journal()
-    run(journal, steps=4, eval_every=2, evaluating=False)
+    run(journal, alone, steps=4, eval_every=2, evaluating=False)
     assert [line for line in journal.lines if line[0] == "record"] == [
         ("record", n) for n in range(1, 5)
     ]
     assert not [line for line in journal.lines if line[0] == "evaluated"]
 
 
-def test_a_checkpoint_comes_after_all_records_up_to_it():
+def test_a_checkpoint_comes_after_all_records_up_to_it(alone):
     # A run killed after a save and before the record would never have that record.
     journal = Journal(save_every=2)
-    run(journal, steps=5, eval_every=4)
+    run(journal, alone, steps=5, eval_every=4)
     saves = [(i, line[1]) for i, line in enumerate(journal.lines) if line[0] == "save"]
     assert [step for _, step in saves] == [2, 4, 5]
-    assert journal.events == [
-        *(("checkpoint", step) for step in (2, 4, 5)),
-        ("stop", 5, "done"),
-    ]
+    assert journal.events == [("checkpoint", step) for step in (2, 4, 5)]
     for index, step in saves:
         before = journal.lines[:index]
         assert [s for kind, s in before if kind == "record"] == list(range(1, step + 1))
     assert journal.lines.index(("evaluated", 4)) < journal.lines.index(("save", 4))
 
 
-def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on():
-    journal, before = Journal(interrupt_at=(3,)), signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("told", "kind", "words", "reason"),
+    [
+        (signal.SIGINT, MaxlmError, "interrupted at", "interrupt"),
+        (signal.SIGTERM, Preempted, "told to stop at", "preempted"),
+        (signal.SIGUSR1, Preempted, "told to stop at", "preempted"),
+    ],
+)
+def test_told_to_stop_it_finishes_a_step_saves_and_says_how_to_go_on(
+    alone, told, kind, words, reason
+):
+    journal, before = Journal(signals={3: [told]}), signal.getsignal(told)
     with pytest.raises(MaxlmError) as error:
-        run(journal, steps=9)
+        run(journal, alone, steps=9)
+    assert type(error.value) is kind
     assert str(error.value) == (
-        "runs/x: interrupted at step 3 of 9, which is saved; run the same command to go on from "
-        "there"
+        f"runs/x: {words} step 4 of 9, which is saved; run the same command to go on from there"
     )
-    assert journal.lines == [*(("record", n) for n in (1, 2, 3)), ("save", 3), ("wait",)]
-    assert journal.events == [("checkpoint", 3), ("stop", 3, "interrupt")]
-    assert signal.getsignal(signal.SIGINT) is before
+    # The device is a step ahead of what is known to all.
+    assert journal.lines == [*(("record", n) for n in (1, 2, 3, 4)), ("save", 4), ("wait",)]
+    assert journal.events == [("checkpoint", 4), ("stop", 4, reason)]
+    assert signal.getsignal(told) is before
 
 
-def test_an_interrupt_in_the_last_step_is_no_error():
-    journal = Journal(interrupt_at=(4,))
-    assert run(journal, steps=4) == State(4)
+def test_a_notice_in_the_last_step_is_no_error(alone):
+    journal = Journal(signals={4: [signal.SIGTERM]})
+    assert run(journal, alone, steps=4) == State(4)
     assert journal.lines[-2:] == [("save", 4), ("wait",)]
 
 
-def test_a_second_interrupt_stops_at_once():
-    journal, before = Journal(interrupt_at=(3, 3)), signal.getsignal(signal.SIGINT)
+def test_a_second_interrupt_stops_at_once(alone):
+    journal, before = Journal(signals={3: [signal.SIGINT] * 2}), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run(journal, steps=9)
-    assert ("save", 3) not in journal.lines
+        run(journal, alone, steps=9)
+    assert not [line for line in journal.lines if line[0] == "save"]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("save_every", [0, 4])
-def test_a_lost_loss_stops_the_run_before_it_is_saved(save_every):
-    journal = Journal(save_every=save_every)
-    take = journal.step
-
-    def step(state, batch):
-        state, sums = take(state, batch)
-        return state, {"loss": np.float32("nan")} if state.step >= 4 else sums
-
-    journal.step = step
-    with pytest.raises(MaxlmError) as error:
-        run(journal, steps=9)
-    assert str(error.value) == (
-        "train: the loss is nan at step 4; go on from the last checkpoint with a lower "
-        "schedule.learning_rate or optimizer.clip_norm, in another run folder (--resume)"
-    )
-    assert journal.lines == [("record", n) for n in range(1, 5)]
+def test_when_it_is_time_for_a_checkpoint_one_is_written_a_step_later(alone):
+    journal = Journal(late_at=5)
+    assert run(journal, alone, steps=9) == State(9)
+    assert [line[1] for line in journal.lines if line[0] == "save"] == [6, 9]
+    assert journal.lines.index(("record", 6)) < journal.lines.index(("save", 6))
 
 
-def test_the_share_of_time_spent_waiting_for_data(monkeypatch):
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_bad_updates_in_a_row_end_it_before_anything_is_saved(alone, save_every):
+    journal = Journal(save_every=save_every, bad=(3, 5, 6, 7))
+    verdict = run(journal, alone, evaluating=False, steps=9)
+    assert verdict == Verdict(5, 7, "3 updates in a row were not finite")
+    assert Counter(e[0] for e in journal.events)["skip"] == 4
+    assert not [line for line in journal.lines if line == ("save", 7)]
+    assert [line for line in journal.lines if line[0] == "record"] == [
+        ("record", n) for n in range(1, 8)
+    ]
+
+
+def test_what_any_process_wants_is_known_by_its_bits(alone):
+    agreement = Agreement(alone)
+    for wish in (Wish.NONE, Wish.SAVE, Wish.SAVE | Wish.PREEMPT):
+        assert agreement.agreed(agreement.propose(wish)) == wish
+    assert [wish.stops for wish in Wish] == [False, True, True]
+
+
+def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):
     class Clock:
         now = 0.0
 
         def perf_counter(self):
             return self.now
+
+        monotonic = perf_counter
 
     clock, journal = Clock(), Journal()
     monkeypatch.setattr(loop, "time", clock)
@@ -189,7 +240,7 @@ def test_the_share_of_time_spent_waiting_for_data(monkeypatch):
         return take(state, batch)
 
     journal.step = slow_step
-    run(journal, steps=6, batches=slow_batches())
+    run(journal, alone, steps=6, batches=slow_batches())
     # Between the first and the last, each step waits 3 seconds of its 4.
     for step in range(2, 6):
         assert journal.records[step]["seconds"] == 4.0

@@ -1,9 +1,13 @@
 """Metrics: the numbers, the files a killed and resumed run leaves, what is shown and drawn."""
 
+import errno
 import io
 import json
+import os
 import re
+import resource
 import struct
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +16,23 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.train.display import ConsoleDisplay, duration, plot_loss, summary
-from maxlm.train.metrics import (
-    MetricsLog,
-    global_norm,
-    memory_record,
-    mfu,
-    read_records,
-    tree_norms,
-)
+from maxlm.train.metrics import MetricsLog, global_norm, memory_record, mfu
+from maxlm.train.records import read_records
+from maxlm.train.reporting import ReportingConfig
+
+QUIET = ReportingConfig(tensorboard=False)
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_norms_are_global_and_summed_in_fp32():
+def test_a_norm_is_global_and_summed_in_fp32():
     random = np.random.default_rng(0)
     tree = {"a": random.normal(size=(7, 3)), "b": {"c": random.normal(size=11)}}
     want = np.sqrt(sum((x**2).sum() for x in (tree["a"], tree["b"]["c"])))
-    got = tree_norms(
-        *(jax.tree.map(lambda x, k=k: jnp.float32(k * x), tree) for k in (1.0, 2.0, 3.0))
-    )
-    assert list(got) == ["grad_norm", "param_norm", "update_norm"]
-    np.testing.assert_allclose(list(got.values()), [want, 2 * want, 3 * want], rtol=1e-6)
+    got = global_norm(jax.tree.map(jnp.float32, tree))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
     # In bf16 itself, a sum of ones stalls at 256.
     assert global_norm({"ones": jnp.ones(10_000, jnp.bfloat16)}) == 100.0
     assert global_norm({}).dtype == jnp.float32
@@ -58,11 +56,11 @@ def run(folder, steps, resume_step=0, **options):
 
 
 def test_an_interrupted_runs_file_equals_an_unbroken_ones(tmp_path):
-    run(tmp_path / "whole", range(1, 8), tensorboard=False)
-    run(tmp_path / "broken", range(1, 6), tensorboard=False)
+    run(tmp_path / "whole", range(1, 8), reporting=QUIET)
+    run(tmp_path / "broken", range(1, 6), reporting=QUIET)
     with (tmp_path / "broken/metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed in the middle of a line
-    run(tmp_path / "broken", range(4, 8), resume_step=3, tensorboard=False)
+    run(tmp_path / "broken", range(4, 8), resume_step=3, reporting=QUIET)
     whole, broken = (tmp_path / name / "metrics.jsonl" for name in ("whole", "broken"))
     assert broken.read_bytes() == whole.read_bytes()
     assert lines(whole)[2] == {"step": 3, "loss": pytest.approx(1 / 3), "tokens": 24}
@@ -73,9 +71,9 @@ def test_an_interrupted_runs_file_equals_an_unbroken_ones(tmp_path):
 
 
 def test_events_only_grow_and_have_wall_times(tmp_path):
-    run(tmp_path, [1], tensorboard=False)
-    run(tmp_path, [2], resume_step=1, tensorboard=False)
-    with MetricsLog(tmp_path, 2, tensorboard=False) as log:
+    run(tmp_path, [1], reporting=QUIET)
+    run(tmp_path, [2], resume_step=1, reporting=QUIET)
+    with MetricsLog(tmp_path, 2, reporting=QUIET) as log:
         log.event("stop", 2, reason="interrupt")
     events = lines(tmp_path / "events.jsonl")
     assert [(e["event"], e["step"]) for e in events] == [("start", 0), ("resume", 1), ("stop", 2)]
@@ -84,25 +82,89 @@ def test_events_only_grow_and_have_wall_times(tmp_path):
 
 
 def test_a_new_run_begins_an_empty_file(tmp_path):
-    run(tmp_path, [1, 2], tensorboard=False)
-    run(tmp_path, [1], tensorboard=False)
+    run(tmp_path, [1, 2], reporting=QUIET)
+    run(tmp_path, [1], reporting=QUIET)
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_json_lacks_is_null(tmp_path, value):
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, reporting=QUIET) as log:
         log.log(1, {"loss": value})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
-def test_tensorboard_has_every_scalar(tmp_path):
-    run(tmp_path, [1, 2])
-    run(tmp_path, [2], resume_step=1)
-    files = sorted((tmp_path / "tensorboard").iterdir())
-    data = b"".join(path.read_bytes() for path in files)
-    assert data.count(b"loss") == 3
-    assert struct.pack("<f", 0.5) in data
+def test_after_a_rollback_the_file_is_that_of_a_run_that_never_went_past(tmp_path):
+    run(tmp_path / "straight", range(1, 9), reporting=QUIET)
+    with MetricsLog(tmp_path / "back", reporting=QUIET) as log:
+        for step in (1, 2, 3, 4, 5):
+            log.log(step, {"loss": jnp.float32(1 / step if step < 4 else 99), "tokens": 8 * step})
+        log.rewind(3)
+        for step in (4, 5, 6, 7, 8):
+            log.log(step, {"loss": jnp.float32(1 / step), "tokens": 8 * step})
+    straight, back = (tmp_path / name / "metrics.jsonl" for name in ("straight", "back"))
+    assert back.read_bytes() == straight.read_bytes()
+
+
+@pytest.mark.parametrize("torn", ['{"event": "progress", "st', "\0\0\0", '["a", 1]', "3"])
+def test_a_torn_event_does_not_swallow_the_next(tmp_path, torn):
+    run(tmp_path, [1], reporting=QUIET)
+    path = tmp_path / "events.jsonl"
+    whole = path.read_text()
+    with path.open("a") as file:
+        file.write(torn)
+    assert [e["event"] for e in read_records(path)] == ["start"]
+    run(tmp_path, [2], resume_step=1, reporting=QUIET)
+    assert [e["event"] for e in lines(path)] == ["start", "resume"]
+    assert path.read_text().startswith(whole)
+
+
+def test_an_event_that_lacks_only_its_end_of_line_stays(tmp_path):
+    run(tmp_path, [1], reporting=QUIET)
+    path = tmp_path / "events.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    run(tmp_path, [2], resume_step=1, reporting=QUIET)
+    assert [e["event"] for e in lines(path)] == ["start", "resume"]
+
+
+@contextmanager
+def files_at_most(size):
+    """The kernel takes so many bytes a file, and part of a write that goes past, as a full disk
+    does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_no_room_for_a_record_is_an_error_and_tears_nothing(tmp_path, name):
+    path = tmp_path / name
+    with MetricsLog(tmp_path, reporting=QUIET) as log:
+        write = log.log if name == "metrics.jsonl" else lambda step, values: log.event("x", step)
+        write(1, {"loss": 1.0})
+        kept = path.read_bytes()
+        with files_at_most(len(kept) + 10), pytest.raises(MaxlmError) as error:
+            write(2, {"loss": 2.0})
+        assert path.read_bytes() == kept
+        write(3, {"loss": 3.0})
+    assert [record["step"] for record in lines(path)] == [1, 3]
+    assert str(error.value) == (
+        f"{path}: cannot write: {os.strerror(errno.EFBIG)}; "
+        "free some disk space, or check the folder and its permissions"
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with (
+        MetricsLog(tmp_path, reporting=QUIET) as log,
+        pytest.raises(MaxlmError, match=r"events\.jsonl: cannot write: No space left on device"),
+    ):
+        log.event("start", 0)
 
 
 def test_other_processes_write_nothing(tmp_path):
@@ -116,7 +178,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(MaxlmError) as error:
         MetricsLog(folder)
     assert str(error.value) == (
-        f"{folder}: cannot write metrics (Not a directory); name a folder that can be written"
+        f"{folder}: cannot write: Not a directory; "
+        "free some disk space, or check the folder and its permissions"
     )
 
 
@@ -194,7 +257,7 @@ def test_durations(seconds, text):
 
 
 def test_the_plot_is_a_png_of_training_and_held_out_losses(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, reporting=QUIET) as log:
         for step in range(1, 30):
             held_out = {"eval_loss": 5 / step + 0.1} if step % 10 == 0 else {}
             log.log(step, {"loss": 5 / step, "tokens": 512 * step, **held_out})
@@ -218,7 +281,7 @@ def test_held_out_losses_find_their_tokens_in_the_steps_other_record(tmp_path, m
 
     monkeypatch.setattr(Axes, "plot", record)
     path, image = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, reporting=QUIET) as log:
         log.log(1, {"loss": 3.0, "tokens": 512})
         log.log(1, {"eval_loss": 2.0})
     plot_loss(path, image)
@@ -236,7 +299,7 @@ def test_training_losses_are_also_drawn_as_means_over_one_in_a_hundred_steps(tmp
     drawn, plot = [], Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k)))
     losses = np.random.default_rng(0).normal(size=407).tolist()
-    with MetricsLog(tmp_path, tensorboard=False) as log:
+    with MetricsLog(tmp_path, reporting=QUIET) as log:
         for step, loss in enumerate(losses, 1):
             log.log(step, {"loss": loss})
     plot_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png")

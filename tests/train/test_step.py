@@ -81,6 +81,7 @@ def test_loss_update_and_metrics_follow_their_formulas(micro):
             "grad_norm": abs(gradient),
             "param_norm": abs(slope),
             "update_norm": abs(RATE * gradient),
+            "skipped": 0.0,
         },
         rel=1e-6,
     )

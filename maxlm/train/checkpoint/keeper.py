@@ -1,4 +1,4 @@
-"""Checkpoints: layout-free, asynchronous, atomic.
+"""Checkpoints in one folder: layout-free, asynchronous, atomic.
 
 A checkpoint holds every array of a state under its canonical name (``params.layers.query``,
 ``opt_state.1.mu.layers.query``), whole as far as a reader can tell, and a JSON file of metadata.
@@ -6,29 +6,32 @@ Nothing of the mesh, the number of processes or Python's types is needed to read
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from maxlm.config import MaxlmError, differences
+from maxlm.config import MaxlmError
+from maxlm.train.checkpoint.fingerprint import fingerprints
+from maxlm.train.checkpoint.reading import (
+    Leaves,
+    PyTree,
+    as_held,
+    as_on_disk,
+    check_arrays,
+    first_line,
+    named_leaves,
+    read_arrays,
+    read_metadata,
+    verify,
+)
 from maxlm.train.config import CheckpointConfig
-from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
-
-PyTree = Any
-
-
-def named_leaves(tree: PyTree, prefix: str = "") -> dict[str, Any]:
-    """The leaves of any pytree by dotted path; dict keys, attribute names and indices alike."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    name = jax.tree_util.keystr
-    return {prefix + name(path, simple=True, separator="."): leaf for path, leaf in leaves}
+from maxlm.train.grouped import Groups
+from maxlm.train.together import all_or_none
 
 
 class Checkpointer:
@@ -90,7 +93,7 @@ class Checkpointer:
 
         Args:
             state: any pytree of arrays; with several processes, arrays over all their devices.
-            metadata: JSON values; ``step`` and ``versions`` are added.
+            metadata: JSON values; ``step``, ``versions`` and ``fingerprints`` are added.
             force: write whether due or not.
 
         Returns:
@@ -101,14 +104,18 @@ class Checkpointer:
         """
         if not (force or self.due(step)) or step in self._manager.all_steps():
             return False
-        versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
-        metadata = {"step": step, "versions": versions, **metadata}
+        arrays = as_on_disk(named_leaves(state), self._grouped)
+        metadata = {
+            "step": step,
+            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
+            **metadata,
+            "fingerprints": fingerprints(arrays),
+        }
         with self._explained("a checkpoint was not written", "free some space or rights, resume"):
             return self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(self._ungrouped(named_leaves(state))),
-                    metadata=ocp.args.JsonSave(metadata),
+                    state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
                 ),
                 force=True,
             )
@@ -122,20 +129,21 @@ class Checkpointer:
         """Step of the newest complete checkpoint; waits for one being written."""
         return max(self.steps(), default=None)
 
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint at ``step``."""
+        return self.folder / str(step)
+
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the state at ``step`` (default: the newest).
 
         Raises:
             MaxlmError: no such checkpoint, or an unreadable one.
         """
-        step = self._existing(step)
-        with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
-            return self._manager.restore(
-                step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            )["metadata"]
+        return read_metadata(self.path(self._existing(step)))
 
     def restore(self, step: int | None, abstract: PyTree) -> PyTree:
-        """A saved state, each array read straight into the sharding that is asked for.
+        """A saved state, each array read straight into the sharding that is asked for, and checked
+        to be what was saved.
 
         Args:
             step: default, the newest.
@@ -143,17 +151,20 @@ class Checkpointer:
                 (no sharding: the first device). Arrays are cast to its dtypes.
 
         Raises:
-            MaxlmError: no such checkpoint, an unreadable one, or one of another model or
-                optimizer (names the first array that differs, parameters before others).
+            Unreadable: it is damaged.
+            MaxlmError: no such checkpoint, or one of another model or optimizer (names the first
+                array that differs, parameters before others).
         """
-        return self._restore(step, abstract, prefix="", complete=True)
+        path = self.path(self._existing(step))
+        return restore_from(path, abstract, self._grouped)
 
     def restore_params(self, step: int | None, abstract: PyTree, name: str = "params") -> PyTree:
         """One sub-tree of a saved state (its parameters), reading nothing else.
 
         See :meth:`restore`; ``abstract`` is the sub-tree alone, and so is what is returned.
         """
-        return self._restore(step, abstract, prefix=f"{name}.", complete=False)
+        path = self.path(self._existing(step))
+        return restore_from(path, abstract, self._grouped, prefix=f"{name}.", complete=False)
 
     def check_params(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
         """Check, reading no array, that :meth:`restore_params` would find what it looks for.
@@ -161,7 +172,17 @@ class Checkpointer:
         Raises:
             MaxlmError: as that does.
         """
-        self._found(self._existing(step), abstract, prefix=f"{name}.", complete=False)
+        path = self.path(self._existing(step))
+        check_arrays(path, abstract, self._grouped, prefix=f"{name}.", complete=False)
+
+    def forget(self, step: int) -> None:
+        """Delete the checkpoint at ``step``."""
+        with self._explained(f"checkpoint {step} cannot be deleted", "delete it by hand"):
+            self._manager.delete(step)
+
+    def reload(self) -> None:
+        """See what was changed in the folder by other means."""
+        self._manager.reload()
 
     def wait(self) -> None:
         """Return once nothing is being written any more.
@@ -197,44 +218,6 @@ class Checkpointer:
             )
         return steps[-1] if step is None else step
 
-    def _restore(self, step: int | None, abstract: PyTree, prefix: str, complete: bool) -> PyTree:
-        step = self._existing(step)
-        held, wanted = self._found(step, abstract, prefix, complete)
-        with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(
-                        item=wanted,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                        partial_restore=not complete,
-                    )
-                ),
-            )["state"]
-        grouped = {name for name, leaf in held.items() if self._is_grouped(name, leaf)}
-        restored |= reshaped({name: restored[name] for name in grouped}, held)
-        return jax.tree.unflatten(jax.tree.structure(abstract), [restored[n] for n in wanted])
-
-    def _found(
-        self, step: int, abstract: PyTree, prefix: str, complete: bool
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Leaves by name, as they are held and as they are on disk, where they are."""
-        held = {name: _placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
-        wanted = {n: on_disk(x) if self._is_grouped(n, x) else x for n, x in held.items()}
-        with self._explained(f"checkpoint {step} is unreadable", "restore another step"):
-            stored = self._manager.item_metadata(step)["state"].tree
-        shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
-        _check_same_arrays(shapes, wanted, where=str(self.folder / str(step)))
-        return held, wanted
-
-    def _is_grouped(self, name: str, leaf: Any) -> bool:
-        return is_grouped(name, leaf.shape, self._grouped)
-
-    def _ungrouped(self, leaves: Mapping[str, Any]) -> dict[str, Any]:
-        grouped = {name: leaf for name, leaf in leaves.items() if self._is_grouped(name, leaf)}
-        want = {name: on_disk(_placed(leaf)) for name, leaf in grouped.items()}
-        return dict(leaves) | reshaped(grouped, want)
-
     @contextmanager
     def _explained(self, what: str, fix: str) -> Iterator[None]:
         """Storage fails in as many ways as there are backends: all become one kind of error."""
@@ -243,63 +226,21 @@ class Checkpointer:
         except MaxlmError:
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise MaxlmError(
-                f"{what} ({lines[0][:200]})", where=str(self.folder), fix=fix
+                f"{what} ({first_line(error)})", where=str(self.folder), fix=fix
             ) from error
 
 
-def group_sizes(specs: PyTree) -> Groups:
-    """The ``grouped`` argument of :class:`Checkpointer`, from declarations (``ParamSpec``)."""
-    return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
+def restore_from(
+    path: Path, abstract: PyTree, groups: Groups, *, prefix: str = "", complete: bool = True
+) -> PyTree:
+    """The state in a checkpoint's folder; see :meth:`Checkpointer.restore`. All processes call it
+    together, and it ends alike on all."""
 
+    def read() -> tuple[dict[str, int], Leaves, Leaves]:
+        known = read_metadata(path).get("fingerprints", {})
+        return known, *read_arrays(path, abstract, groups, prefix=prefix, complete=complete)
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_same_arrays(
-    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str
-) -> None:
-    names = sorted({*stored, *wanted}, key=lambda name: (not name.startswith("params."), name))
-    for name in names:
-        there = str(list(stored[name])) if name in stored else "absent"
-        here = str(list(wanted[name].shape)) if name in wanted else "absent"
-        if there != here:
-            other = "model" if name.startswith("params.") else "optimizer or training state"
-            raise MaxlmError(
-                f"checkpoint of another {other}: {name} is {there} in it, {here} in this run",
-                where=where,
-                fix="use the config it was trained with, or another run folder",
-            )
-
-
-def check_same(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    keys: Sequence[str],
-    where: str = "resume",
-    what: str = "the checkpoint was written",
-) -> None:
-    """Refuse to go on from a checkpoint whose config differs where it must not.
-
-    Args:
-        saved, current: configs as (nested) JSON values.
-        keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
-        what: was done with the saved config, for the message.
-
-    Raises:
-        MaxlmError: naming every key that differs, with both values.
-    """
-    different = [
-        f"{key}={theirs!r} became {ours!r}"
-        for key, theirs, ours in differences(saved, current)
-        if any(key == top or key.startswith((f"{top}.", f"{top}[")) for top in keys)
-    ]
-    if different:
-        raise MaxlmError(
-            f"{what} with another config: {', '.join(different)}",
-            where=where,
-            fix="set them back, or train in another run folder",
-        )
+    known, dtypes, arrays = all_or_none(read)
+    verify(path, arrays, known, dtypes)
+    return as_held(arrays, abstract, groups, prefix)

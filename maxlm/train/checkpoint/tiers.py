@@ -1,0 +1,256 @@
+"""A run's checkpoints in all places: its own folder, its hosts' disks, and a copy elsewhere.
+
+What can be gone on from is looked for in all of them, and the newest that can be read is taken.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from maxlm.train.checkpoint.keeper import Checkpointer, restore_from
+from maxlm.train.checkpoint.local import LocalTier
+from maxlm.train.checkpoint.reading import PyTree, Unreadable, read_metadata, verify
+from maxlm.train.checkpoint.remote import RemoteTier
+from maxlm.train.config import CheckpointConfig
+from maxlm.train.grouped import Groups
+from maxlm.train.together import all_or_none, gather, lead_says
+
+Tier = Literal["folder", "local", "remote"]
+_WORDS = {"folder": "", "local": "local ", "remote": "remote "}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint."""
+
+    step: int
+    tier: Tier
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One that cannot be gone on from."""
+
+    step: int
+    tier: Tier
+    why: str
+    damaged: bool = True
+    """It cannot be read; else it is not wanted."""
+
+    def __str__(self) -> str:
+        return f"{_WORDS[self.tier]}checkpoint {self.step} is skipped: {self.why}"
+
+
+class Tiers:
+    """A context manager; all processes call every method together.
+
+    Args:
+        folder: the run's.
+        name: the run's, under which its files lie in places that it shares.
+        grouped: see :class:`Checkpointer`.
+
+    Raises:
+        MaxlmError: a place cannot be written, or reached.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        config: CheckpointConfig,
+        *,
+        grouped: Groups | None = None,
+        read_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config, self._grouped, self._clock = config, grouped or {}, clock
+        self._stack = ExitStack()
+        self._local = LocalTier(config.local_folder, name) if config.local_folder else None
+        lead = jax.process_index() == 0
+
+        def reach() -> RemoteTier | None:
+            place = config.remote_folder
+            return RemoteTier(f"{place}/{name}", config) if place and lead else None
+
+        self._remote = all_or_none(reach)
+        self.keeper = self._stack.enter_context(
+            Checkpointer(folder, config, grouped=grouped, read_only=read_only)
+        )
+        self._folder = self.keeper.folder
+        self._saved = clock()
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def late(self) -> bool:
+        """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
+        this process's clock."""
+        minutes = self.config.every_minutes
+        return minutes is not None and self._clock() - self._saved >= 60 * minutes
+
+    def due(self, step: int) -> bool:
+        """Whether something is to be written at ``step``, whatever the time."""
+        local = self._local is not None and step % self.config.local_every_steps == 0
+        return local or self.keeper.due(step)
+
+    def save(
+        self, step: int, state: PyTree, metadata: Mapping[str, Any], force: bool = False
+    ) -> Tier | None:
+        """Start writing a checkpoint, if one is due at ``step``; the arrays may then be donated.
+
+        Args:
+            force: write one to the run's folder in any case.
+
+        Returns:
+            Where one was begun; None: nowhere, or the folder has this one.
+
+        Raises:
+            MaxlmError: this checkpoint, or the one before it, could not be written.
+        """
+        if force or self.keeper.due(step):
+            if not self.keeper.save(step, state, metadata, force=True):
+                return None
+            self._saved = self._clock()
+            if self._remote:
+                self._remote.copy(self.keeper.path(step))
+            return "folder"
+        if self._local is None or step % self.config.local_every_steps:
+            return None
+        all_or_none(lambda: self._local and self._local.save(step, state, metadata))
+        return "local"
+
+    def found(self) -> tuple[list[Found], list[Skipped]]:
+        """All complete checkpoints with readable metadata, newest first, and the others."""
+        remote = self._remote.steps() if self._remote else []
+        folder, remote = lead_says([self.keeper.steps(), remote])
+        own = gather(self._local.steps() if self._local else [])
+        steps: dict[Tier, list[int]] = {  # by how quickly they are read
+            "local": sorted(set.intersection(*map(set, own))),
+            "folder": folder,
+            "remote": remote,
+        }
+        found, skipped = [], []
+        everything: list[tuple[int, Tier]] = [(s, tier) for tier in steps for s in steps[tier]]
+        everything.sort(key=lambda each: -each[0])
+        for step, tier in everything:
+            try:
+                found.append(Found(step, tier, self._metadata(step, tier)))
+            except Unreadable as error:
+                skipped.append(Skipped(step, tier, error.what))
+        return found, skipped
+
+    def restore(self, checkpoint: Found, abstract: PyTree) -> PyTree:
+        """The state in a checkpoint, each array in the sharding that is asked for.
+
+        Raises:
+            Unreadable: it is damaged, or not for this mesh.
+            MaxlmError: it is of another model or optimizer.
+        """
+        step = checkpoint.step
+        if checkpoint.tier == "folder":
+            return restore_from(self.keeper.path(step), abstract, self._grouped)
+        if checkpoint.tier == "remote":
+            path = self._fetched(step)
+            try:
+                return restore_from(path, abstract, self._grouped)
+            finally:
+                gather(None)  # all have read it
+                if self._remote:
+                    shutil.rmtree(path.parent, ignore_errors=True)
+        local = self._local
+        assert local is not None
+        leaves = all_or_none(lambda: local.read(step, abstract))
+        known = {name: int(x) for name, x in checkpoint.metadata["fingerprints"].items()}
+        verify(local.path(step), leaves, known, {})
+        return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
+
+    def restore_newest(
+        self,
+        found: Sequence[Found],
+        abstract: PyTree,
+        refuse: Callable[[Found], str | None] = lambda _: None,
+    ) -> tuple[PyTree, Found | None, list[Skipped]]:
+        """The state of the first of ``found`` that can be read.
+
+        Args:
+            refuse: why one is not to be gone on from.
+
+        Returns:
+            The state and whose it is, None twice if there is none; those skipped on the way.
+        """
+        skipped = []
+        for each in found:
+            why = refuse(each)
+            if why is not None:
+                skipped.append(Skipped(each.step, each.tier, why, damaged=False))
+                continue
+            try:
+                return self.restore(each, abstract), each, skipped
+            except Unreadable as error:
+                skipped.append(Skipped(each.step, each.tier, error.what))
+        return None, None, skipped
+
+    def set_aside(self, skipped: Sequence[Skipped]) -> None:
+        """Take checkpoints that cannot be gone on from out of the way of those to come. A damaged
+        one in the run's folder is renamed (``40.damaged``), in case it can be repaired."""
+        for each in skipped:
+            if each.tier == "local" and self._local:
+                self._local.forget(each.step)
+            elif each.tier == "remote" and self._remote:
+                self._remote.forget(each.step)
+            elif each.tier == "folder" and jax.process_index() == 0:
+                path, aside = self.keeper.path(each.step), f"{each.step}.damaged"
+                shutil.rmtree(path.with_name(aside), ignore_errors=True)
+                if path.exists() and each.damaged:
+                    path.rename(path.with_name(aside))
+                shutil.rmtree(path, ignore_errors=True)
+        gather(None)
+        self.keeper.reload()
+
+    def wait(self) -> None:
+        """Return once nothing is being written or copied any more.
+
+        Raises:
+            MaxlmError: the last checkpoint could not be written, or copied.
+        """
+        self.keeper.wait()
+        if self._local:
+            self._local.wait()
+        if self._remote:
+            self._remote.wait()
+
+    def __enter__(self) -> "Tiers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        if error[0] is None:
+            self.wait()
+
+    def _metadata(self, step: int, tier: Tier) -> dict[str, Any]:
+        if tier == "folder":
+            return all_or_none(lambda: read_metadata(self.keeper.path(step)))
+        if tier == "remote":
+            return lead_says(all_or_none(lambda: self._remote and self._remote.metadata(step)))
+        return all_or_none(lambda: self._local.metadata(step) if self._local else {})
+
+    def _fetched(self, step: int) -> Path:
+        """A copy's files, where all processes read them."""
+        path = self._folder / ".fetched" / str(step)
+        remote = self._remote
+
+        def fetch() -> None:
+            if remote:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                remote.fetch(step, path)
+
+        all_or_none(fetch)
+        return path

@@ -1,0 +1,102 @@
+"""Steps that never end: each process watches its own, and ends itself rather than hang."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from maxlm.config.errors import LOST
+from maxlm.train.config import FaultsConfig
+
+_LOOKED_AT = 100
+_LEAST = 5  # steps, before which a median says little
+
+
+class Watchdog:
+    """A thread that ends the process when what is expected does not come. A context manager.
+
+    It writes what all Python threads are doing to ``FOLDER/hangs/`` and to stderr first.
+
+    Args:
+        folder: the run's.
+        event: told of a hang (``event("hang", step, process=..., seconds=...)``).
+        end: how the process ends; a test may look instead.
+    """
+
+    def __init__(
+        self,
+        config: FaultsConfig,
+        folder: Path,
+        process: int = 0,
+        event: Callable[..., None] = lambda *_, **__: None,
+        end: Callable[[int], Any] = os._exit,
+    ):
+        self._config, self._folder, self._process = config, folder, process
+        self._event, self._end = event, end
+        self._seconds: deque[float] = deque(maxlen=_LOOKED_AT)
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._step, self._began, self._limit, self._what = 0, time.monotonic(), float("inf"), ""
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def lap(self, seconds: float) -> None:
+        """A step took so long."""
+        self._seconds.append(seconds)
+
+    def expect(self, step: int, what: str = "step") -> None:
+        """From now on, what is awaited: the next step, or what takes longer (``"evaluation"``,
+        ``"save"``, ``"first step"``), and has the time of ``idle_seconds``."""
+        config, idle = self._config, self._config.idle_seconds
+        limit, median_words = idle, ""
+        if what == "step" and len(self._seconds) >= _LEAST:
+            typical = median(self._seconds)
+            limit = max(config.hang_seconds, config.hang_factor * typical)
+            median_words = f" ({typical:.3g} s is the median)"
+        with self._lock:
+            self._step, self._began, self._limit = step, time.monotonic(), limit
+            self._what = f"{what} {step}{median_words}"
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                left = self._began + self._limit - time.monotonic()
+                step, what = self._step, self._what
+                seconds = time.monotonic() - self._began
+            if left <= 0:
+                self._hung(step, what, seconds)
+                return
+            if self._done.wait(min(left, 1.0)):
+                return
+
+    def _hung(self, step: int, what: str, seconds: float) -> None:
+        path = self._folder / "hangs" / f"process-{self._process}-step-{step}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            there = f"what its threads were doing is in {path}"
+        except OSError as error:
+            there = f"{path} cannot be written: {error.strerror}"
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        print(
+            f"error: {self._folder}: process {self._process} hangs: {what} has taken "
+            f"{seconds:.3g} s; {there}; run the same command to go on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._event("hang", step, process=self._process, seconds=seconds)
+        self._end(LOST)

@@ -1,0 +1,184 @@
+"""Numbers gone bad: an update is left out, or the run goes back and leaves out the batches since;
+it then is the run that never had them."""
+
+import json
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError, load
+from maxlm.programs import pretrain as program
+from maxlm.programs.pretrain import pretrain
+from maxlm.run import RunConfig
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.records import read_records
+from maxlm.train.skips import batch_number
+from tests.programs import tiny
+
+STEPS = 24
+FAULTS = {"max_skipped": 2, "spike_window": 8, "spike_steps": 2, "spike_threshold": 3.0}
+
+
+@pytest.fixture
+def text(tmp_path):
+    return tiny.write_text(tmp_path / "text")
+
+
+def spoil(monkeypatch, numbers, how):
+    """Change the batches of these numbers before they are trained on."""
+    original = program.training_batches
+
+    @contextmanager
+    def spoiled(setup, stores, mixing, vocabulary, start, skips=()):
+        with original(setup, stores, mixing, vocabulary, start, skips) as batches:
+
+            def each():
+                for step, batch in enumerate(batches, start):
+                    yield how(batch) if batch_number(step, skips) in numbers else batch
+
+            yield each()
+
+    monkeypatch.setattr(program, "training_batches", spoiled)
+
+
+def no_number(batch):
+    return batch | {"weights": batch["weights"] * jnp.nan}
+
+
+def other_targets(batch):
+    return batch | {"targets": (batch["targets"] * 7 + 3) % 300}
+
+
+def train(tmp_path, text, name, *overrides, **top):
+    top = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": 4}, "faults": FAULTS} | top
+    path = tiny.write_config(tmp_path, text, **top)
+    said = []
+    config = load(RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]).value
+    return pretrain(config, say=said.append), said
+
+
+def events(folder, *kinds):
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [each for each in found if each["event"] in kinds]
+
+
+def losses(folder):
+    return {r["step"]: r["loss"] for r in read_records(folder / "metrics.jsonl") if "loss" in r}
+
+
+def assert_same_state(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, text, monkeypatch):
+    spoil(monkeypatch, {5, 9}, no_number)
+    trained, said = train(tmp_path, text, "bad")
+    assert not [line for line in said if "going back" in line]
+    assert [e["step"] for e in events(trained.folder, "skip")] == [6, 10]
+    recorded = list(read_records(trained.folder / "metrics.jsonl"))
+    assert [r["step"] for r in recorded if r.get("skipped")] == [6, 10]
+    assert [r["step"] for r in recorded] == list(range(1, STEPS + 1))
+    norms = {r["step"]: r["param_norm"] for r in recorded}
+    assert norms[6] == norms[5]  # nothing changed
+    assert norms[7] != norms[6]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(trained.state)))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "how", "last", "reason"),
+    [
+        ({13, 14}, no_number, 15, "2 updates in a row were not finite"),
+        ({13, 14, 15}, other_targets, 15, "is the most that is no spike"),
+    ],
+)
+def test_a_run_goes_back_and_is_then_the_run_without_those_batches(
+    tmp_path, text, monkeypatch, numbers, how, last, reason
+):
+    spoil(monkeypatch, numbers, how)
+    trained, said = train(tmp_path, text, "bad")
+    [back] = events(trained.folder, "rollback")
+    assert (back["step"], back["from_step"]) == (12, last)
+    assert back["batches"] == [12, last - 1]
+    assert reason in back["reason"]
+    assert said[-1] == (
+        f"going back from step {last} to step 12: {back['reason']}; "
+        f"batches 12 to {last - 1} are left out"
+    )
+    record = trained.folder / "skipped_batches.json"
+    assert json.loads(record.read_text()) == [{"batches": [12, last - 1], "reason": back["reason"]}]
+
+    # A run told from its beginning to leave them out.
+    other = tmp_path / "told"
+    other.mkdir()
+    (other / "skipped_batches.json").write_text(json.dumps([{"batches": [12, last - 1]}]))
+    told, _ = train(tmp_path, text, "told")
+    assert not events(other, "rollback", "skip")
+    assert losses(told.folder) == losses(trained.folder)
+    assert len(losses(told.folder)) == STEPS
+    assert_same_state(trained, told)
+
+    # One that stops after going back, and is started again.
+    train(tmp_path, text, "parts", "train.steps=18")
+    parts, _ = train(tmp_path, text, "parts")
+    assert parts.start == 18
+    assert_same_state(parts, trained)
+    with Checkpointer(parts.folder / "checkpoints", read_only=True) as keeper:
+        assert keeper.metadata()["skipped_batches"] == [[12, last - 1]]
+
+
+def test_a_run_killed_while_going_back_does_it_when_it_is_started_again(
+    tmp_path, text, monkeypatch
+):
+    spoil(monkeypatch, {13, 14}, no_number)
+    whole, _ = train(tmp_path, text, "whole")
+    original = program.go_back
+
+    def killed(*arguments):
+        original(*arguments)  # what is on disk by then
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "go_back", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, text, "bad")
+    again, _ = train(tmp_path, text, "bad")
+    assert again.start == 12
+    assert_same_state(again, whole)
+
+
+def test_checkpoints_written_while_numbers_were_going_bad_are_not_gone_on_from(
+    tmp_path, text, monkeypatch
+):
+    spoil(monkeypatch, {13, 14}, no_number)
+    trained, _ = train(tmp_path, text, "bad", checkpoint={"every_steps": 1, "keep_last": 4})
+    [back] = events(trained.folder, "rollback")
+    assert (back["step"], back["batches"]) == (13, [13, 14])  # 14 was saved, with nothing new
+
+
+def test_a_run_that_goes_bad_before_any_checkpoint_begins_anew(tmp_path, text, monkeypatch):
+    spoil(monkeypatch, {1, 2}, no_number)
+    trained, _ = train(tmp_path, text, "bad", "train.steps=6")
+    [back] = events(trained.folder, "rollback")
+    assert (back["step"], back["from_step"], back["batches"]) == (0, 3, [0, 2])
+    assert list(losses(trained.folder)) == list(range(1, 7))
+
+
+def test_a_run_that_stays_bad_gives_up_and_never_saves_what_is_no_number(
+    tmp_path, text, monkeypatch
+):
+    spoil(monkeypatch, range(6, 99), no_number)
+    with pytest.raises(MaxlmError) as error:
+        train(tmp_path, text, "bad", "faults.max_rollbacks=2")
+    folder = tmp_path / "bad"
+    assert str(error.value) == (
+        f"{folder}: 2 updates in a row were not finite at step 6, and the run has gone back 2 "
+        "times; lower schedule.learning_rate or optimizer.clip_norm in another run folder "
+        "(--resume), or raise faults.max_rollbacks"
+    )
+    assert [e["batches"] for e in events(folder, "rollback")] == [[4, 7], [8, 9]]
+    with Checkpointer(folder / "checkpoints", read_only=True) as keeper:
+        for step in keeper.steps():
+            assert keeper.metadata(step)["losses"]["skipped"] == 0

@@ -1,0 +1,288 @@
+"""Checkpoints in several places: the newest that can be read is found, whatever others suffered."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from maxlm.config import MaxlmError
+from maxlm.train.checkpoint.tiers import Tiers
+from maxlm.train.config import CheckpointConfig
+
+SPECS = {
+    "embed": PartitionSpec("fsdp", "tensor"),
+    "scale": PartitionSpec(),
+    "up": PartitionSpec(None, "tensor"),
+}
+SHAPES = {"embed": (72, 30), "scale": (5,), "up": (3, 84)}
+
+
+def state_of(mesh, step):
+    random = np.random.default_rng(step)
+    params = {
+        name: jax.device_put(
+            random.normal(size=shape).astype(np.float32), NamedSharding(mesh, SPECS[name])
+        )
+        for name, shape in SHAPES.items()
+    }
+    return {
+        "params": params,
+        "step": jax.device_put(np.int32(step), NamedSharding(mesh, PartitionSpec())),
+    }
+
+
+def abstract(mesh):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(mesh, 0)
+    )
+
+
+@pytest.fixture
+def here(mesh):
+    return mesh(fsdp=2, tensor=2)
+
+
+def write(folder, mesh, *steps, forced=(), **config):
+    """Tiers that saved these steps, closed."""
+    with Tiers(folder, "run", CheckpointConfig(**config)) as tiers:
+        for step in steps:
+            tiers.save(step, state_of(mesh, step), {"config": {}}, force=step in forced)
+            tiers.wait()
+
+
+def newest(folder, mesh, **config):
+    """(step, tier) of what is restored, after checking it; what was skipped; the tiers."""
+    with Tiers(folder, "run", CheckpointConfig(**config)) as tiers:
+        found, skipped = tiers.found()
+        state, chosen, more = tiers.restore_newest(found, abstract(mesh))
+        if chosen is None:
+            return None, [*skipped, *more]
+        jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, chosen.step))
+        for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True):
+            assert got.sharding == want.sharding
+        tiers.set_aside([*skipped, *more])
+        return (chosen.step, chosen.tier), [*skipped, *more]
+
+
+def files(folder):
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def largest(folder):
+    return max(files(folder), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder):
+    """In the middle of the array data."""
+    path = largest(folder / "state")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(folder):
+    path = largest(folder / "state")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def delete_a_shard(folder):
+    largest(folder / "state").unlink()
+
+
+def empty_metadata(folder):
+    (folder / "metadata" / "metadata").write_text("")
+
+
+def delete_state(folder):
+    shutil.rmtree(folder / "state")
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, truncate, delete_a_shard, empty_metadata, delete_state]
+)
+def test_a_damaged_newest_checkpoint_is_skipped_and_said_to_be(tmp_path, here, damage):
+    write(tmp_path, here, 10, 20, every_steps=10)
+    damage(tmp_path / "20")
+    chosen, skipped = newest(tmp_path, here)
+    assert chosen == (10, "folder")
+    [one] = skipped
+    assert str(one).startswith("checkpoint 20 is skipped: unreadable")
+    # It makes room for the step's next checkpoint, and is kept in case it can be repaired.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "20.damaged"]
+    write(tmp_path, here, 20, every_steps=10)
+    assert newest(tmp_path, here) == ((20, "folder"), [])
+
+
+def test_every_flipped_bit_is_found(tmp_path, here):
+    """Orbax's files have checksums of their own in places, not of the arrays themselves."""
+    write(tmp_path / "good", here, 10, every_steps=10)
+    path = largest(tmp_path / "good" / "10" / "state")
+    size, missed = path.stat().st_size, []
+    random = np.random.default_rng(0)
+    for place in random.integers(size, size=25):
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        copy = tmp_path / "bad" / path.relative_to(tmp_path / "good")
+        data = bytearray(copy.read_bytes())
+        data[place] ^= 1 << int(random.integers(8))
+        copy.write_bytes(data)
+        chosen, _ = newest(tmp_path / "bad", here)  # checks what it restores
+        missed += [int(place)] if chosen else []
+        shutil.rmtree(tmp_path / "bad")
+    assert len(missed) < 13  # bytes that hold nothing of the arrays
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path, here):
+    write(tmp_path, here, 10, 20, every_steps=10)
+    (tmp_path / "20").rename(tmp_path / "20.orbax-checkpoint-tmp")
+    assert newest(tmp_path, here) == ((10, "folder"), [])
+
+
+def test_local_checkpoints_are_taken_in_between_and_the_two_newest_kept(tmp_path, here):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    write(tmp_path / "run", here, *range(1, 15), **config)
+    own = tmp_path / "disk" / "run" / "process-0"
+    assert [path.name for path in files(own)] == ["12.safetensors", "9.safetensors"]
+    assert newest(tmp_path / "run", here, **config) == ((12, "local"), [])
+
+
+def test_a_damaged_local_checkpoint_is_skipped_for_what_is_next(tmp_path, here):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    write(tmp_path / "run", here, *range(1, 14), **config)
+    newer = tmp_path / "disk" / "run" / "process-0" / "12.safetensors"
+    data = bytearray(newer.read_bytes())
+    data[len(data) // 2] ^= 4
+    newer.write_bytes(data)
+    chosen, [skipped] = newest(tmp_path / "run", here, **config)
+    assert chosen == (10, "folder")
+    assert str(skipped) == (
+        "local checkpoint 12 is skipped: unreadable: params.embed is not what was saved"
+    )
+    assert not newer.exists()
+
+
+def test_a_local_checkpoint_of_another_mesh_is_skipped(tmp_path, here, mesh):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    write(tmp_path / "run", here, *range(1, 14), **config)
+    chosen, [skipped] = newest(tmp_path / "run", mesh(fsdp=4), **config)
+    assert chosen == (10, "folder")
+    assert skipped.why == "unreadable (it was written on another mesh or by other processes)"
+
+
+def test_time_asks_for_a_checkpoint_too(tmp_path, here):
+    now = [0.0]
+    config = CheckpointConfig(every_steps=0, every_minutes=2)
+    with Tiers(tmp_path, "run", config, clock=lambda: now[0]) as tiers:
+        assert not tiers.late()
+        now[0] = 120.0
+        assert tiers.late()
+        assert tiers.save(7, state_of(here, 7), {}, force=True) == "folder"
+        assert not tiers.late()
+        assert tiers.save(8, state_of(here, 8), {}) is None
+        assert tiers.save(7, state_of(here, 7), {}, force=True) is None  # there is one
+
+
+def test_what_cannot_be_written_is_an_error(tmp_path, here):
+    (tmp_path / "disk").write_text("")
+    with pytest.raises(MaxlmError, match=r"disk.*: cannot write: "):
+        Tiers(tmp_path / "run", "run", CheckpointConfig(local_folder=str(tmp_path / "disk")))
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A bucket on a server of its own; the drivers read its address once."""
+    reason = "needs an S3 server: pip install 'moto[server]'"
+    server_module = pytest.importorskip("moto.server", reason=reason)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        import boto3
+
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="models")
+        yield client
+    server.stop()
+
+
+def keys(client):
+    return [each["Key"] for each in client.list_objects_v2(Bucket="models").get("Contents", [])]
+
+
+def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
+    config = {"every_steps": 10, "keep_last": 2, "remote_folder": "s3://models/a"}
+    write(tmp_path / "first", here, 10, 20, 30, **config)
+    steps = {key.split("/")[2] for key in keys(s3) if key.startswith("a/run/")}
+    assert steps == {"20", "30"}  # keep_last
+    shutil.rmtree(tmp_path / "first")
+    assert newest(tmp_path / "second", here, **config) == ((30, "remote"), [])
+    assert not (tmp_path / "second" / ".fetched").exists()
+
+
+def test_a_copy_that_is_incomplete_or_damaged_is_skipped(tmp_path, here, s3):
+    config = {"every_steps": 10, "keep_last": 3, "remote_folder": "s3://models/b"}
+    write(tmp_path / "first", here, 10, 20, 30, **config)
+    own = [key for key in keys(s3) if key.startswith("b/run/")]
+    size = {key: s3.head_object(Bucket="models", Key=key)["ContentLength"] for key in own}
+    s3.delete_object(Bucket="models", Key="b/run/30/COMPLETE")
+    data = max((key for key in own if "/20/" in key), key=size.__getitem__)
+    body = bytearray(s3.get_object(Bucket="models", Key=data)["Body"].read())
+    body[len(body) // 2] ^= 1
+    s3.put_object(Bucket="models", Key=data, Body=bytes(body))
+    chosen, skipped = newest(tmp_path / "second", here, **config)
+    assert chosen == (10, "remote")
+    assert [str(each) for each in skipped] == [
+        f"remote checkpoint 20 is skipped: unreadable: {data.removeprefix('b/run/20/')} is damaged"
+    ]
+
+
+def test_the_run_s_own_folder_comes_before_a_copy_of_the_same_step(tmp_path, here, s3):
+    config = {"every_steps": 10, "remote_folder": "s3://models/c"}
+    write(tmp_path, here, 10, **config)
+    assert newest(tmp_path, here, **config) == ((10, "folder"), [])
+    flip_a_bit(tmp_path / "10")
+    chosen, [skipped] = newest(tmp_path, here, **config)
+    assert (chosen, skipped.tier) == ((10, "remote"), "folder")
+
+
+def test_a_bucket_that_is_not_there_is_told_of_before_anything_is_trained(tmp_path, s3):
+    with pytest.raises(MaxlmError) as error:
+        Tiers(tmp_path, "run", CheckpointConfig(remote_folder="s3://nowhere/a"))
+    assert str(error.value).startswith("s3://nowhere/a/run: cannot be reached (")
+    assert str(error.value).endswith("; check the URL, the network and the credentials")
+    assert "NoSuchBucket" in str(error.value)
+
+
+def test_a_bucket_of_google_s(tmp_path, here):
+    reason = "needs a server: pip install gcp-storage-emulator"
+    server_module = pytest.importorskip("gcp_storage_emulator.server", reason=reason)
+    server = server_module.create_server("127.0.0.1", 0, in_memory=True, default_bucket="models")
+    server.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            port = server._api._httpd.server_port
+            patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+            config = {"every_steps": 10, "remote_folder": "gs://models/a"}
+            write(tmp_path / "first", here, 10, 20, **config)
+            assert newest(tmp_path / "second", here, **config) == ((20, "remote"), [])
+    finally:
+        server.stop()
+
+
+def test_a_copy_that_fails_is_said_to_at_once_and_at_the_end(tmp_path, here, capfd):
+    place = tmp_path / "elsewhere"
+    config = CheckpointConfig(every_steps=1, remote_folder=str(place))
+    with Tiers(tmp_path / "run", "run", config) as tiers:
+        (place / "run").mkdir(parents=True, exist_ok=True)
+        (place / "run" / "1").write_text("in the way")
+        tiers.save(1, state_of(here, 1), {})
+        with pytest.raises(MaxlmError) as error:
+            tiers.wait()
+    assert str(error.value).startswith(f"{place}/run: a checkpoint was not copied (")
+    assert capfd.readouterr().err.startswith(f"checkpoint 1 was not copied to {place}/run: ")
