@@ -21,7 +21,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import LOST
+from maxlm.config.errors import LOST, Lost
 from maxlm.programs.cluster import Cluster
 
 FAILED = 1
@@ -121,7 +121,7 @@ class Peers:
             except queue.Empty:
                 silent = self._named([each for each in self._lines if each not in everyone])
                 what = f"waited {seconds:g} s for what {silent} had to say"
-                raise MaxlmError(what, fix="see the log there") from None
+                raise Lost(what, fix="see the log there") from None
             everyone[number] = told
         if not lead:
             return everyone[0]
@@ -179,8 +179,9 @@ def join_cluster(cluster: Cluster, *, wait_seconds: float, peer_seconds: float) 
         peer_seconds: how long a host may be silent, at least 10.
 
     Raises:
-        MaxlmError: processes that did not come, claim the same id, or disagree on their number or
-            on the versions of maxlm and jax; with what each host saw.
+        Lost: processes that did not come; with what each host saw.
+        MaxlmError: they claim the same id, or disagree on their number or on the versions of maxlm
+            and jax.
     """
     me = _Call(cluster.process_id, cluster.num_processes, socket.gethostname())
     meet = _answer if cluster.process_id == 0 else _call
@@ -236,7 +237,8 @@ def _answer(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dic
                 calls[call.process], lines[call.process] = call, line
     except MaxlmError as error:
         for line in callers:
-            line.send({"refused": [error.what, error.where, error.fix]})
+            refused = [error.what, error.where, error.fix]
+            line.send({"refused": refused, "lost": isinstance(error, Lost)})
         raise
     hosts = [calls[number].host for number in range(me.processes)]
     for line in lines.values():
@@ -259,7 +261,7 @@ def _call(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dict[
     line, answer = _reach(cluster, time.monotonic() + seconds, asked)
     if "refused" in answer:
         what, where, fix = answer["refused"]
-        raise MaxlmError(what, where=where, fix=fix)
+        raise (Lost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
     return answer["hosts"], {0: line}
 
 
@@ -296,7 +298,7 @@ def _missing(
     came = ", ".join(f"{number} ({calls[number].host})" for number in sorted(calls)[:8])
     absent = [str(number) for number in range(count) if number not in calls]
     missing = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if absent[8:] else "")
-    return MaxlmError(
+    return Lost(
         f"waited {seconds:g} s at {coordinator}: {len(calls)} of {count} processes came: {came}; "
         f"missing: {missing}",
         fix="see the logs of the missing, and whether they can reach that address",
@@ -351,7 +353,7 @@ def _reach(cluster: Cluster, deadline: float, use: Callable[[socket.socket], Any
             problem = str(error.strerror or error)
         if time.monotonic() > deadline:
             here = f"process {cluster.process_id} on {socket.gethostname()}"
-            raise MaxlmError(
+            raise Lost(
                 f"{here} cannot reach process 0 at {cluster.coordinator}: {problem} "
                 f"(tried for {time.monotonic() - began:.0f} s)",
                 fix="check that process 0 runs there, and that the port is open between the hosts",

@@ -23,8 +23,6 @@ from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.
 _READING = ("weight", "max_epochs", "store_segments")
-# What a run's folder has before anything is prepared in it.
-_EMPTY = ("lock", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator
         MaxlmError: it cannot be written.
     """
     path = folder / "config.yaml"
-    with _writable(folder):
+    with writable(folder):
         new = lead and not path.exists()
         if new:
             with replacing(path) as temporary:
@@ -89,11 +87,11 @@ def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator
         try:
             yield
         except MaxlmError:
-            if new and {each.name for each in folder.iterdir()} <= {*_EMPTY, path.name}:
-                with suppress(OSError):
+            if lead:
+                with suppress(OSError):  # Not empty, or not there.
                     (folder / "checkpoints").rmdir()
-                for each in (folder / "lock", path):
-                    each.unlink(missing_ok=True)
+            if new and {each.name for each in folder.iterdir()} <= {"lock", path.name}:
+                path.unlink()
             raise
 
 
@@ -119,7 +117,12 @@ def without_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[st
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path) -> Iterator[None]:
+    """The folder, made if missing; taken away again if it is empty in the end.
+
+    Raises:
+        MaxlmError: it cannot be written.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:

@@ -21,7 +21,7 @@ from maxlm.plan.show import planned_words
 from maxlm.programs.environment import environment, process_began
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
-from maxlm.programs.prepare import Corpus, planned_vocab, prepare, preparing
+from maxlm.programs.prepare import Corpus, planned_vocab, prepare, preparing, writable
 from maxlm.programs.record import recorder
 from maxlm.programs.resume import (
     Origin,
@@ -35,6 +35,7 @@ from maxlm.programs.resume import (
     published,
     read_skips,
     started,
+    too_often,
 )
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
 from maxlm.run import RunConfig, vocab_fits
@@ -100,9 +101,9 @@ def pretrain(
     vocab_fits(config, planned_vocab(config, folder))
     with ExitStack() as stack:
         notices = stack.enter_context(noticing(str(folder)))
+        if lead:
+            stack.enter_context(_alone(folder))
         with preparing(config, folder, lead=lead):
-            if lead:
-                stack.enter_context(_alone(folder))
             tiers = stack.enter_context(
                 Tiers(
                     folder / "checkpoints",
@@ -127,7 +128,7 @@ def pretrain(
         for each in position.skipped:
             say(str(each))
         if origin:
-            say(f"resuming from step {first} in {origin.tiers.folder}")
+            say(f"resuming from step {first} in {position.place}")
         elif beginning:
             say(f"starting from the parameters in {beginning.folder.parent}")
         if first > config.train.steps:
@@ -194,6 +195,9 @@ def pretrain(
                 )
 
         while isinstance(ended := train_from(position, skips), Verdict):
+            if len(skips) >= config.faults.max_rollbacks:
+                log.event("stop", ended.last, reason="rollback-limit")
+                raise too_often(ended, skips, folder)
             del position  # Its arrays are gone: the step was given their memory.
             position, skips = go_back(setup, tiers, ended, skips, folder, begin)
             log.rewind(position.step)
@@ -256,6 +260,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """
     note = folder / "lock"
     with ExitStack() as stack:
+        stack.enter_context(writable(folder))
         try:
             stack.enter_context(locked_folder(folder))
         except MaxlmError as error:
@@ -266,7 +271,10 @@ def _alone(folder: Path) -> Iterator[None]:
             fix = "wait for it to end, stop it, or give this one another name=..."
             raise MaxlmError(what, where=str(folder), fix=fix) from error
         note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
+        try:
+            yield
+        finally:
+            note.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def find_origin(
             read; none to resume from.
     """
     own = Origin(tiers, True, *tiers.found())
-    if not own.found and not own.skipped and resume is not None:
+    damaged = any(each.damaged for each in own.skipped)
+    if not own.found and not damaged and resume is not None:
         home = Path(resume) / "checkpoints"
         if not home.is_dir():
             fix = "name a run that has saved one"
@@ -66,7 +67,7 @@ def find_origin(
         if not own.found and not own.skipped:
             raise MaxlmError("no checkpoint here", where=str(home), fix="train for longer")
     if not own.found:
-        if own.skipped:
+        if any(each.damaged for each in own.skipped):
             raise none_readable(own.tiers, own.skipped)
         check_prepared(setup.config, folder)
         return None
@@ -82,6 +83,8 @@ class Position:
 
     state: TrainState
     step: int
+    place: str = ""
+    """Of the checkpoint."""
     losses: Mapping[str, Any] | None = None
     """What the watch over losses remembers."""
     skipped: Sequence[Skipped] = ()
@@ -116,7 +119,8 @@ def go_on(setup: Setup, origin: Origin, skips: Skips) -> Position:
     if origin.own:
         origin.tiers.set_aside(skipped)
     newer = [each for each in skipped if each.step >= found.step]
-    return Position(state, found.step, found.metadata.get("losses"), newer)
+    place = origin.tiers.place(found.tier)
+    return Position(state, found.step, place, found.metadata.get("losses"), newer)
 
 
 def go_back(
@@ -132,19 +136,7 @@ def go_back(
 
     Args:
         begin: the position the run began at, if it has no such checkpoint.
-
-    Raises:
-        MaxlmError: it has gone back too often.
     """
-    faults = setup.config.faults
-    if len(skips) >= faults.max_rollbacks:
-        times = f"{len(skips)} time{'' if len(skips) == 1 else 's'}"
-        raise MaxlmError(
-            f"{verdict.reason} at step {verdict.last}, and the run has gone back {times}",
-            where=str(folder),
-            fix="lower schedule.learning_rate or optimizer.clip_norm in another run folder "
-            "(--resume), or raise faults.max_rollbacks",
-        )
     tiers.wait()
     origin = Origin(tiers, True, *tiers.found())
     before = [each.step for each in origin.found if each.step < verdict.first]
@@ -158,6 +150,17 @@ def go_back(
         return go_on(setup, origin, skips), skips
     tiers.set_aside([Skipped(each.step, each.tier, "", damaged=False) for each in origin.found])
     return position, skips
+
+
+def too_often(verdict: Verdict, skips: Skips, folder: Path) -> MaxlmError:
+    """The end of a run that has gone back as often as it may."""
+    times = f"{len(skips)} time{'' if len(skips) == 1 else 's'}"
+    return MaxlmError(
+        f"{verdict.reason} at step {verdict.last}, and the run has gone back {times}",
+        where=str(folder),
+        fix="lower schedule.learning_rate or optimizer.clip_norm in another run folder "
+        "(--resume), or raise faults.max_rollbacks",
+    )
 
 
 def ranges(metadata: Mapping[str, Any]) -> Skips:

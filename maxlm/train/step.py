@@ -55,16 +55,21 @@ def train_step(
     )
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    ema: Any = state.ema
-    if ema is not None:
-        ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
     grad_norm = global_norm(_learned(model, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
-    params, opt_state, ema = _kept(
-        finite, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-    )
+
+    def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+        params, opt_state, ema, _ = before
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
+        return params, opt_state, ema, global_norm(_learned(model, updates))
+
+    # A loop of one turn, or of none where the numbers are bad: its state is updated in place, where
+    # choosing between new and old arrays, or branches, would hold both.
+    before = state.params, state.opt_state, state.ema, jnp.zeros_like(grad_norm)
+    params, opt_state, ema, update_norm = lax.fori_loop(0, finite.astype(int), update, before)
     rate: Any = schedule(state.step)
     metrics: Sums = {
         "loss": total / tokens,
@@ -73,19 +78,20 @@ def train_step(
         "learning_rate": rate,
         "grad_norm": grad_norm,
         "param_norm": global_norm(_learned(model, params)),
-        "update_norm": jnp.where(finite, global_norm(_learned(model, updates)), 0.0),
+        "update_norm": update_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
+    opt_state = _counted(opt_state, state.opt_state)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
-def _kept(finite: jax.Array, new: Any, old: Any) -> Any:
-    """``new``, or ``old`` where the numbers are bad; counts go on, with them the schedule."""
+def _counted(opt_state: Any, before: Any) -> Any:
+    """With counts that go on, and with them the schedule, where an update was left out."""
 
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(finite, new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+    def count(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
 
-    return jax.tree.map(choose, new, old)
+    return jax.tree.map(count, opt_state, before)
 
 
 def _learned(model: Any, tree: Any) -> Any:

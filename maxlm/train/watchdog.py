@@ -16,6 +16,9 @@ from maxlm.train.config import FaultsConfig
 
 _LOOKED_AT = 100
 _LEAST = 5  # steps, before which a median says little
+# Of the limit: a process that ends takes its peers along, which may find the hang a little later,
+# and are to write down what they do first.
+_LEEWAY = 0.1
 
 
 class Watchdog:
@@ -74,10 +77,12 @@ class Watchdog:
         while True:
             with self._lock:
                 left = self._began + self._limit - time.monotonic()
-                step, what = self._step, self._what
+                step, what, limit = self._step, self._what, self._limit
                 seconds = time.monotonic() - self._began
             if left <= 0:
                 self._hung(step, what, seconds)
+                time.sleep(_LEEWAY * limit)
+                self._end(LOST)
                 return
             if self._done.wait(min(left, 1.0)):
                 return
@@ -99,4 +104,3 @@ class Watchdog:
             flush=True,
         )
         self._event("hang", step, process=self._process, seconds=seconds)
-        self._end(LOST)

@@ -39,8 +39,8 @@ REFUSED_AT_ONCE = {
         "valid here: data, fsdp, expert, context, tensor, stage"
     ),
     "mesh.model=2": (
-        "command line: unknown key mesh.model; did you mean model or model.d_model? "
-        "valid here: data, fsdp, expert, context, tensor, stage"
+        "command line: unknown key mesh.model; did you mean model or reporting.wandb.mode or "
+        "model.d_model? valid here: data, fsdp, expert, context, tensor, stage"
     ),
     "train.steps=many": "command line: train.steps must be an integer, not 'many'",
     "model.attention.num_kv_heads=3": (

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -58,7 +59,8 @@ class Checkpointer:
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
         self._grouped = grouped or {}
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates each file it touches.
+        # Orbax narrates each file it touches, and what it raises besides.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         if read_only and not self.folder.is_dir():
             fix = "name a run that has saved one"
             raise MaxlmError("no checkpoints here", where=str(folder), fix=fix)
@@ -105,11 +107,12 @@ class Checkpointer:
         if not (force or self.due(step)) or step in self._manager.all_steps():
             return False
         arrays = as_on_disk(named_leaves(state), self._grouped)
+        on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
         metadata = {
             "step": step,
             "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
             **metadata,
-            "fingerprints": fingerprints(arrays),
+            "fingerprints": fingerprints(on_devices),
         }
         with self._explained("a checkpoint was not written", "free some space or rights, resume"):
             return self._manager.save(

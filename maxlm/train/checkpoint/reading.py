@@ -157,9 +157,11 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, cut short; its kind if it says nothing."""
+    """What an error says; of a long one its beginning and its end, which tells the cause; its kind
+    if it says nothing."""
     lines = str(error).strip().splitlines()
-    return lines[0].split(" [")[0][:200] if lines else type(error).__name__
+    text = lines[0].split(" [")[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
 
 
 def _check_same_arrays(

@@ -3,6 +3,8 @@
 What can be gone on from is looked for in all of them, and the newest that can be read is taken.
 """
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +73,7 @@ class Tiers:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.config, self._grouped, self._clock = config, grouped or {}, clock
+        self._name = name
         self._stack = ExitStack()
         self._local = LocalTier(config.local_folder, name) if config.local_folder else None
         lead = jax.process_index() == 0
@@ -89,6 +92,12 @@ class Tiers:
     @property
     def folder(self) -> Path:
         return self._folder
+
+    def place(self, tier: Tier) -> str:
+        """Where the checkpoints of a tier are, for messages (of the local one: this process's)."""
+        if tier == "remote":
+            return f"{self.config.remote_folder}/{self._name}"
+        return str(self._local.folder if tier == "local" and self._local else self._folder)
 
     def late(self) -> bool:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
@@ -116,11 +125,13 @@ class Tiers:
             MaxlmError: this checkpoint, or the one before it, could not be written.
         """
         if force or self.keeper.due(step):
-            if not self.keeper.save(step, state, metadata, force=True):
+            begun = self.keeper.save(step, state, metadata, force=True)
+            # One that is there may lack its copy: the process that made it was killed.
+            if self._remote and (begun or step not in self._remote.steps()):
+                self._remote.copy(self.keeper.path(step))
+            if not begun:
                 return None
             self._saved = self._clock()
-            if self._remote:
-                self._remote.copy(self.keeper.path(step))
             return "folder"
         if self._local is None or step % self.config.local_every_steps:
             return None
@@ -128,7 +139,8 @@ class Tiers:
         return "local"
 
     def found(self) -> tuple[list[Found], list[Skipped]]:
-        """All complete checkpoints with readable metadata, newest first, and the others."""
+        """All complete checkpoints with readable metadata, newest first, and the others; also the
+        local ones that only some processes have."""
         remote = self._remote.steps() if self._remote else []
         folder, remote = lead_says([self.keeper.steps(), remote])
         own = gather(self._local.steps() if self._local else [])
@@ -138,6 +150,9 @@ class Tiers:
             "remote": remote,
         }
         found, skipped = [], []
+        for step in set.union(*map(set, own)).difference(steps["local"]):
+            without = next(n for n, each in enumerate(own) if step not in each)
+            skipped.append(Skipped(step, "local", f"process {without} has none", damaged=False))
         everything: list[tuple[int, Tier]] = [(s, tier) for tier in steps for s in steps[tier]]
         everything.sort(key=lambda each: -each[0])
         for step, tier in everything:
@@ -240,7 +255,13 @@ class Tiers:
             return all_or_none(lambda: read_metadata(self.keeper.path(step)))
         if tier == "remote":
             return lead_says(all_or_none(lambda: self._remote and self._remote.metadata(step)))
-        return all_or_none(lambda: self._local.metadata(step) if self._local else {})
+        metadata = all_or_none(lambda: self._local.metadata(step) if self._local else {})
+        # A host that was away may have kept a file of the same step from before.
+        known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
+        if len(set(gather(hashlib.sha256(known).hexdigest()))) > 1:
+            fix = "restore another step"
+            raise Unreadable("its files are not of one save", where=self.place(tier), fix=fix)
+        return metadata
 
     def _fetched(self, step: int) -> Path:
         """A copy's files, where all processes read them."""

@@ -1,0 +1,503 @@
+"""Does a run whose processes are killed again and again end like one that never was?
+
+    python benchmarks/torture.py --kills 100
+
+Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on one and two in
+turn, with other meshes. At random moments of start-up, restoring, steps, saves and copies one host,
+or all, get SIGKILL; a host that is left must end by itself, with code 76; then all are started
+again. At the end a run is compared with an unbroken one: arrays, records and metadata bit by bit,
+on other meshes within what unbroken runs on those differ by, and a witness's record of every batch
+that was ever taken. Exits with 1 if anything differs, a worker process outlives its host, or a host
+ends as it should not.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from same_run import Compared, batches_seen, compare, copied, final_arrays, furthest
+
+WITNESS = Path(__file__).with_name("witness.py")
+LOST = 76
+PEERS = 20  # seconds that hosts wait for each other, at the start and later
+PATIENCE = 300.0
+POLL = 0.002
+AIMS = ("start-up", "restore", "step", "save", "local save", "copy")
+# On changed meshes, more roundings than an unbroken run's own may add up.
+SLACK = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run is trained."""
+
+    hosts: int
+    devices: int
+    """Of each host."""
+    data: int
+    fsdp: int
+
+    def __str__(self) -> str:
+        mesh = f"data={self.data}" if self.data > 1 else f"fsdp={self.fsdp}"
+        return f"{self.hosts} x {self.devices}, {mesh}"
+
+
+ONE, TWO = Layout(1, 2, 1, 2), Layout(2, 1, 1, 2)
+ALONE, REPLICAS, TWO_REPLICAS = Layout(1, 1, 1, 1), Layout(1, 2, 2, 1), Layout(2, 1, 2, 1)
+
+
+@dataclass(frozen=True)
+class Campaign:
+    name: str
+    layouts: Sequence[Layout]
+    """In turn."""
+    like: Layout
+    """Of the unbroken run that it is compared with."""
+
+
+CAMPAIGNS = (
+    Campaign("one", (ONE,), ONE),
+    Campaign("two", (TWO,), TWO),
+    Campaign("changing", (TWO, REPLICAS, TWO_REPLICAS, ALONE, ONE), ONE),
+)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill, as it happened."""
+
+    campaign: str
+    layout: Layout
+    aim: str
+    during: str
+    """What was under way."""
+    which: str
+    seconds: float
+    """After the hosts were started."""
+    step: int
+    """The last one recorded."""
+    survived: float | None
+    """Seconds until the host that was left had ended; None: there was none."""
+    wrong: str
+    """How it ended, if not as it should, and what outlived it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where the runs of all campaigns lie."""
+
+    folder: Path
+    steps: int
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def seen(self, name: str) -> Path:
+        return self.folder / "seen" / name
+
+    def remote(self, name: str) -> Path:
+        return self.folder / "remote" / name
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill runs again and again, and compare.")
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--text", nargs="+", help="default: part of Python's standard library")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; default: nowhere")
+    options = parser.parse_args()
+    choose = random.Random(options.seed)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        text = options.text or [f"{sysconfig.get_path('stdlib')}/asyncio/*.py"]
+        write_config(folder, text, options.steps)
+        job = Job(folder, options.steps)
+        # The first start prepares the text and compiles; the second says how long one takes.
+        layouts = (ONE, TWO, ALONE, REPLICAS)
+        startup = {layout.hosts: unbroken(job, layout) for layout in layouts}
+        limit = SLACK * rounding(job, (ONE, ALONE, REPLICAS))
+        kills, compared = [], []
+        for number, campaign in enumerate(CAMPAIGNS):
+            count = len(range(number, options.kills, len(CAMPAIGNS)))
+            kills += broken(job, campaign, count, startup, choose)
+            compared.append((campaign, differences(job, campaign, limit)))
+        return show(kills, compared, limit)
+
+
+def write_config(folder: Path, text: Sequence[str], steps: int) -> None:
+    """A small run with all that a state can hold, and checkpoints in three places."""
+    import yaml
+
+    config = {
+        "folder": str(folder / "runs"),
+        "compilation_cache": str(folder / "compiled"),
+        "model": {
+            "vocab_size": 320,
+            "num_layers": 2,
+            "d_model": 32,
+            "max_seq_len": 32,
+            "remat": "none",
+            "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8},
+            "mlp": {"d_ff": 64},
+        },
+        "tokenizer": {"vocab_size": 320},
+        "data": {
+            "sources": [{"name": "text", "documents": list(text)}],
+            "heldout_fraction": 0.1,
+            "seq_len": 32,
+            "batch_size": 8,
+            "build_workers": 1,
+        },
+        "schedule": {"warmup_steps": min(10, steps), "learning_rate": 1e-3},
+        "train": {
+            "steps": steps,
+            "max_device_rows": 4,
+            "ema_decay": 0.9,
+            "eval_every": 15,
+            "eval_batches": 1,
+        },
+        "checkpoint": {
+            "every_steps": 6,
+            "local_every_steps": 2,
+            "local_folder": str(folder / "local"),
+            "remote_folder": str(folder / "remote"),
+        },
+        "faults": {"join_seconds": PEERS, "peer_seconds": PEERS},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+class Attempt:
+    """The processes of one start, each leading a process group of its own."""
+
+    def __init__(self, job: Job, name: str, layout: Layout):
+        self.run, self.name, self.remote = job.run(name), name, job.remote(name)
+        self.local = job.folder / "local" / name
+        self.before, self._lock = starts(self.run), changed(self.run / "lock")
+        job.seen(name).mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+        self.processes = [
+            self._start(job, layout, number, f"127.0.0.1:{free_port()}" if not number else "")
+            for number in range(layout.hosts)
+        ]
+
+    def _start(self, job: Job, layout: Layout, number: int, port: str) -> subprocess.Popen[bytes]:
+        if port:
+            self._coordinator = port
+        command = [sys.executable, WITNESS, job.seen(self.name), "train"]
+        command += [job.folder / "config.yaml", f"name={self.name}"]
+        command += [f"mesh.data={layout.data}", f"mesh.fsdp={layout.fsdp}"]
+        # Workers cost half a start; that none outlives its host shows on one.
+        command += [f"data.workers={int(layout.hosts == 1)}"]
+        if layout.hosts > 1:
+            command += ["--coordinator", self._coordinator, "--process-id", str(number)]
+            command += ["--num-processes", str(layout.hosts)]
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(layout.devices),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "PJRT_NPROC": "16",  # with fewer threads, devices may wait for each other for good
+        }
+        with (job.folder / f"{self.name}-{number}.log").open("ab") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def restoring(self) -> bool:
+        """Whether it has come so far; the folder is locked just before."""
+        return changed(self.run / "lock") != self._lock
+
+    def training(self) -> bool:
+        return starts(self.run) > self.before
+
+    def saving(self) -> bool:
+        """Orbax's folder has a temporary name until it is complete."""
+        folder = self.run / "checkpoints"
+        return any("tmp" in path.name for path in listed(folder))
+
+    def saving_local(self) -> bool:
+        hosts = listed(self.local)
+        return any(path.name.startswith(".") for host in hosts for path in listed(host))
+
+    def copying(self) -> bool:
+        """The newest copy that was begun is not complete."""
+        begun = [path for path in listed(self.remote) if path.name.isdigit() and listed(path)]
+        newest = max(begun, key=lambda path: int(path.name), default=None)
+        return newest is not None and not (newest / "COMPLETE").exists()
+
+    def during(self) -> str:
+        """What is under way."""
+        if not self.training():
+            return "restore" if self.restoring() else "start-up"
+        kinds = {"save": self.saving, "local save": self.saving_local, "copy": self.copying}
+        return next((name for name, under_way in kinds.items() if under_way()), "step")
+
+    def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
+        """Whether it has happened before a process has ended, or the time was over."""
+        deadline = time.monotonic() + seconds
+        while not (so := happened()) and time.monotonic() < deadline:
+            if any(process.poll() is not None for process in self.processes):
+                return False
+            time.sleep(POLL)
+        return so
+
+    def done(self) -> bool:
+        return all(process.poll() == 0 for process in self.processes)
+
+    def orphans(self) -> bool:
+        """Whether anything is left half a minute after the last process has ended."""
+        deadline = time.monotonic() + 30
+        while left := any(alive(process.pid) for process in self.processes):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL)
+        return left
+
+
+@contextmanager
+def started(job: Job, name: str, layout: Layout) -> Iterator[Attempt]:
+    """Nothing of it is left behind."""
+    attempt = Attempt(job, name, layout)
+    try:
+        yield attempt
+    finally:
+        for process in attempt.processes:
+            if alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def to_the_end(attempt: Attempt) -> None:
+    for process in attempt.processes:
+        process.wait(PATIENCE)
+    if not attempt.done():
+        codes = [process.returncode for process in attempt.processes]
+        sys.exit(f"{attempt.name} ended with {codes}: see its .log (--folder keeps it)")
+
+
+def unbroken(job: Job, layout: Layout) -> float:
+    """Train without a break; seconds from the start to the first step."""
+    name = unbroken_name(layout)
+    print(f"unbroken run: {layout} ...", flush=True)
+    with started(job, name, layout) as attempt:
+        attempt.until(attempt.training)
+        seconds = attempt.seconds
+        to_the_end(attempt)
+    return seconds
+
+
+def unbroken_name(layout: Layout) -> str:
+    return "unbroken-" + str(layout).replace(", ", "-").replace(" ", "")
+
+
+def broken(
+    job: Job, campaign: Campaign, count: int, startup: dict[int, float], choose: random.Random
+) -> list[Kill]:
+    """Train with ``count`` kills, then to the end."""
+    aims = [AIMS[i % len(AIMS)] for i in range(count)]
+    choose.shuffle(aims)
+    targets = sorted(choose.choices(range(1, max(2, job.steps * 9 // 10)), k=count))
+    if count:  # The last save and copy are like no other: nothing comes after them.
+        aims[-1], targets[-1] = choose.choice(("save", "copy")), job.steps
+    kills = []
+    for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
+        layout = campaign.layouts[number % len(campaign.layouts)]
+        with started(job, campaign.name, layout) as attempt:
+            wait_for(attempt, aim, target, startup[layout.hosts], choose)
+            kills.append(kill(attempt, campaign, layout, aim, choose))
+        last = kills[-1]
+        words = f"{campaign.name} {number + 1}/{count} ({layout}): {last.which} during"
+        print(f"{words} {last.during}, step {last.step} {last.wrong}", flush=True)
+    layout = campaign.layouts[count % len(campaign.layouts)]
+    with started(job, campaign.name, layout) as attempt:
+        to_the_end(attempt)
+    return kills
+
+
+def wait_for(
+    attempt: Attempt, aim: str, target: int, startup: float, choose: random.Random
+) -> None:
+    """Return at a random moment of start-up or restoring, or of what is aimed at from ``target``
+    on."""
+    if aim == "start-up":
+        attempt.until(lambda: False, choose.uniform(0, startup))
+        return
+    if aim == "restore":
+        attempt.until(attempt.restoring)
+        attempt.until(attempt.training, choose.uniform(0, startup / 4))
+        return
+    attempt.until(lambda: attempt.training() and last_step(attempt.run) >= target)
+    kinds = {"save": attempt.saving, "local save": attempt.saving_local, "copy": attempt.copying}
+    attempt.until(kinds.get(aim, lambda: True))
+    time.sleep(choose.choice((0, choose.uniform(0, 0.03))))
+
+
+def kill(
+    attempt: Attempt, campaign: Campaign, layout: Layout, aim: str, choose: random.Random
+) -> Kill:
+    """Kill one process or all, and see how the others end."""
+    count = len(attempt.processes)
+    chosen = choose.choice([[number] for number in range(count)] + [list(range(count))])
+    ended = [process.poll() for process in attempt.processes]
+    during = attempt.during()
+    for number in chosen:
+        attempt.processes[number].kill()
+    seconds, killed = attempt.seconds, time.monotonic()
+    survivors = [number for number in range(count) if number not in chosen]
+    wrong = [f"process {n} had ended with {code}" for n, code in enumerate(ended) if code]
+    for number in survivors:
+        try:
+            code = attempt.processes[number].wait(PEERS + 20)
+            if code != LOST:
+                wrong.append(f"process {number} ended with {code}")
+        except subprocess.TimeoutExpired:
+            wrong.append(f"process {number} did not end")
+    survived = time.monotonic() - killed if survivors else None
+    for number in chosen:
+        attempt.processes[number].wait()
+    if not wrong and attempt.orphans():
+        wrong.append("worker processes are left")
+    which = "all" if len(chosen) == count else f"process {chosen[0]}"
+    return Kill(
+        campaign.name,
+        layout,
+        aim,
+        "nothing (done)" if ended == [0] * count else during,
+        which,
+        seconds,
+        last_step(attempt.run),
+        survived,
+        "; ".join(wrong),
+    )
+
+
+def rounding(job: Job, layouts: Sequence[Layout]) -> float:
+    """The most that an array differs by between unbroken runs on different meshes."""
+    states = [final_arrays(job.run(unbroken_name(each)), job.steps) for each in layouts]
+    return max(furthest(*pair)[1] for pair in combinations(states, 2))
+
+
+def differences(job: Job, campaign: Campaign, limit: float) -> list[Compared]:
+    whole = unbroken_name(campaign.like)
+    same = all(layout == campaign.like for layout in campaign.layouts)
+    runs = job.run(whole), job.run(campaign.name)
+    return [
+        *compare(*runs, job.steps, None if same else limit),
+        batches_seen(job.seen(whole), job.seen(campaign.name)),
+        copied(runs[1], job.remote(campaign.name), job.steps),
+    ]
+
+
+def show(
+    kills: Sequence[Kill], compared: Sequence[tuple[Campaign, list[Compared]]], limit: float
+) -> int:
+    """Print both tables; the exit code."""
+    from rich.console import Console
+    from rich.table import Table
+
+    done = Table("campaign", "hosts", "aimed at", "killed", "during", "after", "step", "survivor")
+    for each in kills:
+        left = "" if each.survived is None else f"{each.survived:.1f} s"
+        done.add_row(
+            each.campaign,
+            str(each.layout),
+            each.aim,
+            each.which,
+            each.during,
+            f"{each.seconds:.1f} s",
+            str(each.step),
+            f"{left} {each.wrong}".strip(),
+        )
+    same = Table("campaign", "compared with the unbroken run", "found", "wrong")
+    for campaign, found in compared:
+        for each in found:
+            same.add_row(campaign.name, each.what, each.found, "yes" if each.wrong else "no")
+    console = Console(width=110, highlight=False)
+    console.print(done, same)
+    survived = [each.survived for each in kills if each.survived is not None]
+    longest = f"; survivors ended after {max(survived):.1f} s at most" if survived else ""
+    wrong = sum(bool(each.wrong) for each in kills)
+    print(f"{len(kills)} kills, {wrong} of which ended wrong{longest}")
+    print(f"changed meshes may differ by {limit:.1e}, {SLACK} times what unbroken runs there do")
+    return int(wrong > 0 or any(each.wrong for _, found in compared for each in found))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def alive(group: int) -> bool:
+    """Whether the process group has a living member; where there is no /proc, also a dead one."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    if not Path("/proc/self/stat").exists():
+        return True
+    return any(living_group(stat) == group for stat in Path("/proc").glob("[0-9]*/stat"))
+
+
+def living_group(stat: Path) -> int | None:
+    """The group of a process that is no zombie."""
+    try:
+        state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(group)
+
+
+def changed(path: Path) -> int:
+    """When a file was, 0 if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder that may be gone any moment."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def starts(run: Path) -> int:
+    """How often training has begun or gone on."""
+    return sum(b'"start"' in e or b'"resume"' in e for e in lines(run / "events.jsonl"))
+
+
+def last_step(run: Path) -> int:
+    """The last one recorded, 0 if there is none."""
+    records = lines(run / "metrics.jsonl")
+    return json.loads(records[-1])["step"] if records else 0
+
+
+def lines(path: Path) -> list[bytes]:
+    """The complete lines of a file that may be growing, or not be there yet."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
