@@ -39,8 +39,3 @@ class Preempted(MaxlmError):
 
     exit_code = PREEMPTED
 
-
-class Lost(MaxlmError):
-    """Not a mistake of the user's: a process hung, died or lost the others."""
-
-    exit_code = LOST

@@ -15,7 +15,6 @@ _TPUS = {
     "v6e": ("tpu-v6e-slice", "v6e", 1),
     "tpu7x": ("tpu7x", "tpu7x", 2),
 }
-_CHIPS_PER_HOST = 4
 # SkyPilot's A100 has 40 GB.
 _SKYPILOT_GPUS = {"a100": "A100-80GB"}
 # Kinds of machines that a scheduler's template is written for.
@@ -84,12 +83,12 @@ def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -
         found = Hosts("gpu", 1, count, devices, accelerator_type=gpu)
     else:
         accelerator, prefix, cores = _TPUS[topology.kind]
-        chips = prod(topology.shape)
+        chips, own = prod(topology.shape), topology.chips_per_host
+        # GKE names the shortest side first, but of one host's 2x2x1.
+        sides = topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
         found = Hosts(
-            *("tpu", topology.slices, max(chips // _CHIPS_PER_HOST, 1)),
-            *(min(chips, _CHIPS_PER_HOST), accelerator),
-            # GKE names the shortest side first.
-            "x".join(map(str, sorted(topology.shape))),
+            *("tpu", topology.slices, max(chips // own, 1), min(chips, own), accelerator),
+            "x".join(map(str, sides)),
             f"{prefix}-{chips * cores}",
         )
     if nodes not in (None, found.count):

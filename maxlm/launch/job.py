@@ -104,7 +104,8 @@ def make_job(
     machine = Machine.of(on)
     hosts = hosts_of(machine.topology, scheduler, on, options.nodes)
     mounted = mounts(options.mount, scheduler)
-    _check_places(run, scheduler, mounted, own_template)
+    inside = scheduler in ("jobset", "skypilot") or (scheduler == "slurm" and options.image)
+    _check_places(run, scheduler, mounted, bool(inside), own_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else seconds(options.time)
     retries = RETRIES if options.retries is None else options.retries
@@ -123,12 +124,13 @@ def make_job(
         )
     if limit is not None:
         _check_limit(limit, grace, plan)
-    config, settings, text = _config(run, source, settings, scheduler, name)
+    seen = scheduler == "slurm" and not options.image
+    config, settings, text = _config(run, source, settings, seen, name)
     job = Job(
         scheduler=scheduler,
         name=name,
         run=run.name,
-        title=f"{run.name} on {on}: {machine.words}",
+        title=" ".join(f"{run.name} on {on}: {machine.words}".split()),
         hosts=hosts,
         maxlm=options.maxlm or "maxlm",
         config=config,
@@ -166,9 +168,13 @@ def _check_limit(limit: int, grace: int, plan: Plan) -> None:
 
 
 def _check_places(
-    run: RunConfig, scheduler: str, mounted: Sequence[Mount], own_template: bool
+    run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
 ) -> None:
-    """There is text, and a run's folder that outlives its hosts, of which all see the same."""
+    """There is text, and a run's folder that outlives its hosts, of which all see the same.
+
+    Args:
+        inside: it runs in a container, which sees what is mounted.
+    """
     named = {"folder": run.folder, "checkpoint.remote_folder": run.checkpoint.remote_folder}
     named |= {f"data.sources.{i}.store": each.store for i, each in enumerate(run.data.sources)}
     for key, folder in named.items():
@@ -178,20 +184,21 @@ def _check_places(
         raise MaxlmError(
             "no text to train on", where="data.sources", fix="name documents or a store there"
         )
-    if scheduler == "slurm" or own_template:
+    if own_template or (scheduler == "slurm" and not inside):
         return
     if not run.folder.startswith("/"):
         raise MaxlmError(
             f"folder={run.folder} is another one on each host",
             fix="name one that all see: folder=/data/runs",
         )
-    if scheduler in ("jobset", "skypilot") and not any(
+    if inside and not any(
         PurePosixPath(run.folder).is_relative_to(mount.path) for mount in mounted
     ):
         top = "/".join(run.folder.split("/")[:2])
+        source = top if scheduler == "slurm" else "gs://bucket"
         raise MaxlmError(
             f"folder={run.folder} would be lost with its hosts",
-            fix=f"mount what is to keep it: --mount gs://bucket:{top}",
+            fix=f"mount what is to keep it: --mount {source}:{top}",
         )
 
 
@@ -206,14 +213,14 @@ def _job_name(name: str) -> str:
 
 
 def _config(
-    run: RunConfig, source: str, settings: Sequence[str], scheduler: str, name: str
+    run: RunConfig, source: str, settings: Sequence[str], seen: bool, name: str
 ) -> tuple[str, Sequence[str], str]:
-    """What ``maxlm train`` is to be given: config, settings, and the config's text where hosts
-    do not see this machine's files."""
+    """What ``maxlm train`` is to be given: config, settings, and the config's text where the job
+    has not ``seen`` this machine's files."""
     path = Path(source).expanduser()
     if not path.is_file() and find_shipped(source):
         return source, settings, ""
-    if scheduler == "slurm":
+    if seen:
         return str(path.resolve()), settings, ""
     return f"/tmp/{name}.yaml", (), to_yaml(run)
 

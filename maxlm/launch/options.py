@@ -178,6 +178,10 @@ class Mount:
     path: str
 
     @property
+    def pair(self) -> str:
+        return f"{self.source}:{self.path}"
+
+    @property
     def bucket(self) -> str:
         """Of a URL, its bucket's name; else empty."""
         return self.source.split("/")[2] if "://" in self.source else ""

@@ -114,6 +114,12 @@ class Topology:
         return tuple(n == 16 for n in self.shape)
 
     @property
+    def chips_per_host(self) -> int:
+        """Of a TPU: 4, but for slices of 8 with a torus of two dimensions, which are one host
+        (Google Cloud: v5litepod-8, ct6e-standard-8t)."""
+        return 8 if len(self.shape) == 2 and prod(self.shape) == 8 else 4
+
+    @property
     def words(self) -> str:
         """Chips, cores and hosts, so that nobody has to remember what a name counts."""
         chips = self.slices * prod(self.shape)
@@ -128,10 +134,11 @@ class Topology:
         cores = chips * _TPUS[self.kind][0]
         counted = f", {cores} cores" if cores > chips else ""
         counted += f", {self.devices} devices" if self.devices > chips else ""
-        hosts = max(chips // 4, 1)
+        own = self.chips_per_host
+        hosts = max(chips // own, 1)
         return (
             f"{many}{shape} {self.kind} chips: {chips} chip{'s' if chips > 1 else ''}{counted}, "
-            f"{hosts} host{'s' if hosts > 1 else ''} of {min(chips, 4)}"
+            f"{hosts} host{'s' if hosts > 1 else ''} of {min(chips, own)}"
         )
 
 

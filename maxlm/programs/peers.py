@@ -21,13 +21,19 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import LOST, Lost
+from maxlm.config.errors import LOST
 from maxlm.programs.cluster import Cluster
 
 FAILED = 1
 _PAUSE = 0.2  # between two tries to reach process 0
 _MOMENT = 2.0  # in which the others' news arrive
 _LONGEST = 1 << 20  # bytes of a message
+
+
+class Lost(MaxlmError):
+    """Not a mistake of the user's: processes that did not come, or died on the way."""
+
+    exit_code = LOST
 
 
 class _Line:

@@ -14,7 +14,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.config.errors import Preempted
 from maxlm.data.work.paths import locked_folder, replacing
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
@@ -52,6 +51,7 @@ from maxlm.train.profile import Profiler
 from maxlm.train.records import read_records
 from maxlm.train.skips import Skips
 from maxlm.train.state import TrainState
+from maxlm.train.step import Batch, Sums
 from maxlm.train.watchdog import Watchdog
 
 Say = Callable[[str], None]
@@ -115,6 +115,8 @@ def pretrain(
             origin = find_origin(setup, tiers, folder, resume, stack)
             beginning = None if origin else find_beginning(setup, stack)
             corpus = _prepare_together(config, folder)
+        watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
+        watchdog.expect(0, "restore")
         metadata = _metadata(config, corpus, origin, beginning)
         skips = read_skips(folder, origin)
 
@@ -157,7 +159,14 @@ def pretrain(
             skipped=[[each.step, each.why] for each in position.skipped],
         )
         stack.enter_context(_noted(notices, log, first))
-        step, eval_step = setup.step_function(), setup.evaluation_function()
+        watchdog.event = log.event
+        tiers.catch_up()
+        profiler = stack.enter_context(Profiler(folder, *profile) if profile else Profiler.off())
+        step, evaluated = setup.step_function(), setup.evaluation_function()
+
+        def eval_step(params: Any, batch: Batch) -> Sums:
+            watchdog.restart()
+            return evaluated(params, batch)
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
             batches = config.train.eval_batches
@@ -170,7 +179,6 @@ def pretrain(
             with (
                 training_batches(setup, *read, position.step, skips) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=lead) as display,
-                Watchdog(config.faults, folder, jax.process_index(), log.event) as watchdog,
             ):
                 return train(
                     position.state,
@@ -187,7 +195,7 @@ def pretrain(
                         agreement=Agreement(setup.mesh),
                         watch=LossWatch(config.faults, position.losses),
                         watchdog=watchdog,
-                        profiler=Profiler(folder, *profile) if profile else Profiler.off(),
+                        profiler=profiler,
                     ),
                     tiers=tiers,
                     metadata={**metadata, "skipped_batches": skips},
@@ -198,6 +206,7 @@ def pretrain(
             if len(skips) >= config.faults.max_rollbacks:
                 log.event("stop", ended.last, reason="rollback-limit")
                 raise too_often(ended, skips, folder)
+            watchdog.expect(ended.first, "restore")
             del position  # Its arrays are gone: the step was given their memory.
             position, skips = go_back(setup, tiers, ended, skips, folder, begin)
             log.rewind(position.step)
@@ -214,11 +223,15 @@ def pretrain(
             )
         state = ended
         read = (corpus.heldout, corpus.vocabulary)
+        watchdog.expect(int(state.step), "evaluation")
         evaluation_began = time.monotonic()
         results = held_out(setup, eval_step, parameters(state), *read)
         if results:
             log.event("evaluate", int(state.step), seconds=time.monotonic() - evaluation_began)
         log.event("stop", int(state.step), reason="done")
+        watchdog.rest()
+        if missing := tiers.uncopied:
+            say(f"{missing}; the same command copies it")
         if lead:
             if results and not _evaluated_at(folder, int(state.step)):
                 log.log(int(state.step), _evaluation_record(config, int(state.step), results))
@@ -282,7 +295,7 @@ def _noted(notices: Notices, log: MetricsLog, step: int) -> Iterator[None]:
     """Write down a notice that ends the run outside its loop."""
     try:
         yield
-    except Preempted:
+    except BaseException:
         if notices.at_once:
             log.event("stop", step, reason="preempted")
         raise

@@ -117,7 +117,7 @@ def go_on(setup: Setup, origin: Origin, skips: Skips) -> Position:
     if found is None:
         raise none_readable(origin.tiers, skipped)
     if origin.own:
-        origin.tiers.set_aside(skipped)
+        origin.tiers.set_aside(skipped, found.step)
     newer = [each for each in skipped if each.step >= found.step]
     place = origin.tiers.place(found.tier)
     return Position(state, found.step, place, found.metadata.get("losses"), newer)
@@ -148,7 +148,8 @@ def go_back(
     skips = (*skips, skip)
     if position is None:
         return go_on(setup, origin, skips), skips
-    tiers.set_aside([Skipped(each.step, each.tier, "", damaged=False) for each in origin.found])
+    abandoned = [Skipped(each.step, each.tier, "", damaged=False) for each in origin.found]
+    tiers.set_aside(abandoned, base)
     return position, skips
 
 

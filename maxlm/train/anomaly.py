@@ -42,6 +42,11 @@ class LossWatch:
         """What it remembers, as JSON values."""
         return {"losses": self._losses, "skipped": self._skipped, "spikes": self._spikes}
 
+    def suspect(self, step: int) -> int | None:
+        """The first of the steps up to ``step`` that may turn out to be bad, if any."""
+        bad = max(self._skipped, self._spikes)
+        return step - bad + 1 if bad else None
+
     def see(self, step: int, values: Mapping[str, float]) -> Verdict | None:
         """
         Args:

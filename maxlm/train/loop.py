@@ -163,12 +163,12 @@ class _Loop:
             return
         self.guards.watchdog.expect(number, "save")
         metadata = {**self.metadata, "losses": self.guards.watch.memory}
+        suspect = self.guards.watch.suspect(number)
         with self.account.timed("saving") as seconds:
-            tier = self.tiers.save(number, state, metadata, force=force)
+            tier = self.tiers.save(number, state, metadata, force=force, suspect=suspect)
         if tier is not None:
             self.account.note(number)
-            name = "local" if tier == "local" else "remote"
-            self.hooks.event("checkpoint", number, tier=name, seconds=seconds())
+            self.hooks.event("checkpoint", number, tier=tier, seconds=seconds())
 
     def gone_bad(self, verdict: Verdict) -> Verdict:
         self.account.note(verdict.last)

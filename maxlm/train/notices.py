@@ -12,11 +12,16 @@ PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 """A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU maintenance."""
 
 
+class _Told(BaseException):
+    """Like KeyboardInterrupt no ``Exception``: a library that makes another error of each, or of
+    an unreadable file, must not make one of this."""
+
+
 class Notices:
     """What this process was told; see :func:`noticing`."""
 
-    def __init__(self, folder: str):
-        self._folder, self._holding, self.wish = folder, False, Wish.NONE
+    def __init__(self):
+        self._holding, self.wish = False, Wish.NONE
         self.at_once = False
         """A scheduler's notice has ended what was going on."""
 
@@ -37,11 +42,7 @@ class Notices:
             raise KeyboardInterrupt
         if not self._holding:
             self.at_once = True
-            raise Preempted(
-                f"told to stop ({signal.Signals(number).name}) while no step was under way",
-                where=self._folder,
-                fix="run the same command to go on",
-            )
+            raise _Told(signal.Signals(number).name)
 
 
 @contextmanager
@@ -49,8 +50,11 @@ def noticing(folder: str) -> Iterator[Notices]:
     """Notice signals in this block; ``folder``: the run's, for messages.
 
     In a thread that may not (a notebook's worker) signals are left alone.
+
+    Raises:
+        Preempted: told to stop by a scheduler while no loop held the notice.
     """
-    notices = Notices(folder)
+    notices = Notices()
     before = {}
     try:
         for number in (signal.SIGINT, *PREEMPTION):
@@ -59,6 +63,12 @@ def noticing(folder: str) -> Iterator[Notices]:
         pass
     try:
         yield notices
+    except _Told as told:
+        raise Preempted(
+            f"told to stop ({told}) while no step was under way",
+            where=folder,
+            fix="run the same command to go on",
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

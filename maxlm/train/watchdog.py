@@ -18,7 +18,8 @@ _LOOKED_AT = 100
 _LEAST = 5  # steps, before which a median says little
 # Of the limit: a process that ends takes its peers along, which may find the hang a little later,
 # and are to write down what they do first.
-_LEEWAY = 0.1
+_LEEWAY, _MOST_LEEWAY = 0.1, 10.0  # seconds at most
+_PATIENCE = 20.0  # seconds for writing it down
 
 
 class Watchdog:
@@ -28,7 +29,8 @@ class Watchdog:
 
     Args:
         folder: the run's.
-        event: told of a hang (``event("hang", step, process=..., seconds=...)``).
+        event: told of a hang (``event("hang", step, process=..., seconds=...)``); may be set
+            later.
         end: how the process ends; a test may look instead.
     """
 
@@ -40,8 +42,8 @@ class Watchdog:
         event: Callable[..., None] = lambda *_, **__: None,
         end: Callable[[int], Any] = os._exit,
     ):
-        self._config, self._folder, self._process = config, folder, process
-        self._event, self._end = event, end
+        self._config, self.folder, self._process = config, folder, process
+        self.event, self._end = event, end
         self._seconds: deque[float] = deque(maxlen=_LOOKED_AT)
         self._done = threading.Event()
         self._lock = threading.Lock()
@@ -65,6 +67,16 @@ class Watchdog:
             self._step, self._began, self._limit = step, time.monotonic(), limit
             self._what = f"{what} {step}{median_words}"
 
+    def restart(self) -> None:
+        """What is awaited has come nearer, and has its time once more."""
+        with self._lock:
+            self._began = time.monotonic()
+
+    def rest(self) -> None:
+        """Nothing is awaited."""
+        with self._lock:
+            self._limit = float("inf")
+
     def __enter__(self) -> "Watchdog":
         self._thread.start()
         return self
@@ -80,15 +92,25 @@ class Watchdog:
                 step, what, limit = self._step, self._what, self._limit
                 seconds = time.monotonic() - self._began
             if left <= 0:
-                self._hung(step, what, seconds)
-                time.sleep(_LEEWAY * limit)
-                self._end(LOST)
-                return
+                break
             if self._done.wait(min(left, 1.0)):
                 return
+        leeway = min(_LEEWAY * limit, _MOST_LEEWAY)
+        # Whatever becomes of the telling: the disk that it is written to may be what hangs.
+        timer = threading.Timer(leeway + _PATIENCE, self._end, [LOST])
+        timer.daemon = True
+        timer.start()
+        try:
+            self._tell(step, what, seconds)
+        finally:
+            over = self._done.wait(leeway)
+            timer.cancel()
+            if not over:
+                self._end(LOST)
 
-    def _hung(self, step: int, what: str, seconds: float) -> None:
-        path = self._folder / "hangs" / f"process-{self._process}-step-{step}.txt"
+    def _tell(self, step: int, what: str, seconds: float) -> None:
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        path = self.folder / "hangs" / f"process-{self._process}-step-{step}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -96,11 +118,10 @@ class Watchdog:
             there = f"what its threads were doing is in {path}"
         except OSError as error:
             there = f"{path} cannot be written: {error.strerror}"
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
         print(
-            f"error: {self._folder}: process {self._process} hangs: {what} has taken "
+            f"error: {self.folder}: process {self._process} hangs: {what} has taken "
             f"{seconds:.3g} s; {there}; run the same command to go on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        self._event("hang", step, process=self._process, seconds=seconds)
+        self.event("hang", step, process=self._process, seconds=seconds)

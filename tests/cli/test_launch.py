@@ -48,6 +48,15 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             "jobset runs a container, and none is named; add --image; launch/images/ has files to "
             "build one from",
         ),
+        (
+            ["slurm", *GPU, "--image", "i"],
+            "folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount "
+            "/data:/data",
+        ),
+        (
+            ["slurm", "demo", "--on", "h100x8", "--image", "i"],
+            "folder=runs is another one on each host; name one that all see: folder=/data/runs",
+        ),
         (["slurm", *GPU, "--spot"], "slurm has no use for --spot; ask for such machines where"),
         (
             ["tpu-vm", *TPU, "--namespace", "x"],

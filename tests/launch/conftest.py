@@ -1,5 +1,6 @@
 """Jobs for stand-ins of `maxlm`, and of schedulers' programs."""
 
+import json
 import stat
 
 import pytest
@@ -28,10 +29,11 @@ def program(tmp_path):
 def rendered(tmp_path):
     """A job's text: (scheduler, machine, options of the job)."""
 
-    def make(scheduler, on, **options):
+    def make(scheduler, on, run_name=None, **options):
         source, settings = "llama2_7b", ["data.sources=[{store: /tokens}]", "folder=/shared/runs"]
         if on.startswith("cpu"):
             source, settings = "demo", ["model.num_layers=1", f"folder={tmp_path}"]
+        settings += [f"name={json.dumps(run_name)}"] if run_name else []
         run = load(RunConfig, source, settings).value
         job, _ = make_job(
             run, source, settings, scheduler=scheduler, on=on, options=Options(**options)

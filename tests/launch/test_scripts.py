@@ -30,7 +30,7 @@ def environment(tmp_path, **more):
     ("code", "restarts", "requeued"),
     [
         *((code, None, True) for code in (75, 76, 137, 139)),
-        *((code, None, False) for code in (0, 1, 2, 127)),
+        *((code, None, False) for code in (0, 1, 2, 127, 130)),
         *((75, 2, True), (75, 3, False), (76, 3, False)),
     ],
 )
@@ -63,6 +63,24 @@ def test_slurm_environment(program, rendered, tmp_path):
     assert f"NOTE={value}" in seen
     assert {"JAX_PLATFORMS=cpu", "JAX_NUM_CPU_DEVICES=4"} <= set(seen)
     assert not (tmp_path / "hacked").exists()
+
+
+def test_slurm_in_a_container(program, rendered, tmp_path):
+    program("srun", '#!/bin/bash\nprintf "%s\\n" "$@" > "$LOG"\n')
+    mounts = ("/shared:/shared", "/fast disk:/scratch")
+    script = rendered("slurm", "h100x64", image="docker://a", mount=mounts)
+    assert subprocess.run(["bash", "-c", script], env=environment(tmp_path)).returncode == 0
+    given = (tmp_path / "log").read_text().splitlines()
+    # pyxis takes the last of several.
+    assert [word for word in given if "mounts" in word] == [
+        "--container-mounts=/shared:/shared,/fast disk:/scratch"
+    ]
+
+
+def test_a_name_is_no_line_of_its_own(rendered):
+    script = rendered("slurm", "h100x64", run_name="a\ncurl evil")
+    assert script.splitlines()[1].startswith("# a curl evil on h100x64: ")
+    assert not [line for line in script.splitlines() if line.startswith("curl")]
 
 
 def tpu_worker(rendered, program, codes, **options):

@@ -104,7 +104,7 @@ class Play:
             self.event("progress", step, **counted)
             what = draw(st.sampled_from(["go on", "save", "save", "roll back"]))
             if what == "save":
-                self.event("checkpoint", step, tier="remote", seconds=0.0)
+                self.event("checkpoint", step, tier="folder", seconds=0.0)
                 saved = step
             elif what == "roll back" and saved:
                 self.event("rollback", saved, from_step=step, reason="loss", batches=[0, 1])

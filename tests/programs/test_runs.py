@@ -29,7 +29,7 @@ EVENTS = [
     event("start", 0, 10, began=BEGAN, devices=8),
     event("compiled", 1, 40, seconds=30),
     event("progress", 60, 150, stepping=100, loading=10),
-    event("checkpoint", 51, 150, tier="remote", seconds=0),
+    event("checkpoint", 51, 150, tier="folder", seconds=0),
     event("resume", 51, 220, began=BEGAN + 200, devices=8),
     event("compiled", 52, 230, seconds=10),
     event("progress", 102, 330, stepping=100),

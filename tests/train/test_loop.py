@@ -44,7 +44,11 @@ class Journal:
     def late(self):
         return self.taken == self.late_at
 
-    def save(self, step, state, metadata, force=False):
+    def save(self, step, state, metadata, *, force=False, suspect=None):
+        first = step
+        while first in self.bad:
+            first -= 1
+        assert suspect == (first + 1 if step in self.bad else None)
         assert step == state.step
         assert metadata["meta"] == 1
         good = step - sum(each <= step for each in self.bad)

@@ -24,6 +24,17 @@ def test_a_schedulers_signal_ends_what_is_going_on_and_handlers_come_back(number
     assert signal.getsignal(number) is before
 
 
+def test_what_turns_errors_into_others_lets_a_notice_through():
+    def read():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("an unreadable checkpoint") from error
+
+    with pytest.raises(Preempted), noticing("runs/x"):
+        read()
+
+
 def test_in_the_loop_they_are_only_written_down():
     with noticing("runs/x") as notices:
         with notices.held():

@@ -1,6 +1,9 @@
 """Checkpoints in several places: the newest that can be read is found, whatever others suffered."""
 
+import errno
 import shutil
+import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint.tiers import Tiers
+from maxlm.train.checkpoint.reading import Unreadable
+from maxlm.train.checkpoint.remote import RemoteTier
+from maxlm.train.checkpoint.tiers import Skipped, Tiers
 from maxlm.train.config import CheckpointConfig
 
 SPECS = {
@@ -50,6 +55,7 @@ def write(folder, mesh, *steps, forced=(), **config):
         for step in steps:
             tiers.save(step, state_of(mesh, step), {"config": {}}, force=step in forced)
             tiers.wait()
+            assert tiers.uncopied is None  # waits for the copy
 
 
 def newest(folder, mesh, **config):
@@ -62,12 +68,17 @@ def newest(folder, mesh, **config):
         jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, chosen.step))
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True):
             assert got.sharding == want.sharding
-        tiers.set_aside([*skipped, *more])
+        tiers.set_aside([*skipped, *more], chosen.step)
         return (chosen.step, chosen.tier), [*skipped, *more]
 
 
 def files(folder):
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def copies(place):
+    """Steps of which a folder of copies has files."""
+    return sorted({path.relative_to(place).parts[0] for path in files(place)})
 
 
 def largest(folder):
@@ -142,7 +153,7 @@ def test_an_interrupted_save_is_no_checkpoint(tmp_path, here):
 def test_local_checkpoints_are_taken_in_between_and_the_two_newest_kept(tmp_path, here):
     config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     write(tmp_path / "run", here, *range(1, 15), **config)
-    own = tmp_path / "disk" / "run" / "process-0"
+    [own] = (tmp_path / "disk").glob("run-*/process-0")
     assert [path.name for path in files(own)] == ["12.safetensors", "9.safetensors"]
     assert newest(tmp_path / "run", here, **config) == ((12, "local"), [])
 
@@ -150,7 +161,7 @@ def test_local_checkpoints_are_taken_in_between_and_the_two_newest_kept(tmp_path
 def test_a_damaged_local_checkpoint_is_skipped_for_what_is_next(tmp_path, here):
     config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     write(tmp_path / "run", here, *range(1, 14), **config)
-    newer = tmp_path / "disk" / "run" / "process-0" / "12.safetensors"
+    [newer] = (tmp_path / "disk").glob("run-*/process-0/12.safetensors")
     data = bytearray(newer.read_bytes())
     data[len(data) // 2] ^= 4
     newer.write_bytes(data)
@@ -275,14 +286,138 @@ def test_a_bucket_of_google_s(tmp_path, here):
         server.stop()
 
 
-def test_a_copy_that_fails_is_said_to_at_once_and_at_the_end(tmp_path, here, capfd):
+def test_a_copy_that_fails_is_told_of_and_made_up_for(tmp_path, here, capfd):
     place = tmp_path / "elsewhere"
-    config = CheckpointConfig(every_steps=1, remote_folder=str(place))
-    with Tiers(tmp_path / "run", "run", config) as tiers:
-        (place / "run").mkdir(parents=True, exist_ok=True)
+    config = {"every_steps": 1, "remote_folder": str(place)}
+    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        (place / "run").mkdir(parents=True)
         (place / "run" / "1").write_text("in the way")
         tiers.save(1, state_of(here, 1), {})
-        with pytest.raises(MaxlmError) as error:
-            tiers.wait()
-    assert str(error.value).startswith(f"{place}/run: a checkpoint was not copied (")
+        assert tiers.uncopied.startswith(f"the last checkpoint is not in {place}/run: ")
     assert capfd.readouterr().err.startswith(f"checkpoint 1 was not copied to {place}/run: ")
+    (place / "run" / "1").unlink()
+    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        tiers.catch_up()
+        assert tiers.uncopied is None
+    assert newest(tmp_path / "other", here, **config) == ((1, "remote"), [])
+
+
+def test_what_is_being_copied_stays_until_it_is(tmp_path, here, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    original = RemoteTier._copy
+
+    def slow(self, folder):
+        started.set()
+        go_on.wait(30)
+        original(self, folder)
+
+    monkeypatch.setattr(RemoteTier, "_copy", slow)
+    config = CheckpointConfig(every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there"))
+    with Tiers(tmp_path / "run", "run", config) as tiers:
+        tiers.save(1, state_of(here, 1), {})
+        started.wait(30)
+        for step in range(2, 6):
+            tiers.save(step, state_of(here, step), {})
+        tiers.wait()
+        assert {path.name for path in (tmp_path / "run").iterdir()} >= {"1", "5"}
+        go_on.set()
+        assert tiers.uncopied is None
+        assert tiers.save(6, state_of(here, 6), {}) == "folder"
+        tiers.wait()
+        assert tiers.uncopied is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["6"]
+    assert copies(tmp_path / "there" / "run") == ["6"]
+
+
+def test_files_of_a_copy_that_was_cut_off_are_cleared_away(tmp_path, here):
+    left = tmp_path / "there" / "run" / "3" / "state"
+    left.mkdir(parents=True)
+    (left / "d").write_text("half")
+    write(tmp_path / "run", here, 5, every_steps=1, remote_folder=str(tmp_path / "there"))
+    assert copies(tmp_path / "there" / "run") == ["5"]
+
+
+def test_an_error_that_passes_hides_no_checkpoint(tmp_path, here, monkeypatch):
+    write(tmp_path, here, 10, 20, every_steps=10)
+    read, failures = Path.read_text, [OSError("Stale file handle")]
+
+    def once(self, *arguments, **more):
+        if self.name == "metadata" and failures:
+            raise failures.pop()
+        return read(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "read_text", once)
+    assert newest(tmp_path, here) == ((20, "folder"), [])
+    assert failures == []
+
+
+def test_a_copy_that_cannot_be_read_is_not_deleted(tmp_path, here, monkeypatch):
+    config = {"every_steps": 10, "remote_folder": str(tmp_path / "there")}
+    write(tmp_path / "run", here, 10, 20, **config)
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+
+        def refused(self, step, to):
+            fix = "restore another step"
+            if step == 20:
+                raise Unreadable("connection reset", where="there", fix=fix)
+            return original(self, step, to)
+
+        original = RemoteTier.fetch
+        patch.setattr(RemoteTier, "fetch", refused)
+        assert newest(tmp_path / "run", here, **config)[0] == (10, "remote")
+    assert newest(tmp_path / "run", here, **config)[0] == (20, "remote")
+
+
+def test_a_local_checkpoint_that_cannot_be_written_is_told_of_and_no_more(
+    tmp_path, here, monkeypatch, capfd
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        write(tmp_path / "run", here, *range(1, 14), **config)
+    err = capfd.readouterr().err.splitlines()
+    assert len(err) == 4
+    assert err[0].startswith(f"local checkpoint 3 was not written to {tmp_path}/disk/run-")
+    assert "No space left on device" in err[0]
+    assert err[0].endswith("; training goes on")
+    assert newest(tmp_path / "run", here, **config) == ((10, "folder"), [])
+
+
+def test_runs_of_one_name_in_two_folders_share_a_disk(tmp_path, here):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    write(tmp_path / "one", here, *range(1, 14), **config)
+    with Tiers(tmp_path / "two", "run", CheckpointConfig(**config)) as tiers:
+        assert tiers.found() == ([], [])
+
+
+def test_steps_of_a_path_that_was_left_do_not_crowd_out_new_ones(tmp_path, here):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    config |= {"remote_folder": str(tmp_path / "there")}
+    write(tmp_path / "run", here, *range(1, 40), **config)
+    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        found, _ = tiers.found()
+        left = [Skipped(f.step, f.tier, "left", damaged=False) for f in found if f.step > 20]
+        tiers.set_aside(left, 20)
+        for step in (21, 24, 27, 30):
+            tiers.save(step, state_of(here, step), {})
+            tiers.wait()
+        assert tiers.uncopied is None
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
+    assert copies(tmp_path / "there" / "run") == ["20", "30"]
+    [own] = (tmp_path / "disk").glob("run-*/process-0")
+    assert [path.name for path in files(own)] == ["24.safetensors", "27.safetensors"]
+
+
+def test_while_numbers_may_be_bad_the_last_good_checkpoint_stays(tmp_path, here):
+    config = CheckpointConfig(every_steps=1, keep_last=2)
+    with Tiers(tmp_path, "run", config) as tiers:
+        for step in range(1, 9):
+            tiers.save(step, state_of(here, step), {}, suspect=4 if step >= 4 else None)
+            tiers.wait()
+        assert tiers.keeper.steps() == [3, 7, 8]
+        tiers.save(9, state_of(here, 9), {})
+        assert tiers.keeper.steps() == [8, 9]

@@ -6,8 +6,9 @@ Nothing of the mesh, the number of processes or Python's types is needed to read
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Checkpointer:
         read_only: change nothing, so that a run that is still writing can be read.
         grouped: of parameters that a circular pipeline holds as [groups, layers / groups, ...],
             by canonical name, these two sizes; on disk they are [layers, ...].
+        held: asked at each save for steps that must stay for now, besides those that are kept.
 
     Raises:
         MaxlmError: the folder cannot be made; or, ``read_only``, does not exist.
@@ -55,6 +57,7 @@ class Checkpointer:
         *,
         read_only: bool = False,
         grouped: Groups | None = None,
+        held: Callable[[], set[int]] = set,
     ):
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
@@ -64,7 +67,7 @@ class Checkpointer:
         if read_only and not self.folder.is_dir():
             fix = "name a run that has saved one"
             raise MaxlmError("no checkpoints here", where=str(folder), fix=fix)
-        policies: list[Any] = [LatestN(self.config.keep_last)]
+        policies: list[Any] = [LatestN(self.config.keep_last), _Held(held)]
         if self.config.keep_every:
             policies.append(EveryNSteps(self.config.keep_every))
         with self._explained("cannot keep checkpoints here", "name a folder that can be written"):
@@ -76,6 +79,8 @@ class Checkpointer:
                     cleanup_tmp_directories=not read_only,
                     create=not read_only,
                     read_only=read_only,
+                    # Hosts see a shared folder change at different times.
+                    single_host_load_and_broadcast=not read_only and jax.process_count() > 1,
                 ),
                 handler_registry=ocp.handlers.create_default_handler_registry(
                     state=ocp.PyTreeCheckpointHandler(use_zarr3=True),
@@ -126,7 +131,11 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first; waits for one being written."""
         self.wait()  # Orbax lists a step as soon as its save begins.
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))  # NumPy's, if broadcast
+
+    def begun(self) -> list[int]:
+        """Steps of all checkpoints, one that is being written too; waits for nothing."""
+        return sorted(map(int, self._manager.all_steps()))
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; waits for one being written."""
@@ -178,11 +187,6 @@ class Checkpointer:
         path = self.path(self._existing(step))
         check_arrays(path, abstract, self._grouped, prefix=f"{name}.", complete=False)
 
-    def forget(self, step: int) -> None:
-        """Delete the checkpoint at ``step``."""
-        with self._explained(f"checkpoint {step} cannot be deleted", "delete it by hand"):
-            self._manager.delete(step)
-
     def reload(self) -> None:
         """See what was changed in the folder by other means."""
         self._manager.reload()
@@ -232,6 +236,17 @@ class Checkpointer:
             raise MaxlmError(
                 f"{what} ({first_line(error)})", where=str(self.folder), fix=fix
             ) from error
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A preservation policy of Orbax's."""
+
+    steps: Callable[[], set[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = self.steps()
+        return [each.step in steps for each in checkpoints]
 
 
 def restore_from(

@@ -2,34 +2,41 @@
 
 They are quick to write and outlive the job (a preemption, a crash, a hang), not the host. A file is
 complete once it has its name, and a step can be restored if every process has a file of it with
-the shards that its devices need: the same mesh over the same processes.
+the shards that its devices need: the same mesh over the same processes. They are a help, not a
+promise: one that cannot be written is told of, and training goes on.
 """
 
 import json
+import os
+import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from maxlm.config import MaxlmError
 from maxlm.data.work.paths import replacing, writing
-from maxlm.train.checkpoint.fingerprint import fingerprints
-from maxlm.train.checkpoint.reading import Leaves, PyTree, Unreadable, first_line, named_leaves
+from maxlm.train.checkpoint.reading import (
+    Leaves,
+    PyTree,
+    Unreadable,
+    first_line,
+    named_leaves,
+    patiently,
+)
 
 KEPT = 2  # A process may be done with a step that another has yet to write.
 _SUFFIX = ".safetensors"
 
 
 class LocalTier:
-    """The files of one process. All processes call every method but ``steps`` together.
+    """The files of one process.
 
     Args:
         folder: on this host's own disk; made if missing.
-        name: of the run, so that several may share the disk.
+        name: of the run, unlike any other's that uses the disk.
 
     Raises:
         MaxlmError: it cannot be written.
@@ -38,11 +45,13 @@ class LocalTier:
     def __init__(self, folder: str | Path, name: str):
         self.folder = Path(folder).expanduser() / name / f"process-{jax.process_index()}"
         self._thread: threading.Thread | None = None
-        self._failed: MaxlmError | None = None
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f".*{_SUFFIX}.*"):  # by a process that was killed
-                left.unlink()
+            for left in self.folder.glob(f".*{_SUFFIX}.*"):
+                if not _alive(left.suffix[1:]):  # by a process that was killed
+                    left.unlink(missing_ok=True)
+            for left in self.folder.glob(".tmp*"):  # likewise, as safetensors calls its own
+                left.unlink(missing_ok=True)
 
     def steps(self) -> list[int]:
         """Steps of which this process has a file, oldest first."""
@@ -52,25 +61,18 @@ class LocalTier:
     def path(self, step: int) -> Path:
         return self.folder / f"{step}{_SUFFIX}"
 
-    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
-        """Copy the state to the host, and write it while training goes on.
-
-        Raises:
-            MaxlmError: the file before this one could not be written.
-        """
+    def save(self, step: int, leaves: Leaves, metadata: Mapping[str, Any]) -> None:
+        """Copy arrays (by name) to the host, and write them while training goes on; waits for the
+        file before this one. One copy of this process's shards is in its memory meanwhile."""
         self.wait()
-        leaves = named_leaves(state)
-        known = fingerprints(leaves)
-        shards = {
-            f"{name}@{_key(shard.index, leaf.shape)}": shard.data
-            for name, leaf in leaves.items()
-            for shard in leaf.addressable_shards
-        }
-        for shard in shards.values():
-            shard.copy_to_host_async()
-        # A copy: on CPU the arrays' memory would be the next step's.
-        arrays = {key: np.array(shard) for key, shard in shards.items()}
-        header = {"metadata": json.dumps({"step": step, **metadata, "fingerprints": known})}
+        arrays: dict[str, np.ndarray] = {}
+        for name, leaf in leaves.items():
+            for shard in leaf.addressable_shards:
+                key = f"{name}@{_key(shard.index, leaf.shape)}"
+                if key not in arrays:
+                    # A copy: on CPU the array's memory would be the next step's.
+                    arrays[key] = np.array(shard.data)
+        header = {"metadata": json.dumps({"step": step, **metadata})}
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
         self._thread.start()
 
@@ -81,19 +83,27 @@ class LocalTier:
             with replacing(self.path(step)) as temporary:
                 save_file(arrays, temporary, header)
             for old in self.steps()[:-KEPT]:
-                self.path(old).unlink(missing_ok=True)
+                self.forget(old)
         except Exception as error:  # safetensors has its own for a full disk
-            fix = "free some space there, or leave out checkpoint.local_folder"
-            what = f"a local checkpoint was not written ({first_line(error)})"
-            self._failed = MaxlmError(what, where=str(self.folder), fix=fix)
+            print(
+                f"local checkpoint {step} was not written to {self.folder} ({first_line(error)}); "
+                "training goes on",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def metadata(self, step: int) -> dict[str, Any]:
         """
         Raises:
             Unreadable: there is no such file, or it is damaged.
         """
-        with _opened(self.path(step)) as file:
-            return json.loads(file.metadata()["metadata"])
+        from safetensors import safe_open
+
+        def read() -> dict[str, Any]:
+            with safe_open(self.path(step), "np") as file:
+                return json.loads(file.metadata()["metadata"])
+
+        return patiently(self.path(step), read)
 
     def read(self, step: int, abstract: PyTree) -> Leaves:
         """The state's arrays by name, each device's part from this process's file.
@@ -101,44 +111,44 @@ class LocalTier:
         Raises:
             Unreadable: it is damaged, or holds other shards.
         """
+        from safetensors import safe_open
+
         leaves = named_leaves(abstract)
-        with _opened(self.path(step)) as file:
-            there = set(file.keys())
-            read: dict[str, np.ndarray] = {}
 
-            def shard(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
-                key = f"{name}@{_key(index, shape)}"
-                if key not in there:
-                    raise ValueError("it was written on another mesh or by other processes")
-                if key not in read:
-                    read[key] = file.get_tensor(key)
-                return read[key]
+        def read() -> Leaves:
+            with safe_open(self.path(step), "np") as file:
+                there, parts = set(file.keys()), {}
 
-            return {
-                name: jax.make_array_from_callback(
-                    leaf.shape,
-                    leaf.sharding,
-                    lambda index, name=name, shape=leaf.shape: shard(name, shape, index),
-                )
-                for name, leaf in leaves.items()
-            }
+                def part(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
+                    key = f"{name}@{_key(index, shape)}"
+                    if key not in there:
+                        what = "unreadable (it was written on another mesh or by other processes)"
+                        fix = "restore another step"
+                        raise Unreadable(what, where=str(self.path(step)), fix=fix)
+                    if key not in parts:
+                        parts[key] = file.get_tensor(key)
+                    return parts[key]
+
+                return {
+                    name: jax.make_array_from_callback(
+                        leaf.shape,
+                        leaf.sharding,
+                        lambda index, name=name, shape=leaf.shape: part(name, shape, index),
+                    )
+                    for name, leaf in leaves.items()
+                }
+
+        return patiently(self.path(step), read)
 
     def forget(self, step: int) -> None:
         """Delete the file of a step, if there is one."""
         self.path(step).unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Return once nothing is being written any more.
-
-        Raises:
-            MaxlmError: the last file could not be written.
-        """
+        """Return once nothing is being written any more."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
@@ -147,14 +157,12 @@ def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     return ",".join(f"{first}:{last}" for first, last in bounds)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file to read from; all that fails is :class:`Unreadable`."""
-    from safetensors import safe_open
-
+def _alive(process: str) -> bool:
+    """Whether there is a process of this number on this host."""
     try:
-        with safe_open(path, "np") as file:
-            yield file
-    except Exception as error:
-        what = f"unreadable ({first_line(error)})"
-        raise Unreadable(what, where=str(path), fix="restore another step") from error
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True

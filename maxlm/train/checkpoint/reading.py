@@ -5,10 +5,10 @@ holds nobody up.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,8 +19,12 @@ from maxlm.config import MaxlmError, differences
 from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
 
+Result = TypeVar("Result")
 PyTree = Any
 Leaves = dict[str, Any]
+
+
+_PAUSES = (0.1, 1.0)  # seconds between tries
 
 
 class Unreadable(MaxlmError):
@@ -58,11 +62,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         Unreadable: it is not there, or is damaged.
     """
-    with _readable(path):
+
+    def read() -> dict[str, Any]:
         value = json.loads((path / "metadata" / "metadata").read_text())
         if not isinstance(value, dict):
             raise ValueError("its metadata is no JSON object")
         return value
+
+    return patiently(path, read)
 
 
 def read_arrays(
@@ -84,15 +91,12 @@ def read_arrays(
             parameters before others.
     """
     dtypes, wanted = check_arrays(path, abstract, groups, prefix=prefix, complete=complete)
-    with _readable(path):
-        return dtypes, _handler().restore(
-            _state(path),
-            args=ocp.args.PyTreeRestore(
-                item=wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=not complete,
-            ),
-        )
+    arguments = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=not complete,
+    )
+    return dtypes, patiently(path, lambda: _handler().restore(_state(path), args=arguments))
 
 
 def check_arrays(
@@ -106,8 +110,7 @@ def check_arrays(
     Raises:
         Unreadable, MaxlmError: as that does.
     """
-    with _readable(path):
-        stored = _handler().metadata(_state(path)).tree
+    stored = patiently(path, lambda: _handler().metadata(_state(path)).tree)
     held = {name: placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
     wanted = {n: on_disk(x) if is_grouped(n, x.shape, groups) else x for n, x in held.items()}
     shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
@@ -146,14 +149,24 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_zarr3=True)
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Storage fails in as many ways as there are backends: all become one kind of error."""
-    try:
-        yield
-    except Exception as error:
-        what = f"unreadable ({first_line(error)})"
-        raise Unreadable(what, where=str(path), fix="restore another step") from error
+def patiently(path: Path | str, read: Callable[[], Result]) -> Result:
+    """What ``read`` returns. Storage fails in as many ways as there are backends, and some of it
+    passes: it is tried again before the checkpoint is said to be unreadable.
+
+    Raises:
+        Unreadable: it fails each time.
+    """
+    pauses = iter(_PAUSES)
+    while True:
+        try:
+            return read()
+        except MaxlmError:
+            raise
+        except Exception as error:
+            if (pause := next(pauses, None)) is None:
+                what = f"unreadable ({first_line(error)})"
+                raise Unreadable(what, where=str(path), fix="restore another step") from error
+        time.sleep(pause)
 
 
 def first_line(error: Exception) -> str:

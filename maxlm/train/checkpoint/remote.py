@@ -2,7 +2,8 @@
 
 A copy of step 40 is the files of its folder below ``40/`` and then, written last, ``40/COMPLETE``:
 their sizes and SHA-256. What has no such file is no copy yet. Object stores are TensorStore's, with
-the credentials and addresses that ``maxlm.data.store.places`` tells of.
+the credentials and addresses that ``maxlm.data.store.places`` tells of. Copies are made while
+training goes on: one that fails is told of, and the next checkpoint is another try.
 """
 
 import hashlib
@@ -17,15 +18,17 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.store.places import below, kvstore, remedy, to_place
+from maxlm.data.work.paths import writing
 from maxlm.train.checkpoint.reading import Unreadable, first_line
 from maxlm.train.config import CheckpointConfig
 
 _COMPLETE = "COMPLETE"
 _PAUSE = 0.1  # seconds between two looks
+_AT_ONCE = 4  # files in memory
 
 
 class RemoteTier:
-    """Copies made by one process, one at a time, while training goes on.
+    """Copies made by one process, one at a time.
 
     Args:
         place: ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own.
@@ -40,17 +43,27 @@ class RemoteTier:
         self.place = to_place(Path(place).expanduser() if "://" not in place else place)
         self._config = config
         self._thread: threading.Thread | None = None
+        self._now: Path | None = None
         self._next: Path | None = None
         self._lock = threading.Lock()
-        self._failed: str | None = None
-        self._known: list[int] = []
+        self.failure: str | None = None
+        """Why the newest copy is not there; None: it is, or is under way."""
         with self._reached():
-            self._store = ts.KvStore.open(kvstore(self.place, patient=False)).result()
-            self._known = self._listed()
+            ts.KvStore.open(kvstore(self.place, patient=False)).result().list().result()
+            self._store = ts.KvStore.open(kvstore(self.place)).result()
+            self._known, cut_short = self._listed()
+            for step in cut_short:
+                self._clear(step)
 
     def steps(self) -> list[int]:
         """Steps that were copied completely, oldest first."""
         return list(self._known)
+
+    @property
+    def busy(self) -> set[int]:
+        """Steps whose folders are being read, or wait to be: they must stay."""
+        with self._lock:
+            return {int(folder.name) for folder in (self._now, self._next) if folder}
 
     def copy(self, folder: Path) -> None:
         """Copy a checkpoint's folder once it has its name, which Orbax gives a complete one. While
@@ -68,8 +81,6 @@ class RemoteTier:
             Unreadable: it is not there, or is damaged.
             MaxlmError: ``to`` cannot be written.
         """
-        from maxlm.data.work.paths import writing
-
         fix = "restore another step"
         where = str(below(self.place, str(step)))
         for name, (size, digest) in self._json(step, _COMPLETE).items():
@@ -93,71 +104,77 @@ class RemoteTier:
 
     def forget(self, step: int) -> None:
         """Delete the copy of a step: what makes it complete first."""
-        import tensorstore as ts
-
         with self._reached():
             self._store.write(f"{step}/{_COMPLETE}", None).result()
-            self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")).result()
+            self._known = [each for each in self._known if each != step]
+            self._clear(step)
+
+    def overlook(self, step: int) -> None:
+        """Leave a copy that cannot be read as it is, and do not count it among those kept."""
         self._known = [each for each in self._known if each != step]
 
     def wait(self) -> None:
-        """Return once nothing is being copied any more.
-
-        Raises:
-            MaxlmError: the newest checkpoint could not be copied.
-        """
+        """Return once nothing is being copied any more."""
         while (thread := self._thread) is not None:
             thread.join()
-        if self._failed is not None:
-            what, self._failed = self._failed, None
-            fix = remedy(self.place, "free some space or rights there, resume")
-            raise MaxlmError(
-                f"a checkpoint was not copied ({what})", where=str(self.place), fix=fix
-            )
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                folder, self._next = self._next, None
-                if folder is None:
+                self._now, self._next = self._next, None
+                if self._now is None:
                     self._thread = None
                     return
+                folder = self._now
             try:
-                self._copy(folder)
-                self._failed = None
+                if self._complete(folder):
+                    self._copy(folder)
+                    self.failure = None
+                    self._prune()
             except (ValueError, OSError, MaxlmError) as error:
-                self._failed = first_line(error)
-                # Training goes on: the next checkpoint is another try.
-                print(
-                    f"checkpoint {folder.name} was not copied to {self.place}: {self._failed}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                self.failure = first_line(error)
+                words = f"checkpoint {folder.name} was not copied to {self.place}: {self.failure}"
+                print(words, file=sys.stderr, flush=True)
+
+    def _complete(self, folder: Path) -> bool:
+        """Wait until a checkpoint has its name; False: another has come in its place."""
+        while not folder.is_dir():
+            if self._next is not None:
+                return False
+            time.sleep(_PAUSE)
+        return True
 
     def _copy(self, folder: Path) -> None:
-        while not folder.is_dir():
-            time.sleep(_PAUSE)
         step, written, manifest = int(folder.name), [], {}
+        self._store.write(f"{step}/{_COMPLETE}", None).result()  # of another save of this step
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name, value = path.relative_to(folder).as_posix(), path.read_bytes()
             manifest[name] = [len(value), hashlib.sha256(value).hexdigest()]
             written.append(self._store.write(f"{step}/{name}", value))
-            if len(written) >= 8:  # in memory at once
+            if len(written) >= _AT_ONCE:
                 written.pop(0).result()
         for each in written:
             each.result()
         self._store.write(f"{step}/{_COMPLETE}", json.dumps(manifest).encode()).result()
         self._known = sorted({*self._known, step})
+
+    def _prune(self) -> None:
         every = self._config.keep_every
         for old in self._known[: -self._config.keep_last]:
             if every is None or old % every:
                 self.forget(old)
 
-    def _listed(self) -> list[int]:
-        end = f"/{_COMPLETE}"
-        names = (key.decode() for key in self._store.list().result())
-        steps = (name.removesuffix(end) for name in names if name.endswith(end))
-        return sorted(int(step) for step in steps if step.isdigit())
+    def _clear(self, step: int) -> None:
+        import tensorstore as ts
+
+        self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")).result()
+
+    def _listed(self) -> tuple[list[int], list[int]]:
+        """Steps that are complete, and those of which only files are there."""
+        keys = {key.decode() for key in self._store.list().result()}
+        steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
+        complete = {step for step in steps if f"{step}/{_COMPLETE}" in keys}
+        return sorted(complete), sorted(steps - complete)
 
     def _json(self, step: int, name: str) -> dict[str, Any]:
         where = str(below(self.place, str(step)))

@@ -8,16 +8,23 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from maxlm.data.work.paths import writing
+from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.checkpoint.keeper import Checkpointer, restore_from
 from maxlm.train.checkpoint.local import LocalTier
-from maxlm.train.checkpoint.reading import PyTree, Unreadable, read_metadata, verify
+from maxlm.train.checkpoint.reading import (
+    PyTree,
+    Unreadable,
+    named_leaves,
+    read_metadata,
+    verify,
+)
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
 from maxlm.train.grouped import Groups
@@ -73,9 +80,12 @@ class Tiers:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.config, self._grouped, self._clock = config, grouped or {}, clock
-        self._name = name
-        self._stack = ExitStack()
-        self._local = LocalTier(config.local_folder, name) if config.local_folder else None
+        self._name, self._held = name, set[int]()
+        # Runs of the same name in other folders may use the same disk.
+        own = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:8]
+        self._local = (
+            LocalTier(config.local_folder, f"{name}-{own}") if config.local_folder else None
+        )
         lead = jax.process_index() == 0
 
         def reach() -> RemoteTier | None:
@@ -83,21 +93,23 @@ class Tiers:
             return RemoteTier(f"{place}/{name}", config) if place and lead else None
 
         self._remote = all_or_none(reach)
-        self.keeper = self._stack.enter_context(
-            Checkpointer(folder, config, grouped=grouped, read_only=read_only)
+        self.keeper = Checkpointer(
+            folder, config, grouped=grouped, read_only=read_only, held=self._needed
         )
-        self._folder = self.keeper.folder
         self._saved = clock()
+
+    def _needed(self) -> set[int]:
+        return self._held | (self._remote.busy if self._remote else set())
 
     @property
     def folder(self) -> Path:
-        return self._folder
+        return self.keeper.folder
 
     def place(self, tier: Tier) -> str:
         """Where the checkpoints of a tier are, for messages (of the local one: this process's)."""
         if tier == "remote":
             return f"{self.config.remote_folder}/{self._name}"
-        return str(self._local.folder if tier == "local" and self._local else self._folder)
+        return str(self._local.folder if tier == "local" and self._local else self.folder)
 
     def late(self) -> bool:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
@@ -111,32 +123,57 @@ class Tiers:
         return local or self.keeper.due(step)
 
     def save(
-        self, step: int, state: PyTree, metadata: Mapping[str, Any], force: bool = False
+        self,
+        step: int,
+        state: PyTree,
+        metadata: Mapping[str, Any],
+        *,
+        force: bool = False,
+        suspect: int | None = None,
     ) -> Tier | None:
         """Start writing a checkpoint, if one is due at ``step``; the arrays may then be donated.
 
         Args:
             force: write one to the run's folder in any case.
+            suspect: a step from which on the run may have gone bad: the newest checkpoint before
+                it is kept besides.
 
         Returns:
             Where one was begun; None: nowhere, or the folder has this one.
 
         Raises:
-            MaxlmError: this checkpoint, or the one before it, could not be written.
+            MaxlmError: this checkpoint, or the one before it, could not be written to the folder.
         """
         if force or self.keeper.due(step):
-            begun = self.keeper.save(step, state, metadata, force=True)
-            # One that is there may lack its copy: the process that made it was killed.
-            if self._remote and (begun or step not in self._remote.steps()):
-                self._remote.copy(self.keeper.path(step))
-            if not begun:
+            good = [each for each in self.keeper.begun() if suspect and each < suspect]
+            self._held = {max(good)} if good else set()
+            if not self.keeper.save(step, state, metadata, force=True):
                 return None
+            if self._remote:
+                self._remote.copy(self.keeper.path(step))
             self._saved = self._clock()
             return "folder"
         if self._local is None or step % self.config.local_every_steps:
             return None
-        all_or_none(lambda: self._local and self._local.save(step, state, metadata))
+        leaves = named_leaves(state)
+        self._local.save(step, leaves, {**metadata, "fingerprints": fingerprints(leaves)})
         return "local"
+
+    def catch_up(self) -> None:
+        """Copy the folder's newest checkpoint, if its copy is missing: who made it was killed, or
+        the other place could not be reached."""
+        newest = self.keeper.latest()
+        if self._remote and newest is not None and newest not in self._remote.steps():
+            self._remote.copy(self.keeper.path(newest))
+
+    @property
+    def uncopied(self) -> str | None:
+        """Why the newest checkpoint has no copy, if it should have one."""
+        if self._remote is None:
+            return None
+        self._remote.wait()
+        failure = self._remote.failure
+        return failure and f"the last checkpoint is not in {self.place('remote')}: {failure}"
 
     def found(self) -> tuple[list[Found], list[Skipped]]:
         """All complete checkpoints with readable metadata, newest first, and the others; also the
@@ -213,42 +250,53 @@ class Tiers:
                 skipped.append(Skipped(each.step, each.tier, error.what))
         return None, None, skipped
 
-    def set_aside(self, skipped: Sequence[Skipped]) -> None:
-        """Take checkpoints that cannot be gone on from out of the way of those to come. A damaged
-        one in the run's folder is renamed (``40.damaged``), in case it can be repaired."""
+    def set_aside(self, skipped: Sequence[Skipped], step: int) -> None:
+        """Take checkpoints that cannot be gone on from out of the way of those to come.
+
+        A damaged one in the run's folder is renamed (``40.damaged``), and a damaged copy stays as
+        it is: what cannot be read now may be read another day. Others are deleted.
+
+        Args:
+            step: that is gone on from.
+        """
+        if self._local:
+            for newer in self._local.steps():
+                if newer > step:
+                    self._local.forget(newer)
         for each in skipped:
-            if each.tier == "local" and self._local:
-                self._local.forget(each.step)
+            if each.tier == "remote" and self._remote and each.damaged:
+                self._remote.overlook(each.step)
             elif each.tier == "remote" and self._remote:
                 self._remote.forget(each.step)
             elif each.tier == "folder" and jax.process_index() == 0:
-                path, aside = self.keeper.path(each.step), f"{each.step}.damaged"
-                shutil.rmtree(path.with_name(aside), ignore_errors=True)
-                if path.exists() and each.damaged:
-                    path.rename(path.with_name(aside))
-                shutil.rmtree(path, ignore_errors=True)
+                path = self.keeper.path(each.step)
+                aside = path.with_name(f"{each.step}.{'damaged' if each.damaged else 'left'}")
+                shutil.rmtree(aside, ignore_errors=True)
+                if path.exists():
+                    with writing(path):
+                        path.rename(aside)
+                if not each.damaged:
+                    shutil.rmtree(aside, ignore_errors=True)
         gather(None)
         self.keeper.reload()
 
     def wait(self) -> None:
-        """Return once nothing is being written or copied any more.
+        """Return once nothing is being written any more; copies may still be made.
 
         Raises:
-            MaxlmError: the last checkpoint could not be written, or copied.
+            MaxlmError: the last checkpoint could not be written.
         """
         self.keeper.wait()
         if self._local:
             self._local.wait()
-        if self._remote:
-            self._remote.wait()
 
     def __enter__(self) -> "Tiers":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        if error[0] is None:
-            self.wait()
+    def __exit__(self, *_: object) -> None:
+        self.keeper.close()
+        if self._local:
+            self._local.wait()
 
     def _metadata(self, step: int, tier: Tier) -> dict[str, Any]:
         if tier == "folder":
@@ -265,7 +313,7 @@ class Tiers:
 
     def _fetched(self, step: int) -> Path:
         """A copy's files, where all processes read them."""
-        path = self._folder / ".fetched" / str(step)
+        path = self.folder / ".fetched" / str(step)
         remote = self._remote
 
         def fetch() -> None:

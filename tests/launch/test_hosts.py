@@ -1,0 +1,30 @@
+"""Hosts as vendors cut slices, from their own tables."""
+
+import pytest
+
+from maxlm.launch.hosts import hosts_of
+from maxlm.plan.topology import parse_topology
+
+# Google Cloud, "TPU configurations" and "Plan TPUs in GKE": machine, hosts, chips a host, GKE's
+# topology, Cloud TPU's type.
+TPUS = [
+    ("v4-8", 1, 4, "2x2x1", "v4-8"),
+    ("v5p-8", 1, 4, "2x2x1", "v5p-8"),
+    ("v5p-16", 2, 4, "2x2x2", "v5p-16"),
+    ("v5p-32", 4, 4, "2x2x4", "v5p-32"),
+    ("v5p-256", 32, 4, "4x4x8", "v5p-256"),
+    ("v5e-4", 1, 4, "2x2", "v5litepod-4"),
+    ("v5e-8", 1, 8, "2x4", "v5litepod-8"),
+    ("v5e-16", 4, 4, "4x4", "v5litepod-16"),
+    ("v6e-8", 1, 8, "2x4", "v6e-8"),
+    ("v6e-256", 64, 4, "16x16", "v6e-256"),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "chips", "topology", "kind"), TPUS)
+def test_tpu_slices(name, count, chips, topology, kind):
+    found = hosts_of(parse_topology(name), "jobset", name, None)
+    assert (found.count, found.devices, found.gke_topology) == (count, chips, topology)
+    assert found.accelerator_type == kind
+    hosts = f"{count} host{'s' if count > 1 else ''} of {chips}"
+    assert parse_topology(name).words.endswith(hosts)
