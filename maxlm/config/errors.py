@@ -38,4 +38,3 @@ class Preempted(MaxlmError):
     """Not a mistake: the run was told to stop, and nothing that it did is lost."""
 
     exit_code = PREEMPTED
-
