@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster check format smoke clean
+.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster torture check format smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -62,6 +62,9 @@ corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token
 	$(bin)/maxlm corpus run configs/corpora/demo.yaml
 	$(bin)/maxlm train configs/runs/corpus_demo.yaml
 	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
+
+torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their ends (half an hour)
+	$(bin)/python benchmarks/torture.py --kills 100
 
 check: $(ready) ## formatting, lint, types, directions of imports
 	$(bin)/ruff format --check .

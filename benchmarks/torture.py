@@ -12,48 +12,27 @@ ends as it should not.
 """
 
 import argparse
-import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from same_run import Compared, batches_seen, compare, copied, final_arrays, furthest
+from same_run import Compared, batches_seen, compare, copied, final_arrays, furthest, left_behind
+from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, started
 
-WITNESS = Path(__file__).with_name("witness.py")
 LOST = 76
 PEERS = 20  # seconds that hosts wait for each other, at the start and later
-PATIENCE = 300.0
-POLL = 0.002
 AIMS = ("start-up", "restore", "step", "save", "local save", "copy")
 # On changed meshes, more roundings than an unbroken run's own may add up.
 SLACK = 4
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a run is trained."""
-
-    hosts: int
-    devices: int
-    """Of each host."""
-    data: int
-    fsdp: int
-
-    def __str__(self) -> str:
-        mesh = f"data={self.data}" if self.data > 1 else f"fsdp={self.fsdp}"
-        return f"{self.hosts} x {self.devices}, {mesh}"
-
 
 ONE, TWO = Layout(1, 2, 1, 2), Layout(2, 1, 1, 2)
 ALONE, REPLICAS, TWO_REPLICAS = Layout(1, 1, 1, 1), Layout(1, 2, 2, 1), Layout(2, 1, 2, 1)
@@ -95,23 +74,6 @@ class Kill:
     """How it ended, if not as it should, and what outlived it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Where the runs of all campaigns lie."""
-
-    folder: Path
-    steps: int
-
-    def run(self, name: str) -> Path:
-        return self.folder / "runs" / name
-
-    def seen(self, name: str) -> Path:
-        return self.folder / "seen" / name
-
-    def remote(self, name: str) -> Path:
-        return self.folder / "remote" / name
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill runs again and again, and compare.")
     parser.add_argument("--kills", type=int, default=100)
@@ -128,7 +90,6 @@ def main() -> int:
         text = options.text or [f"{sysconfig.get_path('stdlib')}/asyncio/*.py"]
         write_config(folder, text, options.steps)
         job = Job(folder, options.steps)
-        # The first start prepares the text and compiles; the second says how long one takes.
         layouts = (ONE, TWO, ALONE, REPLICAS)
         startup = {layout.hosts: unbroken(job, layout) for layout in layouts}
         limit = SLACK * rounding(job, (ONE, ALONE, REPLICAS))
@@ -181,112 +142,6 @@ def write_config(folder: Path, text: Sequence[str], steps: int) -> None:
         "faults": {"join_seconds": PEERS, "peer_seconds": PEERS},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-class Attempt:
-    """The processes of one start, each leading a process group of its own."""
-
-    def __init__(self, job: Job, name: str, layout: Layout):
-        self.run, self.name, self.remote = job.run(name), name, job.remote(name)
-        self.local = job.folder / "local" / name
-        self.before, self._lock = starts(self.run), changed(self.run / "lock")
-        job.seen(name).mkdir(parents=True, exist_ok=True)
-        self.began = time.monotonic()
-        self.processes = [
-            self._start(job, layout, number, f"127.0.0.1:{free_port()}" if not number else "")
-            for number in range(layout.hosts)
-        ]
-
-    def _start(self, job: Job, layout: Layout, number: int, port: str) -> subprocess.Popen[bytes]:
-        if port:
-            self._coordinator = port
-        command = [sys.executable, WITNESS, job.seen(self.name), "train"]
-        command += [job.folder / "config.yaml", f"name={self.name}"]
-        command += [f"mesh.data={layout.data}", f"mesh.fsdp={layout.fsdp}"]
-        # Workers cost half a start; that none outlives its host shows on one.
-        command += [f"data.workers={int(layout.hosts == 1)}"]
-        if layout.hosts > 1:
-            command += ["--coordinator", self._coordinator, "--process-id", str(number)]
-            command += ["--num-processes", str(layout.hosts)]
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(layout.devices),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "PJRT_NPROC": "16",  # with fewer threads, devices may wait for each other for good
-        }
-        with (job.folder / f"{self.name}-{number}.log").open("ab") as log:
-            return subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def restoring(self) -> bool:
-        """Whether it has come so far; the folder is locked just before."""
-        return changed(self.run / "lock") != self._lock
-
-    def training(self) -> bool:
-        return starts(self.run) > self.before
-
-    def saving(self) -> bool:
-        """Orbax's folder has a temporary name until it is complete."""
-        folder = self.run / "checkpoints"
-        return any("tmp" in path.name for path in listed(folder))
-
-    def saving_local(self) -> bool:
-        hosts = listed(self.local)
-        return any(path.name.startswith(".") for host in hosts for path in listed(host))
-
-    def copying(self) -> bool:
-        """The newest copy that was begun is not complete."""
-        begun = [path for path in listed(self.remote) if path.name.isdigit() and listed(path)]
-        newest = max(begun, key=lambda path: int(path.name), default=None)
-        return newest is not None and not (newest / "COMPLETE").exists()
-
-    def during(self) -> str:
-        """What is under way."""
-        if not self.training():
-            return "restore" if self.restoring() else "start-up"
-        kinds = {"save": self.saving, "local save": self.saving_local, "copy": self.copying}
-        return next((name for name, under_way in kinds.items() if under_way()), "step")
-
-    def until(self, happened: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-        """Whether it has happened before a process has ended, or the time was over."""
-        deadline = time.monotonic() + seconds
-        while not (so := happened()) and time.monotonic() < deadline:
-            if any(process.poll() is not None for process in self.processes):
-                return False
-            time.sleep(POLL)
-        return so
-
-    def done(self) -> bool:
-        return all(process.poll() == 0 for process in self.processes)
-
-    def orphans(self) -> bool:
-        """Whether anything is left half a minute after the last process has ended."""
-        deadline = time.monotonic() + 30
-        while left := any(alive(process.pid) for process in self.processes):
-            if time.monotonic() > deadline:
-                break
-            time.sleep(POLL)
-        return left
-
-
-@contextmanager
-def started(job: Job, name: str, layout: Layout) -> Iterator[Attempt]:
-    """Nothing of it is left behind."""
-    attempt = Attempt(job, name, layout)
-    try:
-        yield attempt
-    finally:
-        for process in attempt.processes:
-            if alive(process.pid):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def to_the_end(attempt: Attempt) -> None:
@@ -407,6 +262,7 @@ def differences(job: Job, campaign: Campaign, limit: float) -> list[Compared]:
         *compare(*runs, job.steps, None if same else limit),
         batches_seen(job.seen(whole), job.seen(campaign.name)),
         copied(runs[1], job.remote(campaign.name), job.steps),
+        left_behind(runs[1], job.folder / "local" / campaign.name, job.remote(campaign.name)),
     ]
 
 
@@ -436,67 +292,17 @@ def show(
             same.add_row(campaign.name, each.what, each.found, "yes" if each.wrong else "no")
     console = Console(width=110, highlight=False)
     console.print(done, same)
-    survived = [each.survived for each in kills if each.survived is not None]
-    longest = f"; survivors ended after {max(survived):.1f} s at most" if survived else ""
+    survived = {early: [0.0] for early in (True, False)}
+    for each in kills:
+        survived[each.during == "start-up"].append(each.survived or 0.0)
+    longest = f"; survivors ended within {max(survived[False]):.1f} s"
+    longest += f", those that waited for a host to come within {max(survived[True]):.1f} s"
     wrong = sum(bool(each.wrong) for each in kills)
     print(f"{len(kills)} kills, {wrong} of which ended wrong{longest}")
+    during = Counter(each.during for each in kills).most_common()
+    print(f"during: {', '.join(f'{name} {count}' for name, count in during)}")
     print(f"changed meshes may differ by {limit:.1e}, {SLACK} times what unbroken runs there do")
     return int(wrong > 0 or any(each.wrong for _, found in compared for each in found))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def alive(group: int) -> bool:
-    """Whether the process group has a living member; where there is no /proc, also a dead one."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    if not Path("/proc/self/stat").exists():
-        return True
-    return any(living_group(stat) == group for stat in Path("/proc").glob("[0-9]*/stat"))
-
-
-def living_group(stat: Path) -> int | None:
-    """The group of a process that is no zombie."""
-    try:
-        state, _, group, *_ = stat.read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else int(group)
-
-
-def changed(path: Path) -> int:
-    """When a file was, 0 if it is not there."""
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def listed(folder: Path) -> list[Path]:
-    """What is in a folder that may be gone any moment."""
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
-
-
-def starts(run: Path) -> int:
-    """How often training has begun or gone on."""
-    return sum(b'"start"' in e or b'"resume"' in e for e in lines(run / "events.jsonl"))
-
-
-def last_step(run: Path) -> int:
-    """The last one recorded, 0 if there is none."""
-    records = lines(run / "metrics.jsonl")
-    return json.loads(records[-1])["step"] if records else 0
-
-
-def lines(path: Path) -> list[bytes]:
-    """The complete lines of a file that may be growing, or not be there yet."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 if __name__ == "__main__":

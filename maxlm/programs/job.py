@@ -56,6 +56,9 @@ def taking_part(
         yield
     except MaxlmError as error:
         if not error.together:
+            # A file that needs all processes was not written because one is gone: no mistake.
+            if error.__cause__ and (lost := lost_peer(error.__cause__)):
+                peers.end_all(LOST, lost)
             print(f"error: {error}", file=sys.stderr, flush=True)
             peers.end_all(error.exit_code, str(error))
         peers.leave()

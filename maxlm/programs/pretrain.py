@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.data.work.paths import locked_folder, replacing
+from maxlm.data.work.paths import locked_folder, replacing, writing
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
 from maxlm.programs.environment import environment, process_began
@@ -283,7 +283,8 @@ def _alone(folder: Path) -> Iterator[None]:
             what = f"another run writes to this folder ({who or 'unknown'})"
             fix = "wait for it to end, stop it, or give this one another name=..."
             raise MaxlmError(what, where=str(folder), fix=fix) from error
-        note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with writing(note):
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
         finally:

@@ -79,9 +79,11 @@ class Job:
 
 @pytest.mark.timeout(600)
 def test_a_preempted_job_ends_like_an_unbroken_one(scheduler, tmp_path):
-    measure = runpy.run_path(str(tiny.ROOT / "benchmarks" / "kill_and_resume.py"))
+    compare = runpy.run_path(str(tiny.ROOT / "benchmarks" / "same_run.py"))["compare"]
+    train = {"steps": STEPS, "ema_decay": 0.9, "eval_every": 8, "eval_batches": 1}
+    checkpoint = {"every_steps": EVERY}
     text = tiny.write_text(tmp_path / "text", documents=40)
-    config = measure["write_config"](tmp_path, [text], steps=STEPS, every=EVERY, workers=0)
+    config = Path(tiny.write_config(tmp_path, text, train=train, checkpoint=checkpoint))
     unbroken = Job(scheduler, config, "unbroken")
     said = unbroken.end()
     assert (said["JobState"], said["Restarts"]) == ("COMPLETED", "0"), unbroken.text()
@@ -95,5 +97,5 @@ def test_a_preempted_job_ends_like_an_unbroken_one(scheduler, tmp_path):
     events = [json.loads(line) for line in (broken.run / "events.jsonl").read_text().splitlines()]
     (resumed,) = (event["step"] for event in events if event["event"] == "resume")
     assert 5 <= resumed < EVERY
-    compared = measure["differences"](tmp_path)
-    assert all(wrong == [] for _, wrong in compared.values()), compared
+    compared = compare(unbroken.run, broken.run, STEPS)
+    assert not any(each.wrong for each in compared), compared

@@ -1,7 +1,9 @@
 """Checkpoints in several places: the newest that can be read is found, whatever others suffered."""
 
 import errno
+import os
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -421,3 +423,24 @@ def test_while_numbers_may_be_bad_the_last_good_checkpoint_stays(tmp_path, here)
         assert tiers.keeper.steps() == [3, 7, 8]
         tiers.save(9, state_of(here, 9), {})
         assert tiers.keeper.steps() == [8, 9]
+
+
+def test_half_of_an_old_checkpoint_is_cleared_away(tmp_path, here):
+    write(tmp_path, here, 10, 20, every_steps=10)
+    shutil.rmtree(tmp_path / "10" / "metadata")
+    assert newest(tmp_path, here)[0] == (20, "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["20"]
+
+
+def test_what_a_killed_process_left_of_a_local_file_is_cleared_away(tmp_path, here):
+    config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
+    write(tmp_path / "run", here, 3, **config)
+    [own] = (tmp_path / "disk").glob("run-*/process-0")
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for name in (str(ended.pid), str(os.getpid()), "1"):
+        (own / f".{name}").mkdir()
+        (own / f".{name}" / ".tmpXy").write_text("half")
+    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        assert sorted(path.name for path in own.iterdir()) == [".1", "3.safetensors"]
+        assert [each.step for each in tiers.found()[0]] == [3]

@@ -8,6 +8,7 @@ promise: one that cannot be written is told of, and training goes on.
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.data.work.paths import replacing, writing
+from maxlm.data.work.paths import writing
 from maxlm.train.checkpoint.reading import (
     Leaves,
     PyTree,
@@ -47,9 +48,9 @@ class LocalTier:
         self._thread: threading.Thread | None = None
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f".*{_SUFFIX}.*"):
-                if not _alive(left.suffix[1:]):  # by a process that was killed
-                    left.unlink(missing_ok=True)
+            for left in self.folder.glob(".*"):
+                if not _alive(left.name[1:]):  # a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
             for left in self.folder.glob(".tmp*"):  # likewise, as safetensors calls its own
                 left.unlink(missing_ok=True)
 
@@ -80,8 +81,11 @@ class LocalTier:
         from safetensors.numpy import save_file
 
         try:
-            with replacing(self.path(step)) as temporary:
-                save_file(arrays, temporary, header)
+            # A folder, since safetensors writes to a file of yet another name first.
+            unfinished = self.folder / f".{os.getpid()}" / str(step)
+            unfinished.parent.mkdir(exist_ok=True)
+            save_file(arrays, unfinished, header)
+            unfinished.replace(self.path(step))
             for old in self.steps()[:-KEPT]:
                 self.forget(old)
         except Exception as error:  # safetensors has its own for a full disk
@@ -150,6 +154,11 @@ class LocalTier:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """Finish what is being written, and leave nothing else behind."""
+        self.wait()
+        shutil.rmtree(self.folder / f".{os.getpid()}", ignore_errors=True)
+
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
     """A shard's place: ``0:4,2:8``."""
@@ -158,7 +167,9 @@ def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
 
 
 def _alive(process: str) -> bool:
-    """Whether there is a process of this number on this host."""
+    """Whether there is another process of this number on this host."""
+    if process == str(os.getpid()):  # of an earlier one: containers count anew
+        return False
     try:
         os.kill(int(process), 0)
     except (ValueError, ProcessLookupError):

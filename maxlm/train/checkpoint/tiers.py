@@ -270,12 +270,15 @@ class Tiers:
                 self._remote.forget(each.step)
             elif each.tier == "folder" and jax.process_index() == 0:
                 path = self.keeper.path(each.step)
-                aside = path.with_name(f"{each.step}.{'damaged' if each.damaged else 'left'}")
+                # A kill leaves half of an old one that was being deleted.
+                half = each.step < step and not (path / "metadata" / "metadata").exists()
+                kept = each.damaged and not half
+                aside = path.with_name(f"{each.step}.{'damaged' if kept else 'left'}")
                 shutil.rmtree(aside, ignore_errors=True)
                 if path.exists():
                     with writing(path):
                         path.rename(aside)
-                if not each.damaged:
+                if not kept:
                     shutil.rmtree(aside, ignore_errors=True)
         gather(None)
         self.keeper.reload()
@@ -296,7 +299,7 @@ class Tiers:
     def __exit__(self, *_: object) -> None:
         self.keeper.close()
         if self._local:
-            self._local.wait()
+            self._local.close()
 
     def _metadata(self, step: int, tier: Tier) -> dict[str, Any]:
         if tier == "folder":
