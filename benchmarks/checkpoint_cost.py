@@ -31,14 +31,18 @@ def main() -> int:
     parser.add_argument("--config", default="demo")
     parser.add_argument("--steps", type=int, default=260)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     options = parser.parse_args()
-    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    rates: dict[str, list[float]] = {
+        kind: [] for kind in {"none": 0} | dict.fromkeys(options.kinds)
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         train(options.config, folder, "prepared", 2, KINDS["none"])
         for number in range(options.rounds):
             # Each round in another order, so that none always has the warmest machine.
-            kinds = [*KINDS][number % len(KINDS) :] + [*KINDS][: number % len(KINDS)]
+            turn = number % len(rates)
+            kinds = [*rates][turn:] + [*rates][:turn]
             for kind in kinds:
                 run = folder / f"{kind}-{number}"
                 for part in ("data", "tokenizer"):

@@ -66,7 +66,8 @@ def taking_part(
     except KeyboardInterrupt:
         peers.end_all(_INTERRUPTED, "interrupted")
     except BaseException as error:
-        traceback.print_exc()
         lost = lost_peer(error)
+        if not lost:
+            traceback.print_exc()
         peers.end_all(LOST if lost else FAILED, lost or repr(error))
     peers.leave()

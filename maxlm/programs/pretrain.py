@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from maxlm.programs.record import recorder
 from maxlm.programs.resume import (
     Origin,
     Position,
+    Say,
     check_stores,
     described,
     find_beginning,
@@ -53,8 +54,6 @@ from maxlm.train.skips import Skips
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
 from maxlm.train.watchdog import Watchdog
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def pretrain(
                     grouped=group_sizes(setup.specs),
                 )
             )
-            origin = find_origin(setup, tiers, folder, resume, stack)
+            origin = find_origin(setup, tiers, folder, resume, stack, say)
             beginning = None if origin else find_beginning(setup, stack)
             corpus = _prepare_together(config, folder)
         watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))

@@ -26,6 +26,7 @@ from maxlm.train.skips import Range, Skips, batch_number, same_batches
 from maxlm.train.state import TrainState
 from maxlm.train.together import lead_says
 
+Say = Callable[[str], None]
 _SKIPS = "skipped_batches.json"
 
 
@@ -46,17 +47,29 @@ class Origin:
 
 
 def find_origin(
-    setup: Setup, tiers: Tiers, folder: Path, resume: str | Path | None, stack: ExitStack
+    setup: Setup,
+    tiers: Tiers,
+    folder: Path,
+    resume: str | Path | None,
+    stack: ExitStack,
+    say: Say,
 ) -> Origin | None:
     """This run's own checkpoints, else those of the one to resume, else None.
+
+    What is left of a run's own and cannot be gone on from is told of, and cleared away.
 
     Raises:
         MaxlmError: they, or the text prepared here, are of another config; none of them can be
             read; none to resume from.
     """
     own = Origin(tiers, True, *tiers.found())
-    damaged = any(each.damaged for each in own.skipped)
-    if not own.found and not damaged and resume is not None:
+    if not own.found:
+        if any(each.damaged for each in own.skipped):
+            raise none_readable(own.tiers, own.skipped)
+        for each in own.skipped:
+            say(str(each))
+        tiers.set_aside(own.skipped, 0)
+    if not own.found and resume is not None:
         home = Path(resume) / "checkpoints"
         if not home.is_dir():
             fix = "name a run that has saved one"
@@ -64,11 +77,11 @@ def find_origin(
         grouped = group_sizes(setup.specs)
         other = Tiers(home, "", CheckpointConfig(), grouped=grouped, read_only=True)
         own = Origin(stack.enter_context(other), False, *other.found())
-        if not own.found and not own.skipped:
+        if not own.found and own.skipped:
+            raise none_readable(own.tiers, own.skipped)
+        if not own.found:
             raise MaxlmError("no checkpoint here", where=str(home), fix="train for longer")
     if not own.found:
-        if any(each.damaged for each in own.skipped):
-            raise none_readable(own.tiers, own.skipped)
         check_prepared(setup.config, folder)
         return None
     now = lasting(setup.config.model_dump(mode="json"))

@@ -1,0 +1,349 @@
+"""Runs of `maxlm train` that suffer what clusters do, with the lines that a person sees."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from maxlm.config import load
+from maxlm.programs.prepare import prepare
+from maxlm.programs.runs import read_run
+from maxlm.run import RunConfig
+from tests.programs import tiny
+from tests.programs.jobs import HERE, Jobs
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS = 24
+RESUME = "run the same command to go on from there"
+FULL = "No space left on device"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Runs on text that is prepared; ``one`` is trained without a fault, with a checkpoint each
+    6 steps."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = tiny.write_config(
+        folder,
+        tiny.write_text(folder / "text"),
+        train={"steps": STEPS, "eval_every": 8},
+        checkpoint={"every_steps": 6, "keep_last": 4},
+        reporting={"tensorboard": False},
+    )
+    made = folder / "prepared"
+    prepare(load(RunConfig, config, ["name=prepared"]).value, made)
+    stores = {split: str(made / "data" / "text" / split) for split in ("train", "heldout")}
+    source = {"name": "text", "store": stores["train"], "heldout_store": stores["heldout"]}
+    started = Jobs(
+        folder, config, f"data.sources={json.dumps([source])}", f"tokenizer.path={made}/tokenizer"
+    )
+    started.trained("one")
+    yield started
+    started.end()
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A small disk of its own; ``fill(left)`` leaves so many bytes on it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+
+    def fill(left: int | None) -> None:
+        ballast = disk / "ballast"
+        ballast.unlink(missing_ok=True)
+        if left is not None:
+            free = os.statvfs(disk)
+            ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - left)))
+
+    yield disk, fill
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def checkpoints(jobs, name):
+    return jobs.folder / name / "checkpoints"
+
+
+def largest(folder: Path) -> Path:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_from(jobs):
+    run, home = jobs.folder / "damaged", checkpoints(jobs, "damaged")
+    shutil.copytree(jobs.folder / "one", run)
+    flip(largest(home / "24" / "state"))
+    cut = largest(home / "18" / "state")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    largest(home / "12" / "state").unlink()
+    said = jobs.trained("damaged")
+    assert [line.split(": ")[0] for line in said[:3]] == [
+        f"checkpoint {step} is skipped" for step in (24, 18, 12)
+    ]
+    assert said[3] == f"resuming from step 6 in {home}"
+    assert jobs.results("damaged") == jobs.results("one")
+    names = {path.name for path in home.iterdir() if path.is_dir()}
+    assert names == {"6", "12", "12.damaged", "18", "18.damaged", "24", "24.damaged"}
+    [resumed] = jobs.events("damaged", "resume")
+    assert [step for step, _ in resumed["skipped"]] == [24, 18, 12]
+
+    for step in (6, 12, 18, 24):
+        shutil.rmtree(home / str(step) / "state")
+    before = (run / "metrics.jsonl").read_bytes()
+    [process] = jobs.train("damaged")
+    code, _, err = process.ended()
+    assert code == 2
+    assert err[-1].startswith(f"error: {home}: no checkpoint can be gone on from: checkpoint 24 is")
+    assert err[-1].endswith("; repair one, or move the folder away to begin anew")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def steps_in(folder: Path) -> set[int]:
+    """Of complete checkpoints: folders, or files on a host's own disk."""
+    names = (path.name.removesuffix(".safetensors") for path in folder.iterdir())
+    return {int(name) for name in names if name.isdigit()}
+
+
+def disk_of(jobs, local_folder: Path, name: str, process: int = 0) -> Path:
+    """Where a process keeps its files: runs of one name in two folders share none."""
+    own = hashlib.sha256(str(checkpoints(jobs, name)).encode()).hexdigest()[:8]
+    return local_folder / f"{name}-{own}" / f"process-{process}"
+
+
+def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(jobs, tmp_path):
+    own = ["checkpoint.every_steps=10", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
+    own += [f"checkpoint.local_folder={tmp_path}/fast", "mesh={data: 2, fsdp: 1}"]
+    disks = [disk_of(jobs, tmp_path / "fast", "locals", number) for number in range(2)]
+    home = checkpoints(jobs, "locals")
+
+    def killed(victim, step):
+        """Kill one process after a step is on all disks; what the other said."""
+        processes = jobs.train("locals", *own, processes=2, faults={0: ("slow", 4), 1: ("slow", 4)})
+        for disk, process in zip(disks, processes, strict=True):
+            process.until((disk / f"{step}.safetensors").exists)
+        processes[victim].send(signal.SIGKILL)
+        began = time.monotonic()
+        code, said, err = processes[1 - victim].ended()
+        assert time.monotonic() - began < 10
+        state = "the state is that of the last checkpoint"
+        assert (code, err[-1]) == (76, f"error: process {victim} ({HERE}) is gone; {state}")
+        return [line for line in said if "skipped" in line or "resuming" in line]
+
+    killed(0, 8)
+    newest = max(steps_in(disks[0]) & steps_in(disks[1]))
+    assert killed(1, 16) == [f"resuming from step {newest} in {disks[0]}"]
+    shutil.rmtree(disks[1])
+    folder, lost = max(steps_in(home)), steps_in(disks[0])
+    said = jobs.trained("locals", *own, processes=2)
+    assert [line for line in said if "skipped" in line or "resuming" in line] == [
+        *(
+            f"local checkpoint {step} is skipped: process 1 has none"
+            for step in sorted(lost, reverse=True)
+            if step >= folder
+        ),
+        f"resuming from step {folder} in {home}",
+    ]
+    assert max(lost) > folder
+    for (step, got), (same, want) in zip(jobs.results("locals"), jobs.results("one"), strict=True):
+        assert step == same
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_a_run_whose_folder_is_gone_goes_on_from_a_bucket(jobs):
+    reason = "needs an S3 server: pip install 'moto[server]'"
+    server_module = pytest.importorskip("moto.server", reason=reason)
+    boto3 = pytest.importorskip("boto3", reason=reason)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    copied = "checkpoint.remote_folder=s3://models/a"
+    try:
+        client = boto3.client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=keys["AWS_ENDPOINT_URL"],
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+        )
+        client.create_bucket(Bucket="models")
+        jobs.trained("remote", copied, "train.steps=12", environment=keys)
+        shutil.rmtree(jobs.folder / "remote")
+        said = jobs.trained("remote", copied, environment=keys)
+    finally:
+        server.stop()
+    assert said[0] == "resuming from step 12 in s3://models/a/remote"
+    assert jobs.results("remote") == [each for each in jobs.results("one") if each[0] > 12]
+
+    [process] = jobs.train("remote", copied, environment=keys)
+    code, _, err = process.ended()
+    assert code == 2
+    assert len(err) == 1
+    assert err[0].startswith("error: s3://models/a/remote: cannot be reached (")
+    assert err[0].endswith("; check the URL, the network and the credentials")
+
+
+def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(jobs):
+    run = jobs.folder / "told"
+
+    def stops(processes, words):
+        [process] = processes
+        code, _, err = process.ended()
+        assert code == 75
+        assert (
+            err[-1] == f"error: {run}: told to stop at {words} of {STEPS}, which is saved; {RESUME}"
+        )
+        assert not [line for line in err if "Traceback" in line]
+
+    # Before the first step is compiled; in the evaluation at step 8; between two steps. What is
+    # wanted at a step is known to all processes when the next is under way, with which it ends.
+    stops(jobs.train("told", faults={0: ("SIGTERM", 0)}), "step 2")
+    stops(jobs.train("told", faults={0: ("SIGUSR1", "evaluation")}), "step 10")
+    [process] = jobs.train("told", faults={0: ("slow", 0)})
+    process.until(lambda: jobs.step("told") >= 13)
+    process.send(signal.SIGTERM)
+    began = time.monotonic()
+    process.ended()
+    assert time.monotonic() - began < 30
+    stopped = jobs.step("told")
+    stops([process], f"step {stopped}")
+    assert 13 <= stopped < STEPS
+    assert jobs.trained("told")[0] == f"resuming from step {stopped} in {run / 'checkpoints'}"
+    assert jobs.results("told") == jobs.results("one")
+    assert read_run(run).history.interruptions == {"preempted": 3}
+
+
+def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_same_end(jobs):
+    jobs.trained("both", devices=2)
+    run = jobs.folder / "pair"
+    processes = jobs.train("pair", processes=2, faults={0: ("slow", 0), 1: ("slow", 0)})
+    processes[0].until(lambda: jobs.step("pair") >= 3)
+    processes[1].send(signal.SIGTERM)
+    began = time.monotonic()
+    ended = [process.ended() for process in processes]
+    assert time.monotonic() - began < 30
+    words = f"told to stop at step {jobs.step('pair')} of {STEPS}, which is saved; {RESUME}"
+    assert [(code, err[-1]) for code, _, err in ended] == [(75, f"error: {run}: {words}")] * 2
+
+    # One hangs: both say where they are, also the one that finds it later.
+    hasty = ["faults.hang_seconds=8", "faults.hang_factor=2"]
+    faults = {0: ("hang", 18), 1: ("slow", 0)}
+    ended = [process.ended() for process in jobs.train("pair", *hasty, processes=2, faults=faults)]
+    for number, (code, _, err) in enumerate(ended):
+        [line] = [line for line in err if f"process {number} hangs" in line]
+        assert code == 76
+        [path] = (run / "hangs").glob(f"process-{number}-step-*.txt")
+        step = path.stem.rpartition("-")[2]
+        start, _, rest = line.partition(" s is the median) has taken ")
+        assert start.startswith(f"error: {run}: process {number} hangs: step {step} (")
+        seconds, _, rest = rest.partition(" s; ")
+        assert 8 <= float(seconds) < 11
+        assert rest == (
+            f"what its threads were doing is in {path}; run the same command to go on from the "
+            "last checkpoint"
+        )
+        assert ("a_place_to_hang" if number == 0 else "settle") in path.read_text()
+    assert read_run(run).history.counts["hang"] == 1
+
+    jobs.trained("pair", processes=2)
+    assert jobs.results("pair") == jobs.results("both")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(jobs):
+    [first] = jobs.train("held", faults={0: ("slow", 0)})
+    first.until(lambda: jobs.step("held") >= 2)
+    first.send(signal.SIGSTOP)  # it lives until the second has been there
+    [second] = jobs.train("held")
+    code, _, err = second.ended()
+    first.send(signal.SIGCONT)
+    assert code == 2
+    assert err == [
+        f"error: {jobs.folder / 'held'}: another run writes to this folder (process {first.id} on "
+        f"{HERE}); wait for it to end, stop it, or give this one another name=..."
+    ]
+    assert first.ended()[0] == 0
+    assert jobs.results("held") == jobs.results("one")
+
+
+def test_a_folder_that_cannot_be_written(jobs, full_disk):
+    disk, _ = full_disk
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    [process] = jobs.train("x", f"folder={disk}")
+    code, _, err = process.ended()
+    assert (code, err) == (
+        2,
+        [
+            f"error: {disk}/x: cannot write the run folder (Read-only file system); set "
+            "folder=PATH to a place you may write to"
+        ],
+    )
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(jobs, full_disk):
+    disk, fill = full_disk
+    here = jobs.elsewhere(disk)
+    here.trained("full", "train.steps=6")
+    home = checkpoints(here, "full")
+
+    fill(150_000)  # enough for all but a checkpoint
+    [process] = here.train("full")
+    code, _, err = process.ended()
+    assert code == 2
+    assert err[-1].startswith(f"error: {home}: a checkpoint was not written (RESOURCE_EXHAUSTED: ")
+    assert err[-1].endswith(f"{FULL}); free some space or rights, resume")
+
+    fill(None)
+    [process] = here.train("full", "checkpoint.every_steps=0", faults={0: ("slow", 0)})
+    process.until(lambda: here.events("full", "resume")[1:] and here.step("full") >= 8)
+    fill(0)
+    code, said, err = process.ended()
+    assert (code, said[0]) == (2, f"resuming from step 6 in {home}")
+    fix = f"cannot write: {FULL}; free some disk space, or check the folder and its permissions"
+    assert err[-1] == f"error: {disk}/full/metrics.jsonl: {fix}"
+    fill(0)
+    [process] = here.train("full")  # the first file that does not fit depends on the file system
+    code, _, err = process.ended()
+    assert (code, len(err)) == (2, 1), err
+    assert err[0].startswith(f"error: {disk}/full/")
+    assert err[0].endswith(f": {fix}")
+
+    fill(None)
+    assert here.trained("full")[0] == f"resuming from step 6 in {home}"
+    results = [each for each in here.results("full") if each[0] != 6 or "loss" in each[1]]
+    assert results == jobs.results("one")  # but for the evaluation at what was the end
+
+
+def test_a_fast_disk_that_fills_up_is_told_of_and_training_goes_on(jobs, full_disk):
+    disk, fill = full_disk
+    fill(200_000)
+    own = [f"checkpoint.local_folder={disk}", "checkpoint.local_every_steps=4"]
+    [process] = jobs.train("small", *own)
+    code, _, err = process.ended()
+    assert code == 0, err
+    place = disk_of(jobs, disk, "small")
+    assert [line for line in err if "local" in line] == [
+        f"local checkpoint {step} was not written to {place} (Error while serializing: I/O error: "
+        f"{FULL} (os error 28)); training goes on"
+        for step in (4, 8, 16, 20)
+    ]
+    assert jobs.results("small") == jobs.results("one")
