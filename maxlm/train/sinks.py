@@ -104,7 +104,7 @@ class WandbSink(Sink):
     """
 
     def __init__(self, config: WandbConfig, folder: Path):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
         import yaml
 
         described = folder / "config.yaml"
