@@ -109,8 +109,8 @@ class CompiledCost:
     arrays: tuple[Array, ...]
     """The largest kinds of arrays made; how many of each are alive together is not told."""
     unknown_loops: tuple[str, ...]
-    """Loops whose trips cannot be read; their bodies are counted once, as is right for the update of a
-    training step, which is left out where its numbers are bad."""
+    """Loops whose trips cannot be read; their bodies are counted once. A training step has one: its
+    update, which is left out where the numbers are bad."""
 
     def wire_bytes(self, *, kind: str | None = None, axes: str | None = None) -> int:
         """Bytes that a device sends, of one kind, along given axes, or all."""
