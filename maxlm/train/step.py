@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import reshard
 
 from maxlm.models.params import Params, bind, param_specs
 from maxlm.train.gradients import loss_and_gradients
@@ -59,12 +60,13 @@ def train_step(
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
     def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-        params, opt_state, ema, _ = before
+        params, opt_state, ema, _ = jax.tree.map(_held, before)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
-        return params, opt_state, ema, global_norm(_learned(model, updates))
+        norm = global_norm(_learned(model, updates))
+        return jax.tree.map(_held, (params, opt_state, ema, norm))
 
     # A loop of one turn, or of none where the numbers are bad: its state is updated in place, where
     # choosing between new and old arrays, or branches, would hold both.
@@ -83,6 +85,13 @@ def train_step(
     }
     opt_state = _counted(opt_state, state.opt_state)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+
+def _held(array: jax.Array) -> jax.Array:
+    """In the layout of its type: of a loop's state the compiler might choose another, and come back
+    from it by gathering what it split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return array if mesh.empty else reshard(array, jax.typeof(array).sharding)
 
 
 def _counted(opt_state: Any, before: Any) -> Any:

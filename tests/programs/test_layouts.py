@@ -81,6 +81,7 @@ def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
         for name in runs:
             assert losses(tmp_path / name) == pytest.approx(want, rel=1e-5), name
             kinds = [json.loads(e)["event"] for e in (tmp_path / name / "events.jsonl").open()]
+            kinds = [k for k in kinds if k in ("start", "resume", "checkpoint", "stop")]
             begun = ["start", "checkpoint", "checkpoint", "stop"]
             assert kinds == [*begun, "resume", "checkpoint", "stop"]
         log = (tmp_path / f"{reader}-0.log").read_text()
