@@ -147,10 +147,10 @@ def copied(run: Path, remote: Path, step: int) -> Compared:
     return Compared("files of the remote copy", words, bool(wrong) or not complete)
 
 
-def left_behind(run: Path, local: Path, remote: Path) -> Compared:
+def left_behind(run: Path, local: Path, name: str, remote: Path) -> Compared:
     """What killed processes left, and the last start should have removed: files and folders under
     temporary names, copies that are not complete."""
-    there = [*(run / "checkpoints").iterdir(), *local.glob("*/*")]
+    there = [*(run / "checkpoints").iterdir(), *local.glob(f"{name}-*/*/*")]
     kept = [path for path in there if path.suffix in ("", ".safetensors", ".damaged")]
     litter = [path.name for path in there if path not in kept or path.name.startswith(".")]
     for copy in remote.iterdir():

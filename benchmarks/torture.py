@@ -31,6 +31,7 @@ from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, started
 LOST = 76
 PEERS = 20  # seconds that hosts wait for each other, at the start and later
 AIMS = ("start-up", "restore", "step", "save", "local save", "copy")
+MISSED = 8  # steps after the target at which it is killed in any case
 # On changed meshes, more roundings than an unbroken run's own may add up.
 SLACK = 4
 
@@ -205,7 +206,9 @@ def wait_for(
         return
     attempt.until(lambda: attempt.training() and last_step(attempt.run) >= target)
     kinds = {"save": attempt.saving, "local save": attempt.saving_local, "copy": attempt.copying}
-    attempt.until(kinds.get(aim, lambda: True))
+    under_way = kinds.get(aim, lambda: True)
+    # A moment that is too short to be seen must not let the run go on to its end.
+    attempt.until(lambda: under_way() or last_step(attempt.run) >= target + MISSED)
     time.sleep(choose.choice((0, choose.uniform(0, 0.03))))
 
 
@@ -262,7 +265,7 @@ def differences(job: Job, campaign: Campaign, limit: float) -> list[Compared]:
         *compare(*runs, job.steps, None if same else limit),
         batches_seen(job.seen(whole), job.seen(campaign.name)),
         copied(runs[1], job.remote(campaign.name), job.steps),
-        left_behind(runs[1], job.folder / "local" / campaign.name, job.remote(campaign.name)),
+        left_behind(runs[1], job.folder / "local", campaign.name, job.remote(campaign.name)),
     ]
 
 

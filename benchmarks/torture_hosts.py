@@ -54,7 +54,7 @@ class Attempt:
 
     def __init__(self, job: Job, name: str, layout: Layout):
         self.run, self.name, self.remote = job.run(name), name, job.remote(name)
-        self.local = job.folder / "local" / name
+        self._locals, self._name = job.folder / "local", name
         self.before, self._lock = starts(self.run), changed(self.run / "lock")
         job.seen(name).mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
@@ -103,8 +103,9 @@ class Attempt:
         return any("tmp" in path.name for path in listed(folder))
 
     def saving_local(self) -> bool:
-        hosts = listed(self.local)
-        return any(path.name.startswith(".") for host in hosts for path in listed(host))
+        """Files are written in a hidden folder of their process's, until they are complete."""
+        unfinished = self._locals.glob(f"{self._name}-*/process-*/.*")
+        return any(listed(folder) for folder in unfinished)
 
     def copying(self) -> bool:
         """The newest copy that was begun is not complete."""

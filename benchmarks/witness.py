@@ -10,12 +10,15 @@ loader does, so that runs on other hosts and meshes compare.
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+PACE = 0.02  # seconds a batch at least: who aims at a step must be able to see it
 
 
 def main() -> int:
@@ -40,6 +43,7 @@ def main() -> int:
                     lines = [f"{step} {row} {digest}\n" for row, digest in rows(batch).items()]
                     file.write("".join(lines))
                     file.flush()
+                    time.sleep(PACE)
                     yield batch
 
             yield noted()

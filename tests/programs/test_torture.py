@@ -65,4 +65,7 @@ def check_that_differences_show(folder: Path) -> None:
     assert same_run.batches_seen(truth, seen / "one").wrong
     (folder / "remote" / "one" / str(STEPS) / "COMPLETE").unlink()
     assert same_run.copied(one, folder / "remote" / "one", STEPS).wrong
-    assert "copy 30" in same_run.left_behind(one, folder / "local", folder / "remote" / "one").found
+    assert (
+        "copy 30"
+        in same_run.left_behind(one, folder / "local", "one", folder / "remote" / "one").found
+    )

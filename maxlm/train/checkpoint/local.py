@@ -48,8 +48,9 @@ class LocalTier:
         self._thread: threading.Thread | None = None
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".*"):
-                if not _alive(left.name[1:]):  # a process that was killed
+            # Of all the run's processes: this host may have had others.
+            for left in self.folder.parent.glob("process-*/.*"):
+                if not _alive(left.name[1:]):  # it was killed
                     shutil.rmtree(left, ignore_errors=True)
             for left in self.folder.glob(".tmp*"):  # likewise, as safetensors calls its own
                 left.unlink(missing_ok=True)
