@@ -128,8 +128,8 @@ def test_a_damaged_newest_checkpoint_is_skipped_and_said_to_be(tmp_path, here, d
     assert newest(tmp_path, here) == ((20, "folder"), [])
 
 
-def test_every_flipped_bit_is_found(tmp_path, here):
-    """Orbax's files have checksums of their own in places, not of the arrays themselves."""
+def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path, here):
+    """What is restored is compared with what was saved; some bytes hold nothing of the arrays."""
     write(tmp_path / "good", here, 10, every_steps=10)
     path = largest(tmp_path / "good" / "10" / "state")
     size, missed = path.stat().st_size, []
@@ -143,7 +143,7 @@ def test_every_flipped_bit_is_found(tmp_path, here):
         chosen, _ = newest(tmp_path / "bad", here)  # checks what it restores
         missed += [int(place)] if chosen else []
         shutil.rmtree(tmp_path / "bad")
-    assert len(missed) < 13  # bytes that hold nothing of the arrays
+    assert len(missed) < 13  # or hardly any was looked at
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path, here):
