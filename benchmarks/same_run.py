@@ -149,9 +149,9 @@ def copied(run: Path, remote: Path, step: int) -> Compared:
 
 def left_behind(run: Path, local: Path, name: str, remote: Path) -> Compared:
     """What killed processes left, and the last start should have removed: files and folders under
-    temporary names, copies that are not complete."""
+    temporary names, copies that are not complete; and checkpoints that a kill has damaged."""
     there = [*(run / "checkpoints").iterdir(), *local.glob(f"{name}-*/*/*")]
-    kept = [path for path in there if path.suffix in ("", ".safetensors", ".damaged")]
+    kept = [path for path in there if path.suffix in ("", ".safetensors")]
     litter = [path.name for path in there if path not in kept or path.name.startswith(".")]
     for copy in remote.iterdir():
         files = any(path.is_file() for path in copy.rglob("*"))

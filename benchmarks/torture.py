@@ -5,10 +5,11 @@
 Three campaigns of `maxlm train`, each process of which is a host: on one; on two; on one and two in
 turn, with other meshes. At random moments of start-up, restoring, steps, saves and copies one host,
 or all, get SIGKILL; a host that is left must end by itself, with code 76; then all are started
-again. At the end a run is compared with an unbroken one: arrays, records and metadata bit by bit,
-on other meshes within what unbroken runs on those differ by, and a witness's record of every batch
-that was ever taken. Exits with 1 if anything differs, a worker process outlives its host, or a host
-ends as it should not.
+again, and must go on from the newest checkpoint that was complete. At the end a run is compared
+with an unbroken one: arrays, records and metadata bit by bit, on other meshes within what unbroken
+runs on those differ by, and a witness's record of every batch that was ever taken. Exits with 1 if
+anything differs, saved progress is lost, a worker process outlives its host, or a host ends as it
+should not.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from itertools import combinations
 from pathlib import Path
 
 from same_run import Compared, batches_seen, compare, copied, final_arrays, furthest, left_behind
-from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, started
+from torture_hosts import PATIENCE, Attempt, Job, Layout, last_step, listed, started
 
 LOST = 76
 PEERS = 20  # seconds that hosts wait for each other, at the start and later
@@ -72,7 +73,7 @@ class Kill:
     survived: float | None
     """Seconds until the host that was left had ended; None: there was none."""
     wrong: str
-    """How it ended, if not as it should, and what outlived it."""
+    """How it began or ended, if not as it should, and what outlived it."""
 
 
 def main() -> int:
@@ -177,18 +178,22 @@ def broken(
     targets = sorted(choose.choices(range(1, max(2, job.steps * 9 // 10)), k=count))
     if count:  # The last save and copy are like no other: nothing comes after them.
         aims[-1], targets[-1] = choose.choice(("save", "copy")), job.steps
-    kills = []
+    kills, before = [], None
     for number, (aim, target) in enumerate(zip(aims, targets, strict=True)):
         layout = campaign.layouts[number % len(campaign.layouts)]
+        saved, before = newest(job, campaign.name, layout if layout == before else None), layout
         with started(job, campaign.name, layout) as attempt:
             wait_for(attempt, aim, target, startup[layout.hosts], choose)
-            kills.append(kill(attempt, campaign, layout, aim, choose))
+            kills.append(kill(attempt, campaign, layout, aim, saved, choose))
         last = kills[-1]
         words = f"{campaign.name} {number + 1}/{count} ({layout}): {last.which} during"
         print(f"{words} {last.during}, step {last.step} {last.wrong}", flush=True)
     layout = campaign.layouts[count % len(campaign.layouts)]
+    saved = newest(job, campaign.name, layout if layout == before else None)
     with started(job, campaign.name, layout) as attempt:
         to_the_end(attempt)
+        if why := lost_progress(attempt, saved):
+            sys.exit(f"{attempt.name}: {why}")
     return kills
 
 
@@ -213,9 +218,18 @@ def wait_for(
 
 
 def kill(
-    attempt: Attempt, campaign: Campaign, layout: Layout, aim: str, choose: random.Random
+    attempt: Attempt,
+    campaign: Campaign,
+    layout: Layout,
+    aim: str,
+    saved: int,
+    choose: random.Random,
 ) -> Kill:
-    """Kill one process or all, and see how the others end."""
+    """Kill one process or all, and see how the others end.
+
+    Args:
+        saved: the newest checkpoint there was before.
+    """
     count = len(attempt.processes)
     chosen = choose.choice([[number] for number in range(count)] + [list(range(count))])
     ended = [process.poll() for process in attempt.processes]
@@ -225,6 +239,7 @@ def kill(
     seconds, killed = attempt.seconds, time.monotonic()
     survivors = [number for number in range(count) if number not in chosen]
     wrong = [f"process {n} had ended with {code}" for n, code in enumerate(ended) if code]
+    wrong += [why for why in (lost_progress(attempt, saved),) if why]
     for number in survivors:
         try:
             code = attempt.processes[number].wait(PEERS + 20)
@@ -249,6 +264,29 @@ def kill(
         survived,
         "; ".join(wrong),
     )
+
+
+def newest(job: Job, name: str, layout: Layout | None) -> int:
+    """The newest checkpoint that is complete; hosts' own count for the ``layout`` they are of."""
+    folder, copies = job.run(name) / "checkpoints", job.remote(name)
+    found = {int(path.name) for path in listed(folder) if path.name.isdigit()}
+    found |= {int(path.name) for path in listed(copies) if (path / "COMPLETE").exists()}
+    if layout:
+        hosts = [job.folder.glob(f"local/{name}-*/process-{n}/*") for n in range(layout.hosts)]
+        own = [{int(path.stem) for path in each if path.stem.isdigit()} for each in hosts]
+        found |= set.intersection(*own)
+    return max(found, default=0)
+
+
+def lost_progress(attempt: Attempt, saved: int) -> str:
+    """In words, if training went on from before what was saved, or found it damaged."""
+    event = attempt.went_on()
+    if event is None:
+        return ""
+    if event["step"] < saved:
+        return f"went on from step {event['step']}, and {saved} was saved"
+    damaged = [step for step, why in event["skipped"] if "what was saved" in why]
+    return f"checkpoints {damaged} were damaged" if damaged else ""
 
 
 def rounding(job: Job, layouts: Sequence[Layout]) -> float:

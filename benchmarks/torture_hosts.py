@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 WITNESS = Path(__file__).with_name("witness.py")
 PATIENCE = 300.0
@@ -54,8 +55,8 @@ class Attempt:
 
     def __init__(self, job: Job, name: str, layout: Layout):
         self.run, self.name, self.remote = job.run(name), name, job.remote(name)
-        self._locals, self._name = job.folder / "local", name
-        self.before, self._lock = starts(self.run), changed(self.run / "lock")
+        self._locals = job.folder / "local"
+        self.before, self._lock = len(starts(self.run)), changed(self.run / "lock")
         job.seen(name).mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
         coordinator = f"127.0.0.1:{free_port()}"
@@ -95,7 +96,11 @@ class Attempt:
         return changed(self.run / "lock") != self._lock
 
     def training(self) -> bool:
-        return starts(self.run) > self.before
+        return self.went_on() is not None
+
+    def went_on(self) -> dict[str, Any] | None:
+        """The event with which training began or went on."""
+        return next(iter(starts(self.run)[self.before :]), None)
 
     def saving(self) -> bool:
         """Orbax's folder has a temporary name until it is complete."""
@@ -104,7 +109,7 @@ class Attempt:
 
     def saving_local(self) -> bool:
         """Files are written in a hidden folder of their process's, until they are complete."""
-        unfinished = self._locals.glob(f"{self._name}-*/process-*/.*")
+        unfinished = self._locals.glob(f"{self.name}-*/process-*/.*")
         return any(listed(folder) for folder in unfinished)
 
     def copying(self) -> bool:
@@ -194,9 +199,10 @@ def listed(folder: Path) -> list[Path]:
         return []
 
 
-def starts(run: Path) -> int:
-    """How often training has begun or gone on."""
-    return sum(b'"start"' in e or b'"resume"' in e for e in lines(run / "events.jsonl"))
+def starts(run: Path) -> list[dict[str, Any]]:
+    """The events with which training has begun or gone on."""
+    found = lines(run / "events.jsonl")
+    return [json.loads(e) for e in found if b'"start"' in e or b'"resume"' in e]
 
 
 def last_step(run: Path) -> int:

@@ -12,7 +12,6 @@ alone. The convention for ``maxlm/cli/VERB.py``:
 To add a verb, write its module and one line in `VERBS`.
 """
 
-import errno
 import gc
 import importlib
 import os
@@ -61,10 +60,6 @@ VERBS = {
         "maxlm.cli.config:app", "Show configs, where each value comes from, their schema."
     ),
 }
-
-
-# Faults of the machine or its permissions: no bug of ours hides behind them.
-_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class LazyGroup(TyperGroup):
@@ -163,14 +158,13 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if hasattr(error, "format_message"):
         line = _explain_usage(error)
-    elif isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
-        line = f"{error.filename}: {(error.strerror or '').lower()}"
     else:
-        from maxlm.config.errors import MaxlmError
+        from maxlm.config.errors import MaxlmError, of_the_machine
 
-        if not isinstance(error, MaxlmError):
+        known = error if isinstance(error, MaxlmError) else of_the_machine(error)
+        if known is None:
             return None
-        line = str(error)
+        line = str(known)
     return f"error: {' '.join(line.split())}"
 
 

@@ -1,8 +1,13 @@
 """The one error type for anything a user can cause."""
 
+import errno
+
 # What a scheduler is told by the exit code: a run that was saved and is to be started again (BSD's
 # EX_TEMPFAIL), and one to be started again from its last checkpoint.
 PREEMPTED, LOST = 75, 76
+
+# Faults of the machine or its permissions: no bug of ours hides behind them.
+_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class MaxlmError(Exception):
@@ -38,3 +43,16 @@ class Preempted(MaxlmError):
     """Not a mistake: the run was told to stop, and nothing that it did is lost."""
 
     exit_code = PREEMPTED
+
+
+class Lost(MaxlmError):
+    """Not a mistake of the user's: processes that did not come, or died on the way."""
+
+    exit_code = LOST
+
+
+def of_the_machine(error: BaseException) -> MaxlmError | None:
+    """An operating system's error that a user can put right, as ours; None: any other error."""
+    if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
+        return MaxlmError((error.strerror or "").lower(), where=str(error.filename))
+    return None

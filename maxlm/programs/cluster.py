@@ -1,16 +1,19 @@
 """Which processes a run has, and which of them this is: read from where it was started."""
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from maxlm.config import MaxlmError
+from maxlm.config.errors import Lost
 
 # What JAX takes itself: above the ports that Linux gives to outgoing connections.
 _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
+_PAUSES = (1.0, 3.0, 0.0)  # seconds after a failed question to the metadata server
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,8 @@ def _tpu_vm(environ: Mapping[str, str], metadata: Callable[[str], str | None]) -
     # Names, or name:id:address.
     workers = [each.split(":")[-1] for each in endpoints.split(",")]
     lines = re.findall(r"^(\w+): *'?([^'\n]*)'?$", metadata("tpu-env") or "", re.MULTILINE)
-    return _slices("TPU VM", workers, int(number), dict(lines))
+    worker = _number({"agent-worker-number": number}, "agent-worker-number")
+    return _slices("TPU VM", workers, worker, dict(lines))
 
 
 def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str, str]) -> Cluster:
@@ -212,13 +216,30 @@ def _attribute(name: str) -> str | None:
     """Of this machine, as Google's metadata server has it."""
     import urllib.request
 
-    makers = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if not any(maker.read_text().strip() == _GOOGLE for maker in makers):
-        return None  # no TPU; elsewhere nobody may answer for minutes
+    if not any(map(_is_tpu, Path("/sys/bus/pci/devices").glob("*"))):
+        return None  # elsewhere nobody may answer for minutes
     url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
     asked = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for pause in _PAUSES:
+        try:
+            with directly.open(asked, timeout=5) as answer:
+                return answer.read().decode()
+        except OSError as error:
+            if getattr(error, "code", 500) < 500:  # it has none such
+                return None
+            why = error
+            time.sleep(pause)
+    # A host that took itself for the only one would hold up the others.
+    what = f"this machine's metadata cannot be read ({why})"
+    fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
+    raise Lost(what, where=url, fix=fix)
+
+
+def _is_tpu(device: Path) -> bool:
+    """Whether a PCI device is Google's, and neither a disk nor a network card."""
     try:
-        with urllib.request.urlopen(asked, timeout=5) as answer:
-            return answer.read().decode()
+        maker, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
     except OSError:
-        return None
+        return False
+    return maker == _GOOGLE and kind[:4] not in ("0x01", "0x02")

@@ -68,7 +68,8 @@ class Attempt:
     """That it went on from."""
     last_step: int
     end: str
-    """A reason of the ``stop`` event, ``killed`` without one, or ``running``."""
+    """A reason of the ``stop`` event, ``hang`` after one, ``killed`` without either, or
+    ``running``."""
     devices: int | None
     stretches: tuple[Stretch, ...]
 
@@ -174,8 +175,9 @@ def _attempt(
         latest = max(latest, event["time"])
         times.append(latest)
     stops = [str(event.get("reason")) for event in log if event["event"] == "stop"]
-    end = stops[-1] if stops else "killed"
-    if not stops and now - latest < SILENCE:
+    hung = log[-1]["event"] == "hang"
+    end = stops[-1] if stops else "hang" if hung else "killed"
+    if not stops and not hung and now - latest < SILENCE:
         end, latest = "running", max(latest, now)
     stretches = tuple(_stretches(log, times, kept))
     attempt = Attempt(
@@ -213,7 +215,7 @@ def _spans(
     yield from _filled(attempt.began, times[0], {"starting": inf})
     work = _Work(log[0]["step"], kept)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
-    once = {"compiling": 0.0, "hanging": 0.0}
+    once, final = {"compiling": 0.0, "hanging": 0.0}, 0.0
     begin = times[0]
     for time, event in zip(times, log, strict=True):
         kind = event["event"]
@@ -223,6 +225,8 @@ def _spans(
             work.settle()
         elif kind == "hang":
             once["hanging"] += _seconds(event, "seconds")
+        elif kind == "evaluate" and event.get("final"):  # No ``progress`` follows.
+            final = _seconds(event, "seconds")
         elif kind == "rollback":
             work.reach(_number(event, "from_step", 0))
             work.go_back(event["step"])
@@ -237,7 +241,7 @@ def _spans(
             spent |= {"productive": stepping * share, "lost": stepping * (1 - share), **once}
             yield from _filled(begin, time, spent)
             begin, once = time, dict.fromkeys(once, 0.0)
-    yield from _filled(begin, attempt.ended, once)
+    yield from _filled(begin, attempt.ended, once | {"evaluating": final})
 
 
 class _Work:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from maxlm.config import MaxlmError, fingerprint
-from maxlm.config.errors import LOST
+from maxlm.config.errors import LOST, of_the_machine
 from maxlm.programs.cluster import find_cluster
 from maxlm.programs.peers import FAILED, join_cluster, lost_peer
 from maxlm.run import RunConfig
@@ -66,6 +66,9 @@ def taking_part(
     except KeyboardInterrupt:
         peers.end_all(_INTERRUPTED, "interrupted")
     except BaseException as error:
+        if known := of_the_machine(error):
+            print(f"error: {known}", file=sys.stderr, flush=True)
+            peers.end_all(known.exit_code, str(known))
         lost = lost_peer(error)
         if not lost:
             traceback.print_exc()

@@ -35,6 +35,7 @@ from maxlm.programs.resume import (
     published,
     read_skips,
     started,
+    times_gone_back,
     too_often,
 )
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
@@ -119,16 +120,17 @@ def pretrain(
         metadata = _metadata(config, corpus, origin, beginning)
         skips = read_skips(folder, origin)
 
+        def fresh() -> TrainState:
+            return started(setup, find_beginning(setup, stack) if origin else beginning)
+
         def begin() -> Position:
-            if origin:
-                return go_on(setup, origin, skips)
-            return Position(started(setup, beginning), 0)
+            return go_on(setup, origin, skips, fresh) if origin else Position(fresh(), 0)
 
         position = begin()
         first = position.step
         for each in position.skipped:
             say(str(each))
-        if origin:
+        if position.place:
             say(f"resuming from step {first} in {position.place}")
         elif beginning:
             say(f"starting from the parameters in {beginning.folder.parent}")
@@ -151,7 +153,7 @@ def pretrain(
             "resume" if first else "start",
             first,
             began=process_began(),
-            checkpoint=first if origin else None,
+            checkpoint=first if position.place else None,
             devices=jax.device_count(),
             processes=jax.process_count(),
             device_kind=jax.devices()[0].device_kind,
@@ -202,12 +204,14 @@ def pretrain(
                 )
 
         while isinstance(ended := train_from(position, skips), Verdict):
-            if len(skips) >= config.faults.max_rollbacks:
+            notices.heed()
+            if (times := times_gone_back(folder)) >= config.faults.max_rollbacks:
                 log.event("stop", ended.last, reason="rollback-limit")
-                raise too_often(ended, skips, folder)
+                raise too_often(ended, times, folder)
             watchdog.expect(ended.first, "restore")
             del position  # Its arrays are gone: the step was given their memory.
-            position, skips = go_back(setup, tiers, ended, skips, folder, begin)
+            position, skips = go_back(setup, tiers, ended, skips, folder, begin, fresh)
+            tiers.catch_up()
             log.rewind(position.step)
             log.event(
                 "rollback",
@@ -221,16 +225,19 @@ def pretrain(
                 f"batches {skips[-1][0]} to {skips[-1][1]} are left out"
             )
         state = ended
+        notices.heed()
         read = (corpus.heldout, corpus.vocabulary)
         watchdog.expect(int(state.step), "evaluation")
         evaluation_began = time.monotonic()
         results = held_out(setup, eval_step, parameters(state), *read)
         if results:
-            log.event("evaluate", int(state.step), seconds=time.monotonic() - evaluation_began)
+            seconds = time.monotonic() - evaluation_began
+            log.event("evaluate", int(state.step), seconds=seconds, final=True)
         log.event("stop", int(state.step), reason="done")
         watchdog.rest()
         if missing := tiers.uncopied:
             say(f"{missing}; the same command copies it")
+        tiers.free_hosts()
         if lead:
             if results and not _evaluated_at(folder, int(state.step)):
                 log.log(int(state.step), _evaluation_record(config, int(state.step), results))
@@ -292,12 +299,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _noted(notices: Notices, log: MetricsLog, step: int) -> Iterator[None]:
-    """Write down a notice that ends the run outside its loop."""
+    """Write down what ends the run outside its loop, or unforeseen."""
     try:
         yield
-    except BaseException:
-        if notices.at_once:
-            log.event("stop", step, reason="preempted")
+    except BaseException as error:
+        if not log.stopped:
+            interrupted = "interrupt" if isinstance(error, KeyboardInterrupt) else "failed"
+            log.event("stop", step, reason="preempted" if notices.at_once else interrupted)
         raise
 
 

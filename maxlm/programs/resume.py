@@ -22,6 +22,7 @@ from maxlm.train.anomaly import Verdict
 from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.checkpoint.tiers import Found, Skipped, Tiers
 from maxlm.train.config import CheckpointConfig
+from maxlm.train.records import read_records
 from maxlm.train.skips import Range, Skips, batch_number, same_batches
 from maxlm.train.state import TrainState
 from maxlm.train.together import lead_says
@@ -64,7 +65,7 @@ def find_origin(
     """
     own = Origin(tiers, True, *tiers.found())
     if not own.found:
-        if any(each.damaged for each in own.skipped):
+        if any(each.damaged and each.tier != "local" for each in own.skipped):
             raise none_readable(own.tiers, own.skipped)
         for each in own.skipped:
             say(str(each))
@@ -86,7 +87,7 @@ def find_origin(
         return None
     now = lasting(setup.config.model_dump(mode="json"))
     saved = lasting(_completed(dict(own.metadata["config"])))
-    check_same(saved, now, IDENTITY, str(own.tiers.folder))
+    check_same(saved, now, IDENTITY, own.tiers.place(own.found[0].tier))
     return own
 
 
@@ -106,15 +107,20 @@ class Position:
 
 def none_readable(tiers: Tiers, skipped: Sequence[Skipped]) -> MaxlmError:
     """Training never begins anew where it had come far."""
+    copies = tiers.config.remote_folder and f" and {tiers.place('remote')}"
     return MaxlmError(
         f"no checkpoint can be gone on from: {', '.join(map(str, skipped))}",
         where=str(tiers.folder),
-        fix="repair one, or move the folder away to begin anew",
+        fix=f"repair one, or move the folder{copies or ''} away to begin anew",
     )
 
 
-def go_on(setup: Setup, origin: Origin, skips: Skips) -> Position:
+def go_on(setup: Setup, origin: Origin, skips: Skips, fresh: Callable[[], TrainState]) -> Position:
     """The newest state that can be read, and was trained on this run's batches.
+
+    Args:
+        fresh: the state a run begins with. Hosts' own disks are a help and no promise: if they
+            alone had checkpoints, and none is of use to these hosts, the run begins anew.
 
     Raises:
         MaxlmError: there is none.
@@ -128,7 +134,10 @@ def go_on(setup: Setup, origin: Origin, skips: Skips) -> Position:
     state, found, skipped = origin.tiers.restore_newest(origin.found, setup.abstract_state, refuse)
     skipped = sorted([*origin.skipped, *skipped], key=lambda each: -each.step)
     if found is None:
-        raise none_readable(origin.tiers, skipped)
+        if any(each.tier != "local" for each in skipped):
+            raise none_readable(origin.tiers, skipped)
+        origin.tiers.set_aside(skipped, 0)
+        return Position(fresh(), 0, skipped=skipped)
     if origin.own:
         origin.tiers.set_aside(skipped, found.step)
     newer = [each for each in skipped if each.step >= found.step]
@@ -143,37 +152,47 @@ def go_back(
     skips: Skips,
     folder: Path,
     begin: Callable[[], Position],
+    fresh: Callable[[], TrainState],
 ) -> tuple[Position, Skips]:
     """The state of the newest checkpoint from before the numbers went bad, and the batches left
     out from there on: also those since, as Chowdhery et al. 2022 (PaLM, section 5.1) did.
 
     Args:
         begin: the position the run began at, if it has no such checkpoint.
+        fresh: see ``go_on``.
     """
     tiers.wait()
+    tiers.stop_copying()  # of a state that may be bad
     origin = Origin(tiers, True, *tiers.found())
     before = [each.step for each in origin.found if each.step < verdict.first]
     position = None if before else begin()
     base = position.step if position else max(before)
     skip = batch_number(base, skips), batch_number(verdict.last - 1, skips)
+    if position is not None:
+        # Before the record: a run killed between the two would have checkpoints, all refused.
+        abandoned = [Skipped(each.step, each.tier, "", damaged=False) for each in origin.found]
+        tiers.set_aside(abandoned, base)
     if jax.process_index() == 0:
         _write_skip(folder, skips, skip, verdict.reason)
     skips = (*skips, skip)
-    if position is None:
-        return go_on(setup, origin, skips), skips
-    abandoned = [Skipped(each.step, each.tier, "", damaged=False) for each in origin.found]
-    tiers.set_aside(abandoned, base)
-    return position, skips
+    return position or go_on(setup, origin, skips, fresh), skips
 
 
-def too_often(verdict: Verdict, skips: Skips, folder: Path) -> MaxlmError:
+def times_gone_back(folder: Path) -> int:
+    """How often this run has, in its life; batches that it was told to leave out do not count."""
+    events = folder / "events.jsonl"
+    own = jax.process_index() == 0 and events.exists()
+    return lead_says(sum(e.get("event") == "rollback" for e in read_records(events)) if own else 0)
+
+
+def too_often(verdict: Verdict, times: int, folder: Path) -> MaxlmError:
     """The end of a run that has gone back as often as it may."""
-    times = f"{len(skips)} time{'' if len(skips) == 1 else 's'}"
     return MaxlmError(
-        f"{verdict.reason} at step {verdict.last}, and the run has gone back {times}",
+        f"{verdict.reason} at step {verdict.last}, and the run has gone back {times} "
+        f"time{'' if times == 1 else 's'}",
         where=str(folder),
-        fix="lower schedule.learning_rate or optimizer.clip_norm in another run folder "
-        "(--resume), or raise faults.max_rollbacks",
+        fix="lower schedule.learning_rate in another run folder (--resume), or raise "
+        "faults.max_rollbacks",
     )
 
 
@@ -192,16 +211,27 @@ def read_skips(folder: Path, origin: Origin | None) -> Skips:
     record = None
     if jax.process_index() == 0 and path.exists():
         try:
-            record = [[int(n) for n in each["batches"]] for each in json.loads(path.read_text())]
+            record = [_range(each["batches"]) for each in json.loads(path.read_text())]
         except (ValueError, TypeError, KeyError):
             record = "damaged"
     record = lead_says(record)
     if record == "damaged":
-        fix = "write it anew from the rollbacks in events.jsonl"
+        fix = 'write it anew from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
         raise MaxlmError("is no list of ranges of batches", where=str(path), fix=fix)
     if record is None:
         return ranges(origin.metadata) if origin else ()
     return tuple((first, last) for first, last in record)
+
+
+def _range(written: Any) -> Range:
+    """
+    Raises:
+        ValueError, TypeError: these are no first and last batch.
+    """
+    first, last = written
+    if not all(type(n) is int for n in (first, last)) or not 0 <= first <= last:
+        raise ValueError(written)
+    return first, last
 
 
 def _write_skip(folder: Path, skips: Skips, skip: Range, reason: str) -> None:

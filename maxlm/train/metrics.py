@@ -88,7 +88,8 @@ class MetricsLog:
         write: bool = True,
         reporting: ReportingConfig = ReportingConfig(),
     ):
-        self._write = write
+        self._write, self.stopped = write, False
+        """Whether the attempt's end was written down."""
         if not write:
             return
         folder = Path(folder)
@@ -118,6 +119,7 @@ class MetricsLog:
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """Append an event with the wall time in seconds; docs/runs.md lists them."""
+        self.stopped = kind == "stop"
         if not self._write:
             return
         self._events.append({"event": kind, "step": step, "time": time.time(), **details})

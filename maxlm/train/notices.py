@@ -22,6 +22,7 @@ class Notices:
 
     def __init__(self):
         self._holding, self.wish = False, Wish.NONE
+        self._newest = signal.SIGTERM
         self.at_once = False
         """A scheduler's notice has ended what was going on."""
 
@@ -35,14 +36,23 @@ class Notices:
         finally:
             self._holding = False
 
+    def heed(self) -> None:
+        """Act on a notice that came too late for the loop that held it."""
+        if Wish.PREEMPT in self.wish:
+            self.at_once = True
+            raise _Told(self._newest.name)
+        if Wish.INTERRUPT in self.wish:
+            raise KeyboardInterrupt
+
     def _told(self, number: int, _: FrameType | None) -> None:
         again = Wish.INTERRUPT in self.wish
         self.wish |= Wish.INTERRUPT if number == signal.SIGINT else Wish.PREEMPT
         if number == signal.SIGINT and (again or not self._holding):
             raise KeyboardInterrupt
+        self._newest = signal.Signals(number)
         if not self._holding:
             self.at_once = True
-            raise _Told(signal.Signals(number).name)
+            raise _Told(self._newest.name)
 
 
 @contextmanager

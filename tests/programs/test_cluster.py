@@ -259,6 +259,18 @@ def test_an_id_twice(start):
     assert [worker.end(15) for worker in workers] == [(2, message)] * 3
 
 
+def test_one_that_died_while_it_waited_and_was_started_again(start):
+    port = free_port()
+    lead, first = (start(port, number, "once", count=3) for number in (0, 1))
+    time.sleep(3)  # it has called
+    first.process.kill()
+    first.process.wait()
+    workers = [lead, start(port, 1, "once", count=3), start(port, 2, "once", count=3)]
+    for number, worker in enumerate(workers):
+        code, text = worker.end()
+        assert (code, text.splitlines()[-1]) == (0, f"process {number} of 3: 6"), text
+
+
 def test_different_numbers(start):
     port = free_port()
     workers = [start(port, 0, "once", count=2), start(port, 1, "once", count=3)]
@@ -333,15 +345,17 @@ def test_a_killed_process_ends_the_others(start, victim):
     assert time.monotonic() - killed < 5
 
 
-def test_who_is_done_still_notices_that_another_is_killed(start):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_done_still_notices_that_another_is_killed(start, victim):
+    """Also process 0, which may be at work for others that are done: JAX would abort it."""
     port = free_port()
     workers = [start(port, number, "late") for number in range(2)]
     for worker in workers:
         worker.wait_for("of 2: 3")
     with pytest.raises(subprocess.TimeoutExpired):  # it waits for the other
         workers[1].process.wait(1)
-    workers[0].process.kill()
-    assert workers[1].end(10)[0] == 76
+    workers[victim].process.kill()
+    assert workers[1 - victim].end(10)[0] == 76
 
 
 def test_a_busy_process_still_tells_that_process_0_is_gone(start):

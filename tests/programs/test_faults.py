@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from maxlm.config import load
 from maxlm.programs.prepare import prepare
@@ -125,6 +127,16 @@ def disk_of(jobs, local_folder: Path, name: str, process: int = 0) -> Path:
     return local_folder / f"{name}-{own}" / f"process-{process}"
 
 
+def as_if_saved_elsewhere(path: Path) -> None:
+    """Let a local file be of a save of other arrays than it was."""
+    with safe_open(path, "np") as file:
+        keys, header = file.keys(), file.metadata()
+        arrays = {key: file.get_tensor(key) for key in keys}
+    metadata = json.loads(header["metadata"])
+    metadata["fingerprints"] = {name: int(x) + 1 for name, x in metadata["fingerprints"].items()}
+    save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
+
+
 def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(jobs, tmp_path):
     own = ["checkpoint.every_steps=10", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
     own += [f"checkpoint.local_folder={tmp_path}/fast", "mesh={data: 2, fsdp: 1}"]
@@ -147,21 +159,46 @@ def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(
     killed(0, 8)
     newest = max(steps_in(disks[0]) & steps_in(disks[1]))
     assert killed(1, 16) == [f"resuming from step {newest} in {disks[0]}"]
-    shutil.rmtree(disks[1])
+    # One host is back from elsewhere: it has lost a file, and keeps one of the run's other path.
     folder, lost = max(steps_in(home)), steps_in(disks[0])
+    newest = max(lost & steps_in(disks[1]))
+    for path in disks[1].glob("*.safetensors"):
+        if path.stem == str(newest):
+            as_if_saved_elsewhere(path)
+        else:
+            path.unlink()
     said = jobs.trained("locals", *own, processes=2)
+    why = dict.fromkeys(lost, "process 1 has none") | {newest: "its files are not of one save"}
     assert [line for line in said if "skipped" in line or "resuming" in line] == [
         *(
-            f"local checkpoint {step} is skipped: process 1 has none"
+            f"local checkpoint {step} is skipped: {why[step]}"
             for step in sorted(lost, reverse=True)
             if step >= folder
         ),
         f"resuming from step {folder} in {home}",
     ]
-    assert max(lost) > folder
+    assert newest > folder
     for (step, got), (same, want) in zip(jobs.results("locals"), jobs.results("one"), strict=True):
         assert step == same
         assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_where_hosts_disks_alone_have_checkpoints_of_another_mesh_a_run_begins_anew(jobs, tmp_path):
+    own = [f"checkpoint.local_folder={tmp_path}/fast", "checkpoint.every_steps=0"]
+    own += ["checkpoint.local_every_steps=4"]
+    disk = disk_of(jobs, tmp_path / "fast", "moved")
+    [process] = jobs.train("moved", *own, "mesh.fsdp=2", devices=2, faults={0: ("slow", 0)})
+    process.until((disk / "8.safetensors").exists)
+    process.send(signal.SIGKILL)
+    process.ended()
+    said = jobs.trained("moved", *own)
+    other = "it was written on another mesh or by other processes"
+    assert said[:2] == [
+        f"local checkpoint {step} is skipped: unreadable ({other})" for step in (8, 4)
+    ]
+    assert not [line for line in said if "resuming" in line]
+    assert jobs.results("moved") == jobs.results("one")
+    assert not disk.parent.exists()  # it is done
 
 
 def test_a_run_whose_folder_is_gone_goes_on_from_a_bucket(jobs):
@@ -228,9 +265,15 @@ def test_a_run_that_is_told_to_stop_at_any_time_goes_on_to_the_same_end(jobs):
     stopped = jobs.step("told")
     stops([process], f"step {stopped}")
     assert 13 <= stopped < STEPS
-    assert jobs.trained("told")[0] == f"resuming from step {stopped} in {run / 'checkpoints'}"
+    # In the last step, which the loop ends with.
+    [process] = jobs.train("told", faults={0: ("SIGTERM", STEPS - 1)})
+    code, said, err = process.ended()
+    words = "told to stop (SIGTERM) while no step was under way"
+    assert (code, err[-1]) == (75, f"error: {run}: {words}; run the same command to go on")
+    assert said[0] == f"resuming from step {stopped} in {run / 'checkpoints'}"
+    assert jobs.trained("told")[0] == f"resuming from step {STEPS} in {run / 'checkpoints'}"
     assert jobs.results("told") == jobs.results("one")
-    assert read_run(run).history.interruptions == {"preempted": 3}
+    assert read_run(run).history.interruptions == {"preempted": 4}
 
 
 def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_same_end(jobs):

@@ -1,7 +1,7 @@
 """Where a run's time went: against a run that is played out here step by step."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given, settings
@@ -111,14 +111,18 @@ class Play:
                 step = saved
                 self.go_back(step)
                 counted = dict.fromkeys(counted, 0.0)
-        end = draw(st.sampled_from(["killed", "preempted", "hang"]))
+        end = draw(st.sampled_from(["killed", "preempted", "failed", "done", "hang"]))
         if end == "hang":
             seconds = draw(st.floats(1, 100))
             self.pass_("hanging", seconds)
             self.event("hang", step, process=3, seconds=seconds)
-        if end != "killed":
+        if end == "done" and draw(st.booleans()):
+            seconds = draw(st.floats(1, 100))
+            self.pass_("evaluating", seconds)
+            self.event("evaluate", step, seconds=seconds, final=True)
+        if end not in ("killed", "hang"):
             self.event("stop", step, reason=end)
-        return (step if end == "preempted" else saved), end
+        return (step if end in ("preempted", "done") else saved), end
 
 
 @settings(max_examples=200)
@@ -127,7 +131,8 @@ def test_parts_are_those_of_a_run_played_out(data):
     play, begins, ends = Play(), 0, []
     for _ in range(data.draw(st.integers(1, 6))):
         if play.events:
-            play.pass_("down", data.draw(st.floats(0.1, 500)))
+            idle = "finished" if ends[-1] == "done" else "down"
+            play.pass_(idle, data.draw(st.floats(0.1, 500)))
         begins, end = play.attempt(data.draw, begins)
         ends.append(end)
     told = history(play.events, now=play.clock + 1000)
@@ -138,9 +143,11 @@ def test_parts_are_those_of_a_run_played_out(data):
     assert told.seconds == pytest.approx(seconds, abs=1e-4)
     assert told.wall == pytest.approx(play.clock - 1e9, abs=1e-4)
     assert [attempt.end for attempt in told.attempts] == ends
-    assert told.interruptions == {end: ends.count(end) for end in set(ends)}
-    ran = told.wall - seconds["down"]
-    assert told.mean_time_to_interruption == pytest.approx(ran / len(ends), abs=1e-4)
+    interrupted = [end for end in ends if end != "done"]
+    assert told.interruptions == Counter(interrupted)
+    ran = told.wall - seconds["down"] - seconds["finished"]
+    mean = pytest.approx(ran / len(interrupted), abs=1e-4) if interrupted else None
+    assert told.mean_time_to_interruption == mean
 
 
 def log(*events):

@@ -11,6 +11,7 @@ import pytest
 
 from maxlm.config import MaxlmError, load
 from maxlm.programs import pretrain as program
+from maxlm.programs import resume as going_on
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 from maxlm.train.checkpoint import Checkpointer
@@ -19,6 +20,7 @@ from maxlm.train.skips import batch_number
 from tests.programs import tiny
 
 STEPS = 24
+WRONG = ("[3]", "[7, 3]", "[-1, 2]", '["1", "2"]', "[1.5, 2]")
 FAULTS = {"max_skipped": 2, "spike_window": 8, "spike_steps": 2, "spike_threshold": 3.0}
 
 
@@ -52,12 +54,12 @@ def other_targets(batch):
     return batch | {"targets": (batch["targets"] * 7 + 3) % 300}
 
 
-def train(tmp_path, text, name, *overrides, **top):
+def train(tmp_path, text, name, *overrides, resume=None, **top):
     top = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": 4}, "faults": FAULTS} | top
     path = tiny.write_config(tmp_path, text, **top)
     said = []
     config = load(RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]).value
-    return pretrain(config, say=said.append), said
+    return pretrain(config, resume=resume, say=said.append), said
 
 
 def events(folder, *kinds):
@@ -175,10 +177,57 @@ def test_a_run_that_stays_bad_gives_up_and_never_saves_what_is_no_number(
     folder = tmp_path / "bad"
     assert str(error.value) == (
         f"{folder}: 2 updates in a row were not finite at step 6, and the run has gone back 2 "
-        "times; lower schedule.learning_rate or optimizer.clip_norm in another run folder "
-        "(--resume), or raise faults.max_rollbacks"
+        "times; lower schedule.learning_rate in another run folder (--resume), or raise "
+        "faults.max_rollbacks"
     )
     assert [e["batches"] for e in events(folder, "rollback")] == [[4, 7], [8, 9]]
     with Checkpointer(folder / "checkpoints", read_only=True) as keeper:
         for step in keeper.steps():
             assert keeper.metadata(step)["losses"]["skipped"] == 0
+
+
+def test_only_what_this_run_went_back_from_counts(tmp_path, text, monkeypatch):
+    """As the message advises: another run goes on from one that went back."""
+    spoil(monkeypatch, {13, 14, 28, 29}, no_number)
+    before, _ = train(tmp_path, text, "before")
+    how = ["faults.max_rollbacks=1", "schedule.learning_rate=1e-4", "train.steps=32"]
+    train(tmp_path, text, "other", *how, resume=before.folder)
+    [back] = events(tmp_path / "other", "rollback")
+    assert back["batches"] == [27, 29]
+
+
+@pytest.mark.parametrize("record", ["[{}]", "7", *(f'[{{"batches": {b}}}]' for b in WRONG)])
+def test_a_record_of_batches_that_is_none_is_refused(tmp_path, text, record):
+    path = tmp_path / "bad" / "skipped_batches.json"
+    path.parent.mkdir()
+    path.write_text(record)
+    with pytest.raises(MaxlmError) as error:
+        train(tmp_path, text, "bad")
+    assert str(error.value) == (
+        f"{path}: is no list of ranges of batches; write it anew from the rollbacks in "
+        'events.jsonl: [{"batches": [first, last]}]'
+    )
+    assert path.read_text() == record
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_kill_in_a_rollback_to_the_beginning_costs_nothing(tmp_path, text, monkeypatch, recorded):
+    """All checkpoints are of the bad steps."""
+    spoil(monkeypatch, {0, 1}, no_number)
+    how = {"checkpoint": {"every_steps": 1}}
+    whole, _ = train(tmp_path, text, "whole", "train.steps=6", **how)
+    assert [e["batches"] for e in events(whole.folder, "rollback")] == [[0, 1]]
+    original = program.go_back
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if recorded:
+            patch.setattr(program, "go_back", lambda *arguments: killed(original(*arguments)))
+        else:
+            patch.setattr(going_on, "_write_skip", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, text, "bad", "train.steps=6", **how)
+    again, _ = train(tmp_path, text, "bad", "train.steps=6", **how)
+    assert_same_state(again, whole)

@@ -57,6 +57,17 @@ def test_a_spike_is_many_deviations_above_the_median_several_times_in_a_row():
     )
 
 
+def test_an_update_left_out_among_spikes_is_in_their_row():
+    watch = LossWatch(CONFIG)
+    see(watch, noise(16))
+    assert see(watch, [9.0], first=17) == [None]
+    assert watch.suspect(17) == 17
+    assert see(watch, [NAN], first=18) == [None]
+    assert watch.suspect(18) == 17
+    [verdict] = see(watch, [9.0], first=19)
+    assert (verdict.first, verdict.last) == (17, 19)
+
+
 def test_a_loss_that_falls_or_is_noise_is_no_spike():
     falling = [10 / (1 + n / 20) + x for n, x in enumerate(noise(3000, level=0, width=0.2))]
     watch = LossWatch(FaultsConfig())

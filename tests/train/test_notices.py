@@ -49,6 +49,22 @@ def test_in_the_loop_they_are_only_written_down():
         assert not notices.at_once
 
 
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_one_that_the_loop_did_not_act_on_is_heeded_after_it(number):
+    def told(number):
+        with noticing("runs/x") as notices:
+            with notices.held():
+                signal.raise_signal(number)
+            notices.heed()
+
+    with pytest.raises(Preempted, match=rf"told to stop \({signal.Signals(number).name}\)"):
+        told(number)
+    with pytest.raises(KeyboardInterrupt):
+        told(signal.SIGINT)
+    with noticing("runs/x") as notices:
+        notices.heed()
+
+
 def test_ctrl_c_outside_the_loop_is_python_s_own():
     with pytest.raises(KeyboardInterrupt), noticing("runs/x"):
         signal.raise_signal(signal.SIGINT)

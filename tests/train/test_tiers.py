@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def files(folder):
 
 def copies(place):
     """Steps of which a folder of copies has files."""
-    return sorted({path.relative_to(place).parts[0] for path in files(place)})
+    return sorted({path.relative_to(place).parts[0] for path in files(place)} - {"OWNER"})
 
 
 def largest(folder):
@@ -156,7 +157,7 @@ def test_local_checkpoints_are_taken_in_between_and_the_two_newest_kept(tmp_path
     config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     write(tmp_path / "run", here, *range(1, 15), **config)
     [own] = (tmp_path / "disk").glob("run-*/process-0")
-    assert [path.name for path in files(own)] == ["12.safetensors", "9.safetensors"]
+    assert sorted(path.name for path in own.glob("*.*")) == ["12.safetensors", "9.safetensors"]
     assert newest(tmp_path / "run", here, **config) == ((12, "local"), [])
 
 
@@ -230,11 +231,11 @@ def keys(client):
 def test_checkpoints_are_copied_to_a_bucket_and_found_there(tmp_path, here, s3):
     config = {"every_steps": 10, "keep_last": 2, "remote_folder": "s3://models/a"}
     write(tmp_path / "first", here, 10, 20, 30, **config)
-    steps = {key.split("/")[2] for key in keys(s3) if key.startswith("a/run/")}
-    assert steps == {"20", "30"}  # keep_last
+    steps = {key.split("/")[2] for key in keys(s3) if "/run/" in key}
+    assert steps == {"20", "30", "OWNER"}  # keep_last
     shutil.rmtree(tmp_path / "first")
-    assert newest(tmp_path / "second", here, **config) == ((30, "remote"), [])
-    assert not (tmp_path / "second" / ".fetched").exists()
+    assert newest(tmp_path / "first", here, **config) == ((30, "remote"), [])
+    assert not (tmp_path / "first" / ".fetched").exists()
 
 
 def test_a_copy_that_is_incomplete_or_damaged_is_skipped(tmp_path, here, s3):
@@ -247,7 +248,8 @@ def test_a_copy_that_is_incomplete_or_damaged_is_skipped(tmp_path, here, s3):
     body = bytearray(s3.get_object(Bucket="models", Key=data)["Body"].read())
     body[len(body) // 2] ^= 1
     s3.put_object(Bucket="models", Key=data, Body=bytes(body))
-    chosen, skipped = newest(tmp_path / "second", here, **config)
+    shutil.rmtree(tmp_path / "first")
+    chosen, skipped = newest(tmp_path / "first", here, **config)
     assert chosen == (10, "remote")
     assert [str(each) for each in skipped] == [
         f"remote checkpoint 20 is skipped: unreadable: {data.removeprefix('b/run/20/')} is damaged"
@@ -283,7 +285,8 @@ def test_a_bucket_of_google_s(tmp_path, here):
             patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
             config = {"every_steps": 10, "remote_folder": "gs://models/a"}
             write(tmp_path / "first", here, 10, 20, **config)
-            assert newest(tmp_path / "second", here, **config) == ((20, "remote"), [])
+            shutil.rmtree(tmp_path / "first")
+            assert newest(tmp_path / "first", here, **config) == ((20, "remote"), [])
     finally:
         server.stop()
 
@@ -292,7 +295,6 @@ def test_a_copy_that_fails_is_told_of_and_made_up_for(tmp_path, here, capfd):
     place = tmp_path / "elsewhere"
     config = {"every_steps": 1, "remote_folder": str(place)}
     with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
-        (place / "run").mkdir(parents=True)
         (place / "run" / "1").write_text("in the way")
         tiers.save(1, state_of(here, 1), {})
         assert tiers.uncopied.startswith(f"the last checkpoint is not in {place}/run: ")
@@ -301,7 +303,77 @@ def test_a_copy_that_fails_is_told_of_and_made_up_for(tmp_path, here, capfd):
     with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         tiers.catch_up()
         assert tiers.uncopied is None
-    assert newest(tmp_path / "other", here, **config) == ((1, "remote"), [])
+    shutil.rmtree(tmp_path / "run")
+    assert newest(tmp_path / "run", here, **config) == ((1, "remote"), [])
+
+
+def test_copies_of_another_run_of_the_name_are_refused(tmp_path, here):
+    place = tmp_path / "there" / "run"
+    config = {"every_steps": 10, "remote_folder": str(tmp_path / "there")}
+    write(tmp_path / "one", here, 10, **config)
+    with pytest.raises(MaxlmError) as error:
+        write(tmp_path / "two", here, 10, **config)
+    assert str(error.value) == (
+        f"{place}: holds the copies of the run in {tmp_path}/one, and this one is in "
+        f"{tmp_path}/two; give this run another name=..., or delete the file OWNER there to take "
+        "over what it holds"
+    )
+    (place / "OWNER").unlink()
+    assert newest(tmp_path / "two", here, **config) == ((10, "remote"), [])
+
+
+LEAVES = """
+import sys, time
+from pathlib import Path
+from maxlm.train.checkpoint.tiers import Tiers
+from maxlm.train.config import CheckpointConfig
+
+folder = Path(sys.argv[1])
+for number in range(3000):
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    (folder / "1" / str(number)).write_bytes(bytes(1000))
+config = CheckpointConfig(remote_folder=str(folder / "there"))
+with Tiers(folder / "run", "run", config) as tiers:
+    tiers._remote.copy(folder / "1")
+    time.sleep(0.2)
+    assert tiers._remote.busy
+    sys.exit(75)
+"""
+
+
+def test_a_process_that_ends_while_a_copy_is_made_ends_with_its_own_code(tmp_path):
+    """A thread in TensorStore at that time would abort it, mostly."""
+    command = [sys.executable, "-c", LEAVES]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    each = [subprocess.Popen([*command, tmp_path / str(n)], env=environment) for n in range(3)]
+    assert [process.wait(60) for process in each] == [75] * 3
+
+
+def test_what_is_left_off_is_copied_later(tmp_path, here, monkeypatch):
+    config = CheckpointConfig(every_steps=1, remote_folder=str(tmp_path / "there"))
+    with Tiers(tmp_path / "run", "run", config) as tiers:
+        tiers.save(1, state_of(here, 1), {})
+        tiers.stop_copying()
+        tiers.wait()
+        assert copies(tmp_path / "there" / "run") == []
+        tiers.catch_up()
+        assert tiers.uncopied is None
+    assert copies(tmp_path / "there" / "run") == ["1"]
+
+
+def test_files_of_processes_that_are_elsewhere_now_go_with_the_next_save(tmp_path, here):
+    """Each start may give a host another number."""
+    config = {"local_every_steps": 1, "local_folder": str(tmp_path / "disk")}
+    write(tmp_path / "run", here, 1, **config)
+    [own] = (tmp_path / "disk").glob("run-*/process-0")
+    own.rename(own.with_name("process-3"))
+    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        assert (own.with_name("process-3") / "1.safetensors").exists()
+        tiers.save(2, state_of(here, 2), {})
+        tiers.wait()
+        assert [path.name for path in own.parent.iterdir()] == ["process-0"]
+        tiers.free_hosts()
+        assert not own.parent.exists()
 
 
 def test_what_is_being_copied_stays_until_it_is(tmp_path, here, monkeypatch):
@@ -411,7 +483,7 @@ def test_steps_of_a_path_that_was_left_do_not_crowd_out_new_ones(tmp_path, here)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
     assert copies(tmp_path / "there" / "run") == ["20", "30"]
     [own] = (tmp_path / "disk").glob("run-*/process-0")
-    assert [path.name for path in files(own)] == ["24.safetensors", "27.safetensors"]
+    assert sorted(path.name for path in own.glob("*.*")) == ["24.safetensors", "27.safetensors"]
 
 
 def test_while_numbers_may_be_bad_the_last_good_checkpoint_stays(tmp_path, here):
@@ -442,5 +514,5 @@ def test_what_a_killed_process_left_of_a_local_file_is_cleared_away(tmp_path, he
         (own / f".{name}").mkdir()
         (own / f".{name}" / ".tmpXy").write_text("half")
     with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
-        assert sorted(path.name for path in own.iterdir()) == [".1", "3.safetensors"]
+        assert sorted(path.name for path in own.iterdir()) == [".1", "3.safetensors", "start"]
         assert [each.step for each in tiers.found()[0]] == [3]

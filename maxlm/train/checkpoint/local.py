@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 import threading
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from maxlm.train.checkpoint.reading import (
     named_leaves,
     patiently,
 )
+from maxlm.train.together import gather, lead_says
 
 KEPT = 2  # A process may be done with a step that another has yet to write.
 _SUFFIX = ".safetensors"
+_START = "start"  # names the start of the run that a process's folder was last used by
 
 
 class LocalTier:
@@ -46,6 +50,8 @@ class LocalTier:
     def __init__(self, folder: str | Path, name: str):
         self.folder = Path(folder).expanduser() / name / f"process-{jax.process_index()}"
         self._thread: threading.Thread | None = None
+        self._strangers: list[Path] = []
+        """Of processes that are on another host now."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Of all the run's processes: this host may have had others.
@@ -54,6 +60,13 @@ class LocalTier:
                     shutil.rmtree(left, ignore_errors=True)
             for left in self.folder.glob(".tmp*"):  # likewise, as safetensors calls its own
                 left.unlink(missing_ok=True)
+            start = lead_says(uuid.uuid4().hex)
+            (self.folder / _START).write_text(start)
+            gather(None)  # Those that share this disk have written it too.
+            for each in self.folder.parent.glob("process-*"):
+                note = each / _START
+                if not note.exists() or note.read_text() != start:
+                    self._strangers.append(each)
 
     def steps(self) -> list[int]:
         """Steps of which this process has a file, oldest first."""
@@ -89,6 +102,8 @@ class LocalTier:
             unfinished.replace(self.path(step))
             for old in self.steps()[:-KEPT]:
                 self.forget(old)
+            while self._strangers:  # This host has better now.
+                shutil.rmtree(self._strangers.pop(), ignore_errors=True)
         except Exception as error:  # safetensors has its own for a full disk
             print(
                 f"local checkpoint {step} was not written to {self.folder} ({first_line(error)}); "
@@ -148,6 +163,14 @@ class LocalTier:
     def forget(self, step: int) -> None:
         """Delete the file of a step, if there is one."""
         self.path(step).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete all of the run's that this process has on this host."""
+        self.wait()
+        for each in (self.folder, *self._strangers):
+            shutil.rmtree(each, ignore_errors=True)
+        with suppress(OSError):  # Others have not gone yet.
+            self.folder.parent.rmdir()
 
     def wait(self) -> None:
         """Return once nothing is being written any more."""

@@ -22,9 +22,13 @@ from maxlm.data.work.paths import writing
 from maxlm.train.checkpoint.reading import Unreadable, first_line
 from maxlm.train.config import CheckpointConfig
 
-_COMPLETE = "COMPLETE"
+_COMPLETE, _OWNER = "COMPLETE", "OWNER"
 _PAUSE = 0.1  # seconds between two looks
 _AT_ONCE = 4  # files in memory
+
+
+class _Stopped(Exception):
+    """A copy that nobody waits for any more."""
 
 
 class RemoteTier:
@@ -32,12 +36,13 @@ class RemoteTier:
 
     Args:
         place: ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own.
+        owner: whose copies these are: the run's folder.
 
     Raises:
-        MaxlmError: it cannot be reached.
+        MaxlmError: it cannot be reached, or holds another owner's copies.
     """
 
-    def __init__(self, place: str, config: CheckpointConfig):
+    def __init__(self, place: str, config: CheckpointConfig, owner: str):
         import tensorstore as ts
 
         self.place = to_place(Path(place).expanduser() if "://" not in place else place)
@@ -45,12 +50,13 @@ class RemoteTier:
         self._thread: threading.Thread | None = None
         self._now: Path | None = None
         self._next: Path | None = None
-        self._lock = threading.Lock()
+        self._lock, self._stopping = threading.Lock(), threading.Event()
         self.failure: str | None = None
         """Why the newest copy is not there; None: it is, or is under way."""
         with self._reached():
             ts.KvStore.open(kvstore(self.place, patient=False)).result().list().result()
             self._store = ts.KvStore.open(kvstore(self.place)).result()
+            self._claim(owner)
             self._known, cut_short = self._listed()
             for step in cut_short:
                 self._clear(step)
@@ -105,7 +111,7 @@ class RemoteTier:
     def forget(self, step: int) -> None:
         """Delete the copy of a step: what makes it complete first."""
         with self._reached():
-            self._store.write(f"{step}/{_COMPLETE}", None).result()
+            self._done(self._store.write(f"{step}/{_COMPLETE}", None))
             self._known = [each for each in self._known if each != step]
             self._clear(step)
 
@@ -117,6 +123,15 @@ class RemoteTier:
         """Return once nothing is being copied any more."""
         while (thread := self._thread) is not None:
             thread.join()
+
+    def stop(self) -> None:
+        """Leave off what is being copied. A thread that comes back from TensorStore while the
+        interpreter shuts down would abort the process: none is left."""
+        with self._lock:
+            self._next = None
+        self._stopping.set()
+        self.wait()
+        self._stopping.clear()
 
     def _work(self) -> None:
         while True:
@@ -131,7 +146,9 @@ class RemoteTier:
                     self._copy(folder)
                     self.failure = None
                     self._prune()
-            except (ValueError, OSError, MaxlmError) as error:
+            except _Stopped:
+                continue
+            except Exception as error:  # Whatever it is, training goes on.
                 self.failure = first_line(error)
                 words = f"checkpoint {folder.name} was not copied to {self.place}: {self.failure}"
                 print(words, file=sys.stderr, flush=True)
@@ -139,23 +156,36 @@ class RemoteTier:
     def _complete(self, folder: Path) -> bool:
         """Wait until a checkpoint has its name; False: another has come in its place."""
         while not folder.is_dir():
-            if self._next is not None:
+            if self._next is not None or self._stopping.is_set():
                 return False
             time.sleep(_PAUSE)
         return True
 
+    def _done(self, future: Any) -> Any:
+        """A future's result, unless it is waited for no longer."""
+        while True:
+            try:
+                return future.result(timeout=_PAUSE)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if self._stopping.is_set():
+                    future.cancel()
+                    raise _Stopped from None
+
     def _copy(self, folder: Path) -> None:
         step, written, manifest = int(folder.name), [], {}
-        self._store.write(f"{step}/{_COMPLETE}", None).result()  # of another save of this step
+        # Of another save of this step.
+        self._done(self._store.write(f"{step}/{_COMPLETE}", None))
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name, value = path.relative_to(folder).as_posix(), path.read_bytes()
             manifest[name] = [len(value), hashlib.sha256(value).hexdigest()]
             written.append(self._store.write(f"{step}/{name}", value))
             if len(written) >= _AT_ONCE:
-                written.pop(0).result()
+                self._done(written.pop(0))
         for each in written:
-            each.result()
-        self._store.write(f"{step}/{_COMPLETE}", json.dumps(manifest).encode()).result()
+            self._done(each)
+        self._done(self._store.write(f"{step}/{_COMPLETE}", json.dumps(manifest).encode()))
         self._known = sorted({*self._known, step})
 
     def _prune(self) -> None:
@@ -167,7 +197,20 @@ class RemoteTier:
     def _clear(self, step: int) -> None:
         import tensorstore as ts
 
-        self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")).result()
+        self._done(self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")))
+
+    def _claim(self, owner: str) -> None:
+        """Runs of one name in two folders would go on from each other's copies, and delete them."""
+        found = self._store.read(_OWNER).result()
+        if found.state == "missing":
+            self._store.write(_OWNER, owner.encode()).result()
+        elif (other := found.value.decode(errors="replace")) != owner:
+            raise MaxlmError(
+                f"holds the copies of the run in {other}, and this one is in {owner}",
+                where=str(self.place),
+                fix="give this run another name=..., or delete the file OWNER there to take over "
+                "what it holds",
+            )
 
     def _listed(self) -> tuple[list[int], list[int]]:
         """Steps that are complete, and those of which only files are there."""

@@ -31,6 +31,7 @@ from maxlm.train.grouped import Groups
 from maxlm.train.together import all_or_none, gather, lead_says
 
 Tier = Literal["folder", "local", "remote"]
+_FETCHED = ".fetched"
 _WORDS = {"folder": "", "local": "local ", "remote": "remote "}
 
 
@@ -82,15 +83,18 @@ class Tiers:
         self.config, self._grouped, self._clock = config, grouped or {}, clock
         self._name, self._held = name, set[int]()
         # Runs of the same name in other folders may use the same disk.
-        own = hashlib.sha256(str(Path(folder).absolute()).encode()).hexdigest()[:8]
+        owner = str(Path(folder).absolute())
+        own = hashlib.sha256(owner.encode()).hexdigest()[:8]
         self._local = (
             LocalTier(config.local_folder, f"{name}-{own}") if config.local_folder else None
         )
         lead = jax.process_index() == 0
+        if lead and not read_only:  # left by a kill
+            shutil.rmtree(Path(folder) / _FETCHED, ignore_errors=True)
 
         def reach() -> RemoteTier | None:
             place = config.remote_folder
-            return RemoteTier(f"{place}/{name}", config) if place and lead else None
+            return RemoteTier(f"{place}/{name}", config, owner) if place and lead else None
 
         self._remote = all_or_none(reach)
         self.keeper = Checkpointer(
@@ -165,6 +169,11 @@ class Tiers:
         newest = self.keeper.latest()
         if self._remote and newest is not None and newest not in self._remote.steps():
             self._remote.copy(self.keeper.path(newest))
+
+    def stop_copying(self) -> None:
+        """Leave off what is being copied; ``catch_up`` begins it anew."""
+        if self._remote:
+            self._remote.stop()
 
     @property
     def uncopied(self) -> str | None:
@@ -293,13 +302,21 @@ class Tiers:
         if self._local:
             self._local.wait()
 
+    def free_hosts(self) -> None:
+        """Delete what is on the hosts' own disks: the run is done, and its end in the folder."""
+        if self._local:
+            self._local.clear()
+
     def __enter__(self) -> "Tiers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.keeper.close()
-        if self._local:
-            self._local.close()
+        self.stop_copying()
+        try:
+            self.keeper.close()
+        finally:
+            if self._local:
+                self._local.close()
 
     def _metadata(self, step: int, tier: Tier) -> dict[str, Any]:
         if tier == "folder":
@@ -316,7 +333,7 @@ class Tiers:
 
     def _fetched(self, step: int) -> Path:
         """A copy's files, where all processes read them."""
-        path = self.folder / ".fetched" / str(step)
+        path = self.folder / _FETCHED / str(step)
         remote = self._remote
 
         def fetch() -> None:
