@@ -29,6 +29,7 @@ COMMAND = [
     "llama3_8b",
     "data.sources=[{store: /shared/tokens}]",
     "folder=/shared/runs",
+    "tokenizer.path=/shared/tokenizer",
     "train.micro_batches=4",
 ]
 RESTART = (76, 75)  # a process hung or died; stopped in time, state saved
@@ -85,6 +86,13 @@ def attempt(asked: list[int]) -> int:
         remove_placement_group(group)
 
 
+def meaning(code: int) -> int:
+    """One of `WORST`: 76 for a signal's, as Python or a shell gives it, but Ctrl-C's; else 1."""
+    if code in WORST:
+        return code
+    return 76 if code < 0 or (code > 128 and code != 130) else 1
+
+
 def watch(hosts: list, asked: list[int]) -> int:
     """The worst code, once all have ended: `GRACE` seconds after the first that did not end well
     the others are told to, and as long after that killed."""
@@ -92,7 +100,7 @@ def watch(hosts: list, asked: list[int]) -> int:
     while True:
         codes = ray.get([host.code.remote() for host in hosts])
         if None not in codes:
-            return min((code if code in WORST else 76 for code in codes), key=WORST.index)
+            return min(map(meaning, codes), key=WORST.index)
         if failed is None and any(codes):
             failed = time.monotonic()
         if failed is not None and time.monotonic() - failed > GRACE * (1 + sent):

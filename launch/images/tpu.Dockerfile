@@ -12,7 +12,8 @@ FROM python:3.12-slim-bookworm
 COPY launch/images/tpu.lock.txt /tmp/
 RUN pip install --no-cache-dir --require-hashes -r /tmp/tpu.lock.txt
 COPY --from=wheel /wheel /tmp/wheel
-RUN pip install --no-cache-dir --no-deps /tmp/wheel/*.whl && useradd --create-home maxlm
+RUN pip install --no-cache-dir --no-deps /tmp/wheel/*.whl \
+    && useradd --uid 1000 --create-home maxlm
 USER maxlm
 WORKDIR /home/maxlm
 ENTRYPOINT ["maxlm"]

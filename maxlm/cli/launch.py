@@ -80,9 +80,11 @@ def command(
     """Print a scheduler's job for a run, checked against its plan; --submit starts it.
 
     \b
-    maxlm launch slurm llama3_8b --on h100x64 --partition gpu --time 24h folder=/shared/runs
-    maxlm launch jobset my.yaml --on 2xv5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
-    maxlm launch tpu-vm llama3_8b --on v5p-64 --zone us-east5-a folder=/nfs/runs --submit
+    maxlm launch slurm my.yaml --on h100x64 --partition gpu --time 24h
+    maxlm launch jobset my.yaml --on v5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
+    maxlm launch tpu-vm my.yaml --on v5p-64 --name my-tpu --zone us-east5-a --submit
+
+    my.yaml names text (data.sources) and a folder that all hosts see.
 
     Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
     """
@@ -90,7 +92,7 @@ def command(
 
     from maxlm.config import load
     from maxlm.launch import Options, check_scheduler, job_file, keep, make_job, render, submit
-    from maxlm.launch.job import planned
+    from maxlm.launch.job import notes, planned
     from maxlm.run import RunConfig
 
     check_scheduler(scheduler)
@@ -129,12 +131,15 @@ def command(
         own_template=template is not None,
     )
     text = render(job, template)
-    path = out or job_file(job, run)
-    if out or submitting:
+    kept = job_file(job, run)
+    written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
+    for path in written:
         keep(text, path)
     print(text, end="")
     print(f"planned: {planned(plan)}", file=sys.stderr)
-    if out or submitting:
+    for line in notes(job):
+        print(f"note: {line}", file=sys.stderr)
+    for path in written:
         print(f"written: {path}", file=sys.stderr)
-    if submitting and submit(job, path):
+    if submitting and submit(job, kept):
         raise typer.Exit(1)

@@ -15,6 +15,13 @@ _TPUS = {
     "v6e": ("tpu-v6e-slice", "v6e", 1),
     "tpu7x": ("tpu7x", "tpu7x", 2),
 }
+# kind → GKE's accelerator ("GPU platforms": a2-ultragpu, a3-highgpu, a3-ultragpu, a4-highgpu).
+_GKE_GPUS = {
+    "a100": "nvidia-a100-80gb",
+    "h100": "nvidia-h100-80gb",
+    "h200": "nvidia-h200-141gb",
+    "b200": "nvidia-b200",
+}
 # SkyPilot's A100 has 40 GB.
 _SKYPILOT_GPUS = {"a100": "A100-80GB"}
 # Kinds of machines that a scheduler's template is written for.
@@ -46,6 +53,11 @@ class Hosts:
     @property
     def count(self) -> int:
         return self.slices * self.per_slice
+
+    @property
+    def whole(self) -> bool:
+        """Nothing is left of a host for other jobs; 8 is the most devices that one has."""
+        return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 
 def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -> Hosts:
@@ -80,7 +92,7 @@ def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -
     if platform == "gpu":
         count, devices = topology.slices * topology.shape[0], topology.shape[1]
         gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
-        found = Hosts("gpu", 1, count, devices, accelerator_type=gpu)
+        found = Hosts("gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu)
     else:
         accelerator, prefix, cores = _TPUS[topology.kind]
         chips, own = prod(topology.shape), topology.chips_per_host

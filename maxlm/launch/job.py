@@ -4,7 +4,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from math import floor
+from pathlib import Path
 
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.config.assets import find_shipped
@@ -12,21 +13,25 @@ from maxlm.launch.hosts import Hosts, hosts_of
 from maxlm.launch.options import (
     Mount,
     Options,
+    check_names,
     check_options,
     check_scheduler,
-    check_url,
     environment,
     mounts,
     seconds,
     secrets,
     selectors,
+    takes,
 )
+from maxlm.launch.places import check_places
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import human_bytes
 from maxlm.run import RunConfig
 
 RETRIES = 100
 GRACE = 120
+# What GKE's Spot nodes leave of it, if their pool does not ask for more.
+SPOT_GRACE = 15
 # From a job's start to its first step: a container to fetch, a checkpoint to read, a compilation.
 START_UP = 300
 # A pod's name is a host's: the job's, its replicated job's, two numbers; 63 characters in all.
@@ -73,7 +78,8 @@ class Job:
         if not self.config_text:
             return run
         end = f"end of {self.name}"
-        return f"cat > {self.config} <<'{end}'\n{self.config_text}{end}\n{run}"
+        write = f"cat > {self.config} <<'{end}' || exit 2"
+        return f"{write}\n{self.config_text}{end}\n{run}"
 
 
 def make_job(
@@ -105,7 +111,7 @@ def make_job(
     hosts = hosts_of(machine.topology, scheduler, on, options.nodes)
     mounted = mounts(options.mount, scheduler)
     inside = scheduler in ("jobset", "skypilot") or (scheduler == "slurm" and options.image)
-    _check_places(run, scheduler, mounted, bool(inside), own_template)
+    check_places(run, scheduler, mounted, bool(inside), own_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else seconds(options.time)
     retries = RETRIES if options.retries is None else options.retries
@@ -114,6 +120,7 @@ def make_job(
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
     secret = secrets(options.secret, scheduler)
+    check_names(env, secret)
     node_selector = selectors(options.node_selector)
     plan = predict(run, machine)
     if not plan.fits and not force:
@@ -122,6 +129,8 @@ def make_job(
             where=run.name,
             fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
         )
+    if takes(scheduler, "grace"):
+        _check_grace(grace, plan)
     if limit is not None:
         _check_limit(limit, grace, plan)
     seen = scheduler == "slurm" and not options.image
@@ -157,6 +166,23 @@ def planned(plan: Plan) -> str:
     return words
 
 
+def notes(job: Job) -> list[str]:
+    """What is no mistake, and still not what its options say."""
+    if job.scheduler == "jobset" and job.options.spot and job.grace > SPOT_GRACE:
+        return [f"GKE's Spot nodes give {SPOT_GRACE} s, not {job.grace}, unless their pool says so"]
+    return []
+
+
+def _check_grace(grace: int, plan: Plan) -> None:
+    """A step that has begun is finished before the state is saved."""
+    step = plan.step_seconds or 0.0
+    if grace <= step:
+        raise MaxlmError(
+            f"--grace {grace} is shorter than a step ({step:.3g} s)",
+            fix=f"give --grace {floor(step) + 1} or more",
+        )
+
+
 def _check_limit(limit: int, grace: int, plan: Plan) -> None:
     least = START_UP + grace + (plan.step_seconds or 0.0)
     if limit < least:
@@ -164,41 +190,6 @@ def _check_limit(limit: int, grace: int, plan: Plan) -> None:
             f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to start, "
             f"{plan.step_seconds or 0.0:.3g} s a step and {grace} s to save",
             fix=f"give {-(-least // 60):.0f}m or more",
-        )
-
-
-def _check_places(
-    run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
-) -> None:
-    """There is text, and a run's folder that outlives its hosts, of which all see the same.
-
-    Args:
-        inside: it runs in a container, which sees what is mounted.
-    """
-    named = {"folder": run.folder, "checkpoint.remote_folder": run.checkpoint.remote_folder}
-    named |= {f"data.sources.{i}.store": each.store for i, each in enumerate(run.data.sources)}
-    for key, folder in named.items():
-        if folder:
-            check_url(folder, key)
-    if not run.data.sources:
-        raise MaxlmError(
-            "no text to train on", where="data.sources", fix="name documents or a store there"
-        )
-    if own_template or (scheduler == "slurm" and not inside):
-        return
-    if not run.folder.startswith("/"):
-        raise MaxlmError(
-            f"folder={run.folder} is another one on each host",
-            fix="name one that all see: folder=/data/runs",
-        )
-    if inside and not any(
-        PurePosixPath(run.folder).is_relative_to(mount.path) for mount in mounted
-    ):
-        top = "/".join(run.folder.split("/")[:2])
-        source = top if scheduler == "slurm" else "gs://bucket"
-        raise MaxlmError(
-            f"folder={run.folder} would be lost with its hosts",
-            fix=f"mount what is to keep it: --mount {source}:{top}",
         )
 
 

@@ -1,7 +1,7 @@
 """What a user may say of a job, who understands it, and how it is written."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
@@ -81,6 +81,11 @@ def check_scheduler(name: str) -> None:
         raise MaxlmError(f"no scheduler '{name}'", fix=f"{hint}use one of {', '.join(SCHEDULERS)}")
 
 
+def takes(scheduler: str, option: str) -> bool:
+    """Whether a scheduler has a use for an option."""
+    return scheduler in _ONLY.get(option, SCHEDULERS)
+
+
 def check_options(options: Options, scheduler: str) -> None:
     """Refuse what the scheduler would have to ignore.
 
@@ -104,8 +109,21 @@ def check_options(options: Options, scheduler: str) -> None:
             "jobset runs a container, and none is named",
             fix="add --image; launch/images/ has files to build one from",
         )
-    if scheduler == "skypilot" and options.priority and not options.priority.isdigit():
-        raise MaxlmError(f"--priority {options.priority} is no number", fix="use 0 to 1000")
+    if scheduler == "jobset" and options.spot and options.reservation:
+        raise MaxlmError("no Spot node is a reserved one", fix="leave out --spot or --reservation")
+    if scheduler == "skypilot":
+        _check_skypilot(options)
+
+
+def _check_skypilot(options: Options) -> None:
+    priority, image = options.priority, options.image
+    if priority and not (re.fullmatch("[0-9]+", priority) and int(priority) <= 1000):
+        raise MaxlmError(f"--priority {priority} is none of SkyPilot's", fix="use 0 to 1000")
+    if image and image.startswith("docker:"):
+        raise MaxlmError(
+            f"--image {image}: docker: is put before it",
+            fix=f"write --image {image.removeprefix('docker:').lstrip('/')}",
+        )
 
 
 def environment(pairs: Sequence[str]) -> dict[str, str]:
@@ -152,6 +170,17 @@ def secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
             )
         found[name] = (secret, key)
     return found
+
+
+def check_names(env: Mapping[str, str], secret: Mapping[str, tuple[str, str]]) -> None:
+    """Refuse a variable that would have two values.
+
+    Raises:
+        MaxlmError: naming it.
+    """
+    for name in env:
+        if name in secret:
+            raise MaxlmError(f"{name} is named by --env and by --secret", fix="leave one out")
 
 
 def selectors(pairs: Sequence[str]) -> dict[str, str]:
@@ -213,12 +242,19 @@ def mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
             "skypilot": bool(mount.bucket),
         }
         if not known[scheduler]:
-            takes = {
+            able = {
                 "slurm": "a folder of its hosts",
                 "jobset": "gs://, a volume claim's name or a folder of its hosts",
                 "skypilot": "gs:// and s3://",
             }
-            raise MaxlmError(f"{scheduler} cannot mount {source}", fix=f"use {takes[scheduler]}")
+            raise MaxlmError(f"{scheduler} cannot mount {source}", fix=f"use {able[scheduler]}")
+        # Where pyxis, and gcsfuse's options, end one and begin the next.
+        listed = scheduler == "slurm" or (scheduler == "jobset" and mount.bucket)
+        if listed and "," in pair:
+            raise MaxlmError(
+                f"--mount {pair}: a comma would end it there",
+                fix="mount the folder above, or rename it",
+            )
         found.append(mount)
     return tuple(found)
 

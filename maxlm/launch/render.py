@@ -1,6 +1,7 @@
 """A job's text from its scheduler's template."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -18,6 +19,9 @@ TEMPLATES = {
     "ray": "ray/driver.py.j2",
     "tpu-vm": "tpu_vm/worker.sh.j2",
 }
+# A colon at the end would make it a key.
+_WORD = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./:@=+-]*[A-Za-z0-9_./@=+-])?")
+_NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
 def file_name(scheduler: str) -> str:
@@ -40,7 +44,12 @@ def render(job: Job, template: Path | None = None) -> str:
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"shell": _shell, "yaml": _yaml, "python": _python}
+    environment.filters |= {
+        "shell": _shell,
+        "yaml": _yaml,
+        "python": _python,
+        "kubernetes": _kubernetes,
+    }
     parts = (job.options, job)
     values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     try:
@@ -64,12 +73,20 @@ def _python(value: str | Mapping[str, str]) -> str:
 
 
 def _yaml(value: str) -> str:
-    """One line of YAML that is this text, quoted where it would be read as something else."""
+    """One line of YAML that is this text, to YAML 1.1 and 1.2 alike: quoted unless it is obviously
+    a word."""
     import yaml
 
-    if "\n" in value:
-        return json.dumps(value)
-    return yaml.safe_dump(value, width=float("inf"), allow_unicode=True).split("\n")[0]
+    if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS:
+        return value
+    line = yaml.safe_dump(value, default_style='"', width=float("inf"), allow_unicode=True)
+    return line.removesuffix("\n")
+
+
+def _kubernetes(value: str) -> str:
+    """A word of a container's command, or a variable's value, in which Kubernetes would put a
+    variable for ``$(NAME)`` and ``$`` for ``$$``."""
+    return re.sub(r"\$(?=[$(])", "$$", value)
 
 
 def _shell(value: str | tuple[str, ...]) -> str:

@@ -13,8 +13,9 @@ from maxlm.run import RunConfig
 
 def job_file(job: Job, run: RunConfig) -> Path:
     """Where a submitted job is kept: in the run's folder, or in runs/ where that is on other
-    machines."""
-    folder = run.folder if job.scheduler == "slurm" else "runs"
+    machines, or in a container."""
+    here = job.scheduler == "slurm" and not job.options.image
+    folder = run.folder if here else "runs"
     return Path(folder) / run.name / "launch" / file_name(job.scheduler)
 
 
@@ -58,7 +59,7 @@ def commands(job: Job, path: Path) -> list[list[str]]:
     if job.scheduler == "slurm":
         return [["sbatch", file]]
     if job.scheduler == "jobset":
-        return [["kubectl", "apply", "-f", file]]
+        return [["kubectl", "create", "-f", file]]
     if job.scheduler == "skypilot":
         named = [part for name in job.secrets for part in ("--secret", name)]
         return [["sky", "jobs", "launch", "--yes", "--detach-run", *named, file]]
@@ -70,8 +71,10 @@ def commands(job: Job, path: Path) -> list[list[str]]:
     ]
     remote = f"maxlm-{job.name}.sh"
     tool = ["gcloud", "compute", "tpus", "tpu-vm"]
-    start = f"setsid nohup bash {remote} >> maxlm-{job.name}.log 2>&1 < /dev/null &"
+    # A shell reads its script as it goes: one that runs there is replaced, never overwritten.
+    start = f"mv {remote}.new {remote} || exit; "
+    start += f"setsid nohup bash {remote} >> maxlm-{job.name}.log 2>&1 < /dev/null &"
     return [
-        [*tool, "scp", file, f"{job.name}:{remote}", "--worker=all", *where],
+        [*tool, "scp", file, f"{job.name}:{remote}.new", "--worker=all", *where],
         [*tool, "ssh", job.name, "--worker=all", *where, f"--command={start}"],
     ]

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+from maxlm.cli.launch import command
 from maxlm.cli.main import main
 
-TEXT = "data.sources=[{store: /tokens}]"
-GPU = ["llama2_7b", TEXT, "folder=/data/runs", "--on", "h100x64"]
-TPU = ["llama2_7b", TEXT, "folder=/data/runs", "--on", "v5p-64"]
+ROOT = Path(__file__).parents[2]
+TEXT = ["data.sources=[{store: /data/tokens}]", "tokenizer.path=/data/tokenizer"]
+GPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "h100x64"]
+TPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "v5p-64"]
 IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
 
 
@@ -122,6 +125,88 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             f"'{'9' * 50}' makes no name for a job; give --name: a letter, then letters, digits "
             "and dashes, 40 at most",
         ),
+        *(
+            (
+                ["ray", *GPU, f"{key}={value}"],
+                f"{key}={value} is another one on each host; name one that all see: {key}=/data/a",
+            )
+            for key, value in [
+                ("data.sources.0.store", "a"),
+                ("data.sources.0.heldout_store", "a/b"),
+                ("tokenizer.path", "~/a"),
+                ("train.start_from", "../a"),
+                ("checkpoint.remote_folder", "./a"),
+            ]
+        ),
+        *(
+            (["ray", *GPU, f"{key}=gs://b/a"], f"{key}=gs://b/a is no folder of the hosts; name")
+            for key in ("folder", "tokenizer.path", "train.start_from")
+        ),
+        (
+            ["slurm", *GPU, "tokenizer.path=null"],
+            "tokenizer.path: a store was made with a tokenizer, and none is named; name the folder",
+        ),
+        (
+            ["tpu-vm", *TPU, 'data.sources=[{documents: [python-stdlib, "text/*.txt"]}]'],
+            "data.sources.0.documents.1=text/*.txt is another one on each host; name one that all "
+            "see: data.sources.0.documents.1=/data/text/*.txt",
+        ),
+        *(
+            (
+                ["jobset", *GPU, *IN_CLUSTER, setting],
+                f"{key}=/tokens/*.gz is not in the container; mount what holds it: --mount "
+                "gs://bucket:/tokens",
+            )
+            for key, setting in [
+                ("data.sources.0.store", "data.sources=[{store: /tokens/*.gz}]"),
+                ("data.sources.0.documents.0", "data.sources=[{documents: [/tokens/*.gz]}]"),
+                ("tokenizer.path", "tokenizer.path=/tokens/*.gz"),
+                ("train.start_from", "train.start_from=/tokens/*.gz"),
+            ]
+        ),
+        (
+            ["slurm", *GPU, "--image", "i", "--mount", "/data/runs:/data/runs"],
+            "data.sources.0.store=/data/tokens is not in the container; mount what holds it: "
+            "--mount /data:/data",
+        ),
+        (
+            ["skypilot", *GPU, *IN_CLUSTER[2:], "data.sources=[{store: /data/../tokens}]"],
+            "data.sources.0.store=/data/../tokens is not in the container",
+        ),
+        *(
+            ([scheduler, *GPU, *more, "--grace", "1"], "--grace 1 is shorter than a step (7.78 s)")
+            for scheduler, more in (("slurm", []), ("ray", []), ("jobset", IN_CLUSTER))
+        ),
+        (
+            ["slurm", *GPU, "data.batch_size=65536", "train.micro_batches=64"],
+            "--grace 120 is shorter than a step (",
+        ),
+        *(
+            (
+                ["skypilot", *GPU, *IN_CLUSTER[2:], "--priority", priority],
+                f"--priority {priority} is none of SkyPilot's; use 0 to 1000",
+            )
+            for priority in ("1001", "-1", "high")
+        ),
+        (
+            ["skypilot", *GPU, *IN_CLUSTER[2:], "--image", "docker:team/maxlm"],
+            "--image docker:team/maxlm: docker: is put before it; write --image team/maxlm",
+        ),
+        (
+            ["jobset", *GPU, *IN_CLUSTER, "--spot", "--reservation", "r"],
+            "no Spot node is a reserved one; leave out --spot or --reservation",
+        ),
+        *(
+            (
+                [scheduler, *GPU, "--image", "i", "--mount", mount],
+                f"--mount {mount}: a comma would end it there; mount the folder above, or rename",
+            )
+            for scheduler, mount in (("slurm", "/a,b:/data"), ("jobset", "gs://b/c,d:/data"))
+        ),
+        (
+            ["slurm", *GPU, "--env", "A=1", "--secret", "A"],
+            "A is named by --env and by --secret; leave one out",
+        ),
         (["slurm", "llama2_7b", "--on", "h100x64"], "data.sources: no text to train on; name"),
         (
             ["slurm", *GPU[:-1], "h100x8"],
@@ -160,8 +245,8 @@ def test_a_template_of_ones_own(capsys, tmp_path):
     job = ["launch", "slurm", *GPU, "--template", str(own)]
     assert main(job) == 0
     assert capsys.readouterr().out == (
-        "llama2-7b on 8: maxlm train llama2_7b 'data.sources=[{store: /tokens}]' "
-        "folder=/data/runs\n"
+        "llama2-7b on 8: maxlm train llama2_7b 'data.sources=[{store: /data/tokens}]' "
+        "tokenizer.path=/data/tokenizer folder=/data/runs\n"
     )
     own.write_text("{{ name }}\n{{ nmae }}\n")
     assert main(job) == 2
@@ -203,14 +288,18 @@ def client(tmp_path, monkeypatch):
 
 TPU_VM = "gcloud compute tpus tpu-vm"
 WHERE = "--worker=all --zone=us-east5-a --project=p"
-START = "setsid nohup bash maxlm-mine.sh >> maxlm-mine.log 2>&1 < /dev/null &"
+START = (
+    "mv maxlm-mine.sh.new maxlm-mine.sh || exit; "
+    "setsid nohup bash maxlm-mine.sh >> maxlm-mine.log 2>&1 < /dev/null &"
+)
 
 
 @pytest.mark.parametrize(
     ("arguments", "calls", "kept"),
     [
         (["slurm", *GPU, "folder=runs"], ["sbatch {kept}"], "job.sbatch"),
-        (["jobset", *GPU, *IN_CLUSTER], ["kubectl apply -f {kept}"], "jobset.yaml"),
+        (["slurm", *GPU, "--image", "i", "--mount", "/a:/data"], ["sbatch {kept}"], "job.sbatch"),
+        (["jobset", *GPU, *IN_CLUSTER], ["kubectl create -f {kept}"], "jobset.yaml"),
         (
             ["skypilot", *GPU, *IN_CLUSTER, "--secret", "HF_TOKEN"],
             ["sky jobs launch --yes --detach-run --secret HF_TOKEN {kept}"],
@@ -226,7 +315,7 @@ START = "setsid nohup bash maxlm-mine.sh >> maxlm-mine.log 2>&1 < /dev/null &"
         (
             ["tpu-vm", *TPU, "--name", "mine", "--zone", "us-east5-a", "--project", "p"],
             [
-                f"{TPU_VM} scp {{kept}} mine:maxlm-mine.sh {WHERE}",
+                f"{TPU_VM} scp {{kept}} mine:maxlm-mine.sh.new {WHERE}",
                 f"{TPU_VM} ssh mine {WHERE} '--command={START}'",
             ],
             "worker.sh",
@@ -250,3 +339,34 @@ def test_submit(arguments, calls, kept, client, capfd):
     assert main(job) == 1
     assert capfd.readouterr().out.count("[") == text.count("[") + len(calls[0:1])
     assert os.listdir(Path(path).parent) == [kept]
+    # What is submitted is what is kept, wherever else it is written.
+    client(calls[0][0])
+    assert main([*job, "--out", "elsewhere"]) == 0
+    printed = capfd.readouterr()
+    assert [json.loads(line) for line in printed.out.removeprefix(text).splitlines()] == calls
+    assert printed.err.endswith(f"written: elsewhere\nwritten: {path}\n")
+    assert Path("elsewhere").read_text() == text
+
+
+def test_a_spot_node_has_no_such_grace(capsys):
+    job = ["launch", "jobset", *GPU, *IN_CLUSTER]
+    note = "note: GKE's Spot nodes give 15 s, not 120, unless their pool says so\n"
+    for more, said in ([], ""), (["--spot"], note), (["--spot", "--grace", "15"], ""):
+        assert main([*job, *more]) == 0
+        assert "".join(re.findall("note: .*\n", capsys.readouterr().err)) == said
+
+
+def documented():
+    files = ("docs/launch.md", "README.md", "launch/README.md")
+    texts = [*((ROOT / file).read_text() for file in files), command.__doc__]
+    found = [re.findall(r"^ *maxlm launch .*", text, re.MULTILINE) for text in texts]
+    assert all(found)
+    return [line.strip() for lines in found for line in lines]
+
+
+@pytest.mark.parametrize("line", documented())
+def test_documented_commands_work(line, client, capfd):
+    guide = (ROOT / "docs/launch.md").read_text()
+    Path("my.yaml").write_text(re.findall("```yaml\n(.*?)```", guide, re.DOTALL)[0])
+    client("gcloud")
+    assert main(shlex.split(line)[1:]) == 0, capfd.readouterr().err

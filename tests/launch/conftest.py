@@ -29,14 +29,20 @@ def program(tmp_path):
 def rendered(tmp_path):
     """A job's text: (scheduler, machine, options of the job)."""
 
-    def make(scheduler, on, run_name=None, **options):
-        source, settings = "llama2_7b", ["data.sources=[{store: /tokens}]", "folder=/shared/runs"]
+    def make(scheduler, on, run_name=None, force=False, **options):
+        source = "llama2_7b"
+        settings = ["data.sources=[{store: /shared/tokens}]", "tokenizer.path=/shared/tokenizer"]
+        settings += ["folder=/shared/runs"]
         if on.startswith("cpu"):
             source, settings = "demo", ["model.num_layers=1", f"folder={tmp_path}"]
         settings += [f"name={json.dumps(run_name)}"] if run_name else []
         run = load(RunConfig, source, settings).value
         job, _ = make_job(
-            run, source, settings, scheduler=scheduler, on=on, options=Options(**options)
+            *(run, source, settings),
+            scheduler=scheduler,
+            on=on,
+            options=Options(**options),
+            force=force,
         )
         return render(job)
 

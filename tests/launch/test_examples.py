@@ -73,6 +73,23 @@ def test_a_jobset_has_known_fields_alone(name):
         round_trip(wrong)
 
 
+def expanded(text, variables):
+    """What Kubernetes makes of a container's command, arguments and variables' values
+    (third_party/forked/golang/expansion, and the API's words on `command`): ``$$`` is ``$``,
+    ``$(NAME)`` a variable or itself, and any other ``$`` one."""
+    found, at = "", 0
+    while at < len(text):
+        end = text.find(")", at)
+        if text[at : at + 2] == "$$":
+            found, at = found + "$", at + 2
+        elif text[at : at + 2] == "$(" and end > 0:
+            found += variables.get(text[at + 2 : end], text[at : end + 1])
+            at = end + 1
+        else:
+            found, at = found + text[at], at + 1
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "slices", "hosts", "chips", "selector"),
     [
@@ -94,6 +111,12 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
         hosts,
     )
     assert list(container["resources"]["limits"].values()) == [chips]
+    (codes,) = [
+        rule["onExitCodes"]["values"]
+        for rule in job["podFailurePolicy"]["rules"]
+        if "onExitCodes" in rule
+    ]
+    assert codes == [1, 2, 75, 126, 127]
     if selector:
         keys = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
         assert tuple(pod["nodeSelector"][key] for key in keys) == selector
@@ -104,8 +127,8 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
     )
     evicted = "Pod a/b has condition DisruptionTarget matching FailJob rule at index 0"
     for message, rule in [
-        *((exit_code.format(code), "Failed") for code in (1, 2)),
-        *((exit_code.format(code), None) for code in (12, 76, 137)),
+        *((exit_code.format(code), "Failed") for code in (1, 2, 126, 127)),
+        *((exit_code.format(code), None) for code in (12, 76, 125, 128, 137)),
         *((message, "Preempted") for message in (exit_code.format(75), evicted)),
     ]:
         matching = [
@@ -116,7 +139,7 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
         assert matching == ([rule] if rule else []), message
     script = 'echo "$MAXLM_PROCESS_ID $MAXLM_NUM_PROCESSES $MAXLM_COORDINATOR"'
     if container["command"] == ["/bin/sh", "-c"]:
-        script = container["args"][0].split("exec maxlm train")[0] + script
+        script = expanded(container["args"][0], {}).split("exec maxlm train")[0] + script
     seen = []
     for slice_ in range(slices):
         for host in (0, 1, hosts - 1):

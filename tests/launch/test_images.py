@@ -36,5 +36,7 @@ def test_container_file(kind):
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
     assert all((ROOT / word).exists() for word in copied if word[0] not in "-/")
     assert any("--require-hashes" in line for line in lines)
-    assert lines[-3].startswith("USER ")
+    # Whose number the JobSet's fsGroup is.
+    assert any("useradd --uid 1000 --create-home maxlm" in line for line in lines)
+    assert lines[-3] == "USER maxlm"
     assert lines[-1] == 'ENTRYPOINT ["maxlm"]'

@@ -79,11 +79,25 @@ def test_processes_know_each_other_and_are_started_again(drive):
     assert first.pop().rpartition(":")[2].isdigit()
 
 
-@pytest.mark.parametrize(("codes", "code"), [("75 2", 2), ("0 1", 1), ("139 75", 76)])
+@pytest.mark.parametrize(
+    ("codes", "code"), [("75 2", 2), ("0 1", 1), ("139 75", 76), ("127 75", 1)]
+)
 def test_the_worst_code_is_the_drivers(drive, codes, code):
     process, log = drive(codes, retries=0)
     assert process.wait(timeout=120) == code
     assert log.read_text().count("start") == 2
+
+
+def test_what_a_code_means(rendered):
+    """Signals are worth another start; other codes are a failure."""
+    text = rendered("ray", "cpux8", nodes=2)
+    names = {}
+    exec(text[text.index("RESTART =") : text.index("@ray.remote")], names)
+    exec(text[text.index("def meaning") : text.index("def watch")], names)
+    known = {0: 0, 1: 1, 2: 2, 75: 75, 76: 76, -9: 76, -6: 76, 137: 76, 139: 76}
+    failed = dict.fromkeys((3, 77, 126, 127, 128, 130), 1)
+    for number, meant in (known | failed).items():
+        assert names["meaning"](number) == meant, number
 
 
 def test_a_process_left_alone_is_told_to_end(drive):

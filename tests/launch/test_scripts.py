@@ -7,6 +7,11 @@ import subprocess
 import time
 
 import pytest
+import yaml
+
+from maxlm.config import load
+from maxlm.launch import Options, make_job, render
+from maxlm.run import RunConfig
 
 # Each start takes the next exit code of $CODES; a start with SLEEP waits for a signal.
 STAND_IN = """#!/bin/bash
@@ -23,7 +28,8 @@ def environment(tmp_path, **more):
     log = tmp_path / "log"
     log.touch()
     path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-    return {"PATH": path, "LOG": str(log), "HOME": str(tmp_path), **more}
+    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    return {"PATH": path, "LOG": str(log), **places, **more}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,8 @@ def test_slurm_requeues(code, restarts, requeued, program, rendered, tmp_path):
         env["SLURM_RESTART_COUNT"] = str(restarts)
     assert subprocess.run(["bash", "-c", script], env=env).returncode == code
     first, *rest = (tmp_path / "log").read_text().splitlines()
-    assert "maxlm train llama2_7b data.sources=[{store: /tokens}] folder=/shared/runs" in first
+    text = "data.sources=[{store: /shared/tokens}] tokenizer.path=/shared/tokenizer"
+    assert f"maxlm train llama2_7b {text} folder=/shared/runs" in first
     assert rest == (["scontrol requeue 17"] if requeued else [])
 
 
@@ -118,25 +125,76 @@ def test_tpu_worker_stops_when_told(program, rendered, tmp_path):
     assert re.fullmatch(r"start .*\nstart .*\nsaved\n", log.read_text())
 
 
+def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
+    """Until the first one's training has ended too, although its script was killed."""
+    command, codes = tpu_worker(rendered, program, "sleep 0")
+    log = tmp_path / "log"
+    env = environment(tmp_path, **codes)
+    first = subprocess.Popen(command, env=env, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while "start" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    second = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert second.stderr == "maxlm-llama2-7b.sh runs here already\n"
+    assert log.read_text().count("start") == 1
+    os.killpg(first.pid, signal.SIGKILL)
+    while (third := subprocess.run(command, env=env, capture_output=True)).returncode == 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert third.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("on", "nodes", "header"),
+    [
+        *((on, None, {"--exclusive", "--mem=0"}) for on in ("h100x8", "h100:2x4")),
+        ("cpux8", 2, {"--exclusive", "--mem=0"}),
+        ("h100x4", None, {"--cpus-per-gpu=8", "--mem-per-gpu=64G"}),
+    ],
+)
+def test_slurm_gives_whole_nodes_or_a_share(on, nodes, header, rendered):
+    script = rendered("slurm", on, force=True, nodes=nodes, grace=10_000)
+    words = set(re.findall("^#SBATCH (.*)", script, re.M))
+    shares = {"--exclusive", "--mem=0", "--cpus-per-gpu=8", "--mem-per-gpu=64G"}
+    assert words & shares == header
+
+
+def test_a_config_that_cannot_be_written_ends_the_job(tmp_path, program):
+    """A file of an earlier job would be trained instead."""
+    source = tmp_path / "own.yaml"
+    source.write_text(
+        "include: llama2_7b\nname: own\nfolder: /data/runs\n"
+        "data: {sources: [{store: gs://corpus/tokens}]}\ntokenizer: {path: /data/tokenizer}\n"
+    )
+    run = load(RunConfig, str(source)).value
+    job, _ = make_job(run, str(source), (), scheduler="ray", on="h100x64")
+    program("maxlm", '#!/bin/sh\necho "start" >> "$LOG"\n')
+    unwritable = tmp_path / "folder"
+    unwritable.mkdir()
+    script = job.script.replace("/tmp/own.yaml", str(unwritable))
+    done = subprocess.run(["bash", "-c", script], env=environment(tmp_path), capture_output=True)
+    assert done.returncode == 2
+    assert (tmp_path / "log").read_text() == ""
+
+
 @pytest.mark.parametrize("scheduler", ["jobset", "skypilot", "ray", "tpu-vm"])
 def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
     """Hosts that do not see this machine's files get the resolved config's text."""
-    import yaml
-
-    from maxlm.config import load
-    from maxlm.launch import Options, make_job
-    from maxlm.run import RunConfig
-
     source = tmp_path / "own.yaml"
-    sources = "{sources: [{store: /tokens}]}"
-    source.write_text(f"include: llama2_7b\nname: own\nfolder: /data/runs\ndata: {sources}\n")
+    sources = "{sources: [{store: gs://corpus/tokens}]}"
+    source.write_text(
+        f"include: llama2_7b\nname: own\nfolder: /data/runs\ndata: {sources}\n"
+        "tokenizer: {path: /data/tokenizer}\n"
+    )
     run = load(RunConfig, str(source), ["seed=7"]).value
     mount = ("gs://bucket:/data",) if scheduler in ("jobset", "skypilot") else ()
     options = Options(image="i", mount=mount) if scheduler == "jobset" else Options(mount=mount)
     on = "v5p-64" if scheduler == "tpu-vm" else "h100x64"
     job, _ = make_job(run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options)
-    from maxlm.launch import render
-
     text = render(job)
     if scheduler == "jobset":
         script = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
@@ -148,7 +206,7 @@ def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
         script = __import__("ast").literal_eval(line.strip().rstrip(","))
     else:
         script = text
-    written = re.search(r"cat > (\S+) <<'(.*)'\n((?:.*\n)*?)\2\n", script)
+    written = re.search(r"cat > (\S+) <<'(.*)' \|\| exit 2\n((?:.*\n)*?)\2\n", script)
     assert written
     sent = tmp_path / "sent.yaml"
     sent.write_text(written[3])

@@ -1,0 +1,90 @@
+"""Where a run's text and state lie, as its hosts see it."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from posixpath import normpath
+
+from maxlm.config import MaxlmError
+from maxlm.data.corpus.config import PYTHON_STDLIB
+from maxlm.launch.options import Mount, check_url
+from maxlm.run import RunConfig
+
+# What may be a bucket's.
+_URLS = ("store", "remote_folder")
+
+
+def check_places(
+    run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
+) -> None:
+    """There is text, and a run's folder that outlives its hosts, of which all see the same.
+
+    Args:
+        inside: it runs in a container, which sees what is mounted.
+        own_template: it may mount folders, or say where a job begins.
+
+    Raises:
+        MaxlmError: naming the setting.
+    """
+    named = _places(run)
+    for key, place in named.items():
+        if ".documents." not in key:
+            check_url(place, key)
+    if not run.data.sources:
+        raise MaxlmError(
+            "no text to train on", where="data.sources", fix="name documents or a store there"
+        )
+    documents = any(source.documents for source in run.data.sources)
+    if not (documents or run.tokenizer.path or run.train.start_from):
+        raise MaxlmError(
+            "a store was made with a tokenizer, and none is named",
+            where="tokenizer.path",
+            fix="name the folder of the tokenizer the stores were built with",
+        )
+    if own_template or (scheduler == "slurm" and not inside):
+        return
+    for key, place in named.items():
+        if "://" not in place or not key.endswith(_URLS):
+            _check_place(key, place, scheduler, mounted if inside else None)
+
+
+def _places(run: RunConfig) -> dict[str, str]:
+    """Setting → what it names: folders, files, globs, URLs."""
+    found = {"folder": run.folder}
+    for i, source in enumerate(run.data.sources):
+        found |= {
+            f"data.sources.{i}.documents.{j}": each
+            for j, each in enumerate(source.documents)
+            if each != PYTHON_STDLIB
+        }
+        found |= {
+            f"data.sources.{i}.{key}": place
+            for key in ("store", "heldout_store")
+            if (place := getattr(source, key))
+        }
+    others = {
+        "tokenizer.path": run.tokenizer.path,
+        "train.start_from": run.train.start_from,
+        "checkpoint.remote_folder": run.checkpoint.remote_folder,
+    }
+    return found | {key: place for key, place in others.items() if place}
+
+
+def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:
+    """On hosts that do not see this machine's files; `mounted` is None where nothing need be."""
+    if not place.startswith("/"):
+        _, url, rest = place.partition("://")
+        shown = "runs" if key == "folder" else rest or place.lstrip("./~")
+        raise MaxlmError(
+            f"{key}={place} is {'no folder of the hosts' if url else 'another one on each host'}",
+            fix=f"name one that all see: {key}=/data/{shown}",
+        )
+    path = PurePosixPath(normpath(place))
+    if mounted is None or any(path.is_relative_to(mount.path) for mount in mounted):
+        return
+    top = PurePosixPath(*path.parts[:2])
+    mount = f"--mount {top if scheduler == 'slurm' else 'gs://bucket'}:{top}"
+    if key == "folder":
+        raise MaxlmError(
+            f"{key}={place} would be lost with its hosts", fix=f"mount what is to keep it: {mount}"
+        )
+    raise MaxlmError(f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}")

@@ -1,0 +1,113 @@
+"""A JobSet says what it is to say to Kubernetes: its YAML, its variables, its volumes."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from maxlm.config import load
+from maxlm.launch import Options, make_job, render
+from maxlm.launch.render import _kubernetes, _yaml
+from maxlm.run import RunConfig
+from tests.launch.test_examples import expanded
+
+# What YAML 1.1 and 1.2 (Kubernetes' go-yaml knows some of each) take for something else than text.
+NO_TEXT = re.compile(
+    r"~|null|y|n|yes|no|on|off|true|false|<<|="
+    r"|[-+]?(\.inf|\.nan)"
+    r"|[-+]?(0b[01_]+|0o?[0-7_]+|0x[0-9a-f_]+|[0-9][0-9_]*(:[0-5]?[0-9])*)"
+    r"|[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)(e[-+]?[0-9]+)?"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?",
+    re.IGNORECASE | re.ASCII,
+)
+WORDS = ("", "\n", " a", "y", "No", "a:", "a: b", "a #b", "-", "é", "😀", "\x85", "/", "a\\b")
+NUMBERS = ("1e5", "123e4567", "0o17", "0x1F", "12:30", "1_000", ".5")
+
+
+def also(words):
+    def apply(test):
+        for word in words:
+            test = example(word)(test)
+        return test
+
+    return apply
+
+
+@also([*WORDS, *NUMBERS])
+@given(st.text() | st.from_regex(NO_TEXT, fullmatch=True))
+def test_text_stays_text(text):
+    line = _yaml(text)
+    assert "\n" not in line
+    assert yaml.safe_load(f"key: {line}\n") == {"key": text}
+    assert yaml.safe_load(f"- {line}\n") == [text]
+    if NO_TEXT.fullmatch(text):
+        assert line[0] == '"'
+
+
+@pytest.mark.parametrize(
+    "word", ["maxlm", "folder=/data/runs", "gs://bucket/a", "/data", "a.example.com/m:0.1"]
+)
+def test_words_stay_bare(word):
+    assert _yaml(word) == word
+
+
+@given(st.text("$()A ="))
+def test_kubernetes_gives_back_the_text(text):
+    assert expanded(_kubernetes(text), {"A": "expanded", "": "expanded"}) == text
+
+
+def pod(on, settings=(), **options):
+    text = ["data.sources=[{store: gs://corpus/tokens}]", "tokenizer.path=/data/tokenizer"]
+    settings = [*text, "folder=/data/runs", *settings]
+    run = load(RunConfig, "llama2_7b", settings).value
+    options = Options(**{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options})
+    job, _ = make_job(
+        run, "llama2_7b", settings, scheduler="jobset", on=on, options=options, force=True
+    )
+    jobset = yaml.safe_load(render(job))
+    return jobset, jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("machine", [("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])])
+def test_a_dollar_reaches_the_program(machine):
+    text = "a $(NOTE) $$ $((1)) $A"
+    on, settings = machine
+    prompts = f'samples.prompts=["{text}"]'
+    _, spec = pod(on, [prompts, *settings], env=("FIRST=1", f"NOTE={text}"))
+    (container,) = spec["containers"]
+    variables = {each["name"]: each.get("value", "") for each in container["env"]}
+    assert expanded(variables["NOTE"], variables) == text
+    words = [*container["command"], *container.get("args", ())]
+    assert any(prompts in expanded(word, variables) for word in words)
+
+
+@pytest.mark.parametrize(("on", "wanted"), [("v5p-8", False), ("v5p-64", True), ("h100x64", False)])
+def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(on, wanted):
+    assert ("annotations" in pod(on)[0]["metadata"]) == wanted
+
+
+GKE_GPUS = {
+    "a100": "nvidia-a100-80gb",
+    "h100": "nvidia-h100-80gb",
+    "h200": "nvidia-h200-141gb",
+    "b200": "nvidia-b200",
+}
+
+
+@pytest.mark.parametrize("kind", GKE_GPUS)
+def test_gpus_have_a_kind(kind):
+    selector = pod(f"{kind}x64")[1]["nodeSelector"]
+    assert selector == {"cloud.google.com/gke-accelerator": GKE_GPUS[kind]}
+    assert pod(f"{kind}x64", node_selector=("a=b",))[1]["nodeSelector"] == {"a": "b"}
+
+
+def test_a_bucket_in_the_hosts_network():
+    attributes = {}
+    for on, settings in (("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])):
+        spec = pod(on, settings)[1]
+        attributes[on] = spec["volumes"][0]["csi"]["volumeAttributes"]
+        assert spec["securityContext"]["fsGroup"] == 1000
+    assert "hostNetworkPodKSA" not in attributes["v5p-64"]
+    assert attributes["2xv5p-64"]["hostNetworkPodKSA"] == "true"
