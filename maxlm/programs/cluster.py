@@ -13,6 +13,7 @@ from maxlm.config.errors import Lost
 _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
+_DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
 _PAUSES = (1.0, 3.0, 0.0)  # seconds after a failed question to the metadata server
 
 
@@ -212,13 +213,18 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
     return Cluster(source, coordinator, count * len(workers), number * len(workers) + worker)
 
 
-def _attribute(name: str) -> str | None:
-    """Of this machine, as Google's metadata server has it."""
+def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
+    """Of this machine, as Google's metadata server has it; None: it is none of Google's TPUs, or
+    has no such attribute.
+
+    Raises:
+        Lost: the server does not say.
+    """
     import urllib.request
 
-    if not any(map(_is_tpu, Path("/sys/bus/pci/devices").glob("*"))):
+    if not any(map(_is_tpu, devices.glob("*"))):
         return None  # elsewhere nobody may answer for minutes
-    url = f"http://metadata.google.internal/computeMetadata/v1/instance/attributes/{name}"
+    url = f"{server}/computeMetadata/v1/instance/attributes/{name}"
     asked = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for pause in _PAUSES:

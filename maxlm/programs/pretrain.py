@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,8 +304,9 @@ def _noted(notices: Notices, log: MetricsLog, step: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if not log.stopped:
-            interrupted = "interrupt" if isinstance(error, KeyboardInterrupt) else "failed"
-            log.event("stop", step, reason="preempted" if notices.at_once else interrupted)
+            reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(MaxlmError):  # a full disk, perhaps, which is what `error` says
+                log.event("stop", step, reason="preempted" if notices.at_once else reason)
         raise
 
 

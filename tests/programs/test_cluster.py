@@ -1,5 +1,6 @@
 """Processes know their place, meet in a bounded time or say why not, and end when one is gone."""
 
+import http.server
 import signal
 import socket
 import subprocess
@@ -9,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.config.errors import Lost
+from maxlm.programs import cluster
 from maxlm.programs.cluster import Cluster, find_cluster, first_host
 from maxlm.programs.peers import lost_peer
 from tests.programs import tiny
@@ -138,6 +142,55 @@ def test_settings_that_are_no_place(environ, arguments, message):
     with pytest.raises(MaxlmError) as error:
         found(environ, **arguments)
     assert str(error.value) == message
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google's server; ``answers`` are what it says next, the last one for good."""
+
+    answers: ClassVar[list[int]] = []
+
+    def do_GET(self):
+        code = self.answers.pop(0) if self.answers[1:] else self.answers[0]
+        assert self.headers["Metadata-Flavor"] == "Google"
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(self.path.rpartition("/")[2].encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(tmp_path, monkeypatch):
+    """What an attribute is said to be, on a machine with a TPU, by a server that answers so."""
+    monkeypatch.setattr(cluster, "_PAUSES", (0, 0, 0))
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    device = tmp_path / "0000:00:05.0"
+    device.mkdir()
+    (device / "vendor").write_text("0x1ae0\n")
+    (device / "class").write_text("0xff0000\n")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(*answers):
+        Metadata.answers = list(answers)
+        return cluster._attribute("name", tmp_path, f"http://127.0.0.1:{server.server_port}")
+
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_metadata_server_that_does_not_answer_at_once_is_asked_again(metadata, tmp_path):
+    assert metadata(200) == "name"
+    assert metadata(503, 503, 200) == "name"
+    assert metadata(404) is None
+    with pytest.raises(
+        Lost, match=r"/name: this machine's metadata cannot be read \(HTTP Error 503"
+    ):
+        metadata(503)
+    (tmp_path / "0000:00:05.0" / "class").write_text("0x020000\n")  # a network card of Google's
+    assert metadata(503) is None
 
 
 def free_port() -> int:
