@@ -351,9 +351,19 @@ def test_a_process_that_ends_while_a_copy_is_made_ends_with_its_own_code(tmp_pat
 
 def test_what_is_left_off_is_copied_later(tmp_path, here, monkeypatch):
     config = CheckpointConfig(every_steps=1, remote_folder=str(tmp_path / "there"))
+    started, original = threading.Event(), RemoteTier._copy
+
+    def slow(self, folder):
+        started.set()
+        self._stopping.wait(30)
+        original(self, folder)
+
     with Tiers(tmp_path / "run", "run", config) as tiers:
-        tiers.save(1, state_of(here, 1), {})
-        tiers.stop_copying()
+        with monkeypatch.context() as patch:
+            patch.setattr(RemoteTier, "_copy", slow)
+            tiers.save(1, state_of(here, 1), {})
+            assert started.wait(30)
+            tiers.stop_copying()
         tiers.wait()
         assert copies(tmp_path / "there" / "run") == []
         tiers.catch_up()
@@ -407,6 +417,8 @@ def test_files_of_a_copy_that_was_cut_off_are_cleared_away(tmp_path, here):
     left = tmp_path / "there" / "run" / "3" / "state"
     left.mkdir(parents=True)
     (left / "d").write_text("half")
+    (left.parents[1] / "4").mkdir()
+    (left.parents[1] / "4" / "d.__lock").write_text("TensorStore's own, of a file being written")
     write(tmp_path / "run", here, 5, every_steps=1, remote_folder=str(tmp_path / "there"))
     assert copies(tmp_path / "there" / "run") == ["5"]
 

@@ -163,15 +163,14 @@ class RemoteTier:
 
     def _done(self, future: Any) -> Any:
         """A future's result, unless it is waited for no longer."""
-        while True:
+        while not self._stopping.is_set():
             try:
                 return future.result(timeout=_PAUSE)
             except TimeoutError:
                 if future.done():
                     raise
-                if self._stopping.is_set():
-                    future.cancel()
-                    raise _Stopped from None
+        future.cancel()
+        raise _Stopped
 
     def _copy(self, folder: Path) -> None:
         step, written, manifest = int(folder.name), [], {}
@@ -216,6 +215,8 @@ class RemoteTier:
         """Steps that are complete, and those of which only files are there."""
         keys = {key.decode() for key in self._store.list().result()}
         steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
+        if isinstance(self.place, Path):  # A kill leaves temporary files, which are not listed.
+            steps |= {int(path.name) for path in self.place.iterdir() if path.name.isdigit()}
         complete = {step for step in steps if f"{step}/{_COMPLETE}" in keys}
         return sorted(complete), sorted(steps - complete)
 
