@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_runs_killed_ten_times_end_like_unbroken_ones(tmp_path, monkeypatch):
 def check_that_differences_show(folder: Path) -> None:
     """Which runs that did end alike cannot tell."""
     import same_run  # pyright: ignore[reportMissingImports]
+    import torture  # pyright: ignore[reportMissingImports]
+    import torture_hosts  # pyright: ignore[reportMissingImports]
+
+    assert torture.newest(torture_hosts.Job(folder, STEPS), "two", None) == STEPS
+    damaged = [[24, "unreadable: params.x is not what was saved"]]
+    for began, skipped, words in [
+        (STEPS, [], ""),
+        (STEPS, [[20, "process 1 has none"]], ""),
+        (24, [], f"went on from step 24, and {STEPS} was saved"),
+        (STEPS, damaged, "checkpoints [24] were damaged"),
+    ]:
+        attempt = SimpleNamespace(went_on=lambda b=began, s=skipped: {"step": b, "skipped": s})
+        assert torture.lost_progress(attempt, STEPS) == words
 
     runs, one = folder / "runs", folder / "runs" / "one"
     other = runs / "unbroken-1x2-data=2"
