@@ -134,6 +134,11 @@ class Attempt:
             time.sleep(POLL)
         return so
 
+    def said_done(self) -> bool:
+        """Whether the run has written down that it is at its end."""
+        last = json.loads((lines(self.run / "events.jsonl") or [b"{}"])[-1])
+        return last.get("event") == "stop" and last.get("reason") == "done"
+
     def done(self) -> bool:
         return all(process.poll() == 0 for process in self.processes)
 
