@@ -56,7 +56,8 @@ class LossWatch:
             return Verdict(step, step, "the parameters are not finite")
         self._skipped = self._skipped + 1 if values.get("skipped") else 0
         if self._skipped:
-            self._spikes += self._spikes > 0  # it is in their row
+            if self._spikes:  # A streak goes on: what began it is to be undone too.
+                self._spikes += 1
             if self._skipped < self._config.max_skipped:
                 return None
             first = step - self._skipped + 1
