@@ -15,6 +15,7 @@ from maxlm.programs import resume as going_on
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint.tiers import Tiers
 from maxlm.train.records import read_records
 from maxlm.train.skips import batch_number
 from tests.programs import tiny
@@ -210,9 +211,11 @@ def test_a_record_of_batches_that_is_none_is_refused(tmp_path, text, record):
     assert path.read_text() == record
 
 
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_kill_in_a_rollback_to_the_beginning_costs_nothing(tmp_path, text, monkeypatch, recorded):
-    """All checkpoints are of the bad steps."""
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_a_kill_in_a_rollback_to_the_beginning_leaves_a_run_that_goes_on(
+    tmp_path, text, monkeypatch, moment
+):
+    """All checkpoints are of the bad steps: they are set aside, and the batches recorded."""
     spoil(monkeypatch, {0, 1}, no_number)
     how = {"checkpoint": {"every_steps": 1}}
     whole, _ = train(tmp_path, text, "whole", "train.steps=6", **how)
@@ -222,12 +225,18 @@ def test_a_kill_in_a_rollback_to_the_beginning_costs_nothing(tmp_path, text, mon
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        if recorded:
-            patch.setattr(program, "go_back", lambda *arguments: killed(original(*arguments)))
-        else:
+    def go_back(*arguments):
+        if moment == "before":
+            patch.setattr(Tiers, "set_aside", killed)
+        elif moment == "between":
             patch.setattr(going_on, "_write_skip", killed)
+        return killed(original(*arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "go_back", go_back)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, text, "bad", "train.steps=6", **how)
     again, _ = train(tmp_path, text, "bad", "train.steps=6", **how)
-    assert_same_state(again, whole)
+    assert list(losses(again.folder)) == list(range(1, 7))
+    if moment != "before":  # then it has a checkpoint to begin at, and leaves out less
+        assert_same_state(again, whole)
