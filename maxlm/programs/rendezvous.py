@@ -52,6 +52,8 @@ class Line:
             return False
         except OSError:
             return True
+        finally:
+            self._connection.settimeout(MOMENT)  # for what is sent
 
     def hold(self, seconds: float) -> None:
         """Let the kernel close it if the other host is silent for so long, even while Python is
@@ -117,14 +119,15 @@ def _answer(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dic
                 try:
                     line = Line(server.accept()[0])
                 except TimeoutError:
+                    _forget_gone(calls, lines)
                     raise _missing(calls, me.processes, seconds, cluster.coordinator) from None
                 call = _understood(line.receive(MOMENT))
                 if call is None:  # a stranger
                     line.close()
                     continue
                 callers.append(line)
-                if call.process in lines and lines[call.process].gone():
-                    del calls[call.process]  # It died, and was started again.
+                if call.process in calls or len(calls) + 1 == me.processes:
+                    _forget_gone(calls, lines)  # A new one comes for each, or came with this call.
                 _check_call(call, calls)
                 calls[call.process], lines[call.process] = call, line
     except MaxlmError as error:
@@ -136,6 +139,12 @@ def _answer(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dic
     for line in lines.values():
         line.send({"hosts": hosts})
     return hosts, lines
+
+
+def _forget_gone(calls: dict[int, _Call], lines: dict[int, Line]) -> None:
+    """Those that died while they waited; they are started again."""
+    for number in [number for number, line in lines.items() if line.gone()]:
+        del calls[number], lines[number]
 
 
 def _call(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dict[int, Line]]:

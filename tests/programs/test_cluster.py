@@ -1,6 +1,7 @@
 """Processes know their place, meet in a bounded time or say why not, and end when one is gone."""
 
 import http.server
+import json
 import signal
 import socket
 import subprocess
@@ -269,21 +270,31 @@ def stranger(port: int) -> Iterator[None]:
         server.shutdown(socket.SHUT_RDWR)  # wakes accept
 
 
+def connected(port: int) -> socket.socket:
+    """As soon as somebody listens there."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def call_and_die(port: int, process: int, *, count: int) -> None:
+    """What process 0 hears of a process that is killed while it waits for the others."""
+    with connected(port) as caller:
+        call = {"process": process, "processes": count, "host": HERE}
+        caller.sendall(json.dumps(call).encode() + b"\n")
+
+
 def test_processes_meet_among_strangers(start):
     """On one port, which something else holds at first, and which others call too."""
     port = free_port()
     with stranger(port):
         workers = [start(port, number, "once", count=3) for number in (1, 0)]
         time.sleep(1.5)
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            caller = socket.create_connection(("127.0.0.1", port), 1)
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    with caller:
+    with connected(port) as caller:
         caller.sendall(b"GET / HTTP/1.1\r\n\r\n")
         workers.append(start(port, 2, "once", count=3))
         for number, worker in zip((1, 0, 2), workers, strict=True):
@@ -312,16 +323,30 @@ def test_an_id_twice(start):
     assert [worker.end(15) for worker in workers] == [(2, message)] * 3
 
 
-def test_one_that_died_while_it_waited_and_was_started_again(start):
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_one_that_died_while_it_waited_and_was_started_again(start, order):
+    """Whether or not the others had come by then."""
     port = free_port()
-    lead, first = (start(port, number, "once", count=3) for number in (0, 1))
-    time.sleep(3)  # it has called
-    first.process.kill()
-    first.process.wait()
-    workers = [lead, start(port, 1, "once", count=3), start(port, 2, "once", count=3)]
-    for number, worker in enumerate(workers):
+    lead = start(port, 0, "once", count=3)
+    call_and_die(port, 1, count=3)
+    workers = {}
+    for number in order:
+        workers[number] = start(port, number, "once", count=3)
+        time.sleep(3)  # The first has called before the second does.
+    for number, worker in ({0: lead} | workers).items():
         code, text = worker.end()
         assert (code, text.splitlines()[-1]) == (0, f"process {number} of 3: 6"), text
+
+
+def test_one_that_died_while_it_waited_is_missing(start):
+    port = free_port()
+    lead = start(port, 0, "once", count=3, wait=4)
+    call_and_die(port, 1, count=3)
+    message = (
+        f"waited 4 s at 127.0.0.1:{port}: 1 of 3 processes came: 0 ({HERE}); missing: 1, 2; "
+        "see the logs of the missing, and whether they can reach that address\n"
+    )
+    assert lead.end(15) == (2, message)
 
 
 def test_different_numbers(start):
