@@ -97,6 +97,9 @@ def pretrain(
     # What does not fit is refused before anything is written or read.
     setup = set_up(config)
     config.reporting.check()
+    if profile and profile[0] > config.train.steps:
+        what = f"step {profile[0]} never comes: the run has {config.train.steps} steps"
+        raise MaxlmError(what, where="--profile", fix="name steps that it takes")
     use_compilation_cache(config)
     vocab_fits(config, planned_vocab(config, folder))
     with ExitStack() as stack:
@@ -140,6 +143,8 @@ def pretrain(
                 where=str(folder),
                 fix=f"set train.steps to {first} or more, or train in another run folder",
             )
+        if profile and profile[1] <= first:
+            say(f"no trace is taken: step {profile[1]}, the last to be traced, has been taken")
         plan = predict(
             config,
             Machine.here(setup.mesh.devices.ravel().tolist()),

@@ -57,15 +57,22 @@ class Watchdog:
     def expect(self, step: int, what: str = "step") -> None:
         """From now on, what is awaited: the next step, or what takes longer (``"evaluation"``,
         ``"save"``, ``"first step"``), and has the time of ``idle_seconds``."""
-        config, idle = self._config, self._config.idle_seconds
-        limit, median_words = idle, ""
-        if what == "step" and len(self._seconds) >= _LEAST:
-            typical = median(self._seconds)
-            limit = max(config.hang_seconds, config.hang_factor * typical)
-            median_words = f" ({typical:.3g} s is the median)"
+        limit, typical = self.limit(what), self._typical(what)
+        median_words = "" if typical is None else f" ({typical:.3g} s is the median)"
         with self._lock:
             self._step, self._began, self._limit = step, time.monotonic(), limit
             self._what = f"{what} {step}{median_words}"
+
+    def limit(self, what: str) -> float:
+        """Seconds that it may take: a step a multiple of the median of those before it, once there
+        are enough of them."""
+        typical = self._typical(what)
+        if typical is None:
+            return self._config.idle_seconds
+        return max(self._config.hang_seconds, self._config.hang_factor * typical)
+
+    def _typical(self, what: str) -> float | None:
+        return median(self._seconds) if what == "step" and len(self._seconds) >= _LEAST else None
 
     def restart(self) -> None:
         """What is awaited has come nearer, and has its time once more."""

@@ -64,4 +64,5 @@ def spoil_evaluation(fault: str) -> None:
 if __name__ == "__main__":
     fault, place, *arguments = sys.argv[1:]
     spoil_evaluation(fault) if place == "evaluation" else spoil_batches(fault, int(place))
-    sys.exit(main(arguments))
+    sys.argv[1:] = arguments
+    sys.exit(main())

@@ -2,8 +2,9 @@
 
 ACTION: ``once`` adds up over all processes and ends; ``late`` too, but process 0 stays for long;
 ``loop`` does so until it is stopped; ``fault`` is a loop in which process 1 finds a mistake of the
-user's; ``busy`` is one in Python, which lets no other thread run for long. FACT in the environment
-is compared before; which processes they are is read from it too.
+user's; ``busy`` is one in Python, which lets no other thread run for long; ``unstarted`` is a
+process where JAX does not start. FACT in the environment is compared before; which processes they
+are is read from it too.
 """
 
 import os
@@ -21,13 +22,18 @@ def main() -> int:
     cluster = find_cluster(os.environ)
     assert cluster
     peers = None
+    if action == "unstarted":
+        import jax
+
+        jax.distributed.initialize = does_not_start
     try:
         peers = join_cluster(cluster, wait_seconds=wait, peer_seconds=silent)
         peers.check({"fact": os.environ.get("FACT")}, wait_seconds=wait)
         add_up(action)
     except Exception as error:
-        code, text = 2, str(error)
-        if not isinstance(error, MaxlmError):
+        if isinstance(error, MaxlmError):
+            code, text = error.exit_code, str(error)
+        else:
             code, text = (LOST if lost_peer(error) else FAILED), repr(error)
         print(text, flush=True)
         if peers:
@@ -37,6 +43,10 @@ def main() -> int:
         time.sleep(600)
     peers.leave()
     return 0
+
+
+def does_not_start(*_: object, **__: object) -> None:
+    raise RuntimeError("DEADLINE_EXCEEDED:\n nobody came")
 
 
 def add_up(action: str) -> None:

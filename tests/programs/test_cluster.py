@@ -309,8 +309,8 @@ def test_a_missing_process(start):
         f"waited 3 s at 127.0.0.1:{port}: 2 of 4 processes came: 0 ({HERE}), 2 ({HERE}); "
         "missing: 1, 3; see the logs of the missing, and whether they can reach that address\n"
     )
-    assert lead.end(15) == (2, message)
-    assert other.end(15) == (2, message)
+    assert lead.end(15) == (76, message)
+    assert other.end(15) == (76, message)
 
 
 def test_an_id_twice(start):
@@ -346,7 +346,23 @@ def test_one_that_died_while_it_waited_is_missing(start):
         f"waited 4 s at 127.0.0.1:{port}: 1 of 3 processes came: 0 ({HERE}); missing: 1, 2; "
         "see the logs of the missing, and whether they can reach that address\n"
     )
-    assert lead.end(15) == (2, message)
+    assert lead.end(15) == (76, message)
+
+
+def test_jax_does_not_start(start):
+    """What it says is told in a line, and the others end."""
+    port = free_port()
+    workers = [start(port, 0, "once"), start(port, 1, "unstarted")]
+    (lead, heard), (own, said) = (worker.end(30) for worker in workers)
+    assert said == (
+        "JAX's distributed runtime did not start (DEADLINE_EXCEEDED: nobody came); "
+        "start the processes again\n"
+    )
+    assert own == 76
+    assert (lead, heard.splitlines()[-1]) == (
+        76,
+        f"error: process 1 ({HERE}) is gone; the state is that of the last checkpoint",
+    )
 
 
 def test_different_numbers(start):
@@ -370,7 +386,7 @@ def test_process_0_out_of_reach(start, host, problem):
     port = free_port()
     code, text = start(port, 1, "once", host=host, wait=2).end(15)
     start_of = f"process 1 on {HERE} cannot reach process 0 at {host}:{port}: {problem} (tried for "
-    assert (code, text[: len(start_of)]) == (2, start_of)
+    assert (code, text[: len(start_of)]) == (76, start_of)
 
 
 def test_the_port_of_another(start):

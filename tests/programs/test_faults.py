@@ -376,6 +376,32 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(jobs, full_disk):
     assert results == jobs.results("one")  # but for the evaluation at what was the end
 
 
+def test_a_disk_that_fills_up_ends_all_hosts_alike(jobs, full_disk):
+    disk, fill = full_disk
+    here = jobs.elsewhere(disk)
+    here.trained("pair", "train.steps=6", processes=2)
+    home = checkpoints(here, "pair")
+
+    def ended(processes, start):
+        """With the same code and line, of which one host says whose it is."""
+        for code, _, err in [process.ended() for process in processes]:
+            assert (code, [line for line in err if "Traceback" in line]) == (2, []), err
+            assert err[-1].startswith(f"error: {start}") or f"): {start}" in err[-1], err
+            assert FULL in err[-1]
+
+    fill(150_000)
+    start = f"{home}: a checkpoint was not written (RESOURCE_EXHAUSTED: "
+    ended(here.train("pair", processes=2), start)
+    fill(None)
+    slow = {0: ("slow", 0), 1: ("slow", 0)}
+    processes = here.train("pair", "checkpoint.every_steps=0", processes=2, faults=slow)
+    processes[0].until(lambda: here.events("pair", "resume")[1:] and here.step("pair") >= 8)
+    fill(0)
+    ended(processes, f"{disk}/pair/metrics.jsonl: cannot write: ")
+    fill(None)
+    assert f"resuming from step 6 in {home}" in here.trained("pair", processes=2)
+
+
 def test_a_fast_disk_that_fills_up_is_told_of_and_training_goes_on(jobs, full_disk):
     disk, fill = full_disk
     fill(200_000)
