@@ -17,8 +17,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # one each, XLA:CPU's default on few cores, steps that are started ahead may stop for good.
 os.environ["PJRT_NPROC"] = "16"
 
-# What is traced and compiled stays, in millions of objects. Looking through them after every 700 new
-# ones takes a fifth of the time of tests that compile.
+# What is traced and compiled stays, in millions of objects. Looking through them after every 700
+# new ones takes a fifth of the time of tests that compile.
 gc.set_threshold(200_000)
 
 # The same examples in every run, on every machine, however slow.

@@ -192,3 +192,46 @@ def test_the_process_exits_with_the_code():
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: maxlm: no such command 'trian'; did you mean 'train'?\n"
+
+
+COMPLAINTS = '''
+import sys
+from maxlm.cli import main
+
+SOURCE = """
+class Forever:
+    def __await__(self):
+        yield
+
+async def read():
+    try:
+        await Forever()
+    except BaseException:
+        raise ValueError("dropped in " + file)
+"""
+
+sys.argv = ["maxlm", "--version"]
+main.main()
+
+
+class Faulty:
+    def __del__(self):
+        raise ValueError("a fault of ours")
+
+
+Faulty()
+for file in ("orbax/reading.py", "ours.py"):
+    exec(compile(SOURCE, file, "exec"), scope := {"file": file})
+    reading = scope["read"]()
+    reading.send(None)
+    del reading, scope
+'''
+
+
+def test_what_a_failed_checkpoint_drops_is_not_told_and_all_else_is():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPLAINTS], capture_output=True, text=True, check=True
+    )
+    assert "a fault of ours" in done.stderr
+    assert "dropped in ours.py" in done.stderr
+    assert "dropped in orbax" not in done.stderr

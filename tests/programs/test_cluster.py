@@ -433,10 +433,10 @@ def test_a_killed_process_ends_the_others(start, victim):
     workers[victim].process.kill()
     killed = time.monotonic()
     for number in {0, 1, 2} - {victim}:
-        code, text = workers[number].end(10)
+        code, text = workers[number].end()
         last = f"error: process {victim} ({HERE}) is gone; the state is that of the last checkpoint"
         assert (code, last in text.splitlines()) == (76, True), text
-    assert time.monotonic() - killed < 5
+    assert time.monotonic() - killed < 10
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -449,7 +449,7 @@ def test_who_is_done_still_notices_that_another_is_killed(start, victim):
     with pytest.raises(subprocess.TimeoutExpired):  # it waits for the other
         workers[1].process.wait(1)
     workers[victim].process.kill()
-    assert workers[1 - victim].end(10)[0] == 76
+    assert workers[1 - victim].end()[0] == 76
 
 
 def test_a_busy_process_still_tells_that_process_0_is_gone(start):
@@ -459,7 +459,7 @@ def test_a_busy_process_still_tells_that_process_0_is_gone(start):
     for worker in workers:
         worker.wait_for("of 2: 3")
     workers[0].process.kill()
-    code, text = workers[1].end(10)
+    code, text = workers[1].end()
     assert code == 76, text
     assert text.splitlines()[-1].startswith(f"error: process 0 ({HERE}) is gone; ")
 
