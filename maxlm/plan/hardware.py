@@ -133,7 +133,7 @@ def chip_of(device: Any) -> Chip | None:
 @cache
 def measured_cpu(devices: int) -> Chip:
     """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
-    and SiLU reach now, how fast new memory is, and how much there is. Takes a second."""
+    and SiLU reach now, how fast new memory is, and how much there is. Takes 1.5 s."""
     device = jax.local_devices(backend="cpu")[0]
     square, large, mapped = (
         jax.device_put(jnp.ones((size, size), jnp.float32), device) for size in (1024, 4096, 4096)
@@ -165,25 +165,18 @@ def measured_cpu(devices: int) -> Chip:
     )
 
 
-def quickest_of(
-    runs: Sequence[Callable[[], None]], seconds: float, settled: float = 0.5
-) -> list[float]:
-    """The quickest time of each, in seconds. In turns, until none has become quicker (by 3%) for
-    ``settled`` seconds, which is longer than others' busy moments last: such a moment (0.3 s were
-    seen) would halve one figure and leave the rest. For ``seconds`` at most."""
+def quickest_of(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+    """The quickest time of each, in seconds. In turns, and for longer than others' busy moments
+    last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
     best = [inf] * len(runs)
     for run in runs:  # compile
         run()
-    now = improved = time.perf_counter()
-    end = now + seconds
-    while now < min(end, improved + settled):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
         for i, run in enumerate(runs):
             began = time.perf_counter()
             run()
-            now = time.perf_counter()
-            if now - began < 0.97 * best[i]:
-                improved = now
-            best[i] = min(best[i], now - began)
+            best[i] = min(best[i], time.perf_counter() - began)
     return best
 
 

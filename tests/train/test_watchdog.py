@@ -64,7 +64,7 @@ def test_a_step_has_a_multiple_of_the_median_and_what_is_not_a_step_longer(tmp_p
     assert {watchdog.limit(what) for what in ("first step", "save", "evaluation")} == {1.5}
     for _ in range(5):
         watchdog.lap(0.02)
-    assert watchdog.limit("step") == 0.3  # five medians, 0.25 s, are below the floor
+    assert watchdog.limit("step") == 0.3  # five medians of 0.02 s are below the floor
     for _ in range(100):
         watchdog.lap(1.0)
     assert watchdog.limit("step") == 5.0
