@@ -18,7 +18,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 os.environ["PJRT_NPROC"] = "16"
 
 # What is traced and compiled stays, in millions of objects. Looking through them after every 700
-# new ones takes a fifth of the time of tests that compile.
+# new ones takes a tenth of the time of tests that compile, and more.
 gc.set_threshold(200_000)
 
 # The same examples in every run, on every machine, however slow.
