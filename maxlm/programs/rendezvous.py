@@ -127,7 +127,8 @@ def _answer(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dic
                     continue
                 callers.append(line)
                 if call.process in calls or len(calls) + 1 == me.processes:
-                    _forget_gone(calls, lines)  # A new one comes for each, or came with this call.
+                    # Before one is said to be there twice, or all to be there.
+                    _forget_gone(calls, lines)
                 _check_call(call, calls)
                 calls[call.process], lines[call.process] = call, line
     except MaxlmError as error:

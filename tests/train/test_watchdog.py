@@ -73,9 +73,10 @@ def test_a_step_has_a_multiple_of_the_median_and_what_is_not_a_step_longer(tmp_p
 def test_what_comes_in_time_ends_nothing(tmp_path):
     watchdog, ends, _ = watch(tmp_path)
     with watchdog:
-        for step in range(3):
+        for step in range(6):
             watchdog.expect(step)
             time.sleep(0.3)
+        for _ in range(6):
             watchdog.restart()
             time.sleep(0.3)
         assert ends == []
