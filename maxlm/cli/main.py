@@ -128,7 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Imports make 150,000 objects that stay. Looking through them after every 700 new ones,
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
-        sys.unraisablehook = _unraisable
+        if not _wants_traceback():
+            from maxlm.cli.dropped import ignore_dropped
+
+            ignore_dropped()
     try:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:
@@ -150,16 +153,6 @@ def _import(name: str, target: str) -> Any:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name)(found)
     return get_command(single)
-
-
-def _unraisable(event: Any) -> None:
-    """Where one of many reads or writes of a checkpoint fails, Orbax drops the others. Python and
-    TensorStore would complain of each, for hundreds of lines; the failure itself is raised."""
-    code = getattr(event.object, "cr_code", None)  # a coroutine's
-    dropped = code is not None and "orbax" in code.co_filename
-    loop_closed = event.object is None and str(event.exc_value) == "Event loop is closed"
-    if not (dropped or loop_closed) or _wants_traceback():
-        sys.__unraisablehook__(event)
 
 
 def _explain(error: Exception) -> str | None:

@@ -1,6 +1,7 @@
 """Promise: the command line starts fast, and a mistake is one line on stderr with exit code 2."""
 
 import errno
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -195,7 +196,7 @@ def test_the_process_exits_with_the_code():
 
 
 COMPLAINTS = '''
-import sys
+import asyncio, sys
 from maxlm.cli import main
 
 SOURCE = """
@@ -207,7 +208,15 @@ async def read():
     try:
         await Forever()
     except BaseException:
-        raise ValueError("dropped in " + file)
+        raise ValueError("closed in " + file)
+
+async def fail():
+    raise ValueError("failed in " + file)
+
+async def never():
+    asyncio.ensure_future(fail())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
 """
 
 sys.argv = ["maxlm", "--version"]
@@ -219,19 +228,41 @@ class Faulty:
         raise ValueError("a fault of ours")
 
 
+async def async_serialize():
+    pass
+
+
+async def begin():
+    pass
+
+
 Faulty()
 for file in ("orbax/reading.py", "ours.py"):
-    exec(compile(SOURCE, file, "exec"), scope := {"file": file})
+    exec(compile(SOURCE, file, "exec"), scope := {"asyncio": asyncio, "file": file})
     reading = scope["read"]()
     reading.send(None)
+    asyncio.run(scope["never"]())
     del reading, scope
+async_serialize(), begin()
 '''
 
 
-def test_what_a_failed_checkpoint_drops_is_not_told_and_all_else_is():
+@pytest.mark.parametrize("traceback", ["0", "1"])
+def test_what_a_failed_checkpoint_drops_is_not_told_and_all_else_is(traceback):
     done = subprocess.run(
-        [sys.executable, "-c", COMPLAINTS], capture_output=True, text=True, check=True
+        [sys.executable, "-c", COMPLAINTS],
+        env={**os.environ, "MAXLM_TRACEBACK": traceback},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert "a fault of ours" in done.stderr
-    assert "dropped in ours.py" in done.stderr
-    assert "dropped in orbax" not in done.stderr
+    complaints = ["closed in orbax", "failed in orbax", "'async_serialize' was never awaited"]
+    for complaint in complaints:
+        assert (complaint in done.stderr) == (traceback == "1"), done.stderr
+    ours = [
+        "a fault of ours",
+        "closed in ours.py",
+        "failed in ours.py",
+        "'begin' was never awaited",
+    ]
+    assert [complaint for complaint in ours if complaint not in done.stderr] == []
