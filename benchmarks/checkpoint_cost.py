@@ -46,7 +46,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             settings = [setting.format(folder=temporary) for setting in KINDS[kind]]
             run = train(options.config, Path(temporary), options.pairs, settings)
-            print(f"{kind:14}{line(*measured(run))}", flush=True)
+            print(f"{kind:14}{summary(*measured(run))}", flush=True)
     return 0
 
 
@@ -70,7 +70,7 @@ def measured(run: Path) -> tuple[list[float], dict[int, float]]:
     return seconds, {save["step"]: save["seconds"] for save in saves if save["step"] < len(seconds)}
 
 
-def line(seconds: list[float], held: dict[int, float]) -> str:
+def summary(seconds: list[float], held: dict[int, float]) -> str:
     """Of all checkpoints but the first."""
     first, *later = sorted(held)
     without, with_one, ratios, longer = [], [], [], []

@@ -129,9 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
         if not _wants_traceback():
-            from maxlm.cli.dropped import ignore_dropped
+            from maxlm.cli.orbax_noise import silence_orbax
 
-            ignore_dropped()
+            silence_orbax()
     try:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:

@@ -19,7 +19,7 @@ from typing import Any
 _NAMES = ("orbax", "OCDBT")
 
 
-def ignore_dropped() -> None:
+def silence_orbax() -> None:
     """For the rest of the process; a complaint of anything else is told as before."""
     sys.unraisablehook = _unraisable
     logging.getLogger("asyncio").addFilter(_is_told)
