@@ -386,6 +386,47 @@ def test_files_of_processes_that_are_elsewhere_now_go_with_the_next_save(tmp_pat
         assert not own.parent.exists()
 
 
+class Late:
+    """A write whose result is there at the very moment in which a wait for it is given up."""
+
+    def __init__(self, future):
+        self._future, self._waits = future, 1
+
+    def done(self):
+        return self._waits == 0 and self._future.done()
+
+    def result(self, timeout=None):
+        value = self._future.result()  # raises the write's own error
+        if self._waits and timeout is not None:
+            self._waits -= 1
+            raise TimeoutError
+        return value
+
+
+class LateStore:
+    """A store that answers each of the named calls so."""
+
+    def __init__(self, store):
+        self._store = store
+
+    def __getattr__(self, name):
+        if name in ("write", "delete_range"):
+            return lambda *given: Late(getattr(self._store, name)(*given))
+        return getattr(self._store, name)
+
+
+def test_a_result_that_comes_as_a_wait_for_it_ends_is_taken(tmp_path, here, capfd):
+    config = CheckpointConfig(every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there"))
+    with Tiers(tmp_path / "run", "run", config) as tiers:
+        tiers._remote._store = LateStore(tiers._remote._store)
+        for step in (1, 2):
+            tiers.save(step, state_of(here, step), {})
+            tiers.wait()
+            assert tiers.uncopied is None
+    assert capfd.readouterr().err == ""
+    assert copies(tmp_path / "there" / "run") == ["2"]
+
+
 def test_what_is_being_copied_stays_until_it_is(tmp_path, here, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
     original = RemoteTier._copy

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +164,10 @@ class RemoteTier:
     def _done(self, future: Any) -> Any:
         """A future's result, unless it is waited for no longer."""
         while not self._stopping.is_set():
-            try:
+            if future.done():  # Asked before the wait: it may be so just after one was given up.
+                return future.result()
+            with suppress(TimeoutError):
                 return future.result(timeout=_PAUSE)
-            except TimeoutError:
-                if future.done():
-                    raise
         future.cancel()
         raise _Stopped
 
