@@ -155,7 +155,8 @@ def _call(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dict[
         line = Line(connection)
         line.send(vars(me))
         # It may have begun to wait only now.
-        if answer := line.receive(seconds + 2 * MOMENT):
+        answer = line.receive(seconds + 2 * MOMENT) or {}
+        if "hosts" in answer or "refused" in answer:
             return line, answer
         line.close()
         return None

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from tests.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 INSTALL = "apt-get install -y slurm-wlm munge"
 # Loopback addresses need no entry in /etc/hosts to be names that resolve.
@@ -102,19 +104,11 @@ def _describe(folder: Path) -> None:
             user=getpass.getuser(),
             folder=folder,
             nodes=NODES,
-            ports=_free_ports(1 + len(NODES)),
+            ports=[free_port() for _ in range(1 + len(NODES))],
         )
     )
     # Its control groups are not asked for, but it reads how it would use them.
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.train.records import read_records
+from tests.ports import free_port
 from tests.programs import tiny
 
 WORKER = Path(__file__).with_name("faults_worker.py")
@@ -82,10 +83,7 @@ class Jobs:
             faults: of a process by its number, (what, where): see ``faults_worker.py``.
         """
         arguments = ["train", self._config, f"name={name}", *self._settings, *settings]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        begun = []
+        port, begun = free_port(), []
         for number in range(processes):
             cluster = {
                 "MAXLM_COORDINATOR": f"127.0.0.1:{port}",

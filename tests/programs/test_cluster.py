@@ -1,6 +1,7 @@
 """Processes know their place, meet in a bounded time or say why not, and end when one is gone."""
 
 import http.server
+import itertools
 import json
 import signal
 import socket
@@ -20,6 +21,7 @@ from maxlm.config.errors import Lost
 from maxlm.programs import cluster
 from maxlm.programs.cluster import Cluster, find_cluster, first_host
 from maxlm.programs.peers import lost_peer
+from tests.ports import free_port
 from tests.programs import tiny
 
 WORKER = Path(__file__).with_name("peers_worker.py")
@@ -194,12 +196,6 @@ def test_a_metadata_server_that_does_not_answer_at_once_is_asked_again(metadata,
     assert metadata(503) is None
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class Worker:
     """A process of ``peers_worker.py``."""
 
@@ -254,6 +250,7 @@ def start(tmp_path) -> Iterator[Callable[..., Worker]]:
 @contextmanager
 def stranger(port: int) -> Iterator[None]:
     """Something else on the port, which hangs up with words of its own."""
+    words = itertools.cycle([b"HTTP/1.1 400 Bad Request\r\n\r\n", b'{"status": "ok"}\n'])
     with socket.create_server(("127.0.0.1", port)) as server:
 
         def answer() -> None:
@@ -263,7 +260,7 @@ def stranger(port: int) -> Iterator[None]:
                 except OSError:
                     return
                 with connection:
-                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    connection.sendall(next(words))
 
         threading.Thread(target=answer, daemon=True).start()
         yield

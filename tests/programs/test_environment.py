@@ -5,12 +5,12 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
 from importlib.metadata import version
 
 import jax
 
 from maxlm.programs.environment import environment, git_state
+from tests.ports import free_port
 from tests.programs import tiny
 
 
@@ -80,9 +80,7 @@ print(found["processes"], *found["hosts"], found["devices"]["count"])
 
 
 def test_all_hosts_are_named(tmp_path):
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(port), str(number)],

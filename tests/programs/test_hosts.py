@@ -1,6 +1,5 @@
 """Two processes of four devices train as one device does, with every axis across both."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.programs.setup import set_up
+from tests.ports import free_port
 from tests.programs import cells, tiny
 from tests.programs.test_parity import with_metrics
 
@@ -25,9 +25,7 @@ def test_two_processes_equal_one_device(tmp_path):
         for step, (metrics, after) in enumerate(cells.train(setup, state, packed=True)):
             known = with_metrics(cells.canonical(setup, after.params), metrics)
             np.savez(tmp_path / f"{model}-{step}.npz", **known)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, WORKER, str(tmp_path), str(port), str(number), *NAMES],

@@ -3,7 +3,6 @@ any other's checkpoint."""
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from itertools import chain
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from maxlm.train.records import read_records
+from tests.ports import free_port
 from tests.programs import tiny
 
 WORKER = Path(__file__).with_name("train_worker.py")
@@ -23,9 +23,7 @@ LAYOUTS = {"one": (1, 1, "fsdp: 1"), "eight": (8, 1, SPLIT), "two": (4, 2, SPLIT
 
 def start(folder: Path, config: str, layout: str, runs: list[str]) -> list[subprocess.Popen]:
     devices, processes, mesh = LAYOUTS[layout]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1] if processes > 1 else 0
+    port = free_port() if processes > 1 else 0
     return [
         subprocess.Popen(
             [sys.executable, WORKER, config, str(devices), str(port), str(process), mesh, *runs],

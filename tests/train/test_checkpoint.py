@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from maxlm.config import MaxlmError
 from maxlm.train.checkpoint import Checkpointer, check_same, named_leaves
 from maxlm.train.config import CheckpointConfig
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 METADATA = {"config": {"model": {"d_model": 6}}, "loader": 3}
@@ -114,9 +114,7 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
     one, eight, two = tmp_path / "one", tmp_path / "eight", tmp_path / "two"
     save(one, 12)
     finish(start(ON_EIGHT_DEVICES, one, eight))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     finish(*(start(ON_EIGHT_DEVICES, eight, two, port, process) for process in (0, 1)))
     want = make_state()
     for folder in (one, eight, two):

@@ -2,12 +2,10 @@
 
 import json
 import math
-import socket
 import struct
 import subprocess
 import sys
 import time
-from contextlib import closing
 from urllib.request import urlopen
 
 import pytest
@@ -17,6 +15,7 @@ from maxlm.train import reporting as reporting_module
 from maxlm.train.metrics import MetricsLog
 from maxlm.train.records import read_records
 from maxlm.train.reporting import ReportingConfig, WandbConfig
+from tests.ports import free_port
 
 # ------------------------------------------------------------------- TensorBoard
 
@@ -123,9 +122,7 @@ def test_a_disk_that_fills_up_ends_in_an_error_not_in_a_wait(tmp_path):
 
 @pytest.fixture
 def port():
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def scrape(port):

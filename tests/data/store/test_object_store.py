@@ -3,7 +3,6 @@ as much of the protocols of S3 and Google Cloud Storage as reading takes."""
 
 import json
 import pickle
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +17,7 @@ from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store.describe import describe, summary_table
 from maxlm.data.store.places import kvstore, to_place
+from tests.ports import free_port
 
 
 class Objects(BaseHTTPRequestHandler):
@@ -206,10 +206,7 @@ def test_a_tokenizer_with_folders_is_copied(root, local):
 
 def test_who_cannot_be_reached_is_given_up(monkeypatch):
     """Within seconds; data are read more patiently."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     retries = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
     monkeypatch.setattr("maxlm.data.store.places._FEW_RETRIES", retries)
     with pytest.raises(MaxlmError, match=r"check the URL, the network and the credentials$"):
