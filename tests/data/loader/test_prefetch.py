@@ -29,14 +29,20 @@ def wait_until(condition, seconds=60):
 def children(pid):
     """Any thread may have started a worker, and each lists its own children."""
     lists = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for path in lists for child in path.read_text().split()]
+    return [int(child) for path in lists for child in read_proc(path).split()]
+
+
+def read_proc(path):
+    """What stands in a file of /proc; nothing, if its thread or process has just ended."""
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    stat = read_proc(f"/proc/{pid}/stat")
+    return bool(stat) and stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def shared_memory(pid):
@@ -75,12 +81,9 @@ def test_an_early_close_ends_the_workers(memory_store):
 
 
 def worker_pids(pid):
-    """Child processes less Python's own resource tracker."""
-    return {
-        child
-        for child in children(pid)
-        if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()
-    }
+    """Child processes that live, less Python's own resource tracker."""
+    lines = {child: read_proc(f"/proc/{child}/cmdline") for child in children(pid)}
+    return {child for child, line in lines.items() if line and "resource_tracker" not in line}
 
 
 def test_a_short_run_starts_no_workers(memory_store, monkeypatch):
