@@ -110,8 +110,9 @@ class Attempt:
 
     def saving_local(self) -> bool:
         """Files are written in a hidden folder of their process's, until they are complete."""
-        unfinished = self._locals.glob(f"{self.name}-*/process-*/.*")
-        return any(listed(folder) for folder in unfinished)
+        runs = [run for run in listed(self._locals) if run.name.startswith(f"{self.name}-")]
+        folders = [path for run in runs for host in listed(run) for path in listed(host)]
+        return any(listed(path) for path in folders if path.name.startswith("."))
 
     def copying(self) -> bool:
         """The newest copy that was begun is not complete."""
@@ -167,7 +168,7 @@ def started(job: Job, name: str, layout: Layout) -> Iterator[Attempt]:
 
 
 def free_port() -> int:
-    """Below those that Linux gives to connections, where it would not stay free until it is used."""
+    """Not one that Linux gives to connections, which may come before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_240, 32_768)
         with socket.socket() as probe, suppress(OSError):
@@ -197,7 +198,10 @@ def living_group(stat: Path) -> int | None:
 
 def changed(path: Path) -> int:
     """When a file was, 0 if it is not there."""
-    return path.stat().st_mtime_ns if path.exists() else 0
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def listed(folder: Path) -> list[Path]:

@@ -6,7 +6,9 @@ Run it on the cluster: ray job submit --working-dir FOLDER -- python FILE
 how long Ray waits for that (3 seconds if it is not set).
 """
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -41,9 +43,12 @@ class Host:
     """The process of one node."""
 
     def address(self) -> str:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        while True:
+            # Above Ray's own and below those that connections get: it stays free until it is used.
+            port = random.randrange(20_000, 32_768)
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.bind(("", port))
+                return f"{ray.util.get_node_ip_address()}:{port}"
 
     def start(self, environment: dict[str, str]) -> None:
         # Ray kills it with this actor, whatever ends that.

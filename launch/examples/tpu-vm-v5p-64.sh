@@ -8,17 +8,18 @@ flock --nonblock 9 || { echo "maxlm-llama.sh runs here already" >&2; exit 2; }
 train() {
   exec /opt/maxlm/bin/maxlm train llama3_8b 'data.sources=[{store: gs://corpus/tokens}]' folder=/nfs/runs tokenizer.path=/nfs/tokenizer train.micro_batches=4
 }
-stopping=
-trap 'stopping=yes; kill -TERM "$pid"' TERM INT USR1
+stopping='' pid=''
+trap 'stopping=yes; [[ ! $pid ]] || kill -TERM "$pid"' TERM INT USR1
 for ((restart = 0; restart <= 100; restart++)); do
   train &
   pid=$!
+  [[ ! $stopping ]] || kill -TERM "$pid"
+  # A signal ends a wait, not what is waited for.
+  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; done
   wait "$pid"
   code=$?
-  if [[ $stopping ]]; then
-    wait "$pid"
-    exit $?
-  fi
+  pid=
+  [[ ! $stopping ]] || exit "$code"
   # 75: stopped in time, state saved. 76, or the code of a signal: a process hung or died.
   [[ $code -eq 75 || $code -eq 76 || $code -gt 128 ]] || exit "$code"
   sleep 10

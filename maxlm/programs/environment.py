@@ -65,7 +65,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
     if _git(root, "ls-files", "--error-unmatch", "maxlm/__init__.py") is None:
         return None
     commit, status = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
-    changes = _git(root, "diff", "HEAD")
+    changes = _git(root, "diff", "HEAD") if status else b""
     if commit is None or status is None or changes is None:
         return None
     return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
@@ -73,15 +73,14 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 def process_began() -> float:
     """Unix seconds when this process was started, imports and all; now, where nothing tells."""
-    now = time.time()
     try:
         # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks since the
         # machine was booted (proc(5)).
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError):
-        return now
-    return now - max(0.0, age)
+        age = 0.0
+    return time.time() - max(0.0, age)
 
 
 def _hosts() -> list[str]:
@@ -107,7 +106,10 @@ def _version(package: str) -> str | None:
 
 def _git(root: Path, *arguments: str) -> bytes | None:
     try:
-        done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, timeout=30)
+        # What was only touched is not noted in the index: its lock is for who works there.
+        quiet = ["--no-optional-locks", "-c", "diff.autoRefreshIndex=false"]
+        command = ["git", *quiet, "-C", root, *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

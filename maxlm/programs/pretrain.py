@@ -118,6 +118,11 @@ def pretrain(
             origin = find_origin(setup, tiers, folder, resume, stack, say)
             beginning = None if origin else find_beginning(setup, stack)
             corpus = _prepare_together(config, folder)
+        # Meanwhile another run may have gone on, and deleted its old checkpoints.
+        if origin and not origin.own:
+            origin = origin.renewed()
+        if beginning:
+            beginning.reload()
         watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
         watchdog.expect(0, "restore")
         metadata = _metadata(config, corpus, origin, beginning)
@@ -290,8 +295,10 @@ def _alone(folder: Path) -> Iterator[None]:
         except MaxlmError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
-            who = " ".join(note.read_text().split())
-            what = f"another run writes to this folder ({who or 'unknown'})"
+            who = "unknown"
+            with suppress(OSError):  # It ends just now.
+                who = " ".join(note.read_text().split()) or who
+            what = f"another run writes to this folder ({who})"
             fix = "wait for it to end, stop it, or give this one another name=..."
             raise MaxlmError(what, where=str(folder), fix=fix) from error
         with writing(note):

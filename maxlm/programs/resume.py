@@ -46,6 +46,12 @@ class Origin:
     def metadata(self) -> Mapping[str, Any]:
         return self.found[0].metadata
 
+    def renewed(self) -> "Origin":
+        """With what is there by now."""
+        self.tiers.keeper.reload()
+        found, skipped = self.tiers.found()
+        return replace(self, found=found or self.found, skipped=skipped)
+
 
 def find_origin(
     setup: Setup,

@@ -7,6 +7,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +22,16 @@ _LEAST = 5  # steps, before which a median says little
 # and are to write down what they do first.
 _LEEWAY, _MOST_LEEWAY = 0.1, 10.0  # seconds at most
 _PATIENCE = 20.0  # seconds for writing it down
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """What is awaited; one made anew is another."""
+
+    step: int
+    words: str
+    began: float
+    limit: float  # seconds
 
 
 class Watchdog:
@@ -46,8 +58,8 @@ class Watchdog:
         self.event, self._end = event, end
         self._seconds: deque[float] = deque(maxlen=_LOOKED_AT)
         self._done = threading.Event()
-        self._lock = threading.Lock()
-        self._step, self._began, self._limit, self._what = 0, time.monotonic(), float("inf"), ""
+        # The training thread replaces it, the watching thread reads it.
+        self._awaited = _Awaited(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def lap(self, seconds: float) -> None:
@@ -57,11 +69,10 @@ class Watchdog:
     def expect(self, step: int, what: str = "step") -> None:
         """From now on, what is awaited: the next step, or what takes longer (``"evaluation"``,
         ``"save"``, ``"first step"``), and has the time of ``idle_seconds``."""
-        limit, typical = self.limit(what), self._typical(what)
+        typical = self._typical(what)
         median_words = "" if typical is None else f" ({typical:.3g} s is the median)"
-        with self._lock:
-            self._step, self._began, self._limit = step, time.monotonic(), limit
-            self._what = f"{what} {step}{median_words}"
+        words = f"{what} {step}{median_words}"
+        self._awaited = _Awaited(step, words, time.monotonic(), self.limit(what))
 
     def limit(self, what: str) -> float:
         """Seconds that it may take: a step a multiple of the median of those before it, once there
@@ -76,13 +87,11 @@ class Watchdog:
 
     def restart(self) -> None:
         """What is awaited has come nearer, and has its time once more."""
-        with self._lock:
-            self._began = time.monotonic()
+        self._awaited = replace(self._awaited, began=time.monotonic())
 
     def rest(self) -> None:
         """Nothing is awaited."""
-        with self._lock:
-            self._limit = float("inf")
+        self._awaited = replace(self._awaited, limit=float("inf"))
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -94,30 +103,43 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            with self._lock:
-                left = self._began + self._limit - time.monotonic()
-                step, what, limit = self._step, self._what, self._limit
-                seconds = time.monotonic() - self._began
-            if left <= 0:
-                break
-            if self._done.wait(min(left, 1.0)):
+            awaited = self._awaited
+            seconds = time.monotonic() - awaited.began
+            if seconds >= awaited.limit:
+                if self._hangs(awaited, seconds):
+                    return
+            elif self._done.wait(min(awaited.limit - seconds, 1.0)):
                 return
-        leeway = min(_LEEWAY * limit, _MOST_LEEWAY)
-        # Whatever becomes of the telling: the disk that it is written to may be what hangs.
-        timer = threading.Timer(leeway + _PATIENCE, self._end, [LOST])
-        timer.daemon = True
-        timer.start()
-        try:
-            self._tell(step, what, seconds)
-        finally:
-            over = self._done.wait(leeway)
-            timer.cancel()
-            if not over:
+
+    def _hangs(self, awaited: _Awaited, seconds: float) -> bool:
+        """Tell of it, and end the process unless it comes after all; False if it has."""
+
+        def end() -> None:
+            if self._awaited is awaited:
                 self._end(LOST)
 
-    def _tell(self, step: int, what: str, seconds: float) -> None:
+        leeway = min(_LEEWAY * awaited.limit, _MOST_LEEWAY)
+        # Whatever becomes of the telling: the disk that it is written to may be what hangs.
+        timer = threading.Timer(leeway + _PATIENCE, end)
+        timer.daemon = True
+        timer.start()
+        with suppress(Exception):
+            self._tell(awaited, seconds)
+        over = self._done.wait(leeway)
+        timer.cancel()
+        if over:
+            return True
+        end()
+        if self._awaited is awaited:
+            return True
+        words = f"{self.folder}: process {self._process}: {awaited.words} has come after all"
+        print(f"{words}, training goes on", file=sys.stderr, flush=True)
+        return False
+
+    def _tell(self, awaited: _Awaited, seconds: float) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        path = self.folder / "hangs" / f"process-{self._process}-step-{step}.txt"
+        name = f"process-{self._process}-step-{awaited.step}.txt"
+        path = self.folder / "hangs" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -126,9 +148,9 @@ class Watchdog:
         except OSError as error:
             there = f"{path} cannot be written: {error.strerror}"
         print(
-            f"error: {self.folder}: process {self._process} hangs: {what} has taken "
+            f"error: {self.folder}: process {self._process} hangs: {awaited.words} has taken "
             f"{seconds:.3g} s; {there}; run the same command to go on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        self.event("hang", step, process=self._process, seconds=seconds)
+        self.event("hang", awaited.step, process=self._process, seconds=seconds)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.programs import tiny
 
-STEPS, EVERY = 30, 20
+STEPS, EVERY = 220, 200  # seconds pass until a job is told
 
 
 def scontrol(scheduler: Mapping[str, str], job: str) -> dict[str, str]:
@@ -80,7 +80,7 @@ class Job:
 @pytest.mark.timeout(600)
 def test_a_preempted_job_ends_like_an_unbroken_one(scheduler, tmp_path):
     compare = runpy.run_path(str(tiny.ROOT / "benchmarks" / "same_run.py"))["compare"]
-    train = {"steps": STEPS, "ema_decay": 0.9, "eval_every": 8, "eval_batches": 1}
+    train = {"steps": STEPS, "ema_decay": 0.9, "eval_every": 80, "eval_batches": 1}
     checkpoint = {"every_steps": EVERY}
     text = tiny.write_text(tmp_path / "text", documents=40)
     config = Path(tiny.write_config(tmp_path, text, train=train, checkpoint=checkpoint))

@@ -12,10 +12,10 @@ import pytest
 ray = pytest.importorskip("ray")
 
 STAND_IN = """#!/bin/bash
-start=$(grep -c "^start $MAXLM_PROCESS_ID " "$LOG")
-echo "start $MAXLM_PROCESS_ID of $MAXLM_NUM_PROCESSES at $MAXLM_COORDINATOR" >> "$LOG"
-echo $$ >> "$LOG.pids"
 trap 'echo "saved $MAXLM_PROCESS_ID" >> "$LOG"; exit 75' TERM USR1
+start=$(grep -c "^start $MAXLM_PROCESS_ID " "$LOG")
+echo $$ >> "$LOG.pids"
+echo "start $MAXLM_PROCESS_ID of $MAXLM_NUM_PROCESSES at $MAXLM_COORDINATOR" >> "$LOG"
 read -ra codes <<< "$CODES"
 code=${codes[start * MAXLM_NUM_PROCESSES + MAXLM_PROCESS_ID]}
 if [[ $code == sleep ]]; then for ((i = 0; i < 600; i++)); do sleep 0.1; done; fi

@@ -90,6 +90,13 @@ def test_a_name_is_no_line_of_its_own(rendered):
     assert not [line for line in script.splitlines() if line.startswith("curl")]
 
 
+def until_started(log, count):
+    deadline = time.monotonic() + 20
+    while log.read_text().count("start") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def tpu_worker(rendered, program, codes, **options):
     program("sleep", '#!/bin/bash\n[[ $1 == 10 ]] && exec /bin/sleep 0.3\nexec /bin/sleep "$1"\n')
     script = rendered("tpu-vm", "v5p-64", maxlm=str(program("maxlm", STAND_IN)), **options)
@@ -116,13 +123,34 @@ def test_tpu_worker_stops_when_told(program, rendered, tmp_path):
     command, codes = tpu_worker(rendered, program, "76 sleep 0")
     log = tmp_path / "log"
     process = subprocess.Popen(command, env=environment(tmp_path, **codes))
-    deadline = time.monotonic() + 20
-    while log.read_text().count("start") < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until_started(log, 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 75
     assert re.fullmatch(r"start .*\nstart .*\nsaved\n", log.read_text())
+
+
+def test_tpu_worker_told_again_still_waits_until_the_state_is_saved(program, rendered, tmp_path):
+    command, codes = tpu_worker(rendered, program, "sleep 0")
+    log = tmp_path / "log"
+    process = subprocess.Popen(command, env=environment(tmp_path, **codes))
+    until_started(log, 1)
+    for _ in range(4):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.wait(timeout=60) == 75
+    assert re.fullmatch(r"start .*\nsaved\n", log.read_text())
+
+
+def test_tpu_worker_told_before_it_knows_its_process(program, rendered, tmp_path):
+    (shell, option, script), codes = tpu_worker(rendered, program, "sleep 0")
+    assert script.count("  pid=$!\n") == 1
+    slow = script.replace("  pid=$!\n", "  /bin/sleep 1\n  pid=$!\n")
+    log = tmp_path / "log"
+    process = subprocess.Popen([shell, option, slow], env=environment(tmp_path, **codes))
+    until_started(log, 1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 75
+    assert re.fullmatch(r"start .*\nsaved\n", log.read_text())
 
 
 def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
@@ -131,10 +159,7 @@ def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
     log = tmp_path / "log"
     env = environment(tmp_path, **codes)
     first = subprocess.Popen(command, env=env, start_new_session=True)
-    deadline = time.monotonic() + 20
-    while "start" not in log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until_started(log, 1)
     first.kill()
     first.wait()
     second = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -142,6 +167,7 @@ def test_a_worker_runs_one_at_a_time(program, rendered, tmp_path):
     assert second.stderr == "maxlm-llama2-7b.sh runs here already\n"
     assert log.read_text().count("start") == 1
     os.killpg(first.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
     while (third := subprocess.run(command, env=env, capture_output=True)).returncode == 2:
         assert time.monotonic() < deadline
         time.sleep(0.05)

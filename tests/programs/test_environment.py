@@ -1,6 +1,7 @@
 """What a run was trained with: beside what git, pip and the operating system say."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def test_the_state_of_a_checkout(tmp_path, monkeypatch):
     assert git_state(tmp_path) == {"commit": commit, "dirty": False, "diff_bytes": 0}
     (tmp_path / "untracked").write_text("")
     assert git_state(tmp_path) == {"commit": commit, "dirty": True, "diff_bytes": 0}
+    # Nothing is written: git would note that a file is what it was, and lock its index for it.
+    os.utime(module, (1, 1))
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert git_state(tmp_path)["diff_bytes"] == 0
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     module.write_text("two\n")
     size = len(git(tmp_path, "diff", "HEAD"))
     assert size > 50

@@ -151,9 +151,10 @@ def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(
         processes[victim].send(signal.SIGKILL)
         began = time.monotonic()
         code, said, err = processes[1 - victim].ended()
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30  # what JAX takes to notice is more
         state = "the state is that of the last checkpoint"
-        assert (code, err[-1]) == (76, f"error: process {victim} ({HERE}) is gone; {state}")
+        # JAX's own words may come behind it.
+        assert (code, f"error: process {victim} ({HERE}) is gone; {state}" in err) == (76, True)
         return [line for line in said if "skipped" in line or "resuming" in line]
 
     killed(0, 8)
@@ -289,7 +290,7 @@ def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_
     assert [(code, err[-1]) for code, _, err in ended] == [(75, f"error: {run}: {words}")] * 2
 
     # One hangs: both say where they are, also the one that finds it later.
-    hasty = ["faults.hang_seconds=8", "faults.hang_factor=2"]
+    hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
     faults = {0: ("hang", 18), 1: ("slow", 0)}
     ended = [process.ended() for process in jobs.train("pair", *hasty, processes=2, faults=faults)]
     for number, (code, _, err) in enumerate(ended):
@@ -300,7 +301,7 @@ def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_
         start, _, rest = line.partition(" s is the median) has taken ")
         assert start.startswith(f"error: {run}: process {number} hangs: step {step} (")
         seconds, _, rest = rest.partition(" s; ")
-        assert 8 <= float(seconds) < 11
+        assert 16 <= float(seconds) < 60  # not idle_seconds
         assert rest == (
             f"what its threads were doing is in {path}; run the same command to go on from the "
             "last checkpoint"

@@ -4,15 +4,17 @@ once it has begun."""
 import pytest
 
 from maxlm.config import MaxlmError, load
+from maxlm.programs import pretrain as program
 from maxlm.programs.load import load_run
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 from tests.programs import tiny
 
 
-def train(folder, text, *overrides, **top) -> None:
-    path = tiny.write_config(folder, text, **top)
-    pretrain(load(RunConfig, path, overrides).value, say=lambda _: None)
+def train(folder, text, *overrides, resume=None, **top) -> list[str]:
+    path, said = tiny.write_config(folder, text, **top), []
+    pretrain(load(RunConfig, path, overrides).value, resume=resume, say=said.append)
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +37,32 @@ def test_what_it_started_from_may_go_once_it_has_begun(tmp_path, text):
     (tmp_path / "first").rename(tmp_path / "gone")
     train(tmp_path / "second", text, train=start | {"steps": 2})
     assert load_run(tmp_path / "second/tiny").step == 2
+
+
+@pytest.mark.parametrize("how", ["start_from", "resume"])
+def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text, monkeypatch, how):
+    """It deletes its old checkpoints, while this one prepares its text."""
+    kept = {"checkpoint": {"every_steps": 1, "keep_last": 1}}
+    first = tmp_path / "first" / "tiny"
+    train(tmp_path / "first", text, train={"steps": 1}, **kept)
+    prepare = program._prepare_together
+
+    def slowly(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "_prepare_together", prepare)
+            train(tmp_path / "first", text, train={"steps": 3}, **kept)
+        assert not (first / "checkpoints" / "1").exists()
+        return prepare(*arguments)
+
+    monkeypatch.setattr(program, "_prepare_together", slowly)
+    steps, resume = {"steps": 4}, None
+    if how == "start_from":
+        steps |= {"start_from": str(first)}
+    else:
+        resume = first
+    said = train(tmp_path / "second", text, train=steps, resume=resume, **kept)
+    assert said[0] == (
+        f"starting from the parameters in {first}"
+        if how == "start_from"
+        else f"resuming from step 3 in {first / 'checkpoints'}"
+    )

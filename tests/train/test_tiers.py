@@ -307,6 +307,25 @@ def test_a_copy_that_fails_is_told_of_and_made_up_for(tmp_path, here, capfd):
     assert newest(tmp_path / "run", here, **config) == ((1, "remote"), [])
 
 
+def test_an_older_copy_that_cannot_be_deleted_makes_the_new_one_none_the_less(
+    tmp_path, here, monkeypatch, capfd
+):
+    def refused(*_):
+        raise MaxlmError("cannot be reached (PERMISSION_DENIED)", where="there", fix="ask")
+
+    place = tmp_path / "elsewhere"
+    config = {"every_steps": 1, "keep_last": 1, "remote_folder": str(place)}
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteTier, "forget", refused)
+        write(tmp_path / "run", here, 1, 2, **config)
+    assert capfd.readouterr().err == (
+        "older copies were not deleted: there: cannot be reached (PERMISSION_DENIED); ask\n"
+    )
+    assert copies(place / "run") == ["1", "2"]
+    write(tmp_path / "run", here, 3, **config)
+    assert copies(place / "run") == ["3"]
+
+
 def test_copies_of_another_run_of_the_name_are_refused(tmp_path, here):
     place = tmp_path / "there" / "run"
     config = {"every_steps": 10, "remote_folder": str(tmp_path / "there")}
@@ -335,7 +354,8 @@ for number in range(3000):
 config = CheckpointConfig(remote_folder=str(folder / "there"))
 with Tiers(folder / "run", "run", config) as tiers:
     tiers._remote.copy(folder / "1")
-    time.sleep(0.2)
+    while not list((folder / "there").glob("*/1/*")):
+        time.sleep(0.001)
     assert tiers._remote.busy
     sys.exit(75)
 """

@@ -1,6 +1,8 @@
 """A process that hangs says where, and ends; one that does not is left alone."""
 
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,19 +72,49 @@ def test_a_step_has_a_multiple_of_the_median_and_what_is_not_a_step_longer(tmp_p
     assert watchdog.limit("step") == 5.0
 
 
-def test_what_comes_in_time_ends_nothing(tmp_path):
+def test_what_comes_in_time_ends_nothing(tmp_path, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("maxlm.train.watchdog.time", clock)
     watchdog, ends, _ = watch(tmp_path)
     with watchdog:
         for step in range(6):
             watchdog.expect(step)
-            time.sleep(0.3)
+            time.sleep(0.15)  # the thread looks again when 0.1 s are left
+            now[0] += 1.4
         for _ in range(6):
             watchdog.restart()
-            time.sleep(0.3)
+            time.sleep(0.15)
+            now[0] += 1.4
         assert ends == []
         watchdog.rest()
-        time.sleep(1.7)
+        now[0] += 100.0
+        time.sleep(1.2)
     assert ends == []
+
+
+def test_what_comes_before_the_process_is_ended_spares_it(tmp_path, capfd):
+    watchdog, ends, _ = watch(tmp_path, QUICK.model_copy(update={"idle_seconds": 0.3}))
+    steps, last = [], threading.Event()
+
+    def event(kind, step, **_):
+        steps.append(step)
+        if step < 5:
+            watchdog.expect(step + 1, "save")
+        else:
+            watchdog.rest()
+            last.set()
+
+    watchdog.event = event
+    with watchdog:
+        watchdog.expect(3, "save")
+        assert last.wait(60)
+    assert (steps, ends) == ([3, 4, 5], [])
+    err = capfd.readouterr().err.splitlines()
+    assert [line for line in err if "after all" in line] == [
+        f"{tmp_path}: process 1: save {step} has come after all, training goes on"
+        for step in (3, 4)
+    ]
 
 
 def test_where_no_file_can_be_written_it_says_so(tmp_path, capfd):

@@ -6,7 +6,6 @@ steps to the workers in turn and collects them in turn.
 
 import gc
 import os
-import signal
 import sys
 import threading
 import weakref
@@ -20,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from maxlm.data.loader.batches import Batch
+from maxlm.data.work.notices import leave_to_parent, start_tracker
 
 # Steps made by threads of this process while the workers start, which takes them seconds.
 WARM_UP_STEPS = 8
@@ -154,6 +154,7 @@ def _in_processes(
     # Grain reads absl flags, which absl refuses before a command line was parsed; ours never is.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
+    start_tracker()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
     dataset = _dataset(make, start, stop, prefetch).mp_prefetch(options, _start_worker)
     return dataset.__iter__()
@@ -169,10 +170,7 @@ def _dataset(
 def _start_worker(worker: int, workers: int) -> None:
     """Runs in each worker before its first batch."""
     del worker, workers
-    # Ctrl-C and a scheduler's notice go to the whole process group; it is the trainer's to end
-    # its workers, after it has saved.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    leave_to_parent()
     if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
         jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
     # Grain's workers wait for ever on a parent that was killed.

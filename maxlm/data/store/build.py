@@ -92,8 +92,8 @@ def build_store(
         if join:
             _share_parts(plan, building, out, force, pool, progress)
         with locked_folder(building, wait=join):
-            # Meanwhile another builder may have finished it.
-            if join and (existing := check_replaceable(out, plan.manifest, force)):
+            # Meanwhile another builder may have finished it, or another store.
+            if existing := check_replaceable(out, plan.manifest, force):
                 shutil.rmtree(building, ignore_errors=True)
                 return existing
             manifest = _write_segment(plan, building, 0, pool, progress)

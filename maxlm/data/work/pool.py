@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
+from maxlm.data.work.notices import leave_to_parent, start_tracker
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -85,6 +85,7 @@ class WorkerPool:
                 self._stop()
 
     def _start(self, count: int) -> None:
+        start_tracker()
         context = multiprocessing.get_context("spawn")
         while len(self._processes) < count:
             ours, theirs = context.Pipe()
@@ -98,7 +99,7 @@ class WorkerPool:
         # Without their clearing up, which takes half a second: what is done is done.
         for connection, process in self._processes.items():
             connection.close()
-            process.terminate()
+            process.kill()
         for process in self._processes.values():
             process.join()
         self._processes = {}
@@ -115,7 +116,7 @@ def _serve(connection: Connection) -> None:
     from maxlm.data.tokenizer import use_one_thread
 
     use_one_thread()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    leave_to_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     function: Any = None
     while True:

@@ -141,17 +141,24 @@ class RemoteTier:
                     self._thread = None
                     return
                 folder = self._now
+            # Whatever goes wrong, training goes on.
             try:
-                if self._complete(folder):
-                    self._copy(folder)
-                    self.failure = None
-                    self._prune()
+                if not self._complete(folder):
+                    continue
+                self._copy(folder)
             except _Stopped:
                 continue
-            except Exception as error:  # Whatever it is, training goes on.
+            except Exception as error:
                 self.failure = first_line(error)
-                words = f"checkpoint {folder.name} was not copied to {self.place}: {self.failure}"
-                print(words, file=sys.stderr, flush=True)
+                _tell(f"checkpoint {folder.name} was not copied to {self.place}: {self.failure}")
+                continue
+            self.failure = None
+            try:
+                self._prune()
+            except _Stopped:
+                continue
+            except Exception as error:
+                _tell(f"older copies were not deleted: {first_line(error)}")
 
     def _complete(self, folder: Path) -> bool:
         """Wait until a checkpoint has its name; False: another has come in its place."""
@@ -235,3 +242,7 @@ class RemoteTier:
             fix = remedy(self.place, "name a folder that can be written")
             what = f"cannot be reached ({first_line(error)})"
             raise MaxlmError(what, where=str(self.place), fix=fix) from error
+
+
+def _tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)

@@ -189,7 +189,8 @@ def test_a_text_larger_than_memory_gives_the_same_file(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    estimate(tmp_path, zipf(500), order=3)  # Compiled before it is measured.
+    text = zipf(4_000, words=500)
+    estimate(tmp_path, text, order=3, memory_bytes=1 << 20)  # Compiled before it is measured.
     peaks = []
     for sentences in (4_000, 16_000):
         tracemalloc.start()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -171,6 +172,26 @@ def test_what_is_no_store_is_never_replaced(tmp_path, corpus, byte_tokenizer):
             f"{out}: this exists and is not a token store; choose another folder or remove it"
         )
     assert (out / "chapter1.tex").read_text() == "precious"
+
+
+def test_a_store_that_another_built_meanwhile_is_not_replaced(
+    tmp_path, corpus, byte_tokenizer, folder_bytes, monkeypatch
+):
+    out, locked = tmp_path / "store", build_module.locked_folder
+
+    @contextmanager
+    def late(folder, **settings):
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "locked_folder", locked)
+            build_store(corpus, byte_tokenizer(1), out, workers=1)
+        with locked(folder, **settings):
+            yield
+
+    monkeypatch.setattr(build_module, "locked_folder", late)
+    with pytest.raises(MaxlmError, match="the store here was built from other inputs"):
+        build_store(corpus, byte_tokenizer(), out, workers=1)
+    build_store(corpus, byte_tokenizer(1), tmp_path / "other", workers=1)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "other")
 
 
 def test_damaged_store_can_be_forced(tmp_path, corpus, byte_tokenizer):

@@ -29,7 +29,7 @@ SCRIPT = textwrap.dedent(
     real = parts.make_part
     def make_part(job):
         part = real(job)
-        time.sleep(0.02)
+        time.sleep(0.05)
         print(job.index, flush=True)
         return part
     parts.make_part = make_part

@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,6 +83,36 @@ def test_a_dead_worker_is_an_error():
         "a worker process died, most likely for want of memory; run it again with fewer workers; "
         "a script of your own must start under if __name__ == '__main__'"
     )
+
+
+def test_notices_are_left_to_the_parent():
+    script = (
+        "import os, signal, sys\n"
+        "from maxlm.data.work.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+        "        signal.signal(number, lambda *_: print('told', flush=True))\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*pool.map(abs, [1, 2]), flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "        print(*pool.map(abs, [3, 4]), flush=True)\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*pool.map(abs, [5, 6]), flush=True)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert sorted(parent.stdout.readline().split()) == ["1", "2"]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.killpg(parent.pid, number)
+        assert parent.stdout.readline() == "told\n"
+    out, err = parent.communicate("go on\n", timeout=100)
+    assert (sorted(out.split()), err, parent.returncode) == (["3", "4", "5", "6"], "", 0)
 
 
 def test_workers_end_when_their_parent_is_killed():
