@@ -7,6 +7,7 @@ Processor time, because a limit on wall time would depend on what else the machi
 """
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -66,16 +67,23 @@ class Extractor:
             try:
                 connection.send((pages[len(found) :], *way))
                 while len(found) < len(pages):
-                    # The kernel should have ended it long ago, unless it sleeps.
-                    if not connection.poll(60 + 20 * self._seconds):
+                    late = not self._answers(connection)
+                    if late:  # The kernel should have ended it long ago, unless it sleeps.
                         process.kill()
                     found.append(connection.recv())
+                    if late:  # It had answered just then: another reads the rest.
+                        self.close()
+                        break
             except (EOFError, OSError):
                 # It answers page by page: the next one was its end.
                 stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
                 found.append(Page("timeout" if stopped else "broken"))
                 self.close()
         return found
+
+    def _answers(self, connection: Connection) -> bool:
+        """Whether it does, in time of which a suspension of both (Ctrl-Z) costs a second only."""
+        return any(connection.poll(1) for _ in range(math.ceil(60 + 20 * self._seconds)))
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()

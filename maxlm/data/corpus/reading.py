@@ -20,7 +20,7 @@ from maxlm.data.corpus.config import CrawlSource
 from maxlm.data.corpus.crawl import RawDocument, read_warc
 from maxlm.data.corpus.files import SourceFile, find_files
 from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
-from maxlm.data.corpus.slices import FileSlice, open_parquet, scan_file, whole
+from maxlm.data.corpus.slices import FileSlice, check_unchanged, open_parquet, scan_file, whole
 from maxlm.data.corpus.streams import DamagedFile, open_stream
 
 # What is in memory at once, and so in a row group.
@@ -41,6 +41,8 @@ class ReadJob:
     shard: Shard
     source: CrawlSource
     slices: tuple[FileSlice, ...]
+    mtimes_ns: tuple[int, ...]
+    """Of their files."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
     jobs = []
     num_binary = 0
     for source in sources:
-        slices: list[FileSlice] = []
+        slices: list[tuple[FileSlice, int]] = []
         size = 0
         listing = find_files(source)
         num_binary += listing.num_binary
@@ -71,8 +73,9 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
             if file.format == "corpus":
                 fix = "name the files it was made of, or use it in a mixture"
                 raise MaxlmError("this is a corpus already", where=file.name, fix=fix)
-            for each in _slices(file, shard_bytes):
-                slices.append(each)
+            mtime, parts = _slices(file, shard_bytes)
+            for each in parts:
+                slices.append((each, mtime))
                 size += each.size
                 if size >= shard_bytes:
                     jobs.append(_job(folder, source, slices))
@@ -82,26 +85,33 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
     return Planned(jobs, num_binary)
 
 
-def _slices(file: SourceFile, shard_bytes: int) -> tuple[FileSlice, ...]:
+def _slices(file: SourceFile, shard_bytes: int) -> tuple[int, tuple[FileSlice, ...]]:
+    """When a file was changed last, and its slices."""
+    mtime = file.path.stat().st_mtime_ns
     try:
-        return scan_file(file, shard_bytes, digest=False).slices
+        scan = scan_file(file, shard_bytes, digest=False)
     except DamagedFile:
-        return (whole(file),)  # Damaged, which the reader will count.
+        return mtime, (whole(file),)  # Damaged, which the reader will count.
+    return scan.mtime_ns, scan.slices
 
 
-def _job(folder: Path, source: CrawlSource, slices: Sequence[FileSlice]) -> ReadJob:
+def _job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice, int]]) -> ReadJob:
+    slices, mtimes = zip(*dated, strict=True)
     parts: list[Any] = [source.model_dump(exclude={"documents"})]
-    for each in slices:
-        state = each.file.path.stat()
+    for each, mtime in dated:
         # By its path: two names that are not Unicode may have become one.
         path = str(each.file.path)
-        parts.append([path, state.st_size, state.st_mtime_ns, each.start, each.stop])
+        parts.append([path, each.file.size, mtime, each.start, each.stop])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return ReadJob(Shard(folder, f"{source.name}-{digest[:16]}"), source, tuple(slices))
+    return ReadJob(Shard(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
 
 
 def read_shard(job: ReadJob) -> None:
-    """Write a shard's documents."""
+    """Write a shard's documents.
+
+    Raises:
+        MaxlmError: a source file changed since the shards were planned.
+    """
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows: list[dict[str, bytes | None]] = []
         size = 0
@@ -113,6 +123,8 @@ def read_shard(job: ReadJob) -> None:
                 rows, size = [], 0
         if rows:
             writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+        for part, mtime in zip(job.slices, job.mtimes_ns, strict=True):
+            check_unchanged(part.file, mtime, "corpus")
 
 
 def _rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:

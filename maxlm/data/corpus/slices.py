@@ -44,6 +44,17 @@ def whole(file: SourceFile) -> FileSlice:
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
 
+def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
+    """
+    Raises:
+        MaxlmError: a file is no longer what it was when it was listed and scanned.
+    """
+    state = file.path.stat() if file.path.exists() else None
+    if state is None or (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
+        what = f"the file changed while the {making} was being built"
+        raise MaxlmError(what, where=str(file.path), fix="run the build again")
+
+
 def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Scan:
     """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
 

@@ -19,7 +19,7 @@ import numpy as np
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.corpus.documents import read_slice
-from maxlm.data.corpus.slices import FileSlice
+from maxlm.data.corpus.slices import FileSlice, check_unchanged
 from maxlm.data.corpus.split import is_heldout
 from maxlm.data.store.manifest import Manifest, Split
 from maxlm.data.work.paths import writing
@@ -173,11 +173,7 @@ def _texts(job: PartJob, counts: dict[int, Counts]) -> Iterator[bytes]:
                 documents += 1
                 text_bytes += len(document.text)
                 yield document.text
-        file = each.slice.file
-        state = file.path.stat()
-        if (state.st_size, state.st_mtime_ns) != (file.size, each.mtime_ns):
-            what = "the file changed while the store was being built"
-            raise MaxlmError(what, where=str(file.path), fix="run the build again")
+        check_unchanged(each.slice.file, each.mtime_ns, "store")
         new = Counts(documents, text_bytes, left_out)
         counts[each.source] = counts.get(each.source, Counts()) + new
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 import pyarrow as pa
@@ -204,8 +205,58 @@ def test_no_page_pays_for_the_imports():
     assert [page.mode for page in extractor.read([(PAGE.encode(), None)])] == ["trafilatura"]
 
 
+class Slow:
+    """A connection on which nothing comes in `times` waits for it."""
+
+    def __init__(self, connection, times):
+        self._connection, self._times = connection, times
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def poll(self, seconds):
+        assert self._connection.poll(100)
+        self._times -= 1
+        return self._times < 0
+
+
+def slow(monkeypatch, times):
+    """Let each new child process be slow once."""
+    start = Extractor._start
+
+    def started(self):
+        process, connection = start(self)
+        self._child = process, Slow(connection, times)
+        return self._child
+
+    monkeypatch.setattr(Extractor, "_start", started)
+
+
+def test_an_answer_that_comes_as_its_time_ends_is_taken(monkeypatch):
+    slow(monkeypatch, times=80)
+    extractor = Extractor(quality=False, markdown=False, seconds=1)
+    large = "<p>text</p>" * 1_000_000  # is under way when the first one's time ends
+    pages = extractor.read([(text.encode(), None) for text in (PAGE, large, PAGE)])
+    assert [page.status for page in pages] == ["ok"] * 3
+
+
+def test_a_suspension_is_no_timeout(monkeypatch):
+    """What waits longer than asked for, once, may have been asleep as well."""
+    slow(monkeypatch, times=1)
+    extractor = Extractor(quality=False, markdown=False, seconds=1)
+    extractor.read([(PAGE.encode(), None)])
+    process, _ = extractor._child
+    assert [page.status for page in extractor.read([(PAGE.encode(), None)] * 2)] == ["ok"] * 2
+    assert extractor._child[0] is process
+    assert process.poll() is None
+
+
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "serve(" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # It has just ended.
+            found += [process] if "serve(" in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.mark.parametrize("quality", [True, False])

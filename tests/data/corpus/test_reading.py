@@ -363,6 +363,25 @@ def test_a_shard_is_named_after_what_is_in_it(tmp_path):
     assert not set(names(on_bad_bytes="skip")) & set(names())
 
 
+def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
+    """A crawl that is still being fetched; the shards would be neither of the old nor the new."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(90)))
+    source = CrawlSource(name="web", documents=(str(path),))
+    jobs = plan_shards(tmp_path / "c", [source], 200).jobs
+    assert len(jobs) > 2
+    read_shard(jobs[0])
+    with path.open("a") as file:
+        file.write('{"text": "more"}\n')
+    for job in jobs[1:]:
+        with pytest.raises(MaxlmError) as error:
+            read_shard(job)
+        assert str(error.value) == (
+            f"{path}: the file changed while the corpus was being built; run the build again"
+        )
+        assert not job.shard.path(DOCUMENTS).exists()
+
+
 def test_a_corpus_is_no_source(tmp_path):
     (tmp_path / "corpus.json").write_text("{}")
     (tmp_path / "documents").mkdir()
