@@ -122,6 +122,14 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
             assert_same(checkpoints.restore(None, abstract(want)), want)
 
 
+def test_all_processes_see_what_the_first_sees(tmp_path, monkeypatch):
+    """Of the folder of a run that goes on, each may have seen something else."""
+    save(tmp_path, 12)
+    monkeypatch.setattr("maxlm.train.checkpoint.keeper.lead_says", lambda steps: [*steps, 13])
+    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.latest()) == ([12, 13], 13)
+
+
 # Saves states filled with their own step, one after the other, until killed.
 SAVES_FOR_EVER = """
 import itertools, runpy, sys

@@ -33,7 +33,7 @@ from maxlm.train.checkpoint.reading import (
 )
 from maxlm.train.config import CheckpointConfig
 from maxlm.train.grouped import Groups
-from maxlm.train.together import all_or_none
+from maxlm.train.together import all_or_none, lead_says
 
 
 class Checkpointer:
@@ -131,11 +131,12 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first; waits for one being written."""
         self.wait()  # Orbax lists a step as soon as its save begins.
-        return sorted(map(int, self._manager.all_steps()))  # NumPy's, if broadcast
+        # Of a folder that another run writes to, each process may have seen something else.
+        return lead_says(self.begun())
 
     def begun(self) -> list[int]:
         """Steps of all checkpoints, one that is being written too; waits for nothing."""
-        return sorted(map(int, self._manager.all_steps()))
+        return sorted(map(int, self._manager.all_steps()))  # NumPy's, if broadcast
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint; waits for one being written."""
