@@ -118,11 +118,10 @@ def pretrain(
             origin = find_origin(setup, tiers, folder, resume, stack, say)
             beginning = None if origin else find_beginning(setup, stack)
             corpus = _prepare_together(config, folder)
-        # Meanwhile another run may have gone on, and deleted its old checkpoints.
-        if origin and not origin.own:
-            origin = origin.renewed()
-        if beginning:
-            beginning.reload()
+            # It took its time, in which another run may have gone on.
+            origin = origin and origin.renewed()
+            if beginning:
+                beginning.reload()
         watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
         watchdog.expect(0, "restore")
         metadata = _metadata(config, corpus, origin, beginning)
@@ -132,7 +131,7 @@ def pretrain(
             return started(setup, find_beginning(setup, stack) if origin else beginning)
 
         def begin() -> Position:
-            return go_on(setup, origin, skips, fresh) if origin else Position(fresh(), 0)
+            return go_on(setup, origin.renewed(), skips, fresh) if origin else Position(fresh(), 0)
 
         position = begin()
         first = position.step

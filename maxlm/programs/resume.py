@@ -47,10 +47,12 @@ class Origin:
         return self.found[0].metadata
 
     def renewed(self) -> "Origin":
-        """With what is there by now."""
+        """With what is there by now, if another run may have gone on, and deleted its old ones."""
+        if self.own:
+            return self
         self.tiers.keeper.reload()
         found, skipped = self.tiers.found()
-        return replace(self, found=found or self.found, skipped=skipped)
+        return replace(self, found=found, skipped=skipped) if found else self
 
 
 def find_origin(
@@ -325,6 +327,7 @@ def started(setup: Setup, beginning: Checkpointer | None) -> TrainState:
     if beginning is None:
         return state
     abstract = setup.abstract_state.params
+    beginning.reload()  # It may be of a run that goes on, and deletes its old ones.
     params = beginning.restore_params(None, abstract, _averaged(beginning))
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
 from maxlm.train.config import FaultsConfig
 
@@ -113,24 +114,14 @@ class Watchdog:
 
     def _hangs(self, awaited: _Awaited, seconds: float) -> bool:
         """Tell of it, and end the process unless it comes after all; False if it has."""
-
-        def end() -> None:
-            if self._awaited is awaited:
-                self._end(LOST)
-
-        leeway = min(_LEEWAY * awaited.limit, _MOST_LEEWAY)
         # Whatever becomes of the telling: the disk that it is written to may be what hangs.
-        timer = threading.Timer(leeway + _PATIENCE, end)
-        timer.daemon = True
-        timer.start()
-        with suppress(Exception):
-            self._tell(awaited, seconds)
-        over = self._done.wait(leeway)
-        timer.cancel()
-        if over:
+        telling = threading.Thread(target=self._tell, args=(awaited, seconds), daemon=True)
+        telling.start()
+        telling.join(_PATIENCE)
+        if self._done.wait(min(_LEEWAY * awaited.limit, _MOST_LEEWAY)):
             return True
-        end()
         if self._awaited is awaited:
+            self._end(LOST)
             return True
         words = f"{self.folder}: process {self._process}: {awaited.words} has come after all"
         print(f"{words}, training goes on", file=sys.stderr, flush=True)
@@ -153,4 +144,5 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        self.event("hang", awaited.step, process=self._process, seconds=seconds)
+        with suppress(MaxlmError):  # a full disk: it has been told here
+            self.event("hang", awaited.step, process=self._process, seconds=seconds)

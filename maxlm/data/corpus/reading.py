@@ -112,6 +112,7 @@ def read_shard(job: ReadJob) -> None:
     Raises:
         MaxlmError: a source file changed since the shards were planned.
     """
+    _check_unchanged(job)
     with ShardWriter(job.shard.path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
         rows: list[dict[str, bytes | None]] = []
         size = 0
@@ -123,8 +124,12 @@ def read_shard(job: ReadJob) -> None:
                 rows, size = [], 0
         if rows:
             writer.add(pa.RecordBatch.from_pylist(rows, schema=DOCUMENT_SCHEMA))
-        for part, mtime in zip(job.slices, job.mtimes_ns, strict=True):
-            check_unchanged(part.file, mtime, "corpus")
+        _check_unchanged(job)
+
+
+def _check_unchanged(job: ReadJob) -> None:
+    for part, mtime in zip(job.slices, job.mtimes_ns, strict=True):
+        check_unchanged(part.file, mtime, "corpus")
 
 
 def _rows(job: ReadJob, count: Count) -> Iterator[dict[str, bytes | None]]:

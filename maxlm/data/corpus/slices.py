@@ -1,6 +1,7 @@
 """Cutting files into slices that can be read apart, and hashing them on the way."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,10 +48,12 @@ def whole(file: SourceFile) -> FileSlice:
 def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
     """
     Raises:
-        MaxlmError: a file is no longer what it was when it was listed and scanned.
+        MaxlmError: a file is no longer what it was when it was listed and scanned, or cannot be
+            read.
     """
-    state = file.path.stat() if file.path.exists() else None
-    if state is None or (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
+    with open_stream(file.path, "none") as stream:
+        state = os.fstat(stream.fileno())
+    if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
         what = f"the file changed while the {making} was being built"
         raise MaxlmError(what, where=str(file.path), fix="run the build again")
 

@@ -6,6 +6,7 @@ steps to the workers in turn and collects them in turn.
 
 import gc
 import os
+import signal
 import sys
 import threading
 import weakref
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from maxlm.data.loader.batches import Batch
-from maxlm.data.work.notices import leave_to_parent, start_tracker
+from maxlm.data.work.notices import NOTICES, leave_to_parent, start_tracker
 
 # Steps made by threads of this process while the workers start, which takes them seconds.
 WARM_UP_STEPS = 8
@@ -100,7 +101,9 @@ class _Ahead:
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator: grain.DatasetIterator | None = iterator
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        # Grain starts its workers in it, which inherit this.
+        deaf = {"initializer": signal.pthread_sigmask, "initargs": (signal.SIG_BLOCK, NOTICES)}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch", **deaf)
         self._next = self._thread.submit(_fetch, iterator)
 
     def take(self) -> Batch:

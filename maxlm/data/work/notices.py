@@ -2,22 +2,33 @@
 them, and ends its workers when it has saved."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def leave_to_parent() -> None:
-    """Ignore them in this process, a worker."""
-    for number in NOTICES:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def withheld() -> Iterator[None]:
+    """Within, this thread gets none of them, nor does any process or thread that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_tracker() -> None:
     """Start the process in which Python notes what workers share, if it does not run: left to
     itself it would heed the last of them, and the next worker would not start without a warning."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)  # which it inherits
-    try:
+    with withheld():
         resource_tracker.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def leave_to_parent() -> None:
+    """Ignore them in this process, a worker, which was started while they were withheld: its
+    imports take seconds."""
+    for number in NOTICES:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)

@@ -1,6 +1,8 @@
 """A pool of spawned worker processes that end with their parent."""
 
+import atexit
 import multiprocessing
+import multiprocessing.util  # before any pool: what it does at exit comes last
 import os
 import threading
 import traceback
@@ -9,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
-from maxlm.data.work.notices import leave_to_parent, start_tracker
+from maxlm.data.work.notices import leave_to_parent, start_tracker, withheld
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -86,16 +88,20 @@ class WorkerPool:
 
     def _start(self, count: int) -> None:
         start_tracker()
+        # Python's own end of daemons asks them by SIGTERM to end, which these ignore, and waits.
+        atexit.register(self._stop)
         context = multiprocessing.get_context("spawn")
         while len(self._processes) < count:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            with withheld():
+                process.start()
             # Only the worker must hold its end, or its death would go unseen.
             theirs.close()
             self._processes[ours] = process
 
     def _stop(self) -> None:
+        atexit.unregister(self._stop)
         # Without their clearing up, which takes half a second: what is done is done.
         for connection, process in self._processes.items():
             connection.close()

@@ -27,6 +27,7 @@ from maxlm.train.checkpoint.reading import (
     check_arrays,
     first_line,
     named_leaves,
+    patiently,
     read_arrays,
     read_metadata,
     verify,
@@ -189,8 +190,13 @@ class Checkpointer:
         check_arrays(path, abstract, self._grouped, prefix=f"{name}.", complete=False)
 
     def reload(self) -> None:
-        """See what was changed in the folder by other means."""
-        self._manager.reload()
+        """See what was changed in the folder by other means.
+
+        Raises:
+            Unreadable: it cannot be listed.
+        """
+        # Another run that deletes a checkpoint meanwhile makes it fail.
+        all_or_none(lambda: patiently(self.folder, self._manager.reload))
 
     def wait(self) -> None:
         """Return once nothing is being written any more.

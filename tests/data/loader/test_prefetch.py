@@ -132,7 +132,7 @@ SCRIPT = """
             signal.signal(number, signal.default_int_handler)
         config = LoaderConfig(seq_len=16, batch_size=4, workers=1)
         loader = make_loader({"a": Store()}, {"a": 1}, config, seed=1, start_step=0)
-        for _ in range(20):
+        for _ in range(int(sys.argv[1])):
             next(loader)
         try:
             print("going", flush=True)
@@ -144,11 +144,12 @@ SCRIPT = """
 """
 
 
-@pytest.fixture
-def trainer(tmp_path):
+@pytest.fixture(params=[20])
+def trainer(tmp_path, request):
+    """A process that has taken so many batches."""
     (tmp_path / "trainer.py").write_text(textwrap.dedent(SCRIPT))
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "trainer.py")],
+        [sys.executable, str(tmp_path / "trainer.py"), str(request.param)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -169,12 +170,15 @@ def test_kill_9_leaves_no_workers(trainer):
     wait_until(lambda: not any(map(alive, pids)))
 
 
+@pytest.mark.parametrize("trainer", [1, 20], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_notices_spare_the_workers_and_the_exit_is_clean(trainer, number):
+def test_notices_spare_the_workers_and_the_exit_is_clean(trainer, number, request):
     """A terminal sends Ctrl-C to all processes, a scheduler its notice; the trainer may still want
-    batches."""
+    batches. The workers are there already, or are being started."""
+    wait_until(lambda: len(children(trainer.pid)) == 2)
     pids = children(trainer.pid)
     os.killpg(trainer.pid, number)
     out, errors = trainer.communicate(timeout=100)
-    assert (errors, out, trainer.returncode) == ("", "went on 40\n", 0)
+    taken = request.node.callspec.params["trainer"] + 20
+    assert (errors, out, trainer.returncode) == ("", f"went on {taken}\n", 0)
     wait_until(lambda: not any(map(alive, pids)))

@@ -115,6 +115,40 @@ def test_notices_are_left_to_the_parent():
     assert (sorted(out.split()), err, parent.returncode) == (["3", "4", "5", "6"], "", 0)
 
 
+def test_notices_are_left_to_the_parent_while_workers_start():
+    script = (
+        "import os, signal, threading, time\n"
+        "from maxlm.data.work.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)\n"
+        "    for number in numbers:\n"
+        "        signal.signal(number, lambda *_: None)\n"
+        "    def tell():\n"
+        "        for _ in range(40):\n"
+        "            time.sleep(0.05)\n"
+        "            for number in numbers:\n"
+        "                os.killpg(0, number)\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*sorted(pool.map(abs, [1, 2])), flush=True)\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("1 2\n", "", 0)
+
+
+def test_a_pool_that_nobody_ends_does_not_hold_up_the_end():
+    script = (
+        "from maxlm.data.work.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = WorkerPool(2)\n"
+        "    print(*sorted(pool.map(abs, [1, 2])))\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr, done.returncode) == ("1 2\n", "", 0)
+
+
 def test_workers_end_when_their_parent_is_killed():
     script = (
         "import time\n"
