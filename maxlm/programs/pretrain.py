@@ -118,7 +118,7 @@ def pretrain(
             origin = find_origin(setup, tiers, folder, resume, stack, say)
             beginning = None if origin else find_beginning(setup, stack)
             corpus = _prepare_together(config, folder)
-            # It took its time, in which another run may have gone on.
+            # In the time that took, the run it begins from may have gone on.
             origin = origin and origin.renewed()
             if beginning:
                 beginning.reload()

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from maxlm.config.errors import Preempted
+from maxlm.data.work.notices import NOTICES
 from maxlm.train.agreement import Wish
-
-PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
-"""A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU maintenance."""
 
 
 class _Told(BaseException):
@@ -67,7 +65,7 @@ def noticing(folder: str) -> Iterator[Notices]:
     notices = Notices()
     before = {}
     try:
-        for number in (signal.SIGINT, *PREEMPTION):
+        for number in NOTICES:
             before[number] = signal.signal(number, notices._told)
     except ValueError:  # Not the main thread.
         pass

@@ -6,8 +6,9 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import PREEMPTED, Preempted
+from maxlm.data.work.notices import PREEMPTION
 from maxlm.train.agreement import Wish
-from maxlm.train.notices import PREEMPTION, noticing
+from maxlm.train.notices import noticing
 
 
 @pytest.mark.parametrize("number", PREEMPTION)

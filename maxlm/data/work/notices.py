@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
+"""A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU maintenance."""
+NOTICES = (signal.SIGINT, *PREEMPTION)
 
 
 @contextmanager

@@ -115,6 +115,13 @@ def test_notices_are_left_to_the_parent():
     assert (sorted(out.split()), err, parent.returncode) == (["3", "4", "5", "6"], "", 0)
 
 
+def run(script):
+    """What a program, in a process group of its own, writes to stdout and stderr, and its code."""
+    command, how = [sys.executable, "-c", script], {"capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=100, start_new_session=True, **how)
+    return done.stdout, done.stderr, done.returncode
+
+
 def test_notices_are_left_to_the_parent_while_workers_start():
     script = (
         "import os, signal, threading, time\n"
@@ -132,9 +139,7 @@ def test_notices_are_left_to_the_parent_while_workers_start():
         "    with WorkerPool(2) as pool:\n"
         "        print(*sorted(pool.map(abs, [1, 2])), flush=True)\n"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
-    assert (done.stdout, done.stderr, done.returncode) == ("1 2\n", "", 0)
+    assert run(script) == ("1 2\n", "", 0)
 
 
 def test_a_pool_that_nobody_ends_does_not_hold_up_the_end():
@@ -144,9 +149,7 @@ def test_a_pool_that_nobody_ends_does_not_hold_up_the_end():
         "    pool = WorkerPool(2)\n"
         "    print(*sorted(pool.map(abs, [1, 2])))\n"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert (done.stdout, done.stderr, done.returncode) == ("1 2\n", "", 0)
+    assert run(script) == ("1 2\n", "", 0)
 
 
 def test_workers_end_when_their_parent_is_killed():
