@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,6 +31,11 @@ _OFFSETS_CACHE_BYTES = 8 << 20
 _VERIFY_TOKENS = 4 << 20
 _VERIFY_DOCUMENTS = 1 << 20
 _REBUILD = "build the store again with maxlm corpus build"
+# What TensorStore says of a chunk that it cannot read: its number within a shard, the shard's file
+# (with the numbers of the segment and of the shard) and the reason.
+_LOST_CHUNK = re.compile(
+    r'shard entry \{(\d+)\}.*?"[^"]*?((?:segments/(\d+)/)?\w+/c/(\d+))"(?:.*")?:? ([^\[\n]*)'
+)
 
 
 class TokenStore:
@@ -296,7 +302,27 @@ class TokenStore:
         try:
             return future.result()
         except (ValueError, OSError) as error:
-            raise array_error(below(self.place, name), error, _REBUILD) from error
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> MaxlmError:
+        """Return an error that names the file, the chunk and which part of the store is lost."""
+        found = _LOST_CHUNK.search(str(error))
+        if found is None:
+            return array_error(below(self.place, name), error, _REBUILD)
+        chunk, file, segment, shard, reason = found.groups(default="0")
+        array = open_for_reading([self._folders[int(segment)]], name, 0)
+        layout = array.chunk_layout
+        (size,), (shard_size,) = layout.read_chunk.shape, layout.write_chunk.shape
+        first, what = int(shard) * shard_size + int(chunk) * size, f"chunk {chunk}"
+        if "shard index" in str(error):
+            first, size, what = int(shard) * shard_size, shard_size, "the index of its chunks"
+        last = min(first + size, array.shape[0]) - 1
+        count = "num_tokens" if name == "tokens" else "num_documents"
+        before = sum(getattr(each, count) for each in self.manifest.segments[: int(segment)])
+        what = f"cannot read {what} ({name} {before + first:,} to {before + last:,})"
+        fix = f"put an undamaged copy of the file there, or {_REBUILD}"
+        where = str(below(self.place, file))
+        return MaxlmError(f"{what}: {reason.removeprefix('is ').strip()}", where=where, fix=fix)
 
     def _damaged(self, what: str) -> MaxlmError:
         return MaxlmError(f"damaged store: {what}", where=str(self.place), fix=_REBUILD)

@@ -163,7 +163,7 @@ def test_what_is_wrong_is_said(root, local):
     shard.unlink()
     with pytest.raises(MaxlmError, match="segments/000001/tokens/c/0: this file is missing"):
         store.verify()
-    with pytest.raises(MaxlmError, match=f"{url}/tokens: array error: NOT_FOUND"):
+    with pytest.raises(MaxlmError, match=f"{url}/segments/000001/tokens/c/0: cannot read"):
         TokenStore.open(url).document(300)
 
 

@@ -145,13 +145,14 @@ def test_lost_and_damaged_shards_are_errors_not_zeros(store):
     shard = store.path / "tokens" / "c" / "1"
     data = bytearray(shard.read_bytes())
     shard.unlink()
-    message = fails(lambda: TokenStore.open(store.path).read(500, 600))
-    assert message.startswith(f"{store.path}/tokens: array error: NOT_FOUND: ")
-    assert message.endswith("; " + REBUILD)
-    shard.write_bytes(data[:-20])
-    assert f"{store.path}/tokens: array error: " in fails(
-        lambda: TokenStore.open(store.path).read(512, 1024)
+    advice = f"put an undamaged copy of the file there, or {REBUILD}"
+    assert fails(lambda: TokenStore.open(store.path).read(500, 520)) == (
+        f"{shard}: cannot read chunk 0 (tokens 512 to 575): missing; {advice}"
     )
+    shard.write_bytes(data[:-20])
+    message = fails(lambda: TokenStore.open(store.path).read(512, 1024))
+    assert message.startswith(f"{shard}: cannot read the index of its chunks (tokens 512 to 1,023)")
+    assert message.endswith(advice)
 
 
 def overwrite(store, name, index, value):
