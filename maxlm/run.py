@@ -5,7 +5,7 @@ from math import prod
 
 from pydantic import Field, model_validator
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplingConfig
@@ -45,10 +45,10 @@ class RunConfig(Config):
 
     name: str = Field(default="run", min_length=1)
     """Its folder is FOLDER/NAME."""
-    folder: str = "runs"
+    folder: LocalPath = "runs"
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of everything random: parameters, data order, sampling."""
-    compilation_cache: str | None = "~/.cache/maxlm/xla"
+    compilation_cache: LocalPath | None = "~/.cache/maxlm/xla"
     """Folder of compiled programs: the second start of a run skips most of its compilation; null:
     compile anew each time."""
     compute_dtype: ComputeDtype = "auto"

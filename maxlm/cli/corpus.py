@@ -179,7 +179,9 @@ def train_quality(
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="A token store or a corpus.")],
+    folder: Annotated[
+        str, typer.Argument(help="A token store (a folder, s3://... or gs://...) or a corpus.")
+    ],
     document: Annotated[
         str, typer.Argument(help="The document's number in the store, from 0; its id in a corpus.")
     ],
@@ -190,8 +192,8 @@ def show(
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
     from maxlm.data.corpus.files import is_corpus
 
-    if is_corpus(folder):
-        _show_labels(folder, document)
+    if is_corpus(Path(folder)):
+        _show_labels(Path(folder), document)
     else:
         _show_stored(folder, document, tokens)
 
@@ -215,14 +217,14 @@ def _show_labels(corpus: Path, document: str) -> None:
     typer.echo(text if text is not None else "", nl=False)
 
 
-def _show_stored(store: Path, document: str, tokens: bool) -> None:
+def _show_stored(store: str, document: str, tokens: bool) -> None:
     from maxlm.config import MaxlmError
     from maxlm.data.store import TokenStore, check_tokenizer
     from maxlm.data.tokenizer import load_tokenizer
 
     if not document.isdecimal():
         fix = "give its number, from 0"
-        raise MaxlmError(f"{document!r} is no number of a document", where=str(store), fix=fix)
+        raise MaxlmError(f"{document!r} is no number of a document", where=store, fix=fix)
     opened, index = TokenStore.open(store), int(document)
     if tokens:
         typer.echo(" ".join(map(str, opened.document(index).tolist())))

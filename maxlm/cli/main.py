@@ -16,9 +16,11 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -147,12 +149,30 @@ def _import(name: str, target: str) -> Any:
     module, _, attribute = target.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
+        for verb in found.registered_commands:
+            if verb.callback and not hasattr(verb.callback, "__wrapped__"):
+                verb.callback = _with_local_paths(verb.callback)
         group = get_group(found)
         group.name = name
         return group
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(found)
+    single.command(name)(_with_local_paths(found))
     return get_command(single)
+
+
+def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse URLs among the paths that a command is given."""
+
+    @wraps(command)
+    def checked(**given: Any) -> Any:
+        from maxlm.config import check_local
+
+        for value in given.values():
+            if isinstance(value, Path):
+                check_local(value)
+        return command(**given)
+
+    return checked
 
 
 def _explain(error: Exception) -> str | None:

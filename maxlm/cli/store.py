@@ -70,7 +70,7 @@ def build(
 
 
 def append(
-    store: StoreArgument,
+    store: Annotated[Path, typer.Argument(help="A token store's folder.")],
     text: TextArgument,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default one a core.")
@@ -90,7 +90,7 @@ def append(
     )
     with show_progress() as progress:
         append_store(source, store, workers=workers, progress=progress)
-    info(store)
+    info(str(store))
 
 
 def verify(store: StoreArgument) -> None:

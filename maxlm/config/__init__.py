@@ -6,15 +6,18 @@ from maxlm.config.compare import ABSENT, differences, fingerprint
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Origin
 from maxlm.config.load import Loaded, load
+from maxlm.config.local_path import LocalPath, check_local
 from maxlm.config.show import schema, show, to_yaml
 
 __all__ = [
     "ABSENT",
     "Config",
     "Loaded",
+    "LocalPath",
     "MaxlmError",
     "Origin",
     "asset",
+    "check_local",
     "default_tag",
     "differences",
     "fingerprint",

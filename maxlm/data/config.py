@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from maxlm.config import MaxlmError
+from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.loader.loader import LoaderConfig
 from maxlm.data.loader.mixing import Mixing, Phase, check_phases
@@ -11,7 +11,7 @@ from maxlm.data.loader.mixing import Mixing, Phase, check_phases
 class MixtureSource(SourceConfig):
     """One source of a mixture: documents to tokenize, or a store that is already built."""
 
-    documents: tuple[str, ...] = ()
+    documents: tuple[LocalPath, ...] = ()
     """Files, folders, globs or `python-stdlib`, as in `maxlm corpus build`; tokenized once, into
     the run's folder."""
     name: str = "text"

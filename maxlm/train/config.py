@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, LocalPath
 
 
 class TrainConfig(Config):
@@ -15,7 +15,7 @@ class TrainConfig(Config):
     """Most sequences that a device takes at once: on a machine with fewer devices a batch is taken
     in more parts, and the batch stays what it was. With it, micro_batches follows from the mesh;
     null: micro_batches says."""
-    start_from: str | None = None
+    start_from: LocalPath | None = None
     """A run's folder, such as `maxlm convert` makes, whose parameters (and tokenizer, if none is
     named) this run starts from; null: from random ones. The optimizer starts anew."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -41,7 +41,7 @@ class CheckpointConfig(Config):
     asynchronous: bool = True
     """true: training goes on while files are written, for one more copy of the state in host
     memory. false: it waits for them."""
-    local_folder: str | None = None
+    local_folder: LocalPath | None = None
     """A fast disk of each host's own (or its memory: /dev/shm/maxlm) for the two newest of
     checkpoints in between, which outlive the job and not the host; null: none."""
     local_every_steps: int = Field(default=50, ge=1)

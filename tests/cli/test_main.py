@@ -266,3 +266,34 @@ def test_what_a_failed_checkpoint_drops_is_not_told_and_all_else_is(traceback):
         "'begin' was never awaited",
     ]
     assert [complaint for complaint in ours if complaint not in done.stderr] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "corpus build a.txt --tokenizer t --out s3://b/x",
+        "corpus build s3://b/x --tokenizer t --out o",
+        "corpus append s3://b/x a.txt",
+        "corpus run a.yaml",
+        "corpus report c --out s3://b/x",
+        "corpus train-perplexity a.txt --reference s3://b/x --out o",
+        "tokenizer train a.txt --out s3://b/x",
+        "tokenizer import tiktoken:o200k_base --out s3://b/x",
+        "convert a s3://b/x",
+        "launch slurm demo --on cpux8 --out s3://b/x",
+        "train demo folder=s3://b/x",
+        "train demo compilation_cache=s3://b/x",
+        "train demo checkpoint.local_folder=s3://b/x",
+        "corpus mix demo data.sources.0.documents=[s3://b/x]",
+    ],
+)
+def test_an_object_store_is_refused_and_no_folder_is_made(run, tmp_path, monkeypatch, arguments):
+    """All but stores to read and copies of checkpoints lie on disks: no verb makes a folder `s3:`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.yaml").write_text("{out: 's3://b/x', sources: [{name: a, documents: [a.txt]}]}")
+    code, _, errors = run(*arguments.split())
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "s3://b/x is not on a disk: " in errors
+    assert errors.endswith("; use a folder here, and copy it with aws s3 sync\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "a.yaml"]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, LocalPath
 
 PYTHON_STDLIB = "python-stdlib"
 
@@ -14,7 +14,7 @@ BadBytes = Literal["error", "replace", "keep", "skip"]
 class FilesConfig(Config):
     """Files of documents."""
 
-    documents: tuple[str, ...] = Field(min_length=1)
+    documents: tuple[LocalPath, ...] = Field(min_length=1)
     """Files, folders, globs, or `python-stdlib`.
 
     The folder of a corpus (`maxlm corpus run`) means the documents that its rules keep; any other

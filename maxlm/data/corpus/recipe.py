@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.types as types
 from pydantic import Field, model_validator
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.data.corpus.config import CrawlSource
 from maxlm.data.corpus.expression import Expression, no_label, parse
 from maxlm.data.corpus.files import CORPUS_FILE
@@ -28,7 +28,7 @@ _LABELS_OF_DOCUMENTS = ("id", "source", "url")
 class RecipeConfig(Config):
     """What `maxlm corpus run` does."""
 
-    out: str
+    out: LocalPath
     """The corpus's folder."""
     sources: tuple[CrawlSource, ...] = Field(min_length=1)
     """Where raw documents come from."""

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from maxlm.config import MaxlmError
+from maxlm.config import MaxlmError, check_local
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.assemble import assemble
@@ -29,7 +29,6 @@ from maxlm.data.store.parts import (
     finished_part,
     make_part,
 )
-from maxlm.data.store.places import to_place
 from maxlm.data.store.plan import Plan, plan_build
 from maxlm.data.store.store import TokenStore
 from maxlm.data.work.paths import locked_folder, replacing, writing
@@ -81,7 +80,7 @@ def build_store(
             cannot be written; a build of the same store by another process, without `join`; with
             it, one of other inputs.
     """
-    out, tokenizer_folder = _on_disk(out), Path(tokenizer_folder)
+    out, tokenizer_folder = Path(check_local(out)), Path(tokenizer_folder)
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
     _finish_swap(out, building, wait=join)
@@ -127,7 +126,7 @@ def append_store(
         MaxlmError: as `build_store`; other ways of reading than the store's; a file that is
             already in it under its name, or no file whose content is not.
     """
-    out = _on_disk(out)
+    out = Path(check_local(out))
     _finish_swap(out, out.with_name(f".{out.name}.building"))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction
@@ -147,14 +146,6 @@ def append_store(
                 write_manifest(out, existing)
         shutil.rmtree(building, ignore_errors=True)
     return existing
-
-
-def _on_disk(out: Path | str) -> Path:
-    place = to_place(out)
-    if isinstance(place, str):
-        fix = "build it on a disk and copy the folder"
-        raise MaxlmError("stores are written to disks", where=place, fix=fix)
-    return place
 
 
 def _with_segments(store: TokenStore) -> Manifest:

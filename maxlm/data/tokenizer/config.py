@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config, LocalPath, MaxlmError
 
 Kind = Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece", "huggingface"]
 
@@ -36,7 +36,7 @@ class TokenizerConfig(Config):
     """Number of ids, including 256 byte tokens and the special tokens. A larger vocabulary makes
     sequences shorter and the embedding and output matrices larger. Unused when ``path`` is set."""
 
-    path: str | None = None
+    path: LocalPath | None = None
     """Folder of a saved tokenizer to use as it is; None trains one from the corpus."""
 
     bos: str = "<|endoftext|>"

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 
-from maxlm.config import MaxlmError
+from maxlm.config import LocalPath, MaxlmError
 from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.dedup.columns import (
     concatenate,
@@ -62,7 +62,7 @@ class ExactStage(CorpusStage):
     """True: case makes no difference; false: texts that differ in case differ."""
     spaces: bool = True
     """True: how much white space there is, and which, makes no difference; false: it does."""
-    index: str | None = None
+    index: LocalPath | None = None
     """A folder that remembers the texts of every corpus that was deduplicated with it, 32 bytes a
     text, for the label `seen_before`; null: there is no such memory. Each corpus is compared with
     those that entered the index before it, so one that is run again gets the same labels, also
