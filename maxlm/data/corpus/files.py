@@ -49,6 +49,8 @@ class SourceFile:
     """Bytes on disk."""
     labels: tuple[Path, ...] = ()
     """Of a corpus's shard: the files with labels that decide what is taken from it."""
+    digests: tuple[str | None, ...] = ()
+    """Of a corpus's shard: the SHA-256 of `path` and `labels`; None where its version kept none."""
 
     @property
     def is_html(self) -> bool:

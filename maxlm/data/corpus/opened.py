@@ -27,6 +27,7 @@ from maxlm.data.corpus.recipe import (
     texts_of,
 )
 from maxlm.data.corpus.shards import DOCUMENTS, Shard
+from maxlm.data.work.paths import without_digest
 
 _AGAIN = "run maxlm corpus run with its recipe again"
 
@@ -43,7 +44,9 @@ def read_recipe(folder: Path) -> RecipeConfig:
         MaxlmError: there is no corpus, or it is of another version.
     """
     try:
-        return RecipeConfig.model_validate_json(recipe_file(folder).read_text())
+        return RecipeConfig.model_validate_json(
+            without_digest(recipe_file(folder).read_text("utf-8"))
+        )
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
         raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
@@ -85,9 +88,9 @@ class Corpus:
         """What a stage's folder says about itself."""
         path = manifest_file(self.folder / title)
         try:
-            return json.loads(path.read_text())
+            return json.loads(without_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
-            what = f"the stage {title} is not finished"
+            what = f"the stage {title} is not finished, or its manifest is damaged"
             raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
 
     @cached_property

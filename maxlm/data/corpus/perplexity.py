@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
 from maxlm.data.corpus.words import Lines, WordsConfig, open_lines
-from maxlm.data.work.paths import replacing, writing
+from maxlm.data.work.paths import file_sha256, replacing, writing
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
 """The command that trains a model."""
@@ -141,7 +141,7 @@ def content_hash(folder: Path) -> str:
     """
     kept, path = read_cutoffs(folder), folder / MODEL
     try:
-        found = _sha256(path)
+        found = file_sha256(path)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     if found != kept.model_sha256:
@@ -215,14 +215,9 @@ def train_perplexity(
     kept = Cutoffs(
         cutoffs=whole.cutoffs,
         words=config.words,
-        model_sha256=_sha256(folder / MODEL),
+        model_sha256=file_sha256(folder / MODEL),
         report=asdict(whole),
     )
     with replacing(folder / CUTOFFS) as new:
         new.write_text(kept.model_dump_json(indent=2) + "\n")
     return whole
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

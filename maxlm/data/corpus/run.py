@@ -6,6 +6,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ from maxlm.data.corpus.recipe import RecipeConfig, Step, recipe_file, resolve
 from maxlm.data.corpus.shards import DOCUMENTS, Shard, add_counts, read_counts
 from maxlm.data.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.data.work.engine import Engine, open_engine
-from maxlm.data.work.paths import locked_folder, replacing, writing
+from maxlm.data.work.paths import (
+    file_sha256,
+    locked_folder,
+    replacing,
+    without_digest,
+    write_json,
+    writing,
+)
+from maxlm.data.work.pool import default_workers
 from maxlm.data.work.progress import Progress, silent
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
@@ -91,7 +100,7 @@ def _key(step: Step, documents: str) -> str:
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = manifest_file(home)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(without_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
     except (OSError, ValueError, KeyError, TypeError):
@@ -201,6 +210,8 @@ def _finish(
     for path in home.glob(".*.parquet.*"):
         path.unlink()  # Left by a killed worker.
     counts = {shard.name: read_counts(shard.path(title)) for shard in shards}
+    with ThreadPoolExecutor(default_workers()) as threads:
+        digests = list(threads.map(file_sha256, (shard.path(title) for shard in shards)))
     _write_json(
         manifest_file(home),
         details
@@ -208,6 +219,7 @@ def _finish(
             "counts": {"rows": 0, "labelled": 0, **(more_counts or {})}
             | add_counts(counts.values()),
             "shards": {name: each["rows"] for name, each in counts.items()},
+            "shards_sha256": dict(zip(counts, digests, strict=True)),
             "last_run": last_run,
         },
     )
@@ -232,5 +244,4 @@ def _version(package: str) -> str | None:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=1, ensure_ascii=False), "utf-8")
+    write_json(path, json.dumps(content, indent=1, ensure_ascii=False))

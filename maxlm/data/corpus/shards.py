@@ -163,7 +163,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+            self._writer = pq.ParquetWriter(
+                self._temporary, self._schema, compression="zstd", write_page_checksum=True
+            )
         return self
 
     def write(self, rows: Rows, labels: pa.RecordBatch) -> None:

@@ -134,11 +134,13 @@ def open_parquet(path: Path):
         raise missing_package("pyarrow", path) from error
     try:
         with ExitStack() as stack:
-            parquet = stack.enter_context(pq.ParquetFile(path))
+            parquet = stack.enter_context(pq.ParquetFile(path, page_checksum_verification=True))
             # As they are in the file: changing their type, Arrow refuses all for one bad byte.
             names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
             if names:
-                parquet = stack.enter_context(pq.ParquetFile(path, read_dictionary=names))
+                parquet = stack.enter_context(
+                    pq.ParquetFile(path, read_dictionary=names, page_checksum_verification=True)
+                )
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"

@@ -11,7 +11,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.data.corpus.config import BadBytes
 from maxlm.data.corpus.files import Format
 from maxlm.data.store.places import Place, below, read_file, remedy
-from maxlm.data.work.paths import replacing
+from maxlm.data.work.paths import without_digest, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -148,8 +148,7 @@ def segment_folder(number: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into a store folder, whole or not at all."""
-    with replacing(folder / MANIFEST_NAME) as new:
-        new.write_text(manifest.model_dump_json(indent=1) + "\n")
+    write_json(folder / MANIFEST_NAME, manifest.model_dump_json(indent=1))
 
 
 def read_manifest(folder: Place) -> Manifest:
@@ -168,11 +167,13 @@ def read_manifest(folder: Place) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        what = f"damaged manifest ({key + ': ' if key else ''}{first['msg']})"
+        manifest = Manifest.model_validate_json(without_digest(text))
+    except ValueError as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+        what = f"damaged manifest ({reason})"
         raise MaxlmError(what, where=str(path), fix=rebuild) from error
     if manifest.format_version != FORMAT_VERSION:
         what = f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
+from maxlm.data.work.paths import file_sha256
 
 Place = Path | str
 """A folder's path, or an object store's URL without a slash at its end."""
@@ -92,8 +93,7 @@ def read_file(place: Place, name: str) -> bytes:
 def sha256(place: Place, name: str) -> str:
     """Of a file's bytes. Raises as `read_file`."""
     if isinstance(place, Path):
-        with open(place / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(place / name)
     return hashlib.sha256(read_file(place, name)).hexdigest()
 
 

@@ -311,8 +311,8 @@ class TokenStore:
             return array_error(below(self.place, name), error, _REBUILD)
         chunk, file, segment, shard, reason = found.groups(default="0")
         array = open_for_reading([self._folders[int(segment)]], name, 0)
-        layout = array.chunk_layout
-        (size,), (shard_size,) = layout.read_chunk.shape, layout.write_chunk.shape
+        layout = array.chunk_layout.to_json()
+        (size,), (shard_size,) = (layout[each]["shape"] for each in ("read_chunk", "write_chunk"))
         first, what = int(shard) * shard_size + int(chunk) * size, f"chunk {chunk}"
         if "shard index" in str(error):
             first, size, what = int(shard) * shard_size, shard_size, "the index of its chunks"

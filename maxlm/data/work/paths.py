@@ -1,12 +1,15 @@
 """Folders in the making: errors of writing, and one builder at a time."""
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from maxlm.config import MaxlmError
+
+_DIGEST = ',\n "sha256": "'
 
 
 @contextmanager
@@ -34,6 +37,36 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex. Raises OSError if it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, text: str) -> None:
+    """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key.
+
+    Raises:
+        MaxlmError: as `writing`; `path` is as before then.
+    """
+    text = text.removesuffix("\n}")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with replacing(path) as new:
+        new.write_text(f'{text}{_DIGEST}{digest}"\n}}\n', "utf-8")
+
+
+def without_digest(text: str) -> str:
+    """Return the JSON that `write_json` was given; JSON that something else wrote as it is.
+
+    Raises:
+        ValueError: the text has changed since it was written.
+    """
+    text, found, rest = text.rpartition(_DIGEST)
+    if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':
+        raise ValueError("it has changed since it was written")
+    return f"{text}\n}}" if found else rest
 
 
 @contextmanager

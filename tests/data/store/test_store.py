@@ -108,7 +108,9 @@ def test_no_store(tmp_path):
 
 def edit_manifest(store, **changes):
     path = store.path / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    manifest = json.loads(path.read_text()) | changes
+    manifest.pop("sha256", None)
+    path.write_text(json.dumps(manifest))
     return lambda: TokenStore.open(store.path)
 
 
