@@ -9,25 +9,22 @@ from pydantic import AfterValidator
 from maxlm.config.errors import MaxlmError
 
 _Path = TypeVar("_Path", bound=str | Path)
+_TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
 
 
 def check_local(path: _Path) -> _Path:
-    """Return a path as it was given.
+    """Return a path as it is.
 
     Raises:
-        MaxlmError: it is a URL, which would name a folder such as `s3:` here.
+        MaxlmError: it is a URL, for which a folder such as `s3:` would be made.
     """
     # A Path has made one slash of two.
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path))
-    if found is None:
-        return path
-    copy = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}.get(found[1], "its own tool")
-    raise MaxlmError(
-        f"{found[1]}://{found[2]} is not on a disk: in object stores lie only token stores to read "
-        "and checkpoint.remote_folder",
-        fix=f"use a folder here, and copy it with {copy}",
-    )
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
+        what = f"{found[1]}://{found[2]} is not on a disk: in object stores lie only token stores "
+        fix = f"use a folder here, and copy it with {_TOOLS.get(found[1], 'a tool of its own')}"
+        raise MaxlmError(f"{what}to read and checkpoint.remote_folder", fix=fix)
+    return path
 
 
 LocalPath = Annotated[str, AfterValidator(check_local)]
-"""A path in a config."""
+"""A path in a config, which must lie on a disk."""

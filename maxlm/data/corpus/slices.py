@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from maxlm.config import MaxlmError
@@ -132,15 +133,14 @@ def open_parquet(path: Path):
         import pyarrow.parquet as pq
     except ImportError as error:
         raise missing_package("pyarrow", path) from error
+    checked = partial(pq.ParquetFile, page_checksum_verification=True)
     try:
         with ExitStack() as stack:
-            parquet = stack.enter_context(pq.ParquetFile(path, page_checksum_verification=True))
+            parquet = stack.enter_context(checked(path))
             # As they are in the file: changing their type, Arrow refuses all for one bad byte.
             names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
             if names:
-                parquet = stack.enter_context(
-                    pq.ParquetFile(path, read_dictionary=names, page_checksum_verification=True)
-                )
+                parquet = stack.enter_context(checked(path, read_dictionary=names))
             yield parquet
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
         what = f"cannot read as Parquet: {str(error).splitlines()[0]}"

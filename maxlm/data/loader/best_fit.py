@@ -5,7 +5,8 @@ remainders and short documents go, longest first, each into the fullest sequence
 room (best-fit decreasing: Johnson 1973; for language models: Ding et al. 2024). The block bounds
 the memory of the build and keeps each sequence's documents near one another in the store.
 
-The index lies in STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files.
+The index lies in STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files; they
+are checked against their checksums at the start of a run.
 """
 
 import logging
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.loader.packing import Offsets, Pieces, TokenSource
+from maxlm.data.store.checksums import damaged_files, write_checksums
 
 Int64s = NDArray[np.int64]
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
@@ -81,7 +83,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     equal) and the first to finish wins.
 
     Raises:
-        MaxlmError: the index cannot be written into the store's folder.
+        MaxlmError: the index cannot be written into the store's folder, or is damaged.
     """
     if store.path is None:
         return BestFitPacking(build_index(store.offsets, seq_len, block))
@@ -97,6 +99,9 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
                 where=str(folder),
                 fix="make the store's folder writable once, or use packing=concat",
             ) from error
+    for name, fault in damaged_files(folder, None):
+        fix = "delete its folder, which will be made again"
+        raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)
     return BestFitPacking(folder)
 
 
@@ -224,6 +229,7 @@ def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
         (temporary / "firsts.npy").unlink()
         for array in (starts, lengths, ends):
             array.flush()
+        write_checksums(temporary)
         temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
         try:
             temporary.rename(folder)

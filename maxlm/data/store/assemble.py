@@ -1,7 +1,7 @@
 """From finished parts to the arrays of a store."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,13 +54,9 @@ def assemble(
         digests[job.start] = digest
         done += job.stop - job.start
         progress(done, total)
-    tokens = join_digests(digests[start] for start in sorted(digests))
-    return tokens, _write_offsets(store, parts_folder, parts, base)
-
-
-def join_digests(digests: Iterable[str]) -> str:
-    """The SHA-256 of hexadecimal hashes one after another."""
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    tokens = "".join(digests[start] for start in sorted(digests))
+    offsets = _write_offsets(store, parts_folder, parts, base)
+    return hashlib.sha256(tokens.encode()).hexdigest(), offsets
 
 
 def _write_offsets(store: Path, parts_folder: Path, parts: Sequence[Part], base: int) -> str:

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store import arrays
-from maxlm.data.store.arrays import array_error, open_for_reading, token_dtype
-from maxlm.data.store.assemble import join_digests
+from maxlm.data.store.arrays import array_error, open_for_reading
 from maxlm.data.store.checksums import damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
 from maxlm.data.store.offsets import Offsets
@@ -134,11 +132,10 @@ class TokenStore:
         return self.document(index)[self._opening : -1]
 
     def verify(self) -> None:
-        """Check every file but the manifest against its checksum, and every entry of the manifest
-        that can be told from the files; then offsets and every token.
+        """Check every file against its checksum, then offsets and every token.
 
-        Of files of an older version, which wrote no checksums or none of their list, what is
-        listed is checked.
+        The manifest was checked when the store was opened. Of files of an older version, which
+        wrote no checksums or none of their list, what is listed is checked.
 
         Raises:
             MaxlmError: the first inconsistency found.
@@ -149,12 +146,6 @@ class TokenStore:
                 digest = self.manifest.segments[number].checksums_sha256
             for name, fault in damaged_files(folder, digest):
                 raise MaxlmError(f"this file {fault}", where=str(below(folder, name)), fix=_REBUILD)
-        self._verify_tokenizer()
-        self._verify_segments()
-        for count in ("num_documents", "text_bytes"):
-            of_sources = sum(getattr(source, count) for source in self.manifest.sources)
-            if self.manifest.sources and of_sources != getattr(self.manifest, count):
-                raise self._damaged(f"{count} of its sources are {of_sources} together")
         (first,), (last,) = self._offset_ranges(
             [(0, 1), (self.num_documents, self.num_documents + 1)]
         )
@@ -165,64 +156,6 @@ class TokenStore:
         for first in range(0, self.num_documents, _VERIFY_DOCUMENTS):
             stop = min(first + _VERIFY_DOCUMENTS, self.num_documents) + 1
             self._verify_documents(self._offset_ranges([(first, stop)])[0])
-        self._verify_tokens()
-
-    def _verify_tokenizer(self) -> None:
-        """Check what the manifest says of the tokenizer against the one in the store."""
-        from maxlm.data.tokenizer import load_tokenizer
-
-        tokenizer, manifest = load_tokenizer(self.tokenizer_folder), self.manifest
-        found = {
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id if tokenizer.opening else None,
-            "eos_id": tokenizer.eos_id,
-            "dtype": token_dtype(tokenizer.vocab_size).name,
-        }
-        for name, value in found.items():
-            if (said := getattr(manifest, name)) != value:
-                raise self._damaged(f"its tokenizer's {name} is {value}, the manifest says {said}")
-
-    def _verify_segments(self) -> None:
-        """Check what the manifest says of segments against their arrays, sources and the whole."""
-        segments, sources = self.manifest.segments, self.manifest.sources
-        for number, (segment, folder) in enumerate(zip(segments, self._folders, strict=False)):
-            tokens, offsets = (
-                open_for_reading([folder], name, _OFFSETS_CACHE_BYTES)
-                for name in ("tokens", "offsets")
-            )
-            mine, sources = sources[: segment.num_sources], sources[segment.num_sources :]
-            found = {
-                "num_tokens": tokens.shape[0],
-                "num_documents": offsets.shape[0] - 1,
-                "num_sources": len(mine),
-                "offsets_sha256": self._hash(offsets),
-            }
-            for name, value in found.items():
-                if (said := getattr(segment, name)) != value:
-                    what = f"{name} of segment {number} is {value}, the manifest says {said}"
-                    raise self._damaged(what)
-            of_sources = sum(source.num_documents for source in mine)
-            if of_sources != segment.num_documents:
-                what = f"segment {number} has {segment.num_documents} documents"
-                raise self._damaged(f"{what}, its sources {of_sources}")
-        if segments and sources:
-            raise self._damaged(f"{len(sources)} sources belong to no segment")
-
-    def _verify_tokens(self) -> None:
-        """Check the segments' hashes of tokens, where there are any."""
-        first, step = 0, arrays.SHARD_TOKENS
-        for number, segment in enumerate(self.manifest.segments):
-            last = first + segment.num_tokens
-            if said := segment.tokens_sha256:
-                parts = (self.read(i, min(i + step, last)) for i in range(first, last, step))
-                value = join_digests(
-                    hashlib.sha256(np.ascontiguousarray(part).data).hexdigest() for part in parts
-                )
-                if value != said:
-                    what = f"tokens_sha256 of segment {number} is {value}, the manifest says {said}"
-                    raise self._damaged(what)
-            first = last
 
     def _verify_documents(self, offsets: np.ndarray) -> None:
         """Check the tokens of consecutive documents with these offsets [n + 1]."""

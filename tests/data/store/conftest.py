@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from maxlm.data.corpus import SourceConfig
+from maxlm.data.store import append_store, arrays, build_store
+
+TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]
+
 
 class ByteTokenizer:
     """id = byte + shift; bos and eos after them."""
@@ -62,3 +67,23 @@ def folder_bytes():
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
     return read
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
+    monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
+    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
+    monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
+    for part, texts in zip("abc", TEXTS, strict=True):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{part}.jsonl").write_text(lines)
+    return [SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "abc"]
+
+
+@pytest.fixture
+def appended(tmp_path, sources, byte_tokenizer):
+    build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
+    for source in sources[1:]:
+        append_store(source, tmp_path / "store", workers=1, shard_bytes=300)
+    return tmp_path / "store"

@@ -9,31 +9,9 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
-from maxlm.data.store import TokenStore, append_store, arrays, build_store
+from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store import build as build_module
 from maxlm.data.work.paths import locked_folder
-
-TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]
-
-
-@pytest.fixture
-def sources(tmp_path, monkeypatch):
-    """Three files of 40 documents; arrays of several shards, so that segments are, too."""
-    monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
-    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
-    monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
-    for part, texts in zip("abc", TEXTS, strict=True):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / f"{part}.jsonl").write_text(lines)
-    return [SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "abc"]
-
-
-@pytest.fixture
-def appended(tmp_path, sources, byte_tokenizer):
-    build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
-    for source in sources[1:]:
-        append_store(source, tmp_path / "store", workers=1, shard_bytes=300)
-    return tmp_path / "store"
 
 
 def all_documents(sources):

@@ -1,33 +1,23 @@
 """A bit that flips on the disk is an error that names the file, and is never read as a token."""
 
 import collections
+import importlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_loader
-from maxlm.data.store import TokenStore, append_store, arrays, build_store
+from maxlm.data.store import TokenStore, arrays
 
 
 @pytest.fixture
-def store(tmp_path, byte_tokenizer, monkeypatch):
-    """Two segments of several shards of several chunks, with ragged ends."""
-    monkeypatch.setattr(arrays, "SHARD_TOKENS", 512)
-    monkeypatch.setattr("maxlm.data.store.assemble.SHARD_TOKENS", 512)
-    monkeypatch.setattr(arrays, "CHUNK_TOKENS", 64)
-    for part in "ab":
-        texts = [f"{part} {i} " + "xyz" * (i % 23) for i in range(90)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / f"{part}.jsonl").write_text(lines)
-    sources = [SourceConfig(documents=(str(tmp_path / f"{part}.jsonl"),)) for part in "ab"]
-    build_store(sources[0], byte_tokenizer(), tmp_path / "store", workers=1)
-    append_store(sources[1], tmp_path / "store", workers=1)
-    return TokenStore.open(tmp_path / "store")
+def store(appended):
+    return TokenStore.open(appended)
 
 
 def flip(path, at):
@@ -44,10 +34,10 @@ def read_all(store):
 @pytest.mark.parametrize(
     ("file", "at", "lost"),
     [
-        ("tokens/c/1", 70, "chunk 0 (tokens 512 to 575)"),
-        ("tokens/c/6", -3, "the index of its chunks (tokens 3,072 to 3,526)"),
-        ("segments/000001/tokens/c/2", 70, "chunk 0 (tokens 4,551 to 4,614)"),
-        ("segments/000001/offsets/c/0", 70, "chunk 0 (offsets 90 to 153)"),
+        ("tokens/c/1", 5, "chunk 0 (tokens 512 to 575)"),
+        ("tokens/c/3", -3, "the index of its chunks (tokens 1,536 to 1,607)"),
+        ("segments/000002/tokens/c/2", 5, "chunk 0 (tokens 4,240 to 4,303)"),
+        ("segments/000001/offsets/c/0", 5, "chunk 0 (offsets 40 to 80)"),
     ],
 )
 def test_the_file_the_chunk_and_what_is_lost_are_named(store, file, at, lost):
@@ -61,19 +51,19 @@ def test_the_file_the_chunk_and_what_is_lost_are_named(store, file, at, lost):
 
 def test_a_worker_that_meets_a_damaged_chunk_ends_the_loader_with_its_line(store):
     """It is met after the steps that threads of this process make; those before are good."""
-    flip(store.path / "segments/000001/tokens/c/5", 70)
+    flip(store.path / "segments/000002/tokens/c/2", 5)
     config = LoaderConfig(seq_len=64, batch_size=8, shuffle=False, workers=1, prefetch=1)
     with make_loader({"a": store}, {"a": 1}, config, seed=0, start_step=0) as loader:
-        lost = r"/000001/tokens/c/5: cannot read chunk 1 \(tokens 6,151 "
+        lost = r"/000002/tokens/c/2: cannot read chunk 0 \(tokens 4,240 "
         with pytest.raises(MaxlmError, match=lost):
             collections.deque(loader, maxlen=0)
-        assert loader.step == 6151 // 512
+        assert loader.step == 4240 // 512
 
 
 def test_stores_without_checksums_read_as_before(store):
-    """Of two segments the first has chunks as older versions wrote them."""
+    """The first segment has chunks as older versions wrote them."""
     expected = read_all(store)
-    for name, values in (("offsets", expected[0][:91]), ("tokens", expected[1][:3527])):
+    for name, values in (("offsets", expected[0][:41]), ("tokens", expected[1][:1608])):
         path = store.path / name / "zarr.json"
         metadata = json.loads(path.read_text())
         assert metadata["codecs"][0]["configuration"]["codecs"].pop() == {"name": "crc32c"}
@@ -82,5 +72,11 @@ def test_stores_without_checksums_read_as_before(store):
         arrays.write_array(arrays.open_for_writing(store.path, name), 0, values, store.path)
     for now, before in zip(read_all(store), expected, strict=True):
         np.testing.assert_array_equal(now, before)
-    flip(store.path / "tokens/c/1", 70)
-    assert not np.array_equal(read_all(store)[1], expected[1]), "these chunks have checksums"
+
+
+def test_no_flipped_bit_is_read_as_another_value(tmp_path, monkeypatch):
+    """Documents, tokens, offsets, the manifest and the packing index; the script flips more."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[3] / "benchmarks")
+    bit_flips = importlib.import_module("bit_flips")
+    found = bit_flips.count_flips(bit_flips.make_kinds(tmp_path), 12, seed=32)
+    assert [counts["refused"] + counts["equal"] for counts in found.values()] == [12] * 5

@@ -116,6 +116,10 @@ def edit_manifest(store, **changes):
 
 def test_damaged_manifests(store):
     path = store.path / "manifest.json"
+    path.write_text(path.read_text().replace('"eos_id": 257', '"eos_id": 253'))
+    assert fails(lambda: TokenStore.open(store.path)) == (
+        f"{path}: damaged manifest (it has changed since it was written); {REBUILD}"
+    )
     n = store.num_tokens
     assert fails(edit_manifest(store, num_tokens=n - 1)) == (
         f"{store.path}: damaged store: tokens are uint16 [{n}], the manifest says "
@@ -185,36 +189,6 @@ def test_a_lost_or_cut_list_of_checksums_is_damage(store):
     edit_segment(store, checksums_sha256=None)().verify()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer_fingerprint": "0" * 64}, "its tokenizer's tokenizer_fingerprint is "),
-        ({"vocab_size": 299}, "its tokenizer's vocab_size is 300, the manifest says 299"),
-        ({"bos_id": None}, "its tokenizer's bos_id is 256, the manifest says None"),
-        ({"eos_id": 9}, "its tokenizer's eos_id is 257, the manifest says 9"),
-    ],
-)
-def test_verify_checks_the_manifest_by_the_tokenizer(store, changes, message):
-    start = f"{store.path}: damaged store: {message}"
-    assert fails(edit_manifest(store, **changes)().verify).startswith(start)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_tokens": 5}, f"num_tokens of segment 0 is {len(FLAT)}, the manifest says 5"),
-        ({"num_documents": 5}, "num_documents of segment 0 is 61, the manifest says 5"),
-        ({"num_sources": 0}, "segment 0 has 61 documents, its sources 0"),
-        ({"num_sources": 2}, "num_sources of segment 0 is 1, the manifest says 2"),
-        ({"offsets_sha256": "0"}, "offsets_sha256 of segment 0 is "),
-        ({"tokens_sha256": "0"}, "tokens_sha256 of segment 0 is "),
-    ],
-)
-def test_verify_checks_the_segments(store, changes, message):
-    start = f"{store.path}: damaged store: {message}"
-    assert fails(edit_segment(store, **changes)().verify).startswith(start)
-
-
 @pytest.mark.parametrize("name", ["tokens/c/1", "offsets/zarr.json", "tokenizer/double.json"])
 def test_verify_names_the_damaged_file(store, name):
     """One flipped bit, a lost file; sha256sum agrees."""
@@ -234,13 +208,6 @@ def test_every_file_but_the_manifest_has_a_checksum(store):
     lines = (store.path / "checksums.sha256").read_text().splitlines()
     files = {p.relative_to(store.path).as_posix() for p in store.path.rglob("*") if p.is_file()}
     assert {line[66:] for line in lines} == files - {"manifest.json", "checksums.sha256"}
-
-
-def test_verify_finds_wrong_counts(store):
-    texts = sum(len(text) for text in TEXTS)
-    assert fails(edit_manifest(store, text_bytes=5)().verify) == (
-        f"{store.path}: damaged store: text_bytes of its sources are {texts} together; {REBUILD}"
-    )
 
 
 def test_verify_finds_wrong_values(store):

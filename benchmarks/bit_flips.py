@@ -1,0 +1,144 @@
+"""Is a bit that flipped on the disk ever read as another value?
+
+    python benchmarks/bit_flips.py [--flips 400] [--seed 0]
+
+Makes a small corpus, a token store of it and the store's packing index, then flips one bit at a
+time, in a file drawn at random of each kind, and reads the kind again. Prints how many flips were
+refused by an error that names the file, how many changed no value (an unused bit), and how many
+were read as other values. Exits with 1 if one was, or an error named no file.
+"""
+
+import argparse
+import logging
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError
+
+TEXTS = [f"{i} " + " ".join(f"word{i * j % 89}" for j in range(i % 41 + 3)) for i in range(700)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Files of one kind, and how to read all that they hold."""
+
+    files: Sequence[Path]
+    read: Callable[[], Any]
+    names: Sequence[str] = ()
+    """What an error may name instead of the file."""
+
+
+def count_flips(kinds: Mapping[str, Kind], flips: int, seed: int) -> dict[str, Counter[str]]:
+    """Flip so many single bits of each kind's files, one at a time.
+
+    Returns:
+        For each kind, how many flips were "refused", read as "equal" values, read as "other"
+        values, or ended in an error that is "unnamed".
+    """
+    chosen = random.Random(seed)
+    return {
+        name: Counter(_flip(kind, chosen, kind.read()) for _ in range(flips))
+        for name, kind in kinds.items()
+    }
+
+
+def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
+    path = chosen.choice(kind.files)
+    data = path.read_bytes()
+    bit = chosen.randrange(len(data) * 8)
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged)
+    try:
+        outcome = "equal" if kind.read() == expected else "other"
+    except MaxlmError as error:
+        named = any(str(each) in str(error) for each in (path, *kind.names))
+        outcome = "refused" if named else "unnamed"
+    except Exception as error:
+        outcome = f"unnamed ({error!r:.80})"
+    finally:
+        path.write_bytes(data)
+    if outcome not in ("refused", "equal"):
+        print(f"{path}: bit {bit}: {outcome}", file=sys.stderr)
+    return outcome.split()[0]
+
+
+def make_kinds(folder: Path) -> dict[str, Kind]:
+    """A corpus, a store and an index in `folder`."""
+    from maxlm.data.corpus import SourceConfig, read_documents
+    from maxlm.data.corpus.recipe import RecipeConfig
+    from maxlm.data.corpus.run import run_recipe
+    from maxlm.data.loader import LoaderConfig, make_batches
+    from maxlm.data.store import TokenStore, build_store
+    from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+
+    (folder / "texts").mkdir()
+    for i, text in enumerate(TEXTS):
+        (folder / "texts" / f"{i:04d}.txt").write_text(text)
+    recipe = {
+        "out": str(folder / "corpus"),
+        "sources": [{"name": "made", "documents": [str(folder / "texts")]}],
+        "stages": [{"stage": "heuristics"}],
+        "keep": {"long": "heuristics.words > 8"},
+        "shard_bytes": 40_000,
+        "workers": 1,
+    }
+    corpus = run_recipe(RecipeConfig.model_validate(recipe))
+    documents = SourceConfig(documents=(str(corpus),))
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), (t.encode() for t in TEXTS))
+    tokenizer.save(folder / "tokenizer")
+    build_store(documents, folder / "tokenizer", folder / "store", workers=1)
+
+    def texts() -> list[tuple[str, bytes]]:
+        return [(each.id, each.text) for each in read_documents(documents)]
+
+    def stored() -> tuple[Any, ...]:
+        store = TokenStore.open(folder / "store")
+        offsets, tokens = store.offsets[:], store.read(0, store.num_tokens)
+        return store.manifest, offsets.tolist(), tokens.tolist()
+
+    def packed() -> list[Any]:
+        config = LoaderConfig(seq_len=64, packing="best_fit", shuffle=False)
+        store = TokenStore.open(folder / "store")
+        batches = make_batches({"a": store}, {"a": 1}, config, seed=0)
+        tokens = [batches.rows(step)["tokens"].tolist() for step in range(len(TEXTS) // 8)]
+        return [batches.mixture.counts(100), batches.sources[0].packing.num_sequences, tokens]
+
+    packed()
+    return {
+        "documents": Kind(sorted(corpus.glob("*/*.parquet")), texts),
+        **{
+            name: Kind(_files(folder / "store" / name), stored, [f"{folder / 'store' / name}"])
+            for name in ("tokens", "offsets")
+        },
+        "manifest": Kind([folder / "store" / "manifest.json"], stored),
+        "packing": Kind(_files(folder / "store/packing"), packed, [f"{folder / 'store/packing'}"]),
+    }
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Flip single bits on the disk and read.")
+    parser.add_argument("--flips", type=int, default=400, help="Of each kind of file.")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    logging.disable()
+    with tempfile.TemporaryDirectory() as folder:
+        found = count_flips(make_kinds(Path(folder)), arguments.flips, arguments.seed)
+    for name, counts in found.items():
+        words = ", ".join(f"{counts[k]} {k}" for k in ("refused", "equal", "other", "unnamed"))
+        print(f"{name}: {arguments.flips} flips, {words}")
+    return int(any(counts["other"] or counts["unnamed"] for counts in found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
