@@ -37,8 +37,8 @@ class Codec(Protocol):
     lossless: bool = True
     """Whether the bytes of a text's ids are the text."""
     ordinary: frozenset[int] = frozenset()
-    """Ids of special tokens that text may have all the same: an unknown character's, or those of
-    single characters."""
+    """Ids of special tokens that text may have all the same: an unknown character's, those of bytes
+    and of single characters."""
     unknown_ids: frozenset[int] = frozenset()
     """Ids that stand for whatever the vocabulary lacks."""
     finds_special: bool = False

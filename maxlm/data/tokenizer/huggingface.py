@@ -17,6 +17,8 @@ from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.pieces import byte_alphabet, decoder_steps, flatten, prepends, spell
 from maxlm.data.tokenizer.ranks import SegmentEncoder, library_ids
 
+_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+
 
 class HuggingFaceModel(Codec):
     """A tokenizer.json as a ``Codec``.
@@ -69,11 +71,13 @@ class HuggingFaceModel(Codec):
         self.lossless = self.byte_ids is not None and _keeps_text(spec)
         ids = [self._library.token_to_id(literal) for literal in self._special]
         self._special_ids = frozenset(i for i in ids if i is not None)
+        fallback = _fallback_ids(spec, vocab)
+        self._pieces_to_avoid = self._special_ids - fallback
         self._respelled = {
-            i: self._respell(tokens[i]) for i in self._special_ids if vocab.get(tokens[i]) == i
+            i: self._respell(tokens[i]) for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i
         }
         self.unknown_ids = frozenset() if byte_ids else _unknown_ids(spec, vocab)
-        found = self.unknown_ids.union(*self._respelled.values())
+        found = self.unknown_ids.union(fallback, *self._respelled.values())
         self.ordinary = self._special_ids & found
         self._forbidden = self._special_ids - found
         self._continued: dict[str, Any] = {}
@@ -180,7 +184,7 @@ class HuggingFaceModel(Codec):
     def _respell(self, token: str) -> list[int]:
         """Ids of a piece's characters without special ones, as far as the vocabulary has them."""
         ids = [piece.id for piece in self._library.model.tokenize(token)]
-        if len(token) < 2 or self._special_ids.isdisjoint(ids):
+        if len(token) < 2 or self._pieces_to_avoid.isdisjoint(ids):
             return ids
         return self._respell(token[:1]) + self._respell(token[1:])
 
@@ -236,7 +240,7 @@ def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
     if "ByteLevel" in kinds:
         names = byte_alphabet()
     elif "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
+        names = _FALLBACK
     else:
         return None
     ids = [vocab[name] for name in names if name in vocab]
@@ -275,6 +279,12 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
             for token in spec["added_tokens"]
         )
     )
+
+
+def _fallback_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
+    """The ids that the bytes of characters outside the vocabulary become, if the model does so."""
+    names = _FALLBACK if spec["model"].get("byte_fallback") else ()
+    return frozenset(vocab[name] for name in names if name in vocab)
 
 
 def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:

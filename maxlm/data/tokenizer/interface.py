@@ -50,8 +50,8 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> dict[str, int]:
         """Every special token's literal and id, in order of id.
 
-        Not those that an imported tokenizer gives to ordinary text: the unknown character's, and
-        any that is a single character.
+        Not those that an imported tokenizer gives to ordinary text: the unknown character's, those
+        of bytes, and any that is a single character.
         """
         ...
 

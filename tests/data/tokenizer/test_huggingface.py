@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import pytest
 from hypothesis import assume, example, given
@@ -207,6 +208,43 @@ def test_unknown_characters_have_the_librarys_id():
     library.add_special_tokens(["<unk>"])
     ours = HuggingFaceModel(library.to_str().encode(), ["<unk>"])
     assert ours.encode_segments(["a猫"]) == [library_ids(library, "a猫")] == [[7, 0]]
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma", "unigram"])
+@pytest.mark.parametrize("marked", [256, 100])
+def test_byte_tokens_marked_special_keep_the_librarys_ids(name, marked):
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    if name == "unigram":
+        pieces = [(piece, -1.0) for piece in ["<unk>", "</s>", *names, *"▁abcdefx", "ab", "xe"]]
+        library = Library(models.Unigram(pieces, 0, byte_fallback=True))
+        library.add_special_tokens(["</s>"])
+    else:
+        library = MAKERS[name]()
+    library.add_special_tokens(names[:marked])
+    added = library.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    ours = HuggingFaceModel(library.to_str().encode(), special)
+    rng = random.Random(marked)
+    alphabet = [
+        *TRICKY,
+        *map(chr, range(32)),
+        "\x7f",
+        "नमस्ते",
+        "سلام",
+        "Ω≈ç",
+        "한국어",
+        "🇫🇷",
+        "👩🏽‍🚀",
+    ]
+    strings = ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(300)]
+    strings += ["<0x41>", "a<0x0A>\n<0xE7>猫 <0x", "x</s><0xFF></s>"]
+    assert ours.encode_marked(strings) == [library_ids(library, text) for text in strings]
+    library.encode_special_tokens = True  # Literals are ordinary text.
+    bytes_alone = [text for text in strings if "</s>" not in text]
+    ids = [library_ids(library, text) for text in bytes_alone]
+    assert ours.encode_segments(bytes_alone) == ids
+    assert sum(not ours.ordinary.isdisjoint(each) for each in ids) > 200
+    assert library.token_to_id("</s>") not in ours.encode_segments(["x</s>"])[0]
 
 
 def test_a_word_that_has_a_role_is_spelled_otherwise_in_text(tmp_path):
