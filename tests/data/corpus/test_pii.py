@@ -148,6 +148,9 @@ def test_harmless_sentences_hold_nothing(sentence):
         ("card", "3782-822463-10005", "Amex {}"),
         ("ssn", "536-90-4399", "number {}"),
         ("ssn", "536904399", "social security number {}"),
+        ("ssn", "351-82-9233", "patient no. {}"),
+        ("ssn", "351-82-9233", "he paid {}"),
+        ("ssn", "351-82-9233", "SSN, as on the order: {}"),
         ("key", "AKIAIOSFODNN7EXAMPLE", "aws {}"),
         ("key", "ghp_" + "aB3" * 12, "clone with {}"),
         ("key", "s3cr3t-pa55", "postgres://user:{}@db.internal/x"),
@@ -168,6 +171,9 @@ def test_each_way_of_writing_is_found_whole(kind, value, text):
         "GB82 WEST 1234 5698 7654",  # too short for its country
         "666-12-3456 900-12-3456 123-00-4567 123-45-0000 078-05-1120",  # never given out
         "536904399",  # no word beside it
+        "part no. 351-82-9233",
+        "Serial number: 351-82-9233; model 351-82-9233",
+        "Item 351-82-9233, order 351-82-9233, catalogue no. 351-82-9233",
         "300.1.2.3 and 1.2.3.4.5",
         "w@x.shape",
         "@user@mastodon.social",
@@ -249,6 +255,10 @@ def test_iban_with_one_wrong_digit_is_none(data):
 
 
 TRICKY = st.lists(st.sampled_from([*"0123456789+-.()/ @:x\né😀\0中", "eyJ", "key=", "a@b.io"]))
+
+
+def test_after_a_word_for_telephones_a_number_is_no_ssn():
+    assert all(kind == "phone" for kind, _ in finds("Fax: 351-82-9233, tel. no. 351-82-9233"))
 
 
 @given(TRICKY)

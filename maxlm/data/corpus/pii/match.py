@@ -15,9 +15,10 @@ _LEAD_START = re.compile(r"[0-9\n]|@\S+|[.!?]\s+(?=[A-ZÀ-Þ])|[^\W\d]{6}[.!?]$"
 
 
 NOT_OURS = re.compile(
-    r"(?:isbn|issn|doi|ean|imei|order|invoice|ticket|case|part|serial|sku|item|tracking|version|"
-    r"article|bestell\w*|rechnung\w*|commande|pedido|ordine|facture|patent|model|lot|batch|id|"
-    r"ref\w*|no|nr|n°|№|#|[$€£¥])[\s.:#-]*(?:no|nr|number|nummer|code|id)?[\s.:#-]*$"
+    r"(?:isbn|issn|doi|ean|imei|order|product|stock|catalog\w*|docket|invoice|ticket|case|part|"
+    r"serial|sku|item|tracking|version|article|bestell\w*|rechnung\w*|commande|pedido|ordine|"
+    r"facture|patent|model|lot|batch|id|ref\w*|no|nr|n°|№|#|[$€£¥])"
+    r"[\s.:#-]*(?:no|nr|number|nummer|code|id)?[\s.:#-]*$"
 )
 """Ends a `lead` to a number that counts things."""
 

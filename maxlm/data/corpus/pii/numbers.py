@@ -25,6 +25,9 @@ _DIGITS = re.compile(r"[0-9]+")
 _GROUP_AFTER = re.compile(r"[ -][0-9][0-9A-Fa-f]{3}(?!\w)")
 _SSN = re.compile(r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[0-9]{4}(?!\d)")
 _SSN_WORDS = re.compile(r"\bssns?\b|social.security|\btax(?:payer)?.id|\bitin\b")
+# "No." and "id" alone may be a person's.
+_THING = re.compile(r"(?!id|no|nr|n°|№)")
+_CALLS = re.compile(r"(?:phone|tel|fax|mobile|cell)[\s.:#-]*(?:no|number)?[\s.:#-]*$")
 _VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
 
 # Countries by the length of their IBANs (SWIFT's IBAN Registry).
@@ -108,6 +111,7 @@ def _luhn(digits: str) -> bool:
 def find_ssns(text: str) -> Iterator[Match]:
     """US Social Security numbers: with dashes, or after words that say so.
 
+    With dashes, those after "part no.", "tel." and the like are none, unless such words say so too.
     The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
     """
     for found in _SSN.finditer(text):
@@ -118,7 +122,10 @@ def find_ssns(text: str) -> Iterator[Match]:
             continue
         if _inside(text, start, end) or text[max(0, start - 1) : start] in ("-", "+", "#", "$"):
             continue
-        if found["plain"] is None or _SSN_WORDS.search(lead(text, start)):
+        words = lead(text, start)
+        other = NOT_OURS.search(words)
+        other = (other and _THING.match(other[0])) or _CALLS.search(words)
+        if _SSN_WORDS.search(words) or (found["plain"] is None and not other):
             yield Match(start, end, "ssn")
 
 

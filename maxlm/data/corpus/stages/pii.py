@@ -46,7 +46,7 @@ class PiiStage(LabelStage):
     """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
     with a country code are known from everywhere. Each costs time and a little precision."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @model_validator(mode="after")
     def _check(self) -> "PiiStage":
