@@ -5,6 +5,7 @@ Runs C code on whatever the web holds; `maxlm.data.corpus.extraction` runs it at
 
 import html
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -36,6 +37,15 @@ MOST_DEPTH = 256
 """Elements inside each other beyond which libxml2, below trafilatura, drops the rest of a page."""
 TOO_DEEP = 3000
 """Where resiliparse, whose time grows with the square of it, is not tried either."""
+_KEPT_DEPTH = MOST_DEPTH // 2  # Rows and items, which `nesting` does not count, lie in between.
+_WHOLE_TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*)[^<>]*>")
+_BREAKS = re.compile(r"(?:<p>\s*){2,}")
+_INLINE_NAMES = (
+    "a abbr acronym b bdi bdo big blink cite code data del dfn em font i ins kbd label mark nobr q "
+    "s samp small span strike strong sub sup time tt u var"
+)
+# Without their tags, what they hold would be taken for text of the page.
+_HIDDEN_NAMES = "script style textarea title noscript iframe template svg"
 # Elements without an end tag, and those whose end tag may be left out, by their first letters.
 _UNCLOSED_NAMES = (
     "are bas br col emb hr img inp lin met sou tra wbr li p dt dd td th tr tbo the tfo opt"
@@ -78,6 +88,10 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
     raw = source.encode() if encoding.startswith("utf-16") else data
     few = raw.count(b"<") <= (MOST_DEPTH if quality else TOO_DEEP)
     depth = 0 if few else nesting(raw)
+    content = source
+    if depth > (MOST_DEPTH if quality else TOO_DEEP):
+        content = limit_nesting(source)
+        depth = nesting(content.encode())
     if depth > TOO_DEEP:
         return Page("too_deep", encoding=encoding)
     head = source[:_HEAD]
@@ -89,9 +103,9 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
         language_hint=_language(head, metas),
         encoding=encoding,
     )
-    if quality and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
+    if quality and depth <= MOST_DEPTH and (text := _trafilatura(content, markdown)):
         return replace(page, text=text, mode="trafilatura")
-    if text := _resiliparse(source):
+    if text := _resiliparse(content):
         return replace(page, text=text, mode="fast")
     return replace(page, status="empty")
 
@@ -147,6 +161,44 @@ def nesting(data: bytes) -> int:
     key = (first * 32 + second) * 32 + third * (second > 0)
     steps = np.where(closes, -1, 1) * ((first > 0) & ~_UNCLOSED[key])
     return int(np.cumsum(steps).max(initial=0))
+
+
+def limit_nesting(source: str) -> str:
+    """Return a page without the tags that make it deep: those that nothing closes, where there are
+    several of a name, and those of elements that lie too deep.
+
+    What such elements hold belongs to those around them; one that is no part of a line begins a
+    paragraph.
+    """
+    unclosed: dict[str, list[int]] = defaultdict(list)
+    for tag in _WHOLE_TAG.finditer(source):
+        name = tag[2].lower()
+        if not tag[1]:
+            unclosed[name].append(tag.start())
+        elif unclosed[name]:
+            unclosed[name].pop()
+    dropped = {start for starts in unclosed.values() if starts[1:] for start in starts}
+    opened: dict[str, list[bool]] = defaultdict(list)
+    inline, hidden = {*_INLINE_NAMES.split()}, {*_HIDDEN_NAMES.split()}
+    never_deep = {*_UNCLOSED_NAMES.split()}
+    depth = 0
+
+    def limit(tag: re.Match[str]) -> str:
+        nonlocal depth
+        name = tag[2].lower()
+        if name[:3] in never_deep or name in hidden or (tag[1] and not opened[name]):
+            return tag[0]
+        if tag[1]:
+            keep = opened[name].pop()
+            depth -= keep
+        else:
+            keep = depth < _KEPT_DEPTH and tag.start() not in dropped
+            depth += keep
+            if tag.start() not in dropped:
+                opened[name].append(keep)
+        return tag[0] if keep else "" if name in inline else "<p>"
+
+    return _BREAKS.sub("<p>", _WHOLE_TAG.sub(limit, source))
 
 
 def _letters(codes: np.ndarray) -> np.ndarray:

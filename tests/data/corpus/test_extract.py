@@ -11,6 +11,7 @@ from contextlib import suppress
 import psutil
 import pyarrow as pa
 import pytest
+import trafilatura
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,7 +156,8 @@ def test_nesting_is_the_depth_of_a_tree(tree):
 
 
 NASTY = {
-    "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "too_deep"),
+    "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "empty"),
+    "deep scripts": (b"<script>" * 4000, "too_deep"),
     "too deep for libxml2": (
         b"<p>" + STORY.upper().encode() * 5 + b"</p>" + b"<div>" * 400 + STORY.encode() * 3,
         "ok",
@@ -180,9 +182,36 @@ def test_nasty_pages_have_a_status():
     assert {name: page.status for name, page in zip(NASTY, found, strict=True)} == {
         name: status for name, (_, status) in NASTY.items()
     }
-    cut = dict(zip(NASTY, found, strict=True))["too deep for libxml2"]
-    assert cut.mode == "fast"
-    assert STORY.strip() in (cut.text or "")
+    deep = dict(zip(NASTY, found, strict=True))["too deep for libxml2"]
+    assert STORY.strip() in (deep.text or "")
+
+
+UNCLOSED = {
+    "p": "{}",
+    "b": "{}",
+    "div": "{}",
+    "font": "{}",
+    "section": "<b>{}",
+    "p><font": "{}</p>",
+}
+
+
+@pytest.mark.parametrize("quality", [True, False])
+@pytest.mark.parametrize("tag", UNCLOSED)
+def test_thousands_of_unclosed_tags_cost_no_text(tag, quality):
+    """The text is trafilatura's for the same page with its end tags, or without such tags."""
+    sentence = "When boat {} came back, the harbour was quiet, and nobody on the quay expected it."
+    lines = [sentence.format(i) for i in range(3500)]
+    body = "".join(f"<{tag}>{UNCLOSED[tag].format(line)} " for line in lines)
+    page = read_page(f"<html><body>{body}</body></html>".encode(), None, quality, markdown=False)
+    assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
+    if tag in ("b", "font"):
+        tidy = f"<p>{' '.join(lines)}</p>"
+    else:
+        tidy = "".join(f"<p>{line}</p>" for line in lines)
+    expected = trafilatura.extract(f"<html><body>{tidy}</body></html>", fast=True)
+    assert (page.text or "").split() == (expected or "").split()
+    assert not quality or page.text == expected
 
 
 def test_a_page_that_takes_too_long_costs_only_itself():

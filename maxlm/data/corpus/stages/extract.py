@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,7 +27,8 @@ class ExtractStage(LabelStage):
     Labels: `text`; `title`; `date` of publication, as YYYY-MM-DD, from the page's metadata;
     `language_hint`, what the page says its language is; `encoding`; `mode`, what found the text
     (`trafilatura` or `fast`); `status`: `ok`, or why there is no text: `empty`, `not_html`,
-    `timeout`, `too_large`, `too_deep`, `broken`.
+    `timeout`, `too_large`, `too_deep`, `broken`. Pages of over 256 elements inside each
+    other are read without the tags that nothing closes; few are `too_deep` then.
     """
 
     stage: Literal["extract"] = "extract"
@@ -41,6 +42,8 @@ class ExtractStage(LabelStage):
     """Processor time that one way may take for a page."""
     max_bytes: int = Field(default=1 << 23, gt=0)
     """Longer pages have no text. Trees take some hundred times as much memory."""
+
+    version: ClassVar[int] = 2
 
     @property
     def reads(self) -> tuple[str, ...]:
