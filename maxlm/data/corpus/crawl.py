@@ -1,4 +1,4 @@
-"""Documents of crawl archives: WARC and WET (ISO 28500), ARC (Internet Archive, 1996).
+"""Documents of crawl archives: WARC and WET (ISO 28500).
 
 A crawl is never clean. What cannot be a document is counted by reason and passed over, and after
 a broken place reading goes on at the next record that can be found.
@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ MAX_BYTES = 1 << 24
 
 _LINE_START = b"\nWARC/"
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
-_ARC_HEADER = re.compile(
-    rb"^([a-z]+:\S+) (\S+) (\d{12,17}) (\S+)(?: [^\n]*)? (\d{1,18})\r?\n", re.M
-)
-# Bounded, or a file whose headers all point to one long line or gap would take for ever.
-_ARC_NEXT = re.compile(rb"\s{0,64}(?:[a-z]{1,64}:\S{1,4096} |\Z)")
-_NOT_BLANK = re.compile(rb"\S")
 _STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
@@ -41,7 +34,6 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _MOST_FALSE_STARTS = 256  # Else a file made of nothing but magic numbers would take for ever.
 _BOMB = 1 << 30  # So long a record is not even decompressed.
 _MOST_MEMBER = 1 << 26
-_MOST_VAIN = 64  # How often the bytes of a file may be unpacked in vain, for the same reason.
 _CHUNK = 1 << 11  # Little, since all that a damaged chunk holds is lost.
 
 
@@ -60,7 +52,7 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class _Record:
-    """A record of an archive, in either format."""
+    """A record of an archive."""
 
     kind: str
     """WARC-Type."""
@@ -77,7 +69,7 @@ class _PassOver(Exception):
 
 
 def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
-    """The documents of a WARC, WET or ARC file; plain, .gz or (WARC) .zst, told by content.
+    """The documents of a WARC or WET file; plain, .gz or .zst, told by content.
 
     A .gz that is one member for the whole file is read as well, but after a broken place in it
     nothing is found again.
@@ -99,8 +91,7 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
                 count("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                read = _read_arc if _beginning(view).startswith(b"filedesc:") else _read_warc
-                for record in read(file, view, path.name, count, max_bytes):
+                for record in _read_warc(file, view, path.name, count, max_bytes):
                     try:
                         yield _document(record, max_bytes)
                     except _PassOver as why:
@@ -108,16 +99,6 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
-
-
-def _beginning(view: mmap.mmap) -> bytes:
-    start = view[:_SNIFF]
-    if not start.startswith(_GZIP):
-        return start
-    try:
-        return zlib.decompressobj(31).decompress(start, _SNIFF)
-    except zlib.error:
-        return b""
 
 
 def _read_warc(
@@ -215,38 +196,6 @@ def _warc_record(record: Any, name: str, max_bytes: int) -> _Record:
     )
 
 
-def _read_arc(
-    file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
-) -> Iterator[_Record]:
-    """The complete records of an ARC file, compressed record by record or not at all."""
-    if view[:3] != _GZIP:
-        yield from _arc_records(view, name, count, max_bytes)
-        return
-    start, vain, counted = 0, 0, False
-    while start >= 0 and vain <= _MOST_MEMBER + _MOST_VAIN * len(view):
-        member, end, sound = _inflate(view, start)
-        reasons: list[str] = []
-        records = 0
-        for record in _arc_records(member, f"{name}:{start}", reasons.append, max_bytes):
-            records += 1
-            yield record
-        for reason in reasons:
-            if sound or reason != "broken":
-                count(reason)
-        if sound or records:
-            counted = False  # What was broken before lies behind.
-        if sound:
-            start = view.find(_GZIP, end)
-            broken = start != end and end < len(view)
-        else:
-            vain += end - start + len(member)
-            start = view.find(_GZIP, start + 1)
-            broken = not records or "broken" in reasons
-        if broken and not counted:
-            count("broken")
-            counted = True
-
-
 def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
     """What the gzip member at `start` holds, where that ends, and whether it is sound so far."""
     inflate, parts, size, end = zlib.decompressobj(31), [], 0, start
@@ -259,42 +208,6 @@ def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
     except zlib.error:
         return b"".join(parts), end, False
     return b"".join(parts), end - len(inflate.unused_data), inflate.eof
-
-
-def _arc_records(
-    data: mmap.mmap | bytes, name: str, count: Count, max_bytes: int
-) -> Iterator[_Record]:
-    position, lost = 0, False
-    while position < len(data):
-        header = _ARC_HEADER.search(data, position)
-        between = header.start() if header else position + _SNIFF
-        if not lost and _NOT_BLANK.search(data, position, between):
-            count("broken")
-        if header is None:
-            return
-        url, date, media = (header[i].decode("utf-8", "replace") for i in (1, 3, 4))
-        length, start = int(header[5]), header.end()
-        position = start + length
-        lost = position > len(data) or not _ARC_NEXT.match(data, position)
-        if lost:
-            count("broken")
-            position = start
-        elif url.startswith("filedesc:"):
-            count("warcinfo")
-        elif length > max_bytes:
-            count("too_large")
-        else:
-            id_ = f"{name}:{header.start()}"
-            yield _Record("response", id_, url, _iso(date), media, data[start:position])
-
-
-def _iso(date: str) -> str | None:
-    """A date of 12 to 17 digits."""
-    try:
-        moment = datetime.strptime(date[:14].ljust(14, "0"), "%Y%m%d%H%M%S")
-    except ValueError:
-        return None
-    return f"{moment.isoformat()}Z"
 
 
 def _document(record: _Record, max_bytes: int) -> RawDocument:

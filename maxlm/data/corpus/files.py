@@ -25,7 +25,6 @@ _FORMATS: dict[str, Format] = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
     ".warc": "warc",
-    ".arc": "warc",
     ".wet": "warc",
 }
 _HTML = (".html", ".htm", ".xhtml")
@@ -185,6 +184,9 @@ def _source_file(path: Path, name: str) -> SourceFile:
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
         raise MaxlmError(what, where=str(path), fix=fix)
+    if inner.suffix == ".arc":
+        fix = "make a WARC of it: warcio recompress IN.arc.gz OUT.warc.gz"
+        raise MaxlmError("ARC archives cannot be read", where=str(path), fix=fix)
     # A file system's names are bytes; Python has surrogates for those that are not UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return SourceFile(path, name, format_, compression, path.stat().st_size)

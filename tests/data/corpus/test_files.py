@@ -143,12 +143,18 @@ def test_folder_without_text(tmp_path):
     )
 
 
-def test_compressed_parquet(tmp_path):
+def test_files_that_cannot_be_read_in_pieces_are_refused(tmp_path):
     write(tmp_path, a_parquet_gz=b"")
     path = tmp_path / "a.parquet.gz"
     assert fails(path) == (
         f"{path}: Parquet inside another compression cannot be read in pieces; decompress it "
         "(Parquet compresses its own pages)"
+    )
+    write(tmp_path, a_arc_gz=b"filedesc:")
+    path = tmp_path / "a.arc.gz"
+    assert fails(path) == (
+        f"{path}: ARC archives cannot be read; make a WARC of it: "
+        "warcio recompress IN.arc.gz OUT.warc.gz"
     )
 
 
