@@ -163,22 +163,6 @@ def test_probabilities_and_backoffs_are_those_of_the_formulas(sentences, order, 
             assert 10**backoff == pytest.approx(naive.backoff(gram), abs=1e-6)
 
 
-@pytest.mark.parametrize("prune", [(), (0, 0, 1, 2), (1, 1)])
-def test_probabilities_after_any_context_sum_to_one(prune, tmp_path):
-    path, _ = estimate(tmp_path, zipf(400, words=200), order=4, prune=prune)
-    model = kenlm.Model(str(path))
-    words = [gram[0] for gram in grams_of(path) if len(gram) == 1 and gram != ("<s>",)]
-    chance = random.Random(1)
-    for _ in range(25):
-        state, after = kenlm.State(), kenlm.State()
-        chance.choice([model.BeginSentenceWrite, model.NullContextWrite])(state)
-        for word in chance.choices([*words, "unheard-of"], k=chance.randint(0, 4)):
-            model.BaseScore(state, word, after)
-            state, after = after, state
-        total = sum(10 ** model.BaseScore(state, word, after) for word in words)
-        assert total == pytest.approx(1, abs=1e-4)
-
-
 def test_a_text_larger_than_memory_gives_the_same_file(tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     in_memory, one = estimate(tmp_path / "a", zipf(8000))

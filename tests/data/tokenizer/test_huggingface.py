@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-import maxlm.data.tokenizer.segments as segments
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import StreamDecoder, import_tokenizer
 from maxlm.data.tokenizer.huggingface import HuggingFaceModel
@@ -167,14 +166,6 @@ def test_stray_bytes_are_exact_where_nothing_is_put_before_a_text(name, ours, st
         assert ours.decode_bytes(ours.encode(data)) == data
     else:
         assert ours.codec.byte_ids is None
-
-
-def test_long_texts_are_not_cut(ours, library, monkeypatch):
-    # Indented lines: GPT-2's pattern takes "\n   " as one piece, which a cut would split.
-    text = "x\n    y = 1\n\n   z\n" * 20
-    whole = library_ids(library, text)
-    monkeypatch.setattr(segments, "SEGMENT_CHARS", 5)
-    assert ours.encode(text) == whole
 
 
 def test_truncation_padding_and_dropout_of_the_file_are_left_aside(tmp_path):

@@ -64,12 +64,6 @@ def test_a_batch_gives_what_each_text_gives(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-def test_lone_surrogates_in_a_str_stand_for_their_bytes(tokenizer):
-    assert tokenizer.decode_bytes(tokenizer.encode("a\ud83d b\udcff")) == (
-        b"a\xed\xa0\xbd b\xed\xb3\xbf"
-    )
-
-
 @pytest.mark.parametrize("unit", [" ", "a", "\n", "\r\n", "=", "7", "猫", "\0", "\u2581", "ab \n"])
 def test_very_long_runs_come_back(tokenizer, unit):
     text = unit * 40_001
