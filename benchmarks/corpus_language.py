@@ -1,6 +1,6 @@
 """Language identification: accuracy by language on real manuals, and speed, beside its peers.
 
-fastText alone, which labels whole texts, is what paragraphs' labels are paid for in addition to.
+fastText alone labels whole texts; the labels of paragraphs take maxlm a second pass.
 
     python benchmarks/corpus_language.py en=FOLDER fr=FOLDER ... [--documents 400] [--plot PNG]
 
