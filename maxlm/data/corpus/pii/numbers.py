@@ -27,7 +27,7 @@ _SSN = re.compile(r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[
 _SSN_WORDS = re.compile(r"\bssns?\b|social.security|\btax(?:payer)?.id|\bitin\b")
 # "No." and "id" alone may be a person's.
 _THING = re.compile(r"(?!id|no|nr|n°|№)")
-_CALLS = re.compile(r"(?:phone|tel|fax|mobile|cell)[\s.:#-]*(?:no|number)?[\s.:#-]*$")
+_CALLS = re.compile(r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?[\s.:#-]*$")
 _VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
 
 # Countries by the length of their IBANs (SWIFT's IBAN Registry).
