@@ -5,7 +5,7 @@ from math import prod
 
 from pydantic import Field, model_validator
 
-from maxlm.config import Config, LocalPath, MaxlmError
+from maxlm.config import Config, FileName, LocalPath, MaxlmError
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplingConfig
@@ -43,7 +43,7 @@ class SamplesConfig(SamplingConfig):
 class RunConfig(Config):
     """A run: what is trained, on what, how, and where it is kept."""
 
-    name: str = Field(default="run", min_length=1)
+    name: FileName = "run"
     """Its folder is FOLDER/NAME."""
     folder: LocalPath = "runs"
     seed: int = Field(default=0, ge=0, lt=2**32)

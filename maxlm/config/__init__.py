@@ -1,7 +1,7 @@
 """Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
 
 from maxlm.config.assets import asset, resolve_config, shipped_configs
-from maxlm.config.base import Config, default_tag
+from maxlm.config.base import Config, FileName, default_tag
 from maxlm.config.compare import ABSENT, differences, fingerprint
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Origin
@@ -12,6 +12,7 @@ from maxlm.config.show import schema, show, to_yaml
 __all__ = [
     "ABSENT",
     "Config",
+    "FileName",
     "Loaded",
     "LocalPath",
     "MaxlmError",

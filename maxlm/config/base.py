@@ -1,16 +1,42 @@
 """The base of every component's config."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import PydanticCustomError, core_schema
+
+
+def _check_scalars(schema: Any) -> Any:
+    """Return a core schema that takes no boolean for a number, no number for a boolean and no
+    integer of more than 64 bits, at any depth."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(_check_scalars(item) for item in schema)
+    if not isinstance(schema, dict):
+        return schema
+    kind: Any = schema.get("type")
+    if isinstance(kind, str) and kind in ("int", "float", "bool"):
+
+        def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+            if isinstance(value, int | float) and isinstance(value, bool) != (kind == "bool"):
+                raise PydanticCustomError(f"{kind}_type", f"Input should be a valid {kind}")
+            found = validate(value)
+            if kind == "int" and not -(2**63) <= found < 2**63:
+                raise PydanticCustomError("int_size", "Input should be an integer of 64 bits")
+            return found
+
+        scalar: Any = schema
+        return core_schema.no_info_wrap_validator_function(check, scalar)
+    data = ("default", "expected", "metadata", "serialization") if isinstance(kind, str) else ()
+    return {key: part if key in data else _check_scalars(part) for key, part in schema.items()}
 
 
 class Config(BaseModel):
     """A frozen, strictly checked description of one component.
 
-    Unknown keys are errors. A docstring under a field is its documentation: it reaches
-    ``maxlm config schema`` and so the user's editor.
+    Unknown keys are errors. Booleans are no numbers and numbers no booleans, and integers have 64
+    bits. A docstring under a field is its documentation: it reaches ``maxlm config schema`` and so
+    the user's editor.
     """
 
     model_config = ConfigDict(
@@ -22,6 +48,15 @@ class Config(BaseModel):
         protected_namespaces=(),
     )
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        model: Any = handler.resolve_ref_schema(schema)
+        model.update(_check_scalars(model))
+        return schema
+
 
 def default_tag(name: str, value: str) -> BeforeValidator:
     """For a union that pydantic tells apart by a key ``name``: what a mapping without it is."""
@@ -32,3 +67,18 @@ def default_tag(name: str, value: str) -> BeforeValidator:
         return settings
 
     return BeforeValidator(add)
+
+
+def _check_file_name(text: str) -> str:
+    if not text or text[0] in ".- " or not text.isprintable() or {"/", "\\"} & set(text):
+        raise ValueError(
+            f"{text[:60]!r} names no folder; write a plain name such as my_run-2: no slashes, and "
+            "neither dot, dash nor space in front"
+        )
+    if len(text.encode()) > 200:  # of the 255 that file systems take; temporary names are longer
+        raise ValueError(f"{text[:60]!r}... is too long for a folder; use 200 bytes at most")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_check_file_name)]
+"""Text that becomes one component of a path: it leads into no other folder."""

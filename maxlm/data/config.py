@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from maxlm.config import LocalPath, MaxlmError
+from maxlm.config import FileName, LocalPath, MaxlmError
 from maxlm.data.corpus.config import SourceConfig
 from maxlm.data.loader.loader import LoaderConfig
 from maxlm.data.loader.mixing import Mixing, Phase, check_phases
@@ -14,7 +14,7 @@ class MixtureSource(SourceConfig):
     documents: tuple[LocalPath, ...] = ()
     """Files, folders, globs or `python-stdlib`, as in `maxlm corpus build`; tokenized once, into
     the run's folder."""
-    name: str = "text"
+    name: FileName = "text"
     """A short name, also of the source's folder; its order of reading depends on it."""
     weight: float = Field(default=1.0, ge=0)
     """Share of the sequences a step takes from this source, relative to the others; 0 for a source

@@ -200,7 +200,8 @@ REFUSED_AT_ONCE = {
         "data.sources: no text to train a tokenizer on; give text that is not empty"
     ),
     "data.sources.0.documents=[bad.txt]": (
-        "bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes to "
+        "bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes "
+        "(data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) to "
         '"replace", "keep" or "skip", or convert the text to UTF-8'
     ),
     "--resume untrained": (
@@ -222,6 +223,10 @@ REFUSED_AT_ONCE = {
     "folder=tiny.yaml/runs": (
         "tiny.yaml/runs/tiny: cannot write the run folder (Not a directory); set folder=PATH to a "
         "place you may write to"
+    ),
+    "name=../trained": (
+        "command line: name: '../trained' names no folder; write a plain name such as my_run-2: no "
+        "slashes, and neither dot, dash nor space in front"
     ),
     "folder=/proc/runs": (
         "/proc/runs/tiny: cannot write the run folder (No such file or directory); set folder=PATH "

@@ -51,11 +51,12 @@ def test_a_long_value_does_not_push_the_column_out():
     assert shown[:2] == [f"name: {'n' * 80}  # command line", "labels: []  # default"]
 
 
-parts = st.builds(Part, width=st.integers(), kind=st.sampled_from("ab"))
+characters = st.characters(codec="utf-8", exclude_characters="\0")
+parts = st.builds(Part, width=st.integers(-(2**63), 2**63 - 1), kind=st.sampled_from("ab"))
 runs = st.builds(
     Run,
-    name=st.text() | st.from_regex(r"\\*\$\{[a-z.]*\}", fullmatch=True),
-    labels=st.lists(st.text(max_size=5), max_size=3),
+    name=st.text(characters) | st.from_regex(r"\\*\$\{[a-z.]*\}", fullmatch=True),
+    labels=st.lists(st.text(characters, max_size=5), max_size=3),
     parts=st.lists(parts, max_size=2),
     sizes=st.dictionaries(
         st.from_regex(r"[a-z]+", fullmatch=True),
