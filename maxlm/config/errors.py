@@ -6,8 +6,11 @@ import errno
 # EX_TEMPFAIL), and one to be started again from its last checkpoint.
 PREEMPTED, LOST = 75, 76
 
-# Faults of the machine or its permissions: no bug of ours hides behind them.
-_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+# Faults of the machine, its permissions or a path's length: no bug of ours hides behind them.
+_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 class MaxlmError(Exception):

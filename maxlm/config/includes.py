@@ -6,10 +6,10 @@ from pathlib import Path
 from maxlm.config.assets import find_shipped, nearest_configs
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Origin, display, shown
-from maxlm.config.yaml_text import Document, parse
+from maxlm.config.yaml_text import Document, SizeLimit, parse
 
 
-def read(path: Path, trail: tuple[Path, ...] = ()) -> list[Document]:
+def read(path: Path, trail: tuple[Path, ...] = (), size: SizeLimit | None = None) -> list[Document]:
     """The documents that make up `path`, lowest first: its includes in order, then itself.
 
     ``include:`` at the top of a file is a path or a list of paths, each relative to that file, or
@@ -17,11 +17,15 @@ def read(path: Path, trail: tuple[Path, ...] = ()) -> list[Document]:
 
     Args:
         trail: the files that led here, to find a cycle.
+        size: counts what all of them come to.
 
     Raises:
         MaxlmError: a file that is missing, unreadable, not a YAML mapping, or includes itself.
     """
-    document = read_file(path)
+    size = size or SizeLimit()
+    size.num_values += 200  # A file costs more to read than what it holds.
+    size.add(None, 0, Origin(display(path)), ())
+    document = read_file(path, size)
     settings = dict(document.data)
     include = settings.pop("include", [])
     trail = (*trail, path)
@@ -36,12 +40,12 @@ def read(path: Path, trail: tuple[Path, ...] = ()) -> list[Document]:
             ring = " -> ".join(display(step) for step in (*trail, target))
             what = f"include cycle: {ring}"
             raise MaxlmError(what, where=str(origin), fix="remove one of these includes")
-        documents += read(target, trail)
+        documents += read(target, trail, size)
     origins = {key: at for key, at in document.origins.items() if key[:1] != ("include",)}
     return [*documents, Document(settings, origins)]
 
 
-def read_file(path: Path) -> Document:
+def read_file(path: Path, size: SizeLimit | None = None) -> Document:
     """Reads one YAML file, whose top must be a mapping; an empty file is an empty mapping.
 
     Raises:
@@ -56,7 +60,7 @@ def read_file(path: Path) -> Document:
         line = error.object.count(b"\n", 0, error.start) + 1
         what = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
         raise MaxlmError(what, where=f"{name}:{line}", fix="save it as UTF-8") from None
-    document = parse(text, name)
+    document = parse(text, name, size=size)
     if document.data is not None and not isinstance(document.data, dict):
         what = "a config must be a mapping of keys to values"
         raise MaxlmError(what, where=str(document.origins[()]))

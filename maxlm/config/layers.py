@@ -1,15 +1,15 @@
-"""Documents laid over one another by OmegaConf, and command line overrides on top."""
+"""Documents laid over one another, and command line overrides on top."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maxlm.config import includes
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import COMMAND_LINE, Key, Origin, child, descend, dotted, split_key
-from maxlm.config.yaml_text import Document, parse
+from maxlm.config.keys import COMMAND_LINE, Key, Origin, child, descend, dotted, shown, split_key
+from maxlm.config.references import ReferenceResolver, is_reference
+from maxlm.config.yaml_text import Document, SizeLimit, parse
 
 
 @dataclass(frozen=True)
@@ -42,69 +42,66 @@ def build(path: Path | None, overrides: Sequence[str]) -> Tree:
     """Lays `path`, its includes and the overrides over one another and resolves ``${...}``.
 
     Raises:
-        MaxlmError: whatever is wrong with a file, an override or an interpolation.
+        MaxlmError: whatever is wrong with a file, an override or a reference.
     """
-    from omegaconf import OmegaConf
-
     tree = Tree({}, {})
     for document in includes.read(path) if path is not None else ():
-        tree = _merge(tree, document)
+        tree = _merge(tree, (), document)
     for override in overrides:
         tree = _override(tree, override)
-    with _interpolation_errors(tree):
-        resolved = OmegaConf.to_container(
-            OmegaConf.create(tree.settings), resolve=True, throw_on_missing=True
-        )
-    assert isinstance(resolved, dict)
-    # What an interpolation brought in is written where the interpolation is.
+    resolved = ReferenceResolver(tree.settings, tree.where).expand(tree.settings)
+    # What a reference brought in is written where the reference is.
     brought = {key: tree.where(key) for key in _nodes(resolved) if key and key not in tree.origins}
-    return Tree(resolved, {**tree.origins, **brought})  # pyright: ignore[reportArgumentType]
+    return Tree(resolved, {**tree.origins, **brought})
 
 
-def _merge(tree: Tree, document: Document) -> Tree:
-    from omegaconf import OmegaConf
+def _merge(tree: Tree, key: Key, document: Document) -> Tree:
+    """`tree` with a document laid over what is at `key`."""
+    _refuse_mixed(tree, key, document)
+    settings = _merged(tree.settings, key, document.data)
+    return Tree(settings, _relaid(tree.origins, key, document))
 
-    _refuse_mixed(tree, (), document)
-    with _interpolation_errors(Tree(document.data, document.origins)):
-        merged = OmegaConf.to_container(OmegaConf.merge(tree.settings, document.data))
-    return Tree(merged, _relaid(tree.origins, (), document))  # pyright: ignore[reportArgumentType]
+
+def _merged(node: Any, key: Key, data: Any) -> Any:
+    """`node` with `data` merged in at `key`: mappings deeply, all else replaced."""
+    if key and isinstance(node, list):
+        return [_merged(v, key[1:], data) if i == key[0] else v for i, v in enumerate(node)]
+    if key:
+        data = {key[0]: _merged(child(node, key[0]), key[1:], data)}
+        return {**node, **data} if isinstance(node, dict) else data
+    if isinstance(node, dict) and isinstance(data, dict):
+        return {**node, **{name: _merged(node.get(name), (), v) for name, v in data.items()}}
+    return data
 
 
 def _override(tree: Tree, override: str) -> Tree:
     """Sets ``key.path=value``, where the value is YAML and a list index a part of the key."""
-    from omegaconf import OmegaConf
-
     name, equals, text = override.partition("=")
     parts = split_key(name.strip())
     if not equals or parts is None:
-        what = f"{override!r} is not an override"
+        what = f"{shown(override)} is not an override"
         fix = "write key=value, such as model.num_layers=4"
         raise MaxlmError(what, where=str(COMMAND_LINE), fix=fix)
     try:
         document = parse(text, COMMAND_LINE.source, lines=False)
     except MaxlmError as error:
-        raise MaxlmError(error.what, where=f"{COMMAND_LINE}: {override}", fix=error.fix) from None
+        where = f"{COMMAND_LINE}: {override[:60]}"
+        raise MaxlmError(error.what, where=where, fix=error.fix) from None
+    SizeLimit().add(None, len(parts), COMMAND_LINE, parts)
     key = _indexed(tree, parts)
-    _refuse_mixed(tree, key, document)
-    settings = OmegaConf.create(tree.settings)
-    with _interpolation_errors(Tree({}, {key: COMMAND_LINE})):
-        OmegaConf.update(settings, dotted(key), document.data, merge=True)
     parents = [key[:depth] for depth in range(len(key))]
     made = [at for at in parents if not isinstance(descend(tree.settings, at), dict | list)]
     origins = {(): COMMAND_LINE, **tree.origins, **dict.fromkeys(made, COMMAND_LINE)}
-    origins = _relaid(origins, key, document)
-    return Tree(OmegaConf.to_container(settings), origins)  # pyright: ignore[reportArgumentType]
+    return _merge(Tree(tree.settings, origins), key, document)
 
 
 def _relaid(origins: Mapping[Key, Origin], key: Key, document: Document) -> dict[Key, Origin]:
     """The origins after `document` was merged in at `key`; what it replaced is forgotten."""
-    laid = dict(origins)
-    for path, origin in document.origins.items():
-        node = key + path
-        if not isinstance(descend(document.data, path), dict):
-            laid = {old: at for old, at in laid.items() if old[: len(node)] != node}
-        laid[node] = origin
-    return laid
+    paths = document.origins
+    replaced = {key + path for path in paths if not isinstance(descend(document.data, path), dict)}
+    gone = {old for old in origins if any(old[:end] in replaced for end in range(len(old) + 1))}
+    kept = {old: at for old, at in origins.items() if old not in gone}
+    return kept | {key + path: origin for path, origin in paths.items()}
 
 
 def _indexed(tree: Tree, parts: Sequence[str]) -> Key:
@@ -112,11 +109,11 @@ def _indexed(tree: Tree, parts: Sequence[str]) -> Key:
     key: Key = ()
     for part in parts:
         node = descend(tree.settings, key)
-        if isinstance(node, str) and "${" in node:
+        if is_reference(node):
             what = f"{dotted(key)} is {node}; {dotted((*key, part))} cannot be set on its own"
             raise MaxlmError(what, where=str(COMMAND_LINE), fix="set what it stands for")
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 size = f"{len(node)} element{'' if len(node) == 1 else 's'}"
                 what = f"{dotted(key)} is a list of {size}; there is no {dotted((*key, part))}"
                 fix = "count from 0, or give the whole list"
@@ -128,7 +125,7 @@ def _indexed(tree: Tree, parts: Sequence[str]) -> Key:
 
 
 def _refuse_mixed(tree: Tree, key: Key, document: Document) -> None:
-    """A list over a mapping, or the reverse: OmegaConf refuses it too, but without a name."""
+    """Refuses a list over a mapping, or the reverse."""
     for path, origin in document.origins.items():
         new, old = descend(document.data, path), descend(tree.settings, key + path)
         if {type(new), type(old)} == {dict, list}:
@@ -144,26 +141,3 @@ def _nodes(data: Any, key: Key = ()) -> Iterator[Key]:
         data if isinstance(data, dict) else range(len(data if isinstance(data, list) else []))
     ):
         yield from _nodes(child(data, part), (*key, part))
-
-
-@contextmanager
-def _interpolation_errors(tree: Tree) -> Iterator[None]:
-    """OmegaConf's errors as one line with the key and where it was written."""
-    from omegaconf import errors
-
-    try:
-        yield
-    except errors.OmegaConfBaseException as error:
-        key: Key = ()
-        for part in split_key(str(error.full_key or "")) or ():
-            at_list = isinstance(descend(tree.settings, key), list)
-            key = (*key, int(part) if at_list else part)
-        text = str(error).splitlines()[0].replace("'", "`")
-        fix = None
-        if isinstance(error, errors.MissingMandatoryValue):
-            text, fix = "left open (???)", f"set {dotted(key)}"
-        elif isinstance(error, errors.InterpolationKeyError):
-            fix = "write that key too: interpolations see what is written, not the defaults"
-        elif isinstance(error, errors.GrammarParseError):
-            text, fix = f"bad interpolation: {text}", r"for a plain ${ write \${"
-        raise MaxlmError(f"{dotted(key)}: {text}", where=str(tree.where(key)), fix=fix) from None

@@ -1,14 +1,16 @@
 """YAML text to plain data and the line of every value, and back."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import yaml
 
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Key, Origin
+from maxlm.config.keys import Key, Origin, dotted, shown
 
+MAX_VALUES, MAX_DEPTH = 20_000, 64
 _STR = "tag:yaml.org,2002:str"
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -26,7 +28,7 @@ _PLAIN_SCALARS = (
     ("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
     (
         "tag:yaml.org,2002:int",
-        re.compile(r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+"),
+        re.compile(r"[-+]?(?:0|[1-9][0-9_]{,99})|0x[0-9a-fA-F][0-9a-fA-F_]{,99}"),
         "-+0123456789",
     ),
     ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
@@ -44,8 +46,90 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     return table
 
 
+_FORBIDDEN = re.compile("[\0\ud800-\udfff]")  # in no path and no UTF-8
+
+
+@dataclass
+class SizeLimit:
+    """Counts what a config comes to, so that no short file fills the memory or the stack."""
+
+    num_values: int = 0
+    """Values so far; a text counts once more for every 100 characters."""
+
+    def add(self, value: Any, depth: int, origin: Origin, key: Key) -> None:
+        """
+        Raises:
+            MaxlmError: there are too many values by now, or levels above this one.
+        """
+        self.num_values += 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if self.num_values > MAX_VALUES or depth > MAX_DEPTH:
+            what = f"more than {MAX_VALUES:,} values"
+            if depth > MAX_DEPTH:
+                what = f"nested more than {MAX_DEPTH} levels deep, perhaps without end"
+            where = ": ".join(filter(None, (str(origin), dotted(key[:4]))))
+            fix = "write less (aliases, includes and ${...} count as what they stand for)"
+            raise MaxlmError(what, where=where, fix=fix)
+
+
 class _Loader(yaml.SafeLoader):
+    """Expands aliases and merges itself, as far as the limit allows."""
+
     yaml_implicit_resolvers = _resolvers()
+
+    def __init__(self, text: str, origin: Callable[[yaml.Mark], Origin], size: SizeLimit):
+        super().__init__(text)
+        self.origin, self.size, self.depth = origin, size, 0
+        self.origins: dict[Key, Origin] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        origin = self.origin(event.start_mark)
+        if getattr(event, "tag", None):
+            raise MaxlmError(f"the tag {shown(event.tag)} is not allowed", where=str(origin))
+        if found := _FORBIDDEN.search(getattr(event, "value", "")):
+            raise yaml.reader.ReaderError("", event.start_mark.index, ord(found[0]), "", "")
+        SizeLimit().add(None, self.depth, origin, ())
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def build(self, node: yaml.Node, at: Origin, key: Key) -> Any:
+        """Returns a node as plain data; records where it and all below it stand."""
+        self.origins[key] = at
+        self.size.add(node.value, len(key), at, key)
+        if isinstance(node, yaml.MappingNode):
+            return {
+                name: self.build(value, self.origin(mark), (*key, name))
+                for name, (mark, value) in self._pairs(node, at, key).items()
+            }
+        if isinstance(node, yaml.SequenceNode):
+            return [
+                self.build(item, self.origin(item.start_mark), (*key, index))
+                for index, item in enumerate(node.value)
+            ]
+        return self.construct_object(node)
+
+    def _pairs(self, node: yaml.Node, at: Origin, key: Key) -> dict[str, Any]:
+        """Name → its place and value; those of ``<<`` count less than a mapping's own."""
+        self.size.add(None, len(key), at, key)
+        if not isinstance(node, yaml.MappingNode):
+            raise MaxlmError("<< takes a mapping or a list of mappings", where=str(at))
+        own, merged = {}, {}
+        for name, value in node.value:
+            where = self.origin(name.start_mark)
+            if not isinstance(name, yaml.ScalarNode):
+                raise MaxlmError("a key must be a plain name", where=str(where))
+            if name.tag == _MERGE:
+                for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    merged = self._pairs(each, where, key) | merged
+            elif name.value in own:
+                line = own[name.value][0].line + 1
+                what = f"key {name.value!r} is already set on line {line}"
+                raise MaxlmError(what, where=str(where), fix="remove one of the two")
+            else:
+                own[name.value] = (name.start_mark, value)
+        return merged | own
 
 
 class _Dumper(yaml.SafeDumper):
@@ -82,7 +166,7 @@ class Document:
     origins: dict[Key, Origin]
 
 
-def parse(text: str, source: str, *, lines: bool = True) -> Document:
+def parse(text: str, source: str, *, lines: bool = True, size: SizeLimit | None = None) -> Document:
     """Reads one YAML document.
 
     Keys of mappings are always text (``on:`` is the key "on").
@@ -90,21 +174,22 @@ def parse(text: str, source: str, *, lines: bool = True) -> Document:
     Args:
         source: the file, or "command line", for messages and origins.
         lines: whether line numbers mean anything to the user.
+        size: what is read counts in it.
 
     Raises:
-        MaxlmError: a syntax error, a duplicate key or an anchor that contains itself.
+        MaxlmError: a syntax error, a duplicate key, a tag, character or number that is not
+            allowed, or too much of it all.
     """
 
     def origin(mark: yaml.Mark | None) -> Origin:
         return Origin(source, mark.line + 1 if lines and mark else None)
 
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, origin, size or SizeLimit())
         node = loader.get_single_node()
         if node is None:
             return Document(None, {(): Origin(source)})
-        _check(node, origin, active=set(), done=set())
-        data = loader.construct_document(node)
+        data = loader.build(node, origin(node.start_mark), ())
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         where = Origin(source, line if lines else None)
@@ -117,9 +202,7 @@ def parse(text: str, source: str, *, lines: bool = True) -> Document:
         what = " ".join(part for part in (error.context, error.problem) if part)
         fix = "indent with spaces, not tabs" if "'\\t'" in what else None
         raise MaxlmError(f"not YAML: {what}", where=str(origin(mark)), fix=fix) from None
-    origins: dict[Key, Origin] = {}
-    _locate(node, origin(node.start_mark), (), origin, origins)
-    return Document(data, origins)
+    return Document(data, loader.origins)
 
 
 def dump(data: Any) -> str:
@@ -132,46 +215,6 @@ def dump(data: Any) -> str:
         allow_unicode=True,
         width=2**31,
     )
-
-
-def _check(node: yaml.Node, origin: Any, active: set[int], done: set[int]) -> None:
-    """Refuses duplicate keys and recursion; marks every key as text."""
-    if id(node) in active:
-        raise MaxlmError("this anchor contains itself", where=str(origin(node.start_mark)))
-    if id(node) in done:
-        return
-    active.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        first_line: dict[str, int] = {}
-        for key, value in node.value:
-            where = str(origin(key.start_mark))
-            if not isinstance(key, yaml.ScalarNode):
-                raise MaxlmError("a key must be a plain name", where=where)
-            if key.tag != _MERGE:
-                key.tag = _STR
-                if key.value in first_line:
-                    what = f"key {key.value!r} is already set on line {first_line[key.value]}"
-                    raise MaxlmError(what, where=where, fix="remove one of the two")
-                first_line[key.value] = key.start_mark.line + 1
-            _check(value, origin, active, done)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check(item, origin, active, done)
-    active.discard(id(node))
-    done.add(id(node))
-
-
-def _locate(
-    node: yaml.Node, at: Origin, path: Key, origin: Any, origins: dict[Key, Origin]
-) -> None:
-    """Records where each node stands. Runs after construction, which has expanded ``<<``."""
-    origins[path] = at
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            _locate(value, origin(key.start_mark), (*path, key.value), origin, origins)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            _locate(item, origin(item.start_mark), (*path, index), origin, origins)
 
 
 def _codepoint(character: Any) -> int:
