@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:
-        text = None if _wants_traceback() else _explain(error)
+        given = sys.argv[1:] if arguments is None else arguments
+        text = None if _wants_traceback() else _explain(error, given)
         if text is None:
             raise
         print(text, file=sys.stderr)
@@ -175,13 +176,13 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _explain(error: Exception) -> str | None:
+def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
     """What to print for a mistake of the user's or of the machine; None for anything else."""
     # Typer carries its own copy of Click, whose exceptions have no public names.
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(error)
     if hasattr(error, "format_message"):
-        line = _explain_usage(error)
+        line = _explain_usage(error, arguments)
     else:
         from maxlm.config.errors import MaxlmError, of_the_machine
 
@@ -192,7 +193,7 @@ def _explain(error: Exception) -> str | None:
     return f"error: {' '.join(line.split())}"
 
 
-def _explain_usage(error: Any) -> str:
+def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """A usage error with the nearest names, or where to read on."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "maxlm"
@@ -206,7 +207,25 @@ def _explain_usage(error: Any) -> str:
     fix = f"did you mean {' or '.join(near)}?" if near else f"see '{path} --help'"
     if "." in option:
         fix = f"a setting takes no dashes: {option.lstrip('-')}=..."
+    settings = any(parameter.name == "settings" for parameter in context.command.params)
+    if settings and (overrides := _find_overrides(option, arguments)):
+        fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"
     return f"{path}: no such option {option}; {fix}"
+
+
+def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
+    """Settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
+    from maxlm.config.fields import every_key
+    from maxlm.config.keys import dotted
+    from maxlm.run import RunConfig
+
+    words = [word for each in arguments for word in each.split("=", each.startswith("-"))]
+    value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
+    value = "..." if not value or value.startswith("-") else value
+    name = option.strip("-").replace("-", "_").replace(".", "_")
+    keys = sorted(dict.fromkeys(every_key([RunConfig])), key=len)
+    ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
+    return [f"{dotted(key)}={value}" for key in ends]
 
 
 def _wants_traceback() -> bool:

@@ -152,6 +152,9 @@ def parse_topology(text: str) -> Topology:
     found = re.fullmatch(
         r"(?:(\d+)x)?([a-z0-9]*[a-z][a-z0-9]*?)(?:(-|x)(\d+)|:(\d+(?:x\d+)*))", text
     )
+    if not found and (plain := text.lower()) != text:
+        parse_topology(plain)  # Else says what is wrong with that.
+        raise MaxlmError(f"no machine is called '{text}'", fix=f"did you mean {plain}?")
     if not found:
         raise MaxlmError(f"'{text}' is not the name of a machine", fix=_FIX)
     slices, count = int(found[1] or 1), int(found[4] or 0)

@@ -13,7 +13,7 @@ from maxlm import __version__
 from maxlm.cli import main as cli
 from maxlm.config import MaxlmError
 
-HEAVY = ("jax", "flax", "pydantic", "grain", "omegaconf", "yaml", "numpy", "tokenizers")
+HEAVY = ("jax", "flax", "pydantic", "grain", "yaml", "numpy", "tokenizers")
 
 
 @pytest.fixture
@@ -126,6 +126,21 @@ def test_a_group_of_one_command_stays_a_group(run, verb):
 def test_usage_errors(run, verb, arguments, line):
     verb(command)
     assert run(*arguments) == (2, "", f"error: {line}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "override"),
+    [
+        (["train", "demo", "--steps", "5"], "train.steps=5"),
+        (["train", "demo", "--batch-size=96"], "data.batch_size=96"),
+        (["plan", "demo", "--train.steps", "--on", "cpux2"], "train.steps=..."),
+        (["smoke", "demo", "--attention-num-heads", "3"], "model.attention.num_heads=3"),
+    ],
+)
+def test_an_option_that_is_a_setting(run, arguments, override):
+    option = arguments[2].partition("=")[0]
+    fault = f"no such option {option}; a setting takes no dashes: {override}"
+    assert run(*arguments) == (2, "", f"error: maxlm {arguments[0]}: {fault}\n")
 
 
 def test_a_value_of_the_wrong_type(run, verb):

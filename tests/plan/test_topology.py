@@ -55,6 +55,8 @@ def test_vendors_names(name):
         ("0xv5p-8", "has no devices"),
         ("cpux0", "no machine is called"),
         ("v5e x 8", "not the name"),
+        ("H100x24", r"no machine is called 'H100x24'; did you mean h100x24\?$"),
+        ("2xV5P-512", r"did you mean 2xv5p-512\?$"),
         ("", "not the name"),
     ],
 )
