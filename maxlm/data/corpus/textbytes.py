@@ -5,7 +5,10 @@ import re
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import BadBytes
 
-_FIX = 'set on_bad_bytes to "replace", "keep" or "skip", or convert the text to UTF-8'
+_FIX = (
+    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
+    'to "replace", "keep" or "skip", or convert the text to UTF-8'
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

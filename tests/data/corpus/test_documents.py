@@ -15,7 +15,10 @@ from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, read_documents
 from maxlm.data.corpus.config import BadBytes
 
-UTF8_FIX = 'set on_bad_bytes to "replace", "keep" or "skip", or convert the text to UTF-8'
+UTF8_FIX = (
+    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
+    'to "replace", "keep" or "skip", or convert the text to UTF-8'
+)
 
 
 def texts(path, **settings) -> list[bytes]:

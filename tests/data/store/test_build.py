@@ -240,7 +240,8 @@ def test_undecodable_bytes_stop_the_build(tmp_path, corpus, byte_tokenizer):
     path = tmp_path / "corpus" / "b.jsonl"
     path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n')
     assert fails(tmp_path, corpus, byte_tokenizer()).startswith(
-        f"{path}:32: byte 0xff at offset 10 is not valid UTF-8; set on_bad_bytes to "
+        f"{path}:32: byte 0xff at offset 10 is not valid UTF-8; set on_bad_bytes "
+        "(data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) to "
     )
 
 
