@@ -168,9 +168,10 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
     def checked(**given: Any) -> Any:
         from maxlm.config import check_local
 
-        for value in given.values():
-            if isinstance(value, Path):
-                check_local(value)
+        paths = [value for value in given.values() if isinstance(value, Path)]
+        texts = given.get("text")  # What `tokenizer encode` is given is the text itself.
+        for path in [*paths, *(texts if isinstance(texts, list) else ())]:
+            check_local(path)
         return command(**given)
 
     return checked

@@ -20,11 +20,19 @@ def check_local(path: _Path) -> _Path:
     """
     # A Path has made one slash of two.
     if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
-        what = f"{found[1]}://{found[2]} is not on a disk: in object stores lie only token stores "
+        what = f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "
         fix = f"use a folder here, and copy it with {_TOOLS.get(found[1], 'a tool of its own')}"
-        raise MaxlmError(f"{what}to read and checkpoint.remote_folder", fix=fix)
+        raise MaxlmError(f"{what}checkpoint.remote_folder may be URLs", fix=fix)
     return path
 
 
-LocalPath = Annotated[str, AfterValidator(check_local)]
+def _check_setting(path: str) -> str:
+    try:
+        return check_local(path)
+    except MaxlmError as error:
+        # With a ValueError, pydantic tells which key it is.
+        raise ValueError(str(error)) from None
+
+
+LocalPath = Annotated[str, AfterValidator(_check_setting)]
 """A path in a config, which must lie on a disk."""

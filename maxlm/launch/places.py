@@ -72,10 +72,9 @@ def _places(run: RunConfig) -> dict[str, str]:
 def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:
     """On hosts that do not see this machine's files; `mounted` is None where nothing need be."""
     if not place.startswith("/"):
-        _, url, rest = place.partition("://")
-        shown = "runs" if key == "folder" else rest or place.lstrip("./~")
+        shown = "runs" if key == "folder" else place.lstrip("./~")
         raise MaxlmError(
-            f"{key}={place} is {'no folder of the hosts' if url else 'another one on each host'}",
+            f"{key}={place} is another one on each host",
             fix=f"name one that all see: {key}=/data/{shown}",
         )
     path = PurePosixPath(normpath(place))

@@ -139,7 +139,7 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             ]
         ),
         *(
-            (["ray", *GPU, f"{key}=gs://b/a"], f"{key}=gs://b/a is no folder of the hosts; name")
+            (["ray", *GPU, f"{key}=gs://b/a"], f"{key}: gs://b/a is not on a disk; only a")
             for key in ("folder", "tokenizer.path", "train.start_from")
         ),
         (

@@ -305,6 +305,6 @@ def test_an_object_store_is_refused_and_no_folder_is_made(run, tmp_path, monkeyp
     (tmp_path / "a.yaml").write_text("{out: 's3://b/x', sources: [{name: a, documents: [a.txt]}]}")
     code, _, errors = run(*arguments.split())
     assert (code, errors.count("\n")) == (2, 1)
-    assert "s3://b/x is not on a disk: " in errors
+    assert "s3://b/x is not on a disk; " in errors
     assert errors.endswith("; use a folder here, and copy it with aws s3 sync\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "a.yaml"]

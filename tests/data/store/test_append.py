@@ -164,8 +164,8 @@ def test_no_store_to_append_to(tmp_path, sources):
     with pytest.raises(MaxlmError) as error:
         append_store(sources[0], "s3://bucket/store", workers=1)
     assert str(error.value) == (
-        "s3://bucket/store is not on a disk: in object stores lie only token stores to read and "
-        "checkpoint.remote_folder; use a folder here, and copy it with aws s3 sync"
+        "s3://bucket/store is not on a disk; only a token store to read and "
+        "checkpoint.remote_folder may be URLs; use a folder here, and copy it with aws s3 sync"
     )
 
 
