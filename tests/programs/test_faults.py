@@ -14,9 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from maxlm.config import load
+from maxlm.data.loader.prefetch import WARM_UP_STEPS
 from maxlm.programs.prepare import prepare
 from maxlm.programs.runs import read_run
 from maxlm.run import RunConfig
+from tests.data.loader.test_prefetch import alive, wait_until, worker_pids
 from tests.programs import tiny
 from tests.programs.jobs import HERE, Jobs
 
@@ -311,6 +313,28 @@ def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_
 
     jobs.trained("pair", processes=2)
     assert jobs.results("pair") == jobs.results("both")
+
+
+def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
+    slow = {0: ("slow", 0), 1: ("slow", 0)}
+    own = ["data.workers=1", "train.steps=150"]
+    processes = jobs.train("worker", *own, processes=2, faults=slow)
+    processes[1].until(lambda: jobs.step("worker") >= WARM_UP_STEPS + 1)
+    workers = [worker_pids(process.id) for process in processes]
+    assert [len(pids) for pids in workers] == [1, 1]
+    os.kill(workers[1].pop(), signal.SIGKILL)
+    line = (
+        "data.workers: a loader worker was killed by signal 9 (Killed), probably out of memory; "
+        "run the same command to go on from the last checkpoint, with fewer data.workers or more "
+        "memory if it happens again"
+    )
+    said = [f"error: process 1 ({HERE}): {line}", f"error: {line}"]
+    for process, text in zip(processes, said, strict=True):
+        code, _, err = process.ended()
+        # JAX's own words may come behind it.
+        assert (code, err.count(text)) == (76, 1), err
+        assert not [each for each in err if "Traceback" in each]
+    wait_until(lambda: not any(map(alive, workers[0] | workers[1])))
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(jobs):

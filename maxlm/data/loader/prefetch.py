@@ -6,6 +6,7 @@ steps to the workers in turn and collects them in turn.
 
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from maxlm.config.errors import Lost
 from maxlm.data.loader.batches import Batch
 from maxlm.data.work.notices import NOTICES, leave_to_parent, start_tracker
 
@@ -28,6 +30,12 @@ WARM_UP_STEPS = 8
 ENDLESS = 1 << 62
 _CLOSE_SECONDS = 30.0
 _THREADS = 2
+# Grain says in words alone that a worker died; a negative code is the signal that killed it.
+_KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
+_LIKELY_CAUSES: dict[int, str] = {
+    signal.SIGKILL: ", probably out of memory",
+    signal.SIGBUS: ", probably because /dev/shm is full",
+}
 
 
 class BatchIterator(Iterator[Batch]):
@@ -107,8 +115,26 @@ class _Ahead:
         self._next = self._thread.submit(_fetch, iterator)
 
     def take(self) -> Batch:
+        """Return the next batch and begin to fetch the one after it.
+
+        Raises:
+            Lost: a signal killed a worker.
+            Exception: whatever making the batch raised.
+        """
         assert self._iterator is not None, "closed"
-        batch = self._next.result()
+        try:
+            batch = self._next.result()
+        except RuntimeError as error:
+            if (killed := _KILLED.search(str(error))) is None:
+                raise
+            number = int(killed[1])
+            name, cause = signal.strsignal(number), _LIKELY_CAUSES.get(number, "")
+            raise Lost(
+                f"a loader worker was killed by signal {number} ({name}){cause}",
+                where="data.workers",
+                fix="run the same command to go on from the last checkpoint, with fewer "
+                "data.workers or more memory if it happens again",
+            ) from error
         if batch is None:
             raise RuntimeError("the Grain pipeline ended before the last step")
         self._next = self._thread.submit(_fetch, self._iterator)
