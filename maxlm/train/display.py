@@ -38,11 +38,12 @@ class ConsoleDisplay:
 
     On a terminal, a bar that stays in place: step, time left, loss, learning rate, tokens/s, MFU,
     loader wait and steps/s. Elsewhere one line at most every ``every_seconds``, with the same
-    content.
+    content. Time left and steps/s are measured from the end of the first step shown, which
+    compiles; evaluations and checkpoints after it count.
 
     Args:
         total_steps: of the whole run.
-        start_step: steps made before this start (a resumed run), not counted in the rate.
+        start_step: steps made before this start (a resumed run).
         show: False on all processes but the first: every method then does nothing.
         stream: where to print (default: stderr).
     """
@@ -56,10 +57,10 @@ class ConsoleDisplay:
         every_seconds: float = 10.0,
         stream: TextIO | None = None,
     ):
-        self.total_steps, self.start_step = total_steps, start_step
+        self.total_steps = total_steps
         self._show, self._every = show, every_seconds
         self._stream = stream or sys.stderr
-        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step shown, when it was
         self._printed = float("-inf")
         self._progress = None
         if show and self._stream.isatty():
@@ -86,9 +87,13 @@ class ConsoleDisplay:
         if not self._show:
             return
         now = time.monotonic()
-        rate = (step - self.start_step) / max(now - self._began, 1e-9)
-        left = f"ETA {duration((self.total_steps - step) / rate)}" if rate else "ETA -"
-        text = " · ".join(filter(None, [left, summary(record), f"{rate:.2f} steps/s"]))
+        self._first = self._first or (step, now)
+        steps, seconds = step - self._first[0], now - self._first[1]
+        left, speed = "ETA -", ""
+        if steps > 0:
+            left = f"ETA {duration((self.total_steps - step) * seconds / steps)}"
+            speed = f"{steps / max(seconds, 1e-9):.2f} steps/s"
+        text = " · ".join(filter(None, [left, summary(record), speed]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._every or step >= self.total_steps:

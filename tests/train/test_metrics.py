@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
+from maxlm.train import display
 from maxlm.train.display import ConsoleDisplay, duration, plot_loss, summary
 from maxlm.train.metrics import MetricsLog, global_norm, memory_record, mfu
 from maxlm.train.records import read_records
@@ -203,26 +204,32 @@ def test_the_summary_leaves_out_what_is_missing():
     assert summary({"loss": 2.5, "mfu": None, "other": 1}) == "loss 2.5000"
 
 
-def test_plain_lines_have_rate_and_eta_and_are_not_printed_too_often():
+def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatch):
+    """An hour of compilation counts for nothing; an evaluation within the steady steps does."""
+    clock = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
-    with ConsoleDisplay(20, start_step=10, every_seconds=1e9, stream=stream) as display:
-        for step in range(11, 21):
-            display.update(step, RECORD)
-        display.message("held out: 1.23 bits per byte")
-    first, last, message = stream.getvalue().splitlines()
-    assert re.fullmatch(rf"step 11/20 · ETA \d+:\d\d · {SHOWN} · [\d.]+ steps/s", first)
-    assert re.fullmatch(rf"step 20/20 · ETA 0:00 · {SHOWN} · [\d.]+ steps/s", last)
-    assert message == "held out: 1.23 bits per byte"
+    with ConsoleDisplay(107, start_step=97, every_seconds=5.0, stream=stream) as console:
+        for step, seconds in {98: 3600, 99: 3602, 100: 3604, 101: 3614, 107: 3616}.items():
+            clock[0] = seconds
+            console.update(step, RECORD)
+        console.message("held out: 1.23 bits per byte")
+    assert stream.getvalue().splitlines() == [
+        f"step 98/107 · ETA - · {SHOWN}",
+        f"step 101/107 · ETA 0:28 · {SHOWN} · 0.21 steps/s",  # 3 steps in 14 s
+        f"step 107/107 · ETA 0:00 · {SHOWN} · 0.56 steps/s",
+        "held out: 1.23 bits per byte",
+    ]
 
 
 def test_a_terminal_gets_a_bar_that_ends_full(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    with ConsoleDisplay(20, stream=stream) as display:
-        display.update(7, RECORD)
-        display.message("a [bold] note")
-        display.update(20, RECORD)
+    with ConsoleDisplay(20, stream=stream) as console:
+        console.update(7, RECORD)
+        console.message("a [bold] note")
+        console.update(20, RECORD)
     shown = stream.getvalue()
     assert "20/20" in shown
     assert "MFU 42.1%" in shown
@@ -235,17 +242,18 @@ def test_a_narrow_terminal_still_shows_step_and_time_left(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    with ConsoleDisplay(123_456, stream=stream) as display:
-        display.update(98_765, RECORD)
+    with ConsoleDisplay(123_456, stream=stream) as console:
+        console.update(1, RECORD)
+        console.update(98_765, RECORD)
     shown = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", stream.getvalue())
     assert re.search(r"step 98765/123456 +\S+ ETA 0:0\d · loss \d", shown)
 
 
 def test_other_processes_show_nothing():
     stream = Terminal()
-    with ConsoleDisplay(20, show=False, stream=stream) as display:
-        display.update(20, RECORD)
-        display.message("hello")
+    with ConsoleDisplay(20, show=False, stream=stream) as console:
+        console.update(20, RECORD)
+        console.message("hello")
     assert stream.getvalue() == ""
 
 
