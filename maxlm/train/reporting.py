@@ -27,6 +27,9 @@ class ReportingConfig(Config):
     """Report to Weights & Biases too; null: do not."""
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Answer scrapes of Prometheus at this port of process 0's host; null: do not."""
+    prometheus_address: str = Field(default="127.0.0.1", min_length=1)
+    """Address or host name to answer at. The default answers the host itself alone; 0.0.0.0 (or ::
+    for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
     def check(self) -> None:
         """Check that the packages for it are here.

@@ -3,9 +3,9 @@
 A sink is made for one attempt of a run, by process 0. All of them get plain numbers.
 """
 
+import errno
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,7 +50,7 @@ def open_sinks(config: ReportingConfig, folder: Path, resume_step: int) -> Itera
     """
     config.check()
     if config.prometheus_port is not None:
-        yield PrometheusSink(config.prometheus_port)
+        yield PrometheusSink(config.prometheus_address, config.prometheus_port)
     if config.tensorboard:
         yield TensorBoardSink(folder / "tensorboard", resume_step)
     if config.wandb is not None and config.wandb.mode != "disabled":
@@ -154,10 +154,10 @@ class PrometheusSink(Sink):
     and ``maxlm_events_total{event=...}``.
 
     Raises:
-        MaxlmError: the port cannot be had.
+        MaxlmError: the address or the port is not free or not this host's.
     """
 
-    def __init__(self, port: int):
+    def __init__(self, address: str, port: int):
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
         self._registry, self._gauges = CollectorRegistry(), {}
@@ -167,12 +167,16 @@ class PrometheusSink(Sink):
         self._seconds = Counter("time_seconds", "Of this attempt, by use", ["spent"], **about)
         self._events = Counter("events", "What happened in this attempt", ["event"], **about)
         try:
-            self._server, self._thread = start_http_server(port, registry=self._registry)
-        except OSError as error:
+            self._server, self._thread = start_http_server(port, address, self._registry)
+        except (OSError, UnicodeError) as error:  # the latter: a name that cannot be one
+            which, fix = "address", "name an address of this host, or 0.0.0.0 for all of them"
+            if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
+                which, fix = "port", "name another one, or end what uses it"
+            why = getattr(error, "strerror", None) or error
             raise MaxlmError(
-                f"port {port} of {socket.gethostname()} cannot be had: {error.strerror}",
-                where="reporting.prometheus_port",
-                fix="name another one, or end what uses it",
+                f"cannot listen on {address} port {port}: {why}",
+                where=f"reporting.prometheus_{which}",
+                fix=fix,
             ) from error
 
     def log(self, step: int, values: Numbers) -> None:

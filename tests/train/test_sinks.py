@@ -125,10 +125,10 @@ def port():
     return free_port()
 
 
-def scrape(port):
+def scrape(port, host="127.0.0.1"):
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     kinds = {family.name: family.type for family in families}
     samples = {
@@ -164,7 +164,7 @@ def test_a_scrape_has_the_newest_numbers(tmp_path, port):
         assert samples["maxlm_events_total", "progress"] == 3
         assert samples["maxlm_events_total", "rollback"] == 1
         # A port that is taken ends the second run before it begins; the first goes on.
-        with pytest.raises(MaxlmError, match=f"reporting.prometheus_port: port {port} of "):
+        with pytest.raises(MaxlmError, match=f"prometheus_port: .* 127.0.0.1 port {port}: Addr"):
             MetricsLog(tmp_path / "other", reporting=config)
         log.log(3, {"loss": 1.0})
         assert scrape(port)[1]["maxlm_step",] == 3
@@ -172,6 +172,20 @@ def test_a_scrape_has_the_newest_numbers(tmp_path, port):
         scrape(port)
     with MetricsLog(tmp_path, resume_step=3, reporting=config):  # the port is free again
         assert ("maxlm_step",) not in scrape(port)[1]
+
+
+def test_an_endpoint_is_heard_at_its_own_address_alone(tmp_path, port):
+    pytest.importorskip("prometheus_client", reason="pip install 'maxlm[reporting]'")
+    config = ReportingConfig(tensorboard=False, prometheus_port=port)
+    with MetricsLog(tmp_path, reporting=config), pytest.raises(OSError, match="refused"):
+        scrape(port, "127.0.0.2")
+    everywhere = config.model_copy(update={"prometheus_address": "0.0.0.0"})
+    with MetricsLog(tmp_path, reporting=everywhere):
+        scrape(port, "127.0.0.2")
+    for address in ("node.invalid", "a..b", "::zz", "192.0.2.1"):
+        nowhere = config.model_copy(update={"prometheus_address": address})
+        with pytest.raises(MaxlmError, match=r"^reporting\.prometheus_address: cannot listen on "):
+            MetricsLog(tmp_path, reporting=nowhere)
 
 
 # -------------------------------------------------------------- Weights & Biases
