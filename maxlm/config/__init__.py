@@ -2,7 +2,7 @@
 
 from maxlm.config.assets import asset, resolve_config, shipped_configs
 from maxlm.config.base import Config, FileName, default_tag
-from maxlm.config.compare import ABSENT, differences, fingerprint
+from maxlm.config.compare import ABSENT, differences
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Origin
 from maxlm.config.load import Loaded, load
@@ -21,7 +21,6 @@ __all__ = [
     "check_local",
     "default_tag",
     "differences",
-    "fingerprint",
     "load",
     "resolve_config",
     "schema",

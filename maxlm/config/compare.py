@@ -1,6 +1,5 @@
-"""Comparing configs: which settings differ, and a hash of them all."""
+"""Comparing configs: which settings differ."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any, Final
@@ -39,9 +38,3 @@ def differences(
         for key in {**left, **right}
         if left.get(key, ABSENT) != right.get(key, ABSENT)
     ]
-
-
-def fingerprint(config: Config | Mapping[str, Any]) -> str:
-    """SHA-256 (hex) of the settings; independent of the order of keys."""
-    text = json.dumps(plain(config), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -6,8 +6,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maxlm.config import MaxlmError, fingerprint
+from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST, of_the_machine
+from maxlm.config.keys import dotted, flatten
 from maxlm.programs.cluster import find_cluster
 from maxlm.programs.peers import FAILED, join_cluster, lost_peer
 from maxlm.run import RunConfig
@@ -48,10 +49,8 @@ def taking_part(
     import jax
 
     try:
-        facts = {
-            "the config": fingerprint(config),
-            "devices": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
-        }
+        facts = {dotted(key): value for key, value in flatten(config.model_dump(mode="json"))}
+        facts["devices"] = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
         peers.check(facts, wait_seconds=faults.join_seconds)
         yield
     except MaxlmError as error:

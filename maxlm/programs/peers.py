@@ -6,6 +6,7 @@ process 0 (``rendezvous.py``) and holds the line for as long as it runs: the ope
 it when a process dies, and TCP's probes find a host that is silent.
 """
 
+import json
 import os
 import queue
 import re
@@ -17,7 +18,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from maxlm.config import MaxlmError
+from maxlm.config import ABSENT, MaxlmError
 from maxlm.config.errors import LOST, Lost
 from maxlm.programs.cluster import Cluster
 from maxlm.programs.rendezvous import MOMENT, Line, await_lead, meet
@@ -44,15 +45,24 @@ class Peers:
             MaxlmError: on all alike: those that differ, with what each host said; a process that
                 said nothing within ``wait_seconds``.
         """
-        everyone = self._exchange(dict(facts), wait_seconds)
-        for name in everyone[0]:
-            said: dict[str, list[int]] = {}
-            for process, each in enumerate(everyone):
-                said.setdefault(str(each.get(name)), []).append(process)
-            if len(said) > 1:
-                words = "; ".join(f"{value} on {self._named(who)}" for value, who in said.items())
-                fix = "start all hosts with the same software, config and kind of machine"
-                raise MaxlmError(f"hosts disagree on {name}: {words}", fix=fix)
+        differing = self._exchange(dict(facts), wait_seconds)
+        if not differing:
+            return
+        name, *others = differing
+        said: dict[str, list[int]] = {}
+        for process, value in enumerate(differing[name]):
+            text = value if isinstance(value, str) else json.dumps(value)
+            said.setdefault(text, []).append(process)
+        words = [f"{text[:200]} on {self._named(who)}" for text, who in said.items()]
+        if others:
+            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+            words.append(f"and on {', '.join(others[:4])}{more}")
+        error = MaxlmError(
+            f"hosts disagree on {name}: {'; '.join(words)}",
+            fix="start all hosts with the same software, config and kind of machine",
+        )
+        error.together = True
+        raise error
 
     def leave(self) -> None:
         """Say that this process is done, as agreed among all; it may then exit with any code, for
@@ -72,7 +82,8 @@ class Peers:
             time.sleep(MOMENT)
         self._end(code, f"{self._named([self.cluster.process_id])}: {text}", None)
 
-    def _exchange(self, facts: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    def _exchange(self, facts: dict[str, Any], seconds: float) -> dict[str, list[Any]]:
+        """Return the facts that not all processes agree on: name → each process's value."""
         me, lead = self.cluster.process_id, self.cluster.process_id == 0
         if not lead:
             self._tell({"facts": facts})
@@ -89,8 +100,11 @@ class Peers:
         if not lead:
             return everyone[0]
         ordered = [everyone[number] for number in sorted(everyone)]
-        self._tell({"facts": ordered})
-        return ordered
+        names = dict.fromkeys(name for each in ordered for name in each)
+        said = {name: [each.get(name, ABSENT) for each in ordered] for name in names}
+        differing = {k: v for k, v in said.items() if any(each != v[0] for each in v)}
+        self._tell({"facts": differing})
+        return differing
 
     def _listen(self, number: int, line: Line) -> None:
         left = False

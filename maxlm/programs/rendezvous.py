@@ -19,7 +19,7 @@ from maxlm.programs.cluster import Cluster
 
 MOMENT = 2.0  # seconds in which the others' news arrive
 _PAUSE = 0.2  # between two tries to reach process 0
-_LONGEST = 1 << 20  # bytes of a message
+_LONGEST = 1 << 24  # bytes of a message: a config with many sources is one
 
 
 class Line:

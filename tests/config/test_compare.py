@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import ABSENT, Config, differences, fingerprint
+from maxlm.config import ABSENT, Config, differences
 
 
 class Model(Config):
@@ -33,8 +33,6 @@ def test_a_saved_config_equals_itself():
     model = Model(d_model=3, extra={"y": 1e-3})
     saved = json.loads(json.dumps(model.model_dump(mode="json")))
     assert differences(model, saved) == []
-    assert fingerprint(model) == fingerprint(saved)
-    assert fingerprint(model) == fingerprint(dict(reversed(saved.items())))
 
 
 trees = st.recursive(
@@ -47,7 +45,7 @@ trees = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from("xy"), trees), st.dictionaries(st.sampled_from("xy"), trees))
-def test_no_difference_means_equal_and_an_equal_fingerprint(a, b):
-    assert (differences(a, b) == []) == (a == b) == (fingerprint(a) == fingerprint(b))
+def test_no_difference_means_equal(a, b):
+    assert (differences(a, b) == []) == (a == b)
     assert differences(b, a) == [] or a != b
     assert {key for key, *_ in differences(a, b)} == {key for key, *_ in differences(b, a)}

@@ -75,12 +75,14 @@ class Jobs:
         devices: int = 1,
         faults: Mapping[int, tuple[str, Any]] | None = None,
         environment: Mapping[str, str] | None = None,
+        own: Mapping[int, Sequence[str]] | None = None,
     ) -> list[Process]:
         """Start ``maxlm train`` on the hosts of a cluster, or on one.
 
         Args:
             devices: of each process.
             faults: of a process by its number, (what, where): see ``faults_worker.py``.
+            own: settings of one process alone, by its number.
         """
         arguments = ["train", self._config, f"name={name}", *self._settings, *settings]
         port, begun = free_port(), []
@@ -94,8 +96,9 @@ class Jobs:
             fault = (faults or {}).get(number)
             program = [WORKER, *fault] if fault else ["-m", "maxlm.cli.main"]
             log = self.logs / f"{name}-{len(self._started)}"
-            own = tiny.environment(self.logs) | cluster | dict(environment or {})
-            begun.append(Process([sys.executable, *program, *arguments], log, own))
+            command = [sys.executable, *program, *arguments, *(own or {}).get(number, ())]
+            variables = tiny.environment(self.logs) | cluster | dict(environment or {})
+            begun.append(Process(command, log, variables))
             self._started.append(begun[-1])
         return begun
 
