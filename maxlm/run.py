@@ -111,6 +111,14 @@ def check_parts(config: RunConfig) -> None:
             where="samples.prompts",
             fix="set it to []",
         )
+    samples = config.samples
+    if samples.prompts and samples.max_new_tokens >= model.max_seq_len:
+        raise MaxlmError(
+            f"a prompt and {samples.max_new_tokens} new tokens are more than "
+            f"model.max_seq_len={model.max_seq_len}",
+            where="samples.max_new_tokens",
+            fix=f"set it to {model.max_seq_len - 1} or less",
+        )
     if train.max_device_rows is None and data.batch_size % train.micro_batches:
         raise MaxlmError(
             f"data.batch_size={data.batch_size} does not divide into "

@@ -40,7 +40,8 @@ def place_model(
     Args:
         sizes: mesh axis → devices.
         dtype: of the maths.
-        for_training: the batch must divide over the mesh.
+        for_training: the batch must divide over the mesh. Otherwise the model is to generate: a
+            row's tokens come one at a time through all layers, so that neither is split.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
@@ -49,13 +50,14 @@ def place_model(
     sharding = config.sharding
     gradients = sharding.gradients or sharding.storage
     rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)
-    storage, gradients, optimizer, compute = (own.on(sizes) for own in rules)
+    rules = [own.on(sizes) for own in rules]
     if for_training:
         check_batch(config, sizes)
         check_stages(config, sizes)
     else:
-        # One token at a time cannot be split: the residual stream lies as it does within layers.
-        compute = compute.model_copy(update={"residual": compute.seq})
+        whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
+        rules = [own.model_copy(update=whole) for own in rules]
+    storage, gradients, optimizer, compute = rules
     check_activations(compute)
     check_experts(config, sizes)
     check_crossing(config, sizes)
@@ -81,6 +83,6 @@ def place_model(
     placements = {n: place(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
     parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
     # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
-    if storage == optimizer:
+    if for_training and storage == optimizer:
         check_unsharded(parts, sizes, config.sharding.max_unsharded)
     return PlacedModel(model, storage, gradients, optimizer, compute, specs, placements)

@@ -10,6 +10,7 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params
+from maxlm.programs.vocabulary import encode_prompts
 
 
 def generate_text(
@@ -33,20 +34,17 @@ def generate_text(
     Raises:
         MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
     """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     whole = isinstance(model, EncoderDecoder)
-    end = [tokenizer.eos_id] if whole else []
     steps = generate(
         model,
         params,
-        # A model needs a token to start from, even where documents open without one.
-        [[*tokenizer.opening, *ids, *end] or [tokenizer.bos_id] for ids in encoded],
+        encode_prompts(tokenizer, prompts, whole=whole),
         sampling,
         eos_id=tokenizer.eos_id,
         key=jax.random.key(sampling.seed),
         vocab_size=tokenizer.vocab_size,
     )
-    continued = [bool(ids) and not whole for ids in encoded]
+    continued = [not whole and bool(tokenizer.encode(prompt)) for prompt in prompts]
     return _decode(steps, tokenizer, [StreamDecoder(tokenizer, continued=c) for c in continued])
 
 

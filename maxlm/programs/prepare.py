@@ -17,7 +17,7 @@ from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.data.work.paths import replacing
 from maxlm.data.work.progress import show_progress
 from maxlm.objectives import Vocabulary
-from maxlm.programs.vocabulary import vocabulary_of
+from maxlm.programs.vocabulary import check_samples, vocabulary_of
 from maxlm.run import PREPARED, RunConfig, vocab_fits
 from maxlm.train.checkpoint import check_same
 
@@ -53,6 +53,7 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     home = ensure_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     vocab_fits(config, tokenizer.vocab_size)
+    check_samples(config, tokenizer)
     vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}

@@ -11,10 +11,12 @@ import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
+from maxlm.plan.placement import place_model
 from maxlm.plan.show import human_bytes, human_seconds
 from maxlm.programs.generate import between, generate_text
 from maxlm.programs.pretrain import Trained, parameters
 from maxlm.train.records import read_records
+from maxlm.train.state import param_shardings
 
 # Compressors see at most this much of a source's held-out text: xz takes a second a megabyte.
 COMPARED_BYTES = 16 << 20
@@ -109,10 +111,12 @@ def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
 
 def samples(run: Trained) -> str:
     """One continuation of each of the run's prompts, each under a rule."""
-    config = run.setup.config.samples
-    steps = generate_text(
-        run.setup.model, parameters(run.state), run.corpus.tokenizer, config.prompts, config
-    )
+    setup, config = run.setup, run.setup.config.samples
+    sizes = dict(setup.mesh.shape)
+    placed = place_model(setup.config, sizes, setup.model.dtype, for_training=False)
+    shardings = param_shardings(placed.specs, placed.storage, setup.mesh)
+    params = jax.device_put(parameters(run.state), shardings)
+    steps = generate_text(placed.model, params, run.corpus.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
         f"──── sample {number} ────\n{prompt}{between(run.setup.model)}{text}"

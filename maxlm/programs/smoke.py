@@ -65,6 +65,7 @@ def shrink(config: RunConfig, num_devices: int) -> RunConfig:
         "model": small,
         "objective": objective,
         "mesh": {"data": 1, "fsdp": num_devices},
+        "samples": {},
         "data": config.data.model_copy(update=data),
         "train": config.train.model_copy(
             update={"steps": steps, "micro_batches": micro, "max_device_rows": None}

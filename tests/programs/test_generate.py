@@ -1,17 +1,29 @@
 """Promise: the text is what the model's tokens decode to, whole characters at a time."""
 
+from contextlib import nullcontext
+from math import prod
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.params import param_specs
+from maxlm.programs import report
 from maxlm.programs.generate import between, generate_text
+from maxlm.programs.prepare import prepare
+from maxlm.programs.setup import set_up
+from maxlm.programs.vocabulary import check_samples
+from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from tests.programs import tiny
 
 BOS, EOS, NAMED = 0, 1, 258
 SAMPLING = SamplingConfig(temperature=2.0, max_new_tokens=40, seed=3)
@@ -120,3 +132,42 @@ def test_an_encoder_reads_a_whole_document_and_the_output_begins_a_text(
     assert seen == [[ord("a") + 2, EOS], [EOS]]
     assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == ["x", ""]
     assert between(model) == "\n"
+
+
+def sampling_run(folder, **top):
+    samples = {"prompts": ["the quiet sea", "", "gulls " * 30], "max_new_tokens": 9}
+    settings = tiny.settings(folder, tiny.write_text(folder / "text"), samples=samples, **top)
+    return RunConfig.model_validate(settings)
+
+
+def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
+    """Training may split the sequence and the layers; generation cannot."""
+    texts = []
+    for sizes in ({}, {"context": 2, "stage": 2, "tensor": 2}):
+        residual = {"compute": {"residual": ["context", "tensor"]}}
+        mesh, train = {"fsdp": 1, **sizes}, {"micro_batches": 2}
+        config = sampling_run(tmp_path, mesh=mesh, train=train, sharding=residual)
+        setup = set_up(config, jax.devices()[: prod(sizes.values())])
+        run = SimpleNamespace(setup=setup, state=setup.init())
+        run.corpus = SimpleNamespace(tokenizer=ByteTokenizer())
+        texts.append(report.samples(run))
+    assert texts[0] == texts[1]
+    assert texts[0].count("──── sample ") == 3
+
+
+def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(tmp_path):
+    config = sampling_run(tmp_path)
+    with pytest.raises(MaxlmError) as error:
+        prepare(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "data").exists()
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    tokens = 1 + len(tokenizer.encode(config.samples.prompts[2]))
+    assert str(error.value) == (
+        f"samples.prompts.2: its {tokens} tokens and samples.max_new_tokens=9 are more than "
+        "model.max_seq_len=32; shorten it, or ask for fewer new tokens"
+    )
+    for room in (tokens + 9, tokens + 8):
+        model = config.model.model_copy(update={"max_seq_len": room})
+        fits = config.model_copy(update={"model": model})
+        with nullcontext() if room == tokens + 9 else pytest.raises(MaxlmError):
+            check_samples(fits, tokenizer)
