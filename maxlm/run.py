@@ -1,6 +1,6 @@
 """RunConfig: the one typed description of a run, composed of each part's own config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 
 from pydantic import Field, model_validator
@@ -110,14 +110,6 @@ def check_parts(config: RunConfig) -> None:
             "an encoder names masked tokens, and continues no text",
             where="samples.prompts",
             fix="set it to []",
-        )
-    samples = config.samples
-    if samples.prompts and samples.max_new_tokens >= model.max_seq_len:
-        raise MaxlmError(
-            f"a prompt and {samples.max_new_tokens} new tokens are more than "
-            f"model.max_seq_len={model.max_seq_len}",
-            where="samples.max_new_tokens",
-            fix=f"set it to {model.max_seq_len - 1} or less",
         )
     if train.max_device_rows is None and data.batch_size % train.micro_batches:
         raise MaxlmError(
@@ -339,3 +331,26 @@ def vocab_fits(config: RunConfig, tokenizer_vocab: int) -> None:
             where="model.vocab_size",
             fix=f"set it to {tokenizer_vocab} or more, or train a smaller tokenizer",
         )
+
+
+def check_samples(config: RunConfig, prompt_tokens: Sequence[int]) -> None:
+    """Check that the model has positions for ``samples.prompts`` and their continuations.
+
+    Args:
+        prompt_tokens: tokens of each prompt; 1 where there is no tokenizer yet.
+
+    Raises:
+        MaxlmError: naming the prompt.
+    """
+    new, limit = config.samples.max_new_tokens, config.model.max_seq_len
+    for index, tokens in enumerate(prompt_tokens):
+        total = tokens + new
+        if config.model.architecture == "encoder_decoder":  # they stand apart, behind start_id
+            total = max(tokens, 1 + new)
+        if total > limit:
+            raise MaxlmError(
+                f"a prompt of {tokens} and samples.max_new_tokens={new} make more tokens than "
+                f"model.max_seq_len={limit}",
+                where=f"samples.prompts.{index}",
+                fix="shorten the prompt, or ask for fewer new tokens",
+            )

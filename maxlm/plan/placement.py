@@ -7,7 +7,14 @@ from typing import Any
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params, named, param_specs
 from maxlm.parallel.context import check_context
-from maxlm.run import RunConfig, check_batch, check_crossing, check_experts, check_stages
+from maxlm.run import (
+    RunConfig,
+    check_batch,
+    check_crossing,
+    check_experts,
+    check_samples,
+    check_stages,
+)
 from maxlm.sharding import (
     AxisRules,
     Placement,
@@ -54,6 +61,7 @@ def place_model(
     if for_training:
         check_batch(config, sizes)
         check_stages(config, sizes)
+        check_samples(config, [1] * len(config.samples.prompts))
     else:
         whole: dict[str, Any] = dict.fromkeys(("seq", "residual", "layers"), ())
         rules = [own.model_copy(update=whole) for own in rules]

@@ -17,8 +17,8 @@ from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.data.work.paths import replacing
 from maxlm.data.work.progress import show_progress
 from maxlm.objectives import Vocabulary
-from maxlm.programs.vocabulary import check_samples, vocabulary_of
-from maxlm.run import PREPARED, RunConfig, vocab_fits
+from maxlm.programs.vocabulary import encode_prompts, vocabulary_of
+from maxlm.run import PREPARED, RunConfig, check_samples, vocab_fits
 from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.
@@ -53,7 +53,9 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     home = ensure_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     vocab_fits(config, tokenizer.vocab_size)
-    check_samples(config, tokenizer)
+    whole = config.model.architecture == "encoder_decoder"
+    prompts = encode_prompts(tokenizer, config.samples.prompts, whole=whole)
+    check_samples(config, [len(ids) for ids in prompts])
     vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.objectives import Vocabulary
-from maxlm.run import RunConfig
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
@@ -47,22 +45,3 @@ def encode_prompts(
     encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
     # A model needs a token to start from, even where documents open without one.
     return [ids or [tokenizer.bos_id] for ids in encoded]
-
-
-def check_samples(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Check that the model has positions for ``samples.prompts`` and what continues them.
-
-    Raises:
-        MaxlmError: naming the prompt.
-    """
-    samples, limit = config.samples, config.model.max_seq_len
-    whole = config.model.architecture == "encoder_decoder"
-    new = 0 if whole else samples.max_new_tokens
-    for index, ids in enumerate(encode_prompts(tokenizer, samples.prompts, whole=whole)):
-        if len(ids) + new > limit:
-            and_new = f" and samples.max_new_tokens={new}" if new else ""
-            raise MaxlmError(
-                f"its {len(ids)} tokens{and_new} are more than model.max_seq_len={limit}",
-                where=f"samples.prompts.{index}",
-                fix=f"shorten it{', or ask for fewer new tokens' if new else ''}",
-            )

@@ -4,7 +4,6 @@ from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
     check_lasts,
-    host_rows,
     make_batches,
     make_loader,
     one_pass,
@@ -21,7 +20,6 @@ __all__ = [
     "Phase",
     "TokenSource",
     "check_lasts",
-    "host_rows",
     "make_batches",
     "make_loader",
     "mixture_table",

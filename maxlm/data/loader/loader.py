@@ -109,12 +109,10 @@ def make_loader(
     seed: int,
     start_step: int,
     num_steps: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     transform: Transform | None = None,
 ) -> "BatchIterator":
-    """Iterates over this process's rows of the batches from `start_step` on, made ahead.
+    """Iterates over rows of the batches from `start_step` on, made ahead.
 
     To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
 
@@ -122,18 +120,15 @@ def make_loader(
         stores, mixing, config, seed: see `make_batches`.
         start_step: the first batch's step.
         num_steps: how many batches; None is all there are.
-        process_index, process_count: this process takes the contiguous block `host_rows`.
-        rows: the global rows to take instead, in this order, where a mesh needs another layout.
+        rows: the global rows to take, in this order, which are this process's; None takes all.
         transform: what becomes of each batch; must pickle.
 
     Raises:
-        MaxlmError: as `make_batches`, a mixture that ends before the last step, or batch_size not
-            divisible by process_count.
+        MaxlmError: as `make_batches`, or a mixture that ends before the last step.
     """
     from maxlm.data.loader.prefetch import BatchIterator
 
-    if rows is None:
-        rows = host_rows(config.batch_size, process_index, process_count)
+    rows = range(config.batch_size) if rows is None else rows
     batches = make_batches(stores, mixing, config, seed=seed)
     stop = batches.num_steps if num_steps is None else start_step + num_steps
     if stop is not None:
@@ -169,8 +164,6 @@ def one_pass(
     packing: PackingMethod = "concat",
     packing_block: int = 16384,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     rows: Sequence[int] | None = None,
     workers: int = 0,
     prefetch: int = 4,
@@ -180,7 +173,7 @@ def one_pass(
 
     All batches have one shape: the last is filled up with rows of weight 0. With either packing
     the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
-    token but a document's first is a target once. `len()` of the result is the batches to come.
+    token but a document's first is a target once.
 
     Args:
         store: may be shorter than one sequence.
@@ -188,15 +181,13 @@ def one_pass(
         Others: see `LoaderConfig` and `make_loader`.
 
     Raises:
-        MaxlmError: an empty store, batch_size not divisible by process_count, or a best_fit index
-            that cannot be written.
+        MaxlmError: an empty store, or a best_fit index that cannot be written.
     """
     from maxlm.data.loader.prefetch import BatchIterator
 
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    if rows is None:
-        rows = host_rows(batch_size, process_index, process_count)
+    rows = range(batch_size) if rows is None else rows
     source = Source(store, open_packing(store, packing, seq_len, packing_block))
     num_sequences = source.packing.num_sequences
     batches = Batches((source,), OnePassOrder(num_sequences), seq_len, batch_size)
@@ -210,22 +201,6 @@ def one_pass(
 def _made(batches: Batches, transform: Transform | None, rows: Sequence[int], step: int) -> Batch:
     batch = batches.rows(step, rows)
     return batch if transform is None else transform(batch, step, rows)
-
-
-def host_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The global rows [p B / P, (p + 1) B / P) of process p of P.
-
-    Raises:
-        MaxlmError: batch_size B is not divisible by process_count P.
-    """
-    if batch_size % process_count:
-        raise MaxlmError(
-            f"batch_size={batch_size} is not divisible by the {process_count} processes",
-            where="data.batch_size",
-            fix=f"use a multiple of {process_count}",
-        )
-    size = batch_size // process_count
-    return range(process_index * size, (process_index + 1) * size)
 
 
 def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:

@@ -80,14 +80,6 @@ class BatchIterator(Iterator[Batch]):
             self._near.close()
         return batch
 
-    def __len__(self) -> int:
-        """Batches still to come."""
-        return self._stop - self.step
-
-    def ready(self) -> bool:
-        """Whether the next batch is there, so that `next` will not wait."""
-        return self.step < self._stop and self._current().ready()
-
     def close(self) -> None:
         """Ends threads and workers. Calling it again does nothing."""
         self._finalizer()
@@ -115,12 +107,6 @@ class _Ahead:
         self._next = self._thread.submit(_fetch, iterator)
 
     def take(self) -> Batch:
-        """Return the next batch and begin to fetch the one after it.
-
-        Raises:
-            Lost: a signal killed a worker.
-            Exception: whatever making the batch raised.
-        """
         assert self._iterator is not None, "closed"
         try:
             batch = self._next.result()
@@ -139,9 +125,6 @@ class _Ahead:
             raise RuntimeError("the Grain pipeline ended before the last step")
         self._next = self._thread.submit(_fetch, self._iterator)
         return batch
-
-    def ready(self) -> bool:
-        return self._next.done()
 
     def close(self) -> None:
         if self._iterator is not None:

@@ -95,16 +95,6 @@ def test_a_short_run_starts_no_workers(memory_store, monkeypatch):
     assert len(list(loader)) == WARM_UP_STEPS
 
 
-def test_ready_says_whether_the_next_batch_is_there(memory_store):
-    config = LoaderConfig(seq_len=16, batch_size=4, workers=0)
-    with make_loader(
-        {"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=0, num_steps=1
-    ) as loader:
-        wait_until(loader.ready)
-        next(loader)
-        assert not loader.ready()
-
-
 def test_an_error_in_a_batch_reaches_the_caller(memory_store):
     store = memory_store([99])
     store.read_many = None
