@@ -82,7 +82,7 @@ def metadata(run: Path, step: int) -> dict[str, Any]:
     """What a checkpoint says beside the arrays, but for the run's own name."""
     path = run / "checkpoints" / str(step) / "metadata" / "metadata"
     said = json.loads(path.read_text())
-    del said["config"]["name"]
+    del said["config"]["name"], said["sha256"]
     return said
 
 

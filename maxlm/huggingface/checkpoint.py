@@ -144,14 +144,6 @@ class CheckpointReader:
         self.shapes = {name: self.open(name).shape for name in sorted(names)}
         """Of all parameters, by canonical name."""
 
-    def metadata(self) -> dict[str, Any]:
-        """What was saved beside the state.
-
-        Raises:
-            MaxlmError: it is damaged.
-        """
-        return _read_json(self.folder / "metadata" / "metadata")
-
     def open(self, name: str) -> Array:
         """A parameter's array.
 

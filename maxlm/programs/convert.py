@@ -30,6 +30,7 @@ from maxlm.models.params import named, param_specs
 from maxlm.objectives import ARCHITECTURES, marks_needed
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.
 _ASIDE = (
@@ -173,7 +174,7 @@ def to_published(
     config = load(RunConfig, source / "config.yaml").value
     average = config.train.ema_decay is not None
     reader = CheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
-    published = reader.metadata().get("published") or {}
+    published = read_metadata(reader.folder).get("published") or {}
     chosen = _chosen(config.model, family or published.get("family"))
     values = chosen.config_json(config.model)
     home = source / "tokenizer"

@@ -19,6 +19,7 @@ from maxlm.huggingface.files import read, stored_tensors
 from maxlm.huggingface.writer import SafetensorsWriter
 from maxlm.models.families.entries import Entry, Place
 from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint.reading import read_metadata
 
 V, D, L, E, F = 11, 6, 3, 2, 10
 
@@ -116,7 +117,7 @@ def test_every_bit_comes_back(tmp_path, dtype):
     dtypes = imported(save(tmp_path / "theirs", want, 500), tmp_path / "checkpoints")
     assert {name: NUMPY[dtypes.of(name)] for name in want} == {n: v.dtype for n, v in want.items()}
     reader = CheckpointReader(tmp_path / "checkpoints")
-    assert Dtypes.model_validate(reader.metadata()["safetensors"]) == dtypes
+    assert Dtypes.model_validate(read_metadata(reader.folder)["safetensors"]) == dtypes
     export_tensors(reader, table(), dtypes, tmp_path / "again", 500)
     same_bits(load(tmp_path / "again"), want)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2

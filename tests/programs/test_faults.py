@@ -135,6 +135,7 @@ def as_if_saved_elsewhere(path: Path) -> None:
         keys, header = file.keys(), file.metadata()
         arrays = {key: file.get_tensor(key) for key in keys}
     metadata = json.loads(header["metadata"])
+    del metadata["sha256"], metadata["versions"]  # as an older version would
     metadata["fingerprints"] = {name: int(x) + 1 for name, x in metadata["fingerprints"].items()}
     save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
 

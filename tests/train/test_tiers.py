@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
+from maxlm.train.checkpoint import reading
 from maxlm.train.checkpoint.reading import Unreadable
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.checkpoint.tiers import Skipped, Tiers
@@ -145,6 +147,44 @@ def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path, here):
         missed += [int(place)] if chosen else []
         shutil.rmtree(tmp_path / "bad")
     assert len(missed) < 13  # or hardly any was looked at
+
+
+def test_a_flipped_bit_beside_the_arrays_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
+    """In a sample of all files of a checkpoint but the arrays', in all places."""
+    monkeypatch.setattr(reading, "_PAUSES", ())
+    places = {"local_folder": str(tmp_path / "disk"), "remote_folder": str(tmp_path / "there")}
+    config = CheckpointConfig(every_steps=20, local_every_steps=10, **places)
+    own = {"config": {"seed": 7, "rate": 1e-05}, "skipped_batches": [[3, 5]], "losses": None}
+    random, seen = np.random.default_rng(0), Counter()
+    with Tiers(tmp_path / "run", "run", config) as tiers:
+        for step in (20, 30, 40, 50):  # the folder's and their copies, and local ones
+            tiers.save(step, state_of(here, step), own)
+            tiers.wait()
+        assert tiers.uncopied is None
+        [local] = (tmp_path / "disk").glob("run-*/process-0/50.safetensors")
+        remote = tmp_path / "there" / "run" / "40" / "metadata" / "metadata"
+        beside = [path for path in files(tmp_path / "run" / "40") if path.parent.name != "d"]
+        for path in (local, remote, *beside):
+            good = path.read_bytes()
+            end = good.index(b'}"}') if path is local else len(good)
+            checked = path is local or path.name == "metadata"
+            for place in random.integers(8 * end, size=150 if checked else 6):
+                bad = bytearray(good)
+                bad[place // 8] ^= 1 << int(place % 8)
+                path.write_bytes(bad)
+                found, skipped = tiers.found()
+                for each in found:
+                    assert {name: each.metadata.get(name) for name in own} == own, (path, place)
+                if path is local or path.name == "metadata":
+                    [why] = [str(each) for each in skipped]
+                    assert "is skipped: unreadable" in why
+                else:
+                    folder = [each for each in found if each.tier == "folder"]
+                    state, chosen, _ = tiers.restore_newest(folder, abstract(here))
+                    jax.tree.map(np.testing.assert_array_equal, state, state_of(here, chosen.step))
+                    seen[chosen.step] += 1
+            path.write_bytes(good)
+    assert seen[20] > seen[40] / 4  # or hardly any was looked at
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path, here):

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.checkpoint.reading import (
     Leaves,
     PyTree,
@@ -26,6 +24,7 @@ from maxlm.train.checkpoint.reading import (
     as_on_disk,
     check_arrays,
     first_line,
+    make_metadata,
     named_leaves,
     patiently,
     read_arrays,
@@ -101,7 +100,7 @@ class Checkpointer:
 
         Args:
             state: any pytree of arrays; with several processes, arrays over all their devices.
-            metadata: JSON values; ``step``, ``versions`` and ``fingerprints`` are added.
+            metadata: JSON values; see :func:`make_metadata`.
             force: write whether due or not.
 
         Returns:
@@ -114,12 +113,7 @@ class Checkpointer:
             return False
         arrays = as_on_disk(named_leaves(state), self._grouped)
         on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
-        metadata = {
-            "step": step,
-            "versions": {name: version(name) for name in ("jax", "orbax-checkpoint")},
-            **metadata,
-            "fingerprints": fingerprints(on_devices),
-        }
+        metadata = make_metadata(step, on_devices, metadata)
         with self._explained("a checkpoint was not written", "free some space or rights, resume"):
             return self._manager.save(
                 step,

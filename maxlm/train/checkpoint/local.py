@@ -27,6 +27,7 @@ from maxlm.train.checkpoint.reading import (
     Unreadable,
     first_line,
     named_leaves,
+    parse_metadata,
     patiently,
 )
 from maxlm.train.together import gather, lead_says
@@ -87,7 +88,7 @@ class LocalTier:
                 if key not in arrays:
                     # A copy: on CPU the array's memory would be the next step's.
                     arrays[key] = np.array(shard.data)
-        header = {"metadata": json.dumps({"step": step, **metadata})}
+        header = {"metadata": json.dumps(metadata)}
         self._thread = threading.Thread(target=self._write, args=(step, arrays, header))
         self._thread.start()
 
@@ -121,7 +122,7 @@ class LocalTier:
 
         def read() -> dict[str, Any]:
             with safe_open(self.path(step), "np") as file:
-                return json.loads(file.metadata()["metadata"])
+                return parse_metadata(file.metadata()["metadata"])
 
         return patiently(self.path(step), read)
 

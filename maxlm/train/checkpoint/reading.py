@@ -1,12 +1,15 @@
-"""Reading a checkpoint's folder: ``state/`` (Orbax, zarr3) and ``metadata/metadata`` (JSON).
+"""Reading a checkpoint's folder: ``state/`` (Orbax, zarr3) and ``metadata/metadata`` (JSON, with a
+checksum of its own).
 
 Each process reads what its own devices hold and waits for no other, so that one that cannot read
 holds nobody up.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from maxlm import __version__
 from maxlm.config import MaxlmError, differences
 from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
@@ -25,6 +29,7 @@ Leaves = dict[str, Any]
 
 
 _PAUSES = (0.1, 1.0)  # seconds between tries
+_CHECKSUM = "sha256"
 
 
 class Unreadable(MaxlmError):
@@ -56,20 +61,58 @@ def placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def make_metadata(
+    step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what is saved beside a state. All processes call it together; it waits for the arrays.
+
+    Args:
+        arrays: by canonical name, in the shapes that are written.
+        metadata: JSON values; ``step``, ``versions``, ``fingerprints`` and a checksum of all are
+            added.
+    """
+    versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
+    made = {
+        "step": step,
+        "versions": versions | {"maxlm": __version__},
+        **metadata,
+        "fingerprints": fingerprints(arrays),
+    }
+    return {**made, _CHECKSUM: _checksum(made)}
+
+
+def parse_metadata(text: str | bytes) -> dict[str, Any]:
+    """Return what :func:`make_metadata` returned, without its checksum, which must be right.
+
+    Older versions of maxlm wrote no checksum, nor their own version: both are looked for, so that
+    damage to one name does not make a checkpoint an older one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("its metadata is no JSON object")
+    checksum = value.pop(_CHECKSUM, None)
+    newer = checksum is not None or "maxlm" in str(value.get("versions"))
+    if newer and checksum != _checksum(value):
+        raise ValueError("its metadata is not what was saved")
+    return value
+
+
+def _checksum(metadata: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values, whatever the order of their keys."""
+    as_read = json.loads(json.dumps(metadata))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """What was saved beside the state.
 
     Raises:
         Unreadable: it is not there, or is damaged.
     """
-
-    def read() -> dict[str, Any]:
-        value = json.loads((path / "metadata" / "metadata").read_text())
-        if not isinstance(value, dict):
-            raise ValueError("its metadata is no JSON object")
-        return value
-
-    return patiently(path, read)
+    return patiently(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
 
 
 def read_arrays(

@@ -11,7 +11,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.data.store.places import below, kvstore, remedy, to_place
 from maxlm.data.work.paths import writing
-from maxlm.train.checkpoint.reading import Unreadable, first_line
+from maxlm.train.checkpoint.reading import Unreadable, first_line, parse_metadata
 from maxlm.train.config import CheckpointConfig
 
 _COMPLETE, _OWNER = "COMPLETE", "OWNER"
@@ -89,7 +89,7 @@ class RemoteTier:
         """
         fix = "restore another step"
         where = str(below(self.place, str(step)))
-        for name, (size, digest) in self._json(step, _COMPLETE).items():
+        for name, (size, digest) in self._read(step, _COMPLETE, json.loads).items():
             try:
                 value = self._store.read(f"{step}/{name}").result().value
             except ValueError as error:
@@ -106,7 +106,7 @@ class RemoteTier:
         Raises:
             Unreadable: it is damaged.
         """
-        return self._json(step, "metadata/metadata")
+        return self._read(step, "metadata/metadata", parse_metadata)
 
     def forget(self, step: int) -> None:
         """Delete the copy of a step: what makes it complete first."""
@@ -226,10 +226,10 @@ class RemoteTier:
         complete = {step for step in steps if f"{step}/{_COMPLETE}" in keys}
         return sorted(complete), sorted(steps - complete)
 
-    def _json(self, step: int, name: str) -> dict[str, Any]:
+    def _read(self, step: int, name: str, parse: Callable[[bytes], Any]) -> dict[str, Any]:
         where = str(below(self.place, str(step)))
         try:
-            return json.loads(self._store.read(f"{step}/{name}").result().value)
+            return parse(self._store.read(f"{step}/{name}").result().value)
         except ValueError as error:
             what = f"unreadable ({first_line(error)})"
             raise Unreadable(what, where=where, fix="restore another step") from error

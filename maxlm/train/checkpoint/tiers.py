@@ -15,12 +15,12 @@ from typing import Any, Literal
 import jax
 
 from maxlm.data.work.paths import writing
-from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.checkpoint.keeper import Checkpointer, restore_from
 from maxlm.train.checkpoint.local import LocalTier
 from maxlm.train.checkpoint.reading import (
     PyTree,
     Unreadable,
+    make_metadata,
     named_leaves,
     read_metadata,
     verify,
@@ -160,7 +160,7 @@ class Tiers:
         if self._local is None or step % self.config.local_every_steps:
             return None
         leaves = named_leaves(state)
-        self._local.save(step, leaves, {**metadata, "fingerprints": fingerprints(leaves)})
+        self._local.save(step, leaves, make_metadata(step, leaves, metadata))
         return "local"
 
     def catch_up(self) -> None:
