@@ -26,6 +26,7 @@ from maxlm.programs.resume import (
     Origin,
     Position,
     Say,
+    check_not_lost,
     check_stores,
     described,
     find_beginning,
@@ -135,6 +136,8 @@ def pretrain(
 
         position = begin()
         first = position.step
+        if not position.place:
+            check_not_lost(tiers, resume)
         for each in position.skipped:
             say(str(each))
         if position.place:
@@ -158,11 +161,13 @@ def pretrain(
         say(planned_words(plan))
         _describe(folder, config, plan, lead=lead)
         log = stack.enter_context(MetricsLog(folder, first, write=lead, reporting=config.reporting))
+        if lines := log.damaged_lines:
+            say(f"{folder}/metrics.jsonl: damaged lines, moved to metrics.jsonl.damaged: {lines}")
         log.event(
             "resume" if first else "start",
             first,
             began=process_began(),
-            checkpoint=first if position.place else None,
+            run=str(origin.tiers.folder.parent) if origin and not origin.own else None,
             devices=jax.device_count(),
             processes=jax.process_count(),
             device_kind=jax.devices()[0].device_kind,
@@ -219,7 +224,7 @@ def pretrain(
                 raise too_often(ended, times, folder)
             watchdog.expect(ended.first, "restore")
             del position  # Its arrays are gone: the step was given their memory.
-            position, skips = go_back(setup, tiers, ended, skips, folder, begin, fresh)
+            position, skips = go_back(setup, tiers, ended, skips, folder, begin, fresh, log.event)
             tiers.catch_up()
             log.rewind(position.step)
             log.event(

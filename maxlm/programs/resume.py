@@ -1,7 +1,7 @@
 """What a run goes on from: its own checkpoints, another run's, or another run's parameters."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +75,7 @@ def find_origin(
     if not own.found:
         if any(each.damaged and each.tier != "local" for each in own.skipped):
             raise none_readable(own.tiers, own.skipped)
+        check_not_lost(own.tiers, resume)
         for each in own.skipped:
             say(str(each))
         tiers.set_aside(own.skipped, 0)
@@ -115,12 +116,41 @@ class Position:
 
 def none_readable(tiers: Tiers, skipped: Sequence[Skipped]) -> MaxlmError:
     """Training never begins anew where it had come far."""
-    copies = tiers.config.remote_folder and f" and {tiers.place('remote')}"
-    return MaxlmError(
-        f"no checkpoint can be gone on from: {', '.join(map(str, skipped))}",
-        where=str(tiers.folder),
-        fix=f"repair one, or move the folder{copies or ''} away to begin anew",
-    )
+    what = f"no checkpoint can be gone on from: {', '.join(map(str, skipped))}"
+    return _begin_elsewhere(tiers, what, "repair one")
+
+
+def _begin_elsewhere(tiers: Tiers, what: str, fix: str) -> MaxlmError:
+    copies = f" and {tiers.place('remote')}" if tiers.config.remote_folder else ""
+    anew = f"to begin anew, move {tiers.folder.parent}{copies} away, or set another name=..."
+    return MaxlmError(what, where=str(tiers.folder), fix=f"{fix}; {anew}")
+
+
+def check_not_lost(tiers: Tiers, resume: str | Path | None) -> None:
+    """Check, where no checkpoint is left, that by the run's events there was none to go on from.
+
+    Args:
+        resume: the other run whose checkpoints are gone on from, if any.
+
+    Raises:
+        MaxlmError: a checkpoint was saved, or another run's gone on from.
+    """
+    saved, other = set[int](), None
+    for event in _events(tiers.folder.parent):
+        kind, step = event.get("event"), event.get("step", 0)
+        if kind == "saved":
+            saved.add(step)
+        elif kind in ("start", "resume", "rollback", "discard"):
+            saved = {each for each in saved if each <= step}
+        if kind in ("start", "resume"):
+            other = event.get("run")
+    newest, other = lead_says([max(saved, default=None), other])
+    if newest is not None:
+        what = f"no checkpoint is here, and one of step {newest} was saved"
+        raise _begin_elsewhere(tiers, what, "put it back")
+    if other is not None and resume is None:
+        what = f"no checkpoint is here, and the run goes on from {other}"
+        raise _begin_elsewhere(tiers, what, f"give --resume {other} again")
 
 
 def go_on(setup: Setup, origin: Origin, skips: Skips, fresh: Callable[[], TrainState]) -> Position:
@@ -161,6 +191,7 @@ def go_back(
     folder: Path,
     begin: Callable[[], Position],
     fresh: Callable[[], TrainState],
+    event: Callable[..., None],
 ) -> tuple[Position, Skips]:
     """The state of the newest checkpoint from before the numbers went bad, and the batches left
     out from there on: also those since, as Chowdhery et al. 2022 (PaLM, section 5.1) did.
@@ -168,6 +199,7 @@ def go_back(
     Args:
         begin: the position the run began at, if it has no such checkpoint.
         fresh: see ``go_on``.
+        event: told (``"discard"``, step) before all checkpoints after ``step`` are deleted.
     """
     tiers.wait()
     tiers.stop_copying()  # of a state that may be bad
@@ -179,6 +211,7 @@ def go_back(
     if position is not None:
         # Before the record: a run killed between the two would have checkpoints, all refused.
         abandoned = [Skipped(each.step, each.tier, "", damaged=False) for each in origin.found]
+        event("discard", base)
         tiers.set_aside(abandoned, base)
     if jax.process_index() == 0:
         _write_skip(folder, skips, skip, verdict.reason)
@@ -188,9 +221,12 @@ def go_back(
 
 def times_gone_back(folder: Path) -> int:
     """How often this run has, in its life; batches that it was told to leave out do not count."""
-    events = folder / "events.jsonl"
-    own = jax.process_index() == 0 and events.exists()
-    return lead_says(sum(e.get("event") == "rollback" for e in read_records(events)) if own else 0)
+    return lead_says(sum(e.get("event") == "rollback" for e in _events(folder)))
+
+
+def _events(folder: Path) -> Iterable[Mapping[str, Any]]:
+    """Return the run's events, on process 0."""
+    return read_records(folder / "events.jsonl") if jax.process_index() == 0 else ()
 
 
 def too_often(verdict: Verdict, times: int, folder: Path) -> MaxlmError:

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 from maxlm.config import MaxlmError
 from maxlm.programs.goodput import History, history
-from maxlm.train.records import read_records
+from maxlm.train.records import damaged_path, read_records
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -34,6 +35,8 @@ class Run:
     of a run without steps."""
     planned_step_seconds: float | None
     planned_goodput: float | None
+    damaged_lines: int
+    """Lines of metrics.jsonl and events.jsonl that hold no record; also earlier attempts'."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: seconds, unix seconds, shares."""
@@ -59,6 +62,7 @@ class Run:
                 "step_seconds": self.planned_step_seconds,
                 "goodput": self.planned_goodput,
             },
+            "damaged_lines": self.damaged_lines,
             "attempts": attempts,
             "events": dict(told.counts),
         }
@@ -86,11 +90,14 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
     if not _is_run(folder):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
-    told = history(read_records(folder / "events.jsonl"), time.time() if now is None else now)
+    metrics, damaged = folder / "metrics.jsonl", list[bytes]()
+    events = read_records(folder / "events.jsonl", damaged)
+    told = history(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
     step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
-    for record in read_records(folder / "metrics.jsonl"):
-        step = max(step, record.get("step") or 0)
+    files = read_records(metrics, damaged), read_records(damaged_path(metrics), damaged)
+    for record in chain(*files):
+        step = max(step, record["step"])
         latest |= {name: record[name] for name in latest if name in record}
         if record.get("seconds") and record["step"] not in first:
             seconds.append(record["seconds"])
@@ -104,6 +111,7 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
         step_seconds={p: float(np.percentile(seconds, p)) for p in PERCENTILES if seconds},
         planned_step_seconds=_at(plan, "time", "step"),
         planned_goodput=_at(plan, "goodput", "configured"),
+        damaged_lines=len(damaged),
         **latest,
     )
 

@@ -38,9 +38,13 @@ def tables(run: Run, now: float) -> Group:
         now: unix seconds.
     """
     told = run.history
+    parts: list[Any] = [_headline(run, now)]
+    if run.damaged_lines:
+        lines = f"damaged lines of metrics.jsonl and events.jsonl: {run.damaged_lines:,}"
+        parts.append(Text(f"records are lost; {lines}"))
     if not told.attempts:
-        return Group(_headline(run, now))
-    parts: list[Any] = [_headline(run, now), _goodput(run), _time(run), _attempts(run)]
+        return Group(*parts)
+    parts += [_goodput(run), _time(run), _attempts(run)]
     ends = told.interruptions
     if ends:
         causes = ", ".join(f"{cause} {count}" for cause, count in sorted(ends.items()))

@@ -119,6 +119,7 @@ def train(
         guards.watchdog.expect(number, "save")
         with account.timed("saving"):
             tiers.wait()
+        loop.note_saved()
         account.note(number)
     if not asked.stops or number == config.steps:
         return state
@@ -154,6 +155,7 @@ class _Loop:
         lap = self.account.lap(number)
         self.guards.watchdog.lap(lap["seconds"])
         self.hooks.record(number, values | lap)
+        self.note_saved()
         if values.get("skipped"):
             self.hooks.event("skip", number, reason="the loss or a gradient is not finite")
         return self.guards.watch.see(number, values), self.guards.agreement.agreed(proposed)
@@ -169,6 +171,11 @@ class _Loop:
         if tier is not None:
             self.account.note(number)
             self.hooks.event("checkpoint", number, tier=tier, seconds=seconds())
+
+    def note_saved(self) -> None:
+        """Write down which of the folder's checkpoints are complete by now."""
+        for step in self.tiers.keeper.pop_completed():
+            self.hooks.event("saved", step)
 
     def gone_bad(self, verdict: Verdict) -> Verdict:
         self.account.note(verdict.last)

@@ -90,6 +90,8 @@ class MetricsLog:
     ):
         self._write, self.stopped = write, False
         """Whether the attempt's end was written down."""
+        self.damaged_lines = 0
+        """How many lines of ``metrics.jsonl`` could not be read, and were moved out of it."""
         if not write:
             return
         folder = Path(folder)
@@ -100,7 +102,7 @@ class MetricsLog:
             self._metrics = RecordFile(folder / "metrics.jsonl")
             stack.callback(self._metrics.close)
             # A run that begins anew has no step 0 in its records.
-            self._metrics.keep(resume_step if resume_step else -1)
+            self.damaged_lines = self._metrics.keep(resume_step if resume_step else -1)
             self._events = RecordFile(folder / "events.jsonl")
             stack.callback(self._events.close)
             for sink in open_sinks(reporting, folder, resume_step):

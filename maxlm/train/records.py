@@ -1,4 +1,5 @@
-"""Files of records: JSON lines that a full disk or a kill never leaves torn."""
+"""Files of records: JSON lines, each with an integer ``step``, that a full disk or a kill never
+leaves torn."""
 
 import json
 import mmap
@@ -13,13 +14,25 @@ from maxlm.data.work.paths import replacing, writing
 Record = Mapping[str, Any]
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSONL file, none if it is missing; a line cut short by a kill is left out."""
+def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSONL file, none if it is missing.
+
+    Args:
+        damaged: lines that hold no record are added to it, but not a last one that has no end:
+            that one was cut short by a kill, or is being written.
+    """
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 if (record := _parsed(line)) is not None:
                     yield record
+                elif damaged is not None and line.endswith(b"\n"):
+                    damaged.append(line)
+
+
+def damaged_path(path: Path) -> Path:
+    """Return the file beside a JSONL file that its damaged lines are moved to."""
+    return path.with_name(f"{path.name}.damaged")
 
 
 class RecordFile:
@@ -53,12 +66,24 @@ class RecordFile:
                     os.ftruncate(self._descriptor, size)
                 raise
 
-    def keep(self, last_step: int) -> None:
-        """Drop every record whose ``step`` is later than ``last_step``."""
+    def keep(self, last_step: int) -> int:
+        """Drop every record whose ``step`` is later than ``last_step``, and move damaged lines
+        from before them to ``damaged_path``.
+
+        Returns:
+            How many damaged lines were moved.
+        """
+        damaged: list[bytes] = []
+        lost = None
         with replacing(self.path) as temporary, temporary.open("w") as file:
-            for record in read_records(self.path):
-                if record.get("step", 0) <= last_step:
+            for record in read_records(self.path, damaged):
+                if record["step"] <= last_step:
                     file.write(f"{json.dumps(record)}\n")
+                elif lost is None:
+                    lost = len(damaged)
+            if damaged[:lost]:
+                with damaged_path(self.path).open("ab") as aside:
+                    aside.writelines(damaged[:lost])
             file.flush()
             os.fsync(file.fileno())
         with writing(self.path):
@@ -67,6 +92,7 @@ class RecordFile:
                 os.open(self.path, os.O_RDWR | os.O_APPEND),
             )
         os.close(replaced)
+        return len(damaged[:lost])
 
     def close(self) -> None:
         """Give the file back; nothing is left to be written."""
@@ -90,4 +116,5 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    known = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if known else None

@@ -113,7 +113,9 @@ def test_damaged_checkpoints_are_passed_over_one_by_one_and_never_begun_anew_fro
     code, _, err = process.ended()
     assert code == 2
     assert err[-1].startswith(f"error: {home}: no checkpoint can be gone on from: checkpoint 24 is")
-    assert err[-1].endswith("; repair one, or move the folder away to begin anew")
+    assert err[-1].endswith(
+        f"; repair one; to begin anew, move {run} away, or set another name=..."
+    )
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

@@ -50,6 +50,46 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
         train(path, "tokenizer.chat=chatml", "train.steps=3")
 
 
+def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
+    text = tiny.write_text(tmp_path / "text")
+    path = tiny.write_config(tmp_path, text, train={"steps": 3}, checkpoint={"every_steps": 2})
+    train(path)
+    run, other = tmp_path / "tiny", tmp_path / "other"
+    home, records, events = (run / n for n in ("checkpoints", "metrics.jsonl", "events.jsonl"))
+    before = records.read_bytes()
+
+    def refused(words, *settings):
+        with pytest.raises(MaxlmError) as error:
+            train(path, *settings)
+        assert str(error.value) == words
+
+    home.rename(tmp_path / "aside")
+    refused(
+        f"{home}: no checkpoint is here, and one of step 3 was saved; put it back; to begin anew, "
+        f"move {run} away, or set another name=..."
+    )
+    assert records.read_bytes() == before
+
+    # Another run goes on from them, and is stopped before it has any of its own.
+    (tmp_path / "aside").rename(home)
+    stopped = load(RunConfig, path, ["name=other", "train.steps=4"]).value
+    with monkeypatch.context() as patch:
+        patch.setattr("maxlm.programs.pretrain.training_batches", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(stopped, resume=run, say=lambda _: None)
+    refused(
+        f"{other}/checkpoints: no checkpoint is here, and the run goes on from {run}; give "
+        f"--resume {run} again; to begin anew, move {other} away, or set another name=...",
+        "name=other",
+    )
+
+    # One that was killed in its first save has lost nothing that could be gone on from.
+    shutil.rmtree(home)
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(line for line in lines if '"saved"' not in line))
+    assert train(path, "train.steps=1").start == 0
+
+
 def config_of_store(folder):
     return tiny.write_config(
         folder,

@@ -61,6 +61,13 @@ class Journal:
     def wait(self):
         self.lines.append(("wait",))
 
+    @property
+    def keeper(self):
+        return self
+
+    def pop_completed(self):
+        return []
+
     def record(self, step, values):
         kind = "evaluated" if "eval_loss" in values else "record"
         self.lines.append((kind, step))

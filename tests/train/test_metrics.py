@@ -7,14 +7,18 @@ import os
 import re
 import resource
 import struct
+import time
 from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from maxlm.config import MaxlmError
+from maxlm.programs.runs import read_run
+from maxlm.programs.show_runs import tables
 from maxlm.train import display
 from maxlm.train.display import ConsoleDisplay, duration, plot_loss, summary
 from maxlm.train.metrics import MetricsLog, global_norm, memory_record, mfu
@@ -69,6 +73,33 @@ def test_an_interrupted_runs_file_equals_an_unbroken_ones(tmp_path):
         "events.jsonl",
         "metrics.jsonl",
     ]
+
+
+def test_damaged_records_are_kept_aside_and_counted(tmp_path):
+    run(tmp_path, range(1, 8), reporting=QUIET)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    bad = [
+        whole[1].replace(b'"step"', b'"stdp"'),
+        whole[3].replace(b":", b";"),
+        whole[6][:-2] + b"\n",
+    ]
+    path.write_bytes(b"".join([whole[0], bad[0], whole[2], bad[1], *whole[4:6], bad[2], b'{"st']))
+    (tmp_path / "events.jsonl").open("a").write("\0\n")
+    read = read_run(tmp_path)
+    assert (read.damaged_lines, read.step) == (4, 6)
+    with MetricsLog(tmp_path, 5, reporting=QUIET) as log:
+        assert log.damaged_lines == 2  # the third is of a step that is taken again
+    assert path.read_bytes() == b"".join([whole[0], whole[2], whole[4]])
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"".join(bad[:2])
+    read = read_run(tmp_path)
+    assert read.damaged_lines == 3
+    with Console(record=True, width=100, file=io.StringIO()) as console:
+        console.print(tables(read, time.time()))
+    assert (
+        "records are lost; damaged lines of metrics.jsonl and events.jsonl: 3"
+        in console.export_text()
+    )
 
 
 def test_events_only_grow_and_have_wall_times(tmp_path):
