@@ -161,8 +161,8 @@ def pretrain(
         say(planned_words(plan))
         _describe(folder, config, plan, lead=lead)
         log = stack.enter_context(MetricsLog(folder, first, write=lead, reporting=config.reporting))
-        if lines := log.damaged_lines:
-            say(f"{folder}/metrics.jsonl: damaged lines, moved to metrics.jsonl.damaged: {lines}")
+        if count := log.damaged_lines:
+            say(f"{folder}/metrics.jsonl: damaged lines, whose records are lost: {count}")
         log.event(
             "resume" if first else "start",
             first,

@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import yaml
 
 from maxlm.config import MaxlmError
 from maxlm.programs.goodput import History, history
-from maxlm.train.records import damaged_path, read_records
+from maxlm.train.records import read_records
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -36,7 +35,7 @@ class Run:
     planned_step_seconds: float | None
     planned_goodput: float | None
     damaged_lines: int
-    """Lines of metrics.jsonl and events.jsonl that hold no record; also earlier attempts'."""
+    """Lines of metrics.jsonl and events.jsonl that hold no record."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: seconds, unix seconds, shares."""
@@ -90,13 +89,12 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
     if not _is_run(folder):
         what = "is no run's folder" if folder.is_dir() else "no such folder"
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
-    metrics, damaged = folder / "metrics.jsonl", list[bytes]()
+    damaged: list[bytes] = []
     events = read_records(folder / "events.jsonl", damaged)
     told = history(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
     step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
-    files = read_records(metrics, damaged), read_records(damaged_path(metrics), damaged)
-    for record in chain(*files):
+    for record in read_records(folder / "metrics.jsonl", damaged):
         step = max(step, record["step"])
         latest |= {name: record[name] for name in latest if name in record}
         if record.get("seconds") and record["step"] not in first:

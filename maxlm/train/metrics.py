@@ -91,7 +91,7 @@ class MetricsLog:
         self._write, self.stopped = write, False
         """Whether the attempt's end was written down."""
         self.damaged_lines = 0
-        """How many lines of ``metrics.jsonl`` could not be read, and were moved out of it."""
+        """How many lines of ``metrics.jsonl`` hold no record."""
         if not write:
             return
         folder = Path(folder)

@@ -15,12 +15,8 @@ Record = Mapping[str, Any]
 
 
 def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSONL file, none if it is missing.
-
-    Args:
-        damaged: lines that hold no record are added to it, but not a last one that has no end:
-            that one was cut short by a kill, or is being written.
-    """
+    """Yield the records of a JSONL file, none if it is missing; lines that hold none are added to
+    ``damaged``, but not a last one without an end: a kill cut it short, or it is being written."""
     if path.exists():
         with path.open("rb") as file:
             for line in file:
@@ -28,11 +24,6 @@ def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dic
                     yield record
                 elif damaged is not None and line.endswith(b"\n"):
                     damaged.append(line)
-
-
-def damaged_path(path: Path) -> Path:
-    """Return the file beside a JSONL file that its damaged lines are moved to."""
-    return path.with_name(f"{path.name}.damaged")
 
 
 class RecordFile:
@@ -67,23 +58,17 @@ class RecordFile:
                 raise
 
     def keep(self, last_step: int) -> int:
-        """Drop every record whose ``step`` is later than ``last_step``, and move damaged lines
-        from before them to ``damaged_path``.
-
-        Returns:
-            How many damaged lines were moved.
-        """
-        damaged: list[bytes] = []
-        lost = None
-        with replacing(self.path) as temporary, temporary.open("w") as file:
-            for record in read_records(self.path, damaged):
-                if record["step"] <= last_step:
-                    file.write(f"{json.dumps(record)}\n")
-                elif lost is None:
-                    lost = len(damaged)
-            if damaged[:lost]:
-                with damaged_path(self.path).open("ab") as aside:
-                    aside.writelines(damaged[:lost])
+        """Drop every record whose ``step`` is later than ``last_step``, with damaged lines behind
+        the first of them; return how many damaged lines stay."""
+        damaged, past = 0, last_step < 0
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            for line in self.path.open("rb"):
+                record = _parsed(line)
+                stays = not past if record is None else record["step"] <= last_step
+                past |= record is not None and not stays
+                damaged += record is None and stays
+                if stays:
+                    file.write(line)
             file.flush()
             os.fsync(file.fileno())
         with writing(self.path):
@@ -92,7 +77,7 @@ class RecordFile:
                 os.open(self.path, os.O_RDWR | os.O_APPEND),
             )
         os.close(replaced)
-        return len(damaged[:lost])
+        return damaged
 
     def close(self) -> None:
         """Give the file back; nothing is left to be written."""

@@ -101,9 +101,7 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
 
 
 def _checksum(metadata: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of JSON values, whatever the order of their keys."""
-    as_read = json.loads(json.dumps(metadata))
-    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
