@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.data.work.paths import locked_folder, replacing, writing
+from maxlm.data.work.paths import check_not_deleted, locked_folder, replacing, writing
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
 from maxlm.programs.environment import environment, process_began
@@ -289,7 +289,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Hold the run's folder: two runs that write to it would ruin both.
 
     Raises:
-        MaxlmError: another process holds it.
+        MaxlmError: another process holds it; something failed, and the folder is gone.
     """
     note = folder / "lock"
     with ExitStack() as stack:
@@ -309,6 +309,10 @@ def _alone(folder: Path) -> Iterator[None]:
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
+        except Exception:
+            if not note.exists():  # Whatever failed, that is why.
+                check_not_deleted(folder / "config.yaml")
+            raise
         finally:
             note.unlink(missing_ok=True)
 

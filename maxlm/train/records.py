@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maxlm.data.work.paths import replacing, writing
+from maxlm.data.work.paths import check_not_deleted, replacing, writing
 
 Record = Mapping[str, Any]
 
@@ -46,15 +46,16 @@ class RecordFile:
 
     def append(self, record: Record) -> None:
         """Write a record behind the others; it is with the operating system on return."""
-        rest = f"{json.dumps(record)}\n".encode()
+        line = rest = f"{json.dumps(record)}\n".encode()
         with writing(self.path):
-            size = os.fstat(self._descriptor).st_size
+            check_not_deleted(self.path)  # The descriptor would take it none the less.
             try:
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
             except OSError:  # A full disk may have taken the first part.
                 with suppress(OSError):
-                    os.ftruncate(self._descriptor, size)
+                    size = os.fstat(self._descriptor).st_size
+                    os.ftruncate(self._descriptor, size - (len(line) - len(rest)))
                 raise
 
     def keep(self, last_step: int) -> int:

@@ -13,9 +13,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from maxlm.config import load
+from maxlm.config import MaxlmError, load
 from maxlm.data.loader.prefetch import WARM_UP_STEPS
 from maxlm.programs.prepare import prepare
+from maxlm.programs.pretrain import _alone
 from maxlm.programs.runs import read_run
 from maxlm.run import RunConfig
 from tests.data.loader.test_prefetch import alive, wait_until, worker_pids
@@ -366,6 +367,27 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(jobs):
     ]
     assert first.ended()[0] == 0
     assert jobs.results("held") == jobs.results("one")
+
+
+def test_a_folder_that_is_deleted_under_the_run_ends_it_and_does_not_reappear(jobs):
+    run = jobs.folder / "deleted"
+    [process] = jobs.train("deleted", faults={0: ("slow", 0)})
+    process.until(lambda: (run / "checkpoints" / "6").is_dir() and jobs.step("deleted") >= 7)
+    shutil.rmtree(run)
+    code, _, err = process.ended()
+    assert (code, run.exists()) == (2, False)
+    assert err[-1] == (
+        f"error: {run}: deleted or moved while the run was under way; put the run's folder back "
+        "and run the same command to go on, or set another name=... to begin anew"
+    )
+
+    def read_data() -> None:
+        with _alone(run):
+            shutil.rmtree(run)
+            raise OSError("chunk {0} is missing")
+
+    with pytest.raises(MaxlmError, match="deleted: deleted or moved while the run was under way"):
+        read_data()
 
 
 def test_a_folder_that_cannot_be_written(jobs, full_disk):

@@ -98,6 +98,21 @@ def test_damaged_records_stay_and_are_counted(tmp_path):
     assert "and events.jsonl, whose records are lost: 3" in console.export_text()
 
 
+def test_nothing_is_written_to_a_folder_that_is_gone(tmp_path):
+    """The files are open, and would take what nobody finds again."""
+    words = ": deleted or moved while the run was under way; put the run's folder back and "
+    folder = tmp_path / "run"
+    with MetricsLog(folder, reporting=QUIET) as log:
+        log.log(1, {"loss": 2.0})
+        (folder / "metrics.jsonl").rename(tmp_path / "aside")
+        with pytest.raises(MaxlmError, match=f"^{folder}/metrics.jsonl{words}"):
+            log.log(2, {"loss": 2.0})
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(MaxlmError, match=f"^{folder}{words}"):
+            log.event("checkpoint", 2)
+    assert not folder.exists()
+
+
 def test_events_only_grow_and_have_wall_times(tmp_path):
     run(tmp_path, [1], reporting=QUIET)
     run(tmp_path, [2], resume_step=1, reporting=QUIET)

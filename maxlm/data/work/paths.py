@@ -23,6 +23,20 @@ def writing(path: Path) -> Iterator[None]:
         raise MaxlmError(what, where=str(path), fix=fix) from error
 
 
+def check_not_deleted(path: Path) -> None:
+    """
+    Raises:
+        MaxlmError: a run's file, or the folder that it is in, is not there any more.
+    """
+    if not path.exists():
+        raise MaxlmError(
+            "deleted or moved while the run was under way",
+            where=str(path if path.parent.is_dir() else path.parent),
+            fix="put the run's folder back and run the same command to go on, or set another "
+            "name=... to begin anew",
+        )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write a file to, which takes its place if the block ends well.
