@@ -162,7 +162,7 @@ def pretrain(
         _describe(folder, config, plan, lead=lead)
         log = stack.enter_context(MetricsLog(folder, first, write=lead, reporting=config.reporting))
         if count := log.damaged_lines:
-            say(f"{folder}/metrics.jsonl: damaged lines, whose records are lost: {count}")
+            say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
         log.event(
             "resume" if first else "start",
             first,

@@ -146,7 +146,7 @@ def check_not_lost(tiers: Tiers, resume: str | Path | None) -> None:
             other = event.get("run")
     newest, other = lead_says([max(saved, default=None), other])
     if newest is not None:
-        what = f"no checkpoint is here, and one of step {newest} was saved"
+        what = f"no checkpoint is left, but one of step {newest} was saved"
         raise _begin_elsewhere(tiers, what, "put it back")
     if other is not None and resume is None:
         what = f"no checkpoint is here, and the run goes on from {other}"

@@ -40,8 +40,8 @@ def tables(run: Run, now: float) -> Group:
     told = run.history
     parts: list[Any] = [_headline(run, now)]
     if run.damaged_lines:
-        where = "damaged lines in metrics.jsonl and events.jsonl, whose records are lost"
-        parts.append(Text(f"{where}: {run.damaged_lines:,}"))
+        words = "line of metrics.jsonl and events.jsonl cannot be read"
+        parts.append(Text(_many(run.damaged_lines, words)))
     if not told.attempts:
         return Group(*parts)
     parts += [_goodput(run), _time(run), _attempts(run)]

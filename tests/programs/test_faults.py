@@ -377,8 +377,9 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_does_not_reappear(jo
     code, _, err = process.ended()
     assert (code, run.exists()) == (2, False)
     assert err[-1] == (
-        f"error: {run}: deleted or moved while the run was under way; put the run's folder back "
-        "and run the same command to go on, or set another name=... to begin anew"
+        f"error: {run}: this folder, or a file of the run's in it, was deleted or moved during the "
+        "run; put the run's folder back and run the same command to go on, or set another name=... "
+        "to begin anew"
     )
 
     def read_data() -> None:
@@ -386,7 +387,7 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it_and_does_not_reappear(jo
             shutil.rmtree(run)
             raise OSError("chunk {0} is missing")
 
-    with pytest.raises(MaxlmError, match="deleted: deleted or moved while the run was under way"):
+    with pytest.raises(MaxlmError, match="deleted: this folder, or a file of the run's in it, was"):
         read_data()
 
 

@@ -65,7 +65,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
 
     home.rename(tmp_path / "aside")
     refused(
-        f"{home}: no checkpoint is here, and one of step 3 was saved; put it back; to begin anew, "
+        f"{home}: no checkpoint is left, but one of step 3 was saved; put it back; to begin anew, "
         f"move {run} away, or set another name=..."
     )
     assert records.read_bytes() == before

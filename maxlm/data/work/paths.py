@@ -30,8 +30,8 @@ def check_not_deleted(path: Path) -> None:
     """
     if not path.exists():
         raise MaxlmError(
-            "deleted or moved while the run was under way",
-            where=str(path if path.parent.is_dir() else path.parent),
+            "this folder, or a file of the run's in it, was deleted or moved during the run",
+            where=str(path.parent),
             fix="put the run's folder back and run the same command to go on, or set another "
             "name=... to begin anew",
         )

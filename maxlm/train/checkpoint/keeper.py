@@ -62,8 +62,7 @@ class Checkpointer:
         self.folder = Path(folder).absolute()
         self.config = config or CheckpointConfig()
         self._grouped = grouped or {}
-        self._pending: list[int] = []
-        """Steps of checkpoints begun, until ``pop_completed`` returns them."""
+        self._pending: list[int] = []  # steps of saves, until ``pop_completed`` returns them
         # Orbax narrates each file it touches, and what it raises besides.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         if read_only and not self.folder.is_dir():
@@ -117,19 +116,17 @@ class Checkpointer:
         on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
         metadata = make_metadata(step, on_devices, metadata)
         with self._explained("a checkpoint was not written", "free some space or rights, resume"):
-            begun = self._manager.save(
+            self._pending.append(step)
+            return self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(arrays), metadata=ocp.args.JsonSave(metadata)
                 ),
                 force=True,
             )
-        self._pending += [step] if begun else []
-        return begun
 
     def pop_completed(self) -> list[int]:
-        """Return the steps of this process's saves that have become complete since the last call;
-        waits for nothing."""
+        """Return the steps whose saves have completed since the last call; waits for nothing."""
         saving = self._pending[-1:] if self._manager.is_saving_in_progress() else []
         done = [s for s in self._pending if s not in saving and self.path(s).is_dir()]
         self._pending = saving

@@ -64,28 +64,16 @@ def placed(leaf: Any) -> jax.ShapeDtypeStruct:
 def make_metadata(
     step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is saved beside a state. All processes call it together; it waits for the arrays.
-
-    Args:
-        arrays: by canonical name, in the shapes that are written.
-        metadata: JSON values; ``step``, ``versions``, ``fingerprints`` and a checksum of all are
-            added.
-    """
+    """Return what is saved beside arrays: JSON values, with their fingerprints and a checksum of
+    all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
-    made = {
-        "step": step,
-        "versions": versions | {"maxlm": __version__},
-        **metadata,
-        "fingerprints": fingerprints(arrays),
-    }
+    made = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
+    made |= {"fingerprints": fingerprints(arrays)}
     return {**made, _CHECKSUM: _checksum(made)}
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """Return what :func:`make_metadata` returned, without its checksum, which must be right.
-
-    Older versions of maxlm wrote no checksum, nor their own version: both are looked for, so that
-    damage to one name does not make a checkpoint an older one.
+    """Return what :func:`make_metadata` returned, without its checksum.
 
     Raises:
         ValueError: it is damaged.
@@ -94,6 +82,7 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("its metadata is no JSON object")
     checksum = value.pop(_CHECKSUM, None)
+    # Older versions wrote neither: damage to one of the names does not make it one of theirs.
     newer = checksum is not None or "maxlm" in str(value.get("versions"))
     if newer and checksum != _checksum(value):
         raise ValueError("its metadata is not what was saved")
