@@ -20,7 +20,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from maxlm.config.errors import Lost
+from maxlm.config.errors import Lost, MaxlmError
 from maxlm.data.loader.batches import Batch
 from maxlm.data.work.notices import NOTICES, leave_to_parent, start_tracker
 
@@ -110,6 +110,9 @@ class _Ahead:
         assert self._iterator is not None, "closed"
         try:
             batch = self._next.result()
+        except MaxlmError as error:
+            # The thread's frames hold the iterator, whose shared memory Python would call leaked.
+            raise error.with_traceback(None) from None
         except RuntimeError as error:
             if (killed := _KILLED.search(str(error))) is None:
                 raise
