@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ app = typer.Typer(
 for verb in (store.build, store.append, store.verify, store.info, store.mix):
     app.command()(verb)
 
+_ROW_COUNTS = ("rows", "labelled")
 CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
 
 
@@ -60,8 +61,12 @@ def report(
         list[str] | None,
         typer.Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what rules keep and drop: in numbers here, with histograms and samples in a page."""
+    """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
+
+    "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
+    """
     from maxlm.data.corpus.streams import require_corpus_packages
 
     require_corpus_packages(str(corpus))
@@ -69,7 +74,43 @@ def report(
 
     opened = Corpus.open(corpus)
     rules = dict(opened.recipe.keep) | _named(keep or [])
-    _print_funnel(opened, rules, tokenizer, out or corpus / "report.html")
+    _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
+
+
+@app.command()
+def export(
+    corpus: CorpusArgument,
+    out: Annotated[Path, typer.Option(help="The folder of the files; appears when complete.")],
+    to: Annotated[
+        Literal["parquet", "jsonl"],
+        typer.Option(help="Parquet with zstd, or lines of JSON with gzip."),
+    ] = "parquet",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=EXPRESSION: a rule instead of, or beside, the recipe's."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the documents that rules keep to files for other programs, with cuts and masks applied:
+    the texts that `build` tokenizes, with id, source, url, meta and language."""
+    from maxlm.data.corpus.streams import require_corpus_packages
+
+    require_corpus_packages(str(corpus))
+    from maxlm.data.corpus.export import export_corpus
+    from maxlm.data.corpus.opened import Corpus
+    from maxlm.data.work.engine import open_engine
+    from maxlm.data.work.progress import show_progress
+
+    opened = Corpus.open(corpus)
+    rules = opened.rules(dict(opened.recipe.keep) | _named(keep or []))
+    engines = open_engine(opened.recipe.engine, opened.recipe.workers)
+    with engines as engine, show_progress("parts") as progress:
+        made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
+    typer.echo("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
+    typer.echo(
+        "left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made)
+    )
+    typer.echo(f"the files: {out}")
 
 
 def _named(rules: list[str]) -> dict[str, str]:
@@ -83,12 +124,19 @@ def _named(rules: list[str]) -> dict[str, str]:
 
 
 def _print_funnel(
-    corpus: Any, keep: dict[str, str] | None, tokenizer: Path | None, page: Path | None = None
+    corpus: Any,
+    keep: dict[str, str] | None,
+    tokenizer: Path | None,
+    page: Path | None = None,
+    as_json: bool = False,
 ) -> None:
+    import json
+    from dataclasses import asdict
+
     from rich.console import Console
     from rich.table import Table
 
-    from maxlm.data.corpus.report import summarize, write_report
+    from maxlm.data.corpus.report import count_lost, summarize, write_report
     from maxlm.data.corpus.report.page import funnel
     from maxlm.data.corpus.shards import DOCUMENTS
     from maxlm.data.work.engine import open_engine
@@ -98,22 +146,28 @@ def _print_funnel(
     engines = open_engine(corpus.recipe.engine, corpus.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         summary = summarize(corpus, rules, engine, tokenizer, progress)
+        lost = count_lost(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
+    rows = funnel(rules, summary, sources)
+    if page is not None:
+        write_report(corpus, rules, summary, page, str(lost))
+    if as_json:
+        typer.echo(json.dumps({"funnel": rows, "text_lost": asdict(lost)}, indent=1))
+        return
     table = Table("rule", *("dropped", "left", "MB", *sources), title=str(corpus.folder))
     for column in table.columns[1:]:
         column.justify = "right"
-    for row in funnel(rules, summary, sources):
+    for row in rows:
         counts = [f"{row['by_source'][source]:,}" for source in sources]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
     Console().print(table)
+    typer.echo(lost)
     read = corpus.manifest(DOCUMENTS)["counts"]
-    rows = ("rows", "labelled")
-    passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in rows]
+    passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:
         typer.echo(f"passed over in reading: {', '.join(passed)}")
     if page is not None:
-        write_report(corpus, rules, summary, page)
         typer.echo(f"the page: {page}")
 
 

@@ -1,7 +1,7 @@
 """The verbs of `maxlm corpus` that build token stores, check them and mix them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -67,6 +67,22 @@ def build(
             join=join,
         )
     info(str(out))
+    _print_lost(source)
+
+
+def _print_lost(source: Any) -> None:
+    """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
+    from maxlm.data.corpus.files import find_roots, is_corpus
+
+    roots = [root for entry in source.documents for root in find_roots(entry)]
+    for root in filter(is_corpus, roots):
+        from maxlm.data.corpus.opened import Corpus
+        from maxlm.data.corpus.report import count_lost
+        from maxlm.data.work.engine import open_engine
+
+        corpus = Corpus.open(root)
+        with open_engine(corpus.recipe.engine, corpus.recipe.workers) as engine:
+            typer.echo(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
 
 
 def append(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from maxlm.config import MaxlmError
@@ -27,6 +28,13 @@ class Document:
     """UTF-8, except under the policy `on_bad_bytes="keep"`. Never empty."""
 
 
+class LeftOut(Enum):
+    """Why a document is not taken."""
+
+    EMPTY = "empty, or not decodable under the policy skip"
+    RULE = "a corpus's rules drop it"
+
+
 def read_documents(config: SourceConfig, file: SourceFile | None = None) -> Iterator[Document]:
     """The documents of a corpus, or of one of its files, in order.
 
@@ -38,11 +46,12 @@ def read_documents(config: SourceConfig, file: SourceFile | None = None) -> Iter
             JSON objects with `text_field`, Parquet without that column, missing packages.
     """
     for each in [file] if file else list_files(config):
-        yield from (document for document in read_slice(config, whole(each)) if document)
+        found = read_slice(config, whole(each))
+        yield from (document for document in found if isinstance(document, Document))
 
 
-def read_slice(config: SourceConfig, part: FileSlice) -> Iterator[Document | None]:
-    """The documents of a part of a file; None for each that is empty or left out by policy."""
+def read_slice(config: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+    """The documents of a part of a file, and for each that is not taken why."""
     readers = {
         "text": _read_text,
         "jsonl": _read_jsonl,
@@ -51,7 +60,8 @@ def read_slice(config: SourceConfig, part: FileSlice) -> Iterator[Document | Non
         "corpus": _read_corpus,
     }
     for id_, text in readers[part.file.format](config, part):
-        yield Document(id_, text) if text else None
+        dropped = text is None and part.file.kept is not None
+        yield Document(id_, text) if text else LeftOut.RULE if dropped else LeftOut.EMPTY
 
 
 def _read_text(config: SourceConfig, part: FileSlice) -> Iterator[tuple[str, bytes | None]]:

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import PYTHON_STDLIB, CrawlSource, FilesConfig
@@ -17,6 +17,9 @@ from maxlm.data.corpus.streams import (
     open_stream,
     require_corpus_packages,
 )
+
+if TYPE_CHECKING:
+    from maxlm.data.corpus.selection import KeptShard
 
 Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
 
@@ -50,6 +53,8 @@ class SourceFile:
     """Of a corpus's shard: the files with labels that decide what is taken from it."""
     digests: tuple[str | None, ...] = ()
     """Of a corpus's shard: the SHA-256 of `path` and `labels`; None where its version kept none."""
+    kept: "KeptShard | None" = None
+    """Of a corpus's shard: what reads it."""
 
     @property
     def is_html(self) -> bool:
@@ -88,7 +93,7 @@ def find_files(config: FilesConfig) -> Listing:
     num_binary = 0
     for entry in config.documents:
         found = binary = 0
-        for root in _roots(entry):
+        for root in find_roots(entry):
             if is_corpus(root):
                 require_corpus_packages(entry)
                 from maxlm.data.corpus.selection import corpus_files
@@ -116,7 +121,7 @@ def is_corpus(folder: Path) -> bool:
     return (folder / CORPUS_FILE).is_file() and (folder / "documents").is_dir()
 
 
-def _roots(entry: str) -> list[Path]:
+def find_roots(entry: str) -> list[Path]:
     """The files and folders that an entry stands for."""
     path = Path(entry).expanduser()
     if entry == PYTHON_STDLIB or path.exists():

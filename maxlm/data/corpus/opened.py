@@ -131,23 +131,30 @@ def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
     return keep
 
 
-def read_kept(shard: Shard, rules: Rules) -> Iterator[tuple[str, str | None]]:
-    """(id, text) of each document of a shard, in order; None for what the rules leave out.
+def read_kept(
+    shard: Shard, rules: Rules, columns: Sequence[str] = ("id",)
+) -> Iterator[tuple[tuple[Any, ...], str | None]]:
+    """(values of `columns`, text) of each document of a shard, in order; None for what the rules
+    leave out.
 
     Spans of all the labels in `rules.cut` are cut out of the text.
+
+    Args:
+        shard: with duplicates settled (`settle_duplicates`).
     """
     names = [name for rule in rules.keep.values() for name in rule.names]
-    for table in shard.groups(list(dict.fromkeys(["id", "text", *names, *rules.cut]))):
+    for table in shard.groups(list(dict.fromkeys([*columns, "text", *names, *rules.cut]))):
         keep = kept(table, rules)
         texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
         spans = [table.column(label).to_pylist() for label in rules.cut]
-        for i, (id_, keeps) in enumerate(zip(table.column("id").to_pylist(), keep, strict=True)):
+        values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        for i, (row, keeps) in enumerate(zip(values, keep, strict=True)):
             if not keeps:
-                yield id_, None
+                yield row, None
                 continue
             cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
             text = next(texts)
-            yield id_, cut(text, cuts) if cuts else text
+            yield row, cut(text, cuts) if cuts else text
 
 
 def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
@@ -156,8 +163,10 @@ def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dic
     Raises:
         MaxlmError: there is no such document.
     """
+    from maxlm.data.corpus.settling import settle_duplicates
+
     columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in corpus.shards:
+    for shard in settle_duplicates(corpus, corpus.rules()):
         for group, ids in enumerate(shard.groups(["id"])):
             if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
                 tables = shard.groups(list(dict.fromkeys(columns)))

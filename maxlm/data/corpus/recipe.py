@@ -59,7 +59,7 @@ class RecipeConfig(Config):
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
         for title in titles:
-            if title in (DOCUMENTS, "lock") or keyword.iskeyword(title):
+            if title in (DOCUMENTS, "settled", "lock") or keyword.iskeyword(title):
                 raise ValueError(f"no stage can be called {title}: give it another name")
         return self
 
@@ -195,7 +195,64 @@ def resolve_rules(
         if titles.index(stage) <= titles.index(newest):
             what = f"{label} are places in the text as it was before {newest} changed it"
             raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
-    return Rules(parsed, tuple(cut))
+    rules = Rules(parsed, tuple(cut))
+    _check_settling(recipe, rules, where)
+    return rules
+
+
+def comparing_stages(
+    recipe: RecipeConfig, rules: Rules
+) -> list[tuple[CorpusStage, Expression | None]]:
+    """The stages whose verdicts decide what rules keep, and which documents each looks at."""
+    labels, found = labels_of(recipe), []
+    named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
+    for number in reversed(range(len(recipe.stages))):
+        stage = recipe.stages[number]
+        if isinstance(stage, CorpusStage) and named & {
+            f"{stage.title}.{v}" for v in stage.verdicts
+        }:
+            place = f"stages.{number}.where"
+            where = None if stage.where is None else parse(stage.where, labels, place)
+            named |= set(where.names if where else ())
+            found.insert(0, (stage, where))
+    return found
+
+
+def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
+    """Which of several documents keeps a text is settled when rules are applied; so nothing else
+    that they, or a stage that is settled, look at may depend on it before.
+
+    Raises:
+        MaxlmError: a label that does.
+    """
+    stages = comparing_stages(recipe, rules)
+    wheres = {name for _, where_ in stages if where_ for name in where_.names}
+    used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
+    early: dict[str, str] = {}
+    for number, stage in enumerate(recipe.stages):
+        labels = {f"{stage.title}.{field.name}" for field in stage.schema()}
+        if isinstance(stage, CorpusStage):
+            if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
+                what = f"{stage.title}.of is the copy that is best before any rule is applied"
+                fix = f"write {stage.title}.duplicate"
+                raise MaxlmError(what, where=where or "keep", fix=fix)
+            settled = {f"{stage.title}.{verdict}" for verdict in (*stage.verdicts, "of")}
+            early |= dict.fromkeys(settled & labels, stage.title)
+            continue
+        named = () if stage.where is None else parse(stage.where, labels_of(recipe), "").names
+        if not (cause := next((name for name in named if name in early), None)):
+            continue
+        early |= dict.fromkeys(labels, stage.title)
+        rewrites = bool(stages) and f"{stage.title}.text" in labels
+        if (label := min(labels & used, default=None)) or rewrites:
+            what = (
+                f"{stage.title} leaves documents out by {cause}, which is settled only when the "
+                f"rules are applied, and they need {label or 'its text'} of whichever is kept"
+            )
+            raise MaxlmError(what, where=f"stages.{number}.where", fix=f"leave {cause} out of it")
+    if len(passages := [label for label in rules.cut if label in early]) > 1:
+        what = f"{passages[0]} and {passages[1]} might each cut the copy that the other leaves"
+        raise MaxlmError(what, where="cut", fix="name one of them")
 
 
 def _holds_spans(type_: pa.DataType) -> bool:

@@ -202,6 +202,7 @@ def _finish(
     """Write a stage's manifest, and delete the shards of files that are no longer sources."""
     home = folder / title
     with writing(home):
+        shutil.rmtree(folder / "settled", ignore_errors=True)
         home.mkdir(exist_ok=True)
     wanted = {shard.path(title).name for shard in shards}
     for path in home.glob("*.parquet"):

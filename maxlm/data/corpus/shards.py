@@ -72,10 +72,18 @@ class Shard:
     """Which documents to label; None: all."""
     out: str = ""
     """The stage that writes."""
+    settled: tuple[str, ...] = ()
+    """Labels that are read as `settle_duplicates` wrote them, in `settled_folder`."""
+    settled_folder: str = ""
 
     def path(self, stage: str) -> Path:
         """The file with a stage's columns."""
         return self.folder / stage / f"{self.name}.parquet"
+
+    def num_documents(self) -> int:
+        """How many documents it has, of whatever `where`."""
+        with open_parquet(self.path(DOCUMENTS)) as parquet:
+            return parquet.metadata.num_rows
 
     def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
         """The documents to label, a row group at a time.
@@ -107,7 +115,7 @@ class Shard:
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Every row of the given columns, a row group at a time, whatever `where` says."""
-        sought = {stage for column in columns for stage, _ in self._origins(column)} | {DOCUMENTS}
+        sought = {stage for column in columns for stage, _ in self.origins(column)} | {DOCUMENTS}
         with ExitStack() as stack:
             files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(sought)}
             for group in range(files[DOCUMENTS].num_row_groups):
@@ -117,7 +125,7 @@ class Shard:
 
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
-        for stage, name in self._origins(column):
+        for stage, name in self.origins(column):
             if name not in files[stage].schema_arrow.names:
                 raise MaxlmError(
                     f'there is no column "{name}": another version of maxlm made this file',
@@ -134,8 +142,10 @@ class Shard:
             arrays.append(pa.concat_arrays(table.column(name).chunks or [_nulls(table, name)]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
 
-    def _origins(self, column: str) -> list[tuple[str, str]]:
+    def origins(self, column: str) -> list[tuple[str, str]]:
         """(stage, column of its file), for a text of several versions newest first."""
+        if column in self.settled:
+            return [(self.settled_folder, column)]
         if column == "text":
             return [(stage, "text") for stage in reversed(self.texts)]
         stage, dot, label = column.rpartition(".")

@@ -93,6 +93,9 @@ class CorpusStage(Stage):
     """Bytes that a job may use, about; smaller means more files and jobs."""
 
     neutral = (*Stage.neutral, "memory")
+    verdicts: ClassVar[tuple[str, ...]] = ()
+    """Labels that say which of several documents loses a text. They are settled among the documents
+    that the other rules keep (`settling`); a stage's file has them as if all were kept."""
 
     @property
     def reads(self) -> tuple[str, ...]:

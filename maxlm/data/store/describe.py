@@ -31,6 +31,7 @@ def summary_table(store: TokenStore) -> Table:
 
     about, manifest = describe(store), store.manifest
     left_out = sum(source.num_left_out for source in manifest.sources)
+    dropped = sum(source.num_dropped for source in manifest.sources)
     split = manifest.split
     bos = "none" if manifest.bos_id is None else manifest.bos_id
     if split != "all":
@@ -45,7 +46,7 @@ def summary_table(store: TokenStore) -> Table:
         "split": split,
         "source files": f"{len(manifest.sources):,}",
         "left out": f"{left_out:,} empty or undecodable documents, "
-        f"{manifest.num_binary_files:,} binary files",
+        f"{manifest.num_binary_files:,} binary files, {dropped:,} documents that rules dropped",
         "vocabulary": f"{manifest.vocab_size:,} (bos {bos}, eos {manifest.eos_id})",
         "tokenizer": manifest.tokenizer_fingerprint[:16],
     }

@@ -35,6 +35,8 @@ class Source(Config):
     """Bytes of those documents' text."""
     num_left_out: int
     """Documents that were empty, or left out by `on_bad_bytes="skip"`."""
+    num_dropped: int = 0
+    """Documents of a corpus that its rules dropped (an older version counts them above)."""
 
 
 class Segment(Config):

@@ -18,7 +18,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.corpus.config import SourceConfig
-from maxlm.data.corpus.documents import read_slice
+from maxlm.data.corpus.documents import LeftOut, read_slice
 from maxlm.data.corpus.slices import FileSlice, check_unchanged
 from maxlm.data.corpus.split import is_heldout
 from maxlm.data.store.manifest import Manifest, Split
@@ -59,12 +59,14 @@ class Counts:
     num_documents: int = 0
     text_bytes: int = 0
     num_left_out: int = 0
+    num_dropped: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             self.num_documents + other.num_documents,
             self.text_bytes + other.text_bytes,
             self.num_left_out + other.num_left_out,
+            self.num_dropped + other.num_dropped,
         )
 
 
@@ -165,16 +167,18 @@ def _texts(job: PartJob, counts: dict[int, Counts]) -> Iterator[bytes]:
     """The texts of the job's split; adds up `counts` on the way."""
     split, fraction = job.planned.split, job.planned.heldout_fraction
     for each in job.slices:
-        documents = text_bytes = left_out = 0
+        documents = text_bytes = left_out = dropped = 0
         for document in read_slice(job.config, each.slice):
-            if document is None:
+            if document is LeftOut.RULE:
+                dropped += 1
+            elif isinstance(document, LeftOut):
                 left_out += 1
             elif _in_split(document.text, split, fraction):
                 documents += 1
                 text_bytes += len(document.text)
                 yield document.text
         check_unchanged(each.slice.file, each.mtime_ns, "store")
-        new = Counts(documents, text_bytes, left_out)
+        new = Counts(documents, text_bytes, left_out, dropped)
         counts[each.source] = counts.get(each.source, Counts()) + new
 
 

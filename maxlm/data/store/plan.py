@@ -83,7 +83,7 @@ def plan_build(
         text_field=source.text_field,
         on_bad_bytes=source.on_bad_bytes,
         piece_bytes=source.piece_bytes,
-        selection=_selection(source, listing),
+        selection=_selection(listing),
         num_binary_files=listing.num_binary,
         sources=tuple(
             Source(
@@ -101,12 +101,12 @@ def plan_build(
     return Plan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
 
 
-def _selection(source: SourceConfig, listing: Listing) -> str | None:
+def _selection(listing: Listing) -> str | None:
     if not any(file.format == "corpus" for file in listing.files):
         return None
     from maxlm.data.corpus.selection import selection
 
-    return selection(source, listing.files)
+    return selection(listing.files)
 
 
 def _check_settings(split: Split, heldout_fraction: float, workers: int | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, list_files, read_documents
 from maxlm.data.corpus import slices as slices_module
-from maxlm.data.corpus.documents import read_slice
+from maxlm.data.corpus.documents import Document, read_slice
 from maxlm.data.corpus.slices import scan_file
 
 
@@ -19,7 +19,7 @@ def cut_and_whole(path, slice_bytes):
     config = SourceConfig(documents=(str(path),))
     [file] = list_files(config)
     scan = scan_file(file, slice_bytes)
-    cut = [d for each in scan.slices for d in read_slice(config, each) if d]
+    cut = [d for each in scan.slices for d in read_slice(config, each) if isinstance(d, Document)]
     assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sum(each.size for each in scan.slices) <= path.stat().st_size
     return scan.slices, cut, list(read_documents(config))

@@ -1,12 +1,12 @@
 """From verified pairs to what is kept: clusters, and a decision for each document in one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import first_of_runs
-from maxlm.data.corpus.dedup.members import Members
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,38 @@ class Marks:
     """Members in its cluster."""
 
 
-def resolve(
-    members: Members,
+@dataclass(frozen=True)
+class AlikePairs:
+    """Pairs verified to be alike, by numbers of members or of documents."""
+
+    low: np.ndarray
+    high: np.ndarray
+    jaccard: np.ndarray
+    """float64 [pairs], as the two before (int64)."""
+    copy: np.ndarray
+    best: np.ndarray
+    """int64 [copies]: those with the same words as a better one, which are in no other pair."""
+
+
+def confirm_copies(
     pairs: tuple[np.ndarray, np.ndarray],
     jaccard: np.ndarray,
     copies: tuple[np.ndarray, np.ndarray],
+) -> AlikePairs:
+    """Tell copies from other pairs; `pairs` (int64, with their similarity) hold those of both."""
+    (low, high), (copy, best) = pairs, copies
+    of_copy = np.isin(high, copy) | np.isin(low, copy)
+    # A hash of all words may have lied: then they are no copies, and not alike either.
+    same = of_copy & (jaccard == 1)
+    confirmed = np.isin(copy, np.concatenate([low[same], high[same]]))
+    low, high, jaccard = (each[~of_copy] for each in (low, high, jaccard))
+    return AlikePairs(low, high, jaccard, copy[confirmed], best[confirmed])
+
+
+def resolve(
+    alike: AlikePairs,
+    rank_of: Callable[[np.ndarray], np.ndarray],
+    may_keep: np.ndarray | None = None,
 ) -> Marks:
     """Decide which documents are kept.
 
@@ -42,40 +69,39 @@ def resolve(
     90 for each document in one; for each copy 130 (40 of them the arguments).
 
     Args:
-        pairs: two members each, verified to be alike; int64 [pairs].
-        jaccard: their similarity; float64 [pairs].
-        copies: members with the same words as a better one, and that best one; their pairs are
-            among `pairs`, and they are in no others.
+        rank_of: how good each of some members is, the higher the better; float64.
+        may_keep: bool, by member: which may be kept; None: all. The others are duplicates only of
+            a copy that is kept, or where the best of their copies is a duplicate.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    low, high = pairs
-    copy, best = copies
-    alike = {"copy": np.isin(high, copy) | np.isin(low, copy)}
-    # A hash of all words may have lied: then they are no copies, and not alike either.
-    same = alike["copy"] & (jaccard == 1)
-    confirmed = np.isin(copy, np.concatenate([low[same], high[same]]))
-    copy, best = copy[confirmed], best[confirmed]
-    low, high, jaccard = (each[~alike["copy"]] for each in (low, high, jaccard))
+    nodes = np.unique(np.concatenate([alike.low, alike.high, alike.best]))
+    ends = np.searchsorted(nodes, [alike.low, alike.high]).reshape(2, -1)
+    graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
+    component = connected_components(graph, directed=False)[1] if len(nodes) else nodes
+    # Copies are one node, of which the best that may be kept stands for all.
+    member = np.concatenate([nodes, alike.copy])
+    node = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, alike.best)])
+    rank = rank_of(member)
+    may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
+    order = np.lexsort((member, -rank, ~may, node))
+    first = order[first_of_runs(node[order])]
+    stands, rank, may = member[first], rank[first], may[first]
+    both, jaccard = slice(None), alike.jaccard
+    if may_keep is not None:
+        both = may[ends].all(0)
+    neighbours = _neighbours(ends[:, both], jaccard[both], len(nodes))
+    of, likeness = compiled("shingles").keep_best(np.lexsort((stands, -rank)), *neighbours)
 
-    nodes = np.unique(np.concatenate([low, high, best]))
-    ends = np.searchsorted(nodes, [low, high]).reshape(2, -1)
-    order = np.lexsort((nodes, -members.take("rank", nodes).to_numpy()))
-    of, likeness = compiled("shingles").keep_best(order, *_neighbours(ends, jaccard, len(nodes)))
-    graph = coo_array((np.ones(len(low), np.int8), tuple(ends)), shape=(len(nodes),) * 2)
-    component = connected_components(graph, directed=False)[1] if len(nodes) else of
-
-    # Copies share the fate of their best: they are just as like whatever that is like.
-    place = np.searchsorted(nodes, best)
-    of_member = np.where(of >= 0, nodes[of], -1)
-    member = np.concatenate([nodes, copy])
     sort = np.argsort(member)
-    cluster, size = _number(np.concatenate([component, component[place]])[sort])
+    member, node = member[sort], node[sort]
+    copy = may[node] & (of[node] < 0) & (member != stands[node])
+    cluster, size = _number(component[node])
     return Marks(
-        member=member[sort],
-        of=np.concatenate([of_member, np.where(of[place] >= 0, of_member[place], best)])[sort],
-        jaccard=np.concatenate([likeness, np.where(of[place] >= 0, likeness[place], 1.0)])[sort],
+        member=member,
+        of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),
+        jaccard=np.where(copy, 1.0, likeness[node]),
         cluster=cluster,
         size=size,
     )

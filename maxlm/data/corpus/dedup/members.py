@@ -6,6 +6,7 @@ in the order of shards and rows, so a member's number says where it lies.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ class Members:
     shards: tuple[str, ...]
     first: tuple[int, ...]
     """The first member of each shard, and behind them the number of all."""
+    first_document: tuple[int, ...] = ()
+    """The first document of each shard, counted over the corpus, members or not."""
 
     @property
     def total(self) -> int:
@@ -42,6 +45,11 @@ class Members:
         for shard in np.flatnonzero(np.diff(ends)).tolist():
             yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
 
+    def documents(self, members: np.ndarray) -> np.ndarray:
+        """The numbers of members among all documents of the corpus; int64."""
+        shard = np.searchsorted(self.first, members, "right") - 1
+        return self.take("row", members).to_numpy() + np.array(self.first_document)[shard]
+
     def take(self, column: str, members: np.ndarray) -> pa.Array:
         """A column's values for members in any order."""
         unique, places = np.unique(members, return_inverse=True)
@@ -50,7 +58,8 @@ class Members:
             with open_columns(self.file(shard)) as columns:
                 parts.append(columns.array(column).take(pa.array(unique[part] - self.first[shard])))
         if not parts:
-            return pa.array([], pa.float64() if column == "rank" else pa.string())
+            kinds = {"rank": pa.float64(), "row": pa.int64()}
+            return pa.array([], kinds.get(column, pa.string()))
         return pa.concat_arrays(parts).take(pa.array(places))
 
 
@@ -93,7 +102,13 @@ def number_members(folder: Path, shards: Sequence[Shard]) -> Members:
     for shard in shards:
         with open_columns(member_file(folder, shard.name)) as columns:
             first.append(first[-1] + len(columns))
-    return Members(folder, tuple(shard.name for shard in shards), tuple(first))
+    names = tuple(shard.name for shard in shards)
+    return Members(folder, names, tuple(first), count_documents(shards)[:-1])
+
+
+def count_documents(shards: Sequence[Shard]) -> tuple[int, ...]:
+    """The first document of each shard, and behind them the number of all."""
+    return tuple(accumulate((shard.num_documents() for shard in shards), initial=0))
 
 
 def ranks(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:

@@ -29,7 +29,9 @@ share a hash by chance none is cut for it.
 Three passes over files in a folder, none of which holds more than a block of text or a range of
 hashes: `index_shard` sorts the windows of each block and leaves out what the block repeats itself;
 `match_range` finds the first occurrence of each window that several blocks have, for one range of
-hashes; `find_cuts` follows each copy to its source, compares, and takes the union.
+hashes; `find_cuts` follows each copy to its source, compares, and takes the union. Beside the union
+it lists where each copied run came first, for which documents are kept is not known yet: what is
+cut of them is settled later (`corpus.settling`).
 """
 
 import json
@@ -46,7 +48,7 @@ from maxlm.data.corpus.characters import character_classes
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.cuts import CUTS
 from maxlm.data.corpus.dedup.columns import concatenate, cut, first_of_runs, ranges
-from maxlm.data.corpus.dedup.members import ranks
+from maxlm.data.corpus.dedup.members import count_documents, ranks
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.textbuffers import text_buffers
 from maxlm.data.work.paths import replacing, writing
@@ -55,7 +57,15 @@ _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a byte of 
 _LOW = np.uint64(2**32 - 1)
 _LONGEST = 2**31 - 1  # Spans are int32.
 
-_SCHEMA = pa.schema([("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float64())])
+_PLACES = ("begin", "end", "last", "of", "at")
+REPEATS = pa.list_(
+    pa.struct([(name, pa.int64() if name == "of" else pa.int32()) for name in _PLACES])
+)
+"""Runs of windows that came first in the document numbered `of`, there from `at` on: where a run
+begins and ends and where its last window begins, in characters of its own document, as `at` is."""
+_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)]
+)
 
 
 @dataclass(frozen=True)
@@ -127,25 +137,28 @@ def _block(texts: list[np.ndarray], rows: list[int], rank: list[float]) -> _Bloc
     return _Block(text, ends, np.array(rows, np.int64)[order], np.array(rank)[order])
 
 
-def list_blocks(folder: Path, shards: Sequence[str]) -> int:
+def list_blocks(folder: Path, shards: Sequence[Shard]) -> int:
     """Write the list of all blocks, in order, for `match_range` and `find_cuts`.
 
     Returns:
         How many different windows the blocks have, each counted by itself.
     """
-    windows = {shard: _read(_block_file(folder, shard), "windows").tolist() for shard in shards}
+    windows = [_read(_block_file(folder, shard.name), "windows").tolist() for shard in shards]
+    blocks = [
+        (shard.name, f"{shard.name}-{i}", first)
+        for shard, first, counts in zip(shards, count_documents(shards), windows, strict=False)
+        for i in range(len(counts))
+    ]
     path = folder / "blocks.json"
     with writing(path):
-        path.write_text(json.dumps({shard: len(counts) for shard, counts in windows.items()}))
-    return sum(map(sum, windows.values()))
+        path.write_text(json.dumps(blocks))
+    return sum(map(sum, windows))
 
 
-def _listed(folder: Path) -> list[tuple[str, Path]]:
-    """Each block's shard, and its files without their suffix."""
-    counts = json.loads((folder / "blocks.json").read_text())
-    return [
-        (s, _block_file(folder, f"{s}-{i}")) for s, count in counts.items() for i in range(count)
-    ]
+def _listed(folder: Path) -> list[tuple[str, Path, int]]:
+    """Each block's shard, its files without their suffix, and the shard's first document."""
+    blocks = json.loads((folder / "blocks.json").read_text())
+    return [(shard, _block_file(folder, name), first) for shard, name, first in blocks]
 
 
 def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
@@ -160,7 +173,7 @@ def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
     if Path(f"{path}.source").exists():
         return
     hashes, positions, good, starts = [], [], [], ranges(number)
-    for block, (_, file) in enumerate(_listed(folder)):
+    for block, (_, file, _) in enumerate(_listed(folder)):
         part = cut(known := _read(file, "hash"), starts, which)
         hashes.append(np.array(known[part]))
         place = _read(file, "place")[part].astype(np.int64)
@@ -190,21 +203,21 @@ def find_cuts(folder: Path, shard: str, number: int, size: int) -> pa.RecordBatc
         number: how many ranges of hashes there are.
 
     Returns:
-        For each document its `row` in the shard, rising, its `cuts` and its `cut_share`.
+        For each document its `row` in the shard, rising, and the columns of the stage.
     """
     listed = _listed(folder)
-    blocks = [path for _, path in listed]
-    mine = [block for block, (other, _) in enumerate(listed) if other == shard]
-    parts = [_cut_block(folder, blocks, block, number, size) for block in mine]
+    mine = [block for block, (other, _, _) in enumerate(listed) if other == shard]
+    parts = [_cut_block(folder, listed, block, number, size) for block in mine]
     table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
     columns = [pa.concat_arrays([pa.nulls(0, c.type), *c.chunks]) for c in table.columns]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def _cut_block(
-    folder: Path, blocks: list[Path], block: int, number: int, size: int
+    folder: Path, listed: list[tuple[str, Path, int]], block: int, number: int, size: int
 ) -> pa.RecordBatch:
     fast, count = compiled("substring"), compiled("text").count_characters
+    blocks = [path for _, path, _ in listed]
     rows, ends, text = (_read(blocks[block], name) for name in ("row", "end", "text"))
     offsets = np.concatenate([[0], ends])
     place, source = _sources(folder, blocks[block], block, number)
@@ -213,7 +226,8 @@ def _cut_block(
     reach = stops[words + size - 1].astype(np.uint64) - place
     apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
     words, source = words[apart], source[apart]
-    words = words[_verify(blocks, text, starts, stops, words, source, size)]
+    equal = _verify(blocks, text, starts, stops, words, source, size)
+    words, source = words[equal], source[equal]
     edges = _unite(words, starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
     begins = np.repeat(offsets[document], 2)
@@ -225,7 +239,42 @@ def _cut_block(
     share[some] = lost[some] / count(text, offsets[some], ends[some])
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    return pa.RecordBatch.from_arrays([rows, cuts, share], schema=_SCHEMA)
+    place = starts[words].astype(np.int64)
+    follows = (np.diff(words) == 1) & (np.diff(source) == np.diff(place).astype(np.uint64))
+    first = np.flatnonzero(np.append(True, ~follows)[: len(words)])
+    last = words[np.append(first[1:], len(words))[: len(first)] - 1]
+    ends = (starts[words[first]], stops[last + size - 1], starts[last])
+    document = np.searchsorted(offsets[1:], ends[0], "right")
+    columns = [count(text, offsets[document], each.astype(np.int64)) for each in ends]
+    repeats = pa.StructArray.from_arrays(
+        [*columns, *_find_documents(listed, source[first])], fields=list(REPEATS.value_type)
+    )
+    counts = np.bincount(document, minlength=len(rows))
+    repeats = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), repeats)
+    return pa.RecordBatch.from_arrays([rows, cuts, share, repeats], schema=_SCHEMA)
+
+
+def _find_documents(
+    listed: list[tuple[str, Path, int]], source: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the documents in which positions lie, and the characters before each there."""
+    of, at = np.empty(len(source), np.int64), np.empty(len(source), np.int32)
+    for origin, these in _by_block(source):
+        _, path, number = listed[origin]
+        there = (source[these] & _LOW).astype(np.int64)
+        offsets = np.concatenate([[0], _read(path, "end")])
+        document = np.searchsorted(offsets[1:], there, "right")
+        of[these] = _read(path, "row")[document] + number
+        at[these] = compiled("text").count_characters(_read(path, "text"), offsets[document], there)
+    return of, at
+
+
+def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Each block with some of these positions, and which those are, from the first on."""
+    order = np.argsort(source, kind="stable")
+    for these in np.split(order, np.flatnonzero(np.diff(source[order] >> _PLACE)) + 1):
+        if len(these):
+            yield int(source[these[0]] >> _PLACE), these
 
 
 def _sources(folder: Path, path: Path, block: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -266,11 +315,9 @@ def _verify(
     """
     fast = compiled("substring")
     equal = np.zeros(len(words), np.bool_)
-    origin, place = source >> _PLACE, (source & _LOW).astype(np.int64)
-    order = np.argsort(origin, kind="stable")  # Those of one block stay in the order of words.
-    first = np.flatnonzero(first_of_runs(origin[order]))
-    for these in np.split(order, first)[1:]:
-        theirs, there = _read(blocks[int(origin[these[0]])], "text"), place[these]
+    for origin, these in _by_block(source):
+        these.sort()  # In the order of words, of which most follow the one before.
+        theirs, there = _read(blocks[origin], "text"), (source[these] & _LOW).astype(np.int64)
         equal[these] = fast.equal_windows(text, starts, stops, words[these], theirs, there, size)
     return equal
 

@@ -131,3 +131,42 @@ def equal_windows(data, starts, stops, words, other, places, size):
             at += 1
         equal[k] = at == end
     return equal
+
+
+@njit(cache=True, nogil=True)
+def find_first_copies(document, begin, end, last, of, at, may_keep):
+    """Which parts of runs whose source is dropped are in another such run before.
+
+    Args:
+        document, begin, end, last, of, at: as `REPEATS` has them, int64 [runs]; sorted by `of`,
+            those of one `of` from the best document to the worst, and by `begin`.
+        may_keep: whether the document may keep a run for others, bool [runs].
+
+    Returns:
+        int64 [parts, 5]: the document, begin and end, and the other's document and begin.
+    """
+    parts, number = np.empty((16, 5), np.int64), 0
+    kept, count = np.empty(len(document), np.int64), 0
+    for i in range(len(document)):
+        if i > 0 and of[i] != of[i - 1]:
+            count = 0
+        covered = False
+        for j in kept[:count]:
+            # In places of the source, where a window that both have begins at `start`.
+            start = max(at[i], at[j])
+            size = min(at[i] + end[i] - begin[i], at[j] + end[j] - begin[j]) - start
+            here, there = begin[i] + start - at[i], begin[j] + start - at[j]
+            apart = document[i] != document[j] or there + size <= here
+            if here > last[i] or there > last[j] or not apart:
+                continue
+            if number == len(parts):
+                parts = np.concatenate((parts, np.empty_like(parts)))
+            parts[number] = document[i], here, here + size, document[j], there
+            number += 1
+            covered = size == end[i] - begin[i]
+            if covered:
+                break
+        if may_keep[i] and not covered:
+            kept[count] = i
+            count += 1
+    return parts[:number].copy()

@@ -22,8 +22,10 @@ _WIDTH, _HEIGHT = 440, 120
 _DROPS = {"<": "above", "<=": "above", ">": "below", ">=": "below"}
 
 
-def write_report(corpus: Corpus, rules: Rules, summary: Summary, path: Path) -> None:
-    """Write the page, whole or not at all.
+def write_report(
+    corpus: Corpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
+) -> None:
+    """Write the page, whole or not at all; `lost` is a sentence about text lost.
 
     Raises:
         MaxlmError: it cannot be written.
@@ -33,7 +35,7 @@ def write_report(corpus: Corpus, rules: Rules, summary: Summary, path: Path) -> 
     template = files("maxlm.data.corpus.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "size": _size, "share": _share, "value": _value}
-    page = environment.from_string(template).render(**content(corpus, rules, summary))
+    page = environment.from_string(template).render(lost=lost, **content(corpus, rules, summary))
     with replacing(path) as new:
         new.write_text(page, "utf-8")
 

@@ -19,6 +19,7 @@ import pyarrow.types as types
 from maxlm.data.corpus.cuts import cut
 from maxlm.data.corpus.opened import Corpus
 from maxlm.data.corpus.recipe import Rules
+from maxlm.data.corpus.settling import settle_duplicates
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.work.engine import Engine
 from maxlm.data.work.progress import Progress, silent
@@ -106,9 +107,8 @@ def summarize(
         MaxlmError: a file of the corpus or the tokenizer is missing or damaged.
     """
     numeric = tuple(name for name, type_ in corpus.labels.items() if _is_score(name, type_))
-    jobs = [
-        _Job(shard, rules, numeric, language_label(corpus), tokenizer) for shard in corpus.shards
-    ]
+    shards = settle_duplicates(corpus, rules, progress)
+    jobs = [_Job(shard, rules, numeric, language_label(corpus), tokenizer) for shard in shards]
     total = Summary()
     for done, each in enumerate(engine.map(_summarize_shard, jobs), 1):
         total.add(each)

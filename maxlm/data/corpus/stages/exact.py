@@ -72,7 +72,8 @@ class ExactStage(CorpusStage):
     corpus. A stage that is done enters nothing again: after the index was deleted, delete the
     stage's folder as well, and those of stages that read `seen_before`."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    verdicts: ClassVar[tuple[str, ...]] = ("duplicate",)
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -81,6 +82,7 @@ class ExactStage(CorpusStage):
                 ("of", pa.large_string()),  # which one; large: no category to be counted
                 ("copies", pa.int64()),  # this one and the kept one included
                 ("seen_before", pa.bool_()),  # in a corpus that entered the index earlier
+                ("cluster", pa.int64()),  # the number of the best copy; null: there are no others
             ]
         )
 
@@ -233,12 +235,14 @@ def _label_shard(job: _LabelJob) -> None:
     duplicate = kept != np.arange(len(text)) + members.first[which]
     ids = members.take("id", kept[duplicate]).cast(pa.large_string())
     places = np.cumsum(duplicate) - 1
+    copies = concatenate(found["copies"], np.int64)[text]
     with open_columns(members.file(which)) as columns:
         labels = {
             "duplicate": duplicate,
             "of": ids.take(pa.array(places, mask=~duplicate)),
-            "copies": concatenate(found["copies"], np.int64)[text],
+            "copies": copies,
             "seen_before": concatenate(found["seen"], np.uint8)[text].astype(np.bool_),
+            "cluster": pa.array(members.documents(kept), mask=copies == 1),
         }
         write_labels(job.shard, job.stage.schema(), columns["row"], labels)
 
@@ -249,7 +253,7 @@ class _Index:
     def __init__(self, folder: Path, stage: ExactStage, shards: Sequence[Shard]):
         self._folder = folder
         settings = stage.model_dump(include={"unicode", "case", "spaces"})
-        self._settings = settings | {"version": stage.version}
+        self._settings = settings | {"version": 2}  # Of `normalise`.
         self._name = f"{_corpus_id(shards[0].folder)}.digests"
 
     @cached_property

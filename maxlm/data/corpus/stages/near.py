@@ -15,7 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import open_columns, write_columns
-from maxlm.data.corpus.dedup.components import Marks, resolve
+from maxlm.data.corpus.dedup.components import Marks, confirm_copies, resolve
 from maxlm.data.corpus.dedup.members import Members, write_labels
 from maxlm.data.corpus.dedup.minhash import choose_banding
 from maxlm.data.corpus.dedup.search import Search, find_alike
@@ -66,7 +66,8 @@ class NearStage(CorpusStage):
     larger group each with a quarter of this number of the best and with as many of the documents
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
     neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
 
     @property
@@ -111,12 +112,18 @@ class NearStage(CorpusStage):
         steps = Steps(self.title, engine, progress)
         found = find_alike(self.search(), shards, scratch, steps)
         members = found.members
-        marks = resolve(members, found.pairs, found.jaccard, found.copies)
+        alike = confirm_copies(found.pairs, found.jaccard, found.copies)
+        marks = resolve(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]
         counts = steps.run("count", _count_sources, jobs)
         if shards:
             self._check_shares(members, marks, counts, shards[0].folder)
+            ends = (members.documents(each) for each in (alike.low, alike.high))
+            columns = dict(zip(("low", "high"), ends, strict=True)) | {"jaccard": alike.jaccard}
+            write_columns(shards[0].path(self.title).with_name("pairs.arrow"), columns)
+            ends = {name: members.documents(getattr(alike, name)) for name in ("copy", "best")}
+            write_columns(shards[0].path(self.title).with_name("copies.arrow"), ends)
         steps.run("label", _label_shard, jobs)
 
     def _check_shares(

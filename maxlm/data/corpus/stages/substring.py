@@ -12,7 +12,13 @@ from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.cuts import CUTS
 from maxlm.data.corpus.dedup.members import write_labels
 from maxlm.data.corpus.dedup.steps import Steps
-from maxlm.data.corpus.dedup.substrings import find_cuts, index_shard, list_blocks, match_range
+from maxlm.data.corpus.dedup.substrings import (
+    REPEATS,
+    find_cuts,
+    index_shard,
+    list_blocks,
+    match_range,
+)
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.stage import CorpusStage
 from maxlm.data.work.engine import Engine
@@ -31,8 +37,8 @@ class SubstringStage(CorpusStage):
     (see `maxlm.data.corpus.characters`), so spans begin and end between words; passages are the
     same if their bytes are, white space included. `dedup.substrings` states the rule and what it
     guarantees. No document is split, so one that is longer than a sixteenth of `memory` takes more.
-    The copy that stays counts on its document to be kept: `where` should leave out
-    those that later rules drop, or a passage may go with both.
+    What is cut is settled among the documents that the rules keep; `where` saves time by leaving
+    out those that they drop.
     """
 
     stage: Literal["substring"] = "substring"
@@ -40,10 +46,11 @@ class SubstringStage(CorpusStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
+    verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
-        return pa.schema([("cuts", CUTS), ("cut_share", pa.float64())])
+        return pa.schema([("cuts", CUTS), ("cut_share", pa.float64()), ("repeats", REPEATS)])
 
     def key(self) -> str:
         return f"{super().key()} {UNICODE}"
@@ -62,7 +69,7 @@ class SubstringStage(CorpusStage):
         folder = scratch / str(self.memory)  # A killed run may have had another.
         steps = Steps(self.title, engine, progress)
         steps.run("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
-        windows = list_blocks(folder, [shard.name for shard in shards])
+        windows = list_blocks(folder, shards)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
         steps.run("match", _match, [_RangeJob(self, folder, number, i) for i in range(number)])
         steps.run("cut", _cut, [_CutJob(self, folder, number, shard) for shard in shards])
