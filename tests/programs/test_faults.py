@@ -321,21 +321,19 @@ def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_
 
 def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
     own = {1: ["data.batch_size=4", "train.eval_every=9"]}
-    processes = jobs.train("differ", processes=2, own=own)
     line = (
         f"error: hosts disagree on data.batch_size: 8 on process 0 ({HERE}); 4 on process 1 "
         f"({HERE}); and on train.eval_every; start all hosts with the same software, config and "
         "kind of machine"
     )
-    ended = [process.ended() for process in processes]
+    ended = [process.ended() for process in jobs.train("differ", processes=2, own=own)]
     assert [(code, err) for code, _, err in ended] == [(2, [line])] * 2
 
 
 def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
     slow = {0: ("slow", 0), 1: ("slow", 0)}
-    own = ["data.workers=1", "train.steps=150"]
-    processes = jobs.train("worker", *own, processes=2, faults=slow)
-    processes[1].until(lambda: jobs.step("worker") >= WARM_UP_STEPS + 1)
+    processes = jobs.train("worker", "data.workers=1", "train.steps=150", processes=2, faults=slow)
+    processes[1].until(lambda: jobs.step("worker") > WARM_UP_STEPS, seconds=400)
     workers = [worker_pids(process.id) for process in processes]
     assert [len(pids) for pids in workers] == [1, 1]
     os.kill(workers[1].pop(), signal.SIGKILL)

@@ -149,8 +149,7 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
         run = SimpleNamespace(setup=setup, state=setup.init())
         run.corpus = SimpleNamespace(tokenizer=ByteTokenizer())
         texts.append(report.samples(run))
-    assert texts[0] == texts[1]
-    assert texts[0].count("──── sample ") == 3
+    assert texts[0] == texts[1] != ""
 
 
 def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(tmp_path):
