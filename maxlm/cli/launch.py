@@ -1,5 +1,6 @@
 """maxlm launch"""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -84,15 +85,19 @@ def command(
     maxlm launch jobset my.yaml --on v5e-256 --image IMAGE --queue tpu --mount gs://bucket:/data
     maxlm launch tpu-vm my.yaml --on v5p-64 --name my-tpu --zone us-east5-a --submit
 
-    my.yaml names text (data.sources) and a folder that all hosts see.
+    my.yaml names text (data.sources) and a folder that all hosts see. Without text the job is
+    printed with placeholders to replace, and cannot be submitted.
 
     Exit code: 0 printed or submitted, 1 the client failed, 2 a mistake in what was given.
     """
     import jax
 
-    from maxlm.config import load
-    from maxlm.launch import Options, check_scheduler, job_file, keep, make_job, render, submit
-    from maxlm.launch.job import notes, planned
+    from maxlm.config import MaxlmError, load
+    from maxlm.launch.job import make_job, notes, planned
+    from maxlm.launch.options import Options, check_scheduler
+    from maxlm.launch.places import find_placeholders, make_placeholders
+    from maxlm.launch.render import render
+    from maxlm.launch.submit import job_file, keep, submit
     from maxlm.run import RunConfig
 
     check_scheduler(scheduler)
@@ -120,10 +125,16 @@ def command(
         maxlm=maxlm,
     )
     run = load(RunConfig, config, settings or ()).value
+    placeholders = [] if submitting else make_placeholders(run)
+    settings = [*(settings or ()), *placeholders]
+    if placeholders:
+        run = load(RunConfig, config, settings).value
+    if submitting and (named := find_placeholders(run)):
+        raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
     job, plan = make_job(
         run,
         config,
-        settings or (),
+        settings,
         scheduler=scheduler,
         on=on,
         options=options,
@@ -136,6 +147,9 @@ def command(
     for path in written:
         keep(text, path)
     print(text, end="")
+    if placeholders:
+        shown = shlex.join(placeholders)
+        print(f"warning: the job has placeholders; set paths of your own: {shown}", file=sys.stderr)
     print(f"planned: {planned(plan)}", file=sys.stderr)
     for line in notes(job):
         print(f"note: {line}", file=sys.stderr)

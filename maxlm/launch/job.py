@@ -23,7 +23,7 @@ from maxlm.launch.options import (
     selectors,
     takes,
 )
-from maxlm.launch.places import check_places
+from maxlm.launch.places import check_places, find_placeholders
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import human_bytes
 from maxlm.run import RunConfig
@@ -135,11 +135,14 @@ def make_job(
         _check_limit(limit, grace, plan)
     seen = scheduler == "slurm" and not options.image
     config, settings, text = _config(run, source, settings, seen, name)
+    title = " ".join(f"{run.name} on {on}: {machine.words}".split())
+    if placeholders := find_placeholders(run):
+        title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(
         scheduler=scheduler,
         name=name,
         run=run.name,
-        title=" ".join(f"{run.name} on {on}: {machine.words}".split()),
+        title=title,
         hosts=hosts,
         maxlm=options.maxlm or "maxlm",
         config=config,

@@ -11,6 +11,22 @@ from maxlm.run import RunConfig
 
 # What may be a bucket's.
 _URLS = ("store", "remote_folder")
+# In a job that is shown for a run without text: nobody's folder.
+PLACEHOLDER = "/path/to/"
+
+
+def make_placeholders(run: RunConfig) -> list[str]:
+    """Return settings in place of the text that a run does not name; none where it names some."""
+    if run.data.sources:
+        return []
+    tokenizer = [] if run.tokenizer.path or run.train.start_from else ["tokenizer.path"]
+    found = [f"data.sources=[{{store: {PLACEHOLDER}tokens}}]"]
+    return found + [f"{key}={PLACEHOLDER}tokenizer" for key in tokenizer]
+
+
+def find_placeholders(run: RunConfig) -> list[str]:
+    """Return the settings that hold placeholders."""
+    return [key for key, place in _places(run).items() if place.startswith(PLACEHOLDER)]
 
 
 def check_places(
@@ -43,7 +59,8 @@ def check_places(
     if own_template or (scheduler == "slurm" and not inside):
         return
     for key, place in named.items():
-        if "://" not in place or not key.endswith(_URLS):
+        url = "://" in place and key.endswith(_URLS)
+        if not url and not place.startswith(PLACEHOLDER):
             _check_place(key, place, scheduler, mounted if inside else None)
 
 

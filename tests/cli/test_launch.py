@@ -239,6 +239,34 @@ def test_what_does_not_fit_says_how_to_find_what_does(capsys):
     assert "--gpus-per-node=8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["slurm", "llama2_7b", "--on", "h100x64"],
+        ["jobset", "llama2_7b", *IN_CLUSTER, "--on", "h100x64"],
+        ["skypilot", "my.yaml", *IN_CLUSTER, "--on", "h100x64"],
+        ["ray", "my.yaml", "--on", "h100x64"],
+        ["tpu-vm", "llama2_7b", "--on", "v5p-64"],
+    ],
+)
+def test_a_run_without_text_gets_a_job_with_placeholders(arguments, client, capfd):
+    """Paths put in their place make the job that these paths themselves make."""
+    Path("my.yaml").write_text("include: llama2_7b\n")
+    job = ["launch", *arguments, "folder=/data/runs"]
+    assert main([*job, *TEXT]) == 0
+    wanted = capfd.readouterr().out
+    assert main(job) == 0
+    printed = capfd.readouterr()
+    mark = "; REPLACE THE PLACEHOLDERS in data.sources.0.store, tokenizer.path"
+    assert printed.out.count(mark) == 1
+    assert printed.out.replace(mark, "").replace("/path/to/", "/data/") == wanted
+    settings = ["data.sources=[{store: /path/to/tokens}]", "tokenizer.path=/path/to/tokenizer"]
+    warning = f"warning: the job has placeholders; set paths of your own: {shlex.join(settings)}\n"
+    assert printed.err.startswith(warning)
+    assert main([*job, *settings, "--submit"]) == 2
+    assert "error: data.sources.0.store is a placeholder; name" in capfd.readouterr().err
+
+
 def test_a_template_of_ones_own(capsys, tmp_path):
     own = tmp_path / "own.j2"
     own.write_text("{{ name }} on {{ hosts.count }}: {{ command | shell }}\n")

@@ -6,7 +6,9 @@ import stat
 import pytest
 
 from maxlm.config import load
-from maxlm.launch import Options, make_job, render
+from maxlm.launch.job import make_job
+from maxlm.launch.options import Options
+from maxlm.launch.render import render
 from maxlm.run import RunConfig
 
 

@@ -8,8 +8,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maxlm.config import load
-from maxlm.launch import Options, make_job, render
-from maxlm.launch.render import _kubernetes, _yaml
+from maxlm.launch.job import make_job
+from maxlm.launch.options import Options
+from maxlm.launch.render import _kubernetes, _yaml, render
 from maxlm.run import RunConfig
 from tests.launch.test_examples import expanded
 

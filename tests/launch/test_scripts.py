@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from maxlm.config import load
-from maxlm.launch import Options, make_job, render
+from maxlm.launch.job import make_job
+from maxlm.launch.options import Options
+from maxlm.launch.render import render
 from maxlm.run import RunConfig
 
 # Each start takes the next exit code of $CODES; a start with SLEEP waits for a signal.
