@@ -143,6 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(text, file=sys.stderr)
         return getattr(error, "exit_code", 2)
+    finally:
+        if arguments is None:
+            gc.freeze()  # The interpreter ends by searching for cycles: a third of a second.
     return result if isinstance(result, int) else 0
 
 

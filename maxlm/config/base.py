@@ -6,6 +6,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
+from maxlm.config import fields
+
 
 def _check_scalars(schema: Any) -> Any:
     """Return a core schema that takes no boolean for a number, no number for a boolean and no
@@ -43,7 +45,6 @@ class Config(BaseModel):
         frozen=True,
         extra="forbid",
         validate_default=True,
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
         protected_namespaces=(),
     )
@@ -56,6 +57,15 @@ class Config(BaseModel):
         model: Any = handler.resolve_ref_schema(schema)
         model.update(_check_scalars(model))
         return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        found = handler(core)
+        properties = handler.resolve_ref_schema(found).get("properties", {})
+        for name, text in fields.docs(cls).items():
+            if name in properties:
+                properties[name].setdefault("description", text)
+        return found
 
 
 def default_tag(name: str, value: str) -> BeforeValidator:

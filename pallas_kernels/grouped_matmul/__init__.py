@@ -5,6 +5,7 @@ without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows t
 """
 
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.chips import mesh_platform
-from pallas_kernels.grouped_matmul import tpu, triton, xla
 from pallas_kernels.grouped_matmul.blocks import Blocks
 
 __all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
 
-_MODULES = {"tpu": tpu, "gpu": triton, "cpu": xla}
+_MODULES = {"tpu": "tpu", "gpu": "triton", "cpu": "xla"}
 _FLOATS = (jnp.bfloat16, jnp.float32, jnp.float64)
 _EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
@@ -150,7 +150,8 @@ def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
 
     def of(backend: str):
         own = {"blocks": how.blocks} if how.blocks is not None else {}
-        return partial(getattr(_MODULES[backend], name), **options, **own)
+        module = import_module(f"{__name__}.{_MODULES[backend]}")  # Pallas is slow to import.
+        return partial(getattr(module, name), **options, **own)
 
     if how.backend is not None:
         return of(how.backend)(*arrays)

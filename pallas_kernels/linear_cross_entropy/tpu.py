@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chips import current_chip
-from pallas_kernels.linear_cross_entropy import kernels
 from pallas_kernels.linear_cross_entropy.blocks import Tiling, checked, tiling
 from pallas_kernels.linear_cross_entropy.parts import (
     Gradients,
@@ -42,6 +41,8 @@ def loss_and_gradients(
 ) -> Loss:
     """See :func:`pallas_kernels.linear_cross_entropy.loss_and_gradients`; targets are counted from
     the share's first entry."""
+    from pallas_kernels.linear_cross_entropy import kernels  # Pallas is slow to import.
+
     tokens, vocab, core = len(hidden), head.shape[1], current_chip()
     if blocks is None:
         blocks = tiling(hidden.shape, vocab, hidden.dtype, core)

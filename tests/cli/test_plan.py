@@ -1,6 +1,8 @@
 """maxlm plan: exit codes that gate a pull request, one line for a mistake, what is written."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,23 @@ from maxlm.config import load
 from maxlm.programs.compile import DoesNotFit
 from maxlm.run import RunConfig
 
+STARTS = """
+import gc, linecache, sys
+from maxlm.cli.main import main
+sys.argv = ["maxlm", "plan", "llama3_8b"]
+assert main() == 0 and gc.get_freeze_count() > 100_000
+print([path for path in linecache.cache if "/maxlm/" in path], *sys.modules)
+"""
+HEAVY = {"grain", "matplotlib", "orbax", "tensorstore", "tokenizers", "sentencepiece", "pyarrow"}
+HEAVY |= {"jax.experimental.pallas.tpu", "jax.experimental.pallas.triton"}
 FITS = ["plan", "llama2_7b", "data.batch_size=128", "--on", "v5p-64"]
+
+
+def test_starts_without_what_it_does_not_need():
+    """No heavy module, no source read for docstrings, no search for garbage at the end."""
+    code = [sys.executable, "-c", STARTS]
+    sources, *modules = subprocess.check_output(code, text=True).splitlines()[-1].split()
+    assert (sources, HEAVY & {*modules}) == ("[]", set())
 
 
 def test_exit_codes(capsys):

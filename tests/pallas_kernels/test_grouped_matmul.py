@@ -26,15 +26,15 @@ from pallas_kernels.grouped_matmul import (
 from pallas_kernels.grouped_matmul.visits import visits
 
 POISONED = pltpu.InterpretParams(uninitialized_memory="nan")
-COMPILED = api._MODULES
+COMPILED = api.import_module
 INTERPRETED = {
-    "tpu": SimpleNamespace(
+    f"{api.__name__}.tpu": SimpleNamespace(
         matmul=partial(tpu.matmul, interpret=POISONED), outer=partial(tpu.outer, interpret=POISONED)
     ),
-    "gpu": SimpleNamespace(
+    f"{api.__name__}.triton": SimpleNamespace(
         matmul=partial(triton.matmul, interpret=True), outer=partial(triton.outer, interpret=True)
     ),
-    "cpu": xla,
+    f"{api.__name__}.xla": xla,
 }
 # (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end inside groups,
 # D in parts, a last block of columns that is not full.
@@ -57,7 +57,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def _interpreted(monkeypatch):
-    monkeypatch.setattr(api, "_MODULES", INTERPRETED)
+    monkeypatch.setattr(api, "import_module", INTERPRETED.get)
 
 
 def of_group(rows, sizes):
@@ -222,7 +222,7 @@ def _backend(where, monkeypatch):
 @pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", None])
 def test_gradients_are_those_of_the_definition(backend, turned, monkeypatch):
     if backend is None:  # all are traced, that of the platform is run
-        monkeypatch.setattr(api, "_MODULES", COMPILED)
+        monkeypatch.setattr(api, "import_module", COMPILED)
     sizes = np.array([12, 0, 25, 3], np.int32)
     used = sizes.sum()
     rows, cotangent, kernels = operands(50, 24, 16, sizes)
