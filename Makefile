@@ -13,7 +13,7 @@ bin := $(venv)/bin
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster torture check format smoke clean
+.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster torture check format docs smoke clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -77,6 +77,9 @@ check: $(ready) ## formatting, lint, types, directions of imports
 format: $(ready) ## format the code
 	$(bin)/ruff format .
 	$(bin)/ruff check --fix .
+
+docs: $(ready) ## write the pages of docs/ that are made from the code
+	$(bin)/python docs/generate.py
 
 clean: ## remove environments and caches; keeps runs/
 	rm -rf .venv .venv-* .ruff_cache .import_linter_cache .hypothesis

@@ -39,7 +39,7 @@ class Machine:
 
     @classmethod
     def of(cls, name: str) -> "Machine":
-        """By its name (``plan/topology.py``); a CPU is measured.
+        """Return the machine of a name that docs/plan.md explains; a CPU is measured.
 
         Raises:
             MaxlmError: no such machine.

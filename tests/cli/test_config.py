@@ -1,6 +1,10 @@
 """Promise: ``maxlm config`` prints what a run resolves to, its schema and the shipped names."""
 
 import json
+import os
+import re
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +13,8 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import Config
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 class Model(Config):
@@ -84,3 +90,19 @@ def test_the_schema_of_recipes_has_every_stage(capsys):
         if "stage" in d.get("properties", {})
     }
     assert {"url", "extract", "near", "substring", "pii"} <= kinds
+
+
+@pytest.mark.parametrize("name", ["settings.md", "recipe.md", "api.md"])
+def test_a_page_made_from_the_code_is_what_the_code_says(name):
+    pages = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
+    assert (DOCS / name).read_text() == pages[name], "write it anew: make docs"
+
+
+def test_the_example_of_the_api_runs(tmp_path):
+    """15 s of CPU: a model is trained, saved, loaded and asked to continue a text."""
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text(), re.DOTALL)[0]
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, **flags, "HOME": str(tmp_path), "PYTHONPATH": str(DOCS.parent)}
+    command = {"args": [sys.executable, "-c", code], "cwd": tmp_path, "env": environment}
+    out = subprocess.check_output(**command, text=True)
+    assert [words in out for words in ("fits: True", "'bits_per_byte': ", "Document")] == [True] * 3
