@@ -91,13 +91,13 @@ ones = np.ones(30, np.float32)
 REFUSED: dict[str, tuple[Change, str]] = {
     "a family that is not known": (
         config(architectures=["MambaForCausalLM"], model_type="mamba"),
-        "their/config.json: no family with the architecture MambaForCausalLM; known are "
+        "their/config.json: the architecture MambaForCausalLM is not supported; supported are "
         "GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, ...",
     ),
     "a misspelt one": (
         config(architectures=["LLamaForCausalLM"]),
-        "their/config.json: no family with the architecture LLamaForCausalLM; did you mean "
-        "LlamaForCausalLM?",
+        "their/config.json: the architecture LLamaForCausalLM is not supported; did you "
+        "mean LlamaForCausalLM?",
     ),
     "a setting of another value": (
         config(hidden_act="relu"),
@@ -110,8 +110,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "a setting that no model can have": (
         config(rope_parameters={"rope_type": "linear", "factor": 0.5}),
-        "their/config.json: model.positions.scaling.factor must be greater than or equal to 1, not "
-        "0.5",
+        "their/config.json: rope_parameters: factor=0.5 is not a number of at least 1; take it "
+        "from the published model",
     ),
     "heads that do not go together": (
         config(num_key_value_heads=4),

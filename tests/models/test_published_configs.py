@@ -94,7 +94,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two lengths": (
         change("llama_7b", max_position_embeddings=4096),
-        f"max_sequence_length=2048 {ONLY.format('None or 4096')}",
+        "max_position_embeddings=4096 and max_sequence_length=2048 are one setting; keep the value "
+        "that the model was trained with",
     ),
     "a BERT that looks back alone": (
         change("bert_base", is_decoder=True),
@@ -135,7 +136,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a factor that is no number": (
         change("llama_7b", rope_scaling={"type": "linear", "factor": "x"}),
-        f"rope_scaling: factor='x' is not a number; {FIX}",
+        f"rope_scaling: factor='x' is not a number of at least 1; {FIX}",
     ),
     "one description of two kinds of RoPE": (
         change("gemma3_1b", rope_parameters={"rope_theta": 1e6}),
@@ -170,6 +171,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         change("gpt2", architectures="GPT2LMHeadModel"),
         f"architectures='GPT2LMHeadModel' is not a list of names; {FIX}",
     ),
+    "two bases of RoPE": (
+        change("dbrx", rope_parameters={"rope_theta": 1e4}),
+        f"rope_parameters: rope_theta=10000.0 {ONLY.format('None or 500000.0')}",
+    ),
+    "no layer with experts": (
+        change("deepseek_v2_lite", first_k_dense_replace=27),
+        f"first_k_dense_replace=27 leaves no layer of 27 with experts; {FIX}",
+    ),
     "a value of a kind that nobody expects": (
         change("deepseek_v2_lite", hidden_act={"name": "silu"}),
         f"hidden_act={{'name': 'silu'}} {ONLY.format(repr('silu'))}",
@@ -183,6 +192,25 @@ def test_refused_by_name(fault):
     with pytest.raises(MaxlmError) as caught:
         settings(values)
     assert str(caught.value) == f"config.json: {message}"
+
+
+WRONG: list[tuple[str, str, Any, str]] = [
+    ("t5_v1_1_small", "dense_act_fn", "relu", ONLY.format("None or 'gelu_new'")),
+    ("t5_3b", "is_gated_act", True, ONLY.format("None or False")),
+    ("t5_3b", "is_encoder_decoder", False, ONLY.format(True)),
+    ("deepseek_v2_lite", "rms_norm_eps", 1e-5, ONLY.format(1e-06)),  # not that of all its norms
+    ("gemma3_1b", "attn_logit_softcapping", 50.0, ONLY.format(None)),
+    ("llama_7b", "model_type", "mistral", f"is not that of LlamaForCausalLM; {FIX}"),
+    ("llama_7b", "rms_norm_eps", "1e-5", f"is not a number above 0; {FIX}"),
+    ("llama_7b", "rms_norm_eps", 0.0, f"is not a number above 0; {FIX}"),
+    ("smollm2_135m", "attention_bias", 0, f"is not true or false; {FIX}"),
+    ("falcon_7b", "multi_query", "true", f"is not true or false; {FIX}"),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value", "message"), WRONG)
+def test_a_value_that_would_not_compute_the_same(name, key, value, message):
+    assert refusal(change(name, **{key: value})) == f"config.json: {key}={value!r} {message}"
 
 
 def refusal(values: dict[str, Any]) -> str | None:
@@ -202,6 +230,55 @@ def test_no_value_is_a_traceback(name, odd):
         values = PUBLISHED[name] | {key: odd}
         message = refusal(values)
         assert message is None or message.startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in PUBLISHED if "rope_theta" in PUBLISHED[n] and not n.startswith("phi")]
+)
+def test_partial_rotation_that_the_published_code_ignores(name):
+    assert refusal(change(name, partial_rotary_factor=1.0)) is None
+    want = f"partial_rotary_factor=0.5 {ONLY.format('1.0 or None')}"
+    assert refusal(change(name, partial_rotary_factor=0.5)) == f"config.json: {want}"
+    inside: dict[str, Any] = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    if name.startswith("gemma3"):
+        inside = {"sliding_attention": inside}
+    own = {key: value for key, value in change(name).items() if key != "rope_scaling"}
+    assert (refusal(own | {"rope_parameters": inside}) or "").endswith(want)
+
+
+def test_caps_that_a_file_does_not_name():
+    """Gemma 2 has them where the key is absent, and none where it is null."""
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    bare = {key: value for key, value in change("gemma2_2b").items() if key not in caps}
+    model, _ = settings(bare)
+    assert (model.attention.soft_cap, model.logit_cap) == (50.0, 30.0)
+    model, _ = settings(bare | dict.fromkeys(caps))
+    assert (model.attention.soft_cap, model.logit_cap) == (None, None)
+
+
+GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("gemma3_1b", {"layer_types": ["full_attention"] * 26, "sliding_window": None}),
+        ("gemma3_1b", {"layer_types": ["sliding_attention"] * 26}),
+        ("deepseek_v2_lite", GROUPS),
+        ("deepseek_v2_lite", {"first_k_dense_replace": 0}),
+    ],
+)
+def test_rare_models_come_back(name, values):
+    model, _ = settings(change(name, **values))
+    family = family_of(change(name), "config.json")
+    assert settings(family.config_json(model))[0] == model
+
+
+@pytest.mark.parametrize("name", ["Llama4", "DeepseekV3", "Gemma4", "Qwen3_5"])
+def test_another_architecture_is_no_typing_error(name):
+    message = refusal(change("llama_7b", architectures=[f"{name}ForCausalLM"])) or ""
+    want = f"config.json: the architecture {name}ForCausalLM is not supported; supported are GPT2"
+    assert message.startswith(want)
 
 
 def test_null_says_nothing():

@@ -1,6 +1,7 @@
 """Every family computes what another implementation does: transformers, or for Grok-1 a few lines
 of torch. Weights are random, sizes odd, and in float64 only rounding is left between the two."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,21 @@ def test_continues_alike(name):
 def test_config_comes_back(name):
     own = measure.case(name)
     assert compare.read(own.family.config_json(own.config))[1] == own.config
+
+
+@pytest.mark.parametrize("name", [name for name in measure.CASES if name != "grok1"])
+def test_an_absent_key_means_what_it_means_there(name):
+    own = measure.case(name)
+    more = {"architectures": [type(own.model).__name__]}
+    whole, cls = own.model.config.to_dict() | more, type(own.model.config)
+    for key in whole:
+        bare = {other: value for other, value in whole.items() if other != key}
+        try:
+            here = compare.read(copy.deepcopy(bare), own.tensors)[1]
+            there = compare.read(cls.from_dict(bare).to_dict() | more, own.tensors)[1]
+        except Exception:  # either refuses
+            continue
+        assert there == here, key
 
 
 @every

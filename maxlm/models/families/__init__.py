@@ -4,7 +4,6 @@ To add one, write its file and name it in :data:`FAMILIES`.
 """
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -70,13 +69,21 @@ def family_of(values: Mapping[str, Any], where: str) -> Family:
         )
     for family in FAMILIES.values():
         known = {family.architecture, *family.other_architectures}
-        if known & {*names} or (not names and values.get("model_type") == family.model_type):
-            return family
+        kind = values.get("model_type")
+        if not (known & {*names} or (not names and kind == family.model_type)):
+            continue
+        if kind not in (None, family.model_type):
+            raise MaxlmError(
+                f"model_type={kind!r} is not that of {family.architecture}",
+                where=where,
+                fix="take it from the published model",
+            )
+        return family
     named = ", ".join(names) or f"model_type={values.get('model_type')!r}"
     known = [family.architecture for family in FAMILIES.values()]
-    near = get_close_matches(named, known, n=1, cutoff=0.9)
+    near = [name for name in known if name.lower() == named.lower()]  # LLaMAForCausalLM
     raise MaxlmError(
-        f"no family with the architecture {named}",
+        f"the architecture {named} is not supported",
         where=where,
-        fix=f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}",
+        fix=f"did you mean {near[0]}?" if near else f"supported are {', '.join(known)}",
     )

@@ -67,7 +67,9 @@ TABLE: Table = {
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("decoder_attention_heads")
     reader.only("encoder_attention_heads", heads)
-    d_ff, bare = reader.get("decoder_ffn_dim"), BARE in (reader.get("architectures", None) or ())
+    reader.only("is_encoder_decoder", True)
+    start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
+    d_ff, bare = reader.size("decoder_ffn_dim"), BARE in (reader.get("architectures", None) or ())
     reader.only("encoder_ffn_dim", d_ff)
     # Of early files, which had other placements besides.
     for other in ("normalize_before", "add_final_layer_norm", "add_bias_logits"):
@@ -75,14 +77,15 @@ def _read(reader: Reader) -> dict[str, Any]:
     reader.only("normalize_embedding", True)
     reader.only("static_position_embeddings", False)
     reader.only("extra_pos_embeddings", 2)
+    encoder_layers = reader.size("encoder_layers", also="num_hidden_layers")
     return {
         "architecture": "encoder_decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("decoder_layers"),
-        "encoder_layers": reader.get("encoder_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("decoder_layers"),
+        "encoder_layers": encoder_layers,
         "d_model": width,
-        "start_id": reader.get("decoder_start_token_id", 2),
-        "max_seq_len": reader.get("max_position_embeddings"),
+        "start_id": reader.size("bos_token_id", 0, least=0) if start is None else start,
+        "max_seq_len": reader.size("max_position_embeddings"),
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
@@ -100,7 +103,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "final_norm": False,
         "positions": {"kind": "learned", "offset": 2},
         "embedding_norm": True,
-        "embedding_scale": width**0.5 if reader.get("scale_embedding", False) else 1.0,
+        "embedding_scale": width**0.5 if reader.flag("scale_embedding", False) else 1.0,
         "tie_embeddings": reader.only("tie_word_embeddings", True),
         "head_bias": "final_logits_bias" in reader.tensors if reader.tensors else not bare,
     }
@@ -140,6 +143,6 @@ BART = Family(
     lambda config: TABLE,
     prefix="model.",
     other_architectures=[BARE],
-    inert=["force_bos_token_to_be_generated", "num_hidden_layers"],  # the encoder's once more
+    inert=["force_bos_token_to_be_generated"],
     shape="encoder_decoder",
 )

@@ -33,18 +33,17 @@ TABLE: Table = {
 
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = (
-        reader.size("hidden_size", "n_embed"),
-        reader.size("n_head", "num_attention_heads"),
+        reader.size("hidden_size", also="n_embed"),
+        reader.size("n_head", also="num_attention_heads"),
     )
     reader.only("n_inner", None, 4 * width)
     reader.only("apply_residual_connection_post_layernorm", False)
-    reader.get("pretraining_tp", 1), reader.get("slow_but_exact", False)  # how sums are rounded
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.either("n_layer", "num_hidden_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("n_layer", also="num_hidden_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("seq_length", 2048),  # what it was trained at; ALiBi has no limit
+        "max_seq_len": reader.size("seq_length", 2048),  # of training; ALiBi has no limit
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
@@ -52,7 +51,7 @@ def _read(reader: Reader) -> dict[str, Any]:
             "bias": True,
         },
         "mlp": {"d_ff": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
-        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon"), "bias": True},
+        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon"), "bias": True},
         "positions": {"kind": "alibi"},
         "embedding_norm": True,
         "tie_embeddings": reader.only("tie_word_embeddings", True),

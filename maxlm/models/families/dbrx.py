@@ -32,11 +32,11 @@ TABLE: Table = {
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("n_heads")
     own, ffn = reader.inside("attn_config", *NESTED), reader.inside("ffn_config", *NESTED)
-    reader.get("num_key_value_heads", None)  # once more
     rope = reader.inside("rope_parameters")
     rope.only("rope_type", "default")
     theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
-    kv_heads, clip = own.get("kv_n_heads", 1), own.get("clip_qkv", None)
+    rope.only("rope_theta", None, theta)  # the published code reads one, the library the other
+    kv_heads, clip = own.size("kv_n_heads", 1), own.number("clip_qkv", None)
     act = ffn.inside("ffn_act_fn")
     k = ffn.size("moe_top_k")
     ffn.only("moe_jitter_eps", None, 0, 0.01)  # noise, in training alone
@@ -44,20 +44,20 @@ def _read(reader: Reader) -> dict[str, Any]:
     ffn.only("uniform_expert_assignment", False)
     ffn.only("hidden_size", None, width)
     moe = {
-        "num_experts": ffn.get("moe_num_experts"),
+        "num_experts": ffn.size("moe_num_experts"),
         "experts_per_token": k,
-        "d_ff": ffn.get("ffn_hidden_size"),
+        "d_ff": ffn.size("ffn_hidden_size"),
         "activation": act.only("name", "silu"),
         "gated": True,
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": ffn.number("moe_loss_weight", 0.01) * k,
+        "balance_loss": ffn.number("moe_loss_weight", 0.01, least=0) * k,
     }
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("n_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("n_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("max_seq_len"),
+        "max_seq_len": reader.size("max_seq_len"),
         "attention": {
             "num_heads": heads,
             "num_kv_heads": kv_heads,
@@ -107,5 +107,6 @@ DBRX = Family(
     _read,
     _write,
     lambda config: TABLE,
-    inert=["router_aux_loss_coef"],  # moe_loss_weight once more, which the published code reads
+    # Each says again what a nested mapping says, which the published code reads.
+    inert=["router_aux_loss_coef", "num_key_value_heads"],
 )

@@ -3,6 +3,7 @@ experts with shared ones beside them, a dense layer first."""
 
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama, qwen
 from maxlm.models.families.family import Family
@@ -52,54 +53,60 @@ def _read(reader: Reader) -> dict[str, Any]:
     reader.only("norm_topk_prob", False)  # published with all; implementations differ in true
     reader.only("scoring_func", "softmax")
     reader.only("moe_layer_freq", 1)
-    reader.get("pretraining_tp", 1)
-    for derived in ("head_dim", "qk_head_dim", "ep_size", "seq_aux"):
+    for derived in ("head_dim", "qk_head_dim"):
         reader.get(derived, None)
-    act, bias = reader.only("hidden_act", "silu"), reader.get("attention_bias", False)
+    act, bias = reader.only("hidden_act", "silu"), reader.flag("attention_bias", False)
     limited = reader.only("topk_method", "greedy", "group_limited_greedy") != "greedy"
-    groups = {
-        "groups": reader.get("n_group", None),
-        "groups_per_token": reader.get("topk_group", None),
+    groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
+    if not limited or groups == chosen:
+        groups = chosen = 1
+    layers, dense = reader.size("num_hidden_layers"), reader.get("first_k_dense_replace", 0)
+    if type(dense) is not int or not 0 <= dense < layers:
+        raise MaxlmError(
+            f"first_k_dense_replace={dense!r} leaves no layer of {layers} with experts",
+            where=reader.where,
+            fix="take it from the published model",
+        )
+    mlp = {
+        "d_ff": reader.size("intermediate_size", None),
+        "activation": act,
+        "bias": reader.only("mlp_bias", False),
     }
-    k = reader.get("num_experts_per_tok")
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("num_hidden_layers"),
-        "d_model": reader.get("hidden_size"),
-        "max_seq_len": reader.get("max_position_embeddings"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": layers,
+        "d_model": reader.size("hidden_size"),
+        "max_seq_len": reader.size("max_position_embeddings"),
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
             "head_dim": reader.size("qk_nope_head_dim") + rotary_dim,
             "bias": bias,
             "latent": {
-                "q_rank": reader.get("q_lora_rank", None),
-                "kv_rank": reader.get("kv_lora_rank"),
+                "q_rank": reader.size("q_lora_rank", nullable=True),
+                "kv_rank": reader.size("kv_lora_rank"),
                 "rotary_dim": rotary_dim,
-                "value_dim": reader.get("v_head_dim"),
+                "value_dim": reader.size("v_head_dim"),
             },
         },
-        "mlp": {
-            "d_ff": reader.get("intermediate_size"),
-            "activation": act,
-            "bias": reader.only("mlp_bias", False),
-        },
+        "mlp": mlp if dense else None,
         "moe": {
-            "num_experts": reader.get("n_routed_experts"),
-            "experts_per_token": k,
-            "d_ff": reader.get("moe_intermediate_size"),
+            "num_experts": reader.size("n_routed_experts"),
+            "experts_per_token": reader.size("num_experts_per_tok"),
+            "d_ff": reader.size("moe_intermediate_size"),
             "activation": act,
-            "shared_experts": reader.get("n_shared_experts", None) or 0,
+            "shared_experts": reader.size("n_shared_experts", 2, nullable=True) or 0,
             "renormalise": False,
-            "scale": reader.get("routed_scaling_factor", 1.0),
-            "balance_loss": reader.get("aux_loss_alpha", 0.001),
-            **(groups if limited else {}),
+            "scale": reader.number("routed_scaling_factor", 1.0),
+            "balance_loss": reader.number("aux_loss_alpha", 0.001, least=0),
+            "groups": groups,
+            "groups_per_token": chosen,
         },
-        "dense_layers": reader.get("first_k_dense_replace", 0),
-        "norm": {"kind": "rmsnorm", "eps": reader.get("rms_norm_eps")},
+        "dense_layers": dense,
+        "norm": {"kind": "rmsnorm", "eps": reader.only("rms_norm_eps", 1e-6)},
         "positions": read_positions(reader, rotary_dim),
-        "tie_embeddings": reader.get("tie_word_embeddings", False),
+        "tie_embeddings": reader.flag("tie_word_embeddings", False),
     }
 
 
@@ -108,7 +115,6 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     latent = attention.latent
     assert latent is not None
     assert moe is not None
-    assert mlp is not None
     limited = moe.groups_per_token < moe.groups
     return {
         "vocab_size": config.vocab_size,
@@ -123,7 +129,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "qk_nope_head_dim": attention.head_dim - latent.rotary_dim,
         "v_head_dim": latent.value_dim,
         "attention_bias": attention.bias,
-        "intermediate_size": mlp.d_ff,
+        **({"intermediate_size": mlp.d_ff} if mlp else {}),
         "moe_intermediate_size": moe.d_ff,
         "hidden_act": moe.activation,
         "n_routed_experts": moe.num_experts,

@@ -47,26 +47,26 @@ def _table(config: DecoderConfig) -> Table:
 
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    new = reader.get("new_decoder_architecture", False)
-    parallel = reader.get("parallel_attn", True)
-    many = reader.get("num_kv_heads", None) or heads
-    single = reader.get("multi_query", True)
+    new = reader.flag("new_decoder_architecture", False)
+    parallel = reader.flag("parallel_attn", True)
+    many = reader.size("num_kv_heads", None) or heads
+    single = reader.flag("multi_query", True)
     kv_heads = many if new else 1 if single else heads
-    norms = reader.get("num_ln_in_parallel_attn", None) or (2 if new else 1)
+    norms = reader.size("num_ln_in_parallel_attn", None) or (2 if new else 1)
     placement = "pre"
     if new or parallel:
         placement = "parallel" if new and norms == 2 else "parallel_shared"
     reader.only("alibi", False)
     reader.only("apply_residual_connection_post_layernorm", False)
-    d_ff = reader.size("ffn_hidden_size") if reader.get("ffn_hidden_size", None) else 4 * width
+    d_ff = reader.size("ffn_hidden_size", None) or 4 * width
     reader.only("ff_factor", d_ff / width)
-    bias = reader.get("bias", False)
+    bias, eps = reader.flag("bias", False), reader.number("layer_norm_epsilon", 1e-5)
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("num_hidden_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("num_hidden_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("max_position_embeddings", 2048),
+        "max_seq_len": reader.size("max_position_embeddings", 2048),
         "attention": {
             "num_heads": heads,
             "num_kv_heads": kv_heads,
@@ -79,10 +79,10 @@ def _read(reader: Reader) -> dict[str, Any]:
             "gated": False,
             "bias": bias,
         },
-        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon", 1e-5), "bias": True},
+        "norm": {"kind": "layernorm", "eps": eps, "bias": True},
         "placement": placement,
         "positions": read_positions(reader, width // heads),
-        "tie_embeddings": reader.get("tie_word_embeddings", True),
+        "tie_embeddings": reader.flag("tie_word_embeddings", True),
     }
 
 

@@ -81,8 +81,9 @@ class Family:
         reader = Reader(values, where, frozenset(tensors))
         try:
             settings = self.read(reader)
-            if std := reader.either("initializer_range", "init_std", default=None):
-                settings |= {"init_std": std}
+            for key in ("initializer_range", "init_std"):
+                if reader.has(key) and (std := reader.number(key, least=0)):
+                    settings |= {"init_std": std}
             return settings, reader.finish(*self.inert)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.

@@ -5,14 +5,13 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families import llama
+from maxlm.models.families import llama, rope
 from maxlm.models.families.family import Family
 from maxlm.models.families.forms import same
 from maxlm.models.families.gpt2 import activation, published_activation
 from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
 from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
-from maxlm.models.families.rope import read_scaling, write_scaling
 from maxlm.models.layers.positions import PositionsConfig
 
 SANDWICH: Table = {
@@ -21,8 +20,8 @@ SANDWICH: Table = {
     "model.layers.{layer}.pre_feedforward_layernorm.weight": same("mlp_norm.scale"),
     "model.layers.{layer}.post_feedforward_layernorm.weight": same("mlp_post_norm.scale"),
 }
-INERT = ("cache_implementation",)
-PERIOD = ("sliding_window_pattern", "_sliding_window_pattern")
+TANH = "gelu_pytorch_tanh"
+INERT = ("cache_implementation", "_sliding_window_pattern")
 
 
 def _table(config: DecoderConfig) -> Table:
@@ -30,24 +29,30 @@ def _table(config: DecoderConfig) -> Table:
     return {**llama.OUTER, **llama.EMBEDDING, **norms, **llama.ATTENTION, **llama.MLP}
 
 
-def _read(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
-    settings["attention"] |= {"bias": reader.get("attention_bias", False)}
+def _read(reader: Reader, *, local: bool = False, theta: float = 10_000.0) -> dict[str, Any]:
+    kv_heads = 4 if local else 16
+    settings = llama.read_common(reader, kv_heads=kv_heads, head_dim=256, theta=theta)
+    settings["attention"] |= {"bias": reader.flag("attention_bias", False)}
     reader.only("use_bidirectional_attention", None, False)
     settings["norm"] |= {"zero_centred": True}
     settings["tie_embeddings"] = reader.only("tie_word_embeddings", True)
     settings["embedding_scale"] = settings["d_model"] ** 0.5
-    # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation came later.
-    named = reader.either("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
-    inner = {"gelu": "gelu_tanh"} if reader.values.get("model_type") == "gemma" else {}
-    act = inner.get(named) or activation(Reader({"a": named}, reader.where), "a", "gelu")
-    settings["mlp"] = {"d_ff": reader.get("intermediate_size"), "activation": act, "gated": True}
+    # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation came later,
+    # and stands beside hidden_act in many files of Gemma 2 and 3.
+    key, other = "hidden_act", "hidden_activation"
+    if local:
+        key, other = other, key
+    elif reader.values.get(key) == "gelu":
+        reader.values[key] = TANH
+    act = activation(reader, key, TANH)
+    reader.only(other, None, reader.get(key, TANH))
+    settings["mlp"] = {"d_ff": reader.size("intermediate_size"), "activation": act, "gated": True}
     return settings
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
     assert config.mlp is not None
-    name = "gelu_pytorch_tanh"
+    name = TANH
     if config.mlp.activation != "gelu_tanh":
         name = published_activation(config.mlp.activation)
     return {
@@ -59,24 +64,30 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_local(reader: Reader) -> dict[str, Any]:
-    """What Gemma 2 and 3 add, but for the pattern."""
-    settings = _read(reader)
+def _read_local(
+    reader: Reader, *, caps: tuple[float, float] | tuple[None, None], theta: float = 10_000.0
+) -> dict[str, Any]:
+    """What Gemma 2 and 3 add, but for the pattern.
+
+    Args:
+        caps: of scores and logits, where the file does not name them; a null there is none.
+    """
+    settings = _read(reader, local=True, theta=theta)
     divisor = reader.number("query_pre_attn_scalar")
     settings["attention"] |= {
         "scale": divisor**-0.5,
-        "soft_cap": reader.get("attn_logit_softcapping", None),
+        "soft_cap": reader.number("attn_logit_softcapping", caps[0], nullable=True),
     }
     return settings | {
         "placement": "sandwich",
-        "logit_cap": reader.get("final_logit_softcapping", None),
+        "logit_cap": reader.number("final_logit_softcapping", caps[1], nullable=True),
     }
 
 
 def _read_gemma2(reader: Reader) -> dict[str, Any]:
-    settings = _read_local(reader)
+    settings = _read_local(reader, caps=(50.0, 30.0))
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
-    window = reader.get("sliding_window")
+    window = reader.size("sliding_window", 4096, nullable=True)
     reader.only("sliding_window_size", window)  # once more
     return settings | read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
@@ -91,44 +102,47 @@ def _write_local(config: DecoderConfig) -> dict[str, Any]:
         "attn_logit_softcapping": config.attention.soft_cap,
         "final_logit_softcapping": config.logit_cap,
         "layer_types": kinds,
-        "sliding_window": window,
+        **({} if window is None else {"sliding_window": window}),
     }
 
 
 def _read_gemma3(reader: Reader) -> dict[str, Any]:
     """Local layers have a theta of their own, and no scaling."""
+    reader.only("attn_logit_softcapping", None)  # the published code does not apply it
     near = reader.number("rope_local_base_freq", 10_000.0)
     both = reader.inside("rope_parameters")
     local = both.inside(LOCAL)
     reader.values["rope_parameters"] = both.get(GLOBAL, None)
-    reader.values.setdefault("rope_theta", 1_000_000.0)
-    settings = _read_local(reader)
+    settings = _read_local(reader, caps=(None, None), theta=1_000_000.0)
     settings["attention"] |= {"qk_norm": True}
-    period = 6
-    if any(reader.get(key, None) is not None for key in PERIOD):
-        period = reader.size(*PERIOD)
+    period = reader.size("sliding_window_pattern", 6)
+    if not reader.has("layer_types"):
+        reader.only("_sliding_window_pattern", None, period)  # the published code does not read it
     layers = range(1, settings["num_layers"] + 1)
     kinds = [LOCAL if layer % period else GLOBAL for layer in layers]
     theta = local.number("rope_theta", near)
-    positions = {"kind": "rope", "theta": theta, "scaling": read_scaling(local, None)}
+    local.only("partial_rotary_factor", 1.0, None)
+    positions = {"kind": "rope", "theta": theta, "scaling": rope.read_scaling(local, None)}
     both.finish()
-    nearby = {"window": reader.get("sliding_window"), "positions": positions}
+    nearby = {"window": reader.size("sliding_window", 4096, nullable=True), "positions": positions}
     return settings | read_pattern(reader, kinds, {LOCAL: nearby, GLOBAL: {}})
 
 
 def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     def parameters(positions: PositionsConfig) -> dict[str, Any]:
-        scaling = write_scaling(positions) or {"rope_type": "default"}
+        scaling = rope.write_scaling(positions) or {"rope_type": "default"}
         return {"rope_theta": positions.theta, **scaling}
 
     found = _write_local(config)
     near = [kind.positions for kind in config.kinds if kind.window is not None]
-    if not near or near[0] is None:
-        raise MaxlmError("no layer with a window and positions of its own", fix="add a pattern")
-    found.pop("rope_theta"), found.pop("rope_scaling", None)
-    return found | {
-        "rope_parameters": {LOCAL: parameters(near[0]), GLOBAL: parameters(config.positions)}
-    }
+    for flat in ("rope_theta", "rope_scaling"):
+        found.pop(flat, None)
+    both = {GLOBAL: parameters(config.positions)}
+    if near:  # else all layers are global
+        if near[0] is None:
+            raise MaxlmError("no positions of its own for a layer with a window", fix="add them")
+        both[LOCAL] = parameters(near[0])
+    return found | {"rope_parameters": both}
 
 
 GEMMA = Family("gemma", "gemma", "GemmaForCausalLM", _read, _write, _table)

@@ -41,9 +41,7 @@ TABLE: Table = {
 def activation(reader: Reader, key: str, default: str) -> str:
     """Our name of an activation."""
     name = reader.get(key, default)
-    if name not in [*ACTIVATIONS]:
-        reader.only(key, *ACTIVATIONS)
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.only(key, *ACTIVATIONS)]
 
 
 def published_activation(name: str) -> str:
@@ -58,14 +56,12 @@ def _read(reader: Reader) -> dict[str, Any]:
     reader.only("scale_attn_by_inverse_layer_idx", False)
     reader.only("add_cross_attention", False)
     reader.only("tie_word_embeddings", True)
-    reader.get("reorder_and_upcast_attn", False)  # how scores are rounded in fp16
-    reader.get("n_ctx", None)  # n_positions once more
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("n_layer"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("n_layer"),
         "d_model": width,
-        "max_seq_len": reader.get("n_positions"),
+        "max_seq_len": reader.size("n_positions"),
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
@@ -73,12 +69,12 @@ def _read(reader: Reader) -> dict[str, Any]:
             "bias": True,
         },
         "mlp": {
-            "d_ff": reader.get("n_inner", None) or 4 * width,
+            "d_ff": reader.size("n_inner", None) or 4 * width,
             "activation": activation(reader, "activation_function", "gelu_new"),
             "gated": False,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon"), "bias": True},
+        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon"), "bias": True},
         "positions": {"kind": "learned"},
         "tie_embeddings": True,
     }

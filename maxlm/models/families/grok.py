@@ -4,9 +4,9 @@ experts, two a token, norms before and after each branch, capped scores, scaled 
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.families import llama
 from maxlm.models.families.family import Family
 from maxlm.models.families.forms import linear, same
-from maxlm.models.families.llama import read_common, write_common
 from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
@@ -31,26 +31,26 @@ TABLE: Table = {
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    settings = read_common(reader)
+    settings = llama.read_common(reader)
     settings["attention"] |= {
-        "scale": reader.get("attn_output_multiplier"),
+        "scale": reader.number("attn_output_multiplier"),
         "soft_cap": reader.number("max_attn_value", 30.0),
     }
     k = reader.size("num_experts_per_tok")
     settings["moe"] = {
-        "num_experts": reader.get("num_experts"),
+        "num_experts": reader.size("num_experts"),
         "experts_per_token": k,
-        "d_ff": reader.get("intermediate_size"),
+        "d_ff": reader.size("intermediate_size"),
         "activation": "gelu_tanh",
         "gated": True,
         "renormalise": False,
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
     }
     return settings | {
         "placement": "sandwich",
-        "embedding_scale": reader.get("embedding_multiplier_scale"),
-        "logit_scale": reader.get("output_multiplier_scale"),
+        "embedding_scale": reader.number("embedding_multiplier_scale"),
+        "logit_scale": reader.number("output_multiplier_scale"),
         "tie_embeddings": reader.only("tie_word_embeddings", True),
     }
 
@@ -59,7 +59,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     moe, attention = config.moe, config.attention
     assert moe is not None
     return {
-        **write_common(config),
+        **llama.write_common(config),
         "attn_output_multiplier": attention.scale or attention.head_dim**-0.5,
         "max_attn_value": attention.soft_cap,
         "embedding_multiplier_scale": config.embedding_scale,

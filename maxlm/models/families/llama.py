@@ -53,32 +53,34 @@ def tied(table: Table) -> Callable[[DecoderConfig], Table]:
     return lambda config: {**table, **EMBEDDING} if config.tie_embeddings else table
 
 
-def read_common(reader: Reader, theta: float = 10_000.0) -> dict[str, Any]:
+def read_common(
+    reader: Reader, *, kv_heads: int | None = None, head_dim: int | None = None, **rope: Any
+) -> dict[str, Any]:
     """What all of Llama's kin have: sizes, heads, RoPE, RMSNorm, ties; no FFN yet.
 
     Args:
-        theta: where the file names none.
+        kv_heads, head_dim: where the file does not name them; None: as many as heads, and the
+            width over the heads.
+        rope: of ``read_positions``.
     """
     heads, width = reader.size("num_attention_heads"), reader.size("hidden_size")
-    named = reader.get("head_dim", None) is not None
-    head_dim = reader.size("head_dim") if named else width // heads
-    length = reader.size("max_position_embeddings", "max_sequence_length")
-    reader.only("max_sequence_length", None, length)  # of early files
-    reader.values["max_position_embeddings"] = length
+    size: int = reader.size("head_dim", head_dim, nullable=True) or width // heads
+    # The second name is that of early files.
+    length = reader.size("max_position_embeddings", also="max_sequence_length")
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
+        "vocab_size": reader.size("vocab_size"),
         "num_layers": reader.size("num_hidden_layers"),
         "d_model": width,
         "max_seq_len": length,
         "attention": {
             "num_heads": heads,
-            "num_kv_heads": reader.get("num_key_value_heads", None) or heads,
-            "head_dim": head_dim,
+            "num_kv_heads": reader.size("num_key_value_heads", kv_heads, nullable=True) or heads,
+            "head_dim": size,
         },
-        "norm": {"kind": "rmsnorm", "eps": reader.get("rms_norm_eps")},
-        "positions": read_positions(reader, head_dim, theta=theta),
-        "tie_embeddings": reader.get("tie_word_embeddings", False),
+        "norm": {"kind": "rmsnorm", "eps": reader.number("rms_norm_eps")},
+        "positions": read_positions(reader, size, **rope),
+        "tie_embeddings": reader.flag("tie_word_embeddings", False),
     }
 
 
@@ -103,16 +105,15 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
 def swiglu(reader: Reader, width: str = "intermediate_size") -> dict[str, Any]:
     """A gated FFN's settings."""
     act = reader.only("hidden_act", "silu")
-    return {"d_ff": reader.get(width), "activation": act, "gated": True}
+    return {"d_ff": reader.size(width), "activation": act, "gated": True}
 
 
 def _read(reader: Reader) -> dict[str, Any]:
     settings = read_common(reader)
     reader.only("rope_interleaved", False)
-    bias = reader.get("attention_bias", False)
+    bias = reader.flag("attention_bias", False)
     settings["attention"] |= {"bias": bias}
-    settings["mlp"] = swiglu(reader) | {"bias": reader.get("mlp_bias", False)}
-    reader.get("pretraining_tp", 1)  # how matrices were cut in training, not what they compute
+    settings["mlp"] = swiglu(reader) | {"bias": reader.flag("mlp_bias", False)}
     return settings
 
 
@@ -128,8 +129,8 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_mistral(reader: Reader) -> dict[str, Any]:
-    settings = read_common(reader)
-    settings["attention"] |= {"window": reader.get("sliding_window", 4096)}
+    settings = read_common(reader, kv_heads=8)
+    settings["attention"] |= {"window": reader.size("sliding_window", 4096, nullable=True)}
     return settings | {"mlp": swiglu(reader)}
 
 
@@ -144,7 +145,5 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
 
 
 _KIN = tied(TABLE), BUFFERS
-LLAMA = Family(
-    "llama", "llama", "LlamaForCausalLM", _read, _write, *_KIN, inert=["is_llama_config"]
-)
+LLAMA = Family("llama", "llama", "LlamaForCausalLM", _read, _write, *_KIN)
 MISTRAL = Family("mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, *_KIN)

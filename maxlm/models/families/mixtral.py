@@ -22,9 +22,9 @@ TABLE: Table = {
 
 
 def _read(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader, theta=1_000_000.0)  # the published code's default
-    settings["attention"] |= {"window": reader.get("sliding_window", None)}
-    experts = reader.either("num_local_experts", "num_experts")
+    settings = llama.read_common(reader, kv_heads=8, theta=1_000_000.0)
+    settings["attention"] |= {"window": reader.size("sliding_window", None)}
+    experts = reader.size("num_local_experts", also="num_experts")
     k = reader.size("num_experts_per_tok")
     reader.only("router_jitter_noise", 0.0)
     settings["moe"] = {
@@ -32,7 +32,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "experts_per_token": k,
         **llama.swiglu(reader),
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
     }
     return settings
 

@@ -33,6 +33,7 @@ NESTED = tuple(_NAMES.split())
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("n_heads")
     own = reader.inside("attn_config", *NESTED)
+    own.only("alibi_bias_max", 8)  # the published code has 8 whatever this says
     own.only("alibi", True)
     own.only("attn_type", "multihead_attention")
     own.only("qk_ln", False)
@@ -42,10 +43,9 @@ def _read(reader: Reader) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": heads,
         "head_dim": width // heads,
-        "clip": own.get("clip_qkv", None),
-        "scale": own.get("softmax_scale", None),
+        "clip": own.number("clip_qkv", None),
+        "scale": own.number("softmax_scale", None),
     }
-    positions = {"kind": "alibi", "max_bias": own.number("alibi_bias_max", 8)}
     reader.only("no_bias", True)
     reader.only("norm_type", "low_precision_layernorm")
     reader.only("logit_scale", None)
@@ -54,20 +54,20 @@ def _read(reader: Reader) -> dict[str, Any]:
     reader.only("expansion_ratio", 4)
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("n_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("n_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("max_seq_len"),
+        "max_seq_len": reader.size("max_seq_len"),
         "attention": attention,
         "mlp": {"d_ff": 4 * width, "activation": "gelu", "gated": False},
-        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_epsilon", 1e-5)},
-        "positions": positions,
+        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon", 1e-5)},
+        "positions": {"kind": "alibi"},
         "tie_embeddings": reader.only("tie_word_embeddings", True),
     }
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    attention, bias = config.attention, config.positions.max_bias
+    attention = config.attention
     assert config.mlp is not None
     if config.mlp.d_ff != 4 * config.d_model:
         raise MaxlmError(
@@ -87,7 +87,6 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "attn_config": {
             "alibi": True,
-            "alibi_bias_max": int(bias) if bias.is_integer() else bias,  # the library insists
             "clip_qkv": attention.clip,
             "softmax_scale": attention.scale,
         },

@@ -50,29 +50,28 @@ PHI3_TABLE: Table = {
 
 def _read_phi(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    reader.values.setdefault("partial_rotary_factor", 0.5)  # the published code's default
     return {
         "architecture": "decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("num_hidden_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("num_hidden_layers"),
         "d_model": width,
-        "max_seq_len": reader.get("max_position_embeddings"),
+        "max_seq_len": reader.size("max_position_embeddings"),
         "attention": {
             "num_heads": heads,
-            "num_kv_heads": reader.get("num_key_value_heads", None) or heads,
+            "num_kv_heads": reader.size("num_key_value_heads", None) or heads,
             "head_dim": width // heads,
             "bias": True,
-            "qk_norm": reader.get("qk_layernorm", False),
+            "qk_norm": reader.flag("qk_layernorm", False),
         },
         "mlp": {
-            "d_ff": reader.get("intermediate_size", None) or 4 * width,
+            "d_ff": reader.size("intermediate_size"),
             "activation": activation(reader, "hidden_act", "gelu_new"),
             "gated": False,
             "bias": True,
         },
-        "norm": {"kind": "layernorm", "eps": reader.get("layer_norm_eps"), "bias": True},
+        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_eps", 1e-5), "bias": True},
         "placement": "parallel_shared",
-        "positions": read_positions(reader, width // heads),
+        "positions": read_positions(reader, width // heads, partial=0.5),
         "tie_embeddings": reader.only("tie_word_embeddings", False),
         "head_bias": True,
     }
@@ -100,10 +99,10 @@ def _write_phi(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_phi3(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
+    settings = llama.read_common(reader, partial=1.0)
     settings["attention"] |= {
         "bias": reader.only("attention_bias", False),
-        "window": reader.get("sliding_window", None),
+        "window": reader.size("sliding_window", None),
     }
     reader.get("original_max_position_embeddings", None)  # of longrope, which is refused
     return settings | {"mlp": llama.swiglu(reader)}

@@ -23,11 +23,13 @@ TABLE: Table = {**llama.TABLE, **EXPERTS}
 
 def _windows(reader: Reader, settings: dict[str, Any]) -> None:
     """Layers from ``max_window_layers`` on have a window, if there is one."""
-    layers, window = settings["num_layers"], reader.get("sliding_window", None)
-    used = reader.get("use_sliding_window", False) and window is not None
-    first = reader.get("max_window_layers", layers)
+    layers, window = settings["num_layers"], reader.size("sliding_window", 4096, nullable=True)
+    used = reader.flag("use_sliding_window", False) and window is not None
+    first = reader.size("max_window_layers", 28, least=0)
     kinds = [LOCAL if used and layer >= first else GLOBAL for layer in range(layers)]
-    settings |= read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
+    settings |= read_pattern(
+        reader, kinds, {LOCAL: {"window": window if used else None}, GLOBAL: {}}
+    )
 
 
 def _write_windows(config: DecoderConfig) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def _write_windows(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
+    settings = llama.read_common(reader, kv_heads=32)
     settings["attention"] |= {"bias": True, "out_bias": False}
     reader.only("use_mrope", False)
     _windows(reader, settings)
@@ -49,8 +51,8 @@ def _read_qwen2(reader: Reader) -> dict[str, Any]:
 
 
 def _read_qwen3(reader: Reader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
-    settings["attention"] |= {"bias": reader.get("attention_bias", False), "qk_norm": True}
+    settings = llama.read_common(reader, kv_heads=32, head_dim=128)
+    settings["attention"] |= {"bias": reader.flag("attention_bias", False), "qk_norm": True}
     _windows(reader, settings)
     return settings | {"mlp": llama.swiglu(reader)}
 
@@ -70,11 +72,12 @@ def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_moe(reader: Reader) -> dict[str, Any]:
-    settings, window = llama.read_common(reader), reader.get("sliding_window", None)
+    settings = llama.read_common(reader, kv_heads=4)
+    window = reader.size("sliding_window", 4096, nullable=True)
     settings["attention"] |= {
-        "bias": reader.get("attention_bias", False),
+        "bias": reader.flag("attention_bias", False),
         "qk_norm": True,
-        "window": window if reader.get("use_sliding_window", False) else None,
+        "window": window if reader.flag("use_sliding_window", False) else None,
     }
     reader.only("decoder_sparse_step", 1)
     reader.only("mlp_only_layers", [], None)
@@ -82,12 +85,12 @@ def _read_moe(reader: Reader) -> dict[str, Any]:
     reader.get("max_window_layers", None)  # unread by the published code
     k = reader.size("num_experts_per_tok")
     settings["moe"] = {
-        "num_experts": reader.either("num_experts", "num_local_experts"),
+        "num_experts": reader.size("num_experts", also="num_local_experts"),
         "experts_per_token": k,
         **llama.swiglu(reader, "moe_intermediate_size"),
-        "renormalise": reader.get("norm_topk_prob", False),
+        "renormalise": reader.flag("norm_topk_prob", False),
         # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.number("router_aux_loss_coef", 0.001) * k,
+        "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
     }
     return settings
 

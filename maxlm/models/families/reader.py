@@ -8,23 +8,25 @@ from maxlm.config import MaxlmError
 
 _REQUIRED = object()
 
-# What says nothing of the maths: names, tokens, how to sample, bookkeeping of the library that
-# wrote the file.
+# What says nothing of the maths in any family: names, tokens, how to sample, how sums are rounded,
+# how matrices were cut in training, bookkeeping of the library that wrote the file.
 _INERT = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class
     _commit_hash _experts_implementation _flash_attn_2_enabled _from_auto _from_model_config
     _model_name_or_path _name_or_path _num_labels _use_flash_attention_2 architectures
     attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label is_decoder is_encoder_decoder label2id length_penalty max_length
-    min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_past output_router_logits output_scores
-    pad_token_id prefix problem_type remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unk_token_id use_bfloat16 use_cache
+    gradient_checkpointing id2label is_decoder is_encoder_decoder is_llama_config label2id
+    length_penalty max_length min_length model_type n_ctx no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_past
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values reorder_and_upcast_attn repetition_penalty return_dict
+    return_dict_in_generate sep_token_id seq_aux slow_but_exact suppress_tokens
+    task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
+    use_cache
 """
 # Matters in training alone, where maxlm has none.
 _DROPOUT = """
@@ -36,7 +38,15 @@ INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
 
 
 class Reader:
-    """Values of a config.json; each is asked for by name, what is left at the end is refused."""
+    """Values of a config.json, each read under its name and checked for its type; :meth:`finish`
+    refuses what was not read.
+
+    A default is what the published code of the model type has for an absent key; None: nothing, or
+    what another key says. A null counts as absent, but where ``nullable``: there it is None.
+
+    Args:
+        tensors: names of the tensors beside it, where they say what it does not.
+    """
 
     def __init__(
         self,
@@ -44,34 +54,45 @@ class Reader:
         where: str = "config.json",
         tensors: frozenset[str] = frozenset(),
     ):
-        self.values, self.where = dict(values), where
-        self.tensors = tensors
-        """Names of the tensors beside it, where they say what it does not."""
+        self.values, self.where, self.tensors = dict(values), where, tensors
         self._seen: set[str] = set()
         self._inside: dict[str, tuple[Reader, tuple[str, ...]]] = {}
 
-    def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A value.
+    def has(self, key: str) -> bool:
+        """Whether a value is there that is not null."""
+        return self.values.get(key) is not None
+
+    def get(
+        self, key: str, default: Any = _REQUIRED, *, also: str = "", nullable: bool = False
+    ) -> Any:
+        """A value of any type.
+
+        Args:
+            also: another name for it.
 
         Raises:
-            MaxlmError: it is not there, and has no default.
+            MaxlmError: it is not there and has no default, or its two names have two values.
         """
-        self._seen.add(key)
-        if key in self.values:
+        self._seen |= {key, also or key}
+        if also and self.has(also):
+            value = self.values[also]
+            if self.values.setdefault(key, value) != value:
+                raise MaxlmError(
+                    f"{key}={self.values[key]!r} and {also}={value!r} are one setting",
+                    where=self.where,
+                    fix="keep the value that the model was trained with",
+                )
+        if self.has(key):
             return self.values[key]
-        if default is _REQUIRED:
-            raise MaxlmError(
-                f"{key} is missing", where=self.where, fix="take it from the published model"
-            )
-        return default
-
-    def either(self, *keys: str, default: Any = _REQUIRED) -> Any:
-        """The first of several names that is there and not null."""
-        found = [self.get(key, None) for key in keys]
-        for value in found:
-            if value is not None:
-                return value
-        return self.get(keys[0], default) if default is _REQUIRED else default
+        if nullable and key in self.values:
+            return None
+        if default is not _REQUIRED:
+            return default
+        raise MaxlmError(
+            f"{key} is {'null' if key in self.values else 'missing'}",
+            where=self.where,
+            fix="take it from the published model",
+        )
 
     def only(self, key: str, *allowed: Any) -> Any:
         """A value that must be one of those that are implemented, or absent (the first); a null
@@ -80,39 +101,49 @@ class Reader:
         Raises:
             MaxlmError: it is another.
         """
-        value = self.get(key, allowed[0])
+        self._seen.add(key)
+        value = self.values.get(key, allowed[0])
         if value is None and not allowed[0]:
             return allowed[0]
-        if value not in allowed:
-            which = " or ".join(repr(one) for one in allowed)
-            raise MaxlmError(
-                f"{key}={value!r} is not implemented",
-                where=self.where,
-                fix=f"only {which} can be converted",
-            )
+        for one in allowed:
+            if value == one and isinstance(value, bool) == isinstance(one, bool):
+                return one
+        which = " or ".join(repr(one) for one in allowed)
+        raise MaxlmError(
+            f"{key}={value!r} is not implemented",
+            where=self.where,
+            fix=f"only {which} can be converted",
+        )
+
+    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1, **how: Any) -> Any:
+        """A number of things or dimensions, at least ``least``; ``how`` and errors as of
+        :meth:`get`, and for values of other types."""
+        value = self.get(key, default, **how)
+        if value is not None and (type(value) is not int or value < least):
+            raise self._wrong(key, value, f"a whole number above {least - 1}")
         return value
 
-    def size(self, *keys: str) -> int:
-        """A number of things or dimensions, under the first of several names that is there.
-
-        Raises:
-            MaxlmError: there is none, or it is no whole number above 0.
-        """
-        value = self.either(*keys)
-        if type(value) is not int or value < 1:
-            raise self.wrong(value, "a whole number above 0", *keys)
-        return value
-
-    def number(self, key: str, default: float | object = _REQUIRED) -> float:
-        """A finite number.
-
-        Raises:
-            MaxlmError: there is none.
-        """
-        value = self.either(key, default=default)
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.wrong(value, "a number", key)
+    def number(
+        self, key: str, default: Any = _REQUIRED, *, least: int | None = None, **how: Any
+    ) -> Any:
+        """A finite number of at least ``least``, or above 0, as a float; ``how`` and errors as of
+        :meth:`get`, and for values of other types."""
+        value = self.get(key, default, **how)
+        if value is None:
+            return None
+        finite = type(value) in (int, float) and math.isfinite(value)
+        if not finite or (value <= 0 if least is None else value < least):
+            wanted = "above 0" if least is None else f"of at least {least}"
+            raise self._wrong(key, value, f"a number {wanted}")
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false; a null is false where that is the default; all else is refused."""
+        value = self.get(key, default, nullable=True)
+        value = False if value is None and not default else value
+        if type(value) is not bool:
+            raise self._wrong(key, value, "true or false")
+        return value
 
     def inside(self, key: str, *ignored: str) -> "Reader":
         """A nested mapping, to be finished with this one.
@@ -123,16 +154,15 @@ class Reader:
         Raises:
             MaxlmError: it is something else.
         """
-        value = self.get(key, None)
+        self._seen.add(key)
+        value = self.values.get(key)
         if not isinstance(value, Mapping | None):
-            raise self.wrong(value, "a mapping", key)
+            raise self._wrong(key, value, "a mapping")
         found = Reader(value or {}, f"{self.where}: {key}")
         self._inside[key] = found, ignored
         return found
 
-    def wrong(self, value: Any, wanted: str, *keys: str) -> MaxlmError:
-        """The error of a value of another kind than ``wanted``, under one of its names."""
-        key = next((key for key in keys if self.values.get(key) is not None), keys[0])
+    def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
         return MaxlmError(
             f"{key}={value!r} is not {wanted}",
             where=self.where,
@@ -155,11 +185,10 @@ class Reader:
                 where=self.where,
                 fix="convert a model without it; dropping it silently could change the model",
             )
-        dropped = {key: self.values.get(key) for key in sorted(DROPOUT)}
         notes = [
-            f"{key}={value}: training here has no dropout"
-            for key, value in dropped.items()
-            if value
+            f"{key}={self.values[key]}: training here has no dropout"
+            for key in sorted(DROPOUT)
+            if self.has(key) and self.number(key, least=0)
         ]
         for key, (nested, names) in self._inside.items():
             notes += [f"{key}.{note}" for note in nested.finish(*names)]

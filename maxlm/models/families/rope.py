@@ -16,16 +16,23 @@ from maxlm.models.layers.rope import (
 _KINDS = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
 
 
-def read_positions(reader: Reader, head_dim: int, *, theta: float = 10_000.0) -> dict[str, Any]:
+def read_positions(
+    reader: Reader, head_dim: int, *, theta: float = 10_000.0, partial: float | None = None
+) -> dict[str, Any]:
     """Settings of ``PositionsConfig``.
 
     Args:
         theta: where the file names none.
+        partial: the share of dimensions that turn, where the file names none; None: the published
+            code turns all, whatever it names.
     """
-    newer = reader.values.get("rope_parameters") is not None
-    own = reader.inside("rope_parameters" if newer else "rope_scaling")
-    theta = own.number("rope_theta", reader.number("rope_theta", theta))
-    share = own.number("partial_rotary_factor", reader.number("partial_rotary_factor", 1.0))
+    own = reader.inside("rope_parameters" if reader.has("rope_parameters") else "rope_scaling")
+    theta, share = own.number("rope_theta", reader.number("rope_theta", theta)), 1.0
+    for source in (reader, own):
+        if partial is None:
+            source.only("partial_rotary_factor", 1.0, None)
+        else:
+            share = partial = source.number("partial_rotary_factor", partial)
     scaling = read_scaling(own, reader.get("max_position_embeddings", None))
     size = int(head_dim * share)  # cut off, as in the published code
     found: dict[str, Any] = {"kind": "rope", "theta": theta, "scaling": scaling}
@@ -41,7 +48,7 @@ def read_scaling(reader: Reader, max_positions: int | None) -> dict[str, Any] | 
     Raises:
         MaxlmError: a kind that is not implemented, or a value that is no number.
     """
-    kind = reader.either("rope_type", "type", default="default")
+    kind = reader.get("rope_type", "default", also="type")
     if kind not in _KINDS:
         raise MaxlmError(
             f"rope_type={kind!r} is not implemented",
@@ -51,14 +58,14 @@ def read_scaling(reader: Reader, max_positions: int | None) -> dict[str, Any] | 
     if kind == "default":
         reader.get("factor", None)
         return None
-    found: dict[str, Any] = {"factor": reader.number("factor")}
-    original = reader.get("original_max_position_embeddings", None) or max_positions
+    found: dict[str, Any] = {"factor": reader.number("factor", least=1)}
+    original = reader.size("original_max_position_embeddings", None) or max_positions
     if kind == "linear":
         found["kind"] = "linear"
     elif kind == "yarn":
         found |= {"kind": "yarn", "original_length": original}
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            found |= {key: reader.number(key)} if reader.get(key, None) else {}
+            found |= {} if (value := reader.number(key, None, least=0)) is None else {key: value}
         found |= {"truncate": reader.only("truncate", True, False)}
     elif kind == "llama3":
         found |= {"kind": "llama3", "original_length": original}

@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.families.family import Family
 from maxlm.models.families.forms import head, linear, same
-from maxlm.models.families.gpt2 import activation, published_activation
+from maxlm.models.families.gpt2 import ACTIVATIONS, published_activation
 from maxlm.models.families.names import Table
 from maxlm.models.families.reader import Reader
 
@@ -56,38 +56,40 @@ def _table(config: EncoderDecoderConfig) -> Table:
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("num_heads")
     how = reader.get("feed_forward_proj", "relu")
+    reader.only(
+        "feed_forward_proj", "relu", *(f"{x}{y}" for x in ("", "gated-") for y in ACTIVATIONS)
+    )
     gated, name = how.startswith("gated-"), how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
-    if how == "gated-gelu":
-        name = "gelu_new"
-    act = activation(Reader({"feed_forward_proj": name}, reader.where), "feed_forward_proj", "relu")
-    reader.get("dense_act_fn", None), reader.get("is_gated_act", None)  # the same, taken apart
-    reader.get("n_positions", None)  # the length of pretraining, on which nothing depends
+    name = "gelu_new" if how == "gated-gelu" else name
+    reader.only("is_encoder_decoder", True)
+    reader.only("dense_act_fn", None, name)
+    reader.only("is_gated_act", None, gated)
     # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
     # transformers 5 writes true in any case, and tells them apart by another name.
-    tied = reader.get("tie_word_embeddings", True)
-    scaled = reader.get("scale_decoder_outputs", tied)
+    tied = reader.flag("tie_word_embeddings", True)
+    scaled = reader.flag("scale_decoder_outputs", tied)
     tied = tied and (scaled or "lm_head.weight" not in reader.tensors)
     return {
         "architecture": "encoder_decoder",
-        "vocab_size": reader.get("vocab_size"),
-        "num_layers": reader.get("num_decoder_layers", None) or reader.get("num_layers"),
-        "encoder_layers": reader.get("num_layers"),
+        "vocab_size": reader.size("vocab_size"),
+        "num_layers": reader.size("num_decoder_layers", None) or reader.size("num_layers"),
+        "encoder_layers": reader.size("num_layers"),
         "d_model": width,
-        "start_id": reader.get("decoder_start_token_id", None) or 0,
-        "max_seq_len": reader.values.get("n_positions") or 512,
+        "start_id": reader.size("decoder_start_token_id", 0, least=0),
+        "max_seq_len": reader.size("n_positions", 512),  # of pretraining; nothing depends on it
         "attention": {
             "num_heads": heads,
             "num_kv_heads": heads,
-            "head_dim": reader.get("d_kv"),
+            "head_dim": reader.size("d_kv"),
             "scale": 1.0,
         },
-        "mlp": {"d_ff": reader.get("d_ff"), "activation": act, "gated": gated},
-        "norm": {"kind": "rmsnorm", "eps": reader.get("layer_norm_epsilon", 1e-6)},
+        "mlp": {"d_ff": reader.size("d_ff"), "activation": ACTIVATIONS[name], "gated": gated},
+        "norm": {"kind": "rmsnorm", "eps": reader.number("layer_norm_epsilon", 1e-6)},
         "positions": {
             "kind": "relative",
-            "buckets": reader.get("relative_attention_num_buckets", 32),
-            "max_distance": reader.get("relative_attention_max_distance", 128),
+            "buckets": reader.size("relative_attention_num_buckets", 32),
+            "max_distance": reader.size("relative_attention_max_distance", 128),
         },
         "tie_embeddings": tied,
         "logit_scale": width**-0.5 if scaled else 1.0,
