@@ -104,6 +104,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3_global": (
+        "Gemma3ForCausalLM",
+        LLAMA | {"layer_types": ["full_attention"] * 3, "query_pre_attn_scalar": 7},
+    ),
     "falcon_7b": (
         "FalconForCausalLM",
         {
@@ -338,6 +342,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# All groups may be chosen from, and no layer is dense.
+_ALL = CASES["deepseek_v2"][1] | {"topk_group": 4, "first_k_dense_replace": 0}
+CASES["deepseek_v2_groups"] = "DeepseekV2ForCausalLM", _ALL
+
 
 def build(name: str, seed: int = 0) -> Any:
     """A model in fp32 whose every parameter matters: norms and biases are not at their start."""
@@ -350,9 +358,19 @@ def build(name: str, seed: int = 0) -> Any:
     config = cls.config_class(**settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = cls(config).eval()
-    if settings.get("tie_word_embeddings") is False and hasattr(model, "shared"):
-        # What transformers ties on its own, and published weights do not.
+    return randomize(cls(config).eval(), untie=settings.get("tie_word_embeddings") is False)
+
+
+def randomize(model: Any, *, untie: bool = False) -> Any:
+    """A new model, with every parameter drawn from torch's generator.
+
+    Args:
+        untie: give T5 an output head of its own, which transformers ties and published weights do
+            not.
+    """
+    import torch
+
+    if untie and hasattr(model, "shared"):
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         if hasattr(model, "final_logits_bias"):
