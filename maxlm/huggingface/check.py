@@ -100,7 +100,7 @@ def _check_same(one: Stored, other: Stored) -> None:
     )
     if not same:
         what = f"{other.name} differs from {one.name}, which this model ties it to"
-        fix = "set tie_embeddings=false if it is an output head of its own"
+        fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
         raise MaxlmError(what, where=str(other.path), fix=fix)
 
 

@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
 from maxlm.huggingface.check import check_places, matched
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter, ReadSlice
-from maxlm.huggingface.dtypes import NUMPY, Dtypes, is_floating
+from maxlm.huggingface.dtypes import NUMPY, Dtypes, is_floating, slabs
 from maxlm.huggingface.files import Stored, read, stored_tensors
 from maxlm.huggingface.writer import SHARD_BYTES, SafetensorsWriter
 from maxlm.models.families.entries import Entry
@@ -42,6 +42,7 @@ def import_tensors(
     *,
     ignored: Iterable[str] = (),
     lossy: bool = False,
+    warn: Callable[[str], object] = lambda line: None,
 ) -> Dtypes:
     """Write all parameters of a folder of safetensors files into a checkpoint, as fp32.
 
@@ -49,6 +50,7 @@ def import_tensors(
         specs: the declarations of all parameters by canonical name, ``named(param_specs(model))``.
         ignored: patterns of tensors that may be there without being used (``*.inv_freq``).
         lossy: round fp64 values.
+        warn: called with a line if values are NaN or infinite.
 
     Returns:
         The number formats they had, for the checkpoint's metadata.
@@ -64,11 +66,14 @@ def import_tensors(
     for name, shape in shapes.items():
         writer.declare(name, shape, leads[name])
     total = sum(stored.nbytes for stored, _ in pairs)
-    done = 0
+    done, bad, first = 0, 0, ""
     for stored, entry in sorted(pairs, key=lambda pair: (pair[0].path, pair[0].offset)):
-        _import_one(stored, entry, shapes, writer, lossy)
+        count = _import_one(stored, entry, shapes, writer, lossy)
+        bad, first = bad + count, first or (stored.name if count else "")
         done += stored.nbytes
         progress(done, total, entry.theirs)
+    if bad:
+        warn(f"warning: {bad:,} values are NaN or infinite, the first of them in {first}")
     return Dtypes.common({entry.theirs: stored.dtype for stored, entry in pairs})
 
 
@@ -127,13 +132,18 @@ def _import_one(
     shapes: Mapping[str, Shape],
     writer: CheckpointWriter,
     lossy: bool,
-) -> None:
+) -> int:
+    """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
-    parts = entry.split(read(stored, np.dtype(np.float32), lossy=lossy))
+    tensor = read(stored, np.dtype(np.float32), lossy=lossy)
+    bad = sum(slab.size - int(np.isfinite(slab).sum()) for slab in slabs(tensor))
+    parts = entry.split(tensor)
+    del tensor  # where they are copies
     for place, part in zip(entry.ours, parts, strict=True):
         want = shapes[place.name][len(place.index) :]
         assert part.shape == want, f"{entry.theirs}: {place} of {part.shape}, not {want}"
         writer.write(place.name, place.index, part)
+    return bad
 
 
 def _export_one(

@@ -29,7 +29,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     *,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     key: jax.Array,
     streams: Sequence[int] | None = None,
     vocab_size: int | None = None,
@@ -44,7 +44,7 @@ def generate(
     Args:
         params: on an explicit mesh, where everything then runs.
         prompts: token ids, each starting as training documents do (with bos).
-        eos_id: ends a row; None: rows only end at max_new_tokens.
+        eos_id: ends a row, or several that do; None: rows only end at max_new_tokens.
         key: one key for the call.
         streams: each row's random stream, in [0, 2**32); default: its index.
         vocab_size: ids the tokenizer knows, where the model's table is larger; no other is drawn.
@@ -97,7 +97,7 @@ def generate(
     return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
 
 
-def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
+def _stream(start, advance, rows: int, steps: int, eos_id: int | Sequence[int] | None):
     ended = np.zeros(rows, bool)
     tokens, positions, cache, memory = start()
     for step in range(steps):
@@ -106,7 +106,7 @@ def _stream(start, advance, rows: int, steps: int, eos_id: int | None):
             tokens, positions, cache = advance(tokens, positions, cache, memory)
         values = np.asarray(drawn)[:rows]
         yield [None if over else int(token) for token, over in zip(values, ended, strict=True)]
-        ended |= values == eos_id
+        ended |= np.isin(values, () if eos_id is None else eos_id)
         if ended.all():
             return
 

@@ -123,9 +123,8 @@ def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Conver
     entries = family.entries(config.model, tensors)
     with _whole(target) as folder:
         with CheckpointWriter(folder / "checkpoints") as writer:
-            dtypes = import_tensors(
-                source, entries, specs, writer, progress, ignored=family.ignored
-            )
+            how: dict[str, Any] = {"ignored": family.ignored, "warn": notes.append}
+            dtypes = import_tensors(source, entries, specs, writer, progress, **how)
             used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
             notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
             # The way back asks under the usual names.
@@ -223,7 +222,9 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
         MaxlmError: it gives text ids that the model's table has no rows for.
     """
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        return None, ["no tokenizer: there is no tokenizer.json or tokenizer.model beside it"]
+        notes = ["no tokenizer: there is no tokenizer.json or tokenizer.model beside it"]
+        name = "generation_config.json"
+        return None, [*notes, f"left out: {name}"] if (source / name).exists() else notes
     rows = config.model.vocab_size
     tokenizer = import_tokenizer(source, rows=rows)
     if tokenizer.vocab_size > rows:
@@ -312,10 +313,11 @@ def _lost(model: Any, family: Family) -> str | None:
     return None
 
 
-def _tokens_of(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+def _tokens_of(tokenizer: Tokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
-    ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    stops = [*tokenizer.stop_ids]
+    ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
     return dict(zip(_TOKENS, ids, strict=True))
 
 

@@ -28,8 +28,8 @@ def generate_text(
 
     Returns:
         At each step a list with the text that each row's new token completes, often empty; all of
-        a row's pieces joined are its continuation (see :func:`between`). The end-of-document
-        token gives no text.
+        a row's pieces joined are its continuation (see :func:`between`). The tokens that
+        end a continuation give no text.
 
     Raises:
         MaxlmError: before anything runs: prompts that the model cannot take (see ``generate``).
@@ -40,7 +40,7 @@ def generate_text(
         params,
         encode_prompts(tokenizer, prompts, whole=whole),
         sampling,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.stop_ids,
         key=jax.random.key(sampling.seed),
         vocab_size=tokenizer.vocab_size,
     )
@@ -56,7 +56,7 @@ def between(model: Model) -> str:
 def _decode(
     steps: Iterator[list[int | None]], tokenizer: Tokenizer, decoders: list[StreamDecoder]
 ) -> Iterator[list[str]]:
-    silent = (None, tokenizer.eos_id)
+    silent = (None, *tokenizer.stop_ids)
     for tokens in steps:
         yield [
             "" if token in silent else decoder.push(token)

@@ -85,6 +85,16 @@ def save(folder, values, shard_bytes=10**9):
     return folder
 
 
+def test_values_that_are_no_numbers_are_counted(tmp_path):
+    values, lines = tensors(), []
+    imported(save(tmp_path / "clean", values), tmp_path / "a", warn=lines.append)
+    assert lines == []
+    values["h.1.down"][1, 2:5, 3] = np.nan, np.inf, -np.inf
+    values["h.2.norm"][0] = np.nan
+    imported(save(tmp_path / "theirs", values), tmp_path / "b", warn=lines.append)
+    assert lines == ["warning: 4 values are NaN or infinite, the first of them in h.1.down"]
+
+
 def imported(theirs, checkpoints, entries=None, specs=SPECS, **how):
     with CheckpointWriter(checkpoints) as writer:
         dtypes = import_tensors(theirs, entries or table(), specs, writer, **how)
@@ -280,7 +290,7 @@ def test_a_tied_tensor_that_differs_is_refused(tmp_path, change):
         other[-1, -1] += 1
     other = {"value": other, "dtype": other.astype(np.float32), "shape": other[1:]}[change]
     text = refused(tmp_path, values | {"tied": other}, aliased())
-    reason = "differs from embed, which this model ties it to; set tie_embeddings=false"
+    reason = "differs from embed, which this model ties it to; set tie_word_embeddings to false"
     assert text.startswith(
         f"FOLDER/model.safetensors: tied {'is [10, 6] there' if change == 'shape' else reason}"
     )

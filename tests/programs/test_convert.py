@@ -16,9 +16,11 @@ from maxlm.data.tokenizer import load_tokenizer
 from maxlm.data.tokenizer.foreign import import_tokenizer
 from maxlm.huggingface.checkpoint import CheckpointWriter
 from maxlm.huggingface.files import read, stored_tensors
+from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families import family_of
 from maxlm.models.params import named, param_specs
 from maxlm.programs.convert import convert
+from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
@@ -268,6 +270,42 @@ def test_special_tokens_that_the_table_has_no_rows_for(tmp_path):
     convert(tmp_path / "run", tmp_path / "again")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / file).read_bytes() == (source / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model", "generation", "want"),
+    [([5, 9], {}, (1, 5, 9)), (1, {"eos_token_id": [7, 5, 300]}, (1, 7, 5))],
+)
+def test_every_end_token_is_kept(model, generation, want, tmp_path):
+    source = folder_of("llama", tmp_path / "their", eos_token_id=model)
+    tiny_tokenizers.save(tiny_tokenizers.t5(), source, eos_token="</s>")
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    convert(source, tmp_path / "run")
+    assert load_tokenizer(tmp_path / "run/tokenizer").stop_ids == want
+    convert(tmp_path / "run", tmp_path / "again")
+    again = [
+        json.loads((tmp_path / "again" / name).read_text())
+        for name in ("config.json", "generation_config.json")
+    ]
+    assert (again[0]["eos_token_id"], again[1]) == (model, generation)
+
+
+def test_generation_stops_at_the_end_of_a_turn(tmp_path):
+    source = folder_of("llama", tmp_path / "their")
+    tiny_tokenizers.save(tiny_tokenizers.t5(), source, eos_token="</s>")
+
+    def written(name: str) -> list[str]:
+        convert(source, tmp_path / name)
+        own, greedy = load_run(tmp_path / name), SamplingConfig(temperature=0, max_new_tokens=9)
+        steps = generate_text(own.model, own.params, own.tokenizer, ["ab7"], greedy)
+        return [text for (text,) in steps]
+
+    free = written("free")
+    assert len(free) == 10  # nine tokens, and what the decoder held back
+    turn = tiny_tokenizers.t5().encode(free[4], add_special_tokens=False).ids[-1]
+    ends = json.dumps({"eos_token_id": [1, turn]})
+    (source / "generation_config.json").write_text(ends)
+    assert written("run") == [*free[: free.index(free[4])], "", ""]
 
 
 MARKS = {

@@ -31,7 +31,7 @@ class ByteTokenizer:
     """One id a byte, from 2 on."""
 
     vocab_size, bos_id, eos_id = NAMED, BOS, EOS
-    opening = (BOS,)
+    opening, stop_ids = (BOS,), (EOS,)
 
     def encode(self, text):
         return [b + 2 for b in (text.encode() if isinstance(text, str) else text)]

@@ -90,6 +90,7 @@ class CodecTokenizer:
 
     Args:
         opens: whether documents open with bos.
+        stops: ids that end a continuation besides eos.
         carried: files by name that belong to a tokenizer that came from elsewhere, kept for its
             way back.
     """
@@ -101,12 +102,14 @@ class CodecTokenizer:
         special: SpecialTokens,
         *,
         opens: bool = True,
+        stops: Iterable[int] = (),
         carried: Mapping[str, bytes] | None = None,
     ):
         self.kind: Kind = kind
         self.codec = codec
         self.special = special
         self.opens = opens
+        self.stops = tuple(stops)
         self.carried = dict(carried or {})
         self._fingerprint = _fingerprint(kind, codec, special, opens)
 
@@ -121,6 +124,10 @@ class CodecTokenizer:
     @property
     def eos_id(self) -> int:
         return self.special.ids[self.special.eos]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.eos_id, *self.stops)))
 
     @property
     def pad_id(self) -> int | None:

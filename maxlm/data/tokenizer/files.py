@@ -49,6 +49,8 @@ class TokenizerMetadata(Config):
     fingerprint: str
     opens: bool = True
     """Whether documents open with bos."""
+    stops: tuple[int, ...] = ()
+    """Ids that end a continuation, as an imported checkpoint names them."""
     carried: tuple[str, ...] = ()
     """Names of further files, from ``CARRIED``."""
 
@@ -94,7 +96,10 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         metadata.special_tokens, bos=metadata.bos, eos=metadata.eos, pad=metadata.pad
     )
     carried = {name: read_file(folder / name) for name in metadata.carried}
-    tokenizer = CodecTokenizer(metadata.kind, codec, special, opens=metadata.opens, carried=carried)
+    if strange := [i for i in metadata.stops if not 0 <= i < metadata.vocab_size]:
+        raise _damaged(path, f"stops: {strange[0]}")
+    more = {"opens": metadata.opens, "stops": metadata.stops, "carried": carried}
+    tokenizer = CodecTokenizer(metadata.kind, codec, special, **more)
     if tokenizer.fingerprint != metadata.fingerprint:
         raise MaxlmError(
             f"{codec.file_name} and {METADATA} do not belong together",
@@ -147,6 +152,7 @@ def save_tokenizer(tokenizer: CodecTokenizer, folder: Path) -> None:
         special_tokens=tokenizer.special.ids,
         fingerprint=tokenizer.fingerprint,
         opens=tokenizer.opens,
+        stops=tokenizer.stops,
         carried=tuple(tokenizer.carried),
     )
     described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"

@@ -2,7 +2,7 @@
 given back file by file."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def import_tokenizer(
 
     Of a folder tokenizer.json decides the ids. bos, eos and pad are those of
     tokenizer_config.json, else of special_tokens_map.json, else of generation_config.json and
-    config.json. Without a bos a document's eos stands for it. Documents and prompts open with bos
-    if the tokenizer itself puts one before a text (its post_processor; add_bos_token if it has
+    config.json. Generation stops at eos and at every eos_token_id of generation_config.json, else
+    of config.json. Without a bos a document's eos stands for it. Documents and prompts open with
+    bos if the tokenizer itself puts one before a text (its post_processor; add_bos_token if it has
     none). Without tokenizer.json a tokenizer.model is taken if it is such as maxlm trains.
 
     Of a single file only that file is looked at.
@@ -162,6 +163,7 @@ def _from_json(
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
         opens=opens,
+        stops=settings.stops(within),
         carried=_carried(path, codec.file_name),
     )
 
@@ -187,6 +189,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> CodecTokeni
         codec,
         SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
         opens=named is not None and settings.adds_bos(default=True),
+        stops=settings.stops(control),
         carried=_carried(path, codec.file_name),
     )
 
@@ -253,6 +256,20 @@ class _Settings:
             if isinstance(i, int) and i in literals:
                 return literals[i]
         return None
+
+    def stops(self, within: Collection[str]) -> list[int]:
+        """The ids that generation stops at: generation_config.json's, else config.json's.
+
+        Args:
+            within: tokens of the vocabulary that a model can write.
+        """
+        known = {i for token, i in self._ids.items() if token in within}
+        for settings in self._by_id:
+            named = settings.get("eos_token_id")
+            if named is not None:
+                several = named if isinstance(named, list) else [named]
+                return [i for i in several if type(i) is int and i in known]
+        return []
 
     def adds_bos(self, *, default: bool) -> bool:
         value = self._tokenizer.get("add_bos_token")

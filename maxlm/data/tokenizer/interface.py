@@ -42,6 +42,12 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a continuation: ``eos_id``, and what an imported checkpoint names
+        besides, such as the end of a turn."""
+        ...
+
+    @property
     def pad_id(self) -> int | None:
         """The padding id, if the tokenizer has one."""
         ...
