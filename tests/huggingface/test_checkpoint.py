@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config import MaxlmError
 from maxlm.huggingface import arrays, checkpoint
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.checkpoint.reading import read_metadata
 from maxlm.train.config import CheckpointConfig
+from tests.errors import message
 
 LEADS = {"embed.table": 0, "layers.norm": 1, "layers.up": 1, "layers.experts": 2}
 SHAPES = {
@@ -203,12 +203,6 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path):
     write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
     assert set(CheckpointReader(tmp_path, 0).shapes) == set(SHAPES)
-
-
-def message(call, *args, **how):
-    with pytest.raises(MaxlmError) as error:
-        call(*args, **how)
-    return str(error.value)
 
 
 def test_errors_name_the_folder_and_a_way_out(tmp_path):

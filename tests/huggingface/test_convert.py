@@ -20,6 +20,7 @@ from maxlm.huggingface.writer import SafetensorsWriter
 from maxlm.models.families.entries import Entry, Place
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.checkpoint.reading import read_metadata
+from tests.errors import message
 
 V, D, L, E, F = 11, 6, 3, 2, 10
 
@@ -213,14 +214,6 @@ def test_progress_counts_bytes_to_the_end(tmp_path):
         assert done[-1] == total
         assert {total for _, total, _ in calls} == {total}
         assert sorted(name for _, _, name in calls) == sorted(tensors())
-
-
-def message(call, *args, **how):
-    with pytest.raises(MaxlmError) as error:
-        call(*args, **how)
-    text = str(error.value)
-    assert "\n" not in text
-    return text
 
 
 def refused(tmp_path, values, entries=None, specs=SPECS, **how):

@@ -29,6 +29,11 @@ def bloom(layers: int, width: int, heads: int, **more: Any) -> Values:
     return {"n_layer": layers, "n_embed": width, "num_attention_heads": heads} | more
 
 
+def falcon(layers: int, width: int, heads: int, **more: Any) -> Values:
+    found = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    return found | more
+
+
 def t5(layers: int, width: int, heads: int, head_dim: int, ff: int) -> Values:
     found = {"num_layers": layers, "d_model": width, "num_heads": heads}
     return found | {"d_kv": head_dim, "d_ff": ff}
@@ -133,12 +138,20 @@ SMOLLM2: Values = LLAMA | {
     "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
     "vocab_size": 49152,
 }
-MIXTRAL: Values = LLAMA | {
-    "architectures": ["MixtralForCausalLM"],
-    "attention_dropout": 0.0,
+MISTRAL: Values = LLAMA | {
+    "architectures": ["MistralForCausalLM"],
     "bos_token_id": 1,
     "eos_token_id": 2,
     "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+MIXTRAL: Values = MISTRAL | {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
     "model_type": "mixtral",
     "num_experts_per_tok": 2,
     "num_local_experts": 8,
@@ -146,8 +159,6 @@ MIXTRAL: Values = LLAMA | {
     "rope_theta": 1000000.0,
     "router_aux_loss_coef": 0.02,
     "sliding_window": None,
-    "tie_word_embeddings": False,
-    "vocab_size": 32000,
 }
 QWEN2: Values = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -169,11 +180,10 @@ QWEN2_32K: Values = QWEN2 | {
     "use_mrope": False,
     "vocab_size": 151936,
 }
-QWEN2_128K: Values = QWEN2 | {
+QWEN2_128K: Values = QWEN2_32K | {
     "max_position_embeddings": 131072,
     "sliding_window": 131072,
     "tie_word_embeddings": False,
-    "use_mrope": False,
     "vocab_size": 152064,
 }
 QWEN3: Values = QWEN2 | {
@@ -491,19 +501,7 @@ PUBLISHED: dict[str, Values] = {
     "smollm2_135m": SMOLLM2 | sizes(30, 576, 9, 1536, 3, initializer_range=0.041666666666666664),
     "smollm2_360m": SMOLLM2 | sizes(32, 960, 15, 2560, 5),
     "smollm2_1_7b": SMOLLM2 | sizes(24, 2048, 32, 8192, 32, rope_theta=130000),
-    "mistral_7b": LLAMA
-    | sizes(32, 4096, 32, 14336, 8)
-    | {
-        "architectures": ["MistralForCausalLM"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "max_position_embeddings": 32768,
-        "model_type": "mistral",
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": False,
-        "vocab_size": 32000,
-    },
+    "mistral_7b": MISTRAL | sizes(32, 4096, 32, 14336, 8),
     "mixtral_8x7b": MIXTRAL | sizes(32, 4096, 32, 14336, 8),
     "mixtral_8x22b": MIXTRAL
     | sizes(56, 6144, 48, 16384, 8)
@@ -540,8 +538,6 @@ PUBLISHED: dict[str, Values] = {
         "_sliding_window_pattern": 6,
         "eos_token_id": 1,
         "layer_types": [*(["sliding_attention"] * 5 + ["full_attention"]) * 3],
-        "rope_local_base_freq": 10000.0,
-        "rope_theta": 1000000.0,
         "use_bidirectional_attention": False,
     },
     "gemma3_1b": GEMMA3 | sizes(26, 1152, 4, 6912, 1, sliding_window_pattern=6),
@@ -550,30 +546,9 @@ PUBLISHED: dict[str, Values] = {
     "gemma3_27b": GEMMA3_TEXT
     | sizes(62, 5376, 32, 21504, 16)
     | {"head_dim": 128, "query_pre_attn_scalar": 168},
-    "falcon_7b": FALCON
-    | {
-        "hidden_size": 4544,
-        "multi_query": True,
-        "new_decoder_architecture": False,
-        "num_attention_heads": 71,
-        "num_hidden_layers": 32,
-    },
-    "falcon_40b": FALCON
-    | {
-        "hidden_size": 8192,
-        "new_decoder_architecture": True,
-        "num_attention_heads": 128,
-        "num_hidden_layers": 60,
-        "num_kv_heads": 8,
-    },
-    "falcon_180b": FALCON
-    | {
-        "hidden_size": 14848,
-        "new_decoder_architecture": True,
-        "num_attention_heads": 232,
-        "num_hidden_layers": 80,
-        "num_kv_heads": 8,
-    },
+    "falcon_7b": FALCON | falcon(32, 4544, 71, multi_query=True, new_decoder_architecture=False),
+    "falcon_40b": FALCON | falcon(60, 8192, 128, new_decoder_architecture=True, num_kv_heads=8),
+    "falcon_180b": FALCON | falcon(80, 14848, 232, new_decoder_architecture=True, num_kv_heads=8),
     "phi_1_5": PHI | sizes(24, 2048, 32, 8192, partial_rotary_factor=0.5),
     "phi_2": PHI | sizes(32, 2560, 32, 10240, 32, partial_rotary_factor=0.4),
     "phi3_mini": PHI3 | sizes(32, 3072, 32, 8192, 32),
@@ -586,22 +561,18 @@ PUBLISHED: dict[str, Values] = {
     "bloom_176b": BLOOM | bloom(70, 14336, 112, pretraining_tp=4),
     "mpt_7b": MPT | {"d_model": 4096, "max_seq_len": 2048, "n_heads": 32, "n_layers": 32},
     "mpt_30b": MPT | {"d_model": 7168, "max_seq_len": 8192, "n_heads": 64, "n_layers": 48},
-    "grok_1": {
+    "grok_1": sizes(64, 6144, 48, 32768, 8)
+    | {
         "architectures": ["Grok1ModelForCausalLM"],
         "attn_output_multiplier": 0.08838834764831845,
         "bos_token_id": 1,
         "embedding_multiplier_scale": 78.38367176906169,
         "eos_token_id": 2,
-        "hidden_size": 6144,
-        "intermediate_size": 32768,
         "max_attn_value": 30.0,
         "max_position_embeddings": 8192,
         "model_type": "grok-1",
-        "num_attention_heads": 48,
         "num_experts": 8,
         "num_experts_per_tok": 2,
-        "num_hidden_layers": 64,
-        "num_key_value_heads": 8,
         "output_multiplier_scale": 0.5773502691896257,
         "output_router_logits": False,
         "pad_token_id": 0,

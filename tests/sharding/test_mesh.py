@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 
-from maxlm.config import MaxlmError
 from maxlm.sharding import MESH_AXES, MeshConfig, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
-
-
-def message(call, *args) -> str:
-    with pytest.raises(MaxlmError) as error:
-        call(*args)
-    return str(error.value)
+from tests.errors import message
 
 
 def test_all_devices_go_to_fsdp_by_default():

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.config import MaxlmError
 from maxlm.sharding import (
     LOGICAL_AXES,
     MESH_AXES,
@@ -24,15 +23,10 @@ from maxlm.sharding import (
     make_mesh,
     place,
 )
+from tests.errors import message
 
 ONES = dict.fromkeys(MESH_AXES, 1)
 STORAGE = ShardingConfig().storage
-
-
-def message(call, *args, **kwargs) -> str:
-    with pytest.raises(MaxlmError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
 
 
 @given(st.data())

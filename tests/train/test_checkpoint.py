@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from maxlm.config import MaxlmError
 from maxlm.train.checkpoint import Checkpointer, check_same, named_leaves
 from maxlm.train.config import CheckpointConfig
+from tests.errors import message
 from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -234,12 +235,6 @@ def test_names_are_paths_of_keys_attributes_and_indices():
     names = list(named_leaves(make_state()))
     assert names[:2] == ["opt_state.1.count", "opt_state.1.mu.embed.table"]
     assert names[-2:] == ["params.layers.up", "step"]
-
-
-def message(call, *args):
-    with pytest.raises(MaxlmError) as error:
-        call(*args)
-    return str(error.value)
 
 
 def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):

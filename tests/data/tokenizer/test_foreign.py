@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
@@ -16,6 +15,7 @@ from maxlm.data.tokenizer import (
     train_tokenizer,
 )
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
+from tests.errors import message
 
 TEXT = "  the quick </s>größer\n\n  12 猫 <|im_start|> <mask>"
 
@@ -44,12 +44,6 @@ def settings(folder, name="tokenizer_config.json", **values):
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def message(call, *arguments) -> str:
-    with pytest.raises(MaxlmError) as error:
-        call(*arguments)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("name", MAKERS)
