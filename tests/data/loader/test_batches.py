@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError
 from maxlm.data.loader import LoaderConfig, make_batches, make_loader, one_pass
+from tests.errors import message
 
 documents = st.lists(st.integers(2, 40), min_size=4, max_size=30).filter(lambda x: sum(x) >= 16)
 methods = st.sampled_from(["concat", "best_fit"])
@@ -180,24 +180,18 @@ def test_one_pass_takes_a_short_store_and_stops_early(memory_store):
     assert [batch["tokens"][0, 0] for batch in passes] == [0, 16]
 
 
-def error_of(function, *args, **kwargs):
-    with pytest.raises(MaxlmError) as error:
-        function(*args, **kwargs)
-    return str(error.value)
-
-
 def test_refusals(memory_store):
     stores = {"web": memory_store([4, 6])}
-    assert error_of(make_batches, stores, {"web": 1}, config(), seed=0) == (
+    assert message(make_batches, stores, {"web": 1}, config(), seed=0) == (
         "store 'web': the corpus has 10 tokens, fewer than seq_len=16; "
         "give more text, or lower seq_len"
     )
-    assert error_of(make_batches, {}, {}, config(), seed=0) == (
+    assert message(make_batches, {}, {}, config(), seed=0) == (
         "weights: no stores to mix; name at least one store"
     )
-    assert error_of(make_batches, stores, {"wbe": 1}, config(), seed=0) == (
+    assert message(make_batches, stores, {"wbe": 1}, config(), seed=0) == (
         "weights: weights are for ['wbe'], stores are ['web']; give each store one weight"
     )
-    assert error_of(one_pass, memory_store([]), 16, 4) == (
+    assert message(one_pass, memory_store([]), 16, 4) == (
         "evaluation: the store has no tokens; give some text"
     )
