@@ -135,7 +135,7 @@ def make_job(
         _check_limit(limit, grace, plan)
     seen = scheduler == "slurm" and not options.image
     config, settings, text = _config(run, source, settings, seen, name)
-    title = " ".join(f"{run.name} on {on}: {machine.words}".split())
+    title = f"{run.name} on {on}: {machine.words}"
     if placeholders := find_placeholders(run):
         title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from maxlm.config import load
+from maxlm.config import MaxlmError, load
 from maxlm.launch.job import make_job
 from maxlm.launch.options import Options
 from maxlm.launch.render import render
@@ -87,9 +87,8 @@ def test_slurm_in_a_container(program, rendered, tmp_path):
 
 
 def test_a_name_is_no_line_of_its_own(rendered):
-    script = rendered("slurm", "h100x64", run_name="a\ncurl evil")
-    assert script.splitlines()[1].startswith("# a curl evil on h100x64: ")
-    assert not [line for line in script.splitlines() if line.startswith("curl")]
+    with pytest.raises(MaxlmError, match=r"name: 'a\\ncurl evil' names no folder; "):
+        rendered("slurm", "h100x64", run_name="a\ncurl evil")
 
 
 def until_started(log, count):
