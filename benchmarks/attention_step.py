@@ -8,7 +8,7 @@ The table has the step's memory on a device, as the compiler lays it out; cycles
 schedule of one layer's attention to a micro-batch, at a device's shapes and one document a row; how
 often the compiled step runs each pass; and the time of all these cycles at the chip's clock.
 Kernels alone are counted: neither their waits for memory nor what stands beside them (copies,
-splash's sum of dQ). Of splash, the fastest of the blocks that `pallas_kernels.bench` tries.
+splash's sum of dQ). Of splash, the fastest of the blocks that `kernel_cycles.bench` tries.
 
 XLA's attention is no kernel but a loop of many operations. In the place of its cycles stands what
 they cannot be less than: the bytes that they move, at the chip's bandwidth.
@@ -30,6 +30,11 @@ import numpy as np
 from cases import add_cases, chosen, in_child
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.kernel_cycles.contests.blocks import tried
+from benchmarks.kernel_cycles.static import CHIPS as STATIC
+from benchmarks.kernel_cycles.static import Spec, measure
+from benchmarks.kernel_cycles.static.peers import jax_splash_attention
+from benchmarks.kernel_cycles.static.problems import Mask
 from maxlm.config import load
 from maxlm.parallel.local import on_shards
 from maxlm.plan.compiled.cost import CompiledCost, compiled_cost
@@ -39,11 +44,6 @@ from maxlm.programs.compile import compile_step, has_compiler, topology_devices
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
-from pallas_kernels.static import CHIPS as STATIC
-from pallas_kernels.static import Spec, measure
-from pallas_kernels.static.benchmarks.blocks import tried
-from pallas_kernels.static.peers import jax_splash_attention
-from pallas_kernels.static.problems import Mask
 
 RUN, OVERRIDES, TOPOLOGY, CHIP = "runs/llama3_8b", ["train.micro_batches=4"], "v5p-64", "v5p"
 # The forward and the backward kernel, by what the compiled step calls them.

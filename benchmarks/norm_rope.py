@@ -27,14 +27,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.kernel_cycles.static import CHIPS as STATIC
+from benchmarks.kernel_cycles.static import Spec, measure
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotary, rotate
 from maxlm.plan.compiled.cost import compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import topology_devices
-from pallas_kernels.static import CHIPS as STATIC
-from pallas_kernels.static import Spec, measure
 
 TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 32, 8, 128
 EPS, THETA, ROWS = 1e-5, 500_000.0, 128

@@ -1,4 +1,4 @@
-"""Blocks that a search found fastest (``python -m pallas_kernels.tune``), and who they serve.
+"""Blocks that a search found fastest (``benchmarks.kernel_cycles.tune``), and who they serve.
 
 ``tuned.json`` beside this file holds an entry a line. A shape that is not in it takes the blocks
 of the nearest sequence with the same chip, pass, head sizes, kind of mask and width of numbers, if

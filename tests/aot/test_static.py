@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.static import CHIPS, CompileError, Spec, measure
-from pallas_kernels.static.measure import has_compiler
+from benchmarks.kernel_cycles.static import CHIPS, CompileError, Spec, measure
+from benchmarks.kernel_cycles.static.measure import has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="the compiler is not installed")
 
@@ -119,7 +119,9 @@ def test_counts_follow_division_and_scalar_scratch(chip, divisor):
 def test_a_peers_masked_blocks_are_not_counted():
     problem = {"batch": 1, "heads": 8, "seq": 1024, "head_dim": 128, "mask": "causal"}
     blocks = {"gradient": False, "forward": [256, 256, 256]}
-    costs = measure(Spec("pallas_kernels.static.peers:jax_splash", problem | blocks), "v5p")
+    costs = measure(
+        Spec("benchmarks.kernel_cycles.static.peers:jax_splash", problem | blocks), "v5p"
+    )
     (kernel,) = costs.kernels
     (loop,) = kernel.inner_loops
     assert kernel.cores == 2

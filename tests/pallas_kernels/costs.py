@@ -1,6 +1,6 @@
 """Costs of programs that nobody compiled."""
 
-from pallas_kernels.static import CHIPS, CallCosts, KernelCosts, RegionCosts
+from benchmarks.kernel_cycles.static import CHIPS, CallCosts, KernelCosts, RegionCosts
 
 
 def region(**changes) -> RegionCosts:

@@ -5,12 +5,12 @@ from importlib import import_module
 
 import pytest
 
-from pallas_kernels.static import CallCosts, CompileError, Spec
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark, Contender, Pass
-from pallas_kernels.static.benchmarks.contest import FAR, OWN, Row, contest
-from pallas_kernels.static.benchmarks.survey import Cell, survey, time_left
-from pallas_kernels.static.benchmarks.table import table
-from pallas_kernels.static.problems import SHAPES, Shape, shapes
+from benchmarks.kernel_cycles.contests import BENCHMARKS, Benchmark, Contender, Pass
+from benchmarks.kernel_cycles.contests.contest import FAR, OWN, Row, contest
+from benchmarks.kernel_cycles.contests.survey import Cell, survey, time_left
+from benchmarks.kernel_cycles.contests.table import table
+from benchmarks.kernel_cycles.static import CallCosts, CompileError, Spec
+from benchmarks.kernel_cycles.static.problems import SHAPES, Shape, shapes
 from tests.pallas_kernels.costs import costs
 
 FORWARD, BACKWARD = Pass("forward", 0, False), Pass("backward", 0, True)
@@ -216,7 +216,7 @@ def test_peers_contend_where_they_can_win_with_blocks_that_divide(
     mask, tokamax, names, seq, monkeypatch
 ):
     # The package's attribute of this name is a function.
-    module = import_module("pallas_kernels.static.benchmarks.attention")
+    module = import_module("benchmarks.kernel_cycles.contests.attention")
     monkeypatch.setattr(module, "find_spec", lambda name: tokamax or None)
     options = argparse.Namespace(mask=mask, seq=seq, batch=1, heads=8, head_dim=64, peers=True)
     own, *peers = BENCHMARKS["attention"](options).contenders

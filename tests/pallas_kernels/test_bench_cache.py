@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import bench
-from pallas_kernels.static import CallCosts, CompileError, KernelCosts, Spec
-from pallas_kernels.static.benchmarks import cache
-from pallas_kernels.static.benchmarks.contest import OWN
-from pallas_kernels.static.measure import CompilerKilled
+from benchmarks.kernel_cycles import bench
+from benchmarks.kernel_cycles.contests import cache
+from benchmarks.kernel_cycles.contests.contest import OWN
+from benchmarks.kernel_cycles.static import CallCosts, CompileError, KernelCosts, Spec
+from benchmarks.kernel_cycles.static.measure import CompilerKilled
 from tests.pallas_kernels.costs import costs
 
 
@@ -85,8 +85,8 @@ def test_a_killed_compiler_and_half_a_file_are_measured_again(folder):
 
 def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     where, asked = folder
-    own = Spec("pallas_kernels.static.benchmarks.attention:own_attention", {"seq": 1})
-    peer = Spec("pallas_kernels.static.peers:tokamax_splash", {"seq": 1})
+    own = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})
+    peer = Spec("benchmarks.kernel_cycles.static.peers:tokamax_splash", {"seq": 1})
 
     def measured() -> list[str]:
         asked.clear()
@@ -126,7 +126,9 @@ def test_versions_of_tokamax_are_of_its_kernels_alone(folder, monkeypatch):
     monkeypatch.setattr(
         cache, "versions", lambda *names: ", ".join(f"{n} {new.get(n)}" for n in names)
     )
-    specs = [Spec(f"pallas_kernels.static.peers:{f}") for f in ("jax_splash", "tokamax_splash")]
+    specs = [
+        Spec(f"benchmarks.kernel_cycles.static.peers:{f}") for f in ("jax_splash", "tokamax_splash")
+    ]
     for version in ("1", "2"):
         new["tokamax"] = version
         for spec in specs:

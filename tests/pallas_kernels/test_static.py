@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import bench
-from pallas_kernels.static import CHIPS, CallCosts, CompileError, Spec
-from pallas_kernels.static.benchmarks import Benchmark, Contender, Pass
-from pallas_kernels.static.benchmarks.contest import CountError, contest
-from pallas_kernels.static.control import run_counts
-from pallas_kernels.static.costs import call_costs, kernel_costs
-from pallas_kernels.static.prefetch import KernelCall, kernel_calls, words
-from pallas_kernels.static.problems import Mask, attention_flops
-from pallas_kernels.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
-from pallas_kernels.static.schedule import parse_schedule, read_schedules
+from benchmarks.kernel_cycles import bench
+from benchmarks.kernel_cycles.contests import Benchmark, Contender, Pass
+from benchmarks.kernel_cycles.contests.contest import CountError, contest
+from benchmarks.kernel_cycles.static import CHIPS, CallCosts, CompileError, Spec
+from benchmarks.kernel_cycles.static.control import run_counts
+from benchmarks.kernel_cycles.static.costs import call_costs, kernel_costs
+from benchmarks.kernel_cycles.static.prefetch import KernelCall, kernel_calls, words
+from benchmarks.kernel_cycles.static.problems import Mask, attention_flops
+from benchmarks.kernel_cycles.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
+from benchmarks.kernel_cycles.static.schedule import parse_schedule, read_schedules
 
 # A loop of eight steps, on core 0 alone, over a table in scalar memory. A step multiplies
 # matrices; where its entry is positive, a predicated region spills.

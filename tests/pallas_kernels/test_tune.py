@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import tune
-from pallas_kernels.attention import dispatch, hopper, tpu, tpu_blocks, triton, tuned, tuning
+from benchmarks.kernel_cycles import tune, tuning
+from benchmarks.kernel_cycles.static import CompileError
+from benchmarks.kernel_cycles.tuning import Problem
+from pallas_kernels.attention import dispatch, hopper, tpu, tpu_blocks, triton, tuned
 from pallas_kernels.attention.how import described
 from pallas_kernels.attention.tpu_blocks import Blocks, Sizes
 from pallas_kernels.attention.tuned import BACKWARD, FORWARD, PASSES
-from pallas_kernels.attention.tuning import Problem
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.static import CompileError
 
 V5P = CHIPS["v5p"]
 PROBLEM = Problem(FORWARD, 128, 128, 4096, "causal", "bfloat16", 8)

@@ -1,6 +1,6 @@
 """Static benchmark of the kernels for a TPU that need not be here.
 
-``python -m pallas_kernels.bench --chip v5p --kernel attention --head-dim 128 --seq 4096 --peers``
+``python -m benchmarks.kernel_cycles.bench --kernel attention --chip v5p --seq 4096 --peers``
 compiles each contender with the TPU's compiler (``pip install libtpu``), reads its final schedule
 and counts the cycles that one call takes. Waits for memory are not in a schedule. ``--all --peers``
 does so for every shape of attention on v5p and v6e, and prints one table; it keeps what it measured
@@ -12,15 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pallas_kernels.attention.tuning import versions
-from pallas_kernels.static import CHIPS, Chip, measure
-from pallas_kernels.static.benchmarks import BENCHMARKS, Benchmark
-from pallas_kernels.static.benchmarks.cache import Cache
-from pallas_kernels.static.benchmarks.contest import Row, contest
-from pallas_kernels.static.benchmarks.survey import survey
-from pallas_kernels.static.benchmarks.table import table
-from pallas_kernels.static.measure import Spec, has_compiler
-from pallas_kernels.static.problems import Shape, shapes
+from benchmarks.kernel_cycles.contests import BENCHMARKS, Benchmark
+from benchmarks.kernel_cycles.contests.cache import Cache
+from benchmarks.kernel_cycles.contests.contest import Row, contest
+from benchmarks.kernel_cycles.contests.survey import survey
+from benchmarks.kernel_cycles.contests.table import table
+from benchmarks.kernel_cycles.static import CHIPS, Chip, measure
+from benchmarks.kernel_cycles.static.measure import Spec, has_compiler
+from benchmarks.kernel_cycles.static.problems import Shape, shapes
+from benchmarks.kernel_cycles.tuning import versions
 
 ALL_CHIPS = ("v5p", "v6e")
 _CACHE = Path("~/.cache/pallas_kernels/bench")
@@ -106,7 +106,7 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.bench",
+        prog="python -m benchmarks.kernel_cycles.bench",
         description="Static cycles of kernels by the TPU's own compiler; needs no TPU, but libtpu.",
         epilog="Each program takes the compiler from seconds to a minute.",
     )

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
-from pallas_kernels.static.measure import Spec
+from benchmarks.kernel_cycles.contests.contest import OWN, Benchmark, Contender, Pass
+from benchmarks.kernel_cycles.static.measure import Spec
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 

@@ -1,7 +1,8 @@
 """Compile one function for a TPU that is not here and leave what was learnt in a folder.
 
-Run as a process of its own, ``python -m pallas_kernels.static.compile FOLDER`` with the request as
-JSON on standard input: libtpu reads ``LIBTPU_INIT_ARGS``, which names the dump, once a process.
+Run as a process of its own, ``python -m benchmarks.kernel_cycles.static.compile FOLDER`` with the
+request as JSON on standard input: libtpu reads ``LIBTPU_INIT_ARGS``, which names the dump, once a
+process.
 """
 
 import json
@@ -11,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.static.schedule import BUNDLES, REGIONS, UNIT_USE
+from benchmarks.kernel_cycles.static.schedule import BUNDLES, REGIONS, UNIT_USE
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -46,7 +47,7 @@ def compile_into(folder: Path, fn: Any, args: Any, topology: str) -> None:
     from jax.experimental import topologies
     from jax.experimental.layout import Format, Layout
 
-    from pallas_kernels.static.prefetch import kernel_calls
+    from benchmarks.kernel_cycles.static.prefetch import kernel_calls
 
     machine = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     device = machine.devices[0]

@@ -1,6 +1,6 @@
 """Search for the block sizes with which attention is fastest, and keep them in a table.
 
-``python -m pallas_kernels.tune --chip v5p --head-dim 128 --seq 4096 --mask causal --write``
+``python -m benchmarks.kernel_cycles.tune --chip v5p --seq 4096 --mask causal --write``
 compiles for a TPU that need not be here and counts the cycles of each candidate. On a machine with
 a GPU, and without ``--chip``, candidates run and are timed. ``--all --write`` searches for every
 shape that the table holds, from what it holds.
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.attention import tuned
-from pallas_kernels.attention.tpu_blocks import Blocks
-from pallas_kernels.attention.tuned import PASSES, Entry
-from pallas_kernels.attention.tuning import (
+from benchmarks.kernel_cycles.static.measure import has_compiler
+from benchmarks.kernel_cycles.static.problems import Shape, shapes
+from benchmarks.kernel_cycles.tuning import (
     Cost,
     Problem,
     axes,
@@ -27,9 +26,10 @@ from pallas_kernels.attention.tuning import (
     static_cost,
     versions,
 )
+from pallas_kernels.attention import tuned
+from pallas_kernels.attention.tpu_blocks import Blocks
+from pallas_kernels.attention.tuned import PASSES, Entry
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.static.measure import has_compiler
-from pallas_kernels.static.problems import Shape, shapes
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALL_CHIPS = ("v6e", "v5p")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.tune",
+        prog="python -m benchmarks.kernel_cycles.tune",
         description="Find attention's fastest block sizes: for a TPU by static cycles of its own "
         "compiler (it needs no TPU, but libtpu), on a GPU by time.",
         epilog="A candidate takes the compiler from seconds to a minute.",

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from pallas_kernels.static.benchmarks.contest import OWN, Outcome, Row, best_peer
-from pallas_kernels.static.benchmarks.survey import Cell, Results
-from pallas_kernels.static.problems import Shape
+from benchmarks.kernel_cycles.contests.contest import OWN, Outcome, Row, best_peer
+from benchmarks.kernel_cycles.contests.survey import Cell, Results
+from benchmarks.kernel_cycles.static.problems import Shape
 
 GOAL = 0.90
 """Of the best peer's time."""

@@ -1,7 +1,7 @@
 """How fast attention is with given blocks, and the search for the fastest.
 
 For a TPU, which need not be here, the compiler's final schedule is counted
-(:mod:`pallas_kernels.static`); on a GPU the candidates run.
+(:mod:`benchmarks.kernel_cycles.static`); on a GPU the candidates run.
 """
 
 import importlib
@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.kernel_cycles.static import CompileError, Spec, measure
+from benchmarks.kernel_cycles.static.problems import Mask
 from pallas_kernels.attention import attention_backward, attention_forward, dispatch, tuned
 from pallas_kernels.attention.how import described
 from pallas_kernels.attention.tpu_blocks import Blocks, BlockSizes, Sizes, check
 from pallas_kernels.attention.tuned import FORWARD, Entry
 from pallas_kernels.chips import Chip
-from pallas_kernels.static import CompileError, Spec, measure
-from pallas_kernels.static.problems import Mask
 
 _SPILLS_COST = 0.25
 SIZES, TILES = (256, 2048), (128, 512)
@@ -125,7 +125,7 @@ class Problem(NamedTuple):
 
 
 def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
-    """A problem with a TPU's blocks, as :class:`~pallas_kernels.static.Spec` wants it.
+    """A problem with a TPU's blocks, as :class:`~benchmarks.kernel_cycles.static.Spec` wants it.
 
     Operands and results are [row, head, token, ...], as they lie for the kernels: copies into that
     order, which are not counted, would take the compiler longer than the kernel does.

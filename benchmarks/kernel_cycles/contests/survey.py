@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from pallas_kernels.static.benchmarks.contest import (
+from benchmarks.kernel_cycles.contests.contest import (
     Benchmark,
     Contender,
     Measure,
@@ -17,8 +17,8 @@ from pallas_kernels.static.benchmarks.contest import (
     Row,
     contest,
 )
-from pallas_kernels.static.measure import Spec
-from pallas_kernels.static.problems import Shape
+from benchmarks.kernel_cycles.static.measure import Spec
+from benchmarks.kernel_cycles.static.problems import Shape
 
 
 class Cell(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.static.scalar import (
+from benchmarks.kernel_cycles.static.scalar import (
     OPERAND,
     UNKNOWN,
     Unknown,
@@ -28,7 +28,7 @@ from pallas_kernels.static.scalar import (
     signed,
     written,
 )
-from pallas_kernels.static.schedule import Schedule
+from benchmarks.kernel_cycles.static.schedule import Schedule
 
 MAX_RUNS = 1 << 26
 """Of a loop's body, before it counts as endless."""

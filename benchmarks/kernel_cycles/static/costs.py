@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from benchmarks.kernel_cycles.static.control import knows_core, run_counts
+from benchmarks.kernel_cycles.static.prefetch import KernelCall, words
+from benchmarks.kernel_cycles.static.schedule import Region, Schedule
 from pallas_kernels.chips import Chip
-from pallas_kernels.static.control import knows_core, run_counts
-from pallas_kernels.static.prefetch import KernelCall, words
-from pallas_kernels.static.schedule import Region, Schedule
 
 SPILL_STORES, SPILL_LOADS = "VSTORE:SPILL", "VLOAD:FILL"
 _CORE_IS_IDLE = 0.1

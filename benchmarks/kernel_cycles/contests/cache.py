@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pallas_kernels
-from pallas_kernels.attention.tuning import versions
+from benchmarks.kernel_cycles import static
+from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts, RegionCosts
+from benchmarks.kernel_cycles.static.measure import CompileError, CompilerKilled, Spec, measure
+from benchmarks.kernel_cycles.tuning import versions
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.static.costs import CallCosts, KernelCosts, RegionCosts
-from pallas_kernels.static.measure import CompileError, CompilerKilled, Spec, measure
 
-_PACKAGE = Path(pallas_kernels.__file__).parent
-_PEERS = "pallas_kernels.static.peers"
+_KERNELS = Path(pallas_kernels.__file__).parent
+_STATIC = Path(static.__file__).parent
+_PEERS = "benchmarks.kernel_cycles.static.peers"
 _REFUSED, _NOT_COUNTED = "CompileError", "ValueError"
 
 
@@ -36,7 +38,7 @@ class Cache:
         self._folder = folder
 
     def measure(self, spec: Spec, chip: str) -> CallCosts:
-        """As :func:`pallas_kernels.static.measure`; of the kernels' regions, the inner loops."""
+        """As :func:`~benchmarks.kernel_cycles.static.measure`; only inner loops' regions."""
         key = self._key(spec, chip)
         found = self._read(key)
         if found is None:
@@ -84,9 +86,9 @@ class Cache:
 def sources(module: str) -> list[Path]:
     """Files from which the costs of a module's programs follow: what counts; and for programs that
     are not others' kernels, all kernels with their tuned blocks."""
-    files = {_PACKAGE / "chips.py", *_PACKAGE.glob("static/*.py")}
+    files = {_KERNELS / "chips.py", *_STATIC.glob("*.py")}
     if module != _PEERS:
-        files |= {*_PACKAGE.glob("*/*.py"), *_PACKAGE.glob("*/*.json")}
+        files |= {*_KERNELS.glob("*/*.py"), *_KERNELS.glob("*/*.json")}
         spec = find_spec(module)
         if spec and spec.origin:
             files.add(Path(spec.origin))

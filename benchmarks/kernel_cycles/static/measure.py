@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kernel_cycles.static.compile import environment
+from benchmarks.kernel_cycles.static.costs import CallCosts, call_costs
+from benchmarks.kernel_cycles.static.prefetch import KernelCall
+from benchmarks.kernel_cycles.static.schedule import read_schedules
 from pallas_kernels.chips import CHIPS
-from pallas_kernels.static.compile import environment
-from pallas_kernels.static.costs import CallCosts, call_costs
-from pallas_kernels.static.prefetch import KernelCall
-from pallas_kernels.static.schedule import read_schedules
 
 
 class CompileError(Exception):
@@ -71,7 +71,7 @@ def measure(spec: Spec, chip: str) -> CallCosts:
         folder = Path(name)
         (folder / "dump").mkdir()
         done = subprocess.run(
-            [sys.executable, "-m", "pallas_kernels.static.compile", name],
+            [sys.executable, "-m", "benchmarks.kernel_cycles.static.compile", name],
             input=request,
             text=True,
             capture_output=True,

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
-from pallas_kernels.static.measure import Spec
+from benchmarks.kernel_cycles.contests.contest import OWN, Benchmark, Contender, Pass
+from benchmarks.kernel_cycles.static.measure import Spec
 
 _LOSS, _GRADIENT = "loss", "loss + gradient"
 

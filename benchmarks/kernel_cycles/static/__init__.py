@@ -3,9 +3,9 @@
 :func:`measure` compiles a function for a chip and returns the cycles of each of its kernels.
 """
 
+from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts, RegionCosts
+from benchmarks.kernel_cycles.static.measure import CompileError, Spec, measure
 from pallas_kernels.chips import CHIPS, Chip
-from pallas_kernels.static.costs import CallCosts, KernelCosts, RegionCosts
-from pallas_kernels.static.measure import CompileError, Spec, measure
 
 __all__ = [
     "CHIPS",

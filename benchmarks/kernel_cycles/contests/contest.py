@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from pallas_kernels.static.costs import CallCosts, KernelCosts
-from pallas_kernels.static.measure import CompileError, Spec
+from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts
+from benchmarks.kernel_cycles.static.measure import CompileError, Spec
 
 FAR = 1.1
 """A peer that takes so many times as long as the best one tries no more block sizes."""

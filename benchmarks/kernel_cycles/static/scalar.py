@@ -7,7 +7,7 @@ DMA and division become calls of ``load``, ``store``, ``copy``, ``divide`` and `
 import re
 from typing import Any
 
-from pallas_kernels.static.schedule import Schedule
+from benchmarks.kernel_cycles.static.schedule import Schedule
 
 # Words of scalar memory below the region that a kernel's own allocations start at.
 _SCOPED = 1 << 24

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.static.benchmarks.blocks import PEERS, tried
-from pallas_kernels.static.benchmarks.contest import OWN, Benchmark, Contender, Pass
-from pallas_kernels.static.measure import Spec
-from pallas_kernels.static.problems import Mask, attention_flops
+from benchmarks.kernel_cycles.contests.blocks import PEERS, tried
+from benchmarks.kernel_cycles.contests.contest import OWN, Benchmark, Contender, Pass
+from benchmarks.kernel_cycles.static.measure import Spec
+from benchmarks.kernel_cycles.static.problems import Mask, attention_flops
 
 _TOKAMAX = "tokamax splash"
 
@@ -90,7 +90,7 @@ def _peers(mask: Mask) -> list[str]:
 
 def _peer(name: str, mask: Mask, problem: dict[str, Any]) -> Contender:
     seq = problem["seq"]
-    where = f"pallas_kernels.static.peers:{name.replace(' ', '_')}"
+    where = f"benchmarks.kernel_cycles.static.peers:{name.replace(' ', '_')}"
     segment = seq // (mask.segments or 1) if name == _TOKAMAX else seq
     found = tried(name, mask.window or segment, seq)
     forward = [{"forward": blocks} for blocks in found.forward]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.static.problems import Mask
+from benchmarks.kernel_cycles.static.problems import Mask
 
 Program = tuple[Callable[..., Any], Sequence[Any]]
 
