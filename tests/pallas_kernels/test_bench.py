@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.kernel_cycles.contests import BENCHMARKS, Benchmark, Contender, Pass
 from benchmarks.kernel_cycles.contests.contest import FAR, OWN, Row, contest
-from benchmarks.kernel_cycles.contests.survey import Cell, survey, time_left
+from benchmarks.kernel_cycles.contests.survey import Cell, survey
 from benchmarks.kernel_cycles.contests.table import table
 from benchmarks.kernel_cycles.static import CallCosts, CompileError, Spec
 from benchmarks.kernel_cycles.static.problems import SHAPES, Shape, shapes
@@ -27,15 +27,13 @@ def contender(name: str, count: int = 1) -> Contender:
     return Contender(name, programs, peer=name != OWN)
 
 
-def row(name: str, of: Pass, found: CallCosts) -> Row:
-    return Row(contender(name), of, Spec("m:f"), found)
-
-
 def outcomes(of: Pass, **found) -> dict:
     """By contender's name, of costs or exceptions."""
     names = {"own": OWN, "splash": PEERS[0], "flash": PEERS[1], "tokamax": PEERS[2]}
     return {
-        names[key]: value if isinstance(value, Exception) else row(names[key], of, value)
+        names[key]: value
+        if isinstance(value, Exception)
+        else Row(contender(names[key]), of, Spec("m:f"), value)
         for key, value in found.items()
     }
 
@@ -104,14 +102,6 @@ def test_without_peers_there_is_no_ratio_and_nothing_to_miss():
     assert ours == f"| 64 4,096 window:1024 | ours{' | 30.0 | 40.0 | 3/0 | 2.0' * 2} |"
 
 
-def test_every_ratio_met_is_said():
-    results = {
-        Cell(SHAPE, "v5p", of.name): outcomes(of, own=costs(8.0, 8.0), flash=costs(9.0, 9.0))
-        for of in (FORWARD, BACKWARD)
-    }
-    assert table(results).splitlines()[-1] == "2 of 2 ratios are at most 0.90."
-
-
 def test_peers_far_behind_try_no_more_blocks():
     asked = []
     times = {
@@ -155,50 +145,20 @@ def test_a_peer_without_a_figure_tries_on():
     assert str(found["jax flash"]) == "VMEM 1"
 
 
-def test_all_contests_are_held_peers_first_and_their_progress_told():
-    shape, known, lines, asked = SHAPE, set(), [], []
+def test_all_contests_are_held_peers_first():
+    asked, lines = [], []
     benchmark = Benchmark("", [contender(OWN), contender("jax flash", 2)], [FORWARD, BACKWARD])
-    seconds = [0]
 
     def measure(spec: Spec, chip: str) -> CallCosts:
         asked.append(spec.kwargs["who"])
-        seconds[0] += 0 if is_known(spec, chip) else 30
         return costs(5.0, 6.0)
 
-    def is_known(spec: Spec, chip: str) -> bool:
-        return (spec.kwargs["who"], chip) in known
-
-    def run():
-        lines.clear(), asked.clear()
-        return survey(
-            {shape: benchmark},
-            ["v5p", "v6e"],
-            measure,
-            is_known,
-            lines.append,
-            lambda: seconds[0],
-        )
-
-    known.add((OWN, "v5p"))
-    results = run()
-    assert list(results) == [
-        Cell(shape, chip, of) for chip in ("v5p", "v6e") for of in ("forward", "backward")
-    ]
-    assert all(list(found) == ["jax flash", OWN] for found in results.values())
+    chips = ["v5p", "v6e"]
+    found = survey({SHAPE: benchmark}, chips, measure, lambda *_: True, lines.append, lambda: 0)
+    assert list(found) == [Cell(SHAPE, chip, of.name) for chip in chips for of in benchmark.passes]
+    assert all(list(one) == ["jax flash", OWN] for one in found.values())
     assert asked == ["jax flash"] * 8 + [OWN] * 4
-    # Contests of two programs take a minute; the two that are known, nothing.
-    left = [line.partition("about ")[2] for line in lines]
-    assert left == [*(f"{n} min left" for n in (5, 4, 3, 2, 2, 2, 1)), ""]
-    at = "v5p 64, 4,096, window:1024"
-    assert lines[1] == f"[2/8] {at} backward: jax flash 6.0 µs; about 4 min left"
-    known.add((OWN, "v6e")), known.add(("jax flash", "v5p")), known.add(("jax flash", "v6e"))
-    assert run() == results
-    assert lines[4] == f"[5/8] {at} forward: {OWN} 5.0 µs"
-
-
-def test_time_left_is_that_of_what_is_to_be_compiled():
-    assert time_left([60.0, 180.0], 3) == "; about 6 min left"
-    assert time_left([], 3) == time_left([60.0], 0) == ""
+    assert lines[1] == "[2/8] v5p 64, 4,096, window:1024 backward: jax flash 6.0 µs"
 
 
 @pytest.mark.parametrize(
