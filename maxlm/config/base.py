@@ -62,7 +62,7 @@ class Config(BaseModel):
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = handler(core)
         properties = handler.resolve_ref_schema(found).get("properties", {})
-        for name, text in fields.docs(cls).items():
+        for name, text in fields.field_docstrings(cls).items():
             if name in properties:
                 properties[name].setdefault("description", text)
         return found

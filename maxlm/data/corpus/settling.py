@@ -32,7 +32,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.cuts import CUTS
 from maxlm.data.corpus.dedup.columns import concatenate, open_columns
-from maxlm.data.corpus.dedup.components import AlikePairs, resolve
+from maxlm.data.corpus.dedup.components import AlikePairs, resolve_duplicates
 from maxlm.data.corpus.dedup.members import count_documents, ranks
 from maxlm.data.corpus.dedup.substrings import REPEATS
 from maxlm.data.corpus.expression import Expression
@@ -84,7 +84,7 @@ def settle_duplicates(corpus: Corpus, rules: Rules, progress: Progress = silent)
     return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
 
 
-def judge(
+def apply_verdicts(
     table: pa.RecordBatch,
     stages: Compared,
     verdicts: Mapping[str, np.ndarray] | None = None,
@@ -113,8 +113,8 @@ def judge(
     return pa.table(columns)
 
 
-def judged_columns(rules: Rules, stages: Compared) -> list[str]:
-    """The columns that `judge` and then the rules need."""
+def rule_columns(rules: Rules, stages: Compared) -> list[str]:
+    """The columns that `apply_verdicts` and then the rules need."""
     wheres = [where for _, where in stages if where is not None]
     names = [name for each in (*rules.keep.values(), *wheres) for name in each.names]
     verdicts = {f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts}
@@ -163,10 +163,10 @@ class _Settling:
     def _kept(self) -> np.ndarray:
         """Which documents fulfil the rules by the verdicts so far: bool [documents]."""
         keep = np.ones(self._first[-1], np.bool_)
-        for documents, table in self._groups(judged_columns(self._rules, self._stages), "rules"):
-            judged = judge(table, self._stages, self._verdicts, documents)
+        for documents, table in self._groups(rule_columns(self._rules, self._stages), "rules"):
+            labelled = apply_verdicts(table, self._stages, self._verdicts, documents)
             for rule in self._rules.keep.values():
-                keep[documents] &= rule.true(judged)
+                keep[documents] &= rule.true(labelled)
         return keep
 
     def _read_found(self, stage: CorpusStage) -> dict[str, np.ndarray]:
@@ -207,7 +207,7 @@ class _Settling:
     def _settle_documents(self, stage: CorpusStage, may_keep: np.ndarray) -> None:
         found, title = self._found[stage.title], stage.title
         alike = AlikePairs(*(found[name] for name in AlikePairs.__dataclass_fields__))
-        marks = resolve(alike, lambda documents: found["rank"][documents], may_keep)
+        marks = resolve_duplicates(alike, lambda documents: found["rank"][documents], may_keep)
         lost = marks.of >= 0
         self._verdicts[f"{title}.duplicate"] = np.zeros(len(may_keep), np.bool_)
         self._verdicts[f"{title}.duplicate"][marks.member[lost]] = True
@@ -274,17 +274,17 @@ class _Settling:
         """Write the settled labels, as files of `folder` below the corpus."""
         types = [(name, _TYPES.get(name.rpartition(".")[2], pa.float64())) for name in names]
         schema = pa.schema(types)
-        groups = self._groups(judged_columns(self._rules, self._stages), "labels")
+        groups = self._groups(rule_columns(self._rules, self._stages), "labels")
         documents = slice(0)
         for shard, stop in zip(self._corpus.shards, self._first[1:], strict=True):
             with ShardWriter(shard.path(str(folder)), schema) as writer:
                 while documents.stop < stop:
                     documents, table = next(groups)
-                    judged = judge(table, self._stages, self._verdicts, documents)
+                    labelled = apply_verdicts(table, self._stages, self._verdicts, documents)
                     arrays = [
                         self._spans(name, documents)
                         if name in self._cuts
-                        else judged.column(name).combine_chunks()
+                        else labelled.column(name).combine_chunks()
                         for name in names
                     ]
                     writer.add(pa.RecordBatch.from_arrays(arrays, schema=schema))

@@ -115,9 +115,9 @@ class Shard:
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Every row of the given columns, a row group at a time, whatever `where` says."""
-        sought = {stage for column in columns for stage, _ in self.origins(column)} | {DOCUMENTS}
+        stages = {stage for name in columns for stage, _ in self.label_files(name)} | {DOCUMENTS}
         with ExitStack() as stack:
-            files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(sought)}
+            files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(stages)}
             for group in range(files[DOCUMENTS].num_row_groups):
                 size = files[DOCUMENTS].metadata.row_group(group).num_rows
                 arrays = [self._read(files, group, column, size) for column in columns]
@@ -125,7 +125,7 @@ class Shard:
 
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
-        for stage, name in self.origins(column):
+        for stage, name in self.label_files(column):
             if name not in files[stage].schema_arrow.names:
                 raise MaxlmError(
                     f'there is no column "{name}": another version of maxlm made this file',
@@ -142,7 +142,7 @@ class Shard:
             arrays.append(pa.concat_arrays(table.column(name).chunks or [_nulls(table, name)]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
 
-    def origins(self, column: str) -> list[tuple[str, str]]:
+    def label_files(self, column: str) -> list[tuple[str, str]]:
         """(stage, column of its file), for a text of several versions newest first."""
         if column in self.settled:
             return [(self.settled_folder, column)]

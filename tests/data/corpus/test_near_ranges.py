@@ -22,7 +22,7 @@ from maxlm.data.corpus.dedup.candidates import (
     write_bands,
 )
 from maxlm.data.corpus.dedup.columns import write_columns
-from maxlm.data.corpus.dedup.components import AlikePairs, resolve
+from maxlm.data.corpus.dedup.components import AlikePairs, resolve_duplicates
 from maxlm.data.corpus.dedup.members import Members, member_file
 from maxlm.data.corpus.stages.near import NearStage
 from maxlm.data.work.progress import silent
@@ -134,9 +134,9 @@ def test_memory_for_each_pair(tmp_path: Path) -> None:
     def rank_of(number: np.ndarray) -> np.ndarray:
         return members.take("rank", number).to_numpy()
 
-    resolve(AlikePairs(low[:9], high[:9], jaccard[:9], none, none), rank_of)  # Compiles.
+    resolve_duplicates(AlikePairs(low[:9], high[:9], jaccard[:9], none, none), rank_of)  # Compiles.
     tracemalloc.start()
-    marks = resolve(AlikePairs(low, high, jaccard, none, none), rank_of)
+    marks = resolve_duplicates(AlikePairs(low, high, jaccard, none, none), rank_of)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < (110 - 24) * number + 90 * len(marks.member)

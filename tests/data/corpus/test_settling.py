@@ -12,7 +12,7 @@ import pytest
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.data.corpus import SourceConfig, read_documents, settling
-from maxlm.data.corpus.dedup.components import resolve
+from maxlm.data.corpus.dedup.components import resolve_duplicates
 from maxlm.data.corpus.opened import Corpus
 from maxlm.data.corpus.recipe import RecipeConfig
 from maxlm.data.corpus.report import count_lost
@@ -140,7 +140,7 @@ def test_text_lost_is_measured(tmp_path, monkeypatch):
         assert str(found).startswith("text lost: 0 (0 of ")
         shutil.rmtree(corpus.folder / "settled")
         settle = settling._Settling._settle_passages
-        monkeypatch.setattr(settling, "resolve", lambda alike, rank_of, _: resolve(alike, rank_of))
+        monkeypatch.setattr(settling, "resolve_duplicates", lambda *a: resolve_duplicates(*a[:2]))
         monkeypatch.setattr(
             settling._Settling,
             "_settle_passages",

@@ -53,7 +53,7 @@ def confirm_copies(
     return AlikePairs(low, high, jaccard, copy[confirmed], best[confirmed])
 
 
-def resolve(
+def resolve_duplicates(
     alike: AlikePairs,
     rank_of: Callable[[np.ndarray], np.ndarray],
     may_keep: np.ndarray | None = None,

@@ -19,7 +19,7 @@ from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_col
 from maxlm.data.corpus.dedup.words import letter_table
 from maxlm.data.corpus.opened import Corpus, kept, read_kept
 from maxlm.data.corpus.recipe import Rules, comparing_stages
-from maxlm.data.corpus.settling import Compared, judge, judged_columns, settle_duplicates
+from maxlm.data.corpus.settling import Compared, apply_verdicts, rule_columns, settle_duplicates
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.textbuffers import pack_texts
 from maxlm.data.work.engine import Engine
@@ -61,8 +61,8 @@ class _Job:
     sizes: tuple[int, int]
     """Words of a document's n-gram, and of a passage's window."""
 
-    def sought(self, kind: int) -> Path:
-        return self.shard.folder / self.shard.settled_folder / f"sought-{kind}.arrow"
+    def hashes_path(self, kind: int) -> Path:
+        return self.shard.folder / self.shard.settled_folder / f"hashes-{kind}.arrow"
 
 
 def count_lost(
@@ -88,7 +88,7 @@ def count_lost(
         progress("text lost: dropped", len(removed), len(jobs))
     for kind in range(2):
         hashes = concatenate([found[kind][0] for found, _ in removed], np.uint64)
-        write_columns(jobs[0].sought(kind), {"hash": np.unique(hashes)})
+        write_columns(jobs[0].hashes_path(kind), {"hash": np.unique(hashes)})
     seen: list[Any] = [False, False]
     for done, each in enumerate(engine.map(_find_removed, jobs), 1):
         seen = [a | b for a, b in zip(seen, each, strict=True)]
@@ -96,11 +96,11 @@ def count_lost(
     alike = min((getattr(stage, "jaccard", 1.0) for stage, _ in stages), default=1.0)
     lost = [0, 0]
     for kind, share in enumerate((alike - _DOUBT, 1.0)):
-        with open_columns(jobs[0].sought(kind)) as columns:
-            sought = columns["hash"]
+        with open_columns(jobs[0].hashes_path(kind)) as columns:
+            wanted = columns["hash"]
         for found, _ in removed:
             hashes, text = found[kind]
-            there = np.bincount(text, seen[kind][np.searchsorted(sought, hashes)])
+            there = np.bincount(text, seen[kind][np.searchsorted(wanted, hashes)])
             lost[kind] += int(np.sum(there < share * np.bincount(text)))
     total = LostText(*lost, *(sum(counts[kind] for _, counts in removed) for kind in range(2)))
     with replacing(path) as new:
@@ -110,7 +110,7 @@ def count_lost(
 
 def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
     """Hashes of dropped documents and of cut passages, and how many there are of each."""
-    columns, rules = judged_columns(job.rules, job.stages), job.rules
+    columns, rules = rule_columns(job.rules, job.stages), job.rules
     cuts = {name for name in job.shard.settled if name.endswith(".cuts")}
     whole = [name for name in job.shard.settled if name.endswith((".duplicate", ".jaccard"))]
     documents, passages, counts = [], [], [0, 0]
@@ -118,7 +118,7 @@ def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
         ["text", *columns, *job.shard.settled, *sorted({*rules.cut} - cuts)]
     ):
         # By no verdict, by those on whole documents, and by all.
-        none = judge(table.select([*columns, "text"]), job.stages)
+        none = apply_verdicts(table.select([*columns, "text"]), job.stages)
         some = none
         for name in whole:
             some = some.set_column(some.schema.get_field_index(name), name, table.column(name))
@@ -159,14 +159,14 @@ def _find_removed(job: _Job) -> list[np.ndarray]:
 def _find(
     job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[bytes], int], Hashes]
 ) -> np.ndarray:
-    with open_columns(job.sought(kind)) as columns:
-        sought = columns["hash"]
-    seen = np.zeros(len(sought), np.bool_)
+    with open_columns(job.hashes_path(kind)) as columns:
+        wanted = columns["hash"]
+    seen = np.zeros(len(wanted), np.bool_)
     texts = (text.encode() for _, text in read_kept(job.shard, rules) if text)
-    while len(sought) and (batch := list(islice(texts, _BATCH))):
+    while len(wanted) and (batch := list(islice(texts, _BATCH))):
         hashes, _ = hash_texts(batch, job.sizes[kind])
-        place = np.searchsorted(sought, hashes) % len(sought)
-        seen[place[sought[place] == hashes]] = True
+        place = np.searchsorted(wanted, hashes) % len(wanted)
+        seen[place[wanted[place] == hashes]] = True
     return seen
 
 

@@ -15,7 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.corpus.characters import UNICODE
 from maxlm.data.corpus.compiled import compiled
 from maxlm.data.corpus.dedup.columns import open_columns, write_columns
-from maxlm.data.corpus.dedup.components import Marks, confirm_copies, resolve
+from maxlm.data.corpus.dedup.components import Marks, confirm_copies, resolve_duplicates
 from maxlm.data.corpus.dedup.members import Members, write_labels
 from maxlm.data.corpus.dedup.minhash import choose_banding
 from maxlm.data.corpus.dedup.search import Search, find_alike
@@ -113,7 +113,7 @@ class NearStage(CorpusStage):
         found = find_alike(self.search(), shards, scratch, steps)
         members = found.members
         alike = confirm_copies(found.pairs, found.jaccard, found.copies)
-        marks = resolve(alike, lambda number: members.take("rank", number).to_numpy())
+        marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]
         counts = steps.run("count", _count_sources, jobs)
