@@ -342,15 +342,17 @@ def check_samples(config: RunConfig, prompt_tokens: Sequence[int]) -> None:
     Raises:
         MaxlmError: naming the prompt.
     """
-    new, limit = config.samples.max_new_tokens, config.model.max_seq_len
+    new, length = config.samples.max_new_tokens, config.model.max_seq_len
+    # Without a table of positions a model can go on, but what it keeps of a row fills the memory.
+    limit = config.model.position_limit or max(4096, 16 * length)
     for index, tokens in enumerate(prompt_tokens):
         total = tokens + new
         if config.model.architecture == "encoder_decoder":  # they stand apart, behind start_id
             total = max(tokens, 1 + new)
         if total > limit:
             raise MaxlmError(
-                f"a prompt of {tokens} and samples.max_new_tokens={new} make more tokens than "
-                f"model.max_seq_len={limit}",
+                f"it and samples.max_new_tokens={new} come to {total:,} tokens; a model of "
+                f"max_seq_len={length} takes {limit:,}",
                 where=f"samples.prompts.{index}",
                 fix="shorten the prompt, or ask for fewer new tokens",
             )

@@ -172,8 +172,9 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
         from maxlm.config import check_local
 
         paths = [value for value in given.values() if isinstance(value, Path)]
-        texts = given.get("text")  # What `tokenizer encode` is given is the text itself.
-        for path in [*paths, *(texts if isinstance(texts, list) else ())]:
+        for name in ("text", "positive", "negative", "reference"):
+            paths += given.get(name) or ()
+        for path in paths:
             check_local(path)
         return command(**given)
 

@@ -80,15 +80,16 @@ def default_tag(name: str, value: str) -> BeforeValidator:
 
 
 def _check_file_name(text: str) -> str:
-    if not text or text[0] in ".- " or not text.isprintable() or {"/", "\\"} & set(text):
-        raise ValueError(
-            f"{text[:60]!r} names no folder; write a plain name such as my_run-2: no slashes, and "
-            "neither dot, dash nor space in front"
-        )
+    for part in text.split("/"):
+        if not part or part[0] in ".- " or not part.isprintable() or "\\" in part:
+            raise ValueError(
+                f"{text[:60]!r} names no folder; write a plain name such as my_run-2: nothing "
+                "before a slash or behind it may be empty or begin with a dot, a dash or a space"
+            )
     if len(text.encode()) > 200:  # of the 255 that file systems take; temporary names are longer
         raise ValueError(f"{text[:60]!r}... is too long for a folder; use 200 bytes at most")
     return text
 
 
 FileName = Annotated[str, AfterValidator(_check_file_name)]
-"""Text that becomes one component of a path: it leads into no other folder."""
+"""Text that becomes the end of a path: it leads out of no folder."""

@@ -13,6 +13,7 @@ from maxlm.config.errors import MaxlmError
 from maxlm.config.explain import explain, place
 from maxlm.config.keys import DEFAULT, Origin, dotted, flatten
 from maxlm.config.layers import Tree, build
+from maxlm.config.yaml_text import SizeLimit
 
 C = TypeVar("C", bound=Config)
 
@@ -46,11 +47,10 @@ def load(cls: type[C], source: Path | str | None, overrides: Sequence[str] = ())
     """
     tree = build(resolve_config(source) if isinstance(source, str) else source, overrides)
     value = validate(cls, tree)
-    origins = {
-        dotted(key): tree.origin(key) or DEFAULT
-        for key, _ in flatten(value.model_dump(mode="json"))
-        if key
-    }
+    settings = value.model_dump(mode="json")
+    # What is kept of it holds every default, and has to be read again.
+    SizeLimit(num_values=1000).add_all(settings, tree.where(()))
+    origins = {dotted(key): tree.origin(key) or DEFAULT for key, _ in flatten(settings) if key}
     return Loaded(value, origins)
 
 

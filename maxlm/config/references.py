@@ -14,7 +14,7 @@ from maxlm.config.keys import Key, Origin, child, dotted, shown, split_key
 from maxlm.config.yaml_text import SizeLimit
 
 # Pairs of backslashes, which stand for one each, before an escaped or a true reference.
-_REFERENCE = re.compile(r"((?:\\\\)*)(?:(\\\$\{)|\$\{([^}]*)(\}?))")
+_REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)(?:(\\\$\{)|\$\{([^}]*)(\}?))")
 
 
 def is_reference(node: Any) -> bool:

@@ -80,5 +80,5 @@ def _escaped(node: Any) -> Any:
     if isinstance(node, list):
         return [_escaped(item) for item in node]
     if isinstance(node, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
+        return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
     return node

@@ -70,6 +70,13 @@ class SizeLimit:
             fix = "write less (aliases, includes and ${...} count as what they stand for)"
             raise MaxlmError(what, where=where, fix=fix)
 
+    def add_all(self, node: Any, origin: Origin, key: Key = ()) -> None:
+        """Count a value with all below it; errors as of :meth:`add`."""
+        self.add(node, len(key), origin, key)
+        if isinstance(node, dict | list):
+            for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+                self.add_all(value, origin, (*key, name))
+
 
 class _Loader(yaml.SafeLoader):
     """Expands aliases and merges itself, as far as the limit allows."""
@@ -101,7 +108,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.MappingNode):
             return {
                 name: self.build(value, self.origin(mark), (*key, name))
-                for name, (mark, value) in self._pairs(node, at, key).items()
+                for name, (mark, value) in self._pairs(node, at, key, len(key)).items()
             }
         if isinstance(node, yaml.SequenceNode):
             return [
@@ -110,11 +117,13 @@ class _Loader(yaml.SafeLoader):
             ]
         return self.construct_object(node)
 
-    def _pairs(self, node: yaml.Node, at: Origin, key: Key) -> dict[str, Any]:
+    def _pairs(self, node: yaml.Node, at: Origin, key: Key, depth: int) -> dict[str, Any]:
         """Name → its place and value; those of ``<<`` count less than a mapping's own."""
-        self.size.add(None, len(key), at, key)
         if not isinstance(node, yaml.MappingNode):
             raise MaxlmError("<< takes a mapping or a list of mappings", where=str(at))
+        # What is merged in costs time even where it is overridden.
+        self.size.num_values += len(node.value) * (depth > len(key))
+        self.size.add(None, depth, at, key)
         own, merged = {}, {}
         for name, value in node.value:
             where = self.origin(name.start_mark)
@@ -122,7 +131,7 @@ class _Loader(yaml.SafeLoader):
                 raise MaxlmError("a key must be a plain name", where=str(where))
             if name.tag == _MERGE:
                 for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    merged = self._pairs(each, where, key) | merged
+                    merged = self._pairs(each, where, key, depth + 1) | merged
             elif name.value in own:
                 line = own[name.value][0].line + 1
                 what = f"key {name.value!r} is already set on line {line}"

@@ -136,10 +136,17 @@ def check_not_lost(tiers: Tiers, resume: str | Path | None) -> None:
         MaxlmError: a checkpoint was saved, or another run's gone on from.
     """
     saved, other = set[int](), None
-    for event in _events(tiers.folder.parent):
+    events = list(_events(tiers.folder.parent))
+    # Runs of earlier versions say only when a save began: the last may not have ended.
+    old = not any(event.get("event") == "saved" for event in events)
+    begun = None
+    for event in events:
         kind, step = event.get("event"), event.get("step", 0)
         if kind == "saved":
             saved.add(step)
+        elif old and kind == "checkpoint" and event.get("tier") == "folder":
+            saved |= set() if begun is None else {begun}
+            begun = step
         elif kind in ("start", "resume", "rollback", "discard"):
             saved = {each for each in saved if each <= step}
         if kind in ("start", "resume"):

@@ -32,7 +32,21 @@ def test_no_boolean_passes_as_a_number_nor_a_number_as_a_boolean():
         assert [part for part in caught.value.errors()[0]["loc"] if part in key] == [*key]
 
 
-NAMES = ("", ".", "..", "../x", "a/b", "/x", "a\\b", "-rf", " a", "a\n", "a\0", "β" * 100 + "n")
+NAMES = (
+    "",
+    ".",
+    "..",
+    "../x",
+    "a//b",
+    "a/../b",
+    "/x",
+    "a\\b",
+    "-rf",
+    " a",
+    "a\n",
+    "a\0",
+    "β" * 100 + "n",
+)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +69,4 @@ def test_the_same_at_any_depth_and_names_that_are_paths(settings, at):
 def test_what_means_the_type_still_passes():
     found = Nested.model_validate({"counts": {"a": [2e9, 3]}, "flags": ["yes", "off", True]})
     assert (found.counts, found.flags) == ({"a": (2_000_000_000, 3.0)}, (True, False, True))
-    assert Nested(size=2**63 - 1, name="run-2.β_" + "n" * 191).size == 2**63 - 1
+    assert Nested(size=2**63 - 1, name="exp/run-2.β_" + "n" * 187).size == 2**63 - 1

@@ -21,11 +21,15 @@ BOMBS = {
     "a0: [x]": "aTHIS: ['${aLAST}', '${aLAST}']",
     f"a0: {'x' * 99}": "aTHIS: ${aLAST}${aLAST}",
 }
+SOURCES = ", ".join(f"{{name: x{i}, store: s}}" for i in range(2000))
 FILES = {
     "a: ${b}\nb: [['${a}']]": f": {DEEP}",
     "b: ${a.c}\na: ${a}": f": {DEEP}",
     f"name: {'[' * 9000}": f"run.yaml:1: {DEEP}",
     f"a: &a {'[' * 40}{']' * 40}\nb: {'[' * 30}*a{']' * 30}": f"run.yaml:1: b.0.0.0: {DEEP}",
+    "a: &a {<<: *a}": f"run.yaml:1: a: {DEEP}",
+    f"a: &a {{{', '.join(map('k{}: 1'.format, range(3000)))}}}\nb: {{<<: [{'*a, ' * 3000}]}}": MANY,
+    f"include: demo\ndata: {{sources: [{SOURCES}]}}": MANY,  # With its defaults.
     f"seed: 1{'0' * 5000}": "run.yaml:1: seed must be an integer, not '1000",
     f"seed: 0x{'f' * 5000}": "run.yaml:1: seed must be an integer, not '0xfff",
     'folder: "a\\0b"': "run.yaml:1: not YAML: character U+0000 is not allowed",

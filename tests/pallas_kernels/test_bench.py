@@ -90,18 +90,6 @@ def test_what_has_no_figure_is_in_the_table_and_below():
     ]
 
 
-def test_without_peers_there_is_no_ratio_and_nothing_to_miss():
-    results = {
-        Cell(SHAPE, chip, of.name): outcomes(of, own=costs(30.0, 40.0, 2 * 10**6))
-        for chip in ("v6e", "v5p")
-        for of in (FORWARD, BACKWARD)
-    }
-    header, _, ours = table(results).splitlines()
-    assert header.count("forward") == 2
-    assert header.index("v6e") < header.index("v5p")
-    assert ours == f"| 64 4,096 window:1024 | ours{' | 30.0 | 40.0 | 3/0 | 2.0' * 2} |"
-
-
 def test_peers_far_behind_try_no_more_blocks():
     asked = []
     times = {
@@ -131,18 +119,6 @@ def test_peers_far_behind_try_no_more_blocks():
     # Behind 8 µs in the third turn.
     assert ("jax splash", 2) not in asked
     assert {("tokamax splash", 2), (OWN, 1), (OWN, 2)} <= set(asked)
-
-
-def test_a_peer_without_a_figure_tries_on():
-    def measure(spec: Spec, chip: str) -> CallCosts:
-        if spec.kwargs["n"] < 2:
-            raise CompileError(f"VMEM {spec.kwargs['n']}")
-        return costs(70.0)
-
-    splash, flash = contender("jax splash", 3), contender("jax flash", 2)
-    found = contest([splash, flash], FORWARD, "v5p", measure)
-    assert found["jax splash"].microseconds == pytest.approx(70.0, rel=1e-3)
-    assert str(found["jax flash"]) == "VMEM 1"
 
 
 def test_all_contests_are_held_peers_first():

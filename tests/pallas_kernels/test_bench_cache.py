@@ -120,22 +120,6 @@ def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     assert len(asked) == 3
 
 
-def test_versions_of_tokamax_are_of_its_kernels_alone(folder, monkeypatch):
-    where, asked = folder
-    new = {"tokamax": "2"}
-    monkeypatch.setattr(
-        cache, "versions", lambda *names: ", ".join(f"{n} {new.get(n)}" for n in names)
-    )
-    specs = [
-        Spec(f"benchmarks.kernel_cycles.static.peers:{f}") for f in ("jax_splash", "tokamax_splash")
-    ]
-    for version in ("1", "2"):
-        new["tokamax"] = version
-        for spec in specs:
-            cache.Cache(where).measure(spec, "v5p")
-    assert asked == [*specs, specs[1]]
-
-
 def test_the_command_prints_the_table_of_the_shapes_asked(folder, capsys, monkeypatch):
     where, asked = folder
     monkeypatch.setattr(bench, "has_compiler", lambda: True)

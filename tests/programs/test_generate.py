@@ -153,16 +153,20 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
 
 
 def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(tmp_path):
-    config = sampling_run(tmp_path)
+    learned = {"positions": {"kind": "learned"}}
+    config = sampling_run(tmp_path, model=sampling_run(tmp_path).model.model_dump() | learned)
     with pytest.raises(MaxlmError) as error:
         prepare(config, tmp_path / "run")
     assert not (tmp_path / "run" / "data").exists()
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     tokens = 1 + len(tokenizer.encode(config.samples.prompts[2]))
     assert str(error.value) == (
-        f"samples.prompts.2: a prompt of {tokens} and samples.max_new_tokens=9 make more tokens "
-        "than model.max_seq_len=32; shorten the prompt, or ask for fewer new tokens"
+        f"samples.prompts.2: it and samples.max_new_tokens=9 come to {tokens + 9} tokens; a model "
+        "of max_seq_len=32 takes 32; shorten the prompt, or ask for fewer new tokens"
     )
     check_samples(config, [1, 1, 23])
     with pytest.raises(MaxlmError):
         check_samples(config, [1, 1, 24])
+    check_samples(sampling_run(tmp_path), [1, 1, 4087])  # Rotations have no table.
+    with pytest.raises(MaxlmError):
+        check_samples(sampling_run(tmp_path), [1, 1, 4088])

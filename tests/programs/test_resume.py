@@ -64,11 +64,16 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
         assert str(error.value) == words
 
     home.rename(tmp_path / "aside")
-    refused(
-        f"{home}: no checkpoint is left, but one of step 3 was saved; put it back; to begin anew, "
+    gone = (
+        f"{home}: no checkpoint is left, but one of step %d was saved; put it back; to begin anew, "
         f"move {run} away, or set another name=..."
     )
+    refused(gone % 3)
     assert records.read_bytes() == before
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(line for line in lines if "saved" not in line))  # As of old.
+    refused(gone % 2)
+    events.write_text("".join(lines))
 
     # Another run goes on from them, and is stopped before it has any of its own.
     (tmp_path / "aside").rename(home)
@@ -85,8 +90,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
 
     # One that was killed in its first save has lost nothing that could be gone on from.
     shutil.rmtree(home)
-    lines = events.read_text().splitlines(keepends=True)
-    events.write_text("".join(line for line in lines if '"saved"' not in line))
+    first = next(i for i, line in enumerate(lines) if '"checkpoint"' in line)
+    events.write_text("".join(lines[: first + 1]))
     assert train(path, "train.steps=1").start == 0
 
 

@@ -70,19 +70,17 @@ def export_corpus(
     Raises:
         MaxlmError: `out` exists, and is no export or `force` is not given; a full disk.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / _MANIFEST).is_file():
-            fix = "choose another folder or remove it"
-            raise MaxlmError("this exists and is not an export", where=str(out), fix=fix)
-        if not force:
-            fix = "choose another folder, or replace it with --force (force=True)"
-            raise MaxlmError("there is an export here", where=str(out), fix=fix)
+    out = out.absolute()
+    _check_replaceable(out, force)
     language = language_label(corpus)
     columns = ("id", "source", "url", "meta", *([language] if language else []))
     building = out.with_name(f".{out.name}.exporting")
+    new, old = building / "new", building / "old"
     with locked_folder(building), writing(out):
-        new = building / "new"
-        shutil.rmtree(new, ignore_errors=True)  # Of an export that was killed.
+        if old.exists() and not out.exists():  # Of an export that was killed, as the next two.
+            os.rename(old, out)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         shards = settle_duplicates(corpus, rules, progress)
         ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
@@ -98,11 +96,23 @@ def export_corpus(
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
         (new / _MANIFEST).write_text(json.dumps(about | counts, indent=1))
+        _check_replaceable(out, force)
         if out.exists():
-            os.rename(out, building / "old")
+            os.rename(out, old)
         os.rename(new, out)
         shutil.rmtree(building)
     return counts
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / _MANIFEST).is_file():
+        fix = "choose another folder or remove it"
+        raise MaxlmError("this exists and is not an export", where=str(out), fix=fix)
+    if not force:
+        fix = "choose another folder, or replace it with --force (force=True)"
+        raise MaxlmError("there is an export here", where=str(out), fix=fix)
 
 
 def _export_shards(job: _Job) -> Counter[str]:

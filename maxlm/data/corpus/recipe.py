@@ -203,7 +203,8 @@ def resolve_rules(
 def comparing_stages(
     recipe: RecipeConfig, rules: Rules
 ) -> list[tuple[CorpusStage, Expression | None]]:
-    """The stages whose verdicts decide what rules keep, and which documents each looks at."""
+    """The stages whose verdicts decide what rules keep, and which documents each looks at: first
+    those that drop whole documents, since what they drop keeps no passage."""
     labels, found = labels_of(recipe), []
     named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
     for number in reversed(range(len(recipe.stages))):
@@ -215,7 +216,7 @@ def comparing_stages(
             where = None if stage.where is None else parse(stage.where, labels, place)
             named |= set(where.names if where else ())
             found.insert(0, (stage, where))
-    return found
+    return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
 
 
 def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
@@ -228,28 +229,48 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     stages = comparing_stages(recipe, rules)
     wheres = {name for _, where_ in stages if where_ for name in where_.names}
     used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
-    early: dict[str, str] = {}
+    for index, (stage, where_) in enumerate(stages):
+        later = {f"{each.title}.{label}" for each, _ in stages[index:] for label in each.verdicts}
+        if (
+            label := next((name for name in where_.names if name in later), None)
+            if where_
+            else None
+        ):
+            what = f"{label} is settled behind the duplicates that {stage.title} finds"
+            place = f"stages.{recipe.stages.index(stage)}.where"
+            raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
+    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
+    if len(near) > 1:
+        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
+        raise MaxlmError(what, where=where or "keep", fix="name one of them")
+    # Label → the verdict that it depends on, and the place of the `where` by which it does.
+    early: dict[str, tuple[str, str]] = {}
     for number, stage in enumerate(recipe.stages):
         labels = {f"{stage.title}.{field.name}" for field in stage.schema()}
+        needs = set(stage.reads)
+        if stage.where is not None:
+            needs |= set(parse(stage.where, labels_of(recipe), "").names)
+        cause = next((label for label in early if label in needs), None)
         if isinstance(stage, CorpusStage):
             if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
                 what = f"{stage.title}.of is the copy that is best before any rule is applied"
                 fix = f"write {stage.title}.duplicate"
                 raise MaxlmError(what, where=where or "keep", fix=fix)
             settled = {f"{stage.title}.{verdict}" for verdict in (*stage.verdicts, "of")}
-            early |= dict.fromkeys(settled & labels, stage.title)
+            early |= {label: (label, "") for label in settled & labels}
+            labels -= settled
+        if cause is None:
             continue
-        named = () if stage.where is None else parse(stage.where, labels_of(recipe), "").names
-        if not (cause := next((name for name in named if name in early), None)):
-            continue
-        early |= dict.fromkeys(labels, stage.title)
+        verdict, place = early[cause]
+        place = place or f"stages.{number}.where"
+        early |= dict.fromkeys(labels, (verdict, place))
         rewrites = bool(stages) and f"{stage.title}.text" in labels
         if (label := min(labels & used, default=None)) or rewrites:
             what = (
-                f"{stage.title} leaves documents out by {cause}, which is settled only when the "
+                f"{stage.title} leaves documents out by {verdict}, which is settled only when the "
                 f"rules are applied, and they need {label or 'its text'} of whichever is kept"
             )
-            raise MaxlmError(what, where=f"stages.{number}.where", fix=f"leave {cause} out of it")
+            raise MaxlmError(what, where=place, fix=f"leave {verdict} out of it")
     if len(passages := [label for label in rules.cut if label in early]) > 1:
         what = f"{passages[0]} and {passages[1]} might each cut the copy that the other leaves"
         raise MaxlmError(what, where="cut", fix="name one of them")

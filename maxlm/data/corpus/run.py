@@ -183,8 +183,10 @@ def _forget_other_labels(home: Path, key: str) -> None:
     """Empty a stage's folder if its labels are of other settings or inputs."""
     home.mkdir(exist_ok=True)
     path = home / "key"
-    if path.exists() and path.read_text() == key:
-        return
+    if path.exists():
+        if path.read_text() == key:
+            return
+        shutil.rmtree(home.parent / "settled", ignore_errors=True)
     shutil.rmtree(home)
     home.mkdir()
     with replacing(path) as new:
@@ -202,7 +204,6 @@ def _finish(
     """Write a stage's manifest, and delete the shards of files that are no longer sources."""
     home = folder / title
     with writing(home):
-        shutil.rmtree(folder / "settled", ignore_errors=True)
         home.mkdir(exist_ok=True)
     wanted = {shard.path(title).name for shard in shards}
     for path in home.glob("*.parquet"):

@@ -7,9 +7,11 @@ stages found: clusters of copies, pairs that are alike, places of repeated passa
 keep a text for others only if every rule keeps it, and no later stage drops it:
 
 1. Without any verdict, which documents do the rules keep? Only these *may keep*.
-2. Stage by stage its verdicts among them, and then which of them the rules still keep.
+2. Stage by stage its verdicts among them, those on documents first, and then which of them the
+   rules still keep.
 3. Where a passage stays in a document that the rules drop in the end (since most of it is cut), all
-   such documents are barred from keeping a text for others, and it begins anew.
+   such documents and their copies are barred from keeping a text for others, and it begins anew;
+   from the fourth time on with all that are alike, so that it ends soon.
 
 The settled labels lie beside the others, in settled/KEY, a file for each shard, and are made once
 for the same rules. This process holds some 20 bytes for each document while it makes them, and
@@ -23,6 +25,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +137,7 @@ class _Settling:
 
     def _settle(self) -> None:
         barred = np.zeros(self._first[-1], np.bool_)
-        while True:
+        for attempt in count():
             self._verdicts, self._cuts = {}, {}
             may_keep = self._kept() & ~barred
             trusted = np.zeros_like(barred)
@@ -148,7 +151,20 @@ class _Settling:
             failed = trusted & ~may_keep
             if not failed.any():
                 return
+            self._spread(failed, to_alike=attempt >= 3)
             barred |= failed
+
+    def _spread(self, failed: np.ndarray, to_alike: bool) -> None:
+        """Mark, beside documents that failed, those with the same text; else each would stand for
+        it in turn, to fail as well."""
+        for found in self._found.values():
+            if "copy" not in found:
+                continue
+            ends = [(found["copy"], found["best"])]
+            ends += [(found["low"], found["high"])] if to_alike else []
+            for one, other in 2 * ends:  # Copies are linked by the best of them.
+                both = failed[one] | failed[other]
+                failed[one[both]] = failed[other[both]] = True
 
     def _groups(self, columns: Sequence[str], title: str) -> Iterator[tuple[slice, pa.RecordBatch]]:
         """Each row group, and which of the corpus's documents it holds."""

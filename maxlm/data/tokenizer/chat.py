@@ -104,7 +104,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
             fix="remove one of them",
         )
 
-    literals = list(tokenizer.special_tokens)
+    literals = list(tokenizer.special.ids)
     beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
     longest = max(map(len, beginnings), default=0)
 

@@ -66,11 +66,12 @@ TABLE: Table = {
 
 def _read(reader: Reader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("decoder_attention_heads")
-    reader.only("encoder_attention_heads", heads)
     reader.only("is_encoder_decoder", True)
     start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
     d_ff, bare = reader.size("decoder_ffn_dim"), BARE in (reader.get("architectures", None) or ())
-    reader.only("encoder_ffn_dim", d_ff)
+    for key, own in (("encoder_attention_heads", heads), ("encoder_ffn_dim", d_ff)):
+        reader.size(key)  # Where it is absent, another than the decoder's is meant.
+        reader.only(key, own)
     # Of early files, which had other placements besides.
     for other in ("normalize_before", "add_final_layer_norm", "add_bias_logits"):
         reader.only(other, False)

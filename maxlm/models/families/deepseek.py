@@ -68,7 +68,7 @@ def _read(reader: Reader) -> dict[str, Any]:
             fix="take it from the published model",
         )
     mlp = {
-        "d_ff": reader.size("intermediate_size", None),
+        "d_ff": reader.size("intermediate_size", 11_008),
         "activation": act,
         "bias": reader.only("mlp_bias", False),
     }

@@ -25,16 +25,13 @@ from maxlm.data.work.pool import WorkerPool
 SIZE = 8  # Words of a passage.
 RULE = 0.7
 KEEP_BY = "heuristics.words"
+NEAR = {"stage": "near", "keep_by": KEEP_BY, "max_share": 1}
+PASSAGES = {"stage": "substring", "min_tokens": SIZE}
 STAGES = [
     {"stage": "heuristics"},
     {"stage": "exact", "keep_by": KEEP_BY},
-    {
-        "stage": "near",
-        "where": "not exact.duplicate",
-        "keep_by": "heuristics.words",
-        "max_share": 1,
-    },
-    {"stage": "substring", "where": "not near.duplicate", "min_tokens": SIZE},
+    {**NEAR, "where": "not exact.duplicate"},
+    {**PASSAGES, "where": "not near.duplicate"},
 ]
 KEEP = {
     "site": 'url != "bad"',
@@ -166,9 +163,32 @@ def test_other_rules_settle_anew_without_a_pass(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
+def test_neither_order_nor_copies_that_all_fail_cost_rounds(tmp_path, monkeypatch, last):
+    """Of a page that is a passage of another document no copy is kept; of others one is."""
+    chance, rounds = random.Random(0), []
+    settle = settling._Settling._settle_passages
+    counted = lambda self, *given: rounds.append(settle(self, *given))  # noqa: E731
+    monkeypatch.setattr(settling._Settling, "_settle_passages", counted)
+    passage, page = prose(chance, 80), prose(chance, 60)
+    texts = [f"{prose(chance, 200)} {passage} {prose(chance, 99)}", page, f"{page} edited"]
+    texts += [f"{passage} edit{i} {page[:70]}" for i in range(20)]
+    rows = [{"id": f"d{i}", "text": text, "url": ""} for i, text in enumerate(texts)]
+    assert [*read(make(tmp_path, rows, stages=STAGES[:2] + last))] == ["d0", "d2"]
+    assert len(rounds) < 9
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"keep": {"a": "near.cluster_size < 9"}}, "leave exact.duplicate out of it"),
+        (
+            {
+                "stages": [*STAGES, NEAR | {"name": "more"}],
+                "keep": {"a": "not near.duplicate and not more.duplicate"},
+            },
+            "name one of them",
+        ),
         ({"keep": {"a": "exact.of is None"}}, "write exact.duplicate"),
         (
             {"stages": [*STAGES, {"stage": "pii", "where": "not near.duplicate"}], "cut": []},
@@ -235,5 +255,6 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     assert f"{counts['dropped']:,} dropped by rules" in told
     assert main(export) == 2
     assert "there is an export here; choose another folder" in capfd.readouterr().err
+    (tmp_path / ".out.exporting" / "old" / "of a killed export").mkdir(parents=True)
     assert main([*export, "--force"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

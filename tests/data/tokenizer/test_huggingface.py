@@ -216,17 +216,8 @@ def test_byte_tokens_marked_special_keep_the_librarys_ids(name, marked):
     special = [token.content for token in added if token.special]
     ours = HuggingFaceModel(library.to_str().encode(), special)
     rng = random.Random(marked)
-    alphabet = [
-        *TRICKY,
-        *map(chr, range(32)),
-        "\x7f",
-        "नमस्ते",
-        "سلام",
-        "Ω≈ç",
-        "한국어",
-        "🇫🇷",
-        "👩🏽‍🚀",
-    ]
+    alphabet = [*TRICKY, *map(chr, range(32)), "\x7f", "नमस्ते", "سلام", "Ω≈ç", "한국어", "🇫🇷"]
+    alphabet.append("👩🏽\u200d🚀")
     strings = ["".join(rng.choices(alphabet, k=rng.randrange(12))) for _ in range(300)]
     strings += ["<0x41>", "a<0x0A>\n<0xE7>猫 <0x", "x</s><0xFF></s>"]
     assert ours.encode_marked(strings) == [library_ids(library, text) for text in strings]

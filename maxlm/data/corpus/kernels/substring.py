@@ -13,6 +13,7 @@ _PRIME = np.uint64(0x100000001B3)
 _BASE = np.uint64(0x9FB21C651E98DF25)
 _SEED = np.uint64(0xCBF29CE484222325)
 _ZERO = np.uint64(0)
+_BLOCK = 4096
 
 
 @njit(cache=True, nogil=True)
@@ -146,27 +147,40 @@ def find_first_copies(document, begin, end, last, of, at, may_keep):
         int64 [parts, 5]: the document, begin and end, and the other's document and begin.
     """
     parts, number = np.empty((16, 5), np.int64), 0
-    kept, count = np.empty(len(document), np.int64), 0
+    # Kept runs by their place in the source: a list for each of its blocks, in order.
+    low, high = at // _BLOCK, (at + end - begin) // _BLOCK
+    size = high.max() + 1 if len(high) else 0
+    heads, tails, owner = np.empty(size, np.int64), np.empty(size, np.int64), np.full(size, -1)
+    runs, following = np.empty((2, (high - low + 1).sum()), np.int64)
+    count = 0
     for i in range(len(document)):
-        if i > 0 and of[i] != of[i - 1]:
-            count = 0
         covered = False
-        for j in kept[:count]:
-            # In places of the source, where a window that both have begins at `start`.
-            start = max(at[i], at[j])
-            size = min(at[i] + end[i] - begin[i], at[j] + end[j] - begin[j]) - start
-            here, there = begin[i] + start - at[i], begin[j] + start - at[j]
-            apart = document[i] != document[j] or there + size <= here
-            if here > last[i] or there > last[j] or not apart:
-                continue
-            if number == len(parts):
-                parts = np.concatenate((parts, np.empty_like(parts)))
-            parts[number] = document[i], here, here + size, document[j], there
-            number += 1
-            covered = size == end[i] - begin[i]
-            if covered:
-                break
-        if may_keep[i] and not covered:
-            kept[count] = i
+        for block in range(low[i], high[i] + 1):
+            node = heads[block] if owner[block] == of[i] else -1
+            while node >= 0 and not covered:
+                j, node = runs[node], following[node]
+                if block != max(low[i], low[j]):
+                    continue  # Seen in an earlier block.
+                # In places of the source, where a window that both have begins at `start`.
+                start = max(at[i], at[j])
+                size = min(at[i] + end[i] - begin[i], at[j] + end[j] - begin[j]) - start
+                here, there = begin[i] + start - at[i], begin[j] + start - at[j]
+                apart = document[i] != document[j] or there + size <= here
+                if here > last[i] or there > last[j] or not apart:
+                    continue
+                if number == len(parts):
+                    parts = np.concatenate((parts, np.empty_like(parts)))
+                parts[number] = document[i], here, here + size, document[j], there
+                number += 1
+                covered = size == end[i] - begin[i]
+        if not may_keep[i] or covered:
+            continue
+        for block in range(low[i], high[i] + 1):
+            runs[count], following[count] = i, -1
+            if owner[block] == of[i]:
+                following[tails[block]] = count
+            else:
+                owner[block], heads[block] = of[i], count
+            tails[block] = count
             count += 1
     return parts[:number].copy()
