@@ -57,17 +57,6 @@ def test_what_is_measured_once_is_read_later(folder):
     assert json.loads(path.read_text())["key"]["kwargs"] == {"blocks": [1, 2], "mask": "causal"}
 
 
-@pytest.mark.parametrize(("answer", "kind"), [("refused", CompileError), ("endless", ValueError)])
-def test_what_fails_is_kept_as_such(folder, answer, kind):
-    where, asked = folder
-    spec = Spec("json:loads", {"answer": [answer, "why"]})
-    for _ in range(2):
-        with pytest.raises(kind, match="why"):
-            cache.Cache(where).measure(spec, "v5p")
-    assert len(asked) == 1
-    assert cache.Cache(where).has(spec, "v5p")
-
-
 def test_a_killed_compiler_and_half_a_file_are_measured_again(folder):
     where, asked = folder
     spec = Spec("json:loads", {"answer": ["killed", "SIGKILL"]})

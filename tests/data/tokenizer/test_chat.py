@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer as Library
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import (
@@ -238,6 +239,17 @@ def test_a_literal_in_one_message_changes_no_other_ids(tmp_path, name):
     assert found[found.index(end) :] == expected[expected.index(end) :]
     plain = [{**calm[0], "content": "the xyz fox"}, calm[1]]
     assert encode_chat(ours, plain)[:3] == found[:3]
+
+
+def test_the_name_of_a_byte_in_a_message_is_no_byte(tmp_path):
+    write_checkpoint(tmp_path, "llama2")
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_special_tokens([f"<0x{byte:02X}>" for byte in range(256)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    ours = import_tokenizer(tmp_path)
+    ids = encode_chat(ours, [{"role": "user", "content": "a <0x41> fox"}])
+    assert ours.decode_bytes(ids) == b"a <0x41> fox"
 
 
 def test_chat_adds_its_tokens_once():
