@@ -225,8 +225,8 @@ REFUSED_AT_ONCE = {
         "place you may write to"
     ),
     "name=../trained": (
-        "command line: name: '../trained' names no folder; write a plain name such as my_run-2: no "
-        "slashes, and neither dot, dash nor space in front"
+        "command line: name: '../trained' names no folder; write a plain name such as my_run-2: "
+        "nothing before a slash or behind it may be empty or begin with a dot, a dash or a space"
     ),
     "folder=/proc/runs": (
         "/proc/runs/tiny: cannot write the run folder (No such file or directory); set folder=PATH "
