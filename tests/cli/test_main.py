@@ -292,6 +292,7 @@ def test_what_a_failed_checkpoint_drops_is_not_told_and_all_else_is(traceback):
         "corpus run a.yaml",
         "corpus report c --out s3://b/x",
         "tokenizer train a.txt --out s3://b/x",
+        "corpus train-quality --positive a.txt --negative s3://b/x --out o",
         "convert a s3://b/x",
         "train demo folder=s3://b/x",
         "train demo compilation_cache=s3://b/x",

@@ -161,6 +161,11 @@ def test_other_rules_settle_anew_without_a_pass(tmp_path):
     (tmp_path / "other").mkdir()
     assert taken == read(make(tmp_path / "other", bad))
     assert {p: p.stat().st_mtime_ns for p in before} == before
+    reading = read_documents(SourceConfig(documents=(str(corpus.folder),)))
+    next(reading)
+    stages = {"stages": [*STAGES, {"stage": "heuristics", "name": "more"}]}
+    run_recipe(RecipeConfig.model_validate(corpus.recipe.model_dump(mode="json") | stages))
+    assert list(reading)  # Though a stage has come.
 
 
 @pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
