@@ -173,7 +173,8 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
 
         paths = [value for value in given.values() if isinstance(value, Path)]
         for name in ("text", "positive", "negative", "reference"):
-            paths += given.get(name) or ()
+            # The text that `tokenizer encode` takes is no list of paths.
+            paths += given[name] if isinstance(given.get(name), list) else ()
         for path in paths:
             check_local(path)
         return command(**given)

@@ -62,7 +62,7 @@ class Config(BaseModel):
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = handler(core)
         properties = handler.resolve_ref_schema(found).get("properties", {})
-        for name, text in fields.field_docstrings(cls).items():
+        for name, text in fields.parse_field_docstrings(cls).items():
             if name in properties:
                 properties[name].setdefault("description", text)
         return found
@@ -92,4 +92,4 @@ def _check_file_name(text: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_check_file_name)]
-"""Text that becomes the end of a path: it leads out of no folder."""
+"""A relative path without ``..`` or hidden parts: joined to a folder, it stays inside it."""

@@ -96,7 +96,7 @@ def every_key(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> 
 
 
 @cache
-def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+def parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Return the docstrings under a model's fields, by field, its bases' included.
 
     Pydantic's ``use_attribute_docstrings`` would read every source file when a verb starts.

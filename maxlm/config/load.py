@@ -48,8 +48,8 @@ def load(cls: type[C], source: Path | str | None, overrides: Sequence[str] = ())
     tree = build(resolve_config(source) if isinstance(source, str) else source, overrides)
     value = validate(cls, tree)
     settings = value.model_dump(mode="json")
-    # What is kept of it holds every default, and has to be read again.
-    SizeLimit(num_values=1000).add_all(settings, tree.where(()))
+    # A run keeps its config with every default filled in, and must be able to read that again.
+    SizeLimit(num_values=1000).add_tree(settings, tree.where(()))
     origins = {dotted(key): tree.origin(key) or DEFAULT for key, _ in flatten(settings) if key}
     return Loaded(value, origins)
 

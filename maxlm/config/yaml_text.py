@@ -70,12 +70,12 @@ class SizeLimit:
             fix = "write less (aliases, includes and ${...} count as what they stand for)"
             raise MaxlmError(what, where=where, fix=fix)
 
-    def add_all(self, node: Any, origin: Origin, key: Key = ()) -> None:
-        """Count a value with all below it; errors as of :meth:`add`."""
+    def add_tree(self, node: Any, origin: Origin, key: Key = ()) -> None:
+        """Count a value and everything below it; raises as :meth:`add` does."""
         self.add(node, len(key), origin, key)
         if isinstance(node, dict | list):
             for name, value in node.items() if isinstance(node, dict) else enumerate(node):
-                self.add_all(value, origin, (*key, name))
+                self.add_tree(value, origin, (*key, name))
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,8 +121,8 @@ class _Loader(yaml.SafeLoader):
         """Name → its place and value; those of ``<<`` count less than a mapping's own."""
         if not isinstance(node, yaml.MappingNode):
             raise MaxlmError("<< takes a mapping or a list of mappings", where=str(at))
-        # What is merged in costs time even where it is overridden.
-        self.size.num_values += len(node.value) * (depth > len(key))
+        if depth > len(key):  # Merging takes time for keys that are overridden as well.
+            self.size.num_values += len(node.value)
         self.size.add(None, depth, at, key)
         own, merged = {}, {}
         for name, value in node.value:

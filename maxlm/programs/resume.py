@@ -137,18 +137,17 @@ def check_not_lost(tiers: Tiers, resume: str | Path | None) -> None:
     """
     saved, other = set[int](), None
     events = list(_events(tiers.folder.parent))
-    # Runs of earlier versions say only when a save began: the last may not have ended.
+    # Earlier versions record only that a save began; that it ended shows in the next one.
     old = not any(event.get("event") == "saved" for event in events)
-    begun = None
+    begun = set[int]()
     for event in events:
         kind, step = event.get("event"), event.get("step", 0)
         if kind == "saved":
             saved.add(step)
         elif old and kind == "checkpoint" and event.get("tier") == "folder":
-            saved |= set() if begun is None else {begun}
-            begun = step
+            saved, begun = saved | begun, {step}
         elif kind in ("start", "resume", "rollback", "discard"):
-            saved = {each for each in saved if each <= step}
+            saved, begun = {each for each in saved if each <= step}, set()
         if kind in ("start", "resume"):
             other = event.get("run")
     newest, other = lead_says([max(saved, default=None), other])

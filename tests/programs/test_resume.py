@@ -71,7 +71,9 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     refused(gone % 3)
     assert records.read_bytes() == before
     lines = events.read_text().splitlines(keepends=True)
-    events.write_text("".join(line for line in lines if "saved" not in line))  # As of old.
+    events.write_text(
+        "".join(line for line in lines if "saved" not in line)
+    )  # As before they were recorded.
     refused(gone % 2)
     events.write_text("".join(lines))
 

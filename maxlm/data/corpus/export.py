@@ -77,8 +77,10 @@ def export_corpus(
     building = out.with_name(f".{out.name}.exporting")
     new, old = building / "new", building / "old"
     with locked_folder(building), writing(out):
-        if old.exists() and not out.exists():  # Of an export that was killed, as the next two.
+        # A killed export may leave the one that it replaces, and its own files.
+        if old.exists() and not out.exists():
             os.rename(old, out)
+            _check_replaceable(out, force)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -96,7 +98,7 @@ def export_corpus(
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
         (new / _MANIFEST).write_text(json.dumps(about | counts, indent=1))
-        _check_replaceable(out, force)
+        _check_replaceable(out, force)  # It may have appeared meanwhile.
         if out.exists():
             os.rename(out, old)
         os.rename(new, out)

@@ -203,8 +203,10 @@ def resolve_rules(
 def comparing_stages(
     recipe: RecipeConfig, rules: Rules
 ) -> list[tuple[CorpusStage, Expression | None]]:
-    """The stages whose verdicts decide what rules keep, and which documents each looks at: first
-    those that drop whole documents, since what they drop keeps no passage."""
+    """Return the stages whose verdicts decide what rules keep, and which documents each looks at.
+
+    Stages that drop whole documents come first: a dropped document keeps no passage.
+    """
     labels, found = labels_of(recipe), []
     named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
     for number in reversed(range(len(recipe.stages))):
@@ -229,20 +231,7 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     stages = comparing_stages(recipe, rules)
     wheres = {name for _, where_ in stages if where_ for name in where_.names}
     used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
-    for index, (stage, where_) in enumerate(stages):
-        later = {f"{each.title}.{label}" for each, _ in stages[index:] for label in each.verdicts}
-        if (
-            label := next((name for name in where_.names if name in later), None)
-            if where_
-            else None
-        ):
-            what = f"{label} is settled behind the duplicates that {stage.title} finds"
-            place = f"stages.{recipe.stages.index(stage)}.where"
-            raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
-    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
-    if len(near) > 1:
-        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
-        raise MaxlmError(what, where=where or "keep", fix="name one of them")
+    _check_order(recipe, stages, where)
     # Label → the verdict that it depends on, and the place of the `where` by which it does.
     early: dict[str, tuple[str, str]] = {}
     for number, stage in enumerate(recipe.stages):
@@ -274,6 +263,28 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     if len(passages := [label for label in rules.cut if label in early]) > 1:
         what = f"{passages[0]} and {passages[1]} might each cut the copy that the other leaves"
         raise MaxlmError(what, where="cut", fix="name one of them")
+
+
+def _check_order(
+    recipe: RecipeConfig, stages: Sequence[tuple[CorpusStage, Expression | None]], where: str
+) -> None:
+    """Check that verdicts can be settled in the order of `comparing_stages`.
+
+    Raises:
+        MaxlmError: a `where` needs a later verdict, or two stages drop documents for others that
+            they are only like.
+    """
+    for index, (stage, expression) in enumerate(stages):
+        later = {f"{each.title}.{label}" for each, _ in stages[index:] for label in each.verdicts}
+        for label in expression.names if expression else ():
+            if label in later:
+                what = f"{label} is settled after the duplicates that {stage.title} finds"
+                place = f"stages.{recipe.stages.index(stage)}.where"
+                raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
+    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
+    if len(near) > 1:
+        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
+        raise MaxlmError(what, where=where or "keep", fix="name one of them")
 
 
 def _holds_spans(type_: pa.DataType) -> bool:

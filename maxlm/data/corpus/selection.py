@@ -55,7 +55,7 @@ def corpus_files(folder: Path, config: FilesConfig) -> list[SourceFile]:
     files, digests = [], {}
     for shard in settle_duplicates(corpus, rules):
         path = shard.path(DOCUMENTS)
-        stages = {stage for label in labels for stage, _ in shard.label_files(label)}
+        stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}
         stages = [DOCUMENTS, *sorted((stages | set(texts_of(corpus.recipe))) - {DOCUMENTS})]
         for stage in stages:
             if stage != shard.settled_folder and stage not in digests:

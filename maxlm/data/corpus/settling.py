@@ -65,7 +65,9 @@ def settle_duplicates(corpus: Corpus, rules: Rules, progress: Progress = silent)
     if not stages:
         return corpus.shards
     titles = [DOCUMENTS, *(stage.title for stage in corpus.recipe.stages)]
-    parts = [_VERSION, [corpus.manifest(title)["key"] for title in titles], list(rules.cut)]
+    manifests = [corpus.manifest(title) for title in titles]
+    parts = [_VERSION, [(each["key"], each.get("shards_sha256")) for each in manifests]]
+    parts.append(list(rules.cut))
     parts.append({name: rule.text for name, rule in rules.keep.items()})
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     home = corpus.folder / "settled" / key
@@ -116,8 +118,8 @@ def apply_verdicts(
     return pa.table(columns)
 
 
-def rule_columns(rules: Rules, stages: Compared) -> list[str]:
-    """The columns that `apply_verdicts` and then the rules need."""
+def list_rule_columns(rules: Rules, stages: Compared) -> list[str]:
+    """List the columns that `apply_verdicts` and the rules read."""
     wheres = [where for _, where in stages if where is not None]
     names = [name for each in (*rules.keep.values(), *wheres) for name in each.names]
     verdicts = {f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts}
@@ -151,17 +153,17 @@ class _Settling:
             failed = trusted & ~may_keep
             if not failed.any():
                 return
-            self._spread(failed, to_alike=attempt >= 3)
+            self._add_copies(failed, and_alike=attempt >= 3)
             barred |= failed
 
-    def _spread(self, failed: np.ndarray, to_alike: bool) -> None:
-        """Mark, beside documents that failed, those with the same text; else each would stand for
-        it in turn, to fail as well."""
+    def _add_copies(self, failed: np.ndarray, and_alike: bool) -> None:
+        """Add to the documents that failed (bool [documents]) those with the same text, which would
+        be tried and fail one after the other."""
         for found in self._found.values():
             if "copy" not in found:
                 continue
             ends = [(found["copy"], found["best"])]
-            ends += [(found["low"], found["high"])] if to_alike else []
+            ends += [(found["low"], found["high"])] if and_alike else []
             for one, other in 2 * ends:  # Copies are linked by the best of them.
                 both = failed[one] | failed[other]
                 failed[one[both]] = failed[other[both]] = True
@@ -179,7 +181,7 @@ class _Settling:
     def _kept(self) -> np.ndarray:
         """Which documents fulfil the rules by the verdicts so far: bool [documents]."""
         keep = np.ones(self._first[-1], np.bool_)
-        for documents, table in self._groups(rule_columns(self._rules, self._stages), "rules"):
+        for documents, table in self._groups(list_rule_columns(self._rules, self._stages), "rules"):
             labelled = apply_verdicts(table, self._stages, self._verdicts, documents)
             for rule in self._rules.keep.values():
                 keep[documents] &= rule.true(labelled)
@@ -290,7 +292,7 @@ class _Settling:
         """Write the settled labels, as files of `folder` below the corpus."""
         types = [(name, _TYPES.get(name.rpartition(".")[2], pa.float64())) for name in names]
         schema = pa.schema(types)
-        groups = self._groups(rule_columns(self._rules, self._stages), "labels")
+        groups = self._groups(list_rule_columns(self._rules, self._stages), "labels")
         documents = slice(0)
         for shard, stop in zip(self._corpus.shards, self._first[1:], strict=True):
             with ShardWriter(shard.path(str(folder)), schema) as writer:

@@ -115,7 +115,9 @@ class Shard:
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Every row of the given columns, a row group at a time, whatever `where` says."""
-        stages = {stage for name in columns for stage, _ in self.label_files(name)} | {DOCUMENTS}
+        stages = {stage for name in columns for stage, _ in self.find_label_files(name)} | {
+            DOCUMENTS
+        }
         with ExitStack() as stack:
             files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(stages)}
             for group in range(files[DOCUMENTS].num_row_groups):
@@ -125,7 +127,7 @@ class Shard:
 
     def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
         arrays = []
-        for stage, name in self.label_files(column):
+        for stage, name in self.find_label_files(column):
             if name not in files[stage].schema_arrow.names:
                 raise MaxlmError(
                     f'there is no column "{name}": another version of maxlm made this file',
@@ -142,8 +144,8 @@ class Shard:
             arrays.append(pa.concat_arrays(table.column(name).chunks or [_nulls(table, name)]))
         return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
 
-    def label_files(self, column: str) -> list[tuple[str, str]]:
-        """(stage, column of its file), for a text of several versions newest first."""
+    def find_label_files(self, column: str) -> list[tuple[str, str]]:
+        """Find the files that hold a column: (stage, column in its file), newest text first."""
         if column in self.settled:
             return [(self.settled_folder, column)]
         if column == "text":

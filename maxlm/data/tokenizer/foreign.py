@@ -163,7 +163,7 @@ def _from_json(
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
         opens=opens,
-        stops=settings.end_ids(within),
+        stops=settings.find_end_ids(within),
         carried=_carried(path, codec.file_name),
     )
 
@@ -189,7 +189,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> CodecTokeni
         codec,
         SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
         opens=named is not None and settings.adds_bos(default=True),
-        stops=settings.end_ids(control),
+        stops=settings.find_end_ids(control),
         carried=_carried(path, codec.file_name),
     )
 
@@ -257,7 +257,7 @@ class _Settings:
                 return literals[i]
         return None
 
-    def end_ids(self, within: Collection[str]) -> list[int]:
+    def find_end_ids(self, within: Collection[str]) -> list[int]:
         """The ids that generation stops at: generation_config.json's, else config.json's.
 
         Args:

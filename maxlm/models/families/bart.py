@@ -70,7 +70,7 @@ def _read(reader: Reader) -> dict[str, Any]:
     start = reader.size("decoder_start_token_id", 2, least=0, nullable=True)
     d_ff, bare = reader.size("decoder_ffn_dim"), BARE in (reader.get("architectures", None) or ())
     for key, own in (("encoder_attention_heads", heads), ("encoder_ffn_dim", d_ff)):
-        reader.size(key)  # Where it is absent, another than the decoder's is meant.
+        reader.size(key)  # transformers has a default of its own, not the decoder's.
         reader.only(key, own)
     # Of early files, which had other placements besides.
     for other in ("normalize_before", "add_final_layer_norm", "add_bias_logits"):

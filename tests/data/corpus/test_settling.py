@@ -165,7 +165,7 @@ def test_other_rules_settle_anew_without_a_pass(tmp_path):
     next(reading)
     stages = {"stages": [*STAGES, {"stage": "heuristics", "name": "more"}]}
     run_recipe(RecipeConfig.model_validate(corpus.recipe.model_dump(mode="json") | stages))
-    assert list(reading)  # Though a stage has come.
+    assert list(reading)  # Adding a stage leaves a reader its labels.
 
 
 @pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
@@ -223,7 +223,7 @@ def test_what_cannot_be_settled_is_refused_before_the_run(tmp_path, changes, mes
 
 
 @pytest.mark.parametrize("to", ["parquet", "jsonl"])
-def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
+def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd, monkeypatch):
     rows = crawl(2)
     rows[7]["text"] += " write to jean.dupont@example.org"
     stages = [STAGES[0], {"stage": "language"}, {"stage": "pii"}, *STAGES[1:]]
@@ -262,4 +262,6 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     assert "there is an export here; choose another folder" in capfd.readouterr().err
     (tmp_path / ".out.exporting" / "old" / "of a killed export").mkdir(parents=True)
     assert main([*export, "--force"]) == 0
+    monkeypatch.chdir(out)
+    assert main([*export[:-1], ".", "--force"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

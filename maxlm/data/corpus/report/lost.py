@@ -19,7 +19,12 @@ from maxlm.data.corpus.dedup.columns import concatenate, open_columns, write_col
 from maxlm.data.corpus.dedup.words import letter_table
 from maxlm.data.corpus.opened import Corpus, kept, read_kept
 from maxlm.data.corpus.recipe import Rules, comparing_stages
-from maxlm.data.corpus.settling import Compared, apply_verdicts, rule_columns, settle_duplicates
+from maxlm.data.corpus.settling import (
+    Compared,
+    apply_verdicts,
+    list_rule_columns,
+    settle_duplicates,
+)
 from maxlm.data.corpus.shards import Shard
 from maxlm.data.corpus.textbuffers import pack_texts
 from maxlm.data.work.engine import Engine
@@ -61,7 +66,7 @@ class _Job:
     sizes: tuple[int, int]
     """Words of a document's n-gram, and of a passage's window."""
 
-    def hashes_path(self, kind: int) -> Path:
+    def get_hash_file(self, kind: int) -> Path:
         return self.shard.folder / self.shard.settled_folder / f"hashes-{kind}.arrow"
 
 
@@ -88,7 +93,7 @@ def count_lost(
         progress("text lost: dropped", len(removed), len(jobs))
     for kind in range(2):
         hashes = concatenate([found[kind][0] for found, _ in removed], np.uint64)
-        write_columns(jobs[0].hashes_path(kind), {"hash": np.unique(hashes)})
+        write_columns(jobs[0].get_hash_file(kind), {"hash": np.unique(hashes)})
     seen: list[Any] = [False, False]
     for done, each in enumerate(engine.map(_find_removed, jobs), 1):
         seen = [a | b for a, b in zip(seen, each, strict=True)]
@@ -96,7 +101,7 @@ def count_lost(
     alike = min((getattr(stage, "jaccard", 1.0) for stage, _ in stages), default=1.0)
     lost = [0, 0]
     for kind, share in enumerate((alike - _DOUBT, 1.0)):
-        with open_columns(jobs[0].hashes_path(kind)) as columns:
+        with open_columns(jobs[0].get_hash_file(kind)) as columns:
             wanted = columns["hash"]
         for found, _ in removed:
             hashes, text = found[kind]
@@ -110,7 +115,7 @@ def count_lost(
 
 def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
     """Hashes of dropped documents and of cut passages, and how many there are of each."""
-    columns, rules = rule_columns(job.rules, job.stages), job.rules
+    columns, rules = list_rule_columns(job.rules, job.stages), job.rules
     cuts = {name for name in job.shard.settled if name.endswith(".cuts")}
     whole = [name for name in job.shard.settled if name.endswith((".duplicate", ".jaccard"))]
     documents, passages, counts = [], [], [0, 0]
@@ -159,7 +164,7 @@ def _find_removed(job: _Job) -> list[np.ndarray]:
 def _find(
     job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[bytes], int], Hashes]
 ) -> np.ndarray:
-    with open_columns(job.hashes_path(kind)) as columns:
+    with open_columns(job.get_hash_file(kind)) as columns:
         wanted = columns["hash"]
     seen = np.zeros(len(wanted), np.bool_)
     texts = (text.encode() for _, text in read_kept(job.shard, rules) if text)
