@@ -351,8 +351,8 @@ def check_samples(config: RunConfig, prompt_tokens: Sequence[int]) -> None:
             total = max(tokens, 1 + new)
         if total > limit:
             raise MaxlmError(
-                f"it and samples.max_new_tokens={new} come to {total:,} tokens; a model of "
-                f"max_seq_len={length} takes {limit:,}",
+                f"the prompt and samples.max_new_tokens={new} make {total:,} tokens; "
+                f"model.max_seq_len={length} allows {limit:,}",
                 where=f"samples.prompts.{index}",
                 fix="shorten the prompt, or ask for fewer new tokens",
             )

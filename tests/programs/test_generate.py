@@ -161,8 +161,8 @@ def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(t
     tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     tokens = 1 + len(tokenizer.encode(config.samples.prompts[2]))
     assert str(error.value) == (
-        f"samples.prompts.2: it and samples.max_new_tokens=9 come to {tokens + 9} tokens; a model "
-        "of max_seq_len=32 takes 32; shorten the prompt, or ask for fewer new tokens"
+        f"samples.prompts.2: the prompt and samples.max_new_tokens=9 make {tokens + 9} tokens; "
+        "model.max_seq_len=32 allows 32; shorten the prompt, or ask for fewer new tokens"
     )
     check_samples(config, [1, 1, 23])
     with pytest.raises(MaxlmError):
