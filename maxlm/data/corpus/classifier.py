@@ -55,7 +55,7 @@ class ClassifierConfig(Config):
     target_value: float = Field(default=0.9, gt=0, le=1)
     """How much of it."""
     seed: int = 0
-    """Of the documents' order in training."""
+    """Seed of the order in which documents are trained on."""
 
 
 class ClassifierTraining(Config):

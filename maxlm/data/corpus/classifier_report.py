@@ -26,12 +26,12 @@ class Report:
 
     @property
     def precision(self) -> float:
-        """Of the documents above the threshold, how many are positive."""
+        """Share of the documents above the threshold that are positive."""
         return precision_recall(self.scores, self.labels, self.threshold)[0]
 
     @property
     def recall(self) -> float:
-        """Of the positive documents, how many are above the threshold."""
+        """Share of the positive documents that are above the threshold."""
         return precision_recall(self.scores, self.labels, self.threshold)[1]
 
     @property
@@ -88,7 +88,7 @@ def sigmoid(values: np.ndarray) -> np.ndarray:
 def precision_recall(
     scores: np.ndarray, labels: np.ndarray, threshold: float
 ) -> tuple[float, float]:
-    """Of what scores at least `threshold`; a precision of nothing is 1."""
+    """Return precision and recall at `threshold`; precision is 1 if nothing scores that much."""
     taken = scores >= threshold
     right = np.sum(taken & labels)
     return float(right / taken.sum()) if taken.any() else 1.0, float(right / labels.sum())

@@ -47,7 +47,7 @@ class RawDocument:
     html: bytes | None
     text: str | None
     meta: dict[str, str] = field(default_factory=dict)
-    """Of date (ISO 8601), content_type and charset (both as HTTP gave them) what is known."""
+    """What is known of date (ISO 8601), content_type and charset (both as HTTP gave them)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class _Record:
     url: str | None
     date: str | None
     content_type: str
-    """Of the block: "application/http; ..." for responses."""
+    """Media type of the block: "application/http; ..." for responses."""
     block: bytes
 
 

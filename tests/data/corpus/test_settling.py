@@ -170,7 +170,7 @@ def test_other_rules_settle_anew_without_a_pass(tmp_path):
 
 @pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
 def test_neither_order_nor_copies_that_all_fail_cost_rounds(tmp_path, monkeypatch, last):
-    """Of a page that is a passage of another document no copy is kept; of others one is."""
+    """No copy is kept of a page that is a passage of another document; one is of other pages."""
     chance, rounds = random.Random(0), []
     settle = settling._Settling._settle_passages
     counted = lambda self, *given: rounds.append(settle(self, *given))  # noqa: E731

@@ -110,8 +110,8 @@ def resolve_duplicates(
 def _neighbours(
     ends: np.ndarray, jaccard: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of pairs of `number` nodes (int64 [2, pairs]): starts, neighbours and similarity as
-    `keep_best` wants them."""
+    """Return starts, neighbours and similarities, as `keep_best` reads them, of the graph whose
+    edges are pairs of `number` nodes (int64 [2, pairs])."""
     by_source = np.argsort(ends.ravel(), kind="stable")
     starts = np.zeros(number + 1, np.int64)
     np.cumsum(np.bincount(ends.ravel(), minlength=number), out=starts[1:])

@@ -109,7 +109,7 @@ class _Items:
 
     ids: list[str]
     words: np.ndarray
-    """Of each item, 0 if it is not looked for: too short, or equal to one before. int64 [items]."""
+    """Words of each item, int64 [items]; 0 if it is too short or equal to one before."""
     grams: np.ndarray
     """The n-grams of all items in the order of the text: uint64 [places]."""
     owners: np.ndarray
