@@ -40,15 +40,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
-from maxlm.data.corpus import PYTHON_STDLIB, SourceConfig, read_documents
-from maxlm.data.corpus.dedup.minhash import band_keys
-from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
-from maxlm.data.corpus.stage import CorpusStage
-from maxlm.data.corpus.stages.exact import ExactStage
-from maxlm.data.corpus.stages.near import NearStage
-from maxlm.data.corpus.textbuffers import text_buffers
-from maxlm.data.work.pool import WorkerPool
-from maxlm.data.work.progress import silent
+from maxlm.corpus import PYTHON_STDLIB, SourceConfig, read_documents
+from maxlm.corpus.dedup.minhash import band_keys
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.stage import CorpusStage
+from maxlm.corpus.stages.exact import ExactStage
+from maxlm.corpus.stages.near import NearStage
+from maxlm.corpus.textbuffers import text_buffers
+from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.progress import silent
 
 TARGET = 0.8
 

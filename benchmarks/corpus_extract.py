@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from maxlm.data.corpus.extraction import Extractor
+from maxlm.corpus.extraction import Extractor
 
 WORD = re.compile(r"\w+")
 GROUP = 16  # Pages that go to the child process at a time, about as many as the stage sends.

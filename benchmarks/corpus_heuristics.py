@@ -9,7 +9,7 @@ timed twice: every filter on every document, which is what the labels of this st
 as a pipeline, where a document that one filter drops does not reach the next. Its filters share the
 words of a document through a cache, as they do in a pipeline. Below, how often the published
 expressions over our labels and its filters agree: with its own words, and with the words of
-`maxlm.data.corpus.characters` handed to it.
+`maxlm.corpus.characters` handed to it.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from maxlm.data.corpus import SourceConfig, read_documents
-from maxlm.data.corpus.characters import DIGIT, SPACE, WORD, character_classes
-from maxlm.data.corpus.expression import Expression
-from maxlm.data.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
+from maxlm.corpus import SourceConfig, read_documents
+from maxlm.corpus.characters import DIGIT, SPACE, WORD, character_classes
+from maxlm.corpus.expression import Expression
+from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
 
 
 def peer_filters() -> dict[str, Callable[[str], bool]]:
@@ -49,7 +49,7 @@ def peer_filters() -> dict[str, Callable[[str], bool]]:
 
 
 def words_of(text: str) -> list[str]:
-    """Words and symbols by the rule of `maxlm.data.corpus.characters`, but for scripts without
+    """Words and symbols by the rule of `maxlm.corpus.characters`, but for scripts without
     spaces and characters that belong to what they follow."""
     kinds = character_classes()[[ord(c) for c in text]] if text else []
     words, start, size = [], 0, len(text)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.data.corpus.stages.language import LanguageStage, find_shipped_model
+from maxlm.corpus.stages.language import LanguageStage, find_shipped_model
 
 LEAST = 200  # characters
 LONG = 40  # Shorter lines, mostly names, are the same in many languages.

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from maxlm.data.corpus.pii import KINDS, Finder, Match
-from maxlm.data.corpus.stages.pii import PiiStage
+from maxlm.corpus.pii import KINDS, Finder, Match
+from maxlm.corpus.stages.pii import PiiStage
 
 REGIONS = {
     "en_US": "US",

@@ -18,16 +18,16 @@ from typing import TypeVar
 
 import numpy as np
 
-from maxlm.data.corpus import SourceConfig, read_documents
-from maxlm.data.corpus.classifier import (
+from maxlm.corpus import SourceConfig, read_documents
+from maxlm.corpus.classifier import (
     ClassifierConfig,
     ClassifierTraining,
     train_classifier,
     train_from_sources,
 )
-from maxlm.data.corpus.classifier_report import Report, roc_curve
-from maxlm.data.corpus.split import is_heldout
-from maxlm.data.corpus.textbuffers import pack_texts
+from maxlm.corpus.classifier_report import Report, roc_curve
+from maxlm.corpus.split import is_heldout
+from maxlm.corpus.textbuffers import pack_texts
 
 Result = TypeVar("Result")
 

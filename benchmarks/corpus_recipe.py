@@ -22,8 +22,8 @@ from pathlib import Path
 RUN = """
 import resource, sys
 from maxlm.config import load
-from maxlm.data.corpus.recipe import RecipeConfig
-from maxlm.data.corpus.run import run_recipe
+from maxlm.corpus.recipe import RecipeConfig
+from maxlm.corpus.run import run_recipe
 if __name__ == "__main__":
     run_recipe(load(RecipeConfig, sys.argv[1], sys.argv[2:]).value)
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -32,13 +32,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.data.corpus.characters import character_classes
-from maxlm.data.corpus.compiled import compiled
-from maxlm.data.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
-from maxlm.data.corpus.stages.substring import SubstringStage
-from maxlm.data.corpus.textbuffers import pack_texts
-from maxlm.data.work.pool import WorkerPool
-from maxlm.data.work.progress import silent
+from maxlm.corpus.characters import character_classes
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.stages.substring import SubstringStage
+from maxlm.corpus.textbuffers import pack_texts
+from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.progress import silent
 
 _HIDDEN = re.compile(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->|<[^>]*>")
 _SHARD_BYTES = 4 << 20

@@ -11,8 +11,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from maxlm.data.corpus.cuts import cut
-from maxlm.data.corpus.opened import Corpus, kept
+from maxlm.corpus.cuts import cut
+from maxlm.corpus.opened import Corpus, kept
 
 COLUMNS = (
     *("id", "text", "exact.duplicate", "exact.of", "near.duplicate", "near.of"),

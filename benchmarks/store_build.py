@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maxlm.data.corpus import SourceConfig, list_files, read_documents
+from maxlm.corpus import SourceConfig, list_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.data.work.pool import default_workers
+from maxlm.runtime.pool import default_workers
 
 LIBRARY = ("encode_batch", "encode_batch_fast")
 

@@ -159,7 +159,7 @@ def _entry(module: str, name: str) -> str:
 
 def pages() -> dict[str, str]:
     """Return the generated pages' text, by their file's name."""
-    from maxlm.data.corpus.recipe import RecipeConfig
+    from maxlm.corpus.recipe import RecipeConfig
     from maxlm.run import RunConfig
 
     return {

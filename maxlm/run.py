@@ -11,15 +11,15 @@ from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.dtypes import ComputeDtype
-from maxlm.objectives import (
+from maxlm.parallel.config import ParallelConfig
+from maxlm.sharding import MeshConfig, ShardingConfig
+from maxlm.tasks import (
     ARCHITECTURES,
     ClmConfig,
     ObjectiveConfig,
     batch_arrays,
     marks_needed,
 )
-from maxlm.parallel.config import ParallelConfig
-from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.train.config import CheckpointConfig, FaultsConfig, TrainConfig
 from maxlm.train.optimizer import OptimizerConfig
 from maxlm.train.reporting import ReportingConfig

@@ -34,7 +34,7 @@ def schema(
     from maxlm import config as configs
 
     if recipe:
-        from maxlm.data.corpus.recipe import RecipeConfig as described
+        from maxlm.corpus.recipe import RecipeConfig as described
     else:
         from maxlm.run import RunConfig as described
 

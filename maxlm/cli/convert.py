@@ -28,7 +28,7 @@ def command(
     run, train under a new name with train.start_from=TARGET.
     """
     from maxlm.config import MaxlmError
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")

@@ -35,13 +35,13 @@ def run(
     token store is built, so another threshold costs nothing here.
     """
     from maxlm.config import load
-    from maxlm.data.corpus.streams import require_corpus_packages
+    from maxlm.corpus.streams import require_corpus_packages
 
     require_corpus_packages(recipe)
-    from maxlm.data.corpus.opened import Corpus
-    from maxlm.data.corpus.recipe import RecipeConfig
-    from maxlm.data.corpus.run import run_recipe
-    from maxlm.data.work.progress import show_progress
+    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.recipe import RecipeConfig
+    from maxlm.corpus.run import run_recipe
+    from maxlm.runtime.progress import show_progress
 
     with show_progress("parts") as progress:
         folder = run_recipe(load(RecipeConfig, recipe, settings or ()).value, progress)
@@ -67,10 +67,10 @@ def report(
 
     "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
     """
-    from maxlm.data.corpus.streams import require_corpus_packages
+    from maxlm.corpus.streams import require_corpus_packages
 
     require_corpus_packages(str(corpus))
-    from maxlm.data.corpus.opened import Corpus
+    from maxlm.corpus.opened import Corpus
 
     opened = Corpus.open(corpus)
     rules = dict(opened.recipe.keep) | _named(keep or [])
@@ -93,17 +93,17 @@ def export(
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
     the texts that `build` tokenizes, with id, source, url, meta and language."""
-    from maxlm.data.corpus.streams import require_corpus_packages
+    from maxlm.corpus.streams import require_corpus_packages
 
     require_corpus_packages(str(corpus))
-    from maxlm.data.corpus.export import export_corpus
-    from maxlm.data.corpus.opened import Corpus
-    from maxlm.data.work.engine import open_engine
-    from maxlm.data.work.progress import show_progress
+    from maxlm.corpus.export import export_corpus
+    from maxlm.corpus.opened import Corpus
+    from maxlm.runtime.executor import open_executor
+    from maxlm.runtime.progress import show_progress
 
     opened = Corpus.open(corpus)
     rules = opened.rules(dict(opened.recipe.keep) | _named(keep or []))
-    engines = open_engine(opened.recipe.engine, opened.recipe.workers)
+    engines = open_executor(opened.recipe.engine, opened.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
     typer.echo("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
@@ -136,14 +136,14 @@ def _print_funnel(
     from rich.console import Console
     from rich.table import Table
 
-    from maxlm.data.corpus.report import count_lost, summarize, write_report
-    from maxlm.data.corpus.report.page import funnel
-    from maxlm.data.corpus.shards import DOCUMENTS
-    from maxlm.data.work.engine import open_engine
-    from maxlm.data.work.progress import show_progress
+    from maxlm.corpus.report import count_lost, summarize, write_report
+    from maxlm.corpus.report.page import funnel
+    from maxlm.corpus.shards import DOCUMENTS
+    from maxlm.runtime.executor import open_executor
+    from maxlm.runtime.progress import show_progress
 
     rules = corpus.rules(keep)
-    engines = open_engine(corpus.recipe.engine, corpus.recipe.workers)
+    engines = open_executor(corpus.recipe.engine, corpus.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         summary = summarize(corpus, rules, engine, tokenizer, progress)
         lost = count_lost(corpus, rules, engine, progress)
@@ -189,7 +189,7 @@ def train_perplexity(
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
     from maxlm.config import load
-    from maxlm.data.corpus import SourceConfig, perplexity, read_documents
+    from maxlm.corpus import SourceConfig, perplexity, read_documents
 
     def texts(documents: list[str]) -> Any:
         source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
@@ -218,7 +218,7 @@ def train_quality(
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load
-    from maxlm.data.corpus import SourceConfig, classifier
+    from maxlm.corpus import SourceConfig, classifier
 
     training = classifier.ClassifierTraining(
         positive=SourceConfig(documents=tuple(positive), on_bad_bytes="replace"),
@@ -244,7 +244,7 @@ def show(
     ] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.data.corpus.files import is_corpus
+    from maxlm.corpus.files import is_corpus
 
     if is_corpus(Path(folder)):
         _show_labels(Path(folder), document)
@@ -255,10 +255,10 @@ def show(
 def _show_labels(corpus: Path, document: str) -> None:
     import sys
 
-    from maxlm.data.corpus.streams import require_corpus_packages
+    from maxlm.corpus.streams import require_corpus_packages
 
     require_corpus_packages(str(corpus))
-    from maxlm.data.corpus.opened import Corpus, find_document
+    from maxlm.corpus.opened import Corpus, find_document
 
     opened = Corpus.open(corpus, unfinished=True)
     found, kept = find_document(opened, document)

@@ -44,9 +44,9 @@ def build(
     ] = False,
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
-    from maxlm.data.corpus import SourceConfig
+    from maxlm.corpus import SourceConfig
     from maxlm.data.store import build_store
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     source = SourceConfig(
         documents=tuple(text),
@@ -72,16 +72,16 @@ def build(
 
 def _print_lost(source: Any) -> None:
     """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
-    from maxlm.data.corpus.files import find_roots, is_corpus
+    from maxlm.corpus.files import find_roots, is_corpus
 
     roots = [root for entry in source.documents for root in find_roots(entry)]
     for root in filter(is_corpus, roots):
-        from maxlm.data.corpus.opened import Corpus
-        from maxlm.data.corpus.report import count_lost
-        from maxlm.data.work.engine import open_engine
+        from maxlm.corpus.opened import Corpus
+        from maxlm.corpus.report import count_lost
+        from maxlm.runtime.executor import open_executor
 
         corpus = Corpus.open(root)
-        with open_engine(corpus.recipe.engine, corpus.recipe.workers) as engine:
+        with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
             typer.echo(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
 
 
@@ -93,9 +93,9 @@ def append(
     ] = None,
 ) -> None:
     """Add documents to a store, as a new segment; those that are there keep their numbers."""
-    from maxlm.data.corpus import SourceConfig
+    from maxlm.corpus import SourceConfig
     from maxlm.data.store import TokenStore, append_store
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     made = TokenStore.open(store).manifest
     source = SourceConfig(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from maxlm.data.corpus import SourceConfig
+    from maxlm.corpus import SourceConfig
     from maxlm.data.tokenizer import Tokenizer, TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
@@ -48,7 +48,7 @@ def train(
 ) -> None:
     """Learn a tokenizer from text."""
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     _require_free(out, force)
     source = _source(text, text_field)
@@ -154,7 +154,7 @@ def stats(
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
     from maxlm.data.tokenizer import load_tokenizer, tokenizer_stats
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
@@ -181,7 +181,7 @@ def compare(
 ) -> None:
     """Measure two tokenizers on the same text: bytes per token by group, fertility, speed."""
     from maxlm.data.tokenizer import compare_tokenizers
-    from maxlm.data.work.progress import show_progress
+    from maxlm.runtime.progress import show_progress
 
     tokenizers = {name: _open(name) for name in dict.fromkeys((first, second))}
     with show_progress() as progress:
@@ -226,7 +226,7 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
     """The texts with the language that each is in."""
     import pyarrow as pa
 
-    from maxlm.data.corpus.stages.language import LanguageStage
+    from maxlm.corpus.stages.language import LanguageStage
 
     label = LanguageStage().open()
     for _, text in texts:
@@ -236,7 +236,7 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
 
 def _source(text: list[str], text_field: str) -> "SourceConfig":
     """Undecodable bytes are kept: a tokenizer takes any."""
-    from maxlm.data.corpus import SourceConfig
+    from maxlm.corpus import SourceConfig
 
     return SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
 
@@ -245,7 +245,7 @@ def _counted(
     source: "SourceConfig", limit: int | None, progress: Callable[[str, int, int], None]
 ) -> Iterator[bytes]:
     """The texts of a source, their bytes reported against the size of its files or ``limit``."""
-    from maxlm.data.corpus import list_files, read_documents
+    from maxlm.corpus import list_files, read_documents
 
     files = list_files(source)
     total = sum(file.size for file in files)

@@ -41,7 +41,7 @@ def command(
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     run = load(RunConfig, config, settings or ()).value
-    from maxlm.programs.job import taking_part
+    from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None
@@ -50,7 +50,12 @@ def command(
         "num_processes": num_processes,
         "process_id": process_id,
     }
-    with taking_part(run, **cluster):
+    with distributed_session(
+        run.model_dump(mode="json"),
+        join_seconds=run.faults.join_seconds,
+        peer_seconds=run.faults.peer_seconds,
+        **cluster,
+    ):
         from maxlm.programs.pretrain import pretrain
         from maxlm.programs.report import report
 

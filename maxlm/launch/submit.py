@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.data.work.paths import replacing, writing
 from maxlm.launch.job import Job
 from maxlm.launch.render import file_name
 from maxlm.run import RunConfig
+from maxlm.runtime.files import replacing, writing
 
 
 def job_file(job: Job, run: RunConfig) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from maxlm.models.remat import SAVED
-from maxlm.objectives import batch_arrays
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import Shape, received_rows
 from maxlm.plan.sizes import heads, hidden_elements, latent_elements
@@ -22,6 +21,7 @@ from maxlm.plan.stacks import Stack
 from maxlm.plan.working import LOSS, UPDATE, Parts, end_sets, layer_sets
 from maxlm.plan.workload import Number, Split
 from maxlm.sharding import AxisRules
+from maxlm.tasks import batch_arrays
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, named, param_specs
 from maxlm.models.remat import SAVED, RematPolicy
-from maxlm.objectives import batch_arrays
 from maxlm.plan.stacks import (
     Kernel,
     Map,
@@ -31,6 +30,7 @@ from maxlm.plan.stacks import (
 )
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from maxlm.tasks import batch_arrays
 from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
 

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.objectives import batch_arrays
 from maxlm.plan.compiled.cost import CompiledCost, Memory, compiled_cost, compiled_memory
 from maxlm.plan.topology import Topology, gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
+from maxlm.tasks import batch_arrays
 from maxlm.train.batch import batch_sharding
 
 # VMEM, where XLA:TPU keeps what it prefetches.

@@ -27,9 +27,9 @@ from maxlm.huggingface.writer import SHARD_BYTES
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.families.family import Family
 from maxlm.models.params import named, param_specs
-from maxlm.objectives import ARCHITECTURES, marks_needed
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from maxlm.tasks import ARCHITECTURES, marks_needed
 from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.

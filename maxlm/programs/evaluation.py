@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from maxlm.data.store import TokenStore
-from maxlm.objectives import Vocabulary
 from maxlm.programs.feed import evaluation_batches
 from maxlm.programs.setup import Setup
+from maxlm.tasks import Vocabulary
 from maxlm.train.loop import evaluate
 from maxlm.train.step import Batch, Sums
 

@@ -5,8 +5,8 @@ from contextlib import closing, contextmanager
 
 from maxlm.data.loader import Mixing, TokenSource, make_loader, one_pass
 from maxlm.data.store import TokenStore
-from maxlm.objectives import Transform, Vocabulary, host_transform
 from maxlm.programs.setup import Setup
+from maxlm.tasks import Transform, Vocabulary, host_transform
 from maxlm.train.batch import batch_sharding, local_rows, put_batch
 from maxlm.train.skips import Skips, stretches
 from maxlm.train.step import Batch

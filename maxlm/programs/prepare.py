@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.config import MixtureSource
-from maxlm.data.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import Batches, check_lasts, make_batches
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from maxlm.data.work.paths import replacing
-from maxlm.data.work.progress import show_progress
-from maxlm.objectives import Vocabulary
 from maxlm.programs.vocabulary import encode_prompts, vocabulary_of
 from maxlm.run import PREPARED, RunConfig, check_samples, vocab_fits
+from maxlm.runtime.files import replacing
+from maxlm.runtime.progress import show_progress
+from maxlm.tasks import Vocabulary
 from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.

@@ -14,7 +14,6 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.data.work.paths import check_not_deleted, locked_folder, replacing, writing
 from maxlm.plan.predict import Machine, Plan, predict
 from maxlm.plan.show import planned_words
 from maxlm.programs.environment import environment, process_began
@@ -41,15 +40,16 @@ from maxlm.programs.resume import (
 )
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
 from maxlm.run import RunConfig, vocab_fits
+from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.files import check_not_deleted, locked_folder, replacing, writing
+from maxlm.runtime.signals import SignalHandler, handle_signals
 from maxlm.sharding import links
-from maxlm.train.agreement import Agreement
 from maxlm.train.anomaly import LossWatch, Verdict
 from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.checkpoint.tiers import Tiers
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.loop import Guards, Hooks, train
 from maxlm.train.metrics import MetricsLog
-from maxlm.train.notices import Notices, noticing
 from maxlm.train.profile import Profiler
 from maxlm.train.records import read_records
 from maxlm.train.skips import Skips
@@ -104,7 +104,7 @@ def pretrain(
     use_compilation_cache(config)
     vocab_fits(config, planned_vocab(config, folder))
     with ExitStack() as stack:
-        notices = stack.enter_context(noticing(str(folder)))
+        signals = stack.enter_context(handle_signals(str(folder)))
         if lead:
             stack.enter_context(_alone(folder))
         with preparing(config, folder, lead=lead):
@@ -173,7 +173,7 @@ def pretrain(
             device_kind=jax.devices()[0].device_kind,
             skipped=[[each.step, each.why] for each in position.skipped],
         )
-        stack.enter_context(_noted(notices, log, first))
+        stack.enter_context(_noted(signals, log, first))
         watchdog.event = log.event
         tiers.catch_up()
         profiler = stack.enter_context(Profiler(folder, *profile) if profile else Profiler.off())
@@ -206,8 +206,8 @@ def pretrain(
                         event=log.event,
                     ),
                     guards=Guards(
-                        notices=notices,
-                        agreement=Agreement(setup.mesh),
+                        signals=signals,
+                        agreement=FlagAllReduce(setup.mesh),
                         watch=LossWatch(config.faults, position.losses),
                         watchdog=watchdog,
                         profiler=profiler,
@@ -218,7 +218,7 @@ def pretrain(
                 )
 
         while isinstance(ended := train_from(position, skips), Verdict):
-            notices.heed()
+            signals.raise_if_signaled()
             if (times := times_gone_back(folder)) >= config.faults.max_rollbacks:
                 log.event("stop", ended.last, reason="rollback-limit")
                 raise too_often(ended, times, folder)
@@ -239,7 +239,7 @@ def pretrain(
                 f"batches {skips[-1][0]} to {skips[-1][1]} are left out"
             )
         state = ended
-        notices.heed()
+        signals.raise_if_signaled()
         read = (corpus.heldout, corpus.vocabulary)
         watchdog.expect(int(state.step), "evaluation")
         evaluation_began = time.monotonic()
@@ -318,7 +318,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _noted(notices: Notices, log: MetricsLog, step: int) -> Iterator[None]:
+def _noted(signals: SignalHandler, log: MetricsLog, step: int) -> Iterator[None]:
     """Write down what ends the run outside its loop, or unforeseen."""
     try:
         yield
@@ -326,7 +326,7 @@ def _noted(notices: Notices, log: MetricsLog, step: int) -> Iterator[None]:
         if not log.stopped:
             reason = "interrupt" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(MaxlmError):  # a full disk, perhaps, which is what `error` says
-                log.event("stop", step, reason="preempted" if notices.at_once else reason)
+                log.event("stop", step, reason="preempted" if signals.interrupted_work else reason)
         raise
 
 

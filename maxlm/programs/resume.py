@@ -14,10 +14,11 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
-from maxlm.data.work.paths import replacing
 from maxlm.programs.prepare import Corpus, check_prepared, without_settings
 from maxlm.programs.setup import Setup
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
+from maxlm.runtime.collectives import broadcast_from_process_0
+from maxlm.runtime.files import replacing
 from maxlm.train.anomaly import Verdict
 from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.checkpoint.tiers import Found, Skipped, Tiers
@@ -25,7 +26,6 @@ from maxlm.train.config import CheckpointConfig
 from maxlm.train.records import read_records
 from maxlm.train.skips import Range, Skips, batch_number, same_batches
 from maxlm.train.state import TrainState
-from maxlm.train.together import lead_says
 
 Say = Callable[[str], None]
 _SKIPS = "skipped_batches.json"
@@ -150,7 +150,7 @@ def check_not_lost(tiers: Tiers, resume: str | Path | None) -> None:
             saved, begun = {each for each in saved if each <= step}, set()
         if kind in ("start", "resume"):
             other = event.get("run")
-    newest, other = lead_says([max(saved, default=None), other])
+    newest, other = broadcast_from_process_0([max(saved, default=None), other])
     if newest is not None:
         what = f"no checkpoint is left, but one of step {newest} was saved"
         raise _begin_elsewhere(tiers, what, "put it back")
@@ -227,7 +227,7 @@ def go_back(
 
 def times_gone_back(folder: Path) -> int:
     """How often this run has, in its life; batches that it was told to leave out do not count."""
-    return lead_says(sum(e.get("event") == "rollback" for e in _events(folder)))
+    return broadcast_from_process_0(sum(e.get("event") == "rollback" for e in _events(folder)))
 
 
 def _events(folder: Path) -> Iterable[Mapping[str, Any]]:
@@ -264,7 +264,7 @@ def read_skips(folder: Path, origin: Origin | None) -> Skips:
             record = [_range(each["batches"]) for each in json.loads(path.read_text())]
         except (ValueError, TypeError, KeyError):
             record = "damaged"
-    record = lead_says(record)
+    record = broadcast_from_process_0(record)
     if record == "damaged":
         fix = 'write it anew from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
         raise MaxlmError("is no list of ranges of batches", where=str(path), fix=fix)

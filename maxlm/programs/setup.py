@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
-from maxlm.objectives import OBJECTIVES
 from maxlm.parallel.context import sequence_order
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig, fitted
 from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
+from maxlm.tasks import OBJECTIVES
 from maxlm.train.optimizer import make_optimizer, updated_in
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, state_shardings

@@ -12,17 +12,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.data.corpus import find_files
+from maxlm.corpus import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import named
-from maxlm.objectives import Vocabulary, batch_arrays
 from maxlm.plan.layout import lay_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import planned_vocab
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
 from maxlm.run import RunConfig, vocab_fits
 from maxlm.sharding import mesh_sizes, smallest
+from maxlm.tasks import Vocabulary, batch_arrays
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.work.paths import replacing, writing
 from maxlm.programs.goodput import PARTS, History, Stretch
+from maxlm.runtime.files import replacing, writing
 
 # Good time is one calm colour, steps taken in vain and silence are loud.
 COLOURS = {

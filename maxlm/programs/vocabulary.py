@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.objectives import Vocabulary
+from maxlm.tasks import Vocabulary
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:

@@ -11,11 +11,11 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
-from maxlm.train.agreement import Agreement, Wish
+from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.signals import SignalHandler, StopRequest
 from maxlm.train.anomaly import LossWatch, Verdict
 from maxlm.train.checkpoint.tiers import Tiers
 from maxlm.train.config import TrainConfig
-from maxlm.train.notices import Notices
 from maxlm.train.profile import Profiler
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
@@ -41,8 +41,8 @@ class Hooks:
 class Guards:
     """What the loop minds besides the steps."""
 
-    notices: Notices
-    agreement: Agreement
+    signals: SignalHandler
+    agreement: FlagAllReduce
     watch: LossWatch
     watchdog: Watchdog
     profiler: Profiler
@@ -80,8 +80,8 @@ def train(
     """
     start, number = int(state.step), int(state.step)
     loop = _Loop(hooks, guards, tiers, metadata, _Account(hooks.event, start))
-    account, asked, pending = loop.account, Wish.NONE, None
-    with guards.notices.held():
+    account, asked, pending = loop.account, StopRequest.NONE, None
+    with guards.signals.deferred():
         for number in range(start + 1, config.steps + 1):
             guards.watchdog.expect(number, "first step" if number == start + 1 else "step")
             guards.profiler.before(number, state)
@@ -89,8 +89,10 @@ def train(
                 batch = next(batches)
             state, sums = step(state, batch)
             guards.profiler.after(number, sums)
-            wish = guards.notices.wish | (Wish.SAVE if tiers.late() else Wish.NONE)
-            proposed = guards.agreement.propose(wish)
+            request = guards.signals.request | (
+                StopRequest.SAVE if tiers.late() else StopRequest.NONE
+            )
+            proposed = guards.agreement.start(request)
             verdict = None
             if pending is not None:
                 verdict, asked = loop.settle(*pending)
@@ -107,10 +109,10 @@ def train(
                 with account.timed("evaluating") as seconds:
                     hooks.record(number, hooks.evaluate(state))
                 hooks.event("evaluate", number, seconds=seconds())
-            loop.save(number, state, force=asked != Wish.NONE)
+            loop.save(number, state, force=asked != StopRequest.NONE)
             if asked.stops:
                 break
-            asked = Wish.NONE
+            asked = StopRequest.NONE
         if pending is not None:
             verdict, _ = loop.settle(*pending)
             if verdict is not None:
@@ -123,7 +125,7 @@ def train(
         account.note(number)
     if not asked.stops or number == config.steps:
         return state
-    told = Wish.PREEMPT in asked
+    told = StopRequest.PREEMPT in asked
     hooks.event("stop", number, reason="preempted" if told else "interrupt")
     kind, words = (Preempted, "told to stop at") if told else (MaxlmError, "interrupted at")
     stopped = kind(
@@ -149,7 +151,7 @@ class _Loop:
     metadata: Mapping[str, Any]
     account: "_Account"
 
-    def settle(self, number: int, sums: Sums, proposed: Any) -> tuple[Verdict | None, Wish]:
+    def settle(self, number: int, sums: Sums, proposed: Any) -> tuple[Verdict | None, StopRequest]:
         """Wait for a step, write down its scalars, and judge them; what anyone wanted then."""
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         lap = self.account.lap(number)
@@ -158,7 +160,7 @@ class _Loop:
         self.note_saved()
         if values.get("skipped"):
             self.hooks.event("skip", number, reason="the loss or a gradient is not finite")
-        return self.guards.watch.see(number, values), self.guards.agreement.agreed(proposed)
+        return self.guards.watch.see(number, values), self.guards.agreement.finish(proposed)
 
     def save(self, number: int, state: TrainState, force: bool) -> None:
         if not (force or self.tiers.due(number)):

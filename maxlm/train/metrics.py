@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.data.work.paths import writing
+from maxlm.runtime.files import writing
 from maxlm.train.records import Record, RecordFile
 from maxlm.train.reporting import ReportingConfig
 from maxlm.train.sinks import open_sinks

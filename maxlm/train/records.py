@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maxlm.data.work.paths import check_not_deleted, replacing, writing
+from maxlm.runtime.files import check_not_deleted, replacing, writing
 
 Record = Mapping[str, Any]
 

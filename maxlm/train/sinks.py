@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from maxlm.config import MaxlmError
-from maxlm.data.work.paths import replacing, writing
+from maxlm.runtime.files import replacing, writing
 from maxlm.train.reporting import ReportingConfig, WandbConfig
 
 Numbers = Mapping[str, float]

@@ -13,7 +13,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.families.rope import write_positions
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.objectives import ObjectiveConfig
+from maxlm.tasks import ObjectiveConfig
 from tests.models.published_configs import MORE, PUBLISHED
 
 PRESETS = sorted(path.stem for path in asset("configs/models").glob("*.yaml"))

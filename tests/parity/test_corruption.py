@@ -4,7 +4,7 @@ token by itself, ours fills a share."""
 import numpy as np
 import pytest
 
-from maxlm.objectives.corrupt import mask_tokens
+from maxlm.tasks.corrupt import mask_tokens
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch")

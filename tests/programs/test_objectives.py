@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from maxlm.models.params import bind, named
-from maxlm.objectives import OBJECTIVES
 from maxlm.programs.feed import training_batches
 from maxlm.programs.setup import Setup, set_up
 from maxlm.programs.smoke import CountingText
 from maxlm.run import RunConfig
 from maxlm.sharding import on_mesh
+from maxlm.tasks import OBJECTIVES
 
 SEQ_LEN, STEPS = 48, 3
 BLOCK = {

@@ -126,7 +126,9 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
 def test_all_processes_see_what_the_first_sees(tmp_path, monkeypatch):
     """Of the folder of a run that goes on, each may have seen something else."""
     save(tmp_path, 12)
-    monkeypatch.setattr("maxlm.train.checkpoint.keeper.lead_says", lambda steps: [*steps, 13])
+    monkeypatch.setattr(
+        "maxlm.train.checkpoint.keeper.broadcast_from_process_0", lambda steps: [*steps, 13]
+    )
     with Checkpointer(tmp_path, read_only=True) as checkpoints:
         assert (checkpoints.steps(), checkpoints.latest()) == ([12, 13], 13)
 

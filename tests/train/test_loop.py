@@ -11,12 +11,12 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
+from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.signals import StopRequest, handle_signals
 from maxlm.train import loop
-from maxlm.train.agreement import Agreement, Wish
 from maxlm.train.anomaly import LossWatch, Verdict
 from maxlm.train.config import FaultsConfig, TrainConfig
 from maxlm.train.loop import Guards, Hooks, evaluate, train
-from maxlm.train.notices import noticing
 from maxlm.train.profile import Profiler
 from maxlm.train.watchdog import Watchdog
 
@@ -86,7 +86,7 @@ class Journal:
 
 
 def run(journal, mesh, start=0, evaluating=True, batches=None, **config):
-    with noticing("runs/x") as notices:
+    with handle_signals("runs/x") as signals:
         return train(
             State(start),
             journal.step,
@@ -94,8 +94,8 @@ def run(journal, mesh, start=0, evaluating=True, batches=None, **config):
             config=TrainConfig(**config),
             hooks=Hooks(journal.record, journal.evaluate if evaluating else None, journal.event),
             guards=Guards(
-                notices,
-                Agreement(mesh),
+                signals,
+                FlagAllReduce(mesh),
                 LossWatch(FaultsConfig(), {"losses": [1.0] * start}),
                 Watchdog(FaultsConfig(), None),
                 Profiler.off(),
@@ -216,10 +216,10 @@ def test_bad_updates_in_a_row_end_it_before_anything_is_saved(alone, save_every)
 
 
 def test_what_any_process_wants_is_known_by_its_bits(alone):
-    agreement = Agreement(alone)
-    for wish in (Wish.NONE, Wish.SAVE, Wish.SAVE | Wish.PREEMPT):
-        assert agreement.agreed(agreement.propose(wish)) == wish
-    assert [wish.stops for wish in Wish] == [False, True, True]
+    agreement = FlagAllReduce(alone)
+    for request in (StopRequest.NONE, StopRequest.SAVE, StopRequest.SAVE | StopRequest.PREEMPT):
+        assert agreement.finish(agreement.start(request)) == request
+    assert [request.stops for request in StopRequest] == [False, True, True]
 
 
 def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from maxlm.models.params import declare
-from maxlm.objectives import ClmConfig
-from maxlm.objectives.loss import name_tokens
+from maxlm.tasks import ClmConfig
+from maxlm.tasks.loss import name_tokens
 from maxlm.train.state import TrainState
 from maxlm.train.step import eval_step, train_step
 from tests.models import building

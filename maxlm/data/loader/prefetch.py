@@ -22,7 +22,7 @@ from absl import flags
 
 from maxlm.config.errors import Lost, MaxlmError
 from maxlm.data.loader.batches import Batch
-from maxlm.data.work.notices import NOTICES, leave_to_parent, start_tracker
+from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
 # Steps made by threads of this process while the workers start, which takes them seconds.
 WARM_UP_STEPS = 8
@@ -102,7 +102,7 @@ class _Ahead:
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator: grain.DatasetIterator | None = iterator
         # Grain starts its workers in it, which inherit this.
-        deaf = {"initializer": signal.pthread_sigmask, "initargs": (signal.SIG_BLOCK, NOTICES)}
+        deaf = {"initializer": signal.pthread_sigmask, "initargs": (signal.SIG_BLOCK, STOP_SIGNALS)}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch", **deaf)
         self._next = self._thread.submit(_fetch, iterator)
 
@@ -169,7 +169,7 @@ def _in_processes(
     # Grain reads absl flags, which absl refuses before a command line was parsed; ours never is.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    start_tracker()
+    start_resource_tracker()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
     dataset = _dataset(make, start, stop, prefetch).mp_prefetch(options, _start_worker)
     return dataset.__iter__()
@@ -185,7 +185,7 @@ def _dataset(
 def _start_worker(worker: int, workers: int) -> None:
     """Runs in each worker before its first batch."""
     del worker, workers
-    leave_to_parent()
+    ignore_signals()
     if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
         jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
     # Grain's workers wait for ever on a parent that was killed.

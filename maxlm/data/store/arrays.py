@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.places import Place, below, kvstore, remedy
+from maxlm.runtime.storage import Place, below, kvstore, remedy
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10

@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
 from maxlm.data.store.parts import Part, part_path
-from maxlm.data.work.pool import WorkerPool
+from maxlm.runtime.pool import WorkerPool
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maxlm.config import MaxlmError, check_local
-from maxlm.data.corpus.config import SourceConfig
+from maxlm.corpus.config import SourceConfig
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.assemble import assemble
 from maxlm.data.store.checksums import write_checksums
@@ -31,9 +31,9 @@ from maxlm.data.store.parts import (
 )
 from maxlm.data.store.plan import Plan, plan_build
 from maxlm.data.store.store import TokenStore
-from maxlm.data.work.paths import locked_folder, replacing, writing
-from maxlm.data.work.pool import WorkerPool, default_workers
-from maxlm.data.work.progress import Progress, silent
+from maxlm.runtime.files import locked_folder, replacing, writing
+from maxlm.runtime.pool import WorkerPool, default_workers
+from maxlm.runtime.progress import Progress, silent
 
 
 def build_store(

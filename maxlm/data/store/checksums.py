@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.places import Place, below, read_file, remedy, sha256
-from maxlm.data.work.pool import default_workers
+from maxlm.runtime.pool import default_workers
+from maxlm.runtime.storage import Place, below, read_file, remedy, sha256
 
 CHECKSUMS_NAME = "checksums.sha256"
 """Names in it are relative to its folder."""

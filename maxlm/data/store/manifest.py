@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.corpus.config import BadBytes
-from maxlm.data.corpus.files import Format
-from maxlm.data.store.places import Place, below, read_file, remedy
-from maxlm.data.work.paths import without_digest, write_json
+from maxlm.corpus.config import BadBytes
+from maxlm.corpus.files import Format
+from maxlm.runtime.files import without_digest, write_json
+from maxlm.runtime.storage import Place, below, read_file, remedy
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

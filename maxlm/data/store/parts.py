@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.config import SourceConfig
-from maxlm.data.corpus.documents import LeftOut, read_slice
-from maxlm.data.corpus.slices import FileSlice, check_unchanged
-from maxlm.data.corpus.split import is_heldout
+from maxlm.corpus.config import SourceConfig
+from maxlm.corpus.documents import LeftOut, read_slice
+from maxlm.corpus.slices import FileSlice, check_unchanged
+from maxlm.corpus.split import is_heldout
 from maxlm.data.store.manifest import Manifest, Split
-from maxlm.data.work.paths import writing
+from maxlm.runtime.files import writing
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer

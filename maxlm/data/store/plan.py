@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus.config import SourceConfig
-from maxlm.data.corpus.files import Listing, find_files
-from maxlm.data.corpus.slices import Scan, scan_file
+from maxlm.corpus.config import SourceConfig
+from maxlm.corpus.files import Listing, find_files
+from maxlm.corpus.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, Source, Split
 from maxlm.data.store.parts import PartJob, PartSlice
-from maxlm.data.work.pool import default_workers
+from maxlm.runtime.pool import default_workers
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def plan_build(
 def _selection(listing: Listing) -> str | None:
     if not any(file.format == "corpus" for file in listing.files):
         return None
-    from maxlm.data.corpus.selection import selection
+    from maxlm.corpus.selection import selection
 
     return selection(listing.files)
 

@@ -17,7 +17,7 @@ from maxlm.data.store.arrays import array_error, open_for_reading
 from maxlm.data.store.checksums import damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
 from maxlm.data.store.offsets import Offsets
-from maxlm.data.store.places import Place, below, copy_folder, remedy, to_place
+from maxlm.runtime.storage import Place, below, copy_folder, remedy, to_place
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer

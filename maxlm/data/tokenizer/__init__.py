@@ -8,7 +8,6 @@ from maxlm.data.tokenizer.foreign import export_tokenizer, import_tokenizer
 from maxlm.data.tokenizer.interface import Tokenizer
 from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, tokenizer_stats
 from maxlm.data.tokenizer.stream import StreamDecoder
-from maxlm.data.tokenizer.threads import use_one_thread
 from maxlm.data.tokenizer.train import train_tokenizer
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "render_chat",
     "tokenizer_stats",
     "train_tokenizer",
-    "use_one_thread",
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from maxlm.data.tokenizer.patterns import known_pattern
 from maxlm.data.tokenizer.pieces import byte_alphabet
-from maxlm.data.tokenizer.threads import thread_count
+from maxlm.runtime.threads import thread_count
 
 if TYPE_CHECKING:
     from tiktoken import Encoding

@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.segments import cut_long
-from maxlm.data.tokenizer.threads import thread_count
+from maxlm.runtime.threads import thread_count
 
 _SPACE = "\u2581"
 _UNKNOWN = "<unk>"

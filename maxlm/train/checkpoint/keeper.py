@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from maxlm.config import MaxlmError
+from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.train.checkpoint.reading import (
     Leaves,
     PyTree,
@@ -33,7 +34,6 @@ from maxlm.train.checkpoint.reading import (
 )
 from maxlm.train.config import CheckpointConfig
 from maxlm.train.grouped import Groups
-from maxlm.train.together import all_or_none, lead_says
 
 
 class Checkpointer:
@@ -136,7 +136,7 @@ class Checkpointer:
         """Steps of all complete checkpoints, oldest first; waits for one being written."""
         self.wait()  # Orbax lists a step as soon as its save begins.
         # Of a folder that another run writes to, each process may have seen something else.
-        return lead_says(self.begun())
+        return broadcast_from_process_0(self.begun())
 
     def begun(self) -> list[int]:
         """Steps of all checkpoints, one that is being written too; waits for nothing."""
@@ -199,7 +199,7 @@ class Checkpointer:
             Unreadable: it cannot be listed.
         """
         # Another run that deletes a checkpoint meanwhile makes it fail.
-        all_or_none(lambda: patiently(self.folder, self._manager.reload))
+        raise_on_all_hosts(lambda: patiently(self.folder, self._manager.reload))
 
     def wait(self) -> None:
         """Return once nothing is being written any more.
@@ -269,6 +269,6 @@ def restore_from(
         known = read_metadata(path).get("fingerprints", {})
         return known, *read_arrays(path, abstract, groups, prefix=prefix, complete=complete)
 
-    known, dtypes, arrays = all_or_none(read)
+    known, dtypes, arrays = raise_on_all_hosts(read)
     verify(path, arrays, known, dtypes)
     return as_held(arrays, abstract, groups, prefix)

@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.data.work.paths import writing
+from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0
+from maxlm.runtime.files import writing
 from maxlm.train.checkpoint.reading import (
     Leaves,
     PyTree,
@@ -30,7 +31,6 @@ from maxlm.train.checkpoint.reading import (
     parse_metadata,
     patiently,
 )
-from maxlm.train.together import gather, lead_says
 
 KEPT = 2  # A process may be done with a step that another has yet to write.
 _SUFFIX = ".safetensors"
@@ -61,9 +61,9 @@ class LocalTier:
                     shutil.rmtree(left, ignore_errors=True)
             for left in self.folder.glob(".tmp*"):  # likewise, as safetensors calls its own
                 left.unlink(missing_ok=True)
-            start = lead_says(uuid.uuid4().hex)
+            start = broadcast_from_process_0(uuid.uuid4().hex)
             (self.folder / _START).write_text(start)
-            gather(None)  # Those that share this disk have written it too.
+            all_gather_json(None)  # Those that share this disk have written it too.
             for each in self.folder.parent.glob("process-*"):
                 note = each / _START
                 if not note.exists() or note.read_text() != start:

@@ -2,7 +2,7 @@
 
 A copy of step 40 is the files of its folder below ``40/`` and then, written last, ``40/COMPLETE``:
 their sizes and SHA-256. What has no such file is no copy yet. Object stores are TensorStore's, with
-the credentials and addresses that ``maxlm.data.store.places`` tells of. Copies are made while
+the credentials and addresses that ``maxlm.runtime.storage`` tells of. Copies are made while
 training goes on: one that fails is told of, and the next checkpoint is another try.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.places import below, kvstore, remedy, to_place
-from maxlm.data.work.paths import writing
+from maxlm.runtime.files import writing
+from maxlm.runtime.storage import below, kvstore, remedy, to_place
 from maxlm.train.checkpoint.reading import Unreadable, first_line, parse_metadata
 from maxlm.train.config import CheckpointConfig
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import jax
 
-from maxlm.data.work.paths import writing
+from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
+from maxlm.runtime.files import writing
 from maxlm.train.checkpoint.keeper import Checkpointer, restore_from
 from maxlm.train.checkpoint.local import LocalTier
 from maxlm.train.checkpoint.reading import (
@@ -28,7 +29,6 @@ from maxlm.train.checkpoint.reading import (
 from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
 from maxlm.train.grouped import Groups
-from maxlm.train.together import all_or_none, gather, lead_says
 
 Tier = Literal["folder", "local", "remote"]
 _FETCHED = ".fetched"
@@ -96,7 +96,7 @@ class Tiers:
             place = config.remote_folder
             return RemoteTier(f"{place}/{name}", config, owner) if place and lead else None
 
-        self._remote = all_or_none(reach)
+        self._remote = raise_on_all_hosts(reach)
         self.keeper = Checkpointer(
             folder, config, grouped=grouped, read_only=read_only, held=self._needed
         )
@@ -188,8 +188,8 @@ class Tiers:
         """All complete checkpoints with readable metadata, newest first, and the others; also the
         local ones that only some processes have."""
         remote = self._remote.steps() if self._remote else []
-        folder, remote = lead_says([self.keeper.steps(), remote])
-        own = gather(self._local.steps() if self._local else [])
+        folder, remote = broadcast_from_process_0([self.keeper.steps(), remote])
+        own = all_gather_json(self._local.steps() if self._local else [])
         steps: dict[Tier, list[int]] = {  # by how quickly they are read
             "local": sorted(set.intersection(*map(set, own))),
             "folder": folder,
@@ -223,12 +223,12 @@ class Tiers:
             try:
                 return restore_from(path, abstract, self._grouped)
             finally:
-                gather(None)  # all have read it
+                all_gather_json(None)  # all have read it
                 if self._remote:
                     shutil.rmtree(path.parent, ignore_errors=True)
         local = self._local
         assert local is not None
-        leaves = all_or_none(lambda: local.read(step, abstract))
+        leaves = raise_on_all_hosts(lambda: local.read(step, abstract))
         known = {name: int(x) for name, x in checkpoint.metadata["fingerprints"].items()}
         verify(local.path(step), leaves, known, {})
         return jax.tree.unflatten(jax.tree.structure(abstract), list(leaves.values()))
@@ -289,7 +289,7 @@ class Tiers:
                         path.rename(aside)
                 if not kept:
                     shutil.rmtree(aside, ignore_errors=True)
-        gather(None)
+        all_gather_json(None)
         self.keeper.reload()
 
     def wait(self) -> None:
@@ -320,13 +320,15 @@ class Tiers:
 
     def _metadata(self, step: int, tier: Tier) -> dict[str, Any]:
         if tier == "folder":
-            return all_or_none(lambda: read_metadata(self.keeper.path(step)))
+            return raise_on_all_hosts(lambda: read_metadata(self.keeper.path(step)))
         if tier == "remote":
-            return lead_says(all_or_none(lambda: self._remote and self._remote.metadata(step)))
-        metadata = all_or_none(lambda: self._local.metadata(step) if self._local else {})
+            return broadcast_from_process_0(
+                raise_on_all_hosts(lambda: self._remote and self._remote.metadata(step))
+            )
+        metadata = raise_on_all_hosts(lambda: self._local.metadata(step) if self._local else {})
         # A host that was away may have kept a file of the same step from before.
         known = json.dumps(metadata.get("fingerprints"), sort_keys=True).encode()
-        if len(set(gather(hashlib.sha256(known).hexdigest()))) > 1:
+        if len(set(all_gather_json(hashlib.sha256(known).hexdigest()))) > 1:
             fix = "restore another step"
             raise Unreadable("its files are not of one save", where=self.place(tier), fix=fix)
         return metadata
@@ -341,5 +343,5 @@ class Tiers:
                 shutil.rmtree(path.parent, ignore_errors=True)
                 remote.fetch(step, path)
 
-        all_or_none(fetch)
+        raise_on_all_hosts(fetch)
         return path

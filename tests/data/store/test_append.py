@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus import SourceConfig
+from maxlm.corpus import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store import build as build_module
-from maxlm.data.work.paths import locked_folder
+from maxlm.runtime.files import locked_folder
 
 
 def all_documents(sources):

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.corpus import SourceConfig
+from maxlm.corpus import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store.describe import describe, summary_table
-from maxlm.data.store.places import kvstore, to_place
+from maxlm.runtime.storage import kvstore, to_place
 from tests.ports import free_port
 
 
@@ -208,7 +208,7 @@ def test_who_cannot_be_reached_is_given_up(monkeypatch):
     """Within seconds; data are read more patiently."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     retries = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
-    monkeypatch.setattr("maxlm.data.store.places._FEW_RETRIES", retries)
+    monkeypatch.setattr("maxlm.runtime.storage._FEW_RETRIES", retries)
     with pytest.raises(MaxlmError, match=r"check the URL, the network and the credentials$"):
         TokenStore.open("s3://corpora/web")
     assert kvstore("gs://b/a", patient=False)["gcs_request_retries"] == retries

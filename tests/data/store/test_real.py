@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.data.corpus import SourceConfig, is_heldout
+from maxlm.corpus import SourceConfig, is_heldout
 from maxlm.data.store import TokenStore, build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -170,7 +170,7 @@ def test_corpus_command_and_builder_stay_light():
     script = (
         "import sys, maxlm.cli.corpus\n"
         "assert not {'jax', 'numpy', 'pydantic', 'tokenizers', 'tensorstore'} & set(sys.modules)\n"
-        "import maxlm.data.corpus, maxlm.data.store\n"
+        "import maxlm.corpus, maxlm.data.store\n"
         "assert not {'jax', 'flax', 'grain'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

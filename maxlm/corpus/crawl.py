@@ -1,0 +1,308 @@
+"""Documents of crawl archives: WARC and WET (ISO 28500).
+
+A crawl is never clean. What cannot be a document is counted by reason and passed over, and after
+a broken place reading goes on at the next record that can be found.
+"""
+
+import io
+import mmap
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.encoding import clean, decode
+
+Count = Callable[[str], None]
+"""Called with the reason, for each record that is no document."""
+
+MAX_BYTES = 1 << 24
+"""The usual limit on one document. Common Crawl itself cuts pages at 1 to 5 MiB."""
+
+_LINE_START = b"\nWARC/"
+_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_STATUS = re.compile(rb"HTTP/\d(?:\.\d)?\s+(\d{3})\b")
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_CHARSET = re.compile(r"charset\s*=\s*(?:[\"']\s*)?([\w.:-]+)", re.I)
+_HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body|title|meta)\b", re.I)
+_SNIFF = 1024
+_HTML_TYPES = ("text/html", "application/xhtml+xml")
+_MOST_FALSE_STARTS = 256  # Else a file made of nothing but magic numbers would take for ever.
+_BOMB = 1 << 30  # So long a record is not even decompressed.
+_MOST_MEMBER = 1 << 26
+_CHUNK = 1 << 11  # Little, since all that a damaged chunk holds is lost.
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """A page as it was fetched: HTML, or a text that somebody extracted before."""
+
+    id: str
+    """The record's UUID; without one `file:offset`."""
+    url: str | None
+    html: bytes | None
+    text: str | None
+    meta: dict[str, str] = field(default_factory=dict)
+    """What is known of date (ISO 8601), content_type and charset (both as HTTP gave them)."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record of an archive."""
+
+    kind: str
+    """WARC-Type."""
+    id: str
+    url: str | None
+    date: str | None
+    content_type: str
+    """Media type of the block: "application/http; ..." for responses."""
+    block: bytes
+
+
+class _PassOver(Exception):
+    """The record is no document; the argument says why."""
+
+
+def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
+    """The documents of a WARC or WET file; plain, .gz or .zst, told by content.
+
+    A .gz that is one member for the whole file is read as well, but after a broken place in it
+    nothing is found again.
+
+    Documents are successful HTML responses (HTTP transfer and content codings decoded), WET's
+    `conversion` records, and resources that are HTML or text. The others are counted:
+    by record type ("request", "revisit", ...), or as "status" (not 2xx), "not_html", "empty",
+    "too_large" (record or decoded page longer than `max_bytes`) and "broken" (also: each place
+    where no record could be read).
+
+    Memory: a few times `max_bytes`.
+
+    Raises:
+        MaxlmError: the file cannot be read at all.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not path.stat().st_size:
+                count("broken")
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                for record in _read_warc(file, view, path.name, count, max_bytes):
+                    try:
+                        yield _document(record, max_bytes)
+                    except _PassOver as why:
+                        count(str(why))
+    except OSError as error:
+        what = f"cannot read: {error.strerror or error}"
+        raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
+
+
+def _read_warc(
+    file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
+) -> Iterator[_Record]:
+    """The complete records. Starts again at the next possible place when one is broken."""
+    try:
+        from fastwarc.warc import ArchiveIterator
+    except ImportError as error:
+        what = "reading a WARC needs fastwarc, which is not installed"
+        raise MaxlmError(what, where=name, fix="pip install 'maxlm[corpus]'") from error
+
+    mark = _mark(view, name)
+    start, false_starts, counted = 0, 0, False
+    while start >= 0 and false_starts < _MOST_FALSE_STARTS:
+        file.seek(start)
+        false_starts += 1
+        held = None  # Complete for sure when a record follows.
+        try:
+            # HTTP is left alone: its codings' errors would end the iteration.
+            for record in ArchiveIterator(file, parse_http=False):
+                if held:
+                    yield held
+                held, false_starts, start = None, 0, record.stream_pos
+                try:
+                    held, counted = _warc_record(record, name, max_bytes), False
+                except _PassOver as why:
+                    count(str(why))
+                    counted = str(why) == "broken"
+                    if counted or record.content_length > _BOMB:
+                        break
+            else:
+                if held:
+                    yield held
+                if not false_starts:
+                    return
+                if not counted:
+                    count("broken")
+                counted = True
+        except OSError:
+            if held and _ends_with(view, start, held.block + b"\r\n\r\n"):
+                yield held
+            if not counted:
+                count("broken")
+            counted = True
+        start = view.find(mark, start + 1)
+        start += mark == _LINE_START and start >= 0
+
+
+def _mark(view: mmap.mmap, name: str) -> bytes:
+    """What a record begins with; by the name where the very first is damaged."""
+    marks = {".gz": _GZIP, ".zst": _ZSTD}
+    for mark in marks.values():
+        if view[:4].startswith(mark):
+            return mark
+    return _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
+
+
+def _ends_with(view: mmap.mmap, start: int, end: bytes) -> bool:
+    """Whether the record at `start` ends so, and is undamaged if it is a gzip member."""
+    if view[start : start + 3] == _GZIP:
+        member, _, sound = _inflate(view, start)
+        return sound and member.endswith(end)
+    if view[start : start + 4] == _ZSTD:
+        return True
+    return view.find(end, start, start + len(end) + _SNIFF * 64) >= 0
+
+
+def _warc_record(record: Any, name: str, max_bytes: int) -> _Record:
+    """What fastwarc has found.
+
+    Raises:
+        _PassOver: a type that is never a document; the block is too long, or not all there.
+    """
+    kind = str(record.record_type)
+    if kind not in ("response", "resource", "conversion"):
+        raise _PassOver(kind)
+    if record.content_length > max_bytes:
+        raise _PassOver("too_large")
+    block = record.reader.read()
+    # A Content-Length that is too large swallows the records that follow; a wrong one reads as 0.
+    cut = len(block) < (record.content_length or kind == "response")
+    if cut or b"\r\n\r\nWARC/" in block:
+        raise _PassOver("broken")
+    headers = record.headers
+    id_ = (headers.get("WARC-Record-ID") or "").strip("<> ").removeprefix("urn:uuid:")
+    url = (headers.get("WARC-Target-URI") or "").strip("<> ")  # wget writes <URL>
+    return _Record(
+        kind,
+        id_ or f"{name}:{record.stream_pos}",
+        url or None,
+        headers.get("WARC-Date"),
+        headers.get("Content-Type") or "",
+        block,
+    )
+
+
+def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
+    """What the gzip member at `start` holds, where that ends, and whether it is sound so far."""
+    inflate, parts, size, end = zlib.decompressobj(31), [], 0, start
+    try:
+        while not inflate.eof and end < len(view) and size < _MOST_MEMBER:
+            chunk = view[end : end + _CHUNK]
+            end += len(chunk)
+            parts.append(inflate.decompress(chunk))
+            size += len(parts[-1])
+    except zlib.error:
+        return b"".join(parts), end, False
+    return b"".join(parts), end - len(inflate.unused_data), inflate.eof
+
+
+def _document(record: _Record, max_bytes: int) -> RawDocument:
+    """Raises _PassOver."""
+    body, content_type, codings = record.block, record.content_type, ()
+    if body.startswith(b"HTTP/"):
+        headers, body = _http(body)
+        content_type = headers.get("content-type", "")
+        names = ("transfer-encoding", "content-encoding")
+        codings = [c for name in names for c in reversed(headers.get(name, "").split(","))]
+    elif content_type.startswith("application/http"):
+        raise _PassOver("broken")
+    media = content_type.partition(";")[0].strip().lower()
+    is_text = media == "text/plain" and record.kind != "response"
+    if media and media not in _HTML_TYPES and not is_text:
+        raise _PassOver("not_html")
+    for coding in codings:
+        body = _undo(body, coding.strip().lower(), max_bytes)
+    if not body.strip():
+        raise _PassOver("empty")
+    charset = _CHARSET.search(content_type[:_SNIFF])
+    found = {
+        "date": record.date,
+        "content_type": media,
+        "charset": charset[1] if charset else None,
+    }
+    meta = {key: value for key, value in found.items() if value}
+    if is_text:
+        text, _ = decode(body, meta.get("charset"))
+        return RawDocument(record.id, record.url, None, clean(text), meta)
+    if not media and not _HTML.search(body, 0, _SNIFF):
+        raise _PassOver("not_html")
+    return RawDocument(record.id, record.url, body, None, meta)
+
+
+def _http(message: bytes) -> tuple[Mapping[str, str], bytes]:
+    """The headers, by names in lower case, and the body of a successful response.
+
+    Raises:
+        _PassOver: another status; no HTTP.
+    """
+    end = _BLANK_LINE.search(message)
+    head, body = (message[: end.start()], message[end.end() :]) if end else (message, b"")
+    status = _STATUS.match(head)
+    if status is None:
+        raise _PassOver("broken")
+    if not status[1].startswith(b"2"):
+        raise _PassOver("status")
+    headers: dict[str, str] = {}
+    for line in head.decode("latin-1").splitlines()[1:]:
+        key, _, value = line.partition(":")
+        headers[key.strip().lower()] = value.strip()
+    return headers, body
+
+
+def _undo(body: bytes, coding: str, max_bytes: int) -> bytes:
+    """Undo one HTTP coding. Crawlers often store the decoded body under the old headers.
+
+    Raises:
+        _PassOver: what comes out is longer than `max_bytes`; it is neither coded so nor HTML.
+    """
+    from fastwarc import stream_io
+
+    if coding in ("", "identity", "none") or not body:
+        return body
+    match coding.removeprefix("x-"):
+        case "chunked":
+            open_ = stream_io.ChunkedReader
+        case "gzip":
+            open_ = stream_io.GzipReader
+        case "deflate":  # In practice with or without zlib's header.
+            wrapped = body[:1] == b"\x78"
+            open_ = partial(stream_io.GzipReader, zlib=True) if wrapped else _RawInflate
+        case "br":
+            open_ = stream_io.BrotliReader
+        case "zstd":
+            open_ = stream_io.ZstdReader
+        case _:
+            open_ = None
+    try:
+        decoded = open_(io.BytesIO(body)).read(max_bytes + 1) if open_ else b""
+    except (OSError, zlib.error):
+        decoded = b""
+    if len(decoded) > max_bytes:
+        raise _PassOver("too_large")
+    if not decoded and b"<" not in body[:_SNIFF]:
+        raise _PassOver("broken")
+    return decoded or body
+
+
+class _RawInflate:
+    """Deflate data without zlib's header."""
+
+    def __init__(self, stream: io.BytesIO):
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        return zlib.decompressobj(-15).decompress(self._stream.read(), size)

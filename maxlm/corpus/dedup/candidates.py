@@ -1,0 +1,201 @@
+"""Candidates: pairs of documents that agree in a band of their MinHash signatures.
+
+A pair of members is one 64-bit number, the smaller member in the upper half: so pairs sort by it,
+and a corpus may have 2^32 members.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maxlm.corpus.dedup.columns import (
+    concatenate,
+    cut,
+    first_of_runs,
+    open_columns,
+    ranges,
+    write_columns,
+)
+from maxlm.corpus.dedup.members import Members
+
+_HALF = np.uint64(32)
+_LOW = np.uint64(2**32 - 1)
+_PIECE = 1 << 20  # Pairs made at a time.
+_SAMPLES = 1000  # Pairs looked at for each range, to cut ranges of about the same size.
+
+
+def join_pairs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pairs of members as numbers: uint64."""
+    a, b = a.astype(np.uint64), b.astype(np.uint64)
+    return np.minimum(a, b) << _HALF | np.maximum(a, b)
+
+
+def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The smaller and the larger member of each pair: int64."""
+    return (pairs >> _HALF).astype(np.int64), (pairs & _LOW).astype(np.int64)
+
+
+def _band_file(scratch: Path, shard: str) -> Path:
+    """A shard's keys of each band: columns key0 (sorted), member0 (within the shard), key1, ..."""
+    return scratch / "bands" / f"{shard}.arrow"
+
+
+def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray) -> None:
+    """Write keys (uint64 [bands, members]) of the members that have words (bool [members])."""
+    places = np.flatnonzero(worded).astype(np.int32)
+    columns = {}
+    for band, row in enumerate(keys[:, worded]):
+        order = np.argsort(row, kind="stable")
+        columns |= {f"key{band}": row[order], f"member{band}": places[order]}
+    write_columns(_band_file(scratch, shard), columns)
+
+
+def _read_band(
+    members: Members, band: int, number: int, which: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Each shard, its keys of one band in one of `number` ranges, sorted, and their members, which
+    rise within a key."""
+    starts = ranges(number)
+    for shard, name in enumerate(members.shards):
+        with open_columns(_band_file(members.folder, name)) as columns:
+            part = cut(columns[f"key{band}"], starts, which)
+            member = columns[f"member{band}"][part] + np.int64(members.first[shard])
+            yield shard, columns[f"key{band}"][part], member
+
+
+def find_copies(members: Members, number: int, which: int) -> tuple[np.ndarray, np.ndarray]:
+    """Members with the same words in the same order as a better one: (member, the best).
+
+    Of each shard only the best with a key is compared with those of other shards. So a text that
+    is everywhere takes memory for what is returned, 35 bytes a copy, and little else.
+    """
+    keys, bests, ranks = [], [], []
+    for shard, key, member in _read_band(members, 0, number, which):
+        with open_columns(members.file(shard)) as columns:
+            rank = columns["rank"][member - members.first[shard]]
+        best = _best_of_keys(key, rank)
+        keys.append(key[best])
+        bests.append(member[best])
+        ranks.append(rank[best])
+    key, member = concatenate(keys, np.uint64), concatenate(bests, np.int64)
+    best = _best_of_keys(key, concatenate(ranks, np.float64))
+    known, kept = key[best], member[best]
+
+    copies, originals = [], []
+    for _, key, member in _read_band(members, 0, number, which):
+        best = kept[np.searchsorted(known, key)]
+        copies.append(member[member != best])
+        originals.append(best[member != best])
+    return concatenate(copies, np.int64), concatenate(originals, np.int64)
+
+
+def _best_of_keys(key: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """Which is the best of each key, in order of keys; of those as good the first."""
+    order = np.lexsort((-rank, key))
+    return order[first_of_runs(key[order])]
+
+
+def find_pairs(
+    members: Members, band: int, number: int, which: int, copies: np.ndarray, limit: int
+) -> Iterator[np.ndarray]:
+    """Pairs that share a key of a band, in pieces; `copies` (sorted) take no part.
+
+    In a group of up to `limit` members all are paired. In a larger one, such as the pages of a
+    template, each is paired with the limit / 4 best and the limit / 4 that follow it, which is as
+    many as a group of the limit has for a member: the pairs stay in proportion to the members.
+
+    The members of one key are in one range, however many they are: about 80 bytes each.
+    """
+    keys, found = [], []
+    for _, key, member in _read_band(members, band, number, which):
+        takes_part = ~_among(copies, member)
+        keys.append(key[takes_part])
+        found.append(member[takes_part])
+    key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
+    del keys, found
+    order = np.argsort(key, kind="stable")
+    order = order[_in_groups(key[order])]
+    key, member = key[order], member[order]
+    del order
+    starts = np.flatnonzero(first_of_runs(key))
+    sizes = np.diff(starts, append=len(key))
+    for size in np.unique(sizes):
+        groups = starts[sizes == size]
+        if size > limit:
+            for start in groups.tolist():
+                yield from _pair_large(members, member[start : start + size], limit)
+            continue
+        a, b = np.triu_indices(size, 1)
+        step = max(1, _PIECE // len(a))
+        for i in range(0, len(groups), step):
+            rows = member[groups[i : i + step, None] + np.arange(size)]
+            yield join_pairs(rows[:, a].ravel(), rows[:, b].ravel())
+
+
+def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    few = max(1, limit // 4)
+    group = group[np.argsort(-members.take("rank", group).to_numpy(), kind="stable")]
+    step = max(1, _PIECE // (2 * few))
+    for i in range(0, len(group), step):
+        here = np.arange(i, min(i + step, len(group)))[:, None]
+        others = np.concatenate(
+            [
+                np.broadcast_to(np.arange(few), (len(here), few)),
+                np.minimum(here + np.arange(1, few + 1), len(group) - 1),
+            ],
+            axis=1,
+        )
+        a, b = np.broadcast_arrays(here, others)
+        yield np.unique(join_pairs(group[a[a != b]], group[b[a != b]]))
+
+
+def _among(known: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Which members are among the sorted ones."""
+    if not len(known):
+        return np.zeros(len(members), np.bool_)
+    return known[np.minimum(np.searchsorted(known, members), len(known) - 1)] == members
+
+
+def _in_groups(keys: np.ndarray) -> np.ndarray:
+    """Which sorted keys occur more than once."""
+    first = first_of_runs(keys)
+    return ~(first & np.append(first[1:], True))
+
+
+def count_pairs(files: Sequence[Path]) -> int:
+    """How many pairs the files have, each counted as often as it is there."""
+    total = 0
+    for path in files:
+        with open_columns(path) as columns:
+            total += len(columns)
+    return total
+
+
+def pair_ranges(files: Sequence[Path], number: int) -> np.ndarray:
+    """Where each of `number` ranges of pairs begins, with about as many in each: uint64 [number].
+
+    Members have very different numbers of pairs: the best of a template has one with every page of
+    it. So the ranges are quantiles of a sample, every nth pair of the files end to end. Each file
+    is sorted, and so puts a range wrong by n pairs at most.
+    """
+    step = max(1, count_pairs(files) // (number * _SAMPLES))
+    skip, samples = step // 2, []
+    for path in files:
+        with open_columns(path) as columns:
+            sample = columns["pair"][skip::step].copy()
+            skip += len(sample) * step - len(columns)
+        samples.append(sample)
+    sample = np.sort(concatenate(samples, np.uint64))
+    starts = np.zeros(number, np.uint64)
+    starts[1:] = sample[np.arange(1, number) * len(sample) // number]
+    return starts
+
+
+def read_pairs(files: Sequence[Path], starts: np.ndarray, which: int) -> np.ndarray:
+    """The pairs, each once, in one of the ranges of `pair_ranges`."""
+    parts = []
+    for path in files:
+        with open_columns(path) as columns:
+            parts.append(columns["pair"][cut(columns["pair"], starts, which)])
+    return np.unique(concatenate(parts, np.uint64))

@@ -1,0 +1,131 @@
+"""From verified pairs to what is kept: clusters, and a decision for each document in one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.dedup.columns import first_of_runs
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Every member that is like another one, in order."""
+
+    member: np.ndarray
+    """int64 [marks], rising."""
+    of: np.ndarray
+    """The kept member that it is a duplicate of, or -1: it is kept."""
+    jaccard: np.ndarray
+    """How much it is like that one; float64."""
+    cluster: np.ndarray
+    """Which connected component of the verified pairs; numbered by their first members."""
+    size: np.ndarray
+    """Members in its cluster."""
+
+
+@dataclass(frozen=True)
+class AlikePairs:
+    """Pairs verified to be alike, by numbers of members or of documents."""
+
+    low: np.ndarray
+    high: np.ndarray
+    jaccard: np.ndarray
+    """float64 [pairs], as the two before (int64)."""
+    copy: np.ndarray
+    best: np.ndarray
+    """int64 [copies]: those with the same words as a better one, which are in no other pair."""
+
+
+def confirm_copies(
+    pairs: tuple[np.ndarray, np.ndarray],
+    jaccard: np.ndarray,
+    copies: tuple[np.ndarray, np.ndarray],
+) -> AlikePairs:
+    """Tell copies from other pairs; `pairs` (int64, with their similarity) hold those of both."""
+    (low, high), (copy, best) = pairs, copies
+    of_copy = np.isin(high, copy) | np.isin(low, copy)
+    # A hash of all words may have lied: then they are no copies, and not alike either.
+    same = of_copy & (jaccard == 1)
+    confirmed = np.isin(copy, np.concatenate([low[same], high[same]]))
+    low, high, jaccard = (each[~of_copy] for each in (low, high, jaccard))
+    return AlikePairs(low, high, jaccard, copy[confirmed], best[confirmed])
+
+
+def resolve_duplicates(
+    alike: AlikePairs,
+    rank_of: Callable[[np.ndarray], np.ndarray],
+    may_keep: np.ndarray | None = None,
+) -> Marks:
+    """Decide which documents are kept.
+
+    Likeness does not carry over: with A like B and B like C, A and C may have little in common,
+    and a long enough chain connects anything. So a cluster is not reduced to one document. Its
+    documents are visited from the best to the worst, and one is a duplicate only if it is itself
+    like a document that is kept. Of any two that are alike one at least is then a duplicate.
+
+    Memory grows with what was found: about 110 bytes for each pair (24 of them the arguments), and
+    90 for each document in one; for each copy 130 (40 of them the arguments).
+
+    Args:
+        rank_of: how good each of some members is, the higher the better; float64.
+        may_keep: bool, by member: which may be kept; None: all. The others are duplicates only of
+            a copy that is kept, or where the best of their copies is a duplicate.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    nodes = np.unique(np.concatenate([alike.low, alike.high, alike.best]))
+    ends = np.searchsorted(nodes, [alike.low, alike.high]).reshape(2, -1)
+    graph = coo_array((np.ones(ends.shape[1], np.int8), tuple(ends)), shape=(len(nodes),) * 2)
+    component = connected_components(graph, directed=False)[1] if len(nodes) else nodes
+    # Copies are one node, of which the best that may be kept stands for all.
+    member = np.concatenate([nodes, alike.copy])
+    node = np.concatenate([np.arange(len(nodes)), np.searchsorted(nodes, alike.best)])
+    rank = rank_of(member)
+    may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
+    order = np.lexsort((member, -rank, ~may, node))
+    first = order[first_of_runs(node[order])]
+    stands, rank, may = member[first], rank[first], may[first]
+    both, jaccard = slice(None), alike.jaccard
+    if may_keep is not None:
+        both = may[ends].all(0)
+    neighbours = _neighbours(ends[:, both], jaccard[both], len(nodes))
+    of, likeness = compiled("shingles").keep_best(np.lexsort((stands, -rank)), *neighbours)
+
+    sort = np.argsort(member)
+    member, node = member[sort], node[sort]
+    copy = may[node] & (of[node] < 0) & (member != stands[node])
+    cluster, size = _number(component[node])
+    return Marks(
+        member=member,
+        of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),
+        jaccard=np.where(copy, 1.0, likeness[node]),
+        cluster=cluster,
+        size=size,
+    )
+
+
+def _neighbours(
+    ends: np.ndarray, jaccard: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return starts, neighbours and similarities, as `keep_best` reads them, of the graph whose
+    edges are pairs of `number` nodes (int64 [2, pairs])."""
+    by_source = np.argsort(ends.ravel(), kind="stable")
+    starts = np.zeros(number + 1, np.int64)
+    np.cumsum(np.bincount(ends.ravel(), minlength=number), out=starts[1:])
+    neighbours = ends[::-1].ravel()[by_source]
+    by_source %= max(1, len(jaccard))  # From now on which pair, whatever its direction.
+    return starts, neighbours, jaccard[by_source]
+
+
+def _number(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Components numbered as they first appear, and how many of each there are."""
+    order = np.argsort(component, kind="stable")
+    first = order[first_of_runs(component[order])]
+    number = np.empty(len(first), np.int64)
+    number[np.argsort(first, kind="stable")] = np.arange(len(first))
+    cluster = np.empty(len(component), np.int64)
+    cluster[order] = number[np.cumsum(first_of_runs(component[order])) - 1] if len(order) else 0
+    return cluster, np.bincount(cluster, minlength=1)[cluster] if len(order) else cluster

@@ -1,0 +1,138 @@
+"""The documents that a deduplication stage looks at, numbered through over the shards.
+
+A *member* is a document that the stage's `where` selects and that has a text. Members are counted
+in the order of shards and rows, so a member's number says where it lies.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.corpus.shards import Rows, Shard
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members of a corpus. Picklable; their columns stay on disk.
+
+    A shard's file has the columns row (int64, within the shard, rising), rank (float64, the higher
+    the better), id and source (strings).
+    """
+
+    folder: Path
+    shards: tuple[str, ...]
+    first: tuple[int, ...]
+    """The first member of each shard, and behind them the number of all."""
+    first_document: tuple[int, ...] = ()
+    """The first document of each shard, counted over the corpus, members or not."""
+
+    @property
+    def total(self) -> int:
+        return self.first[-1]
+
+    def file(self, shard: int) -> Path:
+        return member_file(self.folder, self.shards[shard])
+
+    def by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
+        """Each shard that has some of the sorted `members`, and which those are."""
+        ends = np.searchsorted(members, self.first)
+        for shard in np.flatnonzero(np.diff(ends)).tolist():
+            yield shard, slice(int(ends[shard]), int(ends[shard + 1]))
+
+    def documents(self, members: np.ndarray) -> np.ndarray:
+        """The numbers of members among all documents of the corpus; int64."""
+        shard = np.searchsorted(self.first, members, "right") - 1
+        return self.take("row", members).to_numpy() + np.array(self.first_document)[shard]
+
+    def take(self, column: str, members: np.ndarray) -> pa.Array:
+        """A column's values for members in any order."""
+        unique, places = np.unique(members, return_inverse=True)
+        parts = []
+        for shard, part in self.by_shard(unique):
+            with open_columns(self.file(shard)) as columns:
+                parts.append(columns.array(column).take(pa.array(unique[part] - self.first[shard])))
+        if not parts:
+            kinds = {"rank": pa.float64(), "row": pa.int64()}
+            return pa.array([], kinds.get(column, pa.string()))
+        return pa.concat_arrays(parts).take(pa.array(places))
+
+
+def member_file(folder: Path, shard: str) -> Path:
+    """Where a shard's members are, below a stage's scratch folder."""
+    return folder / "members" / f"{shard}.arrow"
+
+
+class MemberList:
+    """The members of one shard, as they are read."""
+
+    reads = ("id", "source")
+    """The columns it needs, besides the label that `keep_by` names."""
+
+    def __init__(self, keep_by: str | None):
+        self._keep_by = keep_by
+        self._rows: list[np.ndarray] = []
+        self._ranks: list[np.ndarray] = []
+        self._names: dict[str, list[pa.Array]] = {name: [] for name in self.reads}
+
+    def add(self, group: Rows) -> None:
+        """The members of one row group."""
+        self._rows.append(group.index + group.first)
+        self._ranks.append(ranks(group.batch, self._keep_by))
+        for name, parts in self._names.items():
+            parts.append(group.batch.column(name))
+
+    def write(self, path: Path) -> np.ndarray:
+        """Write the shard's file; returns the ranks."""
+        rank = concatenate(self._ranks, np.float64)
+        none = pa.array([], pa.string())
+        names = {name: pa.concat_arrays([none, *parts]) for name, parts in self._names.items()}
+        write_columns(path, {"row": concatenate(self._rows, np.int64), "rank": rank, **names})
+        return rank
+
+
+def number_members(folder: Path, shards: Sequence[Shard]) -> Members:
+    """Number the members of shards whose files have been written."""
+    first = [0]
+    for shard in shards:
+        with open_columns(member_file(folder, shard.name)) as columns:
+            first.append(first[-1] + len(columns))
+    names = tuple(shard.name for shard in shards)
+    return Members(folder, names, tuple(first), count_documents(shards)[:-1])
+
+
+def count_documents(shards: Sequence[Shard]) -> tuple[int, ...]:
+    """The first document of each shard, and behind them the number of all."""
+    return tuple(accumulate((shard.num_documents() for shard in shards), initial=0))
+
+
+def ranks(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
+    """How good each document is: float64 [rows], -inf where the label is null or no number."""
+    if keep_by is None:
+        return np.zeros(batch.num_rows)
+    values = pc.fill_null(pc.cast(batch.column(keep_by.removeprefix("-")), pa.float64()), np.nan)
+    signed = values.to_numpy(zero_copy_only=False) * (-1 if keep_by.startswith("-") else 1)
+    return np.where(np.isnan(signed), -np.inf, signed)
+
+
+def write_labels(
+    shard: Shard, schema: pa.Schema, rows: np.ndarray, labels: Mapping[str, pa.Array | np.ndarray]
+) -> None:
+    """Write a shard's labels.
+
+    Args:
+        rows: the members' rows within the shard, rising.
+        labels: for each column of `schema` its values for the members; others get nulls.
+    """
+    arrays = [pa.array(labels[field.name], field.type) for field in schema]
+    batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    with shard.writer(schema) as writer:
+        for group in shard.rows(["id"]):
+            start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
+            index = rows[start:stop] - group.first
+            writer.write(replace(group, index=index), batch.slice(start, stop - start))

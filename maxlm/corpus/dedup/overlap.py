@@ -1,0 +1,204 @@
+"""The n-grams of evaluation sets, to be found in documents."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.config import SourceConfig
+from maxlm.corpus.dedup.columns import concatenate, first_of_runs
+from maxlm.corpus.dedup.words import letter_table
+from maxlm.corpus.documents import read_documents
+from maxlm.corpus.files import list_files
+from maxlm.corpus.textbuffers import Texts, pack_texts
+
+
+@dataclass(frozen=True)
+class GramIndex:
+    """Which n-gram belongs to which items of evaluation sets."""
+
+    grams: np.ndarray
+    """Hashes of n-grams, sorted: uint64 [grams]."""
+    starts: np.ndarray
+    """Gram g belongs to the items owners[starts[g]:starts[g + 1]]."""
+    owners: np.ndarray
+    sizes: np.ndarray
+    """Different n-grams of each item: int64 [items]. 0: it is too short, equal to one before it in
+    its set, or all of it is of a template."""
+    ids: tuple[str, ...]
+    sets: tuple[str, ...]
+    """The set of each item."""
+    is_size: np.ndarray
+    """bool [n + 1]: which n there are."""
+    filter_bits: np.ndarray
+    """See `kernels.shingles.find_grams`."""
+
+
+def content_hash(sets: Mapping[str, SourceConfig]) -> str:
+    """A hash of the files of evaluation sets."""
+    digest = hashlib.sha256()
+    for name, source in sets.items():
+        for file in list_files(source):
+            digest.update(f"{name}\n{file.name}\n{file.size}\n".encode())
+            with file.path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def index_sets(
+    sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
+) -> GramIndex:
+    """The n-grams of evaluation sets; made once in a process for the same files and settings.
+
+    Args:
+        n: words in an n-gram. An item of fewer words is looked for as a whole,
+        shortest: if it has this many; else it is left out.
+        max_items: n-grams of more different items of a set are left out, as text of a template, if
+            they are not of a long passage; see `_wanted`.
+
+    Raises:
+        MaxlmError: a file is missing or can't be read; a set has nothing to look for.
+    """
+    plain = json.dumps({name: source.model_dump(mode="json") for name, source in sets.items()})
+    return _index(plain, content_hash(sets), n, shortest, max_items)
+
+
+@lru_cache(maxsize=2)
+def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> GramIndex:
+    sets = {name: SourceConfig(**source) for name, source in json.loads(plain).items()}
+    is_size = np.zeros(n + 1, np.bool_)
+    grams, owners, ids, names = [], [], [], []
+    for name, source in sets.items():
+        items = _read_items(source, n, shortest)
+        wanted = _wanted(items, n, max_items)
+        if not wanted.any():
+            raise _nothing(name, items, shortest, max_items)
+        is_size[np.minimum(items.words[items.words > 0], n)] = True
+        gram, owner = _pairs(items.grams[wanted], items.owners[wanted])
+        grams.append(gram)
+        owners.append(owner + len(ids))
+        ids += items.ids
+        names += [name] * len(items.ids)
+    gram, owner = concatenate(grams, np.uint64), concatenate(owners, np.int64)
+    order = np.lexsort((owner, gram))
+    starts = np.flatnonzero(first_of_runs(gram[order]))
+    distinct = gram[order][starts]
+    bits = np.zeros(1 << max(0, (16 * len(distinct)).bit_length() - 6), np.uint64)
+    place = distinct & np.uint64(len(bits) * 64 - 1)
+    np.bitwise_or.at(bits, place >> np.uint64(6), np.uint64(1) << (place & np.uint64(63)))
+    return GramIndex(
+        grams=distinct,
+        starts=np.append(starts, len(gram)),
+        owners=owner[order],
+        sizes=np.bincount(owner, minlength=len(ids)),
+        ids=tuple(ids),
+        sets=tuple(names),
+        is_size=is_size,
+        filter_bits=bits,
+    )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The items of a set."""
+
+    ids: list[str]
+    words: np.ndarray
+    """Words of each item, int64 [items]; 0 if it is too short or equal to one before."""
+    grams: np.ndarray
+    """The n-grams of all items in the order of the text: uint64 [places]."""
+    owners: np.ndarray
+    """The item of each: int64 [places]."""
+
+
+def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
+    loops = compiled("shingles")
+    ids, words, grams, owners, seen = [], [], [], [], set()
+    for document in read_documents(source):
+        data = pack_texts([document.text]).data
+        found, count = loops.shingles(data, 0, len(data), letter_table(), n)
+        content = hashlib.sha256(np.unique(found).tobytes()).digest()
+        wanted = count >= shortest and content not in seen
+        if wanted:
+            seen.add(content)
+            grams.append(found)
+            owners.append(np.full(len(found), len(ids)))
+        ids.append(document.id)
+        words.append(count if wanted else 0)
+    return _Items(
+        ids,
+        np.array(words, np.int64),
+        concatenate(grams, np.uint64),
+        concatenate(owners, np.int64),
+    )
+
+
+def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
+    """Which places have n-grams to look for: not those of a template. bool [places].
+
+    An n-gram of more than `max_items` items is of a template, unless it is of a passage that
+    several items quote, such as a text with many questions: 2 n words or more in a row that the
+    same items share, at most half of all. What most items share is how they are asked.
+    """
+    gram, owner = _pairs(items.grams, items.owners)
+    firsts = np.flatnonzero(first_of_runs(gram))
+    count = np.diff(np.append(firsts, len(gram)))
+    # One number for a set of items. Two sets have the same by chance only.
+    whose = np.add.reduceat(_scatter(owner), firsts) if len(gram) else _scatter(owner)
+    quoted = 2 * count <= np.count_nonzero(items.words)
+
+    place = np.searchsorted(gram[firsts], items.grams)
+    same = np.empty(len(place), np.bool_)
+    same[:1] = False
+    same[1:] = (whose[place[1:]] == whose[place[:-1]]) & (items.owners[1:] == items.owners[:-1])
+    run = np.cumsum(~same) - 1
+    long = np.bincount(run)[run] + n - 1 >= 2 * n
+    is_passage = np.zeros(len(firsts), np.bool_)
+    is_passage[place[long]] = True
+    return ((count <= max_items) | (is_passage & quoted))[place]
+
+
+def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each n-gram of each item once, sorted by n-gram, then item."""
+    order = np.lexsort((owners, grams))
+    grams, owners = grams[order], owners[order]
+    keep = first_of_runs(grams) | first_of_runs(owners)
+    return grams[keep], owners[keep]
+
+
+def _scatter(numbers: np.ndarray) -> np.ndarray:
+    """Different 64-bit hashes of different numbers: SplitMix64's (Steele et al. 2014)."""
+    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _nothing(name: str, items: _Items, shortest: int, max_items: int) -> MaxlmError:
+    if not items.ids:
+        return MaxlmError(f'no items in "{name}"', fix="check its files and text_field")
+    if items.words.any():
+        what = (
+            f'all text of evaluation set "{name}" is common to more than {max_items} of its items'
+        )
+        return MaxlmError(what, fix="raise max_items")
+    what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
+    return MaxlmError(what, fix="check its files and text_field, or lower shortest")
+
+
+def find_grams(index: GramIndex, texts: Texts) -> np.ndarray:
+    """Every n-gram of the index in texts: int64 [found, 4], see `kernels.shingles.find_grams`."""
+    found = np.empty((1 << 10, 4), np.int64)
+    while True:
+        number = compiled("shingles").find_grams(
+            texts.data, texts.offsets, letter_table(), index.is_size, index.grams,
+            index.filter_bits, found,
+        )  # fmt: skip
+        if number <= len(found):
+            return found[:number]
+        found = np.empty((number, 4), np.int64)

@@ -1,0 +1,163 @@
+"""Exporting what rules keep of a corpus, as Parquet or JSONL for other programs."""
+
+import gzip
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.opened import Corpus, read_kept
+from maxlm.corpus.recipe import Rules
+from maxlm.corpus.report.summary import language_label
+from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.runtime.executor import Executor
+from maxlm.runtime.files import locked_folder, writing
+from maxlm.runtime.progress import Progress, silent
+
+ExportFormat = Literal["parquet", "jsonl"]
+_COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
+_MANIFEST = "export.json"
+_FILE_BYTES = 256 << 20  # Of text.
+_JOB_BYTES = 128 << 20  # Of the shards' files, which are compressed.
+_GROUP_BYTES, _GROUP_ROWS = 16 << 20, 4096
+_TYPES = {"text": pa.large_string()}
+
+
+@dataclass(frozen=True)
+class _Job:
+    shards: tuple[Shard, ...]
+    rules: Rules
+    columns: tuple[str, ...]
+    path: Path
+    """Where the names of its files begin."""
+    format: ExportFormat
+
+
+def export_corpus(
+    corpus: Corpus,
+    rules: Rules,
+    out: Path,
+    format: ExportFormat,
+    engine: Executor,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Counter[str]:
+    """Write the documents that `rules` keep to files of about 256 MB of text in the folder `out`.
+
+    They are those that a token store is built from, in the same order, each with `id`, `source`,
+    `url`, `meta` (JSON), `language` where a stage tells it, and `text`. Parquet is compressed with
+    zstd, JSONL with gzip. `out` appears when complete, with an `export.json` of rules and counts.
+
+    Args:
+        force: replace an earlier export.
+
+    Returns:
+        Numbers of `documents`, `text_bytes` and `files` written, of documents `dropped` by rules
+        and of those `empty` after cuts.
+
+    Raises:
+        MaxlmError: `out` exists, and is no export or `force` is not given; a full disk.
+    """
+    out = out.absolute()
+    _check_replaceable(out, force)
+    language = language_label(corpus)
+    columns = ("id", "source", "url", "meta", *([language] if language else []))
+    building = out.with_name(f".{out.name}.exporting")
+    new, old = building / "new", building / "old"
+    with locked_folder(building), writing(out):
+        # A killed export may leave the one that it replaces, and its own files.
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+            _check_replaceable(out, force)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        shards = settle_duplicates(corpus, rules, progress)
+        ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
+        parts = groupby(zip(ends, shards, strict=True), lambda each: each[0] // _JOB_BYTES)
+        jobs = [
+            _Job(tuple(s for _, s in part), rules, columns, new / f"{number:06d}", format)
+            for number, (_, part) in enumerate(parts)
+        ]
+        counts = Counter[str](dict.fromkeys(_COUNTS, 0))
+        for done, each in enumerate(engine.map(_export_shards, jobs), 1):
+            counts.update(each)
+            progress("export", done, len(jobs))
+        keep = {name: rule.text for name, rule in rules.keep.items()}
+        about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
+        (new / _MANIFEST).write_text(json.dumps(about | counts, indent=1))
+        _check_replaceable(out, force)  # It may have appeared meanwhile.
+        if out.exists():
+            os.rename(out, old)
+        os.rename(new, out)
+        shutil.rmtree(building)
+    return counts
+
+
+def _check_replaceable(out: Path, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / _MANIFEST).is_file():
+        fix = "choose another folder or remove it"
+        raise MaxlmError("this exists and is not an export", where=str(out), fix=fix)
+    if not force:
+        fix = "choose another folder, or replace it with --force (force=True)"
+        raise MaxlmError("there is an export here", where=str(out), fix=fix)
+
+
+def _export_shards(job: _Job) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    file, size = None, 0
+    with ExitStack() as open_files:
+        for rows, length in _groups(job, counts):
+            if file is None:
+                path, size = f"{job.path}-{counts['files']:03d}.{job.format}", 0
+                counts["files"] += 1
+                if job.format == "parquet":
+                    schema = pa.schema([(name, _TYPES.get(name, pa.string())) for name in rows[0]])
+                    file = open_files.enter_context(
+                        pq.ParquetWriter(path, schema, compression="zstd")
+                    )
+                else:
+                    file = open_files.enter_context(gzip.open(f"{path}.gz", "wt", 6, "utf-8"))
+            if isinstance(file, pq.ParquetWriter):
+                file.write_batch(pa.RecordBatch.from_pylist(rows, schema=file.schema))
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            size += length
+            if size >= _FILE_BYTES:
+                open_files.close()
+                file = None
+    return counts
+
+
+def _groups(job: _Job, counts: Counter[str]) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """Some documents at a time, and the bytes of their texts; adds up `counts` on the way."""
+    names = [name if "." not in name else "language" for name in job.columns]
+    rows, size = [], 0
+    for shard in job.shards:
+        for values, text in read_kept(shard, job.rules, job.columns):
+            if not text:
+                counts["dropped" if text is None else "empty"] += 1
+                continue
+            rows.append(dict(zip(names, values, strict=True)) | {"text": text})
+            size += len(text.encode())
+            if size >= _GROUP_BYTES or len(rows) == _GROUP_ROWS:
+                counts.update(documents=len(rows), text_bytes=size)
+                yield rows, size
+                rows, size = [], 0
+    if rows:
+        counts.update(documents=len(rows), text_bytes=size)
+        yield rows, size

@@ -1,0 +1,145 @@
+"""Text out of HTML in a process of its own, since nothing else stops C code.
+
+Parsers of HTML can loop, eat all memory or crash, inside C code that holds the interpreter's lock,
+where neither signal handlers nor threads get a word in. So a child process reads the pages. The
+kernel ends it when a page has used up its processor time, and the page is given up, not the run.
+Processor time, because a limit on wall time would depend on what else the machine does.
+"""
+
+import logging
+import math
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.pages import Page, load_parsers, read_page
+
+_MEMORY = 4 << 30  # Bytes of address space; what needs more is broken.
+_CHILD = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve{arguments!r}"
+
+
+class Extractor:
+    """Reads pages in a child process, which starts with the first page and ends with this object.
+
+    Works in any process and thread, daemonic ones included; used by one thread at a time.
+    """
+
+    def __init__(self, quality: bool, markdown: bool, seconds: float):
+        """See `read_page`; `seconds`: processor time that a page may take, for each way of it."""
+        self._ways = [(True, markdown), (False, False)] if quality else [(False, False)]
+        self._seconds = seconds
+        self._child: tuple[subprocess.Popen, Connection] | None = None
+        self._end: Callable[[], object] = lambda: None
+
+    def read(self, pages: Sequence[tuple[bytes, str | None]]) -> list[Page]:
+        """Read pages, given as (HTML, charset of the HTTP header).
+
+        What takes too long or crashes in one way is tried in the next. Some pages at a time are
+        faster than one, and are in memory twice.
+
+        Raises:
+            MaxlmError: the child process does not start.
+        """
+        found = self._ask(pages, *self._ways[0])
+        for way in self._ways[1:]:
+            failed = [i for i, page in enumerate(found) if page.status in ("timeout", "broken")]
+            for i, page in zip(failed, self._ask([pages[i] for i in failed], *way), strict=True):
+                if page.status not in ("timeout", "broken"):
+                    found[i] = page
+        return found
+
+    def close(self) -> None:
+        """End the child process."""
+        self._end()
+        self._child = None
+
+    def _ask(self, pages: Sequence[tuple[bytes, str | None]], *way: bool) -> list[Page]:
+        found: list[Page] = []
+        while len(found) < len(pages):
+            process, connection = self._child or self._start()
+            try:
+                connection.send((pages[len(found) :], *way))
+                while len(found) < len(pages):
+                    late = not self._answers(connection)
+                    if late:  # The kernel should have ended it long ago, unless it sleeps.
+                        process.kill()
+                    found.append(connection.recv())
+                    if late:  # It had answered just then: another reads the rest.
+                        self.close()
+                        break
+            except (EOFError, OSError):
+                # It answers page by page: the next one was its end.
+                stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
+                found.append(Page("timeout" if stopped else "broken"))
+                self.close()
+        return found
+
+    def _answers(self, connection: Connection) -> bool:
+        """Whether it does, in time of which a suspension of both (Ctrl-Z) costs a second only."""
+        return any(connection.poll(1) for _ in range(math.ceil(60 + 20 * self._seconds)))
+
+    def _start(self) -> tuple[subprocess.Popen, Connection]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fd = theirs.fileno()
+            arguments = fd, self._seconds, self._ways[0][0]
+            code = _CHILD.format(path=sys.path, module=__name__, arguments=arguments)
+            process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[fd])
+        connection = Connection(ours.detach())
+        self._end = weakref.finalize(self, _stop, process, connection)
+        try:
+            connection.recv()
+        except EOFError as error:
+            what = f"the process that extracts text does not start (exit {process.wait()})"
+            raise MaxlmError(what, fix="see its error above") from error
+        self._child = process, connection
+        return self._child
+
+
+def _stop(process: subprocess.Popen, connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.wait()
+
+
+def serve(fd: int, seconds: float, quality: bool) -> None:
+    """Read pages for the process at the other end, until it ends.
+
+    Args:
+        seconds: processor time for a page.
+        quality: whether trafilatura will be asked for.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    logging.disable(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    connection = Connection(fd)
+    load_parsers(quality)  # Else it is on the first page's time.
+    connection.send(os.getpid())
+    try:
+        while True:
+            pages, *way = connection.recv()
+            for page in pages:
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                found = _read(page, way)
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                connection.send(found)
+    except (EOFError, ConnectionError):
+        pass
+
+
+def _read(page: tuple[bytes, str | None], way: Sequence[bool]) -> Page:
+    try:
+        return read_page(*page, *way)
+    # The parsers raise what they like; the label says so, and the manifest counts it.
+    except Exception:
+        return Page("broken")

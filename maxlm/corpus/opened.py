@@ -1,0 +1,177 @@
+"""A finished corpus, open for reading."""
+
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.cuts import cut
+from maxlm.corpus.recipe import (
+    RecipeConfig,
+    Rules,
+    labels_of,
+    recipe_file,
+    resolve_rules,
+    texts_of,
+)
+from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.runtime.files import without_digest
+
+_AGAIN = "run maxlm corpus run with its recipe again"
+
+
+def manifest_file(home: Path) -> Path:
+    """Where a stage's folder says what is in it; written last."""
+    return home / "manifest.json"
+
+
+def read_recipe(folder: Path) -> RecipeConfig:
+    """The recipe that a corpus was made by.
+
+    Raises:
+        MaxlmError: there is no corpus, or it is of another version.
+    """
+    try:
+        return RecipeConfig.model_validate_json(
+            without_digest(recipe_file(folder).read_text("utf-8"))
+        )
+    except OSError as error:
+        fix = "make one with maxlm corpus run RECIPE"
+        raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
+    except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
+        what = "this corpus was made by another version of maxlm, or is damaged"
+        raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The folder that `run_recipe` made."""
+
+    folder: Path
+    recipe: RecipeConfig
+
+    @classmethod
+    def open(cls, folder: Path | str, *, unfinished: bool = False) -> "Corpus":
+        """The corpus in a folder.
+
+        Args:
+            unfinished: if a stage is not done, open it as if the recipe ended before that stage,
+                with the rules that need no more.
+
+        Raises:
+            MaxlmError: there is none, it is of another version, or its stages are not all done.
+        """
+        corpus = cls(Path(folder), read_recipe(Path(folder)))
+        corpus.manifest(DOCUMENTS)
+        for number, stage in enumerate(corpus.recipe.stages):
+            try:
+                corpus.manifest(stage.title)
+            except MaxlmError:
+                if not unfinished:
+                    raise
+                return cls(corpus.folder, _first_stages(corpus.recipe, number))
+        return corpus
+
+    def manifest(self, title: str) -> dict[str, Any]:
+        """What a stage's folder says about itself."""
+        path = manifest_file(self.folder / title)
+        try:
+            return json.loads(without_digest(path.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            what = f"the stage {title} is not finished, or its manifest is damaged"
+            raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
+
+    @cached_property
+    def labels(self) -> dict[str, pa.DataType]:
+        """The type of each label."""
+        return labels_of(self.recipe)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Its shards, in the order of its documents."""
+        names, texts = self.manifest(DOCUMENTS)["shards"], texts_of(self.recipe)
+        return [Shard(self.folder, name, texts) for name in names]
+
+    def rules(
+        self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
+    ) -> Rules:
+        """Rules for this corpus; None: those of its recipe. See `resolve_rules`."""
+        keep = self.recipe.keep if keep is None else keep
+        cut = self.recipe.cut if cut is None else cut
+        return resolve_rules(self.recipe, keep, cut, str(self.folder))
+
+
+def _first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
+    first = recipe.model_copy(update={"stages": recipe.stages[:number], "cut": ()})
+    keep = {}
+    for name, text in recipe.keep.items():
+        with suppress(MaxlmError):  # It names a label that is not there.
+            resolve_rules(first, {name: text}, (), "")
+            keep[name] = text
+    return first.model_copy(update={"keep": keep})
+
+
+def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
+    """Which documents fulfil all rules and have a text: bool [rows]."""
+    keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
+    for rule in rules.keep.values():
+        keep = keep & rule.true(table)
+    return keep
+
+
+def read_kept(
+    shard: Shard, rules: Rules, columns: Sequence[str] = ("id",)
+) -> Iterator[tuple[tuple[Any, ...], str | None]]:
+    """(values of `columns`, text) of each document of a shard, in order; None for what the rules
+    leave out.
+
+    Spans of all the labels in `rules.cut` are cut out of the text.
+
+    Args:
+        shard: with duplicates settled (`settle_duplicates`).
+    """
+    names = [name for rule in rules.keep.values() for name in rule.names]
+    for table in shard.groups(list(dict.fromkeys([*columns, "text", *names, *rules.cut]))):
+        keep = kept(table, rules)
+        texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
+        spans = [table.column(label).to_pylist() for label in rules.cut]
+        values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        for i, (row, keeps) in enumerate(zip(values, keep, strict=True)):
+            if not keeps:
+                yield row, None
+                continue
+            cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
+            text = next(texts)
+            yield row, cut(text, cuts) if cuts else text
+
+
+def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """A document's newest text, its columns and all its labels by name, and what each rule says.
+
+    Raises:
+        MaxlmError: there is no such document.
+    """
+    from maxlm.corpus.settling import settle_duplicates
+
+    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
+    for shard in settle_duplicates(corpus, corpus.rules()):
+        for group, ids in enumerate(shard.groups(["id"])):
+            if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
+                tables = shard.groups(list(dict.fromkeys(columns)))
+                table = next(islice(tables, group, None)).slice(row, 1)
+                verdicts = {n: bool(rule.true(table)[0]) for n, rule in corpus.rules().keep.items()}
+                return table.to_pylist()[0], verdicts
+    fix = "ids are in the report, or in the column id of documents/*.parquet"
+    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

@@ -1,0 +1,150 @@
+"""Numbers of accounts and people that carry a checksum or a fixed form: cards, IBANs, US SSNs."""
+
+import re
+from collections.abc import Iterator
+
+from maxlm.corpus.pii.match import NOT_OURS, Match, lead
+
+# The issuers' number ranges (ISO/IEC 7812): first digits, and how many digits in all.
+_ISSUERS = (
+    (r"4", (16,)),  # Visa; its 13 digits of old are an EAN today
+    (r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720", (16,)),  # Mastercard
+    (r"3[47]", (15,)),  # American Express
+    (r"6011|64[4-9]|65", (16,)),  # Discover
+    (r"35(?:2[89]|[3-8])", (16,)),  # JCB
+    (r"2131|1800", (15,)),  # JCB, older
+    (r"30[0-59]|36|3[89]", (14,)),  # Diners Club
+    (r"62", (16, 19)),  # UnionPay
+    (r"50|5[6-8]|63|67", (16,)),  # Maestro
+)
+_CARD_RANGES = tuple((re.compile(prefix), lengths) for prefix, lengths in _ISSUERS)
+_CARD = re.compile(
+    r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
+)
+_DIGITS = re.compile(r"[0-9]+")
+_GROUP_AFTER = re.compile(r"[ -][0-9][0-9A-Fa-f]{3}(?!\w)")
+_SSN = re.compile(r"[0-8][0-9]{2}(?:-[0-9]{2}-|(?P<plain> ?)[0-9]{2}(?P=plain))[0-9]{4}(?!\d)")
+_SSN_WORDS = re.compile(r"\bssns?\b|social.security|\btax(?:payer)?.id|\bitin\b")
+# "No." and "id" alone may be a person's.
+_THING = re.compile(r"(?!id|no|nr|n°|№)")
+_CALLS = re.compile(r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?[\s.:#-]*$")
+_VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
+
+# Countries by the length of their IBANs (SWIFT's IBAN Registry).
+_IBAN_COUNTRIES = {
+    15: "NO",
+    16: "BE",
+    18: "DK FI FK FO GL NL SD",
+    19: "MK SI",
+    20: "AT BA EE KZ LT LU MN XK",
+    21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA",
+    23: "AE GI IL IQ OM SO TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST",
+    26: "IS TR",
+    27: "BI DJ FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+    29: "BR EG PS QA UA",
+    30: "JO KW MU YE",
+    31: "MT SC",
+    32: "LC",
+    33: "RU",
+}
+_IBAN_LENGTHS = {c: length for length, cs in _IBAN_COUNTRIES.items() for c in cs.split()}
+_IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,29}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)")
+_WORD = re.compile(r"[A-Z0-9]+")
+
+
+def _inside(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] is only a part of a longer word or number."""
+    around = text[max(0, start - 1) : start], text[end : end + 1]
+    return any(each.isalnum() or each == "_" for each in around) or (
+        _joined(text[max(0, start - 2) : start][::-1]) or _joined(text[end : end + 2])
+    )
+
+
+def _joined(pair: str) -> bool:
+    return len(pair) == 2 and pair[0] in "-.,/" and pair[1].isdigit()
+
+
+def _counts(text: str, start: int) -> bool:
+    return NOT_OURS.search(lead(text, start)) is not None
+
+
+def find_cards(text: str) -> Iterator[Match]:
+    """Payment cards: an issuer's range and length, and the check digit of Luhn (ISO/IEC 7812-1).
+
+    One number in ten has that check digit by chance, so those after "order" and the like are none;
+    nor are those with groups of digits both before them and after, which are of a table.
+    """
+    at, refused = 0, False
+    while found := _CARD.search(text, at):
+        start, end = found.span()
+        after_group = refused and start == at + 1
+        table = after_group and _GROUP_AFTER.match(text, end)
+        digits = found[0].replace(" ", "").replace("-", "")
+        refused = (
+            _inside(text, start, end) or not _is_card(digits) or _counts(text, start) or bool(table)
+        )
+        if not refused:
+            yield Match(start, end, "card")
+        at = _end_of(_DIGITS, text, start) if refused else end
+
+
+def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
+    """Where the group that begins at `start` ends."""
+    found = group.match(text, start)
+    return found.end() if found else start + 1
+
+
+def _is_card(digits: str) -> bool:
+    known = any(len(digits) in lengths and p.match(digits) for p, lengths in _CARD_RANGES)
+    return known and len(set(digits)) > 1 and _luhn(digits)
+
+
+def _luhn(digits: str) -> bool:
+    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
+    return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
+
+
+def find_ssns(text: str) -> Iterator[Match]:
+    """US Social Security numbers: with dashes, or after words that say so.
+
+    With dashes, those after "part no.", "tel." and the like are none, unless such words say so too.
+    The SSA never gives out area 000, 666 or 900-999, group 00, serial 0000.
+    """
+    for found in _SSN.finditer(text):
+        start, end = found.span()
+        digits = re.sub(r"\D", "", found[0])
+        area, group, serial = digits[:3], digits[3:5], digits[5:]
+        if area in ("000", "666") or group == "00" or serial == "0000" or digits in _VOID_SSNS:
+            continue
+        if _inside(text, start, end) or text[max(0, start - 1) : start] in ("-", "+", "#", "$"):
+            continue
+        words = lead(text, start)
+        other = NOT_OURS.search(words)
+        other = (other and _THING.match(other[0])) or _CALLS.search(words)
+        if _SSN_WORDS.search(words) or (found["plain"] is None and not other):
+            yield Match(start, end, "ssn")
+
+
+def find_ibans(text: str) -> Iterator[Match]:
+    """Bank accounts by ISO 13616: the country's length, and remainder 1 modulo 97 (ISO 7064)."""
+    at = 0
+    while found := _IBAN.search(text, at):
+        start = found.start()
+        length = _IBAN_LENGTHS.get(found[0][:2], 0)
+        # In groups of four the pattern may run on into the next word.
+        end = start + length + (length - 1) // 4 * (found[0][4:5] == " ")
+        compact = text[start:end].replace(" ", "")
+        whole = end <= found.end() and len(compact) == length > 0
+        if whole and not _inside(text, start, end) and _is_iban(compact):
+            yield Match(start, end, "iban")
+            at = end
+        else:
+            at = _end_of(_WORD, text, start)
+
+
+def _is_iban(compact: str) -> bool:
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1

@@ -1,0 +1,91 @@
+"""Keys and tokens: by the prefixes their issuers give them, or by what they are assigned to."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from maxlm.corpus.pii.match import Match
+
+# Token formats as their issuers document them. Each begins with the text that is searched for.
+_TOKENS = {
+    "AKIA": r"[A-Z2-7]{16}",  # Amazon Web Services
+    "ASIA": r"[A-Z2-7]{16}",
+    "AIza": r"[\w-]{35}",  # Google
+    "ya29.": r"[\w-]{20,}",
+    "ghp_": r"[A-Za-z0-9]{36,}",  # GitHub
+    "gho_": r"[A-Za-z0-9]{36,}",
+    "ghu_": r"[A-Za-z0-9]{36,}",
+    "ghs_": r"[A-Za-z0-9]{36,}",
+    "ghr_": r"[A-Za-z0-9]{36,}",
+    "github_pat_": r"\w{22,}",
+    "glpat-": r"[\w-]{20,}",  # GitLab
+    "xox": r"[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
+    "xapp-": r"[0-9]-[A-Za-z0-9-]{10,}",
+    "sk_live_": r"[A-Za-z0-9]{16,}",  # Stripe
+    "sk_test_": r"[A-Za-z0-9]{16,}",
+    "rk_live_": r"[A-Za-z0-9]{16,}",
+    "whsec_": r"[A-Za-z0-9]{16,}",
+    "sk-": r"(?=[\w-]*[0-9])[\w-]{20,}",  # OpenAI, Anthropic
+    "hf_": r"[A-Za-z0-9]{30,}",  # Hugging Face
+    "npm_": r"[A-Za-z0-9]{36}",
+    "pypi-": r"[\w-]{50,}",
+    "SG.": r"[\w-]{22}\.[\w-]{43}",  # SendGrid
+    "dop_v1_": r"[a-f0-9]{64}",  # DigitalOcean
+    "eyJ": r"[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON Web Token (RFC 7519)
+}
+_TOKEN = re.compile(
+    r"(?<![\w-])(?:" + "|".join(re.escape(p) + rest for p, rest in _TOKENS.items()) + ")", re.ASCII
+)
+_BEGIN = re.compile(r"-----BEGIN (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_END = re.compile(r"-----END (?:[A-Z0-9]{1,12} ){0,3}PRIVATE KEY(?: BLOCK)?-----")
+_LONGEST_KEY = 1 << 15
+_LOGIN = re.compile(r"://[^\s/:@]{1,64}:([^\s/@]{3,128})@")
+
+_NAMES = ("secret", "token", "passw", "pwd", "key", "bearer")
+_ASSIGNED = re.compile(
+    r"(?:secret|token|passw(?:or)?d|pwd|(?:api|access|auth|private|account|signing|encryption)"
+    r"[_ -]?key)[\w-]{0,20}[\"']?\s{0,3}(?:=>|:=|[:=]|\bis\b)\s{0,3}[\"']?"
+    r"([A-Za-z0-9+/_.~-]{16,256}={0,2})(?![\w(\[])|\bbearer ([A-Za-z0-9+/_.~-]{16,256}={0,2})",
+    re.IGNORECASE | re.ASCII,
+)
+_STAND_IN = re.compile(
+    r"example|your|change|placeholder|xxxx|dummy|insert|redacted|^passw|^\$|^<|^\*+$", re.IGNORECASE
+)
+_LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
+
+
+def find_keys(text: str) -> Iterator[Match]:
+    """Access tokens, private key blocks, passwords in URLs, random values assigned to a secret."""
+    if any(prefix in text for prefix in _TOKENS):
+        for found in _TOKEN.finditer(text):
+            yield Match(*found.span(), "key")
+    if "PRIVATE KEY" in text:
+        yield from _key_blocks(text)
+    if "://" in text and "@" in text:
+        for found in _LOGIN.finditer(text):
+            if not _STAND_IN.search(found[1]):
+                yield Match(*found.span(1), "key")
+    lowered = text.lower()
+    if any(name in lowered for name in _NAMES):
+        for found in _ASSIGNED.finditer(text):
+            group = 1 if found[1] else 2
+            if _is_random(found[group]):
+                yield Match(*found.span(group), "key")
+
+
+def _key_blocks(text: str) -> Iterator[Match]:
+    for begin in _BEGIN.finditer(text):
+        if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):
+            yield Match(begin.start(), end.end(), "key")
+
+
+def _is_random(value: str) -> bool:
+    """Whether it looks drawn at random, not like a name or an expression."""
+    digits = sum(c.isdigit() for c in value)
+    mixed = value.lower() != value != value.upper()
+    if not digits or digits == len(value) or (digits < 3 and not mixed) or _STAND_IN.search(value):
+        return False
+    counts = Counter(value).values()
+    bits = -sum(n / len(value) * math.log2(n / len(value)) for n in counts)
+    return bits >= _LEAST_BITS

@@ -1,0 +1,299 @@
+"""A recipe: from sources over stages to the rules that say what is kept."""
+
+import hashlib
+import json
+import keyword
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.types as types
+from pydantic import Field, model_validator
+
+from maxlm.config import Config, LocalPath, MaxlmError
+from maxlm.corpus.config import CrawlSource
+from maxlm.corpus.expression import Expression, no_label, parse
+from maxlm.corpus.files import CORPUS_FILE
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
+from maxlm.corpus.stage import CorpusStage, Stage
+from maxlm.corpus.stages import AnyStage
+from maxlm.corpus.stages.heuristics import PUBLISHED
+from maxlm.runtime.executor import ExecutorName
+
+_LABELS_OF_DOCUMENTS = ("id", "source", "url")
+
+
+class RecipeConfig(Config):
+    """What `maxlm corpus run` does."""
+
+    out: LocalPath
+    """The corpus's folder."""
+    sources: tuple[CrawlSource, ...] = Field(min_length=1)
+    """Where raw documents come from."""
+    stages: tuple[AnyStage, ...] = ()
+    """What labels them, in this order."""
+    keep: dict[str, str] = Field(default_factory=dict)
+    """Rules by name, in the order in which the report tells what each one drops: expressions over
+    labels, of which a document must fulfil all. `published.NAME` is a rule of a paper: see
+    docs/corpus.md. Applied when a token store is built; changing one costs no new pass."""
+    cut: tuple[str, ...] = ()
+    """Labels that hold spans to cut out of the kept texts, such as `substring.cuts`."""
+    engine: ExecutorName = "local"
+    """Where stages run: processes of this machine, or a Ray cluster."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes at most; null: one a core (local), or as many as the cluster has CPUs (ray)."""
+    shard_bytes: int = Field(default=64 << 20, gt=0)
+    """About how many bytes of input make a shard, the unit of work and of resumption. What a worker
+    holds in memory grows with it only in stages that compare documents (see docs/corpus.md)."""
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        titles = [stage.title for stage in self.stages]
+        for kind, names in (
+            ("sources", [source.name for source in self.sources]),
+            ("stages", titles),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two {kind} are called {name}: give one another name")
+        for title in titles:
+            if title in (DOCUMENTS, "settled", "lock") or keyword.iskeyword(title):
+                raise ValueError(f"no stage can be called {title}: give it another name")
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in its place: what it may read, and what its labels depend on."""
+
+    stage: Stage
+    texts: tuple[str, ...]
+    where: Expression | None
+    key: str
+    """A hash of everything that decides its labels, but for the documents."""
+    whole: bool
+    """Whether its labels depend on what other documents there are."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is kept of a corpus, checked against its labels."""
+
+    keep: Mapping[str, Expression]
+    cut: tuple[str, ...]
+
+
+def resolve(recipe: RecipeConfig) -> list[Step]:
+    """The stages in their places.
+
+    Raises:
+        MaxlmError: an expression is wrong, or names a label that no earlier stage gives; a stage
+            reads a label that is not there.
+    """
+    labels = {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS}
+    texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
+    wholes: set[str] = set()
+    for number, stage in enumerate(recipe.stages):
+        place = f"stages.{number}"
+        where = None
+        if stage.where is not None:
+            where = parse(stage.where, labels, f"{place}.where")
+        read = [*stage.reads, *(where.names if where else ())]
+        for column in read:
+            if column not in labels and column not in DOCUMENT_SCHEMA.names:
+                raise no_label(column, labels, f"{place} ({stage.title})")
+        _check_names(stage, labels, [source.name for source in recipe.sources], place)
+        sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
+        # Of texts the order matters: the newest that a document has is read.
+        seen = texts if "text" in stage.reads else []
+        parts = [stage.key(), stage.where, sorted((s, keys[s]) for s in {*sources, *seen}), seen]
+        keys[stage.title] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        whole = isinstance(stage, CorpusStage) or bool(wholes & {*sources, *seen})
+        wholes |= {stage.title} if whole else set()
+        steps.append(Step(stage, tuple(texts), where, keys[stage.title], whole))
+        labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
+        if "text" in stage.schema().names:
+            texts.append(stage.title)
+    resolve_rules(recipe, recipe.keep, recipe.cut, "")
+    return steps
+
+
+def _check_names(
+    stage: Stage, labels: Mapping[str, pa.DataType], sources: Sequence[str], place: str
+) -> None:
+    """Whether what a stage's settings name is of the right kind."""
+    fix = "name a label that does"
+    for label in stage.ranks_by if isinstance(stage, CorpusStage) else ():
+        if not is_number(labels.get(label, pa.null())):
+            what = f'"{label}" holds no numbers to choose the best document by'
+            raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
+    for label in stage.strings:
+        type_ = labels.get(label, pa.null())
+        if not types.is_string(type_) and not types.is_large_string(type_):
+            raise MaxlmError(f'"{label}" holds no strings', where=place, fix=fix)
+    for source in stage.sources:
+        if source not in sources:
+            fix = f"there are: {', '.join(sources)}"
+            raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)
+
+
+def labels_of(recipe: RecipeConfig) -> dict[str, pa.DataType]:
+    """The type of each label that a corpus of this recipe has."""
+    return {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS} | {
+        f"{stage.title}.{field.name}": field.type
+        for stage in recipe.stages
+        for field in stage.schema()
+        if field.name != "text"
+    }
+
+
+def is_number(type_: pa.DataType) -> bool:
+    """Whether a label is a score: numbers, or flags as 0 and 1."""
+    return types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)
+
+
+def texts_of(recipe: RecipeConfig) -> tuple[str, ...]:
+    """The stages that write a version of the text, oldest first."""
+    writers = [stage.title for stage in recipe.stages if "text" in stage.schema().names]
+    return (DOCUMENTS, *writers)
+
+
+def resolve_rules(
+    recipe: RecipeConfig, keep: Mapping[str, str], cut: Sequence[str], where: str
+) -> Rules:
+    """Check rules against a recipe's labels.
+
+    Args:
+        where: what comes before a rule's key in errors, such as the corpus's folder.
+
+    Raises:
+        MaxlmError: a wrong expression, an unknown label (names near ones), a cut label without
+            spans, or with spans of a text that a later stage has changed.
+    """
+    labels, parsed = labels_of(recipe), {}
+    for name, text in keep.items():
+        place = f"{where}: keep.{name}" if where else f"keep.{name}"
+        if not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            what = f"{name!r} cannot be the name of a rule"
+            raise MaxlmError(what, where=place, fix="use letters, digits, _ and -")
+        if (known := text.strip().removeprefix("published.")) != text.strip():
+            if known not in PUBLISHED:
+                what = f'there is no published rule "{known}"'
+                raise MaxlmError(what, where=place, fix=f"choose: {', '.join(PUBLISHED)}")
+            text = PUBLISHED[known]
+        parsed[name] = parse(text, labels, place)
+    spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
+    titles = [DOCUMENTS, *(stage.title for stage in recipe.stages)]
+    newest = texts_of(recipe)[-1]
+    for label in cut:
+        if label not in spans:
+            what = f'"{label}" is no label that holds spans to cut'
+            raise MaxlmError(what, where="cut", fix=f"choose: {', '.join(spans) or 'none here'}")
+        stage = label.rpartition(".")[0]
+        if titles.index(stage) <= titles.index(newest):
+            what = f"{label} are places in the text as it was before {newest} changed it"
+            raise MaxlmError(what, where="cut", fix=f"put {stage} after {newest}")
+    rules = Rules(parsed, tuple(cut))
+    _check_settling(recipe, rules, where)
+    return rules
+
+
+def comparing_stages(
+    recipe: RecipeConfig, rules: Rules
+) -> list[tuple[CorpusStage, Expression | None]]:
+    """Return the stages whose verdicts decide what rules keep, and which documents each looks at.
+
+    Stages that drop whole documents come first: a dropped document keeps no passage.
+    """
+    labels, found = labels_of(recipe), []
+    named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
+    for number in reversed(range(len(recipe.stages))):
+        stage = recipe.stages[number]
+        if isinstance(stage, CorpusStage) and named & {
+            f"{stage.title}.{v}" for v in stage.verdicts
+        }:
+            place = f"stages.{number}.where"
+            where = None if stage.where is None else parse(stage.where, labels, place)
+            named |= set(where.names if where else ())
+            found.insert(0, (stage, where))
+    return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
+
+
+def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
+    """Which of several documents keeps a text is settled when rules are applied; so nothing else
+    that they, or a stage that is settled, look at may depend on it before.
+
+    Raises:
+        MaxlmError: a label that does.
+    """
+    stages = comparing_stages(recipe, rules)
+    wheres = {name for _, where_ in stages if where_ for name in where_.names}
+    used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
+    _check_order(recipe, stages, where)
+    # Label → the verdict that it depends on, and the place of the `where` by which it does.
+    early: dict[str, tuple[str, str]] = {}
+    for number, stage in enumerate(recipe.stages):
+        labels = {f"{stage.title}.{field.name}" for field in stage.schema()}
+        needs = set(stage.reads)
+        if stage.where is not None:
+            needs |= set(parse(stage.where, labels_of(recipe), "").names)
+        cause = next((label for label in early if label in needs), None)
+        if isinstance(stage, CorpusStage):
+            if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
+                what = f"{stage.title}.of is the copy that is best before any rule is applied"
+                fix = f"write {stage.title}.duplicate"
+                raise MaxlmError(what, where=where or "keep", fix=fix)
+            settled = {f"{stage.title}.{verdict}" for verdict in (*stage.verdicts, "of")}
+            early |= {label: (label, "") for label in settled & labels}
+            labels -= settled
+        if cause is None:
+            continue
+        verdict, place = early[cause]
+        place = place or f"stages.{number}.where"
+        early |= dict.fromkeys(labels, (verdict, place))
+        rewrites = bool(stages) and f"{stage.title}.text" in labels
+        if (label := min(labels & used, default=None)) or rewrites:
+            what = (
+                f"{stage.title} leaves documents out by {verdict}, which is settled only when the "
+                f"rules are applied, and they need {label or 'its text'} of whichever is kept"
+            )
+            raise MaxlmError(what, where=place, fix=f"leave {verdict} out of it")
+    if len(passages := [label for label in rules.cut if label in early]) > 1:
+        what = f"{passages[0]} and {passages[1]} might each cut the copy that the other leaves"
+        raise MaxlmError(what, where="cut", fix="name one of them")
+
+
+def _check_order(
+    recipe: RecipeConfig, stages: Sequence[tuple[CorpusStage, Expression | None]], where: str
+) -> None:
+    """Check that verdicts can be settled in the order of `comparing_stages`.
+
+    Raises:
+        MaxlmError: a `where` needs a later verdict, or two stages drop documents for others that
+            they are only like.
+    """
+    for index, (stage, expression) in enumerate(stages):
+        later = {f"{each.title}.{label}" for each, _ in stages[index:] for label in each.verdicts}
+        for label in expression.names if expression else ():
+            if label in later:
+                what = f"{label} is settled after the duplicates that {stage.title} finds"
+                place = f"stages.{recipe.stages.index(stage)}.where"
+                raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
+    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
+    if len(near) > 1:
+        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
+        raise MaxlmError(what, where=where or "keep", fix="name one of them")
+
+
+def _holds_spans(type_: pa.DataType) -> bool:
+    if not pa.types.is_list(type_) or not pa.types.is_struct(type_.value_type):
+        return False
+    fields = {type_.value_type.field(i).name for i in range(type_.value_type.num_fields)}
+    return {"start", "end"} <= fields
+
+
+def recipe_file(folder: Path) -> Path:
+    """Where a corpus keeps the recipe it was made by."""
+    return folder / CORPUS_FILE

@@ -1,0 +1,192 @@
+"""Text lost: what rules drop as a duplicate, or cut as a repeat, and no kept document has.
+
+It is looked for in the texts, however duplicates were settled: of a dropped document its word
+n-grams among those of all kept ones, of a passage its words, byte for byte, in what stays of them.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.corpus.characters import character_classes
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
+from maxlm.corpus.dedup.words import letter_table
+from maxlm.corpus.opened import Corpus, kept, read_kept
+from maxlm.corpus.recipe import Rules, comparing_stages
+from maxlm.corpus.settling import (
+    Compared,
+    apply_verdicts,
+    list_rule_columns,
+    settle_duplicates,
+)
+from maxlm.corpus.shards import Shard
+from maxlm.corpus.textbuffers import pack_texts
+from maxlm.runtime.executor import Executor
+from maxlm.runtime.files import replacing
+from maxlm.runtime.progress import Progress, silent
+
+_MOST = 100_000  # Documents, and passages, that are looked for.
+_HASHES = (64, 16)  # Of a document, and of a passage: the smallest, which are a fair sample.
+_DOUBT = 0.25  # Four standard deviations and more of a share of so many n-grams.
+_BATCH = 256
+
+Hashes = tuple[np.ndarray, np.ndarray]
+"""Hashes (uint64), and which text each is of (int64, rising)."""
+
+
+@dataclass(frozen=True)
+class LostText:
+    """How many of what is dropped or cut are in no kept document."""
+
+    documents: int = 0
+    passages: int = 0
+    documents_dropped: int = 0
+    passages_cut: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"text lost: {self.documents + self.passages:,} ({self.documents:,} of "
+            f"{self.documents_dropped:,} documents dropped as duplicates, {self.passages:,} of "
+            f"{self.passages_cut:,} passages cut)"
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    shard: Shard
+    rules: Rules
+    stages: Compared
+    most: int
+    sizes: tuple[int, int]
+    """Words of a document's n-gram, and of a passage's window."""
+
+    def get_hash_file(self, kind: int) -> Path:
+        return self.shard.folder / self.shard.settled_folder / f"hashes-{kind}.arrow"
+
+
+def count_lost(
+    corpus: Corpus, rules: Rules, engine: Executor, progress: Progress = silent
+) -> LostText:
+    """Look in what the rules keep for what they drop as duplicates and cut as repeats, up to
+    100,000 of each. The count lies beside the settled labels, and is made once for the same rules.
+    """
+    stages = comparing_stages(corpus.recipe, rules)
+    shards = settle_duplicates(corpus, rules, progress)
+    if not stages or not shards:
+        return LostText()
+    path = corpus.folder / shards[0].settled_folder / "lost.json"
+    if path.exists():
+        return LostText(**json.loads(path.read_text()))
+    ngram = min((getattr(stage, "ngram", 5) for stage, _ in stages), default=5)
+    window = min((getattr(stage, "min_tokens", 50) for stage, _ in stages), default=50)
+    sizes = ngram, window
+    jobs = [_Job(s, rules, stages, -(-_MOST // len(shards)), sizes) for s in shards]
+    removed = []
+    for each in engine.map(_list_removed, jobs):
+        removed.append(each)
+        progress("text lost: dropped", len(removed), len(jobs))
+    for kind in range(2):
+        hashes = concatenate([found[kind][0] for found, _ in removed], np.uint64)
+        write_columns(jobs[0].get_hash_file(kind), {"hash": np.unique(hashes)})
+    seen: list[Any] = [False, False]
+    for done, each in enumerate(engine.map(_find_removed, jobs), 1):
+        seen = [a | b for a, b in zip(seen, each, strict=True)]
+        progress("text lost: kept", done, len(jobs))
+    alike = min((getattr(stage, "jaccard", 1.0) for stage, _ in stages), default=1.0)
+    lost = [0, 0]
+    for kind, share in enumerate((alike - _DOUBT, 1.0)):
+        with open_columns(jobs[0].get_hash_file(kind)) as columns:
+            wanted = columns["hash"]
+        for found, _ in removed:
+            hashes, text = found[kind]
+            there = np.bincount(text, seen[kind][np.searchsorted(wanted, hashes)])
+            lost[kind] += int(np.sum(there < share * np.bincount(text)))
+    total = LostText(*lost, *(sum(counts[kind] for _, counts in removed) for kind in range(2)))
+    with replacing(path) as new:
+        new.write_text(json.dumps(asdict(total)))
+    return total
+
+
+def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
+    """Hashes of dropped documents and of cut passages, and how many there are of each."""
+    columns, rules = list_rule_columns(job.rules, job.stages), job.rules
+    cuts = {name for name in job.shard.settled if name.endswith(".cuts")}
+    whole = [name for name in job.shard.settled if name.endswith((".duplicate", ".jaccard"))]
+    documents, passages, counts = [], [], [0, 0]
+    for table in job.shard.groups(
+        ["text", *columns, *job.shard.settled, *sorted({*rules.cut} - cuts)]
+    ):
+        # By no verdict, by those on whole documents, and by all.
+        none = apply_verdicts(table.select([*columns, "text"]), job.stages)
+        some = none
+        for name in whole:
+            some = some.set_column(some.schema.get_field_index(name), name, table.column(name))
+        unruled, single, stays = (kept(each, rules) for each in (none, some, table))
+        texts = table.column("text").to_pylist()
+        for row in np.flatnonzero(unruled & ~single & ~stays):
+            documents.append(texts[row].encode())
+        spans = {name: table.column(name).to_pylist() for name in {*cuts, *rules.cut}}
+        for row in np.flatnonzero(single):
+            other = [span for name in {*rules.cut} - cuts for span in spans[name][row] or ()]
+            for name in cuts & {*rules.cut} if stays[row] else cuts:
+                for start, end in (span.values() for span in spans[name][row] or ()):
+                    # But for what is cut for another reason.
+                    if not any(o["start"] < end and start < o["end"] for o in other):
+                        passages.append(texts[row][start:end].encode())
+        for kind, found in enumerate((documents, passages)):
+            counts[kind] += max(0, len(found) - job.most)
+            del found[job.most :]
+    counts = (counts[0] + len(documents), counts[1] + len(passages))
+    sample = _sample(_hash_grams(documents, job.sizes[0]), _HASHES[0])
+    return (sample, _sample(_hash_windows(passages, job.sizes[1]), _HASHES[1])), counts
+
+
+def _sample(hashes: Hashes, most: int) -> Hashes:
+    value, text = hashes
+    value, text = (each[np.lexsort(hashes)] for each in hashes)
+    few = np.arange(len(text)) - np.searchsorted(text, text) < most
+    return value[few], text[few]
+
+
+def _find_removed(job: _Job) -> list[np.ndarray]:
+    """Which hashes are those of kept documents: in their texts, and in what stays of these."""
+    whole = Rules(job.rules.keep, ())
+    looks = ((whole, _hash_grams), (job.rules, _hash_windows))
+    return [_find(job, kind, *look) for kind, look in enumerate(looks)]
+
+
+def _find(
+    job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[bytes], int], Hashes]
+) -> np.ndarray:
+    with open_columns(job.get_hash_file(kind)) as columns:
+        wanted = columns["hash"]
+    seen = np.zeros(len(wanted), np.bool_)
+    texts = (text.encode() for _, text in read_kept(job.shard, rules) if text)
+    while len(wanted) and (batch := list(islice(texts, _BATCH))):
+        hashes, _ = hash_texts(batch, job.sizes[kind])
+        place = np.searchsorted(wanted, hashes) % len(wanted)
+        seen[place[wanted[place] == hashes]] = True
+    return seen
+
+
+def _hash_grams(texts: Sequence[bytes], size: int) -> Hashes:
+    """The hashes of the different word n-grams of texts, as `NearStage` has them."""
+    offsets, data = pack_texts(list(texts))
+    shingles, table = compiled("shingles").shingles, letter_table()
+    parts = [np.unique(shingles(data, a, b, table, size)[0]) for a, b in pairwise(offsets)]
+    return concatenate(parts, np.uint64), np.repeat(np.arange(len(parts)), [*map(len, parts)])
+
+
+def _hash_windows(texts: Sequence[bytes], size: int) -> Hashes:
+    """The hashes of the runs of `size` words of texts, as `SubstringStage` has them; of a text of
+    fewer words none."""
+    offsets, data = pack_texts(list(texts))
+    words = compiled("substring").find_words(data, offsets, character_classes())
+    hashes, begins = compiled("substring").hash_windows(data, *words, size)
+    return hashes, np.searchsorted(offsets[1:], words[0][begins], "right")

@@ -1,0 +1,184 @@
+"""A corpus's figures as one HTML page that needs no network: `page.html` is its template."""
+
+import html
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maxlm.corpus.expression import Threshold
+from maxlm.corpus.opened import Corpus
+from maxlm.corpus.recipe import Rules
+from maxlm.corpus.report.summary import Summary
+from maxlm.corpus.shards import DOCUMENTS
+from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_items
+from maxlm.runtime.files import replacing
+
+_BINS = 48
+_MOST_ITEMS = 100
+_WIDTH, _HEIGHT = 440, 120
+_DROPS = {"<": "above", "<=": "above", ">": "below", ">=": "below"}
+
+
+def write_report(
+    corpus: Corpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
+) -> None:
+    """Write the page, whole or not at all; `lost` is a sentence about text lost.
+
+    Raises:
+        MaxlmError: it cannot be written.
+    """
+    from jinja2 import Environment
+
+    template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": _number, "size": _size, "share": _share, "value": _value}
+    page = environment.from_string(template).render(lost=lost, **content(corpus, rules, summary))
+    with replacing(path) as new:
+        new.write_text(page, "utf-8")
+
+
+def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
+    """What the template is filled with."""
+    sources = sorted({source for _, source in summary.documents})
+    return {
+        "name": corpus.folder.resolve().name,
+        "sources": sources,
+        "read": [
+            (reason, number)
+            for reason, number in corpus.manifest(DOCUMENTS)["counts"].items()
+            if number and reason not in ("rows", "labelled")
+        ],
+        "funnel": funnel(rules, summary, sources),
+        "stages": [(stage.title, corpus.manifest(stage.title)) for stage in corpus.recipe.stages],
+        "histograms": _histograms(rules, summary),
+        "rules": [
+            (name, rule.text, summary.dropped.get(name, [])) for name, rule in rules.keep.items()
+        ],
+        "kept": summary.kept,
+        "mixture": _mixture(summary),
+        "cut": ", ".join(rules.cut),
+        "contaminated": [
+            item
+            for stage in corpus.recipe.stages
+            if isinstance(stage, DecontaminateStage)
+            for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
+        ],
+    }
+
+
+def funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """What is left after each rule, from all documents down."""
+    rows, before = [], None
+    for rule in ("", "has text", *rules.keep):
+        documents = {source: summary.documents[rule, source] for source in sources}
+        left = sum(documents.values())
+        rows.append(
+            {
+                "rule": rule or "all documents",
+                "expression": rules.keep[rule].text if rule in rules.keep else "",
+                "left": left,
+                "bytes": sum(summary.bytes[rule, source] for source in sources),
+                "dropped": 0 if before is None else before - left,
+                "by_source": documents,
+                "of_all": left / max(1, rows[0]["left"]) if rows else 1.0,
+            }
+        )
+        before = left
+    return rows
+
+
+def _mixture(summary: Summary) -> list[dict[str, Any]]:
+    rows = []
+    for (source, language), (documents, size, tried, tokens) in sorted(
+        summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
+    ):
+        estimate = size * tokens / tried if tried else None
+        row = {"source": source, "language": language, "documents": documents, "bytes": size}
+        rows.append(row | {"tokens": estimate})
+    return rows
+
+
+def _histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
+    """Labels that rules compare first, each with the values at which it is cut."""
+    thresholds: dict[str, list[Threshold]] = {}
+    for rule in rules.keep.values():
+        for each in rule.thresholds:
+            thresholds.setdefault(each.label, []).append(each)
+    charts = []
+    for label in sorted(summary.values, key=lambda label: (label not in thresholds, label)):
+        values = summary.values[label][1]
+        values = values[np.isfinite(values)]
+        if not values.size:
+            continue
+        marks = thresholds.get(label, [])
+        charts.append({"label": label, "number": values.size, "svg": _svg(label, values, marks)})
+    return charts
+
+
+def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
+    """A histogram with a line at each threshold; what lies on the dropped side is grey."""
+    marks = [mark for mark in marks if np.isfinite(mark.value)]
+    points = [*np.quantile(values, (0.005, 0.995)), *(mark.value for mark in marks)]
+    low, high = min(points), max(points)
+    # Counts and perplexities span decades.
+    logarithmic = low >= 0 and high > 50 * max(float(np.median(values)), 1e-9) > 0
+    scale = np.log1p if logarithmic else np.asarray
+    left, right = float(scale(low)), float(scale(high))
+    right = right if right > left else left + 1
+    edges = np.linspace(left, right, _BINS + 1)
+    counts, _ = np.histogram(np.clip(scale(values), left, right), edges)
+    height = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)  # roots: rare values show
+    width = _WIDTH / _BINS
+    parts = []
+    for i, each in enumerate(height):
+        middle = (edges[i] + edges[i + 1]) / 2
+        dropped = any(_drops(mark, middle, float(scale(mark.value))) for mark in marks)
+        parts.append(
+            f'<rect x="{i * width:.1f}" y="{_HEIGHT - 16 - each:.1f}" width="{width - 1:.1f}" '
+            f'height="{each:.1f}" class="{"out" if dropped else "in"}"/>'
+        )
+    for mark in marks:
+        x = (float(scale(mark.value)) - left) / (right - left) * _WIDTH
+        anchor = "end" if x > _WIDTH / 2 else "start"
+        text = html.escape(f"{mark.comparison} {mark.value:g}")
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT - 16}"/>'
+            f'<text x="{x + (-4 if anchor == "end" else 4):.1f}" y="10" text-anchor="{anchor}">'
+            f"{text}</text>"
+        )
+    ends = (f"{low:.4g}", f"{high:.4g}{' (log)' if logarithmic else ''}")
+    parts.append(f'<text x="0" y="{_HEIGHT - 2}">{ends[0]}</text>')
+    parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT - 2}" text-anchor="end">{ends[1]}</text>')
+    title = f"<title>{html.escape(label)}</title>"
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{title}{"".join(parts)}</svg>'
+
+
+def _drops(mark: Threshold, place: float, at: float) -> bool:
+    side = _DROPS.get(mark.comparison) if mark.decides else None
+    return (side == "above" and place > at) or (side == "below" and place < at)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _size(value: float) -> str:
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:,.1f} {unit}"
+    return f"{value:,.0f} B"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        return f"{len(value)} of them"
+    return "none" if value is None else str(value)

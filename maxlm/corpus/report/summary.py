@@ -1,0 +1,209 @@
+"""The figures of a report, shard by shard, and their sum."""
+
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as types
+
+from maxlm.corpus.cuts import cut
+from maxlm.corpus.opened import Corpus
+from maxlm.corpus.recipe import Rules
+from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.shards import Shard
+from maxlm.runtime.executor import Executor
+from maxlm.runtime.progress import Progress, silent
+
+SAMPLES = 5
+_SNIPPET_CHARS = 700
+_VALUES = 16_384  # of each label
+_TOKENIZED_BYTES = 200_000  # of each source and language in each shard
+
+if TYPE_CHECKING:
+    from maxlm.data.tokenizer import Tokenizer
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Sample:
+    """A document shown as an example."""
+
+    order: str
+    """A hash of its id: which documents are shown is arbitrary, but always the same."""
+    id: str = field(compare=False)
+    source: str = field(compare=False)
+    text: str = field(compare=False)
+    labels: Mapping[str, Any] = field(compare=False)
+
+
+@dataclass
+class Summary:
+    """Counts, values and examples; the sum of two is that of both their documents."""
+
+    documents: Counter[Key] = field(default_factory=Counter)
+    """By (rule, source): documents that fulfil it and all rules before; rule "" counts all."""
+    bytes: Counter[Key] = field(default_factory=Counter)
+    """UTF-8 bytes of their texts, likewise."""
+    mixture: dict[Key, np.ndarray] = field(default_factory=dict)
+    """By (source, language) of what is kept, after cuts: documents, bytes, and bytes and tokens of
+    those tokenized: int64 [4]."""
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    """A sample of each numeric label's values: float64 [2, values], the first row random numbers
+    of which the smallest are kept, so that the sample does not depend on the order of shards."""
+    dropped: dict[str, list[Sample]] = field(default_factory=dict)
+    """By rule: examples that it alone drops of what the rules before leave."""
+    kept: list[Sample] = field(default_factory=list)
+    """Examples that all rules keep."""
+
+    def add(self, other: "Summary") -> None:
+        self.documents.update(other.documents)
+        self.bytes.update(other.bytes)
+        for key, figures in other.mixture.items():
+            self.mixture[key] = self.mixture.get(key, np.zeros(4, np.int64)) + figures
+        for label, sample in other.values.items():
+            self.add_values(label, sample)
+        for rule, samples in other.dropped.items():
+            self.dropped[rule] = heapq.nsmallest(SAMPLES, self.dropped.get(rule, []) + samples)
+        self.kept = heapq.nsmallest(SAMPLES, self.kept + other.kept)
+
+    def add_values(self, label: str, sample: np.ndarray) -> None:
+        both = np.concatenate([self.values.get(label, np.empty((2, 0))), sample], axis=1)
+        self.values[label] = both[:, np.argsort(both[0], kind="stable")[:_VALUES]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    shard: Shard
+    rules: Rules
+    numeric: tuple[str, ...]
+    language: str | None
+    tokenizer: Path | None
+
+
+def summarize(
+    corpus: Corpus,
+    rules: Rules,
+    engine: Executor,
+    tokenizer: Path | None = None,
+    progress: Progress = silent,
+) -> Summary:
+    """The figures of a corpus under rules.
+
+    Args:
+        tokenizer: a tokenizer's folder, to count tokens with.
+
+    Raises:
+        MaxlmError: a file of the corpus or the tokenizer is missing or damaged.
+    """
+    numeric = tuple(name for name, type_ in corpus.labels.items() if _is_score(name, type_))
+    shards = settle_duplicates(corpus, rules, progress)
+    jobs = [_Job(shard, rules, numeric, language_label(corpus), tokenizer) for shard in shards]
+    total = Summary()
+    for done, each in enumerate(engine.map(_summarize_shard, jobs), 1):
+        total.add(each)
+        progress("report", done, len(jobs))
+    return total
+
+
+def language_label(corpus: Corpus) -> str | None:
+    """The label that names a document's language, if a stage gives one."""
+    found = [stage.title for stage in corpus.recipe.stages if stage.stage == "language"]
+    return f"{found[0]}.name" if found else None
+
+
+def _is_score(name: str, type_: pa.DataType) -> bool:
+    if name.endswith(".cluster"):
+        return False  # A number that is a name.
+    return types.is_integer(type_) or types.is_floating(type_)
+
+
+def _summarize_shard(job: _Job) -> Summary:
+    summary = Summary()
+    names = [name for rule in job.rules.keep.values() for name in rule.names]
+    language = [job.language] if job.language else []
+    columns = ["id", "source", "text", *names, *job.numeric, *language, *job.rules.cut]
+    columns = list(dict.fromkeys(columns))
+    seed = int.from_bytes(hashlib.sha256(job.shard.name.encode()).digest()[:8], "big")
+    random, tokenizer = np.random.default_rng(seed), _load(job.tokenizer)
+    for table in job.shard.groups(columns):
+        texts = table.column("text")
+        sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
+        sources = table.column("source")
+        keep = np.ones(table.num_rows, np.bool_)
+        _count(summary, "", sources, sizes, keep)
+        keep = keep & pc.is_valid(texts).to_numpy(zero_copy_only=False)
+        _count(summary, "has text", sources, sizes, keep)
+        for name, rule in job.rules.keep.items():
+            passes = rule.true(table)
+            fell = _samples(table, np.flatnonzero(keep & ~passes), rule.names)
+            summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
+            keep = keep & passes
+            _count(summary, name, sources, sizes, keep)
+        kept = _samples(table, np.flatnonzero(keep), list(dict.fromkeys(names)))
+        summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
+        for label in job.numeric:
+            values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()
+            summary.add_values(label, np.stack([random.random(len(values)), values]))
+        _count_mixture(summary, job, tokenizer, table.filter(pa.array(keep)))
+    return summary
+
+
+def _count(
+    summary: Summary, rule: str, sources: pa.Array, sizes: np.ndarray, keep: np.ndarray
+) -> None:
+    names = np.asarray(sources.to_pylist(), object)[keep]
+    for source in set(names.tolist()):
+        here = names == source
+        summary.documents[rule, source] += int(here.sum())
+        summary.bytes[rule, source] += int(sizes[keep][here].sum())
+
+
+def _samples(table: pa.RecordBatch, rows: np.ndarray, labels: Sequence[str]) -> list[Sample]:
+    ids = table.column("id")
+    order = {hashlib.sha256(ids[int(r)].as_py().encode()).hexdigest()[:16]: int(r) for r in rows}
+    chosen = heapq.nsmallest(SAMPLES, order)
+    return [
+        Sample(
+            each,
+            ids[order[each]].as_py(),
+            table.column("source")[order[each]].as_py(),
+            (table.column("text")[order[each]].as_py() or "")[:_SNIPPET_CHARS],
+            {label: table.column(label)[order[each]].as_py() for label in labels},
+        )
+        for each in chosen
+    ]
+
+
+def _load(tokenizer: Path | None) -> "Tokenizer | None":
+    from maxlm.data.tokenizer import load_tokenizer
+
+    return None if tokenizer is None else load_tokenizer(tokenizer)
+
+
+def _count_mixture(
+    summary: Summary, job: _Job, tokenizer: "Tokenizer | None", table: pa.RecordBatch
+) -> None:
+    languages: Sequence[str | None] = [None] * table.num_rows
+    if job.language:
+        languages = table.column(job.language).to_pylist()
+    spans = [table.column(label).to_pylist() for label in job.rules.cut]
+    sources = table.column("source").to_pylist()
+    for i, text in enumerate(table.column("text").to_pylist()):
+        cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
+        raw = (cut(text, cuts) if cuts else text).encode()
+        key = (sources[i], languages[i] or "?")
+        figures = summary.mixture.setdefault(key, np.zeros(4, np.int64))
+        figures[:2] += (1, len(raw))
+        if tokenizer is not None and figures[2] < _TOKENIZED_BYTES:
+            figures[2:] += (len(raw), len(tokenizer.encode(raw)))

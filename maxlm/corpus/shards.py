@@ -1,0 +1,250 @@
+"""Shards of a corpus on disk: documents, and beside them the labels of each stage, row by row.
+
+A corpus is a folder with a folder for each stage; `CORPUS/STAGE/SHARD.parquet` holds that stage's
+columns for the shard's documents, in the documents' order and in the same row groups. So labels
+are added without a text being written again, and any set of columns can be read side by side a row
+group at a time, which bounds memory whatever the size of a shard.
+"""
+
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.expression import Expression
+from maxlm.corpus.slices import open_parquet
+from maxlm.runtime.files import writing
+
+DOCUMENTS = "documents"
+"""The name of the stage that reads sources."""
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("url", pa.string()),
+        ("text", pa.large_string()),
+        ("html", pa.large_binary()),
+        ("meta", pa.string()),
+    ]
+)
+"""A document: text as it was read, or HTML that no stage has turned into text yet; meta is JSON."""
+_MOST_VALUES = 256  # A string label with more values in a shard is no category to be counted.
+_MANY = "too many values: "
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The documents of one row group that a stage is to label."""
+
+    batch: pa.RecordBatch
+    """The columns that were asked for."""
+    index: np.ndarray
+    """Where each row of `batch` lies in the row group: int64 [batch.num_rows], rising."""
+    size: int
+    """Rows in the row group."""
+    first: int
+    """The row group's first row, counted within the shard."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The view that a stage has of one shard. Picklable, and small."""
+
+    folder: Path
+    """The corpus."""
+    name: str
+    texts: tuple[str, ...] = (DOCUMENTS,)
+    """The stages before this one that wrote a version of the text, oldest first."""
+    where: Expression | None = None
+    """Which documents to label; None: all."""
+    out: str = ""
+    """The stage that writes."""
+    settled: tuple[str, ...] = ()
+    """Labels that are read as `settle_duplicates` wrote them, in `settled_folder`."""
+    settled_folder: str = ""
+
+    def path(self, stage: str) -> Path:
+        """The file with a stage's columns."""
+        return self.folder / stage / f"{self.name}.parquet"
+
+    def num_documents(self) -> int:
+        """How many documents it has, of whatever `where`."""
+        with open_parquet(self.path(DOCUMENTS)) as parquet:
+            return parquet.metadata.num_rows
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+        """The documents to label, a row group at a time.
+
+        With "text" among the columns, documents without a text are left out; without it they are
+        kept.
+
+        Args:
+            columns: columns of `DOCUMENT_SCHEMA` or labels as "stage.label". "text" is the newest
+                version a document has.
+
+        Raises:
+            MaxlmError: a file is missing or damaged.
+        """
+        needed = dict.fromkeys([*columns, *(self.where.names if self.where else ())])
+        first = 0
+        for table in self.groups(list(needed)):
+            keep = np.ones(table.num_rows, np.bool_)
+            if self.where is not None:
+                keep = self.where.true(table)
+            if "text" in columns:
+                keep &= ~table.column("text").is_null().to_numpy(zero_copy_only=False)
+            index = np.flatnonzero(keep)
+            batch = table.select(list(columns))
+            if len(index) < table.num_rows:
+                batch = batch.take(pa.array(index))
+            yield Rows(batch, index, table.num_rows, first)
+            first += table.num_rows
+
+    def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Every row of the given columns, a row group at a time, whatever `where` says."""
+        stages = {stage for name in columns for stage, _ in self.find_label_files(name)} | {
+            DOCUMENTS
+        }
+        with ExitStack() as stack:
+            files = {s: stack.enter_context(open_parquet(self.path(s))) for s in sorted(stages)}
+            for group in range(files[DOCUMENTS].num_row_groups):
+                size = files[DOCUMENTS].metadata.row_group(group).num_rows
+                arrays = [self._read(files, group, column, size) for column in columns]
+                yield pa.RecordBatch.from_arrays(arrays, list(columns))
+
+    def _read(self, files: Mapping[str, Any], group: int, column: str, size: int) -> pa.Array:
+        arrays = []
+        for stage, name in self.find_label_files(column):
+            if name not in files[stage].schema_arrow.names:
+                raise MaxlmError(
+                    f'there is no column "{name}": another version of maxlm made this file',
+                    where=str(self.path(stage)),
+                    fix="delete the stage's folder and run the recipe again",
+                )
+            table = files[stage].read_row_group(group, columns=[name])
+            if table.num_rows != size:
+                raise MaxlmError(
+                    f"{table.num_rows} labels for {size} documents (row group {group})",
+                    where=str(self.path(stage)),
+                    fix="delete the file and run the recipe again",
+                )
+            arrays.append(pa.concat_arrays(table.column(name).chunks or [_nulls(table, name)]))
+        return arrays[0] if len(arrays) == 1 else pc.coalesce(*arrays)
+
+    def find_label_files(self, column: str) -> list[tuple[str, str]]:
+        """Find the files that hold a column: (stage, column in its file), newest text first."""
+        if column in self.settled:
+            return [(self.settled_folder, column)]
+        if column == "text":
+            return [(stage, "text") for stage in reversed(self.texts)]
+        stage, dot, label = column.rpartition(".")
+        return [(stage, label)] if dot else [(DOCUMENTS, column)]
+
+    def writer(self, schema: pa.Schema) -> "ShardWriter":
+        """Writes this shard's labels: one `write` for each of `rows`, in order."""
+        return ShardWriter(self.path(self.out), schema)
+
+
+def _nulls(table: pa.Table, name: str) -> pa.Array:
+    return pa.nulls(0, table.schema.field(name).type)
+
+
+class ShardWriter:
+    """Writes a Parquet file that appears when complete, with counts of its labels. A context."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self._path, self._schema = path, schema
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self._counts: Counter[str] = Counter()
+        self._values: dict[str, Counter[str]] = {}
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(
+                self._temporary, self._schema, compression="zstd", write_page_checksum=True
+            )
+        return self
+
+    def write(self, rows: Rows, labels: pa.RecordBatch) -> None:
+        """The labels of `rows.batch`; the row group's other documents get nulls."""
+        if labels.num_rows != len(rows.index):
+            raise ValueError(f"{labels.num_rows} labels for {len(rows.index)} documents")
+        if len(rows.index) < rows.size:
+            places = np.full(rows.size, -1, np.int64)
+            places[rows.index] = np.arange(len(rows.index))
+            labels = labels.take(pa.array(places, mask=places < 0))
+        self.add(labels, labelled=len(rows.index))
+
+    def add(self, batch: pa.RecordBatch, labelled: int | None = None) -> None:
+        """One row group."""
+        assert self._writer is not None, "outside its context"
+        self._counts["rows"] += batch.num_rows
+        self._counts["labelled"] += batch.num_rows if labelled is None else labelled
+        self._count_values(batch)
+        with writing(self._path):
+            self._writer.write_batch(batch.cast(self._schema), row_group_size=batch.num_rows or 1)
+
+    def _count_values(self, batch: pa.RecordBatch) -> None:
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            if pa.types.is_boolean(field.type):
+                self._counts[f"{field.name}=true"] += pc.sum(column).as_py() or 0
+            elif pa.types.is_string(field.type) and field.name not in DOCUMENT_SCHEMA.names:
+                values = self._values.setdefault(field.name, Counter())
+                if len(values) <= _MOST_VALUES:  # Else it is no category, and would grow.
+                    found = pc.value_counts(column.drop_null()).to_pylist()
+                    values.update({each["values"]: each["counts"] for each in found})
+
+    def count(self, reason: str, number: int = 1) -> None:
+        """Count something that is in no row, such as a record that was passed over."""
+        self._counts[reason] += number
+
+    def __exit__(self, kind, value, trace) -> None:
+        assert self._writer is not None
+        try:
+            with writing(self._path):
+                for name, values in self._values.items():
+                    if len(values) <= _MOST_VALUES:
+                        self._counts.update({f"{name}={v}": n for v, n in values.items()})
+                    else:
+                        self._counts[f"{_MANY}{name}"] = 1
+                self._writer.add_key_value_metadata({"counts": json.dumps(self._counts)})
+                self._writer.close()
+                if kind is None:
+                    os.replace(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def read_counts(path: Path) -> Counter[str]:
+    """What a finished shard counted: rows, labelled ones, true flags and categories by value."""
+    with open_parquet(path) as parquet:
+        metadata = parquet.metadata.metadata or {}
+    return Counter(json.loads(metadata.get(b"counts", b"{}")))
+
+
+def add_counts(shards: Iterable[Counter[str]]) -> dict[str, int]:
+    """The counts of several shards together.
+
+    Without the values of labels that have too many in one of them: of the others they are no sum.
+    """
+    total: Counter[str] = Counter()
+    for each in shards:  # By `update`, as a sum of Counters drops what is 0.
+        total.update(each)
+    many = tuple(f"{key.removeprefix(_MANY)}=" for key in total if key.startswith(_MANY))
+    kept = (key for key in total if not key.startswith((*many, _MANY)))
+    return {key: total[key] for key in sorted(kept)}

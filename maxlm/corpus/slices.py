@@ -1,0 +1,149 @@
+"""Cutting files into slices that can be read apart, and hashing them on the way."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.files import SourceFile
+from maxlm.corpus.streams import DamagedFile, missing_package, open_stream
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A part of a file that holds whole documents.
+
+    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of Parquet;
+    text and compressed files are never cut. `first` is the line (from 1) or row (from 0) that
+    the slice begins with.
+    """
+
+    file: SourceFile
+    start: int
+    stop: int | None
+    first: int
+    size: int
+    """About how many bytes on disk the slice covers."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file's content hash, the state it was hashed in, and its slices."""
+
+    sha256: str
+    mtime_ns: int
+    slices: tuple[FileSlice, ...]
+
+
+def whole(file: SourceFile) -> FileSlice:
+    """The slice that is the whole file."""
+    return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
+
+
+def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
+    """
+    Raises:
+        MaxlmError: a file is no longer what it was when it was listed and scanned, or cannot be
+            read.
+    """
+    with open_stream(file.path, "none") as stream:
+        state = os.fstat(stream.fileno())
+    if (state.st_size, state.st_mtime_ns) != (file.size, mtime_ns):
+        what = f"the file changed while the {making} was being built"
+        raise MaxlmError(what, where=str(file.path), fix="run the build again")
+
+
+def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Scan:
+    """Hash a file and cut it into slices of at least `slice_bytes` where its format allows.
+
+    Reads the file once; without `digest` (`sha256` is empty then) only to count lines. Cuts depend
+    on the file and `slice_bytes` only.
+
+    Raises:
+        MaxlmError: the file cannot be read.
+    """
+    cut_lines = file.format == "jsonl" and file.compression == "none"
+    hasher, cuts = hashlib.sha256(), [(0, 1)]
+    position, line = 0, 1
+    mtime = file.path.stat().st_mtime_ns
+    for path in (file.path, *file.labels) if digest or cut_lines else ():
+        with open_stream(path, "none") as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                if digest:
+                    hasher.update(block)
+                if cut_lines:
+                    line = _cut_block(block, position, line, slice_bytes, cuts)
+                position += len(block)
+    if file.format == "parquet":
+        slices = tuple(_parquet_slices(file, slice_bytes)) or (whole(file),)
+    elif cut_lines:
+        cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
+        stops = [start for start, _ in cuts[1:]] + [position]
+        slices = tuple(
+            FileSlice(file, start, stop, first, stop - start)
+            for (start, first), stop in zip(cuts, stops, strict=True)
+        )
+    else:
+        slices = (whole(file),)
+    return Scan(hasher.hexdigest() if digest else "", mtime, slices)
+
+
+def _cut_block(
+    block: bytes, position: int, line: int, slice_bytes: int, cuts: list[tuple[int, int]]
+) -> int:
+    """Append (byte offset, line number) of each cut in `block`; return the line at its end."""
+    done = 0
+    while True:
+        wanted = max(done, cuts[-1][0] + slice_bytes - 1 - position)
+        newline = block.find(b"\n", wanted) if wanted < len(block) else -1
+        if newline < 0:
+            return line + block.count(b"\n", done)
+        line += block.count(b"\n", done, newline + 1)
+        done = newline + 1
+        cuts.append((position + done, line))
+
+
+def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
+    with open_parquet(file.path) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        start = first = row = size = 0
+        for index, group in enumerate(groups):
+            row += group.num_rows
+            size += sum(group.column(c).total_compressed_size for c in range(group.num_columns))
+            if size >= slice_bytes or index + 1 == len(groups):
+                yield FileSlice(file, start, index + 1, first, size)
+                start, first, size = index + 1, row, 0
+
+
+@contextmanager
+def open_parquet(path: Path):
+    """A pyarrow ParquetFile, closed on leaving.
+
+    Raises:
+        MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise missing_package("pyarrow", path) from error
+    checked = partial(pq.ParquetFile, page_checksum_verification=True)
+    try:
+        with ExitStack() as stack:
+            parquet = stack.enter_context(checked(path))
+            # As they are in the file: changing their type, Arrow refuses all for one bad byte.
+            names = [f.name for f in parquet.schema_arrow if pa.types.is_dictionary(f.type)]
+            if names:
+                parquet = stack.enter_context(checked(path, read_dictionary=names))
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # The last: of names.
+        what = f"cannot read as Parquet: {str(error).splitlines()[0]}"
+        # An error of the system has a number; what Arrow finds in the bytes has none.
+        kind = MaxlmError if getattr(error, "errno", None) else DamagedFile
+        raise kind(what, where=str(path), fix="fetch or write the file again") from error

@@ -1,0 +1,146 @@
+"""What a stage of the corpus pipeline is: settings that know how to label documents.
+
+A stage that looks at documents one by one is a `LabelStage`; one that compares documents with each
+other (deduplication) is a `CorpusStage`. Neither changes a text, except that a stage whose schema
+has a column "text" writes a new version, which the stages after it read.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from maxlm.config import Config, MaxlmError
+from maxlm.corpus.shards import Shard
+from maxlm.runtime.executor import Executor
+from maxlm.runtime.progress import Progress
+
+Label = Callable[[pa.RecordBatch], pa.RecordBatch]
+"""From the columns a stage reads to the columns it adds, row by row. Pure."""
+
+
+class Stage(Config):
+    """Settings that every stage has. A subclass adds `stage: Literal["kind"] = "kind"`."""
+
+    stage: str
+    """Which stage this is."""
+    name: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9_]*$")
+    """What its labels begin with, and its folder; null: its kind. For stages that come twice."""
+    where: str | None = None
+    """Which documents to label, by an expression over the labels of earlier stages; null: all.
+    The others' labels are null."""
+
+    version: ClassVar[int] = 1
+    """Raised when the same settings give other labels."""
+    neutral: ClassVar[tuple[str, ...]] = ("where",)
+    """Settings that change no label (`where` is in the key by other means)."""
+
+    @property
+    def title(self) -> str:
+        """What its labels begin with."""
+        return self.name or self.stage
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns it reads: of the documents, or labels as "stage.label"."""
+        return ("text",)
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Labels it reads that must hold strings."""
+        return ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Sources that its settings name."""
+        return ()
+
+    @abstractmethod
+    def schema(self) -> pa.Schema:
+        """The columns it adds."""
+
+    def key(self) -> str:
+        """A hash of all that decides its labels, but for the documents and labels it reads."""
+        settings = self.model_dump(mode="json", exclude=set(self.neutral))
+        text = json.dumps([type(self).__name__, self.version, settings], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def packages(self) -> tuple[str, ...]:
+        """The distributions whose versions go into the manifest."""
+        return ()
+
+
+class LabelStage(Stage):
+    """A stage that labels each document by itself."""
+
+    @abstractmethod
+    def open(self) -> Label:
+        """The labelling function; loads models, once in each process (on Ray: for each shard)."""
+
+
+class CorpusStage(Stage):
+    """A stage that compares documents with each other."""
+
+    keep_by: str | None = None
+    """The label by which the best of several documents is kept: the highest value wins, or with a
+    minus in front ("-perplexity.value") the lowest; null, and among equals: the first document."""
+    memory: int = Field(default=1 << 29, ge=1 << 10)
+    """Bytes that a job may use, about; smaller means more files and jobs."""
+
+    neutral = (*Stage.neutral, "memory")
+    verdicts: ClassVar[tuple[str, ...]] = ()
+    """Labels that say which of several documents loses a text. They are settled among the documents
+    that the other rules keep (`settling`); a stage's file has them as if all were kept."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("text", *self.ranks_by)
+
+    @property
+    def ranks_by(self) -> tuple[str, ...]:
+        """The label that `keep_by` names, if any."""
+        return () if self.keep_by is None else (self.keep_by.removeprefix("-"),)
+
+    @abstractmethod
+    def label(
+        self, shards: Sequence[Shard], scratch: Path, engine: Executor, progress: Progress
+    ) -> None:
+        """Write the labels of every shard (`Shard.writer`).
+
+        Large work goes through `engine.map`, in jobs whose memory does not grow with the corpus;
+        they pass data on by files in `scratch`, which stays if the run is killed and is deleted
+        when the stage is done. The labels must not depend on the order in which jobs finish.
+        """
+
+
+class ShardLabeller:
+    """Writes a stage's labels, shard by shard; the stage is opened with the first of them."""
+
+    def __init__(self, stage: LabelStage):
+        self._stage = stage
+        self._label: Label | None = None
+
+    def __call__(self, shard: Shard) -> None:
+        """Label one shard.
+
+        Raises:
+            MaxlmError: whatever the stage refuses, with the shard's name.
+        """
+        stage, schema = self._stage, self._stage.schema()
+        try:
+            self._label = self._label or stage.open()
+            with shard.writer(schema) as writer:
+                for rows in shard.rows(stage.reads):
+                    if rows.batch.num_rows:
+                        labels = self._label(rows.batch)
+                    else:
+                        labels = pa.RecordBatch.from_pylist([], schema=schema)
+                    writer.write(rows, labels)
+        except MaxlmError as error:
+            where = error.where or f"{stage.title}, shard {shard.name}"
+            raise MaxlmError(error.what, where=where, fix=error.fix) from error

@@ -1,0 +1,101 @@
+"""Personal data: found, and masked in a new version of the text."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from maxlm.corpus.pii import KINDS, Finder, Kind, Match
+from maxlm.corpus.stage import Label, LabelStage
+
+_SPAN = pa.struct(
+    [
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("kind", pa.string()),
+        ("masked_start", pa.int32()),
+        ("masked_end", pa.int32()),
+    ]
+)
+
+
+class PiiStage(LabelStage):
+    """Finds e-mail addresses, telephone numbers, public IP addresses, IBANs, payment cards, US
+    Social Security numbers, and keys and tokens, and puts a typed placeholder in their place.
+
+    Patterns with what confirms them: checksums (Luhn, ISO 7064), registries of lengths and ranges,
+    numbering plans (phonenumbers), top-level domains, words nearby. See `maxlm.corpus.pii`.
+    Names and postal addresses are not looked for.
+
+    Labels: `text`, the masked version, null where nothing is masked (no such label if `mask` is
+    empty); how many there are of each
+    kind and their sum, `count`; `spans`, in order: `start` and `end` count characters (code points)
+    in the text before, `masked_start` and `masked_end` in the text after (null where the kind is
+    not masked), so each position of one text has its place in the other.
+    """
+
+    stage: Literal["pii"] = "pii"
+    mask: tuple[Kind, ...] = KINDS
+    """The kinds to mask; the others are only counted. Empty: no new text."""
+    placeholders: dict[Kind, str] = Field(default_factory=dict)
+    """What to put in the place of kinds in `mask`, where it is not the kind in capitals:
+    `<EMAIL>`."""
+    regions: tuple[str, ...] = ("US", "GB", "DE", "FR", "ES", "IT")
+    """Countries (ISO 3166) whose telephone numbers are known as they are written at home; numbers
+    with a country code are known from everywhere. Each costs time and a little precision."""
+
+    version: ClassVar[int] = 3
+
+    @model_validator(mode="after")
+    def _check(self) -> "PiiStage":
+        if unmasked := [kind for kind in self.placeholders if kind not in self.mask]:
+            raise ValueError(f"placeholders for {', '.join(unmasked)}, which mask does not name")
+        return self
+
+    def schema(self) -> pa.Schema:
+        text = [("text", pa.large_string())] if self.mask else []
+        counts = [(kind, pa.int32()) for kind in KINDS]
+        return pa.schema([*text, ("count", pa.int32()), *counts, ("spans", pa.list_(_SPAN))])
+
+    def packages(self) -> tuple[str, ...]:
+        return ("phonenumbers", "tldextract")
+
+    def open(self) -> Label:
+        """Raises: MaxlmError: a package is missing, or a region has no numbering plan."""
+        finder, schema = Finder(self.regions), self.schema()
+        placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
+
+        def row(text: str | None) -> dict:
+            matches = finder.find(text) if text else []
+            masked, spans = mask(text or "", matches, placeholders)
+            counts = Counter(match.kind for match in matches)
+            return {
+                "text": masked,
+                "count": len(matches),
+                **{kind: counts[kind] for kind in KINDS},
+                "spans": spans,
+            }
+
+        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
+            # A text at a time: as Python strings a batch would take several times its size.
+            rows = [row(text.as_py()) for text in batch.column("text")]
+            return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+        return label
+
+
+def mask(
+    text: str, matches: list[Match], placeholders: Mapping[str, str]
+) -> tuple[str | None, list[dict]]:
+    """The masked text, None if nothing is masked, and each match's place in both texts."""
+    parts, spans, done, shift = [], [], 0, 0
+    for start, end, kind in matches:
+        place = None, None
+        if (placeholder := placeholders.get(kind)) is not None:
+            parts += [text[done:start], placeholder]
+            place = start + shift, start + shift + len(placeholder)
+            done, shift = end, place[1] - end
+        spans.append(dict(zip(_SPAN.names, (start, end, kind, *place), strict=True)))
+    return ("".join([*parts, text[done:]]) if parts else None), spans

@@ -1,0 +1,166 @@
+"""Signs of toxic and sexual text: a shipped classifier, and lists of words."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.characters import UNICODE, character_classes, lower_case
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.textbuffers import text_buffers
+
+_SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
+
+
+class ToxicityStage(LabelStage):
+    """How offensive a text reads, by a small classifier of English and by lists of words.
+
+    Labels, for thresholds and for a look at samples, not verdicts: the classifier knows single
+    words only (it is 0.998 sure of "dick van dyke"), and a list knows no context (medicine, law, a
+    novel). C4 dropped every page with one listed word, and lost much that was written by and about
+    minorities (arXiv 2104.08758): a ratio is the better rule.
+
+    - `score`: the chance that the text is offensive, the mean over chunks; `max_score`: that of the
+      worst chunk. From alt-profanity-check: TF-IDF of words and a calibrated linear SVM, trained on
+      200,000 English comments. Null without the classifier, or for a text without characters.
+    - `words`: how many listed words and phrases occur; `word_ratio`: for each word of the text,
+      null without any. Words are those of the heuristics stage, upper and lower case are the same,
+      and in scripts without spaces a listed word is found anywhere.
+
+    The classifier's model is a pickle, and loading one runs code: only the two files that are
+    installed with the package are ever loaded, and there is no setting for another.
+    """
+
+    stage: Literal["toxicity"] = "toxicity"
+
+    classifier: bool = True
+    """Whether to give `score` and `max_score`. Most of the time goes there."""
+
+    lists: tuple[str, ...] = ("en",)
+    """Lists of words: the shipped `en`, `de`, `es`, `fr`, or paths of files with a word or phrase a
+    line (`#` begins a comment line). A text's language does not matter: give a language its own
+    stage, with `name` and `where`, if its words are harmless in others."""
+
+    chunk: int = Field(default=2000, ge=100)
+    """Characters that the classifier judges at once; a text is cut into parts of about as many."""
+
+    longest: int = Field(default=1 << 20, ge=1)
+    """Bytes of a text to look at (characters, for the classifier)."""
+
+    version: ClassVar[int] = 2
+
+    def schema(self) -> pa.Schema:
+        scores = [("score", pa.float32()), ("max_score", pa.float32())]
+        return pa.schema([*scores, ("words", pa.int32()), ("word_ratio", pa.float64())])
+
+    def key(self) -> str:
+        """Also of the lists' content."""
+        content = repr(read_lists(self.lists))
+        return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
+
+    def open(self) -> Label:
+        count = _counter(read_lists(self.lists), self.longest)
+        predict = _classifier() if self.classifier else None
+
+        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
+            texts = batch.column("text")
+            found, words = count(*text_buffers(texts))
+            ratio = found / np.maximum(words, 1)
+            columns = [
+                *self._scores(texts, predict),
+                pa.array(found, pa.int32()),
+                pa.array(ratio, mask=words == 0),
+            ]
+            return pa.RecordBatch.from_arrays(columns, schema=self.schema())
+
+        return label
+
+    def _scores(self, texts: pa.Array, predict: Callable | None) -> list[pa.Array]:
+        """`score` and `max_score`."""
+        if predict is None:
+            return [pa.nulls(len(texts), pa.float32())] * 2
+        parts, rows = [], []
+        for row, text in enumerate(texts.to_pylist()):
+            pieces = list(chunks((text or "")[: self.longest], self.chunk))
+            parts += pieces
+            rows += [row] * len(pieces)
+        scores = predict(parts) if parts else np.zeros(0)
+        rows = np.array(rows, np.int64)
+        number = np.bincount(rows, minlength=len(texts))
+        total, highest = np.zeros(len(texts)), np.zeros(len(texts))
+        np.add.at(total, rows, scores)
+        np.maximum.at(highest, rows, scores)
+        mean = total / np.maximum(number, 1)
+        none = number == 0
+        return [pa.array(each.astype(np.float32), mask=none) for each in (mean, highest)]
+
+    def packages(self) -> tuple[str, ...]:
+        return ("alt-profanity-check", "scikit-learn", "numba") if self.classifier else ("numba",)
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Parts of about equal length, about `size` at most, cut at a space where one is near."""
+    if not text:
+        return
+    number = -(-len(text) // size)
+    start = 0
+    for k in range(1, number + 1):
+        stop = len(text) * k // number
+        if k < number:
+            space = text.rfind(" ", max(start, stop - size // 4), stop)
+            stop = space if space > start else stop
+        yield text[start:stop]
+        start = stop
+
+
+def read_lists(names: Sequence[str]) -> tuple[str, ...]:
+    """The words and phrases of lists, shipped ones by name or files by path.
+
+    Raises:
+        MaxlmError: there is no such list, or it is not UTF-8.
+    """
+    phrases: dict[str, None] = {}
+    for name in names:
+        path = _SHIPPED / f"{name}.txt" if name.isalpha() else Path(name)
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            shipped = sorted(Path(each.name).stem for each in _SHIPPED.iterdir())
+            fix = f"give a file of words, or one of: {', '.join(shipped)}"
+            raise MaxlmError(f"cannot read the list {name!r} ({error})", fix=fix) from error
+        phrases.update(dict.fromkeys(x.strip() for x in lines if x.strip() and x[0] != "#"))
+    return tuple(phrases)
+
+
+def _counter(phrases: Sequence[str], longest: int) -> Callable:
+    """A function from texts' offsets and bytes to the phrases and words in each."""
+    text, lists = compiled("text"), compiled("lists")
+    tables = character_classes(), lower_case()
+    hashes = [text.token_hashes(np.frombuffer(x.encode(), np.uint8), *tables) for x in phrases]
+    hashes = [each for each in hashes if len(each)]
+    starts = np.unique(np.array([each[0] for each in hashes], np.uint64))
+    whole = np.unique(np.array([lists.phrase_hash(each) for each in hashes], np.uint64))
+    size = max(map(len, hashes), default=0)
+
+    def count(offsets: np.ndarray, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return lists.count_listed(offsets, data, *tables, starts, whole, size, longest)
+
+    return count
+
+
+def _classifier() -> Callable[[list[str]], np.ndarray]:
+    """From texts to the probability that each is offensive."""
+    try:
+        from profanity_check import predict_prob
+    except ImportError as error:
+        what = "toxicity.score needs alt-profanity-check, which is not installed"
+        fix = "pip install 'maxlm[corpus]', or set classifier: false"
+        raise MaxlmError(what, where="toxicity", fix=fix) from error
+    return predict_prob

@@ -1,0 +1,199 @@
+"""What a document's address says about it."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pydantic import Field
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.streams import COMPRESSIONS, open_stream
+
+_SHIPPED = Path(__file__).parents[1] / "lists"
+_AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)
+_LONGEST_AUTHORITY, _LONGEST_HOST = 1024, 253  # DNS has no longer names.
+_HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
+_WORD = re.compile(r"[^\W_]+")
+
+
+class UrlStage(LabelStage):
+    """Whether a document's address is on a list, or made of words that are.
+
+    The rules are RefinedWeb's (arXiv:2306.01116, appendix G.1), which FineWeb kept
+    (arXiv:2406.17557): domains; words anywhere in an address (strict); whole words (hard); several
+    whole words each of which alone is harmless (soft). The lists are files, plain or .gz or .zst,
+    one entry a line, `#` before comments; of a hosts file's lines the last column counts.
+    Addresses are compared in lower case, percent-decoded; words of internationalised names as
+    Unicode, names themselves as ASCII (`xn--...`).
+
+    Labels: `host`; `domain`, the registered domain by the Public Suffix List that tldextract ships
+    (null for IP addresses and names such as localhost); `blocked`; `rule`, the first rule that
+    blocks: `domain`, `subdomain`, `word`, `soft_words`, or `nsfw` for the shipped lists of words.
+    All null without an address; host and domain null for what is none.
+    """
+
+    stage: Literal["url"] = "url"
+    domains: tuple[str, ...] = ()
+    """Files of names to block, each with all names below it: registered domains, hosts, or whole
+    top-level domains."""
+    words: tuple[str, ...] = ()
+    """Files of words of which one as a whole word blocks."""
+    subwords: tuple[str, ...] = ()
+    """Files of words of which one blocks anywhere, also inside another word."""
+    soft_words: tuple[str, ...] = ()
+    """Files of words of which `soft_count` different ones block, as whole words."""
+    soft_count: int = Field(default=2, ge=1)
+    """How many soft words it takes; RefinedWeb's two."""
+    nsfw: bool = True
+    """Also use the shipped lists of words of pornographic addresses: short ones, in English. Name
+    the category lists of your choice in `domains` for real coverage."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return ("url",)
+
+    def schema(self) -> pa.Schema:
+        # Strings that are no categories are large: they are not counted by value.
+        large, small = pa.large_string(), pa.string()
+        types = {"host": large, "domain": large, "blocked": pa.bool_(), "rule": small}
+        return pa.schema(list(types.items()))
+
+    def key(self) -> str:
+        digest = hashlib.sha256(super().key().encode())
+        lists = [self.domains, self.words, self.subwords, self.soft_words]
+        for path in chain(*lists, *(_nsfw_lists() if self.nsfw else ())):
+            digest.update(hashlib.sha256(_content(Path(path))).digest())
+        return digest.hexdigest()
+
+    def packages(self) -> tuple[str, ...]:
+        return ("tldextract",)
+
+    def open(self) -> Label:
+        """Raises: MaxlmError: a list cannot be read; tldextract is missing."""
+        try:
+            from tldextract import TLDExtract
+        except ImportError as error:
+            what = "the registered domain needs tldextract, which is not installed"
+            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+        suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
+        names = frozenset(map(_ascii, _entries(self.domains)))
+        words = _Words.read(self.words, self.subwords, self.soft_words, self.soft_count)
+        nsfw = _Words.read(*_nsfw_lists(), self.soft_count) if self.nsfw else None
+        schema = self.schema()
+
+        def look(url: str | None) -> tuple[str | None, str | None, bool | None, str | None]:
+            if url is None:
+                return None, None, None, None
+            host, rest = _split(url)
+            if not host:
+                return None, None, False, None
+            found = suffixes.extract_str(host)
+            domain = f"{found.domain}.{found.suffix}" if found.domain and found.suffix else None
+            rule = _rule(host, domain, names)
+            if rule is None:
+                address = f"{_unicode(host)}/{rest}"
+                rule = words.rule(address) or ("nsfw" if nsfw and nsfw.rule(address) else None)
+            return host, domain, rule is not None, rule
+
+        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
+            found = [look(url) for url in batch.column(0).to_pylist()]
+            rows = [dict(zip(schema.names, each, strict=True)) for each in found]
+            return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+        return label
+
+
+def _nsfw_lists() -> tuple[list[str], list[str], list[str]]:
+    """The files of words, subwords and soft words."""
+    words, subwords, soft = (
+        [str(_SHIPPED / f"nsfw_{kind}.txt")] for kind in ("words", "subwords", "soft_words")
+    )
+    return words, subwords, soft
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Lists of words to look for in addresses."""
+
+    words: frozenset[str]
+    subwords: re.Pattern[str] | None
+    soft: frozenset[str]
+    soft_count: int
+
+    @classmethod
+    def read(
+        cls, words: Iterable[str], subwords: Iterable[str], soft: Iterable[str], soft_count: int
+    ) -> "_Words":
+        parts = sorted(set(_entries(subwords)))
+        pattern = re.compile("|".join(map(re.escape, parts))) if parts else None
+        return cls(frozenset(_entries(words)), pattern, frozenset(_entries(soft)), soft_count)
+
+    def rule(self, address: str) -> str | None:
+        found = set(_WORD.findall(address))
+        if found & self.words or (self.subwords and self.subwords.search(address)):
+            return "word"
+        return "soft_words" if len(found & self.soft) >= self.soft_count else None
+
+
+def _rule(host: str, domain: str | None, names: frozenset[str]) -> str | None:
+    if domain in names:
+        return "domain"
+    labels = host.split(".")
+    above = (".".join(labels[i:]) for i in range(len(labels)))
+    return "subdomain" if any(name in names for name in above) else None
+
+
+def _split(url: str) -> tuple[str, str]:
+    """The host as ASCII, "" if there is none, and what follows it, percent-decoded."""
+    url = url.strip()
+    url = url if _AUTHORITY.match(url) else f"//{url}"
+    authority = _AUTHORITY.match(url)
+    # A long one that is not ASCII would take urlsplit a time that grows with its square.
+    if authority is None or len(authority[1]) > _LONGEST_AUTHORITY:
+        return "", ""
+    try:
+        parts = urlsplit(url)
+        host = _ascii(unquote(parts.hostname or ""))
+        _ = parts.port  # Raises where the port is none, as in "javascript:alert(1)".
+    except ValueError:
+        return "", ""
+    if len(host) > _LONGEST_HOST or not _HOST.fullmatch(host):
+        return "", ""
+    return host, unquote(f"{parts.path}?{parts.query}").lower()
+
+
+def _ascii(host: str) -> str:
+    host = host.strip(".").lower()
+    if host.isascii():
+        return host
+    try:
+        return host.encode("idna").decode()
+    except UnicodeError:
+        return host
+
+
+def _unicode(host: str) -> str:
+    try:
+        return host.encode().decode("idna") if "xn--" in host else host
+    except UnicodeError:
+        return host
+
+
+def _entries(paths: Iterable[str]) -> Iterable[str]:
+    """The entries of list files, in lower case."""
+    for path in paths:
+        for line in _content(Path(path)).decode("utf-8", "replace").lower().splitlines():
+            if entry := line.partition("#")[0].split():
+                yield entry[-1]
+
+
+def _content(path: Path) -> bytes:
+    with open_stream(path, COMPRESSIONS.get(path.suffix.lower(), "none")) as stream:
+        return stream.read()

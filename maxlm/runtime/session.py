@@ -1,0 +1,78 @@
+"""Joins a process to its job's cluster, and tells its peers how it ends."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.config.errors import LOST, of_the_machine
+from maxlm.config.keys import dotted, flatten
+from maxlm.runtime.cluster import find_cluster
+from maxlm.runtime.peers import FAILED, join_cluster, lost_peer
+
+_INTERRUPTED = 130
+
+
+@contextmanager
+def distributed_session(
+    settings: Mapping[str, Any],
+    *,
+    join_seconds: float,
+    peer_seconds: float,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Iterator[None]:
+    """Joins the cluster that this process was started in, if it is one of several, for the block.
+
+    Enter it before any other use of JAX. A process whose block fails ends at once and ends all
+    others, which would wait for it forever. An error raised by all
+    processes together leaves the block as usual.
+
+    Args:
+        settings: the run's settings as nested JSON values; all processes must have the same.
+        join_seconds: how long to wait for the other processes to start.
+        peer_seconds: how long a process may stay silent before it counts as lost.
+        coordinator, num_processes, process_id: override the environment; see ``find_cluster``.
+
+    Raises:
+        MaxlmError: a peer that does not come or has other settings; what the block raises on all
+            processes.
+    """
+    cluster = find_cluster(
+        os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id
+    )
+    if cluster is None:
+        yield
+        return
+    peers = join_cluster(cluster, wait_seconds=join_seconds, peer_seconds=peer_seconds)
+    import jax
+
+    try:
+        facts = {dotted(key): value for key, value in flatten(settings)}
+        facts["devices"] = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
+        peers.check(facts, wait_seconds=join_seconds)
+        yield
+    except MaxlmError as error:
+        if not error.together:
+            # A file that needs all processes was not written because one is gone: no mistake.
+            if error.__cause__ and (lost := lost_peer(error.__cause__)):
+                peers.end_all(LOST, lost)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            peers.end_all(error.exit_code, str(error))
+        peers.leave()
+        raise
+    except KeyboardInterrupt:
+        peers.end_all(_INTERRUPTED, "interrupted")
+    except BaseException as error:
+        if known := of_the_machine(error):
+            print(f"error: {known}", file=sys.stderr, flush=True)
+            peers.end_all(known.exit_code, str(known))
+        lost = lost_peer(error)
+        if not lost:
+            traceback.print_exc()
+        peers.end_all(LOST if lost else FAILED, lost or repr(error))
+    peers.leave()

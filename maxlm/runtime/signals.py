@@ -1,0 +1,133 @@
+"""Ctrl-C and a scheduler's stop signals: handlers, and worker processes that ignore them.
+
+A scheduler may signal every process of a job. The process that trains acts on the signal; its
+workers ignore it, and end when that process has saved.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntFlag
+from multiprocessing import resource_tracker
+from types import FrameType
+
+from maxlm.config.errors import Preempted
+
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""A scheduler's "stop soon": SLURM's --signal and scancel, Kubernetes, TPU maintenance."""
+STOP_SIGNALS = (signal.SIGINT, *PREEMPTION_SIGNALS)
+
+
+@contextmanager
+def block_signals() -> Iterator[None]:
+    """Blocks the stop signals in this thread and in processes and threads that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_resource_tracker() -> None:
+    """Starts multiprocessing's resource tracker with the stop signals blocked.
+
+    Started by multiprocessing itself it would die of them, and the next worker would warn.
+    """
+    with block_signals():
+        resource_tracker.ensure_running()
+
+
+def ignore_signals() -> None:
+    """Ignores the stop signals in this process, a worker started while they were blocked."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+class StopRequest(IntFlag):
+    """What a process asks of all processes of its run at a step."""
+
+    NONE = 0
+    SAVE = 1
+    """Save a checkpoint: it is time for one."""
+    INTERRUPT = 2
+    """Stop: the user pressed Ctrl-C."""
+    PREEMPT = 4
+    """Stop: the scheduler said so, and will start the run again."""
+
+    @property
+    def stops(self) -> bool:
+        return bool(self & (StopRequest.INTERRUPT | StopRequest.PREEMPT))
+
+
+class _SignalReceived(BaseException):
+    """Not an ``Exception``: libraries that catch those would report an unreadable file instead."""
+
+
+class SignalHandler:
+    """Records the stop signals that this process receives; see :func:`handle_signals`."""
+
+    def __init__(self):
+        self._deferring, self.request = False, StopRequest.NONE
+        self._last_signal = signal.SIGTERM
+        self.interrupted_work = False
+        """Whether a scheduler's signal has raised an exception instead of being deferred."""
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only records signals in ``request`` within the block, for a loop that acts on them
+        between steps. A second Ctrl-C still raises. Outside the block a signal raises at once."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def raise_if_signaled(self) -> None:
+        """Raises for a signal that arrived after the loop's last step."""
+        if StopRequest.PREEMPT in self.request:
+            self.interrupted_work = True
+            raise _SignalReceived(self._last_signal.name)
+        if StopRequest.INTERRUPT in self.request:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again = StopRequest.INTERRUPT in self.request
+        is_interrupt = number == signal.SIGINT
+        self.request |= StopRequest.INTERRUPT if is_interrupt else StopRequest.PREEMPT
+        if is_interrupt and (again or not self._deferring):
+            raise KeyboardInterrupt
+        self._last_signal = signal.Signals(number)
+        if not self._deferring:
+            self.interrupted_work = True
+            raise _SignalReceived(self._last_signal.name)
+
+
+@contextmanager
+def handle_signals(folder: str) -> Iterator[SignalHandler]:
+    """Handles the stop signals in this block; outside the main thread it leaves them alone.
+
+    Args:
+        folder: the run's folder, for messages.
+
+    Raises:
+        Preempted: a scheduler's signal arrived while no loop deferred it.
+    """
+    handler = SignalHandler()
+    before = {}
+    try:
+        for number in STOP_SIGNALS:
+            before[number] = signal.signal(number, handler._handle)
+    except ValueError:  # Not the main thread.
+        pass
+    try:
+        yield handler
+    except _SignalReceived as received:
+        raise Preempted(
+            f"told to stop ({received}) while no step was under way",
+            where=folder,
+            fix="run the same command to go on",
+        ) from None
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,0 +1,130 @@
+"""Where a store lies: a folder, or a place in an object store (`gs://`, `s3://`) to read from.
+
+Object stores are read by TensorStore's own drivers. Credentials come from where their tools look
+for them (`AWS_ACCESS_KEY_ID`, `~/.aws`, Google's application default credentials, ...).
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.runtime.files import file_sha256
+
+Place = Path | str
+"""A folder's path, or an object store's URL without a slash at its end."""
+_DRIVERS = {"s3": "s3", "gs": "gcs"}
+# Some ten seconds, after which a store that cannot be reached is said to be so.
+_FEW_RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "4s"}
+
+
+def to_place(path: Path | str) -> Place:
+    """
+    Raises:
+        MaxlmError: a URL of another kind.
+    """
+    # Also from a Path, which has made one slash of two.
+    match = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
+    if match is None:
+        return Path(path)
+    if match[1] not in _DRIVERS:
+        fix = "give a folder, or a URL that begins with gs:// or s3://"
+        raise MaxlmError(f"stores cannot be read from {match[1]}://", where=str(path), fix=fix)
+    return f"{match[1]}://{match[2]}"
+
+
+def below(place: Place, name: str) -> Place:
+    """The place `name` (which may hold slashes) within a place."""
+    return place / name if isinstance(place, Path) else f"{place}/{name}"
+
+
+def remedy(place: Place, on_disk: str) -> str:
+    """What to do where something cannot be read: `on_disk` in a folder."""
+    return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
+
+
+def kvstore(place: Place, *, patient: bool = True) -> dict[str, Any]:
+    """TensorStore's description of a place.
+
+    Of an S3 service other than Amazon's, the address is read from `AWS_ENDPOINT_URL` and the region
+    from `AWS_REGION`, as by its own tools.
+
+    Args:
+        patient: try for minutes to reach an object store, as training should.
+    """
+    if isinstance(place, Path):
+        return {"driver": "file", "path": f"{place.resolve()}/"}
+    scheme, _, rest = place.partition("://")
+    bucket, _, path = rest.partition("/")
+    spec: dict[str, object] = {
+        "driver": _DRIVERS[scheme],
+        "bucket": bucket,
+        "path": f"{path}/" if path else "",
+    }
+    if scheme == "s3":
+        names = {"endpoint": "AWS_ENDPOINT_URL", "aws_region": "AWS_REGION"}
+        spec |= {key: os.environ[name] for key, name in names.items() if os.environ.get(name)}
+        if os.environ.get("AWS_ACCESS_KEY_ID"):  # Else a missing ~/.aws is told of at each read.
+            spec["aws_credentials"] = {"type": "environment"}
+    if not patient:
+        spec[f"{_DRIVERS[scheme]}_request_retries"] = _FEW_RETRIES
+    return spec
+
+
+def read_file(place: Place, name: str) -> bytes:
+    """The bytes of a file in a place.
+
+    Raises:
+        OSError: it cannot be read; FileNotFoundError if it is not there.
+    """
+    if isinstance(place, Path):
+        return (place / name).read_bytes()
+    with _storage_errors():
+        found = _open(place).read(name).result()
+    if found.state != "value":
+        raise FileNotFoundError(f"there is no {name} in {place}")
+    return found.value
+
+
+def sha256(place: Place, name: str) -> str:
+    """Of a file's bytes. Raises as `read_file`."""
+    if isinstance(place, Path):
+        return file_sha256(place / name)
+    return hashlib.sha256(read_file(place, name)).hexdigest()
+
+
+def copy_folder(place: Place, name: str, to: Path) -> None:
+    """Copy the files below folder `name` of an object store into the folder `to`.
+
+    Raises:
+        OSError: they cannot be listed, or one cannot be read or written.
+    """
+    folder = below(place, name)
+    with _storage_errors():
+        keys = [key.decode() for key in _open(folder).list().result()]
+    for key in keys:
+        if not key or key.endswith("/"):  # Some tools put an empty object where a folder is.
+            continue
+        if ".." in key.split("/") or key.startswith("/"):
+            raise OSError(f"there is an object with the name {key!r}")
+        (to / key).parent.mkdir(parents=True, exist_ok=True)
+        (to / key).write_bytes(read_file(folder, key))
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Turn TensorStore's errors into OSError, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error).split(" [")[0].splitlines()[0]) from error
+
+
+def _open(place: Place):
+    import tensorstore as ts
+
+    return ts.KvStore.open(kvstore(place, patient=False)).result()

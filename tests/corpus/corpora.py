@@ -1,0 +1,77 @@
+"""Corpora on disk for the tests of whole-corpus stages, without the runner."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
+from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.progress import silent
+
+
+def make_corpus(
+    folder: Path,
+    documents: Sequence[Mapping[str, object] | str | None],
+    shards: int = 3,
+    rows_per_group: int = 7,
+) -> list[Shard]:
+    """Write documents to CORPUS/documents, in order, in shards of about the same size.
+
+    A document is a text or some columns of `DOCUMENT_SCHEMA`; it gets the id "d0", "d1", ... and
+    the source "made" unless it says otherwise.
+    """
+    rows = [
+        {"id": f"d{i}", "source": "made"}
+        | (dict(each) if isinstance(each, Mapping) else {"text": each})
+        for i, each in enumerate(documents)
+    ]
+    made = []
+    for number in range(shards):
+        part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
+        made.append(Shard(folder, f"{number:05d}"))
+        with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
+            for first in range(0, len(part), rows_per_group):
+                group = part[first : first + rows_per_group]
+                writer.add(pa.RecordBatch.from_pylist(group, schema=DOCUMENT_SCHEMA))
+    return made
+
+
+def add_labels(shards: Sequence[Shard], stage: str, **columns: pa.Array) -> None:
+    """Write labels of a made-up earlier stage; each column has a value for every document."""
+    first = 0
+    whole = pa.RecordBatch.from_pydict(columns)
+    for shard in shards:
+        with replace(shard, out=stage).writer(whole.schema) as writer:
+            for rows in shard.rows(["id"]):
+                writer.write(rows, whole.slice(first, rows.size))
+                first += rows.size
+
+
+def run_stage(
+    stage: CorpusStage | LabelStage, shards: Sequence[Shard], scratch: Path, workers: int = 1
+) -> None:
+    """Run one stage over the shards, as the runner would."""
+    views = [replace(shard, out=stage.title) for shard in shards]
+    if isinstance(stage, LabelStage):
+        for _ in map(ShardLabeller(stage), views):
+            pass
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with WorkerPool(workers) as pool:
+        stage.label(views, scratch, pool, silent)
+    shutil.rmtree(scratch)
+
+
+def labels(shards: Sequence[Shard], stage: CorpusStage | LabelStage, *more: str) -> pa.Table:
+    """The ids of all documents and the stage's labels (and `more` columns), in order."""
+    names = ["id", *(f"{stage.title}.{name}" for name in stage.schema().names), *more]
+    tables = []
+    for shard in shards:
+        batches = [rows.batch for rows in shard.rows(names)]
+        tables.append(pa.Table.from_batches(batches) if batches else None)
+    table = pa.concat_tables(each for each in tables if each is not None)
+    return table.rename_columns([name.rpartition(".")[2] for name in names])

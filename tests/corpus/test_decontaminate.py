@@ -1,0 +1,236 @@
+"""Decontamination against a search for n-grams as tuples of words."""
+
+import json
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.config import SourceConfig
+from maxlm.corpus.stages.decontaminate import DecontaminateStage, ItemCount, count_items
+from tests.corpus.corpora import labels, make_corpus, run_stage
+
+CHANCE = random.Random(0)
+
+
+def sentence(number: int) -> list[str]:
+    return [f"word{CHANCE.randrange(10**6)}" for _ in range(number)]
+
+
+def write_set(path: Path, items: list[str]) -> SourceConfig:
+    path.write_text("".join(json.dumps({"text": item}) + "\n" for item in items))
+    return SourceConfig(documents=(str(path),))
+
+
+def grams(words: list[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def test_documents_are_marked_by_their_longest_part_of_an_item(tmp_path: Path) -> None:
+    items = [sentence(length) for length in (40, 13, 12, 8, 7, 30)]
+    filler = [sentence(50) for _ in range(40)]
+    documents = []
+    for text in filler:
+        item = CHANCE.choice(items)
+        start = CHANCE.randrange(len(item))
+        part = item[start : start + CHANCE.randrange(len(item) + 1)]
+        place = CHANCE.randrange(50)
+        documents.append(text[:place] + part + text[place:])
+    documents += [items[0] + filler[0] + items[1], items[2] * 2, items[4], items[0][:12]]
+    stage = DecontaminateStage(
+        sets={
+            "first": write_set(tmp_path / "first.jsonl", [" ".join(item) for item in items[:5]]),
+            "second": write_set(tmp_path / "second.jsonl", [" ".join(items[5])]),
+        }
+    )
+    written = ["; ".join(each).upper() + "." for each in documents]
+    made = make_corpus(tmp_path / "corpus", written)
+    run_stage(stage, made, tmp_path / "scratch")
+    contaminated = 0
+    for words, label in zip(documents, labels(made, stage).to_pylist(), strict=True):
+        shares = []
+        for number, item in enumerate(items):
+            n = min(13, len(item))
+            wanted = grams(item, n)
+            found = len(wanted & grams(words, n)) if n >= 8 else 0
+            shares.append((found / len(wanted), found, -number))
+        best = max(shares)
+        contaminated += label["contaminated"]
+        assert label["contaminated"] == (best[1] > 0)
+        assert label["overlap"] == pytest.approx(best[0])
+        if best[1]:
+            name, line = ("second", 1) if best[2] == -5 else ("first", 1 - best[2])
+            assert label["set"] == name
+            assert label["item"] == f"{tmp_path}/{name}.jsonl:{line}"
+        else:
+            assert label["set"] is label["item"] is None
+    assert 5 < contaminated < 40
+    counts = count_items(stage, made)
+    assert sum(each.documents for each in counts) == contaminated
+    assert counts == sorted(counts, key=lambda each: -each.documents)
+
+
+def test_cuts_are_the_characters_of_what_was_found(tmp_path: Path) -> None:
+    item = "Où est-ce que le petit café d’été, 日本 — c'est ici?"
+    text = f"Ça ☃ va. {item} Non, {item[:-5]}\x00 😀 fin"
+    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [item])}, ngram=8)
+    made = make_corpus(tmp_path / "corpus", [text, "nothing", "", None])
+    run_stage(stage, made, tmp_path / "scratch")
+    found = labels(made, stage).to_pylist()
+    cuts = [text[each["start"] : each["end"]] for each in found[0]["cuts"]]
+    assert cuts == [item[:-1], item[:-5].rstrip()]
+    assert found[0]["overlap"] == 1
+    assert [each["cuts"] for each in found[1:]] == [[], [], None]
+
+
+def test_min_hits_and_templates(tmp_path: Path) -> None:
+    template = sentence(15)
+    items = [[*template, *sentence(20)] for _ in range(12)]
+    other = sentence(20)
+    sets = {
+        "q": write_set(tmp_path / "q.jsonl", [" ".join(item) for item in [*items, other]]),
+    }
+    texts = [" ".join(each) for each in (template, items[3], other[:14], other[:13])]
+    made = make_corpus(tmp_path / "corpus", texts)
+    for stage, expected in (
+        (DecontaminateStage(sets=sets), [False, True, True, True]),
+        (DecontaminateStage(sets=sets, min_hits=2), [False, True, True, False]),
+        (DecontaminateStage(sets=sets, max_items=20), [True, True, True, True]),
+    ):
+        run_stage(stage, made, tmp_path / "scratch")
+        assert labels(made, stage)["contaminated"].to_pylist() == expected
+    item = f"{tmp_path}/q.jsonl"
+    assert ItemCount("q", f"{item}:4", 1, 1.0) in count_items(stage, made)
+
+
+def contaminated(tmp_path: Path, items: list[str], texts: list[str], **settings) -> list[bool]:
+    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", items)}, **settings)
+    made = make_corpus(tmp_path / "corpus", texts)
+    run_stage(stage, made, tmp_path / "scratch")
+    return labels(made, stage)["contaminated"].to_pylist()
+
+
+def test_equal_items_count_once(tmp_path: Path) -> None:
+    passage, other = (" ".join(sentence(20)) for _ in range(2))
+    items = [passage] * 30 + [passage.upper() + "!", other]
+    assert contaminated(tmp_path, items, [passage, other, "none"]) == [True, True, False]
+    made = make_corpus(tmp_path / "corpus", [passage])
+    stage = DecontaminateStage(sets={"q": SourceConfig(documents=(f"{tmp_path}/q.jsonl",))})
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["item"].to_pylist() == [f"{tmp_path}/q.jsonl:1"]
+
+
+def test_a_passage_of_many_questions_is_looked_for_and_how_they_are_asked_is_not(
+    tmp_path: Path,
+) -> None:
+    template, instructions = sentence(15), sentence(60)
+    passages = [sentence(60) for _ in range(3)]
+    questions = [
+        [*instructions, *passage, *template, *sentence(9)]
+        for passage in passages
+        for _ in range(12)
+    ]
+    texts = [
+        template,
+        instructions,
+        passages[1],
+        [*sentence(30), *passages[2][20:34], *sentence(30)],
+        [*template, *questions[3][-9:]],
+    ]
+    found = contaminated(
+        tmp_path, [" ".join(each) for each in questions], list(map(" ".join, texts))
+    )
+    assert found == [False, False, True, True, True]
+
+
+def test_a_short_phrase_of_some_items_is_of_a_template(tmp_path: Path) -> None:
+    phrases = [sentence(25), sentence(26)]
+    items = [[*phrase, *sentence(20)] for phrase in phrases for _ in range(12)]
+    items += [sentence(20) for _ in range(5)]
+    texts = list(map(" ".join, phrases))
+    assert contaminated(tmp_path, list(map(" ".join, items)), texts) == [False, True]
+
+
+def test_a_share_is_exact(tmp_path: Path) -> None:
+    item = sentence(12)
+    stage = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])}, ngram=3
+    )
+    made = make_corpus(tmp_path / "corpus", [" ".join(item[:9])])
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["overlap"].to_pylist() == [0.7]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "다람쥐 헌 쳇바퀴에 타고파 한국어 문서는 여러 낱말로 되어 있다",
+        "がぎぐげご、ガギグゲゴとパピプペポ",
+        "ऩ ऱ ऴ \u0958 \u0959 \u095a \u095b \u095c",
+        "কোন বোন মোট দোষ যৌথ মৌন ভোর জোর",
+        "آب أحمد إلى مؤمن سائل آخر أمس إن",
+    ],
+)
+def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) -> None:
+    forms = [*(unicodedata.normalize(form, item) for form in ("NFC", "NFD")), item]
+    assert forms[0] != forms[1]
+    for form in forms:
+        assert contaminated(tmp_path, [form], forms) == [True] * 3
+    changed = forms[0].replace(forms[0][0], "xyz")
+    assert contaminated(tmp_path, [forms[1]], [changed]) == [False]
+
+
+def test_long_documents_are_searched_to_their_end(tmp_path: Path) -> None:
+    item = sentence(20)
+    long = sentence(1000) * 40
+    for place in (0, 16_380, 16_384, 16_390, 39_990, 40_000):
+        text = " ".join(long[:place] + item + long[place:])
+        made = make_corpus(tmp_path / f"corpus{place}", ["", text], 1)
+        stage = DecontaminateStage(
+            sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])}, shortest=3
+        )
+        run_stage(stage, made, tmp_path / "scratch")
+        found = labels(made, stage).to_pylist()[1]
+        assert found["overlap"] == 1
+        (cut,) = found["cuts"]
+        assert text[cut["start"] : cut["end"]].split() == item
+
+
+def test_many_hits_fit(tmp_path: Path) -> None:
+    item = sentence(3000)
+    made = make_corpus(tmp_path / "corpus", [" ".join(item)] * 2, 1)
+    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])})
+    run_stage(stage, made, tmp_path / "scratch")
+    assert labels(made, stage)["overlap"].to_pylist() == [1, 1]
+
+
+def test_other_contents_are_another_key(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    stage = DecontaminateStage(sets={"q": write_set(path, ["a b c d e f g h"])})
+    before = stage.key()
+    assert stage.key() == before
+    write_set(path, ["a b c d e f g i"])
+    assert stage.key() != before
+
+
+def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
+    short = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", ["too short"])})
+    with pytest.raises(MaxlmError, match="no text of 8 words"):
+        short.open()
+    common = DecontaminateStage(
+        sets={"q": write_set(tmp_path / "q.jsonl", ["one two", "two three", "three one"])},
+        ngram=1,
+        shortest=1,
+        max_items=1,
+    )
+    with pytest.raises(MaxlmError, match="common to more than 1 of its items"):
+        common.open()
+    empty = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [])})
+    with pytest.raises(MaxlmError, match='no items in "q"'):
+        empty.open()
+    with pytest.raises(MaxlmError):
+        DecontaminateStage(
+            sets={"q": SourceConfig(documents=(str(tmp_path / "missing.jsonl"),))}
+        ).open()

@@ -1,0 +1,223 @@
+"""Documents out of every format, and what happens to bad input."""
+
+import builtins
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus import SourceConfig, read_documents
+from maxlm.corpus.config import BadBytes
+
+UTF8_FIX = (
+    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
+    'to "replace", "keep" or "skip", or convert the text to UTF-8'
+)
+
+
+def texts(path, **settings) -> list[bytes]:
+    config = SourceConfig(documents=(str(path),), **settings)
+    return [document.text for document in read_documents(config)]
+
+
+def fails(path, **settings) -> str:
+    with pytest.raises(MaxlmError) as caught:
+        texts(path, **settings)
+    return str(caught.value)
+
+
+def compress(data: bytes, suffix: str) -> bytes:
+    match suffix:
+        case ".gz":
+            return gzip.compress(data)
+        case ".zst":
+            # Two frames: concatenated files are how .zst corpora are often made.
+            half, frame = len(data) // 2, zstandard.ZstdCompressor().compress
+            return frame(data[:half]) + frame(data[half:])
+        case _:
+            return data
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_text_and_jsonl(tmp_path, suffix):
+    text = "naïve\r\nline\n".encode() * 9999
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress(text, suffix))
+    assert texts(tmp_path / f"a.txt{suffix}") == [text]
+    rows = ["one", "", "two\nlines \u00e9 \U0001f600", None, "last"]
+    lines = [json.dumps({"id": 1, "body": row}) for row in rows]
+    data = ("\ufeff" + "\n\n".join(lines)).encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(data, suffix))
+    config = SourceConfig(documents=(str(tmp_path / f"a.jsonl{suffix}"),), text_field="body")
+    documents = list(read_documents(config))
+    assert [document.text.decode() for document in documents] == [row for row in rows if row]
+    name = f"{tmp_path}/a.jsonl{suffix}"
+    assert [document.id for document in documents] == [f"{name}:{line}" for line in (1, 5, 9)]
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_parquet(tmp_path, dictionary):
+    rows = ["one", None, "zwei ü", "", "three"] * 7
+    column = pa.array(rows, pa.string())
+    if dictionary:
+        column = column.dictionary_encode()
+    table = pa.table({"n": range(len(rows)), "text": column})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    config = SourceConfig(documents=(str(tmp_path / "a.parquet"),))
+    found = [(document.id.split(":")[-1], document.text) for document in read_documents(config)]
+    assert found == [(str(i), row.encode()) for i, row in enumerate(rows) if row]
+
+
+def test_empty_files_hold_no_documents(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+        assert texts(tmp_path / name) == []
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == []
+
+
+BAD = b"ab\xff\xfe c\xc3"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("replace", ["ab\ufffd\ufffd c\ufffd".encode()]), ("keep", [BAD]), ("skip", [])],
+)
+def test_bad_bytes_by_policy(tmp_path, policy: BadBytes, expected):
+    (tmp_path / "a.txt").write_bytes(BAD)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + BAD + b'"}\n')
+    pq.write_table(pa.table({"text": pa.array([BAD], pa.binary())}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        assert texts(tmp_path / name, on_bad_bytes=policy) == expected
+
+
+def test_bad_bytes_are_an_error_by_default(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"fine\n" + BAD)
+    assert fails(path) == f"{path}: byte 0xff at offset 7 is not valid UTF-8; {UTF8_FIX}"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "' + BAD + b'"}\n')
+    assert fails(path) == f"{path}:2: byte 0xff at offset 12 is not valid UTF-8; {UTF8_FIX}"
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"fine", BAD], pa.binary())}), path)
+    assert fails(path) == f"{path}, row 1: byte 0xff at offset 2 is not valid UTF-8; {UTF8_FIX}"
+
+
+def test_lone_surrogates_in_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud800b"}')
+    assert fails(path) == (
+        f"{path}:1: character 1 is a lone surrogate (U+D800), not valid UTF-8; {UTF8_FIX}"
+    )
+    assert texts(path, on_bad_bytes="replace") == ["a\ufffdb".encode()]
+    assert texts(path, on_bad_bytes="keep") == [b"a\xed\xa0\x80b"]
+    assert texts(path, on_bad_bytes="skip") == []
+
+
+@given(st.binary())
+def test_replace_gives_valid_utf8_and_keep_gives_the_same_bytes(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("bytes") / "a.txt"
+    path.write_bytes(data)
+    kept = texts(path, on_bad_bytes="keep")
+    assert kept == ([data] if data else [])
+    replaced = texts(path, on_bad_bytes="replace")
+    assert b"".join(replaced).decode() == data.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"text": "x"',
+            "not valid JSON (Expecting ',' delimiter); put one JSON object on each line",
+        ),
+        ("[" * 200_000, "not valid JSON (nested too deeply); put one JSON object on each line"),
+        ('["x"]', 'a JSON object was expected, not list; write {"text": "..."}'),
+        (
+            '{"body": "x", "id": 1}',
+            'there is no key "text"; set text_field to one of: "body", "id"',
+        ),
+        ("{}", 'there is no key "text"; set text_field to one of: none'),
+        ('{"text": 3}', '"text" holds int, not a string; set text_field to the key of the text'),
+    ],
+)
+def test_bad_json_lines(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+    assert fails(path) == f"{path}:3: {message}"
+
+
+def test_parquet_columns(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), path)
+    assert fails(path) == (
+        f'{path}: there is no column "text"; set text_field to one of: "body", "n"'
+    )
+    assert fails(path, text_field="n") == (
+        f'{path}: column "n" holds int64, not text; set text_field to a column of strings'
+    )
+    path.write_bytes(b"not parquet")
+    assert fails(path).startswith(f"{path}: cannot read as Parquet: ")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_damaged_compression(tmp_path, suffix, damage):
+    path = tmp_path / f"a.txt{suffix}"
+    whole = compress(bytes(range(256)) * 99, suffix)
+    path.write_bytes(whole[:-9] if damage == "cut" else b"garbage")
+    message = fails(path, on_bad_bytes="keep")
+    assert message.startswith(f"{path}: damaged or incomplete {suffix} data (")
+    assert message.endswith("; fetch or compress the file again")
+
+
+def test_unreadable_file(tmp_path):
+    folder = tmp_path / "a.txt"
+    folder.write_text("x")
+    config = SourceConfig(documents=(str(folder),))
+    from maxlm.corpus import list_files
+
+    [file] = list_files(config)
+    folder.unlink()
+    with pytest.raises(MaxlmError) as caught:
+        list(read_documents(config, file))
+    assert str(caught.value) == (
+        f"{folder}: cannot read: No such file or directory; check the file and its permissions"
+    )
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.zst", "zstandard")])
+def test_missing_packages(tmp_path, monkeypatch, name, package):
+    (tmp_path / name).write_bytes(b"x")
+    real = builtins.__import__
+
+    def without(module, *args, **kwargs):
+        if module.split(".")[0] == package:
+            raise ImportError(module)
+        return real(module, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert fails(tmp_path / name) == (
+        f"{tmp_path / name}: reading this file needs {package}, which is not installed; "
+        "pip install 'maxlm[data]'"
+    )
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda b: b.replace(b"\0", b"x")), max_size=30))
+def test_pieces_are_whole_lines_that_add_up(tmp_path_factory, lines):
+    text = b"\n".join(line.decode("latin1").encode() for line in lines)
+    path = tmp_path_factory.mktemp("pieces") / "long.txt"
+    path.write_bytes(text)
+    pieces = texts(path, piece_bytes=50)
+    assert b"".join(pieces) == text
+    assert all(piece.endswith(b"\n") for piece in pieces[:-1])
+    if len(text) > 50:
+        for piece in pieces[:-1]:
+            assert len(piece) >= 50 > piece.rstrip(b"\n").rfind(b"\n") + 1
+    else:
+        assert len(pieces) <= 1

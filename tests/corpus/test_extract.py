@@ -1,0 +1,370 @@
+"""Text comes out of pages of every sort, and no page stops or crashes a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import psutil
+import pyarrow as pa
+import pytest
+import trafilatura
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.corpus.encoding import decode
+from maxlm.corpus.extraction import Extractor
+from maxlm.corpus.pages import nesting, read_page
+from maxlm.corpus.stages.extract import ExtractStage
+from maxlm.runtime.pool import WorkerPool
+
+STORY = (
+    "The harbour was quiet when the first boats came back, and nobody had expected them so soon. "
+    "They brought news of a storm beyond the cape, and of two ships that had lost their masts. "
+)
+PAGE = f"""<!DOCTYPE html><html lang="pt-BR"><head><title>Boats &amp;
+ storms</title><meta content="2024-02-30" name="date">
+<meta property="article:published_time" content="2024-03-05T10:00:00Z"></head>
+<body><nav><ul><li><a href="/">Home page link</a></li><li><a href="/b">About us</a></li></ul></nav>
+<main><article><h1>Boats come back</h1><p>{STORY}</p>
+<pre><code>def sail(wind):
+    if wind:
+        return wind * 2</code></pre>
+<p>{STORY.upper()}</p>
+<table><tr><th>Ship</th><th>Masts</th></tr><tr><td>Petrel</td><td>317</td></tr></table>
+<p>{STORY.lower()}</p></article></main>
+<footer><p>Copyright by nobody in particular</p></footer></body></html>"""
+SLOW = b"<select>" + b"<option>x" * 400_000  # Takes trafilatura and resiliparse minutes.
+
+
+@pytest.mark.parametrize("quality", [True, False])
+def test_main_text_code_tables_and_what_the_page_says_of_itself(quality):
+    page = read_page(PAGE.encode(), None, quality, markdown=False)
+    assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
+    assert (page.title, page.date) == ("Boats & storms", "2024-03-05")
+    assert (page.language_hint, page.encoding) == ("pt-br", "utf-8")
+    assert page.text is not None
+    for part in (STORY.strip(), "def sail(wind):\n    if wind:\n        return", "Petrel", "317"):
+        assert part in page.text
+    for part in ("About us", "Copyright", "<", "datePublished"):
+        assert part not in page.text
+
+
+def test_markdown_has_fences_and_headings():
+    text = read_page(PAGE.encode(), None, quality=True, markdown=True).text
+    assert text is not None
+    assert "# Boats come back" in text
+    assert "```\ndef sail(wind):\n    if wind:" in text
+
+
+@pytest.mark.parametrize(
+    ("head", "date"),
+    [
+        ('<script>{"datePublished": "2019-11-20T01:02:03"}</script>', "2019-11-20"),
+        ('<meta name="DC.date" content="20210203">', "2021-02-03"),
+        ("<p><time class=x datetime='2020-05-06'>May</time>", "2020-05-06"),
+        ('<meta name="date" content="yesterday">', None),
+        ('<meta name="date" content="2024-13-01">', None),
+    ],
+)
+def test_dates(head, date):
+    page = read_page(f"<html><head>{head}</head><p>{STORY}".encode(), None, False, False)
+    assert page.date == date
+
+
+TEXTS = {
+    "cp1252": "Größe, naïveté, “quoted” – €5",
+    "cp1251": "Гавань была тиха, когда первые лодки вернулись",
+    "koi8-r": "Гавань была тиха, когда первые лодки вернулись",
+    "iso8859-2": "Łódki wróciły do portu wcześniej niż zwykle",
+    "iso8859-7": "Το λιμάνι ήταν ακόμη ήσυχο",
+    "cp932": "最初の船が戻ってきたとき、港はまだ静かだった。",
+    "euc_jp": "最初の船が戻ってきたとき、港はまだ静かだった。",
+    "iso2022_jp": "最初の船が戻ってきたとき、港はまだ静かだった。",
+    "gb18030": "第一批船回来的时候，港口还很安静。",
+    "big5hkscs": "第一批船回來的時候，港口還很安靜。",
+    "cp949": "첫 배들이 돌아왔을 때 항구는 아직 조용했다.",
+}
+NAMES = {"cp1252": "ISO-8859-1", "gb18030": "gb2312", "cp932": "Shift_JIS", "cp949": "euc-kr"}
+NAMES |= {"cp1251": "windows-1251", "iso8859-2": "iso-8859-2", "iso8859-7": "iso-8859-7"}
+NAMES |= {"big5hkscs": "big5", "iso2022_jp": "iso-2022-jp", "euc_jp": "euc-jp"}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+def test_declared_encodings(encoding):
+    text, name = TEXTS[encoding], NAMES.get(encoding, encoding)
+    data = text.encode(encoding)
+    assert decode(data, name)[0] == text
+    for meta in (f'<meta charset="{name}">', f"<META http-equiv=a content='a; charset={name}'>"):
+        page = f"<html>{meta}<p>"
+        # A server's default of Latin-1 says nothing.
+        for charset in (None, "iso-8859-1"):
+            assert decode(page.encode() + data, charset)[0] == page + text
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp1251", "koi8-r", "cp932", "euc_jp", "gb18030"])
+def test_undeclared_and_unknown_encodings_are_guessed(encoding):
+    page = f"<html><body>{STORY}" + f"<p>{TEXTS[encoding]}</p>\n" * 20
+    for charset in (None, "nonsense", "base64", "utf-8"):
+        assert decode(page.encode(encoding), charset)[0] == page
+
+
+@pytest.mark.parametrize("charset", [None, "iso-8859-1", "shift_jis", "utf-16", "koi8-r"])
+def test_utf8_is_told_whatever_is_declared(charset):
+    text = "".join(TEXTS.values()) + "😀"
+    assert decode(text.encode(), charset) == (text, "utf-8")
+    assert decode(text.encode("utf-8-sig"), charset)[0] == text
+    # A cut character, and a foreign byte, are no reason to read all the rest as something else.
+    found, name = decode(text.encode()[:-2] + b"\xe9", charset)
+    assert name == "utf-8"
+    assert found.startswith(text[:-1])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_with_a_byte_order_mark(encoding):
+    data = ("\ufeff" + PAGE).encode(encoding)
+    assert decode(data, None) == (PAGE, encoding)
+    assert read_page(data, "utf-8", False, False).title == "Boats & storms"
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode), st.booleans())
+def test_text_is_unicode_without_nul(data, quality):
+    data = b"<html><body><p>" + data + b"&#0;&#xD800;&#1;" + STORY.encode()
+    page = read_page(data, None, quality, markdown=False)
+    for text in (page.text or "", page.title or "", decode(data)[0]):
+        text.encode()
+        assert "\0" not in text
+
+
+# (nested elements, elements without an end tag) and how deep it is.
+trees = st.recursive(
+    st.sampled_from([("", 0), ("a < b <br><img src=x><li>c<p>d<!-- -->", 0)]),
+    lambda inner: st.tuples(st.sampled_from(["div", "b", "SECTION", "h1", "a"]), inner, inner).map(
+        lambda t: (f"<{t[0]} x=1>{t[1][0]}</{t[0]}>{t[2][0]}", max(t[1][1] + 1, t[2][1]))
+    ),
+)
+
+
+@given(trees)
+def test_nesting_is_the_depth_of_a_tree(tree):
+    text, depth = tree
+    assert nesting(text.encode()) == depth
+
+
+NASTY = {
+    "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "empty"),
+    "deep scripts": (b"<script>" * 4000, "too_deep"),
+    "too deep for libxml2": (
+        b"<p>" + STORY.upper().encode() * 5 + b"</p>" + b"<div>" * 400 + STORY.encode() * 3,
+        "ok",
+    ),
+    "paragraphs": (b"<p>%b" % STORY.encode() * 300, "ok"),
+    "angles": (b"<" * 1_000_000, "not_html"),
+    "open tags": (b"<title" * 10_000 + b"<meta " * 10_000 + b"<html " * 10_000, "too_deep"),
+    "long line": (b"<p>" + b"word " * 200_000, "ok"),
+    "comment": (b"<!--" + b"x" * 1_000_000, "empty"),
+    "nul": (PAGE.replace("<p>", "<p>\0").encode(), "ok"),
+    "random": (b"<p>" + bytes(os.urandom(99_999)), "not_html"),
+    "pdf": (b"%PDF-1.4 \xff\xfe <<" * 99, "not_html"),
+    "no markup": (b"hello", "not_html"),
+    "no text": (b"<html></html>", "empty"),
+    "references": (b"<p>" + b"&#99999999999;&#xD800;&#0; &amp;" * 9999, "ok"),
+}
+
+
+def test_nasty_pages_have_a_status():
+    extractor = Extractor(quality=True, markdown=False, seconds=10)
+    found = extractor.read([(data, None) for data, _ in NASTY.values()])
+    assert {name: page.status for name, page in zip(NASTY, found, strict=True)} == {
+        name: status for name, (_, status) in NASTY.items()
+    }
+    deep = dict(zip(NASTY, found, strict=True))["too deep for libxml2"]
+    assert STORY.strip() in (deep.text or "")
+
+
+UNCLOSED = {
+    "p": "{}",
+    "b": "{}",
+    "div": "{}",
+    "font": "{}",
+    "section": "<b>{}",
+    "p><font": "{}</p>",
+}
+
+
+@pytest.mark.parametrize("quality", [True, False])
+@pytest.mark.parametrize("tag", UNCLOSED)
+def test_thousands_of_unclosed_tags_cost_no_text(tag, quality):
+    """The text is trafilatura's for the same page with its end tags, or without such tags."""
+    sentence = "When boat {} came back, the harbour was quiet, and nobody on the quay expected it."
+    lines = [sentence.format(i) for i in range(3500)]
+    body = "".join(f"<{tag}>{UNCLOSED[tag].format(line)} " for line in lines)
+    page = read_page(f"<html><body>{body}</body></html>".encode(), None, quality, markdown=False)
+    assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
+    if tag in ("b", "font"):
+        tidy = f"<p>{' '.join(lines)}</p>"
+    else:
+        tidy = "".join(f"<p>{line}</p>" for line in lines)
+    expected = trafilatura.extract(f"<html><body>{tidy}</body></html>", fast=True)
+    assert (page.text or "").split() == (expected or "").split()
+    assert not quality or page.text == expected
+
+
+def test_a_page_that_takes_too_long_costs_only_itself():
+    good = PAGE.encode(), None
+    extractor = Extractor(quality=False, markdown=False, seconds=0.5)
+    pages = extractor.read([good, (SLOW, None), good, (SLOW, None), good])
+    assert [page.status for page in pages] == ["ok", "timeout", "ok", "timeout", "ok"]
+    assert pages[0] == pages[2] == pages[4]
+
+
+def test_what_one_way_cannot_do_another_does():
+    # Rows in rows: trafilatura is at it for seconds, resiliparse for milliseconds.
+    data = b"<table><tr><td>" + b"<tr><td>cell" * 60_000
+    [page] = Extractor(quality=True, markdown=False, seconds=0.7).read([(data, None)])
+    assert (page.status, page.mode) == ("ok", "fast")
+
+
+def test_no_page_pays_for_the_imports():
+    extractor = Extractor(quality=True, markdown=False, seconds=0.1)
+    assert [page.mode for page in extractor.read([(PAGE.encode(), None)])] == ["trafilatura"]
+
+
+class Slow:
+    """A connection on which nothing comes in `times` waits for it."""
+
+    def __init__(self, connection, times):
+        self._connection, self._times = connection, times
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def poll(self, seconds):
+        assert self._connection.poll(100)
+        self._times -= 1
+        return self._times < 0
+
+
+def slow(monkeypatch, times):
+    """Let each new child process be slow once."""
+    start = Extractor._start
+
+    def started(self):
+        process, connection = start(self)
+        self._child = process, Slow(connection, times)
+        return self._child
+
+    monkeypatch.setattr(Extractor, "_start", started)
+
+
+def test_an_answer_that_comes_as_its_time_ends_is_taken(monkeypatch):
+    slow(monkeypatch, times=80)
+    extractor = Extractor(quality=False, markdown=False, seconds=1)
+    # It is under way when the first one's time ends; its answer is short.
+    large = PAGE + "<br>" * 100_000
+    pages = extractor.read([(text.encode(), None) for text in (PAGE, large, PAGE)])
+    assert [page.status for page in pages] == ["ok"] * 3
+
+
+def test_a_suspension_is_no_timeout(monkeypatch):
+    """What waits longer than asked for, once, may have been asleep as well."""
+    slow(monkeypatch, times=1)
+    extractor = Extractor(quality=False, markdown=False, seconds=1)
+    extractor.read([(PAGE.encode(), None)])
+    process, _ = extractor._child
+    assert [page.status for page in extractor.read([(PAGE.encode(), None)] * 2)] == ["ok"] * 2
+    assert extractor._child[0] is process
+    assert process.poll() is None
+
+
+def children() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children():
+        with suppress(psutil.Error):  # It has just ended.
+            found += [process] if "serve(" in " ".join(process.cmdline()) else []
+    return found
+
+
+@pytest.mark.parametrize("quality", [True, False])
+def test_a_crash_costs_one_page_at_most(quality):
+    extractor = Extractor(quality, markdown=False, seconds=20)
+    before = {child.pid for child in children()}
+    extractor.read([(PAGE.encode(), None)])
+    [child] = [child for child in children() if child.pid not in before]
+    child.send_signal(signal.SIGSEGV)
+    pages = extractor.read([(PAGE.encode(), None)] * 2)
+    # Where there is a second way, the page is not lost.
+    assert [page.status for page in pages] == ["ok" if quality else "broken", "ok"]
+    extractor.close()
+    assert {child.pid for child in children()} <= before
+
+
+def read_in_worker(data: bytes) -> tuple[str, str | None]:
+    [page] = Extractor(quality=True, markdown=False, seconds=20).read([(data, None)])
+    return page.status, page.title
+
+
+def test_in_daemonic_workers_and_threads():
+    expected = "ok", "Boats & storms"
+    with WorkerPool(2) as pool:
+        assert list(pool.map(read_in_worker, [PAGE.encode()] * 2)) == [expected] * 2
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(read_in_worker(PAGE.encode())))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 2
+
+
+PARENT = """
+import sys
+from maxlm.corpus.extraction import Extractor
+extractor = Extractor(quality=False, markdown=False, seconds=1)
+extractor.read([(b"<p>hello", None)])
+print(extractor._child[0].pid, flush=True)
+extractor.read([(b"<select>" + b"<option>x" * 400_000, None)] * 100)
+"""
+
+
+def test_the_child_does_not_outlive_its_parent():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    child.wait(timeout=30)
+
+
+def test_stage():
+    stage = ExtractStage(mode="bulk", max_bytes=100_000)
+    html = [PAGE.encode(), None, b"<p>" + b"x" * 200_000, STORY.encode("cp1252")]
+    html.append(f"<p>{TEXTS['koi8-r']}".encode("koi8-r"))
+    meta = [None, "{}", None, "{}", json.dumps({"charset": "koi8-r"})]
+    batch = pa.RecordBatch.from_arrays(
+        [pa.array(html, pa.large_binary()), pa.array(meta)], list(stage.reads)
+    )
+    label = stage.open()
+    labels = label(batch)
+    assert labels.schema == stage.schema()
+    assert labels.column("status").to_pylist() == ["ok", None, "too_large", "not_html", "ok"]
+    assert labels.column("text").is_null().to_pylist() == [False, True, True, True, False]
+    assert labels.column("text")[4].as_py() == TEXTS["koi8-r"]
+    assert label(batch.slice(1, 1)).column("status").to_pylist() == [None]
+
+
+def test_importing_the_stage_loads_no_parser():
+    code = (
+        "import sys, maxlm.corpus.stages.extract\n"
+        "print([m for m in ('trafilatura', 'lxml', 'resiliparse', 'jax') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

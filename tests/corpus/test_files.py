@@ -1,0 +1,163 @@
+"""Which files a corpus is made of, and in which order."""
+
+import gzip
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from maxlm.config import MaxlmError
+from maxlm.corpus import SourceConfig, find_files, list_files, read_documents
+from maxlm.corpus.config import CrawlSource
+
+
+def names(config: SourceConfig, root: Path) -> list[str]:
+    return [file.path.relative_to(root).as_posix() for file in list_files(config)]
+
+
+def write(root: Path, **files: bytes) -> None:
+    for name, data in files.items():
+        path = root / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def test_folder_is_walked_in_sorted_order_without_hidden_and_binary_files(tmp_path):
+    write(tmp_path, b_txt=b"b", a__z_md=b"z", a_txt=b"a", c_jsonl=b"{}", _hidden=b"h")
+    write(tmp_path, image_bin=b"x" * 8191 + b"\0", late_bin=b"x" * 8192 + b"\0")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / "packed.bin.gz").write_bytes(gzip.compress(b"\0"))
+    config = SourceConfig(documents=(str(tmp_path),))
+    assert names(config, tmp_path) == ["a.txt", "a/z.md", "b.txt", "c.jsonl", "late.bin"]
+    assert find_files(config).num_binary == 2
+
+
+def test_formats_that_say_what_is_broken_are_never_binary(tmp_path):
+    write(tmp_path, a_jsonl=b'{"text": "a"}\n\0\n', b_html="<p>b".encode("utf-16"), c_txt=b"c\0")
+    (tmp_path / "d.ndjson.gz").write_bytes(gzip.compress(b"\0"))
+    crawl = CrawlSource(name="web", documents=(str(tmp_path),))
+    found = find_files(crawl)
+    assert [file.path.name for file in found.files] == ["a.jsonl", "b.html", "d.ndjson.gz"]
+    assert found.num_binary == 1
+    # Without a stage that finds out its encoding, this page is no text.
+    source = SourceConfig(documents=(str(tmp_path),))
+    assert names(source, tmp_path) == ["a.jsonl", "d.ndjson.gz"]
+
+
+def test_names_are_unicode_whatever_the_paths(tmp_path):
+    for name in (b"caf\xe8", b"caf\xe9", "café".encode()):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(name)
+    files = list_files(SourceConfig(documents=(str(tmp_path),)))
+    assert sorted(file.path.read_bytes() for file in files) == [
+        "café".encode(),
+        b"caf\xe8",
+        b"caf\xe9",
+    ]
+    assert sorted(file.name for file in files) == [
+        f"{tmp_path}/café",
+        f"{tmp_path}/caf\ufffd",
+        f"{tmp_path}/caf\ufffd",
+    ]
+
+
+def test_entries_keep_their_order_and_a_file_is_listed_once(tmp_path):
+    write(tmp_path, a_txt=b"a", b_txt=b"b", c_txt=b"c")
+    config = SourceConfig(documents=(str(tmp_path / "b.txt"), f"{tmp_path}/*.txt"))
+    assert names(config, tmp_path) == ["b.txt", "a.txt", "c.txt"]
+
+
+def test_glob_reaches_folders_and_subfolders(tmp_path):
+    write(tmp_path, x__a_txt=b"a", y__deep__b_txt=b"b", y__c_md=b"c")
+    assert names(SourceConfig(documents=(f"{tmp_path}/*",)), tmp_path) == [
+        "x/a.txt",
+        "y/c.md",
+        "y/deep/b.txt",
+    ]
+    deep = SourceConfig(documents=(f"{tmp_path}/**/*.txt",))
+    assert names(deep, tmp_path) == ["x/a.txt", "y/deep/b.txt"]
+
+
+def test_a_path_with_glob_characters_is_a_path_first(tmp_path):
+    write(tmp_path, a_txt=b"a")
+    (tmp_path / "[a].txt").write_text("brackets")
+    config = SourceConfig(documents=(str(tmp_path / "[a].txt"),))
+    assert names(config, tmp_path) == ["[a].txt"]
+
+
+def test_formats_by_suffix(tmp_path):
+    write(tmp_path, a_JSONL=b"", b_ndjson_gz=b"", c_parquet=b"", d_txt_zst=b"", e=b"", f_py_gz=b"")
+    found = [
+        list_files(SourceConfig(documents=(str(path),)))[0] for path in sorted(tmp_path.iterdir())
+    ]
+    assert [(file.format, file.compression) for file in found] == [
+        ("jsonl", "none"),
+        ("jsonl", "gz"),
+        ("parquet", "none"),
+        ("text", "zst"),
+        ("text", "none"),
+        ("text", "gz"),
+    ]
+
+
+def test_python_stdlib_is_tens_of_megabytes_of_utf8_python():
+    config = SourceConfig(documents=("python-stdlib",))
+    files = list_files(config)
+    assert files == list_files(config)
+    assert 5e6 < sum(file.size for file in files) < 1e8
+    assert all(file.name.endswith(".py") for file in files)
+    assert not any("site-packages" in file.name for file in files)
+    os_file = next(file for file in files if file.name == "os.py")
+    [document] = read_documents(config, os_file)
+    assert document.id == "os.py"
+    assert document.text == Path(sysconfig.get_path("stdlib"), "os.py").read_bytes()
+
+
+def fails(entry: Path | str) -> str:
+    with pytest.raises(MaxlmError) as caught:
+        list_files(SourceConfig(documents=(str(entry),)))
+    return str(caught.value)
+
+
+def test_missing_path(tmp_path):
+    path = tmp_path / "no.txt"
+    assert fails(path) == (
+        f"{path}: no such file or folder; give a file, a folder, a quoted glob or python-stdlib"
+    )
+
+
+def test_glob_without_a_match(tmp_path):
+    assert fails(f"{tmp_path}/*.txt") == (
+        f"{tmp_path}/*.txt: the pattern matches nothing; check the pattern (and quote it, so that "
+        "the shell leaves it alone)"
+    )
+
+
+def test_folder_without_text(tmp_path):
+    write(tmp_path, a_bin=b"\0")
+    assert fails(tmp_path) == (
+        f"{tmp_path}: no text files here (1 binary files skipped); name a folder or files that "
+        "hold text"
+    )
+
+
+def test_files_that_cannot_be_read_in_pieces_are_refused(tmp_path):
+    write(tmp_path, a_parquet_gz=b"")
+    path = tmp_path / "a.parquet.gz"
+    assert fails(path) == (
+        f"{path}: Parquet inside another compression cannot be read in pieces; decompress it "
+        "(Parquet compresses its own pages)"
+    )
+    write(tmp_path, a_arc_gz=b"filedesc:")
+    path = tmp_path / "a.arc.gz"
+    assert fails(path) == (
+        f"{path}: ARC archives cannot be read; make a WARC of it: "
+        "warcio recompress IN.arc.gz OUT.warc.gz"
+    )
+
+
+def test_no_entries():
+    with pytest.raises(ValidationError):
+        SourceConfig(documents=())

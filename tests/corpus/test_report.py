@@ -1,0 +1,126 @@
+"""The report counts what the rules do, and shows documents without being led astray by them."""
+
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from maxlm.corpus import SourceConfig, read_documents
+from maxlm.corpus.opened import Corpus
+from maxlm.corpus.report import summarize, write_report
+from maxlm.corpus.report.page import funnel
+from maxlm.corpus.run import run_recipe
+from maxlm.runtime.pool import WorkerPool
+from tests.corpus.recipes import recipe
+
+
+@pytest.fixture(scope="module")
+def figures(whole):
+    corpus = Corpus.open(whole)
+    with WorkerPool(1) as pool:
+        return corpus, summarize(corpus, corpus.rules(), pool)
+
+
+def test_the_funnel_ends_at_what_is_kept(figures, whole):
+    corpus, summary = figures
+    rows = funnel(corpus.rules(), summary, ["books", "web"])
+    assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
+    assert rows[0]["left"] == 240
+    for before, after in pairwise(rows):
+        assert before["left"] - after["dropped"] == after["left"]
+        assert sum(after["by_source"].values()) == after["left"]
+    taken = list(read_documents(SourceConfig(documents=(str(whole),))))
+    assert rows[-1]["left"] == len(taken)
+    assert rows[-1]["bytes"] == sum(len(document.text) for document in taken)
+    by_source = Counter(document.id.split("-")[0] for document in taken)
+    assert rows[-1]["by_source"] == by_source
+    mixture = {key: figures.tolist() for key, figures in summary.mixture.items()}
+    assert sum(row[0] for row in mixture.values()) == len(taken)
+    assert sum(row[1] for row in mixture.values()) == rows[-1]["bytes"]
+
+
+def test_samples_fell_where_the_report_says(figures):
+    _, summary = figures
+    for rule, samples in summary.dropped.items():
+        assert 0 < len(samples) <= 5, rule
+    assert all(sample.labels["heuristics.words"] < 20 for sample in summary.dropped["long"])
+    for sample in summary.dropped["unique"]:
+        assert sample.labels["exact.duplicate"] or sample.labels["near.duplicate"]
+    assert all(sample.labels["heuristics.words"] >= 20 for sample in summary.kept)
+
+
+def test_shards_and_workers_do_not_matter(figures, whole):
+    corpus, summary = figures
+    with WorkerPool(2) as pool:
+        other = summarize(corpus, corpus.rules(), pool)
+    assert other.documents == summary.documents
+    assert other.dropped == summary.dropped
+    assert other.kept == summary.kept
+
+
+class Page(HTMLParser):
+    """Collects elements and what would be fetched or run."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.fetched, self.text = Counter(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.fetched += [v for k, v in attrs if k in ("src", "href") and v != "data:,"]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_shows_hostile_documents_as_text(tmp_path):
+    hostile = "<script>alert('x')</script> {{ 7 * 7 }} &amp; " + "words of the page " * 20
+    (tmp_path / "web.jsonl").write_text(json.dumps({"text": hostile, "id": "<img src=x>"}) + "\n")
+    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
+    out = tmp_path / "corpus"
+    corpus = Corpus.open(run_recipe(recipe(tmp_path, out)))
+    with WorkerPool(1) as pool:
+        summary = summarize(corpus, corpus.rules(), pool)
+    write_report(corpus, corpus.rules(), summary, out / "report.html")
+    page = Page()
+    page.feed((out / "report.html").read_text())
+    text = "".join(page.text)
+    assert page.tags["script"] == page.tags["img"] == 0
+    assert page.fetched == []
+    assert "<script>alert('x')</script> {{ 7 * 7 }} &amp; words" in text
+    assert "heuristics.words >= 20" in text
+    assert "<img src=x>" in text
+
+
+def test_thresholds_are_drawn_on_their_scores(figures, tmp_path):
+    corpus, summary = figures
+    write_report(corpus, corpus.rules(), summary, tmp_path / "report.html")
+    charts = re.findall(r"<svg.*?</svg>", (tmp_path / "report.html").read_text(), re.S)
+    assert "heuristics.words" in charts[0]  # first, since a rule compares it
+    assert charts[0].count("<line") == 1
+    assert ">&gt;= 20<" in charts[0]
+    # What lies below is grey, what lies above is not, and both are there.
+    kinds = re.findall(r'class="(in|out)"', charts[0])
+    assert kinds == sorted(kinds, reverse=True)
+    assert set(kinds) == {"in", "out"}
+
+
+def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
+    question = "Which of the four rivers that leave the lake runs north past the old stone mill?"
+    rows = [{"text": f"Some words before. {question} Some more words after it."}, {"text": "None."}]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "books.jsonl").write_text(json.dumps({"text": "A book about other things."}) + "\n")
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text(json.dumps({"text": question}) + "\n")
+    stage = {"stage": "decontaminate", "sets": {"quiz": {"documents": [str(quiz)]}}}
+    out = tmp_path / "corpus"
+    corpus = Corpus.open(run_recipe(recipe(tmp_path, out, stages=[stage], keep={})))
+    with WorkerPool(1) as pool:
+        summary = summarize(corpus, corpus.rules(), pool)
+    write_report(corpus, corpus.rules(), summary, out / "report.html")
+    page = (out / "report.html").read_text()
+    assert f"<td>quiz</td><td>{quiz}:1</td>" in page
+    assert '<td class="num">1</td><td class="num">100.0%</td>' in page

@@ -1,0 +1,413 @@
+"""A recipe's labels do not depend on how often it was stopped, nor on where it ran."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from maxlm.cli.main import main
+from maxlm.config import MaxlmError
+from maxlm.corpus import SourceConfig, read_documents, run
+from maxlm.corpus.opened import Corpus, find_document
+from maxlm.corpus.report import summarize, write_report
+from maxlm.corpus.run import run_recipe
+from maxlm.corpus.shards import add_counts
+from maxlm.data.store import build_store
+from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
+from maxlm.runtime.pool import WorkerPool
+from tests.corpus.recipes import recipe
+
+
+def files(folder):
+    """Every label file's bytes, by stage and shard."""
+    found = sorted(Path(folder).glob("*/*.parquet"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def kept(folder, **settings):
+    documents = read_documents(SourceConfig(documents=(str(folder),), **settings))
+    return [document.id for document in documents]
+
+
+def test_the_labels_are_what_they_say(whole, crawl):
+    corpus = Corpus.open(whole)
+    assert len(corpus.shards) > 4
+    raw = [json.loads(line) for line in (crawl / "web.jsonl").read_text().splitlines()]
+    raw += [json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()]
+    lengths = {row["id"]: len(row["text"].split()) for row in raw}
+    taken = kept(whole)
+    originals = set(taken)
+    assert all(lengths[name] >= 20 for name in taken)
+    copies = {f"web-{i}" for i in range(100, 110)}
+    edited = {f"web-{i}" for i in range(150, 160) if lengths[f"web-{i}"] > 60}
+    assert not originals & (copies | edited)
+    assert taken == [r["id"] for r in raw if r["id"] in originals]
+    found, verdicts = find_document(corpus, "web-105")
+    assert found["exact.duplicate"]
+    assert found["exact.of"] == "web-5"
+    assert found["near.duplicate"] is None
+    assert found["text"] == raw[105]["text"]
+    assert verdicts == {"long": lengths["web-105"] >= 20, "unique": False}
+    masked, _ = find_document(corpus, "books-0")
+    assert "jean.dupont" not in masked["text"]
+    assert masked["language.name"] == "fr"
+    with pytest.raises(MaxlmError, match="no document 'web-9999'"):
+        find_document(corpus, "web-9999")
+
+
+def test_manifests_add_up(whole):
+    corpus = Corpus.open(whole)
+    for title in ("documents", "language", "heuristics", "pii", "exact", "near"):
+        manifest = corpus.manifest(title)
+        assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 240
+    assert corpus.manifest("pii")["counts"]["labelled"] == 40
+    exact = corpus.manifest("exact")["counts"]
+    assert exact["duplicate=true"] == 10
+    assert corpus.manifest("near")["counts"]["labelled"] == 230
+    assert corpus.manifest("near")["stage"]["where"] == "not exact.duplicate"
+
+
+def test_other_thresholds_need_no_pass(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+    few = kept(whole, keep={"long": "heuristics.words >= 100"})
+    assert 0 < len(few) < len(kept(whole)) < len(kept(whole, keep={}))
+    assert len(kept(whole, keep={})) == 240
+    with pytest.raises(MaxlmError, match=r"keep\.long: .*did you mean heuristics\.words"):
+        kept(whole, keep={"long": "heuristics.word >= 100"})
+    assert before == {p: p.stat().st_mtime_ns for p in whole.glob("*/*.parquet")}
+
+
+def test_workers_do_not_matter(whole, crawl, tmp_path):
+    run_recipe(recipe(crawl, tmp_path / "corpus", workers=2))
+    assert files(tmp_path / "corpus") == files(whole)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_does_not_matter(whole, crawl, tmp_path):
+    run_recipe(recipe(crawl, tmp_path / "corpus", engine="ray", workers=None))
+    assert files(tmp_path / "corpus") == files(whole)
+
+
+def test_only_what_changed_is_done_again(crawl, tmp_path):
+    out = tmp_path / "corpus"
+    run_recipe(recipe(crawl, out))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+
+    def redone():
+        after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+        return {path.parent.name for path in after if before.get(path) != after[path]}
+
+    run_recipe(recipe(crawl, out))
+    assert redone() == set()
+    run_recipe(recipe(crawl, out, keep={"all": "heuristics.words > 0"}))
+    assert redone() == set()
+    stages = list(recipe(crawl, out).model_dump()["stages"])
+    stages[3] = {"stage": "exact", "keep_by": "heuristics.words"}
+    run_recipe(recipe(crawl, out, stages=stages))
+    assert redone() == {"exact", "near"}  # near reads exact's label
+
+
+def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
+    mine = tmp_path / "crawl"
+    mine.mkdir()
+    for name in ("web.jsonl", "books.jsonl"):
+        (mine / name).write_bytes((crawl / name).read_bytes())
+    out = tmp_path / "corpus"
+    run_recipe(recipe(mine, out))
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+    (mine / "more.jsonl").write_text(json.dumps({"text": "the house " * 30, "id": "new"}) + "\n")
+    sources = [
+        {"name": "web", "documents": [str(mine / "web.jsonl"), str(mine / "more.jsonl")]},
+        {"name": "books", "documents": [str(mine / "books.jsonl")]},
+    ]
+    run_recipe(recipe(mine, out, sources=sources))
+    after = {p: p.stat().st_mtime_ns for p in out.glob("*/*.parquet")}
+    kept_as_is = {p.parent.name for p in before if after.get(p) == before[p]}
+    assert kept_as_is == {"documents", "language", "heuristics", "pii"}
+    assert "new" in kept(out, keep={})
+    run_recipe(recipe(mine, out))  # and away again
+    assert "new" not in kept(out, keep={})
+    assert len(list(out.glob("documents/*.parquet"))) == len(Corpus.open(out).shards)
+
+
+SCRIPT = """
+import resource, signal, sys
+from pathlib import Path
+from maxlm.config import MaxlmError
+from maxlm.corpus.run import run_recipe
+from tests.corpus.recipes import recipe
+
+if __name__ == "__main__":
+    crawl, out, workers, limit = sys.argv[1:]
+    if int(limit):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    try:
+        run_recipe(recipe(Path(crawl), out, workers=int(workers)))
+    except MaxlmError as error:
+        sys.exit(f"refused: {error}")
+"""
+
+
+def start(folder, *arguments):
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("stage", ["documents", "heuristics", "near"])
+def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
+    out = tmp_path / "corpus"
+    process = start(tmp_path, crawl, out, 2, 0)
+    waits = time.monotonic() + 120
+    while not any((out / stage).glob("*")) and time.monotonic() < waits:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert any((out / stage).glob("*"))
+    with pytest.raises(MaxlmError, match=r"not finished|no corpus"):
+        Corpus.open(out)
+    run_recipe(recipe(crawl, out))
+    assert files(out) == files(whole)
+    left = [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "scratch"]
+    assert left == []
+
+
+def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_path):
+    out = tmp_path / "corpus"
+    process = start(tmp_path, crawl, out, 1, 9_000)
+    _, message = process.communicate(timeout=120)
+    assert "refused: " in message
+    assert "cannot write" in message
+    assert "free some disk space" in message
+    run_recipe(recipe(crawl, out))
+    assert files(out) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": {"x": "heuristics.wordz > 1"}}, "keep.x: .*did you mean heuristics.words"),
+        ({"keep": {"x": "published.gofer"}}, 'keep.x: there is no published rule "gofer"'),
+        ({"keep": {"a b": "heuristics.words > 1"}}, "cannot be the name of a rule"),
+        ({"stages": [{"stage": "exact", "keep_by": "words"}]}, 'no label "words"'),
+        (
+            {"stages": [{"stage": "language"}, {"stage": "exact", "keep_by": "-language.name"}]},
+            "holds no numbers",
+        ),
+        (
+            {"stages": [{"stage": "near", "max_shares": {"wbe": 0.9}}]},
+            'stages.0: there is no source "wbe"; there are: web, books',
+        ),
+        (
+            {"stages": [{"stage": "perplexity", "models": {"en": "m"}, "language": "meta"}]},
+            '"meta" holds no strings',
+        ),
+        ({"cut": ["near.of"]}, "holds spans to cut"),
+        ({"cut": ["language.spans"]}, "cut: language.spans are places .* put language after pii"),
+        ({"cut": ["pii.spans"]}, "as it was before pii changed it"),
+        ({"stages": [{"stage": "exact", "where": "language.name is None"}]}, "stages.0.where"),
+        ({"sources": [{"name": "web", "documents": ["/nowhere/at/all"]}]}, "/nowhere/at/all"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(crawl, tmp_path, settings, message):
+    with pytest.raises(MaxlmError, match=message):
+        run_recipe(recipe(crawl, tmp_path / "corpus", **settings))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(crawl, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all my work")
+    with pytest.raises(MaxlmError, match="something else than a corpus"):
+        run_recipe(recipe(crawl, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def made_again(crawl, out, *recipes):
+    """The corpus of the last recipe, after the others were run in the same folder."""
+    for each in recipes:
+        run_recipe(recipe(crawl, out, **each))
+    return files(out)
+
+
+LATER = [{"stage": "exact"}, {"stage": "pii", "where": "not exact.duplicate"}]
+
+
+def test_labels_after_a_comparison_follow_the_documents(tmp_path):
+    text = "Write to jean.dupont@example.org or do not write at all, dear reader of this page."
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text, "id": name}) + "\n")
+    both = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    recipes = [
+        {"sources": [{"name": "web", "documents": documents}], "stages": LATER, "keep": {}}
+        for documents in (both, both[1:])
+    ]
+    again = made_again(tmp_path, tmp_path / "again", *recipes)
+    assert again == made_again(tmp_path, tmp_path / "fresh", recipes[1])
+    found, _ = find_document(Corpus.open(tmp_path / "again"), "b")
+    assert "jean.dupont" not in found["text"]
+    manifest = Corpus.open(tmp_path / "again").manifest("pii")
+    assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 1
+
+
+def test_the_order_of_versions_of_a_text_matters(tmp_path):
+    page = (
+        "<html><body><p>" + "A paragraph of the page. " * 20 + "</p><p>12 &lt; 13</p></body></html>"
+    )
+    (tmp_path / "a.html").write_text(page)
+    ways = [{"stage": "extract", "name": mode, "mode": mode} for mode in ("bulk", "quality")]
+    source = [{"name": "web", "documents": [str(tmp_path / "a.html")]}]
+    recipes = [
+        {"sources": source, "stages": [*order, {"stage": "heuristics"}], "keep": {}}
+        for order in (ways, ways[::-1])
+    ]
+    again = made_again(tmp_path, tmp_path / "again", *recipes)
+    assert again == made_again(tmp_path, tmp_path / "fresh", recipes[1])
+
+
+def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monkeypatch):
+    out = tmp_path / "corpus"
+    run_recipe(recipe(crawl, out))
+    stages = list(recipe(crawl, out).model_dump()["stages"])
+    stages[1] = {"stage": "heuristics", "stop_words": ["river"]}
+    stages[2] = {"stage": "pii", "where": "heuristics.stop_words >= 1"}
+    real = run._run_step
+
+    def stops(folder, step, *rest):
+        if step.stage.title == "pii":
+            raise KeyboardInterrupt
+        real(folder, step, *rest)
+
+    monkeypatch.setattr(run, "_run_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(crawl, out, stages=stages))
+    with pytest.raises(MaxlmError, match="the stage pii is not finished"):
+        Corpus.open(out)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(crawl, out, stages=stages, sources=[recipe(crawl, out).sources[0]]))
+    with pytest.raises(MaxlmError, match="is not finished"):
+        Corpus.open(out)
+
+
+def test_a_corpus_of_nothing(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "b.parquet")
+    names = ("url", "extract", "language", "heuristics", "toxicity", "pii", "exact", "near")
+    stages = [{"stage": name} for name in (*names, "substring")]
+    documents = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    sources = [{"name": "web", "documents": documents}]
+    out = run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={}))
+    corpus = Corpus.open(out)
+    assert kept(out) == []
+    with WorkerPool(1) as pool:
+        summary = summarize(corpus, corpus.rules(), pool)
+    write_report(corpus, corpus.rules(), summary, tmp_path / "page.html")
+    assert "0 documents read" in (tmp_path / "page.html").read_text()
+
+
+def test_a_corpus_does_not_read_itself(crawl, tmp_path):
+    inside = [{"name": "web", "documents": [str(tmp_path)]}]
+    with pytest.raises(MaxlmError, match="which it is made of"):
+        run_recipe(recipe(crawl, tmp_path / "data" / "corpus", sources=inside))
+    shutil.copy(crawl / "web.jsonl", tmp_path / "raw.jsonl")
+    matching = [{"name": "web", "documents": [str(tmp_path / "**" / "*.parquet")]}]
+    pq.write_table(pa.table({"text": ["some text of a document"]}), tmp_path / "a.parquet")
+    run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
+    with pytest.raises(MaxlmError, match="would be made of its own file"):
+        run_recipe(recipe(crawl, tmp_path / "d", sources=matching))
+    shutil.rmtree(tmp_path / "d")
+    (tmp_path / "raw.jsonl").unlink()
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "text.txt").write_text("some text")
+    run_recipe(recipe(crawl, tmp_path / "corpus"))
+    with pytest.raises(MaxlmError, match="a corpus lies among the files"):
+        list(read_documents(SourceConfig(documents=(str(tmp_path),))))
+    again = (str(tmp_path / "corp*"), str(tmp_path / "corpus" / ".." / "corpus"))
+    found = list(read_documents(SourceConfig(documents=again)))
+    assert [d.id for d in found] == kept(tmp_path / "corpus")
+
+
+def test_manifests_say_what_the_last_run_made(crawl, tmp_path):
+    """And sum only what every shard has counted."""
+    rows = [{"text": "no page", "id": str(i), "url": f"http://{i}.org"} for i in range(300)]
+    for name, part in (("a", rows[:290]), ("b", rows[290:])):
+        lines = "".join(json.dumps(row | {"kind": "x" + row["id"]}) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    out = tmp_path / "corpus"
+    for names in ("a", "ab"):
+        sources = [{"name": n, "documents": [str(tmp_path / f"{n}.jsonl")]} for n in names]
+        run_recipe(recipe(crawl, out, sources=sources, stages=[{"stage": "url"}], keep={}))
+    manifest = Corpus.open(out).manifest("url")
+    assert manifest["last_run"]["shards"] == 1
+    assert manifest["counts"]["rows"] == 300
+    many = Counter({"rows": 3, "too many values: kind": 1})
+    few = Counter({"rows": 1, "kind=x": 1, "kinds=y": 1})
+    assert add_counts([many, few]) == {"kinds=y": 1, "rows": 4}
+    assert add_counts([Counter({"duplicate=true": 0})] * 2) == {"duplicate=true": 0}
+
+
+def test_what_is_done_of_a_corpus_can_be_looked_at(tmp_path, capfd):
+    """The alarm of `near` says to look at documents, when `near` cannot be finished."""
+    lines = [f"The same page of the same book, but for a number: {i % 2}. " * 9 for i in range(30)]
+    rows = "".join(json.dumps({"text": t, "id": f"n{i}"}) + "\n" for i, t in enumerate(lines))
+    (tmp_path / "a.jsonl").write_text(rows)
+    sources = [{"name": "web", "documents": [str(tmp_path / "a.jsonl")]}]
+    stages = [{"stage": "heuristics"}, {"stage": "near", "alarm_from": 10}]
+    keep = {"long": "heuristics.words > 3", "unique": "not near.duplicate"}
+    with pytest.raises(MaxlmError, match=f"maxlm corpus show {tmp_path}/c ID") as error:
+        run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep=keep))
+    assert "would lose" in str(error.value)
+    assert main(["corpus", "show", str(tmp_path / "c"), "n1"]) == 0
+    shown = capfd.readouterr()
+    assert shown.out == lines[1]
+    assert "rule long: kept\n" in shown.err
+    assert "unique" not in shown.err
+
+
+def test_a_store_of_a_pattern_of_corpora_follows_their_rules(crawl, tmp_path):
+    folder = tmp_path / "g" / "web"
+    train_tokenizer(TokenizerConfig(vocab_size=257), [b"a"]).save(tmp_path / "t")
+    run_recipe(recipe(crawl, folder, keep={}))
+    source = SourceConfig(documents=(str(tmp_path / "g" / "*"),))
+    build_store(source, tmp_path / "t", tmp_path / "s", workers=1)
+    run_recipe(recipe(crawl, folder, keep={"long": "heuristics.words > 30"}))
+    with pytest.raises(MaxlmError, match=r"the rules by which .* have changed"):
+        build_store(source, tmp_path / "t", tmp_path / "s", workers=1)
+
+
+@pytest.mark.parametrize("name", ["documents", "lock", "in"])
+def test_names_that_no_stage_can_have(crawl, tmp_path, name):
+    with pytest.raises(ValidationError, match=f"no stage can be called {name}"):
+        recipe(crawl, tmp_path, stages=[{"stage": "heuristics", "name": name}])
+
+
+def test_out_is_a_file(crawl, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(MaxlmError, match="this is a file"):
+        run_recipe(recipe(crawl, tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_relative_paths_mean_the_same_on_a_cluster(crawl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.jsonl").write_bytes((crawl / "web.jsonl").read_bytes())
+    sources = [{"name": "web", "documents": ["raw.jsonl"]}]
+    run_recipe(recipe(crawl, "corpus", sources=sources, engine="ray", workers=None))
+    assert len(kept(tmp_path / "corpus", keep={})) == 200

@@ -1,0 +1,267 @@
+"""No text that rules drop as a duplicate, or cut as a repeat, is gone from what they keep."""
+
+import gzip
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from maxlm.cli.main import main
+from maxlm.config import MaxlmError
+from maxlm.corpus import SourceConfig, read_documents, settling
+from maxlm.corpus.dedup.components import resolve_duplicates
+from maxlm.corpus.opened import Corpus
+from maxlm.corpus.recipe import RecipeConfig
+from maxlm.corpus.report import count_lost
+from maxlm.corpus.run import run_recipe
+from maxlm.corpus.settling import settle_duplicates
+from maxlm.data.store import TokenStore
+from maxlm.data.tokenizer import load_tokenizer
+from maxlm.runtime.pool import WorkerPool
+
+SIZE = 8  # Words of a passage.
+RULE = 0.7
+KEEP_BY = "heuristics.words"
+NEAR = {"stage": "near", "keep_by": KEEP_BY, "max_share": 1}
+PASSAGES = {"stage": "substring", "min_tokens": SIZE}
+STAGES = [
+    {"stage": "heuristics"},
+    {"stage": "exact", "keep_by": KEEP_BY},
+    {**NEAR, "where": "not exact.duplicate"},
+    {**PASSAGES, "where": "not near.duplicate"},
+]
+KEEP = {
+    "site": 'url != "bad"',
+    "unique": "not exact.duplicate and not near.duplicate",
+    "cut": f"substring.cut_share < {RULE}",
+}
+
+
+def prose(chance: random.Random, count: int) -> str:
+    return " ".join(f"w{chance.randrange(10**6)}" for _ in range(count))
+
+
+def crawl(seed: int) -> list[dict[str, str]]:
+    """Documents with copies, edited copies and shared passages, of which a third is on a site that
+    a rule drops, more often where they come first."""
+    chance = random.Random(seed)
+    passages = [prose(chance, chance.randint(SIZE, 30)) for _ in range(4)]
+    passages += [f"{prose(chance, 5)} {passages[0]} {prose(chance, 6)}", "ha " * 20 + "ha"]
+    texts = []
+    for _ in range(24):
+        parts = [prose(chance, chance.randint(5, 40))]
+        parts += chance.choices(passages, k=chance.randint(0, 3))
+        chance.shuffle(parts)
+        texts.append(" ".join(parts))
+    for text in chance.choices(texts, k=30):
+        words = text.split()
+        kind = chance.randrange(4)
+        if kind == 0:
+            text = text.upper()
+        elif kind == 1:
+            words[chance.randrange(len(words))] = "edited"
+            text = " ".join(words)
+        elif kind == 2:
+            words[0] = "begun"
+            text = " ".join([*words, "so", "ended"])
+        texts.append(text)
+    urls = ["bad" if chance.random() < 0.6 - i / 100 else "good" for i in range(len(texts))]
+    return [{"id": f"d{i}", "text": t, "url": urls[i]} for i, t in enumerate(texts)]
+
+
+def make(folder: Path, rows: list[dict[str, str]], **changes) -> Corpus:
+    (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "out": str(folder / "corpus"),
+        "workers": 1,
+        "shard_bytes": 6000,
+        "sources": [{"name": "web", "documents": [str(folder / "web.jsonl")]}],
+        "stages": STAGES,
+        "keep": KEEP,
+        "cut": ["substring.cuts"],
+    }
+    return Corpus.open(run_recipe(RecipeConfig.model_validate(recipe | changes)))
+
+
+def grams(text: str) -> set[str]:
+    words = text.lower().split()
+    return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+
+def lost(corpus: Corpus, rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
+    """By brute force: documents that are gone and like no kept one, and passages that are cut and
+    in no kept text."""
+    taken, originals = read(corpus), {row["id"]: row["text"] for row in rows}
+    kept = [grams(originals[name]) for name in taken]
+    documents, cuts = [], []
+    for shard in settle_duplicates(corpus, corpus.rules()):
+        for table in shard.groups(["id", "url", "substring.cuts", "substring.cut_share"]):
+            for name, url, spans, share in zip(
+                *(c.to_pylist() for c in table.columns), strict=True
+            ):
+                mine = grams(originals[name])
+                alike = any(len(mine & other) >= 0.8 * len(mine | other) for other in kept)
+                repeated = share is not None and share >= min(RULE, 0.999)
+                if url == "bad" or (alike and not (name in taken or repeated)):
+                    continue
+                if name not in taken and not repeated:
+                    documents.append(name)
+                passages = [originals[name][s["start"] : s["end"]].strip() for s in spans]
+                cuts += [each for each in passages if not any(each in t for t in taken.values())]
+    return documents, cuts
+
+
+def read(corpus: Corpus, **config) -> dict[str, str]:
+    source = SourceConfig(documents=(str(corpus.folder),), **config)
+    return {document.id: document.text.decode() for document in read_documents(source)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_text_is_lost(tmp_path, seed):
+    rows = crawl(seed)
+    corpus = make(tmp_path, rows)
+    assert lost(corpus, rows) == ([], [])
+
+
+def test_text_lost_is_measured(tmp_path, monkeypatch):
+    """With the best copies kept, whatever the other rules say, the report finds what is gone."""
+    rows = crawl(0)
+    corpus = make(tmp_path, rows)
+    with WorkerPool(1) as pool:
+        found = count_lost(corpus, corpus.rules(), pool)
+        assert (found.documents, found.passages) == (0, 0)
+        assert found.documents_dropped > 5 < found.passages_cut
+        assert str(found).startswith("text lost: 0 (0 of ")
+        shutil.rmtree(corpus.folder / "settled")
+        settle = settling._Settling._settle_passages
+        monkeypatch.setattr(settling, "resolve_duplicates", lambda *a: resolve_duplicates(*a[:2]))
+        monkeypatch.setattr(
+            settling._Settling,
+            "_settle_passages",
+            lambda self, stage, may_keep, barred: settle(self, stage, barred | True, barred),
+        )
+        monkeypatch.setattr(settling, "_VERSION", 0)
+        found = count_lost(corpus, corpus.rules(), pool)
+    assert found.documents > 2
+    assert found.passages > 2
+
+
+def test_other_rules_settle_anew_without_a_pass(tmp_path):
+    rows = crawl(1)
+    corpus = make(tmp_path, rows)
+    before = {p: p.stat().st_mtime_ns for p in corpus.folder.rglob("*") if p.is_file()}
+    keep = KEEP | {"site": 'url == "bad"'}
+    taken = read(corpus, keep=keep)
+    kinds = {row["id"]: row["url"] for row in rows}
+    assert {kinds[name] for name in taken} == {"bad"}
+    bad = [row | {"url": "good" if row["url"] == "bad" else "bad"} for row in rows]
+    (tmp_path / "other").mkdir()
+    assert taken == read(make(tmp_path / "other", bad))
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    reading = read_documents(SourceConfig(documents=(str(corpus.folder),)))
+    next(reading)
+    stages = {"stages": [*STAGES, {"stage": "heuristics", "name": "more"}]}
+    run_recipe(RecipeConfig.model_validate(corpus.recipe.model_dump(mode="json") | stages))
+    assert list(reading)  # Adding a stage leaves a reader its labels.
+
+
+@pytest.mark.parametrize("last", [[NEAR, PASSAGES], [PASSAGES, NEAR]])
+def test_neither_order_nor_copies_that_all_fail_cost_rounds(tmp_path, monkeypatch, last):
+    """No copy is kept of a page that is a passage of another document; one is of other pages."""
+    chance, rounds = random.Random(0), []
+    settle = settling._Settling._settle_passages
+    counted = lambda self, *given: rounds.append(settle(self, *given))  # noqa: E731
+    monkeypatch.setattr(settling._Settling, "_settle_passages", counted)
+    passage, page = prose(chance, 80), prose(chance, 60)
+    texts = [f"{prose(chance, 200)} {passage} {prose(chance, 99)}", page, f"{page} edited"]
+    texts += [f"{passage} edit{i} {page[:70]}" for i in range(20)]
+    rows = [{"id": f"d{i}", "text": text, "url": ""} for i, text in enumerate(texts)]
+    assert [*read(make(tmp_path, rows, stages=STAGES[:2] + last))] == ["d0", "d2"]
+    assert len(rounds) < 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": {"a": "near.cluster_size < 9"}}, "leave exact.duplicate out of it"),
+        (
+            {
+                "stages": [*STAGES, NEAR | {"name": "more"}],
+                "keep": {"a": "not near.duplicate and not more.duplicate"},
+            },
+            "name one of them",
+        ),
+        ({"keep": {"a": "exact.of is None"}}, "write exact.duplicate"),
+        (
+            {"stages": [*STAGES, {"stage": "pii", "where": "not near.duplicate"}], "cut": []},
+            "leave near.duplicate out of it",
+        ),
+        (
+            {
+                "stages": [*STAGES, {"stage": "language", "where": "not exact.duplicate"}],
+                "keep": {"a": 'language.name == "en"'},
+            },
+            "they need language.name of whichever is kept",
+        ),
+        (
+            {
+                "stages": [*STAGES, {"stage": "substring", "name": "more", "min_tokens": 5}],
+                "cut": ["substring.cuts", "more.cuts"],
+            },
+            "name one of them",
+        ),
+    ],
+)
+def test_what_cannot_be_settled_is_refused_before_the_run(tmp_path, changes, message):
+    with pytest.raises(MaxlmError) as caught:
+        make(tmp_path, crawl(0), **changes)
+    assert message in str(caught.value)
+    assert not (tmp_path / "corpus").exists()
+
+
+@pytest.mark.parametrize("to", ["parquet", "jsonl"])
+def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd, monkeypatch):
+    rows = crawl(2)
+    rows[7]["text"] += " write to jean.dupont@example.org"
+    stages = [STAGES[0], {"stage": "language"}, {"stage": "pii"}, *STAGES[1:]]
+    corpus = str(make(tmp_path, rows, stages=stages).folder)
+    out, store, tokenizer = (str(tmp_path / name) for name in ("out", "store", "tokenizer"))
+    assert main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer]) == 0
+    capfd.readouterr()
+    assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
+    assert f"{corpus}: text lost: 0 (0 of " in capfd.readouterr().out
+    export = ["corpus", "export", corpus, "--to", to, "--out", out]
+    assert main(export) == 0
+    told = capfd.readouterr().out
+    [path] = Path(out).glob(f"*.{to}*")
+    if to == "jsonl":
+        made = [*map(json.loads, gzip.decompress(path.read_bytes()).splitlines())]
+    else:
+        made = pq.read_table(path).to_pylist()
+        assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    opened, codec = TokenStore.open(store), load_tokenizer(tokenizer)
+    texts = [
+        codec.decode_bytes(opened.text_tokens(i).tolist()) for i in range(opened.num_documents)
+    ]
+    assert [row["text"].encode() for row in made] == texts
+    assert any("<EMAIL>" in row["text"] for row in made)
+    urls = {row["id"]: row["url"] for row in rows}
+    assert all(row["url"] == urls[row["id"]] and row["language"] for row in made)
+    # Of all documents each is counted once, by what became of it.
+    counts = json.loads((Path(out) / "export.json").read_text())
+    sources = opened.manifest.sources
+    assert counts["documents"] == opened.num_documents == len(made)
+    assert counts["dropped"] == sum(source.num_dropped for source in sources) > 20
+    assert counts["empty"] == sum(source.num_left_out for source in sources)
+    assert sum(counts[n] for n in ("documents", "dropped", "empty")) == len(rows)
+    assert f"{counts['dropped']:,} dropped by rules" in told
+    assert main(export) == 2
+    assert "there is an export here; choose another folder" in capfd.readouterr().err
+    (tmp_path / ".out.exporting" / "old" / "of a killed export").mkdir(parents=True)
+    assert main([*export, "--force"]) == 0
+    monkeypatch.chdir(out)
+    assert main([*export[:-1], ".", "--force"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

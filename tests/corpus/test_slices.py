@@ -1,0 +1,63 @@
+"""Slices of a file hold each of its documents exactly once, with right line and row numbers."""
+
+import hashlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus import SourceConfig, list_files, read_documents
+from maxlm.corpus import slices as slices_module
+from maxlm.corpus.documents import Document, read_slice
+from maxlm.corpus.slices import scan_file
+
+
+def cut_and_whole(path, slice_bytes):
+    config = SourceConfig(documents=(str(path),))
+    [file] = list_files(config)
+    scan = scan_file(file, slice_bytes)
+    cut = [d for each in scan.slices for d in read_slice(config, each) if isinstance(d, Document)]
+    assert scan.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sum(each.size for each in scan.slices) <= path.stat().st_size
+    return scan.slices, cut, list(read_documents(config))
+
+
+LINES = st.lists(st.sampled_from(["", '{"text": ""}', '{"text": "é"}', '{"text": "longer text"}']))
+
+
+@settings(max_examples=60, deadline=None)
+@given(LINES, st.booleans(), st.integers(1, 90), st.integers(1, 40))
+def test_jsonl(tmp_path_factory, lines, newline_at_end, slice_bytes, block_bytes):
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    path.write_text("\n".join(lines) + "\n" * newline_at_end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices_module, "_BLOCK_BYTES", block_bytes)
+        slices, cut, whole = cut_and_whole(path, slice_bytes)
+    assert cut == whole
+    assert all(each.size >= slice_bytes for each in slices[:-1])
+    assert len(slices) == 1 or all(each.size for each in slices)
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 150, 10**9])
+def test_parquet(tmp_path, slice_bytes):
+    rows = [f"row {i}" for i in range(23)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=5)
+    slices, cut, whole = cut_and_whole(tmp_path / "a.parquet", slice_bytes)
+    assert cut == whole
+    assert [document.text.decode() for document in cut] == rows
+    assert (len(slices) == 5) == (slice_bytes == 1)
+    assert (len(slices) == 1) == (slice_bytes == 10**9)
+
+
+def test_errors_in_a_later_slice_name_the_line_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n' * 20 + "broken\n")
+    config = SourceConfig(documents=(str(path),))
+    [file] = list_files(config)
+    last = scan_file(file, 30).slices[-1]
+    assert last.start > 0
+    with pytest.raises(MaxlmError, match=rf"^{path}:21: not valid JSON"):
+        list(read_slice(config, last))

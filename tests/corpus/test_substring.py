@@ -1,0 +1,426 @@
+"""Of a passage that a corpus repeats one copy stays, and all the others are cut, whole."""
+
+import inspect
+import random
+import sys
+import tempfile
+import unicodedata
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.cuts import cut
+from maxlm.corpus.dedup import substrings
+from maxlm.corpus.expression import parse
+from maxlm.corpus.kernels import substring as loops
+from maxlm.corpus.stages import substring as stage_module
+from maxlm.corpus.stages.substring import SubstringStage
+from maxlm.runtime.pool import WorkerPool
+from maxlm.runtime.progress import silent
+from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
+
+SMALL = 1 << 10  # Blocks of 64 bytes, and ranges of 16 windows.
+
+
+@cache
+def kind_of(character: str) -> str:
+    """What a character is to the rule of words, by unicodedata."""
+    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    if character.isspace():
+        return "space"
+    if category in ("Mn", "Mc", "Me", "Cf"):
+        return "mark"
+    alone = name.startswith(("CJK UNIFIED", "HIRAGANA LETTER", "THAI CHARACTER"))
+    return "alone" if alone and category == "Lo" else "visible"
+
+
+def words_of(text: str) -> list[tuple[int, int]]:
+    """(start, end) of each word, by the wording of the rule."""
+    words, last = [], "space"
+    for i, kind in enumerate(map(kind_of, text)):
+        if kind == "space":
+            last = kind
+        elif last != "space" and (kind == "mark" or kind == last == "visible"):
+            words[-1] = (words[-1][0], i + 1)
+        else:
+            words.append((i, i + 1))
+            last = "visible" if kind == "mark" else kind
+    return words
+
+
+def naive_cuts(texts, size, order=None):
+    """The rule by brute force: every window beside every earlier one."""
+    words = [words_of(text) for text in texts]
+    windows = [
+        (document, i)
+        for document in (range(len(texts)) if order is None else order)
+        for i in range(len(words[document]) - size + 1)
+    ]
+
+    def span(document, i):
+        return words[document][i][0], words[document][i + size - 1][1]
+
+    gone = [[False] * len(each) for each in words]
+    for at, (document, i) in enumerate(windows):
+        start, end = span(document, i)
+        for other, j in windows[:at]:
+            a, b = span(other, j)
+            if texts[document][start:end] == texts[other][a:b] and (
+                other != document or b <= start
+            ):
+                gone[document][i : i + size] = [True] * size
+    return [spans_of(places, flags) for places, flags in zip(words, gone, strict=True)]
+
+
+def spans_of(places, flags):
+    """The runs of words whose flag is true."""
+    spans = []
+    for i, (start, end) in enumerate(places):
+        if flags[i] and i and flags[i - 1]:
+            spans[-1] = (spans[-1][0], end)
+        elif flags[i]:
+            spans.append((start, end))
+    return spans
+
+
+def run(folder: Path, texts, stage=None, shards=3, workers=1, rows_per_group=7, **columns):
+    """The spans and shares that the stage gives to each document."""
+    stage = stage or SubstringStage()
+    made = make_corpus(folder / "corpus", texts, shards, rows_per_group)
+    for name, values in columns.items():
+        add_labels(made, name, score=pa.array(values, pa.float64()))
+    run_stage(stage, made, folder / "scratch", workers)
+    return read(made, stage)
+
+
+def read(made, stage):
+    table = labels(made, stage)
+    cuts = [s and [(e["start"], e["end"]) for e in s] for s in table.column("cuts").to_pylist()]
+    return cuts, table.column("cut_share").to_pylist()
+
+
+def vocabulary(name: str, count: int) -> str:
+    """A passage of `count` words that are in no other."""
+    return " ".join(f"{name}{i}" for i in range(count))
+
+
+def hanzi(seed: int, count: int) -> str:
+    return "".join(chr(0x4E00 + i) for i in random.Random(seed).sample(range(20000), count))
+
+
+A, B, C = (vocabulary(name, count) for name, count in (("a", 50), ("b", 64), ("c", 131)))
+NEW = iter(range(10**9))
+
+
+def new(count: int) -> str:
+    """Words that come once."""
+    return " ".join(f"w{next(NEW)}" for _ in range(count))
+
+
+EMOJI = " ".join(
+    f"{a}\u200d{b}\ufe0f" for a, b in zip("👩👨🧑👧👦" * 11, "🚀🌈🔬🎓🍕🎨🚒" * 8, strict=False)
+)
+ARABIC = " ".join(
+    "".join(random.Random(i).sample("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", 5)) for i in range(60)
+)
+MARKS = " ".join(f"e\u0301x{i}o\u0308\u0323" for i in range(55))
+KANA = "".join(c + "\u3099" for c in random.Random(1).choices("かきくけこさしすせそ", k=70))
+THAI = "".join(c + "\u0e48" for c in random.Random(2).choices("กขคงจชซญดต", k=70))
+
+
+@pytest.mark.parametrize("memory", [SMALL, 1 << 29])
+@pytest.mark.parametrize(
+    ("passage", "docs"),
+    [
+        (A, [f"{new(9)} {A} {new(9)} {A} {new(9)}"]),  # within a document
+        (B, [new(60), f"{B} {new(3)}", new(70), f"{new(3)} {B}"]),  # at its start and its end
+        (A, [A, A, A]),  # whole documents, three copies
+        (C, [f"{new(5)}\n\n{C}\n\n{new(5)}" for _ in range(9)]),  # in every shard
+        (A, [f"{A} {A} {A}", new(80)]),  # touching itself
+        (B, [f"{A} {B}", new(60), f"{B} {A}", f"{A} {B}"]),  # touching another, in two orders
+        (A, [f"{A} {B} {A} {B}"]),
+        (B, [f"{new(4)} {B} {new(4)}", f"{A} {B} {C}", new(5), f"{A} {B} {C}"]),  # nested
+        (EMOJI, [f"{new(9)} {EMOJI} {new(9)}", f"{EMOJI} 👍"]),
+        (ARABIC, [f"{ARABIC}\n{new(9)}", f"قال {ARABIC}"]),
+        (MARKS, [MARKS, f"{new(9)} {MARKS} e\u0301"]),
+        (hanzi(0, 77), [f"{hanzi(1, 90)}{hanzi(0, 77)}", f"{hanzi(0, 77)}{hanzi(2, 90)}。"]),
+        (KANA, [f"あ{KANA}い", f"{hanzi(3, 60)}{KANA}"]),
+        (THAI, [f"ไ{THAI}", f"{THAI}ไ {new(60)}"]),
+        (f"\0 \0\0 {A}", [f"{new(3)} \0 \0\0 {A}", f"\0 \0\0 {A} \0"]),
+        (C, [C, "", C, None, " \n ", f"x\u2028{C}"]),
+    ],
+)
+def test_of_every_planted_passage_one_copy_remains(tmp_path, passage, docs, memory):
+    cuts, shares = run(tmp_path, docs, SubstringStage(memory=memory))
+    kept = [cut(text, spans) for text, spans in zip(docs, cuts, strict=True) if text is not None]
+    assert sum(text.count(passage) for text in kept) == 1
+    assert passage in kept[[passage in (text or "") for text in docs].index(True)]
+    assert sum(text.count(passage[: len(passage) // 2]) for text in kept) == 1
+    for text, spans, share in zip(docs, cuts, shares, strict=True):
+        if text is None:
+            assert spans is None
+            assert share is None
+            continue
+        lost = sum(end - start for start, end in spans)
+        assert share == pytest.approx(lost / max(1, len(text)))
+        words = dict(words_of(text))
+        ends = {end: start for start, end in words.items()}
+        assert all(start in words and end in ends for start, end in spans)
+        # What is there but once stays.
+        assert [w for w in text.split() if w[0] == "w"] == [
+            w for w in cut(text, spans).split() if w[0] == "w"
+        ]
+
+
+def test_nothing_shorter_is_cut(tmp_path):
+    docs = [f"{new(5)} {vocabulary('a', 49)} {new(5)}" for _ in range(4)]
+    docs += [hanzi(0, 49) + new(1), hanzi(0, 49)]
+    cuts, _ = run(tmp_path, docs)
+    assert cuts == [[]] * 6
+    cuts, _ = run(tmp_path / "again", docs, SubstringStage(min_tokens=49))
+    assert cuts[0] == cuts[4] == []
+    assert all(len(cuts[i]) == 1 for i in (1, 2, 3, 5))
+
+
+def test_white_space_is_part_of_a_passage(tmp_path):
+    lines = A.replace("a7 a8", "a7\na8")
+    cuts, _ = run(tmp_path, [A, lines, f"{lines}\n\nend"])
+    assert cuts == [[], [], [(0, len(A))]]
+
+
+def test_periodic_text_keeps_its_first_period_and_window(tmp_path):
+    docs = ["ha " * 300, "ab cd ef " * 100, "ha " * 60, "ho " * 99]
+    cuts, shares = run(tmp_path, docs)
+    assert cut(docs[0], cuts[0]).split() == ["ha"] * 50
+    assert cut(docs[1], cuts[1]).split() == ["ab", "cd", "ef"] * 17
+    assert cuts[2] == [(0, 179)]
+    assert shares[2] == pytest.approx(179 / 180)
+    assert cuts[3] == []  # No two copies of 50 words are apart.
+
+
+def test_a_log_that_grows_is_kept_once(tmp_path):
+    lines = [f"line {i} says {i * i}" for i in range(60)]
+    docs = ["\n".join(lines[i : i + 20]) for i in range(0, 40, 2)]
+    cuts, _ = run(tmp_path, docs)
+    kept = "\n".join(cut(text, spans) for text, spans in zip(docs, cuts, strict=True))
+    assert kept.split("\n") == lines[:58]
+
+
+def jumble(seed: int) -> list[str]:
+    """Up to 7 texts of few words, many of which come again in the same order."""
+    random_ = random.Random(seed)
+    words = ["a", "b", "ab", "é", "e\u0301", "字", "か\u3099", "🚀", "،"]
+    random_.shuffle(words)
+    texts = []
+    for _ in range(random_.randint(1, 7)):
+        count = random_.randint(0, 30)
+        chosen = random_.choices(words, [60, 25, 10, 5, 4, 3, 2, 1, 1], k=count)
+        spaces = random_.choices([" ", "\n", "", "  "], [90, 5, 5, 2], k=count)
+        texts.append("".join(word + space for word, space in zip(chosen, spaces, strict=True)))
+    return texts
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(2, 5),
+    memory=st.sampled_from([SMALL, 1 << 12, 1 << 29]),
+    shards=st.integers(1, 3),
+    scores=st.none() | st.lists(st.sampled_from([1.0, 2.0, None]), min_size=7, max_size=7),
+)
+def test_cuts_are_those_of_brute_force(seed, size, memory, shards, scores):
+    texts = jumble(seed)
+    keep_by = None if scores is None else "made.score"
+    stage = SubstringStage(min_tokens=size, memory=memory, keep_by=keep_by)
+    order = None
+    if scores is not None:
+        goodness = [-1.0 if score is None else score for score in scores]
+        order = sorted(range(len(texts)), key=lambda i: -goodness[i])
+    with tempfile.TemporaryDirectory() as folder:
+        columns = {} if scores is None else {"made": scores[: len(texts)]}
+        cuts, _ = run(Path(folder), texts, stage, shards, rows_per_group=2, **columns)
+    assert cuts == naive_cuts(texts, size, order)
+
+
+def docstrings(limit: int) -> list[str]:
+    """Texts with natural repeats: those of the loaded modules' functions and classes."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] in (
+            "numpy",
+            "asyncio",
+            "argparse",
+            "decimal",
+            "email",
+            "pathlib",
+        ):
+            for key, value in sorted(vars(module).items()):
+                if inspect.isroutine(value) or inspect.isclass(value):
+                    text = getattr(value, "__doc__", None)
+                    if isinstance(text, str):
+                        found[f"{name}.{key}"] = text
+    return list(found.values())[:limit]
+
+
+def suffix_array_cuts(texts, size):
+    """The same cuts out of a suffix array of all texts and its common prefixes."""
+    pydivsufsort = pytest.importorskip("pydivsufsort")
+    data = b"\0".join(text.encode() for text in texts)
+    suffixes = pydivsufsort.divsufsort(np.frombuffer(bytearray(data), np.uint8))
+    prefixes = pydivsufsort.kasai(np.frombuffer(bytearray(data), np.uint8), suffixes)
+    lengths, owner, words = {}, {}, [words_of(text) for text in texts]
+    offset = 0
+    for document, text in enumerate(texts):
+        at = np.cumsum([0, *(len(c.encode()) for c in text)]) + offset
+        for i in range(len(words[document]) - size + 1):
+            start, end = at[words[document][i][0]], at[words[document][i + size - 1][1]]
+            lengths[start], owner[start] = end - start, (document, i)
+        offset = at[-1] + 1
+    first, group, common = {}, 0, 0
+    for k, suffix in enumerate(suffixes.tolist()):
+        # A window equals the last one above if they share as many bytes as it has.
+        if suffix in lengths:
+            if common < lengths[suffix]:
+                group += 1
+            first.setdefault(group, []).append(suffix)
+            common = len(data)
+        common = min(common, int(prefixes[k]))
+    gone = [[False] * len(each) for each in words]
+    for places in first.values():
+        for place in places:
+            if place >= min(places) + lengths[min(places)]:
+                document, i = owner[place]
+                gone[document][i : i + size] = [True] * size
+    return [spans_of(places, flags) for places, flags in zip(words, gone, strict=True)]
+
+
+@pytest.mark.parametrize("size", [8, 50])
+def test_cuts_are_those_of_a_suffix_array(tmp_path, size):
+    texts = docstrings(400)
+    expected = suffix_array_cuts(texts, size)
+    assert sum(map(len, expected)) > 20
+    cuts, _ = run(tmp_path, texts, SubstringStage(min_tokens=size, memory=1 << 16), shards=5)
+    assert cuts == expected
+
+
+def test_labels_do_not_depend_on_workers_shards_or_memory(tmp_path):
+    texts = docstrings(300)
+    expected, _ = run(tmp_path / "0", texts)
+    assert any(expected)
+    for i, (workers, shards, memory) in enumerate([(2, 4, 1 << 18), (1, 40, SMALL << 4)]):
+        stage = SubstringStage(memory=memory)
+        assert run(tmp_path / f"{i + 1}", texts, stage, shards, workers)[0] == expected
+        assert stage.key() == SubstringStage().key()
+
+
+def test_documents_that_where_leaves_out_are_no_sources(tmp_path):
+    stage = SubstringStage()
+    made = make_corpus(tmp_path, [A, f"{A} x", f"y {A}", A])
+    add_labels(made, "near", duplicate=pa.array([True, False, False, True]))
+    where = parse("not near.duplicate", {"near.duplicate": pa.bool_()}, "where")
+    run_stage(stage, [replace(shard, where=where) for shard in made], tmp_path / "scratch")
+    cuts, shares = read(made, stage)
+    assert cuts == [None, [], [(2, 2 + len(A))], None]
+    assert shares[0] is None
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_copy_of_the_best_document_is_kept(tmp_path, shards):
+    docs = [f"{A} x", f"y {A}", f"{A} z", A]
+    scores = [None, 0.5, 0.9, 0.9]
+    best = SubstringStage(keep_by="made.score")
+    cuts, _ = run(tmp_path / "a", docs, best, shards, made=scores)
+    assert [bool(spans) for spans in cuts] == [True, True, False, True]
+    worst = SubstringStage(keep_by="-made.score")
+    cuts, _ = run(tmp_path / "b", docs, worst, shards, made=scores)
+    assert [bool(spans) for spans in cuts] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("hashes", [1, 2, 7])
+def test_windows_that_share_a_hash_are_not_cut_for_it(tmp_path, monkeypatch, hashes):
+    true = loops.hash_windows
+
+    def colliding(*arguments):
+        values, begins = true(*arguments)
+        return values % np.uint64(hashes), begins
+
+    monkeypatch.setattr(loops, "hash_windows", colliding)
+    found = 0
+    for seed in range(8):
+        texts = [" ".join(random.Random(seed + i).choices("ab", k=40)) for i in range(4)]
+        cuts, _ = run(tmp_path / str(seed), texts, SubstringStage(min_tokens=4), shards=2)
+        for spans, right in zip(cuts, naive_cuts(texts, 4), strict=True):
+            assert all(any(a <= start and end <= b for a, b in right) for start, end in spans)
+            found += len(spans)
+    assert found
+
+
+class Dying:
+    """An engine whose `after`th job is never done."""
+
+    def __init__(self, after):
+        self.left, self.functions = after, []
+
+    def map(self, function, jobs):
+        for job in jobs:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            self.functions.append(function.__name__)
+            yield function(job)
+
+
+@pytest.mark.parametrize("after", [0, 2, 4, 6, 9])
+def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
+    texts = docstrings(150)
+    expected, _ = run(tmp_path / "whole", texts, shards=4)
+    stage = SubstringStage(memory=1 << 16)
+    made = make_corpus(tmp_path / "corpus", texts, shards=4)
+    views = [replace(shard, out=stage.title) for shard in made]
+    with pytest.raises(KeyboardInterrupt):
+        stage.label(views, tmp_path / "scratch", Dying(after), silent)
+    left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}
+    assert len(left) == min(after, 4)
+    with WorkerPool(1) as pool:
+        stage.label(views, tmp_path / "scratch", pool, silent)
+    assert read(made, stage)[0] == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in left.items())
+    assert not list((tmp_path / "scratch").rglob(".*"))
+
+
+def test_empty_corpora_and_very_long_lines(tmp_path):
+    (shard,) = make_corpus(tmp_path / "0", [], shards=1)
+    run_stage(SubstringStage(), [shard], tmp_path / "scratch")
+    assert pq.read_table(shard.path("substring")).schema == SubstringStage().schema()
+    assert run(tmp_path / "1", ["", None, " "]) == ([[], None, []], [0, None, 0])
+    line = " ".join(str(i) for i in range(160_000))
+    assert len(line) > 1_000_000
+    glued = "x" * 1_000_000
+    cuts, shares = run(tmp_path / "2", [line, glued, glued, f"{line} end"], rows_per_group=1)
+    assert cuts == [[], [], [], [(0, len(line))]]
+    assert shares[3] == pytest.approx(len(line) / (len(line) + 4))
+
+
+def test_places_in_a_block_fit_their_type_whatever_the_memory(tmp_path, monkeypatch):
+    largest = []
+    monkeypatch.setattr(stage_module, "index_shard", lambda *args: largest.append(args[3]))
+    (shard,) = make_corpus(tmp_path, ["a"], shards=1)
+    for memory in (1 << 30, 1 << 40):
+        stage = SubstringStage(memory=memory)
+        stage_module._index(stage_module._IndexJob(stage, tmp_path, shard))
+    assert largest == [1 << 26, 1 << 31]
+
+
+def test_a_document_that_spans_cannot_measure_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(substrings, "_LONGEST", 1000)
+    with pytest.raises(MaxlmError, match="document of 1001 bytes") as error:
+        run(tmp_path, ["a", "b" * 1001, "c"], shards=1)
+    assert "row 1" in str(error.value)

@@ -1,0 +1,179 @@
+"""The pool of worker processes."""
+
+import math
+import operator
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.runtime.pool import WorkerPool, default_workers
+
+
+def test_results_errors_and_several_maps():
+    with WorkerPool(2) as pool:
+        assert sorted(pool.map(math.factorial, [3, 4, 5, 6, 7])) == [6, 24, 120, 720, 5040]
+        assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
+        with pytest.raises(ValueError, match=r"math domain error|nonnegative") as caught:
+            list(pool.map(math.sqrt, [1.0, -1.0]))
+        assert "in a worker process" in caught.value.__notes__[0]
+        # Answers of the failed map that were still on their way are not taken for these.
+        assert sorted(pool.map(abs, [-8, -9, -10])) == [8, 9, 10]
+
+
+def test_workers_have_single_threaded_tokenizers_and_other_pids():
+    before = dict(os.environ)
+    with WorkerPool(2) as pool:
+        env = list(pool.map(os.getenv, ["TOKENIZERS_PARALLELISM"] * 2))
+        pids = list(pool.map(operator.call, [os.getpid, os.getpid]))
+    assert env == ["false", "false"]
+    assert os.getpid() not in pids
+    assert os.environ == before
+
+
+def test_one_worker_works_here():
+    with WorkerPool(1) as pool:
+        assert list(pool.map(operator.call, [os.getpid, os.getpid])) == [os.getpid()] * 2
+
+
+class Counts:
+    """Says how many jobs this copy of it has done, and where."""
+
+    def __init__(self):
+        self.done = 0
+
+    def __call__(self, _):
+        self.done += 1
+        return os.getpid(), self.done
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_function_keeps_what_it_has_for_all_jobs_of_a_worker_in_one_map(workers):
+    with WorkerPool(workers) as pool:
+        for _ in range(2):
+            results = list(pool.map(Counts(), range(9)))
+            for pid in {pid for pid, _ in results}:
+                here = [done for each, done in results if each == pid]
+                assert here == list(range(1, len(here) + 1))
+
+
+def test_one_job_is_for_a_worker_that_is_there():
+    with WorkerPool(2) as pool:
+        assert list(pool.map(operator.call, [os.getpid])) == [os.getpid()]
+        there = set(pool.map(operator.call, [os.getpid] * 8))
+        assert set(pool.map(operator.call, [os.getpid])) <= there
+        assert list(pool.map(abs, [])) == []
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error():
+    with WorkerPool(2) as pool:
+        with pytest.raises(MaxlmError, match="a worker's answer cannot be sent"):
+            list(pool.map(open, [os.devnull] * 2))
+        assert sorted(pool.map(abs, [-1, -2])) == [1, 2]
+
+
+def test_a_dead_worker_is_an_error():
+    with pytest.raises(MaxlmError) as caught, WorkerPool(2) as pool:
+        list(pool.map(os._exit, [1, 1]))
+    assert str(caught.value) == (
+        "a worker process died, most likely for want of memory; run it again with fewer workers; "
+        "a script of your own must start under if __name__ == '__main__'"
+    )
+
+
+def test_notices_are_left_to_the_parent():
+    script = (
+        "import os, signal, sys\n"
+        "from maxlm.runtime.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+        "        signal.signal(number, lambda *_: print('told', flush=True))\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*pool.map(abs, [1, 2]), flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "        print(*pool.map(abs, [3, 4]), flush=True)\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*pool.map(abs, [5, 6]), flush=True)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert sorted(parent.stdout.readline().split()) == ["1", "2"]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.killpg(parent.pid, number)
+        assert parent.stdout.readline() == "told\n"
+    out, err = parent.communicate("go on\n", timeout=100)
+    assert (sorted(out.split()), err, parent.returncode) == (["3", "4", "5", "6"], "", 0)
+
+
+def run(script):
+    """What a program, in a process group of its own, writes to stdout and stderr, and its code."""
+    command, how = [sys.executable, "-c", script], {"capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=100, start_new_session=True, **how)
+    return done.stdout, done.stderr, done.returncode
+
+
+def test_notices_are_left_to_the_parent_while_workers_start():
+    script = (
+        "import os, signal, threading, time\n"
+        "from maxlm.runtime.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)\n"
+        "    for number in numbers:\n"
+        "        signal.signal(number, lambda *_: None)\n"
+        "    def tell():\n"
+        "        for _ in range(40):\n"
+        "            time.sleep(0.05)\n"
+        "            for number in numbers:\n"
+        "                os.killpg(0, number)\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        print(*sorted(pool.map(abs, [1, 2])), flush=True)\n"
+    )
+    assert run(script) == ("1 2\n", "", 0)
+
+
+def test_a_pool_that_nobody_ends_does_not_hold_up_the_end():
+    script = (
+        "from maxlm.runtime.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    pool = WorkerPool(2)\n"
+        "    print(*sorted(pool.map(abs, [1, 2])))\n"
+    )
+    assert run(script) == ("1 2\n", "", 0)
+
+
+def test_workers_end_when_their_parent_is_killed():
+    script = (
+        "import time\n"
+        "from maxlm.runtime.pool import WorkerPool\n"
+        "if __name__ == '__main__':\n"
+        "    with WorkerPool(2) as pool:\n"
+        "        list(pool.map(abs, [1, 2]))\n"
+        "        print('ready', flush=True)\n"
+        "        list(pool.map(time.sleep, [100, 100]))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    workers = psutil.Process(parent.pid).children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="no affinity here")
+def test_default_workers_is_the_number_of_usable_cores():
+    assert default_workers() == len(psutil.Process().cpu_affinity())

@@ -1,0 +1,69 @@
+"""Signals end what is going on, or wait for the loop to act on them."""
+
+import signal
+
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.config.errors import PREEMPTED, Preempted
+from maxlm.runtime.signals import PREEMPTION_SIGNALS, StopRequest, handle_signals
+
+
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
+def test_a_schedulers_signal_ends_what_is_going_on_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    with pytest.raises(Preempted) as error, handle_signals("runs/x"):
+        signal.raise_signal(number)
+    assert str(error.value) == (
+        f"runs/x: told to stop ({signal.Signals(number).name}) while no step was under way; "
+        "run the same command to go on"
+    )
+    assert isinstance(error.value, MaxlmError)
+    assert error.value.exit_code == PREEMPTED == 75
+    assert signal.getsignal(number) is before
+
+
+def test_what_turns_errors_into_others_lets_a_notice_through():
+    def read():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise ValueError("an unreadable checkpoint") from error
+
+    with pytest.raises(Preempted), handle_signals("runs/x"):
+        read()
+
+
+def test_in_the_loop_they_are_only_written_down():
+    with handle_signals("runs/x") as signals:
+        with signals.deferred():
+            assert signals.request == StopRequest.NONE
+            for number in (*PREEMPTION_SIGNALS, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert signals.request == StopRequest.PREEMPT
+            signal.raise_signal(signal.SIGINT)
+            assert signals.request == StopRequest.PREEMPT | StopRequest.INTERRUPT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert not signals.interrupted_work
+
+
+@pytest.mark.parametrize("number", PREEMPTION_SIGNALS)
+def test_one_that_the_loop_did_not_act_on_is_heeded_after_it(number):
+    def told(number):
+        with handle_signals("runs/x") as signals:
+            with signals.deferred():
+                signal.raise_signal(number)
+            signals.raise_if_signaled()
+
+    with pytest.raises(Preempted, match=rf"told to stop \({signal.Signals(number).name}\)"):
+        told(number)
+    with pytest.raises(KeyboardInterrupt):
+        told(signal.SIGINT)
+    with handle_signals("runs/x") as signals:
+        signals.raise_if_signaled()
+
+
+def test_ctrl_c_outside_the_loop_is_python_s_own():
+    with pytest.raises(KeyboardInterrupt), handle_signals("runs/x"):
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,406 @@
+"""What is taken out of documents can be put back, token by token; how much, and in how many spans,
+is what the papers say; and a row is packed again whole, under the same numbers."""
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxlm.config import MaxlmError
+from maxlm.tasks.corrupt import (
+    Denoiser,
+    Marks,
+    corrupt_row,
+    counts,
+    denoise,
+    draw,
+    lengths,
+    mask_tokens,
+    replace_spans,
+    room,
+    span_noise,
+    suffix_noise,
+    ul2,
+)
+
+WORDS = 500
+MARKS = Marks(first_sentinel=999, sentinels=400, eos=501, start=502)
+MODES = {"regular": 510, "sequential": 511, "extreme": 512}
+
+sizes = st.integers(1, 300)
+seeds = st.integers(0, 2**32)
+span_denoisers = st.builds(
+    Denoiser,
+    density=st.floats(0.01, 0.99),
+    mean_span=st.floats(1, 70),
+    mode=st.sampled_from([None, 510]),
+)
+denoisers = st.one_of(span_denoisers, st.sampled_from(ul2()), st.sampled_from(ul2(**MODES)))
+
+
+def text(n, seed=0):
+    return np.random.default_rng(seed).integers(0, WORDS, n).astype(np.int32)
+
+
+def is_sentinel(ids):
+    return (ids > MARKS.first_sentinel - MARKS.sentinels) & (ids <= MARKS.first_sentinel)
+
+
+def recover(inputs, targets):
+    """The tokens, with each sentinel of the inputs replaced by what follows it in the targets."""
+    assert inputs[-1] == targets[-1] == MARKS.eos
+    inputs, targets = inputs[:-1], targets[:-1]
+    if inputs.size and inputs[0] in MODES.values():
+        inputs = inputs[1:]
+    assert not targets.size or is_sentinel(targets[0])
+    spans = {}
+    for token in targets.tolist():
+        if is_sentinel(np.array(token)):
+            assert token not in spans
+            spans[token] = own = []
+        else:
+            own.append(token)
+    found = []
+    for token in inputs.tolist():
+        found += spans.pop(token) if is_sentinel(np.array(token)) else [token]
+    assert not spans
+    return np.array(found, np.int32)
+
+
+@given(sizes, denoisers, seeds)
+def test_every_token_can_be_put_back(n, denoiser, seed):
+    tokens, rng = text(n, seed), np.random.default_rng(seed)
+    inputs, targets = denoise(tokens, denoiser, MARKS, rng)
+    assert inputs.dtype == targets.dtype == np.int32
+    np.testing.assert_array_equal(recover(inputs, targets), tokens)
+    assert (inputs[0] == denoiser.mode) == (denoiser.mode is not None)
+
+    own = inputs[is_sentinel(inputs)]
+    np.testing.assert_array_equal(own, MARKS.first_sentinel - np.arange(own.size))
+    np.testing.assert_array_equal(targets[is_sentinel(targets)], own)
+    assert own.size or n == 1
+    # No span is empty, none touches the next, and none comes first.
+    assert not (is_sentinel(inputs[:-1]) & is_sentinel(inputs[1:])).any()
+    assert not (is_sentinel(targets[:-1]) & ~(targets[1:] < WORDS)).any()
+    assert not is_sentinel(inputs[int(denoiser.mode is not None)])
+
+    again = denoise(tokens, denoiser, MARKS, np.random.default_rng(seed))
+    np.testing.assert_array_equal(again[0], inputs)
+    np.testing.assert_array_equal(again[1], targets)
+
+
+@given(sizes, st.floats(0.01, 0.99), st.floats(1, 70), seeds)
+def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
+    noise = span_noise(n, density, mean, np.random.default_rng(seed))
+    opens = np.sum(noise[1:] & ~noise[:-1])
+    inputs, targets = replace_spans(text(n), noise, MARKS)
+    assert lengths(n, density, mean) == (inputs.size, targets.size)
+    assert counts(n, density, mean) == (noise.sum(), opens)
+    if n == 1:
+        assert not noise.any()
+        return
+    assert not noise[0]
+    assert noise[-1]
+    assert noise.sum() == np.clip(np.round(n * density), 1, n - 1)
+    wanted = max(1, np.round(noise.sum() / mean))
+    assert opens == min(wanted, noise.sum(), n - noise.sum())
+
+
+@given(st.integers(1, 2000), st.floats(0.01, 0.99), st.floats(1, 70))
+def test_more_tokens_never_take_less_room(n, density, mean):
+    fewer, more = lengths(n, density, mean), lengths(n + 1, density, mean)
+    assert fewer[0] <= more[0]
+    assert fewer[1] <= more[1]
+
+
+def test_published_lengths_of_t5():
+    """568 tokens become its 512 inputs and 114 targets."""
+    assert lengths(568, 0.15, 3.0) == (512, 114)
+
+
+def test_every_division_into_spans_is_as_likely():
+    """Of 7 tokens, 3 in 2 spans: 3 ways to divide what stays, 2 for what goes."""
+    rng, times = np.random.default_rng(0), 6000
+    found = Counter(tuple(span_noise(7, 3 / 7, 1.5, rng).tolist()) for _ in range(times))
+    every = {
+        tuple(np.repeat([False, True] * 2, [kept, taken, 4 - kept, 3 - taken]).tolist())
+        for kept, taken in product((1, 2, 3), (1, 2))
+    }
+    assert set(found) == every
+    expected = times / len(every)
+    assert sum((n - expected) ** 2 / expected for n in found.values()) < 20.5  # χ²₅, p = 0.001
+
+
+@pytest.mark.parametrize(("n", "density", "most"), [(40, 0.25, 19), (9, 0.5, 8), (2, 0.25, 1)])
+def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
+    rng, times = np.random.default_rng(0), 4000
+    noise = np.array([suffix_noise(n, density, rng) for _ in range(times)])
+    taken = noise.sum(axis=1)
+    assert (noise == (np.arange(n) >= n - taken[:, None])).all()
+    found = np.bincount(taken, minlength=n)[1:]
+    assert found[:most].min() > 0.7 * times / most
+    assert not found[most:].any()
+    if most > 1:
+        assert abs(taken.mean() - density * n) < 0.04 * n
+
+
+def test_a_dozen_words_by_hand():
+    """The module's own example."""
+    tokens = np.array([1, 2, 3, 4, 5, 6, 7], np.int32)
+    noise = np.isin(tokens, (3, 4, 7))
+    inputs, targets = replace_spans(tokens, noise, MARKS)
+    assert inputs.tolist() == [1, 2, 999, 5, 6, 998, 501]
+    assert targets.tolist() == [999, 3, 4, 998, 7, 501]
+
+
+def test_ul2_has_the_settings_of_its_table_equally_often():
+    spans = [(d.mode, d.mean_span, d.density) for d in ul2(**MODES) if d.kind == "spans"]
+    assert sorted(spans) == [
+        (510, 3, 0.15), (510, 8, 0.15),
+        (512, 3, 0.5), (512, 8, 0.5), (512, 64, 0.15), (512, 64, 0.5),
+    ]  # fmt: skip
+    (prefix,) = (d for d in ul2(**MODES) if d.kind == "prefix")
+    assert (prefix.mode, prefix.density) == (511, 0.25)
+    assert {d.mode for d in ul2()} == {None}
+    rng = np.random.default_rng(0)
+    found = Counter(id(draw(mixture, rng)) for mixture in [ul2()] for _ in range(7000))
+    assert len(found) == 7
+    assert all(abs(n - 1000) < 110 for n in found.values())
+
+
+def test_rates_need_not_add_up_to_one():
+    often, seldom = Denoiser(rate=6), Denoiser(rate=2, density=0.5)
+    rng = np.random.default_rng(0)
+    found = sum(draw((often, seldom), rng) is often for _ in range(4000))
+    assert abs(found - 3000) < 110
+
+
+def test_too_few_sentinels_are_an_error_that_says_so():
+    with pytest.raises(MaxlmError, match="15 spans of 300 tokens and 14 sentinels"):
+        denoise(text(300), Denoiser(), MARKS._replace(sentinels=14), np.random.default_rng(0))
+    denoise(text(300), Denoiser(), MARKS._replace(sentinels=15), np.random.default_rng(0))
+
+
+def test_a_prefix_longer_on_average_than_half_is_refused():
+    with pytest.raises(MaxlmError, match=r"density=0\.6.*at most 0\.5"):
+        Denoiser(kind="prefix", density=0.6)
+
+
+@st.composite
+def rows(draw):
+    """(tokens, segment_ids) as the loader's, with padding at the end."""
+    pieces = draw(st.lists(st.integers(1, 60), min_size=0, max_size=6))
+    padding = draw(st.integers(0 if pieces else 1, 9))
+    segments = np.repeat(np.arange(len(pieces) + 1), [padding, *pieces])
+    segments = np.concatenate([segments[padding:], segments[:padding]]).astype(np.int32)
+    return np.where(segments > 0, text(segments.size), 0).astype(np.int32), segments
+
+
+def side_of(side, number):
+    """One segment's part of a side, each array's."""
+    own = side["segment_ids"] == number
+    assert (np.diff(np.flatnonzero(own)) == 1).all()
+    return {name: array[own] for name, array in side.items()}
+
+
+@given(rows(), st.sampled_from([(Denoiser(),), ul2(), ul2(**MODES)]), seeds, st.integers(1, 500))
+def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_len):
+    tokens, segments = row
+    found = corrupt_row(
+        *(tokens, segments, mixture, MARKS, np.random.default_rng(seed)),
+        encoder_len=200,
+        decoder_len=decoder_len,
+    )
+    encoder, decoder, left_out = found
+    assert {a.shape for a in encoder.values()} == {(200,)}
+    assert {a.shape for a in decoder.values()} == {(decoder_len,)}
+    floats = {name for name, a in (encoder | decoder).items() if a.dtype != np.int32}
+    assert floats == {"weights"}
+    assert decoder["weights"].dtype == np.float32
+    np.testing.assert_array_equal(decoder["weights"], decoder["segment_ids"] > 0)
+    for side in (encoder, decoder):
+        padding = side["segment_ids"] == 0
+        assert not any(array[padding].any() for array in side.values())
+        assert (np.diff(np.flatnonzero(~padding)) == 1).all()
+
+    kept = np.setdiff1d(encoder["segment_ids"], 0)
+    np.testing.assert_array_equal(kept, np.setdiff1d(decoder["segment_ids"], 0))
+    lost = np.sum((segments > 0) & ~np.isin(segments, kept))
+    for number in kept:
+        inputs, own = side_of(encoder, number), side_of(decoder, number)
+        whole = tokens[segments == number]
+        again = recover(inputs["tokens"], own["targets"])
+        np.testing.assert_array_equal(again, whole[: again.size])
+        assert again.size == whole.size or again.size >= 2
+        lost += whole.size - again.size
+        shifted = [MARKS.start, *own["targets"][:-1]]
+        np.testing.assert_array_equal(own["tokens"], shifted)
+        for side in (inputs, own):
+            np.testing.assert_array_equal(side["positions"], np.arange(side["positions"].size))
+    assert left_out == lost
+
+
+@given(rows(), seeds)
+def test_a_row_with_room_leaves_nothing_out(row, seed):
+    """Three more places a segment than tokens: its mode, its end, and a sentinel for one token."""
+    most = row[1].size + 4 * 6
+    rng = np.random.default_rng(seed)
+    found = corrupt_row(*row, ul2(**MODES), MARKS, rng, encoder_len=most, decoder_len=2 * most)
+    assert found.left_out == 0
+
+
+@given(st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([(), (503, 504)]))
+def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
+    """568 tokens in so many pieces, rows of T5's lengths, which hold them as one."""
+    rng = np.random.default_rng(seed)
+    borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
+    numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(np.int32)
+    found = corrupt_row(
+        *(text(568), numbers, (Denoiser(),), MARKS._replace(opening=opening), rng),
+        encoder_len=512,
+        decoder_len=120,
+    )
+    at, to, left_out, marks = 0, 0, 0, len(opening)
+    for n in np.bincount(numbers)[1:]:
+        fitting = [
+            m
+            for m in range(2 if n > 1 else 1, n + 1)
+            if at + marks + lengths(m, 0.15, 3.0)[0] <= 512 and to + lengths(m, 0.15, 3.0)[1] <= 120
+        ]
+        left_out += n - max(fitting, default=0)
+        if fitting:
+            inputs, targets = lengths(max(fitting), 0.15, 3.0)
+            begin = found.encoder["tokens"][at : at + marks]
+            np.testing.assert_array_equal(begin, opening)
+            at, to = at + marks + inputs, to + targets
+    assert found.left_out == left_out
+    assert np.count_nonzero(found.encoder["segment_ids"]) == at
+    assert np.count_nonzero(found.decoder["segment_ids"]) == to
+
+
+@given(st.integers(1, 400), denoisers, seeds)
+def test_room_holds_one_document_of_up_to_so_many_tokens(n, denoiser, seed):
+    encoder_len, decoder_len = room(400, (denoiser,))
+    rng = np.random.default_rng(seed)
+    inputs, targets = denoise(text(n), denoiser, MARKS, rng)
+    assert inputs.size <= encoder_len
+    assert targets.size <= decoder_len
+    both = room(400, (denoiser, Denoiser()))
+    assert both == tuple(map(max, (encoder_len, decoder_len), room(400, (Denoiser(),))))
+
+
+@pytest.mark.parametrize("denoiser", [*ul2(), *ul2(**MODES)])
+def test_room_is_no_more_than_is_used(denoiser):
+    rng = np.random.default_rng(0)
+    found = [denoise(text(50), denoiser, MARKS, rng) for _ in range(400)]
+    most = tuple(max(pair[i].size for pair in found) for i in (0, 1))
+    assert most == room(50, (denoiser,))
+
+
+SPECIAL = np.isin(np.arange(WORDS), [0, 1, 2, 3, 4])
+MASK = 4
+
+
+def masked(row, seed=0, **options):
+    rng = np.random.default_rng(seed)
+    return mask_tokens(*row, rng, mask_id=MASK, special=SPECIAL, **options)
+
+
+@given(rows(), seeds, st.floats(0.01, 1), st.booleans())
+def test_masked_tokens_can_be_put_back_and_special_ones_stay(row, seed, share, whole):
+    tokens, segments = row
+    starts = text(WORDS, 3) % 3 == 0 if whole else None
+    before = tokens.copy()
+    found = masked(row, seed, share=share, starts_word=starts)
+    np.testing.assert_array_equal(tokens, before)
+    assert [a.dtype for a in found] == [np.int32, np.int32, np.float32]
+    chosen = found.weights == 1
+    assert set(np.unique(found.weights)) <= {0, 1}
+    np.testing.assert_array_equal(np.where(chosen, found.targets, found.tokens), tokens)
+    assert not found.targets[~chosen].any()
+
+    candidates = (segments > 0) & ~SPECIAL[tokens]
+    assert not (chosen & ~candidates).any()
+    assert not SPECIAL[found.tokens[chosen & (found.tokens != MASK)]].any()
+    budget = max(1, np.round(share * candidates.sum())) if candidates.any() else 0
+    if starts is None:
+        assert chosen.sum() == budget
+    else:
+        check_words(tokens, segments, candidates, starts, chosen, budget)
+    again = masked(row, seed, share=share, starts_word=starts)
+    for own, same in zip(found, again, strict=True):
+        np.testing.assert_array_equal(own, same)
+
+
+def check_words(tokens, segments, candidates, starts, chosen, budget):
+    """Words are chosen whole, and no other would have fitted."""
+    words, previous = [], None
+    for i in np.flatnonzero(candidates):
+        goes_on = previous == i - 1 and segments[i] == segments[i - 1] and not starts[tokens[i]]
+        if goes_on:
+            words[-1].append(i)
+        else:
+            words.append([i])
+        previous = i
+    assert all(len(set(chosen[word].tolist())) == 1 for word in words)
+    left = budget - chosen.sum()
+    assert left >= 0
+    assert all(len(word) > left for word in words if left and not chosen[word[0]])
+
+
+def test_chosen_tokens_become_a_mask_another_or_stay():
+    row = np.random.default_rng(1).integers(5, WORDS, 200_000).astype(np.int32)
+    found = masked((row, np.ones_like(row)))
+    chosen = found.weights == 1
+    assert chosen.sum() == 30_000
+    became = found.tokens[chosen]
+    is_mask, same = became == MASK, became == row[chosen]
+    assert abs(is_mask.mean() - 0.8) < 0.01
+    assert abs(same.mean() - 0.1 - 0.1 / 495) < 0.007
+    others = np.bincount(became[~is_mask & ~same], minlength=WORDS)
+    assert not others[:5].any()
+    assert (others[5:] > 0).mean() > 0.98  # of about 6 each
+    assert np.array_equal(masked((row, np.ones_like(row)), masked=0, random=0).tokens, row)
+
+
+def test_a_word_ends_with_its_segment_and_at_a_special_token():
+    """Ids that begin no word, at three places: each is a word of its own."""
+    tokens, segments = np.array([9, 9, 3, 9, 0]), np.array([1, 2, 2, 2, 0])
+    row = tokens.astype(np.int32), segments.astype(np.int32)
+    found = np.array([
+        masked(row, seed, share=0.4, starts_word=np.zeros(WORDS, bool)).weights
+        for seed in range(50)
+    ])  # fmt: skip
+    assert (found.sum(axis=1) == 1).all()
+    np.testing.assert_array_equal(found.any(axis=0), [True, True, False, True, False])
+
+
+def test_words_are_chosen_alike_whatever_their_place():
+    """Of 10 times a word of one token, one of two and one of three."""
+    pieces = np.array([10, 10, 20, 10, 20, 20] * 10, np.int32)
+    starts = np.arange(WORDS) < 20
+    rng, times = np.random.default_rng(0), 3000
+    total = np.zeros(pieces.size)
+    for _ in range(times):
+        total += mask_tokens(
+            *(pieces, np.ones_like(pieces), rng),
+            mask_id=MASK,
+            special=SPECIAL,
+            starts_word=starts,
+        ).weights
+    by_place = total.reshape(10, 6) / times
+    np.testing.assert_allclose(by_place, by_place.mean(axis=0)[None].repeat(10, 0), atol=0.03)
+    assert abs(by_place.mean() - 0.15) < 0.005
+
+
+@given(st.integers(1, 30))
+def test_nothing_is_chosen_where_nothing_may_be(n):
+    tokens = np.zeros(n, np.int32)
+    for segments in (np.zeros(n, np.int32), np.ones(n, np.int32)):
+        for starts in (None, np.ones(WORDS, bool)):
+            found = masked((tokens, segments), starts_word=starts)
+            assert not found.weights.any()
+            np.testing.assert_array_equal(found.tokens, tokens)

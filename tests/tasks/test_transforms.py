@@ -1,0 +1,118 @@
+"""What objectives do to the loader's batches: pure in (seed, step, row), and invertible."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from maxlm.tasks import (
+    MlmConfig,
+    SpanCorruptionConfig,
+    Ul2Config,
+    Vocabulary,
+    batch_arrays,
+    host_transform,
+)
+
+TEXT, SIZE, BOS, EOS = 50, 90, 1, 2
+MARK = np.isin(np.arange(SIZE), [0, BOS, EOS]) | (np.arange(SIZE) >= TEXT)
+VOCABULARY = Vocabulary(SIZE, TEXT, (BOS,), EOS, MARK, np.arange(SIZE) % 3 == 0)
+OBJECTIVES = [
+    MlmConfig(),
+    MlmConfig(whole_words=True, share=0.3, mask_id=4),
+    SpanCorruptionConfig(sentinels=30),
+    Ul2Config(sentinels=30, regular_id=5, sequential_id=6, extreme_id=7),
+]
+
+
+def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of two documents with their marks, and padding."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(10, TEXT, (rows, seq_len), dtype=np.int32)
+    segments = np.ones((rows, seq_len), np.int32)
+    segments[:, 110:] = 2
+    segments[:, 190:] = 0
+    tokens[:, [0, 110]], tokens[:, [109, 189]] = BOS, EOS
+    tokens[segments == 0] = 0
+    positions = np.where(segments == 2, np.arange(seq_len) - 110, np.arange(seq_len))
+    targets = np.roll(tokens, -1, axis=1)
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "weights": np.ones((rows, seq_len), np.float32),
+        "segment_ids": segments,
+        "positions": positions.astype(np.int32),
+    }
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
+def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(objective):
+    transform = host_transform(objective, VOCABULARY, start_id=0, seed=3)
+    transform = pickle.loads(pickle.dumps(transform))  # as loader processes get it
+    before = batch()
+    kept = {name: array.copy() for name, array in before.items()}
+    whole = transform(before, 7, [4, 5, 6])
+    assert all(np.array_equal(before[name], kept[name]) for name in kept)  # left as it was
+    alone = transform({name: a[1:2] for name, a in before.items()}, 7, [5])
+    assert all(np.array_equal(alone[name][0], whole[name][1]) for name in whole)
+    assert not np.array_equal(transform(before, 8, [4, 5, 6])["targets"], whole["targets"])
+    assert not np.array_equal(transform(before, 7, [5, 5, 6])["targets"][0], whole["targets"][0])
+    other = host_transform(objective, VOCABULARY, start_id=0, seed=4)(before, 7, [4, 5, 6])
+    assert not np.array_equal(other["targets"], whole["targets"])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
+def test_arrays_are_those_that_programs_are_compiled_for(objective):
+    found = host_transform(objective, VOCABULARY, start_id=0, seed=0)(batch(), 0, [0, 1, 2])
+    planned = batch_arrays(objective, 203)
+    assert {n: (a.shape[1], a.dtype.type) for n, a in found.items()} == planned
+
+
+def test_masked_tokens_are_where_the_weights_are():
+    before = batch()
+    after = host_transform(OBJECTIVES[0], VOCABULARY, start_id=0, seed=0)(before, 0, [0, 1, 2])
+    chosen = after["weights"] > 0
+    assert np.array_equal(after["targets"][chosen], before["tokens"][chosen])
+    assert np.array_equal(after["tokens"][~chosen], before["tokens"][~chosen])
+    assert not MARK[before["tokens"][chosen]].any()
+    assert (after["tokens"][chosen] == SIZE - 1).any()  # the mask: the table's last row
+    text = ((before["segment_ids"] > 0) & ~MARK[before["tokens"]]).sum(1)
+    assert np.array_equal(chosen.sum(1), np.round(0.15 * text))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[2:], ids=lambda o: o.kind)
+def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(objective):
+    before = batch()
+    after = host_transform(objective, VOCABULARY, start_id=9, seed=0)(before, 0, [0, 1, 2])
+    for row in range(3):
+        for segment in (1, 2):
+            text = before["tokens"][row][before["segment_ids"][row] == segment][1:-1]
+            inputs = after["input_tokens"][row][after["input_segment_ids"][row] == segment]
+            own = after["segment_ids"][row] == segment
+            if not own.any():
+                continue  # no room was left for it
+            targets, tokens = after["targets"][row][own], after["tokens"][row][own]
+            assert tokens[0] == 9
+            assert np.array_equal(tokens[1:], targets[:-1])
+            assert inputs[-1] == targets[-1] == EOS
+            assert inputs[0] == BOS
+            found = recovered(inputs[1:], targets)
+            assert np.array_equal(found, text[: found.size])
+            assert found.size >= 0.9 * text.size  # the last one is cut to what fits
+        assert np.array_equal(after["weights"][row] > 0, after["segment_ids"][row] > 0)
+
+
+def recovered(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """The text, with each span put back in its sentinel's place."""
+    spans: dict[int, list[int]] = {}
+    for token in targets[:-1]:
+        if token >= TEXT:
+            current = spans.setdefault(int(token), [])
+        else:
+            current.append(int(token))
+    found: list[int] = []
+    for token in inputs[:-1]:
+        if token in (5, 6, 7):  # modes; the text's own ids are larger
+            continue
+        found += spans[int(token)] if token >= TEXT else [int(token)]
+    return np.array(found)
