@@ -1,0 +1,77 @@
+"""Checks names and docstrings: `python .ci/check_names.py [FOLDER ...]`; exit code 1 on findings.
+
+A public class name is unique in the tree. A public function begins with a verb, or is two words or
+more that name the value it returns (`cross_entropy_loss`), or is the field's own term. A docstring
+begins with a subject or a verb, not with "Of " or "What ".
+"""
+
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("maxlm", "pallas_kernels")
+VERBS = set(
+    """
+    abort accumulate add align all allocate append apply arrange assemble attend autotune await
+    balance begin bind block broadcast build cache cast check choose chunk clean clear clip close
+    collect combine compare compile compute concatenate configure convert copy corrupt count create
+    cross cut decode decompress dedent dequantize describe detect detokenize dispatch divide
+    download draw dump embed emit encode enter estimate evaluate exclude expand export extract fetch
+    fill filter find finish fit flatten fold format freeze gather generate get group handle hash
+    ignore import infer init insert install intersect invert iterate join keep kill label launch lay
+    limit link list load locate lock log look lower make map mark mask match measure merge mix move
+    name normalize number open order pack pad parse partition permute pick place plan pool predict
+    prefill prefetch prepare preprocess print process profile project prune put quantize raise rank
+    read rebuild receive record reduce refuse register release remove rename render repeat replace
+    report require reserve reshape reset reshard resolve restore resume retry reverse roll rotate
+    round route run sample save scan scatter schedule score search select send serve set settle
+    shard shift show shuffle shut simulate skip smoke sort split stack start step stop store stream
+    strip submit sum summarize swap sweep take test time tokenize trace train transform transpose
+    truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
+    wait warn watch wrap write
+    as can from has is needs to with
+    """.split()
+)
+VALUES = set(
+    """
+    axes bytes config count dtype env factor flops fn hint info ids indices key keys kwargs layout
+    length loss mask mesh name names norm offset offsets path pattern ranges rate ratio seconds
+    sharding shardings shape shapes size sizes spec specs starts state table tokens type update
+    """.split()
+)
+"""Last words of functions that are named by the value they return, units included."""
+TERMS = set("command main softmax attention flash_attention grouped_matmul logsumexp".split())
+"""Functions that the field knows by a noun."""
+
+
+def main(folders: list[str]) -> int:
+    classes, findings = defaultdict(list), []
+    for path in sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py")):
+        where, tree = path.relative_to(ROOT), ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                continue
+            line = getattr(node, "lineno", 1)
+            if (ast.get_docstring(node) or "").startswith(("Of ", "What ")):
+                findings.append(f"{where}:{line}: the docstring begins with Of or What")
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes[node.name].append(f"{where}:{line}")
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                words = node.name.split("_")
+                named = words[0] in VERBS or (len(words) > 1 and words[-1] in VALUES)
+                if not named and node.name not in TERMS:
+                    findings.append(
+                        f"{where}:{node.lineno}: {node.name}() does not begin with a verb"
+                    )
+    for name, places in classes.items():
+        findings += [f"{at}: class {name} has a namesake" for at in places if len(places) > 1]
+    findings = [each for each in findings if not folders or each.startswith(tuple(folders))]
+    print("\n".join(findings) or "names: no findings")
+    return int(bool(findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
