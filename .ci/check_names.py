@@ -12,8 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("maxlm", "pallas_kernels")
-VERBS = set(
-    """
+_VERBS = """
     abort accumulate add align all allocate append apply arrange assemble attend autotune await
     balance begin bind block broadcast build cache cast check choose chunk clean clear clip close
     collect combine compare compile compute concatenate configure convert copy corrupt count create
@@ -32,18 +31,16 @@ VERBS = set(
     truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
     wait warn watch wrap write
     as can from has is needs to with
-    """.split()
-)
-VALUES = set(
-    """
+"""
+_VALUES = """
     axes bytes config count dtype env factor flops fn hint info ids indices key keys kwargs layout
     length loss mask mesh name names norm offset offsets path pattern ranges rate ratio seconds
     sharding shardings shape shapes size sizes spec specs starts state table tokens type update
-    """.split()
-)
+"""
 """Last words of functions that are named by the value they return, units included."""
-TERMS = set("command main softmax attention flash_attention grouped_matmul logsumexp".split())
+_TERMS = "command main softmax attention flash_attention grouped_matmul logsumexp"
 """Functions that the field knows by a noun."""
+VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS))
 
 
 def main(folders: list[str]) -> int:
