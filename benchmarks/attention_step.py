@@ -35,7 +35,7 @@ from benchmarks.kernel_cycles.static import CHIPS as STATIC
 from benchmarks.kernel_cycles.static import Spec, measure
 from benchmarks.kernel_cycles.static.peers import jax_splash_attention
 from benchmarks.kernel_cycles.static.problems import Mask
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.parallel.local import on_shards
 from maxlm.plan.compiled.cost import CompiledCost, compiled_cost
 from maxlm.plan.hardware import CHIPS
@@ -169,7 +169,7 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
 
 def row(case: str) -> tuple[list[str], str]:
     """Cells of the table, once the step is known to have this attention and no other; a note."""
-    config = load(RunConfig, RUN, OVERRIDES).value
+    config = load_config(RunConfig, RUN, OVERRIDES).value
     shape, note, swaps = Shape.of(config), "", {}
     if case == "xla":
         passes = [xla_bound(shape, backward) for backward in (False, True)]

@@ -22,7 +22,7 @@ from typing import Any
 
 from cases import add_cases, chosen
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan.topology import parse_topology
 from maxlm.run import RunConfig
 
@@ -139,7 +139,7 @@ def measure(name: str, case: Case, extra: list[str], dump: Path | None) -> None:
     """Compile one case and print it."""
     from maxlm.programs.compile import compile_step
 
-    config = load(RunConfig, case.run, [*case.overrides(), *extra]).value
+    config = load_config(RunConfig, case.run, [*case.overrides(), *extra]).value
     mesh = " × ".join(f"{axis} {size}" for axis, size in case.mesh.items())
     print(f"\n{name}: {case.rows}×{case.seq_len} a device, {case.topology}, {mesh}", flush=True)
     if extra:
@@ -184,7 +184,7 @@ def measure_depths(name: str, case: Case, extra: list[str], depths: list[int], r
     for number in range(rounds + 1):
         for depth in depths:
             overrides = [*case.overrides(), f"model.num_layers={depth}", *extra]
-            step = compile_step(load(RunConfig, case.run, overrides).value, case.topology)
+            step = compile_step(load_config(RunConfig, case.run, overrides).value, case.topology)
             seconds = step.trace_seconds + step.compile_seconds
             print(f"{name}, {depth} layers, round {number}: {seconds:.1f} s", flush=True)
             if number:

@@ -31,7 +31,7 @@ import torch
 import transformers
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.huggingface.checkpoint import CheckpointReader
 from maxlm.programs.convert import convert
 from maxlm.run import RunConfig
@@ -268,7 +268,7 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
         )
         reader = CheckpointReader(run / "checkpoints")
         params = {name: reader.read_slice(name).astype(float) for name in reader.shapes}
-        config = load(RunConfig, run / "config.yaml").value.model
+        config = load_config(RunConfig, run / "config.yaml").value.model
     error = relative(our_logits(config, params, batch), made.logits)
     return error if want == got else float("inf")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from maxlm.config import asset, load
+from maxlm.config import find_asset, load_config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import named, param_specs
 from maxlm.plan.flops import active_parameters
@@ -140,7 +140,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 
 def preset(name: str) -> ModelConfig:
     """A preset's model."""
-    return load(RunConfig, asset(f"configs/models/{name}.yaml")).value.model
+    return load_config(RunConfig, find_asset(f"configs/models/{name}.yaml")).value.model
 
 
 def family(name: str) -> str:

@@ -89,7 +89,7 @@ def measure(name: str, seconds: float) -> None:
     import jax
     import numpy as np
 
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.plan.hardware import measured_cpu
     from maxlm.plan.predict import Machine, predict
     from maxlm.programs.setup import set_up
@@ -98,7 +98,7 @@ def measure(name: str, seconds: float) -> None:
 
     run, devices, settings = CASES[name]
     jax.config.update("jax_num_cpu_devices", devices)
-    config = load(RunConfig, f"runs/{run}", settings).value
+    config = load_config(RunConfig, f"runs/{run}", settings).value
     setup = set_up(config)
     state, step = setup.init(), setup.step_function()
     data, micro = config.data, config.train.micro_batches

@@ -56,7 +56,7 @@ CASES = {
 
 def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.plan.predict import Machine, predict
     from maxlm.programs.compile import compile_step
     from maxlm.run import RunConfig
@@ -64,7 +64,7 @@ def measure(name: str) -> None:
     run, on, rows, mesh, remat, more = CASES[name]
     settings = [f"data.batch_size={rows}", f"model.remat={remat}", "mesh.fsdp=1"]
     settings += [f"mesh.{part}" for part in mesh.split(",")]
-    config = load(RunConfig, f"runs/{run}", [*settings, *more]).value
+    config = load_config(RunConfig, f"runs/{run}", [*settings, *more]).value
     plan = predict(config, Machine.of(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.sends)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.plan.communication import collectives
 from maxlm.plan.flops import training_flops
 from maxlm.plan.hardware import CHIPS
@@ -160,7 +160,7 @@ def _prepared(row: Row) -> Any:
     sizes = mesh_sizes(MeshConfig(**mesh), machine.devices)
     model = row.model
     if isinstance(model, str):
-        model = load(RunConfig, f"runs/{model}").value.model.model_dump()
+        model = load_config(RunConfig, f"runs/{model}").value.model.model_dump()
     more = {
         part: {**model[part], **values} for part, values in row.settings.get("model", {}).items()
     }

@@ -19,7 +19,9 @@ def show(
     from maxlm import config as configs
     from maxlm.run import RunConfig
 
-    _print(configs.show(configs.load(RunConfig, config, overrides or [])), "yaml")
+    _print(
+        configs.to_annotated_yaml(configs.load_config(RunConfig, config, overrides or [])), "yaml"
+    )
 
 
 @app.command()
@@ -38,15 +40,15 @@ def schema(
     else:
         from maxlm.run import RunConfig as described
 
-    _print(json.dumps(configs.schema(described), indent=2, ensure_ascii=False), "json")
+    _print(json.dumps(configs.build_json_schema(described), indent=2, ensure_ascii=False), "json")
 
 
 @app.command("list")
 def list_configs() -> None:
     """Print the names of the configs that come with maxlm."""
-    from maxlm.config import shipped_configs
+    from maxlm.config import list_shipped_configs
 
-    for name in shipped_configs():
+    for name in list_shipped_configs():
         print(name)
 
 

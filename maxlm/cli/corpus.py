@@ -34,7 +34,7 @@ def run(
     Stages whose settings have not changed are not done again; rules under keep are applied when a
     token store is built, so another threshold costs nothing here.
     """
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.corpus.streams import require_corpus_packages
 
     require_corpus_packages(recipe)
@@ -44,7 +44,7 @@ def run(
     from maxlm.runtime.progress import show_progress
 
     with show_progress("parts") as progress:
-        folder = run_recipe(load(RecipeConfig, recipe, settings or ()).value, progress)
+        folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
     _print_funnel(Corpus.open(folder), None, None)
 
 
@@ -188,14 +188,14 @@ def train_perplexity(
     ] = None,
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.corpus import SourceConfig, perplexity, read_documents
 
     def texts(documents: list[str]) -> Any:
         source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
         return (document.text.decode() for document in read_documents(source))
 
-    config = load(perplexity.PerplexityConfig, None, settings or ()).value
+    config = load_config(perplexity.PerplexityConfig, None, settings or ()).value
     sample = texts(reference) if reference else None
     report = perplexity.train_perplexity(texts(text), out, config, sample)
     typer.echo(f"{report.documents:,} documents, {report.model.tokens:,} words")
@@ -217,13 +217,13 @@ def train_quality(
     ] = None,
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.corpus import SourceConfig, classifier
 
     training = classifier.ClassifierTraining(
         positive=SourceConfig(documents=tuple(positive), on_bad_bytes="replace"),
         negative=SourceConfig(documents=tuple(negative), on_bad_bytes="replace"),
-        model=load(classifier.ClassifierConfig, None, settings or ()).value,
+        model=load_config(classifier.ClassifierConfig, None, settings or ()).value,
     )
     model, report = classifier.train_from_sources(training)
     model.save(out)

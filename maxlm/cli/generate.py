@@ -30,7 +30,7 @@ def command(
     step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.inference.sampling import SamplingConfig
 
     options = {
@@ -41,7 +41,7 @@ def command(
         "seed": seed,
     }
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    chosen = load(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
+    chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
 
     from maxlm.programs.generate import between, generate_text

@@ -92,7 +92,7 @@ def command(
     """
     import jax
 
-    from maxlm.config import MaxlmError, load
+    from maxlm.config import MaxlmError, load_config
     from maxlm.launch.job import make_job, notes, planned
     from maxlm.launch.options import Options, check_scheduler
     from maxlm.launch.places import find_placeholders, make_placeholders
@@ -124,11 +124,11 @@ def command(
         project=project,
         maxlm=maxlm,
     )
-    run = load(RunConfig, config, settings or ()).value
+    run = load_config(RunConfig, config, settings or ()).value
     placeholders = [] if submitting else make_placeholders(run)
     settings = [*(settings or ()), *placeholders]
     if placeholders:
-        run = load(RunConfig, config, settings).value
+        run = load_config(RunConfig, config, settings).value
     if submitting and (named := find_placeholders(run)):
         raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
     job, plan = make_job(

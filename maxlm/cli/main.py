@@ -169,14 +169,14 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def checked(**given: Any) -> Any:
-        from maxlm.config import check_local
+        from maxlm.config import check_local_path
 
         paths = [value for value in given.values() if isinstance(value, Path)]
         for name in ("text", "positive", "negative", "reference"):
             # The text that `tokenizer encode` takes is no list of paths.
             paths += given[name] if isinstance(given.get(name), list) else ()
         for path in paths:
-            check_local(path)
+            check_local_path(path)
         return command(**given)
 
     return checked
@@ -190,9 +190,9 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
     if hasattr(error, "format_message"):
         line = _explain_usage(error, arguments)
     else:
-        from maxlm.config.errors import MaxlmError, of_the_machine
+        from maxlm.config.errors import MaxlmError, convert_os_error
 
-        known = error if isinstance(error, MaxlmError) else of_the_machine(error)
+        known = error if isinstance(error, MaxlmError) else convert_os_error(error)
         if known is None:
             return None
         line = str(known)
@@ -221,17 +221,17 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 
 def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
     """Settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
-    from maxlm.config.fields import every_key
-    from maxlm.config.keys import dotted
+    from maxlm.config.fields import iterate_keys
+    from maxlm.config.keys import join_key
     from maxlm.run import RunConfig
 
     words = [word for each in arguments for word in each.split("=", each.startswith("-"))]
     value = dict(zip(words, [*words[1:], ""], strict=True)).get(option, "")
     value = "..." if not value or value.startswith("-") else value
     name = option.strip("-").replace("-", "_").replace(".", "_")
-    keys = sorted(dict.fromkeys(every_key([RunConfig])), key=len)
+    keys = sorted(dict.fromkeys(iterate_keys([RunConfig])), key=len)
     ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
-    return [f"{dotted(key)}={value}" for key in ends]
+    return [f"{join_key(key)}={value}" for key in ends]
 
 
 def _wants_traceback() -> bool:

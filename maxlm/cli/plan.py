@@ -61,11 +61,11 @@ def command(
     Exit code: 0 it fits, 1 it does not, 2 a mistake in what was given. `maxlm plan diff A B`
     compares two plans.
     """
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability
     from maxlm.plan.predict import Machine, predict
     from maxlm.run import RunConfig
-    from maxlm.sharding import mesh_sizes, parse_mesh, smallest
+    from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
     numbers = {
         "device_mtbf_hours": ("--device-mtbf", device_mtbf),
@@ -81,12 +81,12 @@ def command(
     _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
     _bounded({"--price": price, **dict(numbers.values())})
-    run = load(RunConfig, config, settings or ()).value
+    run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
     machine, sizes = None, None
     if on is None:
-        sizes = mesh_sizes(run.mesh, devices or smallest(run.mesh))
+        sizes = mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
     else:
         _stay_off_devices(on)
         machine = Machine.of(on)

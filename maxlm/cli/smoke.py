@@ -12,10 +12,10 @@ def command(
     ] = None,
 ) -> None:
     """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.run import RunConfig
 
-    run = load(RunConfig, config, settings or ()).value
+    run = load_config(RunConfig, config, settings or ()).value
     from rich.console import Console
 
     from maxlm.programs.smoke import smoke

@@ -129,13 +129,13 @@ def mix(
     from rich.console import Console
     from rich.table import Table
 
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.data.loader import mixture_table
     from maxlm.programs.prepare import check_prepared, prepare, preparing
     from maxlm.programs.setup import run_folder
     from maxlm.run import RunConfig
 
-    run = load(RunConfig, config, settings or ()).value
+    run = load_config(RunConfig, config, settings or ()).value
     folder = run_folder(run)
     check_prepared(run, folder)
     with preparing(run, folder):

@@ -33,14 +33,14 @@ def command(
     """
     import os
 
-    from maxlm.config import load
+    from maxlm.config import load_config
     from maxlm.plan.hardware import GPU_SHARE
     from maxlm.run import RunConfig
 
     # Read when JAX starts; the plan's limit of a GPU's memory is the same.
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # its newer name: JAX refuses both at once
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
-    run = load(RunConfig, config, settings or ()).value
+    run = load_config(RunConfig, config, settings or ()).value
     from maxlm.runtime.session import distributed_session
     from maxlm.train.profile import parse_steps
 

@@ -1,30 +1,30 @@
 """Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
 
-from maxlm.config.assets import asset, resolve_config, shipped_configs
-from maxlm.config.base import Config, FileName, default_tag
-from maxlm.config.compare import ABSENT, differences
+from maxlm.config.assets import find_asset, list_shipped_configs, resolve_config
+from maxlm.config.base import Config, FileName, add_default_tag
+from maxlm.config.compare import ABSENT, compare_configs
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import Origin
-from maxlm.config.load import Loaded, load
-from maxlm.config.local_path import LocalPath, check_local
-from maxlm.config.show import schema, show, to_yaml
+from maxlm.config.load import LoadedConfig, load_config
+from maxlm.config.local_path import LocalPath, check_local_path
+from maxlm.config.show import build_json_schema, to_annotated_yaml, to_yaml
 
 __all__ = [
     "ABSENT",
     "Config",
     "FileName",
-    "Loaded",
+    "LoadedConfig",
     "LocalPath",
     "MaxlmError",
     "Origin",
-    "asset",
-    "check_local",
-    "default_tag",
-    "differences",
-    "load",
+    "add_default_tag",
+    "build_json_schema",
+    "check_local_path",
+    "compare_configs",
+    "find_asset",
+    "list_shipped_configs",
+    "load_config",
     "resolve_config",
-    "schema",
-    "shipped_configs",
-    "show",
+    "to_annotated_yaml",
     "to_yaml",
 ]

@@ -8,7 +8,7 @@ from maxlm.config.errors import MaxlmError
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def asset(relative: str) -> Path:
+def find_asset(relative: str) -> Path:
     """A shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``.
 
     Looks where an installed wheel keeps them, else in the source tree maxlm runs from.
@@ -26,9 +26,9 @@ def asset(relative: str) -> Path:
     return path
 
 
-def shipped_configs() -> list[str]:
+def list_shipped_configs() -> list[str]:
     """Names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``, ..."""
-    root = asset("configs")
+    root = find_asset("configs")
     return [
         str(path.relative_to(root).with_suffix("").as_posix())
         for folder in ("runs", "models")
@@ -36,13 +36,13 @@ def shipped_configs() -> list[str]:
     ]
 
 
-def find_shipped(name: str) -> Path | None:
+def find_shipped_config(name: str) -> Path | None:
     """The shipped config of this name (``demo``, ``runs/demo``, ``configs/runs/demo.yaml``)."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
-    shipped = shipped_configs()
+    shipped = list_shipped_configs()
     for candidate in (stem, f"runs/{stem}", f"models/{stem}"):
         if candidate in shipped:
-            return asset("configs") / f"{candidate}.yaml"
+            return find_asset("configs") / f"{candidate}.yaml"
     return None
 
 
@@ -60,18 +60,18 @@ def resolve_config(name: str) -> Path:
         return path
     if path.is_dir() and name.endswith(("/", ".")):
         raise MaxlmError("a folder, not a config file", where=name, fix="name a file in it")
-    found = find_shipped(name)
+    found = find_shipped_config(name)
     if found is not None:
         return found
-    near = nearest_configs(path)
+    near = find_similar_configs(path)
     fix = f"did you mean {', '.join(near)}?" if near else "see `maxlm config list`"
     raise MaxlmError("no such file or shipped config", where=name or "''", fix=fix)
 
 
-def nearest_configs(path: Path) -> list[str]:
+def find_similar_configs(path: Path) -> list[str]:
     """Up to three shipped names and neighbouring files that read like `path`, best first."""
     stem = path.name.removesuffix(path.suffix)
-    by_stem = {name.rsplit("/", 1)[-1]: name for name in reversed(shipped_configs())}
+    by_stem = {name.rsplit("/", 1)[-1]: name for name in reversed(list_shipped_configs())}
     if path.parent.is_dir():
         by_stem |= {file.stem: str(file) for file in sorted(path.parent.glob("*.y*ml"))}
     return [by_stem[match] for match in get_close_matches(stem, by_stem, n=3)]

@@ -68,7 +68,7 @@ class Config(BaseModel):
         return found
 
 
-def default_tag(name: str, value: str) -> BeforeValidator:
+def add_default_tag(name: str, value: str) -> BeforeValidator:
     """For a union that pydantic tells apart by a key ``name``: what a mapping without it is."""
 
     def add(settings: Any) -> Any:

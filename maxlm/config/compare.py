@@ -5,20 +5,20 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from maxlm.config.base import Config
-from maxlm.config.keys import dotted, flatten
+from maxlm.config.keys import flatten, join_key
 
 ABSENT: Final = "(absent)"
 """Stands for a key that one side does not have."""
 
 
-def plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+def to_plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """A config as JSON would hold it: dicts, lists, text, numbers, booleans and None."""
     if isinstance(config, Config):
         return config.model_dump(mode="json")
     return json.loads(json.dumps(config))
 
 
-def differences(
+def compare_configs(
     a: Config | Mapping[str, Any], b: Config | Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
     """The leaves in which two configs differ, as (dotted key, value in a, value in b).
@@ -30,7 +30,10 @@ def differences(
         prefix: put before each key, with a dot: "model" gives "model.d_model".
     """
     left, right = (
-        {dotted(((prefix,) if prefix else ()) + key): value for key, value in flatten(plain(side))}
+        {
+            join_key(((prefix,) if prefix else ()) + key): value
+            for key, value in flatten(to_plain(side))
+        }
         for side in (a, b)
     )
     return [

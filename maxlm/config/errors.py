@@ -25,7 +25,7 @@ class MaxlmError(Exception):
     """
 
     exit_code = 2
-    together = False
+    on_all_processes = False
     """All processes of a run raise it at the same point: none has to end the others."""
 
     def __init__(self, what: str, *, where: str | None = None, fix: str | None = None):
@@ -54,7 +54,7 @@ class Lost(MaxlmError):
     exit_code = LOST
 
 
-def of_the_machine(error: BaseException) -> MaxlmError | None:
+def convert_os_error(error: BaseException) -> MaxlmError | None:
     """An operating system's error that a user can put right, as ours; None: any other error."""
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
         return MaxlmError((error.strerror or "").lower(), where=str(error.filename))

@@ -9,8 +9,16 @@ from pydantic import BaseModel, ValidationError
 
 from maxlm.config import fields
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import COMMAND_LINE, Key, Origin, child, descend, dotted, shown
-from maxlm.config.layers import Tree
+from maxlm.config.keys import (
+    COMMAND_LINE,
+    Key,
+    Origin,
+    format_value,
+    get_child,
+    get_descendant,
+    join_key,
+)
+from maxlm.config.merge import SettingsTree
 
 _WANTED = {
     "int": "an integer",
@@ -32,7 +40,7 @@ _WANTED = {
 
 
 @dataclass
-class Fault:
+class ConfigFault:
     """What pydantic found wrong at one key: several errors when a union's members all fail."""
 
     key: Key
@@ -43,10 +51,12 @@ class Fault:
     errors: list[Any] = field(default_factory=list)
 
 
-def explain(error: ValidationError, cls: type[BaseModel], tree: Tree) -> MaxlmError:
+def describe_validation_error(
+    error: ValidationError, cls: type[BaseModel], tree: SettingsTree
+) -> MaxlmError:
     """The first fault, with how many more there are. Unknown keys come first: a misspelt
     required key would otherwise be reported as missing."""
-    faults: dict[Key, Fault] = {}
+    faults: dict[Key, ConfigFault] = {}
     for item in error.errors(include_url=False):
         found = _find(item, cls, tree.settings)
         faults.setdefault(found.key, found).errors.append(item)
@@ -58,7 +68,7 @@ def explain(error: ValidationError, cls: type[BaseModel], tree: Tree) -> MaxlmEr
     return MaxlmError(first.what + more, where=first.where)
 
 
-def place(error: MaxlmError, cls: type[BaseModel], tree: Tree) -> MaxlmError:
+def locate_error(error: MaxlmError, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:
     """An error that a validator raised, with the place of the settings it speaks of.
 
     pydantic lets it through without saying which config was being checked, so each part is checked
@@ -69,37 +79,37 @@ def place(error: MaxlmError, cls: type[BaseModel], tree: Tree) -> MaxlmError:
     key = _culprit([cls], tree.settings, str(error), ()) or ()
     where = _origins(tree, key, f"{error.what} {error.fix or ''}")
     return MaxlmError(
-        error.what, where=": ".join(filter(None, (where, dotted(key)))), fix=error.fix
+        error.what, where=": ".join(filter(None, (where, join_key(key)))), fix=error.fix
     )
 
 
-def _find(item: Any, cls: type[BaseModel], data: Any) -> Fault:
+def _find(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     """Maps pydantic's location, which mixes in labels of unions, onto a key of the data."""
     key: Key = ()
     kinds: list[Any] = [cls]
     siblings: list[Any] = []
     for part in item["loc"]:
-        inner = fields.below(kinds, part)
+        inner = fields.list_child_types(kinds, part)
         written = isinstance(data, dict) and part in data
         if inner or written or isinstance(part, int):
             key, siblings, kinds = (*key, part), kinds, inner
-            data = child(data, part)
+            data = get_child(data, part)
         elif part != "[key]":
-            kinds = fields.tagged(kinds, part)
+            kinds = fields.select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):
         part = item["ctx"]["discriminator"].strip("'")
-        key, siblings, kinds = (*key, part), kinds, fields.below(kinds, part)
-    return Fault(key, kinds, siblings)
+        key, siblings, kinds = (*key, part), kinds, fields.list_child_types(kinds, part)
+    return ConfigFault(key, kinds, siblings)
 
 
-def _describe(fault: Fault, cls: type[BaseModel], tree: Tree) -> MaxlmError:
+def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:
     error = fault.errors[0]
-    kind, value, name = error["type"], error.get("input"), dotted(fault.key)
-    where = str(tree.where(fault.key))
+    kind, value, name = error["type"], error.get("input"), join_key(fault.key)
+    where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
         return MaxlmError(f"unknown key {name}", where=where, fix=_near(fault, cls))
     if kind in ("missing", "union_tag_not_found"):
-        allowed = fields.choices(fault.kinds)
+        allowed = fields.list_choices(fault.kinds)
         fix = f"set it to {_one_of(allowed)}" if allowed else f"add it, or pass {name}=..."
         return MaxlmError(f"{name} is required", where=where, fix=fix)
     if kind in ("value_error", "assertion_error"):
@@ -108,7 +118,7 @@ def _describe(fault: Fault, cls: type[BaseModel], tree: Tree) -> MaxlmError:
         return MaxlmError(text, where=": ".join(filter(None, (where, name))))
     if kind == "union_tag_invalid":
         value = error["ctx"]["tag"]
-    allowed = fields.choices(fault.kinds)
+    allowed = fields.list_choices(fault.kinds)
     wanted = [] if not allowed else [_one_of(allowed)]
     for item in fault.errors:
         phrase = _wanted(item, fault)
@@ -122,15 +132,16 @@ def _describe(fault: Fault, cls: type[BaseModel], tree: Tree) -> MaxlmError:
     if near := get_close_matches(str(value), texts, n=1):
         fix = f"did you mean {near[0]}?"
     elif kind == "string_type" and isinstance(value, bool | int | float):
-        quoted = f"'{shown(value)}'"
+        quoted = f"'{format_value(value)}'"
         on_line = where == str(COMMAND_LINE)  # where the shell takes one pair of quotes away
         fix = f'write {name}="{quoted}"' if on_line else f"put quotes around it: {quoted}"
-    what = f"{name} must be {' or '.join(wanted)}, not {shown(value)}"
+    what = f"{name} must be {' or '.join(wanted)}, not {format_value(value)}"
     return MaxlmError(what, where=where, fix=fix)
 
 
-def _wanted(error: Any, fault: Fault) -> str | None:
-    """What one error would accept instead; "" if `choices` says it, None if it is no such error."""
+def _wanted(error: Any, fault: ConfigFault) -> str | None:
+    """Return what one error would accept instead; "" where `list_choices` says it, None where
+    it is another kind of error."""
     kind = error["type"]
     if kind in ("literal_error", "enum", "union_tag_invalid"):
         return ""
@@ -139,32 +150,32 @@ def _wanted(error: Any, fault: Fault) -> str | None:
         rest.startswith(("type", "parsing", "from_float", "set", "attributes"))
     ):
         wanted = _WANTED[stem]
-        names = fields.names(fault.kinds)
+        names = fields.list_field_names(fault.kinds)
         return f"{wanted} ({_listed(names)})" if stem == "model" and names else wanted
     prefix = "Input should be "
     return error["msg"].removeprefix(prefix) if error["msg"].startswith(prefix) else None
 
 
-def _near(fault: Fault, cls: type[BaseModel]) -> str:
+def _near(fault: ConfigFault, cls: type[BaseModel]) -> str:
     """The names most like an unknown key: the same name elsewhere, then its siblings."""
     *parents, last = fault.key
     leaf = str(last)
-    siblings = fields.names(fault.siblings)
-    everywhere = list(fields.every_key([cls]))
+    siblings = fields.list_field_names(fault.siblings)
+    everywhere = list(fields.iterate_keys([cls]))
     if leaf == "include":
         return "`include` stands at the top of a file only"
     if "." in leaf and (*parents, *leaf.split(".")) in everywhere:
         return "write it nested, one mapping inside the other"
-    here = {name: dotted((*parents, name)) for name in siblings}
+    here = {name: join_key((*parents, name)) for name in siblings}
     anywhere: dict[str, str] = {}
     for key in everywhere:
-        anywhere.setdefault(str(key[-1]), dotted(key))
-    found = [dotted(key) for key in everywhere if key[-1] == leaf]
+        anywhere.setdefault(str(key[-1]), join_key(key))
+    found = [join_key(key) for key in everywhere if key[-1] == leaf]
     for name in get_close_matches(leaf, {**anywhere, **here}, n=3):
         # Far from here, only a close match is worth naming.
         if name in here or get_close_matches(leaf, [name], cutoff=0.8):
             found.append(here.get(name) or anywhere[name])
-    found = [name for name in dict.fromkeys(found) if name != dotted(fault.key)][:3]
+    found = [name for name in dict.fromkeys(found) if name != join_key(fault.key)][:3]
     valid = f"valid here: {_listed(siblings)}" if siblings else "no keys are allowed here"
     if not found:
         return valid
@@ -176,10 +187,12 @@ def _culprit(kinds: list[Any], data: Any, text: str, key: Key) -> Key | None:
     """The innermost key whose own validation raises the MaxlmError that reads `text`."""
     parts = data if isinstance(data, dict) else range(len(data) if isinstance(data, list) else 0)
     for part in parts:
-        inner = _culprit(fields.below(kinds, part), child(data, part), text, (*key, part))
+        inner = _culprit(
+            fields.list_child_types(kinds, part), get_child(data, part), text, (*key, part)
+        )
         if inner is not None:
             return inner
-    for model in fields.models(kinds):
+    for model in fields.select_models(kinds):
         try:
             model.model_validate(data)
         except MaxlmError as error:
@@ -190,21 +203,23 @@ def _culprit(kinds: list[Any], data: Any, text: str, key: Key) -> Key | None:
     return None
 
 
-def _origins(tree: Tree, key: Key, text: str) -> str:
+def _origins(tree: SettingsTree, key: Key, text: str) -> str:
     """Where the settings that `text` names below `key` were written; else where `key` was."""
     found: list[Origin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
         parts: Key = tuple(int(part) if part.isdigit() else part for part in word.split("."))
         for mentioned in (key + parts, parts if "." in word else key + parts):
             origin = tree.origins.get(mentioned)
-            leaf = not isinstance(descend(tree.settings, mentioned), dict)
+            leaf = not isinstance(get_descendant(tree.settings, mentioned), dict)
             if origin and leaf and origin not in found:
                 found.append(origin)
-    return ", ".join(str(origin) for origin in found[:3] or [tree.where(key)])
+    return ", ".join(str(origin) for origin in found[:3] or [tree.locate(key)])
 
 
 def _one_of(values: list[Any]) -> str:
-    return ("one of " if len(values) > 1 else "") + ", ".join(shown(value) for value in values)
+    return ("one of " if len(values) > 1 else "") + ", ".join(
+        format_value(value) for value in values
+    )
 
 
 def _listed(names: list[str], limit: int = 12) -> str:

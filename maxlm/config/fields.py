@@ -20,44 +20,46 @@ _LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc
 _MAPPINGS = (dict, collections.abc.Mapping)
 
 
-def alternatives(annotation: Any) -> list[Any]:
+def split_union(annotation: Any) -> list[Any]:
     """The members of a union, however nested or annotated; else the type itself."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
-        return alternatives(typing.get_args(annotation)[0])
+        return split_union(typing.get_args(annotation)[0])
     if hasattr(annotation, "__value__"):  # type X = ...
-        return alternatives(annotation.__value__)
+        return split_union(annotation.__value__)
     if origin in (Union, types.UnionType):
-        return [kind for member in typing.get_args(annotation) for kind in alternatives(member)]
+        return [kind for member in typing.get_args(annotation) for kind in split_union(member)]
     return [annotation]
 
 
-def models(kinds: list[Any]) -> list[type[BaseModel]]:
+def select_models(kinds: list[Any]) -> list[type[BaseModel]]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
-def below(kinds: list[Any], part: str | int) -> list[Any]:
+def list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
     """The types allowed at a name or index below values of the given types."""
     found: list[Any] = []
     for kind in kinds:
         arguments = typing.get_args(kind)
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             if part in kind.model_fields:
-                found += alternatives(kind.model_fields[str(part)].annotation)
+                found += split_union(kind.model_fields[str(part)].annotation)
         elif typing.get_origin(kind) in _MAPPINGS and len(arguments) == 2:
-            found += alternatives(arguments[1])
+            found += split_union(arguments[1])
         elif typing.get_origin(kind) in _LISTS and arguments and isinstance(part, int):
             whole = len(arguments) > part and ... not in arguments
-            found += alternatives(arguments[part if whole else 0])
+            found += split_union(arguments[part if whole else 0])
     return found
 
 
-def names(kinds: list[Any]) -> list[str]:
+def list_field_names(kinds: list[Any]) -> list[str]:
     """The field names allowed at this level."""
-    return list(dict.fromkeys(name for model in models(kinds) for name in model.model_fields))
+    return list(
+        dict.fromkeys(name for model in select_models(kinds) for name in model.model_fields)
+    )
 
 
-def choices(kinds: list[Any]) -> list[Any]:
+def list_choices(kinds: list[Any]) -> list[Any]:
     """The values that Literals and enums allow."""
     found: list[Any] = []
     for kind in kinds:
@@ -68,31 +70,33 @@ def choices(kinds: list[Any]) -> list[Any]:
     return found
 
 
-def tagged(kinds: list[Any], label: str) -> list[Any]:
+def select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
     """The types that pydantic means by a label in an error's location: a class or union tag."""
     found = [
         model
-        for model in models(kinds)
+        for model in select_models(kinds)
         if model.__name__ == label
-        or any(label in choices(alternatives(f.annotation)) for f in model.model_fields.values())
+        or any(
+            label in list_choices(split_union(f.annotation)) for f in model.model_fields.values()
+        )
     ]
     return found or kinds
 
 
-def every_key(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
+def iterate_keys(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
     """Every key of the tree, parents first; an element of a list is shown as its first."""
-    for model in models(kinds):
+    for model in select_models(kinds):
         if model in above:
             continue
         for name, info in model.model_fields.items():
             here = (*key, name)
             yield here
-            inner = alternatives(info.annotation)
-            yield from every_key(inner, here, (*above, model))
+            inner = split_union(info.annotation)
+            yield from iterate_keys(inner, here, (*above, model))
             for kind in inner:
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
-                if elements := below([kind], part) if typing.get_origin(kind) else []:
-                    yield from every_key(elements, (*here, part), (*above, model))
+                if elements := list_child_types([kind], part) if typing.get_origin(kind) else []:
+                    yield from iterate_keys(elements, (*here, part), (*above, model))
 
 
 @cache

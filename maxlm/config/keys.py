@@ -28,7 +28,7 @@ DEFAULT = Origin("default")
 COMMAND_LINE = Origin("command line")
 
 
-def dotted(key: Iterable[str | int]) -> str:
+def join_key(key: Iterable[str | int]) -> str:
     """``("data", "sources", 0, "weight")`` as ``data.sources.0.weight``."""
     return ".".join(str(part) for part in key)
 
@@ -52,7 +52,7 @@ def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield prefix, data
 
 
-def child(node: Any, part: str | int) -> Any:
+def get_child(node: Any, part: str | int) -> Any:
     """The value at one name or index, or None."""
     if isinstance(node, Mapping):
         return node.get(part)
@@ -61,21 +61,21 @@ def child(node: Any, part: str | int) -> Any:
     return None
 
 
-def descend(node: Any, key: Key) -> Any:
+def get_descendant(node: Any, key: Key) -> Any:
     """The value at `key` below `node`, or None."""
     for part in key:
-        node = child(node, part)
+        node = get_child(node, part)
     return node
 
 
-def shown(value: Any, limit: int = 60) -> str:
+def format_value(value: Any, limit: int = 60) -> str:
     """A value for a message, much as YAML writes it, in at most `limit` characters."""
     plain = {None: "null", True: "true", False: "false"}
     text = plain[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def display(path: Path) -> str:
+def format_path(path: Path) -> str:
     """A path as messages show it: relative when it lies below the working directory."""
     absolute = Path(os.path.abspath(path))
     working = Path.cwd()

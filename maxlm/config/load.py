@@ -10,16 +10,16 @@ from pydantic import ValidationError
 from maxlm.config.assets import resolve_config
 from maxlm.config.base import Config
 from maxlm.config.errors import MaxlmError
-from maxlm.config.explain import explain, place
-from maxlm.config.keys import DEFAULT, Origin, dotted, flatten
-from maxlm.config.layers import Tree, build
+from maxlm.config.explain import describe_validation_error, locate_error
+from maxlm.config.keys import DEFAULT, Origin, flatten, join_key
+from maxlm.config.merge import SettingsTree, build_tree
 from maxlm.config.yaml_text import SizeLimit
 
 C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[C]):
+class LoadedConfig(Generic[C]):
     """A config and where each of its values comes from."""
 
     value: C
@@ -28,7 +28,9 @@ class Loaded(Generic[C]):
     or default."""
 
 
-def load(cls: type[C], source: Path | str | None, overrides: Sequence[str] = ()) -> Loaded[C]:
+def load_config(
+    cls: type[C], source: Path | str | None, overrides: Sequence[str] = ()
+) -> LoadedConfig[C]:
     """Reads a config.
 
     Mappings merge deeply; lists are replaced whole. From lowest to highest: the defaults of
@@ -45,16 +47,18 @@ def load(cls: type[C], source: Path | str | None, overrides: Sequence[str] = ())
     Raises:
         MaxlmError: anything wrong with the files, the overrides or the values.
     """
-    tree = build(resolve_config(source) if isinstance(source, str) else source, overrides)
-    value = validate(cls, tree)
+    tree = build_tree(resolve_config(source) if isinstance(source, str) else source, overrides)
+    value = validate_config(cls, tree)
     settings = value.model_dump(mode="json")
     # A run keeps its config with every default filled in, and must be able to read that again.
-    SizeLimit(num_values=1000).add_tree(settings, tree.where(()))
-    origins = {dotted(key): tree.origin(key) or DEFAULT for key, _ in flatten(settings) if key}
-    return Loaded(value, origins)
+    SizeLimit(num_values=1000).add_tree(settings, tree.locate(()))
+    origins = {
+        join_key(key): tree.find_value_origin(key) or DEFAULT for key, _ in flatten(settings) if key
+    }
+    return LoadedConfig(value, origins)
 
 
-def validate(cls: type[C], tree: Tree) -> C:
+def validate_config(cls: type[C], tree: SettingsTree) -> C:
     """Checks plain settings against `cls`.
 
     Raises:
@@ -63,6 +67,6 @@ def validate(cls: type[C], tree: Tree) -> C:
     try:
         return cls.model_validate(tree.settings)
     except ValidationError as error:
-        raise explain(error, cls, tree) from None
+        raise describe_validation_error(error, cls, tree) from None
     except MaxlmError as error:
-        raise place(error, cls, tree) from None
+        raise locate_error(error, cls, tree) from None

@@ -12,7 +12,7 @@ _Path = TypeVar("_Path", bound=str | Path)
 _TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
 
 
-def check_local(path: _Path) -> _Path:
+def check_local_path(path: _Path) -> _Path:
     """Return a path as it is.
 
     Raises:
@@ -28,7 +28,7 @@ def check_local(path: _Path) -> _Path:
 
 def _check_setting(path: str) -> str:
     try:
-        return check_local(path)
+        return check_local_path(path)
     except MaxlmError as error:
         # With a ValueError, pydantic tells which key it is.
         raise ValueError(str(error)) from None

@@ -4,24 +4,24 @@ import re
 from typing import Any
 
 from maxlm.config.base import Config
-from maxlm.config.compare import plain
-from maxlm.config.keys import Key, dotted
-from maxlm.config.load import Loaded
-from maxlm.config.yaml_text import dump, parse
+from maxlm.config.compare import to_plain
+from maxlm.config.keys import Key, join_key
+from maxlm.config.load import LoadedConfig
+from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
 _WIDEST = 40
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML that `load` reads back equal."""
-    return dump(_escaped(plain(config)))
+    """The whole config as YAML that `load_config` reads back equal."""
+    return dump_yaml(_escaped(to_plain(config)))
 
 
-def show(loaded: Loaded[Any]) -> str:
+def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
     """`to_yaml` with a column of comments on the right: where each value comes from."""
     text = to_yaml(loaded.value)
     comments = {}
-    for key, origin in parse(text, "").origins.items():
+    for key, origin in parse_yaml(text, "").origins.items():
         found = _origin(loaded, key)
         if found is not None:
             comments[origin.line] = found
@@ -34,15 +34,15 @@ def show(loaded: Loaded[Any]) -> str:
     )
 
 
-def _origin(loaded: Loaded[Any], key: Key) -> str | None:
+def _origin(loaded: LoadedConfig[Any], key: Key) -> str | None:
     """The origin of a leaf, or of a list of leaves by its first; None for other containers."""
     for leaf in (key, (*key, 0)):
-        if dotted(leaf) in loaded.origins:
-            return str(loaded.origins[dotted(leaf)])
+        if join_key(leaf) in loaded.origins:
+            return str(loaded.origins[join_key(leaf)])
     return None
 
 
-def schema(cls: type[Config]) -> dict[str, Any]:
+def build_json_schema(cls: type[Config]) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) for editors, described by the docstrings under the fields.
 
     Nothing is required and ``include`` is allowed, since a file may hold a part of a config and

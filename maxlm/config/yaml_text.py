@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Key, Origin, dotted, shown
+from maxlm.config.keys import Key, Origin, format_value, join_key
 
 MAX_VALUES, MAX_DEPTH = 20_000, 64
 _STR = "tag:yaml.org,2002:str"
@@ -66,7 +66,7 @@ class SizeLimit:
             what = f"more than {MAX_VALUES:,} values"
             if depth > MAX_DEPTH:
                 what = f"nested more than {MAX_DEPTH} levels deep, perhaps without end"
-            where = ": ".join(filter(None, (str(origin), dotted(key[:4]))))
+            where = ": ".join(filter(None, (str(origin), join_key(key[:4]))))
             fix = "write less (aliases, includes and ${...} count as what they stand for)"
             raise MaxlmError(what, where=where, fix=fix)
 
@@ -92,7 +92,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         origin = self.origin(event.start_mark)
         if getattr(event, "tag", None):
-            raise MaxlmError(f"the tag {shown(event.tag)} is not allowed", where=str(origin))
+            raise MaxlmError(f"the tag {format_value(event.tag)} is not allowed", where=str(origin))
         if found := _FORBIDDEN.search(getattr(event, "value", "")):
             raise yaml.reader.ReaderError("", event.start_mark.index, ord(found[0]), "", "")
         SizeLimit().add(None, self.depth, origin, ())
@@ -168,14 +168,16 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 
 
 @dataclass(frozen=True)
-class Document:
+class YamlDocument:
     """Plain data (dict, list, str, int, float, bool, None) and where each of its nodes stands."""
 
     data: Any
     origins: dict[Key, Origin]
 
 
-def parse(text: str, source: str, *, lines: bool = True, size: SizeLimit | None = None) -> Document:
+def parse_yaml(
+    text: str, source: str, *, lines: bool = True, size: SizeLimit | None = None
+) -> YamlDocument:
     """Reads one YAML document.
 
     Keys of mappings are always text (``on:`` is the key "on").
@@ -197,7 +199,7 @@ def parse(text: str, source: str, *, lines: bool = True, size: SizeLimit | None 
         loader = _Loader(text, origin, size or SizeLimit())
         node = loader.get_single_node()
         if node is None:
-            return Document(None, {(): Origin(source)})
+            return YamlDocument(None, {(): Origin(source)})
         data = loader.build(node, origin(node.start_mark), ())
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -211,11 +213,11 @@ def parse(text: str, source: str, *, lines: bool = True, size: SizeLimit | None 
         what = " ".join(part for part in (error.context, error.problem) if part)
         fix = "indent with spaces, not tabs" if "'\\t'" in what else None
         raise MaxlmError(f"not YAML: {what}", where=str(origin(mark)), fix=fix) from None
-    return Document(data, loader.origins)
+    return YamlDocument(data, loader.origins)
 
 
-def dump(data: Any) -> str:
-    """Plain data as YAML that `parse` reads back equal; a list of scalars takes one line."""
+def dump_yaml(data: Any) -> str:
+    """Plain data as YAML that `parse_yaml` reads back equal; a list of scalars takes one line."""
     return yaml.dump(
         data,
         Dumper=_Dumper,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.layers.attention import Cache, KVCache
-from maxlm.sharding import AxisRules, place
+from maxlm.sharding import AxisRules, resolve_placement
 
 CACHE_AXES = ("layers", "batch", None, "kv_heads", None)
 
@@ -35,7 +35,7 @@ def init_cache(
         rules = rules.model_copy(update={"kv_heads": ()})
 
     def empty(shape: tuple[int, ...]) -> jax.Array:
-        spec = place("cache", shape, CACHE_AXES, rules, sizes).spec
+        spec = resolve_placement("cache", shape, CACHE_AXES, rules, sizes).spec
         return jnp.zeros(shape, dtype, out_sharding=spec)
 
     shapes = config.cache_shapes(batch, length)

@@ -1,6 +1,6 @@
 """Prefill and decode: the model with a cache, as two pure functions to jit.
 
-Call them on the mesh that the parameters lie on: ``on_mesh(mesh, jax.jit(prefill, ...))``.
+Call them on the mesh that the parameters lie on: ``bind_mesh(mesh, jax.jit(prefill, ...))``.
 """
 
 import jax

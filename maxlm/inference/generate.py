@@ -18,7 +18,7 @@ from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Remembered, Transformer
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params
-from maxlm.sharding import on_mesh
+from maxlm.sharding import bind_mesh
 
 Tokens = list[int]
 
@@ -90,10 +90,10 @@ def generate(
     seeds[: len(prompts)] = range(len(prompts)) if streams is None else streams
     # Only what shapes the distribution is compiled in.
     shape = sampling.model_copy(update={"max_new_tokens": 1, "seed": 0})
-    params = on_mesh(mesh, cast_params)(model, params)
+    params = bind_mesh(mesh, cast_params)(model, params)
     fixed = {"seeds": seeds, "key": key, "vocab_size": vocab_size}
-    start = partial(on_mesh(mesh, _start), model, shape, length, params, tokens, lengths, **fixed)
-    advance = partial(on_mesh(mesh, _advance), model, shape, params, **fixed)
+    start = partial(bind_mesh(mesh, _start), model, shape, length, params, tokens, lengths, **fixed)
+    advance = partial(bind_mesh(mesh, _advance), model, shape, params, **fixed)
     return _stream(start, advance, len(prompts), sampling.max_new_tokens, eos_id)
 
 

@@ -8,7 +8,7 @@ from math import floor
 from pathlib import Path
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.config.assets import find_shipped
+from maxlm.config.assets import find_shipped_config
 from maxlm.launch.hosts import Hosts, hosts_of
 from maxlm.launch.options import (
     Mount,
@@ -212,7 +212,7 @@ def _config(
     """What ``maxlm train`` is to be given: config, settings, and the config's text where the job
     has not ``seen`` this machine's files."""
     path = Path(source).expanduser()
-    if not path.is_file() and find_shipped(source):
+    if not path.is_file() and find_shipped_config(source):
         return source, settings, ""
     if seen:
         return str(path.resolve()), settings, ""

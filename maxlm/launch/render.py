@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.config.assets import asset
+from maxlm.config.assets import find_asset
 from maxlm.launch.job import Job
 
 # scheduler → template under launch/; what follows the last slash, without .j2, is the file's name.
@@ -40,7 +40,7 @@ def render(job: Job, template: Path | None = None) -> str:
     """
     from jinja2 import Environment, StrictUndefined, TemplateError
 
-    path = template or asset(f"launch/{TEMPLATES[job.scheduler]}")
+    path = template or find_asset(f"launch/{TEMPLATES[job.scheduler]}")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

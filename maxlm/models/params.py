@@ -197,7 +197,7 @@ def named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def init_params(specs: Params, key: jax.Array) -> Params:
     """Initial values: each parameter's depend on ``key`` and its own name and layer alone.
 
-    Pure; under ``maxlm.sharding.jit_in_place`` no parameter is ever whole on one device.
+    Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device.
     """
 
     def init(name: str, spec: ParamSpec) -> jax.Array:

@@ -75,7 +75,7 @@ def lay_out(
     """Place every array of a run on a mesh of given sizes.
 
     Args:
-        links: what each mesh axis runs over (``maxlm.sharding.links``), where devices are at hand.
+        links: what each mesh axis runs over (``describe_links``), where devices are at hand.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
@@ -126,8 +126,8 @@ def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> Para
         spec=tuple((p,) if isinstance(p, str) else tuple(p or ()) for p in placement.spec),
         rule=placement.rule,
         bytes_total=spec.nbytes,
-        bytes_per_device=spec.nbytes // placement.shards,
-        replicas=devices // placement.shards,
+        bytes_per_device=spec.nbytes // placement.num_shards,
+        replicas=devices // placement.num_shards,
     )
 
 

@@ -1,7 +1,7 @@
 """Where a mesh lies on a machine that is not here: its axes along the dimensions of a torus.
 
-The layout is the one that a run would have (``sharding/links.py: arrange``), of devices that are
-nothing but places.
+The layout is that of a run (``sharding/links.py: arrange_devices``), for devices that are
+coordinates alone.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import Topology
-from maxlm.sharding.links import arrange
+from maxlm.sharding.links import arrange_devices
 
 _NAMES = "xyz"
 
@@ -48,7 +48,7 @@ def torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, 
     Raises:
         MaxlmError: a mesh that the layout cannot place.
     """
-    grid = arrange(sizes, _places(topology))
+    grid = arrange_devices(sizes, _places(topology))
     coords = np.array([place.coords for place in grid.ravel()]).reshape(*grid.shape, 3)
     found = {}
     for dim, axis in enumerate(sizes):

@@ -19,8 +19,8 @@ from maxlm.sharding import (
     AxisRules,
     Placement,
     check_activations,
-    check_unsharded,
-    place,
+    check_unsharded_share,
+    resolve_placement,
 )
 
 
@@ -57,7 +57,7 @@ def place_model(
     sharding = config.sharding
     gradients = sharding.gradients or sharding.storage
     rules = (sharding.storage, gradients, sharding.optimizer or gradients, sharding.compute)
-    rules = [own.on(sizes) for own in rules]
+    rules = [own.for_mesh(sizes) for own in rules]
     if for_training:
         check_batch(config, sizes)
         check_stages(config, sizes)
@@ -87,10 +87,10 @@ def place_model(
     flat = named(specs)
     for name, spec in flat.items():
         for own in (gradients, optimizer, compute):
-            place(name, spec.shape, spec.axes, own, sizes)
-    placements = {n: place(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
+            resolve_placement(name, spec.shape, spec.axes, own, sizes)
+    placements = {n: resolve_placement(n, s.shape, s.axes, storage, sizes) for n, s in flat.items()}
     parts = {name: (spec.nbytes, placements[name]) for name, spec in flat.items()}
     # Parameters that ZeRO-1 and ZeRO-2 keep whole are meant to be.
     if for_training and storage == optimizer:
-        check_unsharded(parts, sizes, config.sharding.max_unsharded)
+        check_unsharded_share(parts, sizes, config.sharding.max_unsharded)
     return PlacedModel(model, storage, gradients, optimizer, compute, specs, placements)

@@ -21,7 +21,7 @@ from maxlm.plan.topology import Topology, dimensions, parse_topology
 from maxlm.plan.workload import Split, Work
 from maxlm.run import RunConfig, fitted
 from maxlm.sharding import MESH_AXES, mesh_sizes
-from maxlm.sharding.links import between_slices, check_hosts
+from maxlm.sharding.links import check_tensor_within_host, split_over_slices
 
 FORMAT = 1
 # Of the memory limit, what the analytic peak may safely come to: it is off by a few per cent.
@@ -97,9 +97,9 @@ class Machine:
         """
         sizes = mesh_sizes(config.mesh, self.topology.devices)
         if self.topology.platform == "tpu":
-            between_slices(sizes, self.topology.slices)
+            split_over_slices(sizes, self.topology.slices)
         if self.topology.platform == "gpu":
-            check_hosts(sizes, self.topology.shape[-1])
+            check_tensor_within_host(sizes, self.topology.shape[-1])
         return sizes
 
 

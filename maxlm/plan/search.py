@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import FILL, Machine, costs, predict
@@ -136,7 +136,7 @@ def snippet(run: RunConfig, source: str) -> str:
     """
     wanted = run.model_dump(mode="json")
     try:
-        known = load(RunConfig, source).value.model_dump(mode="json")
+        known = load_config(RunConfig, source).value.model_dump(mode="json")
         data = {"include": source, **_differing(known, wanted)}
     except MaxlmError:  # it is no run without the settings that were given beside it
         data = wanted

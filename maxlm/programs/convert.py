@@ -13,10 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, Origin, differences, load, to_yaml
-from maxlm.config.keys import dotted
-from maxlm.config.layers import Tree
-from maxlm.config.load import validate
+from maxlm.config import MaxlmError, Origin, compare_configs, load_config, to_yaml
+from maxlm.config.keys import join_key
+from maxlm.config.load import validate_config
+from maxlm.config.merge import SettingsTree
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.codec import CodecTokenizer
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
@@ -170,7 +170,7 @@ def to_published(
         MaxlmError: no run, no checkpoint, a target that is not empty, a model that the family has
             no words for, values too large for the number format.
     """
-    config = load(RunConfig, source / "config.yaml").value
+    config = load_config(RunConfig, source / "config.yaml").value
     average = config.train.ema_decay is not None
     reader = CheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
     published = read_metadata(reader.folder).get("published") or {}
@@ -212,7 +212,7 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
         "objective": {"kind": objective},
         "data": {"seq_len": max(seq_len, 1)},
     }
-    return validate(RunConfig, Tree(tree, {(): Origin(str(where))}))
+    return validate_config(RunConfig, SettingsTree(tree, {(): Origin(str(where))}))
 
 
 def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
@@ -303,10 +303,10 @@ def _lost(model: Any, family: Family) -> str | None:
     except MaxlmError as error:
         return error.what
     except ValidationError as error:
-        return f"its model.{dotted(error.errors()[0]['loc'])}"
+        return f"its model.{join_key(error.errors()[0]['loc'])}"
     except (AssertionError, AttributeError):
         return "its kind of layers"
-    different = differences(model.model_dump(mode="json"), again.model_dump(mode="json"))
+    different = compare_configs(model.model_dump(mode="json"), again.model_dump(mode="json"))
     for key, ours, _ in different:
         if not key.startswith(_ASIDE):
             return f"model.{key}={ours!r}"

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.architectures import Model
 from maxlm.models.params import Params
@@ -42,7 +42,7 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: MeshConfig | 
         raise MaxlmError(
             "no run here (no config.yaml)", where=str(folder), fix="name a folder like runs/demo"
         )
-    config = load(RunConfig, folder / "config.yaml").value
+    config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
     average = config.train.ema_decay is not None

@@ -6,14 +6,14 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan.predict import FORMAT, Machine, Plan, predict
 from maxlm.plan.search import Candidate
 from maxlm.plan.show import human_bytes
 from maxlm.programs.compare import Figures, compare
 from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
-from maxlm.sharding import mesh_sizes, smallest
+from maxlm.sharding import count_min_devices, mesh_sizes
 
 
 def read_plan(source: str, on: str | None) -> dict[str, Any]:
@@ -29,9 +29,9 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
     path = Path(source)
     path = path / "plan.json" if path.is_dir() else path
     if path.suffix != ".json":
-        run = load(RunConfig, source).value
+        run = load_config(RunConfig, source).value
         if on is None:
-            return predict(run, sizes=mesh_sizes(run.mesh, smallest(run.mesh))).to_json()
+            return predict(run, sizes=mesh_sizes(run.mesh, count_min_devices(run.mesh))).to_json()
         return predict(run, Machine.of(on)).to_json()
     try:
         plan = json.loads(path.read_text())

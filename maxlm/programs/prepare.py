@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.config import MixtureSource
 from maxlm.data.loader import Batches, check_lasts, make_batches
@@ -107,7 +107,7 @@ def check_prepared(config: RunConfig, folder: Path) -> None:
     if path.exists():
         before, now = (
             without_settings(each.model_dump(mode="json"), _READING)
-            for each in (load(RunConfig, path).value, config)
+            for each in (load_config(RunConfig, path).value, config)
         )
         check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
 

@@ -43,7 +43,7 @@ from maxlm.run import RunConfig, vocab_fits
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.files import check_not_deleted, locked_folder, replacing, writing
 from maxlm.runtime.signals import SignalHandler, handle_signals
-from maxlm.sharding import links
+from maxlm.sharding import describe_links
 from maxlm.train.anomaly import LossWatch, Verdict
 from maxlm.train.checkpoint import Checkpointer, check_same, group_sizes
 from maxlm.train.checkpoint.tiers import Tiers
@@ -156,7 +156,7 @@ def pretrain(
             config,
             Machine.here(setup.mesh.devices.ravel().tolist()),
             sizes=dict(setup.mesh.shape),
-            links=links(setup.mesh),
+            links=describe_links(setup.mesh),
         )
         say(planned_words(plan))
         _describe(folder, config, plan, lead=lead)

@@ -18,7 +18,7 @@ from maxlm.models.params import Params
 from maxlm.parallel.context import sequence_order
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig, fitted
-from maxlm.sharding import AxisRules, jit_in_place, make_mesh, on_mesh
+from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
 from maxlm.tasks import OBJECTIVES
 from maxlm.train.optimizer import make_optimizer, updated_in
 from maxlm.train.schedule import make_schedule
@@ -77,7 +77,7 @@ class Setup:
     @cached_property
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every array of the state."""
-        shapes = on_mesh(self.mesh, jax.eval_shape)(self._init, jax.random.key(0))
+        shapes = bind_mesh(self.mesh, jax.eval_shape)(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
@@ -85,7 +85,7 @@ class Setup:
     def init(self) -> TrainState:
         """A fresh state, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return on_mesh(self.mesh, jit_in_place(self._init, self.shardings))(key)
+        return bind_mesh(self.mesh, jit_sharded(self._init, self.shardings))(key)
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
@@ -99,12 +99,12 @@ class Setup:
             ema_decay=self.config.train.ema_decay,
             gradient_layouts=self._gradient_layouts,
         )
-        return on_mesh(self.mesh, jax.jit(step, donate_argnums=0))
+        return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
     def evaluation_function(self) -> Callable[[Params, Batch], Sums]:
         """The evaluation step, compiled at its first call."""
         step = partial(eval_step, model=self.model, loss=self.loss)
-        return on_mesh(self.mesh, jax.jit(step))
+        return bind_mesh(self.mesh, jax.jit(step))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)

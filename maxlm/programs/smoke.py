@@ -21,7 +21,7 @@ from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import planned_vocab
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
 from maxlm.run import RunConfig, vocab_fits
-from maxlm.sharding import mesh_sizes, smallest
+from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import Vocabulary, batch_arrays
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
@@ -116,7 +116,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     a mesh, a schedule, a batch, a tokenizer's size or missing documents make impossible raises a
     MaxlmError.
     """
-    lay_out(config, mesh_sizes(config.mesh, smallest(config.mesh)))
+    lay_out(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
     vocab_fits(config, planned_vocab(config))
     for source in config.data.sources:
         if source.documents:

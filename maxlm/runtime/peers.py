@@ -61,7 +61,7 @@ class Peers:
             f"hosts disagree on {name}: {'; '.join(words)}",
             fix="start all hosts with the same software, config and kind of machine",
         )
-        error.together = True
+        error.on_all_processes = True
         raise error
 
     def leave(self) -> None:

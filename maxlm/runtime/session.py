@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.config.errors import LOST, of_the_machine
-from maxlm.config.keys import dotted, flatten
+from maxlm.config.errors import LOST, convert_os_error
+from maxlm.config.keys import flatten, join_key
 from maxlm.runtime.cluster import find_cluster
 from maxlm.runtime.peers import FAILED, join_cluster, lost_peer
 
@@ -52,12 +52,12 @@ def distributed_session(
     import jax
 
     try:
-        facts = {dotted(key): value for key, value in flatten(settings)}
+        facts = {join_key(key): value for key, value in flatten(settings)}
         facts["devices"] = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
         peers.check(facts, wait_seconds=join_seconds)
         yield
     except MaxlmError as error:
-        if not error.together:
+        if not error.on_all_processes:
             # A file that needs all processes was not written because one is gone: no mistake.
             if error.__cause__ and (lost := lost_peer(error.__cause__)):
                 peers.end_all(LOST, lost)
@@ -68,7 +68,7 @@ def distributed_session(
     except KeyboardInterrupt:
         peers.end_all(_INTERRUPTED, "interrupted")
     except BaseException as error:
-        if known := of_the_machine(error):
+        if known := convert_os_error(error):
             print(f"error: {known}", file=sys.stderr, flush=True)
             peers.end_all(known.exit_code, str(known))
         lost = lost_peer(error)

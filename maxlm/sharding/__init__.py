@@ -1,17 +1,22 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.create import jit_in_place, on_mesh
-from maxlm.sharding.links import links
+from maxlm.sharding.create import bind_mesh, jit_sharded
+from maxlm.sharding.links import describe_links
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
     abstract_mesh,
+    count_min_devices,
     make_mesh,
     mesh_sizes,
     parse_mesh,
-    smallest,
 )
-from maxlm.sharding.resolve import Placement, check_activations, check_unsharded, place
+from maxlm.sharding.resolve import (
+    Placement,
+    check_activations,
+    check_unsharded_share,
+    resolve_placement,
+)
 from maxlm.sharding.rules import LOGICAL_AXES, AxisRules, ShardingConfig
 
 __all__ = [
@@ -22,14 +27,14 @@ __all__ = [
     "Placement",
     "ShardingConfig",
     "abstract_mesh",
+    "bind_mesh",
     "check_activations",
-    "check_unsharded",
-    "jit_in_place",
-    "links",
+    "check_unsharded_share",
+    "count_min_devices",
+    "describe_links",
+    "jit_sharded",
     "make_mesh",
     "mesh_sizes",
-    "on_mesh",
     "parse_mesh",
-    "place",
-    "smallest",
+    "resolve_placement",
 ]

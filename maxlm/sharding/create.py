@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh, auto_axes
 
 
-def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
     """``function`` jitted so that every output is computed in its shards, never whole on a device.
 
     Under an explicit mesh, values made from nothing are replicated by their type: with plain
@@ -22,7 +22,7 @@ def jit_in_place(function: Callable[..., Any], shardings: Any) -> Callable[..., 
     return jax.jit(auto_axes(function, out_sharding=shardings), out_shardings=shardings)
 
 
-def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def bind_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
 
     Not for use within a trace; ``__wrapped__`` is ``function`` itself, say to lower it.

@@ -14,7 +14,7 @@ from maxlm.config import MaxlmError
 BETWEEN_SLICES = ("data", "stage")
 
 
-def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     """Devices in the shape of a mesh, ``sizes`` outermost first.
 
     A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else
@@ -27,7 +27,7 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "gpu":
         return _by_host(sizes, devices)
-    outer = between_slices(sizes, slices)
+    outer = split_over_slices(sizes, slices)
     inner = tuple(n // outer[axis] for axis, n in sizes.items())
 
     def along_the_torus(shared: bool) -> np.ndarray:
@@ -51,23 +51,23 @@ def arrange(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     )
 
 
-def between_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
     """How many ways each axis is cut by the boundaries of slices.
 
     Raises:
         MaxlmError: neither `data` nor `stage` divides over them.
     """
     outer = dict.fromkeys(sizes, 1)
-    if slices == 1:
+    if num_slices == 1:
         return outer
     for axis in BETWEEN_SLICES:
-        if sizes[axis] % slices == 0:
-            return outer | {axis: slices}
+        if sizes[axis] % num_slices == 0:
+            return outer | {axis: num_slices}
     raise MaxlmError(
-        f"{slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
+        f"{num_slices} slices, but neither data={sizes['data']} nor stage={sizes['stage']} "
         "divides over them",
         where="mesh",
-        fix=f"set mesh.data to a multiple of {slices}: only it or stage may cross slices",
+        fix=f"set mesh.data to a multiple of {num_slices}: only it or stage may cross slices",
     )
 
 
@@ -75,25 +75,25 @@ def _by_host(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(ordered, object).reshape(tuple(sizes.values()))
     hosts = len({device.process_index for device in ordered})
-    check_hosts(sizes, len(ordered) // hosts)
+    check_tensor_within_host(sizes, len(ordered) // hosts)
     return grid
 
 
-def check_hosts(sizes: Mapping[str, int], gpus: int) -> None:
+def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:
     """Check that `tensor` stays within hosts of so many GPUs.
 
     Raises:
         MaxlmError: it does not.
     """
-    if gpus % sizes["tensor"]:
+    if gpus_per_host % sizes["tensor"]:
         raise MaxlmError(
-            f"tensor={sizes['tensor']} would lie across hosts of {gpus} GPUs",
+            f"tensor={sizes['tensor']} would lie across hosts of {gpus_per_host} GPUs",
             where="mesh.tensor",
-            fix=f"use a divisor of {gpus}",
+            fix=f"use a divisor of {gpus_per_host}",
         )
 
 
-def links(mesh: Mesh) -> dict[str, str]:
+def describe_links(mesh: Mesh) -> dict[str, str]:
     """What each mesh axis of more than one device runs over, in words."""
     return {
         axis: _link(np.moveaxis(mesh.devices, dim, -1).reshape(-1, mesh.devices.shape[dim]))

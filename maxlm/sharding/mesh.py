@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from maxlm.config import Config, MaxlmError
-from maxlm.sharding.links import arrange
+from maxlm.sharding.links import arrange_devices
 
 # Outermost (slowest links) first: `tensor` neighbours sit next to each other.
 MeshAxis = Literal["stage", "data", "fsdp", "expert", "context", "tensor"]
@@ -93,7 +93,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return sizes
 
 
-def smallest(config: MeshConfig) -> int:
+def count_min_devices(config: MeshConfig) -> int:
     """The fewest devices a mesh can have: an axis of -1 counts as 1."""
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
@@ -103,7 +103,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
-    return Mesh(arrange(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
+    return Mesh(arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

@@ -28,16 +28,16 @@ class Placement:
     spec: PartitionSpec
     rule: str
     """The rules that matched, e.g. ``embed→fsdp, mlp→tensor``."""
-    shards: int
+    num_shards: int
     """Distinct pieces of the array; devices / shards is its replication."""
 
 
-def place(
-    path: str,
+def resolve_placement(
+    name: str,
     shape: Sequence[int],
     axes: Sequence[str | None],
     rules: AxisRules,
-    sizes: Mapping[str, int],
+    mesh_sizes: Mapping[str, int],
 ) -> Placement:
     """Resolve one array's partition.
 
@@ -53,16 +53,16 @@ def place(
     matched, used = [], Counter()
     for size, axis in zip(shape, axes, strict=True):
         names = rules.mesh_axes(axis)
-        ways = prod(sizes[name] for name in names)
+        ways = prod(mesh_sizes[name] for name in names)
         if size % ways:
-            split = "·".join(f"{name}={sizes[name]}" for name in names)
+            split = "·".join(f"{name}={mesh_sizes[name]}" for name in names)
             raise MaxlmError(
                 f"{axis}={size} does not divide over {split}",
-                where=path,
+                where=name,
                 fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
                 "sharding.storage and sharding.compute to keep it whole",
             )
-        used.update(name for name in names if sizes[name] > 1)
+        used.update(name for name in names if mesh_sizes[name] > 1)
         if names:
             matched.append(f"{axis}→{'+'.join(names)}")
     for name, count in used.items():
@@ -70,13 +70,13 @@ def place(
             both = [axis for axis in axes if axis and name in rules.mesh_axes(axis)]
             raise MaxlmError(
                 f"axes {' and '.join(both)} are both on mesh axis '{name}'",
-                where=path,
+                where=name,
                 fix="give one of them another mesh axis, or null",
             )
     return Placement(
         spec=rules.spec(*axes),
         rule=", ".join(matched) or "whole",
-        shards=prod(sizes[name] for name in used),
+        num_shards=prod(mesh_sizes[name] for name in used),
     )
 
 
@@ -117,8 +117,8 @@ def check_activations(rules: AxisRules) -> None:
                 seen[name] = axis
 
 
-def check_unsharded(
-    parts: Mapping[str, tuple[int, Placement]], sizes: Mapping[str, int], limit: float
+def check_unsharded_share(
+    placements: Mapping[str, tuple[int, Placement]], sizes: Mapping[str, int], max_share: float
 ) -> None:
     """Refuse a plan that leaves too many parameter bytes whole on every device.
 
@@ -131,13 +131,15 @@ def check_unsharded(
     """
     if prod(sizes[axis] for axis in PARAMETER_AXES) == 1:
         return
-    whole = {path: size for path, (size, placement) in parts.items() if placement.shards == 1}
-    share = sum(whole.values()) / sum(size for size, _ in parts.values())
-    if share > limit:
+    whole = {
+        path: size for path, (size, placement) in placements.items() if placement.num_shards == 1
+    }
+    share = sum(whole.values()) / sum(size for size, _ in placements.values())
+    if share > max_share:
         largest = max(whole, key=whole.__getitem__)
         raise MaxlmError(
-            f"{share:.0%} of parameter bytes would be whole on every device (limit {limit:.0%}), "
-            f"the largest {largest}",
+            f"{share:.0%} of parameter bytes would be whole on every device "
+            f"(limit {max_share:.0%}), the largest {largest}",
             where="sharding.storage",
             fix="give one of its axes a mesh axis, or raise sharding.max_unsharded",
         )

@@ -65,7 +65,7 @@ class AxisRules(Config):
         """The partition of an array whose dimensions carry these logical axes."""
         return PartitionSpec(*(self.mesh_axes(axis) or None for axis in axes))
 
-    def on(self, sizes: Mapping[str, int]) -> "AxisRules":
+    def for_mesh(self, sizes: Mapping[str, int]) -> "AxisRules":
         """These rules on a mesh of given sizes: axes of size 1 split nothing and are left out."""
         kept = {a: tuple(n for n in getattr(self, a) if sizes[n] > 1) for a in LOGICAL_AXES}
         return AxisRules(**kept)

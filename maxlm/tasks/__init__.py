@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from maxlm.config import default_tag
+from maxlm.config import add_default_tag
 from maxlm.tasks.clm import ClmConfig
 from maxlm.tasks.denoising import (
     INPUTS,
@@ -30,7 +30,7 @@ from maxlm.tasks.vocabulary import Vocabulary
 ObjectiveConfig = Annotated[
     ClmConfig | MlmConfig | SpanCorruptionConfig | Ul2Config,
     Field(discriminator="kind"),
-    default_tag("kind", "clm"),
+    add_default_tag("kind", "clm"),
 ]
 OBJECTIVES: Mapping[str, Any] = {
     "clm": name_tokens,

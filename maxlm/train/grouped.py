@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxlm.sharding import jit_in_place, on_mesh
+from maxlm.sharding import bind_mesh, jit_sharded
 
 Groups = Mapping[str, tuple[int, ...]]
 """Of each parameter held in groups, by canonical name: (groups, layers a group)."""
@@ -50,4 +50,4 @@ def reshaped(
     mesh = getattr(next(iter(shardings.values())), "mesh", None)
     if mesh is None:
         return reshape(dict(arrays))
-    return on_mesh(mesh, jit_in_place(reshape, shardings))(dict(arrays))
+    return bind_mesh(mesh, jit_sharded(reshape, shardings))(dict(arrays))

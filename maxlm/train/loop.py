@@ -133,7 +133,7 @@ def train(
         where=folder,
         fix="run the same command to go on from there",
     )
-    stopped.together = True
+    stopped.on_all_processes = True
     raise stopped
 
 

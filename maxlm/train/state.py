@@ -9,7 +9,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from maxlm.models.params import Params, ParamSpec, init_params
-from maxlm.sharding import AxisRules, place
+from maxlm.sharding import AxisRules, resolve_placement
 from maxlm.train.optimizer import opt_state_shardings
 
 
@@ -32,7 +32,7 @@ class TrainState:
 def init_state(
     specs: Params, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
 ) -> TrainState:
-    """A fresh state. Pure; ``maxlm.sharding.jit_in_place`` creates it in its shards."""
+    """A fresh state. Pure; ``maxlm.sharding.jit_sharded`` creates it in its shards."""
     params = init_params(specs, key)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
@@ -48,7 +48,9 @@ def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) 
 
     def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
         name = ".".join(str(key.key) for key in path)
-        return NamedSharding(mesh, place(name, spec.shape, spec.axes, rules, sizes).spec)
+        return NamedSharding(
+            mesh, resolve_placement(name, spec.shape, spec.axes, rules, sizes).spec
+        )
 
     return jax.tree_util.tree_map_with_path(sharding, specs)
 

@@ -12,7 +12,7 @@ from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.params import bind, param_specs
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh, place
+from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh, resolve_placement
 from tests.models import moe_building as building
 
 
@@ -28,13 +28,15 @@ def test_a_tpu_gets_ragged_exchanges_products_and_scattered_gradients(tpu_mesh):
     sizes = dict(tpu_mesh.shape)
     rules = building.compute_rules(tpu_mesh)
     model = building.Moe(config, 512, 2, 0.02, rules=rules, dtype=jnp.bfloat16)
-    storage = ShardingConfig().storage.on(sizes)
+    storage = ShardingConfig().storage.for_mesh(sizes)
 
     def abstract(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(tpu_mesh, spec))
 
     params = jax.tree.map(
-        lambda s: abstract(s.shape, s.dtype, place("", s.shape, s.axes, storage, sizes).spec),
+        lambda s: abstract(
+            s.shape, s.dtype, resolve_placement("", s.shape, s.axes, storage, sizes).spec
+        ),
         param_specs(model),
     )
     x = abstract((8, 64, 512), jnp.bfloat16, rules.spec("batch", "seq"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.config import asset, load
+from maxlm.config import find_asset, load_config
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import compile_step
 from maxlm.run import RunConfig
@@ -34,7 +34,7 @@ def test_a_step_compiles(machine, name):
     overrides += ["mesh.fsdp=-1", f"data.batch_size={devices}", "objective.chunk_tokens=1024"]
     overrides += [] if "t5" in name else ["data.seq_len=512"]
     # Tables whose rows do not divide are padded in training; here they are made to.
-    config = load(RunConfig, asset(f"configs/models/{name}.yaml"), overrides).value
+    config = load_config(RunConfig, find_asset(f"configs/models/{name}.yaml"), overrides).value
     step = compile_step(config, machine)
     assert step.memory.peak > 0
     if machine.startswith("v5p") and not name.startswith("t5"):  # whose biases are XLA's to add

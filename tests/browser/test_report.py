@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.show import human_bytes, human_seconds
 from maxlm.run import RunConfig
@@ -29,7 +29,7 @@ PIPELINE = ("mesh.stage=4", "mesh.tensor=2", "train.micro_batches=16", "parallel
 
 @cache
 def plan_of(name: str, machine: str | None = None, *settings: str) -> str:
-    config = load(RunConfig, name, list(settings)).value
+    config = load_config(RunConfig, name, list(settings)).value
     if machine:
         return json.dumps(predict(config, Machine.of(machine)).to_json())
     sizes = {axis: 2 if axis in ("data", "fsdp", "tensor") else 1 for axis in MESH_AXES}

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.config import load, to_yaml
+from maxlm.config import load_config, to_yaml
 from maxlm.corpus import SourceConfig
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
@@ -288,7 +288,7 @@ class Home:
         self._run("untrained", checkpoint=False)
 
     def _run(self, name: str, checkpoint: bool) -> None:
-        config = load(RunConfig, self.folder / "tiny.yaml", [f"name={name}"]).value
+        config = load_config(RunConfig, self.folder / "tiny.yaml", [f"name={name}"]).value
         setup = set_up(config, jax.devices()[:1])
         run = self.folder / name
         run.mkdir()

@@ -77,7 +77,7 @@ def test_schema(run):
 
 
 def test_list(run, monkeypatch):
-    monkeypatch.setattr("maxlm.config.shipped_configs", lambda: ["runs/demo", "models/tiny"])
+    monkeypatch.setattr("maxlm.config.list_shipped_configs", lambda: ["runs/demo", "models/tiny"])
     assert run("list") == (0, "runs/demo\nmodels/tiny\n", "")
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.programs.compile import DoesNotFit
 from maxlm.run import RunConfig
 
@@ -133,7 +133,7 @@ def test_a_search_prints_what_train_takes(tmp_path, capsys):
     text = out.split("for maxlm train\n")[1].split("\n\n")[0]
     file = tmp_path / "found.yaml"
     file.write_text(text)
-    found = load(RunConfig, file).value
+    found = load_config(RunConfig, file).value
     assert (found.data.batch_size, found.train.steps) == (256, 20000)
     assert out.count("fits: ") == 1
     assert main(["plan", str(file), "--on", "v5p-64"]) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import maxlm
-from maxlm.config import MaxlmError, asset, resolve_config, shipped_configs
+from maxlm.config import MaxlmError, find_asset, list_shipped_configs, resolve_config
 
 
 @pytest.fixture(params=["wheel", "source tree"])
@@ -25,10 +25,10 @@ def root(request, tmp_path, monkeypatch):
 
 
 def test_asset(root):
-    assert asset("launch") == root / "launch"
-    assert asset("configs/runs/demo.yaml") == root / "configs/runs/demo.yaml"
+    assert find_asset("launch") == root / "launch"
+    assert find_asset("configs/runs/demo.yaml") == root / "configs/runs/demo.yaml"
     with pytest.raises(MaxlmError) as caught:
-        asset("configs/runs/none.yaml")
+        find_asset("configs/runs/none.yaml")
     assert str(caught.value) == (
         f"{root}: this installation of maxlm has no configs/runs/none.yaml; reinstall maxlm"
     )
@@ -36,8 +36,8 @@ def test_asset(root):
 
 def test_the_source_tree_has_both_folders():
     tree = Path(maxlm.__file__).parents[1]
-    assert asset("configs") == tree / "configs"
-    assert asset("launch") == tree / "launch"
+    assert find_asset("configs") == tree / "configs"
+    assert find_asset("launch") == tree / "launch"
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,9 @@ def test_no_such_config(root, name, message):
 
 
 def test_shipped_configs(root):
-    assert shipped_configs() == ["runs/demo", "runs/llama", "models/gpt2_small", "models/llama"]
+    assert list_shipped_configs() == [
+        "runs/demo",
+        "runs/llama",
+        "models/gpt2_small",
+        "models/llama",
+    ]

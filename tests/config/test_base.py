@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from maxlm.config import Config, FileName, load
-from maxlm.config.compare import plain
-from maxlm.config.keys import descend, flatten
+from maxlm.config import Config, FileName, load_config
+from maxlm.config.compare import to_plain
+from maxlm.config.keys import flatten, get_descendant
 from maxlm.run import RunConfig
 
 
@@ -21,12 +21,12 @@ class Nested(Config):
 
 
 def test_no_boolean_passes_as_a_number_nor_a_number_as_a_boolean():
-    good = plain(load(RunConfig, "demo").value)
+    good = to_plain(load_config(RunConfig, "demo").value)
     leaves = [(key, value) for key, value in flatten(good) if isinstance(value, int | float)]
     assert len(leaves) > 60
     for key, value in leaves:
         tree: Any = deepcopy(good)
-        descend(tree, key[:-1])[key[-1]] = 1 if isinstance(value, bool) else True
+        get_descendant(tree, key[:-1])[key[-1]] = 1 if isinstance(value, bool) else True
         with pytest.raises(ValidationError) as caught:
             RunConfig.model_validate(tree)
         assert [part for part in caught.value.errors()[0]["loc"] if part in key] == [*key]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import ABSENT, Config, differences
+from maxlm.config import ABSENT, Config, compare_configs
 
 
 class Model(Config):
@@ -20,7 +20,7 @@ class Model(Config):
 def test_differences():
     a = Model(extra={"x": 1.0})
     b = {"d_model": 16, "layers": [1, 3, 4], "path": "a", "old": None}
-    assert differences(a, b, "model") == [
+    assert compare_configs(a, b, "model") == [
         ("model.d_model", 8, 16),
         ("model.layers.1", 2, 3),
         ("model.extra.x", 1.0, ABSENT),
@@ -32,7 +32,7 @@ def test_differences():
 def test_a_saved_config_equals_itself():
     model = Model(d_model=3, extra={"y": 1e-3})
     saved = json.loads(json.dumps(model.model_dump(mode="json")))
-    assert differences(model, saved) == []
+    assert compare_configs(model, saved) == []
 
 
 trees = st.recursive(
@@ -46,6 +46,6 @@ trees = st.recursive(
 
 @given(st.dictionaries(st.sampled_from("xy"), trees), st.dictionaries(st.sampled_from("xy"), trees))
 def test_no_difference_means_equal(a, b):
-    assert (differences(a, b) == []) == (a == b)
-    assert differences(b, a) == [] or a != b
-    assert {key for key, *_ in differences(a, b)} == {key for key, *_ in differences(b, a)}
+    assert (compare_configs(a, b) == []) == (a == b)
+    assert compare_configs(b, a) == [] or a != b
+    assert {key for key, *_ in compare_configs(a, b)} == {key for key, *_ in compare_configs(b, a)}

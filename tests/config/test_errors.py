@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, field_validator, model_validator
 
-from maxlm.config import Config, MaxlmError, load
+from maxlm.config import Config, MaxlmError, load_config
 
 
 class Model(Config):
@@ -81,7 +81,7 @@ def message(tmp_path, monkeypatch):
         data = text if isinstance(text, bytes) else textwrap.dedent(text).encode()
         Path("run.yaml").write_bytes(data)
         with pytest.raises(MaxlmError) as caught:
-            load(cls, Path("run.yaml"), overrides)
+            load_config(cls, Path("run.yaml"), overrides)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -316,13 +316,13 @@ def test_missing_and_unreadable_sources(tmp_path, monkeypatch):
         Path(): ".: cannot be read: Is a directory",
     }.items():
         with pytest.raises(MaxlmError) as caught:
-            load(Run, source)
+            load_config(Run, source)
         assert str(caught.value) == expected
 
 
 def test_a_mistake_of_overrides_alone():
     with pytest.raises(MaxlmError) as caught:
-        load(Source, None)
+        load_config(Source, None)
     assert str(caught.value) == "command line: path is required; add it, or pass path=..."
 
 

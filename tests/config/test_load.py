@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, field_validator
 
-from maxlm.config import Config, MaxlmError, load
-from maxlm.config.keys import COMMAND_LINE, DEFAULT, dotted, flatten
+from maxlm.config import Config, MaxlmError, load_config
+from maxlm.config.keys import COMMAND_LINE, DEFAULT, flatten, join_key
 
 
 class Mesh(Config):
@@ -88,7 +88,9 @@ def test_a_file_and_overrides_with_their_origins(write):
           - {path: y, weight: 3}
         """,
     )
-    loaded = load(Run, source, ["sources.1.weight=2", "sources[0].weight=5", "model.bias=true"])
+    loaded = load_config(
+        Run, source, ["sources.1.weight=2", "sources[0].weight=5", "model.bias=true"]
+    )
     assert loaded.value == Run(
         name="demo",
         model=Model(d_model=64, rate=0.001, bias=True),
@@ -113,21 +115,21 @@ def test_a_file_and_overrides_with_their_origins(write):
 
 
 def test_every_leaf_has_an_origin(write):
-    loaded = load(Run, write("run.yaml", "extra: {a: 1, b: 2}\nsources: [{}]\n"))
-    leaves = [dotted(key) for key, _ in flatten(loaded.value.model_dump())]
+    loaded = load_config(Run, write("run.yaml", "extra: {a: 1, b: 2}\nsources: [{}]\n"))
+    leaves = [join_key(key) for key, _ in flatten(loaded.value.model_dump())]
     assert sorted(loaded.origins) == sorted(leaves)
     assert loaded.origins["sources.0.weight"] == DEFAULT
 
 
 def test_without_a_file():
-    loaded = load(Run, None, ["extra.a=3"])
+    loaded = load_config(Run, None, ["extra.a=3"])
     assert loaded.value == Run(extra={"a": 3})
     assert loaded.origins["extra.a"] == COMMAND_LINE
     assert loaded.origins["name"] == DEFAULT
 
 
 def test_an_empty_file_gives_the_defaults(write):
-    assert load(Run, write("empty.yaml", "# nothing\n")).value == Run()
+    assert load_config(Run, write("empty.yaml", "# nothing\n")).value == Run()
 
 
 def test_includes_merge_in_order_and_the_file_wins(write):
@@ -142,7 +144,7 @@ def test_includes_merge_in_order_and_the_file_wins(write):
         sources: [{path: own}]
         """,
     )
-    loaded = load(Run, source)
+    loaded = load_config(Run, source)
     assert loaded.value == Run(
         name="b", model=Model(d_model=2, rate=0.25, bias=True), sources=[Source(path="own")]
     )
@@ -162,15 +164,17 @@ def test_includes_are_relative_to_the_including_file_and_may_form_a_diamond(writ
     write("a/right.yaml", "include: ./base.yaml\nextra: {r: 1}\n")
     source = write("run.yaml", "include:\n  - a/left.yaml\n  - a/right.yaml\n")
     # right brings base along again, and comes later than left
-    assert load(Run, source).value == Run(name="base", model=Model(d_model=3), extra={"r": 1})
+    assert load_config(Run, source).value == Run(
+        name="base", model=Model(d_model=3), extra={"r": 1}
+    )
 
 
 def test_an_include_may_name_a_shipped_config(write, monkeypatch, tmp_path):
     package = tmp_path / "site" / "maxlm"
     write("site/maxlm/_assets/configs/models/tiny.yaml", "model: {d_model: 5}\n")
     monkeypatch.setattr("maxlm.config.assets._PACKAGE", package)
-    assert load(Run, write("run.yaml", "include: models/tiny\n")).value.model.d_model == 5
-    assert load(Run, "tiny").value.model.d_model == 5
+    assert load_config(Run, write("run.yaml", "include: models/tiny\n")).value.model.d_model == 5
+    assert load_config(Run, "tiny").value.model.d_model == 5
 
 
 def test_interpolation(write):
@@ -184,7 +188,7 @@ def test_interpolation(write):
         extra: {one: "${model.d_model}"}
         """,
     )
-    loaded = load(Run, source, ["model.d_model=9"])
+    loaded = load_config(Run, source, ["model.d_model=9"])
     assert loaded.value == Run(
         name="width-9", model=Model(d_model=9, labels=["a", "width-9"]), extra={"one": 9}
     )
@@ -194,13 +198,13 @@ def test_interpolation(write):
 def test_a_whole_mapping_by_interpolation_is_written_where_it_is_asked_for(write):
     source = write("run.yaml", "extra: {a: 1}\nmesh: ${m}\n")
     with pytest.raises(MaxlmError, match=re.escape("mesh: ${m} names no key that is written")):
-        load(Run, source)
+        load_config(Run, source)
 
     class Twice(Config):
         a: Mesh
         b: Mesh
 
-    loaded = load(Twice, write("run.yaml", "a:\n  data: 2\nb: ${a}\n"))
+    loaded = load_config(Twice, write("run.yaml", "a:\n  data: 2\nb: ${a}\n"))
     assert loaded.value == Twice(a=Mesh(data=2), b=Mesh(data=2))
     assert origins(loaded) == {
         "a.data": "run.yaml:2",
@@ -211,7 +215,7 @@ def test_a_whole_mapping_by_interpolation_is_written_where_it_is_asked_for(write
 
 
 def test_values_that_a_validator_took_apart_keep_their_origin(write):
-    loaded = load(Run, write("run.yaml", "\nmesh: data=2,fsdp=4\n"))
+    loaded = load_config(Run, write("run.yaml", "\nmesh: data=2,fsdp=4\n"))
     assert loaded.value.mesh == Mesh(data=2, fsdp=4)
     assert {origins(loaded)["mesh.data"], origins(loaded)["mesh.fsdp"]} == {"run.yaml:2"}
 
@@ -219,10 +223,10 @@ def test_values_that_a_validator_took_apart_keep_their_origin(write):
 def test_a_replaced_value_forgets_what_it_replaced(write):
     write("base.yaml", "mesh:\n  data: 2\n")
     source = write("run.yaml", "include: base.yaml\nmesh: fsdp=4\n")
-    loaded = load(Run, source)
+    loaded = load_config(Run, source)
     assert loaded.value.mesh == Mesh(fsdp=4)
     assert origins(loaded)["mesh.data"] == "run.yaml:2"
-    again = load(Run, source, ["mesh={fsdp: 2}"])
+    again = load_config(Run, source, ["mesh={fsdp: 2}"])
     assert again.value.mesh == Mesh(fsdp=2)
     assert origins(again)["mesh.data"] == "default"
 
@@ -240,21 +244,21 @@ def test_a_replaced_value_forgets_what_it_replaced(write):
     ],
 )
 def test_overrides_are_yaml(override, key, value):
-    loaded = load(Run, None, ["model.d_model=2", override])
+    loaded = load_config(Run, None, ["model.d_model=2", override])
     assert getattr(loaded.value.model, key) == value
     assert type(getattr(loaded.value.model, key)) is type(value)
 
 
 def test_overrides_apply_in_order_and_mappings_merge(write):
     source = write("run.yaml", "extra: {a: 1, b: 2}\nsources: [{path: x}]\n")
-    loaded = load(Run, source, ["extra={b: 3, c: 4}", "extra.c=5", "sources=[]"])
+    loaded = load_config(Run, source, ["extra={b: 3, c: 4}", "extra.c=5", "sources=[]"])
     assert loaded.value == Run(extra={"a": 1, "b": 3, "c": 5})
     assert origins(loaded)["extra.a"] == "run.yaml:1"
     assert loaded.origins["sources"] == COMMAND_LINE
 
 
 def test_an_override_may_pick_a_member_of_a_union():
-    assert load(Run, None, ["optimizer.kind=lion"]).value.optimizer == Lion(kind="lion")
+    assert load_config(Run, None, ["optimizer.kind=lion"]).value.optimizer == Lion(kind="lion")
 
 
 def test_yaml_merge_keys_and_anchors(write):
@@ -267,7 +271,7 @@ def test_yaml_merge_keys_and_anchors(write):
             path: y
         """,
     )
-    loaded = load(Run, source)
+    loaded = load_config(Run, source)
     assert loaded.value.sources == [Source(path="x", weight=2), Source(path="y", weight=2)]
     assert (loaded.origins["sources.1.path"].line, loaded.origins["sources.1.weight"].line) == (
         4,
@@ -303,8 +307,8 @@ def test_layers_merge_as_nested_dicts_do(layers, tmp_path_factory):
             expected[key] = {**expected[key], **value} if both else value
             for leaf in value if isinstance(value, dict) else [None]:
                 origin[f"tree.{key}" + (f".{leaf}" if leaf else "")] = f"{number}.yaml"
-    loaded = load(Any, folder / f"{len(layers) - 1}.yaml")
+    loaded = load_config(Any, folder / f"{len(layers) - 1}.yaml")
     assert loaded.value.tree == expected
     for key, _ in flatten(expected, ("tree",)):
         if key != ("tree",):
-            assert Path(loaded.origins[dotted(key)].source).name == origin[dotted(key)]
+            assert Path(loaded.origins[join_key(key)].source).name == origin[join_key(key)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import Config, load, schema, show, to_yaml
+from maxlm.config import Config, build_json_schema, load_config, to_annotated_yaml, to_yaml
 
 
 class Part(Config):
@@ -32,7 +32,9 @@ class Run(Config):
 def test_show(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text("name: |\n  two\n  lines\nlabels: [a, b]\nparts:\n- {width: 3}\n")
-    shown = show(load(Run, Path("run.yaml"), ["parts.0.kind=b", "sizes.small=1e-5"]))
+    shown = to_annotated_yaml(
+        load_config(Run, Path("run.yaml"), ["parts.0.kind=b", "sizes.small=1e-5"])
+    )
     assert shown.splitlines() == [
         'name: "two\\nlines\\n"  # run.yaml:1',
         "labels: [a, b]        # run.yaml:4",
@@ -47,7 +49,7 @@ def test_show(tmp_path, monkeypatch):
 
 
 def test_a_long_value_does_not_push_the_column_out():
-    shown = show(load(Run, None, [f"name={'n' * 80}"])).splitlines()
+    shown = to_annotated_yaml(load_config(Run, None, [f"name={'n' * 80}"])).splitlines()
     assert shown[:2] == [f"name: {'n' * 80}  # command line", "labels: []  # default"]
 
 
@@ -70,11 +72,11 @@ runs = st.builds(
 def test_what_is_written_loads_back_equal(tmp_path_factory, run):
     path = tmp_path_factory.mktemp("run") / "config.yaml"
     path.write_text(to_yaml(run), encoding="utf-8")
-    assert load(Run, path).value == run
+    assert load_config(Run, path).value == run
 
 
 def test_schema():
-    body = schema(Run)
+    body = build_json_schema(Run)
     assert body["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert list(body["properties"]) == ["include", "name", "labels", "parts", "sizes", "out"]
     assert body["properties"]["include"]["anyOf"] == [

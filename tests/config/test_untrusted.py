@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.config import Config, MaxlmError, load, to_yaml
-from maxlm.config.keys import dotted, flatten
-from maxlm.config.yaml_text import parse
+from maxlm.config import Config, MaxlmError, load_config, to_yaml
+from maxlm.config.keys import flatten, join_key
+from maxlm.config.yaml_text import parse_yaml
 from maxlm.run import RunConfig
 
 MANY = "more than 20,000 values; write less (aliases, includes and"
@@ -50,7 +50,7 @@ def refused(tmp_path, monkeypatch):
     def refused(text: str, *overrides: str) -> str:
         Path("run.yaml").write_text(text)
         with pytest.raises(MaxlmError) as caught:
-            load(RunConfig, Path("run.yaml"), overrides)
+            load_config(RunConfig, Path("run.yaml"), overrides)
         line = str(caught.value)
         assert not [word for word in ("\n", "hunter2") if word in line]
         return line
@@ -95,7 +95,7 @@ def test_references_lead_through_one_another(tmp_path):
         "a: {x: [3, 5]}\nb: ${a}\nc: ${b.x[1]}\n"
         r"texts: ['${c}-${b.x.0}', '\${c}', '\\${c}', 'a\\b', '\\\${c}${c}', '${texts.1}']"
     )
-    assert load(Parts, path, ["a.x.1=7"]).value == Parts(
+    assert load_config(Parts, path, ["a.x.1=7"]).value == Parts(
         a={"x": [3, 7]},
         b={"x": [3, 7]},
         c=7,
@@ -113,13 +113,13 @@ ODD = [
 
 def test_whatever_is_put_in_place_of_a_value(tmp_path):
     choose = random.Random(5).choice
-    demo = load(RunConfig, "demo").value
-    keys = [dotted(key) for key, _ in flatten(parse(to_yaml(demo), "").data)]
+    demo = load_config(RunConfig, "demo").value
+    keys = [join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").data)]
     passed = 0
     for odd in ODD * 2:
         with suppress(MaxlmError):
-            run = load(RunConfig, "demo", [f"{choose(keys)}={odd}"]).value
+            run = load_config(RunConfig, "demo", [f"{choose(keys)}={odd}"]).value
             (tmp_path / "again.yaml").write_text(to_yaml(run))
-            assert load(RunConfig, tmp_path / "again.yaml").value == run
+            assert load_config(RunConfig, tmp_path / "again.yaml").value == run
             passed += 1
     assert 0 < passed < len(ODD)

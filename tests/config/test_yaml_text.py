@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config.yaml_text import dump, parse
+from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
 
 @pytest.mark.parametrize(
@@ -36,17 +36,22 @@ from maxlm.config.yaml_text import dump, parse
     ],
 )
 def test_scalars(text, value):
-    got = parse(f"k: {text}", "f").data["k"]
+    got = parse_yaml(f"k: {text}", "f").data["k"]
     assert got == value
     assert type(got) is type(value)
 
 
 def test_keys_are_text():
-    assert parse("on: 1\n3: 2\nnull: 3\n1.5: 4", "f").data == {"on": 1, "3": 2, "null": 3, "1.5": 4}
+    assert parse_yaml("on: 1\n3: 2\nnull: 3\n1.5: 4", "f").data == {
+        "on": 1,
+        "3": 2,
+        "null": 3,
+        "1.5": 4,
+    }
 
 
 def test_origins_count_lines_from_one():
-    document = parse("\na:\n  b:\n    - 1\n    - {c: 2}\n", "f")
+    document = parse_yaml("\na:\n  b:\n    - 1\n    - {c: 2}\n", "f")
     assert {key: at.line for key, at in document.origins.items()} == {
         (): 2,
         ("a",): 2,
@@ -72,4 +77,4 @@ leaves = (
 
 @given(st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(text, inner)))
 def test_dump_reads_back(data):
-    assert parse(dump(data), "f").data == data
+    assert parse_yaml(dump_yaml(data), "f").data == data

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.sharding import ShardingConfig, place
+from maxlm.sharding import ShardingConfig, resolve_placement
 
 VOCAB = 66
 # A large init_std: logits of a random model must differ enough for a wrong cache to show.
@@ -74,7 +74,9 @@ def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
     """The same values on any mesh, none of them special: biases and scales matter too."""
     sharding, sizes = ShardingConfig(), dict(mesh.shape)
     with jax.set_mesh(mesh):
-        model = Decoder(DecoderConfig(**config), rules=sharding.compute.on(sizes), dtype=dtype)
+        model = Decoder(
+            DecoderConfig(**config), rules=sharding.compute.for_mesh(sizes), dtype=dtype
+        )
 
         def value(spec):
             drawn = np.random.default_rng(spec.shape).normal(0, 1, spec.shape)
@@ -83,7 +85,9 @@ def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
             else:
                 drawn *= config["init_std"]
             drawn = np.asarray(drawn, np.float32)
-            placed = place("", spec.shape, spec.axes, sharding.storage.on(sizes), sizes)
+            placed = resolve_placement(
+                "", spec.shape, spec.axes, sharding.storage.for_mesh(sizes), sizes
+            )
             return jax.device_put(drawn, NamedSharding(mesh, placed.spec))
 
         return Tiny(model, jax.tree.map(value, param_specs(model)))

@@ -27,7 +27,7 @@ def eight(mesh):
 
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 4), (jnp.bfloat16, 2)])
 def test_shape_dtype_and_bytes(one_device_mesh, dtype, size):
-    rules = ShardingConfig().compute.on(dict(one_device_mesh.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(one_device_mesh.shape))
     with jax.set_mesh(one_device_mesh):
         cache = init_cache(CONFIG, 3, 7, dtype, rules)["layers"]
     assert cache.key.shape == cache.value.shape == (5, 3, 7, 2, 4)
@@ -37,7 +37,7 @@ def test_shape_dtype_and_bytes(one_device_mesh, dtype, size):
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_layout_on_a_mesh(eight, jit):
-    rules = ShardingConfig().compute.on(dict(eight.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(eight.shape))
 
     def make():
         return init_cache(CONFIG, 4, 7, jnp.float32, rules)
@@ -50,7 +50,7 @@ def test_layout_on_a_mesh(eight, jit):
 
 
 def test_what_does_not_divide_is_refused(eight):
-    rules = ShardingConfig().compute.on(dict(eight.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(eight.shape))
     with jax.set_mesh(eight), pytest.raises(MaxlmError) as refused:
         init_cache(CONFIG, 3, 7, jnp.float32, rules)
     assert str(refused.value).startswith("cache: batch=3 does not divide over data=2·fsdp=2; ")

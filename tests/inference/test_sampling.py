@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.inference.sampling import SamplingConfig, sample
 
 DRAWS = 4000
@@ -134,5 +134,5 @@ def test_bad_settings(bad):
 
 def test_a_bad_setting_in_one_line():
     with pytest.raises(MaxlmError) as refused:
-        load(SamplingConfig, None, ["top_p=0"])
+        load_config(SamplingConfig, None, ["top_p=0"])
     assert str(refused.value) == "command line: top_p must be greater than 0, not 0"

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.launch.job import make_job
 from maxlm.launch.options import Options
 from maxlm.launch.render import render
@@ -38,7 +38,7 @@ def rendered(tmp_path):
         if on.startswith("cpu"):
             source, settings = "demo", ["model.num_layers=1", f"folder={tmp_path}"]
         settings += [f"name={json.dumps(run_name)}"] if run_name else []
-        run = load(RunConfig, source, settings).value
+        run = load_config(RunConfig, source, settings).value
         job, _ = make_job(
             *(run, source, settings),
             scheduler=scheduler,

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.launch.job import make_job
 from maxlm.launch.options import Options
 from maxlm.launch.render import _kubernetes, _yaml, render
@@ -62,7 +62,7 @@ def test_kubernetes_gives_back_the_text(text):
 def pod(on, settings=(), **options):
     text = ["data.sources=[{store: gs://corpus/tokens}]", "tokenizer.path=/data/tokenizer"]
     settings = [*text, "folder=/data/runs", *settings]
-    run = load(RunConfig, "llama2_7b", settings).value
+    run = load_config(RunConfig, "llama2_7b", settings).value
     options = Options(**{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options})
     job, _ = make_job(
         run, "llama2_7b", settings, scheduler="jobset", on=on, options=options, force=True

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.launch.job import make_job
 from maxlm.launch.options import Options
 from maxlm.launch.render import render
@@ -197,7 +197,7 @@ def test_a_config_that_cannot_be_written_ends_the_job(tmp_path, program):
         "include: llama2_7b\nname: own\nfolder: /data/runs\n"
         "data: {sources: [{store: gs://corpus/tokens}]}\ntokenizer: {path: /data/tokenizer}\n"
     )
-    run = load(RunConfig, str(source)).value
+    run = load_config(RunConfig, str(source)).value
     job, _ = make_job(run, str(source), (), scheduler="ray", on="h100x64")
     program("maxlm", '#!/bin/sh\necho "start" >> "$LOG"\n')
     unwritable = tmp_path / "folder"
@@ -217,7 +217,7 @@ def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
         f"include: llama2_7b\nname: own\nfolder: /data/runs\ndata: {sources}\n"
         "tokenizer: {path: /data/tokenizer}\n"
     )
-    run = load(RunConfig, str(source), ["seed=7"]).value
+    run = load_config(RunConfig, str(source), ["seed=7"]).value
     mount = ("gs://bucket:/data",) if scheduler in ("jobset", "skypilot") else ()
     options = Options(image="i", mount=mount) if scheduler == "jobset" else Options(mount=mount)
     on = "v5p-64" if scheduler == "tpu-vm" else "h100x64"
@@ -237,6 +237,6 @@ def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
     assert written
     sent = tmp_path / "sent.yaml"
     sent.write_text(written[3])
-    assert load(RunConfig, sent).value == run
+    assert load_config(RunConfig, sent).value == run
     assert f"maxlm train {written[1]}\n" in f"{script}\n"
     assert os.path.isabs(written[1])

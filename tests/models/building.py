@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.sharding import ShardingConfig, place
+from maxlm.sharding import ShardingConfig, resolve_placement
 
 GPT2 = DecoderConfig.model_validate(
     {
@@ -194,16 +194,16 @@ POSITIONS = np.array(
 
 def decoder(config: DecoderConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Decoder:
     """The model in the default compute layout of ``mesh``."""
-    rules = ShardingConfig().compute.on(dict(mesh.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     return Decoder(config, rules=rules, dtype=dtype)
 
 
 def storage(config: DecoderConfig, mesh: Mesh) -> Params:
     """Every parameter's sharding in the default storage layout of ``mesh``."""
     sizes = dict(mesh.shape)
-    rules = ShardingConfig().storage.on(sizes)
+    rules = ShardingConfig().storage.for_mesh(sizes)
     return jax.tree.map(
-        lambda s: NamedSharding(mesh, place("", s.shape, s.axes, rules, sizes).spec),
+        lambda s: NamedSharding(mesh, resolve_placement("", s.shape, s.axes, rules, sizes).spec),
         param_specs(decoder(config, mesh)),
     )
 
@@ -227,7 +227,7 @@ def on_devices(values: Params, shardings: Params) -> Params:
 
 def rows(mesh: Mesh, *arrays: np.ndarray) -> list[jax.Array]:
     """[B, S] arrays in the compute layout of ``mesh``."""
-    spec = ShardingConfig().compute.on(dict(mesh.shape)).spec("batch", "seq")
+    spec = ShardingConfig().compute.for_mesh(dict(mesh.shape)).spec("batch", "seq")
     return [jax.device_put(a, NamedSharding(mesh, spec)) for a in arrays]
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.sharding import AxisRules, ShardingConfig, place
+from maxlm.sharding import AxisRules, ShardingConfig, resolve_placement
 from tests.models.building import QUICK
 
 D_MODEL = 12
@@ -50,7 +50,7 @@ CONFIGS = {
 
 def compute_rules(mesh: Mesh, **changes: Any) -> AxisRules:
     compute = ShardingConfig().compute.model_dump() | changes
-    return AxisRules(**compute).on(dict(mesh.shape))
+    return AxisRules(**compute).for_mesh(dict(mesh.shape))
 
 
 def layer(config: MoeConfig, rules: AxisRules, dtype: Any = jnp.float32, **kw: Any) -> Moe:
@@ -77,10 +77,10 @@ def inputs(shape=(8, 6), seed: int = 1):
 def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
     """Parameters in the default storage layout."""
     sizes = dict(mesh.shape)
-    rules = ShardingConfig().storage.on(sizes)
+    rules = ShardingConfig().storage.for_mesh(sizes)
 
     def put(spec, value):
-        spec = place("", spec.shape, spec.axes, rules, sizes).spec
+        spec = resolve_placement("", spec.shape, spec.axes, rules, sizes).spec
         return jax.device_put(np.asarray(value, np.float32), NamedSharding(mesh, spec))
 
     return jax.tree.map(put, param_specs(layer(config, AxisRules())), params)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, param_specs
-from maxlm.sharding import ShardingConfig, place
+from maxlm.sharding import ShardingConfig, resolve_placement
 
 SIDES = {
     "wider": ({"embed": 6}, {"mlp": 20}),
@@ -25,13 +25,15 @@ def test_values_and_gradients_equal_the_formula(mesh, axes, side, dtype):
     inputs, outputs = SIDES[side]
     on, config = mesh(**axes), ShardingConfig()
     sizes = dict(on.shape)
-    rules = config.compute.on(sizes)
+    rules = config.compute.for_mesh(sizes)
     layer = Linear(inputs, outputs, bias=False, std=1.0, rules=rules, dtype=dtype)
     spec = param_specs(layer)["kernel"]
     draw = np.random.default_rng(0).normal
     x, kernel = draw(size=(4, 7, *inputs.values())), draw(size=spec.shape)
     d_y = draw(size=(4, 7, *outputs.values()))
-    stored = place("", spec.shape, spec.axes, config.storage.on(sizes), sizes).spec
+    stored = resolve_placement(
+        "", spec.shape, spec.axes, config.storage.for_mesh(sizes), sizes
+    ).spec
 
     def put(array, partition):
         return jax.device_put(array.astype(np.float32), NamedSharding(on, partition))

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 from pydantic import TypeAdapter
 
-from maxlm.config import asset
+from maxlm.config import find_asset
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.params import named, param_specs
 from maxlm.sharding import AxisRules
 
-PRESETS = sorted(path.stem for path in asset("configs/models").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in find_asset("configs/models").glob("*.yaml"))
 ROOT = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "parameter_counts.py"))
 preset, counts, family_name = SCRIPT["preset"], SCRIPT["counts"], SCRIPT["family"]
@@ -161,7 +161,7 @@ def test_the_page_has_the_table_as_it_is():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_holds_a_model_and_says_where_it_comes_from(name):
-    text = Path(asset(f"configs/models/{name}.yaml")).read_text()
+    text = Path(find_asset(f"configs/models/{name}.yaml")).read_text()
     comment = " ".join(line[2:] for line in text.splitlines() if line.startswith("#"))
     assert re.search(r"( et al\.|Sutskever| Team|DeepSeek-AI|xAI) \(20\d\d\)", comment)
     if name in PUBLISHED:

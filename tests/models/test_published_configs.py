@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from maxlm.config import MaxlmError, asset, load
+from maxlm.config import MaxlmError, find_asset, load_config
 from maxlm.config.base import Config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import FAMILIES, family_of
@@ -16,7 +16,7 @@ from maxlm.models.layers.positions import PositionsConfig
 from maxlm.tasks import ObjectiveConfig
 from tests.models.published_configs import MORE, PUBLISHED
 
-PRESETS = sorted(path.stem for path in asset("configs/models").glob("*.yaml"))
+PRESETS = sorted(path.stem for path in find_asset("configs/models").glob("*.yaml"))
 # One preset of each set of keys.
 LAYOUTS = list({frozenset(values): name for name, values in PUBLISHED.items()}.values())
 
@@ -38,7 +38,7 @@ def settings(values: dict[str, Any], tensors: Any = ()) -> tuple[Any, list[str]]
 def test_says_the_model_of_the_preset(name):
     # BART's presets have the offsets of logits, which files of BartModel lack.
     model, _ = settings(PUBLISHED[name], ["final_logits_bias"] if "bart" in name else ())
-    preset = load(Preset, asset(f"configs/models/{name}.yaml")).value.model
+    preset = load_config(Preset, find_asset(f"configs/models/{name}.yaml")).value.model
     if name == "grok_1":
         # Its file has a default of the library; the preset has Switch's (Fedus et al. 2021).
         model = model.model_copy(

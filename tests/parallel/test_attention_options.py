@@ -73,7 +73,7 @@ WHOLE = {
 
 
 def rules_on(axes, kv_heads):
-    rules = ShardingConfig().compute.on(dict(axes.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(axes.shape))
     whole = kv_heads % dict(axes.shape)["tensor"] != 0
     return rules.model_copy(update={"kv_heads": ()}) if whole else rules
 

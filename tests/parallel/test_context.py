@@ -35,7 +35,7 @@ CASES = {
 
 
 def rules_on(axes, kv_heads):
-    rules = ShardingConfig().compute.on(dict(axes.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(axes.shape))
     # As the planner does where kv heads are too few for `tensor`.
     whole = kv_heads % dict(axes.shape)["tensor"] != 0
     return rules.model_copy(update={"kv_heads": ()}) if whole else rules
@@ -212,7 +212,7 @@ def refused(seq_len=24, heads=8, kv_heads=8, *, rules=None, sizes=None, **option
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "context": 2, "tensor": 2, "stage": 1} | (
         sizes or {}
     )
-    rules = ShardingConfig().compute.on(sizes).model_copy(update=rules or {})
+    rules = ShardingConfig().compute.for_mesh(sizes).model_copy(update=rules or {})
     with pytest.raises(MaxlmError) as error:
         check_context(seq_len, heads, kv_heads, rules=rules, sizes=sizes, **options)
     return str(error.value)

@@ -17,7 +17,7 @@ from maxlm.plan.compiled.cost import COLLECTIVES
 from maxlm.plan.compiled.hlo import Computation, Module, parse
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
-from maxlm.sharding import on_mesh
+from maxlm.sharding import bind_mesh
 from maxlm.train.batch import batch_sharding
 from tests.models.building import QUICK
 
@@ -151,7 +151,7 @@ def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
         for name, dtype in {**dict.fromkeys(integers, "int32"), "weights": "float32"}.items()
     }
     step = setup.step_function().__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-    lowered = on_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
+    lowered = bind_mesh(setup.mesh, step.lower)(setup.abstract_state, batch)
     return lowered.compile(compiler_options=QUICK)
 
 

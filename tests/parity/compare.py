@@ -82,7 +82,7 @@ def logits(
         more: ``types`` of an encoder, ``inputs`` of an encoder beside a decoder.
     """
     mesh = one_device()
-    rules = ShardingConfig().compute.on(dict(mesh.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     model = config.build(rules=rules, dtype=dtype)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)

@@ -232,7 +232,7 @@ def continued(name: str) -> tuple[list[list[int]], list[list[int]]]:
 
 def _ours_continued(name: str, given: list[list[int]]) -> list[list[int]]:
     own, mesh = case(name), compare.one_device()
-    rules = ShardingConfig().compute.on(dict(mesh.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(mesh.shape))
     model = own.config.build(rules=rules, dtype=jnp.float32)
     params = compare.placed(own.params, mesh)
     sampling = SamplingConfig(temperature=0, max_new_tokens=NEW)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.config import asset
+from maxlm.config import find_asset
 from maxlm.models.families import FAMILIES
 
 torch = pytest.importorskip("torch")
@@ -19,7 +19,7 @@ COUNTED_BUFFERS = {"final_logits_bias"}  # BART's: zeros, which its published co
 
 @pytest.mark.parametrize("name", NAMES)
 def test_as_many_parameters(name):
-    text = asset(f"configs/models/{name}.yaml").read_text()
+    text = find_asset(f"configs/models/{name}.yaml").read_text()
     count = re.search(r"([\d,]+) parameters", text)
     assert count is not None
     family = FAMILIES[SCRIPT["family"](name)]

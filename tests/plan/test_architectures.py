@@ -6,7 +6,7 @@ from math import prod
 import jax.numpy as jnp
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan.layout import lay_out
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.search import search
@@ -39,7 +39,7 @@ PRESETS = {
 
 def preset(name: str, *settings: str) -> RunConfig:
     own = [f"data.seq_len={SEQ}", "data.batch_size=64", f"objective.kind={PRESETS[name]}"]
-    return load(RunConfig, name, [*own, *settings]).value
+    return load_config(RunConfig, name, [*own, *settings]).value
 
 
 @pytest.mark.parametrize("name", PRESETS)

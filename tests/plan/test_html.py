@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan.html import report, write_report
 from maxlm.plan.predict import Machine, predict
 from maxlm.run import RunConfig
@@ -15,7 +15,7 @@ HOSTILE = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}
 
 
 def plan(name="demo", machine=None):
-    config = load(RunConfig, "llama3_8b", []).value.model_copy(update={"name": name})
+    config = load_config(RunConfig, "llama3_8b", []).value.model_copy(update={"name": name})
     where = Machine.of(machine) if machine else None
     sizes = None if where else {axis: 8 if axis == "fsdp" else 1 for axis in MESH_AXES}
     return json.loads(json.dumps(predict(config, where, sizes=sizes).to_json()))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.cli.main import main
-from maxlm.config import load
-from maxlm.config.assets import shipped_configs
+from maxlm.config import load_config
+from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import named
 from maxlm.plan.layout import lay_out
 from maxlm.plan.show import human_bytes, human_count
@@ -31,7 +31,7 @@ def sizes(**axes: int) -> dict[str, int]:
 
 
 def llama(**settings) -> RunConfig:
-    return load(RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]).value
+    return load_config(RunConfig, "llama3_8b", [f"{k}={v}" for k, v in settings.items()]).value
 
 
 # Powers of two that divide every axis of Llama 3 8B, whose 8 kv heads are the least.
@@ -104,7 +104,7 @@ def test_other_optimizers_lie_as_planned(axes, kind):
     )
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", list_shipped_configs())
 def test_every_shipped_config_plans(name, capsys):
     assert main(["plan", name, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

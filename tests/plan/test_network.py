@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.plan.compiled.cost import ring_bytes
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network, sent_bytes
@@ -14,7 +14,7 @@ from maxlm.plan.workload import Split
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
-CONFIG = load(RunConfig, "llama2_7b").value
+CONFIG = load_config(RunConfig, "llama2_7b").value
 
 
 def network(name: str) -> Network:

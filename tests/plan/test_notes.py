@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.plan.layout import Layout, lay_out
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -13,7 +13,9 @@ LINKS = {"data": "network between slices", "fsdp": "torus of a slice"}
 def layout(mesh: dict[str, int], links=None, **settings: object) -> Layout:
     sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     chosen = {"data.batch_size": 512, **settings}
-    config = load(RunConfig, "llama3_8b", [f"{key}={value}" for key, value in chosen.items()])
+    config = load_config(
+        RunConfig, "llama3_8b", [f"{key}={value}" for key, value in chosen.items()]
+    )
     return lay_out(config.value, sizes, links)
 
 

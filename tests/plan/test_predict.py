@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan import hardware
 from maxlm.plan.diff import diff
 from maxlm.plan.hardware import CHIPS, chip_of
@@ -20,7 +20,7 @@ FACTORS = {"none": 3.0, "full": 4.0}
 
 
 def run(name: str, *settings: str) -> RunConfig:
-    return load(RunConfig, name, settings).value
+    return load_config(RunConfig, name, settings).value
 
 
 @pytest.mark.parametrize("remat", FACTORS)

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.search import FILL, search, snippet
 from maxlm.run import RunConfig
@@ -18,7 +18,7 @@ REMATS = ("none", "full", "attention", "mlp", "matmuls")
 
 
 def run(name: str = "gpt2_medium", **settings) -> RunConfig:
-    return load(RunConfig, name, [f"{k}={v}" for k, v in settings.items()]).value
+    return load_config(RunConfig, name, [f"{k}={v}" for k, v in settings.items()]).value
 
 
 def brute_force(config: RunConfig, machine: Machine) -> list[tuple[float, dict]]:
@@ -94,7 +94,7 @@ def test_the_snippet_is_the_candidate(tmp_path):
     for best in search(config, machine, top=3).best:
         wanted = best.apply(config)
         file.write_text(snippet(wanted, str(source)))
-        assert load(RunConfig, file).value == wanted
+        assert load_config(RunConfig, file).value == wanted
         assert yaml.safe_load(file.read_text())["include"] == str(source)
 
 
@@ -102,12 +102,12 @@ def test_the_snippet_of_settings_alone_is_whole(tmp_path):
     """A source that is no run by itself cannot be built on."""
     source, file = tmp_path / "own.yaml", tmp_path / "found.yaml"
     source.write_text("data: {batch_size: 64}")
-    model = load(RunConfig, "gpt2").value.model.model_dump(mode="json")
-    config = load(
+    model = load_config(RunConfig, "gpt2").value.model.model_dump(mode="json")
+    config = load_config(
         RunConfig, str(source), [f"model={yaml.safe_dump(model, default_flow_style=True)}"]
     )
     file.write_text(snippet(config.value, str(source)))
-    assert load(RunConfig, file).value == config.value
+    assert load_config(RunConfig, file).value == config.value
 
 
 def test_none_fits():

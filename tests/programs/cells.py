@@ -14,7 +14,7 @@ from maxlm.models.params import named
 from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig, on_mesh
+from maxlm.sharding import MeshConfig, bind_mesh
 from maxlm.train.batch import batch_sharding, local_rows, put_batch
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
@@ -393,7 +393,7 @@ def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str,
         own = {name: array[rows] for name, array in batch.items()}
         put = put_batch(own, rows, sharding, (MICRO, ROWS), setup.token_order)
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
-            step = on_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
+            step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
         state, metrics = step(jax.tree.map(jnp.copy, state), put)
         results.append(({k: float(v) for k, v in metrics.items()}, state))
     return results

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.data.tokenizer.foreign import import_tokenizer
 from maxlm.huggingface.checkpoint import CheckpointWriter
@@ -46,14 +46,14 @@ def trained(folder: Path) -> Path:
     """A run of a few steps, with a tokenizer of its own."""
     text = tiny.write_text(folder / "text")
     path = tiny.write_config(folder, text, train={"steps": 2})
-    pretrain(load(RunConfig, path).value, say=lambda _: None)
+    pretrain(load_config(RunConfig, path).value, say=lambda _: None)
     return folder / "tiny"
 
 
 def alike(run: Path, model: dict[str, Any]) -> Path:
     """A run beside it of another model, with random parameters."""
     folder = Path(tempfile.mkdtemp(dir=run.parent))
-    config = load(RunConfig, run / "config.yaml").value
+    config = load_config(RunConfig, run / "config.yaml").value
     config = RunConfig.model_validate(config.model_dump() | {"name": "other", "model": model})
     specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
     random = np.random.default_rng(0)
@@ -91,7 +91,8 @@ def test_a_run_there_and_back(llama, name, tmp_path):
     for key, value in want.items():
         np.testing.assert_array_equal(got[key], value, err_msg=key)
     first, again = (
-        load(RunConfig, folder / "config.yaml").value.model for folder in (run, tmp_path / "again")
+        load_config(RunConfig, folder / "config.yaml").value.model
+        for folder in (run, tmp_path / "again")
     )
     assert first.model_copy(update={"remat": again.remat}) == again
     there = load_tokenizer(tmp_path / "again/tokenizer")
@@ -112,11 +113,13 @@ def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
         train={"steps": 1, "start_from": str(tmp_path / "run")},
         schedule={"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-9},
     )
-    pretrain(load(RunConfig, tuned).value, say=lambda _: None)
+    pretrain(load_config(RunConfig, tuned).value, say=lambda _: None)
     want, got = parameters(llama), parameters(tmp_path / "tiny")
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-7, err_msg=name)
-    pretrain(load(RunConfig, tuned, ["train.steps=2"]).value, say=lambda _: None)  # and resumed
+    pretrain(
+        load_config(RunConfig, tuned, ["train.steps=2"]).value, say=lambda _: None
+    )  # and resumed
 
     done = convert(tmp_path / "tiny", tmp_path / "out")
     assert (done.family, done.dtype) == ("mistral", "F32")
@@ -199,7 +202,7 @@ def test_a_tied_head_may_be_stored_again(name, tmp_path):
         stored = tensors | {"lm_head.weight": head}
         folder_of(name, tmp_path / folder, stored, tie_word_embeddings=True)
     convert(tmp_path / "same", tmp_path / "run")
-    assert load(RunConfig, tmp_path / "run/config.yaml").value.model.tie_embeddings
+    assert load_config(RunConfig, tmp_path / "run/config.yaml").value.model.tie_embeddings
     convert(tmp_path / "run", tmp_path / "again")
     del tensors["lm_head.weight"]
     check_same_tensors(tmp_path / "again", tensors)
@@ -218,7 +221,7 @@ def bare_bart(folder: Path) -> Path:
 def test_bart_without_its_head(tmp_path):
     source, own = bare_bart(tmp_path / "their"), golden("bart")
     convert(source, tmp_path / "run")
-    model = load(RunConfig, tmp_path / "run/config.yaml").value.model
+    model = load_config(RunConfig, tmp_path / "run/config.yaml").value.model
     assert not model.head_bias
     places = np.broadcast_to(np.arange(own.shown["source"].shape[1]), own.shown["source"].shape)
     inputs = (own.shown["source"], places, None)
@@ -239,7 +242,7 @@ def test_bart_without_its_head(tmp_path):
         {name: value for name, value in own.tensors.items() if name != "final_logits_bias"},
     )
     convert(tmp_path / "again", tmp_path / "run2")
-    assert load(RunConfig, tmp_path / "run2/config.yaml").value.model == model
+    assert load_config(RunConfig, tmp_path / "run2/config.yaml").value.model == model
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
@@ -324,10 +327,10 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
     done = convert(source, tmp_path / "run")
     assert not [note for note in done.notes if "marks" in note]
     path = tmp_path / "run/config.yaml"
-    objective = load(RunConfig, path).value.objective.model_dump()
+    objective = load_config(RunConfig, path).value.objective.model_dump()
     assert objective | marks == objective
     text = tiny.write_text(tmp_path / "text")
-    config = load(
+    config = load_config(
         RunConfig,
         path,
         [

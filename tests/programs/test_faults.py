@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.data.loader.prefetch import WARM_UP_STEPS
 from maxlm.programs.prepare import prepare
 from maxlm.programs.pretrain import _alone
@@ -43,7 +43,7 @@ def jobs(tmp_path_factory):
         reporting={"tensorboard": False},
     )
     made = folder / "prepared"
-    prepare(load(RunConfig, config, ["name=prepared"]).value, made)
+    prepare(load_config(RunConfig, config, ["name=prepared"]).value, made)
     stores = {split: str(made / "data" / "text" / split) for split in ("train", "heldout")}
     source = {"name": "text", "store": stores["train"], "heldout_store": stores["heldout"]}
     started = Jobs(

@@ -5,7 +5,7 @@ import re
 import pytest
 import yaml
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.plan.layout import lay_out
 from maxlm.run import RunConfig
 from maxlm.sharding import mesh_sizes
@@ -30,7 +30,7 @@ def test_what_the_page_tells_to_write_is_planned_as_it_says(settings, says, tmp_
     run = {"include": "llama3_8b", **own, "data": data | own.get("data", {})}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
-    config = load(RunConfig, file).value
+    config = load_config(RunConfig, file).value
     notes = lay_out(config, mesh_sizes(config.mesh, DEVICES)).notes
     assert set(says.splitlines()) <= set(notes), notes
 

@@ -12,7 +12,7 @@ from maxlm.programs.feed import training_batches
 from maxlm.programs.setup import Setup, set_up
 from maxlm.programs.smoke import CountingText
 from maxlm.run import RunConfig
-from maxlm.sharding import on_mesh
+from maxlm.sharding import bind_mesh
 from maxlm.tasks import OBJECTIVES
 
 SEQ_LEN, STEPS = 48, 3
@@ -112,13 +112,13 @@ def test_gradients_are_slopes_of_the_loss(kind):
         return value / sums["tokens"]
 
     random = np.random.default_rng(0)
-    value = on_mesh(setup.mesh, jax.jit(loss))
+    value = bind_mesh(setup.mesh, jax.jit(loss))
     # Far from the start, where biases and scales matter too.
     params = jax.tree.map(
         lambda p: p + jnp.asarray(0.2 * random.standard_normal(p.shape), p.dtype),
         setup.init().params,
     )
-    gradients = on_mesh(setup.mesh, jax.jit(jax.grad(loss)))(params, batch)
+    gradients = bind_mesh(setup.mesh, jax.jit(jax.grad(loss)))(params, batch)
     flat = named(gradients)
     for name, gradient in flat.items():
         direction = jnp.asarray(np.sign(gradient) / np.sqrt(gradient.size), gradient.dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 from tests.programs import tiny
@@ -10,7 +10,7 @@ from tests.programs import tiny
 
 def test_steps_that_never_come_and_steps_that_have_been_taken(tmp_path):
     path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), train={"steps": 2})
-    config, run, said = load(RunConfig, path).value, tmp_path / "tiny", []
+    config, run, said = load_config(RunConfig, path).value, tmp_path / "tiny", []
     with pytest.raises(MaxlmError) as error:
         pretrain(config, profile=(3, 5), say=said.append)
     assert str(error.value) == (
@@ -20,6 +20,6 @@ def test_steps_that_never_come_and_steps_that_have_been_taken(tmp_path):
     pretrain(config, profile=(2, 5), say=said.append)
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert not [line for line in said if "trace" in line]
-    longer = load(RunConfig, path, ["train.steps=3"]).value
+    longer = load_config(RunConfig, path, ["train.steps=3"]).value
     pretrain(longer, profile=(1, 2), say=said.append)  # as a job that is started again does
     assert "no trace is taken: step 2, the last to be traced, has been taken" in said

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from maxlm.cli.main import main
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.corpus import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
@@ -20,7 +20,7 @@ NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
 
 
 def train(path, *overrides):
-    return pretrain(load(RunConfig, path, overrides).value, say=lambda _: None)
+    return pretrain(load_config(RunConfig, path, overrides).value, say=lambda _: None)
 
 
 def saved_metadata(run, step):
@@ -79,7 +79,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
 
     # Another run goes on from them, and is stopped before it has any of its own.
     (tmp_path / "aside").rename(home)
-    stopped = load(RunConfig, path, ["name=other", "train.steps=4"]).value
+    stopped = load_config(RunConfig, path, ["name=other", "train.steps=4"]).value
     with monkeypatch.context() as patch:
         patch.setattr("maxlm.programs.pretrain.training_batches", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.programs import pretrain as program
 from maxlm.programs import resume as going_on
 from maxlm.programs.pretrain import pretrain
@@ -59,7 +59,9 @@ def train(tmp_path, text, name, *overrides, resume=None, **top):
     top = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": 4}, "faults": FAULTS} | top
     path = tiny.write_config(tmp_path, text, **top)
     said = []
-    config = load(RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]).value
+    config = load_config(
+        RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]
+    ).value
     return pretrain(config, resume=resume, say=said.append), said
 
 

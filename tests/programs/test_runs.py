@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load, to_yaml
+from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, predict
 from maxlm.programs.goodput import PARTS, History, Span, history
 from maxlm.programs.runs import list_runs, read_run
@@ -53,7 +53,7 @@ def write_run(folder, events=EVENTS):
 
 def test_a_run_beside_its_plan_and_config(tmp_path):
     folder = write_run(tmp_path / "seven")
-    config = load(RunConfig, "llama2_7b", ["data.batch_size=128"]).value
+    config = load_config(RunConfig, "llama2_7b", ["data.batch_size=128"]).value
     plan = predict(config, Machine.of("v5p-64"))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.config import load
-from maxlm.config.assets import shipped_configs
+from maxlm.config import load_config
+from maxlm.config.assets import list_shipped_configs
 from maxlm.programs import smoke as smoke_program
 from maxlm.programs.setup import Setup
 from maxlm.programs.smoke import shrink, smoke
@@ -34,7 +34,7 @@ def quick_to_compile():
 
 
 def read(name: str) -> RunConfig:
-    return load(RunConfig, name, ["compilation_cache=null"]).value
+    return load_config(RunConfig, name, ["compilation_cache=null"]).value
 
 
 def _feed_forward(run: RunConfig) -> tuple[str, Any]:
@@ -66,7 +66,7 @@ def structure(run: RunConfig) -> str:
 
 def distinct() -> list[str]:
     """One shipped config of each structure."""
-    return list({structure(read(name)): name for name in shipped_configs()}.values())
+    return list({structure(read(name)): name for name in list_shipped_configs()}.values())
 
 
 @pytest.mark.parametrize("name", distinct())
@@ -134,7 +134,7 @@ def turned(positions: Any) -> dict[str, Any]:
     return positions.model_dump() | {"rotary_dim": positions.rotary_dim is None}
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", list_shipped_configs())
 @pytest.mark.parametrize("devices", [1, 8])
 def test_shrinking_keeps_the_structure(name, devices):
     run = read(name)
@@ -186,7 +186,7 @@ def test_every_setting_of_a_run_can_be_smoked():
         "data.packing=best_fit",
         "objective.z_loss=1e-4",
     ]
-    run = load(RunConfig, "smollm2_135m", settings).value
+    run = load_config(RunConfig, "smollm2_135m", settings).value
     small = shrink(run, 1)
     assert small.train.ema_decay == 0.9
     assert small.train.micro_batches == 2

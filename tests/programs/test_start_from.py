@@ -3,7 +3,7 @@ once it has begun."""
 
 import pytest
 
-from maxlm.config import MaxlmError, load
+from maxlm.config import MaxlmError, load_config
 from maxlm.programs import pretrain as program
 from maxlm.programs.load import load_run
 from maxlm.programs.pretrain import pretrain
@@ -13,7 +13,7 @@ from tests.programs import tiny
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
     path, said = tiny.write_config(folder, text, **top), []
-    pretrain(load(RunConfig, path, overrides).value, resume=resume, say=said.append)
+    pretrain(load_config(RunConfig, path, overrides).value, resume=resume, say=said.append)
     return said
 
 

@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from maxlm.config import load
+from maxlm.config import load_config
 from maxlm.programs.pretrain import pretrain
 from maxlm.run import RunConfig
 
@@ -20,7 +20,7 @@ def main() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     for name in runs:
-        run = load(RunConfig, config, [f"name={name}", f"mesh={{{mesh}}}"]).value
+        run = load_config(RunConfig, config, [f"name={name}", f"mesh={{{mesh}}}"]).value
         trained = pretrain(run, say=lambda text: print(text, flush=True))
         assert trained.setup.mesh.size == jax.device_count()
     print("done", flush=True)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from maxlm.config import MaxlmError
 from maxlm.sharding import MESH_AXES
-from maxlm.sharding.links import arrange, links
+from maxlm.sharding.links import arrange_devices, describe_links
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def groups(grid: np.ndarray, axis: str) -> np.ndarray:
 
 
 def described(grid: np.ndarray) -> dict[str, str]:
-    return links(Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES)))
+    return describe_links(Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES)))
 
 
 def hops(a: Device, b: Device, torus: tuple[int, ...]) -> int:
@@ -79,7 +79,7 @@ def hops(a: Device, b: Device, torus: tuple[int, ...]) -> int:
 )
 def test_neighbours_on_a_torus_are_neighbours_in_the_mesh(shape, kind, axes):
     devices = tpus(shape, kind=kind)
-    grid = arrange(sizes(**axes), devices)
+    grid = arrange_devices(sizes(**axes), devices)
     assert grid.shape == tuple(sizes(**axes).values())
     assert sorted(d.id for d in grid.flat) == [d.id for d in devices]
     rings = groups(grid, "tensor")
@@ -91,7 +91,7 @@ def test_neighbours_on_a_torus_are_neighbours_in_the_mesh(shape, kind, axes):
 
 def test_axes_that_are_no_product_of_the_torus_share_its_dimensions():
     devices = tpus((4, 4, 4))
-    grid = arrange(sizes(fsdp=8, expert=8), devices)
+    grid = arrange_devices(sizes(fsdp=8, expert=8), devices)
     assert grid.size == len(set(map(id, grid.flat))) == len(devices)
 
 
@@ -104,13 +104,13 @@ def test_a_mesh_that_jax_finds_no_place_for(fault, monkeypatch):
 
     monkeypatch.setattr("jax.experimental.mesh_utils.create_device_mesh", nowhere)
     with pytest.raises(MaxlmError, match="the mesh data=2, fsdp=8 cannot be laid"):
-        arrange(sizes(data=2, fsdp=8), tpus((4, 2, 2)))
+        arrange_devices(sizes(data=2, fsdp=8), tpus((4, 2, 2)))
 
 
 @pytest.mark.parametrize("axis", ["data", "stage"])
 def test_slices_are_crossed_by_data_or_else_by_stage(axis):
     devices = tpus((2, 2, 1), slices=2)
-    grid = arrange(sizes(**{axis: 2}, fsdp=2, tensor=2), devices)
+    grid = arrange_devices(sizes(**{axis: 2}, fsdp=2, tensor=2), devices)
     assert {len({d.slice_index for d in row}) for row in groups(grid, axis)} == {2}
     for other in {"fsdp", "tensor"}:
         assert {len({d.slice_index for d in row}) for row in groups(grid, other)} == {1}
@@ -122,20 +122,20 @@ def test_slices_are_crossed_by_data_or_else_by_stage(axis):
 
 
 def test_data_goes_first_where_both_could_cross():
-    grid = arrange(sizes(data=2, stage=2, fsdp=2), tpus((2, 2, 1), slices=2))
+    grid = arrange_devices(sizes(data=2, stage=2, fsdp=2), tpus((2, 2, 1), slices=2))
     assert {len({d.slice_index for d in row}) for row in groups(grid, "data")} == {2}
     assert {len({d.slice_index for d in row}) for row in groups(grid, "stage")} == {1}
 
 
 def test_more_data_than_slices_stays_within_a_slice_as_far_as_it_can():
-    grid = arrange(sizes(data=4, fsdp=2), tpus((2, 2, 1), slices=2))
+    grid = arrange_devices(sizes(data=4, fsdp=2), tpus((2, 2, 1), slices=2))
     assert {len({d.slice_index for d in row}) for row in groups(grid, "data")} == {2}
     assert {len({d.slice_index for d in row}) for row in groups(grid, "fsdp")} == {1}
 
 
 def test_only_data_and_stage_may_cross_slices():
     with pytest.raises(MaxlmError) as error:
-        arrange(sizes(fsdp=8), tpus((2, 2, 1), slices=2))
+        arrange_devices(sizes(fsdp=8), tpus((2, 2, 1), slices=2))
     assert str(error.value) == (
         "mesh: 2 slices, but neither data=1 nor stage=1 divides over them; set mesh.data to a "
         "multiple of 2: only it or stage may cross slices"
@@ -143,7 +143,7 @@ def test_only_data_and_stage_may_cross_slices():
 
 
 def test_tensor_stays_within_a_host_of_gpus():
-    grid = arrange(sizes(fsdp=4, tensor=4), gpus(2))
+    grid = arrange_devices(sizes(fsdp=4, tensor=4), gpus(2))
     for row in groups(grid, "tensor"):
         assert len({d.process_index for d in row}) == 1
         assert [d.id for d in row] == list(range(row[0].id, row[0].id + 4))
@@ -152,7 +152,7 @@ def test_tensor_stays_within_a_host_of_gpus():
 
 def test_tensor_across_hosts_of_gpus_is_refused():
     with pytest.raises(MaxlmError) as error:
-        arrange(sizes(tensor=16), gpus(2))
+        arrange_devices(sizes(tensor=16), gpus(2))
     assert str(error.value) == (
         "mesh.tensor: tensor=16 would lie across hosts of 8 GPUs; use a divisor of 8"
     )
@@ -160,6 +160,6 @@ def test_tensor_across_hosts_of_gpus_is_refused():
 
 def test_other_devices_are_told_apart_by_process():
     cpus = [Device(i, i // 4, "cpu", "cpu") for i in range(8)]
-    grid = arrange(sizes(data=2, fsdp=4), cpus)
+    grid = arrange_devices(sizes(data=2, fsdp=4), cpus)
     assert described(grid) == {"data": "network between processes", "fsdp": "one process"}
-    assert described(arrange(sizes(), cpus[:1])) == {}
+    assert described(arrange_devices(sizes(), cpus[:1])) == {}

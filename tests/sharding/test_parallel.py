@@ -9,7 +9,7 @@ import pytest
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.params import bind, init_params, named, param_specs
-from maxlm.sharding import jit_in_place
+from maxlm.sharding import jit_sharded
 from tests.models import building
 from tests.models.building import QUICK
 
@@ -105,7 +105,7 @@ def created(mesh):
     with jax.set_mesh(axes):
         specs = param_specs(building.decoder(CONFIG, axes))
         shardings = building.storage(CONFIG, axes)
-        start = jit_in_place(lambda key: init_params(specs, key), shardings)
+        start = jit_sharded(lambda key: init_params(specs, key), shardings)
         compiled = start.lower(jax.random.key(3)).compile(compiler_options=QUICK)
         return specs, compiled, compiled(jax.random.key(3))
 

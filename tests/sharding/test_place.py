@@ -19,9 +19,9 @@ from maxlm.sharding import (
     Placement,
     ShardingConfig,
     check_activations,
-    check_unsharded,
+    check_unsharded_share,
     make_mesh,
-    place,
+    resolve_placement,
 )
 from tests.errors import message
 
@@ -45,14 +45,14 @@ def test_shards_times_bytes_per_device_is_the_whole(data):
         rules[axis] = tuple(names)
     ways = [prod(sizes[n] for n in rules[axis]) for axis in logical]
     shape = tuple(w * data.draw(st.integers(1, 3)) for w in ways)
-    placement = place("w", shape, logical, AxisRules(**rules), sizes)
+    placement = resolve_placement("w", shape, logical, AxisRules(**rules), sizes)
 
     array = jax.device_put(np.zeros(shape, np.float32), NamedSharding(mesh, placement.spec))
     held = array.addressable_shards[0].data.nbytes
-    assert placement.shards * held == array.nbytes
-    assert placement.shards == len({str(s.index) for s in array.addressable_shards})
+    assert placement.num_shards * held == array.nbytes
+    assert placement.num_shards == len({str(s.index) for s in array.addressable_shards})
     used = Counter(n for axis in logical for n in rules[axis])
-    assert placement.shards == prod(sizes[n] for n in used)
+    assert placement.num_shards == prod(sizes[n] for n in used)
 
 
 @given(st.data())
@@ -62,33 +62,41 @@ def test_what_does_not_divide_is_always_refused(data):
     shape = data.draw(st.lists(st.integers(1, 40), min_size=2, max_size=2))
     ways = (sizes["fsdp"], sizes["tensor"])
     assume(any(size % n for size, n in zip(shape, ways, strict=True)))
-    assert "does not divide over" in message(place, "w", shape, ("embed", "mlp"), STORAGE, sizes)
+    assert "does not divide over" in message(
+        resolve_placement, "w", shape, ("embed", "mlp"), STORAGE, sizes
+    )
 
 
 def test_a_placement_names_its_rules():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
-    assert place("w", (5, 8, 6, 3), ("layers", "embed", "heads", "head_dim"), STORAGE, sizes) == (
+    assert resolve_placement(
+        "w", (5, 8, 6, 3), ("layers", "embed", "heads", "head_dim"), STORAGE, sizes
+    ) == (
         Placement(
             spec=P("stage", ("fsdp", "expert"), "tensor", None),
             rule="layers→stage, embed→fsdp+expert, heads→tensor",
-            shards=8,
+            num_shards=8,
         )
     )
     both = AxisRules(embed=("data", "fsdp"))
-    assert place("w", (24, 7), ("embed", None), both, sizes) == Placement(
-        spec=P(("data", "fsdp"), None), rule="embed→data+fsdp", shards=12
+    assert resolve_placement("w", (24, 7), ("embed", None), both, sizes) == Placement(
+        spec=P(("data", "fsdp"), None), rule="embed→data+fsdp", num_shards=12
     )
-    assert place("scale", (7,), (None,), STORAGE, sizes) == Placement(P(None), "whole", 1)
+    assert resolve_placement("scale", (7,), (None,), STORAGE, sizes) == Placement(
+        P(None), "whole", 1
+    )
 
 
 def test_an_axis_that_does_not_divide_is_refused():
     sizes = {**ONES, "fsdp": 4, "tensor": 2, "data": 3}
-    assert message(place, "head.kernel", (8, 50257), ("embed", "vocab"), STORAGE, sizes) == (
+    assert message(
+        resolve_placement, "head.kernel", (8, 50257), ("embed", "vocab"), STORAGE, sizes
+    ) == (
         "head.kernel: vocab=50257 does not divide over tensor=2; change the mesh to a divisor of "
         "50257, or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole"
     )
     both = AxisRules(embed=("data", "fsdp"))
-    assert message(place, "w", (8, 3), ("embed", None), both, sizes) == (
+    assert message(resolve_placement, "w", (8, 3), ("embed", None), both, sizes) == (
         "w: embed=8 does not divide over data=3·fsdp=4; change the mesh to a divisor of 8, "
         "or set 'embed' to null in sharding.storage and sharding.compute to keep it whole"
     )
@@ -96,11 +104,11 @@ def test_an_axis_that_does_not_divide_is_refused():
 
 def test_two_axes_on_one_mesh_axis_are_refused():
     rules, sizes = AxisRules(embed=("fsdp",), mlp=("tensor", "fsdp")), {**ONES, "fsdp": 2}
-    assert message(place, "layers.mlp.up", (4, 8), ("embed", "mlp"), rules, sizes) == (
+    assert message(resolve_placement, "layers.mlp.up", (4, 8), ("embed", "mlp"), rules, sizes) == (
         "layers.mlp.up: axes embed and mlp are both on mesh axis 'fsdp'; "
         "give one of them another mesh axis, or null"
     )
-    assert message(place, "w", (4, 4), ("embed", "embed"), rules, sizes) == (
+    assert message(resolve_placement, "w", (4, 4), ("embed", "embed"), rules, sizes) == (
         "w: axes embed and embed are both on mesh axis 'fsdp'; "
         "give one of them another mesh axis, or null"
     )
@@ -130,7 +138,7 @@ def test_activations_split_twice_or_in_their_width_are_refused():
 
 def test_a_name_too_many_is_a_fault_of_the_caller():
     with pytest.raises(ValueError, match="zip"):
-        place("w", (4, 4), ("embed",), STORAGE, ONES)
+        resolve_placement("w", (4, 4), ("embed",), STORAGE, ONES)
 
 
 def test_too_many_whole_bytes_are_refused():
@@ -145,17 +153,17 @@ def test_too_many_whole_bytes_are_refused():
         "sharding.storage: 33% of parameter bytes would be whole on every device (limit 10%), the "
         "largest table; give one of its axes a mesh axis, or raise sharding.max_unsharded"
     )
-    assert message(check_unsharded, held, sizes, 0.1) == expected
-    assert message(check_unsharded, held, sizes, 0.33) == expected.replace("10%", "33%")
-    check_unsharded(held, sizes, 0.34)
+    assert message(check_unsharded_share, held, sizes, 0.1) == expected
+    assert message(check_unsharded_share, held, sizes, 0.33) == expected.replace("10%", "33%")
+    check_unsharded_share(held, sizes, 0.34)
 
 
 @pytest.mark.parametrize("axis", ["data", "context"])
 def test_meshes_that_split_no_parameters_may_hold_them_whole(axis):
     held = {"kernel": (800, Placement(P(None), "whole", 1))}
-    check_unsharded(held, {**ONES, axis: 8}, 0.0)
+    check_unsharded_share(held, {**ONES, axis: 8}, 0.0)
     assert "100% of parameter bytes" in message(
-        check_unsharded, held, {**ONES, axis: 8, "stage": 2}, 0.99
+        check_unsharded_share, held, {**ONES, axis: 8, "stage": 2}, 0.99
     )
 
 
@@ -163,10 +171,10 @@ def test_rules_on_a_mesh_leave_out_axes_of_size_one():
     rules = AxisRules(batch=("data", "fsdp", "expert"), embed="fsdp", mlp="tensor", vocab=None)
     assert rules.embed == ("fsdp",)
     assert rules.vocab == ()
-    on = rules.on({**ONES, "data": 2, "tensor": 4, "expert": 2})
+    on = rules.for_mesh({**ONES, "data": 2, "tensor": 4, "expert": 2})
     assert on == AxisRules(batch=("data", "expert"), mlp="tensor")
     assert on.spec("batch", None, "embed", "mlp") == P(("data", "expert"), None, None, "tensor")
-    assert rules.on(ONES) == AxisRules()
+    assert rules.for_mesh(ONES) == AxisRules()
 
 
 def test_rules_name_only_axes_that_exist():

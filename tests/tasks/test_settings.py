@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.config import MaxlmError, asset, load
+from maxlm.config import MaxlmError, find_asset, load_config
 from maxlm.run import RunConfig
 from maxlm.tasks import SpanCorruptionConfig, Ul2Config
 
@@ -26,7 +26,7 @@ T5, BERT, UL2 = (f"configs/models/{name}.yaml" for name in ("t5_small", "bert_ba
 )
 def test_what_cannot_be_done_is_refused(preset, overrides, where, what):
     with pytest.raises(MaxlmError, match=what) as caught:
-        load(RunConfig, asset(preset), overrides)
+        load_config(RunConfig, find_asset(preset), overrides)
     assert where in str(caught.value)
 
 
@@ -41,7 +41,7 @@ def test_what_cannot_be_done_is_refused(preset, overrides, where, what):
     ],
 )
 def test_what_just_can_be_done_is_taken(preset, overrides):
-    load(RunConfig, asset(preset), overrides)
+    load_config(RunConfig, find_asset(preset), overrides)
 
 
 def test_so_many_sentinels_are_enough():

@@ -14,7 +14,7 @@ LEADS = {"one": (1, 12), "three": (3, 4)}
 @pytest.mark.parametrize("lead", LEADS.values(), ids=LEADS)
 def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
     grid = mesh(**axes)
-    rules = ShardingConfig().compute.on(dict(grid.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     sharding = batch_sharding(rules, grid)
     rows = local_rows(sharding, (*lead, 5))
     assert rows == list(range(12))
@@ -31,7 +31,7 @@ def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
 
 
 def test_rows_may_come_in_any_order(one_device_mesh):
-    rules = ShardingConfig().compute.on(dict(one_device_mesh.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(one_device_mesh.shape))
     sharding = batch_sharding(rules, one_device_mesh)
     order = [2, 0, 3, 1]
     batch = put_batch({"tokens": np.array(order)[:, None] * 10}, order, sharding, (1, 4))
@@ -51,6 +51,6 @@ class TwoProcesses:
 
 def test_a_process_makes_its_devices_rows_of_every_micro_batch(mesh):
     grid = mesh(data=2, fsdp=2, tensor=2)
-    rules = ShardingConfig().compute.on(dict(grid.shape))
+    rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     half = TwoProcesses(batch_sharding(rules, grid))
     assert local_rows(half, (2, 8, 5)) == [0, 1, 2, 3, 8, 9, 10, 11]  # type: ignore[arg-type]

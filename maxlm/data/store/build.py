@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from maxlm.config import MaxlmError, check_local
+from maxlm.config import MaxlmError, check_local_path
 from maxlm.corpus.config import SourceConfig
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.assemble import assemble
@@ -80,7 +80,7 @@ def build_store(
             cannot be written; a build of the same store by another process, without `join`; with
             it, one of other inputs.
     """
-    out, tokenizer_folder = Path(check_local(out)), Path(tokenizer_folder)
+    out, tokenizer_folder = Path(check_local_path(out)), Path(tokenizer_folder)
     plan = plan_build(source, tokenizer_folder, split, heldout_fraction, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
     _finish_swap(out, building, wait=join)
@@ -126,7 +126,7 @@ def append_store(
         MaxlmError: as `build_store`; other ways of reading than the store's; a file that is
             already in it under its name, or no file whose content is not.
     """
-    out = Path(check_local(out))
+    out = Path(check_local_path(out))
     _finish_swap(out, out.with_name(f".{out.name}.building"))
     existing = TokenStore.open(out).manifest
     split = existing.split, existing.heldout_fraction

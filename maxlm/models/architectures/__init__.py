@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from maxlm.config import default_tag
+from maxlm.config import add_default_tag
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder import Encoder, EncoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -19,7 +19,7 @@ from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDe
 ModelConfig = Annotated[
     DecoderConfig | EncoderConfig | EncoderDecoderConfig,
     Field(discriminator="architecture"),
-    default_tag("architecture", "decoder"),
+    add_default_tag("architecture", "decoder"),
 ]
 Model = Decoder | Encoder | EncoderDecoder
 

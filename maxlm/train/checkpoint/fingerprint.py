@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.sharding import on_mesh
+from maxlm.sharding import bind_mesh
 
 # Odd constants of a multiplicative hash, one a dimension (Knuth's 2^32/φ and primes near it).
 _FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_393)
@@ -26,7 +26,7 @@ def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
         return {}
     mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)
     compute = jax.jit(_all)
-    values = (on_mesh(mesh, compute) if mesh is not None else compute)(dict(arrays))
+    values = (bind_mesh(mesh, compute) if mesh is not None else compute)(dict(arrays))
     return {name: int(value) for name, value in jax.device_get(values).items()}
 
 

@@ -19,7 +19,7 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from maxlm import __version__
-from maxlm.config import MaxlmError, differences
+from maxlm.config import MaxlmError, compare_configs
 from maxlm.train.checkpoint.fingerprint import fingerprints
 from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
 
@@ -242,7 +242,7 @@ def check_same(
     """
     different = [
         f"{key}={theirs!r} became {ours!r}"
-        for key, theirs, ours in differences(saved, current)
+        for key, theirs, ours in compare_configs(saved, current)
         if any(key == top or key.startswith((f"{top}.", f"{top}[")) for top in keys)
     ]
     if different:
