@@ -33,7 +33,7 @@ class Placement:
 
 
 def resolve_placement(
-    name: str,
+    array_name: str,
     shape: Sequence[int],
     axes: Sequence[str | None],
     rules: AxisRules,
@@ -42,7 +42,7 @@ def resolve_placement(
     """Resolve one array's partition.
 
     Args:
-        path: its name, for errors.
+        array_name: for errors.
         shape, axes: size and logical axis of each dimension.
         rules: logical axis → mesh axes.
         sizes: mesh axis → devices.
@@ -58,7 +58,7 @@ def resolve_placement(
             split = "·".join(f"{name}={mesh_sizes[name]}" for name in names)
             raise MaxlmError(
                 f"{axis}={size} does not divide over {split}",
-                where=name,
+                where=array_name,
                 fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
                 "sharding.storage and sharding.compute to keep it whole",
             )
@@ -70,7 +70,7 @@ def resolve_placement(
             both = [axis for axis in axes if axis and name in rules.mesh_axes(axis)]
             raise MaxlmError(
                 f"axes {' and '.join(both)} are both on mesh axis '{name}'",
-                where=name,
+                where=array_name,
                 fix="give one of them another mesh axis, or null",
             )
     return Placement(
