@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.kernel_cycles.static import CHIPS as STATIC
 from benchmarks.kernel_cycles.static import Spec, measure
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.layers.rope import Rotary, rotary, rotate
+from maxlm.models.layers.rope import Rotary, compute_rotary, rotate
 from maxlm.plan.compiled.cost import compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
@@ -72,12 +72,12 @@ def norm_backward(x, scale, d_x, d_normed):
 
 
 def rope_forward(q, k, positions):
-    angles = rotary(positions, HEAD_DIM, THETA)
+    angles = compute_rotary(positions, HEAD_DIM, THETA)
     return rotate(q, angles), rotate(k, angles)
 
 
 def rope_backward(d_q, d_k, positions):
-    angles = rotary(positions, HEAD_DIM, THETA)
+    angles = compute_rotary(positions, HEAD_DIM, THETA)
     back = Rotary(angles.cos, -angles.sin)
     return rotate(d_q, back), rotate(d_k, back)
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from maxlm.config import find_asset, load_config
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.params import named, param_specs
-from maxlm.plan.flops import active_parameters
+from maxlm.models.params import flatten_names, param_specs
+from maxlm.plan.flops import count_active_parameters
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 
@@ -150,8 +150,8 @@ def family(name: str) -> str:
 
 def counts(config: ModelConfig) -> tuple[int, int]:
     """Parameters, and those that a token meets."""
-    flat = named(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
-    return sum(spec.size for spec in flat.values()), round(active_parameters(flat, config))
+    flat = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
+    return sum(spec.size for spec in flat.values()), round(count_active_parameters(flat, config))
 
 
 def table() -> str:

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import load_config
-from maxlm.plan.communication import collectives
-from maxlm.plan.flops import training_flops
+from maxlm.plan.communication import list_collectives
+from maxlm.plan.flops import count_training_flops
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network
-from maxlm.plan.shape import Shape
-from maxlm.plan.timing import Efficiency, seconds
+from maxlm.plan.shape import StepShape
+from maxlm.plan.timing import Efficiency, estimate_time
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import Split, Work
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, mesh_sizes
 
@@ -133,10 +133,10 @@ def predict(row: Row, efficiency: Efficiency | None = None) -> tuple[float, Any]
     """In the row's own measure; and the parts of the time."""
     machine = parse_topology(row.machine)
     shape, network, full, half = _prepared(row)
-    time = seconds(
+    time = estimate_time(
         shape,
         network,
-        collectives(shape),
+        list_collectives(shape),
         efficiency=efficiency,
         dtype=row.dtype,
     )
@@ -173,14 +173,14 @@ def _prepared(row: Row) -> Any:
             **{part: v for part, v in row.settings.items() if part != "model"},
         }
     )
-    work = Work.of(config, jnp.bfloat16)
+    work = RunWorkload.of(config, jnp.bfloat16)
     from maxlm.models.params import param_specs
     from maxlm.sharding import AxisRules
 
     tree = param_specs(config.model.build(rules=AxisRules(), dtype=jnp.bfloat16))
-    counted = training_flops(tree, config.model, row.seq_len)
-    split = Split(config, {a: sizes[a] for a in MESH_AXES})
-    shape = Shape(work, split, row.micro, row.remat, fused_attention=True)
+    counted = count_training_flops(tree, config.model, row.seq_len)
+    split = MeshSplit(config, {a: sizes[a] for a in MESH_AXES})
+    shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)
     network = Network(machine, CHIPS[machine.kind])
     _CACHE[row.name] = shape, network, counted.full, counted.causal
     return _CACHE[row.name]

@@ -20,7 +20,7 @@ from maxlm.models.layers.rope import (
     Llama3Scaling,
     NtkScaling,
     YarnScaling,
-    frequencies,
+    compute_frequencies,
 )
 
 IMAGE = Path(__file__).parents[1] / "docs" / "images" / "rope_wavelengths.png"
@@ -46,7 +46,7 @@ class Case:
 
     def wavelengths(self, scaling: Any) -> np.ndarray:
         """Tokens a full turn of each pair takes, float64 [64]."""
-        return 2 * np.pi / frequencies(self.theta, HEAD_DIM, scaling)
+        return 2 * np.pi / compute_frequencies(self.theta, HEAD_DIM, scaling)
 
 
 CASES = Case(1e4, 4096), Case(5e5, 8192)

@@ -265,7 +265,7 @@ def check_crossing(config: RunConfig, sizes: Mapping[str, int]) -> None:
         MaxlmError: naming the sizes.
     """
     split = [axis for axis in config.sharding.compute.seq if sizes[axis] > 1]
-    if split and any(trunk.crossing for trunk in config.model.trunks):
+    if split and any(trunk.cross_attention for trunk in config.model.trunks):
         raise MaxlmError(
             f"cross-attention looks at whole sequences, which {split[0]}={sizes[split[0]]} splits",
             where=f"mesh.{split[0]}",

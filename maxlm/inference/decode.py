@@ -9,7 +9,7 @@ from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import Remembered, Transformer
+from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params, bind, param_specs
 
@@ -26,7 +26,7 @@ def cast_params(model: Transformer, params: Params) -> Params:
 
 def encode(
     model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array
-) -> Remembered | None:
+) -> CrossAttentionCache | None:
     """What an encoder beside the decoder makes of whole prompts, as every layer of the decoder will
     look it up; None: there is none.
 
@@ -40,7 +40,7 @@ def encode(
     segments = (positions < reshard(lengths, model.rules.spec("batch"))[:, None]).astype(jnp.int32)
     # Padding at 0, as in training: a row is as long as its last position says (dynamic NTK).
     inputs = reshard(tokens, rows), positions * segments, segments
-    return bind(model, params).remembered(inputs)
+    return bind(model, params).init_cross_cache(inputs)
 
 
 def prefill(
@@ -49,7 +49,7 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     cache_length: int,
-    memory: Remembered | None = None,
+    memory: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run whole prompts, padded on the right, through the model.
 
@@ -80,7 +80,7 @@ def decode(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    memory: Remembered | None = None,
+    memory: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
     """One token a row.
 

@@ -15,7 +15,7 @@ from maxlm.inference.sampling import SamplingConfig, sample
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import Remembered, Transformer
+from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.layers.attention import Cache
 from maxlm.models.params import Params
 from maxlm.sharding import bind_mesh
@@ -122,7 +122,7 @@ def _start(
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
-) -> tuple[jax.Array, jax.Array, Cache, Remembered | None]:
+) -> tuple[jax.Array, jax.Array, Cache, CrossAttentionCache | None]:
     memory = encode(model, params, tokens, lengths)
     if isinstance(model, EncoderDecoder):
         tokens, lengths = (
@@ -142,7 +142,7 @@ def _advance(
     tokens: jax.Array,
     positions: jax.Array,
     cache: Cache,
-    memory: Remembered | None,
+    memory: CrossAttentionCache | None,
     seeds: jax.Array,
     key: jax.Array,
     vocab_size: int | None,
@@ -190,7 +190,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def bucket(n: int) -> int:
+def round_up_length(n: int) -> int:
     """n rounded up to a power of two from 16 to 128, or a multiple of 128: few distinct sizes,
     hence few compilations, at little waste."""
     return _round_up(n, 128) if n > 128 else max(16, 1 << (n - 1).bit_length())
@@ -215,9 +215,9 @@ def _sizes(
             where="generate",
             fix=fix,
         )
-    length = cache_length or bucket(longest + new)
+    length = cache_length or round_up_length(longest + new)
     length = length if limit is None else min(length, limit)
-    return min(bucket(longest), length), length
+    return min(round_up_length(longest), length), length
 
 
 def _check_prompts(config: TransformerConfig, prompts: Sequence[Sequence[int]]) -> None:

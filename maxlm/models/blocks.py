@@ -12,21 +12,21 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.dtypes import precise
-from maxlm.models.layers.attention import Attention, AttentionConfig, KVCache, Seen
+from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KVCache
 from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeAux, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, ParamSpec, bind, param_specs, values
-from maxlm.models.remat import RematPolicy, rematerialise
+from maxlm.models.params import Params, ParamSpec, bind, get_values, param_specs
+from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import joined, one_of, periods, scan_layers, stacked_up
 from maxlm.parallel.local import LANES, axis_size, layout, spec_of
 from maxlm.sharding import AxisRules
 
 
-class Memory(NamedTuple):
+class EncoderOutput(NamedTuple):
     """What an encoder made of the input, for the layers of a decoder."""
 
     states: jax.Array | KVCache
@@ -34,11 +34,11 @@ class Memory(NamedTuple):
     segment_ids: jax.Array | None
     """int [B, T]; None: each row is one segment."""
 
-    def segments_with(self, seen: Seen) -> tuple[jax.Array, jax.Array] | None:
+    def segments_with(self, inputs: AttentionInputs) -> tuple[jax.Array, jax.Array] | None:
         """Segments of queries and keys, for a decoder's tokens."""
         if self.segment_ids is None:
             return None
-        own = jnp.ones_like(seen.positions) if seen.segment_ids is None else seen.segment_ids
+        own = jnp.ones_like(inputs.positions) if inputs.segment_ids is None else inputs.segment_ids
         return own, self.segment_ids
 
 
@@ -97,31 +97,37 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if sandwich else None
 
     def __call__(
-        self, x: jax.Array, seen: Seen, cache: KVCache | None = None, memory: Memory | None = None
+        self,
+        x: jax.Array,
+        inputs: AttentionInputs,
+        cache: KVCache | None = None,
+        memory: EncoderOutput | None = None,
     ) -> tuple[jax.Array, KVCache | None, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
         adds to the loss and the log."""
         if self.placement in ("parallel", "parallel_shared"):
             y = self.attention_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            y, cache = self.attention(y, seen, cache)
-            z, aux = self._feed(z, seen)
+            y, cache = self.attention(y, inputs, cache)
+            z, aux = self._feed(z, inputs)
             return x + y + z, cache, aux
-        y, cache = self.attention(self._before(self.attention_norm, x), seen, cache)
+        y, cache = self.attention(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if memory is not None and self.cross is not None:
             y = self._before(self.cross_norm, x)
-            y = self.cross.across(y, self.keys_of(memory), memory.segments_with(seen))
+            y = self.cross.cross_attend(
+                y, self.project_keys_values(memory), memory.segments_with(inputs)
+            )
             x = self._joined(x, y, self.cross_norm, None)
-        y, aux = self._feed(self._before(self.mlp_norm, x), seen)
+        y, aux = self._feed(self._before(self.mlp_norm, x), inputs)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
 
-    def keys_of(self, memory: Memory) -> KVCache:
+    def project_keys_values(self, memory: EncoderOutput) -> KVCache:
         """What cross-attention looks up of an encoder's output."""
         if isinstance(memory.states, KVCache):
             return memory.states
         assert self.cross is not None
-        return self.cross.keys_of(memory.states)
+        return self.cross.project_keys_values(memory.states)
 
     def _before(self, norm: Norm | None, x: jax.Array) -> jax.Array:
         return x if norm is None or self.placement == "post" else norm(x)
@@ -134,18 +140,18 @@ class Block(nnx.Module):
             return norm(x + y)
         return x + (y if after is None else after(y))
 
-    def _feed(self, x: jax.Array, seen: Seen) -> tuple[jax.Array, Aux]:
+    def _feed(self, x: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, Aux]:
         if self.moe is None:
             assert self.mlp is not None
             return self.mlp(x), Aux()
         counted = None
-        if seen.segment_ids is not None:
-            counted = reshard(seen.segment_ids != 0, spec_of(layout(x)[:2]))
+        if inputs.segment_ids is not None:
+            counted = reshard(inputs.segment_ids != 0, spec_of(layout(x)[:2]))
         y, routed = self.moe(x, counted)
-        return y, Aux(routed.loss, expert_sums(routed))
+        return y, Aux(routed.loss, sum_expert_loads(routed))
 
 
-def expert_sums(routed: MoeAux) -> dict[str, jax.Array]:
+def sum_expert_loads(routed: MoeAux) -> dict[str, jax.Array]:
     """Assignments to the mean, the busiest and the idlest expert, and those dropped by one."""
     load = routed.load
     return {
@@ -195,20 +201,22 @@ def scan_blocks(
     def cast(own: Params) -> Params:
         def one(spec: ParamSpec, held: Any) -> Any:  # an array, or a Whole
             return (
-                jax.tree.map(partial(rounded, dtype=dtype), held) if spec.role == "matrix" else held
+                jax.tree.map(partial(round_to_dtype, dtype=dtype), held)
+                if spec.role == "matrix"
+                else held
             )
 
         return jax.tree.map(one, specs, own)
 
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, precise(s.dtype)), aux)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, accumulation_dtype(s.dtype)), aux)
     alone = len(bodies) == 1 and len(jax.tree.leaves(params)[0]) > 1
-    layers = [rematerialise(partial(layer, body), remat, alone=alone) for body in bodies]
+    layers = [apply_remat(partial(layer, body), remat, alone=alone) for body in bodies]
     return scan_layers(layers, params, (x, zeros), context, shared=shared, cast=cast)
 
 
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
     """``x.astype(dtype)``, of one layer at a time: left alone, XLA:TPU casts the parameters of all
     layers before the loop, and turns their dimensions around, and holds these copies throughout."""
     if x.dtype == dtype:
@@ -235,5 +243,5 @@ def scan_cached(
             kept.append(cache)
         return carry, stacked_up(kept)
 
-    carry, cache = lax.scan(period, carry, periods((values(stacked), held), count))
+    carry, cache = lax.scan(period, carry, periods((get_values(stacked), held), count))
     return carry, joined(cache, count)

@@ -17,6 +17,6 @@ def compute_dtype(setting: ComputeDtype, platform: str) -> Any:
     return jnp.dtype(setting)
 
 
-def precise(dtype: Any) -> Any:
+def accumulation_dtype(dtype: Any) -> Any:
     """The dtype of norms, softmax and loss: float32, or the compute dtype where that is wider."""
     return jnp.promote_types(dtype, jnp.float32)

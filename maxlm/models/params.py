@@ -41,7 +41,7 @@ class ParamSpec:
     the output head and routers (decayed); vector: norm scales and biases (neither)."""
     contract: tuple[int, ...] = ()
     """Of a matrix: the dimensions summed over with the input; the others index the output."""
-    by_rule: bool = False
+    sign_update: bool = False
     """Its gradient is no slope of the loss but what a rule says to move against; optimizers step
     against its sign by a fixed amount, and keep it out of clipping."""
     dtype: Any = jnp.float32
@@ -66,10 +66,10 @@ def declare(
     init: Initializer,
     role: Literal["matrix", "table", "vector"],
     contract: tuple[int, ...] = (),
-    by_rule: bool = False,
+    sign_update: bool = False,
 ) -> nnx.Param:
     """A parameter without values, to be assigned to a module's attribute."""
-    spec = ParamSpec(shape, axes, init, role, contract, by_rule)
+    spec = ParamSpec(shape, axes, init, role, contract, sign_update)
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
 
 
@@ -79,14 +79,14 @@ def truncated_normal(std: float) -> Initializer:
     return jax.nn.initializers.truncated_normal(std / kept)
 
 
-def spec_of(param: nnx.Param) -> ParamSpec:
+def get_spec(param: nnx.Param) -> ParamSpec:
     """The declaration behind a module's parameter."""
     return param.get_metadata("spec")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Whole:
+class GatheredParam:
     """A parameter that is at hand whole, with the share of it that its gradient is kept for.
 
     ZeRO-2: the gradient is reduced straight to that share, ``value``; ``whole`` is only read, and
@@ -114,10 +114,10 @@ def weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
     Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
     """
     held, whole = param.get_value(), None
-    value = (held.value if isinstance(held, Whole) else held).astype(dtype)
-    axes = spec_of(param).axes[-value.ndim :]  # inside a scan the leading layer axis is gone
+    value = (held.value if isinstance(held, GatheredParam) else held).astype(dtype)
+    axes = get_spec(param).axes[-value.ndim :]  # inside a scan the leading layer axis is gone
     used = dimensions(rules.spec(*axes), value.ndim)
-    if isinstance(held, Whole):
+    if isinstance(held, GatheredParam):
         whole = reshard(jax.lax.stop_gradient(held.whole).astype(dtype), dims_spec(used))
     if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
         value = reshard(value, rules.spec(*axes))  # stored on other axes altogether
@@ -152,7 +152,7 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
     graphdef, state = nnx.split(module)
 
     def deepen(param: nnx.Param) -> nnx.Param:
-        spec = spec_of(param)
+        spec = get_spec(param)
         spec = replace(
             spec,
             shape=(*lead, *spec.shape),
@@ -167,10 +167,10 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
 
 def param_specs(module: nnx.Module) -> Params:
     """The declarations of all parameters, as a nested dict of :class:`ParamSpec`."""
-    return _nested(module, spec_of)
+    return _nested(module, get_spec)
 
 
-def values(module: nnx.Module) -> Params:
+def get_values(module: nnx.Module) -> Params:
     """The parameters of a bound module; the inverse of :func:`bind`."""
     return _nested(module, lambda param: param.get_value())
 
@@ -185,12 +185,12 @@ def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:
     return nested
 
 
-def named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_names(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested dict flattened to canonical names, ``{"layers.attention.query": ...}``."""
     flat: dict[str, Any] = {}
     for key in sorted(tree):
         value, name = tree[key], f"{prefix}{key}"
-        flat |= named(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        flat |= flatten_names(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 
@@ -224,9 +224,9 @@ def bind(module: ModuleT, params: Params) -> ModuleT:
     Of a stacked block's parameters, those of one layer make a block.
     """
     graphdef, state = nnx.split(module)
-    given = named(params)
+    given = flatten_names(params)
     flat = [
-        (path, nnx.Param(given.pop(".".join(map(str, path))), spec=spec_of(param)))
+        (path, nnx.Param(given.pop(".".join(map(str, path))), spec=get_spec(param)))
         for path, param in nnx.to_flat_state(state)
     ]
     assert not given, f"the module has no parameter {next(iter(given))}"

@@ -21,10 +21,10 @@ SAVED: dict[str, tuple[str, ...]] = {
 }
 
 
-def rematerialise(
+def apply_remat(
     layer: Callable[..., Any], policy: RematPolicy, *, alone: bool = True
 ) -> Callable[..., Any]:
-    """``layer`` under a policy; "none" runs nothing of it again but what is :func:`recomputed`.
+    """``layer`` under a policy; "none" recomputes only :func:`save_inputs_only`.
 
     Args:
         alone: whether it is all there is to the body of a loop. Otherwise a compiler could do the
@@ -40,7 +40,7 @@ def rematerialise(
     )
 
 
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+def save_inputs_only(function: Callable[..., Any]) -> Callable[..., Any]:
     """A cheap ``function`` of which a scanned layer's backward pass keeps the arguments alone,
     under any policy: what lies between is as large again, several times over."""
     return jax.checkpoint(function, prevent_cse=False)

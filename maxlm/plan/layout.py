@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.params import ParamSpec, named
-from maxlm.plan.flops import active_parameters, training_flops
+from maxlm.models.params import ParamSpec, flatten_names
+from maxlm.plan.flops import count_active_parameters, count_training_flops
 from maxlm.plan.notes import notes
 from maxlm.plan.placement import place_model
-from maxlm.plan.workload import Rows
+from maxlm.plan.workload import TokensPerRow
 from maxlm.run import RunConfig
 from maxlm.sharding import Placement, abstract_mesh
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
@@ -82,7 +82,7 @@ def lay_out(
             divide, too much unsharded.
     """
     placed = place_model(config, sizes, jnp.float32)
-    tree, specs = placed.specs, named(placed.specs)
+    tree, specs = placed.specs, flatten_names(placed.specs)
     devices = prod(sizes.values())
     rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
     schedule = make_schedule(config.schedule, config.train.steps)
@@ -91,8 +91,8 @@ def lay_out(
     state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
     gradients = param_shardings(tree, placed.gradients, mesh)
     parameter_bytes = sum(row.bytes_per_device for row in rows)
-    lengths = Rows.of(config)
-    flops = training_flops(tree, config.model, *lengths)
+    lengths = TokensPerRow.of(config)
+    flops = count_training_flops(tree, config.model, *lengths)
     a_token = lengths.own / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
     return Layout(
@@ -100,12 +100,14 @@ def lay_out(
         mesh=dict(sizes),
         devices=devices,
         parameters=sum(spec.size for spec in specs.values()),
-        active_parameters=round(active_parameters(specs, config.model)),
+        active_parameters=round(count_active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
         gradient_bytes=sum(
             prod(gradient.shard_shape(spec.shape)) * jnp.dtype(spec.dtype).itemsize
-            for spec, gradient in zip(specs.values(), named(gradients).values(), strict=True)
+            for spec, gradient in zip(
+                specs.values(), flatten_names(gradients).values(), strict=True
+            )
         ),
         optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,

@@ -15,17 +15,17 @@ import numpy as np
 
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
-from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
 from maxlm.plan.stacks import Stack
-from maxlm.plan.working import LOSS, UPDATE, Parts, end_sets, layer_sets
-from maxlm.plan.workload import Number, Split
+from maxlm.plan.working import LOSS, UPDATE, Parts, list_end_working_sets, list_layer_working_sets
+from maxlm.plan.workload import MeshSplit, Number
 from maxlm.sharding import AxisRules
 from maxlm.tasks import batch_arrays
 
 
 @dataclass(frozen=True)
-class Memory:
+class DeviceMemory:
     """Bytes on each device."""
 
     parameters: Number
@@ -72,7 +72,7 @@ _STREAMS = {"pre": 3.0, "post": 3.0, "sandwich": 5.0, "parallel": 2.0, "parallel
 PARTS = ("parameters", "optimizer", "average", "batch", "gradients", "activations", "working")
 
 
-def memory(shape: Shape) -> Memory:
+def estimate_memory(shape: StepShape) -> DeviceMemory:
     """What a training step needs."""
     phases = _phases(shape)
     sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
@@ -81,8 +81,8 @@ def memory(shape: Shape) -> Memory:
     gradients, activations, working = (
         np.choose(peak, np.broadcast_arrays(*parts)) for parts in zip(*sizes, strict=True)
     )
-    return Memory(
-        **resting(shape),
+    return DeviceMemory(
+        **resting_bytes(shape),
         gradients=gradients,
         activations=activations,
         working=working,
@@ -91,7 +91,7 @@ def memory(shape: Shape) -> Memory:
     )
 
 
-def _phases(shape: Shape) -> dict[str, tuple[Number, Number, Parts]]:
+def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
     sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in work.specs.values()])
@@ -104,17 +104,19 @@ def _phases(shape: Shape) -> dict[str, tuple[Number, Number, Parts]]:
         through = np.where(added, 0.0, sum(own[i + 1 :], start=0.0))  # or among the sums
         gradients = own[i] + through + sums
         turn = _turn(shape, stack)
-        for phase, parts in layer_sets(shape, stack).items():
+        for phase, parts in list_layer_working_sets(shape, stack).items():
             parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
     ends = [(s.nbytes, s.axes) for s in work.outer_specs.values()]
     outer = _spread(split, split.gradients, ends)
     beside = {LOSS: (sums, kept[-1]), UPDATE: (sum(own) + sums + outer, 0.0)}
-    return phases | {phase: (*beside[phase], parts) for phase, parts in end_sets(shape).items()}
+    return phases | {
+        phase: (*beside[phase], parts) for phase, parts in list_end_working_sets(shape).items()
+    }
 
 
-def resting(shape: Shape) -> dict[str, Number]:
+def resting_bytes(shape: StepShape) -> dict[str, Number]:
     """Parameters, optimizer state, their moving average, and the batch."""
     work, split = shape.work, shape.split
     config = work.config
@@ -131,11 +133,11 @@ def resting(shape: Shape) -> dict[str, Number]:
     }
 
 
-def _spread(split: Split, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Number:
+def _spread(split: MeshSplit, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Number:
     return sum((nbytes / split.shards(rules, axes) for nbytes, axes in arrays), start=0.0)
 
 
-def _turn(shape: Shape, stack: Stack) -> Parts:
+def _turn(shape: StepShape, stack: Stack) -> Parts:
     """Of a scan whose turns have several layers: what it takes out of their stack at once."""
     if not 1 < stack.period < stack.depth:
         return {}
@@ -144,7 +146,7 @@ def _turn(shape: Shape, stack: Stack) -> Parts:
     return {"parameters of a turn's layers, gradients": whole * stack.period / stack.depth}
 
 
-def _gradients(shape: Shape, stack: Stack) -> Number:
+def _gradients(shape: StepShape, stack: Stack) -> Number:
     """Of scanned layers, in the compute dtype, while these are being differentiated."""
     return _spread(
         shape.split,
@@ -156,7 +158,7 @@ def _gradients(shape: Shape, stack: Stack) -> Number:
     )
 
 
-def _carried(shape: Shape, stack: Stack) -> Number:
+def _carried(shape: StepShape, stack: Stack) -> Number:
     """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too;
     and an encoder's output for layers that look at it."""
     work, stages, micro = shape.work, shape.stages, shape.micro
@@ -166,19 +168,19 @@ def _carried(shape: Shape, stack: Stack) -> Number:
         inputs = 2 * stages - 1
     else:
         inputs = shape.ticks + 3 * micro / stages
-    memory = work.encoder_rate if stack.crossing else 0.0
+    memory = work.encoder_rate if stack.cross_attention else 0.0
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
-def _kept(shape: Shape, stack: Stack) -> Number:
+def _kept(shape: StepShape, stack: Stack) -> Number:
     """What the remat policy keeps of the layers that are differentiated together."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
-    sizes = heads(model.attention, split)
-    looks = [stack.rate] + ([work.encoder_rate] if stack.crossing else [])
-    hidden = sum(hidden_elements(m, split) for m in stack.maps if not m.experts)
+    sizes = head_sizes(model.attention, split)
+    looks = [stack.rate] + ([work.encoder_rate] if stack.cross_attention else [])
+    hidden = sum(count_hidden_elements(m, split) for m in stack.maps if not m.experts)
     within = 0.0
     for seen in looks:
         if "qkv" in kept:
@@ -190,17 +192,19 @@ def _kept(shape: Shape, stack: Stack) -> Number:
     residual = 0.0
     if shape.remat == "none":
         gated = [m for m in stack.maps if m.writes == "mlp" and not m.experts]
-        within += sum(hidden_elements(m, split) / len(m.kernels) for m in gated)
+        within += sum(count_hidden_elements(m, split) / len(m.kernels) for m in gated)
         # Narrow vectors before their norms and after, and heads before theirs.
-        within += 2 * sum(latent_elements(m) for m in stack.maps)
+        within += 2 * sum(count_latent_elements(m) for m in stack.maps)
         within += sizes.queries + sizes.keys if model.attention.qk_norm else 0.0
-        residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.crossing)
+        residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
     layers = shape.held(stack.depth) / shape.groups
     tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
     return layers * (tokens * itemsize + _kept_of_experts(shape, stack))
 
 
-def _kept_of_experts(shape: Shape, stack: Stack) -> Number:
+def _kept_of_experts(shape: StepShape, stack: Stack) -> Number:
     if not stack.experts or shape.remat != "none":
         return 0.0
-    return received_rows(shape) * (shape.work.config.model.d_model * shape.work.dtype_bytes + FP32)
+    return count_received_rows(shape) * (
+        shape.work.config.model.d_model * shape.work.dtype_bytes + FP32
+    )

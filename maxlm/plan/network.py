@@ -17,7 +17,7 @@ import numpy as np
 
 from maxlm.plan.hardware import Chip
 from maxlm.plan.topology import Topology
-from maxlm.plan.workload import Number, Split
+from maxlm.plan.workload import MeshSplit, Number
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
@@ -44,13 +44,13 @@ class Network:
     topology: Topology
     chip: Chip
 
-    def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+    def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit) -> Number:
         """Of one run of a collective over mesh axes; see :func:`sent_bytes` for ``whole``."""
         if self.topology.platform == "tpu":
             return self._on_torus(kind, axes, whole, split)
         return self._on_hosts(kind, axes, whole, split)
 
-    def link(self, axes: tuple[str, ...], split: Split) -> str:
+    def link(self, axes: tuple[str, ...], split: MeshSplit) -> str:
         """In words, what mesh axes of one mesh run over."""
         ways, inner = split.ways(axes), self._inner(axes, split)
         if self.topology.platform == "cpu":
@@ -59,7 +59,7 @@ class Network:
         used = [near] if inner > 1 else []
         return " + ".join(used + ([far] if ways > inner else []))
 
-    def _inner(self, axes: tuple[str, ...], split: Split) -> Number:
+    def _inner(self, axes: tuple[str, ...], split: MeshSplit) -> Number:
         """Devices of a group within one slice, or within one host."""
         if self.topology.platform == "tpu":
             return split.ways(axes) / self._across(axes, split)
@@ -73,7 +73,7 @@ class Network:
             stride = stride * split.sizes[axis]
         return inner
 
-    def _across(self, axes: tuple[str, ...], split: Split) -> Number:
+    def _across(self, axes: tuple[str, ...], split: MeshSplit) -> Number:
         """Slices that a group spans."""
         slices = self.topology.slices
         if slices == 1:
@@ -84,7 +84,9 @@ class Network:
             by_first, slices if first in axes else 1.0, slices if second in axes else 1.0
         )
 
-    def _on_torus(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+    def _on_torus(
+        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit
+    ) -> Number:
         shape, chip, cores = self.topology.shape, self.chip, 1
         if self.topology.kind == "tpu7x":
             cores = 2
@@ -109,7 +111,9 @@ class Network:
         far = sent_bytes(kind, across, whole / inner) / chip.network
         return near + far + hops * chip.latency
 
-    def _on_hosts(self, kind: str, axes: tuple[str, ...], whole: Number, split: Split) -> Number:
+    def _on_hosts(
+        self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit
+    ) -> Number:
         chip, ways = self.chip, split.ways(axes)
         inner = self._inner(axes, split)
         leaves = np.greater(ways, inner)

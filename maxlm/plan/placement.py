@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm.models.architectures import Model
-from maxlm.models.params import Params, named, param_specs
+from maxlm.models.params import Params, flatten_names, param_specs
 from maxlm.parallel.context import check_context
 from maxlm.run import (
     RunConfig,
@@ -84,7 +84,7 @@ def place_model(
             )
     model = config.model.build(rules=compute, dtype=dtype, parallel=config.parallel)
     specs = param_specs(model)
-    flat = named(specs)
+    flat = flatten_names(specs)
     for name, spec in flat.items():
         for own in (gradients, optimizer, compute):
             resolve_placement(name, spec.shape, spec.axes, own, sizes)

@@ -8,17 +8,17 @@ import jax
 import numpy as np
 
 from maxlm.models.dtypes import compute_dtype
-from maxlm.plan.communication import Collective, collectives
+from maxlm.plan.communication import PlannedCollective, list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, goodput
 from maxlm.plan.hardware import CHIPS, Chip, chip_of, measured_cpu
 from maxlm.plan.layout import Layout, lay_out
-from maxlm.plan.memory import Memory, memory
+from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network
 from maxlm.plan.physical import torus_dimensions
-from maxlm.plan.shape import Shape
-from maxlm.plan.timing import EFFICIENCY, Time, seconds
+from maxlm.plan.shape import StepShape
+from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import Topology, dimensions, parse_topology
-from maxlm.plan.workload import Split, Work
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig, fitted
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, split_over_slices
@@ -104,7 +104,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Sent:
+class CollectiveCost:
     """A collective of one plan."""
 
     what: str
@@ -131,10 +131,10 @@ class Plan:
 
     layout: Layout
     machine: Machine | None
-    shape: Shape
-    memory: Memory
-    sends: tuple[Sent, ...]
-    time: Time | None
+    shape: StepShape
+    memory: DeviceMemory
+    sends: tuple[CollectiveCost, ...]
+    time: StepTime | None
     goodput: Goodput | None
     remat: str
     micro_batches: int
@@ -247,13 +247,13 @@ def predict(
         assert machine is not None
         sizes = machine.mesh(config)
     config = fitted(config, sizes)
-    split = Split(config, sizes)
+    split = MeshSplit(config, sizes)
     network = machine.network if machine else None
     if links is None and network:
         links = _links(network, split)
     layout = lay_out(config, sizes, links)
-    work = Work.of(config, dtype)
-    shape = Shape(
+    work = RunWorkload.of(config, dtype)
+    shape = StepShape(
         *(work, split, config.train.micro_batches, config.model.remat),
         ragged=machine is None or machine.ragged,
         fused_attention=machine is not None and machine.fused_attention,
@@ -279,13 +279,13 @@ def predict(
 
 
 def costs(
-    shape: Shape, machine: Machine | None
-) -> tuple[Memory, tuple[Collective, ...], Time | None]:
+    shape: StepShape, machine: Machine | None
+) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
     """What a run, or each of many, holds, sends and takes; without a machine there is no time."""
-    held, sends = memory(shape), collectives(shape)
+    held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
-    time = seconds(
+    time = estimate_time(
         *(shape, machine.network, sends),
         dtype=matmul_dtype(shape.work.dtype_bytes, machine),
         allocated=held.allocated,
@@ -309,7 +309,7 @@ def matmul_dtype(itemsize: int, machine: Machine) -> str:
     return next(dtype for dtype in wanted if dtype in machine.chip.peak)
 
 
-def _links(network: Network, split: Split) -> dict[str, str]:
+def _links(network: Network, split: MeshSplit) -> dict[str, str]:
     """What each mesh axis runs over, and on a TPU along which dimensions of the torus."""
     links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
     if network.topology.platform == "tpu":
@@ -318,13 +318,13 @@ def _links(network: Network, split: Split) -> dict[str, str]:
     return links
 
 
-def _sent(c: Collective, split: Split, network: Network | None) -> Sent:
+def _sent(c: PlannedCollective, split: MeshSplit, network: Network | None) -> CollectiveCost:
     axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
     taken = None
     if network:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
         taken = float(c.count * one / EFFICIENCY[network.chip.family].network)
-    return Sent(
+    return CollectiveCost(
         what=c.what,
         kind=c.kind,
         axes=axes,

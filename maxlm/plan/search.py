@@ -18,8 +18,8 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
 from maxlm.plan.predict import FILL, Machine, costs, predict
-from maxlm.plan.shape import Shape
-from maxlm.plan.workload import Split, Work
+from maxlm.plan.shape import StepShape
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig, no_pipeline
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
@@ -171,7 +171,7 @@ def _factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 class _Batch:
     """Candidates with one remat policy and one set of rules."""
 
-    work: Work
+    work: RunWorkload
     sizes: dict[str, np.ndarray]
     micro: np.ndarray
     remat: RematPolicy
@@ -188,8 +188,8 @@ class _Batch:
 
     def evaluate(self, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
         """Bytes at the peak and seconds a step."""
-        split = Split(self.work.config, self.sizes)
-        shape = Shape(
+        split = MeshSplit(self.work.config, self.sizes)
+        shape = StepShape(
             *(self.work, split, self.micro, self.remat),
             ragged=machine.ragged,
             fused_attention=machine.fused_attention,
@@ -227,7 +227,7 @@ def _batches(config: RunConfig, machine: Machine) -> Iterator[_Batch]:
         compute = config.sharding.compute.model_copy(update={"residual": residual})
         rules = config.sharding.model_copy(update={"compute": compute})
         own = config.model_copy(update={"sharding": rules})
-        work = Work.of(own, dtype)
+        work = RunWorkload.of(own, dtype)
         divides = _divides(work, sizes, counts, machine)
         if residual != given:
             # Rules that differ over axes of one device are the same candidate.
@@ -238,10 +238,10 @@ def _batches(config: RunConfig, machine: Machine) -> Iterator[_Batch]:
 
 
 def _divides(
-    work: Work, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
+    work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
     """Which candidates divide as they must; see ``run.py`` for each check's words."""
-    config, split = work.config, Split(work.config, sizes)
+    config, split = work.config, MeshSplit(work.config, sizes)
     model, rules = config.model, split.compute
     good = np.equal(np.mod(config.data.batch_size / micro, split.ways(rules.batch)), 0)
     for length in work.rows:
@@ -258,11 +258,11 @@ def _divides(
             for own in (split.storage, split.gradients, split.optimizer, rules):
                 good &= np.equal(np.mod(size, split.ways(own.mesh_axes(axis))), 0)
     by_rows = model.moe is not None and model.moe.dispatch == "capacity"
-    if by_rows or any(trunk.crossing for trunk in model.trunks):
+    if by_rows or any(trunk.cross_attention for trunk in model.trunks):
         good &= np.equal(split.ways(rules.seq), 1)
     good &= _heads_align(config, split)
     stages = sizes["stage"]
-    groups = Shape(work, split, micro, "full").groups
+    groups = StepShape(work, split, micro, "full").groups
     piped = np.greater(stages, 1)
     on_stages = rules.layers == split.storage.layers == ("stage",)
     grouped = config.parallel.layer_groups > 1 and config.parallel.schedule != "circular"
@@ -281,7 +281,7 @@ def _divides(
     return good
 
 
-def _heads_align(config: RunConfig, split: Split) -> np.ndarray:
+def _heads_align(config: RunConfig, split: MeshSplit) -> np.ndarray:
     """Where kv heads are whole, no device's query heads straddle two of their groups
     (``parallel/context.py: check_context``)."""
     rules, attention = split.compute, config.model.attention

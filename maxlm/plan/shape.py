@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.workload import Number, Split, Work
+from maxlm.plan.workload import MeshSplit, Number, RunWorkload
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepShape:
     """A run on a mesh, or on many."""
 
-    work: Work
-    split: Split
+    work: RunWorkload
+    split: MeshSplit
     micro: Number
     """Micro-batches."""
     remat: RematPolicy
@@ -100,19 +100,19 @@ class Shape:
         return self.slots * self.groups
 
 
-def expert_rows(shape: Shape) -> float:
+def count_expert_rows(shape: StepShape) -> float:
     """Rows of a token that experts multiply, empty places of a capacity included."""
     moe = shape.work.config.model.moe
     assert moe is not None
     return moe.experts_per_token * (moe.capacity_factor if moe.dispatch == "capacity" else 1.0)
 
 
-def received_rows(shape: Shape) -> Number:
+def count_received_rows(shape: StepShape) -> Number:
     """Rows of the buffers that experts receive: room for the worst case, or for their capacity."""
     moe, split = shape.work.config.model.moe, shape.split
     assert moe is not None
     ways = split.ways(split.compute.expert)
     if moe.dispatch == "capacity":
-        return shape.tokens * expert_rows(shape)
+        return shape.tokens * count_expert_rows(shape)
     here = np.minimum(moe.experts_per_token, moe.num_experts / ways)
     return shape.tokens * np.where(np.greater(ways, 1), ways * here, moe.experts_per_token)

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.models.architectures.config import unstacked
+from maxlm.models.architectures.config import strip_stack
 from maxlm.plan.layout import Layout, ParamRow
 from maxlm.plan.predict import Plan
 from maxlm.plan.search import Candidate, Found
@@ -188,7 +188,7 @@ def _communication(plan: Plan) -> Group:
 def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
     """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
     passes."""
-    kernels = {unstacked(row.path).removesuffix(".kernel") for row in plan.layout.rows}
+    kernels = {strip_stack(row.path).removesuffix(".kernel") for row in plan.layout.rows}
     kernels |= {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float | None]] = {}
     for s in plan.sends:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.plan.stacks import Map
-from maxlm.plan.workload import Number, Split
+from maxlm.plan.workload import MeshSplit, Number
 
 
 class Heads(NamedTuple):
@@ -18,20 +18,20 @@ class Heads(NamedTuple):
     """Query heads, and log-sum-exps."""
 
 
-def heads(attention: AttentionConfig, split: Split) -> Heads:
+def head_sizes(attention: AttentionConfig, split: MeshSplit) -> Heads:
     own = attention.num_heads / split.ways(split.compute.heads)
     kv = attention.num_kv_heads / split.ways(split.kv_heads)
     size, value = attention.head_dim, attention.value_dim
     return Heads(own * size, own * value, kv * size, kv * value, own)
 
 
-def hidden_elements(map_: Map, split: Split) -> Number:
+def count_hidden_elements(map_: Map, split: MeshSplit) -> Number:
     """Of what a map writes into the FFN's width."""
     if map_.writes != "mlp":
         return 0.0
     return sum(k.shape[-1] / split.shards(split.compute, k.axes[-1:]) for k in map_.kernels)
 
 
-def latent_elements(map_: Map) -> int:
+def count_latent_elements(map_: Map) -> int:
     """Of the narrow vectors that a map writes, for latent attention."""
     return sum(k.shape[-1] for k in map_.kernels if k.writes == "latent")

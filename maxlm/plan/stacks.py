@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, NamedTuple
 
-from maxlm.models.architectures.config import TransformerConfig, unstacked
+from maxlm.models.architectures.config import TransformerConfig, strip_stack
 from maxlm.models.params import ParamSpec
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
@@ -102,9 +102,9 @@ class Stack:
     pairs: tuple[Pairs, ...]
     rate: float
     """Tokens that go through for each of the batch."""
-    of_inputs: bool
+    is_encoder: bool
     """Whether these are an encoder's, beside a decoder."""
-    crossing: bool
+    cross_attention: bool
     """Whether they look at an encoder's output as well."""
 
     @property
@@ -129,7 +129,7 @@ def _stacks(
 ) -> Iterator[Stack]:
     inputs = encoder_len / seq_len
     for trunk in model.trunks:
-        length, rate = (encoder_len, inputs) if trunk.of_inputs else (seq_len, 1.0)
+        length, rate = (encoder_len, inputs) if trunk.is_encoder else (seq_len, 1.0)
         for part in trunk.parts:
             name = f"{trunk.prefix}{part.name}"
             own = {n: s for n, s in specs.items() if n.startswith(f"{name}.")}
@@ -137,10 +137,10 @@ def _stacks(
             one = Pairs(1, length, length, trunk.causal, None, rate, biased)
             looks = [one._replace(window=kind.window) for kind in part.kinds]
             pairs = [p._replace(layers=part.depth / len(looks)) for p in looks]
-            if trunk.crossing:
+            if trunk.cross_attention:
                 pairs.append(Pairs(part.depth, length, encoder_len, False, None, rate))
             maps = tuple(_maps(own, part.depth, rate, inputs))
-            what = (rate, trunk.of_inputs, trunk.crossing)
+            what = (rate, trunk.is_encoder, trunk.cross_attention)
             yield Stack(name, part.depth, len(part.kinds), own, maps, merged_pairs(pairs), *what)
 
 
@@ -184,13 +184,13 @@ def reads_memory(name: str) -> bool:
 
 def reads_inputs(name: str, model: TransformerConfig) -> bool:
     """Whether a parameter is multiplied with an encoder's tokens, beside a decoder's."""
-    encoders = tuple(trunk.prefix for trunk in model.trunks if trunk.of_inputs)
+    encoders = tuple(trunk.prefix for trunk in model.trunks if trunk.is_encoder)
     return name.startswith(encoders) or reads_memory(name)
 
 
 def kernel_of(name: str, spec: ParamSpec) -> Kernel:
     """A layer's own part of a stack of matrices."""
-    own = unstacked(name).removesuffix(".kernel")
+    own = strip_stack(name).removesuffix(".kernel")
     return Kernel(own, spec.shape[spec.lead :], spec.axes[spec.lead :], len(spec.contract))
 
 

@@ -22,12 +22,12 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.communication.collective import FP32, PASSES, Collective
+from maxlm.plan.communication.collective import FP32, PASSES, PlannedCollective
 from maxlm.plan.hardware import Chip
-from maxlm.plan.memory import resting
+from maxlm.plan.memory import resting_bytes
 from maxlm.plan.network import Network
-from maxlm.plan.shape import Shape, expert_rows
-from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.shape import StepShape, count_expert_rows
+from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
 from maxlm.plan.stacks import Pairs, Stack
 from maxlm.plan.workload import Number
 from maxlm.train.adafactor import matrix_dims
@@ -68,7 +68,7 @@ EFFICIENCY = {
 
 
 @dataclass(frozen=True)
-class Time:
+class StepTime:
     """Seconds of a step on the busiest device."""
 
     products: Number
@@ -92,7 +92,7 @@ class Time:
 
 
 @dataclass(frozen=True)
-class Flops:
+class DeviceFlops:
     """Of a device in one pass of all its layers, recomputation included; and of the loss."""
 
     forward: Number
@@ -115,7 +115,7 @@ class Flops:
         return slots * (self.attention_forward + self.attention_backward)
 
 
-def flops(shape: Shape) -> Flops:
+def count_device_flops(shape: StepShape) -> DeviceFlops:
     """What a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config = work.config
@@ -123,7 +123,7 @@ def flops(shape: Shape) -> Flops:
     for map_ in work.maps:
         share = 1.0
         if map_.experts and config.model.moe is not None:
-            share = expert_rows(shape) / config.model.moe.num_experts
+            share = count_expert_rows(shape) / config.model.moe.num_experts
         tokens = shape.held(map_.depth) * map_.rate * shape.tokens
         for kernel in map_.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
@@ -138,8 +138,8 @@ def flops(shape: Shape) -> Flops:
         router = 2 * config.model.d_model * config.model.moe.num_experts * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
-    fused = computed_scores(shape, fused=True)
-    scores = fused + computed_scores(shape, fused=False)
+    fused = count_scores(shape, fused=True)
+    scores = fused + count_scores(shape, fused=False)
     attention = config.model.attention
     head, value = attention.head_dim, attention.value_dim
     again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
@@ -147,7 +147,7 @@ def flops(shape: Shape) -> Flops:
     loss = work.head.size * shape.end_tokens / split.ways(rules.vocab)
     outer = sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
     loss += outer * shape.end_residual_tokens
-    return Flops(
+    return DeviceFlops(
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
@@ -159,17 +159,17 @@ def flops(shape: Shape) -> Flops:
     )
 
 
-def computed_scores(shape: Shape, *, fused: bool) -> Number:
+def count_scores(shape: StepShape, *, fused: bool) -> Number:
     """Scores of attention on a device in one pass of its layers, as far as they are computed: those
     that a kernel keeps on the chip, or the others."""
     work, split = shape.work, shape.split
     own = [pairs for pairs in work.pairs if shape.fused(pairs.biased) == fused]
-    pairs = sum(p.layers * p.rate * p.keys * computed_share(p) for p in own)
+    pairs = sum(p.layers * p.rate * p.keys * computed_score_ratio(p) for p in own)
     heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
     return shape.held(pairs) * shape.tokens * heads
 
 
-def computed_share(pairs: Pairs) -> float:
+def computed_score_ratio(pairs: Pairs) -> float:
     """The share of all pairs that is computed: under a causal mask tiles of queries skip the keys
     after them, and those before their window."""
     if not pairs.causal:
@@ -183,7 +183,7 @@ def computed_share(pairs: Pairs) -> float:
     return float(np.sum(keys * (stops - starts)) / length**2)
 
 
-def update_flops(shape: Shape) -> Number:
+def update_flops(shape: StepShape) -> Number:
     """Of the optimizer, on each device: Muon's Newton–Schulz products, three an iteration, of each
     hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were split as the moments
     are."""
@@ -202,7 +202,7 @@ def update_flops(shape: Shape) -> Number:
     return total
 
 
-def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
+def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     """Bytes that element-wise maps move between memory and chip: layers' forward and backward of
     one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
@@ -212,7 +212,7 @@ def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
     again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     chunk = model.vocab_size / split.ways(rules.vocab)
     loss = 4 * shape.losses * shape.end_tokens * chunk * FP32
-    state = resting(shape)
+    state = resting_bytes(shape)
     # Parameters, their average and moments are read and written, and so are gradients, by what
     # adds them up.
     update = 2 * (state["parameters"] + state["average"] + state["optimizer"])
@@ -220,43 +220,43 @@ def traffic(shape: Shape) -> tuple[Number, Number, Number, Number]:
     return forward, forward * (2 + again), loss, update
 
 
-def _moved(shape: Shape, stack: Stack) -> Number:
+def _moved(shape: StepShape, stack: Stack) -> Number:
     """Elements that a layer's element-wise maps read and write in a forward pass: norms the stream
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""
     work, split = shape.work, shape.split
-    model, sizes = work.config.model, heads(work.config.model.attention, split)
+    model, sizes = work.config.model, head_sizes(work.config.model.attention, split)
     stream = shape.residual_tokens * stack.rate * model.d_model
     tokens = shape.tokens * stack.rate
     keys, narrow, hidden = sizes.keys + sizes.values, 0.0, 0.0
     each = sizes.queries + sizes.output + keys
-    if stack.crossing:
+    if stack.cross_attention:
         each += sizes.queries + sizes.output + keys * work.encoder_rate
     for map_ in stack.maps:
-        served = expert_rows(shape) if map_.experts else 1.0
-        hidden += tokens * served * hidden_elements(map_, split)
-        narrow += 2 * latent_elements(map_)
-    streams = _STREAMS[model.placement] + (4 if stack.crossing else 0)
+        served = count_expert_rows(shape) if map_.experts else 1.0
+        hidden += tokens * served * count_hidden_elements(map_, split)
+        narrow += 2 * count_latent_elements(map_)
+    streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)
     return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden
 
 
-def score_traffic(shape: Shape) -> tuple[Number, Number]:
+def score_traffic(shape: StepShape) -> tuple[Number, Number]:
     """The same of attention's scores, forward and backward, where they go through memory."""
-    one = computed_scores(shape, fused=False) * FP32
+    one = count_scores(shape, fused=False) * FP32
     again = np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
     forward = one * _SCORE_PASSES["forward"]
     return forward, one * _SCORE_PASSES["backward"] + again * forward
 
 
-def seconds(
-    shape: Shape,
+def estimate_time(
+    shape: StepShape,
     network: Network,
-    sends: tuple[Collective, ...],
+    sends: tuple[PlannedCollective, ...],
     *,
     efficiency: Efficiency | None = None,
     dtype: str = "bf16",
     allocated: Number = 0.0,
-) -> Time:
+) -> StepTime:
     """A step's time.
 
     Args:
@@ -267,14 +267,14 @@ def seconds(
     """
     chip = network.chip
     own = efficiency or EFFICIENCY[chip.family]
-    work = flops(shape)
+    work = count_device_flops(shape)
     rate, attention_rate = chip.peak[dtype] * own.matmul, _attention_peak(chip, dtype) * own.matmul
     bandwidth = chip.bandwidth * own.memory
     vector = {
         phase: work.scores * ops / chip.vector if shape.fused_attention else 0.0
         for phase, ops in _SCORE_OPS.items()
     }
-    ahead, back, loss_bytes, update = traffic(shape)
+    ahead, back, loss_bytes, update = estimate_traffic(shape)
     scores = score_traffic(shape)
     products = {"forward": work.forward / rate, "backward": work.backward / rate}
     softmax = vector["forward"], vector["backward"] + work.scores_again * vector["forward"]
@@ -286,7 +286,7 @@ def seconds(
     loss = work.loss / rate + loss_bytes / bandwidth, 2 * work.loss / rate
     slots, exposed, communication = shape.slots, 0.0, 0.0
 
-    def one(c: Collective) -> Number:
+    def one(c: PlannedCollective) -> Number:
         taken = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split)
         return taken / own.network
 
@@ -302,7 +302,7 @@ def seconds(
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
     new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
-    return Time(
+    return StepTime(
         products=parts[0] + (3 * work.loss + update_flops(shape)) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,

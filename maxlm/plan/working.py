@@ -8,8 +8,8 @@ import numpy as np
 
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
-from maxlm.plan.shape import Shape, received_rows
-from maxlm.plan.sizes import heads, hidden_elements, latent_elements
+from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
 from maxlm.plan.stacks import Map, Stack
 from maxlm.plan.workload import Number
 
@@ -22,11 +22,11 @@ _MEMORY = "gradient of the encoder's output"
 _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 
 
-def layer_sets(shape: Shape, stack: Stack) -> dict[str, Parts]:
+def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
     biased = shape.work.config.model.positions.kind == "relative"
     sets = {"a layer's attention": _attention(shape, stack, stack.rate, biased)}
-    if stack.crossing:
+    if stack.cross_attention:
         sets["a layer's cross-attention"] = _attention(shape, stack, shape.work.encoder_rate, False)
     for map_ in stack.maps:
         if map_.writes == "mlp" and not map_.experts:
@@ -37,30 +37,30 @@ def layer_sets(shape: Shape, stack: Stack) -> dict[str, Parts]:
         # Norms are in fp32.
         branch = 2 * _stream(shape, stack) / shape.work.dtype_bytes * FP32
         sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
-    if stack.crossing:
+    if stack.cross_attention:
         whole = _stream(shape, stack) / stack.rate * shape.work.encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
     return sets
 
 
-def end_sets(shape: Shape) -> dict[str, Parts]:
+def list_end_working_sets(shape: StepShape) -> dict[str, Parts]:
     """The same of what is behind the layers."""
     return {LOSS: _loss(shape), UPDATE: _update(shape)}
 
 
-def _stream(shape: Shape, stack: Stack) -> Number:
+def _stream(shape: StepShape, stack: Stack) -> Number:
     """One array of the residual stream's width."""
     width = shape.work.config.model.d_model * shape.work.dtype_bytes
     return shape.residual_tokens * stack.rate * width
 
 
-def _mlp(shape: Shape, stack: Stack, map_: Map) -> Parts:
+def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
     """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
     back = next(m for m in stack.maps if m.reads == "mlp" and m.module == map_.module)
     count, tokens = len(map_.kernels), shape.tokens * stack.rate
-    one = tokens * hidden_elements(map_, shape.split) / count * itemsize
+    one = tokens * count_hidden_elements(map_, shape.split) / count * itemsize
     outputs = count + 1
     if shape.remat == "none":
         outputs = 0  # all kept
@@ -76,20 +76,20 @@ def _mlp(shape: Shape, stack: Stack, map_: Map) -> Parts:
     }
 
 
-def _attention(shape: Shape, stack: Stack, seen: float, biased: bool) -> Parts:
+def _attention(shape: StepShape, stack: Stack, seen: float, biased: bool) -> Parts:
     """Args:
     seen: tokens that are looked at for each of the batch.
     biased: whether scores gain learnt biases.
     """
     split, work = shape.split, shape.work
-    sizes, itemsize = heads(work.config.model.attention, split), work.dtype_bytes
+    sizes, itemsize = head_sizes(work.config.model.attention, split), work.dtype_bytes
     tokens = shape.tokens * stack.rate
     length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
     scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
     scores = 0.0 if shape.fused(biased) else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = shape.tokens * seen * split.ways(split.compute.seq)
-    narrow = sum(latent_elements(map_) for map_ in stack.maps)
+    narrow = sum(count_latent_elements(map_) for map_ in stack.maps)
     parts = {
         "queries, output and their gradients": tokens
         * (sizes.queries * (itemsize + FP32) + sizes.output * 2 * itemsize),
@@ -104,10 +104,10 @@ def _attention(shape: Shape, stack: Stack, seen: float, biased: bool) -> Parts:
     return parts
 
 
-def _experts(shape: Shape, stack: Stack) -> Parts:
+def _experts(shape: StepShape, stack: Stack) -> Parts:
     work, moe = shape.work, shape.work.config.model.moe
     assert moe is not None
-    rows, itemsize = received_rows(shape), work.dtype_bytes
+    rows, itemsize = count_received_rows(shape), work.dtype_bytes
     width = work.config.model.d_model
     maps = [m for m in stack.maps if m.experts]
     weights = sum(_weights(m, shape) for m in maps)
@@ -121,7 +121,7 @@ def _experts(shape: Shape, stack: Stack) -> Parts:
     }
 
 
-def _loss(shape: Shape) -> Parts:
+def _loss(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
@@ -137,7 +137,7 @@ def _loss(shape: Shape) -> Parts:
     }
 
 
-def _update(shape: Shape) -> Parts:
+def _update(shape: StepShape) -> Parts:
     """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
     two largest parameters' are alive together."""
     work, split = shape.work, shape.split
@@ -153,7 +153,7 @@ def _update(shape: Shape) -> Parts:
     return {"updates, gathered": largest.sum(axis=0)}
 
 
-def _weights(map_: Map, shape: Shape) -> Number:
+def _weights(map_: Map, shape: StepShape) -> Number:
     """Bytes of a map's kernels in use."""
     split = shape.split
     return sum(

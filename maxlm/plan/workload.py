@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maxlm.models.params import ParamSpec, named, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import (
     Kernel,
@@ -38,7 +38,7 @@ Number = Any
 """A float, or an array of them with an element for every candidate."""
 
 
-class Rows(NamedTuple):
+class TokensPerRow(NamedTuple):
     """Tokens in a row of a batch, as the objective makes them of ``data.seq_len`` of text."""
 
     own: int
@@ -46,14 +46,14 @@ class Rows(NamedTuple):
     """An encoder's, beside a decoder's own."""
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Rows":
+    def of(cls, config: RunConfig) -> "TokensPerRow":
         arrays = batch_arrays(config.objective, config.data.seq_len)
         own, _ = arrays["tokens"]
         return cls(own, arrays.get("input_tokens", (own, None))[0])
 
 
 @dataclass(frozen=True)
-class Work:
+class RunWorkload:
     """A run as costs are counted."""
 
     config: RunConfig
@@ -63,7 +63,7 @@ class Work:
     optimizer: tuple[StateArray, ...]
 
     @classmethod
-    def of(cls, config: RunConfig, dtype: Any) -> "Work":
+    def of(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
         """Nothing is allocated.
 
         Args:
@@ -73,7 +73,7 @@ class Work:
         schedule = make_schedule(config.schedule, config.train.steps)
         state = described_opt_state(make_optimizer(config.optimizer, schedule, tree), tree)
         leaves = tuple(jax.tree.leaves(state))
-        return cls(config, jnp.dtype(dtype).itemsize, named(tree), leaves)
+        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
@@ -81,8 +81,8 @@ class Work:
         return stacks_of(self.config.model, self.specs, *self.rows)
 
     @cached_property
-    def rows(self) -> Rows:
-        return Rows.of(self.config)
+    def rows(self) -> TokensPerRow:
+        return TokensPerRow.of(self.config)
 
     @property
     def layers(self) -> int:
@@ -95,7 +95,7 @@ class Work:
     @property
     def encoder_rate(self) -> float:
         """Tokens of an encoder beside the decoder for each of the decoder's; without one, 0."""
-        return max((stack.rate for stack in self.stacks if stack.of_inputs), default=0.0)
+        return max((stack.rate for stack in self.stacks if stack.is_encoder), default=0.0)
 
     @cached_property
     def layer_specs(self) -> dict[str, ParamSpec]:
@@ -170,7 +170,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Split:
+class MeshSplit:
     """How many ways a mesh, or each of many, splits what axis rules name."""
 
     config: RunConfig

@@ -1,7 +1,7 @@
 """The plan's figures beside the compiler's, for one run on one machine."""
 
 from maxlm.plan.predict import Plan
-from maxlm.plan.timing import flops
+from maxlm.plan.timing import count_device_flops
 from maxlm.programs.compile import CompiledStep
 
 GB, TERA = 1e9, 1e12
@@ -17,7 +17,7 @@ def compare(plan: Plan, step: CompiledStep) -> Figures:
     rows of a ragged exchange are counted by the compiler at the room they have.
     """
     held, compiled, cost = plan.memory, step.memory, step.cost
-    counted, slots = flops(plan.shape), plan.shape.slots
+    counted, slots = count_device_flops(plan.shape), plan.shape.slots
     rows = {
         "resting: state and batch, GB": (
             (held.total - held.allocated) / GB,

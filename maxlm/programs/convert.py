@@ -26,7 +26,7 @@ from maxlm.huggingface.files import stored_tensors
 from maxlm.huggingface.writer import SHARD_BYTES
 from maxlm.models.families import FAMILIES, family_of
 from maxlm.models.families.family import Family
-from maxlm.models.params import named, param_specs
+from maxlm.models.params import flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.tasks import ARCHITECTURES, marks_needed
@@ -119,7 +119,7 @@ def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Conver
     tokenizer, told = _import_tokenizer(source, config)
     config, marks = _with_tokenizer(config, target, tokenizer)
     notes += told + marks
-    specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
     entries = family.entries(config.model, tensors)
     with _whole(target) as folder:
         with CheckpointWriter(folder / "checkpoints") as writer:
@@ -191,7 +191,7 @@ def to_published(
         if tokenizer is not None:
             export_tokenizer(home, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
     parameters = sum(spec.size for spec in specs.values())
     return Converted(chosen.name, target, parameters, kept.default, [])
 

@@ -15,7 +15,7 @@ import numpy as np
 from maxlm.corpus import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.params import named
+from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import planned_vocab
@@ -130,7 +130,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
 
 def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     state = setup.init()
-    count = sum(spec.size for spec in named(setup.specs).values())
+    count = sum(spec.size for spec in flatten_names(setup.specs).values())
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
     yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
 

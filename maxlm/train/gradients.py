@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.params import Params, Whole, bind, values
+from maxlm.models.params import GatheredParam, Params, bind, get_values
 from maxlm.parallel.pipeline import one_f_one_b
 
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
@@ -52,7 +52,7 @@ def _reading(whole: Params, loss: Any) -> Any:
     """``loss`` of a model that reads whole parameters, differentiated in its own share of them."""
 
     def read(model: Any, batch: dict[str, jax.Array], key: jax.Array):
-        return loss(bind(model, jax.tree.map(Whole, values(model), whole)), batch, key)
+        return loss(bind(model, jax.tree.map(GatheredParam, get_values(model), whole)), batch, key)
 
     return read
 
@@ -82,9 +82,9 @@ def _one_f_one_b(
     batch = batch | {"key": jax.random.key_data(keys)}
     ends = {name: value for name, value in params.items() if name != "layers"}
 
-    def objective(ends: Params, micro: dict[str, jax.Array], between: Any):
+    def objective(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
         bound = bind(model, ends | {"layers": params["layers"]})
-        bound.between = between
+        bound.layers_fn = layers_fn
         micro = dict(micro)
         return loss(bound, micro, jax.random.wrap_key_data(micro.pop("key")))
 

@@ -69,13 +69,13 @@ def make_optimizer(
     pair in one layout; updates come out in that layout, to be *added* to the parameters. The
     state is fp32. Runs on explicit meshes, inside or outside jit.
     """
-    if not any(spec.by_rule for spec in jax.tree.leaves(specs)):
+    if not any(spec.sign_update for spec in jax.tree.leaves(specs)):
         return _by_gradient(config, schedule, specs)
     rule = optax.stateless(
         lambda updates, _: jax.tree.map(lambda g: -config.rule_step * jnp.sign(g), updates)
     )
-    learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.by_rule else spec, specs)
-    labels = jax.tree.map(lambda spec: "rule" if spec.by_rule else "gradient", specs)
+    learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs)
+    labels = jax.tree.map(lambda spec: "rule" if spec.sign_update else "gradient", specs)
     by_gradient = _by_gradient(config, schedule, learned)
     return optax.partition({"gradient": by_gradient, "rule": rule}, labels)
 

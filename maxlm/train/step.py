@@ -105,7 +105,7 @@ def _counted(opt_state: Any, before: Any) -> Any:
 
 def _learned(model: Any, tree: Any) -> Any:
     """Without parameters that follow a rule: their "gradient" is none."""
-    return jax.tree.map(lambda spec, x: None if spec.by_rule else x, param_specs(model), tree)
+    return jax.tree.map(lambda spec, x: None if spec.sign_update else x, param_specs(model), tree)
 
 
 def eval_step(params: Params, batch: Batch, *, model: Any, loss: Loss) -> Sums:

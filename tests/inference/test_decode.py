@@ -6,7 +6,7 @@ import numpy as np
 
 from maxlm.inference.decode import cast_params, decode, prefill
 from maxlm.models.architectures.decoder import Decoder
-from maxlm.models.params import named
+from maxlm.models.params import flatten_names
 
 
 def test_cached_logits_equal_uncached_ones_at_every_step(tiny):
@@ -37,7 +37,7 @@ def test_the_logits_are_far_enough_apart_for_the_comparison_to_mean_something(ti
 def test_cast_once_equals_cast_at_every_use(llama):
     model = Decoder(llama.model.config, rules=llama.model.rules, dtype=jnp.bfloat16)
     once = cast_params(model, llama.params)
-    assert {str(v.dtype) for v in named(once).values()} == {"bfloat16", "float32"}
+    assert {str(v.dtype) for v in flatten_names(once).values()} == {"bfloat16", "float32"}
     tokens, lengths = np.array([[1, 2, 3, 4, 5]], np.int32), np.array([5], np.int32)
     run = jax.jit(lambda p: prefill(model, p, tokens, lengths, cache_length=8))
     (a, cache), (b, _) = run(llama.params), run(once)
@@ -46,6 +46,6 @@ def test_cast_once_equals_cast_at_every_use(llama):
 
 
 def test_casting_copies_nothing_that_is_in_the_dtype_already(llama):
-    cast, own = named(cast_params(llama.model, llama.params)), named(llama.params)
+    cast, own = flatten_names(cast_params(llama.model, llama.params)), flatten_names(llama.params)
     for name, value in cast.items():
         assert value.unsafe_buffer_pointer() == own[name].unsafe_buffer_pointer()

@@ -12,7 +12,7 @@ import pytest
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from maxlm.models.params import bind, named, param_specs
+from maxlm.models.params import bind, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
 BOTH: dict[str, Any] = {
@@ -82,7 +82,7 @@ def test_greedy_rows_equal_whole_passes(both):
 
 
 def scaled(params: Any, name: str, factor: float) -> Any:
-    flat = named(params)
+    flat = flatten_names(params)
     assert sum(key.endswith(name) for key in flat) == 1
     leaves = [value * (factor if key.endswith(name) else 1) for key, value in flat.items()]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)

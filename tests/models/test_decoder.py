@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.models.params import named
+from maxlm.models.params import flatten_names
 from tests.models import building, reference
 from tests.models.building import CONFIGS, PATTERN, POSITIONS, SEGMENTS
 
@@ -80,7 +80,7 @@ def test_loss_equals_the_reference(run):
 def test_gradient_of_every_parameter_equals_finite_differences(run):
     """Along one random direction for each parameter, central differences in float64."""
     rng, step = np.random.default_rng(2), 1e-5
-    grads = named(run["grads"])
+    grads = flatten_names(run["grads"])
 
     def at(name, value):
         def replace(tree, prefix):
@@ -93,7 +93,7 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
 
         return reference_loss(run["config"], replace(run["params"], ""), run["batch"])
 
-    for name, value in named(run["params"]).items():
+    for name, value in flatten_names(run["params"]).items():
         direction = rng.standard_normal(value.shape)
         direction /= np.linalg.norm(direction)
         slope = (at(name, value + step * direction) - at(name, value - step * direction)) / 2 / step
@@ -121,6 +121,6 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
     assert loss == pytest.approx(expected, rel=1e-6)
     # XLA orders sums by the processor: 1.4e-5 apart was seen.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), aux, same)
-    for name, grad in named(wanted).items():
-        found = named(as_one(grads))[name]
+    for name, grad in flatten_names(wanted).items():
+        found = flatten_names(as_one(grads))[name]
         assert np.abs(found - grad).max() <= 1e-4 * np.abs(grad).max(), name

@@ -10,7 +10,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.huggingface.check import check_places
 from maxlm.models.families import FAMILIES, family_of
-from maxlm.models.params import named, param_specs
+from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.published import CASES, golden
 from tests.parity import compare
@@ -51,7 +51,7 @@ def test_the_published_logits(name):
 def test_each_tensor_and_each_parameter_once(name):
     own, (_, config, entries) = golden(name), read(name)
     assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
-    specs = named(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
     check_places(entries, {key: spec.shape for key, spec in specs.items()})
     for entry in entries:
         whole = own.tensors[entry.theirs].astype(np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
-from maxlm.models.params import Params, bind, init_params, named, param_specs
+from maxlm.models.params import Params, bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
 from tests.models import building
 from tests.models.building import GPT2, LLAMA_GQA, QUICK
@@ -41,11 +41,11 @@ def initialiser(config: DecoderConfig) -> Callable[[jax.Array], Params]:
 
 def initial(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     params = initialiser(config)(jax.random.key(seed))
-    return {name: np.asarray(value) for name, value in named(params).items()}
+    return {name: np.asarray(value) for name, value in flatten_names(params).items()}
 
 
 def test_declarations_of_a_llama():
-    specs = named(param_specs(model(LLAMA_GQA)))
+    specs = flatten_names(param_specs(model(LLAMA_GQA)))
     found = {n: (s.shape, s.axes, s.role, s.contract) for n, s in specs.items()}
     queries = ("layers", "embed", "heads", "head_dim")
     keys = ("layers", "embed", "kv_heads", "head_dim")
@@ -74,7 +74,7 @@ def test_declarations_of_a_llama():
 
 
 def test_gpt2_ties_its_head_and_has_every_bias():
-    names = named(param_specs(model(GPT2)))
+    names = flatten_names(param_specs(model(GPT2)))
     assert "head.kernel" not in names
     biases = {n for n in names if n.endswith(".bias")}
     assert biases == {

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from maxlm.models.layers.positions import (
     PositionsConfig,
-    alibi_slopes,
-    relative_biases,
-    relative_buckets,
-    sinusoids,
+    compute_alibi_slopes,
+    compute_relative_biases,
+    compute_relative_buckets,
+    compute_sinusoids,
 )
 from maxlm.models.layers.rope import (
     DynamicNtkScaling,
@@ -23,11 +23,11 @@ from maxlm.models.layers.rope import (
     NtkScaling,
     Rotary,
     YarnScaling,
-    amplitude,
-    frequencies,
-    rotary,
+    compute_frequencies,
+    compute_rotary,
+    compute_yarn_mscale,
+    rotary_factor,
     rotate,
-    yarn_mscale,
 )
 from tests.models import reference
 
@@ -46,15 +46,17 @@ def close(found, expected, rtol=1e-12):
 
 @pytest.mark.parametrize(("theta", "size"), SHAPES)
 def test_frequencies_fall_geometrically_from_one_radian_a_token(theta, size):
-    close(frequencies(theta, size), plain(theta, size))
+    close(compute_frequencies(theta, size), plain(theta, size))
     dynamic = DynamicNtkScaling(factor=8.0, original_length=32)
-    close(frequencies(theta, size, dynamic), plain(theta, size))
+    close(compute_frequencies(theta, size, dynamic), plain(theta, size))
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(("theta", "size"), SHAPES)
 def test_linear_scaling_divides_every_frequency(theta, size, factor):
-    close(frequencies(theta, size, LinearScaling(factor=factor)), plain(theta, size) / factor)
+    close(
+        compute_frequencies(theta, size, LinearScaling(factor=factor)), plain(theta, size) / factor
+    )
 
 
 @pytest.mark.parametrize("factor", FACTORS)
@@ -63,7 +65,7 @@ def test_ntk_keeps_the_first_frequency_and_divides_the_last(theta, size, factor)
     """What fixes the new base: a geometric sequence, the ends of which are known."""
     last = plain(theta, size)[-1] / factor
     pairs = np.arange(size // 2) / (size // 2 - 1)
-    close(frequencies(theta, size, NtkScaling(factor=factor)), last**pairs)
+    close(compute_frequencies(theta, size, NtkScaling(factor=factor)), last**pairs)
 
 
 def yarn(theta, size, scaling):
@@ -104,7 +106,7 @@ def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, beta
         beta_slow=betas[1],
         truncate=truncate,
     )
-    found = frequencies(theta, 128, scaling)
+    found = compute_frequencies(theta, 128, scaling)
     close(found, yarn(theta, 128, scaling))
     own = plain(theta, 128)
     turns = length * own / (2 * pi)
@@ -120,7 +122,7 @@ def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, beta
 def test_yarn_ramps_begin_at_a_pair_that_there_is():
     """In 200 tokens no pair turns 32 times: the ramp begins at the first."""
     scaling = YarnScaling(factor=8.0, original_length=200)
-    found = frequencies(1e4, 128, scaling)
+    found = compute_frequencies(1e4, 128, scaling)
     close(found, yarn(1e4, 128, scaling))
     assert found[0] == 1
     assert (found[1:] < plain(1e4, 128)[1:]).all()
@@ -129,7 +131,7 @@ def test_yarn_ramps_begin_at_a_pair_that_there_is():
 def test_yarn_ramps_end_at_the_head_s_last_dimension_at_most():
     """Where even the slowest pair turns: it would end at the 8th, and does at the 7th."""
     scaling = YarnScaling(factor=8.0, original_length=10**8, beta_fast=1e6)
-    found, own = frequencies(1e4, 8, scaling), plain(1e4, 8)
+    found, own = compute_frequencies(1e4, 8, scaling), plain(1e4, 8)
     close(found, yarn(1e4, 8, scaling))
     kept = 1 - np.array([0, 0, 1, 2]) / 6
     close(found, own * kept + own / 8 * (1 - kept))
@@ -139,7 +141,7 @@ def test_yarn_ramps_end_at_the_head_s_last_dimension_at_most():
 def test_llama3_has_three_regimes_that_meet(theta):
     """Its published code: by wavelength, below L / high, above L / low, and between."""
     scaling = Llama3Scaling(factor=8.0, original_length=8192)
-    own, found = plain(theta, 128), frequencies(theta, 128, scaling)
+    own, found = plain(theta, 128), compute_frequencies(theta, 128, scaling)
     counts = {"short": 0, "long": 0, "between": 0}
     for frequency, got in zip(own, found, strict=True):
         wavelength = 2 * pi / frequency
@@ -163,7 +165,7 @@ def test_llama3_meets_its_neighbours_at_the_borders(pair):
     def at(low, high):
         factors = {"low_freq_factor": low, "high_freq_factor": high}
         scaling = Llama3Scaling(factor=8.0, original_length=8192, **factors)
-        return frequencies(5e5, 128, scaling)[pair]
+        return compute_frequencies(5e5, 128, scaling)[pair]
 
     assert at(turns, 2 * turns) == pytest.approx(own / 8, rel=1e-12)
     assert at(turns / 2, turns) == pytest.approx(own, rel=1e-12)
@@ -187,14 +189,14 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
     scaling = DynamicNtkScaling(factor=4.0, original_length=10)
     lengths = 5, 10, 11, 37
     rows = np.array([[*range(n), *[0] * (37 - n)] for n in lengths], np.int32)
-    found = rotary(jnp.asarray(rows), 16, theta, scaling)
+    found = compute_rotary(jnp.asarray(rows), 16, theta, scaling)
     for row, n in enumerate(lengths):
         factor = max(1.0, 4.0 * n / 10 - 3.0)
         base = theta * factor ** (16 / 14)
         own = Rotary(found.cos[row : row + 1], found.sin[row : row + 1])
         assert_turned(own, angles(rows[row : row + 1], plain(base, 16)))
         if n <= 10:
-            same = rotary(jnp.asarray(rows[row : row + 1]), 16, theta)
+            same = compute_rotary(jnp.asarray(rows[row : row + 1]), 16, theta)
             np.testing.assert_allclose(own.cos, same.cos, atol=1e-6)
 
 
@@ -218,15 +220,15 @@ def test_dynamic_scaling_is_none_up_to_the_original_length_and_ntk_beyond(theta)
     ],
 )
 def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
-    assert amplitude(scaling) == pytest.approx(expected, rel=1e-12)
-    found = rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
+    assert rotary_factor(scaling) == pytest.approx(expected, rel=1e-12)
+    found = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
     np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
 
 
 def test_yarn_sharpens_attention_by_the_square_of_its_root():
     """Peng et al. 2023, eq. 22: √(1/t) = 0.1 ln(s) + 1, and both queries and keys have it."""
-    assert yarn_mscale(16.0) ** 2 == pytest.approx((0.1 * log(16) + 1) ** 2)
-    assert yarn_mscale(1.0, 0.7) == 1.0
+    assert compute_yarn_mscale(16.0) ** 2 == pytest.approx((0.1 * log(16) + 1) ** 2)
+    assert compute_yarn_mscale(1.0, 0.7) == 1.0
 
 
 def turned_reference(x, positions, theta, size):
@@ -245,7 +247,7 @@ def drawn(*shape, seed=0):
 @pytest.mark.parametrize("size", [2, 6, 10])
 def test_turning_equals_the_reference_and_leaves_other_dimensions_as_they_are(size):
     x, positions = drawn(2, 5, 3, 10), np.array([[0, 1, 2, 3, 4], [0, 1, 0, 7, 31]], np.int32)
-    found = np.asarray(rotate(jnp.asarray(x), rotary(jnp.asarray(positions), size, 50.0)))
+    found = np.asarray(rotate(jnp.asarray(x), compute_rotary(jnp.asarray(positions), size, 50.0)))
     np.testing.assert_allclose(
         found, turned_reference(x.astype(np.float64), positions, 50.0, size), atol=2e-5
     )
@@ -264,7 +266,7 @@ def test_scores_depend_on_distance_alone(scaling):
     """Su et al. 2021, eq. 16."""
     q, k = drawn(8), drawn(8, seed=1)
     count = 40
-    turns = rotary(jnp.arange(count, dtype=jnp.int32)[None], 8, 30.0, scaling)
+    turns = compute_rotary(jnp.arange(count, dtype=jnp.int32)[None], 8, 30.0, scaling)
 
     def everywhere(x):
         return np.asarray(rotate(jnp.broadcast_to(x, (1, count, 1, 8)), turns))[0, :, 0]
@@ -278,7 +280,7 @@ def test_scores_depend_on_distance_alone(scaling):
 
 def test_the_gradient_of_turning_is_turning_back():
     x, d_y = drawn(1, 4, 2, 9), drawn(1, 4, 2, 9, seed=1)
-    turns = rotary(jnp.asarray([[0, 3, 5, 11]], jnp.int32), 6, 20.0)
+    turns = compute_rotary(jnp.asarray([[0, 3, 5, 11]], jnp.int32), 6, 20.0)
     _, pull = jax.vjp(lambda x: rotate(x, turns), jnp.asarray(x))
     (d_x,) = pull(jnp.asarray(d_y))
     # A turn is linear: <turned(e), d_y> for every unit vector e.
@@ -293,33 +295,35 @@ def test_the_gradient_of_turning_is_turning_back():
 def test_alibi_slopes_of_8_heads_are_the_published_ones():
     """Press et al. 2022, §3."""
     expected = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    assert alibi_slopes(8).tolist() == expected
+    assert compute_alibi_slopes(8).tolist() == expected
 
 
 def test_alibi_slopes_of_12_heads_are_the_published_ones():
     """Those of 8, and the first four of 16 that 8 do not have."""
     between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
-    np.testing.assert_allclose(alibi_slopes(12)[8:], between, rtol=1e-6)
-    np.testing.assert_array_equal(alibi_slopes(12)[:8], alibi_slopes(8))
+    np.testing.assert_allclose(compute_alibi_slopes(12)[8:], between, rtol=1e-6)
+    np.testing.assert_array_equal(compute_alibi_slopes(12)[:8], compute_alibi_slopes(8))
 
 
 @given(st.integers(1, 130))
 def test_alibi_slopes_equal_the_reference_and_differ(heads):
     expected = [reference.alibi_slope(head, heads) for head in range(heads)]
-    np.testing.assert_allclose(alibi_slopes(heads), expected, rtol=1e-6)
-    assert len(set(alibi_slopes(heads).tolist())) == heads
-    assert alibi_slopes(heads).dtype == np.float32
+    np.testing.assert_allclose(compute_alibi_slopes(heads), expected, rtol=1e-6)
+    assert len(set(compute_alibi_slopes(heads).tolist())) == heads
+    assert compute_alibi_slopes(heads).dtype == np.float32
 
 
 def test_alibi_s_smallest_slope_is_given():
     """MPT's alibi_bias_max."""
-    np.testing.assert_allclose(alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6)
+    np.testing.assert_allclose(
+        compute_alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("width", [7, 8])
 def test_sinusoids_are_sines_and_cosines_by_turns(width):
     positions = np.array([[0, 1, 2], [511, 0, 90]], np.int32)
-    found = sinusoids(jnp.asarray(positions), width)
+    found = compute_sinusoids(jnp.asarray(positions), width)
     assert found.shape == (2, 3, width)
     for row, column in np.ndindex(2, 3):
         expected = [reference.wave(positions[row, column], i, width) for i in range(width)]
@@ -328,7 +332,7 @@ def test_sinusoids_are_sines_and_cosines_by_turns(width):
 
 def buckets_of(config, causal):
     """By distance query − key, from max_distance on this side to as far on the other."""
-    at = relative_buckets(config, causal=causal)
+    at = compute_relative_buckets(config, causal=causal)
     reach = config.max_distance
     assert at.shape == (2 * reach + 1,)
     return {distance: at[reach - distance] for distance in range(-reach, reach + 1)}
@@ -380,10 +384,10 @@ def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
 def test_biases_by_distance_and_their_gradient(causal):
     """A bucket's gradient is the sum over the distances that share it."""
     config = PositionsConfig(kind="relative", buckets=6, max_distance=9)
-    at = relative_buckets(config, causal=causal)
+    at = compute_relative_buckets(config, causal=causal)
     table, d_y = drawn(6, 3), drawn(3, 19, seed=1)
     found, pull = jax.vjp(
-        lambda table: relative_biases(table, config, causal=causal), jnp.asarray(table)
+        lambda table: compute_relative_biases(table, config, causal=causal), jnp.asarray(table)
     )
     np.testing.assert_array_equal(found, table[at].T)
     (d_table,) = pull(jnp.asarray(d_y))

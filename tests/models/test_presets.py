@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from maxlm.config import find_asset
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import FAMILIES, family_of
-from maxlm.models.params import named, param_specs
+from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
 PRESETS = sorted(path.stem for path in find_asset("configs/models").glob("*.yaml"))
@@ -186,7 +186,7 @@ def test_a_preset_is_its_familys_config_json_and_back(name):
 def test_presets_are_built_without_allocating(monkeypatch):
     """405B parameters are 1.6 TB in fp32: any allocation of one would fail, or hang."""
     model = preset("llama3_405b")
-    specs = named(param_specs(model.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = flatten_names(param_specs(model.build(rules=AxisRules(), dtype=jnp.float32)))
     assert sum(spec.nbytes for spec in specs.values()) == 4 * 405_853_388_800
     assert specs["layers.mlp.gate.kernel"].shape == (126, 16384, 53248)
     assert json.loads(model.model_dump_json())["positions"]["theta"] == 500_000

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.config import MaxlmError
 from maxlm.models.params import bind
-from maxlm.models.remat import rematerialise
+from maxlm.models.remat import apply_remat
 from maxlm.parallel import dispatch, experts
 from tests.models import moe_building as building
 from tests.models.building import QUICK
@@ -117,7 +117,7 @@ def _accumulated(mesh, config, remat, *, staged, options=QUICK):
         y, aux = bind(model, params)(x)
         return y, aux.loss
 
-    layer = rematerialise(layer, remat)
+    layer = apply_remat(layer, remat)
 
     def program(params, x, d_y):
         def body(total, inputs):

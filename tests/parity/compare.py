@@ -14,7 +14,7 @@ from maxlm.config import Config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import family_of
 from maxlm.models.families.family import Family
-from maxlm.models.params import bind, named, param_specs
+from maxlm.models.params import bind, flatten_names, param_specs
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
 
@@ -32,7 +32,9 @@ def read(values: dict[str, Any], tensors: Any = ()) -> tuple[Family, Any]:
 
 def parameters(config: Any, entries: Any, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Every parameter by canonical name, filled from tensors."""
-    specs = named(param_specs(config.build(rules=ShardingConfig().compute, dtype=jnp.float32)))
+    specs = flatten_names(
+        param_specs(config.build(rules=ShardingConfig().compute, dtype=jnp.float32))
+    )
     dtype = np.result_type(*(x.dtype for x in tensors.values()))
     found = {name: np.full(spec.shape, np.nan, dtype) for name, spec in specs.items()}
     for entry in entries:

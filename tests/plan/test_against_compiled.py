@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from maxlm.plan.communication import collectives
+from maxlm.plan.communication import list_collectives
 from maxlm.plan.compiled.cost import compiled_cost, compiled_memory
-from maxlm.plan.memory import memory, resting
-from maxlm.plan.shape import Shape
-from maxlm.plan.timing import flops
-from maxlm.plan.workload import Split, Work
+from maxlm.plan.memory import estimate_memory, resting_bytes
+from maxlm.plan.shape import StepShape
+from maxlm.plan.timing import count_device_flops
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.programs.compile import abstract_batch
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
@@ -80,24 +80,25 @@ def compiled(config: RunConfig):
     with jax.set_mesh(setup.mesh):
         program = step.__wrapped__.lower(*arguments).compile()
     sizes = dict(setup.mesh.shape)
-    work = Work.of(config, jnp.float32)
-    shape = Shape(
-        *(work, Split(config, sizes), config.train.micro_batches, config.model.remat), ragged=False
+    work = RunWorkload.of(config, jnp.float32)
+    shape = StepShape(
+        *(work, MeshSplit(config, sizes), config.train.micro_batches, config.model.remat),
+        ragged=False,
     )
     return shape, compiled_cost(program.as_text(), sizes), compiled_memory(program)
 
 
-def sent(shape: Shape) -> Counter[tuple[str, str]]:
+def sent(shape: StepShape) -> Counter[tuple[str, str]]:
     total: Counter[tuple[str, str]] = Counter()
     sizes = shape.split.sizes
-    for c in collectives(shape):
+    for c in list_collectives(shape):
         axes = "+".join(a for a in sizes if a in c.axes and sizes[a] > 1)
         if axes:
             total[c.kind, axes] += float(c.sent(shape.split))
     return total
 
 
-def gathered_for_top_k(shape: Shape) -> Counter[tuple[str, str]]:
+def gathered_for_top_k(shape: StepShape) -> Counter[tuple[str, str]]:
     """XLA:CPU gathers every token's fp32 scores for a top-k, which it cannot split; forward, and
     once more to differentiate."""
     moe, sizes = shape.work.config.model.moe, shape.split.sizes
@@ -109,8 +110,8 @@ def gathered_for_top_k(shape: Shape) -> Counter[tuple[str, str]]:
     return Counter({("all-gather", "+".join(axes)): 2 * shape.work.layers * one})
 
 
-def products(shape: Shape) -> float:
-    counted, slots = flops(shape), shape.slots
+def products(shape: StepShape) -> float:
+    counted, slots = count_device_flops(shape), shape.slots
     return float(counted.products(slots) + counted.attention(slots))
 
 
@@ -126,7 +127,7 @@ def test_bytes_sent_and_products(layout, model, off):
     for key in ours | theirs:
         if max(ours[key], theirs[key]) > large:
             assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
-    assert sum(resting(shape).values()) == pytest.approx(held.argument, rel=1e-3)
+    assert sum(resting_bytes(shape).values()) == pytest.approx(held.argument, rel=1e-3)
     if model == "moe" or "cp" in layout:
         return  # products in kernels, or of blocks that the mask skips as the program runs
     # Scores of one tile are computed once for two uses.
@@ -146,4 +147,4 @@ def test_the_peak_of_a_small_step():
     """On a CPU, whose compiler keeps other copies than a TPU's; benchmarks/plan_memory.py has the
     machines that matter."""
     shape, _, held = compiled(run("fsdp", "gqa_window"))
-    assert float(memory(shape).total) == pytest.approx(held.peak, rel=0.25)
+    assert float(estimate_memory(shape).total) == pytest.approx(held.peak, rel=0.25)

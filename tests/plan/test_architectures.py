@@ -10,10 +10,10 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.plan.layout import lay_out
 from maxlm.plan.predict import Machine, predict
 from maxlm.plan.search import search
-from maxlm.plan.shape import Shape
-from maxlm.plan.timing import flops, score_traffic
-from maxlm.plan.working import layer_sets
-from maxlm.plan.workload import Split, Work
+from maxlm.plan.shape import StepShape
+from maxlm.plan.timing import count_device_flops, score_traffic
+from maxlm.plan.working import list_layer_working_sets
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from tests.plan.architectures import run
@@ -96,12 +96,12 @@ def test_nothing_is_masked_in_an_encoder():
     assert layout.flops_per_token == layout.flops_per_token_full_attention
 
 
-def work(name: str, **changes) -> Work:
-    return Work.of(run(name, "dp", **changes), jnp.float32)
+def work(name: str, **changes) -> RunWorkload:
+    return RunWorkload.of(run(name, "dp", **changes), jnp.float32)
 
 
-def counted(own: Work):
-    return flops(Shape(own, Split(own.config, ALONE), 1, "full"))
+def counted(own: RunWorkload):
+    return count_device_flops(StepShape(own, MeshSplit(own.config, ALONE), 1, "full"))
 
 
 def test_layers_over_the_last_pattern_count_like_others():
@@ -123,7 +123,7 @@ def test_windows_by_turns_cost_less_than_none():
         update={"model": model.model_copy(update={"pattern": tuple(kinds[-1:])})}
     )
     by_turns, all_see = (
-        counted(Work.of(c, jnp.float32)).attention_forward for c in (config, plain)
+        counted(RunWorkload.of(c, jnp.float32)).attention_forward for c in (config, plain)
     )
     # Of 16 tiles a window sees its own alone; without one, all before it: 17 / 32.
     own = (256 * 256 + 15 * 256 * (256 + 6)) / 4096**2, (256 * 256 + 15 * 256 * 260) / 4096**2
@@ -134,22 +134,26 @@ def test_no_kernel_adds_learnt_biases():
     """On a TPU scores with them go through memory, and a tile of them is held; cross-attention's,
     which have none, stay on the chip."""
 
-    def on_tpu(kind: str) -> Shape:
+    def on_tpu(kind: str) -> StepShape:
         own = work("encoder_decoder", positions={"kind": kind})
-        return Shape(own, Split(own.config, ALONE), 1, "full", fused_attention=True)
+        return StepShape(own, MeshSplit(own.config, ALONE), 1, "full", fused_attention=True)
 
     plain, biased = on_tpu("rope"), on_tpu("relative")
-    assert flops(biased).attention_forward == flops(plain).attention_forward
+    assert (
+        count_device_flops(biased).attention_forward == count_device_flops(plain).attention_forward
+    )
     assert score_traffic(plain) == (0, 0)
     # Its share of all scores: an encoder of two layers beside a decoder of four.
     crossing = 4 * 16 * 32 / (2 * 32 * 32 + 4 * 16 * 16 + 4 * 16 * 32)
-    assert flops(biased).scores == pytest.approx(crossing * flops(plain).scores)
-    whole = Shape(biased.work, biased.split, 1, "full")  # no kernel at all
+    assert count_device_flops(biased).scores == pytest.approx(
+        crossing * count_device_flops(plain).scores
+    )
+    whole = StepShape(biased.work, biased.split, 1, "full")  # no kernel at all
     got, most = (score_traffic(shape)[0] for shape in (biased, whole))
     assert got == pytest.approx((1 - crossing) * most)
     tiles = {
         phase: parts["scores of a tile"]
-        for phase, parts in layer_sets(biased, biased.work.stacks[-1]).items()
+        for phase, parts in list_layer_working_sets(biased, biased.work.stacks[-1]).items()
         if "scores of a tile" in parts
     }
     assert tiles["a layer's attention"] > 0 == tiles["a layer's cross-attention"]
@@ -182,7 +186,7 @@ def test_bytes_sent_and_products(layout, model, off):
     assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
 
 
-def scores_gathered(shape: Shape) -> Counter[tuple[str, str]]:
+def scores_gathered(shape: StepShape) -> Counter[tuple[str, str]]:
     """XLA:CPU gathers every token's fp32 scores of experts for a top-k, which it cannot split;
     forward, and once more to differentiate."""
     moe, sizes, rules = shape.work.config.model.moe, shape.split.sizes, shape.split.compute

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from maxlm.cli.main import main
 from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
-from maxlm.models.params import named
+from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out
 from maxlm.plan.show import human_bytes, human_count
 from maxlm.programs.setup import set_up
@@ -74,7 +74,7 @@ def test_a_run_makes_the_arrays_that_were_planned():
     run = tiny_run(mesh=axes)
     setup, layout = set_up(run), lay_out(run, sizes(**axes))
     state = setup.init()
-    arrays = named(state.params)
+    arrays = flatten_names(state.params)
     assert [row.path for row in layout.rows] == list(arrays)
     for row in layout.rows:
         array = arrays[row.path]

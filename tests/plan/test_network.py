@@ -10,7 +10,7 @@ from maxlm.plan.compiled.cost import ring_bytes
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.network import Network, sent_bytes
 from maxlm.plan.topology import parse_topology
-from maxlm.plan.workload import Split
+from maxlm.plan.workload import MeshSplit
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
@@ -22,8 +22,8 @@ def network(name: str) -> Network:
     return Network(topology, CHIPS[topology.kind])
 
 
-def split(**sizes: int) -> Split:
-    return Split(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
+def split(**sizes: int) -> MeshSplit:
+    return MeshSplit(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
 
 
 @given(
@@ -104,7 +104,7 @@ def test_many_meshes_at_once_are_each_by_itself(name, kind, axes):
     meshes = [(4, 64, 1, 1), (4, 16, 1, 4), (8, 8, 2, 2), (32, 8, 1, 1), (256, 1, 1, 1)]
     names = ("data", "fsdp", "context", "tensor")
     each = [split(**dict(zip(names, mesh, strict=True))) for mesh in meshes]
-    every = Split(CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES})
+    every = MeshSplit(CONFIG, {a: np.array([s.sizes[a] for s in each], float) for a in MESH_AXES})
     own = network(name)
     together = np.broadcast_to(own.seconds(kind, axes, 1e9, every), len(meshes))
     alone = [float(own.seconds(kind, axes, 1e9, one)) for one in each]

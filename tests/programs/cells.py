@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import named
+from maxlm.models.params import flatten_names
 from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
@@ -406,5 +406,5 @@ def canonical(setup: Setup, params: Any) -> dict[str, np.ndarray]:
         name: np.asarray(value).reshape(-1, *value.shape[2:])
         if name in groups
         else np.asarray(value)
-        for name, value in named(params).items()
+        for name, value in flatten_names(params).items()
     }

@@ -18,7 +18,7 @@ from maxlm.huggingface.checkpoint import CheckpointWriter
 from maxlm.huggingface.files import read, stored_tensors
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.families import family_of
-from maxlm.models.params import named, param_specs
+from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
 from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
@@ -55,7 +55,7 @@ def alike(run: Path, model: dict[str, Any]) -> Path:
     folder = Path(tempfile.mkdtemp(dir=run.parent))
     config = load_config(RunConfig, run / "config.yaml").value
     config = RunConfig.model_validate(config.model_dump() | {"name": "other", "model": model})
-    specs = named(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
+    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
     random = np.random.default_rng(0)
     with CheckpointWriter(folder / "checkpoints") as writer:
         for name, spec in specs.items():
@@ -73,7 +73,7 @@ def llama(tmp_path_factory):
 
 
 def parameters(folder: Path) -> dict[str, np.ndarray]:
-    return jax.tree.map(np.asarray, named(load_run(folder).params))
+    return jax.tree.map(np.asarray, flatten_names(load_run(folder).params))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.models.params import bind, named
+from maxlm.models.params import bind, flatten_names
 from maxlm.programs.feed import training_batches
 from maxlm.programs.setup import Setup, set_up
 from maxlm.programs.smoke import CountingText
@@ -91,8 +91,8 @@ def test_a_mesh_trains_as_one_device_does(kind):
     alone, losses = trained(prepared(kind))
     spread, same = trained(prepared(kind, data=2, fsdp=2, tensor=2))
     np.testing.assert_allclose(same, losses, rtol=1e-5)
-    ours = named(spread.params)
-    for name, value in named(alone.params).items():
+    ours = flatten_names(spread.params)
+    for name, value in flatten_names(alone.params).items():
         np.testing.assert_allclose(ours[name], value, atol=2e-4, err_msg=name)
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_slopes_of_the_loss(kind):
         setup.init().params,
     )
     gradients = bind_mesh(setup.mesh, jax.jit(jax.grad(loss)))(params, batch)
-    flat = named(gradients)
+    flat = flatten_names(gradients)
     for name, gradient in flat.items():
         direction = jnp.asarray(np.sign(gradient) / np.sqrt(gradient.size), gradient.dtype)
         slope = float(jnp.vdot(direction, gradient))

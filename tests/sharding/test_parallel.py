@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.params import bind, init_params, named, param_specs
+from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import jit_sharded
 from tests.models import building
 from tests.models.building import QUICK
@@ -72,8 +72,8 @@ def parallel(request, mesh):
 def test_loss_and_gradients_equal_one_devices(parallel, expected):
     _, _, (loss, grads), _ = parallel
     assert float(loss) == pytest.approx(float(expected[0]), rel=1e-6)
-    wanted = named(expected[1])
-    for name, grad in named(grads).items():
+    wanted = flatten_names(expected[1])
+    for name, grad in flatten_names(grads).items():
         error = np.abs(np.asarray(grad) - wanted[name]).max()
         # A key's bias moves all scores of a query alike: its true gradient is nought.
         assert error <= 1e-5 * max(np.abs(wanted[name]).max(), 1), name
@@ -116,16 +116,16 @@ def test_initial_values_do_not_depend_on_the_mesh(created, one_device_mesh):
         alone = jax.jit(lambda key: init_params(specs, key), compiler_options=QUICK)(
             jax.random.key(3)
         )
-    for name, value in named(alone).items():
-        np.testing.assert_allclose(named(params)[name], value, rtol=1e-4, atol=1e-7)
+    for name, value in flatten_names(alone).items():
+        np.testing.assert_allclose(flatten_names(params)[name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_parameters_are_born_in_their_shards(created, mesh):
     """No instruction of the program that makes them has a whole sharded parameter's size."""
     specs, compiled, params = created
-    shardings = named(building.storage(CONFIG, mesh(fsdp=4, tensor=2)))
+    shardings = flatten_names(building.storage(CONFIG, mesh(fsdp=4, tensor=2)))
     split = {}
-    for name, value in named(params).items():
+    for name, value in flatten_names(params).items():
         assert value.sharding == shardings[name], name
         shard = value.addressable_shards[0].data
         if any(shardings[name].spec):
@@ -142,7 +142,7 @@ def test_parameters_are_born_in_their_shards(created, mesh):
             assert not {value.size, value.size // layers} & sizes, name
 
     memory = compiled.memory_analysis()
-    whole = sum(spec.nbytes for spec in named(specs).values())
+    whole = sum(spec.nbytes for spec in flatten_names(specs).values())
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
 
 

@@ -200,7 +200,9 @@ def test_clipping_scales_all_gradients_to_the_global_norm():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_parameter_by_rule_steps_against_the_sign_and_changes_nothing_else(kind):
-    spec = ParamSpec((3, 5), ("layers", None), jax.nn.initializers.zeros, "vector", by_rule=True)
+    spec = ParamSpec(
+        (3, 5), ("layers", None), jax.nn.initializers.zeros, "vector", sign_update=True
+    )
     specs = {**SPECS, "layers": {**SPECS["layers"], "selection_bias": spec}}
     rule = np.array([[7e3, -1e-3, 0, 2, -9]] * 3, np.float32)  # too large to be let into clipping
     config = OptimizerConfig(kind=kind, rule_step=0.25, weight_decay=WD, clip_norm=0.5)

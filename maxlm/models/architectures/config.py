@@ -12,7 +12,7 @@ from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, yarn_mscale
+from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, compute_yarn_mscale
 from maxlm.models.remat import RematPolicy
 
 
@@ -25,7 +25,7 @@ class LayerKind(Config):
     """In place of the model's."""
 
 
-class Part(NamedTuple):
+class LayerStack(NamedTuple):
     """A run of layers whose parameters lie in one stack."""
 
     name: str
@@ -40,7 +40,7 @@ STACKS = ("first_layers", "layers", "last_layers")
 """What parts may be called."""
 
 
-def unstacked(name: str) -> str:
+def strip_stack(name: str) -> str:
     """A parameter's name without its stack's: ``first_layers.mlp.up`` → ``mlp.up``."""
     return ".".join(word for word in name.split(".") if word not in STACKS)
 
@@ -48,14 +48,14 @@ def unstacked(name: str) -> str:
 class TrunkParts(NamedTuple):
     """A trunk's layers, and what their attention sees."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[LayerStack, ...]
     prefix: str = ""
     """Of its parameters' names."""
     causal: bool = True
     """Whether tokens see those before them alone."""
-    of_inputs: bool = False
+    is_encoder: bool = False
     """Whether its tokens are an encoder's, beside a decoder's."""
-    crossing: bool = False
+    cross_attention: bool = False
     """Whether layers look at an encoder's output as well."""
 
     @property
@@ -184,16 +184,16 @@ class TransformerConfig(Config):
         return self.pattern or (LayerKind(window=self.attention.window),)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[LayerStack, ...]:
         """The stacks of layers, first to last. What a pattern leaves over at the end has its own,
         so that each is whole periods."""
         depth, dense = self.num_layers - self.dense_layers, self.moe is None
         before, among, behind = STACKS
-        first = Part(before, self.dense_layers, self.kinds, True)
+        first = LayerStack(before, self.dense_layers, self.kinds, True)
         kinds = self.kinds[:depth]
         rest = depth % len(kinds)
-        main = Part(among, depth - rest, kinds, dense)
-        last = Part(behind, rest, kinds[:rest], dense)
+        main = LayerStack(among, depth - rest, kinds, dense)
+        last = LayerStack(behind, rest, kinds[:rest], dense)
         return tuple(part for part in (first, main, last) if part.depth)
 
     @property
@@ -214,7 +214,7 @@ class TransformerConfig(Config):
         scale = self.attention.scale or self.attention.head_dim**-0.5
         scaling = (kind.positions or self.positions).scaling
         if self.attention.latent and isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
-            scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+            scale *= compute_yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
         return scale
 
     @property
@@ -246,9 +246,9 @@ class TransformerConfig(Config):
         """
         inputs, pairs = encoder_len or seq_len, 0.0
         for trunk in self.trunks:
-            own = inputs if trunk.of_inputs else seq_len
+            own = inputs if trunk.is_encoder else seq_len
             pairs += trunk.depth * own * own * (causal if trunk.causal else 1)
-            pairs += trunk.depth * own * inputs if trunk.crossing else 0
+            pairs += trunk.depth * own * inputs if trunk.cross_attention else 0
         attention = self.attention
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         return 2.0 * width * pairs / seq_len

@@ -9,12 +9,12 @@ from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.config import TransformerConfig, TrunkParts
-from maxlm.models.architectures.transformer import Remembered, Transformer
+from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, Memory
+from maxlm.models.blocks import Block, EncoderOutput
 from maxlm.models.layers.attention import KVCache
-from maxlm.models.params import bind, values
+from maxlm.models.params import bind, get_values
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -56,8 +56,8 @@ class EncoderDecoderConfig(TransformerConfig):
     @property
     def trunks(self) -> tuple[TrunkParts, ...]:
         """See :attr:`TransformerConfig.trunks`."""
-        encoder = TrunkParts(self.encoder.parts, "encoder.", causal=False, of_inputs=True)
-        return encoder, TrunkParts(self.parts, crossing=True)
+        encoder = TrunkParts(self.encoder.parts, "encoder.", causal=False, is_encoder=True)
+        return encoder, TrunkParts(self.parts, cross_attention=True)
 
     def build(
         self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
@@ -87,24 +87,28 @@ class EncoderDecoder(Transformer):
         parallel: ParallelConfig = ParallelConfig(),
     ):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype, "parallel": parallel}
-        super().__init__(config, crossing=True, **kw)
+        super().__init__(config, cross_attention=True, **kw)
         self.encoder = Trunk(config.encoder, causal=False, **kw)
 
-    def encoded(self, inputs: Tokens) -> tuple[Memory, Aux]:
+    def encoded(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
         """What the encoder makes of the input."""
         tokens, positions, segment_ids = inputs
-        x = self.encoder.entered(self.embedding(tokens), positions)
+        x = self.encoder.embed_inputs(self.embedding(tokens), positions)
         x, aux = self.encoder.run_layers(x, (positions, segment_ids))
-        return Memory(self.encoder.finished(x), segment_ids), aux
+        return EncoderOutput(self.encoder.apply_final_norm(x), segment_ids), aux
 
-    def remembered(self, inputs: Tokens) -> Remembered:
+    def init_cross_cache(self, inputs: Tokens) -> CrossAttentionCache:
         """For inference: what every layer will look up of the input, made once."""
         memory, _ = self.encoded(inputs)
 
         def keys(stacked: Block) -> KVCache:
-            return lax.map(lambda own: bind(stacked, own).keys_of(memory), values(stacked))
+            return lax.map(
+                lambda own: bind(stacked, own).project_keys_values(memory), get_values(stacked)
+            )
 
-        return Remembered({name: keys(s) for name, s in self.parts.items()}, memory.segment_ids)
+        return CrossAttentionCache(
+            {name: keys(s) for name, s in self.parts.items()}, memory.segment_ids
+        )
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -121,4 +125,4 @@ class EncoderDecoder(Transformer):
         """
         memory, aux = self.encoded(inputs)
         x, more = self.run_layers(self.embed(tokens, positions), (positions, segment_ids), memory)
-        return self.finished(x), aux.plus(more)
+        return self.apply_final_norm(x), aux.plus(more)

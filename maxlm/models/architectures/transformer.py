@@ -10,9 +10,9 @@ from jax.sharding import reshard
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, Memory, scan_cached
-from maxlm.models.dtypes import precise
-from maxlm.models.layers.attention import Cache, KVCache, Seen
+from maxlm.models.blocks import Block, EncoderOutput, scan_cached
+from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.layers.attention import AttentionInputs, Cache, KVCache
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import Weight, declare, weight
@@ -21,7 +21,7 @@ from maxlm.parallel.local import spec_of
 from maxlm.sharding import AxisRules
 
 
-class Remembered(NamedTuple):
+class CrossAttentionCache(NamedTuple):
     """For inference: what a decoder's layers look up of an encoder's output."""
 
     keys: dict[str, KVCache]
@@ -48,7 +48,7 @@ class Transformer(Trunk):
     Args:
         rules: compute layout of parameters and activations.
         dtype: compute dtype; parameters are fp32.
-        causal, crossing: see :class:`~maxlm.models.architectures.trunk.Trunk`.
+        causal, cross_attention: see :class:`~maxlm.models.architectures.trunk.Trunk`.
     """
 
     def __init__(
@@ -59,10 +59,12 @@ class Transformer(Trunk):
         dtype: Any,
         parallel: ParallelConfig = ParallelConfig(),
         causal: bool = True,
-        crossing: bool = False,
+        cross_attention: bool = False,
     ):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, parallel=parallel, causal=causal, crossing=crossing, **kw)
+        super().__init__(
+            config, parallel=parallel, causal=causal, cross_attention=cross_attention, **kw
+        )
         D, std, vocab = config.d_model, config.init_std, config.vocab_size
         self.embedding = Embedding("vocab", vocab, D, std, **kw)
         own = {"bias": False, "std": std, "role": "table", **kw}
@@ -71,7 +73,7 @@ class Transformer(Trunk):
         zeros = jax.nn.initializers.zeros
         offsets = config.head_bias
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
-        self.between: LayersFunction | None = None
+        self.layers_fn: LayersFunction | None = None
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
@@ -86,23 +88,23 @@ class Transformer(Trunk):
         Returns:
             [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
         """
-        run = self.between or self.run_layers
+        run = self.layers_fn or self.run_layers
         x, aux = run(self.embed(tokens, positions), (positions, segment_ids))
-        return self.finished(x), aux
+        return self.apply_final_norm(x), aux
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """The first layer's input."""
         if tokens.ndim == 3:  # outside the layers, stages are one more data axis
             split = self.rules.spec("layers", "batch", "seq")
             tokens, positions = reshard(tokens, split), reshard(positions, split)
-        return self.entered(self.embedding(tokens), positions)
+        return self.embed_inputs(self.embedding(tokens), positions)
 
     def cached(
         self,
         tokens: jax.Array,
         positions: jax.Array,
         cache: Cache,
-        memory: Remembered | None = None,
+        memory: CrossAttentionCache | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """For inference: hidden states of tokens that come after those in the cache.
@@ -117,18 +119,21 @@ class Transformer(Trunk):
             [B, S, D], and the cache with these tokens in it.
         """
 
-        def layer(seen: Seen, block: Block, x: jax.Array, held: Any):
+        def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):
             cache, keys = held
-            looked_at = None if memory is None else Memory(keys, memory.segment_ids)
-            x, kept, _ = block(x, seen, cache, looked_at)
+            encoder_output = None if memory is None else EncoderOutput(keys, memory.segment_ids)
+            x, kept, _ = block(x, inputs, cache, encoder_output)
             return x, kept
 
         x, written = self.embed(tokens, positions), {}
         for part in self.config.parts:
-            bodies = [partial(layer, seen) for seen in self.seen_by_kind(part, positions, lengths)]
+            bodies = [
+                partial(layer, inputs)
+                for inputs in self.attention_inputs_by_kind(part, positions, lengths)
+            ]
             held = cache[part.name], memory and memory.keys[part.name]
             x, written[part.name] = scan_cached(self.parts[part.name], bodies, x, held)
-        return self.finished(x), written
+        return self.apply_final_norm(x), written
 
     def unembedding(self) -> Weight:
         """The output head [D, V] in the compute dtype."""
@@ -142,14 +147,14 @@ class Transformer(Trunk):
         """How hidden states become logits; training fuses that with the loss."""
         scale, bias = self.config.logit_scale, None
         if scale != 1:
-            hidden = (hidden.astype(precise(self.dtype)) * scale).astype(hidden.dtype)
+            hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
         if self.head_bias is not None:
-            bias = weight(self.head_bias, self.rules, precise(self.dtype)).value
+            bias = weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
         return Head(hidden, self.unembedding(), bias, self.config.logit_cap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, S, D] → fp32 logits [B, S, V] (inference)."""
-        head, dtype = self.head_of(hidden), precise(self.dtype)
+        head, dtype = self.head_of(hidden), accumulation_dtype(self.dtype)
         logits = jnp.einsum(
             "bsd,dv->bsv",
             head.hidden,

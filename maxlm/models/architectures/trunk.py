@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maxlm.models.architectures.config import LayerKind, Part, TransformerConfig
+from maxlm.models.architectures.config import LayerKind, LayerStack, TransformerConfig
 from maxlm.models.aux import Aux
-from maxlm.models.blocks import Block, BlockConfig, Memory, scan_blocks
-from maxlm.models.dtypes import precise
-from maxlm.models.layers.attention import Seen
+from maxlm.models.blocks import Block, BlockConfig, EncoderOutput, scan_blocks
+from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.layers.attention import AttentionInputs
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.norm import Norm
-from maxlm.models.layers.positions import alibi_slopes, relative_biases, sinusoids
-from maxlm.models.layers.rope import Rotary, rotary
-from maxlm.models.params import Params, compute_view, declare, stack, truncated_normal, values
+from maxlm.models.layers.positions import (
+    compute_alibi_slopes,
+    compute_relative_biases,
+    compute_sinusoids,
+)
+from maxlm.models.layers.rope import Rotary, compute_rotary
+from maxlm.models.params import Params, compute_view, declare, get_values, stack, truncated_normal
 from maxlm.parallel.config import ParallelConfig, Schedule
 from maxlm.parallel.pipeline import pipeline
 from maxlm.sharding import AxisRules
@@ -41,7 +45,7 @@ class Trunk(nnx.Module):
 
     Args:
         causal: whether tokens see those before them alone.
-        crossing: whether layers look at an encoder's output as well.
+        cross_attention: whether layers look at an encoder's output as well.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Trunk(nnx.Module):
         dtype: Any,
         parallel: ParallelConfig,
         causal: bool = True,
-        crossing: bool = False,
+        cross_attention: bool = False,
     ):
         self.config, self.rules, self.dtype, self.parallel = config, rules, dtype, parallel
         self.causal = causal
@@ -69,7 +73,7 @@ class Trunk(nnx.Module):
         for part in config.parts:
             mlp = config.mlp if part.dense else config.moe
             assert mlp is not None
-            sizes = (config.placement, D, config.num_layers, std, crossing)
+            sizes = (config.placement, D, config.num_layers, std, cross_attention)
             layer = BlockConfig(config.attention, mlp, config.norm, *sizes)
             block = Block(layer, parallel=parallel, **kw)
             groups = self.layer_groups if part.name == "layers" else 1
@@ -91,7 +95,7 @@ class Trunk(nnx.Module):
         """The stacks of layers by name."""
         return {part.name: getattr(self, part.name) for part in self.config.parts}
 
-    def entered(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def embed_inputs(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Embeddings of tokens [..., S, D] as the first layer's input."""
         config = self.config
         if config.embedding_scale != 1:
@@ -99,21 +103,21 @@ class Trunk(nnx.Module):
         if self.positions is not None:
             x += self.positions(positions + config.positions.offset)
         if config.positions.kind == "sinusoidal":
-            x += sinusoids(positions, config.d_model).astype(x.dtype)
+            x += compute_sinusoids(positions, config.d_model).astype(x.dtype)
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
-    def finished(self, x: jax.Array) -> jax.Array:
+    def apply_final_norm(self, x: jax.Array) -> jax.Array:
         """The last layer's output, normalised."""
         return x if self.final_norm is None else self.final_norm(x)
 
     def run_layers(
-        self, x: jax.Array, where: Where, memory: Memory | None = None
+        self, x: jax.Array, where: Where, memory: EncoderOutput | None = None
     ) -> tuple[jax.Array, Aux]:
         """All layers, one after the other or in a pipeline; differentiable in reverse mode."""
         if self.schedule is not None:
             return pipeline(
                 self.stage,
-                values(self.parts["layers"]),
+                get_values(self.parts["layers"]),
                 x,
                 where,
                 micro_batches=x.shape[0],
@@ -121,7 +125,7 @@ class Trunk(nnx.Module):
             )
         total = Aux()
         for part in self.config.parts:
-            x, aux = self._run(part, values(self.parts[part.name]), x, where, memory)
+            x, aux = self._run(part, get_values(self.parts[part.name]), x, where, memory)
             total = total.plus(aux)
         return x, total
 
@@ -137,13 +141,20 @@ class Trunk(nnx.Module):
         return self._run(part, layers, x, where, None)
 
     def _run(
-        self, part: Part, layers: Params, x: jax.Array, where: Where, memory: Memory | None
+        self,
+        part: LayerStack,
+        layers: Params,
+        x: jax.Array,
+        where: Where,
+        memory: EncoderOutput | None,
     ) -> tuple[jax.Array, Aux]:
         def layer(number: int, block: Block, x: jax.Array, context: Any, shared: Shared):
             kinds, segments = context
-            seen = self._seen(part.kinds[number], kinds[number], shared.biases)
-            looked_at = None if shared.memory is None else Memory(shared.memory, segments)
-            x, _, aux = block(x, seen, memory=looked_at)
+            inputs = self._attention_inputs(part.kinds[number], kinds[number], shared.biases)
+            encoder_output = (
+                None if shared.memory is None else EncoderOutput(shared.memory, segments)
+            )
+            x, _, aux = block(x, inputs, memory=encoder_output)
             return x, aux
 
         bodies = [partial(layer, number) for number in range(len(part.kinds))]
@@ -153,30 +164,32 @@ class Trunk(nnx.Module):
         how: Any = {"dtype": self.dtype, "remat": self.config.remat}
         return scan_blocks(self.parts[part.name], layers, bodies, x, context, shared, **how)
 
-    def seen_by_kind(
-        self, part: Part, positions: jax.Array, lengths: jax.Array | None
-    ) -> Iterator[Seen]:
+    def attention_inputs_by_kind(
+        self, part: LayerStack, positions: jax.Array, lengths: jax.Array | None
+    ) -> Iterator[AttentionInputs]:
         """For inference: what layers are told of tokens at these positions."""
         biases, contexts = self.biases(), self._contexts(part, (positions, None), lengths)
         for kind, context in zip(part.kinds, contexts, strict=True):
-            yield self._seen(kind, context, biases)
+            yield self._attention_inputs(kind, context, biases)
 
     def _contexts(
-        self, part: Part, where: Where, lengths: jax.Array | None = None
+        self, part: LayerStack, where: Where, lengths: jax.Array | None = None
     ) -> tuple[Any, ...]:
         """For each kind of layer, positions, segment ids and angles."""
         turns = {kind.positions: self.rotary(kind, where[0], lengths) for kind in part.kinds}
         return tuple((*where, turns[kind.positions]) for kind in part.kinds)
 
-    def _seen(self, kind: LayerKind, context: Any, biases: Any) -> Seen:
+    def _attention_inputs(self, kind: LayerKind, context: Any, biases: Any) -> AttentionInputs:
         slopes, config = None, self.config
         if config.positions.kind == "alibi":
             heads = config.attention.num_heads
             own = kind.positions or config.positions
-            slopes = jnp.asarray(alibi_slopes(heads, own.max_bias))
+            slopes = jnp.asarray(compute_alibi_slopes(heads, own.max_bias))
         scale = config.score_scale(kind)
         positions, segment_ids, turns = context
-        return Seen(positions, segment_ids, turns, slopes, biases, scale, kind.window, self.causal)
+        return AttentionInputs(
+            positions, segment_ids, turns, slopes, biases, scale, kind.window, self.causal
+        )
 
     def rotary(
         self, kind: LayerKind, positions: jax.Array, lengths: jax.Array | None = None
@@ -187,12 +200,12 @@ class Trunk(nnx.Module):
             return None
         size = own.rotary_dim or attention.head_dim
         size = attention.latent.rotary_dim if attention.latent else size
-        how = (own.theta, own.scaling, precise(self.dtype))
-        return rotary(positions, size, *how, lengths=lengths)
+        how = (own.theta, own.scaling, accumulation_dtype(self.dtype))
+        return compute_rotary(positions, size, *how, lengths=lengths)
 
     def biases(self) -> jax.Array | None:
         """See :class:`Shared`."""
         if self.relative is None:
             return None
-        table = compute_view(self.relative, self.rules, precise(self.dtype))
-        return relative_biases(table, self.config.positions, causal=self.causal)
+        table = compute_view(self.relative, self.rules, accumulation_dtype(self.dtype))
+        return compute_relative_biases(table, self.config.positions, causal=self.causal)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maxlm.models.families.entries import Entry, Place
-from maxlm.models.params import ParamSpec, named, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
 Array = np.ndarray
@@ -55,7 +55,7 @@ Table = Mapping[str, Rule]
 
 def entries(config: Any, table: Table) -> list[Entry]:
     """All tensors of a model under its family's names."""
-    specs = named(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
+    specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
     experts = config.moe.num_experts if config.moe else 0
     found: list[Entry] = []
     for name, rule in table.items():

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.layers.linear import Linear, apply_together, residual_std
+from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
@@ -102,7 +102,7 @@ Cache = dict[str, KVCache]
 """Of each stack of layers by name, with a leading layer axis."""
 
 
-class Seen(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a layer's attention is told of its tokens."""
 
     positions: jax.Array
@@ -146,11 +146,11 @@ class Attention(nnx.Module):
         self.value = Linear(outer, keys, **kw)
         self.query_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
         self.key_norm = Norm(norm, config.head_dim, **own) if config.qk_norm else None
-        std = residual_std(init_std, num_layers)
+        std = compute_residual_std(init_std, num_layers)
         self.out = Linear(queries, outer, **kw | {"bias": config.has_out_bias, "std": std})
 
     def __call__(
-        self, x: jax.Array, seen: Seen, cache: KVCache | None = None
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """Self-attention; a sequence split over devices stands in the order of
         ``maxlm.parallel.context.sequence_order``.
@@ -165,32 +165,32 @@ class Attention(nnx.Module):
         q, k, v = self._clipped(*apply_together(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        if seen.rotary is not None:
-            q, k = rotate(q, seen.rotary), rotate(k, seen.rotary)
+        if inputs.rotary is not None:
+            q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-        attend = attention_of(self.config, seen, self.rules)
+        attend = bind_attention(self.config, inputs, self.rules)
         if cache is None:
-            y = attend(q, k, v, **among_themselves(seen, self.parallel))
+            y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
         else:
-            cache = written(cache, KVCache(k, v), seen.positions, self.rules)
+            cache = update_kv_cache(cache, KVCache(k, v), inputs.positions, self.rules)
             # Slots not yet written lie after every query, so the causal mask hides them too.
-            y = attend(q, cache.key, cache.value, q_positions=seen.positions)
+            y = attend(q, cache.key, cache.value, q_positions=inputs.positions)
         return self.out(y, seq="residual"), cache
 
-    def keys_of(self, memory: jax.Array) -> KVCache:
-        """For :meth:`across`: keys and values of an encoder's output [B, T, D]."""
+    def project_keys_values(self, memory: jax.Array) -> KVCache:
+        """For :meth:`cross_attend`: keys and values of an encoder's output [B, T, D]."""
         k, v = self._clipped(*apply_together(memory, self.key, self.value))
         k = k if self.key_norm is None else self.key_norm(k)
         return KVCache(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 
-    def across(
+    def cross_attend(
         self, x: jax.Array, keys: KVCache, segment_ids: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
         """Cross-attention: every token sees all of an encoder's in its segment, without positions.
 
         Args:
             x: [B, S, D].
-            keys: :meth:`keys_of` the encoder's output.
+            keys: :meth:`project_keys_values` of the encoder's output.
             segment_ids: int [B, S] and [B, T].
 
         Returns:
@@ -215,23 +215,23 @@ class Attention(nnx.Module):
         return heads if clip is None else tuple(jnp.clip(a, -clip, clip) for a in heads)
 
 
-def attention_of(config: AttentionConfig, seen: Seen, rules: AxisRules) -> Any:
+def bind_attention(config: AttentionConfig, inputs: AttentionInputs, rules: AxisRules) -> Any:
     """The attention of a layer, with all that does not depend on how keys are held."""
     return partial(
         sharded_attention,
         rules=rules,
-        causal=seen.causal,
-        window=seen.window,
-        scale=seen.scale,
+        causal=inputs.causal,
+        window=inputs.window,
+        scale=inputs.scale,
         soft_cap=config.soft_cap,
-        slopes=seen.slopes,
-        biases=seen.biases,
+        slopes=inputs.slopes,
+        biases=inputs.biases,
     )
 
 
-def among_themselves(seen: Seen, parallel: ParallelConfig) -> dict[str, Any]:
+def self_attention_kwargs(inputs: AttentionInputs, parallel: ParallelConfig) -> dict[str, Any]:
     """Options of tokens that attend to each other, without a cache."""
-    segments = None if seen.segment_ids is None else (seen.segment_ids, seen.segment_ids)
+    segments = None if inputs.segment_ids is None else (inputs.segment_ids, inputs.segment_ids)
     return {
         "segment_ids": segments,
         "method": parallel.context,
@@ -239,7 +239,9 @@ def among_themselves(seen: Seen, parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def written(cache: KVCache, new: KVCache, positions: jax.Array, rules: AxisRules) -> KVCache:
+def update_kv_cache(
+    cache: KVCache, new: KVCache, positions: jax.Array, rules: AxisRules
+) -> KVCache:
     """The cache with new tokens in their slots."""
     return KVCache(
         write_slots(cache.key, new.key, positions, rules=rules),

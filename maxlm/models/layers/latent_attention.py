@@ -9,13 +9,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.layers.attention import (
     AttentionConfig,
+    AttentionInputs,
     KVCache,
-    Seen,
-    among_themselves,
-    attention_of,
-    written,
+    bind_attention,
+    self_attention_kwargs,
+    update_kv_cache,
 )
-from maxlm.models.layers.linear import Linear, apply_together, residual_std
+from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
 from maxlm.models.params import compute_view
@@ -67,35 +67,35 @@ class LatentAttention(nnx.Module):
         values = {"heads": config.num_heads, "head_dim": latent.value_dim}
         self.key_up = Linear(vector, plain, **kw)
         self.value_up = Linear(vector, values, **kw)
-        std = residual_std(init_std, num_layers)
+        std = compute_residual_std(init_std, num_layers)
         self.out = Linear(values, outer, **{**kw, "bias": config.has_out_bias, "std": std})
 
     def __call__(
-        self, x: jax.Array, seen: Seen, cache: KVCache | None = None
+        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """As :class:`~maxlm.models.layers.attention.Attention`'s."""
-        assert seen.rotary is not None
+        assert inputs.rotary is not None
         first = self.query if self.query_down is None else self.query_down
         q, vector, shared = apply_together(x, first, self.key_down, self.key_rotary)
         if self.query_norm is not None:
             q = self.query(self.query_norm(q))
         plain = self.config.head_dim - self.latent.rotary_dim
-        q, turned = q[..., :plain], rotate(q[..., plain:], seen.rotary)
-        vector, shared = self.key_norm(vector), rotate(shared[:, :, None], seen.rotary)
+        q, turned = q[..., :plain], rotate(q[..., plain:], inputs.rotary)
+        vector, shared = self.key_norm(vector), rotate(shared[:, :, None], inputs.rotary)
         if cache is None:
-            attend = attention_of(self.config, seen, self.rules)
+            attend = bind_attention(self.config, inputs, self.rules)
             k, v = apply_together(vector, self.key_up, self.value_up)
             of_all = (*k.shape[:3], shared.shape[-1])
             shared = jnp.broadcast_to(shared, of_all, out_sharding=jax.typeof(k).sharding)
             k = jnp.concatenate([k, shared], axis=-1)
             q = jnp.concatenate([q, turned], axis=-1)
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
-            y = attend(q, k, v, **among_themselves(seen, self.parallel))
+            y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
         else:
             new = KVCache(shared, vector[:, :, None])
-            attend = attention_of(self.config, seen, self.shared_rules)
-            cache = written(cache, new, seen.positions, self.shared_rules)
-            y = self._over_vectors(attend, q, turned, cache, seen.positions)
+            attend = bind_attention(self.config, inputs, self.shared_rules)
+            cache = update_kv_cache(cache, new, inputs.positions, self.shared_rules)
+            y = self._over_vectors(attend, q, turned, cache, inputs.positions)
         return self.out(y, seq="residual"), cache
 
     def _over_vectors(

@@ -74,6 +74,6 @@ def apply_together(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax
     )
 
 
-def residual_std(std: float, num_layers: int) -> float:
+def compute_residual_std(std: float, num_layers: int) -> float:
     """GPT-2's scaling of maps that write into the residual stream (Radford et al. 2019, §2.3)."""
     return std * (2 * num_layers) ** -0.5

@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.layers.linear import Linear, apply_together, residual_std
-from maxlm.models.remat import recomputed
+from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
+from maxlm.models.remat import save_inputs_only
 from maxlm.sharding import AxisRules
 
 ACTIVATIONS = {
@@ -51,16 +51,16 @@ class Mlp(nnx.Module):
         kw: dict[str, Any] = {"bias": config.bias, "rules": rules, "dtype": dtype}
         self.gate = Linear(outer, inner, std=init_std, **kw) if config.gated else None
         self.up = Linear(outer, inner, std=init_std, **kw)
-        self.down = Linear(inner, outer, std=residual_std(init_std, num_layers), **kw)
+        self.down = Linear(inner, outer, std=compute_residual_std(init_std, num_layers), **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""
         activate = ACTIVATIONS[self.config.activation]
         if self.gate is None:
             up = checkpoint_name(self.up(x), "mlp_up")
-            hidden = recomputed(activate)(up)
+            hidden = save_inputs_only(activate)(up)
         else:
             gate, up = apply_together(x, self.gate, self.up)
             gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
-            hidden = recomputed(lambda gate, up: activate(gate) * up)(gate, up)
+            hidden = save_inputs_only(lambda gate, up: activate(gate) * up)(gate, up)
         return self.down(hidden, seq="residual")

@@ -13,10 +13,10 @@ from jax import lax
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.dtypes import precise
-from maxlm.models.layers.linear import residual_std
+from maxlm.models.dtypes import accumulation_dtype
+from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
-from maxlm.models.params import compute_view, declare, spec_of, truncated_normal, weight
+from maxlm.models.params import compute_view, declare, get_spec, truncated_normal, weight
 from maxlm.parallel import dispatch, experts
 from maxlm.parallel import local as shards
 from maxlm.sharding import AxisRules
@@ -137,7 +137,7 @@ class Moe(nnx.Module):
 
     Parameters: ``router`` [D, E], ``gate`` and ``up`` [E, D, F], ``down`` [E, F, D], ``shared``
     (an :class:`Mlp`), and ``selection_bias`` [E]. The last learns by a rule: its gradient is
-    load − mean load, whatever the losses are, and it is declared ``by_rule``: optimizers step
+    load − mean load, whatever the losses are, and it is declared ``sign_update``: optimizers step
     against its sign by a fixed amount, which is algorithm 1 of arXiv 2408.15664. Since the load is
     that of all devices and gradients add up over micro-batches, the step does not depend on the
     layout.
@@ -169,11 +169,11 @@ class Moe(nnx.Module):
         gated = config.gated
         self.gate = declare((e, d_model, f), inner, role="matrix", **maps) if gated else None
         self.up = declare((e, d_model, f), inner, role="matrix", **maps)
-        out_of = truncated_normal(residual_std(init_std, num_layers))
+        out_of = truncated_normal(compute_residual_std(init_std, num_layers))
         self.down = declare((e, f, d_model), outer, out_of, "matrix", contract=(1,))
         zeros = jax.nn.initializers.zeros
         biased = config.selection_bias
-        bias: dict[str, Any] = {"init": zeros, "role": "vector", "by_rule": True}
+        bias: dict[str, Any] = {"init": zeros, "role": "vector", "sign_update": True}
         self.selection_bias = declare((e,), (None,), **bias) if biased else None
         dense = MlpConfig(
             d_ff=max(1, config.shared_experts) * f,
@@ -204,7 +204,7 @@ class Moe(nnx.Module):
         logits = self._logits(x)
         bias = None
         if self.selection_bias is not None:
-            bias = weight(self.selection_bias, self.rules, precise(self.dtype)).value
+            bias = weight(self.selection_bias, self.rules, accumulation_dtype(self.dtype)).value
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
@@ -228,7 +228,7 @@ class Moe(nnx.Module):
             chosen,
             {name: weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
             activation=ACTIVATIONS[config.activation],
-            compute={n: self.rules.spec(*spec_of(p).axes[-3:]) for n, p in kernels.items()},
+            compute={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
             room=room,
             ragged=self.ragged,
         )
@@ -238,7 +238,7 @@ class Moe(nnx.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """fp32 [B, S, E], laid out over B and S as x."""
-        dtype = precise(self.dtype)
+        dtype = accumulation_dtype(self.dtype)
         router = compute_view(self.router, self.rules, dtype)
         return jnp.einsum(
             "bsd,de->bse",

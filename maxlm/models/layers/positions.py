@@ -49,7 +49,7 @@ class PositionsConfig(Config):
         return self
 
 
-def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
+def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
     """float32 [N] (Press et al. 2022, arXiv 2108.12409, §3): 2^(−max_bias·i/n), i = 1..n, for n
     heads, a power of two; further heads take every other slope of twice as many."""
     n = 2 ** floor(log2(num_heads))
@@ -58,7 +58,7 @@ def alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
     return np.concatenate([slopes, between])[:num_heads].astype(np.float32)
 
 
-def sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
+def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
     """fp32 [..., D]: sin and cos of position / 10000^(2i/D) by turns (Vaswani et al. 2017, §3.5).
 
     Args:
@@ -70,7 +70,7 @@ def sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
     return waves.reshape(*positions.shape, -1)[..., :d_model]
 
 
-def relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
+def compute_relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
     """The bucket of each distance key − query from −max_distance to max_distance, int
     [2·max_distance + 1] (Raffel et al. 2020, arXiv 1910.10683, §2.1, and its published code).
 
@@ -95,9 +95,9 @@ def relative_buckets(config: PositionsConfig, *, causal: bool) -> np.ndarray:
     return side + np.where(behind < exact, behind, np.minimum(far, buckets - 1))
 
 
-def relative_biases(table: Any, config: PositionsConfig, *, causal: bool) -> Any:
+def compute_relative_biases(table: Any, config: PositionsConfig, *, causal: bool) -> Any:
     """[N, 2·max_distance + 1], by distance, from the learnt table [buckets, N]; differentiable."""
-    at = relative_buckets(config, causal=causal)
+    at = compute_relative_buckets(config, causal=causal)
     onehot = np.eye(config.buckets, dtype=np.float32)[at]
     # A product and not a gather: its gradient is one too, and exact, as a row has one 1.
     return jnp.einsum("rb,bn->nr", onehot, table, precision=jax.lax.Precision.HIGHEST)

@@ -102,7 +102,7 @@ class Rotary(NamedTuple):
     sin: jax.Array
 
 
-def frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
+def compute_frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
     """Radians a token of each pair, float64 [size / 2], of any scaling but the dynamic one, which
     counts as none here.
 
@@ -142,24 +142,24 @@ def _llama3(plain: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     return plain * kept + plain / scaling.factor * (1 - kept)
 
 
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+def compute_yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     """How much YaRN sharpens attention (Peng et al. 2023, eq. 22)."""
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def amplitude(scaling: Any) -> float:
+def rotary_factor(scaling: Any) -> float:
     """Factor on cosines and sines."""
     if not isinstance(scaling, YarnScaling):
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     if scaling.mscale and scaling.mscale_all_dim:
-        of = partial(yarn_mscale, scaling.factor)
+        of = partial(compute_yarn_mscale, scaling.factor)
         return of(scaling.mscale) / of(scaling.mscale_all_dim)
-    return yarn_mscale(scaling.factor)
+    return compute_yarn_mscale(scaling.factor)
 
 
-def rotary(
+def compute_rotary(
     positions: jax.Array,
     size: int,
     theta: float,
@@ -176,12 +176,12 @@ def rotary(
         dtype: of angles, cosines and sines; fp32 or wider.
         lengths: int [B], the tokens of each row; None: one more than its last position.
     """
-    turns: Any = frequencies(theta, size, scaling).astype(dtype)
+    turns: Any = compute_frequencies(theta, size, scaling).astype(dtype)
     if isinstance(scaling, DynamicNtkScaling):
         lengths = 1 + positions.max(axis=1) if lengths is None else lengths
         turns = _dynamic(lengths, size, theta, scaling, dtype)
     angle = positions[..., None, None].astype(dtype) * turns
-    scale = amplitude(scaling)
+    scale = rotary_factor(scaling)
     return Rotary(jnp.cos(angle) * scale, jnp.sin(angle) * scale)
 
 

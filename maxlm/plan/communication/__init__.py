@@ -8,20 +8,30 @@ loss, pipelines and the optimizer. Where an axis has one device, a collective ha
 
 import numpy as np
 
-from maxlm.plan.communication.collective import Collective
-from maxlm.plan.communication.ends import ends, pipeline, update
-from maxlm.plan.communication.experts import experts
-from maxlm.plan.communication.layers import layers
-from maxlm.plan.shape import Shape
+from maxlm.plan.communication.collective import PlannedCollective
+from maxlm.plan.communication.ends import (
+    list_end_collectives,
+    list_pipeline_collectives,
+    list_update_collectives,
+)
+from maxlm.plan.communication.experts import list_expert_collectives
+from maxlm.plan.communication.layers import list_layer_collectives
+from maxlm.plan.shape import StepShape
 
-__all__ = ["Collective", "collectives"]
+__all__ = ["PlannedCollective", "collectives"]
 
 
-def collectives(shape: Shape) -> tuple[Collective, ...]:
+def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
     """Every collective of a step that sends more than a few scalars."""
     return tuple(
         c
-        for part in (layers, experts, ends, pipeline, update)
+        for part in (
+            list_layer_collectives,
+            list_expert_collectives,
+            list_end_collectives,
+            list_pipeline_collectives,
+            list_update_collectives,
+        )
         for c in part(shape)
         if c.axes and np.any(np.greater(c.whole_bytes, 0))
     )

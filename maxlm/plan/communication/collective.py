@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from maxlm.plan.network import sent_bytes
-from maxlm.plan.workload import Number, Split
+from maxlm.plan.workload import MeshSplit, Number
 
 Phase = Literal["forward", "backward", "once"]
 FP32 = 4
@@ -12,7 +12,7 @@ PASSES: tuple[Phase, Phase] = ("forward", "backward")
 
 
 @dataclass(frozen=True)
-class Collective:
+class PlannedCollective:
     """All runs of one collective in a step."""
 
     what: str
@@ -27,6 +27,6 @@ class Collective:
     """Whether the computation next in line needs it at once: activations do; weights can be
     gathered, and their gradients scattered, beside other layers' work."""
 
-    def sent(self, split: Split) -> Number:
+    def sent(self, split: MeshSplit) -> Number:
         """Bytes that a device sends in a step."""
         return self.count * sent_bytes(self.kind, split.ways(self.axes), self.whole_bytes)

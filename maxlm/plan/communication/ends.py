@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator
 
-from maxlm.plan.communication.collective import PASSES, Collective
-from maxlm.plan.communication.layers import weights
-from maxlm.plan.shape import Shape
+from maxlm.plan.communication.collective import PASSES, PlannedCollective
+from maxlm.plan.communication.layers import list_weight_collectives
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import Kernel
 
 
-def ends(shape: Shape) -> Iterator[Collective]:
+def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Of the embedding, learned positions, matrices outside the layers and the loss."""
     yield from _loss(shape)
     work, rules, runs = shape.work, shape.split.compute, shape.losses
     for kernel in work.outer_kernels:
         tokens = (*rules.batch, *rules.residual, *_stages(shape))
-        yield from weights(shape, kernel, runs, runs, tokens)
+        yield from list_weight_collectives(shape, kernel, runs, runs, tokens)
     for name, spec in work.outer_specs.items():
         if name.endswith(".table"):
             table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
@@ -22,10 +22,10 @@ def ends(shape: Shape) -> Iterator[Collective]:
                 yield from _lookup(shape, table, rate)
 
 
-def _loss(shape: Shape) -> Iterator[Collective]:
+def _loss(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.losses
     head, hidden = work.head, shape.end_tokens * work.config.model.d_model * work.dtype_bytes
-    yield from weights(shape, head, runs, 0 * runs, ())
+    yield from list_weight_collectives(shape, head, runs, 0 * runs, ())
     used = head.size * work.dtype_bytes / split.shards(rules, head.axes)
     scattered = split.extra(split.gradients, head)
     rest = tuple(
@@ -34,9 +34,9 @@ def _loss(shape: Shape) -> Iterator[Collective]:
         if axis not in (*scattered, *rules.vocab)
     )
     what = "head: gradient"
-    yield Collective(what, "reduce-scatter", scattered, used, runs, "backward", False)
+    yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
     left = used / split.ways(scattered)
-    yield Collective(what, "all-reduce", rest, left, runs, "backward", False)
+    yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
     vocab = tuple(axis for axis in rules.vocab if axis not in sequence)
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
@@ -45,10 +45,10 @@ def _loss(shape: Shape) -> Iterator[Collective]:
         ("loss: their gradient", "reduce-scatter", shared),
         ("loss: their gradient", "all-reduce", vocab),
     ):
-        yield Collective(what, kind, axes, hidden, runs, "backward", True)
+        yield PlannedCollective(what, kind, axes, hidden, runs, "backward", True)
 
 
-def _lookup(shape: Shape, table: Kernel, rate: float) -> Iterator[Collective]:
+def _lookup(shape: StepShape, table: Kernel, rate: float) -> Iterator[PlannedCollective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
     partial sums, and what splits the residual stream further is scattered
     (``parallel/embedding.py``).
@@ -68,34 +68,38 @@ def _lookup(shape: Shape, table: Kernel, rate: float) -> Iterator[Collective]:
         ("reduce-scatter", sequence, rows),
         ("all-reduce", summed, rows),
     ):
-        yield Collective(f"{table.name}: rows", kind, axes, whole, runs, "forward", True)
+        yield PlannedCollective(f"{table.name}: rows", kind, axes, whole, runs, "forward", True)
     held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
     tokens = (*rules.batch, *rules.seq, *_stages(shape))
     rest = tuple(axis for axis in tokens if axis not in (*exchanged, *vocab))
-    yield Collective(f"{table.name}: gradient", "all-reduce", rest, held, runs, "backward", False)
+    yield PlannedCollective(
+        f"{table.name}: gradient", "all-reduce", rest, held, runs, "backward", False
+    )
     if table.name == "embedding":
         # Once for all tables: rows of each are added up, and have the same gradient.
         for kind, axes, whole in (
             ("all-to-all", exchanged, rows / split.ways(sequence)),
             ("all-gather", sequence, rows),
         ):
-            yield Collective(f"{table.name}: gradient", kind, axes, whole, runs, "backward", True)
+            yield PlannedCollective(
+                f"{table.name}: gradient", kind, axes, whole, runs, "backward", True
+            )
 
 
-def _stages(shape: Shape) -> tuple[str, ...]:
+def _stages(shape: StepShape) -> tuple[str, ...]:
     """Mesh axes of a pipeline over which tokens lie spread before its layers and after."""
     one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
     return () if one_f_one_b else shape.split.compute.layers
 
 
-def pipeline(shape: Shape) -> Iterator[Collective]:
+def list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Activations to the next stage and gradients to the one before, a turn; a circular pipeline
     carries inputs and results as well."""
     work, axes = shape.work, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
     streams = 1 if work.config.parallel.schedule == "1f1b" else 3
     for what, phase in zip(("to the next stage", "to the one before"), PASSES, strict=True):
-        yield Collective(
+        yield PlannedCollective(
             *(f"pipeline: {what}", "collective-permute", axes, one),
             *(streams * shape.ticks, phase, True),
         )
@@ -104,10 +108,10 @@ def pipeline(shape: Shape) -> Iterator[Collective]:
             spec.nbytes / shape.split.shards(shape.split.gradients, spec.axes)
             for spec in work.outer_specs.values()
         )
-        yield Collective("ends: gradients", "all-reduce", axes, ends, 1.0, "once", True)
+        yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once", True)
 
 
-def update(shape: Shape) -> Iterator[Collective]:
+def list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Where moments lie in smaller shares than parameters (ZeRO-1 and 2), updates are gathered."""
     work, split = shape.work, shape.split
     if split.optimizer == split.storage:
@@ -118,4 +122,4 @@ def update(shape: Shape) -> Iterator[Collective]:
         axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
         whole = spec.nbytes / split.shards(split.storage, spec.axes)
         what = f"{name.removesuffix('.kernel')}: update"
-        yield Collective(what, "all-gather", axes, whole, 1.0, "once", True)
+        yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once", True)

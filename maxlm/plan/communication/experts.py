@@ -2,32 +2,32 @@
 
 from collections.abc import Iterator
 
-from maxlm.plan.communication.collective import FP32, Collective, Phase
-from maxlm.plan.communication.layers import passes, weights
-from maxlm.plan.shape import Shape, received_rows
+from maxlm.plan.communication.collective import FP32, Phase, PlannedCollective
+from maxlm.plan.communication.layers import count_passes, list_weight_collectives
+from maxlm.plan.shape import StepShape, count_received_rows
 from maxlm.plan.stacks import kernel_of
 from maxlm.plan.workload import Number
 
 
-def experts(shape: Shape) -> Iterator[Collective]:
+def list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules = shape.work, shape.split, shape.split.compute
     moe, maps = work.config.model.moe, [m for m in work.maps if m.experts]
     if moe is None:
         return
-    forward, runs = passes(shape, work.expert_layers)
+    forward, runs = count_passes(shape, work.expert_layers)
     again = runs if shape.remat != "none" else 0
     wanted = again if any(work.ends_wanted(m) for m in maps if m.reads == "mlp") else 0
     itemsize, width = work.dtype_bytes, work.config.model.d_model * work.dtype_bytes
     split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
     for kernel in (kernel for map_ in maps for kernel in map_.kernels):
-        yield from weights(shape, kernel, forward, runs, split_over)
+        yield from list_weight_collectives(shape, kernel, forward, runs, split_over)
     routers = (kernel_of(n, s) for n, s in work.layer_specs.items() if n.endswith(".router"))
     router = next(routers)
     axes = split.extra(split.storage, router)
     size = router.size * FP32
-    yield Collective("router", "all-gather", axes, size, forward, "forward", False)
-    yield Collective("router", "all-gather", axes, size, runs, "backward", False)
-    yield Collective(
+    yield PlannedCollective("router", "all-gather", axes, size, forward, "forward", False)
+    yield PlannedCollective("router", "all-gather", axes, size, runs, "backward", False)
+    yield PlannedCollective(
         "router: gradient",
         "all-reduce",
         (*rules.batch, *rules.residual),
@@ -38,13 +38,13 @@ def experts(shape: Shape) -> Iterator[Collective]:
     )
     rows = shape.tokens * moe.experts_per_token
     if moe.dispatch == "capacity" or not shape.ragged:
-        rows = received_rows(shape)
+        rows = count_received_rows(shape)
     routed = rows * width
 
     def moved(what: str, runs: Number, phase: Phase):
         ragged = shape.ragged and moe.dispatch == "dropless"
         kind = "ragged-all-to-all" if ragged else "all-to-all"
-        return Collective(f"experts: {what}", kind, rules.expert, routed, runs, phase, True)
+        return PlannedCollective(f"experts: {what}", kind, rules.expert, routed, runs, phase, True)
 
     yield moved("rows there", forward, "forward")
     yield moved("rows back", forward, "forward")
@@ -67,5 +67,5 @@ def experts(shape: Shape) -> Iterator[Collective]:
         ("input", "all-gather", inputs, forward, runs),
         ("output's gradient", "all-gather", gradients, 0, runs),
     ):
-        yield Collective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
-        yield Collective(f"experts: {what}", kind, axes, tokens, back, "backward", True)
+        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
+        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, back, "backward", True)

@@ -4,41 +4,45 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maxlm.plan.communication.collective import FP32, PASSES, Collective, Phase
-from maxlm.plan.shape import Shape
+from maxlm.plan.communication.collective import FP32, PASSES, Phase, PlannedCollective
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import Kernel, Map, Pairs
 from maxlm.plan.workload import Number
 
 
-def layers(shape: Shape) -> Iterator[Collective]:
+def list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split = shape.work, shape.split
     for map_ in work.maps:
         if not map_.experts:
-            yield from _map(shape, map_, *passes(shape, map_.depth))
+            yield from _map(shape, map_, *count_passes(shape, map_.depth))
     for pairs in work.pairs:
-        yield from _attention(shape, pairs, *passes(shape, pairs.layers))
-    _, runs = passes(shape, work.layers)
-    vectors = [s for s in work.layer_specs.values() if s.role == "vector" and not s.by_rule]
+        yield from _attention(shape, pairs, *count_passes(shape, pairs.layers))
+    _, runs = count_passes(shape, work.layers)
+    vectors = [s for s in work.layer_specs.values() if s.role == "vector" and not s.sign_update]
     size = sum(s.size for s in vectors) / work.layers * FP32
     axes = (*split.compute.batch, *split.compute.residual)
-    yield Collective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
+    yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
 
 
-def passes(shape: Shape, layers: Number) -> tuple[Number, Number]:
+def count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
     """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
     backward pass runs a stage forward once more, to differentiate it."""
     runs = shape.slots * shape.held(layers)
     return runs * np.where(shape.pipelined, 2, 1), runs
 
 
-def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator[Collective]:
+def _map(
+    shape: StepShape, map_: Map, forward: Number, backward: Number
+) -> Iterator[PlannedCollective]:
     """Of a layer's map; see the table in ``parallel/linear.py``."""
     work, rules = shape.work, shape.split.compute
     tokens = shape.tokens * map_.rate * work.dtype_bytes
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
     again = backward if shape.remat != "none" and work.ends_wanted(map_) else 0
     for kernel in map_.kernels:
-        yield from weights(shape, kernel, forward, backward, (*rules.batch, *rules.seq))
+        yield from list_weight_collectives(
+            shape, kernel, forward, backward, (*rules.batch, *rules.seq)
+        )
     sides = {
         "in": {a for k in map_.kernels for x in k.axes[: k.inputs] for a in rules.mesh_axes(x)},
         "out": {a for k in map_.kernels for x in k.axes[k.inputs :] for a in rules.mesh_axes(x)},
@@ -47,7 +51,9 @@ def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator
 
     def moved(what: str, kind: str, axes: tuple[str, ...], runs: Number, phase: Phase):
         width = work.config.model.d_model if map_.reads != "latent" else map_.width
-        return Collective(f"{map_.name}: {what}", kind, axes, tokens * width, runs, phase, True)
+        return PlannedCollective(
+            f"{map_.name}: {what}", kind, axes, tokens * width, runs, phase, True
+        )
 
     beside, once = work.beside_attention(map_), shape.slots
     # The compiler gathers the same array once: what both branches read, or all layers.
@@ -73,9 +79,9 @@ def _map(shape: Shape, map_: Map, forward: Number, backward: Number) -> Iterator
         yield moved("output", "all-reduce", rest, again, "backward")
 
 
-def weights(
-    shape: Shape, kernel: Kernel, forward: Number, backward: Number, token_axes: tuple[str, ...]
-) -> Iterator[Collective]:
+def list_weight_collectives(
+    shape: StepShape, kernel: Kernel, forward: Number, backward: Number, token_axes: tuple[str, ...]
+) -> Iterator[PlannedCollective]:
     """Kernels gathered from storage, and their gradients reduced into it.
 
     Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
@@ -88,18 +94,18 @@ def weights(
     if split.gradients != split.storage and "expert" not in kernel.axes:
         one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
         here = np.where(shape.pipelined & one_f_one_b, 1.0, 0.0)
-    yield Collective(name, "all-gather", scattered, used, here * forward, "forward", False)
-    yield Collective(name, "all-gather", scattered, used, here * backward, "backward", False)
+    yield PlannedCollective(name, "all-gather", scattered, used, here * forward, "forward", False)
+    yield PlannedCollective(name, "all-gather", scattered, used, here * backward, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     what = f"{name}: gradient"
-    yield Collective(what, "reduce-scatter", scattered, used, backward, "backward", False)
+    yield PlannedCollective(what, "reduce-scatter", scattered, used, backward, "backward", False)
     left = used / split.ways(scattered)
-    yield Collective(what, "all-reduce", rest, left, backward, "backward", False)
+    yield PlannedCollective(what, "all-reduce", rest, left, backward, "backward", False)
 
 
 def _attention(
-    shape: Shape, pairs: Pairs, forward: Number, backward: Number
-) -> Iterator[Collective]:
+    shape: StepShape, pairs: Pairs, forward: Number, backward: Number
+) -> Iterator[PlannedCollective]:
     """Of a sequence split over devices, and of kv heads that are whole on several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config, axes = work.config.model.attention, shape.split.compute.seq
@@ -117,7 +123,7 @@ def _attention(
     read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.ways(rules.heads), 1))
 
     def moved(what: str, kind: str, whole: Number, runs: Number, phase: Phase):
-        return Collective(f"attention: {what}", kind, axes, whole, runs, phase, True)
+        return PlannedCollective(f"attention: {what}", kind, axes, whole, runs, phase, True)
 
     method = work.config.parallel.context
     if method == "all_gather":
@@ -165,7 +171,7 @@ def _attention(
         )
     if config.latent is not None:
         shared = tokens * config.latent.rotary_dim * itemsize
-        yield Collective(
+        yield PlannedCollective(
             *("attention: shared keys' gradient", "all-reduce", rules.heads, shared),
             *(backward, "backward", True),
         )
@@ -173,13 +179,13 @@ def _attention(
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
         whole = either * config.num_kv_heads * wire * pairs.keys / pairs.queries
-        yield Collective(
+        yield PlannedCollective(
             *("whole kv heads: gradients", "all-reduce", rules.heads, whole),
             *(2 * backward, "backward", True),
         )
 
 
-def _steps(shape: Shape, pairs: Pairs, ways: Number) -> Number:
+def _steps(shape: StepShape, pairs: Pairs, ways: Number) -> Number:
     """Turns of a ring in which keys come from another device (``parallel/context.py``)."""
     if pairs.window is None or shape.work.config.parallel.balance_sequence:
         return ways - 1
