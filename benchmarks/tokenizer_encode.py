@@ -23,10 +23,9 @@ from maxlm.data.tokenizer import (
     import_tokenizer,
     load_tokenizer,
     train_tokenizer,
-    use_one_thread,
 )
-from maxlm.data.tokenizer.codec import CodecTokenizer
-from maxlm.data.tokenizer.patterns import PATTERN
+from maxlm.data.tokenizer.huggingface import PATTERN
+from maxlm.runtime.threads import use_one_thread
 
 
 def read_texts(limit: int, source: str = PYTHON_STDLIB) -> list[bytes]:
@@ -90,7 +89,6 @@ def main() -> None:
         ours = load_tokenizer(arguments.tokenizer)
     else:
         ours = train_tokenizer(TokenizerConfig(vocab_size=arguments.vocab_size), raw)
-    assert isinstance(ours, CodecTokenizer)
     library = tokenizers.Tokenizer.from_str(ours.codec.data.decode())
     library.encode_special_tokens = True
     peer = peer_encoding(ours, arguments.tokenizer)

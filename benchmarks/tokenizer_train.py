@@ -41,16 +41,16 @@ def train(side: str, texts: Iterator[str], vocab_size: int) -> str:
         return hashlib.sha256(str(tokenizer.get_mergeable_ranks()).encode()).hexdigest()
     if side == "maxlm":
         from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-        from maxlm.data.tokenizer.bpe import ByteLevelBPE
+        from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 
         config = TokenizerConfig(vocab_size=vocab_size, sample_bytes=1 << 60)
         codec = train_tokenizer(config, texts).codec  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(codec, ByteLevelBPE)
-        library = codec._tokenizer
+        assert isinstance(codec, HuggingFaceModel)
+        library = codec._library
     else:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-        from maxlm.data.tokenizer.patterns import PATTERN
+        from maxlm.data.tokenizer.huggingface import PATTERN
 
         library = Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(PATTERN), "isolated")

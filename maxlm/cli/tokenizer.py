@@ -153,12 +153,12 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
-    from maxlm.data.tokenizer import load_tokenizer, tokenizer_stats
+    from maxlm.data.tokenizer import load_tokenizer, measure_tokenizer
     from maxlm.runtime.progress import show_progress
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
-        found = tokenizer_stats(loaded, _counted(_source(text, text_field), None, progress))
+        found = measure_tokenizer(loaded, _counted(_source(text, text_field), None, progress))
     if as_json:
         import json
 

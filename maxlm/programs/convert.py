@@ -18,7 +18,6 @@ from maxlm.config.keys import join_key
 from maxlm.config.load import validate_config
 from maxlm.config.merge import SettingsTree
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.data.tokenizer.codec import CodecTokenizer
 from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
 from maxlm.huggingface.convert import Progress, export_tensors, import_tensors, silent
 from maxlm.huggingface.dtypes import Dtypes
@@ -234,7 +233,6 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
             where=str(source),
             fix="use the tokenizer that the model was trained with",
         )
-    assert isinstance(tokenizer, CodecTokenizer)
     lost = getattr(tokenizer.codec, "left_out", ())
     return tokenizer, [
         f"left out of the tokenizer: {x}, which the table has no row for" for x in lost
@@ -247,7 +245,6 @@ def _with_tokenizer(
     """A run with its tokenizer and the marks of its objective, and what is worth telling."""
     if tokenizer is None:
         return config, []
-    assert isinstance(tokenizer, CodecTokenizer)
     special, kind = tokenizer.special_tokens, config.objective.kind
     marks: dict[str, int] = {}
     if kind == "mlm":

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.data.tokenizer import load_tokenizer
-from maxlm.data.tokenizer.foreign import import_tokenizer
+from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import CheckpointWriter
 from maxlm.huggingface.files import read, stored_tensors
 from maxlm.inference.sampling import SamplingConfig

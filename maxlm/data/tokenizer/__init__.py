@@ -1,12 +1,13 @@
-"""Text <-> ids: one interface over byte-level BPE and SentencePiece, exact for any bytes, over
-WordPiece, and over other people's tokenizers."""
+"""Text <-> ids: byte-level BPE and SentencePiece, exact for any bytes, WordPiece, and imported
+tokenizers."""
 
 from maxlm.data.tokenizer.chat import encode_chat, render_chat
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.files import holds_tokenizer, load_tokenizer
-from maxlm.data.tokenizer.foreign import export_tokenizer, import_tokenizer
-from maxlm.data.tokenizer.interface import Tokenizer
-from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, tokenizer_stats
+from maxlm.data.tokenizer.files import holds_tokenizer
+from maxlm.data.tokenizer.importing import export_tokenizer, import_tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, measure_tokenizer
 from maxlm.data.tokenizer.stream import StreamDecoder
 from maxlm.data.tokenizer.train import train_tokenizer
 
@@ -21,7 +22,7 @@ __all__ = [
     "holds_tokenizer",
     "import_tokenizer",
     "load_tokenizer",
+    "measure_tokenizer",
     "render_chat",
-    "tokenizer_stats",
     "train_tokenizer",
 ]

@@ -11,9 +11,8 @@ from datetime import datetime
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.codec import CodecTokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.interface import Tokenizer
 
 Message = Mapping[str, Any]
 """At least {"role": ..., "content": ...}."""
@@ -31,8 +30,9 @@ _TEMPLATES = {
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
-def chat_files(config: TokenizerConfig) -> dict[str, bytes]:
-    """The files that tell other tools, and ``render_chat``, of ``config.chat``."""
+def write_chat_files(config: TokenizerConfig) -> dict[str, bytes]:
+    """Returns the files, by name, from which other tools and ``render_chat`` know
+    ``config.chat``."""
     if config.chat is None:
         return {}
     roles = {"bos_token": config.bos, "eos_token": config.eos, "pad_token": config.pad}
@@ -62,7 +62,6 @@ def render_chat(
         MaxlmError: the tokenizer has no template, or the template refuses this conversation; it is
             not plain data.
     """
-    assert isinstance(tokenizer, CodecTokenizer)
     given: dict[str, Any] = {
         "messages": [_as_templates_read(each) for each in _checked(messages)],
         "tools": tools and list(tools),
@@ -92,7 +91,6 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     Args:
         settings: of ``render_chat``.
     """
-    assert isinstance(tokenizer, CodecTokenizer)
     settings["messages"] = list(_checked(messages))
     text = _as_json(settings)
     free = (char for char in _MARKS if char not in text and _escaped(char) not in text)
@@ -180,7 +178,7 @@ def _map_strings(value: Any, key: Callable[[str], str], change: Callable[[str], 
     return value
 
 
-def _template(tokenizer: CodecTokenizer, *, with_tools: bool) -> str:
+def _template(tokenizer: Tokenizer, *, with_tools: bool) -> str:
     carried = tokenizer.carried
     if "chat_template.jinja" in carried:
         return carried["chat_template.jinja"].decode()
@@ -198,7 +196,7 @@ def _template(tokenizer: CodecTokenizer, *, with_tools: bool) -> str:
     )
 
 
-def _special_names(tokenizer: CodecTokenizer) -> dict[str, str]:
+def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
     """bos_token, eos_token and so on: what the tokenizer's files say of them, or its roles."""
     special = tokenizer.special
     names: dict[str, Any] = {"bos_token": special.bos, "eos_token": special.eos}

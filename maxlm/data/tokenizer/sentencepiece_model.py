@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.codec import Codec
+from maxlm.data.tokenizer.codec import Codec, cut_text
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.segments import cut_long
+from maxlm.data.tokenizer.files import SENTENCEPIECE_FILE
 from maxlm.runtime.threads import thread_count
 
 _SPACE = "\u2581"
@@ -38,7 +38,7 @@ class SentencePieceModel(Codec):
     Llama 2, XLM-R) get whole texts as they are, so that their ids are the library's own.
     """
 
-    file_name = "tokenizer.model"
+    file_name = SENTENCEPIECE_FILE
     reserved = _SPACE
     # A piece holds spaces only at its start, so none straddles the place before a word's space.
     # Unigram's float32 running score rounds less in a short segment than in a whole document.
@@ -114,7 +114,7 @@ class SentencePieceModel(Codec):
 def train_sentencepiece(
     config: TokenizerConfig, segments: Iterator[str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The tokenizer.model learned from ``segments``, and the special tokens' ids (from 1 on).
+    """Returns the tokenizer.model learned from ``segments``, and the special tokens' ids, from 1.
 
     All the text is held in memory.
 
@@ -154,7 +154,7 @@ def train_sentencepiece(
 def _sentences(segments: Iterator[str]) -> Iterator[str]:
     for segment in segments:
         for part in _UNLEARNABLE.split(segment):
-            for piece in cut_long(part, _SENTENCE_CHARS // 2, SentencePieceModel.cut):
+            for piece in cut_text(part, _SENTENCE_CHARS // 2, SentencePieceModel.cut):
                 for start in range(0, len(piece), _SENTENCE_CHARS):
                     yield piece[start : start + _SENTENCE_CHARS]
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.codec import CodecTokenizer
-from maxlm.data.tokenizer.interface import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 
 ALL = "all"
 """The name of all groups together."""
@@ -32,7 +31,7 @@ class TokenizerStats:
     """Time spent encoding, not reading."""
 
     def __add__(self, other: "TokenizerStats") -> "TokenizerStats":
-        """Of both sets of texts together, by the same tokenizer."""
+        """Add the counts of another set of texts, by the same tokenizer."""
         sums = ("documents", "bytes", "words", "tokens", "unknown", "seconds")
         counts = {name: getattr(self, name) + getattr(other, name) for name in sums}
         return replace(self, used=self.used | other.used, **counts)
@@ -77,7 +76,7 @@ class TokenizerStats:
         return counts | {name: getattr(self, name) for name in derived}
 
 
-def tokenizer_stats(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
+def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
     """Encode every text and count.
 
     Raises:
@@ -126,7 +125,6 @@ def compare_tokenizers(
 
 
 def _count(tokenizer: Tokenizer, texts: list[bytes]) -> TokenizerStats:
-    assert isinstance(tokenizer, CodecTokenizer)
     start = time.perf_counter()
     encoded = tokenizer.encode_batch(texts)
     seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 import codecs
 
-from maxlm.data.tokenizer.interface import Tokenizer
+from maxlm.data.tokenizer.codec import Tokenizer
 
 
 class StreamDecoder:

@@ -1,22 +1,21 @@
 """Training a tokenizer from a stream of texts."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.bpe import ByteLevelBPE, train_bpe
-from maxlm.data.tokenizer.chat import chat_files
-from maxlm.data.tokenizer.codec import CodecTokenizer, SpecialTokens
+from maxlm.data.tokenizer.chat import write_chat_files
+from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.huggingface import HuggingFaceModel
-from maxlm.data.tokenizer.interface import Tokenizer
-from maxlm.data.tokenizer.segments import split_segments
+from maxlm.data.tokenizer.decoding import build_byte_alphabet
+from maxlm.data.tokenizer.huggingface import PATTERN, PATTERN_CUT, HuggingFaceModel
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel, train_sentencepiece
-from maxlm.data.tokenizer.wordpiece import train_wordpiece
+from maxlm.data.tokenizer.wordpiece import require_size, train_wordpiece
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
-    """A tokenizer learned from the first ``config.sample_bytes`` bytes of ``texts``.
+    """Learn a tokenizer from the first ``config.sample_bytes`` bytes of ``texts``.
 
     The same texts in the same order give the same tokenizer. Texts are read once, as they are
     needed. Stray bytes and the literals of special tokens are left out of what is learned from.
@@ -25,31 +24,62 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
         MaxlmError: no text, or a vocab_size too small for bytes and special tokens, for the
             characters of the text (SentencePiece), or too large for the text.
     """
-    carried = chat_files(config)
-    if config.kind == "wordpiece":
-        segments = _require_text(_training_segments(config, texts))
-        data, literals = train_wordpiece(config, segments)
-        codec = HuggingFaceModel(data, literals)
-        special = SpecialTokens(codec.special_tokens, config.bos, config.eos, config.pad)
-        return CodecTokenizer(config.kind, codec, special, carried=carried)
     literals = config.special_literals
-    unknown = 0 if config.kind == "bpe" else 1
-    least = 256 + len(literals) + unknown
-    if config.vocab_size < least:
-        parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if unknown else "")
+    num_unknown = 0 if config.kind == "bpe" else 1
+    smallest = 256 + len(literals) + num_unknown
+    if config.kind != "wordpiece" and config.vocab_size < smallest:
+        parts = f"256 bytes, {len(literals)} special" + (", 1 unknown" if num_unknown else "")
         raise MaxlmError(
             f"vocab_size={config.vocab_size} has no room for every byte and special token",
-            fix=f"set it to {least} ({parts}) or more",
+            fix=f"set it to {smallest} ({parts}) or more",
         )
-    segments = _require_text(_training_segments(config, texts))
-    if config.kind == "bpe":
-        data, ids = train_bpe(config, segments)
-        codec = ByteLevelBPE(data)
-    else:
+    segments = _training_segments(config, texts)
+    first = next(segments, None)
+    if first is None:
+        raise MaxlmError("no text to train a tokenizer on", fix="give text that is not empty")
+    segments = itertools.chain([first], segments)
+    if config.kind.startswith("sentencepiece"):
         data, ids = train_sentencepiece(config, segments)
         codec = SentencePieceModel(data)
+    else:
+        learn = train_bpe if config.kind == "bpe" else train_wordpiece
+        codec = HuggingFaceModel(*learn(config, segments))
+        ids = codec.special_tokens
     special = SpecialTokens(ids, bos=config.bos, eos=config.eos, pad=config.pad)
-    return CodecTokenizer(config.kind, codec, special, carried=carried)
+    return Tokenizer(config.kind, codec, special, carried=write_chat_files(config))
+
+
+def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, tuple[str, ...]]:
+    """Returns the tokenizer.json of a byte-level BPE (Sennrich et al., 2016, over bytes as in
+    GPT-2) learned from ``segments``, and its special tokens' literals, which have the last ids.
+
+    The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
+    the number of distinct words, not with the text (and by 256 segments, which the library reads
+    ahead).
+
+    Raises:
+        MaxlmError: the text has too few distinct words for the vocabulary.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    literals = config.special_literals
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - len(literals),
+        initial_alphabet=build_byte_alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(segments, trainer)
+    require_size(config, tokenizer.get_vocab_size() + len(literals))
+    tokenizer.add_special_tokens(list(literals))
+    return tokenizer.to_str().encode(), literals
 
 
 def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Iterator[str]:
@@ -63,21 +93,9 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         for part in literals.split(raw[:remaining]):
-            for segment in split_segments(part, reserved="", cut=ByteLevelBPE.cut):
+            for segment in split_segments(part, reserved="", cut=PATTERN_CUT):
                 if isinstance(segment, str):
                     yield segment
         remaining -= len(raw)
         if remaining <= 0:
             return
-
-
-def _require_text(segments: Iterator[str]) -> Iterator[str]:
-    first = next(segments, None)
-    if first is None:
-        raise MaxlmError("no text to train a tokenizer on", fix="give text that is not empty")
-
-    def again() -> Iterator[str]:
-        yield first
-        yield from segments
-
-    return again()

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.bpe import require_size
 from maxlm.data.tokenizer.config import TokenizerConfig
 
 UNKNOWN = "[UNK]"
@@ -26,7 +25,7 @@ _REPEATED = 4096
 
 
 def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, list[str]]:
-    """The tokenizer.json learned from ``segments``, and its special tokens' literals.
+    """Returns the tokenizer.json learned from ``segments``, and its special tokens' literals.
 
     Pairs are merged by count, as the library does and BERT's authors did not publish. Memory
     grows with the number of distinct words.
@@ -62,6 +61,19 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     spec = json.loads(tokenizer.to_str())
     spec["post_processor"] = _around(config, vocab)
     return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode(), literals
+
+
+def require_size(config: TokenizerConfig, reached: int) -> None:
+    """Check that training reached as many tokens as were asked for.
+
+    Raises:
+        MaxlmError: the text yields too few.
+    """
+    if reached < config.vocab_size:
+        raise MaxlmError(
+            f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens",
+            fix=f"give more text or set vocab_size to {reached} or less",
+        )
 
 
 def _around(config: TokenizerConfig, vocab: dict[str, int]) -> dict[str, Any]:

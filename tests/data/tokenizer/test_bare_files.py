@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 
 import maxlm.data.tokenizer.rank_files as rank_files
 from maxlm.data.tokenizer import export_tokenizer, import_tokenizer, load_tokenizer, train_tokenizer
-from maxlm.data.tokenizer.patterns import PATTERNS
+from maxlm.data.tokenizer.rank_files import PATTERNS
 from tests.data.tokenizer.foreign import TEXTS, write_checkpoint
 from tests.data.tokenizer.references import fuzz_texts
 from tests.errors import message
@@ -92,7 +92,7 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
 
 def test_a_known_rank_file_is_known_by_its_content(tmp_path):
     path = tmp_path / "any"
-    path.write_bytes(rank_files.shipped_ranks("cl100k_base"))
+    path.write_bytes(rank_files.read_shipped_ranks("cl100k_base"))
     ours = import_tokenizer(path, eos="<|endofprompt|>")
     assert ours.encode("hello world") == [15339, 1917]
     assert ours.eos_id == 100276

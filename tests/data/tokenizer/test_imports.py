@@ -20,7 +20,7 @@ import os, sys
 before = dict(os.environ)
 import maxlm.data.tokenizer
 assert dict(os.environ) == before
-print([m for m in ("jax", "flax", "grain", "tokenizers", "sentencepiece") if m in sys.modules])
+print([m for m in ("jax", "grain", "tokenizers", "sentencepiece", "jinja2") if m in sys.modules])
 """
     assert run(code) == "[]"
 

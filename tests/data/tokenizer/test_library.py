@@ -4,10 +4,10 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import maxlm.data.tokenizer.codec as codec
-import maxlm.data.tokenizer.segments as segments
 from maxlm.data.tokenizer import train_tokenizer
-from maxlm.data.tokenizer.bpe import PATTERN, byte_alphabet
-from maxlm.data.tokenizer.segments import split_segments
+from maxlm.data.tokenizer.codec import split_segments
+from maxlm.data.tokenizer.decoding import build_byte_alphabet
+from maxlm.data.tokenizer.huggingface import PATTERN
 
 HARD = (
     "  two  spaces\n\n\n\tdef f(x):\r\n    return x   \n  \n \n12345 don't"
@@ -17,11 +17,11 @@ HARD = (
 
 
 def test_byte_alphabet_is_the_librarys():
-    assert sorted(byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert sorted(build_byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for text in ("Az~ \n\t\0", "é¡®ÿ", "猫", "\U0010ffff"):
         (symbols, _), *_ = level.pre_tokenize_str(text)
-        assert symbols == "".join(byte_alphabet()[byte] for byte in text.encode())
+        assert symbols == "".join(build_byte_alphabet()[byte] for byte in text.encode())
 
 
 def test_sentencepiece_ids_are_those_of_the_file_in_the_library(make_config, texts, tmp_path):
@@ -41,7 +41,7 @@ def test_sentencepiece_ids_are_those_of_the_file_in_the_library(make_config, tex
 def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
     long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]
     whole = tokenizer.encode_batch(long)
-    monkeypatch.setattr(segments, "SEGMENT_CHARS", limit)
+    monkeypatch.setattr(codec, "SEGMENT_CHARS", limit)
     pieces = split_segments(HARD * 3, reserved="", cut=tokenizer.codec.cut)
     assert len(pieces) > 3
     assert "".join(map(str, pieces)) == HARD * 3
@@ -57,7 +57,7 @@ def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
 
 def test_batches_larger_than_one_library_call(tokenizer, monkeypatch):
     texts = [HARD, "", b"\xff" + HARD.encode() + b"\xfe", "a", HARD * 2]
-    monkeypatch.setattr(segments, "SEGMENT_CHARS", 20)
+    monkeypatch.setattr(codec, "SEGMENT_CHARS", 20)
     whole = tokenizer.encode_batch(texts)
     monkeypatch.setattr(codec, "BATCH_CHARS", 30)
     assert tokenizer.encode_batch(texts) == whole

@@ -6,13 +6,13 @@ import pytest
 
 import maxlm.data.tokenizer.stats as stats
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import tokenizer_stats
+from maxlm.data.tokenizer import measure_tokenizer
 
 
 def test_counts(tokenizer, texts, monkeypatch):
     monkeypatch.setattr(stats, "_BATCH_BYTES", 100)
     data = [text.encode() for text in texts] + [b"\xff"]
-    found = tokenizer_stats(tokenizer, iter(data))
+    found = measure_tokenizer(tokenizer, iter(data))
     ids = [i for text in data for i in tokenizer.encode(text)]
     assert found.documents == len(data)
     assert found.bytes == sum(map(len, data))
@@ -27,5 +27,5 @@ def test_counts(tokenizer, texts, monkeypatch):
 @pytest.mark.parametrize("empty", [[], [b""]])
 def test_no_text(tokenizer, empty):
     with pytest.raises(MaxlmError) as error:
-        tokenizer_stats(tokenizer, empty)
+        measure_tokenizer(tokenizer, empty)
     assert str(error.value) == "no text to measure; give files that are not empty"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.pieces import decoder_steps, flatten, spell
+from maxlm.data.tokenizer.decoding import TokenDecoder, flatten_steps
 
 TOKENS = [
     "the", "▁the", "▁", "▁▁a", "a▁b", "##s", "##", ".", "'", "n't", "'s", "!", "Ġthe", "Ã©", "é",
@@ -44,27 +44,21 @@ def state(decoder) -> dict:
 @pytest.mark.parametrize("name", DECODERS)
 @given(st.lists(st.sampled_from(TOKENS), max_size=6))
 def test_tokens_joined_are_the_librarys_text(name, tokens):
-    steps = decoder_steps(state(DECODERS[name]))
-    spelled = [spell(steps, token, first=n == 0) for n, token in enumerate(tokens)]
+    decoder = TokenDecoder(DECODERS[name], state(DECODERS[name]))
+    spelled = [decoder.decode(token, first=n == 0) for n, token in enumerate(tokens)]
     assert b"".join(spelled).decode("utf-8", "replace") == DECODERS[name].decode(tokens)
 
 
 def test_without_a_decoder_tokens_stand_apart():
-    steps = decoder_steps(None)
-    assert spell(steps, "a", first=True) + spell(steps, "b", first=False) == b"a b"
-
-
-def test_old_files_name_the_prefix_otherwise():
-    old = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False}
-    assert spell(decoder_steps(old), "▁a", first=True) == b" a"
-    assert spell(decoder_steps({**old, "add_prefix_space": True}), "▁a", first=True) == b"a"
+    decoder = TokenDecoder(None, None)
+    assert decoder.decode("a", first=True) + decoder.decode("b", first=False) == b"a b"
 
 
 def test_sequences_in_sequences_are_flat():
     inner = {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]}
     outer = {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, inner]}
-    assert [part["type"] for part in flatten(outer)] == ["ByteLevel", "Fuse", "ByteFallback"]
-    assert flatten(None) == []
+    assert [part["type"] for part in flatten_steps(outer)] == ["ByteLevel", "Fuse", "ByteFallback"]
+    assert flatten_steps(None) == []
 
 
 @pytest.mark.parametrize(
@@ -72,7 +66,7 @@ def test_sequences_in_sequences_are_flat():
     [
         decoders.CTC(),
         decoders.BPEDecoder(),
-        decoders.Strip(" ", 1, 0),  # of each token: nothing is fused
+        decoders.Strip(" ", 1, 0),
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
         decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 1, 1)]),
         decoders.Sequence([decoders.Fuse(), decoders.Metaspace()]),
@@ -81,5 +75,5 @@ def test_sequences_in_sequences_are_flat():
 )
 def test_decoders_that_look_at_the_whole_text_are_refused(decoder):
     with pytest.raises(MaxlmError) as error:
-        decoder_steps(state(decoder))
+        TokenDecoder(decoder, state(decoder))
     assert str(error.value).startswith("tokenizer.json: maxlm cannot decode token by token with ")

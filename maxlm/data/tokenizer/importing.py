@@ -8,23 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.codec import CodecTokenizer, SpecialTokens
-from maxlm.data.tokenizer.files import (
-    CARRIED,
-    library_files,
-    load_tokenizer,
-    open_codec,
-    read_file,
-    write_files,
-)
+from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer
+from maxlm.data.tokenizer.files import CARRIED, read_file, write_files
 from maxlm.data.tokenizer.huggingface import HuggingFaceModel
-from maxlm.data.tokenizer.interface import Tokenizer
+from maxlm.data.tokenizer.load import load_tokenizer, open_codec
 from maxlm.data.tokenizer.rank_files import (
     END_OF_TEXT,
     SCHEME,
+    convert_rank_file,
     is_rank_file,
-    shipped_ranks,
-    tokenizer_json,
+    read_shipped_ranks,
 )
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
 
@@ -71,7 +64,7 @@ def import_tokenizer(
     """
     roles = {"bos": bos, "eos": eos, "pad": pad}
     if str(source).startswith(SCHEME):
-        data = shipped_ranks(str(source).removeprefix(SCHEME))
+        data = read_shipped_ranks(str(source).removeprefix(SCHEME))
         return _from_ranks(data, Path(source), roles, pattern)
     path = Path(source)
     if path.is_file():
@@ -120,14 +113,13 @@ def export_tokenizer(
     """
     if isinstance(tokenizer, (str, PathLike)):
         tokenizer = load_tokenizer(tokenizer)
-    assert isinstance(tokenizer, CodecTokenizer)
-    write_files(library_files(tokenizer), Path(folder))
+    write_files(tokenizer.library_files(), Path(folder))
 
 
 def _from_ranks(
     data: bytes, path: Path, roles: dict[str, str | None], pattern: str | None
-) -> CodecTokenizer:
-    data, special = tokenizer_json(data, str(path), pattern, roles["eos"])
+) -> Tokenizer:
+    data, special = convert_rank_file(data, str(path), pattern, roles["eos"])
     roles["eos"] = roles["eos"] or END_OF_TEXT
     return _from_json(path, roles, data=data, special=special)
 
@@ -138,7 +130,7 @@ def _from_json(
     rows: int | None = None,
     data: bytes = b"",
     special: Iterable[str] = (),
-) -> CodecTokenizer:
+) -> Tokenizer:
     codec = open_codec("huggingface", path, special, data)
     assert isinstance(codec, HuggingFaceModel)
     ids = codec.vocabulary()
@@ -158,7 +150,7 @@ def _from_json(
     if literals != {*special}:
         codec = open_codec("huggingface", path, literals, codec.data)
         assert isinstance(codec, HuggingFaceModel)
-    return CodecTokenizer(
+    return Tokenizer(
         "huggingface",
         codec,
         SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
@@ -168,7 +160,7 @@ def _from_json(
     )
 
 
-def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> CodecTokenizer:
+def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
     codec = open_codec("sentencepiece_bpe", path)
     assert isinstance(codec, SentencePieceModel)
     control = codec.control_tokens()
@@ -184,7 +176,7 @@ def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> CodecTokeni
         )
     named = settings.role("bos")
     bos, eos = _both(named, settings.role("eos") or named, path)
-    return CodecTokenizer(
+    return Tokenizer(
         "sentencepiece_unigram" if codec.is_unigram() else "sentencepiece_bpe",
         codec,
         SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
