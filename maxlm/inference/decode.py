@@ -11,17 +11,14 @@ from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
 from maxlm.models.layers.attention import Cache
-from maxlm.models.params import Params, bind, param_specs
+from maxlm.models.params import Params, bind, cast_matrices, param_specs
 
 
 def cast_params(model: Transformer, params: Params) -> Params:
     """Matrices and tables in the compute dtype, once rather than at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
-    return jax.tree.map(
-        lambda spec, value: value if spec.role == "vector" else value.astype(model.dtype),
-        param_specs(model),
-        params,
-    )
+    roles = "matrix", "table"
+    return cast_matrices(param_specs(model), params, lambda x: x.astype(model.dtype), roles)
 
 
 def encode(

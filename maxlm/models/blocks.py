@@ -18,7 +18,7 @@ from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
 from maxlm.models.layers.moe import Moe, MoeAux, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
-from maxlm.models.params import Params, ParamSpec, bind, get_values, param_specs
+from maxlm.models.params import Params, bind, cast_matrices, get_values, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.layers import joined, one_of, periods, scan_layers, stacked_up
@@ -199,14 +199,7 @@ def scan_blocks(
     specs = param_specs(block)
 
     def cast(own: Params) -> Params:
-        def one(spec: ParamSpec, held: Any) -> Any:  # an array, or a Whole
-            return (
-                jax.tree.map(partial(round_to_dtype, dtype=dtype), held)
-                if spec.role == "matrix"
-                else held
-            )
-
-        return jax.tree.map(one, specs, own)
+        return cast_matrices(specs, own, partial(round_to_dtype, dtype=dtype), ("matrix",))
 
     first = jax.tree.map(lambda a: a[0], params)
     _, aux = jax.eval_shape(lambda own: bodies[0](bind(block, own), x, context, shared), first)

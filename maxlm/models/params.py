@@ -8,7 +8,7 @@ the module for one pure call.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import reshard
 
 from maxlm.config import MaxlmError
+from maxlm.parallel.linear import project as multiply_kernels
 from maxlm.parallel.local import Dims, dimensions, layout
 from maxlm.parallel.local import spec_of as dims_spec
 from maxlm.sharding import AxisRules
@@ -84,19 +85,6 @@ def get_spec(param: nnx.Param) -> ParamSpec:
     return param.get_metadata("spec")
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GatheredParam:
-    """A parameter that is at hand whole, with the share of it that its gradient is kept for.
-
-    ZeRO-2: the gradient is reduced straight to that share, ``value``; ``whole`` is only read, and
-    saves gathering it. Stands in a module where a parameter's array does.
-    """
-
-    value: jax.Array
-    whole: jax.Array
-
-
 class Weight(NamedTuple):
     """A parameter for a program on shards, which gathers it and reduces its gradient itself."""
 
@@ -108,26 +96,98 @@ class Weight(NamedTuple):
     """The same in use, if it need not be gathered."""
 
 
-def weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
-    """A parameter cast to ``dtype``, for ``maxlm.parallel``.
+@dataclass(frozen=True)
+class ParamUse:
+    """How a layer reads one of its parameters."""
 
-    Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
+    spec: ParamSpec
+    rules: AxisRules
+    dtype: Any
+    tokens: Dims = ()
+    """The mesh axes of B and S in the results, where the parameter is multiplied with."""
+
+    @property
+    def input_axes(self) -> tuple[str | None, ...]:
+        """Logical axes of a matrix's inputs, for one layer."""
+        return tuple(self.spec.axes[d] for d in self.spec.contract)
+
+    @property
+    def output_axes(self) -> tuple[str | None, ...]:
+        """Logical axes of a matrix's outputs, for one layer."""
+        return self.spec.axes[self.spec.lead + len(self.spec.contract) :]
+
+    def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> Weight:
+        """An array, or a leaf's value, cast to ``dtype``.
+
+        Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
+
+        Args:
+            axes: logical axes of its dimensions; default: the parameter's own.
+        """
+        if isinstance(held, Leaf):
+            return held.materialize(self)
+        value = held.astype(self.dtype)
+        own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
+        used = dimensions(self.rules.spec(*own), value.ndim)
+        if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
+            value = reshard(value, self.rules.spec(*own))  # stored on other axes altogether
+        return Weight(value, used)
+
+    def multiply(self, x: jax.Array, *weights: Weight) -> tuple[jax.Array, ...]:
+        """x [B, S, *inputs] times each of some matrices, in one program: [B, S, *outputs] each."""
+        values, used, wholes = zip(*weights, strict=True)
+        return multiply_kernels(x, values, used, self.tokens, wholes)
+
+
+class Leaf:
+    """What a parameter is at rest, where that is not one array.
+
+    A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands in a tree of
+    parameters where an array does, and holds arrays (or leaves again); in a tree of declarations
+    the same class holds a :class:`ParamSpec` for each. An array's canonical name is the
+    parameter's and the field's: ``layers.attention.query.kernel.lora_a``.
     """
-    held, whole = param.get_value(), None
-    value = (held.value if isinstance(held, GatheredParam) else held).astype(dtype)
-    axes = get_spec(param).axes[-value.ndim :]  # inside a scan the leading layer axis is gone
-    used = dimensions(rules.spec(*axes), value.ndim)
-    if isinstance(held, GatheredParam):
-        whole = reshard(jax.lax.stop_gradient(held.whole).astype(dtype), dims_spec(used))
-    if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
-        value = reshard(value, rules.spec(*axes))  # stored on other axes altogether
-    return Weight(value, used, whole)
+
+    def materialize(self, use: ParamUse) -> Weight:
+        """The parameter's value, as norms, tables, heads and experts read it."""
+        raise NotImplementedError
+
+    def read_kernel(self, use: ParamUse) -> Weight:
+        """The array that inputs are multiplied with, beside other maps of the same input."""
+        return self.materialize(use)
+
+    def finish_product(self, y: jax.Array, x: jax.Array, use: ParamUse) -> jax.Array:
+        """The map of x, from the product y of x and :meth:`read_kernel`."""
+        return y
 
 
-def compute_view(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GatheredParam(Leaf):
+    """A parameter that is at hand whole, with the share of it that its gradient is kept for.
+
+    ZeRO-2: the gradient is reduced straight to that share, ``value``; ``whole`` is only read, and
+    saves gathering it.
+    """
+
+    value: jax.Array
+    whole: jax.Array
+
+    def materialize(self, use: ParamUse) -> Weight:
+        own = use.read(self.value)
+        whole = jax.lax.stop_gradient(self.whole).astype(use.dtype)
+        return own._replace(whole=reshard(whole, dims_spec(own.used)))
+
+
+def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
+    """A parameter cast to ``dtype``, for ``maxlm.parallel``."""
+    return ParamUse(get_spec(param), rules, dtype).read(param.get_value())
+
+
+def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     """A parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
     gradient may be reduced whole, and where there is no gradient."""
-    own = weight(param, rules, dtype)
+    own = read_weight(param, rules, dtype)
     return reshard(own.value, dims_spec(own.used))
 
 
@@ -166,13 +226,31 @@ def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
 
 
 def param_specs(module: nnx.Module) -> Params:
-    """The declarations of all parameters, as a nested dict of :class:`ParamSpec`."""
-    return _nested(module, get_spec)
+    """The declarations of all arrays at rest, as a nested dict of :class:`ParamSpec` (or of leaves
+    that hold some)."""
+    return _nested(module, lambda param: param.get_metadata().get("rest", get_spec(param)))
+
+
+def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
+    """The module with other leaves for its parameters, such as adapted or quantized ones; pure.
+
+    Args:
+        specs: :func:`param_specs` of the module, some replaced by a :class:`Leaf` of declarations.
+    """
+    return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
 
 
 def get_values(module: nnx.Module) -> Params:
     """The parameters of a bound module; the inverse of :func:`bind`."""
     return _nested(module, lambda param: param.get_value())
+
+
+def bind(module: ModuleT, params: Params) -> ModuleT:
+    """The module with values in place of its declarations; pure, ``module`` is unchanged.
+
+    Of a stacked block's parameters, those of one layer make a block.
+    """
+    return _replaced(module, params, lambda param, value: param.get_metadata(), with_values=True)
 
 
 def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:
@@ -185,13 +263,52 @@ def _nested(module: nnx.Module, leaf: Callable[[nnx.Param], Any]) -> Params:
     return nested
 
 
-def flatten_names(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict flattened to canonical names, ``{"layers.attention.query": ...}``."""
+def _replaced(module: ModuleT, tree: Params, metadata: Any, with_values: bool = False) -> ModuleT:
+    """The module with parameters made of a tree's leaves, each used once."""
+    graphdef, state = nnx.split(module)
+    given = _flat(tree, lambda value: isinstance(value, Mapping))
+    flat = []
+    for path, param in nnx.to_flat_state(state):
+        own = given.pop(".".join(map(str, path)))
+        value = own if with_values else param.get_value()
+        flat.append((path, nnx.Param(value, **metadata(param, own))))
+    assert not given, f"the module has no parameter {next(iter(given))}"
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def flatten_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict flattened to canonical names, ``{"layers.attention.query.kernel": ...}``."""
+    return _flat(tree, lambda value: isinstance(value, Mapping | Leaf))
+
+
+def _flat(tree: Any, inner: Callable[[Any], bool], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key in sorted(tree):
-        value, name = tree[key], f"{prefix}{key}"
-        flat |= flatten_names(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    children = tree if isinstance(tree, Mapping) else _arrays(tree)
+    for key in sorted(children):
+        value, name = children[key], f"{prefix}{key}"
+        flat |= _flat(value, inner, f"{name}.") if inner(value) else {name: value}
     return flat
+
+
+def _arrays(leaf: Leaf) -> dict[str, Any]:
+    """The children of a leaf by field."""
+    children, _ = jax.tree_util.tree_flatten_with_path(leaf, is_leaf=lambda x: x is not leaf)
+    return {join_path(path): child for path, child in children}
+
+
+def join_path(path: tuple[Any, ...]) -> str:
+    """The canonical name of a leaf's path in a JAX tree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def cast_matrices(specs: Params, params: Params, cast: Callable, roles: Sequence[str]) -> Params:
+    """Parameters with ``cast`` applied to floating-point arrays of some roles."""
+
+    def one(spec: ParamSpec, held: Any) -> Any:  # an array, or what is held for its gradient
+        castable = spec.role in roles and jnp.issubdtype(spec.dtype, jnp.floating)
+        return jax.tree.map(cast, held) if castable else held
+
+    return jax.tree.map(one, specs, params)
 
 
 def init_params(specs: Params, key: jax.Array) -> Params:
@@ -209,25 +326,4 @@ def init_params(specs: Params, key: jax.Array) -> Params:
         values = jax.vmap(lambda k: spec.init(k, spec.shape[spec.lead :], spec.dtype))(layers)
         return values.reshape(spec.shape)
 
-    def walk(tree: Mapping[str, Any], prefix: str) -> Params:
-        return {
-            k: walk(v, f"{prefix}{k}.") if isinstance(v, Mapping) else init(f"{prefix}{k}", v)
-            for k, v in tree.items()
-        }
-
-    return walk(specs, "")
-
-
-def bind(module: ModuleT, params: Params) -> ModuleT:
-    """The module with values in place of its declarations; pure, ``module`` is unchanged.
-
-    Of a stacked block's parameters, those of one layer make a block.
-    """
-    graphdef, state = nnx.split(module)
-    given = flatten_names(params)
-    flat = [
-        (path, nnx.Param(given.pop(".".join(map(str, path))), spec=get_spec(param)))
-        for path, param in nnx.to_flat_state(state)
-    ]
-    assert not given, f"the module has no parameter {next(iter(given))}"
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    return jax.tree_util.tree_map_with_path(lambda path, spec: init(join_path(path), spec), specs)

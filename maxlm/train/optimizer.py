@@ -233,4 +233,4 @@ def _leaves(tree: Params) -> list[tuple[tuple, Any]]:
 
 
 def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    return tuple(str(getattr(key, "key", getattr(key, "name", ""))) for key in path)

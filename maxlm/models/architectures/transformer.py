@@ -15,7 +15,7 @@ from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import AttentionInputs, Cache, KVCache
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
-from maxlm.models.params import Weight, declare, weight
+from maxlm.models.params import Weight, declare, read_weight
 from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.local import spec_of
 from maxlm.sharding import AxisRules
@@ -138,8 +138,8 @@ class Transformer(Trunk):
     def unembedding(self) -> Weight:
         """The output head [D, V] in the compute dtype."""
         if self.head is not None:
-            return weight(self.head.kernel, self.rules, self.dtype)
-        table = weight(self.embedding.table, self.rules, self.dtype)
+            return read_weight(self.head.kernel, self.rules, self.dtype)
+        table = read_weight(self.embedding.table, self.rules, self.dtype)
         whole = None if table.whole is None else table.whole.T
         return Weight(table.value.T, table.used[::-1], whole)
 
@@ -149,7 +149,7 @@ class Transformer(Trunk):
         if scale != 1:
             hidden = (hidden.astype(accumulation_dtype(self.dtype)) * scale).astype(hidden.dtype)
         if self.head_bias is not None:
-            bias = weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
+            bias = read_weight(self.head_bias, self.rules, accumulation_dtype(self.dtype)).value
         return Head(hidden, self.unembedding(), bias, self.config.logit_cap)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

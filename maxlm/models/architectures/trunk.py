@@ -21,7 +21,7 @@ from maxlm.models.layers.positions import (
     compute_sinusoids,
 )
 from maxlm.models.layers.rope import Rotary, compute_rotary
-from maxlm.models.params import Params, compute_view, declare, get_values, stack, truncated_normal
+from maxlm.models.params import Params, declare, get_values, materialize, stack, truncated_normal
 from maxlm.parallel.config import ParallelConfig, Schedule
 from maxlm.parallel.pipeline import pipeline
 from maxlm.sharding import AxisRules
@@ -207,5 +207,5 @@ class Trunk(nnx.Module):
         """See :class:`Shared`."""
         if self.relative is None:
             return None
-        table = compute_view(self.relative, self.rules, accumulation_dtype(self.dtype))
+        table = materialize(self.relative, self.rules, accumulation_dtype(self.dtype))
         return compute_relative_biases(table, self.config.positions, causal=self.causal)

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
+from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
 from maxlm.parallel.attention import sharded_attention, write_slots
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         Returns:
             [B, S, D], and the cache (None if none was given).
         """
-        q, k, v = self._clipped(*apply_together(x, self.query, self.key, self.value))
+        q, k, v = self._clipped(*project(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if inputs.rotary is not None:
@@ -179,7 +179,7 @@ class Attention(nnx.Module):
 
     def project_keys_values(self, memory: jax.Array) -> KVCache:
         """For :meth:`cross_attend`: keys and values of an encoder's output [B, T, D]."""
-        k, v = self._clipped(*apply_together(memory, self.key, self.value))
+        k, v = self._clipped(*project(memory, self.key, self.value))
         k = k if self.key_norm is None else self.key_norm(k)
         return KVCache(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 

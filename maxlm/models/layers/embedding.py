@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.params import declare, truncated_normal, weight
+from maxlm.models.params import declare, read_weight, truncated_normal
 from maxlm.parallel.embedding import lookup
 from maxlm.parallel.local import dimensions, layout
 from maxlm.sharding import AxisRules
@@ -23,7 +23,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
-        table = weight(self.table, self.rules, accumulation_dtype(self.dtype))
+        table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
         lead = layout(ids)[:-1]
         residual, embed = dimensions(self.rules.spec("residual", "embed"), 2)
         return lookup(table.value, ids, table.used, (*lead, residual, embed), self.dtype)

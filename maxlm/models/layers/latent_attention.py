@@ -15,10 +15,10 @@ from maxlm.models.layers.attention import (
     self_attention_kwargs,
     update_kv_cache,
 )
-from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
+from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import rotate
-from maxlm.models.params import compute_view
+from maxlm.models.params import materialize
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -76,7 +76,7 @@ class LatentAttention(nnx.Module):
         """As :class:`~maxlm.models.layers.attention.Attention`'s."""
         assert inputs.rotary is not None
         first = self.query if self.query_down is None else self.query_down
-        q, vector, shared = apply_together(x, first, self.key_down, self.key_rotary)
+        q, vector, shared = project(x, first, self.key_down, self.key_rotary)
         if self.query_norm is not None:
             q = self.query(self.query_norm(q))
         plain = self.config.head_dim - self.latent.rotary_dim
@@ -84,7 +84,7 @@ class LatentAttention(nnx.Module):
         vector, shared = self.key_norm(vector), rotate(shared[:, :, None], inputs.rotary)
         if cache is None:
             attend = bind_attention(self.config, inputs, self.rules)
-            k, v = apply_together(vector, self.key_up, self.value_up)
+            k, v = project(vector, self.key_up, self.value_up)
             of_all = (*k.shape[:3], shared.shape[-1])
             shared = jnp.broadcast_to(shared, of_all, out_sharding=jax.typeof(k).sharding)
             k = jnp.concatenate([k, shared], axis=-1)
@@ -110,6 +110,6 @@ class LatentAttention(nnx.Module):
         return self._through(y, self.value_up, "bsnr,rnh->bsnh")
 
     def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:
-        kernel = compute_view(map_.kernel, self.rules, map_.dtype)
+        kernel = materialize(map_.kernel, self.rules, map_.dtype)
         heads = self.rules.spec("batch", "seq", "heads", None)
         return jnp.einsum(maths, x, kernel, out_sharding=heads)

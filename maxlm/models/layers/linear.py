@@ -5,8 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from maxlm.models.params import compute_view, declare, truncated_normal, weight
-from maxlm.parallel.linear import project
+from maxlm.models.params import Leaf, ParamUse, declare, get_spec, materialize, truncated_normal
 from maxlm.parallel.local import dimensions
 from maxlm.sharding import AxisRules
 
@@ -48,11 +47,11 @@ class Linear(nnx.Module):
             self.bias = None
 
     def __call__(self, x: jax.Array, *, seq: str = "seq") -> jax.Array:
-        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`apply_together`."""
-        return apply_together(x, self, seq=seq)[0]
+        """x [B, S, *inputs] → [B, S, *outputs] in the compute dtype; see :func:`project`."""
+        return project(x, self, seq=seq)[0]
 
 
-def apply_together(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array, ...]:
+def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array, ...]:
     """Several maps of one input [B, S, *inputs], which then crosses the wire once.
 
     Args:
@@ -60,16 +59,18 @@ def apply_together(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax
             is added to the residual stream.
     """
     rules, dtype = layers[0].rules, layers[0].dtype
-    weights = [weight(layer.kernel, rules, dtype) for layer in layers]
-    ys = project(
-        x.astype(dtype),
-        tuple(w.value for w in weights),
-        tuple(w.used for w in weights),
-        dimensions(rules.spec("batch", seq), 2),
-        tuple(w.whole for w in weights),
-    )
+    tokens = dimensions(rules.spec("batch", seq), 2)
+    uses = [ParamUse(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
+    held = [layer.kernel.get_value() for layer in layers]
+    pairs = list(zip(uses, held, strict=True))
+    weights = [k.read_kernel(use) if isinstance(k, Leaf) else use.read(k) for use, k in pairs]
+    x = x.astype(dtype)
+    ys = [
+        kernel.finish_product(y, x, use) if isinstance(kernel, Leaf) else y
+        for y, (use, kernel) in zip(uses[0].multiply(x, *weights), pairs, strict=True)
+    ]
     return tuple(
-        y if layer.bias is None else y + compute_view(layer.bias, rules, dtype)
+        y if layer.bias is None else y + materialize(layer.bias, rules, dtype)
         for layer, y in zip(layers, ys, strict=True)
     )
 

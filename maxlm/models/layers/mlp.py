@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
 
 from maxlm.config import Config
-from maxlm.models.layers.linear import Linear, apply_together, compute_residual_std
+from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.remat import save_inputs_only
 from maxlm.sharding import AxisRules
 
@@ -60,7 +60,7 @@ class Mlp(nnx.Module):
             up = checkpoint_name(self.up(x), "mlp_up")
             hidden = save_inputs_only(activate)(up)
         else:
-            gate, up = apply_together(x, self.gate, self.up)
+            gate, up = project(x, self.gate, self.up)
             gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
             hidden = save_inputs_only(lambda gate, up: activate(gate) * up)(gate, up)
         return self.down(hidden, seq="residual")

@@ -16,7 +16,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
-from maxlm.models.params import compute_view, declare, get_spec, truncated_normal, weight
+from maxlm.models.params import declare, get_spec, materialize, read_weight, truncated_normal
 from maxlm.parallel import dispatch, experts
 from maxlm.parallel import local as shards
 from maxlm.sharding import AxisRules
@@ -204,7 +204,9 @@ class Moe(nnx.Module):
         logits = self._logits(x)
         bias = None
         if self.selection_bias is not None:
-            bias = weight(self.selection_bias, self.rules, accumulation_dtype(self.dtype)).value
+            bias = read_weight(
+                self.selection_bias, self.rules, accumulation_dtype(self.dtype)
+            ).value
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
@@ -226,7 +228,7 @@ class Moe(nnx.Module):
             x,
             routing.weights,
             chosen,
-            {name: weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
+            {name: read_weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
             activation=ACTIVATIONS[config.activation],
             compute={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
             room=room,
@@ -239,7 +241,7 @@ class Moe(nnx.Module):
     def _logits(self, x: jax.Array) -> jax.Array:
         """fp32 [B, S, E], laid out over B and S as x."""
         dtype = accumulation_dtype(self.dtype)
-        router = compute_view(self.router, self.rules, dtype)
+        router = materialize(self.router, self.rules, dtype)
         return jnp.einsum(
             "bsd,de->bse",
             x.astype(dtype),

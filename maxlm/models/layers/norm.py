@@ -9,7 +9,7 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.params import compute_view, declare
+from maxlm.models.params import declare, materialize
 from maxlm.models.remat import save_inputs_only
 from maxlm.sharding import AxisRules
 
@@ -39,8 +39,8 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] → the same shape in the compute dtype."""
         dtype = accumulation_dtype(self.dtype)
-        scale = compute_view(self.scale, self.rules, dtype)
-        bias = compute_view(self.bias, self.rules, dtype) if self.bias is not None else None
+        scale = materialize(self.scale, self.rules, dtype)
+        bias = materialize(self.bias, self.rules, dtype) if self.bias is not None else None
         return save_inputs_only(self._normalise)(x, scale, bias)
 
     def _normalise(self, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
