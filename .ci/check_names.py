@@ -31,14 +31,19 @@ _VERBS = """
     truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
     wait warn watch wrap write
     as can from has is needs to with
+    interleave jit multiply scale supports tie unwrap visit
 """
 _VALUES = """
     axes bytes config count dtype env factor flops fn hint info ids indices key keys kwargs layout
     length loss mask mesh name names norm offset offsets path pattern ranges rate ratio seconds
     sharding shardings shape shapes size sizes spec specs starts state table tokens type update
+    backward forward gradient gradients kernel product
 """
 """Last words of functions that are named by the value they return, units included."""
-_TERMS = "command main softmax attention flash_attention grouped_matmul logsumexp"
+_TERMS = """
+    command main softmax attention flash_attention grouped_matmul logsumexp
+    backward einsum forward linear linear_cross_entropy matmul outer sharded_attention
+"""
 """Functions that the field knows by a noun."""
 VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS))
 

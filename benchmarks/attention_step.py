@@ -36,8 +36,8 @@ from benchmarks.kernel_cycles.static import Spec, measure
 from benchmarks.kernel_cycles.static.peers import jax_splash_attention
 from benchmarks.kernel_cycles.static.problems import Mask
 from maxlm.config import load_config
-from maxlm.parallel.local import on_shards
-from maxlm.plan.compiled.cost import CompiledCost, compiled_cost
+from maxlm.parallel.local import map_shards
+from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import compile_step, has_compiler, topology_devices
@@ -103,7 +103,7 @@ def splash_on_shards(q, k, v, *, rules: AxisRules, segment_ids, blocks, **option
     assert not rules.mesh_axes("seq")
     queries, keys = (rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads"))
     specs = queries, keys, keys, rules.spec("batch", "seq")
-    return on_shards(partial(splash, blocks=blocks), specs, queries)(q, k, v, segment_ids[0])
+    return map_shards(partial(splash, blocks=blocks), specs, queries)(q, k, v, segment_ids[0])
 
 
 def both_passes(*, shape: Sequence[int], blocks: Any) -> Program:
@@ -162,7 +162,7 @@ def xla_bound(shape: Shape, backward: bool) -> Pass:
     on = SingleDeviceSharding(topology_devices(parse_topology(TOPOLOGY))[0])
     given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
     text: Any = jax.jit(function).lower(*given).compile().as_text()
-    cost = compiled_cost(text, {}, on_chip=(1,))
+    cost = read_compiled_cost(text, {}, on_chip=(1,))
     seconds = cost.memory_bytes / CHIPS[CHIP].bandwidth
     return Pass(seconds * STATIC[CHIP].clock, cost.attention_flops)
 

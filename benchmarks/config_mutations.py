@@ -32,7 +32,7 @@ import transformers
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.huggingface.checkpoint import CheckpointReader
+from maxlm.huggingface.checkpoint import RunCheckpointReader
 from maxlm.programs.convert import convert
 from maxlm.run import RunConfig
 from tests.parity import compare, tiny
@@ -210,7 +210,7 @@ def outcome(cls: Any, values: Values, batch: Batch, names: Any) -> tuple[str, st
         return "transformers refuses", f"{type(error).__name__}: {error}".splitlines()[0]
     try:
         family, config = compare.read(values, made.tensors())
-        entries = family.entries(config, made.tensors())
+        entries = family.list_entries(config, made.tensors())
         used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
         assert used >= made.tensors().keys(), "tensors left over"
         key = made.key, config.model_dump_json()
@@ -266,7 +266,7 @@ def there_and_back(cls: Any, values: Values, dtype: str) -> float:
             {name: (x.dtype, x.shape, x.tobytes()) for name, x in compare.tensors_of(f)[1].items()}
             for f in (first, again)
         )
-        reader = CheckpointReader(run / "checkpoints")
+        reader = RunCheckpointReader(run / "checkpoints")
         params = {name: reader.read_slice(name).astype(float) for name in reader.shapes}
         config = load_config(RunConfig, run / "config.yaml").value.model
     error = relative(our_logits(config, params, batch), made.logits)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from maxlm.huggingface.dtypes import NUMPY, slabs
-from maxlm.huggingface.files import stored_tensors
+from maxlm.huggingface.dtypes import NUMPY, split_into_slabs
+from maxlm.huggingface.files import list_stored_tensors
 from maxlm.huggingface.writer import SafetensorsWriter
 from maxlm.models.architectures import DecoderConfig
-from maxlm.models.families.entries import Entry
+from maxlm.models.families.entries import TensorEntry
 from maxlm.models.families.llama import LLAMA
 
 LAYERS, HEAD = 16, 64
@@ -44,12 +44,12 @@ def llama(parameters: float) -> DecoderConfig:
     )
 
 
-def make(folder: Path, entries: list[Entry], dtype: str) -> None:
+def make(folder: Path, entries: list[TensorEntry], dtype: str) -> None:
     random = np.random.default_rng(0)
     with SafetensorsWriter(folder, {e.theirs: (dtype, e.shape) for e in entries}) as writer:
         for entry in entries:
             values = np.empty(entry.shape, NUMPY[dtype])
-            for slab in slabs(values):
+            for slab in split_into_slabs(values):
                 slab[...] = random.standard_normal(slab.shape, np.float32) * 0.02
             writer.write(entry.theirs, values)
         writer.commit()
@@ -86,9 +86,9 @@ def main() -> None:
     config = llama(args.parameters)
     with tempfile.TemporaryDirectory(dir=args.folder) as home:
         theirs, run, again = (str(Path(home) / name) for name in ("theirs", "run", "again"))
-        make(Path(theirs), LLAMA.entries(config), args.dtype)
-        (Path(theirs) / "config.json").write_text(json.dumps(LLAMA.config_json(config)))
-        sizes = [stored.nbytes for stored in stored_tensors(theirs).values()]
+        make(Path(theirs), LLAMA.list_entries(config), args.dtype)
+        (Path(theirs) / "config.json").write_text(json.dumps(LLAMA.write_config(config)))
+        sizes = [stored.nbytes for stored in list_stored_tensors(theirs).values()]
         largest, total = max(sizes), sum(sizes)
         print(
             f"{total / NUMPY[args.dtype].itemsize / 1e6:.0f} M parameters in {args.dtype}: "

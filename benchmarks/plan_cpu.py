@@ -90,8 +90,8 @@ def measure(name: str, seconds: float) -> None:
     import numpy as np
 
     from maxlm.config import load_config
-    from maxlm.plan.hardware import measured_cpu
-    from maxlm.plan.predict import Machine, predict
+    from maxlm.plan.hardware import measure_cpu
+    from maxlm.plan.predict import Machine, plan_run
     from maxlm.programs.setup import set_up
     from maxlm.run import RunConfig
     from maxlm.train.batch import batch_sharding
@@ -114,8 +114,8 @@ def measure(name: str, seconds: float) -> None:
     batch = jax.device_put(arrays, batch_sharding(setup.compute, setup.mesh))
     plans, times = [], []
     for _ in range(2):
-        measured_cpu.cache_clear()
-        plans.append(predict(config, Machine.of(f"cpux{devices}")))
+        measure_cpu.cache_clear()
+        plans.append(plan_run(config, Machine.from_name(f"cpux{devices}")))
         taken, first = [], time.perf_counter()
         while len(taken) < 4 or time.perf_counter() - first < seconds / 2:
             began = time.perf_counter()

@@ -57,7 +57,7 @@ CASES = {
 def measure(name: str) -> None:
     """Print one case: peak in bytes, planned and compiled, and bytes sent likewise."""
     from maxlm.config import load_config
-    from maxlm.plan.predict import Machine, predict
+    from maxlm.plan.predict import Machine, plan_run
     from maxlm.programs.compile import compile_step
     from maxlm.run import RunConfig
 
@@ -65,7 +65,7 @@ def measure(name: str) -> None:
     settings = [f"data.batch_size={rows}", f"model.remat={remat}", "mesh.fsdp=1"]
     settings += [f"mesh.{part}" for part in mesh.split(",")]
     config = load_config(RunConfig, f"runs/{run}", [*settings, *more]).value
-    plan = predict(config, Machine.of(on))
+    plan = plan_run(config, Machine.from_name(on))
     step = compile_step(config, on)
     sent = sum(s.sent_bytes for s in plan.sends)
     print(json.dumps([float(plan.memory.total), step.memory.peak, sent, step.cost.wire_bytes()]))

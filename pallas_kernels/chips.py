@@ -10,7 +10,7 @@ _MXU_128, _MXU_256 = 2 * 128**2, 2 * 2 * 256**2
 _E5M2, _BOTH = (jnp.float8_e5m2,), (jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
-class Chip(NamedTuple):
+class TpuChip(NamedTuple):
     """One JAX device of a TPU: a chip, or one of the two cores of a 7x (Google Cloud's pages, a
     page a generation; JAX's ``TpuInfo``)."""
 
@@ -51,11 +51,11 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14, int8=False),
-        Chip("v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2),
-        Chip("v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2),
-        Chip("v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2),
-        Chip("7x", "tpu7x:2x2x1", 64 * _MIB, 1, 256, 2, _MXU_256, 2.307e15 / 2, False, _BOTH),
+        TpuChip("v4", "v4:2x2x1", 16 * _MIB, 2, 128, 4, _MXU_128, 2.75e14, int8=False),
+        TpuChip("v5e", "v5e:2x2", 128 * _MIB, 1, 128, 4, _MXU_128, 1.97e14, float8=_E5M2),
+        TpuChip("v5p", "v5p:2x2x1", 64 * _MIB, 2, 128, 4, _MXU_128, 4.59e14, float8=_E5M2),
+        TpuChip("v6e", "v6e:2x2", 128 * _MIB, 1, 256, 2, _MXU_256, 9.18e14, float8=_E5M2),
+        TpuChip("7x", "tpu7x:2x2x1", 64 * _MIB, 1, 256, 2, _MXU_256, 2.307e15 / 2, False, _BOTH),
     )
 }
 # By ``Device.device_kind``.
@@ -73,19 +73,19 @@ _KINDS = {
 _SMALLEST = "v4"
 
 
-def mesh_platform() -> str | None:
-    """Of the devices of the mesh in use, which need not be here: "cpu", "gpu" or "tpu". None where
-    no mesh tells."""
+def get_mesh_platform() -> str | None:
+    """Returns the platform of the mesh in use, whose devices need not be here: "cpu", "gpu" or
+    "tpu"; None where there is none."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else _platform(device)
 
 
-def current_platform() -> str:
-    """Of the devices that the program being traced is for: the mesh's, else the default one's."""
+def get_platform() -> str:
+    """Returns the platform that the traced program is for: of the mesh, else the default device."""
     config: Any = jax.config
     if config.jax_default_device is None:
-        return mesh_platform() or jax.default_backend()
-    return mesh_platform() or _platform(config.jax_default_device)
+        return get_mesh_platform() or jax.default_backend()
+    return get_mesh_platform() or _platform(config.jax_default_device)
 
 
 def _platform(device: Any) -> str:
@@ -93,15 +93,15 @@ def _platform(device: Any) -> str:
     return "gpu" if name == "cuda" else name
 
 
-def current_chip() -> Chip:
-    """The TPU that the program being traced is for: of the mesh in use, else this machine's; where
-    that is no TPU, the one with the least VMEM."""
+def get_chip() -> TpuChip:
+    """Returns the TPU that the traced program is for: of the mesh in use, else this machine's;
+    where that is no TPU, the one with the least VMEM."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     if device is None and jax.default_backend() == "tpu":
         device = jax.devices()[0]
-    return CHIPS[_SMALLEST] if device is None else chip_of(device)
+    return CHIPS[_SMALLEST] if device is None else find_chip(device)
 
 
-def chip_of(device: Any) -> Chip:
-    """By its ``device_kind``; the one with the least VMEM where that is not known."""
+def find_chip(device: Any) -> TpuChip:
+    """Returns a device's chip; the one with the least VMEM where its kind is not known."""
     return CHIPS[_KINDS.get(device.device_kind, _SMALLEST)]

@@ -17,7 +17,7 @@ from benchmarks.kernel_cycles.contests.cache import Cache
 from benchmarks.kernel_cycles.contests.contest import Row, contest
 from benchmarks.kernel_cycles.contests.survey import survey
 from benchmarks.kernel_cycles.contests.table import table
-from benchmarks.kernel_cycles.static import CHIPS, Chip, measure
+from benchmarks.kernel_cycles.static import CHIPS, TpuChip, measure
 from benchmarks.kernel_cycles.static.measure import Spec, has_compiler
 from benchmarks.kernel_cycles.static.problems import Shape, shapes
 from benchmarks.kernel_cycles.tuning import versions
@@ -171,7 +171,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def report(benchmark: Benchmark, rows: Sequence[Row], chip: Chip, name: str) -> str:
+def report(benchmark: Benchmark, rows: Sequence[Row], chip: TpuChip, name: str) -> str:
     """Two Markdown tables: whole calls, then inner loops."""
     bounds = {of.name: of.flops / chip.peak_flops * 1e6 for of in benchmark.passes}
     lines = [

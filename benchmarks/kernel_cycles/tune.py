@@ -27,8 +27,8 @@ from benchmarks.kernel_cycles.tuning import (
     versions,
 )
 from pallas_kernels.attention import tuned
-from pallas_kernels.attention.tpu_blocks import Blocks
-from pallas_kernels.attention.tuned import PASSES, Entry
+from pallas_kernels.attention.tpu_blocks import TpuBlocks
+from pallas_kernels.attention.tuned import PASSES, TunedEntry
 from pallas_kernels.chips import CHIPS
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -119,13 +119,13 @@ def _problems(options: argparse.Namespace) -> Iterator[Problem]:
             yield problem
 
 
-def _on_tpu(problem: Problem, name: str, most: int) -> Entry:
+def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
     chip = CHIPS[name]
     print(f"{name} {problem}", flush=True)
 
-    found: dict[Blocks, Cost] = {}
+    found: dict[TpuBlocks, Cost] = {}
 
-    def rank(blocks: Blocks) -> float:
+    def rank(blocks: TpuBlocks) -> float:
         found[blocks] = cost = static_cost(problem, chip, blocks)
         micro = cost.cycles / chip.clock * 1e6
         print(f"  {tuple(blocks)}: {cost.cycles} cycles, {micro:.1f} µs, {cost.spills} spills")
@@ -137,9 +137,9 @@ def _on_tpu(problem: Problem, name: str, most: int) -> Entry:
     return problem.entry(name, blocks, count, versions("jax", "libtpu"), spills)
 
 
-def _on_gpu(problem: Problem) -> Entry:
+def _on_gpu(problem: Problem) -> TunedEntry:
     kernel, rule, axes = gpu_search(problem)
-    name = tuned.card(kernel)
+    name = tuned.name_gpu_kernel(kernel)
     print(f"{name} {problem}", flush=True)
 
     def cost(block_sizes) -> float:
@@ -156,12 +156,12 @@ def _on_gpu(problem: Problem) -> Entry:
     return problem.entry(name, block_sizes, round(spent, 1), versions("jax", "jaxlib"))
 
 
-def _keep(entry: Entry, write: bool) -> None:
+def _keep(entry: TunedEntry, write: bool) -> None:
     print(f"best: {entry.blocks}, {entry.cost}", flush=True)
     if write:
         table = Path(str(tuned.TABLE))
-        table.write_text(tuned.text([*tuned.parse(table.read_text()), entry]))
-        tuned.load.cache_clear()
+        table.write_text(tuned.format_table([*tuned.parse_table(table.read_text()), entry]))
+        tuned.load_table.cache_clear()
 
 
 if __name__ == "__main__":

@@ -20,10 +20,15 @@ import numpy as np
 from benchmarks.kernel_cycles.static import CompileError, Spec, measure
 from benchmarks.kernel_cycles.static.problems import Mask
 from pallas_kernels.attention import attention_backward, attention_forward, dispatch, tuned
-from pallas_kernels.attention.how import described
-from pallas_kernels.attention.tpu_blocks import Blocks, BlockSizes, Sizes, check
-from pallas_kernels.attention.tuned import FORWARD, Entry
-from pallas_kernels.chips import Chip
+from pallas_kernels.attention.params import validate_arguments
+from pallas_kernels.attention.tpu_blocks import (
+    AttentionSizes,
+    TpuBlocks,
+    TpuBlockSizes,
+    check_blocks,
+)
+from pallas_kernels.attention.tuned import FORWARD, TunedEntry
+from pallas_kernels.chips import TpuChip
 
 _SPILLS_COST = 0.25
 SIZES, TILES = (256, 2048), (128, 512)
@@ -43,13 +48,13 @@ class Problem(NamedTuple):
     heads: int
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> AttentionSizes:
         width = jnp.dtype(self.dtype).itemsize
-        return Sizes(self.seq, self.seq, self.head_dim, self.v_head_dim, width, width)
+        return AttentionSizes(self.seq, self.seq, self.head_dim, self.v_head_dim, width, width)
 
     @property
     def kind(self) -> str:
-        return tuned.kind(self.mask)
+        return tuned.parse_mask_kind(self.mask)
 
     def options(self) -> dict[str, Any]:
         """Of attention, but for segments.
@@ -101,9 +106,9 @@ class Problem(NamedTuple):
 
     def entry(
         self, chip: str, blocks: Any, cost: float, made_with: str, spills: int | None = None
-    ) -> Entry:
+    ) -> TunedEntry:
         """Of the table."""
-        return Entry(
+        return TunedEntry(
             chip=chip,
             direction=self.direction,
             head_sizes=(self.head_dim, self.v_head_dim),
@@ -131,8 +136,8 @@ def program(*, blocks: Sequence[Any], **problem: Any) -> tuple[Callable[..., Any
     order, which are not counted, would take the compiler longer than the kernel does.
     """
     asked = Problem(**problem)
-    own, ids = Blocks(*blocks), asked.segment_ids()
-    operands, run = asked.operands(), asked.attention(BlockSizes(own, own))
+    own, ids = TpuBlocks(*blocks), asked.segment_ids()
+    operands, run = asked.operands(), asked.attention(TpuBlockSizes(own, own))
 
     def swapped(arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.swapaxes(1, 2), arrays)
@@ -159,7 +164,7 @@ class Cost(NamedTuple):
         return self.cycles * (1 + _SPILLS_COST * (self.spills > 0))
 
 
-def static_cost(problem: Problem, chip: Chip, blocks: Blocks) -> Cost:
+def static_cost(problem: Problem, chip: TpuChip, blocks: TpuBlocks) -> Cost:
     """Compile a problem with a TPU's blocks and count."""
     spec = Spec(f"{__name__}:program", problem._asdict() | {"blocks": list(blocks)})
     try:
@@ -173,13 +178,13 @@ def static_cost(problem: Problem, chip: Chip, blocks: Blocks) -> Cost:
 Axis = Callable[[Any], Iterable[Any]]
 
 
-def axes(problem: Problem, chip: Chip) -> list[Axis]:
+def axes(problem: Problem, chip: TpuChip) -> list[Axis]:
     """Ways to change a TPU's blocks a step, those first that matter most."""
 
     def near(value: int, low: int, high: int) -> list[int]:
         return [n for n in (value // 2, value * 2) if low <= n <= high]
 
-    def size(b: Blocks) -> Iterator[Blocks]:
+    def size(b: TpuBlocks) -> Iterator[TpuBlocks]:
         for n in near(b.q, *SIZES):
             k = max(b.k * n // b.q, SIZES[0])
             yield b._replace(q=n, k=k, tile_q=min(b.tile_q, n), tile_k=min(b.tile_k, k))
@@ -190,12 +195,12 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
     # Forward, tiles of the same queries become one, whose keys end with its queries.
     joined = problem.direction == FORWARD and not problem.kind.startswith(tuned.WINDOW)
 
-    def tile_k(b: Blocks) -> Iterator[Blocks]:
+    def tile_k(b: TpuBlocks) -> Iterator[TpuBlocks]:
         for n in near(b.tile_k, *TILES):
             if not joined or max(n, b.tile_k) > b.tile_q:
                 yield b._replace(tile_k=n)
 
-    def tiles(b: Blocks) -> Iterator[Blocks]:
+    def tiles(b: TpuBlocks) -> Iterator[TpuBlocks]:
         # Smaller on one side alone often loses where smaller on both wins.
         for q, k in zip(near(b.tile_q, 64, 1024), near(b.tile_k, 64, 1024), strict=True):
             if all(TILES[0] <= n <= TILES[1] for n in (q, k)):
@@ -215,22 +220,24 @@ def axes(problem: Problem, chip: Chip) -> list[Axis]:
     return [partial(_sound, problem, chip, way) for way in ways]
 
 
-def _sound(problem: Problem, chip: Chip, way: Axis, blocks: Blocks) -> Iterator[Blocks]:
+def _sound(problem: Problem, chip: TpuChip, way: Axis, blocks: TpuBlocks) -> Iterator[TpuBlocks]:
     """Of the changed blocks, those worth compiling."""
     for changed in way(blocks):
         try:
-            check(changed)
+            check_blocks(changed)
         except ValueError:
             continue
         # Blocks of more keys than queries would lose the edges of ``walk``.
-        if changed.k <= changed.q and tuned.fit(changed, chip, problem.direction, problem.sizes):
+        if changed.k <= changed.q and tuned.can_use_blocks(
+            changed, chip, problem.direction, problem.sizes
+        ):
             yield changed
 
 
-def starts(problem: Problem, chip: Chip) -> list[Blocks]:
+def starts(problem: Problem, chip: TpuChip) -> list[TpuBlocks]:
     """Where a search begins: what the table has for the problem, or near it; and the rule."""
-    found = tuned.lookup(chip, problem.direction, problem.sizes, problem.kind)
-    rule = tuned.rule(chip, problem.direction, problem.sizes)
+    found = tuned.find_tuned_blocks(chip, problem.direction, problem.sizes, problem.kind)
+    rule = tuned.choose_blocks_by_rule(chip, problem.direction, problem.sizes)
     return [rule] if found in (None, rule) else [found, rule]
 
 
@@ -279,7 +286,7 @@ def gpu_search(problem: Problem) -> tuple[str, Any, list[Axis]]:
     operands = problem.operands()[:3]
     ids = problem.segment_ids()
     options = problem.options() | {"segment_ids": None if ids is None else (ids, ids)}
-    name = dispatch.choose(None, *operands, *described(*operands, **options))  # pyright: ignore
+    name = dispatch.choose_backend(None, *operands, *validate_arguments(*operands, **options))  # pyright: ignore
     if name == dispatch.XLA:
         raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
     module = importlib.import_module(f"pallas_kernels.attention.{name}")

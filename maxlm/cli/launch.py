@@ -93,16 +93,16 @@ def command(
     import jax
 
     from maxlm.config import MaxlmError, load_config
-    from maxlm.launch.job import make_job, notes, planned
-    from maxlm.launch.options import Options, check_scheduler
+    from maxlm.launch.job import list_job_warnings, make_job, summarize_plan
+    from maxlm.launch.options import JobOptions, check_scheduler
     from maxlm.launch.places import find_placeholders, make_placeholders
-    from maxlm.launch.render import render
-    from maxlm.launch.submit import job_file, keep, submit
+    from maxlm.launch.render import render_job
+    from maxlm.launch.submit import job_file_path, submit_job, write_job_file
     from maxlm.run import RunConfig
 
     check_scheduler(scheduler)
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
-    options = Options(
+    options = JobOptions(
         name=name,
         nodes=nodes,
         image=image,
@@ -141,19 +141,19 @@ def command(
         force=force,
         own_template=template is not None,
     )
-    text = render(job, template)
-    kept = job_file(job, run)
+    text = render_job(job, template)
+    kept = job_file_path(job, run)
     written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
     for path in written:
-        keep(text, path)
+        write_job_file(text, path)
     print(text, end="")
     if placeholders:
         shown = shlex.join(placeholders)
         print(f"warning: the job has placeholders; set paths of your own: {shown}", file=sys.stderr)
-    print(f"planned: {planned(plan)}", file=sys.stderr)
-    for line in notes(job):
+    print(f"planned: {summarize_plan(plan)}", file=sys.stderr)
+    for line in list_job_warnings(job):
         print(f"note: {line}", file=sys.stderr)
     for path in written:
         print(f"written: {path}", file=sys.stderr)
-    if submitting and submit(job, kept):
+    if submitting and submit_job(job, kept):
         raise typer.Exit(1)

@@ -63,7 +63,7 @@ def command(
     """
     from maxlm.config import load_config
     from maxlm.plan.goodput import Reliability
-    from maxlm.plan.predict import Machine, predict
+    from maxlm.plan.predict import Machine, plan_run
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
@@ -89,12 +89,12 @@ def command(
         sizes = mesh_sizes(run.mesh, devices or count_min_devices(run.mesh))
     else:
         _stay_off_devices(on)
-        machine = Machine.of(on)
+        machine = Machine.from_name(on)
     given = {name: value for name, (_, value) in numbers.items() if value is not None}
     found = None
     if machine and search:
         run, found = _search(run, machine, config, top or 10, compile_top, as_json)
-    result = predict(run, machine, sizes=sizes, reliability=Reliability(**given))
+    result = plan_run(run, machine, sizes=sizes, reliability=Reliability(**given))
     out, fits, words, compared = result.to_json(), result.fits, "", {}
     if found:
         out["search"] = found
@@ -115,12 +115,12 @@ def command(
 
         print(json.dumps(out, indent=2, allow_nan=False))
     else:
-        from maxlm.plan.show import comparison, tables
+        from maxlm.plan.show import render_comparison_table, render_plan_tables
 
         console = _console()
-        console.print(tables(result, price=price))
+        console.print(render_plan_tables(result, price=price))
         if compared:
-            console.print(comparison(compared, "The plan beside the compiler"))
+            console.print(render_comparison_table(compared, "The plan beside the compiler"))
         if words:
             console.print(f"\n{words}", markup=False)
         if html:
@@ -136,8 +136,8 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show what differs between two plans."""
-    from maxlm.plan.diff import diff as compare_plans
-    from maxlm.plan.diff import tables
+    from maxlm.plan.diff import compare_plans as compare_plans
+    from maxlm.plan.diff import render_diff_tables
     from maxlm.programs.plans import read_plan
 
     if on:
@@ -148,7 +148,7 @@ def diff(
 
         print(json.dumps(found, indent=2))
         return
-    _console().print(tables(found, (first, second)))
+    _console().print(render_diff_tables(found, (first, second)))
 
 
 def _console(file: TextIO | None = None) -> "Console":
@@ -203,11 +203,11 @@ def _search(
     from dataclasses import asdict
     from math import inf
 
-    from maxlm.plan.search import search, snippet
-    from maxlm.plan.show import candidates, human_bytes
+    from maxlm.plan.search import format_run_yaml, search_layouts
+    from maxlm.plan.show import format_bytes, render_candidates_table
     from maxlm.programs.plans import verified
 
-    found = search(run, machine, top=max(top, verify))
+    found = search_layouts(run, machine, top=max(top, verify))
     counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
     console = _console(sys.stderr if quiet else sys.stdout)
     limit = machine.chip.memory
@@ -219,7 +219,7 @@ def _search(
     if not found.best:
         words = "none divides: batch, sequence, heads and layers must divide over the devices"
         if found.possible:
-            words = f"none fits; the least that any needs is {human_bytes(found.least)} a device"
+            words = f"none fits; the least that any needs is {format_bytes(found.least)} a device"
         if found.fitting:
             words = f"none that fits can be: {found.refusal}"
         console.print(words, markup=False)
@@ -227,13 +227,13 @@ def _search(
             print(json.dumps({"fits": False, "search": {**counts, "best": []}}, indent=2))
         raise typer.Exit(1)
     peaks = verified(run, machine, found.best[:verify])
-    console.print(candidates(found, limit, peaks))
+    console.print(render_candidates_table(found, limit, peaks))
     good = [i for i in (peaks or range(len(found.best))) if peaks.get(i, 0) <= limit]
     if not good:
         console.print("none of those compiled fits by the compiler's account")
         raise typer.Exit(1)
     winner = found.best[good[0]].apply(run)
-    text = snippet(winner, source)
+    text = format_run_yaml(winner, source)
     console.print("\n# the quickest, as a config for maxlm train", markup=False)
     console.print(text, markup=False)
     best = [

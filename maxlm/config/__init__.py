@@ -4,7 +4,7 @@ from maxlm.config.assets import find_asset, list_shipped_configs, resolve_config
 from maxlm.config.base import Config, FileName, add_default_tag
 from maxlm.config.compare import ABSENT, compare_configs
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Origin
+from maxlm.config.keys import SettingOrigin
 from maxlm.config.load import LoadedConfig, load_config
 from maxlm.config.local_path import LocalPath, check_local_path
 from maxlm.config.show import build_json_schema, to_annotated_yaml, to_yaml
@@ -16,7 +16,7 @@ __all__ = [
     "LoadedConfig",
     "LocalPath",
     "MaxlmError",
-    "Origin",
+    "SettingOrigin",
     "add_default_tag",
     "build_json_schema",
     "check_local_path",

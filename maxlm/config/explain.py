@@ -12,7 +12,7 @@ from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import (
     COMMAND_LINE,
     Key,
-    Origin,
+    SettingOrigin,
     format_value,
     get_child,
     get_descendant,
@@ -41,7 +41,7 @@ _WANTED = {
 
 @dataclass
 class ConfigFault:
-    """What pydantic found wrong at one key: several errors when a union's members all fail."""
+    """The errors that pydantic reports for one key: several where all members of a union fail."""
 
     key: Key
     kinds: list[Any]
@@ -205,7 +205,7 @@ def _culprit(kinds: list[Any], data: Any, text: str, key: Key) -> Key | None:
 
 def _origins(tree: SettingsTree, key: Key, text: str) -> str:
     """Where the settings that `text` names below `key` were written; else where `key` was."""
-    found: list[Origin] = []
+    found: list[SettingOrigin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
         parts: Key = tuple(int(part) if part.isdigit() else part for part in word.split("."))
         for mentioned in (key + parts, parts if "." in word else key + parts):

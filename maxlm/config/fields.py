@@ -1,4 +1,4 @@
-"""What a config class allows at each key: the tree of its field types."""
+"""The types that a config class allows at each key."""
 
 import ast
 import collections.abc

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maxlm.config.assets import find_shipped_config, find_similar_configs
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Origin, format_path, format_value
+from maxlm.config.keys import SettingOrigin, format_path, format_value
 from maxlm.config.yaml_text import SizeLimit, YamlDocument, parse_yaml
 
 
@@ -26,7 +26,7 @@ def read_documents(
     """
     size = size or SizeLimit()
     size.num_values += 200  # A file costs more to read than what it holds.
-    size.add(None, 0, Origin(format_path(path)), ())
+    size.add(None, 0, SettingOrigin(format_path(path)), ())
     document = read_document(path, size)
     settings = dict(document.data)
     include = settings.pop("include", [])
@@ -66,10 +66,10 @@ def read_document(path: Path, size: SizeLimit | None = None) -> YamlDocument:
     if document.data is not None and not isinstance(document.data, dict):
         what = "a config must be a mapping of keys to values"
         raise MaxlmError(what, where=str(document.origins[()]))
-    return YamlDocument(document.data or {}, {**document.origins, (): Origin(name)})
+    return YamlDocument(document.data or {}, {**document.origins, (): SettingOrigin(name)})
 
 
-def _included(includer: Path, name: str, origin: Origin) -> Path:
+def _included(includer: Path, name: str, origin: SettingOrigin) -> Path:
     path = Path(os.path.normpath(includer.parent / Path(name).expanduser()))
     if path.is_file():
         return path

@@ -14,7 +14,7 @@ _OVERRIDE_KEY = re.compile(r"[^\s.\[\]=]+(?:\.[^\s.\[\]=]+|\[\d+\])*")
 
 
 @dataclass(frozen=True)
-class Origin:
+class SettingOrigin:
     """Where a value was written: a file and line, the command line, or nowhere (a default)."""
 
     source: str
@@ -24,8 +24,8 @@ class Origin:
         return self.source if self.line is None else f"{self.source}:{self.line}"
 
 
-DEFAULT = Origin("default")
-COMMAND_LINE = Origin("command line")
+DEFAULT = SettingOrigin("default")
+COMMAND_LINE = SettingOrigin("command line")
 
 
 def join_key(key: Iterable[str | int]) -> str:

@@ -11,7 +11,7 @@ from maxlm.config.assets import resolve_config
 from maxlm.config.base import Config
 from maxlm.config.errors import MaxlmError
 from maxlm.config.explain import describe_validation_error, locate_error
-from maxlm.config.keys import DEFAULT, Origin, flatten, join_key
+from maxlm.config.keys import DEFAULT, SettingOrigin, flatten, join_key
 from maxlm.config.merge import SettingsTree, build_tree
 from maxlm.config.yaml_text import SizeLimit
 
@@ -23,7 +23,7 @@ class LoadedConfig(Generic[C]):
     """A config and where each of its values comes from."""
 
     value: C
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, SettingOrigin]
     """For each leaf, by dotted key (``data.sources.0.weight``): file and line, command line,
     or default."""
 

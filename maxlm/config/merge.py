@@ -10,7 +10,7 @@ from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import (
     COMMAND_LINE,
     Key,
-    Origin,
+    SettingOrigin,
     format_value,
     get_child,
     get_descendant,
@@ -26,15 +26,15 @@ class SettingsTree:
     """Plain settings and where each of their nodes was written."""
 
     settings: dict[str, Any]
-    origins: Mapping[Key, Origin]
+    origins: Mapping[Key, SettingOrigin]
 
-    def locate(self, key: Key) -> Origin:
+    def locate(self, key: Key) -> SettingOrigin:
         """Where the node at `key` was written, else its nearest parent that was."""
         while key not in self.origins and key:
             key = key[:-1]
         return self.origins.get(key, COMMAND_LINE)
 
-    def find_value_origin(self, key: Key) -> Origin | None:
+    def find_value_origin(self, key: Key) -> SettingOrigin | None:
         """Where the value a config holds at `key` comes from; None for a default."""
         if key in self.origins:
             return self.origins[key]
@@ -104,7 +104,9 @@ def _override(tree: SettingsTree, override: str) -> SettingsTree:
     return _merge(SettingsTree(tree.settings, origins), key, document)
 
 
-def _relaid(origins: Mapping[Key, Origin], key: Key, document: YamlDocument) -> dict[Key, Origin]:
+def _relaid(
+    origins: Mapping[Key, SettingOrigin], key: Key, document: YamlDocument
+) -> dict[Key, SettingOrigin]:
     """The origins after `document` was merged in at `key`; what it replaced is forgotten."""
     paths = document.origins
     replaced = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Key, Origin, format_value, get_child, join_key, split_key
+from maxlm.config.keys import Key, SettingOrigin, format_value, get_child, join_key, split_key
 from maxlm.config.yaml_text import SizeLimit
 
 # Pairs of backslashes, which stand for one each, before an escaped or a true reference.
@@ -27,7 +27,7 @@ class ReferenceResolver:
     """Replaces the references in plain settings by what they stand for."""
 
     settings: dict[str, Any]
-    locate: Callable[[Key], Origin]
+    locate: Callable[[Key], SettingOrigin]
     size: SizeLimit = field(default_factory=SizeLimit)
 
     def expand(self, node: Any, key: Key = (), depth: int = 0) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from maxlm.config.errors import MaxlmError
-from maxlm.config.keys import Key, Origin, format_value, join_key
+from maxlm.config.keys import Key, SettingOrigin, format_value, join_key
 
 MAX_VALUES, MAX_DEPTH = 20_000, 64
 _STR = "tag:yaml.org,2002:str"
@@ -56,7 +56,7 @@ class SizeLimit:
     num_values: int = 0
     """Values so far; a text counts once more for every 100 characters."""
 
-    def add(self, value: Any, depth: int, origin: Origin, key: Key) -> None:
+    def add(self, value: Any, depth: int, origin: SettingOrigin, key: Key) -> None:
         """
         Raises:
             MaxlmError: there are too many values by now, or levels above this one.
@@ -70,7 +70,7 @@ class SizeLimit:
             fix = "write less (aliases, includes and ${...} count as what they stand for)"
             raise MaxlmError(what, where=where, fix=fix)
 
-    def add_tree(self, node: Any, origin: Origin, key: Key = ()) -> None:
+    def add_tree(self, node: Any, origin: SettingOrigin, key: Key = ()) -> None:
         """Count a value and everything below it; raises as :meth:`add` does."""
         self.add(node, len(key), origin, key)
         if isinstance(node, dict | list):
@@ -83,10 +83,10 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = _resolvers()
 
-    def __init__(self, text: str, origin: Callable[[yaml.Mark], Origin], size: SizeLimit):
+    def __init__(self, text: str, origin: Callable[[yaml.Mark], SettingOrigin], size: SizeLimit):
         super().__init__(text)
         self.origin, self.size, self.depth = origin, size, 0
-        self.origins: dict[Key, Origin] = {}
+        self.origins: dict[Key, SettingOrigin] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -101,7 +101,7 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def build(self, node: yaml.Node, at: Origin, key: Key) -> Any:
+    def build(self, node: yaml.Node, at: SettingOrigin, key: Key) -> Any:
         """Returns a node as plain data; records where it and all below it stand."""
         self.origins[key] = at
         self.size.add(node.value, len(key), at, key)
@@ -117,7 +117,7 @@ class _Loader(yaml.SafeLoader):
             ]
         return self.construct_object(node)
 
-    def _pairs(self, node: yaml.Node, at: Origin, key: Key, depth: int) -> dict[str, Any]:
+    def _pairs(self, node: yaml.Node, at: SettingOrigin, key: Key, depth: int) -> dict[str, Any]:
         """Name → its place and value; those of ``<<`` count less than a mapping's own."""
         if not isinstance(node, yaml.MappingNode):
             raise MaxlmError("<< takes a mapping or a list of mappings", where=str(at))
@@ -172,7 +172,7 @@ class YamlDocument:
     """Plain data (dict, list, str, int, float, bool, None) and where each of its nodes stands."""
 
     data: Any
-    origins: dict[Key, Origin]
+    origins: dict[Key, SettingOrigin]
 
 
 def parse_yaml(
@@ -192,18 +192,18 @@ def parse_yaml(
             allowed, or too much of it all.
     """
 
-    def origin(mark: yaml.Mark | None) -> Origin:
-        return Origin(source, mark.line + 1 if lines and mark else None)
+    def origin(mark: yaml.Mark | None) -> SettingOrigin:
+        return SettingOrigin(source, mark.line + 1 if lines and mark else None)
 
     try:
         loader = _Loader(text, origin, size or SizeLimit())
         node = loader.get_single_node()
         if node is None:
-            return YamlDocument(None, {(): Origin(source)})
+            return YamlDocument(None, {(): SettingOrigin(source)})
         data = loader.build(node, origin(node.start_mark), ())
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        where = Origin(source, line if lines else None)
+        where = SettingOrigin(source, line if lines else None)
         raise MaxlmError(
             f"not YAML: character U+{_codepoint(error.character):04X} is not allowed",
             where=str(where),

@@ -27,7 +27,7 @@ Box = tuple[slice, ...]
 T = TypeVar("T")
 
 
-class Array:
+class ZarrArray:
     """A stored array; :func:`create` or :func:`open_array` makes it."""
 
     def __init__(self, store: Any, where: str):
@@ -51,7 +51,7 @@ class Array:
         values = np.empty(self.shape[len(index) :], self.dtype)
         here = self._store[index] if index else self._store
         with _Explained(self._where):
-            parts = boxes(values.shape, self.file_shape[len(index) :])
+            parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
             begun = ((box, here[box].read()) for box in parts)
             for box, reading in _few_at_once(begun, values.nbytes):
                 values[box] = reading.result()
@@ -71,13 +71,13 @@ class Array:
         assert values.shape == self.shape[len(index) :]
         here = self._store[index] if index else self._store
         with _Explained(self._where, _WRITING):
-            parts = boxes(values.shape, self.file_shape[len(index) :])
+            parts = split_into_boxes(values.shape, self.file_shape[len(index) :])
             begun = (here[box].write(values[box]) for box in parts)
             for writing in _few_at_once(begun, values.nbytes):
                 writing.result()
 
 
-def boxes(shape: Shape, step: Shape) -> Iterator[Box]:
+def split_into_boxes(shape: Shape, step: Shape) -> Iterator[Box]:
     """The parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
     axes = [range(0, size, width) for size, width in zip(shape, step, strict=True)]
     for starts in product(*axes):
@@ -85,13 +85,13 @@ def boxes(shape: Shape, step: Shape) -> Iterator[Box]:
         yield tuple(slice(start, min(start + width, size)) for start, width, size in corners)
 
 
-def create(folder: Path, shape: Shape, lead: int) -> Array:
+def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
     """A new fp32 array, to be written whole, in slices at ``lead`` leading indices.
 
     Raises:
         MaxlmError: the folder cannot be written.
     """
-    tile, file = chunking(shape[lead:])
+    tile, file = choose_chunk_shapes(shape[lead:])
     tile, file = (1,) * lead + tile, (1,) * lead + file
     codecs = [
         {"name": "bytes", "configuration": {"endian": "little"}},
@@ -107,10 +107,10 @@ def create(folder: Path, shape: Shape, lead: int) -> Array:
     }
     store = {"driver": "file", "path": f"{folder.resolve()}/"}
     with _Explained(str(folder), _WRITING):
-        return Array(_open(store, {"metadata": metadata, "create": True}), str(folder))
+        return ZarrArray(_open(store, {"metadata": metadata, "create": True}), str(folder))
 
 
-def open_array(folder: Path, name: str) -> Array:
+def open_array(folder: Path, name: str) -> ZarrArray:
     """An array of the state of a checkpoint, whether one file holds many arrays (OCDBT) or not.
 
     Raises:
@@ -123,10 +123,10 @@ def open_array(folder: Path, name: str) -> Array:
         store["path"] += f"{name}/"
     where = str(folder / name)
     with _Explained(where):
-        return Array(_open(store, {}), where)
+        return ZarrArray(_open(store, {}), where)
 
 
-def chunking(shape: Shape) -> tuple[Shape, Shape]:
+def choose_chunk_shapes(shape: Shape) -> tuple[Shape, Shape]:
     """Shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
     tile = _halved(shape, TILE_BYTES // 4)
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
@@ -153,7 +153,7 @@ def _open(store: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def _few_at_once(begun: Iterator[T], nbytes: int) -> Iterator[T]:
-    """What an iterator begins, in order and only so much ahead as an eighth of ``nbytes``.
+    """Yields what an iterator begins, in order, at most an eighth of ``nbytes`` ahead.
 
     TensorStore holds each file twice while it is on its way, as values and compressed.
     """

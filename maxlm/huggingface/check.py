@@ -1,4 +1,4 @@
-"""Whether a family's table, the files and our parameters agree; asked before any writing."""
+"""Checks that a family's table, the files and our parameters agree, before anything is written."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -7,17 +7,20 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.dtypes import is_floating
-from maxlm.huggingface.files import Stored, pieces
-from maxlm.models.families.entries import Entry
+from maxlm.huggingface.files import StoredTensor, iterate_pieces
+from maxlm.models.families.entries import TensorEntry
 
 _OTHER_CONFIG = "check that the config is this model's"
 _SHOWN = 4
 
 
-def matched(
-    tensors: Mapping[str, Stored], entries: Sequence[Entry], ignored: Iterable[str], where: str
-) -> list[tuple[Stored, Entry]]:
-    """The tensor of each entry: that of its name or, if the files lack it, of an alias.
+def match_entries(
+    tensors: Mapping[str, StoredTensor],
+    entries: Sequence[TensorEntry],
+    ignored: Iterable[str],
+    where: str,
+) -> list[tuple[StoredTensor, TensorEntry]]:
+    """Returns the tensor of each entry: by its name or, where the files lack it, by an alias.
 
     Args:
         ignored: patterns (``*.inv_freq``) of names that may be in the files without being used.
@@ -26,8 +29,8 @@ def matched(
         MaxlmError: a tensor that the files lack, one that no entry uses, one of another shape, one
             that does not hold floating-point numbers, or two that should be the same and are not.
     """
-    pairs: list[tuple[Stored, Entry]] = []
-    again: list[tuple[Stored, Stored]] = []
+    pairs: list[tuple[StoredTensor, TensorEntry]] = []
+    again: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
     left = dict(tensors)
     for entry in entries:
@@ -50,8 +53,10 @@ def matched(
     return pairs
 
 
-def check_places(entries: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """That the table fills every element of every parameter once.
+def check_coverage(
+    entries: Iterable[TensorEntry], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Checks that the table fills every element of every parameter exactly once.
 
     Returns:
         The number of leading indices at which each parameter is cut.
@@ -83,7 +88,7 @@ def check_places(entries: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]
     return leads
 
 
-def _check_fits(stored: Stored, entry: Entry) -> None:
+def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
     where = str(stored.path)
     if stored.shape != tuple(entry.shape):
         there, here = list(stored.shape), list(entry.shape)
@@ -94,9 +99,10 @@ def _check_fits(stored: Stored, entry: Entry) -> None:
         raise MaxlmError(what, where=where, fix="use the model in bf16, fp16 or fp32")
 
 
-def _check_same(one: Stored, other: Stored) -> None:
+def _check_same(one: StoredTensor, other: StoredTensor) -> None:
     same = one.dtype == other.dtype and all(
-        a.tobytes() == b.tobytes() for a, b in zip(pieces(one), pieces(other), strict=True)
+        a.tobytes() == b.tobytes()
+        for a, b in zip(iterate_pieces(one), iterate_pieces(other), strict=True)
     )
     if not same:
         what = f"{other.name} differs from {one.name}, which this model ties it to"

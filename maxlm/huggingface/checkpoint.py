@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.arrays import Array, Shape, boxes, create, open_array
+from maxlm.huggingface.arrays import Shape, ZarrArray, create_array, open_array, split_into_boxes
 from maxlm.huggingface.writer import PARTIAL
 
 ReadSlice = Callable[[Shape], np.ndarray]
@@ -34,7 +34,7 @@ _HANDLERS = {
 }
 
 
-class CheckpointWriter:
+class RunCheckpointWriter:
     """A checkpoint in the making; a context manager.
 
     Nothing is made before the first :meth:`declare`; leaving without :meth:`commit` leaves
@@ -52,7 +52,7 @@ class CheckpointWriter:
         self.folder, self.step, self._name = Path(folder).absolute(), step, name
         self._final = self.folder / str(step)
         self._partial = self.folder / f"{step}{_TEMPORARY}"
-        self._arrays: dict[str, Array] = {}
+        self._arrays: dict[str, ZarrArray] = {}
         if self._final.exists():
             fix = "choose another run folder"
             raise MaxlmError(f"a checkpoint of step {step} exists", where=str(folder), fix=fix)
@@ -66,7 +66,7 @@ class CheckpointWriter:
         if not self._arrays:
             shutil.rmtree(self._partial, ignore_errors=True)  # of a writer that was killed
         full = f"{self._name}.{name}"
-        self._arrays[name] = create(self._partial / "state" / full, shape, lead)
+        self._arrays[name] = create_array(self._partial / "state" / full, shape, lead)
 
     def write(self, name: str, index: Shape, values: np.ndarray) -> None:
         """The fp32 slice of a parameter at some leading indices; returns when it is on disk.
@@ -104,7 +104,7 @@ class CheckpointWriter:
             fix = "free some space or rights, run again"
             raise MaxlmError(what, where=str(self.folder), fix=fix) from error
 
-    def __enter__(self) -> "CheckpointWriter":
+    def __enter__(self) -> "RunCheckpointWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,7 +112,7 @@ class CheckpointWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
-class CheckpointReader:
+class RunCheckpointReader:
     """The parameters of a saved checkpoint, by slices, on whatever mesh it was written.
 
     Args:
@@ -144,7 +144,7 @@ class CheckpointReader:
         self.shapes = {name: self.open(name).shape for name in sorted(names)}
         """Of all parameters, by canonical name."""
 
-    def open(self, name: str) -> Array:
+    def open(self, name: str) -> ZarrArray:
         """A parameter's array.
 
         Raises:
@@ -186,14 +186,14 @@ class CheckpointReader:
                 yield lambda index: np.array(_mapped(array, file.name)[index])
 
 
-def _unpack(array: Array, lead: int, file: Any) -> None:
+def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
     try:
         # Writing to a map of a file for which the disk has no room would end the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, array.nbytes)
         else:
             file.truncate(array.nbytes)
-        for box in boxes(array.shape, array.tile_shape):
+        for box in split_into_boxes(array.shape, array.tile_shape):
             values = array.read_box(box)
             for at in np.ndindex(values.shape[:lead]):
                 there = tuple(part.start + i for part, i in zip(box, at, strict=False))
@@ -203,7 +203,7 @@ def _unpack(array: Array, lead: int, file: Any) -> None:
         raise MaxlmError(what, where=str(Path(file.name).parent), fix="free some space") from error
 
 
-def _mapped(array: Array, path: str) -> np.ndarray:
+def _mapped(array: ZarrArray, path: str) -> np.ndarray:
     return np.memmap(path, array.dtype, "r+", shape=array.shape)
 
 

@@ -11,39 +11,39 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.check import check_places, matched
-from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter, ReadSlice
-from maxlm.huggingface.dtypes import NUMPY, Dtypes, is_floating, slabs
-from maxlm.huggingface.files import Stored, read, stored_tensors
+from maxlm.huggingface.check import check_coverage, match_entries
+from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader, RunCheckpointWriter
+from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
+from maxlm.huggingface.files import StoredTensor, list_stored_tensors, read_tensor
 from maxlm.huggingface.writer import SHARD_BYTES, SafetensorsWriter
-from maxlm.models.families.entries import Entry
+from maxlm.models.families.entries import TensorEntry
 
 Progress = Callable[[int, int, str], Any]
 """Called after each tensor: bytes of tensors done, bytes in all, its name."""
 
 
-class Spec(Protocol):
-    """What is asked of a ``ParamSpec``."""
+class HasShape(Protocol):
+    """The part of ``ParamSpec`` that an import reads."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
 
-def silent(done: int, total: int, name: str) -> None:
-    """Show nothing."""
+def ignore_progress(done: int, total: int, name: str) -> None:
+    """Ignores progress."""
 
 
 def import_tensors(
     folder: str | Path,
-    entries: Sequence[Entry],
-    specs: Mapping[str, Spec],
-    writer: CheckpointWriter,
-    progress: Progress = silent,
+    entries: Sequence[TensorEntry],
+    specs: Mapping[str, HasShape],
+    writer: RunCheckpointWriter,
+    progress: Progress = ignore_progress,
     *,
     ignored: Iterable[str] = (),
     lossy: bool = False,
     warn: Callable[[str], object] = lambda line: None,
-) -> Dtypes:
+) -> TensorDtypes:
     """Write all parameters of a folder of safetensors files into a checkpoint, as fp32.
 
     Args:
@@ -61,8 +61,8 @@ def import_tensors(
             once; later: a full disk, or fp64 values that would be rounded.
     """
     shapes = {name: tuple(spec.shape) for name, spec in specs.items()}
-    leads = check_places(entries, shapes)
-    pairs = matched(stored_tensors(folder), entries, ignored, where=str(folder))
+    leads = check_coverage(entries, shapes)
+    pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
     for name, shape in shapes.items():
         writer.declare(name, shape, leads[name])
     total = sum(stored.nbytes for stored, _ in pairs)
@@ -74,16 +74,16 @@ def import_tensors(
         progress(done, total, entry.theirs)
     if bad:
         warn(f"warning: {bad:,} values are NaN or infinite, the first of them in {first}")
-    return Dtypes.common({entry.theirs: stored.dtype for stored, entry in pairs})
+    return TensorDtypes.from_dtypes({entry.theirs: stored.dtype for stored, entry in pairs})
 
 
 def export_tensors(
-    checkpoint: CheckpointReader,
-    entries: Sequence[Entry],
-    dtypes: Dtypes,
+    checkpoint: RunCheckpointReader,
+    entries: Sequence[TensorEntry],
+    dtypes: TensorDtypes,
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     *,
     lossy: bool = False,
     overwrite: bool = False,
@@ -101,7 +101,7 @@ def export_tensors(
             not empty, a damaged checkpoint, values that would change, a full disk. The folder is
             left as it was.
     """
-    leads = check_places(entries, checkpoint.shapes)
+    leads = check_coverage(entries, checkpoint.shapes)
     kinds = {entry.theirs: (dtypes.of(entry.theirs), tuple(entry.shape)) for entry in entries}
     for dtype in {dtype for dtype, _ in kinds.values()}:
         if dtype not in NUMPY or not is_floating(dtype):
@@ -127,16 +127,16 @@ def export_tensors(
 
 
 def _import_one(
-    stored: Stored,
-    entry: Entry,
+    stored: StoredTensor,
+    entry: TensorEntry,
     shapes: Mapping[str, Shape],
-    writer: CheckpointWriter,
+    writer: RunCheckpointWriter,
     lossy: bool,
 ) -> int:
     """Write a tensor's parts, and return how many of its values are not finite."""
     # Apart from the loop, so that nothing of this tensor outlives it.
-    tensor = read(stored, np.dtype(np.float32), lossy=lossy)
-    bad = sum(slab.size - int(np.isfinite(slab).sum()) for slab in slabs(tensor))
+    tensor = read_tensor(stored, np.dtype(np.float32), lossy=lossy)
+    bad = sum(slab.size - int(np.isfinite(slab).sum()) for slab in split_into_slabs(tensor))
     parts = entry.split(tensor)
     del tensor  # where they are copies
     for place, part in zip(entry.ours, parts, strict=True):
@@ -147,11 +147,11 @@ def _import_one(
 
 
 def _export_one(
-    slices: Mapping[str, ReadSlice], entry: Entry, writer: SafetensorsWriter, lossy: bool
+    slices: Mapping[str, ReadSlice], entry: TensorEntry, writer: SafetensorsWriter, lossy: bool
 ) -> None:
     parts = [slices[place.name](place.index) for place in entry.ours]
     writer.write(entry.theirs, entry.join(parts), lossy=lossy)
 
 
-def _names(entry: Entry) -> tuple[str, ...]:
+def _names(entry: TensorEntry) -> tuple[str, ...]:
     return tuple(place.name for place in entry.ours)

@@ -33,7 +33,7 @@ NUMPY = {
 """By their names in safetensors files."""
 
 
-class Dtypes(Config):
+class TensorDtypes(Config):
     """Which number format each tensor has in safetensors files."""
 
     default: str
@@ -44,17 +44,17 @@ class Dtypes(Config):
     def of(self, name: str) -> str:
         return self.exceptions.get(name, self.default)
 
-    def renamed(self, names: Mapping[str, str]) -> "Dtypes":
+    def with_names(self, names: Mapping[str, str]) -> "TensorDtypes":
         """The same under other names.
 
         Args:
             names: old → new, of all tensors.
         """
         kinds = {names[name]: dtype for name, dtype in self.exceptions.items()}
-        return Dtypes(default=self.default, exceptions=kinds)
+        return TensorDtypes(default=self.default, exceptions=kinds)
 
     @classmethod
-    def common(cls, dtypes: Mapping[str, str]) -> "Dtypes":
+    def from_dtypes(cls, dtypes: Mapping[str, str]) -> "TensorDtypes":
         """The shortest description of each tensor's own."""
         default = Counter(dtypes.values()).most_common(1)[0][0]
         return cls(default=default, exceptions={n: d for n, d in dtypes.items() if d != default})
@@ -64,7 +64,9 @@ def is_floating(dtype: str) -> bool:
     return dtype.startswith(("F", "BF"))
 
 
-def cast(values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False) -> np.ndarray:
+def cast_values(
+    values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
+) -> np.ndarray:
     """``values`` as ``dtype``, themselves if they are that already.
 
     Args:
@@ -96,7 +98,7 @@ def cast(values: np.ndarray, dtype: np.dtype, *, where: str, lossy: bool = False
     return result
 
 
-def slabs(values: np.ndarray) -> Iterator[np.ndarray]:
+def split_into_slabs(values: np.ndarray) -> Iterator[np.ndarray]:
     """``values`` in C order as contiguous pieces along its first axis, views where they can be."""
     rows = values if values.ndim else values[None]
     step = max(1, SLAB_BYTES // max(1, math.prod(rows.shape[1:]) * rows.itemsize))

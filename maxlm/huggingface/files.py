@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.dtypes import NUMPY, SLAB_BYTES, cast
+from maxlm.huggingface.dtypes import NUMPY, SLAB_BYTES, cast_values
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,7 +22,7 @@ _AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file."""
 
     name: str
@@ -42,7 +42,7 @@ class Stored:
         return self.size * NUMPY[self.dtype].itemsize
 
 
-def stored_tensors(folder: str | Path) -> dict[str, Stored]:
+def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """All tensors of model.safetensors, or of the shards that its index names; reads only headers.
 
     Raises:
@@ -61,7 +61,9 @@ def stored_tensors(folder: str | Path) -> dict[str, Stored]:
     raise _nothing_to_read(folder)
 
 
-def read(stored: Stored, dtype: np.dtype | None = None, *, lossy: bool = False) -> np.ndarray:
+def read_tensor(
+    stored: StoredTensor, dtype: np.dtype | None = None, *, lossy: bool = False
+) -> np.ndarray:
     """A tensor's values, in its own number format or cast on the way to ``dtype``.
 
     Raises:
@@ -69,13 +71,15 @@ def read(stored: Stored, dtype: np.dtype | None = None, *, lossy: bool = False) 
     """
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
     flat, done = values.reshape(-1), 0
-    for piece in pieces(stored):
-        flat[done : done + len(piece)] = cast(piece, flat.dtype, where=stored.name, lossy=lossy)
+    for piece in iterate_pieces(stored):
+        flat[done : done + len(piece)] = cast_values(
+            piece, flat.dtype, where=stored.name, lossy=lossy
+        )
         done += len(piece)
     return values
 
 
-def pieces(stored: Stored) -> Iterator[np.ndarray]:
+def iterate_pieces(stored: StoredTensor) -> Iterator[np.ndarray]:
     """A tensor's values in order, as 1-D arrays that are only valid until the next."""
     dtype = NUMPY[stored.dtype]
     buffer = np.empty(min(stored.size, SLAB_BYTES // dtype.itemsize), dtype)
@@ -91,7 +95,7 @@ def pieces(stored: Stored) -> Iterator[np.ndarray]:
         raise MaxlmError(f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN) from error
 
 
-def _header(path: Path) -> list[Stored]:
+def _header(path: Path) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -110,7 +114,7 @@ def _header(path: Path) -> list[Stored]:
         if dtype not in NUMPY:
             fix = f"use a version stored as one of {', '.join(NUMPY)}"
             raise MaxlmError(f"{name} is stored as {dtype}", where=str(path), fix=fix)
-        tensors.append(Stored(name, path, dtype, shape, offset))
+        tensors.append(StoredTensor(name, path, dtype, shape, offset))
         offset += tensors[-1].nbytes
     return tensors
 
@@ -132,9 +136,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, Stored]:
+def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
     index = str(folder / INDEX)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             fix = "keep the files beside their index"

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.dtypes import NUMPY, cast, slabs
-from maxlm.huggingface.files import INDEX, SINGLE, Stored
+from maxlm.huggingface.dtypes import NUMPY, cast_values, split_into_slabs
+from maxlm.huggingface.files import INDEX, SINGLE, StoredTensor
 
 SHARD_BYTES = 5_000_000_000
 """As large as published files are."""
@@ -52,7 +52,7 @@ class SafetensorsWriter:
     ):
         self.folder = Path(folder)
         if not overwrite:
-            check_empty(self.folder)
+            check_empty_folder(self.folder)
         self._shards = _shards(tensors, shard_bytes)
         self._places = {t.name: t for _, shard in self._shards.values() for t in shard}
         self._left = set(tensors)
@@ -88,8 +88,8 @@ class SafetensorsWriter:
         dtype, offset = NUMPY[stored.dtype], stored.offset
         file = self._files[stored.path.name]
         try:
-            for slab in slabs(values):
-                data = cast(slab, dtype, where=name, lossy=lossy)
+            for slab in split_into_slabs(values):
+                data = cast_values(slab, dtype, where=name, lossy=lossy)
                 offset += _write_all(file, data, offset)
         except OSError as error:
             raise self._failed(error) from error
@@ -142,7 +142,7 @@ class SafetensorsWriter:
         return MaxlmError(what, where=str(self.folder), fix="free some space or rights, run again")
 
 
-def check_empty(folder: Path) -> None:
+def check_empty_folder(folder: Path) -> None:
     """Refuse a folder in which something lies already, other than leftovers of a killed writer.
 
     Raises:
@@ -155,12 +155,14 @@ def check_empty(folder: Path) -> None:
         raise MaxlmError("the folder is not empty", where=str(folder), fix=fix)
 
 
-def _shards(tensors: Mapping[str, Kind], shard_bytes: int) -> dict[str, tuple[bytes, list[Stored]]]:
-    """Of each file by name, its header and its tensors."""
-    shards: list[list[Stored]] = [[]]
+def _shards(
+    tensors: Mapping[str, Kind], shard_bytes: int
+) -> dict[str, tuple[bytes, list[StoredTensor]]]:
+    """Returns the header and the tensors of each file, by its name."""
+    shards: list[list[StoredTensor]] = [[]]
     filled = 0
     for name, (dtype, shape) in tensors.items():
-        stored = Stored(name, Path(), dtype, tuple(shape), 0)
+        stored = StoredTensor(name, Path(), dtype, tuple(shape), 0)
         if shards[-1] and filled + stored.nbytes > shard_bytes:
             shards.append([])
             filled = 0
@@ -173,7 +175,7 @@ def _shards(tensors: Mapping[str, Kind], shard_bytes: int) -> dict[str, tuple[by
     return {name: _placed(name, shard) for name, shard in zip(names, shards, strict=True)}
 
 
-def _placed(file: str, tensors: list[Stored]) -> tuple[bytes, list[Stored]]:
+def _placed(file: str, tensors: list[StoredTensor]) -> tuple[bytes, list[StoredTensor]]:
     """A file's header, padded to 8 bytes, and its tensors, wide formats first: all lie aligned."""
     tensors = sorted(tensors, key=lambda stored: -NUMPY[stored.dtype].itemsize)
     ends = list(accumulate((stored.nbytes for stored in tensors), initial=0))

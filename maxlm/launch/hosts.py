@@ -36,8 +36,8 @@ _ONE_SLICE = ("skypilot", "tpu-vm")
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """What a scheduler is asked for. One process runs on each host and drives all its devices."""
+class JobHosts:
+    """The hosts that a job asks for. One process runs on each and drives all its devices."""
 
     platform: str
     slices: int
@@ -60,8 +60,8 @@ class Hosts:
         return self.platform == "cpu" or self.count > 1 or self.devices == 8
 
 
-def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -> Hosts:
-    """The hosts of a machine.
+def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | None) -> JobHosts:
+    """Returns the hosts of a machine.
 
     Args:
         name: the machine's, for messages.
@@ -88,17 +88,17 @@ def hosts_of(topology: Topology, scheduler: str, name: str, nodes: int | None) -
                 f"{topology.devices} devices do not divide over --nodes {nodes}",
                 fix="give a divisor of them",
             )
-        return Hosts("cpu", 1, nodes, topology.devices // nodes)
+        return JobHosts("cpu", 1, nodes, topology.devices // nodes)
     if platform == "gpu":
         count, devices = topology.slices * topology.shape[0], topology.shape[1]
         gpu = _SKYPILOT_GPUS.get(topology.kind, topology.kind.upper())
-        found = Hosts("gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu)
+        found = JobHosts("gpu", 1, count, devices, _GKE_GPUS[topology.kind], accelerator_type=gpu)
     else:
         accelerator, prefix, cores = _TPUS[topology.kind]
         chips, own = prod(topology.shape), topology.chips_per_host
         # GKE names the shortest side first, but of one host's 2x2x1.
         sides = topology.shape if topology.shape == (2, 2, 1) else sorted(topology.shape)
-        found = Hosts(
+        found = JobHosts(
             *("tpu", topology.slices, max(chips // own, 1), min(chips, own), accelerator),
             "x".join(map(str, sides)),
             f"{prefix}-{chips * cores}",

@@ -9,23 +9,23 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError, to_yaml
 from maxlm.config.assets import find_shipped_config
-from maxlm.launch.hosts import Hosts, hosts_of
+from maxlm.launch.hosts import JobHosts, resolve_hosts
 from maxlm.launch.options import (
+    JobOptions,
     Mount,
-    Options,
-    check_names,
     check_options,
     check_scheduler,
-    environment,
-    mounts,
-    seconds,
-    secrets,
-    selectors,
-    takes,
+    check_variable_names,
+    parse_env,
+    parse_mounts,
+    parse_node_selectors,
+    parse_secrets,
+    parse_time_limit_seconds,
+    supports_option,
 )
-from maxlm.launch.places import check_places, find_placeholders
-from maxlm.plan.predict import Machine, Plan, predict
-from maxlm.plan.show import human_bytes
+from maxlm.launch.places import check_paths, find_placeholders
+from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.show import format_bytes
 from maxlm.run import RunConfig
 
 RETRIES = 100
@@ -40,8 +40,7 @@ _LONGEST_NAME = 40
 
 @dataclass(frozen=True)
 class Job:
-    """What a template is rendered with: its fields and those of its options, where they are not
-    the same, are the template's variables."""
+    """A scheduler's job. Its fields and those of its options are the template's variables."""
 
     scheduler: str
     name: str
@@ -49,7 +48,7 @@ class Job:
     run: str
     title: str
     """The run and its machine, for a reader."""
-    hosts: Hosts
+    hosts: JobHosts
     maxlm: str
     config: str
     """Of ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
@@ -65,7 +64,7 @@ class Job:
     retries: int
     grace: int
     """Seconds from the notice of a preemption to its end."""
-    options: Options
+    options: JobOptions
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -89,10 +88,10 @@ def make_job(
     *,
     scheduler: str,
     on: str,
-    options: Options = Options(),
+    options: JobOptions = JobOptions(),
     force: bool = False,
     own_template: bool = False,
-) -> tuple[Job, Plan]:
+) -> tuple[Job, RunPlan]:
     """Check a run for a scheduler and a machine, and describe the job that trains it.
 
     Args:
@@ -107,29 +106,29 @@ def make_job(
     """
     check_scheduler(scheduler)
     check_options(options, scheduler)
-    machine = Machine.of(on)
-    hosts = hosts_of(machine.topology, scheduler, on, options.nodes)
-    mounted = mounts(options.mount, scheduler)
+    machine = Machine.from_name(on)
+    hosts = resolve_hosts(machine.topology, scheduler, on, options.nodes)
+    mounted = parse_mounts(options.mount, scheduler)
     inside = scheduler in ("jobset", "skypilot") or (scheduler == "slurm" and options.image)
-    check_places(run, scheduler, mounted, bool(inside), own_template)
+    check_paths(run, scheduler, mounted, bool(inside), own_template)
     name = _job_name(options.name or run.name)
-    limit = None if options.time is None else seconds(options.time)
+    limit = None if options.time is None else parse_time_limit_seconds(options.time)
     retries = RETRIES if options.retries is None else options.retries
     grace = GRACE if options.grace is None else options.grace
-    env = environment(options.env)
+    env = parse_env(options.env)
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
-    secret = secrets(options.secret, scheduler)
-    check_names(env, secret)
-    node_selector = selectors(options.node_selector)
-    plan = predict(run, machine)
+    secret = parse_secrets(options.secret, scheduler)
+    check_variable_names(env, secret)
+    node_selector = parse_node_selectors(options.node_selector)
+    plan = plan_run(run, machine)
     if not plan.fits and not force:
         raise MaxlmError(
-            f"does not fit on {on}: {planned(plan)}",
+            f"does not fit on {on}: {summarize_plan(plan)}",
             where=run.name,
             fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
         )
-    if takes(scheduler, "grace"):
+    if supports_option(scheduler, "grace"):
         _check_grace(grace, plan)
     if limit is not None:
         _check_limit(limit, grace, plan)
@@ -160,23 +159,23 @@ def make_job(
     return job, plan
 
 
-def planned(plan: Plan) -> str:
-    """A plan in one line: memory of a device, and time of a step."""
+def summarize_plan(plan: RunPlan) -> str:
+    """Formats a plan in one line: memory of a device, and time of a step."""
     limit, total = plan.limit or 0.0, float(plan.memory.total)
-    words = f"{human_bytes(total)} of {human_bytes(limit)} a device"
+    words = f"{format_bytes(total)} of {format_bytes(limit)} a device"
     if plan.step_seconds is not None:
         words += f", {plan.step_seconds:.3g} s a step"
     return words
 
 
-def notes(job: Job) -> list[str]:
-    """What is no mistake, and still not what its options say."""
+def list_job_warnings(job: Job) -> list[str]:
+    """Returns warnings about options that the scheduler may not honour."""
     if job.scheduler == "jobset" and job.options.spot and job.grace > SPOT_GRACE:
         return [f"GKE's Spot nodes give {SPOT_GRACE} s, not {job.grace}, unless their pool says so"]
     return []
 
 
-def _check_grace(grace: int, plan: Plan) -> None:
+def _check_grace(grace: int, plan: RunPlan) -> None:
     """A step that has begun is finished before the state is saved."""
     step = plan.step_seconds or 0.0
     if grace <= step:
@@ -186,7 +185,7 @@ def _check_grace(grace: int, plan: Plan) -> None:
         )
 
 
-def _check_limit(limit: int, grace: int, plan: Plan) -> None:
+def _check_limit(limit: int, grace: int, plan: RunPlan) -> None:
     least = START_UP + grace + (plan.step_seconds or 0.0)
     if limit < least:
         raise MaxlmError(
@@ -209,8 +208,8 @@ def _job_name(name: str) -> str:
 def _config(
     run: RunConfig, source: str, settings: Sequence[str], seen: bool, name: str
 ) -> tuple[str, Sequence[str], str]:
-    """What ``maxlm train`` is to be given: config, settings, and the config's text where the job
-    has not ``seen`` this machine's files."""
+    """Returns the arguments of ``maxlm train``: config, settings, and the config's text where
+    the job does not see this machine's files (``seen``)."""
     path = Path(source).expanduser()
     if not path.is_file() and find_shipped_config(source):
         return source, settings, ""

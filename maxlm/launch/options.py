@@ -1,4 +1,4 @@
-"""What a user may say of a job, who understands it, and how it is written."""
+"""Options of a job: which scheduler takes which, and how each is written."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Options:
+class JobOptions:
     """Settings of a job; None or empty: the scheduler's own default."""
 
     name: str | None = None
@@ -81,12 +81,12 @@ def check_scheduler(name: str) -> None:
         raise MaxlmError(f"no scheduler '{name}'", fix=f"{hint}use one of {', '.join(SCHEDULERS)}")
 
 
-def takes(scheduler: str, option: str) -> bool:
-    """Whether a scheduler has a use for an option."""
+def supports_option(scheduler: str, option: str) -> bool:
+    """Returns whether a scheduler takes an option."""
     return scheduler in _ONLY.get(option, SCHEDULERS)
 
 
-def check_options(options: Options, scheduler: str) -> None:
+def check_options(options: JobOptions, scheduler: str) -> None:
     """Refuse what the scheduler would have to ignore.
 
     Raises:
@@ -115,7 +115,7 @@ def check_options(options: Options, scheduler: str) -> None:
         _check_skypilot(options)
 
 
-def _check_skypilot(options: Options) -> None:
+def _check_skypilot(options: JobOptions) -> None:
     priority, image = options.priority, options.image
     if priority and not (re.fullmatch("[0-9]+", priority) and int(priority) <= 1000):
         raise MaxlmError(f"--priority {priority} is none of SkyPilot's", fix="use 0 to 1000")
@@ -126,7 +126,7 @@ def _check_skypilot(options: Options) -> None:
         )
 
 
-def environment(pairs: Sequence[str]) -> dict[str, str]:
+def parse_env(pairs: Sequence[str]) -> dict[str, str]:
     """``NAME=VALUE`` each.
 
     Raises:
@@ -146,7 +146,7 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
+def parse_secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
     """Where each secret variable comes from: a Kubernetes secret and its key; for the other
     schedulers nothing but its name.
 
@@ -172,7 +172,7 @@ def secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def check_names(env: Mapping[str, str], secret: Mapping[str, tuple[str, str]]) -> None:
+def check_variable_names(env: Mapping[str, str], secret: Mapping[str, tuple[str, str]]) -> None:
     """Refuse a variable that would have two values.
 
     Raises:
@@ -183,7 +183,7 @@ def check_names(env: Mapping[str, str], secret: Mapping[str, tuple[str, str]]) -
             raise MaxlmError(f"{name} is named by --env and by --secret", fix="leave one out")
 
 
-def selectors(pairs: Sequence[str]) -> dict[str, str]:
+def parse_node_selectors(pairs: Sequence[str]) -> dict[str, str]:
     """``KEY=VALUE`` each.
 
     Raises:
@@ -212,16 +212,16 @@ class Mount:
 
     @property
     def bucket(self) -> str:
-        """Of a URL, its bucket's name; else empty."""
+        """The bucket's name of a URL; else empty."""
         return self.source.split("/")[2] if "://" in self.source else ""
 
     @property
     def folder(self) -> str:
-        """Of a URL, what follows the bucket."""
+        """The path behind the bucket of a URL."""
         return "/".join(self.source.split("/")[3:]).rstrip("/")
 
 
-def mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
+def parse_mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
     """``SOURCE:PATH`` each.
 
     Raises:
@@ -270,7 +270,7 @@ def check_url(text: str, where: str) -> None:
         raise MaxlmError(f"'{text}' is no bucket's URL", where=where, fix="write gs:// or s3://")
 
 
-def seconds(text: str) -> int:
+def parse_time_limit_seconds(text: str) -> int:
     """A time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d.
 
     Raises:

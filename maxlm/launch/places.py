@@ -29,7 +29,7 @@ def find_placeholders(run: RunConfig) -> list[str]:
     return [key for key, place in _places(run).items() if place.startswith(PLACEHOLDER)]
 
 
-def check_places(
+def check_paths(
     run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
 ) -> None:
     """There is text, and a run's folder that outlives its hosts, of which all see the same.

@@ -24,13 +24,13 @@ _WORD = re.compile(r"[A-Za-z/](?:[A-Za-z0-9_./:@=+-]*[A-Za-z0-9_./@=+-])?")
 _NO_WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
 
 
-def file_name(scheduler: str) -> str:
-    """Of a rendered job."""
+def job_file_name(scheduler: str) -> str:
+    """Returns the file name of a rendered job."""
     return TEMPLATES[scheduler].rpartition("/")[2].removesuffix(".j2")
 
 
-def render(job: Job, template: Path | None = None) -> str:
-    """The job as its scheduler takes it.
+def render_job(job: Job, template: Path | None = None) -> str:
+    """Renders the job from its scheduler's template.
 
     Args:
         template: the user's own, in place of the shipped one.

@@ -6,20 +6,20 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.launch.job import Job
-from maxlm.launch.render import file_name
+from maxlm.launch.render import job_file_name
 from maxlm.run import RunConfig
 from maxlm.runtime.files import replacing, writing
 
 
-def job_file(job: Job, run: RunConfig) -> Path:
-    """Where a submitted job is kept: in the run's folder, or in runs/ where that is on other
-    machines, or in a container."""
+def job_file_path(job: Job, run: RunConfig) -> Path:
+    """Returns the path that a submitted job is written to: in the run's folder, or in runs/
+    where that folder is on other machines or in a container."""
     here = job.scheduler == "slurm" and not job.options.image
     folder = run.folder if here else "runs"
-    return Path(folder) / run.name / "launch" / file_name(job.scheduler)
+    return Path(folder) / run.name / "launch" / job_file_name(job.scheduler)
 
 
-def keep(text: str, path: Path) -> None:
+def write_job_file(text: str, path: Path) -> None:
     """Write a rendered job.
 
     Raises:
@@ -31,7 +31,7 @@ def keep(text: str, path: Path) -> None:
         temporary.write_text(text)
 
 
-def submit(job: Job, path: Path) -> int:
+def submit_job(job: Job, path: Path) -> int:
     """Hand a job's file to the client of its scheduler, which speaks for itself.
 
     Returns:
@@ -40,7 +40,7 @@ def submit(job: Job, path: Path) -> int:
     Raises:
         MaxlmError: there is no such client here.
     """
-    for command in commands(job, path):
+    for command in list_submit_commands(job, path):
         if shutil.which(command[0]) is None:
             raise MaxlmError(
                 f"{command[0]} is not on the PATH here; the job is kept in this file",
@@ -53,8 +53,8 @@ def submit(job: Job, path: Path) -> int:
     return 0
 
 
-def commands(job: Job, path: Path) -> list[list[str]]:
-    """What submits a job's file, in order."""
+def list_submit_commands(job: Job, path: Path) -> list[list[str]]:
+    """Returns the commands that submit a job's file, in order."""
     file = str(path)
     if job.scheduler == "slurm":
         return [["sbatch", file]]

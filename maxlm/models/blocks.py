@@ -21,8 +21,8 @@ from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Params, bind, cast_matrices, get_values, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.layers import joined, one_of, periods, scan_layers, stacked_up
-from maxlm.parallel.local import LANES, axis_size, layout, spec_of
+from maxlm.parallel.layers import join_periods, scan_layers, split_periods, stack_layers, take_layer
+from maxlm.parallel.local import LANES, axis_size, get_layout, make_spec
 from maxlm.sharding import AxisRules
 
 
@@ -146,7 +146,7 @@ class Block(nnx.Module):
             return self.mlp(x), Aux()
         counted = None
         if inputs.segment_ids is not None:
-            counted = reshard(inputs.segment_ids != 0, spec_of(layout(x)[:2]))
+            counted = reshard(inputs.segment_ids != 0, make_spec(get_layout(x)[:2]))
         y, routed = self.moe(x, counted)
         return y, Aux(routed.loss, sum_expert_loads(routed))
 
@@ -216,7 +216,7 @@ def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
         return x
     to = jnp.finfo(dtype)
     x = lax.reduce_precision(x, to.nexp, to.nmant).astype(dtype)
-    if x.shape[-1] // axis_size(layout(x)[-1]) < LANES:
+    if x.shape[-1] // axis_size(get_layout(x)[-1]) < LANES:
         return x  # a TPU keeps so narrow a shard turned around to begin with
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
@@ -231,10 +231,10 @@ def scan_cached(
     def period(carry, inputs):
         kept = []
         for place, body in enumerate(bodies):
-            own, layers = one_of(inputs, place, count)
+            own, layers = take_layer(inputs, place, count)
             carry, cache = body(bind(stacked, own), carry, layers)
             kept.append(cache)
-        return carry, stacked_up(kept)
+        return carry, stack_layers(kept)
 
-    carry, cache = lax.scan(period, carry, periods((get_values(stacked), held), count))
-    return carry, joined(cache, count)
+    carry, cache = lax.scan(period, carry, split_periods((get_values(stacked), held), count))
+    return carry, join_periods(cache, count)

@@ -20,8 +20,7 @@ from jax.sharding import reshard
 
 from maxlm.config import MaxlmError
 from maxlm.parallel.linear import project as multiply_kernels
-from maxlm.parallel.local import Dims, dimensions, layout
-from maxlm.parallel.local import spec_of as dims_spec
+from maxlm.parallel.local import Dims, get_layout, make_spec, parse_spec
 from maxlm.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
@@ -128,8 +127,10 @@ class ParamUse:
             return held.materialize(self)
         value = held.astype(self.dtype)
         own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
-        used = dimensions(self.rules.spec(*own), value.ndim)
-        if any(have[: len(want)] != want for have, want in zip(layout(value), used, strict=True)):
+        used = parse_spec(self.rules.spec(*own), value.ndim)
+        if any(
+            have[: len(want)] != want for have, want in zip(get_layout(value), used, strict=True)
+        ):
             value = reshard(value, self.rules.spec(*own))  # stored on other axes altogether
         return Weight(value, used)
 
@@ -176,7 +177,7 @@ class GatheredParam(Leaf):
     def materialize(self, use: ParamUse) -> Weight:
         own = use.read(self.value)
         whole = jax.lax.stop_gradient(self.whole).astype(use.dtype)
-        return own._replace(whole=reshard(whole, dims_spec(own.used)))
+        return own._replace(whole=reshard(whole, make_spec(own.used)))
 
 
 def read_weight(param: nnx.Param, rules: AxisRules, dtype: Any) -> Weight:
@@ -188,7 +189,7 @@ def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
     """A parameter cast to ``dtype`` and moved to its compute layout; for small ones, whose
     gradient may be reduced whole, and where there is no gradient."""
     own = read_weight(param, rules, dtype)
-    return reshard(own.value, dims_spec(own.used))
+    return reshard(own.value, make_spec(own.used))
 
 
 def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:

@@ -11,13 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.parallel import blocks, ulysses
-from maxlm.parallel.context import ByDistance, ContextMethod, Split, check_context
-from maxlm.parallel.local import Axes, axis_numbers, axis_size, on_shards, spec_of
+from maxlm.parallel.context import ContextMethod, DistanceBias, SequenceSplit, check_context
+from maxlm.parallel.local import Axes, axis_indices, axis_size, make_spec, map_shards
 from maxlm.sharding import AxisRules
-from pallas_kernels.attention import attention_backward, attention_forward, row_delta
+from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
 
-def write_slots(
+def write_cache_slots(
     cache: jax.Array, new: jax.Array, positions: jax.Array, *, rules: AxisRules
 ) -> jax.Array:
     """``cache`` with ``new`` written over the slots ``positions`` of each row; no communication.
@@ -35,7 +35,7 @@ def write_slots(
         rows = jnp.arange(cache.shape[0])[:, None]
         return cache.at[rows, positions].set(new.astype(cache.dtype), mode="drop")
 
-    return on_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
+    return map_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
         cache, new, positions
     )
 
@@ -69,8 +69,8 @@ def sharded_attention(
         slopes [N] and biases [N, 2R + 1] whole, or by heads; and, where the sequence is split,
 
         method: how the devices that share a sequence exchange it.
-        balanced: rows stand in the balanced order of :func:`~maxlm.parallel.context.sequence_order`
-            for the number of shards; masks compare places in the sequence, not in the arrays.
+        balanced: rows stand in the balanced order of ``context.sequence_order_indices`` for the
+            number of shards; masks compare places in the sequence, not in the arrays.
 
     Returns:
         [B, S, N, Hv] in v's dtype, laid out as q.
@@ -86,8 +86,8 @@ def sharded_attention(
     check_context(q.shape[1], q.shape[2], k.shape[2], rules=rules, sizes=sizes, **options)
     if axes and (q_positions is not None or q.shape[1] != k.shape[1]):
         raise ValueError("with a split sequence, attention is over the tokens of the batch alone")
-    split = Split(axes, method, balanced, causal, window, scale, soft_cap)
-    added = ByDistance(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases)))
+    split = SequenceSplit(axes, method, balanced, causal, window, scale, soft_cap)
+    added = DistanceBias(*(_by_heads(x, q.shape[2], rules) for x in (slopes, biases)))
     o: Any = _sharded(q, k, v, added, (q_positions, segment_ids), rules, split)
     return o
 
@@ -116,9 +116,9 @@ def _forward(q, k, v, added, where, rules, split):
             return run.forward(split, numbers["seq"][0], q, k, v, where[1], added)
         return attention_forward(q, k, v, **_whole(split, added, where))
 
-    numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
+    numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
     specs = at.operands(added, where)
-    o, lse = on_shards(local, in_specs=specs, out_specs=(at.queries, at.lse))(
+    o, lse = map_shards(local, in_specs=specs, out_specs=(at.queries, at.lse))(
         q, k, v, added, where, numbers
     )
     # Named here and not outside: the backward pass wants both, or attention is computed again.
@@ -138,27 +138,27 @@ def _backward(rules, split, saved, d_o):
             grads = run.backward(split, numbers["seq"][0], *saved)
         else:
             options = _whole(split, added, where)
-            delta = row_delta(o, d_o)
+            delta = compute_row_delta(o, d_o)
             grads = attention_backward(q, own_k, own_v, lse, delta, d_o, dtype=q.dtype, **options)
         d_q, d_k, d_v, *d_biases = grads
         d_k, d_v = (at.all_heads(d, x, numbers) for d, x in ((d_k, k), (d_v, v)))
         d_biases = lax.psum(d_biases, at.tokens) if at.tokens else d_biases
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_biases
 
-    numbers = {name: axis_numbers(axes) for name, axes in at.numbered.items()}
-    *grads, d_biases = on_shards(
+    numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
+    *grads, d_biases = map_shards(
         local,
         in_specs=(*at.operands(added, where), at.queries, at.lse, at.queries),
         out_specs=(at.queries, at.keys, at.keys, at.heads),
     )(q, k, v, added, where, numbers, o, lse, d_o)
-    return *grads, ByDistance(None, *d_biases), None
+    return *grads, DistanceBias(None, *d_biases), None
 
 
 _sharded.defvjp(_forward, _backward)
 
 
-def _whole(split: Split, added: ByDistance, where: Any) -> dict[str, Any]:
-    """Of the kernel, where the sequence is whole."""
+def _whole(split: SequenceSplit, added: DistanceBias, where: Any) -> dict[str, Any]:
+    """Returns the kernel's arguments where the sequence is not split."""
     positions, segments = where
     placed = {"q_positions": positions, "segment_ids": segments}
     return {**placed, **split.mask, **split.scores, **added._asdict()}
@@ -181,7 +181,7 @@ class _Layout(NamedTuple):
     """Query heads that read one kv head."""
 
     @classmethod
-    def of(cls, rules: AxisRules, split: Split, q: jax.Array, k: jax.Array) -> "_Layout":
+    def of(cls, rules: AxisRules, split: SequenceSplit, q: jax.Array, k: jax.Array) -> "_Layout":
         batch, seq, heads = (rules.mesh_axes(axis) for axis in ("batch", "seq", "heads"))
         whole_rows = split.axes and split.method == "ulysses"
         lse = ((), heads + seq) if whole_rows else (seq, heads)
@@ -191,17 +191,17 @@ class _Layout(NamedTuple):
             keys=rules.spec("batch", "seq", "kv_heads", None),
             rows=rules.spec("batch", "seq"),
             heads=rules.spec("heads"),
-            lse=spec_of((batch, *lse)),
+            lse=make_spec((batch, *lse)),
             numbered={name: axes for name, axes in numbered.items() if axes},
             tokens=batch + seq,
             num_kv_heads=k.shape[2],
             group=q.shape[2] // k.shape[2],
         )
 
-    def operands(self, added: ByDistance, where: Any) -> tuple[Any, ...]:
+    def operands(self, added: DistanceBias, where: Any) -> tuple[Any, ...]:
         """Specs of q, k, v, what is added to scores, positions and segments, and the devices'
         numbers."""
-        numbers = {name: spec_of((axes,)) for name, axes in self.numbered.items()}
+        numbers = {name: make_spec((axes,)) for name, axes in self.numbered.items()}
         by_head = jax.tree.map(lambda _: self.heads, added)
         rows = jax.tree.map(lambda _: self.rows, where)
         return self.queries, self.keys, self.keys, by_head, rows, numbers

@@ -12,16 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.context import ByDistance, Split
+from maxlm.parallel.context import DistanceBias, SequenceSplit
 from maxlm.parallel.local import gather, reduce
-from pallas_kernels.attention import attention_backward, attention_forward, merge, row_delta
+from pallas_kernels.attention import (
+    attention_backward,
+    attention_forward,
+    compute_row_delta,
+    merge_attention,
+)
 
 Segments = tuple[jax.Array, jax.Array] | None
-Sums = tuple[jax.Array, jax.Array]
+KeyValueGradients = tuple[jax.Array, jax.Array]
 """dK and dV of one device's keys, fp32."""
 
 
-class Block(NamedTuple):
+class KeyValueBlock(NamedTuple):
     """The keys of one device, or of all."""
 
     k: jax.Array
@@ -29,20 +34,20 @@ class Block(NamedTuple):
     segments: jax.Array | None
 
 
-Own = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+QueryGradients = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 """What stays with the queries, fp32: dQ's chunks; the biases' gradient, where there are any."""
-Partial = tuple[tuple[jax.Array, jax.Array], ...]
+PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
 """For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
 
 
 def forward(
-    split: Split,
-    number: jax.Array,
+    split: SequenceSplit,
+    device_index: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
-    added: ByDistance,
+    added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
     """This device's rows of the output, and their log-sum-exps.
 
@@ -58,19 +63,19 @@ def forward(
     """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
-    queries = _Queries.cut(split, number, q_segments, q, added=added)
-    o, lse = zip(*run(split, queries, Block(k, v, k_segments)), strict=True)
+    queries = _Queries.cut(split, device_index, q_segments, q, added=added)
+    o, lse = zip(*run(split, queries, KeyValueBlock(k, v, k_segments)), strict=True)
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
 
 def backward(
-    split: Split,
-    number: jax.Array,
+    split: SequenceSplit,
+    device_index: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
-    added: ByDistance,
+    added: DistanceBias,
     o: jax.Array,
     lse: jax.Array,
     d_o: jax.Array,
@@ -85,35 +90,35 @@ def backward(
     """
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
-    arrays = q, lse, row_delta(o, d_o), d_o
-    queries = _Queries.cut(split, number, q_segments, *arrays, added=added)
-    (d_q, d_biases), (d_k, d_v) = run(split, queries, Block(k, v, k_segments))
+    arrays = q, lse, compute_row_delta(o, d_o), d_o
+    queries = _Queries.cut(split, device_index, q_segments, *arrays, added=added)
+    (d_q, d_biases), (d_k, d_v) = run(split, queries, KeyValueBlock(k, v, k_segments))
     return jnp.concatenate(d_q, axis=1), d_k, d_v, *d_biases
 
 
 class _Queries(NamedTuple):
     """A device's own rows, in chunks of neighbours."""
 
-    split: Split
+    split: SequenceSplit
     number: jax.Array
     segments: tuple[Any, ...]
     arrays: tuple[tuple[jax.Array, ...], ...]
     """For each chunk: its q, and in the backward pass lse, delta and d_o."""
-    added: ByDistance
+    added: DistanceBias
 
     @classmethod
     def cut(
         cls,
-        split: Split,
+        split: SequenceSplit,
         number: jax.Array,
         segments: Any,
         *arrays: jax.Array,
-        added: ByDistance = ByDistance(),
+        added: DistanceBias = DistanceBias(),
     ) -> "_Queries":
         pieces = zip(*(_cut(x, split) for x in arrays), strict=True)
         return cls(split, number, _cut(segments, split), tuple(pieces), added)
 
-    def pairs(self, block: Block, number: jax.Array | None) -> Iterator["_Pair"]:
+    def pairs(self, block: KeyValueBlock, number: jax.Array | None) -> Iterator["_Pair"]:
         """Chunks of queries with chunks of a block's keys, but for those that the mask empties on
         every device. A chunk of queries meets the nearest keys first.
 
@@ -150,7 +155,9 @@ class _Queries(NamedTuple):
                     live = (key_starts[b] < starts[a]) & (oldest < key_starts[b] + size)
                 yield _Pair(a, b, k, v, mask, live)
 
-    def fold(self, block: Block, number: jax.Array | None, partial: Partial | None) -> Partial:
+    def fold(
+        self, block: KeyValueBlock, number: jax.Array | None, partial: PartialOutput | None
+    ) -> PartialOutput:
         """``partial`` (None: nothing yet) with a block of keys added."""
         parts: list[Any] = list(partial or (None,) * self.split.chunks)
         for pair in self.pairs(block, number):
@@ -158,12 +165,14 @@ class _Queries(NamedTuple):
 
             def attend(before, pair=pair, q=q):
                 here = attention_forward(q, pair.k, pair.v, dtype=jnp.float32, **pair.mask)
-                return here if before is None else merge(before, here)
+                return here if before is None else merge_attention(before, here)
 
             parts[pair.query] = pair.where_live(attend, parts[pair.query])
         return tuple(parts)
 
-    def pull(self, block: Block, number: jax.Array | None, own: Own | None) -> tuple[Own, Sums]:
+    def pull(
+        self, block: KeyValueBlock, number: jax.Array | None, own: QueryGradients | None
+    ) -> tuple[QueryGradients, KeyValueGradients]:
         """``own`` (None: nothing yet) with this block's part added, and the block's dK, dV."""
         d_q, d_biases = self._nothing() if own is None else own
         d_q, chunks = list(d_q), (_cut(x, self.split)[0] for x in (block.k, block.v))
@@ -180,7 +189,7 @@ class _Queries(NamedTuple):
         d_k, d_v = (jnp.concatenate(x, axis=1) for x in zip(*d_keys, strict=True))
         return (tuple(d_q), tuple(d_biases)), (d_k, d_v)
 
-    def _nothing(self) -> Own:
+    def _nothing(self) -> QueryGradients:
         learned = () if self.added.biases is None else (self.added.biases,)
         d_q = tuple(jnp.zeros(q.shape, jnp.float32) for q, *_ in self.arrays)
         return d_q, tuple(jnp.zeros_like(x) for x in learned)
@@ -205,7 +214,7 @@ class _Pair(NamedTuple):
         return lax.cond(self.live, function, lambda same: same, state)
 
 
-def _cut(x: Any, split: Split) -> tuple[Any, ...]:
+def _cut(x: Any, split: SequenceSplit) -> tuple[Any, ...]:
     return (None,) * split.chunks if x is None else tuple(jnp.split(x, split.chunks, axis=1))
 
 
@@ -213,7 +222,7 @@ def _add(xs: Any, ys: Any) -> Any:
     return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 
-def _before(number: jax.Array, steps: Any, split: Split) -> jax.Array:
+def _before(number: jax.Array, steps: Any, split: SequenceSplit) -> jax.Array:
     """The device ``steps`` places before one in the ring."""
     return (number + split.ways - steps) % split.ways
 
@@ -224,7 +233,7 @@ def _steps(step: Any, carry: Any, stop: int) -> Any:
     return lax.scan(lambda carry, t: (step(carry, t), None), carry, numbers)[0]
 
 
-def _rotate(tree: Any, split: Split, places: int = 1) -> Any:
+def _rotate(tree: Any, split: SequenceSplit, places: int = 1) -> Any:
     """Everything to the next device of the ring, or so many on."""
     around = [(i, (i + places) % split.ways) for i in range(split.ways)]
     return jax.tree.map(lambda x: lax.ppermute(x, split.axes, around), tree)
@@ -236,7 +245,7 @@ def _rotate(tree: Any, split: Split, places: int = 1) -> Any:
 # keys, whose mask is known before) and the last (no keys to send).
 
 
-def _ring_forward(split: Split, queries: _Queries, block: Block) -> Partial:
+def _ring_forward(split: SequenceSplit, queries: _Queries, block: KeyValueBlock) -> PartialOutput:
     def step(carry, t):
         partial, block = carry
         coming = _rotate(block, split)
@@ -251,7 +260,9 @@ def _ring_forward(split: Split, queries: _Queries, block: Block) -> Partial:
     return queries.fold(block, _before(queries.number, last, split), partial)
 
 
-def _ring_backward(split: Split, queries: _Queries, block: Block) -> tuple[Own, Sums]:
+def _ring_backward(
+    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
+) -> tuple[QueryGradients, KeyValueGradients]:
     # dK and dV travel with their keys, one step behind: a step sends on the sums that the step
     # before has finished, and adds its own terms to those that arrive for its block. So no
     # transfer waits for its own step's computation. A last hop brings the sums home.
@@ -275,7 +286,7 @@ def _ring_backward(split: Split, queries: _Queries, block: Block) -> tuple[Own, 
 # The all-gather takes the same steps over keys that are all here.
 
 
-def _gathered(split: Split, block: Block) -> Block:
+def _gathered(split: SequenceSplit, block: KeyValueBlock) -> KeyValueBlock:
     def whole(x):
         rest = ((),) * (x.ndim - 2)
         return gather(x, ((), split.axes, *rest), ((), (), *rest))
@@ -283,12 +294,14 @@ def _gathered(split: Split, block: Block) -> Block:
     return jax.tree.map(whole, block)
 
 
-def _block_of(split: Split, whole: Block, number: jax.Array) -> Block:
+def _block_of(split: SequenceSplit, whole: KeyValueBlock, number: jax.Array) -> KeyValueBlock:
     size = whole.k.shape[1] // split.ways
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * size, size, axis=1), whole)
 
 
-def _gathered_forward(split: Split, queries: _Queries, block: Block) -> Partial:
+def _gathered_forward(
+    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
+) -> PartialOutput:
     whole = _gathered(split, block)
 
     def step(partial, t):
@@ -299,7 +312,9 @@ def _gathered_forward(split: Split, queries: _Queries, block: Block) -> Partial:
     return _steps(step, queries.fold(block, None, None), stop)
 
 
-def _gathered_backward(split: Split, queries: _Queries, block: Block) -> tuple[Own, Sums]:
+def _gathered_backward(
+    split: SequenceSplit, queries: _Queries, block: KeyValueBlock
+) -> tuple[QueryGradients, KeyValueGradients]:
     whole, size = _gathered(split, block), block.k.shape[1]
 
     def put(sums, number, terms):

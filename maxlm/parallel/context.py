@@ -33,8 +33,8 @@ from maxlm.sharding import AxisRules
 ContextMethod = Literal["all_gather", "ring", "ulysses"]
 
 
-class Split(NamedTuple):
-    """How a sequence is split, and who may see whom in it."""
+class SequenceSplit(NamedTuple):
+    """How a sequence is split over devices, and its attention mask."""
 
     axes: Axes
     """The mesh axes over which rows are split."""
@@ -76,8 +76,8 @@ class Split(NamedTuple):
         return _chunk_starts(number, size, self.ways, self.balanced)
 
 
-class ByDistance(NamedTuple):
-    """What each query head adds to its scores by the distance of query and key; or None."""
+class DistanceBias(NamedTuple):
+    """The terms added to each query head's scores by the distance of query and key; or None."""
 
     slopes: jax.Array | None = None
     """fp32 [N], constants."""
@@ -158,7 +158,7 @@ def _check_length(length: int, ways: int, balanced: bool) -> None:
         )
 
 
-def sequence_order(length: int, ways: int, balanced: bool) -> np.ndarray:
+def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.ndarray:
     """The order in which tokens are laid out so that contiguous shares are what devices hold.
 
     Returns:
@@ -168,22 +168,24 @@ def sequence_order(length: int, ways: int, balanced: bool) -> np.ndarray:
     Raises:
         MaxlmError: the length does not divide.
     """
-    _check_length(length, ways, balanced)
+    _check_length(length, num_shards, balanced)
     if not balanced:
         return np.arange(length)
-    chunks = np.arange(length).reshape(2 * ways, -1)
-    return np.stack([chunks[:ways], chunks[ways:][::-1]], axis=1).reshape(-1)
+    chunks = np.arange(length).reshape(2 * num_shards, -1)
+    return np.stack([chunks[:num_shards], chunks[num_shards:][::-1]], axis=1).reshape(-1)
 
 
-def own_indices(number: jax.Array, length: int, ways: int, balanced: bool) -> jax.Array:
+def shard_token_indices(
+    shard_index: jax.Array, length: int, num_shards: int, balanced: bool
+) -> jax.Array:
     """The indices in the whole sequence of a device's own rows, int32 [length / ways].
 
     Args:
-        number: int32 scalar, the device's number along the context axes (``axis_numbers``).
+        number: int32 scalar, the device's number along the context axes (``axis_indices``).
         length: of the whole sequence.
     """
-    size = length // (ways * (2 if balanced else 1))
-    starts = _chunk_starts(number, size, ways, balanced)
+    size = length // (num_shards * (2 if balanced else 1))
+    starts = _chunk_starts(shard_index, size, num_shards, balanced)
     return jnp.concatenate([start + jnp.arange(size, dtype=jnp.int32) for start in starts])
 
 

@@ -15,17 +15,17 @@ from jax.sharding import reshard
 
 from maxlm.parallel.local import (
     Dims,
-    axis_numbers,
+    axis_indices,
     gather,
-    layout,
-    on_shards,
+    get_layout,
+    make_spec,
+    map_shards,
     reduce,
-    spec_of,
 )
 from pallas_kernels.linear_cross_entropy import loss_and_gradients
 
 
-def fused_cross_entropy(
+def fused_cross_entropy_loss(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
@@ -63,8 +63,8 @@ def fused_cross_entropy(
     Raises:
         ValueError: shapes or dtypes that do not belong together, or soft_cap ≤ 0.
     """
-    if bias is not None and layout(bias)[0][: len(used[1])] != used[1]:
-        bias = reshard(bias, spec_of(used[1:]))
+    if bias is not None and get_layout(bias)[0][: len(used[1])] != used[1]:
+        bias = reshard(bias, make_spec(used[1:]))
     how = _How(used, soft_cap, z_loss, chunk)
     return _fused(hidden, head, bias, whole, targets, weights, how)
 
@@ -94,12 +94,12 @@ _fused.defvjp(_forward, _backward)
 
 
 def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
-    have, stored, used = layout(hidden), layout(head), how.used
-    vocab, bias_stored = used[1], None if bias is None else layout(bias)
+    have, stored, used = get_layout(hidden), get_layout(head), how.used
+    vocab, bias_stored = used[1], None if bias is None else get_layout(bias)
     # Devices that share a token's vocabulary all need the token.
     tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
     token_axes = tuple(axis for axes in tokens for axis in axes)
-    targets, weights = (reshard(a, spec_of(tokens[:-1])) for a in (targets, weights))
+    targets, weights = (reshard(a, make_spec(tokens[:-1])) for a in (targets, weights))
 
     def local(hidden, head, bias, whole, targets, weights, number):
         hidden = gather(hidden, have, tokens)
@@ -133,19 +133,19 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
         return sums, (reduce(d_hidden, vocab, tokens, have), d_head, d_bias)
 
-    hidden_spec, head_spec, scalar = spec_of(have), spec_of(stored), spec_of(())
-    bias_spec = None if bias_stored is None else spec_of(bias_stored)
-    token_spec = spec_of(tokens[:-1])
-    return on_shards(
+    hidden_spec, head_spec, scalar = make_spec(have), make_spec(stored), make_spec(())
+    bias_spec = None if bias_stored is None else make_spec(bias_stored)
+    token_spec = make_spec(tokens[:-1])
+    return map_shards(
         local,
         (
             hidden_spec,
             head_spec,
             bias_spec,
-            None if whole is None else spec_of(used),
+            None if whole is None else make_spec(used),
             token_spec,
             token_spec,
-            spec_of((vocab,)),
+            make_spec((vocab,)),
         ),
         ((scalar, scalar), (hidden_spec, head_spec, bias_spec) if gradient else None),
-    )(hidden, head, bias, whole, targets, weights, axis_numbers(vocab))
+    )(hidden, head, bias, whole, targets, weights, axis_indices(vocab))

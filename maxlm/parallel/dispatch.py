@@ -1,4 +1,4 @@
-"""Which rows go to which expert, and the way there and back. All of it runs on shards.
+"""Dispatch of tokens to experts, and the way back. All of it runs on shards.
 
 A token's k choices are its *assignments*, numbered t·k + j. A plan puts them into *slots*, sorted
 by expert; ``send`` takes an array of slots to the devices that hold the experts, ``receive``
@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.local import Axes, axis_size, platform
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
+from maxlm.parallel.local import Axes, axis_size, get_platform
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Dropless:
+class DroplessDispatch:
     """Every assignment is served. Slots: one each; those of tokens that go nowhere come last.
 
     On the owner rows are sorted by expert, then by device of origin. There may be as many as all
@@ -73,10 +73,12 @@ class Dropless:
         return _pick(got, len(self.order), starts, sizes, at.ravel())
 
     def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
-        return grouped_matmul(rows, kernels, self._sizes, turned=turned, backend=platform())
+        return grouped_matmul(
+            rows, kernels, self._sizes, transpose_kernels=turned, backend=get_platform()
+        )
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
-        return grouped_outer(rows, others, self._sizes, backend=platform())
+        return grouped_outer_product(rows, others, self._sizes, backend=get_platform())
 
     @property
     def _num_rows(self) -> int:
@@ -89,8 +91,8 @@ class Dropless:
         return self.counts.sum(0, dtype=jnp.int32).reshape(len(self.counts), -1)[self.here[0]]
 
     def _slices(self):
-        """Of the ragged exchanges there and back: (first row, rows) of each slice sent, its first
-        row at the receiver, rows of each slice received; a slice for each peer and expert."""
+        """Returns the slices of both ragged exchanges, there and back: (first row, rows) of each
+        slice sent, its first row at the receiver, rows received; one for each peer and expert."""
         ways, here = len(self.counts), self.here[0]
         mine = self.counts[here]
         first = jnp.cumsum(self.counts, 1) - self.counts  # of each expert's slots, by origin
@@ -111,7 +113,7 @@ class Dropless:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Capacity:
+class CapacityDispatch:
     """Every expert serves a fixed number of assignments of each sequence: C slots, some empty.
 
     On the owner rows are sorted by expert, each with as many: a plain all-to-all and batched
@@ -157,12 +159,12 @@ class Capacity:
         return rows.reshape(self.experts, -1, rows.shape[-1])
 
 
-Plan = Dropless | Capacity
+DispatchPlan = DroplessDispatch | CapacityDispatch
 
 
 def plan_dropless(
-    chosen: jax.Array, num_experts: int, axes: Axes, here: jax.Array, *, ragged: bool
-) -> Dropless:
+    chosen: jax.Array, num_experts: int, axes: Axes, device_index: jax.Array, *, ragged: bool
+) -> DroplessDispatch:
     """Sort this device's assignments by expert and learn the counts of its peers.
 
     Args:
@@ -176,15 +178,19 @@ def plan_dropless(
     slot = jnp.argsort(order).astype(jnp.int32)  # the inverse; a TPU sorts faster than it scatters
     counts = (flat[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     counts = lax.all_gather(counts, axes) if axes else counts[None]
-    return Dropless(order, slot.reshape(-1, k), counts, here, axes, ragged)
+    return DroplessDispatch(order, slot.reshape(-1, k), counts, device_index, axes, ragged)
 
 
-def capacity(seq_len: int, k: int, num_experts: int, factor: float) -> int:
+def compute_expert_capacity(
+    seq_len: int, experts_per_token: int, num_experts: int, factor: float
+) -> int:
     """Assignments that an expert serves of one sequence: ⌈S·k/E · factor⌉, at most S."""
-    return min(seq_len, ceil(seq_len * k / num_experts * factor))
+    return min(seq_len, ceil(seq_len * experts_per_token / num_experts * factor))
 
 
-def plan_capacity(chosen: jax.Array, num_experts: int, room: int, axes: Axes) -> Capacity:
+def plan_capacity(
+    chosen: jax.Array, num_experts: int, expert_capacity: int, axes: Axes
+) -> CapacityDispatch:
     """Give each sequence's assignments their slots: all first choices in the order of tokens, then
     all second choices, and so on, until an expert has ``room`` (GShard, algorithm 1).
 
@@ -198,19 +204,21 @@ def plan_capacity(chosen: jax.Array, num_experts: int, room: int, axes: Axes) ->
     first = jnp.cumsum(counts, 1) - counts  # [b, E + 1], of those that chose the same expert
     place = jnp.argsort(order, axis=1) - jnp.take_along_axis(first, by_rank, 1)
     place = place.reshape(b, k, s).swapaxes(1, 2)
-    kept = (place < room) & (chosen < num_experts)
+    kept = (place < expert_capacity) & (chosen < num_experts)
     rows = jnp.arange(b)[:, None, None]
-    slot = jnp.where(kept, (chosen * b + rows) * room + place, num_experts * b * room)
+    slot = jnp.where(
+        kept, (chosen * b + rows) * expert_capacity + place, num_experts * b * expert_capacity
+    )
     slot = slot.reshape(-1, k).astype(jnp.int32)
     # Of slot c of expert e, in each row: the c-th of its assignments, if there are as many.
-    within = jnp.arange(room)
+    within = jnp.arange(expert_capacity)
     index = jnp.minimum(first[:, :num_experts, None] + within, k * s - 1)  # [b, E, C]
     rank, token = jnp.divmod(jax.vmap(jnp.take)(order, index), s)
     order = jnp.where(
         within < counts[:, :num_experts, None], (rows * s + token) * k + rank, b * s * k
     )
     order = order.swapaxes(0, 1).reshape(-1).astype(jnp.int32)
-    return Capacity(order, slot, axes, num_experts // axis_size(axes))
+    return CapacityDispatch(order, slot, axes, num_experts // axis_size(axes))
 
 
 def _pick(

@@ -15,17 +15,19 @@ from jax import lax
 
 from maxlm.parallel.local import (
     Dims,
-    axis_numbers,
+    axis_indices,
     axis_size,
     gather,
-    layout,
-    on_shards,
+    get_layout,
+    make_spec,
+    map_shards,
     reduce,
-    spec_of,
 )
 
 
-def lookup(table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike):
+def embed_tokens(
+    table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike
+):
     """Rows of a table; reverse-mode differentiable in the table.
 
     Args:
@@ -52,7 +54,7 @@ class _Layouts(NamedTuple):
 
 
 def _layouts(table, ids, used) -> _Layouts:
-    stored, tokens = layout(table), layout(ids)
+    stored, tokens = get_layout(table), get_layout(ids)
     columns, exchanged = stored[1][len(used[1]) :], []
     for axis in columns:
         dim = next((d for d, axes in enumerate(tokens) if axis in axes), None)
@@ -87,10 +89,10 @@ def _lookup(table, ids, used, out, dtype):
             y = lax.all_to_all(y, axis, split_axis=dim, concat_axis=y.ndim - 1, tiled=True)
         return y
 
-    specs = spec_of(own.table), spec_of(own.ids), spec_of((vocab,))
-    y = on_shards(local, specs, spec_of(out))(table, ids, axis_numbers(vocab))
+    specs = make_spec(own.table), make_spec(own.ids), make_spec((vocab,))
+    y = map_shards(local, specs, make_spec(out))(table, ids, axis_indices(vocab))
     known = (ids >= 0) & (ids < size)
-    return jnp.where(jax.sharding.reshard(known, spec_of(out[:-1]))[..., None], y, jnp.nan)
+    return jnp.where(jax.sharding.reshard(known, make_spec(out[:-1]))[..., None], y, jnp.nan)
 
 
 def _forward(table, ids, used, out, dtype):
@@ -115,9 +117,9 @@ def _backward(used, out, dtype, saved, d_y):
         d_table = reduce(d_table, tuple(sorted(summed)), own.held, own.table)
         return d_table.astype(table.dtype)
 
-    specs = spec_of(own.table), spec_of(own.ids), spec_of((vocab,)), spec_of(out)
-    run = on_shards(local, specs, spec_of(own.table))
-    return run(table, ids, axis_numbers(vocab), d_y), None
+    specs = make_spec(own.table), make_spec(own.ids), make_spec((vocab,)), make_spec(out)
+    run = map_shards(local, specs, make_spec(own.table))
+    return run(table, ids, axis_indices(vocab), d_y), None
 
 
 _lookup.defvjp(_forward, _backward)

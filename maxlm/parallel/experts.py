@@ -32,16 +32,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from maxlm.config import MaxlmError
-from maxlm.parallel.dispatch import Plan, plan_capacity, plan_dropless
+from maxlm.parallel.dispatch import DispatchPlan, plan_capacity, plan_dropless
 from maxlm.parallel.local import (
     Axes,
-    axis_numbers,
-    dimensions,
+    axis_indices,
     gather,
-    layout,
-    on_shards,
+    get_layout,
+    make_spec,
+    map_shards,
+    parse_spec,
     reduce,
-    spec_of,
 )
 
 # Of one hidden activation at a time; a layer has two or three, and as many gradients.
@@ -51,7 +51,7 @@ Kernels = dict[str, jax.Array]
 Dims = tuple[Axes, ...]
 
 
-def experts(
+def apply_experts(
     x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
@@ -59,7 +59,7 @@ def experts(
     *,
     activation: Callable[[jax.Array], jax.Array],
     compute: dict[str, PartitionSpec],
-    room: int | None = None,
+    expert_capacity: int | None = None,
     ragged: bool | None = None,
 ) -> jax.Array:
     """``y[t] = Σ_j weights[t, j] · down_e(hidden_e(x[t]))`` with e = chosen[t, j], where hidden is
@@ -75,9 +75,9 @@ def experts(
         compute: the layout of each kernel in use: E over axes that also split tokens, or none;
             D whole; F over any.
         room: assignments that each expert serves of each sequence; others are dropped. None: all
-            are served, in buffers for the worst case (``dispatch.Dropless``).
+            are served, in buffers for the worst case (``dispatch.DroplessDispatch``).
         ragged: whether devices exchange rows by ragged all-to-all; None: where they can
-            (:func:`ragged_exchange`).
+            (:func:`supports_ragged_all_to_all`).
 
     Returns:
         [B, S, D] in x's dtype and layout; differentiable in x, weights and kernels, reverse mode.
@@ -86,8 +86,8 @@ def experts(
         MaxlmError: D split; experts split over axes that do not split tokens; sequences split over
             devices with ``room``.
     """
-    tokens = layout(x)
-    used = {name: dimensions(compute[name], 3) for name in kernels}
+    tokens = get_layout(x)
+    used = {name: parse_spec(compute[name], 3) for name in kernels}
     if d_axes := tokens[2] + used["up"][1] + used["down"][2]:
         raise MaxlmError(
             f"mesh axis '{d_axes[0]}' splits activations in embed, which experts need whole",
@@ -104,7 +104,7 @@ def experts(
             where="sharding.compute",
             fix=f"add '{missing[0]}' to the rule 'batch', or take it from the rule 'expert'",
         )
-    if room is not None and whole[1]:
+    if expert_capacity is not None and whole[1]:
         raise MaxlmError(
             f"capacity is counted in whole sequences, which are split over {'·'.join(whole[1])}",
             where="model.moe.dispatch",
@@ -112,18 +112,18 @@ def experts(
         )
     stored = {}
     for name, kernel in kernels.items():
-        own = layout(kernel)
+        own = get_layout(kernel)
         if any(a[: len(b)] != b for a, b in zip(own, used[name], strict=True)):
             own = used[name]  # compute splits what storage does not: cut it first
-            kernels = kernels | {name: reshard(kernel, spec_of(own))}
+            kernels = kernels | {name: reshard(kernel, make_spec(own))}
         stored[name] = own
-    ragged = ragged_exchange() if ragged is None else ragged
-    how = _Layouts(tokens, whole, used, stored, activation, room, ragged)
-    lies = spec_of((*tokens[:2], ()))
+    ragged = supports_ragged_all_to_all() if ragged is None else ragged
+    how = _Layouts(tokens, whole, used, stored, activation, expert_capacity, ragged)
+    lies = make_spec((*tokens[:2], ()))
     return _experts(x, reshard(weights, lies), reshard(chosen, lies), kernels, how)
 
 
-def ragged_exchange() -> bool:
+def supports_ragged_all_to_all() -> bool:
     """Whether programs for the current mesh may use XLA's ragged all-to-all, which CPUs lack and
     v5e's compiler refuses.
 
@@ -163,10 +163,10 @@ class _Layouts:
 
     @property
     def residual_specs(self) -> dict[str, PartitionSpec]:
-        return dict.fromkeys(("rows", "scale", "plan"), spec_of((self.spread,)))
+        return dict.fromkeys(("rows", "scale", "plan"), make_spec((self.spread,)))
 
     def kernel_specs(self) -> dict[str, PartitionSpec]:
-        return {name: spec_of(dims) for name, dims in self.stored.items()}
+        return {name: make_spec(dims) for name, dims in self.stored.items()}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -183,12 +183,12 @@ def _forward(x, weights, chosen, kernels, how):
 
 def _run(x, weights, chosen, kernels, how: _Layouts):
     num_experts = kernels["up"].shape[0]
-    tokens = spec_of(how.tokens)
+    tokens = make_spec(how.tokens)
 
     def program(x, weights, chosen, kernels, here):
         x, weights, chosen = (gather(a, how.tokens, how.whole) for a in (x, weights, chosen))
         kernels = _gathered(kernels, x.dtype, how)
-        plan: Plan
+        plan: DispatchPlan
         if how.room is None:
             plan = plan_dropless(chosen, num_experts, how.expert_axes, here, ragged=how.ragged)
         else:
@@ -208,16 +208,16 @@ def _run(x, weights, chosen, kernels, how: _Layouts):
         y = reduce(y, how.f_axes, how.whole, how.tokens)
         return y, {"rows": rows, "scale": scale, "plan": plan}
 
-    return on_shards(
+    return map_shards(
         program,
-        in_specs=(tokens, tokens, tokens, how.kernel_specs(), spec_of((how.expert_axes,))),
+        in_specs=(tokens, tokens, tokens, how.kernel_specs(), make_spec((how.expert_axes,))),
         out_specs=(tokens, how.residual_specs),
-    )(x, weights, chosen, kernels, axis_numbers(how.expert_axes))
+    )(x, weights, chosen, kernels, axis_indices(how.expert_axes))
 
 
 def _backward(how: _Layouts, residuals, d_y):
     saved, kernels = residuals
-    tokens = spec_of(how.tokens)
+    tokens = make_spec(how.tokens)
 
     def program(d_y, saved, masters):
         plan, rows = saved["plan"], saved["rows"]
@@ -256,7 +256,7 @@ def _backward(how: _Layouts, residuals, d_y):
         }
         return d_x, d_weights, d_kernels
 
-    d_x, d_weights, grads = on_shards(
+    d_x, d_weights, grads = map_shards(
         program,
         in_specs=(tokens, how.residual_specs, how.kernel_specs()),
         out_specs=(tokens, tokens, how.kernel_specs()),
@@ -274,7 +274,7 @@ def _gathered(kernels: Kernels, dtype: Any, how: _Layouts) -> Kernels:
     }
 
 
-def _hidden(plan: Plan, rows: jax.Array, kernels: Kernels) -> Kernels:
+def _hidden(plan: DispatchPlan, rows: jax.Array, kernels: Kernels) -> Kernels:
     return {name: plan.dot(rows, kernels[name]) for name in kernels if name != "down"}
 
 
@@ -319,12 +319,12 @@ def _weighted(
     return (product * scale).astype(up.dtype)
 
 
-def _to_slots(values: jax.Array, plan: Plan, k: int) -> jax.Array:
+def _to_slots(values: jax.Array, plan: DispatchPlan, k: int) -> jax.Array:
     """[T, ...], each for the k assignments of a token → one for each slot, zeros in empty ones."""
     return _taken(values, plan.order // k)
 
 
-def _from_slots(slots: jax.Array, plan: Plan) -> jax.Array:
+def _from_slots(slots: jax.Array, plan: DispatchPlan) -> jax.Array:
     """The sum over a token's assignments, [T, D] in fp32 or wider; those dropped add nothing."""
     wide = jnp.promote_types(slots.dtype, jnp.float32)
     return jnp.sum(_taken(slots, plan.slot), axis=1, dtype=wide)

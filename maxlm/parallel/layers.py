@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Layer = Callable[[Any, Any, Any, Any], Any]
+LayerFn = Callable[[Any, Any, Any, Any], Any]
 """(parameters, carry, context, what is shared) -> carry."""
 
 
@@ -31,7 +31,7 @@ class _Residuals:
 
 
 def scan_layers(
-    layers: Sequence[Layer],
+    layers: Sequence[LayerFn],
     params: Any,
     carry: Any,
     context: Any,
@@ -58,27 +58,27 @@ def scan_layers(
     return _scan(tuple(layers), cast, params, carry, context, shared)
 
 
-def periods(tree: Any, length: int) -> Any:
+def split_periods(tree: Any, length: int) -> Any:
     """[L, ...] → [L / length, length, ...]; no copy."""
     if length == 1:
         return tree
     return jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), tree)
 
 
-def joined(tree: Any, length: int) -> Any:
-    """The inverse of :func:`periods`."""
+def join_periods(tree: Any, length: int) -> Any:
+    """The inverse of :func:`split_periods`."""
     if length == 1:
         return tree
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def one_of(tree: Any, place: int, length: int) -> Any:
+def take_layer(tree: Any, layer_index: int, length: int) -> Any:
     """One layer of a period [length, ...]; of a period of one, which has no such axis, all."""
-    return tree if length == 1 else jax.tree.map(lambda x: x[place], tree)
+    return tree if length == 1 else jax.tree.map(lambda x: x[layer_index], tree)
 
 
-def stacked_up(trees: Sequence[Any]) -> Any:
-    """The layers of a period as one; the inverse of :func:`one_of`."""
+def stack_layers(trees: Sequence[Any]) -> Any:
+    """The layers of a period as one; the inverse of :func:`take_layer`."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
@@ -86,17 +86,17 @@ def stacked_up(trees: Sequence[Any]) -> Any:
 def _scan(layers, cast, params, carry, context, shared):
     def body(carry, own):
         for place, layer in enumerate(layers):
-            carry = layer(cast(one_of(own, place, len(layers))), carry, context, shared)
+            carry = layer(cast(take_layer(own, place, len(layers))), carry, context, shared)
         return carry, None
 
-    return lax.scan(body, carry, periods(params, len(layers)))[0]
+    return lax.scan(body, carry, split_periods(params, len(layers)))[0]
 
 
 def _forward(layers, cast, params, carry, context, shared):
     found: list[_Residuals] = []
 
     def body(carry, own):
-        own = [cast(one_of(own, place, len(layers))) for place in range(len(layers))]
+        own = [cast(take_layer(own, place, len(layers))) for place in range(len(layers))]
 
         def period(own, carry, shared):
             for layer, params in zip(layers, own, strict=True):
@@ -117,7 +117,7 @@ def _forward(layers, cast, params, carry, context, shared):
         found.append(_Residuals(tree, tuple(places)))
         return carry, tuple(stacked.values())
 
-    out, stacked = lax.scan(body, carry, periods(params, len(layers)))
+    out, stacked = lax.scan(body, carry, split_periods(params, len(layers)))
     return out, (params, context, shared, stacked, found[-1])
 
 
@@ -127,16 +127,16 @@ def _backward(layers, cast, saved, d_carry):
     def body(carry, inputs):
         d_carry, d_shared = carry
         own, kept = inputs
-        own = [cast(one_of(own, place, len(layers))) for place in range(len(layers))]
+        own = [cast(take_layer(own, place, len(layers))) for place in range(len(layers))]
         known = jax.tree.leaves((own, context, shared))
         leaves = [known[i] if i >= 0 else kept[-1 - i] for i in residuals.places]
         d_own, d_carry, terms = jax.tree.unflatten(residuals.tree, leaves)(d_carry)
-        return (d_carry, jax.tree.map(jnp.add, d_shared, terms)), stacked_up(d_own)
+        return (d_carry, jax.tree.map(jnp.add, d_shared, terms)), stack_layers(d_own)
 
     carry = d_carry, jax.tree.map(jnp.zeros_like, shared)
-    inputs = periods(params, len(layers)), stacked
+    inputs = split_periods(params, len(layers)), stacked
     (d_carry, d_shared), d_params = lax.scan(body, carry, inputs, reverse=True)
-    d_params = joined(d_params, len(layers))
+    d_params = join_periods(d_params, len(layers))
     d_params = jax.tree.map(lambda d, p: d.astype(p.dtype), d_params, params)
     return d_params, d_carry, None, d_shared
 

@@ -30,7 +30,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from maxlm.parallel.local import Axes, Dims, axis_size, gather, layout, on_shards, reduce, spec_of
+from maxlm.parallel.local import (
+    Axes,
+    Dims,
+    axis_size,
+    gather,
+    get_layout,
+    make_spec,
+    map_shards,
+    reduce,
+)
 
 
 def project(
@@ -71,7 +80,7 @@ class _Layouts:
 
     @property
     def inner(self) -> Dims:
-        """Of the tokens while they are multiplied: what x and the results have in common."""
+        """The tokens' layout during the product: the axes that x and the results share."""
         return tuple(map(_common, self.x[:2], self.tokens))
 
     @property
@@ -90,11 +99,11 @@ class _Layouts:
 
     @property
     def kernels(self):
-        return tuple(map(spec_of, self.stored))
+        return tuple(map(make_spec, self.stored))
 
     def wholes(self, given):
         return tuple(
-            None if w is None else spec_of(u) for w, u in zip(given, self.used, strict=True)
+            None if w is None else make_spec(u) for w, u in zip(given, self.used, strict=True)
         )
 
     def kernel(self, i: int, kernel: jax.Array, whole: jax.Array | None) -> jax.Array:
@@ -103,11 +112,11 @@ class _Layouts:
 
     @property
     def results(self):
-        return tuple(spec_of((*self.tokens, *self.outputs(i))) for i in range(len(self.used)))
+        return tuple(make_spec((*self.tokens, *self.outputs(i))) for i in range(len(self.used)))
 
 
 def _layouts(x, kernels, used, tokens) -> _Layouts:
-    found = _Layouts(layout(x), tuple(map(layout, kernels)), used, tokens)
+    found = _Layouts(get_layout(x), tuple(map(get_layout, kernels)), used, tokens)
     for dims in used:
         if dims[: found.inputs] != found.x[2:]:
             raise ValueError(f"x is split as {found.x[2:]}, the kernel's inputs as {dims}")
@@ -127,8 +136,8 @@ def _project(x, kernels, wholes, used, tokens):
             ys.append(reduce(y, own.summed, (*own.inner, *outputs), (*tokens, *outputs)))
         return tuple(ys)
 
-    specs = spec_of(own.x), own.kernels, own.wholes(wholes)
-    return on_shards(local, specs, own.results)(x, kernels, wholes)
+    specs = make_spec(own.x), own.kernels, own.wholes(wholes)
+    return map_shards(local, specs, own.results)(x, kernels, wholes)
 
 
 def _forward(x, kernels, wholes, used, tokens):
@@ -167,9 +176,9 @@ def _backward(used, tokens, saved, d_ys):
         d_x = reduce(d_x, own.spread, (*own.inner, *own.x[2:]), own.x)
         return d_x, d_kernels
 
-    results = spec_of(own.x), own.kernels
+    results = make_spec(own.x), own.kernels
     specs = (*results, own.wholes(wholes), own.results)
-    return (*on_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
+    return (*map_shards(local, specs, results)(x, kernels, wholes, d_ys), None)
 
 
 _project.defvjp(_forward, _backward)

@@ -6,7 +6,7 @@ The only place that calls ``shard_map``. Two rules hold for everything run throu
   (``jax.custom_vjp``), and so decides what crosses the wire: JAX's own transposes all-reduce whole
   gradients where a reduce-scatter would do, and fail inside another shard_map (jax 0.10–0.12).
 - Programs do not ask for their place (``lax.axis_index`` fails there too): they take
-  :func:`axis_numbers` as an argument.
+  :func:`axis_indices` as an argument.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ Dims = tuple[Axes, ...]
 """The mesh axes that split each dimension of an array."""
 
 
-def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def map_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """``function`` over each device's shards, manual over every mesh axis that is not so yet.
 
     Args:
@@ -46,7 +46,7 @@ def on_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
     )
 
 
-def axis_numbers(axes: Axes) -> jax.Array:
+def axis_indices(axes: Axes) -> jax.Array:
     """Each device's number along ``axes``, int32 [ways]: pass it with the spec ``P(axes)`` and
     read element 0 of the shard."""
     return jnp.arange(axis_size(axes), dtype=jnp.int32, out_sharding=PartitionSpec(axes or None))
@@ -58,19 +58,19 @@ def axis_size(axes: Sequence[str]) -> int:
     return prod(shape[axis] for axis in axes)
 
 
-def layout(x: jax.Array) -> Dims:
-    """The mesh axes that split each dimension of an array, by its type."""
-    return dimensions(jax.typeof(x).sharding.spec, x.ndim)
+def get_layout(x: jax.Array) -> Dims:
+    """Returns the mesh axes that split each dimension of an array, read from its type."""
+    return parse_spec(jax.typeof(x).sharding.spec, x.ndim)
 
 
-def dimensions(spec: PartitionSpec, ndim: int) -> Dims:
-    """A spec as one tuple of mesh axes for every dimension."""
+def parse_spec(spec: PartitionSpec, ndim: int) -> Dims:
+    """Returns a spec as one tuple of mesh axes for each dimension."""
     parts = [(p,) if isinstance(p, str) else tuple(p or ()) for p in spec]
     return (*parts, *((),) * (ndim - len(parts)))
 
 
-def spec_of(dims: Sequence[Axes]) -> PartitionSpec:
-    """The inverse of :func:`dimensions`."""
+def make_spec(dims: Sequence[Axes]) -> PartitionSpec:
+    """The inverse of :func:`parse_spec`."""
     return PartitionSpec(*(axes or None for axes in dims))
 
 
@@ -84,13 +84,13 @@ def gather(x: jax.Array, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Arra
     return x
 
 
-def gathered(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """An array in another layout. Where that is its own with less split, by :func:`gather`, which
-    on a TPU stays a gather; otherwise the compiler moves it. Not differentiable."""
-    have, want = layout(x), dimensions(spec, x.ndim)
+def gather_to_spec(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """Moves an array to another layout: by :func:`gather`, which on a TPU stays a gather, where
+    that splits less of the same axes; otherwise by the compiler. Not differentiable."""
+    have, want = get_layout(x), parse_spec(spec, x.ndim)
     if have == want or any(own[: len(kept)] != kept for own, kept in zip(have, want, strict=True)):
         return reshard(x, spec)
-    return on_shards(lambda x: gather(x, have, want), spec_of(have), spec_of(want))(x)
+    return map_shards(lambda x: gather(x, have, want), make_spec(have), make_spec(want))(x)
 
 
 def reduce(x: jax.Array, partial: Axes, have: Sequence[Axes], want: Sequence[Axes]) -> jax.Array:
@@ -159,7 +159,7 @@ def _two_steps(axes: Axes) -> _Groups | None:
     """
     size = axis_size(axes)
     inner = size // STEP if size > STEP else 2
-    if platform() != "tpu" or size <= 4 or size % inner:
+    if get_platform() != "tpu" or size <= 4 or size % inner:
         return None
     return _Groups(
         outer=[list(range(j, size, inner)) for j in range(inner)],
@@ -167,8 +167,8 @@ def _two_steps(axes: Axes) -> _Groups | None:
     )
 
 
-def platform() -> str:
-    """Of the devices that the program being traced is for: "cpu", "gpu" or "tpu"."""
+def get_platform() -> str:
+    """Returns the platform that the traced program is for: "cpu", "gpu" or "tpu"."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device
     return "cpu" if device is None else device.platform
 

@@ -1,4 +1,4 @@
-"""Pipeline schedules over the mesh axis `stage`: who computes what, and when.
+"""Pipeline schedules over the mesh axis `stage`.
 
 A device of stage i holds some of the layers and every tick runs them on one micro-batch; between
 ticks activations move to the next stage by a collective-permute, gradients to the one before. Time
@@ -41,38 +41,38 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from maxlm.parallel.config import Schedule
-from maxlm.parallel.local import axis_numbers, axis_size
+from maxlm.parallel.local import axis_indices, axis_size
 
 STAGE = "stage"
-Stage = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+StageFn = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 """(one group's parameters, x, one micro-batch's context) -> (x, sums to add up)."""
 
 
-def on_stages(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def map_stages(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """``function`` on each stage's part of the arguments; all other axes stay as they are."""
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs, axis_names={STAGE}, check_vma=False
     )
 
 
-def forward_slots(stages: int, micro_batches: int, groups: int = 1) -> np.ndarray:
-    """What stages do in the forward pass: int [ticks, stages, 2], (micro-batch, group), −1 idle."""
+def schedule_circular(stages: int, micro_batches: int, groups: int = 1) -> np.ndarray:
+    """Returns the forward passes: int [ticks, stages, 2], (micro-batch, group), −1 idle."""
     ticks = np.arange(micro_batches * groups + stages - 1)[:, None]
     micro, group, works = _circular(ticks, np.arange(stages)[None], stages, micro_batches, groups)
     return np.where(works[..., None], np.stack([micro, group], axis=-1), -1)
 
 
-def one_f_one_b_slots(stages: int, micro_batches: int) -> np.ndarray:
-    """What stages do under 1F1B: int [ticks, stages, 2], the micro-batch whose forward pass they
-    do, and the one whose backward pass; −1 none."""
+def schedule_1f1b(stages: int, micro_batches: int) -> np.ndarray:
+    """Returns the table of 1F1B: int [ticks, stages, 2], the micro-batch of each stage's forward
+    and backward pass; −1 none."""
     ticks = np.arange(micro_batches + 2 * (stages - 1))[:, None]
     at = ticks, np.arange(stages)[None], stages
     slots = np.stack([_forward_turn(*at), _backward_turn(*at)], axis=-1)
     return np.where((slots >= 0) & (slots < micro_batches), slots, -1)
 
 
-def bubble(schedule: Schedule, stages: int, micro_batches: int, groups: int = 1) -> float:
-    """The share of slots in which a stage idles."""
+def bubble_ratio(schedule: Schedule, stages: int, micro_batches: int, groups: int = 1) -> float:
+    """Returns the share of slots in which a stage is idle."""
     groups = groups if schedule == "circular" else 1
     return (stages - 1) / (micro_batches * groups + stages - 1)
 
@@ -116,8 +116,8 @@ def _add_to_group(total: Any, part: Any, group: jax.Array, groups: int) -> Any:
     return jax.tree.map(lambda t, p: t.at[group].add(p), total, part)
 
 
-def pipeline(
-    stage: Stage, params: Any, x: jax.Array, context: Any, *, micro_batches: int, groups: int = 1
+def run_circular_pipeline(
+    stage: StageFn, params: Any, x: jax.Array, context: Any, *, micro_batches: int, groups: int = 1
 ) -> tuple[jax.Array, Any]:
     """All layers over all micro-batches by the circular schedule (GPipe for one group);
     reverse-mode differentiable in ``params`` and ``x``.
@@ -146,7 +146,7 @@ def _pipeline(stage, micro_batches, groups, params, x, context):
 
 
 def _specs(groups: int) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """Of layers' parameters, of what has its leading dimension over stages, of what is whole."""
+    """Returns the specs of layers' parameters, of arrays split over stages and of whole ones."""
     layers = PartitionSpec(STAGE) if groups == 1 else PartitionSpec(None, STAGE)
     return layers, PartitionSpec(STAGE), PartitionSpec()
 
@@ -191,8 +191,8 @@ def _pipeline_forward(stage, micro_batches, groups, params, x, context):
         *_, results, sums = carry
         return results[:-1], lax.psum(sums, STAGE), given[None]
 
-    out, sums, given = on_stages(run, (layers, split, whole, split), (split, whole, split))(
-        params, x, context, axis_numbers((STAGE,))
+    out, sums, given = map_stages(run, (layers, split, whole, split), (split, whole, split))(
+        params, x, context, axis_indices((STAGE,))
     )
     return (out, sums), (params, context, given)
 
@@ -244,8 +244,8 @@ def _pipeline_backward(stage, micro_batches, groups, saved, cotangents):
         (*_, d_x, d_params), _ = lax.scan(tick, start, (ticks, given), reverse=True)
         return d_params, d_x[:-1]
 
-    d_params, d_x = on_stages(run, (layers, whole, split, split, split, whole), (layers, split))(
-        params, context, given, axis_numbers((STAGE,)), d_out, d_sums
+    d_params, d_x = map_stages(run, (layers, whole, split, split, split, whole), (layers, split))(
+        params, context, given, axis_indices((STAGE,)), d_out, d_sums
     )
     return d_params, d_x, None
 
@@ -262,9 +262,9 @@ def _place(micro: jax.Array, stages: int, micro_batches: int) -> jax.Array:
     return micro % stages * (micro_batches // stages) + micro // stages
 
 
-def one_f_one_b(
+def run_1f1b_pipeline(
     first: Callable[[Any, Any], tuple[jax.Array, Any]],
-    stage: Stage,
+    stage: StageFn,
     last: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
     ends: Any,
     params: Any,
@@ -276,7 +276,7 @@ def one_f_one_b(
 
     Args:
         first: (ends, one micro-batch) -> (input of the first layer, context of all layers).
-        stage: as in :func:`pipeline`.
+        stage: as in :func:`run_circular_pipeline`.
         last: (ends, output of the last layer, one micro-batch) -> (loss, sums to log).
         ends: parameters of ``first`` and ``last``, whole over `stage`.
         params: the layers', [L, ...] split over `stage`.
@@ -380,9 +380,9 @@ def one_f_one_b(
         totals, parts, d_ends = lax.psum((state["totals"], state["parts"], state["d_ends"]), STAGE)
         return totals, parts, d_ends, state["d_params"]
 
-    totals, parts, d_ends, d_params = on_stages(
+    totals, parts, d_ends, d_params = map_stages(
         run, (whole, layers, whole, split), (whole, whole, whole, layers)
-    )(ends, params, batch, axis_numbers((STAGE,)))
+    )(ends, params, batch, axis_indices((STAGE,)))
     return (*totals, parts), (d_ends, d_params)
 
 

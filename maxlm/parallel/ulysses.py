@@ -11,21 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from maxlm.parallel.context import ByDistance, Split, sequence_order
+from maxlm.parallel.context import DistanceBias, SequenceSplit, sequence_order_indices
 from maxlm.parallel.local import gather
-from pallas_kernels.attention import attention_backward, attention_forward, row_delta
+from pallas_kernels.attention import attention_backward, attention_forward, compute_row_delta
 
 Segments = tuple[jax.Array, jax.Array] | None
 
 
 def forward(
-    split: Split,
-    number: jax.Array,
+    split: SequenceSplit,
+    device_index: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
-    added: ByDistance,
+    added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
     """This device's rows of the output, and the log-sum-exps of its heads.
 
@@ -41,18 +41,18 @@ def forward(
         device's share of heads, fp32 [B, S, N / n].
     """
     q, k, v = _whole_rows(split, q, k, v)
-    o, lse = attention_forward(q, k, v, **_options(split, number, segments, added))
+    o, lse = attention_forward(q, k, v, **_options(split, device_index, segments, added))
     return _to_rows(o, split), lse
 
 
 def backward(
-    split: Split,
-    number: jax.Array,
+    split: SequenceSplit,
+    device_index: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     segments: Segments,
-    added: ByDistance,
+    added: DistanceBias,
     o: jax.Array,
     lse: jax.Array,
     d_o: jax.Array,
@@ -65,17 +65,17 @@ def backward(
     Args: as :func:`forward`'s, its results, and the output's cotangent.
     """
     copies = _copies(k.shape[2], split.ways)
-    delta = _to_heads(row_delta(o, d_o), split)
+    delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)
     q, k, v = _whole_rows(split, q, k, v)
-    options = _options(split, number, segments, added)
+    options = _options(split, device_index, segments, added)
     grads = attention_backward(q, k, v, lse, delta, d_o, **options)
     grads, d_biases = grads[:3], grads[3:]
     # fp32 on the wire only where the terms of a head's copies are still to be summed.
     wire = (q.dtype, *(k.dtype if copies == 1 else jnp.float32,) * 2)
     d_q, d_k, d_v = (_to_rows(g.astype(t), split) for g, t in zip(grads, wire, strict=True))
     d_k, d_v = (g.reshape(*g.shape[:2], -1, copies, g.shape[3]).sum(axis=3) for g in (d_k, d_v))
-    return d_q, d_k, d_v, *(_among_all(x, split, number) for x in d_biases)
+    return d_q, d_k, d_v, *(_among_all(x, split, device_index) for x in d_biases)
 
 
 def _copies(kv_heads: int, ways: int) -> int:
@@ -88,14 +88,16 @@ def _copies(kv_heads: int, ways: int) -> int:
     return ways // gcd(kv_heads, ways)
 
 
-def _whole_rows(split: Split, q, k, v):
+def _whole_rows(split: SequenceSplit, q, k, v):
     copies = _copies(k.shape[2], split.ways)
     k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (k, v))
     return tuple(_to_heads(x, split) for x in (q, k, v))
 
 
-def _options(split: Split, number: jax.Array, segments: Segments, added: ByDistance) -> Any:
-    """Of the kernel, for all rows in order and this device's share of heads."""
+def _options(
+    split: SequenceSplit, number: jax.Array, segments: Segments, added: DistanceBias
+) -> Any:
+    """Returns the kernel's arguments, for all rows in order and this device's share of heads."""
 
     def own(x):
         size = len(x) // split.ways
@@ -105,42 +107,42 @@ def _options(split: Split, number: jax.Array, segments: Segments, added: ByDista
     return {**mask, **split.scores, **jax.tree.map(own, added)._asdict()}
 
 
-def _among_all(x: jax.Array, split: Split, number: jax.Array) -> jax.Array:
+def _among_all(x: jax.Array, split: SequenceSplit, number: jax.Array) -> jax.Array:
     """[N / n, ...] of this device's share of heads at their places among zeros, [N, ...]."""
     zeros = jnp.zeros((len(x) * split.ways, *x.shape[1:]), x.dtype)
     return lax.dynamic_update_slice_in_dim(zeros, x, number * len(x), axis=0)
 
 
-def _whole_segments(split: Split, segments: Segments) -> Segments:
+def _whole_segments(split: SequenceSplit, segments: Segments) -> Segments:
     if segments is None:
         return None
     of_queries, of_keys = (gather(x, ((), split.axes), ((), ())) for x in segments)
     return _in_order(of_queries, split), _in_order(of_keys, split)
 
 
-def _to_heads(x: jax.Array, split: Split) -> jax.Array:
+def _to_heads(x: jax.Array, split: SequenceSplit) -> jax.Array:
     """[B, S / n, N, ...] → [B, S, N / n, ...], rows in sequence order."""
     x = lax.all_to_all(x, split.axes, split_axis=2, concat_axis=1, tiled=True)
     return _in_order(x, split)
 
 
-def _to_rows(x: jax.Array, split: Split) -> jax.Array:
+def _to_rows(x: jax.Array, split: SequenceSplit) -> jax.Array:
     """The inverse of :func:`_to_heads`."""
     x = _permute(x, split, _chunk_order(split))
     return lax.all_to_all(x, split.axes, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _in_order(x: jax.Array, split: Split) -> jax.Array:
+def _in_order(x: jax.Array, split: SequenceSplit) -> jax.Array:
     """Rows from the devices' order to the sequence's, in which the tiles that a causal mask or a
     window empties are known before the program runs."""
     return _permute(x, split, np.argsort(_chunk_order(split)))
 
 
-def _chunk_order(split: Split) -> np.ndarray:
-    return sequence_order(split.ways * split.chunks, split.ways, split.balanced)
+def _chunk_order(split: SequenceSplit) -> np.ndarray:
+    return sequence_order_indices(split.ways * split.chunks, split.ways, split.balanced)
 
 
-def _permute(x: jax.Array, split: Split, order: np.ndarray) -> jax.Array:
+def _permute(x: jax.Array, split: SequenceSplit, order: np.ndarray) -> jax.Array:
     if not split.balanced:
         return x
     chunks = x.reshape(x.shape[0], len(order), -1, *x.shape[2:])

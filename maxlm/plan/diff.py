@@ -1,4 +1,4 @@
-"""What differs between two plans."""
+"""The difference of two plans."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from maxlm.plan.show import human_bytes, human_seconds
+from maxlm.plan.show import format_bytes, format_seconds
 
 _FACTS = (
     "devices",
@@ -21,8 +21,8 @@ _FACTS = (
 )
 
 
-def diff(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts, memory, time and communication that differ, and parameters that lie otherwise.
+def compare_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Compares two plans: facts, memory, time, communication, and the layout of parameters.
 
     Args:
         first, second: plans as ``Plan.to_json`` gives them.
@@ -72,11 +72,11 @@ def _layout(row: Mapping[str, Any]) -> str:
         f"{n}→{'+'.join(axes)}" if axes else str(n)
         for n, axes in zip(row["shape"], row["spec"], strict=True)
     )
-    return f"{sizes}, {human_bytes(row['bytes_per_device'])} a device"
+    return f"{sizes}, {format_bytes(row['bytes_per_device'])} a device"
 
 
-def tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
-    """A diff for a terminal."""
+def render_diff_tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
+    """Renders a comparison for a terminal."""
     if not any(found.values()):
         return Group(Text("no difference"))
     parts: list[Any] = []
@@ -100,13 +100,13 @@ def _word(part: str, what: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if part in ("memory", "communication") and isinstance(value, float):
-        return human_bytes(value)
+        return format_bytes(value)
     if part == "time" and isinstance(value, float):
         if what.startswith("mfu"):
             return f"{value:.1%}"
         if what.endswith("hours") or what == "tokens_per_second":
             return f"{value:,.0f}"
-        return human_seconds(value)
+        return format_seconds(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -19,7 +19,7 @@ STORAGE_RATE = 1e9
 
 @dataclass(frozen=True)
 class Reliability:
-    """What a machine does to a run."""
+    """A machine's failures, restarts and checkpoint writes."""
 
     device_mtbf_hours: float = DEVICE_MTBF_HOURS
     """Mean time between failures of one device that stop the run."""
@@ -45,10 +45,10 @@ class Goodput:
     """At the run's own interval."""
 
 
-def goodput(
+def estimate_goodput(
     reliability: Reliability, devices: int, state_bytes: float, step_seconds: float, every: int
 ) -> Goodput:
-    """The share of a run's time that is progress.
+    """Estimates the share of a run's time that is progress.
 
     Args:
         state_bytes: of a checkpoint, a device's share of it.
@@ -58,9 +58,9 @@ def goodput(
     mean = reliability.device_mtbf_hours * 3600 / devices
     write = reliability.checkpoint_seconds
     write = state_bytes / STORAGE_RATE if write is None else write
-    best = max(best_interval(mean, write), step_seconds)
+    best = max(best_interval_seconds(mean, write), step_seconds)
     share = {
-        tau: progress(tau, mean, write, reliability.restart_seconds)
+        tau: progress_ratio(tau, mean, write, reliability.restart_seconds)
         for tau in (best, interval_seconds)
     }
     return Goodput(
@@ -74,7 +74,7 @@ def goodput(
     )
 
 
-def best_interval(mean: float, write: float) -> float:
+def best_interval_seconds(mean: float, write: float) -> float:
     """Daly's optimum interval, seconds, between failures ``mean`` apart and for checkpoints of
     ``write`` seconds."""
     if write >= 2 * mean:
@@ -83,8 +83,9 @@ def best_interval(mean: float, write: float) -> float:
     return max(sqrt(2 * write * mean) * (1 + sqrt(x) / 3 + x / 9) - write, 1.0)
 
 
-def progress(interval: float, mean: float, write: float, restart: float) -> float:
-    """Work done a second of a run that checkpoints every ``interval`` seconds of work."""
+def progress_ratio(interval: float, mean: float, write: float, restart: float) -> float:
+    """Returns the seconds of work done in a second of a run that checkpoints every ``interval``
+    seconds of work."""
     if interval <= 0:
         return 0.0
     exponent = (interval + write) / mean

@@ -1,4 +1,4 @@
-"""What devices can do: vendors' figures, each with its source.
+"""Figures of accelerators, each with its source.
 
 A row is one device as JAX counts them. Peaks are dense. What a program reaches of them is in
 ``plan/timing.py``.
@@ -123,15 +123,15 @@ CHIPS = {
 }
 
 
-def chip_of(device: Any) -> Chip | None:
-    """What a device of JAX's is; None: not in the table. A CPU is measured, once a process."""
+def find_chip(device: Any) -> Chip | None:
+    """Returns a JAX device's chip; None: not in the table. A CPU is measured, once a process."""
     if device.platform == "cpu":
-        return measured_cpu(len(device.client.local_devices()))
+        return measure_cpu(len(device.client.local_devices()))
     return next((c for c in CHIPS.values() if device.device_kind in c.device_kinds), None)
 
 
 @cache
-def measured_cpu(devices: int) -> Chip:
+def measure_cpu(devices: int) -> Chip:
     """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
     and SiLU reach now, how fast new memory is, and how much there is. Takes 1.5 s."""
     device = jax.local_devices(backend="cpu")[0]
@@ -154,7 +154,7 @@ def measured_cpu(devices: int) -> Chip:
     def new_memory() -> None:
         add(large, large).block_until_ready()
 
-    quickest = quickest_of((product, element_wise, new_memory), seconds=1.5)
+    quickest = measure_fastest_seconds((product, element_wise, new_memory), seconds=1.5)
     work = (2 * 1024**3, 2 * large.nbytes, large.nbytes)
     peak, bandwidth, pages = (w / q / devices for w, q in zip(work, quickest, strict=True))
     return Chip(
@@ -165,7 +165,7 @@ def measured_cpu(devices: int) -> Chip:
     )
 
 
-def quickest_of(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+def measure_fastest_seconds(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
     """The quickest time of each, in seconds. In turns, and for longer than others' busy moments
     last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
     best = [inf] * len(runs)

@@ -12,8 +12,8 @@ from typing import Any
 from maxlm.config import MaxlmError
 
 
-def report(plan: Mapping[str, Any]) -> str:
-    """The page of what :meth:`maxlm.plan.predict.Plan.to_json` returns.
+def render_report(plan: Mapping[str, Any]) -> str:
+    """Renders the page of what :meth:`maxlm.plan.predict.RunPlan.to_json` returns.
 
     Raises:
         ValueError: a number that JSON does not have, such as infinity.
@@ -27,12 +27,12 @@ def report(plan: Mapping[str, Any]) -> str:
 
 
 def write_report(plan: Mapping[str, Any], path: str | Path) -> None:
-    """Write the page, whole or not at all.
+    """Writes the page atomically.
 
     Raises:
         MaxlmError: the file cannot be written.
     """
-    path, page = Path(path), report(plan)
+    path, page = Path(path), render_report(plan)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         try:

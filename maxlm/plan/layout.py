@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.plan.flops import count_active_parameters, count_training_flops
-from maxlm.plan.notes import notes
+from maxlm.plan.list_layout_notes import list_layout_notes
 from maxlm.plan.placement import place_model
 from maxlm.plan.workload import TokensPerRow
 from maxlm.run import RunConfig
@@ -39,7 +39,7 @@ class ParamRow:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RunLayout:
     """A run on a mesh."""
 
     name: str
@@ -69,9 +69,9 @@ class Layout:
         return asdict(self)
 
 
-def lay_out(
+def lay_out_run(
     config: RunConfig, sizes: Mapping[str, int], links: Mapping[str, str] | None = None
-) -> Layout:
+) -> RunLayout:
     """Place every array of a run on a mesh of given sizes.
 
     Args:
@@ -95,7 +95,7 @@ def lay_out(
     flops = count_training_flops(tree, config.model, *lengths)
     a_token = lengths.own / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
-    return Layout(
+    return RunLayout(
         name=config.name,
         mesh=dict(sizes),
         devices=devices,
@@ -115,7 +115,7 @@ def lay_out(
         tokens_total=tokens * config.train.steps,
         flops_per_token=flops.causal * a_token,
         flops_per_token_full_attention=flops.full * a_token,
-        notes=notes(config, placed, sizes, links),
+        notes=list_layout_notes(config, placed, sizes, links),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a collective's bytes run over, and how long that takes.
+"""Time of collectives over a machine's links.
 
 A TPU's torus: an axis of n of a slice's N chips, laid along the torus, has about log n / log N of
 its dimensions, and each gives a ring both of its directions; half of that where a dimension is not
@@ -25,7 +25,7 @@ _PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
 
 
 def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
-    """What each device sends in one run.
+    """Returns the bytes that each device sends in one run.
 
     Args:
         ways: devices in a group.
@@ -45,13 +45,14 @@ class Network:
     chip: Chip
 
     def seconds(self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit) -> Number:
-        """Of one run of a collective over mesh axes; see :func:`sent_bytes` for ``whole``."""
+        """Returns the seconds of one run of a collective over mesh axes; see :func:`sent_bytes` for
+        ``whole``."""
         if self.topology.platform == "tpu":
             return self._on_torus(kind, axes, whole, split)
         return self._on_hosts(kind, axes, whole, split)
 
     def link(self, axes: tuple[str, ...], split: MeshSplit) -> str:
-        """In words, what mesh axes of one mesh run over."""
+        """Describes the links that mesh axes of one mesh run over."""
         ways, inner = split.ways(axes), self._inner(axes, split)
         if self.topology.platform == "cpu":
             return "memory"

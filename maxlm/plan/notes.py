@@ -1,20 +1,20 @@
-"""What a reader of a plan should know beside its table, one line each."""
+"""Notes on a plan, one line each."""
 
 from collections.abc import Mapping
 
-from maxlm.parallel.pipeline import bubble
+from maxlm.parallel.pipeline import bubble_ratio
 from maxlm.plan.placement import PlacedModel
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
 
-def notes(
+def list_layout_notes(
     config: RunConfig,
     placed: PlacedModel,
     sizes: Mapping[str, int],
     links: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
-    """How a run is parallel, in words.
+    """Lists notes on how a run is parallel.
 
     Args:
         links: what each mesh axis runs over, where devices are at hand.
@@ -104,7 +104,7 @@ def _pipeline(config: RunConfig, sizes: Mapping[str, int]) -> str | None:
     groups = own.layer_groups if own.schedule == "circular" else 1
     layers = config.model.num_layers // (stages * groups)
     held = f"{groups} groups of {layers} layers" if groups > 1 else f"{layers} layers"
-    share = bubble(own.schedule, stages, micro, groups)
+    share = bubble_ratio(own.schedule, stages, micro, groups)
     return (
         f"pipeline: {own.schedule}, {stages} stages of {held}, {micro} micro-batches, "
         f"{share:.1%} of the time idle"

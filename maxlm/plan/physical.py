@@ -1,4 +1,4 @@
-"""Where a mesh lies on a machine that is not here: its axes along the dimensions of a torus.
+"""The position of a mesh on a machine that is not here: axes along the dimensions of a torus.
 
 The layout is that of a run (``sharding/links.py: arrange_devices``), for devices that are
 coordinates alone.
@@ -19,7 +19,7 @@ _NAMES = "xyz"
 
 @dataclass(frozen=True)
 class _Place:
-    """What the layout asks of a device."""
+    """A device as the layout reads it."""
 
     id: int
     platform: str
@@ -41,7 +41,7 @@ def _places(topology: Topology) -> list[_Place]:
     ]
 
 
-def torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
+def list_torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
     """For each mesh axis of more than one device, the dimensions of a TPU's torus that neighbours
     along it differ in, as ``x·y``; "" for one that only crosses slices.
 

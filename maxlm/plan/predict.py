@@ -1,4 +1,4 @@
-"""A run on a machine: what it holds, what it sends and how long it takes, before it is paid for."""
+"""The plan of a run on a machine: memory, communication and time, before it starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,15 +9,15 @@ import numpy as np
 
 from maxlm.models.dtypes import compute_dtype
 from maxlm.plan.communication import PlannedCollective, list_collectives
-from maxlm.plan.goodput import Goodput, Reliability, goodput
-from maxlm.plan.hardware import CHIPS, Chip, chip_of, measured_cpu
-from maxlm.plan.layout import Layout, lay_out
+from maxlm.plan.estimate_goodput import Goodput, Reliability, estimate_goodput
+from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
+from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.memory import DeviceMemory, estimate_memory
 from maxlm.plan.network import Network
-from maxlm.plan.physical import torus_dimensions
+from maxlm.plan.physical import list_torus_dimensions
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
-from maxlm.plan.topology import Topology, dimensions, parse_topology
+from maxlm.plan.topology import Topology, count_torus_dimensions, parse_topology
 from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig, fitted
 from maxlm.sharding import MESH_AXES, mesh_sizes
@@ -30,7 +30,7 @@ FILL = 0.95
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to be."""
+    """The machine that a run is planned for."""
 
     name: str
     words: str
@@ -38,7 +38,7 @@ class Machine:
     chip: Chip
 
     @classmethod
-    def of(cls, name: str) -> "Machine":
+    def from_name(cls, name: str) -> "Machine":
         """Return the machine of a name that docs/plan.md explains; a CPU is measured.
 
         Raises:
@@ -46,16 +46,16 @@ class Machine:
         """
         topology = parse_topology(name)
         if topology.platform == "cpu":
-            return cls(name, topology.words, topology, measured_cpu(topology.devices))
+            return cls(name, topology.words, topology, measure_cpu(topology.devices))
         return cls(name, topology.words, topology, CHIPS[topology.kind])
 
     @classmethod
-    def here(cls, devices: Sequence[Any]) -> "Machine | None":
-        """The one that these devices are; None: a kind whose figures are not known."""
+    def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
+        """Returns the machine that these devices are; None: a kind whose figures are not known."""
         # Of another process's devices the memory cannot be asked for.
         own = (d for d in devices if getattr(d, "process_index", 0) == jax.process_index())
         first = next(own, devices[0])
-        chip = chip_of(first)
+        chip = find_chip(first)
         if chip is None:
             return None
         limit = _memory_limit(first)
@@ -71,7 +71,7 @@ class Machine:
         elif first.platform == "tpu":
             places = np.array([device.coords for device in devices])
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
-            shape = sides[: dimensions(chip.name)]
+            shape = sides[: count_torus_dimensions(chip.name)]
         topology = Topology(first.platform, chip.name, shape, slices)
         return cls(topology.words, topology.words, topology, chip)
 
@@ -105,7 +105,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class CollectiveCost:
-    """A collective of one plan."""
+    """The cost of a collective of one plan."""
 
     what: str
     kind: str
@@ -126,10 +126,10 @@ class CollectiveCost:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything that is known of a run before it starts. Without a machine there are no times."""
+class RunPlan:
+    """The plan of a run. Without a machine there are no times."""
 
-    layout: Layout
+    layout: RunLayout
     machine: Machine | None
     shape: StepShape
     memory: DeviceMemory
@@ -179,7 +179,7 @@ class Plan:
 
     @property
     def run_hours(self) -> float | None:
-        """Of the whole run, failures included, with checkpoints at the best interval."""
+        """Hours of the whole run, failures included, with checkpoints at the best interval."""
         if self.step_seconds is None or self.goodput is None or not self.goodput.best:
             return None
         steps = self.layout.tokens_total / self.layout.tokens_per_step
@@ -223,20 +223,20 @@ class Plan:
         return result
 
 
-def predict(
+def plan_run(
     config: RunConfig,
     machine: Machine | None = None,
     *,
     sizes: Mapping[str, int] | None = None,
     links: Mapping[str, str] | None = None,
     reliability: Reliability = Reliability(),
-) -> Plan:
-    """Plan a run.
+) -> RunPlan:
+    """Plans a run.
 
     Args:
         machine: where; None: bytes alone.
         sizes: mesh axis → devices; default: the config's mesh on the machine.
-        links: see :func:`~maxlm.plan.layout.lay_out`; default: the machine's.
+        links: see :func:`~maxlm.plan.layout.lay_out_run`; default: the machine's.
 
     Raises:
         MaxlmError: whatever does not fit together; not: too little memory.
@@ -251,20 +251,20 @@ def predict(
     network = machine.network if machine else None
     if links is None and network:
         links = _links(network, split)
-    layout = lay_out(config, sizes, links)
+    layout = lay_out_run(config, sizes, links)
     work = RunWorkload.of(config, dtype)
     shape = StepShape(
         *(work, split, config.train.micro_batches, config.model.remat),
         ragged=machine is None or machine.ragged,
         fused_attention=machine is not None and machine.fused_attention,
     )
-    held, sends, time = costs(shape, machine)
+    held, sends, time = estimate_costs(shape, machine)
     good = None
     if time:
         state = float(held.parameters) + float(held.optimizer) + float(held.average)
         every = config.checkpoint.every_steps
-        good = goodput(reliability, layout.devices, state, float(time.total), every)
-    return Plan(
+        good = estimate_goodput(reliability, layout.devices, state, float(time.total), every)
+    return RunPlan(
         layout=layout,
         machine=machine,
         shape=shape,
@@ -278,10 +278,11 @@ def predict(
     )
 
 
-def costs(
+def estimate_costs(
     shape: StepShape, machine: Machine | None
 ) -> tuple[DeviceMemory, tuple[PlannedCollective, ...], StepTime | None]:
-    """What a run, or each of many, holds, sends and takes; without a machine there is no time."""
+    """Returns memory, collectives and time of a run, or of each of many; without a machine there
+    is no time."""
     held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
@@ -310,10 +311,10 @@ def matmul_dtype(itemsize: int, machine: Machine) -> str:
 
 
 def _links(network: Network, split: MeshSplit) -> dict[str, str]:
-    """What each mesh axis runs over, and on a TPU along which dimensions of the torus."""
+    """What each mesh axis runs over, and on a TPU with the dimensions of the torus."""
     links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
     if network.topology.platform == "tpu":
-        along = torus_dimensions(network.topology, split.sizes)
+        along = list_torus_dimensions(network.topology, split.sizes)
         links = {a: f"{link} along {along[a]}" if along[a] else link for a, link in links.items()}
     return links
 

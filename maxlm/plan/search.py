@@ -1,4 +1,4 @@
-"""The best way to lay a run on a machine: every mesh, micro-batch and remat policy, by the plan.
+"""Search for the best layout of a run: every mesh, micro-batch and remat policy, by the plan.
 
 Candidates are evaluated all at once: the plan's formulas hold for arrays of mesh sizes. Every way
 to write the machine's devices as a product of mesh axes is one; batch, sequence and model stay as
@@ -17,7 +17,7 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.predict import FILL, Machine, costs, predict
+from maxlm.plan.plan_run import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.shape import StepShape
 from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig, no_pipeline
@@ -33,7 +33,7 @@ _RESIDUAL = (("context",), ("context", "tensor"))
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way."""
+    """One layout of a run."""
 
     sizes: dict[str, int]
     micro_batches: int
@@ -45,7 +45,7 @@ class Candidate:
     """Bytes at the peak, predicted."""
 
     def apply(self, config: RunConfig) -> RunConfig:
-        """The run laid out so."""
+        """Returns the run with this layout."""
         run = config.model_dump()
         run["mesh"] |= self.sizes
         run["model"]["remat"] = self.remat
@@ -55,8 +55,8 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search came to."""
+class SearchResult:
+    """The result of a search."""
 
     best: tuple[Candidate, ...]
     """Quickest first; every one fits and passes all of a run's own checks."""
@@ -72,8 +72,8 @@ class Found:
     """Why the last one that fits and is not among the best was refused."""
 
 
-def search(config: RunConfig, machine: Machine, *, top: int = 10) -> Found:
-    """Rank all ways to lay a run on a machine; where none fits there is no best."""
+def search_layouts(config: RunConfig, machine: Machine, *, top: int = 10) -> SearchResult:
+    """Ranks all layouts of a run on a machine; where none fits there is no best."""
     began = time.perf_counter()
     fitted: list[tuple[_Batch, np.ndarray, np.ndarray]] = []
     tried = possible = fitting = 0
@@ -92,7 +92,7 @@ def search(config: RunConfig, machine: Machine, *, top: int = 10) -> Found:
     ranked = _quickest_first(fitted)
     spent = time.perf_counter() - began
     best, refusal = _accepted(config, machine, ranked, top)
-    return Found(best, tried, possible, fitting, float(least), spent, refusal)
+    return SearchResult(best, tried, possible, fitting, float(least), spent, refusal)
 
 
 def _quickest_first(
@@ -119,7 +119,7 @@ def _accepted(
     refusal, refused = None, 0
     for candidate in ranked:
         try:
-            predict(candidate.apply(config), machine)
+            plan_run(candidate.apply(config), machine)
             best.append(candidate)
         except MaxlmError as error:
             refusal, refused = str(error), refused + 1
@@ -128,8 +128,8 @@ def _accepted(
     return tuple(best), refusal
 
 
-def snippet(run: RunConfig, source: str) -> str:
-    """YAML that ``maxlm train`` takes: a source, and whatever in the run is not as it is there.
+def format_run_yaml(run: RunConfig, source: str) -> str:
+    """Formats a run as YAML for ``maxlm train``: a source, and the settings that differ from it.
 
     Args:
         source: a config file or the name of a shipped config.
@@ -144,7 +144,7 @@ def snippet(run: RunConfig, source: str) -> str:
 
 
 def _differing(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """What of ``high`` laid over ``low`` makes ``high``."""
+    """Returns the part of ``high`` that differs from ``low``."""
     found = {}
     for key, value in high.items():
         known = low.get(key)
@@ -194,7 +194,7 @@ class _Batch:
             ragged=machine.ragged,
             fused_attention=machine.fused_attention,
         )
-        held, _, time = costs(shape, machine)
+        held, _, time = estimate_costs(shape, machine)
         assert time is not None
         ones = np.ones(self.count)
         return np.asarray(held.total) * ones, np.asarray(time.total) * ones

@@ -9,15 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.models.architectures.config import strip_stack
-from maxlm.plan.layout import Layout, ParamRow
-from maxlm.plan.predict import Plan
-from maxlm.plan.search import Candidate, Found
+from maxlm.plan.layout import ParamRow, RunLayout
+from maxlm.plan.predict import RunPlan
+from maxlm.plan.search import Candidate, SearchResult
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
 OPTIMAL = 20
 
 
-def human_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """``1.5 GiB``: three significant digits, binary units."""
     sign, size = ("-" if size < 0 else ""), abs(size)
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -27,7 +27,7 @@ def human_bytes(size: float) -> str:
     return f"{sign}{_three_digits(size)} TiB"
 
 
-def human_count(count: float) -> str:
+def format_count(count: float) -> str:
     """``6.74B``: thousands, millions, billions, trillions."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= limit:
@@ -35,7 +35,7 @@ def human_count(count: float) -> str:
     return f"{count:.0f}"
 
 
-def human_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """``1.5 ms``, ``12 s``, ``3.2 h``, ``14 days``."""
     for limit, scale, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (120.0, 1.0, "s")):
         if seconds < limit:
@@ -51,18 +51,18 @@ def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
-def tables(plan: Plan, *, price: float | None = None) -> Group:
-    """Facts, one row a parameter, memory, communication and time.
+def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
+    """Renders a plan: facts, parameters, memory, communication and time.
 
     Args:
         price: of an accelerator's hour, in whatever currency.
     """
-    parts: list[Any] = [facts(plan.layout)]
+    parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
         parts += [
             Text(f"{plan.machine.name}: {plan.machine.words}"),
-            Text(verdict(plan), style="bold"),
-            Text(run_words(plan, price)),
+            Text(format_fit_verdict(plan), style="bold"),
+            Text(format_run_estimate(plan, price)),
         ]
     parts += [_parameters(plan.layout), _memory(plan)]
     if plan.sends:
@@ -72,17 +72,17 @@ def tables(plan: Plan, *, price: float | None = None) -> Group:
     return Group(*parts)
 
 
-def facts(layout: Layout) -> Text:
+def render_layout_facts(layout: RunLayout) -> Text:
     axes = " ".join(f"{axis}={size}" for axis, size in layout.mesh.items() if size > 1)
     sparse = layout.active_parameters < layout.parameters
     active = f", {layout.active_parameters:,} of them active" if sparse else ""
     per_parameter = layout.tokens_total / layout.parameters
-    ratio = human_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
+    ratio = format_count(per_parameter) if per_parameter >= 1000 else f"{per_parameter:.3g}"
     return Text.assemble(
         (layout.name, "bold"),
         f" · {layout.parameters:,} parameters{active} · {layout.devices:,} devices"
         f" ({axes or 'one of each axis'})\n",
-        f"{layout.tokens_per_step:,} tokens a step · {human_count(layout.tokens_total)} in the run"
+        f"{layout.tokens_per_step:,} tokens a step · {format_count(layout.tokens_total)} in the run"
         f" ({ratio} a parameter, {per_parameter / OPTIMAL:.2g}× of {OPTIMAL}:1)\n",
         f"{layout.flops_per_token:.4g} FLOPs a token with causal attention at half,"
         f" {layout.flops_per_token_full_attention:.4g} in full",
@@ -90,19 +90,19 @@ def facts(layout: Layout) -> Text:
     )
 
 
-def planned_words(plan: Plan) -> str:
-    """A prediction in a line."""
-    memory = f"{human_bytes(float(plan.memory.total))} a device"
+def format_prediction(plan: RunPlan) -> str:
+    """Formats a prediction in a line."""
+    memory = f"{format_bytes(float(plan.memory.total))} a device"
     if plan.step_seconds is None:
         return f"planned: {memory}"
-    return f"planned: {human_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {memory}"
+    return f"planned: {format_seconds(plan.step_seconds)} a step, MFU {plan.mfu():.1%}, {memory}"
 
 
-def verdict(plan: Plan) -> str:
-    """Whether it fits, in a line."""
+def format_fit_verdict(plan: RunPlan) -> str:
+    """Formats in a line whether the run fits."""
     assert plan.limit is not None
     total = float(plan.memory.total)
-    need = f"{human_bytes(total)} of {human_bytes(plan.limit)} a device"
+    need = f"{format_bytes(total)} of {format_bytes(plan.limit)} a device"
     if plan.close:
         return f"fits, but closer than the plan is sure of: {need}; ask --compile"
     if plan.fits:
@@ -113,7 +113,7 @@ def verdict(plan: Plan) -> str:
     )
 
 
-def _parameters(layout: Layout) -> Group:
+def _parameters(layout: RunLayout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
     table = _table()
     table.add_column("parameter", no_wrap=True)
@@ -124,8 +124,8 @@ def _parameters(layout: Layout) -> Group:
         table.add_row(
             row.path,
             _dimensions(row),
-            human_bytes(row.bytes_total),
-            human_bytes(row.bytes_per_device),
+            format_bytes(row.bytes_total),
+            format_bytes(row.bytes_per_device),
             str(row.replicas),
         )
     return _titled(f"Parameters ({dtypes})", table)
@@ -140,7 +140,7 @@ def _dimensions(row: ParamRow) -> str:
     return " · ".join(parts)
 
 
-def _memory(plan: Plan) -> Group:
+def _memory(plan: RunPlan) -> Group:
     table = _table()
     for column in ("what", "bytes", ""):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -160,32 +160,32 @@ def _memory(plan: Plan) -> Group:
         parts |= {"limit": plan.limit, "margin": plan.limit - float(held.total)}
     for name, size in parts.items():
         if float(size):
-            table.add_row(name, f"{float(size):,.0f}", human_bytes(float(size)))
+            table.add_row(name, f"{float(size):,.0f}", format_bytes(float(size)))
     return _titled("Memory of each device, at the peak of a step", table)
 
 
-def _communication(plan: Plan) -> Group:
+def _communication(plan: RunPlan) -> Group:
     table = _table()
     timed = ("time",) if plan.machine else ()
     for column in ("what", "kind", "over", "runs", "sent", *timed, "computation"):
         justify: Any = "right" if column in ("runs", "sent", "time") else "left"
         words = column in ("what", "over")
         table.add_column(column, justify=justify, no_wrap=not words, overflow="fold")
-    for key, (runs, sent, taken) in grouped(plan).items():
+    for key, (runs, sent, taken) in group_collectives(plan).items():
         what, kind, axes, link, waits = key
         table.add_row(
             what,
             kind,
             f"{axes} ({link})" if link else axes,
             f"{runs:,}",
-            human_bytes(sent),
-            *(() if taken is None else (human_seconds(taken),)),
+            format_bytes(sent),
+            *(() if taken is None else (format_seconds(taken),)),
             "waits" if waits else "can hide it",
         )
     return _titled("Communication of each device, in a step", table)
 
 
-def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
+def group_collectives(plan: RunPlan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
     """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
     passes."""
     kernels = {strip_stack(row.path).removesuffix(".kernel") for row in plan.layout.rows}
@@ -201,7 +201,7 @@ def grouped(plan: Plan) -> dict[tuple[Any, ...], tuple[int, float, float | None]
     return total
 
 
-def _time(plan: Plan) -> Group:
+def _time(plan: RunPlan) -> Group:
     table = _table()
     for column in ("what", "time", "share"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -218,25 +218,25 @@ def _time(plan: Plan) -> Group:
     for name, value in parts.items():
         if float(value):
             share = float(value) / float(time.total)
-            table.add_row(name, human_seconds(float(value)), f"{share:.1%}")
+            table.add_row(name, format_seconds(float(value)), f"{share:.1%}")
     return _titled("Time of a step", table)
 
 
-def run_words(plan: Plan, price: float | None = None) -> str:
-    """Rates, the whole run, and what failures cost of it."""
+def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
+    """Formats rates, the whole run, and the cost of failures."""
     layout, good = plan.layout, plan.goodput
     rate, hours = plan.tokens_per_second, plan.run_hours
     if rate is None or good is None:
         return ""
     step = plan.step_seconds or 1.0
     lines = [
-        f"{human_seconds(step)} a step · {human_count(rate)} tokens/s, "
-        f"{human_count(rate / layout.devices)} a device · "
+        f"{format_seconds(step)} a step · {format_count(rate)} tokens/s, "
+        f"{format_count(rate / layout.devices)} a device · "
         f"MFU {plan.mfu():.1%} (attention at half), {plan.mfu(full_attention=True):.1%} (in full)"
     ]
     if hours is not None:
         steps = layout.tokens_total // layout.tokens_per_step
-        words = f"{steps:,} steps in {human_seconds(3600 * hours)}, "
+        words = f"{steps:,} steps in {format_seconds(3600 * hours)}, "
         words += f"{hours * layout.devices:,.0f} device-hours"
         if price is not None:
             words += f", {price * hours * layout.devices:,.0f} at {price:g} each"
@@ -244,19 +244,19 @@ def run_words(plan: Plan, price: float | None = None) -> str:
     every = max(1, round(good.best_interval_seconds / step))
     lines.append(
         f"goodput {good.best:.1%} with a checkpoint every {every:,} steps "
-        f"({human_seconds(good.best_interval_seconds)}), "
+        f"({format_seconds(good.best_interval_seconds)}), "
         + (
             f"{good.configured:.1%} with every {plan.checkpoint_every:,} as configured"
             if plan.checkpoint_every
             else "none are configured"
         )
-        + f"; a failure every {human_seconds(3600 * good.mtbf_hours)}"
+        + f"; a failure every {format_seconds(3600 * good.mtbf_hours)}"
     )
     return "\n".join(lines)
 
 
-def comparison(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
-    """Analytic figures beside the compiler's."""
+def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
+    """Renders analytic figures beside the compiler's."""
     table = _table()
     for column in ("what", "plan", "compiler", "plan ÷ compiler"):
         table.add_column(column, justify="left" if column == "what" else "right")
@@ -266,8 +266,10 @@ def comparison(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
     return _titled(title, table)
 
 
-def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -> Group:
-    """A search's best.
+def render_candidates_table(
+    found: SearchResult, limit: float, verified: Mapping[int, float] = {}
+) -> Group:
+    """Renders a search's best layouts.
 
     Args:
         verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
@@ -281,7 +283,7 @@ def candidates(found: Found, limit: float, verified: Mapping[int, float] = {}) -
         cells = _candidate(own, limit)
         if verified:
             peak = verified.get(place)
-            room = "" if peak is None else human_bytes(peak) if peak < inf else "no room"
+            room = "" if peak is None else format_bytes(peak) if peak < inf else "no room"
             cells.append(room)
         table.add_row(*cells)
     return _titled("The quickest that fit", table)
@@ -294,8 +296,8 @@ def _candidate(own: Candidate, limit: float) -> list[str]:
         str(own.micro_batches),
         own.remat,
         ", ".join(own.residual) or "whole",
-        human_seconds(own.seconds),
-        human_bytes(own.memory),
+        format_seconds(own.seconds),
+        format_bytes(own.memory),
         f"{own.memory / limit:.0%}",
     ]
 

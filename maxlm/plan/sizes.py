@@ -8,7 +8,7 @@ from maxlm.plan.workload import MeshSplit, Number
 
 
 class Heads(NamedTuple):
-    """Of attention."""
+    """Elements a token of attention's arrays."""
 
     queries: Number
     output: Number
@@ -26,12 +26,12 @@ def head_sizes(attention: AttentionConfig, split: MeshSplit) -> Heads:
 
 
 def count_hidden_elements(map_: Map, split: MeshSplit) -> Number:
-    """Of what a map writes into the FFN's width."""
+    """Returns the elements a token that a map writes into the FFN's width."""
     if map_.writes != "mlp":
         return 0.0
     return sum(k.shape[-1] / split.shards(split.compute, k.axes[-1:]) for k in map_.kernels)
 
 
 def count_latent_elements(map_: Map) -> int:
-    """Of the narrow vectors that a map writes, for latent attention."""
+    """Returns the elements a token of the narrow vectors that a map writes, for latent attention."""
     return sum(k.shape[-1] for k in map_.kernels if k.writes == "latent")

@@ -115,7 +115,7 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
-        """Of a TPU: 4, but for slices of 8 with a torus of two dimensions, which are one host
+        """Chips of a TPU's host: 4, or 8 in slices of 8 with a torus of two dimensions
         (Google Cloud: v5litepod-8, ct6e-standard-8t)."""
         return 8 if len(self.shape) == 2 and prod(self.shape) == 8 else 4
 
@@ -198,13 +198,13 @@ def _check_shape(text: str, kind: str, shape: tuple[int, ...]) -> None:
         raise MaxlmError(f"no {kind} slice is {'x'.join(map(str, shape))}", fix=f"use {allowed}")
 
 
-def dimensions(kind: str) -> int:
-    """Of the torus of a kind of TPU."""
+def count_torus_dimensions(kind: str) -> int:
+    """Returns the number of dimensions of a TPU's torus."""
     return _TPUS[kind][1]
 
 
-def gpu_target(kind: str) -> str:
-    """A GPU described to XLA's compiler: a GpuTargetConfigProto as text."""
+def format_gpu_target(kind: str) -> str:
+    """Formats a GPU for XLA's compiler: a GpuTargetConfigProto as text."""
     properties, (major, minor), name = _GPUS[kind]
     lines = [f"  {key}: {value}" for key, value in properties.items()]
     lines.append(f"  cuda_compute_capability {{ major: {major} minor: {minor} }}")

@@ -1,6 +1,6 @@
 """The plan's figures beside the compiler's, for one run on one machine."""
 
-from maxlm.plan.predict import Plan
+from maxlm.plan.predict import RunPlan
 from maxlm.plan.timing import count_device_flops
 from maxlm.programs.compile import CompiledStep
 
@@ -10,7 +10,7 @@ GB, TERA = 1e9, 1e12
 Figures = dict[str, tuple[float, float]]
 
 
-def compare(plan: Plan, step: CompiledStep) -> Figures:
+def compare(plan: RunPlan, step: CompiledStep) -> Figures:
     """What → (planned, compiled), GB and TFLOP of one device and step.
 
     Products of a dropless mixture's experts are in kernels that the compiler does not see into;

@@ -11,8 +11,13 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.plan.compiled.cost import CompiledCost, Memory, compiled_cost, compiled_memory
-from maxlm.plan.topology import Topology, gpu_target, parse_topology
+from maxlm.plan.compiled.cost import (
+    CompiledCost,
+    CompiledMemory,
+    read_compiled_cost,
+    read_compiled_memory,
+)
+from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.tasks import batch_arrays
@@ -51,15 +56,15 @@ class CompiledStep:
 
     @cached_property
     def cost(self) -> CompiledCost:
-        return compiled_cost(
+        return read_compiled_cost(
             self.text,
             dict(self.setup.mesh.shape),
             on_chip=_ON_CHIP.get(self.topology.platform, ()),
         )
 
     @property
-    def memory(self) -> Memory:
-        return compiled_memory(self.compiled)
+    def memory(self) -> CompiledMemory:
+        return read_compiled_memory(self.compiled)
 
 
 class DoesNotFit(MaxlmError):
@@ -144,7 +149,7 @@ def topology_devices(topology: Topology) -> list[Any]:
             slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
             return get_topology_desc(topology.compiler_name, "tpu", **slices).devices
         jax.devices("cpu")  # plugins are found when the first backend starts
-        target = gpu_target(topology.kind)
+        target = format_gpu_target(topology.kind)
         return get_topology_desc(
             platform="cuda", topology=topology.compiler_name, target_config=target
         ).devices

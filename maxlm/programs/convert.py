@@ -13,18 +13,18 @@ from typing import Any
 import jax.numpy as jnp
 from pydantic import ValidationError
 
-from maxlm.config import MaxlmError, Origin, compare_configs, load_config, to_yaml
+from maxlm.config import MaxlmError, SettingOrigin, compare_configs, load_config, to_yaml
 from maxlm.config.keys import join_key
 from maxlm.config.load import validate_config
 from maxlm.config.merge import SettingsTree
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
-from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
-from maxlm.huggingface.convert import Progress, export_tensors, import_tensors, silent
-from maxlm.huggingface.dtypes import Dtypes
-from maxlm.huggingface.files import stored_tensors
+from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
+from maxlm.huggingface.convert import Progress, export_tensors, ignore_progress, import_tensors
+from maxlm.huggingface.dtypes import TensorDtypes
+from maxlm.huggingface.files import list_stored_tensors
 from maxlm.huggingface.writer import SHARD_BYTES
-from maxlm.models.families import FAMILIES, family_of
-from maxlm.models.families.family import Family
+from maxlm.models.families import FAMILIES, find_family
+from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
@@ -67,7 +67,7 @@ def convert(
     dtype: str | None = None,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Converted:
     """A Hugging Face folder to a run, or a run to a Hugging Face folder: whichever ``source`` is.
 
@@ -99,7 +99,7 @@ def convert(
     )
 
 
-def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Converted:
+def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) -> Converted:
     """A Hugging Face checkpoint as a run of step 0: config, checkpoint, tokenizer.
 
     Tensors are read, cast to fp32 and written one at a time; nothing is left behind by a failure.
@@ -111,24 +111,24 @@ def to_run(source: Path, target: Path, *, progress: Progress = silent) -> Conver
     _check_free(target)
     where = source / "config.json"
     values = _read_json(where)
-    family = family_of(values, str(where))
-    tensors = stored_tensors(source)
-    settings, notes = family.settings(values, str(where), tensors)
+    family = find_family(values, str(where))
+    tensors = list_stored_tensors(source)
+    settings, notes = family.read_config(values, str(where), tensors)
     config = _run_config(settings, target, where)
     tokenizer, told = _import_tokenizer(source, config)
     config, marks = _with_tokenizer(config, target, tokenizer)
     notes += told + marks
     specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
-    entries = family.entries(config.model, tensors)
+    entries = family.list_entries(config.model, tensors)
     with _whole(target) as folder:
-        with CheckpointWriter(folder / "checkpoints") as writer:
+        with RunCheckpointWriter(folder / "checkpoints") as writer:
             how: dict[str, Any] = {"ignored": family.ignored, "warn": notes.append}
             dtypes = import_tensors(source, entries, specs, writer, progress, **how)
             used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
             notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
             # The way back asks under the usual names.
-            usual = [entry.theirs for entry in family.entries(config.model)]
-            dtypes = dtypes.renamed(dict(zip((e.theirs for e in entries), usual, strict=True)))
+            usual = [entry.theirs for entry in family.list_entries(config.model)]
+            dtypes = dtypes.with_names(dict(zip((e.theirs for e in entries), usual, strict=True)))
             writer.commit(
                 {
                     "config": config.model_dump(mode="json"),
@@ -155,7 +155,7 @@ def to_published(
     dtype: str | None = None,
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Converted:
     """A run's checkpoint as a folder that transformers loads.
 
@@ -171,17 +171,17 @@ def to_published(
     """
     config = load_config(RunConfig, source / "config.yaml").value
     average = config.train.ema_decay is not None
-    reader = CheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
+    reader = RunCheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
     published = read_metadata(reader.folder).get("published") or {}
     chosen = _chosen(config.model, family or published.get("family"))
-    values = chosen.config_json(config.model)
+    values = chosen.write_config(config.model)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
     values |= published.get("tokens") or _tokens_of(tokenizer)
-    entries = chosen.entries(config.model)
-    kept = Dtypes.model_validate(published.get("dtypes") or {"default": "F32"})
+    entries = chosen.list_entries(config.model)
+    kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
-        kept = Dtypes(default=_known_dtype(dtype))
+        kept = TensorDtypes(default=_known_dtype(dtype))
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
     _check_free(target)
     how: dict[str, Any] = {"progress": progress, "lossy": dtype is not None}
@@ -211,7 +211,7 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
         "objective": {"kind": objective},
         "data": {"seq_len": max(seq_len, 1)},
     }
-    return validate_config(RunConfig, SettingsTree(tree, {(): Origin(str(where))}))
+    return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
 
 
 def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
@@ -268,7 +268,7 @@ def _with_tokenizer(
     return found, []
 
 
-def _chosen(model: Any, name: str | None) -> Family:
+def _chosen(model: Any, name: str | None) -> ModelFamily:
     """The family of a name, or the first that can say what a model computes."""
     if name is not None:
         if name not in FAMILIES:
@@ -290,12 +290,12 @@ def _chosen(model: Any, name: str | None) -> Family:
     )
 
 
-def _lost(model: Any, family: Family) -> str | None:
+def _lost(model: Any, family: ModelFamily) -> str | None:
     """What a family's config.json would not say of a model; None: nothing."""
     if model.architecture != family.shape:
         return f"model.architecture={model.architecture}"
     try:
-        settings, _ = family.settings(family.config_json(model), family.name)
+        settings, _ = family.read_config(family.write_config(model), family.name)
         again = type(model).model_validate(settings)
     except MaxlmError as error:
         return error.what

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan.predict import FORMAT, Machine, Plan, predict
+from maxlm.plan.predict import FORMAT, Machine, RunPlan, plan_run
 from maxlm.plan.search import Candidate
-from maxlm.plan.show import human_bytes
+from maxlm.plan.show import format_bytes
 from maxlm.programs.compare import Figures, compare
 from maxlm.programs.compile import DoesNotFit, compile_step
 from maxlm.run import RunConfig
@@ -31,8 +31,8 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
     if path.suffix != ".json":
         run = load_config(RunConfig, source).value
         if on is None:
-            return predict(run, sizes=mesh_sizes(run.mesh, count_min_devices(run.mesh))).to_json()
-        return predict(run, Machine.of(on)).to_json()
+            return plan_run(run, sizes=mesh_sizes(run.mesh, count_min_devices(run.mesh))).to_json()
+        return plan_run(run, Machine.from_name(on)).to_json()
     try:
         plan = json.loads(path.read_text())
     except OSError as error:
@@ -64,7 +64,7 @@ def verified(run: RunConfig, machine: Machine, candidates: Sequence[Candidate]) 
     return peaks
 
 
-def asked(run: RunConfig, machine: Machine, plan: Plan) -> tuple[bool, str, Figures]:
+def asked(run: RunConfig, machine: Machine, plan: RunPlan) -> tuple[bool, str, Figures]:
     """What the machine's compiler says of a run: whether it fits, that in words, and figures beside
     the plan's.
 
@@ -76,6 +76,6 @@ def asked(run: RunConfig, machine: Machine, plan: Plan) -> tuple[bool, str, Figu
     except DoesNotFit as error:
         return False, f"does not fit: {error.what}", {}
     fits = step.memory.peak <= machine.chip.memory
-    words = f"{human_bytes(step.memory.peak)} of {human_bytes(machine.chip.memory)} a device"
+    words = f"{format_bytes(step.memory.peak)} of {format_bytes(machine.chip.memory)} a device"
     verdict = "fits" if fits else "does not fit"
     return fits, f"{verdict} by the compiler's account: {words}", compare(plan, step)

@@ -14,8 +14,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
-from maxlm.plan.predict import Machine, Plan, predict
-from maxlm.plan.show import planned_words
+from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.show import format_prediction
 from maxlm.programs.environment import environment, process_began
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
@@ -64,7 +64,7 @@ class Trained:
 
     setup: Setup
     corpus: Corpus
-    plan: Plan
+    plan: RunPlan
     start: int
     """The step that it began or went on from."""
     state: TrainState
@@ -152,13 +152,13 @@ def pretrain(
             )
         if profile and profile[1] <= first:
             say(f"no trace is taken: step {profile[1]}, the last to be traced, has been taken")
-        plan = predict(
+        plan = plan_run(
             config,
-            Machine.here(setup.mesh.devices.ravel().tolist()),
+            Machine.from_devices(setup.mesh.devices.ravel().tolist()),
             sizes=dict(setup.mesh.shape),
             links=describe_links(setup.mesh),
         )
-        say(planned_words(plan))
+        say(format_prediction(plan))
         _describe(folder, config, plan, lead=lead)
         log = stack.enter_context(MetricsLog(folder, first, write=lead, reporting=config.reporting))
         if count := log.damaged_lines:
@@ -330,7 +330,7 @@ def _noted(signals: SignalHandler, log: MetricsLog, step: int) -> Iterator[None]
         raise
 
 
-def _describe(folder: Path, config: RunConfig, plan: Plan, *, lead: bool) -> None:
+def _describe(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) -> None:
     """What another person needs to judge the run, or to run it again."""
     about = environment()
     described = {

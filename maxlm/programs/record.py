@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from math import log
 
-from maxlm.plan.predict import Plan
+from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import Corpus
 from maxlm.programs.setup import Setup
 from maxlm.train.display import ConsoleDisplay
@@ -19,7 +19,7 @@ def _evaluated(step: int, values: Mapping[str, float]) -> str:
 
 
 def recorder(
-    setup: Setup, corpus: Corpus, plan: Plan, log_to: MetricsLog, display: ConsoleDisplay
+    setup: Setup, corpus: Corpus, plan: RunPlan, log_to: MetricsLog, display: ConsoleDisplay
 ) -> Callable[[int, Mapping[str, float]], None]:
     """A hook that adds rates to a step's scalars, writes them and shows them.
 

@@ -12,7 +12,7 @@ import jax
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.placement import place_model
-from maxlm.plan.show import human_bytes, human_seconds
+from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.programs.generate import between, generate_text
 from maxlm.programs.pretrain import Trained, parameters
 from maxlm.train.records import read_records
@@ -83,12 +83,12 @@ def _measured(run: Trained):
     measured = median(r.get("mfu") or 0.0 for r in records)
     memory = float(plan.memory.total)
     rows: list[Any] = [
-        ("step", human_seconds, plan.step_seconds, seconds),
+        ("step", format_seconds, plan.step_seconds, seconds),
         ("MFU", "{:.1%}".format, share, measured),
     ]
     if "device_memory_peak" in records[-1]:
         peak = max(r["device_memory_peak"] for r in records)
-        rows.append(("memory of a device", human_bytes, memory, peak))
+        rows.append(("memory of a device", format_bytes, memory, peak))
     for name, word, ours, theirs in rows:
         table.add_row(name, word(ours), word(theirs), f"{ours / theirs:.2f}" if theirs else "")
     return table

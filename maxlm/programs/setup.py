@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
-from maxlm.parallel.context import sequence_order
+from maxlm.parallel.context import sequence_order_indices
 from maxlm.plan.placement import place_model
 from maxlm.run import RunConfig, fitted
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
@@ -72,7 +72,7 @@ class Setup:
         ways = prod(self.mesh.shape[axis] for axis in self.compute.seq)
         if ways == 1 or not self.config.parallel.balance_sequence:
             return None
-        return sequence_order(self.config.data.seq_len, ways, balanced=True)
+        return sequence_order_indices(self.config.data.seq_len, ways, balanced=True)
 
     @cached_property
     def abstract_state(self) -> TrainState:

@@ -16,7 +16,7 @@ from maxlm.corpus import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
-from maxlm.plan.layout import lay_out
+from maxlm.plan.layout import lay_out_run
 from maxlm.programs.feed import training_batches
 from maxlm.programs.prepare import planned_vocab
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
@@ -116,7 +116,7 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     a mesh, a schedule, a batch, a tokenizer's size or missing documents make impossible raises a
     MaxlmError.
     """
-    lay_out(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
+    lay_out_run(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
     vocab_fits(config, planned_vocab(config))
     for source in config.data.sources:
         if source.documents:

@@ -1,4 +1,4 @@
-"""Which device stands where in a mesh, so that the busiest axes have the fastest links."""
+"""The order of devices in a mesh: the busiest axes get the fastest links."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +52,7 @@ def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndar
 
 
 def split_over_slices(sizes: Mapping[str, int], num_slices: int) -> dict[str, int]:
-    """How many ways each axis is cut by the boundaries of slices.
+    """Returns the number of slices that each mesh axis is split over.
 
     Raises:
         MaxlmError: neither `data` nor `stage` divides over them.
@@ -80,7 +80,7 @@ def _by_host(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> None:
-    """Check that `tensor` stays within hosts of so many GPUs.
+    """Checks that the axis `tensor` stays within a host.
 
     Raises:
         MaxlmError: it does not.
@@ -94,7 +94,7 @@ def check_tensor_within_host(sizes: Mapping[str, int], gpus_per_host: int) -> No
 
 
 def describe_links(mesh: Mesh) -> dict[str, str]:
-    """What each mesh axis of more than one device runs over, in words."""
+    """Describes the links that each mesh axis of more than one device runs over."""
     return {
         axis: _link(np.moveaxis(mesh.devices, dim, -1).reshape(-1, mesh.devices.shape[dim]))
         for dim, axis in enumerate(mesh.axis_names)
@@ -103,7 +103,7 @@ def describe_links(mesh: Mesh) -> dict[str, str]:
 
 
 def _link(rows: np.ndarray) -> str:
-    """Of groups of devices, one a row: the slowest link within any of them."""
+    """Describes the slowest link within any of the groups of devices, one group a row."""
 
     def differ(attribute: str) -> bool:
         return any(len({getattr(d, attribute, 0) for d in row}) > 1 for row in rows)

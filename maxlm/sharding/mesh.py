@@ -94,7 +94,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
 
 
 def count_min_devices(config: MeshConfig) -> int:
-    """The fewest devices a mesh can have: an axis of -1 counts as 1."""
+    """Returns the least number of devices a mesh can have: an axis of -1 counts as 1."""
     return prod(max(getattr(config, axis), 1) for axis in MESH_AXES)
 
 

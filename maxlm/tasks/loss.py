@@ -8,7 +8,7 @@ from pydantic import Field
 from maxlm.config import Config, MaxlmError
 from maxlm.models.architectures.transformer import Transformer
 from maxlm.models.aux import Aux
-from maxlm.parallel.cross_entropy import fused_cross_entropy
+from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
 
 Batch = dict[str, jax.Array]
 Result = tuple[jax.Array, dict[str, jax.Array]]
@@ -54,7 +54,7 @@ def token_loss(
         batch: ``targets`` and ``weights`` [..., S] are used.
     """
     head = model.head_of(hidden)
-    loss, cross_entropy = fused_cross_entropy(
+    loss, cross_entropy = fused_cross_entropy_loss(
         head.hidden,
         head.kernel.value,
         batch["targets"],

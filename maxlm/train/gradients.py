@@ -10,7 +10,7 @@ from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
 from maxlm.models.params import GatheredParam, Params, bind, get_values
-from maxlm.parallel.pipeline import one_f_one_b
+from maxlm.parallel.pipeline import run_1f1b_pipeline
 
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
@@ -101,7 +101,7 @@ def _one_f_one_b(
     def last(ends: Params, y: jax.Array, micro: dict[str, jax.Array]):
         return objective(ends, micro, lambda x, where: (y, Aux()))
 
-    (total, sums, aux), (d_ends, d_layers) = one_f_one_b(
+    (total, sums, aux), (d_ends, d_layers) = run_1f1b_pipeline(
         first,
         model.stage,
         last,

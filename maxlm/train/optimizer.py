@@ -17,7 +17,7 @@ from pydantic import Field
 
 from maxlm.config import Config
 from maxlm.models.params import Params, ParamSpec
-from maxlm.parallel.local import gathered
+from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
 from maxlm.train.adafactor import matrix_dims, scale_by_factored_rms
 
@@ -104,7 +104,7 @@ def updated_in(
         return inner
 
     def moved(tree: Any, rules: AxisRules) -> Any:
-        return jax.tree.map(lambda s, x: gathered(x, rules.spec(*s.axes)), specs, tree)
+        return jax.tree.map(lambda s, x: gather_to_spec(x, rules.spec(*s.axes)), specs, tree)
 
     def update(updates, state, params=None):
         params = None if params is None else moved(params, rules)

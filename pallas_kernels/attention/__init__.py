@@ -5,17 +5,17 @@ head n reads kv head n // (N / K)).
 
 :func:`attention` is differentiable. :func:`attention_forward` and :func:`attention_backward` are
 its two halves, for a caller that holds the keys in blocks (a ring of devices): log-sum-exps join
-the blocks' outputs (:func:`merge`), and each block's gradients need nothing of the others.
+the blocks' outputs (:func:`merge_attention`), and each block's gradients need no other's.
 """
 
 from pallas_kernels.attention.api import attention, attention_backward, attention_forward
-from pallas_kernels.attention.combine import merge, row_delta, sink_gradient
+from pallas_kernels.attention.combine import compute_row_delta, merge_attention, sink_gradient
 
 __all__ = [
     "attention",
     "attention_backward",
     "attention_forward",
-    "merge",
-    "row_delta",
+    "compute_row_delta",
+    "merge_attention",
     "sink_gradient",
 ]

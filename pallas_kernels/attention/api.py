@@ -7,8 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import dispatch
-from pallas_kernels.attention.combine import row_delta, sink_gradient
-from pallas_kernels.attention.how import How, Offset, Segments, Where, described
+from pallas_kernels.attention.combine import compute_row_delta, sink_gradient
+from pallas_kernels.attention.params import (
+    AttentionOperands,
+    AttentionParams,
+    Offset,
+    Segments,
+    validate_arguments,
+)
 
 
 def attention(
@@ -79,7 +85,7 @@ def attention(
             positions; a window below 1; a window or a prefix without ``causal``; a cap not above
             0; a ``backend`` that does not know these sizes.
     """
-    where, how = described(
+    operands, params = validate_arguments(
         q,
         k,
         v,
@@ -97,9 +103,12 @@ def attention(
         sinks=sinks,
         biases=biases,
     )
-    name = dispatch.choose(backend, q, k, v, where, how)
-    learned, where = (where.sinks, where.biases), where._replace(sinks=None, biases=None)
-    o: Any = _attention(q, k, v, *learned, where, _Call(how, name, block_sizes, interpret))
+    name = dispatch.choose_backend(backend, q, k, v, operands, params)
+    learned, operands = (
+        (operands.sinks, operands.biases),
+        operands._replace(sinks=None, biases=None),
+    )
+    o: Any = _attention(q, k, v, *learned, operands, _Call(params, name, block_sizes, interpret))
     return o
 
 
@@ -123,9 +132,9 @@ def attention_forward(
         included, fp32 [B, S, N], −inf where it has neither key nor sink. A TPU sums the weights as
         it multiplies them: with bf16 values the log-sum-exp is off by 2⁻⁸ at most.
     """
-    where, how = described(q, k, v, **options)
-    name = dispatch.choose(backend, q, k, v, where, how)
-    return _Call(how, name, block_sizes, interpret).forward(q, k, v, where, dtype or v.dtype)
+    operands, params = validate_arguments(q, k, v, **options)
+    name = dispatch.choose_backend(backend, q, k, v, operands, params)
+    return _Call(params, name, block_sizes, interpret).forward(q, k, v, operands, dtype or v.dtype)
 
 
 def attention_backward(
@@ -151,7 +160,7 @@ def attention_backward(
         :func:`sink_gradient`); and
 
         lse: fp32 [B, S, N], the log-sum-exp of every score of each query.
-        delta: fp32 [B, S, N], :func:`row_delta` of the whole output.
+        delta: fp32 [B, S, N], :func:`compute_row_delta` of the whole output.
         d_o: [B, S, N, Hv], the output's cotangent.
         dtype: of dQ, dK and dV; all are summed in fp32.
 
@@ -159,29 +168,31 @@ def attention_backward(
         dQ, dK, dV, shaped as q, k and v; and, where there are ``biases``, theirs, fp32
         [N, 2R + 1].
     """
-    where, how = described(q, k, v, **options)
-    where = where._replace(sinks=None)
-    name = dispatch.choose(backend, q, k, v, where, how)
-    return _Call(how, name, block_sizes, interpret).backward(q, k, v, lse, delta, d_o, where, dtype)
+    operands, params = validate_arguments(q, k, v, **options)
+    operands = operands._replace(sinks=None)
+    name = dispatch.choose_backend(backend, q, k, v, operands, params)
+    return _Call(params, name, block_sizes, interpret).backward(
+        q, k, v, lse, delta, d_o, operands, dtype
+    )
 
 
 class _Call(NamedTuple):
     """Everything static about one call."""
 
-    how: How
+    params: AttentionParams
     implementation: str
     block_sizes: Any
     interpret: Any
 
-    def forward(self, q, k, v, where: Where, dtype):
+    def forward(self, q, k, v, operands: AttentionOperands, dtype):
         return dispatch.forward(
-            self.implementation, q, k, v, where, self.how, dtype, **self._of_kernels
+            self.implementation, q, k, v, operands, self.params, dtype, **self._of_kernels
         )
 
-    def backward(self, q, k, v, lse, delta, d_o, where: Where, dtype):
+    def backward(self, q, k, v, lse, delta, d_o, operands: AttentionOperands, dtype):
         saved = (q, k, v, lse, delta, d_o)
         return dispatch.backward(
-            self.implementation, *saved, where, self.how, dtype, **self._of_kernels
+            self.implementation, *saved, operands, self.params, dtype, **self._of_kernels
         )
 
     @property
@@ -190,20 +201,20 @@ class _Call(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(q, k, v, sinks, biases, where: Where, call: _Call):
-    return _attention_forward(q, k, v, sinks, biases, where, call)[0]
+def _attention(q, k, v, sinks, biases, operands: AttentionOperands, call: _Call):
+    return _attention_forward(q, k, v, sinks, biases, operands, call)[0]
 
 
-def _attention_forward(q, k, v, sinks, biases, where, call):
-    where = where._replace(biases=biases)
-    o, lse = call.forward(q, k, v, where._replace(sinks=sinks), v.dtype)
-    return o, (q, k, v, sinks, where, o, lse)
+def _attention_forward(q, k, v, sinks, biases, operands, call):
+    operands = operands._replace(biases=biases)
+    o, lse = call.forward(q, k, v, operands._replace(sinks=sinks), v.dtype)
+    return o, (q, k, v, sinks, operands, o, lse)
 
 
 def _attention_backward(call, saved, d_o):
-    q, k, v, sinks, where, o, lse = saved
-    delta = row_delta(o, d_o)
-    d_q, d_k, d_v, *d_biases = call.backward(q, k, v, lse, delta, d_o, where, q.dtype)
+    q, k, v, sinks, operands, o, lse = saved
+    delta = compute_row_delta(o, d_o)
+    d_q, d_k, d_v, *d_biases = call.backward(q, k, v, lse, delta, d_o, operands, q.dtype)
     d_sinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     (d_biases,) = d_biases or (None,)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), d_sinks, d_biases, None

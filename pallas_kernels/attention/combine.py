@@ -1,17 +1,17 @@
-"""What joins attentions over blocks of keys: a ring of devices, a cache in pieces.
+"""Joins attentions over blocks of keys: a ring of devices, a cache in pieces.
 
-A step has o and the log-sum-exp of one block of keys; :func:`merge` joins two steps' results.
-In the backward pass a step needs only the whole's log-sum-exp and :func:`row_delta`: its dK and
-dV are its own, and its dQ is a term of the sum over steps.
+A step has o and the log-sum-exp of one block of keys; :func:`merge_attention` joins two steps'.
+In the backward pass a step needs only the whole's log-sum-exp and :func:`compute_row_delta`: its
+dK and dV are its own, and its dQ is a term of the sum over steps.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.how import wide_type
+from pallas_kernels.attention.params import wide_type
 
 
-def merge(
+def merge_attention(
     first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse) over two blocks of keys from those over each, all fp32 (Milakov & Gimelshein 2018).
@@ -30,7 +30,7 @@ def merge(
     return o / jnp.where(total > 0, total, 1.0)[..., None], top + jnp.log(total)
 
 
-def row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
+def compute_row_delta(o: jax.Array, d_o: jax.Array) -> jax.Array:
     """fp32 [B, S, N]: d_o · o for each query and head, what softmax's gradient subtracts."""
     return jnp.einsum("bsnh,bsnh->bsn", d_o, o, preferred_element_type=wide_type(o))
 

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.how import How, Where
-from pallas_kernels.chips import current_platform
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.chips import get_platform
 
 XLA = "xla"
 # What `backend` may be, and the kernels to try for it in order. XLA takes what these do not.
@@ -30,8 +30,13 @@ KERNELS = {
 }
 
 
-def choose(
-    backend: str | None, q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How
+def choose_backend(
+    backend: str | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    operands: AttentionOperands,
+    params: AttentionParams,
 ) -> str:
     """The implementation's name.
 
@@ -43,33 +48,50 @@ def choose(
     """
     if backend is not None and backend not in KERNELS:
         raise ValueError(f"backend={backend!r}: known are {', '.join(KERNELS)}")
-    for name in KERNELS.get(backend or current_platform(), ()):
+    for name in KERNELS.get(backend or get_platform(), ()):
         if name == "hopper" and backend != "hopper" and not _on_hopper():
             continue
-        if _module(name).supports(q, k, v, where, how):
+        if _module(name).supports(q, k, v, operands, params):
             return name
     if backend in (None, XLA):
         return XLA
-    operands = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
-    raise ValueError(f"no {backend} kernel for {operands} with {how}")
+    shapes = ", ".join(f"{x} {a.dtype} {a.shape}" for x, a in (("q", q), ("k", k), ("v", v)))
+    raise ValueError(f"no {backend} kernel for {shapes} with {params}")
 
 
 def forward(
-    name: str, q, k, v, where: Where, how: How, dtype: Any, **options: Any
+    name: str,
+    q,
+    k,
+    v,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(o, lse) by the implementation of a name. ``options``: of kernels."""
     if name == XLA:
-        return xla.forward(q, k, v, where, how, dtype)
-    return _module(name).forward(q, k, v, where, how, dtype, **options)
+        return xla.forward(q, k, v, operands, params, dtype)
+    return _module(name).forward(q, k, v, operands, params, dtype, **options)
 
 
 def backward(
-    name: str, q, k, v, lse, delta, d_o, where: Where, how: How, dtype: Any, **options: Any
+    name: str,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    d_o,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
+    **options: Any,
 ) -> tuple[jax.Array, ...]:
     """(d_q, d_k, d_v), and d_biases where there are any, by the implementation of a name."""
     if name == XLA:
-        return xla.backward(q, k, v, lse, delta, d_o, where, how, dtype)
-    return _module(name).backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
+        return xla.backward(q, k, v, lse, delta, d_o, operands, params, dtype)
+    return _module(name).backward(q, k, v, lse, delta, d_o, operands, params, dtype, **options)
 
 
 def _on_hopper() -> bool:

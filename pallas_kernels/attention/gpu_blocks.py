@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import segments
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 
 FIELDS = 8
 
 
-class Visits(NamedTuple):
-    """Of one block: scalars in a kernel. Masked visit t goes to block :meth:`masked`."""
+class BlockVisits(NamedTuple):
+    """The visits of one block: scalars in a kernel. Masked visit t goes to block :meth:`masked`."""
 
     begin: jax.Array
     count: jax.Array
@@ -38,48 +38,54 @@ class Visits(NamedTuple):
         return at + jnp.where(at >= self.second_cut, self.second_length, 0)
 
 
-def needs_mask(how: How, where: Where, T: int, block_k: int) -> bool:
+def needs_mask(params: AttentionParams, operands: AttentionOperands, T: int, block_k: int) -> bool:
     """Whether any block may need one; else all blocks are full."""
-    return how.causal or where.q_segments is not None or T % block_k != 0
+    return params.causal or operands.q_segments is not None or T % block_k != 0
 
 
-def visits_of_queries(
-    S: int, T: int, block_q: int, block_k: int, where: Where, how: How
+def plan_query_visits(
+    S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
 ) -> jax.Array:
-    """int32 [B or 1, blocks of queries, FIELDS]: the :class:`Visits` of each."""
-    some, whole = _judged(S, T, block_q, block_k, where, how)
+    """int32 [B or 1, blocks of queries, FIELDS]: the :class:`BlockVisits` of each."""
+    some, whole = _judged(S, T, block_q, block_k, operands, params)
     # Slots past the last key are masked.
     inside = (jnp.arange(whole.shape[2]) + 1) * block_k <= T
     return _runs(some, whole & inside)
 
 
-def visits_of_keys(S: int, T: int, block_q: int, block_k: int, where: Where, how: How) -> jax.Array:
+def plan_key_visits(
+    S: int, T: int, block_q: int, block_k: int, operands: AttentionOperands, params: AttentionParams
+) -> jax.Array:
     """int32 [B or 1, blocks of keys, FIELDS]: their visits to blocks of queries. Slots past the
     last key are not masked: they add to no other key's gradient."""
-    some, whole = _judged(S, T, block_q, block_k, where, how)
+    some, whole = _judged(S, T, block_q, block_k, operands, params)
     return _runs(some.swapaxes(1, 2), whole.swapaxes(1, 2))
 
 
-def _judged(S, T, block_q, block_k, where: Where, how: How) -> tuple[jax.Array, jax.Array]:
+def _judged(
+    S, T, block_q, block_k, operands: AttentionOperands, params: AttentionParams
+) -> tuple[jax.Array, jax.Array]:
     """bool [B or 1, blocks of queries, blocks of keys]: whether any, and whether every query sees
-    any, every key. Offsets are ``where``'s (:func:`~pallas_kernels.attention.how.with_offsets`)."""
+    any, every key. Offsets are those of ``operands`` (``params.merge_offsets``)."""
     shape = 1, -(-S // block_q), -(-T // block_k)
     some, whole = jnp.ones(shape, bool), jnp.ones(shape, bool)
-    if how.causal:
-        q_low, q_high = _positions(where.q_positions, where.q_offset, S, block_q)
-        k_low, k_high = _positions(where.k_positions, where.k_offset, T, block_k)
+    if params.causal:
+        q_low, q_high = _positions(operands.q_positions, operands.q_offset, S, block_q)
+        k_low, k_high = _positions(operands.k_positions, operands.k_offset, T, block_k)
         q_low, q_high = q_low[:, :, None], q_high[:, :, None]
         k_low, k_high = k_low[:, None], k_high[:, None]
         some, whole = q_high >= k_low, q_low >= k_high
-        if how.window is not None:
-            some &= q_low - k_high < how.window
-            whole &= q_high - k_low < how.window
-        if where.prefix is not None:
-            prefix = where.prefix[:, None, None]
+        if params.window is not None:
+            some &= q_low - k_high < params.window
+            whole &= q_high - k_low < params.window
+        if operands.prefix is not None:
+            prefix = operands.prefix[:, None, None]
             some, whole = some | (k_low < prefix), whole | (k_high < prefix)
-    if where.q_segments is not None:
-        assert where.k_segments is not None
-        share, one = segments.met(where.q_segments, where.k_segments, block_q, block_k)
+    if operands.q_segments is not None:
+        assert operands.k_segments is not None
+        share, one = segments.compare_block_segments(
+            operands.q_segments, operands.k_segments, block_q, block_k
+        )
         some, whole = some & share, whole & one
     return some, whole & some
 
@@ -90,7 +96,7 @@ def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, j
         high = jnp.minimum(low + block, length) - 1
         offset = 0 if offset is None else offset
         return low + offset, high + offset
-    blocks = segments.blocks(positions, block)
+    blocks = segments.split_into_blocks(positions, block)
     return blocks.min(axis=2), blocks.max(axis=2)
 
 

@@ -20,16 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_blocks, hopper_backward, triton, tuned
 from pallas_kernels.attention import hopper_tile as parts
-from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
-from pallas_kernels.attention.how import How, Where, with_offsets
-from pallas_kernels.attention.tpu_blocks import Sizes
+from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
+from pallas_kernels.attention.tpu_blocks import AttentionSizes
 from pallas_kernels.attention.triton_program import LN2, LOG2E
 
 _BACKWARD_HEADS = 128
 
 
-class Blocks(NamedTuple):
-    """Of the forward pass."""
+class HopperForwardBlocks(NamedTuple):
+    """Blocks of the forward pass."""
 
     k: int
     """Keys of a block, a multiple of 64."""
@@ -37,29 +37,31 @@ class Blocks(NamedTuple):
     """Blocks of keys, and of values, in shared memory."""
 
 
-class BlockSizes(NamedTuple):
-    forward: Blocks
-    backward: hopper_backward.Blocks | triton.BlockSizes
+class HopperBlockSizes(NamedTuple):
+    forward: HopperForwardBlocks
+    backward: hopper_backward.HopperBackwardBlocks | triton.TritonBlockSizes
     """Triton's with the heads whose backward pass is Triton's."""
 
 
-def _checked(sizes: Any) -> BlockSizes:
+def _checked(sizes: Any) -> HopperBlockSizes:
     """A caller's.
 
     Raises:
         ValueError: others than this module's, or blocks that warpgroups cannot multiply.
     """
-    if not isinstance(sizes, BlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
+    if not isinstance(sizes, HopperBlockSizes):
+        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.HopperBlockSizes")
     for blocks in sizes:
-        if not isinstance(blocks, triton.BlockSizes):
+        if not isinstance(blocks, triton.TritonBlockSizes):
             *rows, stages = blocks
             if any(n < 1 or n % ROWS for n in rows) or stages < 1:
                 raise ValueError(f"block_sizes: {blocks}: multiples of {ROWS}, a stage or more")
     return sizes
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> bool:
     """Whether :func:`forward` computes this, on a card of compute capability 9.0: by shapes,
     dtypes and which arrays are given, not by values."""
     return (
@@ -67,71 +69,83 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -
         and v.shape[-1] == q.shape[-1]
         and q.dtype in (jnp.bfloat16, jnp.float16)
         and q.dtype == k.dtype == v.dtype
-        and where.q_positions is None
-        and where.k_positions is None
-        and where.biases is None
-        and how.scale > 0
+        and operands.q_positions is None
+        and operands.k_positions is None
+        and operands.biases is None
+        and params.scale > 0
         and q.size > 0 < k.size
         # Rows lie in shared memory by eights.
         and q.shape[1] % 8 == k.shape[1] % 8 == 0
     )
 
 
-def supports_backward(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+def supports_backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> bool:
     """Whether its gradients are this module's own: sums of dK and dV fit in registers."""
-    return supports(q, k, v, where, how) and q.shape[-1] <= _BACKWARD_HEADS
+    return supports(q, k, v, operands, params) and q.shape[-1] <= _BACKWARD_HEADS
 
 
-def default_block_sizes(H: int, dtype: Any) -> BlockSizes:
-    """What fits in 227 KB of shared memory."""
+def default_block_sizes(H: int, dtype: Any) -> HopperBlockSizes:
+    """Returns block sizes that fit in 227 KB of shared memory."""
     if H <= _BACKWARD_HEADS:
-        return BlockSizes(Blocks(128, 2), hopper_backward.default_blocks(H))
-    return BlockSizes(Blocks(64, 2), triton.default_block_sizes(H, H, dtype))
+        return HopperBlockSizes(HopperForwardBlocks(128, 2), hopper_backward.default_block_sizes(H))
+    return HopperBlockSizes(HopperForwardBlocks(64, 2), triton.default_block_sizes(H, H, dtype))
 
 
-def candidates(
+def list_block_candidates(
     direction: str, H: int, Hv: int, dtype: Any
-) -> tuple[BlockSizes, dict[str, list[Any]]]:
-    """For ``tuning``: the rule's, and blocks to try in the field that a pass reads."""
+) -> tuple[HopperBlockSizes, dict[str, list[Any]]]:
+    """Returns, for ``tuning``, the rule's block sizes, and blocks to try in the field that a pass
+    reads."""
     rule = default_block_sizes(H, dtype)
     if direction == tuned.FORWARD:
-        return rule, {"forward": [Blocks(*b) for b in product((64, 128, 192), (2, 3))]}
+        return rule, {"forward": [HopperForwardBlocks(*b) for b in product((64, 128, 192), (2, 3))]}
     if H <= _BACKWARD_HEADS:
         blocks = product((64, 128), (64, 128), (1, 2, 3))
-        return rule, {"backward": [hopper_backward.Blocks(*b) for b in blocks]}
-    _, fields = triton.candidates(direction, H, Hv, dtype)
+        return rule, {"backward": [hopper_backward.HopperBackwardBlocks(*b) for b in blocks]}
+    _, fields = triton.list_block_candidates(direction, H, Hv, dtype)
     own = rule.backward
-    assert isinstance(own, triton.BlockSizes)
+    assert isinstance(own, triton.TritonBlockSizes)
     return rule, {"backward": [own._replace(**{f: t}) for f in fields for t in fields[f]]}
 
 
-def _chosen(direction: str, q: jax.Array, v: jax.Array, where: Where, how: How) -> BlockSizes:
+def _chosen(
+    direction: str, q: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> HopperBlockSizes:
     """From the table, or by rule."""
-    found = tuned.on_card("hopper", direction, Sizes.of(q, v, v.dtype), tuned.mask_kind(how, where))
+    found = tuned.find_gpu_blocks(
+        "hopper",
+        direction,
+        AttentionSizes.of(q, v, v.dtype),
+        tuned.name_mask_kind(params, operands),
+    )
     if found is None:
         return default_block_sizes(q.shape[-1], q.dtype)
-    forward, own = Blocks(*found["forward"]), found["backward"]
+    forward, own = HopperForwardBlocks(*found["forward"]), found["backward"]
     if q.shape[-1] <= _BACKWARD_HEADS:
-        return BlockSizes(forward, hopper_backward.Blocks(*own))
-    return BlockSizes(forward, triton.BlockSizes(*(triton.Tiles(*tiles) for tiles in own)))
+        return HopperBlockSizes(forward, hopper_backward.HopperBackwardBlocks(*own))
+    return HopperBlockSizes(
+        forward, triton.TritonBlockSizes(*(triton.TritonTiles(*tiles) for tiles in own))
+    )
 
 
 def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
     *,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention's output and log-sum-exps, where :func:`supports`.
 
     Args:
         q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, H]; N a multiple of K.
-        where, how: the mask and what is added to scores.
+        operands, params: the mask and what is added to scores.
         dtype: of the output.
         block_sizes: default those in the table of :mod:`tuned`, or by rule.
         interpret: run by Pallas's GPU interpreter, on a CPU: True, or its parameters.
@@ -143,19 +157,21 @@ def forward(
     Raises:
         ValueError: not supported.
     """
-    if not supports(q, k, v, where, how):
+    if not supports(q, k, v, operands, params):
         raise _refusal(q, k, v)
-    sizes = _checked(block_sizes or _chosen(tuned.FORWARD, q, v, where, how)).forward
-    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
+    sizes = _checked(block_sizes or _chosen(tuned.FORWARD, q, v, operands, params)).forward
+    operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
     tiles = pl.cdiv(S, block_q)
-    inputs = {"q": q, "k": k, "v": v, **parts.mask_inputs(where, how, block_q, sizes.k)}
-    if gpu_blocks.needs_mask(how, where, T, sizes.k):
-        inputs["visits"] = gpu_blocks.visits_of_queries(S, T, block_q, sizes.k, where, how)
-    if where.sinks is not None:
-        inputs["sinks"] = where.sinks
-    s = Statics(how, S, T, N // k.shape[2], sizes.k, sizes.stages, tuple(inputs), bool(interpret))
+    inputs = {"q": q, "k": k, "v": v, **parts.list_mask_inputs(operands, params, block_q, sizes.k)}
+    if gpu_blocks.needs_mask(params, operands, T, sizes.k):
+        inputs["visits"] = gpu_blocks.plan_query_visits(S, T, block_q, sizes.k, operands, params)
+    if operands.sinks is not None:
+        inputs["sinks"] = operands.sinks
+    s = HopperStatics(
+        params, S, T, N // k.shape[2], sizes.k, sizes.stages, tuple(inputs), bool(interpret)
+    )
     blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
     scratch = {
         "q": plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED),
@@ -170,7 +186,7 @@ def forward(
         "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
     }
     if jnp.dtype(dtype) != q.dtype:
-        scratch["o"] = parts.staging(dtype)
+        scratch["o"] = parts.make_staging_buffer(dtype)
     if s.segments:
         scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
@@ -178,7 +194,7 @@ def forward(
         jax.ShapeDtypeStruct(q.shape, dtype),
         jax.ShapeDtypeStruct((B, N, tiles * block_q), jnp.float32),
     )
-    o, lse = parts.call(_forward_kernel, s, inputs, shapes, scratch, (N, tiles, B), interpret)
+    o, lse = parts.run_kernel(_forward_kernel, s, inputs, shapes, scratch, (N, tiles, B), interpret)
     return o, lse[..., :S].transpose(0, 2, 1)
 
 
@@ -189,11 +205,11 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     d_o: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
     *,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients that pass through these keys, where :func:`supports`: by Triton's kernels
@@ -212,19 +228,21 @@ def backward(
     Raises:
         ValueError: not supported.
     """
-    if not supports(q, k, v, where, how):
+    if not supports(q, k, v, operands, params):
         raise _refusal(q, k, v)
-    sizes: Any = _checked(block_sizes or _chosen(tuned.BACKWARD, q, v, where, how)).backward
-    if not supports_backward(q, k, v, where, how):
+    sizes: Any = _checked(block_sizes or _chosen(tuned.BACKWARD, q, v, operands, params)).backward
+    if not supports_backward(q, k, v, operands, params):
         options = {"block_sizes": sizes, "interpret": bool(interpret)}
-        return triton.backward(q, k, v, lse, delta, d_o, where, how, dtype, **options)
-    if not isinstance(sizes, hopper_backward.Blocks):
-        raise ValueError(f"block_sizes: backward {sizes!r}: not {hopper_backward.__name__}.Blocks")
-    where, interpret = with_offsets(where, how), parts.interpreter(interpret)
+        return triton.backward(q, k, v, lse, delta, d_o, operands, params, dtype, **options)
+    if not isinstance(sizes, hopper_backward.HopperBackwardBlocks):
+        raise ValueError(
+            f"block_sizes: backward {sizes!r}: not {hopper_backward.__name__}.HopperBackwardBlocks"
+        )
+    operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
-    operands = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
-    d_q = hopper_backward.d_q(operands, where, how, dtype, sizes, interpret)
-    return d_q, *hopper_backward.d_kv(operands, where, how, dtype, sizes, interpret)
+    arrays = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
+    d_q = hopper_backward.compute_d_q(arrays, operands, params, dtype, sizes, interpret)
+    return d_q, *hopper_backward.compute_d_kv(arrays, operands, params, dtype, sizes, interpret)
 
 
 def _refusal(q, k, v) -> ValueError:
@@ -234,10 +252,10 @@ def _refusal(q, k, v) -> ValueError:
     )
 
 
-def _forward_kernel(s: Statics, refs, outputs, shared) -> None:
+def _forward_kernel(s: HopperStatics, refs, outputs, shared) -> None:
     head, row = lax.axis_index("head"), lax.axis_index("row")
     tile = lax.axis_index("tile")
-    if s.how.causal:  # the last tiles, the longest, start first
+    if s.params.causal:  # the last tiles, the longest, start first
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
     me = lax.axis_index("warpgroup")
     visits = parts.read_visits(refs, row, tile)
@@ -254,7 +272,7 @@ def _forward_kernel(s: Statics, refs, outputs, shared) -> None:
         _attend(s, refs, outputs, shared, visits, row, head, start, me)
 
 
-def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> None:
+def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
     """A warpgroup that multiplies: queries ``start`` and the 63 after it."""
     block_k = s.block
     q, H = shared["q"].at[me], shared["q"].shape[-1]
@@ -266,8 +284,8 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
         )
     plgpu.barrier_wait(shared["q_ready"].at[me])
     if s.segments:
-        own_segments = parts.load(shared["q_segments"].at[me], parts.ALONG_ROWS)
-        own_segments = parts.along_rows(own_segments, block_k)
+        own_segments = parts.load_shared(shared["q_segments"].at[me], parts.ALONG_ROWS)
+        own_segments = parts.broadcast_rows(own_segments, block_k)
 
     def take_turn():
         """The other warpgroup goes on where it waits, and this one when the other comes here."""
@@ -279,14 +297,14 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
         slot = lax.rem(at, jnp.int32(s.stages))
         plgpu.barrier_wait(shared["k_ready"].at[slot])
 
-        products = parts.products(q, shared["k"].at[slot], take_turn)
+        products = parts.multiply_transposed(q, shared["k"].at[slot], take_turn)
         segments = ()
         if masked and s.segments:
-            other = parts.load(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
-            segments = own_segments, parts.along_columns(other, ROWS)
-        parts.release(s, shared["k_free"].at[slot])
+            other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            segments = own_segments, parts.broadcast_columns(other, ROWS)
+        parts.release_slot(s, shared["k_free"].at[slot])
         starts = start, block_of(at) * block_k
-        tile = Tile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, _ = tile.scores(products)
         if masked:
             scores = jnp.where(tile.visible(*segments), scores, -jnp.inf)
@@ -294,19 +312,19 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
         new_top = jnp.maximum(top, scores.max(axis=1) * s.unit)
         # Rows that have seen no key: −inf − −inf is NaN.
         base = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
-        weights = jnp.exp2(scores * s.unit - parts.along_rows(base, block_k))
+        weights = jnp.exp2(scores * s.unit - parts.broadcast_rows(base, block_k))
         decay = jnp.exp2(top - base)
         total = total * decay + weights.sum(axis=1)
-        o = o * parts.along_rows(decay, H)
+        o = o * parts.broadcast_rows(decay, H)
         weights = weights.astype(shared["v"].dtype)
         take_turn()
         plgpu.barrier_wait(shared["v_ready"].at[slot])
 
         o = parts.add_product(s, o, weights, shared["v"].at[slot])
-        parts.release(s, shared["v_free"].at[slot])
+        parts.release_slot(s, shared["v_free"].at[slot])
         return o, new_top, total
 
-    masked, count, block_of = parts.order(visits, pl.cdiv(s.T, block_k))
+    masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
     if "sinks" in refs:
         top, total = refs["sinks"][head] * LOG2E, 1.0
     else:
@@ -315,7 +333,7 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
         plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), parts.ALONG_ROWS) for x in (top, total)
     )
     pl.when(me == 1)(take_turn)
-    carry = parts.zeros(ROWS, H), top, total
+    carry = parts.make_zeros(ROWS, H), top, total
     if visits is not None:
         carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
     carry = lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
@@ -327,5 +345,5 @@ def _attend(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> 
     shared["lse"].at[me][...] = lse
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(shared["lse"].at[me], outputs[1].at[row, head, mine])
-    o = o * parts.along_rows(1 / safe, H)
-    parts.send(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)
+    o = o * parts.broadcast_rows(1 / safe, H)
+    parts.send_tile(shared.get("o", shared["q"]).at[me], outputs[0].at[row, mine, head], o)

@@ -11,11 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention import hopper_tile as parts
-from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, Statics, Tile
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 
 
-class Blocks(NamedTuple):
+class HopperBackwardBlocks(NamedTuple):
     k: int
     """Keys of a block that dQ visits, a multiple of 64."""
     q: int
@@ -24,23 +24,30 @@ class Blocks(NamedTuple):
     """Blocks of each operand in shared memory."""
 
 
-def default_blocks(H: int) -> Blocks:
-    """What fits in 227 KB of shared memory and in registers."""
-    return Blocks(64 if H > 64 else 128, 64, 2)
+def default_block_sizes(H: int) -> HopperBackwardBlocks:
+    """Returns blocks that fit in 227 KB of shared memory and in registers."""
+    return HopperBackwardBlocks(64 if H > 64 else 128, 64, 2)
 
 
-def d_q(operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any) -> jax.Array:
+def compute_d_q(
+    arrays,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
+    sizes: HopperBackwardBlocks,
+    interpret: Any,
+) -> jax.Array:
     """dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf where a
     query has no key."""
-    q, k, v, d_o, lse, delta = operands
+    q, k, v, d_o, lse, delta = arrays
     (B, S, N, H), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, block_q)}
-    inputs |= parts.mask_inputs(where, how, block_q, sizes.k)
-    if gpu_blocks.needs_mask(how, where, T, sizes.k):
-        inputs["visits"] = gpu_blocks.visits_of_queries(S, T, block_q, sizes.k, where, how)
+    inputs |= parts.list_mask_inputs(operands, params, block_q, sizes.k)
+    if gpu_blocks.needs_mask(params, operands, T, sizes.k):
+        inputs["visits"] = gpu_blocks.plan_query_visits(S, T, block_q, sizes.k, operands, params)
     group = N // k.shape[2]
-    s = Statics(how, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
+    s = HopperStatics(params, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
     own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
     blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
     row = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
@@ -56,26 +63,31 @@ def d_q(operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: 
         scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
     if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.staging(dtype)
+        scratch["staged"] = parts.make_staging_buffer(dtype)
     shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
     grid = N, pl.cdiv(S, block_q), B
-    (out,) = parts.call(_d_q_kernel, s, inputs, shapes, scratch, grid, interpret)
+    (out,) = parts.run_kernel(_d_q_kernel, s, inputs, shapes, scratch, grid, interpret)
     return out
 
 
-def d_kv(
-    operands, where: Where, how: How, dtype: Any, sizes: Blocks, interpret: Any
+def compute_d_kv(
+    arrays,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
+    sizes: HopperBackwardBlocks,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """dK and dV, summed over the query heads of a kv head; of what :func:`d_q` takes."""
-    q, k, v, d_o, lse, delta = operands
+    """dK and dV, summed over the query heads of a kv head; of what :func:`compute_d_q` takes."""
+    q, k, v, d_o, lse, delta = arrays
     (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
     block_k = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, sizes.q)}
-    inputs |= parts.mask_inputs(where, how, sizes.q, block_k)
+    inputs |= parts.list_mask_inputs(operands, params, sizes.q, block_k)
     # Slots past the last key need no mask: they add to no other key's gradient.
-    if gpu_blocks.needs_mask(how, where, block_k, block_k):
-        inputs["visits"] = gpu_blocks.visits_of_keys(S, T, sizes.q, block_k, where, how)
-    s = Statics(how, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
+    if gpu_blocks.needs_mask(params, operands, block_k, block_k):
+        inputs["visits"] = gpu_blocks.plan_key_visits(S, T, sizes.q, block_k, operands, params)
+    s = HopperStatics(params, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
     own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
     blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
     row = plgpu.SMEM((s.stages, s.block), jnp.float32)
@@ -91,10 +103,10 @@ def d_kv(
         scratch["k_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
         scratch["q_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
     if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.staging(dtype)
+        scratch["staged"] = parts.make_staging_buffer(dtype)
     shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
     grid = K, pl.cdiv(T, block_k), B
-    d_k, d_v = parts.call(_d_kv_kernel, s, inputs, shapes, scratch, grid, interpret)
+    d_k, d_v = parts.run_kernel(_d_kv_kernel, s, inputs, shapes, scratch, grid, interpret)
     return d_k, d_v
 
 
@@ -107,9 +119,9 @@ def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array
     }
 
 
-def _d_q_kernel(s: Statics, refs, outputs, shared) -> None:
+def _d_q_kernel(s: HopperStatics, refs, outputs, shared) -> None:
     head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
-    if s.how.causal:  # the last tiles, the longest, start first
+    if s.params.causal:  # the last tiles, the longest, start first
         tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
     me = lax.axis_index("warpgroup")
     visits = parts.read_visits(refs, row, tile)
@@ -126,7 +138,7 @@ def _d_q_kernel(s: Statics, refs, outputs, shared) -> None:
         _sum_d_q(s, refs, outputs, shared, visits, row, head, start, me)
 
 
-def _sum_d_q(s: Statics, refs, outputs, shared, visits, row, head, start, me) -> None:
+def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
     """64 queries from ``start``."""
     mine, H, block_k = pl.ds(start, ROWS), shared["q"].shape[-1], s.block
     sources = {name: refs[name].at[row, mine, head] for name in ("q", "d_o")}
@@ -138,39 +150,43 @@ def _sum_d_q(s: Statics, refs, outputs, shared, visits, row, head, start, me) ->
     plgpu.barrier_wait(shared["own_ready"].at[me])
 
     def own(name):
-        return parts.along_rows(parts.load(shared[name].at[me], parts.ALONG_ROWS), block_k)
+        return parts.broadcast_rows(
+            parts.load_shared(shared[name].at[me], parts.ALONG_ROWS), block_k
+        )
 
     def step(at, d_q, masked):
         slot = lax.rem(at, jnp.int32(s.stages))
         for name in ("k", "v"):
             plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
         k = shared["k"].at[slot]
-        products = parts.products(shared["q"].at[me], k, lambda: None)
+        products = parts.multiply_transposed(shared["q"].at[me], k, lambda: None)
         segments = ()
         if masked and s.segments:
-            other = parts.load(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
-            segments = own("q_segments"), parts.along_columns(other, ROWS)
-        d_weights = parts.products(shared["d_o"].at[me], shared["v"].at[slot], lambda: None)
-        parts.release(s, shared["v_free"].at[slot])
+            other = parts.load_shared(shared["k_segments"].at[slot], parts.ALONG_COLUMNS)
+            segments = own("q_segments"), parts.broadcast_columns(other, ROWS)
+        d_weights = parts.multiply_transposed(
+            shared["d_o"].at[me], shared["v"].at[slot], lambda: None
+        )
+        parts.release_slot(s, shared["v_free"].at[slot])
         starts = start, block_of(at) * block_k
-        tile = Tile(s, refs, (ROWS, block_k), 0, starts, (row, head))
+        tile = HopperScoreTile(s, refs, (ROWS, block_k), 0, starts, (row, head))
         scores, slope = tile.scores(products)
         seen = tile.visible(*segments) if masked else None
         _, d_scores = tile.gradients(scores, slope, own("lse"), d_weights, own("delta"), seen)
         d_q = parts.add_product(s, d_q, d_scores.astype(k.dtype), k)
-        parts.release(s, shared["k_free"].at[slot])
+        parts.release_slot(s, shared["k_free"].at[slot])
         return d_q
 
-    masked, count, block_of = parts.order(visits, pl.cdiv(s.T, block_k))
-    d_q = parts.zeros(ROWS, H)
+    masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
+    d_q = parts.make_zeros(ROWS, H)
     if visits is not None:
         d_q = lax.fori_loop(0, masked, lambda at, d_q: step(at, d_q, True), d_q)
     d_q = lax.fori_loop(masked, count, lambda at, d_q: step(at, d_q, False), d_q)
     staged = shared.get("staged", shared["q"]).at[me]
-    parts.send(staged, outputs[0].at[row, mine, head], d_q * s.how.scale)
+    parts.send_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
 
 
-def _d_kv_kernel(s: Statics, refs, outputs, shared) -> None:
+def _d_kv_kernel(s: HopperStatics, refs, outputs, shared) -> None:
     kv_head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
     me = lax.axis_index("warpgroup")
     visits = parts.read_visits(refs, row, tile)
@@ -187,10 +203,10 @@ def _d_kv_kernel(s: Statics, refs, outputs, shared) -> None:
         _sum_d_kv(s, refs, outputs, shared, visits, row, kv_head, start, me)
 
 
-def _each(s: Statics, visits, body, carry):
+def _each(s: HopperStatics, visits, body, carry):
     """``body(at, member, block, masked, carry)`` over what a block of keys visits: each query head
     of the group makes all visits with a mask, then each all others. ``at`` counts."""
-    masked, total, block_of = parts.order(visits, pl.cdiv(s.S, s.block))
+    masked, total, block_of = parts.order_visits(visits, pl.cdiv(s.S, s.block))
 
     def loop(begin, count, is_masked, carry):
         def step(t, carry):
@@ -205,7 +221,7 @@ def _each(s: Statics, visits, body, carry):
     return loop(masked, total - masked, False, carry)
 
 
-def _copy_queries(s: Statics, refs, shared, visits, row, kv_head) -> None:
+def _copy_queries(s: HopperStatics, refs, shared, visits, row, kv_head) -> None:
     def copy(at, member, block, _, carry):
         slot = lax.rem(at, jnp.int32(s.stages))
         head, queries = kv_head * s.group + member, pl.ds(block * s.block, s.block)
@@ -222,7 +238,7 @@ def _copy_queries(s: Statics, refs, shared, visits, row, kv_head) -> None:
     _each(s, visits, copy, None)
 
 
-def _sum_d_kv(s: Statics, refs, outputs, shared, visits, row, kv_head, start, me) -> None:
+def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, start, me) -> None:
     """64 keys from ``start``. Tiles are transposed, [keys, queries]."""
     mine, H, block_q = pl.ds(start, ROWS), shared["k"].shape[-1], s.block
     sources = {name: refs[name].at[row, mine, kv_head] for name in ("k", "v")}
@@ -237,33 +253,33 @@ def _sum_d_kv(s: Statics, refs, outputs, shared, visits, row, kv_head, start, me
         slot = lax.rem(at, jnp.int32(s.stages))
 
         def beside(name):
-            x = parts.load(shared[name].at[slot], parts.ALONG_COLUMNS)
-            return parts.along_columns(x, ROWS)
+            x = parts.load_shared(shared[name].at[slot], parts.ALONG_COLUMNS)
+            return parts.broadcast_columns(x, ROWS)
 
         for name in ("q", "d_o"):
             plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
         q, d_o = shared["q"].at[slot], shared["d_o"].at[slot]
-        products = parts.products(shared["k"].at[me], q, lambda: None)
-        d_weights = parts.products(shared["v"].at[me], d_o, lambda: None)
+        products = parts.multiply_transposed(shared["k"].at[me], q, lambda: None)
+        d_weights = parts.multiply_transposed(shared["v"].at[me], d_o, lambda: None)
         at_head = row, kv_head * s.group + member
-        tile = Tile(s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head)
+        tile = HopperScoreTile(s, refs, (ROWS, block_q), 1, (block * block_q, start), at_head)
         scores, slope = tile.scores(products)
         seen, segments = None, ()
         if masked:
             if s.segments:
-                own = parts.load(shared["k_segments"].at[me], parts.ALONG_ROWS)
-                segments = beside("q_segments"), parts.along_rows(own, block_q)
+                own = parts.load_shared(shared["k_segments"].at[me], parts.ALONG_ROWS)
+                segments = beside("q_segments"), parts.broadcast_rows(own, block_q)
             seen = tile.visible(*segments)
         weights, d_scores = tile.gradients(
             scores, slope, beside("lse"), d_weights, beside("delta"), seen
         )
         d_v = parts.add_product(s, d_v, weights.astype(d_o.dtype), d_o)
-        parts.release(s, shared["d_o_free"].at[slot])
+        parts.release_slot(s, shared["d_o_free"].at[slot])
         d_k = parts.add_product(s, d_k, d_scores.astype(q.dtype), q)
-        parts.release(s, shared["q_free"].at[slot])
+        parts.release_slot(s, shared["q_free"].at[slot])
         return d_k, d_v
 
-    d_k, d_v = _each(s, visits, step, (parts.zeros(ROWS, H), parts.zeros(ROWS, H)))
+    d_k, d_v = _each(s, visits, step, (parts.make_zeros(ROWS, H), parts.make_zeros(ROWS, H)))
     target = (row, mine, kv_head)
-    for name, ref, x in (("k", outputs[0], d_k * s.how.scale), ("v", outputs[1], d_v)):
-        parts.send(shared.get("staged", shared[name]).at[me], ref.at[target], x)
+    for name, ref, x in (("k", outputs[0], d_k * s.params.scale), ("v", outputs[1], d_v)):
+        parts.send_tile(shared.get("staged", shared[name]).at[me], ref.at[target], x)

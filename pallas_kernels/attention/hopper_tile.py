@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import gpu_blocks
-from pallas_kernels.attention.gpu_blocks import Visits
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.gpu_blocks import BlockVisits
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.triton_program import LOG2E
 
 ROWS = 64
@@ -35,8 +35,8 @@ SWIZZLED_FP32 = _GPU.TilingTransform((8, 32)), _GPU.SwizzleTransform(128)
 _LOAD_TAKES_AN_INDEX = "idx" in signature(plgpu.load).parameters
 
 
-class Statics(NamedTuple):
-    how: How
+class HopperStatics(NamedTuple):
+    params: AttentionParams
     S: int
     T: int
     group: int
@@ -56,45 +56,47 @@ class Statics(NamedTuple):
     @property
     def plain(self) -> bool:
         """Products are scaled in the exponent alone."""
-        return self.how.soft_cap is None and "slopes" not in self.names
+        return self.params.soft_cap is None and "slopes" not in self.names
 
     @property
     def unit(self) -> float:
-        """What scores are multiplied by before exp2."""
-        return self.how.scale * LOG2E if self.plain else 1.0
+        """The factor of scores before exp2."""
+        return self.params.scale * LOG2E if self.plain else 1.0
 
 
-def mask_inputs(where: Where, how: How, q_block: int, k_block: int) -> dict[str, jax.Array]:
+def list_mask_inputs(
+    operands: AttentionOperands, params: AttentionParams, q_block: int, k_block: int
+) -> dict[str, jax.Array]:
     """By name, what kernels read beside operands. Segments fill up whole blocks."""
     inputs = {}
-    if where.q_segments is not None:
+    if operands.q_segments is not None:
         for name, x, block in (
-            ("q_segments", where.q_segments, q_block),
-            ("k_segments", where.k_segments, k_block),
+            ("q_segments", operands.q_segments, q_block),
+            ("k_segments", operands.k_segments, k_block),
         ):
             assert x is not None
             inputs[name] = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)))
-    if how.causal or where.slopes is not None:
+    if params.causal or operands.slopes is not None:
         for name in ("q_offset", "k_offset"):
-            offset = getattr(where, name)
+            offset = getattr(operands, name)
             if offset is not None:
                 inputs[name] = jnp.asarray(offset, jnp.int32)[None]
     for name in ("prefix", "slopes"):
-        if getattr(where, name) is not None:
-            inputs[name] = getattr(where, name)
+        if getattr(operands, name) is not None:
+            inputs[name] = getattr(operands, name)
     return inputs
 
 
-def read_visits(refs: dict[str, Any], row, i) -> Visits | None:
-    """Of block i; None: every block, without a mask."""
+def read_visits(refs: dict[str, Any], row, i) -> BlockVisits | None:
+    """Reads the visits of block i; None: every block, without a mask."""
     if "visits" not in refs:
         return None
     line = 0 if refs["visits"].shape[0] == 1 else row
-    return Visits(*(refs["visits"][line, i, field] for field in range(gpu_blocks.FIELDS)))
+    return BlockVisits(*(refs["visits"][line, i, field] for field in range(gpu_blocks.FIELDS)))
 
 
-def order(visits: Visits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """(visits with a mask, which come first; all visits; the block of a visit)"""
+def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
+    """Returns Returns (visits with a mask, which come first; all visits; the block of a visit).."""
     if visits is None:
         return 0, blocks, lambda at: at
     masked = visits.count
@@ -105,11 +107,13 @@ def order(visits: Visits | None, blocks: int) -> tuple[Any, Any, Callable[[Any],
     return masked, masked + visits.full_end - visits.full_begin, block_of
 
 
-class Tile:
+class HopperScoreTile:
     """Queries from ``q_start``, keys from ``k_start``; queries along ``q_axis``."""
 
-    def __init__(self, statics: Statics, refs, shape: tuple[int, int], q_axis: int, starts, at):
-        self.statics, self.refs, self.how = statics, refs, statics.how
+    def __init__(
+        self, statics: HopperStatics, refs, shape: tuple[int, int], q_axis: int, starts, at
+    ):
+        self.statics, self.refs, self.params = statics, refs, statics.params
         self.shape, self.q_axis = shape, q_axis
         self.q_start, self.k_start = starts
         self.row, self.head = at
@@ -126,18 +130,18 @@ class Tile:
         return self._iota(self.q_axis) - self._iota(1 - self.q_axis) + ahead
 
     def scores(self, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Of which exp2 is to be taken, after ``statics.unit``; and their slope by the product
-        times the scale, None: 1."""
-        how, slope = self.how, None
+        """Returns scores, whose exp2 is taken after ``statics.unit``, and their derivative by the
+        product times the scale; None: 1."""
+        params, slope = self.params, None
         if self.statics.plain:
             return products, slope
-        if how.soft_cap is None:
-            scores = products * (how.scale * LOG2E)
+        if params.soft_cap is None:
+            scores = products * (params.scale * LOG2E)
         else:
             # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-            exp = jnp.exp2(products * (2 * LOG2E * how.scale / how.soft_cap))
+            exp = jnp.exp2(products * (2 * LOG2E * params.scale / params.soft_cap))
             tanh = 1 - 2 / (exp + 1)
-            scores, slope = tanh * (how.soft_cap * LOG2E), 1 - tanh * tanh
+            scores, slope = tanh * (params.soft_cap * LOG2E), 1 - tanh * tanh
         if "slopes" in self.refs:
             distance = jnp.abs(self._behind()).astype(jnp.float32)
             scores -= distance * (self.refs["slopes"][self.head] * LOG2E)
@@ -145,12 +149,12 @@ class Tile:
 
     def visible(self, q_segments=None, k_segments=None) -> jax.Array:
         """bool; segments are along the tile's axes (``along_rows``, ``along_columns``)."""
-        how, T, seen = self.how, self.statics.T, []
-        if how.causal:
+        params, T, seen = self.params, self.statics.T, []
+        if params.causal:
             behind = self._behind()
             near = behind >= 0
-            if how.window is not None:
-                near &= behind < how.window
+            if params.window is not None:
+                near &= behind < params.window
             if "prefix" in self.refs:
                 offset = self.refs["k_offset"][0] if "k_offset" in self.refs else 0
                 prefix = self.refs["prefix"][self.row] - offset - self.k_start
@@ -175,7 +179,7 @@ class Tile:
         return weights, d_scores if seen is None else jnp.where(seen, d_scores, 0.0)
 
 
-def products(a, b, meanwhile: Callable[[], None]) -> jax.Array:
+def multiply_transposed(a, b, meanwhile: Callable[[], None]) -> jax.Array:
     """a·bᵀ of blocks in shared memory; ``meanwhile`` is called before they are waited for."""
 
     def multiply(sums):
@@ -186,7 +190,7 @@ def products(a, b, meanwhile: Callable[[], None]) -> jax.Array:
     return pl.run_scoped(multiply, ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
-def add_product(s: Statics, to: jax.Array, a: jax.Array, b) -> jax.Array:
+def add_product(s: HopperStatics, to: jax.Array, a: jax.Array, b) -> jax.Array:
     """``to`` + a·b, a in registers and b in shared memory."""
     if s.interpret:  # which knows no operand in registers
         return to + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
@@ -194,28 +198,28 @@ def add_product(s: Statics, to: jax.Array, a: jax.Array, b) -> jax.Array:
     return sums
 
 
-def load(ref, layout) -> jax.Array:
+def load_shared(ref, layout) -> jax.Array:
     index: Any = ((),) if _LOAD_TAKES_AN_INDEX else ()
     return plgpu.load(ref, *index, layout=layout)
 
 
-def zeros(rows: int, columns: int) -> jax.Array:
+def make_zeros(rows: int, columns: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), TILE)
 
 
-def along_rows(x: jax.Array, columns: int) -> jax.Array:
-    """A value a row, over a tile."""
+def broadcast_rows(x: jax.Array, columns: int) -> jax.Array:
+    """Broadcasts a value a row over a tile."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
-def along_columns(x: jax.Array, rows: int) -> jax.Array:
-    """A value a column, over a tile."""
+def broadcast_columns(x: jax.Array, rows: int) -> jax.Array:
+    """Broadcasts a value a column over a tile."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
-def send(staged, target, x: jax.Array) -> None:
-    """A tile to global memory by way of shared memory, as many columns at a time as there is room
-    for; rows past the last are dropped."""
+def send_tile(staged, target, x: jax.Array) -> None:
+    """Copies a tile to global memory through shared memory, as many columns at a time as fit;
+    rows past the last are dropped."""
     columns = staged.shape[1]
     for begin in range(0, x.shape[1], columns):
         piece = x if columns == x.shape[1] else x[:, begin : begin + columns]
@@ -225,16 +229,16 @@ def send(staged, target, x: jax.Array) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def staging(dtype: Any) -> Any:
-    """Where columns of a warpgroup's tile, not of the operands' dtype, wait to be sent."""
+def make_staging_buffer(dtype: Any) -> Any:
+    """Returns the buffer for columns of a warpgroup's tile in another dtype than the operands'."""
     columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
     return plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)
 
 
-def copy_keys(s: Statics, refs, shared, visits: Visits | None, row, kv_head) -> None:
-    """What the warpgroup that copies does where blocks are of keys: those past the last come as
+def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, kv_head) -> None:
+    """Copies blocks of keys and values, in the warpgroup that copies; keys past the last are
     zeros."""
-    _, total, block_of = order(visits, pl.cdiv(s.T, s.block))
+    _, total, block_of = order_visits(visits, pl.cdiv(s.T, s.block))
 
     @pl.loop(0, total)
     def _(at):
@@ -247,7 +251,7 @@ def copy_keys(s: Statics, refs, shared, visits: Visits | None, row, kv_head) -> 
             copy_block(s, shared, name, at, slot, copies)
 
 
-def copy_block(s: Statics, shared, name: str, at, slot, copies) -> None:
+def copy_block(s: HopperStatics, shared, name: str, at, slot, copies) -> None:
     """(source, target) to a slot of the targets, when those who read it are done with it."""
 
     @pl.when(at >= s.stages)
@@ -258,15 +262,15 @@ def copy_block(s: Statics, shared, name: str, at, slot, copies) -> None:
         plgpu.copy_gmem_to_smem(source, target.at[slot], shared[f"{name}_ready"].at[slot])
 
 
-def release(s: Statics, free) -> None:
-    """What lies in a slot has been read by this warpgroup."""
+def release_slot(s: HopperStatics, free) -> None:
+    """Signals that this warpgroup has read a slot."""
     if s.interpret:  # which takes reads that are not TMA's or wgmma's as unordered with copies
         plgpu.commit_smem()
     plgpu.barrier_arrive(free)
 
 
-def interpreter(interpret: Any) -> Any:
-    """Its parameters, where ``interpret`` asks for it.
+def resolve_interpreter(interpret: Any) -> Any:
+    """Returns the interpreter's parameters, where ``interpret`` asks for it.
 
     Raises:
         ValueError: this JAX has none for these kernels.
@@ -279,7 +283,7 @@ def interpreter(interpret: Any) -> Any:
     return parameters()
 
 
-def call(kernel, s: Statics, inputs, shapes, scratch, grid, interpret) -> Any:
+def run_kernel(kernel, s: HopperStatics, inputs, shapes, scratch, grid, interpret) -> Any:
     """``kernel(s, inputs, outputs, scratch)`` over a grid (heads, tiles, rows of the batch)."""
     names, outputs = tuple(scratch), len(shapes)
 

@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """Rows of the batch and kv heads, with their query heads, that are attended to at once."""
 
     shape: tuple[int, int]
@@ -18,7 +18,7 @@ class Part(NamedTuple):
     kv_heads: int
 
     @classmethod
-    def of(cls, batch: int, kv_heads: int, most: int) -> "Part":
+    def of(cls, batch: int, kv_heads: int, most: int) -> "BatchPart":
         """Parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where these
         fit."""
         if most >= kv_heads:

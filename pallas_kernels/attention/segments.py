@@ -6,7 +6,7 @@ import jax.numpy as jnp
 _FAR = 2**30
 
 
-def met(
+def compare_block_segments(
     q_segments: jax.Array, k_segments: jax.Array, block_q: int, block_k: int
 ) -> tuple[jax.Array, jax.Array]:
     """bool [B, blocks of queries, blocks of keys]: whether they may have a segment in common; and
@@ -17,14 +17,14 @@ def met(
     return (q_low <= k_high) & (k_low <= q_high), one
 
 
-def blocks(x: jax.Array, size: int) -> jax.Array:
+def split_into_blocks(x: jax.Array, size: int) -> jax.Array:
     """[B, n] → [B, blocks, size], the last value repeated."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge")
     return x.reshape(x.shape[0], -1, size)
 
 
 def _bounds(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each block: least, least that is not padding, greatest."""
-    cut = blocks(segments, size)
+    """Returns each block's least segment, least that is not padding, and greatest."""
+    cut = split_into_blocks(segments, size)
     real = jnp.where(cut > 0, cut, _FAR)
     return cut.min(axis=2), real.min(axis=2), cut.max(axis=2)

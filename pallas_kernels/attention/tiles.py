@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention.how import How, Where, first_position, wide_type
+from pallas_kernels.attention.params import (
+    AttentionOperands,
+    AttentionParams,
+    sum_offsets,
+    wide_type,
+)
 
 # Finite, so that rows with every key masked give no NaN on the way to their zeros.
 MASKED = -1e30
@@ -19,7 +24,7 @@ def einsum(maths: str, *operands: jax.Array) -> Any:
     return jnp.einsum(maths, *operands, preferred_element_type=wide_type(*operands))
 
 
-class Tile(NamedTuple):
+class ScoreTile(NamedTuple):
     """Queries [start, stop) and the keys [begin, end) that they may see; none where begin ≥ end."""
 
     start: int
@@ -36,7 +41,7 @@ class Tile(NamedTuple):
         return slice(self.begin, self.end)
 
     def scores(
-        self, q: jax.Array, k: jax.Array, where: Where, how: How
+        self, q: jax.Array, k: jax.Array, operands: AttentionOperands, params: AttentionParams
     ) -> tuple[jax.Array, jax.Array | None]:
         """Scores, and their derivatives by scale·q·k; None: 1.
 
@@ -47,114 +52,129 @@ class Tile(NamedTuple):
         Returns:
             fp32 [B, K, G, stop − start, end − begin], MASKED where a query may not see a key.
         """
-        scores = einsum("bskgh,btkh->bkgst", q[:, self.rows], k[:, self.keys]) * how.scale
+        scores = einsum("bskgh,btkh->bkgst", q[:, self.rows], k[:, self.keys]) * params.scale
         derivatives = None
-        if how.soft_cap is not None:
-            tanh = jnp.tanh(scores / how.soft_cap)
-            scores, derivatives = how.soft_cap * tanh, 1 - tanh * tanh
-        behind = self._behind(where, how)
-        if where.slopes is not None:
-            scores -= by_head(where.slopes, k.shape[2]) * jnp.abs(behind)[:, None, None]
-        if where.biases is not None:
-            biases = self._biases(where.biases, where, how)
+        if params.soft_cap is not None:
+            tanh = jnp.tanh(scores / params.soft_cap)
+            scores, derivatives = params.soft_cap * tanh, 1 - tanh * tanh
+        behind = self._behind(operands, params)
+        if operands.slopes is not None:
+            scores -= reshape_by_head(operands.slopes, k.shape[2]) * jnp.abs(behind)[:, None, None]
+        if operands.biases is not None:
+            biases = self._biases(operands.biases, operands, params)
             scores += biases.reshape(len(biases), *scores.shape[1:])
-        mask = self._mask(behind, where, how)
+        mask = self._mask(behind, operands, params)
         if mask is not None:
             scores = jnp.where(mask[:, None, None], scores, MASKED)
         return scores, derivatives
 
-    def bias_gradient(self, d_scores: jax.Array, where: Where, how: How) -> jax.Array:
+    def bias_gradient(
+        self, d_scores: jax.Array, operands: AttentionOperands, params: AttentionParams
+    ) -> jax.Array:
         """fp32 [N, 2R + 1]: of the biases, from the scores', fp32 [B, K, G, s, t]."""
         _, K, G, s, t = d_scores.shape
-        if len(self._behind(where, how)) == 1:
+        if len(self._behind(operands, params)) == 1:
             d_scores = d_scores.sum(axis=0, keepdims=True)
-        pull = jax.linear_transpose(lambda x: self._biases(x, where, how), where.biases)
+        pull = jax.linear_transpose(lambda x: self._biases(x, operands, params), operands.biases)
         return pull(d_scores.reshape(-1, K * G, s, t))[0]
 
-    def _biases(self, biases: jax.Array, where: Where, how: How) -> jax.Array:
+    def _biases(
+        self, biases: jax.Array, operands: AttentionOperands, params: AttentionParams
+    ) -> jax.Array:
         """fp32 [B or 1, N, s, t]: of each query and key, from those by distance."""
-        if where.q_positions is not None:
-            return jnp.moveaxis(_at(biases, -self._behind(where, how)), 0, 1)
+        if operands.q_positions is not None:
+            return jnp.moveaxis(_at(biases, -self._behind(operands, params)), 0, 1)
         # Without a gather per score: a row is the one above it, moved on by a place. One row of
         # s + t numbers is repeated s times, and all of it read again in rows of one fewer: each
         # begins with the last number that the one above left, and those of keys before the first
         # query stand at the repeated row's end.
         s, t = self.stop - self.start, self.end - self.begin
-        q_at, k_at = self._positions(where, how)
+        q_at, k_at = self._positions(operands, params)
         ahead = jnp.arange(s + t, dtype=jnp.int32)
         ahead = jnp.where(ahead < t, ahead, ahead - (s + t)) + (k_at[0, 0] - q_at[0, 0])
         row = _at(biases, ahead)
         rows = jnp.broadcast_to(row[:, None], (len(row), s, s + t)).reshape(len(row), -1)
         return rows[:, : s * (s + t - 1)].reshape(1, len(row), s, -1)[..., :t]
 
-    def _behind(self, where: Where, how: How) -> jax.Array:
+    def _behind(self, operands: AttentionOperands, params: AttentionParams) -> jax.Array:
         """int32 [B or 1, s, t]: how far each key lies behind each query."""
-        q_at, k_at = self._positions(where, how)
+        q_at, k_at = self._positions(operands, params)
         return q_at[:, :, None] - k_at[:, None]
 
-    def _positions(self, where: Where, how: How) -> tuple[jax.Array, jax.Array]:
-        if where.q_positions is None or where.k_positions is None:
+    def _positions(
+        self, operands: AttentionOperands, params: AttentionParams
+    ) -> tuple[jax.Array, jax.Array]:
+        if operands.q_positions is None or operands.k_positions is None:
             q_at = jnp.arange(self.start, self.stop, dtype=jnp.int32)
             k_at = jnp.arange(self.begin, self.end, dtype=jnp.int32)
-            q_at += first_position(how.q_offset, where.q_offset)
-            k_at += first_position(how.k_offset, where.k_offset)
+            q_at += sum_offsets(params.q_offset, operands.q_offset)
+            k_at += sum_offsets(params.k_offset, operands.k_offset)
             return q_at[None], k_at[None]
-        return where.q_positions[:, self.rows], where.k_positions[:, self.keys]
+        return operands.q_positions[:, self.rows], operands.k_positions[:, self.keys]
 
-    def _mask(self, behind: jax.Array, where: Where, how: How) -> jax.Array | None:
+    def _mask(
+        self, behind: jax.Array, operands: AttentionOperands, params: AttentionParams
+    ) -> jax.Array | None:
         """bool [B or 1, s, t]: which keys each query may see; None: all."""
         parts = []
-        if how.causal:
+        if params.causal:
             seen = behind >= 0
-            if how.window is not None:
-                seen &= behind < how.window
-            if where.prefix is not None:
-                k_at = self._positions(where, how)[1]
-                seen |= (k_at < where.prefix[:, None])[:, None]
+            if params.window is not None:
+                seen &= behind < params.window
+            if operands.prefix is not None:
+                k_at = self._positions(operands, params)[1]
+                seen |= (k_at < operands.prefix[:, None])[:, None]
             parts.append(seen)
-        if where.q_segments is not None and where.k_segments is not None:
-            own, other = where.q_segments[:, self.rows, None], where.k_segments[:, None, self.keys]
+        if operands.q_segments is not None and operands.k_segments is not None:
+            own, other = (
+                operands.q_segments[:, self.rows, None],
+                operands.k_segments[:, None, self.keys],
+            )
             parts += [own == other, own != 0]
         return reduce(and_, parts) if parts else None
 
 
-def tiles(S: int, T: int, where: Where, how: How) -> list[Tile]:
+def list_score_tiles(
+    S: int, T: int, operands: AttentionOperands, params: AttentionParams
+) -> list[ScoreTile]:
     """At most MAX_TILES runs of queries: the program grows with their number."""
     size = tile_size(S)
     bounds = [(start, min(start + size, S)) for start in range(0, S, size)]
-    if not empties_known(where, how):
-        return [Tile(start, stop, 0, T) for start, stop in bounds]
-    own = how.q_offset - how.k_offset  # the key at the first query's position
-    window = S + T + abs(own) if how.window is None else how.window
+    if not is_mask_static(operands, params):
+        return [ScoreTile(start, stop, 0, T) for start, stop in bounds]
+    own = params.q_offset - params.k_offset  # the key at the first query's position
+    window = S + T + abs(own) if params.window is None else params.window
     return [
-        Tile(start, stop, max(own + start - window + 1, 0), min(own + stop, T))
+        ScoreTile(start, stop, max(own + start - window + 1, 0), min(own + stop, T))
         for start, stop in bounds
     ]
 
 
-def empties_known(where: Where, how: How) -> bool:
+def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
     """Whether a causal mask says now, not when the program runs, which keys no query sees."""
-    left_open = where.q_positions, where.q_offset, where.k_offset, where.prefix
-    return how.causal and all(x is None for x in left_open)
+    left_open = operands.q_positions, operands.q_offset, operands.k_offset, operands.prefix
+    return params.causal and all(x is None for x in left_open)
 
 
 def tile_size(S: int) -> int:
     return max(MIN_TILE, -(-S // MAX_TILES))
 
 
-def placed(where: Where, how: How, S: int, T: int) -> Where:
+def fill_positions(
+    operands: AttentionOperands, params: AttentionParams, S: int, T: int
+) -> AttentionOperands:
     """Positions of both sides as arrays, where one side's are."""
-    if where.q_positions is None and where.k_positions is None:
-        return where
+    if operands.q_positions is None and operands.k_positions is None:
+        return operands
 
     def of(positions, static, traced, length):
         if positions is not None:
             return positions
-        return (jnp.arange(length, dtype=jnp.int32) + first_position(static, traced))[None]
+        return (jnp.arange(length, dtype=jnp.int32) + sum_offsets(static, traced))[None]
 
-    return where._replace(
-        q_positions=of(where.q_positions, how.q_offset, where.q_offset, S),
-        k_positions=of(where.k_positions, how.k_offset, where.k_offset, T),
+    return operands._replace(
+        q_positions=of(operands.q_positions, params.q_offset, operands.q_offset, S),
+        k_positions=of(operands.k_positions, params.k_offset, operands.k_offset, T),
         q_offset=None,
         k_offset=None,
     )
@@ -167,6 +187,6 @@ def _at(biases: jax.Array, ahead: jax.Array) -> jax.Array:
     return biases.at[:, index].get(mode="promise_in_bounds")
 
 
-def by_head(x: jax.Array, kv_heads: int) -> jax.Array:
+def reshape_by_head(x: jax.Array, kv_heads: int) -> jax.Array:
     """[N] → [K, G, 1, 1], to stand beside scores."""
     return x.reshape(kv_heads, -1, 1, 1)

@@ -9,39 +9,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import tpu_backward, tpu_forward
-from pallas_kernels.attention.combine import merge
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.combine import merge_attention
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.tpu_blocks import (
     LANES,
     SUBLANES,
-    BlockSizes,
-    Sizes,
-    backward_bytes,
-    checked,
-    forward_bytes,
-    keys_at_once,
-    turned_rows,
+    AttentionSizes,
+    TpuBlockSizes,
+    backward_vmem_bytes,
+    count_keys_in_vmem,
+    count_value_rows,
+    forward_vmem_bytes,
+    select_blocks,
 )
-from pallas_kernels.attention.tpu_call import Call, KeyPart, padded
-from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose, mask_kind
-from pallas_kernels.chips import current_chip
+from pallas_kernels.attention.tpu_call import KeyPart, TpuKernelCall, pad_last_axis
+from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose_blocks, name_mask_kind
+from pallas_kernels.chips import get_chip
 
 F32 = jnp.float32
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> bool:
     """Everything but queries or keys at arbitrary positions, and learned biases."""
-    return all(x is None for x in (where.q_positions, where.k_positions, where.biases))
+    return all(x is None for x in (operands.q_positions, operands.k_positions, operands.biases))
 
 
 def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """o [B, S, N, Hv] in ``dtype`` and the log-sum-exps, fp32 [B, S, N], −inf without a key.
@@ -51,24 +53,26 @@ def forward(
     Raises:
         ValueError: blocks that do not fit.
     """
-    sizes = Sizes.of(q, v, dtype)
-    kind = mask_kind(how, where)
-    blocks = checked(block_sizes, FORWARD) if block_sizes else choose(FORWARD, sizes, kind)
-    held = keys_at_once(blocks, sizes, forward_bytes, current_chip())
-    parts = _parts(k.shape[1], where, how, held)
+    sizes = AttentionSizes.of(q, v, dtype)
+    kind = name_mask_kind(params, operands)
+    blocks = (
+        select_blocks(block_sizes, FORWARD) if block_sizes else choose_blocks(FORWARD, sizes, kind)
+    )
+    held = count_keys_in_vmem(blocks, sizes, forward_vmem_bytes, get_chip())
+    parts = _parts(k.shape[1], operands, params, held)
     k, v = (_heads_first(x, len(parts) * held) for x in (k, v))
     out = dtype if len(parts) == 1 else F32
     results = [_forward(q, k, v, sizes, part, out, blocks, interpret) for part in parts]
-    o, lse = reduce(merge, results)
+    o, lse = reduce(merge_attention, results)
     return o.astype(dtype), lse
 
 
 def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
     (B, S, N, H), Hv = q.shape, v.shape[-1]
-    call = Call.of(q.shape, len(k) // B, part, blocks, joined=True)
+    call = TpuKernelCall.of(q.shape, len(k) // B, part, blocks, joined=True)
     bq, slots, tile = blocks.q, blocks.slots, (blocks.k, blocks.tile_q)
     o, lse = call.run(
-        tpu_forward.kernel,
+        tpu_forward.forward_kernel,
         operands=[
             (call.queries(H), _heads_first(q, call.padded_q)),
             (call.keys(H), k),
@@ -81,14 +85,14 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
         ],
         scratch=[
             pltpu.VMEM((SUBLANES, bq), F32),
-            pltpu.VMEM((turned_rows(Hv), bq), F32),
-            pltpu.VMEM((turned_rows(Hv), part.held), v.dtype),
+            pltpu.VMEM((count_value_rows(Hv), bq), F32),
+            pltpu.VMEM((count_value_rows(Hv), part.held), v.dtype),
             pltpu.VMEM((blocks.k, LANES), jnp.int32) if call.walk.packed else None,
             *_tiles(slots, tile, F32),
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
         ],
-        vmem=forward_bytes(blocks, sizes, part.held),
+        vmem=forward_vmem_bytes(blocks, sizes, part.held),
         products=H + Hv,
         interpret=interpret,
         name="attention_forward",
@@ -103,10 +107,10 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     d_o: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ, dK and dV in ``dtype``.
@@ -118,11 +122,15 @@ def backward(
         ValueError: blocks that do not fit.
     """
     (B, S), T = q.shape[:2], k.shape[1]
-    sizes = Sizes.of(q, v, dtype)
-    kind = mask_kind(how, where)
-    blocks = checked(block_sizes, BACKWARD) if block_sizes else choose(BACKWARD, sizes, kind)
-    held = keys_at_once(blocks, sizes, backward_bytes, current_chip())
-    parts = _parts(T, where, how, held)
+    sizes = AttentionSizes.of(q, v, dtype)
+    kind = name_mask_kind(params, operands)
+    blocks = (
+        select_blocks(block_sizes, BACKWARD)
+        if block_sizes
+        else choose_blocks(BACKWARD, sizes, kind)
+    )
+    held = count_keys_in_vmem(blocks, sizes, backward_vmem_bytes, get_chip())
+    parts = _parts(T, operands, params, held)
     rows = -(-S // blocks.q) * blocks.q
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     saved = (
@@ -152,11 +160,11 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
     """
     (q, k, v, d_o, lse, delta), (d_q, d_k, d_v) = saved, sums
     H, Hv = q.shape[-1], v.shape[-1]
-    call = Call.of(shape, len(k) // shape[0], part, blocks, joined=False)
+    call = TpuKernelCall.of(shape, len(k) // shape[0], part, blocks, joined=False)
     slots, tile = blocks.slots, (blocks.tile_k, blocks.tile_q)
     kept = pl.BlockSpec(memory_space=pl.ANY)
     return call.run(
-        tpu_backward.kernel,
+        tpu_backward.backward_kernel,
         operands=[
             (call.queries(H), q),
             (call.keys(H), k),
@@ -177,10 +185,10 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
             pltpu.VMEM((part.held, H), F32),
             pltpu.VMEM((part.held, Hv), F32),
             *_tiles(slots, tile, F32, F32),
-            *(_tiles(slots, tile, F32) if part.how.soft_cap is not None else [None]),
+            *(_tiles(slots, tile, F32) if part.params.soft_cap is not None else [None]),
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
-        vmem=backward_bytes(blocks, sizes, part.held),
+        vmem=backward_vmem_bytes(blocks, sizes, part.held),
         products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",
@@ -193,15 +201,17 @@ def _tiles(slots: int, shape: tuple[int, int], *dtypes: Any) -> list[list[Any]]:
     return [[pltpu.VMEM((1, *shape), dtype) for _ in range(slots)] for dtype in dtypes]
 
 
-def _parts(T: int, where: Where, how: How, held: int) -> list[KeyPart]:
+def _parts(
+    T: int, operands: AttentionOperands, params: AttentionParams, held: int
+) -> list[KeyPart]:
     """Runs of so many keys; sinks go with the first."""
     parts = []
     for index in range(-(-T // held)):
         start, stop = index * held, min((index + 1) * held, T)
-        segments = None if where.k_segments is None else where.k_segments[:, start:stop]
-        sinks = where.sinks if index == 0 else None
-        own = where._replace(k_segments=segments, sinks=sinks)
-        at = how._replace(k_offset=how.k_offset + start)
+        segments = None if operands.k_segments is None else operands.k_segments[:, start:stop]
+        sinks = operands.sinks if index == 0 else None
+        own = operands._replace(k_segments=segments, sinks=sinks)
+        at = params._replace(k_offset=params.k_offset + start)
         parts.append(KeyPart(index, held, stop - start, own, at))
     return parts
 
@@ -221,7 +231,7 @@ def _heads_last(x: jax.Array, B: int, S: int) -> jax.Array:
 
 def _rows_first(x: jax.Array, size: int, value: float) -> jax.Array:
     """[B, S, N] → [B · N, 1, size]."""
-    x = padded(x.transpose(0, 2, 1), size, value)
+    x = pad_last_axis(x.transpose(0, 2, 1), size, value)
     return x.reshape(-1, 1, size)
 
 

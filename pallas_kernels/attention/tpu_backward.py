@@ -10,29 +10,29 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, Blocks
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, TpuBlocks
 from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
-    Setting,
+    KernelStatics,
     Spot,
-    by_register,
+    apply_slope_and_mask,
+    interleave_stages,
     key_ids,
-    paced,
-    placed,
-    product,
-    scaled,
-    stages,
+    limit_in_flight,
+    multiply,
+    reshape_by_register,
+    scale_scores,
 )
-from pallas_kernels.attention.walk import COLUMNS, Walk, visit
+from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 
 # Keys whose weights are computed at once.
 CHUNK = 32
 
 
-def kernel(
+def backward_kernel(
     table, ints, floats, q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_ids, k_ids, dq_in,
     dk_in, dv_in, dq_ref, dk_ref, dv_ref, dq, dk, dv, scores, d_ps, slopes, ps, d_ss,
-    *, walk: Walk, setting: Setting, blocks: Blocks,
+    *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -50,7 +50,7 @@ def kernel(
     """
     g, i = pl.program_id(1), pl.program_id(2)
     scalars = setting.scalars(ints, floats)
-    how = setting.how
+    params = setting.params
 
     @pl.when((g == 0) & (i == 0))
     def _():
@@ -67,14 +67,14 @@ def kernel(
 
     def score(n, tile, j, distance):
         rows, slot = slice(tile.q0, tile.q1), n % slots
-        s, slope = scaled(product(k_ref[keys(tile, j)], q_ref[rows], 1, 1), how)
+        s, slope = scale_scores(multiply(k_ref[keys(tile, j)], q_ref[rows], 1, 1), params)
         segments = None, None
         if tile.packed:
             own = key_ids(k_ids[:, keys(tile, j)])
             segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
         spot = Spot(distance + tile.q0 - tile.k0, j * walk.bk + tile.k0, *segments)
-        scores[slot][put] = placed(s, tile.masked, spot, setting, scalars)
-        d_ps[slot][put] = product(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
+        scores[slot][put] = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
+        d_ps[slot][put] = multiply(v_ref[keys(tile, j)], do_ref[rows], 1, 1)
         if slope is not None:
             slopes[slot][put] = slope
         yield
@@ -87,7 +87,9 @@ def kernel(
         for a in range(0, tile.k1 - tile.k0, CHUNK):
             at = slice(a, a + CHUNK)
             s = scores[slot][get, at]
-            p = jnp.exp2(by_register(s) - paced(lse, begun, blocks.pace)).reshape(s.shape)
+            p = jnp.exp2(reshape_by_register(s) - limit_in_flight(lse, begun, blocks.pace)).reshape(
+                s.shape
+            )
             begun.append(p[:SUBLANES])
             ps[slot][put, at] = p.astype(do_ref.dtype)
             d_s = p * (d_ps[slot][get, at] - delta)
@@ -102,13 +104,13 @@ def kernel(
     def gradients(n, tile, j):
         rows, slot = slice(tile.q0, tile.q1), n % slots
         p, d_s = ps[slot][get], d_ss[slot][get]
-        dv[keys(tile, j)] += product(p, do_ref[rows], 1, 0)
-        dk[keys(tile, j)] += product(d_s, q_ref[rows], 1, 0)
-        dq[:, rows] += product(k_ref[keys(tile, j)], d_s, 0, 0)
+        dv[keys(tile, j)] += multiply(p, do_ref[rows], 1, 0)
+        dk[keys(tile, j)] += multiply(d_s, q_ref[rows], 1, 0)
+        dq[:, rows] += multiply(k_ref[keys(tile, j)], d_s, 0, 0)
         yield
 
     def tiles(these, j, distance, first, last):
-        stages(
+        interleave_stages(
             len(these),
             [
                 (blocks.ahead, lambda n: score(n, these[n], j, distance)),
@@ -121,13 +123,13 @@ def kernel(
 
     def finish():
         if dq_in is None:
-            dq_ref[...] = (dq[...] * how.scale).astype(dq_ref.dtype).T
+            dq_ref[...] = (dq[...] * params.scale).astype(dq_ref.dtype).T
         else:
-            dq_ref[...] = (dq[...].T * how.scale + dq_in[...]).astype(dq_ref.dtype)
+            dq_ref[...] = (dq[...].T * params.scale + dq_in[...]).astype(dq_ref.dtype)
 
-    visit(walk, row, i, scalars.shift, start, tiles, finish)
+    visit_key_blocks(walk, row, i, scalars.shift, start, tiles, finish)
 
     @pl.when((g == setting.group - 1) & (i == pl.num_programs(2) - 1))
     def _():
-        dk_ref[...] = (dk[...] * how.scale).astype(dk_ref.dtype)
+        dk_ref[...] = (dk[...] * params.scale).astype(dk_ref.dtype)
         dv_ref[...] = dv[...].astype(dv_ref.dtype)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import TpuChip
 
 LANES, SUBLANES = 128, 8
 SUMS = 16
@@ -17,8 +17,8 @@ _USABLE = 0.85
 _KEYS = 2048
 
 
-class Blocks(NamedTuple):
-    """Of one pass. Sizes are multiples of 128."""
+class TpuBlocks(NamedTuple):
+    """Blocks of one pass. Sizes are multiples of 128."""
 
     q: int
     """Queries of a block: a step of the grid."""
@@ -41,13 +41,13 @@ class Blocks(NamedTuple):
         return 1 + self.ahead + self.behind
 
 
-class BlockSizes(NamedTuple):
-    forward: Blocks
-    backward: Blocks
+class TpuBlockSizes(NamedTuple):
+    forward: TpuBlocks
+    backward: TpuBlocks
 
 
-class Sizes(NamedTuple):
-    """What of the operands decides the blocks."""
+class AttentionSizes(NamedTuple):
+    """The operands' sizes that decide the blocks."""
 
     S: int
     T: int
@@ -59,39 +59,41 @@ class Sizes(NamedTuple):
     """Of a number in the results."""
 
     @classmethod
-    def of(cls, q: jax.Array, v: jax.Array, dtype: Any) -> "Sizes":
+    def of(cls, q: jax.Array, v: jax.Array, dtype: Any) -> "AttentionSizes":
         (S, H), (T, Hv) = (q.shape[1], q.shape[3]), (v.shape[1], v.shape[3])
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
 
-def forward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
-    """By rule: large blocks, whose loop's body hides its own beginning and end, and tiles as wide
-    as the matrix unit, of which nothing spills or little."""
+def choose_forward_blocks(sizes: AttentionSizes, chip: TpuChip) -> TpuBlocks:
+    """Chooses blocks by rule: large ones, whose loop's body hides its own beginning and end, and
+    tiles as wide as the matrix unit, of which nothing spills or little."""
     stages = {"ahead": 3, "pace": 3} if chip.mxu == 256 else {"ahead": 3, "behind": 2}
 
-    def blocks(most: int) -> Blocks:
+    def blocks(most: int) -> TpuBlocks:
         q, k = _square(sizes, most)
-        return Blocks(q, k, min(chip.mxu, q), min(chip.mxu, k), **stages)
+        return TpuBlocks(q, k, min(chip.mxu, q), min(chip.mxu, k), **stages)
 
-    return _largest(blocks, sizes, forward_bytes, chip)
+    return _largest(blocks, sizes, forward_vmem_bytes, chip)
 
 
-def backward_blocks(sizes: Sizes, chip: Chip) -> Blocks:
-    """By rule: tiles so small that nothing of them spills."""
+def choose_backward_blocks(sizes: AttentionSizes, chip: TpuChip) -> TpuBlocks:
+    """Chooses blocks by rule: tiles so small that nothing of them spills."""
 
-    def blocks(most: int) -> Blocks:
+    def blocks(most: int) -> TpuBlocks:
         q, k = _square(sizes, most)
-        return Blocks(q, k, LANES, min(chip.mxu, k))
+        return TpuBlocks(q, k, LANES, min(chip.mxu, k))
 
-    return _largest(blocks, sizes, backward_bytes, chip)
+    return _largest(blocks, sizes, backward_vmem_bytes, chip)
 
 
-def _square(sizes: Sizes, most: int) -> tuple[int, int]:
+def _square(sizes: AttentionSizes, most: int) -> tuple[int, int]:
     q = _fit(sizes.S, most)
     return q, min(q, _fit(sizes.T, most))
 
 
-def _largest(blocks: Callable[[int], Blocks], sizes: Sizes, needed: Any, chip: Chip) -> Blocks:
+def _largest(
+    blocks: Callable[[int], TpuBlocks], sizes: AttentionSizes, needed: Any, chip: TpuChip
+) -> TpuBlocks:
     """From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all."""
     most, room, keys = 1024, int(chip.vmem * _USABLE), min(sizes.T, _KEYS)
     while most > LANES and needed(blocks(most), sizes, -(-keys // LANES) * LANES) > room:
@@ -102,34 +104,34 @@ def _largest(blocks: Callable[[int], Blocks], sizes: Sizes, needed: Any, chip: C
 def _fit(n: int, most: int) -> int:
     """The largest power of two, 128 to ``most``, that pads n by little."""
     size = most
-    while size > LANES and not pads_little(n, size):
+    while size > LANES and not has_little_padding(n, size):
         size //= 2
     return size
 
 
-def pads_little(n: int, size: int) -> bool:
+def has_little_padding(n: int, size: int) -> bool:
     """Whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
     return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
-def turned_rows(Hv: int) -> int:
-    """Of the forward pass's turned values, and of its sums."""
+def count_value_rows(Hv: int) -> int:
+    """Returns the rows of the transposed values and of the sums of weights, in the forward pass."""
     return SUMS + -(-Hv // SUBLANES) * SUBLANES
 
 
-def forward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
-    """Of VMEM: operands and results twice, so that the next ones travel meanwhile, and scratch."""
+def forward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
+    """Bytes of VMEM: operands and results twice, so that copies overlap, and scratch."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
     results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-    turned = sizes.bytes * keys * turned_rows(sizes.Hv)
-    sums = 4 * blocks.q * (SUBLANES + turned_rows(sizes.Hv))
+    turned = sizes.bytes * keys * count_value_rows(sizes.Hv)
+    sums = 4 * blocks.q * (SUBLANES + count_value_rows(sizes.Hv))
     tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
     return 2 * (operands + results) + turned + sums + blocks.slots * tile
 
 
-def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
-    """Likewise; and the sums of dK and dV over all queries."""
+def backward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
+    """Bytes of VMEM likewise, and the sums of dK and dV over all queries."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
     results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
@@ -138,11 +140,11 @@ def backward_bytes(blocks: Blocks, sizes: Sizes, keys: int) -> int:
     return 2 * (operands + results) + sums + blocks.slots * tile
 
 
-def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:
-    """How many keys of a head VMEM holds, in whole blocks; all where it does.
+def count_keys_in_vmem(blocks: TpuBlocks, sizes: AttentionSizes, needed: Any, chip: TpuChip) -> int:
+    """Returns the number of keys of a head that VMEM holds, in whole blocks.
 
     Args:
-        needed: :func:`forward_bytes` or :func:`backward_bytes`.
+        needed: :func:`forward_vmem_bytes` or :func:`backward_vmem_bytes`.
 
     Raises:
         ValueError: not one block.
@@ -158,7 +160,7 @@ def keys_at_once(blocks: Blocks, sizes: Sizes, needed: Any, chip: Chip) -> int:
     return keys
 
 
-def check(blocks: Blocks) -> None:
+def check_blocks(blocks: TpuBlocks) -> None:
     """Raises:
     ValueError: sizes that are no multiples of 128, tiles that do not divide their blocks, a
         negative number of tiles between stages, or of chunks.
@@ -172,16 +174,16 @@ def check(blocks: Blocks) -> None:
         raise ValueError(f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more")
 
 
-def checked(sizes: Any, direction: str) -> Blocks:
-    """A caller's, of a pass.
+def select_blocks(sizes: Any, direction: str) -> TpuBlocks:
+    """Returns a pass's blocks of a caller's sizes.
 
     Raises:
-        ValueError: no :class:`BlockSizes`, or as :func:`check`.
+        ValueError: no :class:`TpuBlockSizes`, or as :func:`check_blocks`.
     """
-    if not isinstance(sizes, BlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
+    if not isinstance(sizes, TpuBlockSizes):
+        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.TpuBlockSizes")
     blocks = getattr(sizes, direction)
-    check(blocks)
+    check_blocks(blocks)
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""What the calls of both attention kernels on a TPU have in common."""
+"""The call of an attention kernel on a TPU, for both passes."""
 
 import math
 from functools import partial
@@ -11,33 +11,33 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.how import How, Where, first_position
-from pallas_kernels.attention.tpu_blocks import Blocks
-from pallas_kernels.attention.tpu_scores import Setting
-from pallas_kernels.attention.walk import Walk, plan, table
-from pallas_kernels.chips import current_chip
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, sum_offsets
+from pallas_kernels.attention.tpu_blocks import TpuBlocks
+from pallas_kernels.attention.tpu_scores import KernelStatics
+from pallas_kernels.attention.walk import KeyWalk, make_walk_table, plan_walk
+from pallas_kernels.chips import get_chip
 
 F32 = jnp.float32
 
 
 class KeyPart(NamedTuple):
-    """Of the keys, a run that VMEM holds."""
+    """A run of keys that VMEM holds."""
 
     index: int
     held: int
     """Rows in VMEM: block ``index`` of so many."""
     keys: int
     """Of them; the rest is padding."""
-    where: Where
-    how: How
+    operands: AttentionOperands
+    params: AttentionParams
 
 
-class Call(NamedTuple):
+class TpuKernelCall(NamedTuple):
     """One kernel over all queries and a part of the keys."""
 
-    walk: Walk
-    setting: Setting
-    blocks: Blocks
+    walk: KeyWalk
+    setting: KernelStatics
+    blocks: TpuBlocks
     part: KeyPart
     rows: int
     """Of the batch."""
@@ -56,40 +56,43 @@ class Call(NamedTuple):
         shape: tuple[int, int, int, int],
         kv_heads: int,
         part: KeyPart,
-        blocks: Blocks,
+        blocks: TpuBlocks,
         joined: bool,
-    ) -> "Call":
+    ) -> "TpuKernelCall":
         """
         Args:
             shape: of the queries.
-            joined: see :func:`walk.plan`.
+            joined: see :func:`walk.plan_walk`.
         """
-        (B, S, N, _), T, where, how = shape, part.keys, part.where, part.how
+        (B, S, N, _), T, operands, params = shape, part.keys, part.operands, part.params
         tile = blocks.tile_q, blocks.tile_k
-        walk = plan(S, T, how, where, blocks[:2], tile, joined=joined)
-        q_first = first_position(how.q_offset, where.q_offset)
-        k_first = first_position(how.k_offset, where.k_offset)
+        walk = plan_walk(S, T, params, operands, blocks[:2], tile, joined=joined)
+        q_first = sum_offsets(params.q_offset, operands.q_offset)
+        k_first = sum_offsets(params.k_offset, operands.k_offset)
         shift = q_first - k_first
         static = isinstance(shift, int)
-        rows = table(walk, S, T, how, where)
+        rows = make_walk_table(walk, S, T, params, operands)
         ints = jnp.zeros(3 + B, jnp.int32)
         if not static:
             ints = ints.at[0].set(shift)
-        if where.prefix is not None:
-            ints = ints.at[3:].set(where.prefix - k_first)
+        if operands.prefix is not None:
+            ints = ints.at[3:].set(operands.prefix - k_first)
         floats = jnp.stack(
-            [jnp.zeros(N, F32) if x is None else x.astype(F32) for x in (where.slopes, where.sinks)]
+            [
+                jnp.zeros(N, F32) if x is None else x.astype(F32)
+                for x in (operands.slopes, operands.sinks)
+            ]
         )
-        setting = Setting(
-            how=how,
+        setting = KernelStatics(
+            params=params,
             kv_heads=kv_heads,
             group=N // kv_heads,
             shift=shift if static else None,
             keys=T if T % walk.bk and not walk.edges else None,
             tables=len(rows),
-            prefix=where.prefix is not None,
-            slopes=where.slopes is not None,
-            sinks=where.sinks is not None,
+            prefix=operands.prefix is not None,
+            slopes=operands.slopes is not None,
+            sinks=operands.sinks is not None,
         )
         call = cls(
             walk,
@@ -97,17 +100,17 @@ class Call(NamedTuple):
             blocks,
             part,
             B,
-            _pairs(S, T, how, shift),
+            _pairs(S, T, params, shift),
             (rows, ints, floats),
             [(None, None)] * 2,
         )
-        if where.q_segments is None or where.k_segments is None:
+        if operands.q_segments is None or operands.k_segments is None:
             return call
-        own = jnp.where(where.q_segments == 0, -1, where.q_segments)[:, None]
-        keys = where.k_segments[:, None]
+        own = jnp.where(operands.q_segments == 0, -1, operands.q_segments)[:, None]
+        keys = operands.k_segments[:, None]
         segments = [
-            (call.query_row(shared=True), padded(own, call.padded_q, -1)),
-            (call.key_row(), padded(keys, part.held, 0)),
+            (call.query_row(shared=True), pad_last_axis(own, call.padded_q, -1)),
+            (call.key_row(), pad_last_axis(keys, part.held, 0)),
         ]
         return call._replace(segments=segments)
 
@@ -122,7 +125,7 @@ class Call(NamedTuple):
         )
 
     def keys(self, width: int) -> pl.BlockSpec:
-        """Of all parts' keys."""
+        """The spec of all parts' keys."""
         index = self.part.index
         return pl.BlockSpec((None, self.part.held, width), lambda kv, g, i, *_: (kv, index, 0))
 
@@ -142,8 +145,8 @@ class Call(NamedTuple):
         )
 
     def cost(self, products: int, arrays, results) -> pl.CostEstimate:
-        """Of queries with the keys that they see, segments aside; bytes are those of whole arrays,
-        too many where keys go in parts.
+        """Estimates the cost of queries with the keys that they see, segments aside; bytes are of
+        whole arrays, too many where keys go in parts.
 
         Args:
             products: multiplications a pair.
@@ -176,7 +179,7 @@ class Call(NamedTuple):
                 aliases[at] = n
             at += before is not None
         setting = self.setting._replace(interpreted=bool(interpret))
-        limit = min(vmem + vmem // 4 + (4 << 20), current_chip().vmem)
+        limit = min(vmem + vmem // 4 + (4 << 20), get_chip().vmem)
         return pl.pallas_call(
             partial(body, walk=self.walk, setting=setting, blocks=self.blocks),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -199,16 +202,16 @@ class Call(NamedTuple):
         )(*given)
 
 
-def _pairs(S: int, T: int, how: How, shift: Any) -> int:
-    if not how.causal or not isinstance(shift, int):
+def _pairs(S: int, T: int, params: AttentionParams, shift: Any) -> int:
+    if not params.causal or not isinstance(shift, int):
         return S * T
     # Query s sees keys first..last, whose bounds grow by one from query to query.
     last = np.minimum(np.arange(S) + shift, T - 1)
-    first = 0 if how.window is None else np.maximum(np.arange(S) + shift - how.window + 1, 0)
+    first = 0 if params.window is None else np.maximum(np.arange(S) + shift - params.window + 1, 0)
     return int(np.maximum(last - first + 1, 0).sum())
 
 
-def padded(x: jax.Array, size: int, value: float = 0) -> jax.Array:
+def pad_last_axis(x: jax.Array, size: int, value: float = 0) -> jax.Array:
     """[..., n] or [n, rows, m] up to ``size`` along the last axis."""
     missing = size - x.shape[-1]
     return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),), constant_values=value)

@@ -24,21 +24,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, SUMS, Blocks
+from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES, SUMS, TpuBlocks
 from pallas_kernels.attention.tpu_scores import (
     LOG2_E,
     MASKED,
-    Setting,
+    KernelStatics,
     Spot,
-    by_register,
+    apply_slope_and_mask,
+    interleave_stages,
     key_ids,
-    paced,
-    placed,
-    product,
-    scaled,
-    stages,
+    limit_in_flight,
+    multiply,
+    reshape_by_register,
+    scale_scores,
 )
-from pallas_kernels.attention.walk import COLUMNS, Walk, visit
+from pallas_kernels.attention.walk import COLUMNS, KeyWalk, visit_key_blocks
 
 # Keys whose weights are computed at once.
 CHUNK = 16
@@ -51,10 +51,10 @@ TURNED = 4096
 NO_KEY = MASKED / 2
 
 
-def kernel(
+def forward_kernel(
     table, ints, floats, q_ref, k_ref, v_ref, q_ids, k_ids, o_ref, lse_ref,
     m, acc, vt, ids, scores, tops, fades, weights,
-    *, walk: Walk, setting: Setting, blocks: Blocks,
+    *, walk: KeyWalk, setting: KernelStatics, blocks: TpuBlocks,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -73,7 +73,7 @@ def kernel(
     """
     g, i = pl.program_id(1), pl.program_id(2)
     scalars = setting.scalars(ints, floats)
-    how, put, get, slots = setting.how, scalars.put, scalars.get, len(scores)
+    params, put, get, slots = setting.params, scalars.put, scalars.get, len(scores)
     Hv = v_ref.shape[1]
     # Above MASKED: what is masked weighs nothing, even before the first key that is not.
     m_start = jnp.maximum(scalars.sink * LOG2_E, NO_KEY) if setting.sinks else NO_KEY
@@ -111,15 +111,15 @@ def kernel(
         slot, rows = n % slots, slice(tile.q0, tile.q1)
         for piece in pieces(tile):
             at, first = keys(tile, j, piece), tile.k0 + piece.start
-            s, _ = scaled(product(k_ref[at], q_ref[rows], 1, 1), how)
+            s, _ = scale_scores(multiply(k_ref[at], q_ref[rows], 1, 1), params)
             segments = None, None
             if tile.packed:
                 own = ids[first : first + len(s)]
                 segments = q_ids[:, rows], jnp.tile(own, (1, s.shape[1] // LANES))
             spot = Spot(distance + tile.q0 - first, j * walk.bk + first, *segments)
-            s = placed(s, tile.masked, spot, setting, scalars)
+            s = apply_slope_and_mask(s, tile.masked, spot, setting, scalars)
             scores[slot][put, piece] = s
-            top = jnp.max(by_register(s), axis=0)
+            top = jnp.max(reshape_by_register(s), axis=0)
             if piece.start > 0:
                 top = jnp.maximum(tops[slot][get], top)
             tops[slot][put] = top
@@ -139,7 +139,9 @@ def kernel(
             for a in range(piece.start, piece.stop, chunk):
                 at = slice(a, a + chunk)
                 s = scores[slot][get, at]
-                p = jnp.exp2(by_register(s) - paced(top, begun, blocks.pace)).reshape(s.shape)
+                p = jnp.exp2(
+                    reshape_by_register(s) - limit_in_flight(top, begun, blocks.pace)
+                ).reshape(s.shape)
                 begun.append(p[:SUBLANES])
                 weights[slot][put, at] = p.astype(vt.dtype)
             yield
@@ -147,11 +149,11 @@ def kernel(
     def values(n, tile, j, first, last):
         slot, rows = n % slots, slice(tile.q0, tile.q1)
         for piece in pieces(tile):
-            y = product(vt[:, keys(tile, j, piece)], weights[slot][get, piece], 1, 0)
+            y = multiply(vt[:, keys(tile, j, piece)], weights[slot][get, piece], 1, 0)
             if piece.start > 0:
                 y += acc[:, rows]
             elif not first:
-                y += (by_register(acc[:, rows]) * fades[slot][get]).reshape(y.shape)
+                y += (reshape_by_register(acc[:, rows]) * fades[slot][get]).reshape(y.shape)
             acc[:, rows] = y
             yield
         if first and setting.sinks:
@@ -162,14 +164,14 @@ def kernel(
     def write(rows):
         """The output of these queries, which have seen all of their keys."""
         total = _reciprocal(acc[:SUBLANES, rows], setting.interpreted)
-        o = (by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[:Hv]
+        o = (reshape_by_register(acc[SUMS:, rows]) * total).reshape(-1, total.shape[1])[:Hv]
         o_ref[rows] = o.astype(o_ref.dtype).T
 
     def tiles(these, j, distance, first, last):
         if these[0].packed:
             at = pl.ds(pl.multiple_of(j * walk.bk, walk.bk), walk.bk)
             ids[...] = key_ids(k_ids[:, at])
-        stages(
+        interleave_stages(
             len(these),
             [
                 (blocks.ahead, lambda n: score(n, these[n], j, distance)),
@@ -179,7 +181,7 @@ def kernel(
         )
 
     row = [table[(scalars.row if setting.tables > 1 else 0), i, c] for c in range(COLUMNS)]
-    visit(walk, row, i, scalars.shift, start, tiles, lambda: write(slice(0, walk.bq)))
+    visit_key_blocks(walk, row, i, scalars.shift, start, tiles, lambda: write(slice(0, walk.bq)))
     top = m[:1]
     lse_ref[...] = jnp.where(top > NO_KEY, top / LOG2_E + jnp.log(acc[:1]), -jnp.inf)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention.how import How
+from pallas_kernels.attention.params import AttentionParams
 from pallas_kernels.attention.tpu_blocks import LANES, SUBLANES
 
 # Finite, so that a row with every key masked gives no NaN on the way to its zeros.
@@ -25,10 +25,10 @@ _DONE = object()
 LOG2_E = math.log2(math.e)
 
 
-class Setting(NamedTuple):
+class KernelStatics(NamedTuple):
     """Static facts of a call, the same for all of its tiles."""
 
-    how: How
+    params: AttentionParams
     kv_heads: int
     group: int
     """Query heads a kv head."""
@@ -75,7 +75,9 @@ class Scalars(NamedTuple):
     sink: Any
 
 
-def stages(count: int, these: Sequence[tuple[int, Callable[[int], Iterator[None]]]]) -> None:
+def interleave_stages(
+    count: int, these: Sequence[tuple[int, Callable[[int], Iterator[None]]]]
+) -> None:
     """Run every stage for each of ``count`` tiles, a stage of (ahead, function) so many tiles
     before the one with 0. Neighbours in the program overlap on the machine: the stages that run
     together take turns, each as far as its next ``yield``."""
@@ -98,7 +100,7 @@ class Spot(NamedTuple):
     k_segments: jax.Array | None
 
 
-def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+def multiply(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """fp32 matrix product over one axis of each; fp32 operands are not rounded to bf16."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
@@ -106,15 +108,17 @@ def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     )
 
 
-def scaled(products: jax.Array, how: How) -> tuple[jax.Array, jax.Array | None]:
+def scale_scores(
+    products: jax.Array, params: AttentionParams
+) -> tuple[jax.Array, jax.Array | None]:
     """fp32 q · k to scores · log2 e; and with a cap its derivative, by the scaled product."""
-    if how.soft_cap is None:
-        return products * (how.scale * LOG2_E), None
-    tanh = jnp.tanh(products * (how.scale / how.soft_cap))
-    return tanh * (how.soft_cap * LOG2_E), 1.0 - tanh * tanh
+    if params.soft_cap is None:
+        return products * (params.scale * LOG2_E), None
+    tanh = jnp.tanh(products * (params.scale / params.soft_cap))
+    return tanh * (params.soft_cap * LOG2_E), 1.0 - tanh * tanh
 
 
-def paced(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
+def limit_in_flight(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
     """x, but where so many chunks of weights are ``begun``, not before the first of them is known,
     which then is none of them: differences that the unit of exponentials has no time for yet would
     wait in registers.
@@ -130,7 +134,7 @@ def paced(x: jax.Array, begun: list[jax.Array], pace: int) -> jax.Array:
     return jnp.minimum(x, p + _HUGE)
 
 
-def by_register(x: jax.Array) -> jax.Array:
+def reshape_by_register(x: jax.Array) -> jax.Array:
     """[n, m] as [n / SUBLANES, SUBLANES, m]."""
     return x.reshape(-1, SUBLANES, x.shape[1])
 
@@ -140,8 +144,8 @@ def key_ids(ids: jax.Array) -> jax.Array:
     return jnp.broadcast_to(ids, (LANES, ids.shape[1])).T
 
 
-def placed(
-    scores: jax.Array, masked: bool, spot: Spot, setting: Setting, scalars: Scalars
+def apply_slope_and_mask(
+    scores: jax.Array, masked: bool, spot: Spot, setting: KernelStatics, scalars: Scalars
 ) -> jax.Array:
     """Scores [keys, queries] with ALiBi's slope (Press et al. 2022), and MASKED where a query may
     not see a key: by its position, if ``masked``, and by its segment, where the spot has these.
@@ -169,18 +173,18 @@ def placed(
     return jnp.concatenate(rows, axis=0)
 
 
-def _near(behind, key, distance, first, setting: Setting, scalars: Scalars) -> list[Any]:
-    """What all must hold for a query to see a key, by positions.
+def _near(behind, key, distance, first, setting: KernelStatics, scalars: Scalars) -> list[Any]:
+    """Returns the conditions, all of which hold where a query sees a key, by positions.
 
     Args:
         behind: of each query and key, the query's position less the key's, less ``distance``.
         key: of each key, its index less ``first``.
     """
-    how, seen = setting.how, []
-    if how.causal:
+    params, seen = setting.params, []
+    if params.causal:
         near = behind >= -distance
-        if how.window is not None:
-            near &= behind < how.window - distance
+        if params.window is not None:
+            near &= behind < params.window - distance
         if setting.prefix:
             near |= key < scalars.prefix - first
         seen.append(near)

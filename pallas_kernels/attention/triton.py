@@ -17,41 +17,41 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import gpu_blocks, tuned
-from pallas_kernels.attention.how import How, Where, with_offsets
-from pallas_kernels.attention.tpu_blocks import Sizes
-from pallas_kernels.attention.triton_call import Call
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
+from pallas_kernels.attention.tpu_blocks import AttentionSizes
+from pallas_kernels.attention.triton_call import TritonKernelCall
 from pallas_kernels.attention.triton_program import (
     LN2,
     LOG2E,
-    Program,
-    Tiles,
-    dot,
-    dot_parts,
-    head_parts,
-    store,
+    TritonProgram,
+    TritonTiles,
+    multiply,
+    multiply_transposed,
+    split_head,
     store_row,
+    store_tile,
 )
 
 # Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
 _SMALL = ("8.6", "8.7", "8.9", "11.0", "12.0", "12.1")
 
 
-class BlockSizes(NamedTuple):
-    """Of the three kernels."""
+class TritonBlockSizes(NamedTuple):
+    """Tiles of the three kernels."""
 
-    forward: Tiles
-    d_q: Tiles
-    d_kv: Tiles
+    forward: TritonTiles
+    d_q: TritonTiles
+    d_kv: TritonTiles
 
 
-def checked(sizes: Any) -> BlockSizes:
+def validate_block_sizes(sizes: Any) -> TritonBlockSizes:
     """A caller's.
 
     Raises:
         ValueError: others than this module's, or blocks that Triton has not.
     """
-    if not isinstance(sizes, BlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.BlockSizes")
+    if not isinstance(sizes, TritonBlockSizes):
+        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.TritonBlockSizes")
     for q, k, warps, stages in sizes:
         powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not powers or min(q, k) < 16 or stages < 1:
@@ -62,7 +62,9 @@ def checked(sizes: Any) -> BlockSizes:
     return sizes
 
 
-def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -> bool:
+def supports(
+    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> bool:
     """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most (tiles
     hold whole heads), without learned biases."""
     return (
@@ -70,11 +72,11 @@ def supports(q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How) -
         and q.dtype == k.dtype == v.dtype
         and max(q.shape[-1], v.shape[-1]) <= 256
         and q.size > 0 < v.size
-        and where.biases is None
+        and operands.biases is None
     )
 
 
-def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
+def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
     """By rule: what keeps accumulators in registers and blocks in shared memory. Compiled for a
     card that is not here, an H100's."""
     capability = getattr(jax.local_devices()[0], "compute_capability", "9.0")
@@ -83,53 +85,64 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> BlockSizes:
     if jnp.dtype(dtype).itemsize > 2:
         rows = (64 if max(H, Hv) <= 128 else 32) // (2 if small else 1)
         columns = min(rows, 32)
-        wide, tall = Tiles(rows, columns, 4, 1), Tiles(columns, rows, 4, 1)
-        return BlockSizes(wide, wide, tall)
+        wide, tall = TritonTiles(rows, columns, 4, 1), TritonTiles(columns, rows, 4, 1)
+        return TritonBlockSizes(wide, wide, tall)
     if max(H, Hv) <= 64:
-        return BlockSizes(Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))
+        return TritonBlockSizes(
+            TritonTiles(128, 64, 4, 3), TritonTiles(128, 64, 8, 2), TritonTiles(64, 128, 8, 2)
+        )
     if max(H, Hv) <= 128:
-        forward = Tiles(128, 64, 8, 2 if small else 3)
-        return BlockSizes(forward, Tiles(128, 64, 8, 2), Tiles(32 if old else 64, 128, 8, 2))
+        forward = TritonTiles(128, 64, 8, 2 if small else 3)
+        return TritonBlockSizes(
+            forward, TritonTiles(128, 64, 8, 2), TritonTiles(32 if old else 64, 128, 8, 2)
+        )
     if small:
-        return BlockSizes(Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
-    forward = Tiles(64, 32, 4, 2) if old else Tiles(128, 32, 8, 2)
-    return BlockSizes(forward, Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2))
+        return TritonBlockSizes(
+            TritonTiles(64, 32, 4, 1), TritonTiles(32, 32, 4, 1), TritonTiles(32, 32, 4, 1)
+        )
+    forward = TritonTiles(64, 32, 4, 2) if old else TritonTiles(128, 32, 8, 2)
+    return TritonBlockSizes(forward, TritonTiles(64, 32, 8, 2), TritonTiles(32, 64, 8, 2))
 
 
-def candidates(
+def list_block_candidates(
     direction: str, H: int, Hv: int, dtype: Any
-) -> tuple[BlockSizes, dict[str, list[Tiles]]]:
-    """For ``tuning``: the rule's, and tiles to try in its fields that a pass reads."""
-    tiles = [Tiles(*t) for t in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
+) -> tuple[TritonBlockSizes, dict[str, list[TritonTiles]]]:
+    """Returns, for ``tuning``, the rule's block sizes, and tiles to try in the fields that a pass
+    reads."""
+    tiles = [TritonTiles(*t) for t in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
     fields = ("forward",) if direction == tuned.FORWARD else ("d_q", "d_kv")
     return default_block_sizes(H, Hv, dtype), dict.fromkeys(fields, tiles)
 
 
-def _chosen(direction: str, q: jax.Array, v: jax.Array, where: Where, how: How) -> BlockSizes:
+def _chosen(
+    direction: str, q: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
+) -> TritonBlockSizes:
     """From the table, or by rule."""
-    sizes = Sizes.of(q, v, v.dtype)
-    found = tuned.on_card("triton", direction, sizes, tuned.mask_kind(how, where))
+    sizes = AttentionSizes.of(q, v, v.dtype)
+    found = tuned.find_gpu_blocks(
+        "triton", direction, sizes, tuned.name_mask_kind(params, operands)
+    )
     if found is None:
         return default_block_sizes(sizes.H, sizes.Hv, q.dtype)
-    return BlockSizes(**{kernel: Tiles(*tiles) for kernel, tiles in found.items()})
+    return TritonBlockSizes(**{kernel: TritonTiles(*tiles) for kernel, tiles in found.items()})
 
 
 def forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
     *,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention's output and log-sum-exps.
 
     Args:
         q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, Hv]; N a multiple of K. One dtype.
-        where, how: the mask and what is added to scores.
+        operands, params: the mask and what is added to scores.
         dtype: of the output.
         block_sizes: default those in the table of :mod:`tuned`, or by rule.
         interpret: run by the interpreter, on any device.
@@ -139,16 +152,18 @@ def forward(
         its sink included, fp32 [B, S, N], −inf where it has none.
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
-    where = with_offsets(where, how)
-    sizes = checked(block_sizes or _chosen(tuned.FORWARD, q, v, where, how))
+    operands = merge_offsets(operands, params)
+    sizes = validate_block_sizes(block_sizes or _chosen(tuned.FORWARD, q, v, operands, params))
     tiles = sizes.forward
     blocks = pl.cdiv(S, tiles.q)
-    table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
-    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
+    table = gpu_blocks.plan_query_visits(S, T, tiles.q, tiles.k, operands, params)
+    call = TritonKernelCall(
+        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table
+    )
     call.add("q", q, call.heads(tiles.q))
     call.add("k", k, call.shared_heads(tiles.k))
     call.add("v", v, call.shared_heads(tiles.k))
-    call.add("sinks", where.sinks, call.whole)
+    call.add("sinks", operands.sinks, call.whole)
     shapes = (
         jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
         jax.ShapeDtypeStruct((B, N, S), jnp.float32),
@@ -165,11 +180,11 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     d_o: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
     *,
-    block_sizes: BlockSizes | None = None,
+    block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients that pass through these keys, which may be a block of all that queries see.
@@ -185,15 +200,17 @@ def backward(
         dQ, dK, dV, shaped as q, k and v.
     """
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
-    where = with_offsets(where, how)
-    sizes = checked(block_sizes or _chosen(tuned.BACKWARD, q, v, where, how))
+    operands = merge_offsets(operands, params)
+    sizes = validate_block_sizes(block_sizes or _chosen(tuned.BACKWARD, q, v, operands, params))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
 
     tiles = sizes.d_q
-    table = gpu_blocks.visits_of_queries(S, T, tiles.q, tiles.k, where, how)
-    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table)
+    table = gpu_blocks.plan_query_visits(S, T, tiles.q, tiles.k, operands, params)
+    call = TritonKernelCall(
+        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table
+    )
     for name, x in (("q", q), ("d_o", d_o)):
         call.add(name, x, call.heads(tiles.q))
     for name, x in (("k", k), ("v", v)):
@@ -205,8 +222,10 @@ def backward(
     (d_q,) = call(_d_q_kernel, grid, (shape,), (call.heads(tiles.q)(shape),))
 
     tiles = sizes.d_kv
-    table = gpu_blocks.visits_of_keys(S, T, tiles.q, tiles.k, where, how)
-    call = Call(where, how, tiles, (S, T, H, Hv), N // K, interpret, per_query=False, table=table)
+    table = gpu_blocks.plan_key_visits(S, T, tiles.q, tiles.k, operands, params)
+    call = TritonKernelCall(
+        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=False, table=table
+    )
     for name, x in (("q", q), ("d_o", d_o)):
         call.add(name, x, call.groups(tiles.q))
     for name, x in (("k", k), ("v", v)):
@@ -219,7 +238,7 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _forward_kernel(p: Program, o_ref, lse_ref):
+def _forward_kernel(p: TritonProgram, o_ref, lse_ref):
     """One block of queries of one head."""
     s, (block_q, block_k, *_) = p.statics, p.tiles
     i, head = _last_first(p), p.head
@@ -232,7 +251,7 @@ def _forward_kernel(p: Program, o_ref, lse_ref):
         length = s.T if masked and s.T % block_k else None
         keys = p.tokens("k", j * block_k, 0)
         k = p.rows("k", j * block_k, block_k, length)
-        scores, _ = p.scores(dot_parts(q, k), queries, keys, head)
+        scores, _ = p.scores(multiply_transposed(q, k), queries, keys, head)
         if masked:
             scores = jnp.where(p.visible(queries, keys), scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * p.unit)
@@ -242,11 +261,12 @@ def _forward_kernel(p: Program, o_ref, lse_ref):
         decay = p.exp2(top - base)
         v = p.rows("v", j * block_k, block_k, length)
         o = tuple(
-            x * decay[:, None] + dot(weights.astype(y.dtype), y) for x, y in zip(o, v, strict=True)
+            x * decay[:, None] + multiply(weights.astype(y.dtype), y)
+            for x, y in zip(o, v, strict=True)
         )
         return o, new_top, total * decay + jnp.sum(weights, axis=1)
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in head_parts(s.Hv))
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.Hv))
     if "sinks" in p.refs:
         top = jnp.full((block_q,), p.refs["sinks"][head] * LOG2E, jnp.float32)
         carry = zeros, top, jnp.ones((block_q,), jnp.float32)
@@ -256,13 +276,13 @@ def _forward_kernel(p: Program, o_ref, lse_ref):
     some = total > 0
     inverse = 1 / jnp.where(some, total, 1.0)
     lse = jnp.where(some, top * LN2 + jnp.log(jnp.where(some, total, 1.0)), -jnp.inf)
-    store(o_ref, tuple(x * inverse[:, None] for x in o), start, block_q, s.S, s.Hv)
+    store_tile(o_ref, tuple(x * inverse[:, None] for x in o), start, block_q, s.S, s.Hv)
     store_row(lse_ref, lse, start, block_q, s.S)
 
 
-def _d_q_kernel(p: Program, d_q_ref):
+def _d_q_kernel(p: TritonProgram, d_q_ref):
     """One block of queries of one head."""
-    s, how, (block_q, block_k, *_) = p.statics, p.how, p.tiles
+    s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
     i, head = _last_first(p), p.head
     start = i * block_q
     bound = s.S if s.S % block_q else None
@@ -275,23 +295,23 @@ def _d_q_kernel(p: Program, d_q_ref):
         length = s.T if masked and s.T % block_k else None
         keys = p.tokens("k", j * block_k, 0)
         k = p.rows("k", j * block_k, block_k, length)
-        scores, slope = p.scores(dot_parts(q, k), queries, keys, head)
+        scores, slope = p.scores(multiply_transposed(q, k), queries, keys, head)
         v = p.rows("v", j * block_k, block_k, length)
         seen = p.visible(queries, keys) if masked else None
-        d_weights = dot_parts(d_o, v)
+        d_weights = multiply_transposed(d_o, v)
         _, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
-        return tuple(x + dot(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
+        return tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_q, k, strict=True))
 
-    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in head_parts(s.H))
+    zeros = tuple(jnp.zeros((block_q, width), jnp.float32) for _, width in split_head(s.H))
     d_q = p.visit(i, pl.cdiv(s.T, block_k), body, zeros)
-    store(d_q_ref, tuple(x * how.scale for x in d_q), start, block_q, s.S, s.H)
+    store_tile(d_q_ref, tuple(x * params.scale for x in d_q), start, block_q, s.S, s.H)
 
 
-def _d_kv_kernel(p: Program, d_k_ref, d_v_ref):
+def _d_kv_kernel(p: TritonProgram, d_k_ref, d_v_ref):
     """One block of keys of one kv head: its group's query heads are summed here. Tiles of scores
     are transposed, [keys, queries], so that the weights are a product's left operand as they lie.
     """
-    s, how, (block_q, block_k, *_) = p.statics, p.how, p.tiles
+    s, params, (block_q, block_k, *_) = p.statics, p.params, p.tiles
     j, kv_head = p.block, p.head
     start = j * block_k
     bound = s.T if s.T % block_k else None
@@ -305,26 +325,26 @@ def _d_kv_kernel(p: Program, d_k_ref, d_v_ref):
         queries = p.tokens("q", at, 0)
         q = p.rows("q", at, block_q, q_bound, member)
         head = kv_head * s.group + member
-        scores, slope = p.scores(dot_parts(k, q), queries, keys, head)
+        scores, slope = p.scores(multiply_transposed(k, q), queries, keys, head)
         d_o = p.rows("d_o", at, block_q, q_bound, member)
         lse = p.row_scalars("lse", at, member, other=jnp.inf)[None]
         delta = p.row_scalars("delta", at, member, other=0.0)[None]
         seen = p.visible(queries, keys) if masked else None
-        d_weights = dot_parts(v, d_o)
+        d_weights = multiply_transposed(v, d_o)
         weights, d_scores = p.gradients(scores, slope, lse, d_weights, delta, seen)
-        d_v = tuple(x + dot(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
-        d_k = tuple(x + dot(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
+        d_v = tuple(x + multiply(weights.astype(y.dtype), y) for x, y in zip(d_v, d_o, strict=True))
+        d_k = tuple(x + multiply(d_scores.astype(y.dtype), y) for x, y in zip(d_k, q, strict=True))
         return d_k, d_v
 
     zeros = tuple(
-        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in head_parts(size))
+        tuple(jnp.zeros((block_k, width), jnp.float32) for _, width in split_head(size))
         for size in (s.H, s.Hv)
     )
     d_k, d_v = p.visit(j, pl.cdiv(s.S, block_q), body, zeros, repeats=s.group)
-    store(d_k_ref, tuple(x * how.scale for x in d_k), start, block_k, s.T, s.H)
-    store(d_v_ref, d_v, start, block_k, s.T, s.Hv)
+    store_tile(d_k_ref, tuple(x * params.scale for x in d_k), start, block_k, s.T, s.H)
+    store_tile(d_v_ref, d_v, start, block_k, s.T, s.Hv)
 
 
-def _last_first(p: Program):
+def _last_first(p: TritonProgram):
     """The block of a program: with a causal mask the last blocks, the longest, start first."""
-    return pl.num_programs(0) - 1 - p.block if p.how.causal else p.block
+    return pl.num_programs(0) - 1 - p.block if p.params.causal else p.block

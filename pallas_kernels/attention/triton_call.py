@@ -7,45 +7,54 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_blocks
-from pallas_kernels.attention.how import How, Where
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.triton_program import (
-    Program,
-    Statics,
-    Tiles,
-    filled,
-    filled_head,
+    TritonProgram,
+    TritonStatics,
+    TritonTiles,
+    pad_head_size,
+    round_up,
 )
 
 
-class Call:
+class TritonKernelCall:
     """A kernel's named inputs and their specs. Each program's window is whole sequences of its own
     row of the batch and head, with their last block filled up; kernels mask what lies outside."""
 
     def __init__(
-        self, where: Where, how: How, tiles: Tiles, sizes, group, interpret, *, per_query, table
+        self,
+        operands: AttentionOperands,
+        params: AttentionParams,
+        tiles: TritonTiles,
+        sizes,
+        group,
+        interpret,
+        *,
+        per_query,
+        table,
     ):
         S, T, H, Hv = sizes
         self.inputs: dict[str, jax.Array] = {}
         self.specs: list[pl.BlockSpec] = []
         self.group = group
-        masked = gpu_blocks.needs_mask(how, where, T if per_query else tiles.k, tiles.k)
-        self.statics = Statics(how, tiles, S, T, H, Hv, group, masked, interpret)
+        masked = gpu_blocks.needs_mask(params, operands, T if per_query else tiles.k, tiles.k)
+        self.statics = TritonStatics(params, tiles, S, T, H, Hv, group, masked, interpret)
         if masked:
             self.add("visits", table, lambda x: self._per_row(x, x.shape[1:]))
-        if how.causal or where.slopes is not None:
+        if params.causal or operands.slopes is not None:
             for name, offset, block in (
-                ("q", where.q_offset, tiles.q),
-                ("k", where.k_offset, tiles.k),
+                ("q", operands.q_offset, tiles.q),
+                ("k", operands.k_offset, tiles.k),
             ):
-                positions = getattr(where, f"{name}_positions")
+                positions = getattr(operands, f"{name}_positions")
                 self.add(f"{name}_positions", positions, self.tokens(block))
                 if positions is None and offset is not None:
                     self.add(f"{name}_offset", jnp.asarray(offset, jnp.int32)[None], self.whole)
-        if where.q_segments is not None:
-            self.add("q_segments", where.q_segments, self.tokens(tiles.q))
-            self.add("k_segments", where.k_segments, self.tokens(tiles.k))
-        self.add("prefix", where.prefix, self.whole)
-        self.add("slopes", where.slopes, self.whole)
+        if operands.q_segments is not None:
+            self.add("q_segments", operands.q_segments, self.tokens(tiles.q))
+            self.add("k_segments", operands.k_segments, self.tokens(tiles.k))
+        self.add("prefix", operands.prefix, self.whole)
+        self.add("slopes", operands.slopes, self.whole)
 
     def add(self, name: str, x: jax.Array | None, spec) -> None:
         if x is not None:
@@ -58,7 +67,7 @@ class Call:
 
         def body(*refs):
             inputs = dict(zip(names, refs[: len(names)], strict=True))
-            kernel(Program(inputs, self.statics), *refs[len(names) :])
+            kernel(TritonProgram(inputs, self.statics), *refs[len(names) :])
 
         return pl.pallas_call(
             body,
@@ -83,7 +92,7 @@ class Call:
 
     def tokens(self, block: int):
         """[B or 1, length]"""
-        return lambda x: self._per_row(x, (filled(x.shape[1], block),))
+        return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
 
     def heads(self, block: int):
         """[B, length, heads, H], of the program's head."""
@@ -94,14 +103,14 @@ class Call:
         return lambda x: self._head_spec(x, block, self.group)
 
     def _head_spec(self, x, block: int, share: int) -> pl.BlockSpec:
-        shape = None, filled(x.shape[1], block), None, filled_head(x.shape[3])
+        shape = None, round_up(x.shape[1], block), None, pad_head_size(x.shape[3])
         return pl.BlockSpec(shape, lambda i, n, b: (b, 0, lax.div(n, share), 0))
 
     def groups(self, block: int):
         """[B, length, N, H] → [length, group, H] of the program's kv head."""
 
         def spec(x):
-            shape = None, filled(x.shape[1], block), self.group, filled_head(x.shape[3])
+            shape = None, round_up(x.shape[1], block), self.group, pad_head_size(x.shape[3])
             return pl.BlockSpec(shape, lambda i, n, b: (b, 0, n, 0))
 
         return spec
@@ -110,7 +119,7 @@ class Call:
         """[B, N, S]"""
 
         def spec(x):
-            shape = None, None, filled(x.shape[2], block)
+            shape = None, None, round_up(x.shape[2], block)
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
         return spec
@@ -119,7 +128,7 @@ class Call:
         """[B, N, S] → [group, S]"""
 
         def spec(x):
-            shape = None, self.group, filled(x.shape[2], block)
+            shape = None, self.group, round_up(x.shape[2], block)
             return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
 
         return spec

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how a program reads, scores, masks and visits."""
+"""Shared parts of the Triton kernels: how a program reads, scores, masks and visits."""
 
 from functools import reduce
 from math import log, log2
@@ -12,15 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_blocks
-from pallas_kernels.attention.gpu_blocks import Visits
-from pallas_kernels.attention.how import How
+from pallas_kernels.attention.gpu_blocks import BlockVisits
+from pallas_kernels.attention.params import AttentionParams
 
 LOG2E = log2(2.718281828459045)
 LN2 = log(2)
 
 
-class Tiles(NamedTuple):
-    """Of one kernel."""
+class TritonTiles(NamedTuple):
+    """Tiles of one kernel."""
 
     q: int
     """Queries of a block; a power of two, 16 at least."""
@@ -31,9 +31,9 @@ class Tiles(NamedTuple):
     """Blocks in flight in the pipelined loop."""
 
 
-class Statics(NamedTuple):
-    how: How
-    tiles: Tiles
+class TritonStatics(NamedTuple):
+    params: AttentionParams
+    tiles: TritonTiles
     S: int
     T: int
     H: int
@@ -46,10 +46,10 @@ class Statics(NamedTuple):
     @property
     def plain(self) -> bool:
         """Scores are q·k times a positive number: products are kept, and scaled in the exponent."""
-        return self.how.soft_cap is None and self.how.scale > 0
+        return self.params.soft_cap is None and self.params.scale > 0
 
 
-class Tokens(NamedTuple):
+class TokenBlock(NamedTuple):
     """A block's queries, as a column, or keys, as a row; or the reverse."""
 
     index: jax.Array
@@ -57,12 +57,12 @@ class Tokens(NamedTuple):
     segment: jax.Array | None
 
 
-class Program:
-    """What the kernels share: how a program reads its inputs, scores and masks."""
+class TritonProgram:
+    """Methods of a program: reading inputs, scores, masks, visits."""
 
-    def __init__(self, refs: dict[str, Any], statics: Statics):
+    def __init__(self, refs: dict[str, Any], statics: TritonStatics):
         self.refs, self.statics = refs, statics
-        self.how, self.tiles = statics.how, statics.tiles
+        self.params, self.tiles = statics.params, statics.tiles
         # Read once, outside all loops: the interpreter knows them nowhere else.
         self.block, self.head, self.row = (pl.program_id(axis) for axis in range(3))
 
@@ -72,7 +72,7 @@ class Program:
         ref = self.refs[name]
         H = {"q": self.statics.H, "k": self.statics.H}.get(name, self.statics.Hv)
         parts = []
-        for begin, width in head_parts(H):
+        for begin, width in split_head(H):
             part = ref.at[(pl.ds(start, block), *at, pl.ds(begin, width))]
             mask = _inside(start, block, length, begin, width, H)
             parts.append(part[...] if mask is None else plgpu.load(part, mask=mask, other=0.0))
@@ -86,7 +86,7 @@ class Program:
             return part[...]
         return plgpu.load(part, mask=start + jnp.arange(block) < S, other=other)
 
-    def tokens(self, side: str, start, axis: int) -> Tokens:
+    def tokens(self, side: str, start, axis: int) -> TokenBlock:
         """Queries (``side`` q) or keys (k), along ``axis`` of a tile of scores."""
         block, length = (
             (self.tiles.q, self.statics.S) if side == "q" else (self.tiles.k, self.statics.T)
@@ -107,17 +107,19 @@ class Program:
             position = index if offset is None else index + offset[0]
         segment = read(f"{side}_segments")
         index, position = jnp.expand_dims(index, axis), jnp.expand_dims(position, axis)
-        return Tokens(index, position, None if segment is None else jnp.expand_dims(segment, axis))
+        return TokenBlock(
+            index, position, None if segment is None else jnp.expand_dims(segment, axis)
+        )
 
-    def visible(self, queries: Tokens, keys: Tokens) -> jax.Array:
+    def visible(self, queries: TokenBlock, keys: TokenBlock) -> jax.Array:
         """bool, broadcast over a tile."""
-        how, T = self.how, self.statics.T
+        params, T = self.params, self.statics.T
         seen = None
-        if how.causal:
+        if params.causal:
             behind = queries.position - keys.position
             seen = behind >= 0
-            if how.window is not None:
-                seen &= behind < how.window
+            if params.window is not None:
+                seen &= behind < params.window
             if "prefix" in self.refs:
                 seen |= keys.position < self.refs["prefix"][self.row]
         if queries.segment is not None:
@@ -132,14 +134,14 @@ class Program:
     def scores(self, products: jax.Array, queries, keys, head) -> tuple[jax.Array, Any]:
         """From q·k: the scores, of which exp2 is to be taken after :attr:`unit`; and their slope
         by scale·q·k, 1 if that is None."""
-        how, slope = self.how, None
+        params, slope = self.params, None
         if self.statics.plain and "slopes" not in self.refs:
             return products, None
-        scores = products * (how.scale * LOG2E)
-        if how.soft_cap is not None:
+        scores = products * (params.scale * LOG2E)
+        if params.soft_cap is not None:
             # tanh(x) = 1 − 2 / (e^2x + 1): exact to fp32's step at 1, all that scores need.
-            tanh = 1 - 2 / (self.exp2(products * (2 * LOG2E * how.scale / how.soft_cap)) + 1)
-            scores, slope = (how.soft_cap * LOG2E) * tanh, 1 - tanh * tanh
+            tanh = 1 - 2 / (self.exp2(products * (2 * LOG2E * params.scale / params.soft_cap)) + 1)
+            scores, slope = (params.soft_cap * LOG2E) * tanh, 1 - tanh * tanh
         if "slopes" in self.refs:
             distance = jnp.abs(queries.position - keys.position).astype(jnp.float32)
             scores -= (self.refs["slopes"][head] * LOG2E) * distance
@@ -147,8 +149,10 @@ class Program:
 
     @property
     def unit(self) -> float:
-        """What scores are multiplied by before exp2."""
-        return self.how.scale * LOG2E if self.statics.plain and "slopes" not in self.refs else 1.0
+        """The factor of scores before exp2."""
+        return (
+            self.params.scale * LOG2E if self.statics.plain and "slopes" not in self.refs else 1.0
+        )
 
     def gradients(self, scores, slope, lse, d_weights, delta, seen) -> tuple[jax.Array, jax.Array]:
         """Weights, and the gradient by scale·q·k (softmax's Jacobian). Masked keys and values may
@@ -189,13 +193,13 @@ class Program:
 
         if not self.statics.masked:
             return loop(0, blocks, lambda at: at, False, carry)
-        visits = Visits(*(self.refs["visits"][i, field] for field in range(gpu_blocks.FIELDS)))
+        visits = BlockVisits(*(self.refs["visits"][i, field] for field in range(gpu_blocks.FIELDS)))
         carry = loop(0, visits.count, visits.masked, True, carry)
         full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, full, lambda at: at, False, carry)
 
 
-def head_parts(H: int) -> list[tuple[int, int]]:
+def split_head(H: int) -> list[tuple[int, int]]:
     """(begin, width) of parts that are powers of two, 16 at least: 80 = 64 + 16."""
     parts, begin = [], 0
     while begin < H:
@@ -205,11 +209,11 @@ def head_parts(H: int) -> list[tuple[int, int]]:
     return parts
 
 
-def filled_head(H: int) -> int:
-    return sum(head_parts(H)[-1])
+def pad_head_size(H: int) -> int:
+    return sum(split_head(H)[-1])
 
 
-def filled(length: int, block: int) -> int:
+def round_up(length: int, block: int) -> int:
     return pl.cdiv(length, block) * block
 
 
@@ -223,10 +227,10 @@ def _inside(start, block: int, length: int | None, begin: int, width: int, H: in
     return jnp.broadcast_to(masks[0] & masks[-1], (block, width)) if masks else None
 
 
-def store(ref, parts, start, block: int, length: int, H: int) -> None:
-    """What lies in the array of a block of rows, in the parts of a head."""
+def store_tile(ref, parts, start, block: int, length: int, H: int) -> None:
+    """Stores the part of a block of rows that lies in the array, in the parts of a head."""
     bound = length if length % block else None
-    for (begin, width), x in zip(head_parts(H), parts, strict=True):
+    for (begin, width), x in zip(split_head(H), parts, strict=True):
         at = ref.at[pl.ds(start, block), pl.ds(begin, width)]
         mask = _inside(start, block, bound, begin, width, H)
         plgpu.store(at, x.astype(ref.dtype), mask=mask)
@@ -237,11 +241,11 @@ def store_row(ref, x, start, block: int, length: int) -> None:
     plgpu.store(ref.at[pl.ds(start, block)], x, mask=mask)
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     return plgpu.dot(a, b, precision=_precision(a))
 
 
-def dot_parts(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
+def multiply_transposed(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
     """a·bᵀ, summed over the parts of a head."""
     products = (
         plgpu.dot(x, y, trans_b=True, precision=_precision(x)) for x, y in zip(a, b, strict=True)

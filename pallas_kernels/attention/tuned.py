@@ -16,17 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tpu_blocks
-from pallas_kernels.attention.how import How, Where
-from pallas_kernels.attention.tpu_blocks import Blocks, Sizes
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.attention.tpu_blocks import AttentionSizes, TpuBlocks
+from pallas_kernels.chips import TpuChip, get_chip
 
 TABLE = resources.files("pallas_kernels.attention") / "tuned.json"
 FORWARD, BACKWARD = PASSES = ("forward", "backward")
 CAUSAL, FULL, WINDOW, SEGMENTS = "causal", "full", "window", "segments"
 
 
-class Entry(NamedTuple):
-    """What a search found, and for what."""
+class TunedEntry(NamedTuple):
+    """The blocks that a search found for one shape."""
 
     chip: str
     direction: str
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     dtype: str
     """Of q, k and v."""
     blocks: dict[str, Any]
-    """As the chip's kernel names them: on a TPU, :class:`Blocks`."""
+    """As the chip's kernel names them: on a TPU, :class:`TpuBlocks`."""
     cost: float
     """Cycles on a TPU, microseconds on a GPU; of one row of ``heads`` heads."""
     spills: int | None
@@ -51,68 +51,87 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What no two entries of a table share, in the table's order."""
+        """The entry's unique key, in the table's order."""
         return self.chip, *self.head_sizes, self.dtype, self.kind, self.seq, self.direction
 
     @property
     def kind(self) -> str:
-        return kind(self.mask)
+        return parse_mask_kind(self.mask)
 
 
-def kind(mask: str) -> str:
-    """Of a mask that is spelt out (:attr:`Entry.mask`): see :func:`mask_kind`."""
+def parse_mask_kind(mask: str) -> str:
+    """Returns the kind of a mask that is spelt out, such as ``window:1000``."""
     name, _, number = mask.partition(":")
-    return window_kind(int(number)) if name == WINDOW else name
+    return name_window_kind(int(number)) if name == WINDOW else name
 
 
-def window_kind(window: int) -> str:
-    """Windows up to the same power of two are alike."""
+def name_window_kind(window: int) -> str:
+    """Returns a window's kind: windows up to the same power of two are alike."""
     return f"{WINDOW}:{1 << (window - 1).bit_length()}"
 
 
-def mask_kind(how: How, where: Where) -> str:
+def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
     """The kind of a mask, as far as it is known before the program runs: what segments leave is
     not, and takes the blocks that were found for 8 of a row."""
-    if where.q_segments is not None:
+    if operands.q_segments is not None:
         return SEGMENTS
-    if not how.causal:
+    if not params.causal:
         return FULL
-    return CAUSAL if how.window is None else window_kind(how.window)
+    return CAUSAL if params.window is None else name_window_kind(params.window)
 
 
-def choose(direction: str, sizes: Sizes, kind: str) -> Blocks:
+def choose_blocks(direction: str, sizes: AttentionSizes, kind: str) -> TpuBlocks:
     """A TPU kernel's blocks, for the chip that the program being traced is for: from the table, or
     by rule."""
-    chip = current_chip()
-    return lookup(chip, direction, sizes, kind) or rule(chip, direction, sizes)
+    chip = get_chip()
+    return find_tuned_blocks(chip, direction, sizes, kind) or choose_blocks_by_rule(
+        chip, direction, sizes
+    )
 
 
-def rule(chip: Chip, direction: str, sizes: Sizes) -> Blocks:
-    blocks = tpu_blocks.forward_blocks if direction == FORWARD else tpu_blocks.backward_blocks
+def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) -> TpuBlocks:
+    blocks = (
+        tpu_blocks.choose_forward_blocks
+        if direction == FORWARD
+        else tpu_blocks.choose_backward_blocks
+    )
     return blocks(sizes, chip)
 
 
-def lookup(
-    chip: Chip, direction: str, sizes: Sizes, kind: str, entries: Iterable[Entry] | None = None
-) -> Blocks | None:
+def find_tuned_blocks(
+    chip: TpuChip,
+    direction: str,
+    sizes: AttentionSizes,
+    kind: str,
+    entries: Iterable[TunedEntry] | None = None,
+) -> TpuBlocks | None:
     """A TPU kernel's blocks in the table, or None.
 
     Args:
         direction: of ``PASSES``.
-        kind: :func:`mask_kind`.
+        kind: :func:`name_mask_kind`.
         entries: of another table.
     """
-    found = (Blocks(**blocks) for blocks in nearest(chip.name, direction, sizes, kind, entries))
-    return next((blocks for blocks in found if fit(blocks, chip, direction, sizes)), None)
+    found = (
+        TpuBlocks(**blocks)
+        for blocks in find_nearest_entries(chip.name, direction, sizes, kind, entries)
+    )
+    return next(
+        (blocks for blocks in found if can_use_blocks(blocks, chip, direction, sizes)), None
+    )
 
 
-def nearest(
-    chip: str, direction: str, sizes: Sizes, kind: str, entries: Iterable[Entry] | None = None
+def find_nearest_entries(
+    chip: str,
+    direction: str,
+    sizes: AttentionSizes,
+    kind: str,
+    entries: Iterable[TunedEntry] | None = None,
 ) -> list[dict[str, Any]]:
     """Blocks of all entries that differ in the sequence alone, the nearest first."""
     alike = [
         entry
-        for entry in (load() if entries is None else entries)
+        for entry in (load_table() if entries is None else entries)
         if (entry.chip, entry.direction, entry.kind) == (chip, direction, kind)
         and entry.head_sizes == (sizes.H, sizes.Hv)
         and jnp.dtype(entry.dtype).itemsize == sizes.bytes
@@ -121,43 +140,50 @@ def nearest(
     return [entry.blocks for entry in alike]
 
 
-def on_card(kernel: str, direction: str, sizes: Sizes, kind: str) -> dict[str, Any] | None:
+def find_gpu_blocks(
+    kernel: str, direction: str, sizes: AttentionSizes, kind: str
+) -> dict[str, Any] | None:
     """Block sizes in the table of a GPU's kernel on the card that the program being traced is for,
     as JSON has them; or None."""
-    found = nearest(card(kernel), direction, sizes, kind)
+    found = find_nearest_entries(name_gpu_kernel(kernel), direction, sizes, kind)
     return found[0] if found else None
 
 
-def card(kernel: str) -> str:
-    """What the table calls a kernel on that card."""
+def name_gpu_kernel(kernel: str) -> str:
+    """Returns the table's name of a kernel on that card."""
     device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
     return f"{device.device_kind}, {kernel}"
 
 
-def fit(blocks: Blocks, chip: Chip, direction: str, sizes: Sizes) -> bool:
+def can_use_blocks(blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: AttentionSizes) -> bool:
     """Whether VMEM holds them, and they pad queries and keys by little."""
-    needed = tpu_blocks.forward_bytes if direction == FORWARD else tpu_blocks.backward_bytes
+    needed = (
+        tpu_blocks.forward_vmem_bytes if direction == FORWARD else tpu_blocks.backward_vmem_bytes
+    )
     try:
-        tpu_blocks.keys_at_once(blocks, sizes, needed, chip)
+        tpu_blocks.count_keys_in_vmem(blocks, sizes, needed, chip)
     except ValueError:
         return False
-    return tpu_blocks.pads_little(sizes.S, blocks.q) and tpu_blocks.pads_little(sizes.T, blocks.k)
-
-
-@cache
-def load() -> tuple[Entry, ...]:
-    """The table."""
-    return parse(TABLE.read_text())
-
-
-def parse(text: str) -> tuple[Entry, ...]:
-    """A table's entries."""
-    return tuple(
-        Entry(**entry | {"head_sizes": tuple(entry["head_sizes"])}) for entry in json.loads(text)
+    return tpu_blocks.has_little_padding(sizes.S, blocks.q) and tpu_blocks.has_little_padding(
+        sizes.T, blocks.k
     )
 
 
-def text(entries: Iterable[Entry]) -> str:
+@cache
+def load_table() -> tuple[TunedEntry, ...]:
+    """The table."""
+    return parse_table(TABLE.read_text())
+
+
+def parse_table(text: str) -> tuple[TunedEntry, ...]:
+    """A table's entries."""
+    return tuple(
+        TunedEntry(**entry | {"head_sizes": tuple(entry["head_sizes"])})
+        for entry in json.loads(text)
+    )
+
+
+def format_table(entries: Iterable[TunedEntry]) -> str:
     """The table of these, sorted, an entry a line; the last of each key."""
     last = {entry.key: entry for entry in entries}
     return "[" + ",".join("\n" + json.dumps(last[key]._asdict()) for key in sorted(last)) + "\n]\n"

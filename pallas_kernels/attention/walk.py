@@ -2,9 +2,9 @@
 
 Both passes of the TPU kernels walk the same way. A block of queries visits a run of key blocks in
 loops, three of them at most: masked, plain, masked; where each begins is an integer that the
-kernel reads (:func:`table`). What the causal diagonal and the far edge of a window cut is the same
-for every block of queries, if these stand at multiples of the blocks: then it is no loop but a
-fixed list of tiles (:class:`Edge`), and tiles that the mask empties are not in it.
+kernel reads (:func:`make_walk_table`). What the causal diagonal and the far edge of a window cut
+is the same for every block of queries, if these stand at multiples of the blocks: then it is no
+loop but a fixed list of tiles (:class:`WalkEdge`), without tiles that the mask empties.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.attention import segments
-from pallas_kernels.attention.how import How, Where, first_position
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, sum_offsets
 
 COLUMNS = 8
 """Integers of a block of queries in the table: where the masked, the plain and the second masked
@@ -24,7 +24,7 @@ loop begin, where that ends; the first visited block of keys with a segment in c
 the last; and of those that are of one and the same segment as all of its queries."""
 
 
-class Tile(NamedTuple):
+class WalkTile(NamedTuple):
     """Queries [q0, q1) of a block of queries with keys [k0, k1) of a block of keys."""
 
     q0: int
@@ -37,44 +37,44 @@ class Tile(NamedTuple):
     """Segments are compared."""
 
 
-class Edge(NamedTuple):
+class WalkEdge(NamedTuple):
     """Tiles of the key block that stands ``offset`` blocks after the queries' first position."""
 
     offset: int
-    tiles: tuple[Tile, ...]
+    tiles: tuple[WalkTile, ...]
 
 
-class Walk(NamedTuple):
+class KeyWalk(NamedTuple):
     """Static part of the way through the keys."""
 
     bq: int
     bk: int
     nq: int
     nk: int
-    inner: tuple[Tile, ...]
+    inner: tuple[WalkTile, ...]
     """The tiles of a block that is visited as a whole."""
-    edges: tuple[Edge, ...]
+    edges: tuple[WalkEdge, ...]
     first: int | None
     """With edges: the plain loop begins this many blocks after the queries' first position; None:
     with the first block of all."""
     masked: bool
     """Whether the loops around the plain one exist."""
     packed: bool
-    lead: Edge | None
+    lead: WalkEdge | None
     """Of the edges, one that has every query in a single tile, if tiles are joined: it begins what
     the others go on with."""
 
 
-def plan(
+def plan_walk(
     S: int,
     T: int,
-    how: How,
-    where: Where,
+    params: AttentionParams,
+    operands: AttentionOperands,
     blocks: tuple[int, int],
     tile: tuple[int, int],
     *,
     joined: bool,
-) -> Walk:
+) -> KeyWalk:
     """The walk over blocks of (queries, keys), in tiles of that many (queries, keys).
 
     Args:
@@ -84,33 +84,33 @@ def plan(
     bq, bk = blocks
     nq, nk = -(-S // bq), -(-T // bk)
     tq, tk = tile
-    packed = where.q_segments is not None
+    packed = operands.q_segments is not None
     corners = [(q, q + tq, k, k + tk) for q in range(0, bq, tq) for k in range(0, bk, tk)]
     join = _joined if joined else tuple
-    inner = join([Tile(*at, False) for at in corners])
-    if not _aligned(S, T, how, where, bq, bk):
-        masked = how.causal or packed or T % bk > 0
-        return Walk(bq, bk, nq, nk, inner, (), None, masked, packed, None)
+    inner = join([WalkTile(*at, False) for at in corners])
+    if not _aligned(S, T, params, operands, bq, bk):
+        masked = params.causal or packed or T % bk > 0
+        return KeyWalk(bq, bk, nq, nk, inner, (), None, masked, packed, None)
     # Blocks behind: those of the window, as far as the last queries find the first key.
-    back = max(((nq - 1) * bq + how.q_offset - how.k_offset) // bk, 0)
-    reach = 0 if how.window is None else min(-(-(how.window - 1) // bk), back)
+    back = max(((nq - 1) * bq + params.q_offset - params.k_offset) // bk, 0)
+    reach = 0 if params.window is None else min(-(-(params.window - 1) // bk), back)
     cut = {}
     for offset in range(-reach, bq // bk):
-        tiles = [_seen(at, offset * bk, how.window) for at in corners]
+        tiles = [_seen(at, offset * bk, params.window) for at in corners]
         if any(tile is None or tile.masked for tile in tiles):
             seen = [tile for tile in tiles if tile is not None]
             # A window's far edge ends in a run of tiles with the same keys.
             cut[offset] = join(seen) if joined or offset >= 0 else _apart(seen)
     far = max((offset for offset in cut if offset < 0), default=-reach - 1)
-    edges = tuple(Edge(offset, tiles) for offset, tiles in cut.items() if tiles)
-    first = None if how.window is None else far + 1
+    edges = tuple(WalkEdge(offset, tiles) for offset, tiles in cut.items() if tiles)
+    first = None if params.window is None else far + 1
     rows = [(q, q + tq) for q in range(0, bq, tq)]
     whole = (e for e in edges if [(tile.q0, tile.q1) for tile in e.tiles] == rows)
     lead = next(whole, None) if joined else None
-    return Walk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
+    return KeyWalk(bq, bk, nq, nk, inner, edges, first, packed, packed, lead)
 
 
-def _apart(tiles: list[Tile]) -> tuple[Tile, ...]:
+def _apart(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
     """In an order in which no two neighbours have the same keys, as far as there is one: what one
     adds to their gradients would wait in registers for the next."""
     left, order = {}, []
@@ -125,24 +125,26 @@ def _apart(tiles: list[Tile]) -> tuple[Tile, ...]:
     return tuple(order)
 
 
-def _joined(tiles: list[Tile]) -> tuple[Tile, ...]:
-    rows: dict[tuple[int, int], list[Tile]] = {}
+def _joined(tiles: list[WalkTile]) -> tuple[WalkTile, ...]:
+    rows: dict[tuple[int, int], list[WalkTile]] = {}
     for tile in tiles:
         rows.setdefault((tile.q0, tile.q1), []).append(tile)
     return tuple(
-        Tile(*at, min(t.k0 for t in row), max(t.k1 for t in row), any(t.masked for t in row))
+        WalkTile(*at, min(t.k0 for t in row), max(t.k1 for t in row), any(t.masked for t in row))
         for at, row in rows.items()
     )
 
 
-def _aligned(S: int, T: int, how: How, where: Where, bq: int, bk: int) -> bool:
-    shift = how.q_offset - how.k_offset
-    static = where.q_offset is None and where.k_offset is None and where.prefix is None
+def _aligned(
+    S: int, T: int, params: AttentionParams, operands: AttentionOperands, bq: int, bk: int
+) -> bool:
+    shift = params.q_offset - params.k_offset
+    static = operands.q_offset is None and operands.k_offset is None and operands.prefix is None
     whole = T % bk == 0 or shift + S <= T  # or causality hides the padding too
-    return how.causal and static and shift % bk == 0 and bq % bk == 0 and whole
+    return params.causal and static and shift % bk == 0 and bq % bk == 0 and whole
 
 
-def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) -> Tile | None:
+def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) -> WalkTile | None:
     """A tile of a key block that begins ``start`` after the queries' first position, or None where
     the mask empties it."""
     q0, q1, k0, k1 = corners
@@ -150,14 +152,16 @@ def _seen(corners: tuple[int, int, int, int], start: int, window: int | None) ->
     if first > q1 - 1 or (window is not None and last <= q0 - window):
         return None
     whole = last <= q0 and (window is None or first > q1 - 1 - window)
-    return Tile(*corners, not whole)
+    return WalkTile(*corners, not whole)
 
 
-def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
+def make_walk_table(
+    walk: KeyWalk, S: int, T: int, params: AttentionParams, operands: AttentionOperands
+) -> jax.Array:
     """int32 [B or 1, nq, COLUMNS]: see there."""
     bq, bk, nq, nk = walk.bq, walk.bk, walk.nq, walk.nk
-    k_offset = first_position(how.k_offset, where.k_offset)
-    shift = first_position(how.q_offset, where.q_offset) - k_offset
+    k_offset = sum_offsets(params.k_offset, operands.k_offset)
+    shift = sum_offsets(params.q_offset, operands.q_offset) - k_offset
     first = jnp.arange(nq, dtype=jnp.int32)[None] * bq + shift
     last = first + bq - 1
     zero = jnp.zeros_like(first)
@@ -168,21 +172,23 @@ def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
         low = zero if walk.first is None else at + walk.first
         high = at + min(offsets)
         plain_low, plain_high = low, high
-    elif how.causal:
+    elif params.causal:
         high, plain_high = last // bk + 1, jnp.minimum(plain_high, (first + 1) // bk)
-        if how.window is not None:
-            low = (first - how.window + 1) // bk
-            plain_low = -(-(last - how.window + 1) // bk)
-        if where.prefix is not None:
-            prefix = where.prefix[:, None] - k_offset
+        if params.window is not None:
+            low = (first - params.window + 1) // bk
+            plain_low = -(-(last - params.window + 1) // bk)
+        if operands.prefix is not None:
+            prefix = operands.prefix[:, None] - k_offset
             high = jnp.maximum(high, -(-prefix // bk))
             low = jnp.where(prefix > 0, 0, low)
-            if how.window is None:
+            if params.window is None:
                 plain_high = jnp.maximum(plain_high, jnp.minimum(prefix, T) // bk)
     begin, end = zero, zero + nk
     one_low, one_high = zero, zero
-    if where.q_segments is not None and where.k_segments is not None:
-        begin, end, one_low, one_high = _segment_blocks(walk, where.q_segments, where.k_segments)
+    if operands.q_segments is not None and operands.k_segments is not None:
+        begin, end, one_low, one_high = _segment_blocks(
+            walk, operands.q_segments, operands.k_segments
+        )
         if walk.edges:
             at, offsets = first // bk, [edge.offset for edge in walk.edges]
             end = jnp.minimum(end, at + max(offsets) + 1)
@@ -200,11 +206,11 @@ def table(walk: Walk, S: int, T: int, how: How, where: Where) -> jax.Array:
 
 
 def _segment_blocks(
-    walk: Walk, q_segments: jax.Array, k_segments: jax.Array
+    walk: KeyWalk, q_segments: jax.Array, k_segments: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """For each block of queries [B, nq]: the run of key blocks that may share a segment with it,
     and within it the first run of those of one and the same segment as all of its queries."""
-    share, one = segments.met(q_segments, k_segments, walk.bq, walk.bk)
+    share, one = segments.compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
     begin = jnp.where(share, index, walk.nk).min(-1)
     end = jnp.where(share, index + 1, 0).max(-1)
@@ -214,19 +220,19 @@ def _segment_blocks(
     return jnp.minimum(begin, end), end, one_begin, one_end
 
 
-def visit(
-    walk: Walk,
+def visit_key_blocks(
+    walk: KeyWalk,
     row: list[Any],
     i: Any,
     shift: Any,
     start: Callable[[], None],
-    tiles: Callable[[tuple[Tile, ...], Any, Any, bool, bool], None],
+    tiles: Callable[[tuple[WalkTile, ...], Any, Any, bool, bool], None],
     finish: Callable[[], None],
 ) -> None:
     """In a kernel: call ``tiles`` for every key block that block i of the queries visits.
 
     Args:
-        row: its integers of the :func:`table`.
+        row: its integers of the :func:`make_walk_table`.
         shift: position of the first query less that of the first key.
         start: makes the state that ``tiles`` goes on with; called before, if at all.
         tiles: of (tiles, key block, distance, first, last): the distance is the position of the
@@ -292,7 +298,7 @@ def visit(
     pl.when(~alone)(walk_on)
 
 
-def mixed(row: list[Any]) -> Any:
+def needs_segment_mask(row: list[Any]) -> Any:
     """Whether a block of queries visits keys with which it has to compare segments."""
     masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
     looped = (masked_from < plain_from) | (plain_to < masked_to)

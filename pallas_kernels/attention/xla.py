@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention.how import How, Where, wide_type
-from pallas_kernels.attention.parts import Part
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams, wide_type
+from pallas_kernels.attention.parts import BatchPart
 from pallas_kernels.attention.tiles import (
     MASKED,
-    Tile,
-    by_head,
+    ScoreTile,
     einsum,
-    empties_known,
-    placed,
+    fill_positions,
+    is_mask_static,
+    list_score_tiles,
+    reshape_by_head,
     tile_size,
-    tiles,
 )
 
 # Scores that exist at once, of which there are a few copies; what has more goes a part at a time.
@@ -29,10 +29,17 @@ SCORE_BYTES = 1 << 26
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, where: Where, how: How, dtype: Any
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`~pallas_kernels.attention.attention_forward`."""
-    return _forward(q, k, v, placed(where, how, q.shape[1], k.shape[1]), how, dtype)
+    return _forward(
+        q, k, v, fill_positions(operands, params, q.shape[1], k.shape[1]), params, dtype
+    )
 
 
 def backward(
@@ -42,45 +49,45 @@ def backward(
     lse: jax.Array,
     delta: jax.Array,
     d_o: jax.Array,
-    where: Where,
-    how: How,
+    operands: AttentionOperands,
+    params: AttentionParams,
     dtype: Any,
 ) -> tuple[jax.Array, ...]:
     """As :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
     and log-sum-exps."""
-    where = placed(where._replace(sinks=None), how, q.shape[1], k.shape[1])
-    return _backward(q, k, v, lse, delta, d_o, where, how, dtype)
+    operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
+    return _backward(q, k, v, lse, delta, d_o, operands, params, dtype)
 
 
-def _forward(q, k, v, where: Where, how: How, dtype):
+def _forward(q, k, v, operands: AttentionOperands, params: AttentionParams, dtype):
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
 
         def one_part(out, i):
             own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = _forward(own_q, own_k, own_v, _of_part(part, i, where), how, dtype)
+            own = _forward(own_q, own_k, own_v, _of_part(part, i, operands), params, dtype)
             return part.put(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), wide_type(q))
         (o, lse), _ = lax.scan(one_part, out, jnp.arange(part.count))
         return o, lse
-    if count := _loop_length(S, where, how):
+    if count := _loop_length(S, operands, params):
 
         def one(rows):
             (q,), own = rows
-            return _forward(q, k, v, where._replace(**own), how, dtype)
+            return _forward(q, k, v, operands._replace(**own), params, dtype)
 
-        return _joined(lax.map(one, _rows((q,), where, S, count)))
+        return _joined(lax.map(one, _rows((q,), operands, S, count)))
 
     q = q.reshape(B, S, K, N // K, H)
-    sinks = None if where.sinks is None else by_head(where.sinks, K)
+    sinks = None if operands.sinks is None else reshape_by_head(operands.sinks, K)
 
-    def block(tile: Tile):
+    def block(tile: ScoreTile):
         if tile.begin >= tile.end:
             shape = (B, K, N // K, tile.stop - tile.start)
             lse = jnp.full((*shape, 1), -jnp.inf, wide_type(q))
             return jnp.zeros((*shape, Hv), dtype), lse if sinks is None else lse.at[:].set(sinks)
-        scores, _ = tile.scores(q, k, where, how)
+        scores, _ = tile.scores(q, k, operands, params)
         top = jnp.max(scores, axis=-1, keepdims=True)
         if sinks is not None:
             top = jnp.maximum(top, sinks)
@@ -93,13 +100,15 @@ def _forward(q, k, v, where: Where, how: How, dtype):
         o = jnp.where(some, o / total, 0.0)
         return o.astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
 
-    blocks = [block(tile) for tile in tiles(S, T, where, how)]
+    blocks = [block(tile) for tile in list_score_tiles(S, T, operands, params)]
     o, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*blocks, strict=True))
     o = o.transpose(0, 3, 1, 2, 4).reshape(B, S, N, Hv)
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
 
-def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
+def _backward(
+    q, k, v, lse, delta, d_o, operands: AttentionOperands, params: AttentionParams, dtype
+):
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
         like = q, k, v
@@ -109,28 +118,28 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
             read = zip(part.cut(i, places), like, strict=True)
             own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
             own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
-            at = _of_part(part, i, where)
+            at = _of_part(part, i, operands)
             d_q, d_k, d_v, *terms = _backward(
-                own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, how, dtype
+                own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, params, dtype
             )
             return (part.put(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
 
         # A part's gradients take the places of its q, k and v, which nobody reads again.
         places = tuple(x.astype(jnp.promote_types(x.dtype, dtype)) for x in like)
-        carry = places, _no_biases(where)
+        carry = places, _no_biases(operands)
         (grads, d_biases), _ = lax.scan(one_part, carry, jnp.arange(part.count))
         return *(x.astype(dtype) for x in grads), *d_biases
     wide = wide_type(q)
-    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(where)
-    if count := _loop_length(S, where, how):
+    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide), *_no_biases(operands)
+    if count := _loop_length(S, operands, params):
 
         def add(sums, rows):
             (q, lse, delta, d_o), own = rows
-            own = where._replace(**own)
-            d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, how, wide)
+            own = operands._replace(**own)
+            d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, params, wide)
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
-        rows = _rows((q, lse, delta, d_o), where, S, count)
+        rows = _rows((q, lse, delta, d_o), operands, S, count)
         (d_k, d_v, *d_biases), d_q = lax.scan(add, zeros, rows)
         return _joined(d_q), d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
@@ -141,24 +150,24 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
     lse, delta = (x.reshape(heads).transpose(0, 2, 3, 1)[..., None] for x in (lse, delta))
     d_q, (d_k, d_v, *d_biases) = [], zeros
 
-    for tile in tiles(S, T, where, how):
+    for tile in list_score_tiles(S, T, operands, params):
         rows, keys = tile.rows, tile.keys
         # One tile after the other: a compiler that sees no order makes all tiles' scores at once.
         sums = d_k, d_v, d_biases
-        read = q, d_o, where.biases
+        read = q, d_o, operands.biases
         (q, d_o, biases), (d_k, d_v, d_biases) = lax.optimization_barrier((read, sums))
-        where = where._replace(biases=biases)
+        operands = operands._replace(biases=biases)
         if tile.begin >= tile.end:
             d_q.append(jnp.zeros(q[:, rows].shape, dtype))
             continue
-        scores, derivatives = tile.scores(q, k, where, how)
+        scores, derivatives = tile.scores(q, k, operands, params)
         weights = jnp.exp(scores - lse[..., rows, :])
         d_weights = einsum("bskgh,btkh->bkgst", d_o[:, rows], v[:, keys])
         d_scores = weights * (d_weights - delta[..., rows, :])
         if d_biases:
-            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0), where, how)
+            own = tile.bias_gradient(jnp.where(weights > 0, d_scores, 0.0), operands, params)
             d_biases = [d_biases[0] + own]
-        d_scores *= how.scale
+        d_scores *= params.scale
         if derivatives is not None:
             d_scores *= derivatives
         # What is masked may overflow: infinity times a weight of 0 is NaN.
@@ -173,43 +182,43 @@ def _backward(q, k, v, lse, delta, d_o, where: Where, how: How, dtype):
     return d_q, d_k.astype(dtype), d_v.astype(dtype), *d_biases
 
 
-def _no_biases(where: Where) -> tuple[jax.Array, ...]:
-    """What the biases' gradient is summed from; none where there are none."""
-    return () if where.biases is None else (jnp.zeros_like(where.biases),)
+def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
+    """Returns zeros for the sum of the biases' gradient; none where there are no biases."""
+    return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
-def _part(q, k) -> Part | None:
-    """What is attended to at once, so that a tile's scores stay in bounds; None: everything."""
+def _part(q, k) -> BatchPart | None:
+    """Returns the part attended to at once, so that a tile's scores stay in bounds; None: all."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
-    part = Part.of(B, K, SCORE_BYTES // score_bytes)
+    part = BatchPart.of(B, K, SCORE_BYTES // score_bytes)
     return part if part.count > 1 else None
 
 
-def _of_part(part: Part, i: jax.Array, where: Where) -> Where:
+def _of_part(part: BatchPart, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
     by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
     by_head = ("slopes", "sinks", "biases")
-    own = part.cut_rows(i, {name: getattr(where, name) for name in by_row})
-    own |= part.cut_heads(i, {name: getattr(where, name) for name in by_head})
-    return where._replace(**own)
+    own = part.cut_rows(i, {name: getattr(operands, name) for name in by_row})
+    own |= part.cut_heads(i, {name: getattr(operands, name) for name in by_head})
+    return operands._replace(**own)
 
 
 # Where every tile reads all keys, tiles of one size are a loop: the program is one tile's.
 
 
-def _loop_length(S: int, where: Where, how: How) -> int:
+def _loop_length(S: int, operands: AttentionOperands, params: AttentionParams) -> int:
     """Tiles to loop over; 0: none."""
     size = tile_size(S)
-    same = not empties_known(where, how)
+    same = not is_mask_static(operands, params)
     return S // size if same and size < S and S % size == 0 else 0
 
 
-def _rows(arrays: Any, where: Where, S: int, count: int) -> Any:
-    """Of queries, for each tile: ``arrays`` [B, S, ...], and their fields of ``where``."""
-    own = {"q_positions": where.q_positions, "q_segments": where.q_segments}
+def _rows(arrays: Any, operands: AttentionOperands, S: int, count: int) -> Any:
+    """Returns each tile's queries: ``arrays`` [B, S, ...], and their fields of ``operands``."""
+    own = {"q_positions": operands.q_positions, "q_segments": operands.q_segments}
     arrays, own = _rows_of((arrays, own), count)
-    if where.q_positions is None:
-        first = 0 if where.q_offset is None else where.q_offset
+    if operands.q_positions is None:
+        first = 0 if operands.q_offset is None else operands.q_offset
         own["q_offset"] = first + jnp.arange(0, S, S // count, dtype=jnp.int32)
     return arrays, own
 

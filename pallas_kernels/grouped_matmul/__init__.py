@@ -1,7 +1,7 @@
 """Products of rows sorted by group, each group with a kernel of its own: a mixture of experts
 without dropped tokens (Gale et al. 2022, MegaBlocks, §5). Their work follows the rows there are.
 
-:func:`grouped_matmul` and :func:`grouped_outer` are each other's gradients, to any order.
+:func:`grouped_matmul` and :func:`grouped_outer_product` are each other's gradients, to any order.
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.chips import mesh_platform
-from pallas_kernels.grouped_matmul.blocks import Blocks
+from pallas_kernels.chips import get_mesh_platform
+from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
 
-__all__ = ["Blocks", "grouped_matmul", "grouped_outer"]
+__all__ = ["GroupedBlocks", "grouped_matmul", "grouped_outer_product"]
 
 _MODULES = {"tpu": "tpu", "gpu": "triton", "cpu": "xla"}
 _FLOATS = (jnp.bfloat16, jnp.float32, jnp.float64)
@@ -25,14 +25,14 @@ _EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 def grouped_matmul(
     rows: jax.Array,
     kernels: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     *,
-    turned: bool = False,
+    transpose_kernels: bool = False,
     row_scales: jax.Array | None = None,
     column_scales: jax.Array | None = None,
     dtype: Any = None,
     backend: str | None = None,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
     """Each row times its group's kernel: ``y[r] = rows[r] · kernels[g(r)]``.
 
@@ -60,11 +60,11 @@ def grouped_matmul(
         ValueError: shapes or types that do not belong together; blocks that do not fit.
     """
     G, D, F = (*kernels.shape, 0, 0, 0)[:3]
-    D, F = (F, D) if turned else (D, F)
-    if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or sizes.shape != (G,):
+    D, F = (F, D) if transpose_kernels else (D, F)
+    if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or group_sizes.shape != (G,):
         raise ValueError(
-            f"rows {rows.shape}, kernels {kernels.shape}{' turned' if turned else ''} and sizes "
-            f"{sizes.shape} do not belong together"
+            f"rows {rows.shape}, kernels {kernels.shape}{' turned' if transpose_kernels else ''} "
+            f"and sizes {group_sizes.shape} do not belong together"
         )
     for scales, operand, shape in (
         (row_scales, rows, (len(rows),)),
@@ -73,20 +73,20 @@ def grouped_matmul(
         if scales is not None and (scales.shape != shape or operand.dtype not in _EIGHT_BITS):
             raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
     scaled = row_scales is not None or column_scales is not None
-    how = _how(rows, kernels, sizes, dtype, scaled, backend, blocks, turned)
+    how = _how(rows, kernels, group_sizes, dtype, scaled, backend, blocks, transpose_kernels)
     if rows.dtype in _EIGHT_BITS or kernels.dtype in _EIGHT_BITS:
-        return _forward_only(rows, kernels, sizes, row_scales, column_scales, "matmul", how)
-    return _matmul(rows, kernels, sizes, how)
+        return _forward_only(rows, kernels, group_sizes, row_scales, column_scales, "matmul", how)
+    return _matmul(rows, kernels, group_sizes, how)
 
 
-def grouped_outer(
+def grouped_outer_product(
     rows: jax.Array,
     others: jax.Array,
-    sizes: jax.Array,
+    group_sizes: jax.Array,
     *,
     dtype: Any = None,
     backend: str | None = None,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
 ) -> jax.Array:
     """For each group the sum over its rows of row ⊗ other: the gradient of its kernel.
 
@@ -98,15 +98,15 @@ def grouped_outer(
     Returns:
         [G, D, F], summed in fp32 (of int8 in int32); zeros of an empty group.
     """
-    if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or sizes.ndim != 1:
+    if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or group_sizes.ndim != 1:
         raise ValueError(
-            f"rows {rows.shape}, others {others.shape} and sizes {sizes.shape} do not belong "
+            f"rows {rows.shape}, others {others.shape} and sizes {group_sizes.shape} do not belong "
             "together"
         )
-    how = _how(rows, others, sizes, dtype, False, backend, blocks)
+    how = _how(rows, others, group_sizes, dtype, False, backend, blocks)
     if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
-        return _forward_only(rows, others, sizes, None, None, "outer", how)
-    return _outer(rows, others, sizes, how)
+        return _forward_only(rows, others, group_sizes, None, None, "outer", how)
+    return _outer(rows, others, group_sizes, how)
 
 
 class _How(NamedTuple):
@@ -114,7 +114,7 @@ class _How(NamedTuple):
 
     dtype: Any
     backend: str | None
-    blocks: Blocks | None
+    blocks: GroupedBlocks | None
     turned: bool
 
 
@@ -138,7 +138,7 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _H
         raise ValueError(f"no result in {jnp.dtype(dtype).name}")
     if left.dtype == jnp.float64:
         backend = "cpu"  # for checks against references; no kernel has it
-    return _How(jnp.dtype(dtype), backend or mesh_platform(), blocks, turned)
+    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), blocks, turned)
 
 
 def _run(name: str, how: _How, *arrays: Any) -> jax.Array:

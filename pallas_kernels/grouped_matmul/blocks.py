@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import TpuChip
 
 LANES = 128
 # Elements of a kernel that one unrolled product reads, for each column of the matrix unit: more
@@ -16,8 +16,8 @@ _ROWS = 1024
 _COLUMNS = 2048
 
 
-class Blocks(NamedTuple):
-    """What one step of a kernel's grid works on.
+class GroupedBlocks(NamedTuple):
+    """The block that one step of a kernel's grid works on.
 
     Of a matmul: rows and columns of the result, and ``inner`` of the contracted dimension. Of an
     outer product: ``rows`` are contracted, ``inner`` × ``columns`` is the part of [D, F] made.
@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
     columns: int
 
 
-class Operands(NamedTuple):
+class GroupedOperands(NamedTuple):
     """Sizes and types that a kernel is built for."""
 
     rows: int
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     out: Any
 
 
-def matmul_blocks(operands: Operands, chip: Chip) -> Blocks:
+def choose_matmul_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
     """Kernels in blocks of whole D where these fit, so that each is read once; rows in large tiles.
 
     Every tile of columns reads all rows again, every change of group a block of a kernel.
@@ -55,24 +55,29 @@ def matmul_blocks(operands: Operands, chip: Chip) -> Blocks:
     widest = min(_COLUMNS, room // inner)
     columns = _even(F, max(widest // LANES * LANES, LANES), chip)
     rows = _tile(operands)
-    while rows > 2 * LANES and matmul_vmem(Blocks(rows, inner, columns), operands, chip) > budget:
+    while (
+        rows > 2 * LANES
+        and matmul_vmem_bytes(GroupedBlocks(rows, inner, columns), operands, chip) > budget
+    ):
         rows //= 2
-    return Blocks(rows, inner, columns)
+    return GroupedBlocks(rows, inner, columns)
 
 
-def outer_blocks(operands: Operands, chip: Chip) -> Blocks:
+def choose_outer_blocks(operands: GroupedOperands, chip: TpuChip) -> GroupedBlocks:
     """As much of [D, F] at once as fits: every part of it reads rows or others again."""
     for most in (_COLUMNS, _COLUMNS // 2, _COLUMNS // 4, _COLUMNS // 8):
         inner = _even(operands.inner, most, chip)
         columns = _even(operands.columns, most, chip._replace(cores=1))
         for rows in (_tile(operands), min(_tile(operands), _ROWS // 2)):
-            blocks = Blocks(rows, inner, columns)
-            if outer_vmem(blocks, operands) <= _budget(chip):
+            blocks = GroupedBlocks(rows, inner, columns)
+            if outer_vmem_bytes(blocks, operands) <= _budget(chip):
                 return blocks
     return blocks
 
 
-def check(blocks: Blocks, operands: Operands, needed: int, chip: Chip) -> None:
+def check_blocks(
+    blocks: GroupedBlocks, operands: GroupedOperands, needed: int, chip: TpuChip
+) -> None:
     """Raises:
     ValueError: blocks that do not fit the chip's VMEM, or that it cannot cut."""
     sizes = (
@@ -88,7 +93,7 @@ def check(blocks: Blocks, operands: Operands, needed: int, chip: Chip) -> None:
             raise ValueError(f"{sizes}: a part of a dimension is a multiple of {LANES}")
 
 
-def matmul_vmem(blocks: Blocks, operands: Operands, chip: Chip) -> int:
+def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
     """Bytes of VMEM: two of each block, sums of parts of D, and what a product is made in."""
     rows, inner, columns = blocks
     left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
@@ -97,43 +102,45 @@ def matmul_vmem(blocks: Blocks, operands: Operands, chip: Chip) -> int:
     total += inner * columns * _kernel_bytes(operands, chip)
     total += 4 * rows * columns * (blocks.inner < operands.inner)
     total += 2 * 4 * (rows * LANES + 8 * columns)  # scales
-    return total + 2 * 4 * row_parts(chip)[0] * _lanes(column_part(blocks, operands, chip))
+    return total + 2 * 4 * row_part_sizes(chip)[0] * _lanes(
+        column_part_size(blocks, operands, chip)
+    )
 
 
-def widened(operands: Operands, chip: Chip) -> Any:
+def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
     """The type in which a kernel's blocks are kept beside themselves, or None."""
     if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies(operands.left, operands.right):
         return None
     return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
 
 
-def _kernel_bytes(operands: Operands, chip: Chip) -> int:
+def _kernel_bytes(operands: GroupedOperands, chip: TpuChip) -> int:
     """For each element of a kernel's block: two copies, and a wide one."""
-    wide = widened(operands, chip)
+    wide = widened_dtype(operands, chip)
     size = 2 * jnp.dtype(operands.right).itemsize
     return size if wide is None else size + jnp.dtype(wide).itemsize
 
 
-def outer_vmem(blocks: Blocks, operands: Operands) -> int:
+def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
     rows, inner, columns = blocks
     left, right, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)
     total = 2 * rows * (inner * left + columns * right) + inner * columns * (4 + 2 * out)
-    return total + 2 * prod(outer_part(blocks, operands))
+    return total + 2 * prod(outer_part_shape(blocks, operands))
 
 
-def row_parts(chip: Chip) -> tuple[int, int]:
+def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
     """Rows multiplied at once where a group has many left, and at its end. Fewer than fill the
     matrix unit's weights take as long as these."""
     return 2 * LANES, (64 if chip.mxu == LANES else LANES)
 
 
-def contracted_part(chip: Chip) -> int:
+def contracted_part_size(chip: TpuChip) -> int:
     """Rows that an outer product contracts at once: what the matrix unit holds."""
     return chip.mxu
 
 
-def column_part(blocks: Blocks, operands: Operands, chip: Chip) -> int:
+def column_part_size(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
     """Columns multiplied at once: a divisor of the block's."""
     words = jnp.dtype(operands.left).itemsize
     most = chip.mxu * _UNROLLED // (4 if words == 4 else 1) // blocks.inner
@@ -148,7 +155,7 @@ def column_part(blocks: Blocks, operands: Operands, chip: Chip) -> int:
     )
 
 
-def outer_part(blocks: Blocks, operands: Operands) -> tuple[int, int]:
+def outer_part_shape(blocks: GroupedBlocks, operands: GroupedOperands) -> tuple[int, int]:
     """Parts of ``inner`` and of ``columns`` made at once: divisors of the block's."""
     fewer = 4 if jnp.dtype(operands.left).itemsize == 4 else 1
     inner, columns = (
@@ -158,15 +165,15 @@ def outer_part(blocks: Blocks, operands: Operands) -> tuple[int, int]:
     return inner, columns
 
 
-def _budget(chip: Chip) -> int:
+def _budget(chip: TpuChip) -> int:
     return chip.vmem * 7 // 8
 
 
-def _tile(operands: Operands) -> int:
+def _tile(operands: GroupedOperands) -> int:
     return min(_ROWS, -(-operands.rows // 32) * 32)
 
 
-def _even(whole: int, most: int, chip: Chip) -> int:
+def _even(whole: int, most: int, chip: TpuChip) -> int:
     """Equal blocks of at most ``most``, in multiples of lanes, as many for every core."""
     if whole <= most and (chip.cores == 1 or whole <= 2 * LANES):
         return whole

@@ -9,10 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import Chip, current_chip
+from pallas_kernels.chips import TpuChip, get_chip
 from pallas_kernels.grouped_matmul import blocks as sizing
-from pallas_kernels.grouped_matmul.blocks import Blocks, Operands
-from pallas_kernels.grouped_matmul.visits import Visits, visits
+from pallas_kernels.grouped_matmul.blocks import GroupedBlocks, GroupedOperands
+from pallas_kernels.grouped_matmul.visits import GroupVisits, plan_group_visits
 from pallas_kernels.grouped_matmul.xla import sum_type
 
 # The sum of so many products of int8 is exact in fp32.
@@ -30,7 +30,7 @@ def matmul(
     *,
     turned: bool,
     dtype: Any,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """As ``grouped_matmul``. The grid: columns (over the cores), visits, parts of D.
@@ -38,18 +38,18 @@ def matmul(
     A visit goes through its group's rows of the tile in parts, from the first one on, so that a
     group costs its own rows rounded up to a part, and the tile's other rows nothing.
     """
-    chip = current_chip()
+    chip = get_chip()
     (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
-    operands = Operands(R, D, F, rows.dtype, kernels.dtype, dtype)
-    blocks = blocks or sizing.matmul_blocks(operands, chip)
-    needed = sizing.matmul_vmem(blocks, operands, chip)
-    sizing.check(blocks, operands, needed, chip)
+    operands = GroupedOperands(R, D, F, rows.dtype, kernels.dtype, dtype)
+    blocks = blocks or sizing.choose_matmul_blocks(operands, chip)
+    needed = sizing.matmul_vmem_bytes(blocks, operands, chip)
+    sizing.check_blocks(blocks, operands, needed, chip)
     if D % blocks.inner:
         raise ValueError(f"blocks of {blocks.inner} do not divide the contracted {D}")
     tile, inner, columns = blocks
     parts_of_d = D // inner
     sums = sum_type(rows.dtype, kernels.dtype)
-    wide = sizing.widened(operands, chip)
+    wide = sizing.widened_dtype(operands, chip)
     aligned = _alignment(rows, jax.ShapeDtypeStruct((), dtype))
 
     def kernel(where, row_ref, kernel_ref, *refs):
@@ -60,7 +60,7 @@ def matmul(
         wide_ref = kernel_ref if wide is None else refs.pop(0)
         sum_ref = refs.pop(0) if parts_of_d > 1 else None
         visit, d = pl.program_id(1), pl.program_id(2)
-        where = Visits(*where)
+        where = GroupVisits(*where)
         begin, end = where.begin[visit], where.end[visit]
 
         def multiply(here, at, start, there):
@@ -92,8 +92,10 @@ def matmul(
 
         @pl.when(where.padding[visit] == 0)
         def _():
-            part = sizing.column_part(blocks, operands, chip)
-            _over_parts(multiply, begin, end, aligned, tile, sizing.row_parts(chip), columns, part)
+            part = sizing.column_part_size(blocks, operands, chip)
+            _over_parts(
+                multiply, begin, end, aligned, tile, sizing.row_part_sizes(chip), columns, part
+            )
 
         @pl.when(where.padding[visit] == 1)
         def _():
@@ -117,7 +119,7 @@ def matmul(
         arrays["row_scales"] = row_scales[:, None]
     if column_scales is not None:
         arrays["column_scales"] = column_scales[:, None]
-    where, count = visits(sizes, R, tile, padding=True)
+    where, count = plan_group_visits(sizes, R, tile, padding=True)
     tiles_of_f = pl.cdiv(F, columns)
     read = 1 if parts_of_d == 1 else max(1, R // tile // len(sizes))
     return pl.pallas_call(
@@ -152,23 +154,23 @@ def outer(
     sizes: jax.Array,
     *,
     dtype: Any,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """As ``grouped_outer``. The grid: parts of D and of F (over the cores), visits."""
-    chip = current_chip()
+    chip = get_chip()
     (R, D), F = rows.shape, others.shape[1]
-    operands = Operands(R, D, F, rows.dtype, others.dtype, dtype)
-    blocks = blocks or sizing.outer_blocks(operands, chip)
-    needed = sizing.outer_vmem(blocks, operands)
-    sizing.check(blocks, operands, needed, chip)
+    operands = GroupedOperands(R, D, F, rows.dtype, others.dtype, dtype)
+    blocks = blocks or sizing.choose_outer_blocks(operands, chip)
+    needed = sizing.outer_vmem_bytes(blocks, operands)
+    sizing.check_blocks(blocks, operands, needed, chip)
     tile, inner, columns = blocks
     sums = sum_type(rows.dtype, others.dtype)
     aligned = _alignment(rows, others)
 
     def kernel(where, row_ref, other_ref, out_ref, sum_ref):
         visit = pl.program_id(2)
-        where = Visits(*where)
+        where = GroupVisits(*where)
         begin, end = where.begin[visit], where.end[visit]
         before = where.group[jnp.maximum(visit - 1, 0)]
         is_first = (visit == 0) | (before != where.group[visit])
@@ -190,8 +192,8 @@ def outer(
 
             return add
 
-        at_once = sizing.outer_part(blocks, operands)
-        depth = sizing.contracted_part(chip)
+        at_once = sizing.outer_part_shape(blocks, operands)
+        depth = sizing.contracted_part_size(chip)
 
         def over_inner(number, _):
             inside = _slice(number, at_once[0], inner)
@@ -203,7 +205,7 @@ def outer(
         def _():
             out_ref[...] = jnp.zeros_like(out_ref)
 
-    where, count = visits(sizes, R, tile, padding=False)
+    where, count = plan_group_visits(sizes, R, tile, padding=False)
     tiles = pl.cdiv(D, inner), pl.cdiv(F, columns)
     return pl.pallas_call(
         kernel,
@@ -273,7 +275,7 @@ def _slice(number: jax.Array, part: int, whole: int) -> Any:
     return slice(None) if part == whole else pl.ds(pl.multiple_of(number * part, part), part)
 
 
-def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: Chip) -> jax.Array:
+def _product(left, right, left_dim: int, right_dim: int, sums: Any, chip: TpuChip) -> jax.Array:
     """Contracted over one dimension each, in the types that the chip multiplies, or in bf16."""
     contract = (((left_dim,), (right_dim,)), ((), ()))
     if chip.multiplies(left.dtype, right.dtype):
@@ -317,7 +319,7 @@ def _where(own: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(own, x.astype(wide), 0).astype(x.dtype)
 
 
-def _params(needed: int, chip: Chip) -> pltpu.CompilerParams:
+def _params(needed: int, chip: TpuChip) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_limit_bytes=min(needed + needed // 8 + (2 << 20), chip.vmem),

@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_matmul.blocks import Blocks
-from pallas_kernels.grouped_matmul.xla import sum_type, tiles
+from pallas_kernels.grouped_matmul.blocks import GroupedBlocks
+from pallas_kernels.grouped_matmul.xla import split_into_tiles, sum_type
 
 # Programs that run beside each other share rows and kernels: so many columns of tiles at a time.
 _BAND = 8
@@ -29,7 +29,7 @@ def matmul(
     *,
     turned: bool,
     dtype: Any,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """As ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
@@ -38,7 +38,9 @@ def matmul(
     (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
     G = len(sizes)
     tile, inner, columns = blocks = _checked(blocks, rows, kernels)
-    group, start, count = tiles(jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile)
+    group, start, count = split_into_tiles(
+        jnp.append(sizes, R - sizes.sum(dtype=sizes.dtype)), R, tile
+    )
     parts = jnp.where((group < G) & (count > 0), pl.cdiv(D, inner), 0)
     scales = [s for s in (row_scales, column_scales) if s is not None]
     sums = sum_type(rows.dtype, kernels.dtype)
@@ -90,7 +92,7 @@ def outer(
     sizes: jax.Array,
     *,
     dtype: Any,
-    blocks: Blocks | None = None,
+    blocks: GroupedBlocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """As ``grouped_outer``. A program goes through all rows of its group."""
@@ -130,11 +132,13 @@ def outer(
     )(ends - sizes, ends, rows, others)
 
 
-def _checked(blocks: Blocks | None, left: jax.Array, right: jax.Array, outer=False) -> Blocks:
+def _checked(
+    blocks: GroupedBlocks | None, left: jax.Array, right: jax.Array, outer=False
+) -> GroupedBlocks:
     """Shared memory holds the contracted parts of both operands, a stage ahead each."""
     size = max(left.dtype.itemsize, right.dtype.itemsize)
     depth = 128 // size
-    blocks = blocks or (Blocks(depth, 128, 128) if outer else Blocks(128, depth, 128))
+    blocks = blocks or (GroupedBlocks(depth, 128, 128) if outer else GroupedBlocks(128, depth, 128))
     contracted, *kept = blocks if outer else (blocks.inner, blocks.rows, blocks.columns)
     needed = (_STAGES - 1) * contracted * sum(kept) * size
     text = f"blocks {tuple(blocks)} of {left.shape} and {right.shape} in {left.dtype}"

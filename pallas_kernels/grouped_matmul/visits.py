@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Visits(NamedTuple):
+class GroupVisits(NamedTuple):
     """Pairs in the order of rows, int32 [V] each, V = tiles + groups + 1; the first ``count`` of
     them are used.
 
@@ -29,9 +29,9 @@ class Visits(NamedTuple):
     """1 where the rows belong to no group."""
 
 
-def visits(
+def plan_group_visits(
     sizes: jax.Array, num_rows: int, tile: int, *, padding: bool
-) -> tuple[Visits, jax.Array]:
+) -> tuple[GroupVisits, jax.Array]:
     """The visits to ``num_rows`` rows in tiles of ``tile``, and their count, int32 [].
 
     Args:
@@ -55,7 +55,7 @@ def visits(
     own = jnp.clip(number, 0, jnp.maximum(done[-2] - 1, 0))
     own_group = _behind(own, done, num_groups - 1)
     own_tile = jnp.clip(_of(first - done + counts, own_group) + own, 0, num_tiles - 1)
-    found = Visits(
+    found = GroupVisits(
         tile=own_tile,
         out_tile=out_tile,
         group=own_group,

@@ -42,7 +42,7 @@ def matmul(
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
     out = jnp.zeros((len(padded), kernels.shape[1 if turned else 2]), dtype)
-    return lax.scan(body, out, tiles(sizes, len(rows), block))[0][: len(rows)]
+    return lax.scan(body, out, split_into_tiles(sizes, len(rows), block))[0][: len(rows)]
 
 
 def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -> jax.Array:
@@ -61,10 +61,12 @@ def outer(rows: jax.Array, others: jax.Array, sizes: jax.Array, *, dtype: Any) -
 
     shape = len(sizes), rows.shape[1], others.shape[1]
     zeros = jnp.zeros(shape, sum_type(rows.dtype, others.dtype))
-    return lax.scan(body, zeros, tiles(sizes, len(rows), block))[0].astype(dtype)
+    return lax.scan(body, zeros, split_into_tiles(sizes, len(rows), block))[0].astype(dtype)
 
 
-def tiles(sizes: jax.Array, num_rows: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def split_into_tiles(
+    sizes: jax.Array, num_rows: int, block: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(group, first row, rows) of each block of rows of one group, as many as any sizes can need;
     unused ones come last, empty, and start where the last group ends."""
     ends = jnp.cumsum(-(-sizes // block))

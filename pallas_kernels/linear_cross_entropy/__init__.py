@@ -5,7 +5,13 @@ it, for a caller that splits the tokens or the vocabulary over devices.
 """
 
 from pallas_kernels.linear_cross_entropy.api import linear_cross_entropy, loss_and_gradients
-from pallas_kernels.linear_cross_entropy.blocks import Blocks, Tiling
-from pallas_kernels.linear_cross_entropy.parts import Gradients
+from pallas_kernels.linear_cross_entropy.blocks import CrossEntropyBlocks, CrossEntropyTiling
+from pallas_kernels.linear_cross_entropy.parts import CrossEntropyGradients
 
-__all__ = ["Blocks", "Gradients", "Tiling", "linear_cross_entropy", "loss_and_gradients"]
+__all__ = [
+    "CrossEntropyBlocks",
+    "CrossEntropyGradients",
+    "CrossEntropyTiling",
+    "linear_cross_entropy",
+    "loss_and_gradients",
+]

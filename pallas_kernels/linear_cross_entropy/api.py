@@ -1,4 +1,4 @@
-"""What callers use: arguments are checked and an implementation is chosen here."""
+"""The public functions: they check arguments and choose an implementation."""
 
 from functools import partial
 from typing import Any, Literal
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.chips import current_chip
+from pallas_kernels.chips import get_chip
 from pallas_kernels.linear_cross_entropy import tpu, xla
-from pallas_kernels.linear_cross_entropy.blocks import Tiling, fits
+from pallas_kernels.linear_cross_entropy.blocks import CrossEntropyTiling, can_tile
 from pallas_kernels.linear_cross_entropy.parts import Loss, Sums
 
 Implementation = Literal["tpu", "xla"]
@@ -26,7 +26,7 @@ def linear_cross_entropy(
     soft_cap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
-    blocks: Tiling | None = None,
+    blocks: CrossEntropyTiling | None = None,
     interpret: Any = False,
 ) -> Sums:
     """Σ weight · (logsumexp(logits) − logits[target] + z_loss · logsumexp(logits)²), with
@@ -84,7 +84,7 @@ def loss_and_gradients(
     soft_cap: float | None = None,
     chunk: int = 1024,
     implementation: Implementation | None = None,
-    blocks: Tiling | None = None,
+    blocks: CrossEntropyTiling | None = None,
     interpret: Any = False,
 ) -> Loss:
     """The sums of :func:`linear_cross_entropy` over this device's tokens, and their gradients; not
@@ -114,7 +114,7 @@ def loss_and_gradients(
     by_xla = partial(xla.loss_and_gradients, **options, bias=bias, chunk=chunk)
     by_tpu = partial(tpu.loss_and_gradients, **options, blocks=blocks, interpret=interpret)
     sizes = hidden.shape, head.shape[1], hidden.dtype
-    if implementation is None and bias is None and fits(*sizes, current_chip()):
+    if implementation is None and bias is None and can_tile(*sizes, get_chip()):
         return lax.platform_dependent(*share, tpu=by_tpu, default=by_xla)
     return (by_tpu if implementation == "tpu" else by_xla)(*share)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import TpuChip
 
 LANES = 128
 _TOKENS = (1024, 512, 256, 128)
@@ -14,7 +14,7 @@ _MOST_VOCAB = 1024
 _WASTE = 1 / 16
 
 
-class Blocks(NamedTuple):
+class CrossEntropyBlocks(NamedTuple):
     tokens: int
     vocab: int
 
@@ -24,75 +24,81 @@ class Blocks(NamedTuple):
         return self.tokens * self.vocab / (self.tokens + self.vocab)
 
 
-class Tiling(NamedTuple):
+class CrossEntropyTiling(NamedTuple):
     """Blocks of both kernels."""
 
-    forward: Blocks
-    head_gradient: Blocks
+    forward: CrossEntropyBlocks
+    head_gradient: CrossEntropyBlocks
 
 
-BytesOf = Callable[[Blocks, int, Any], int]
+BytesOf = Callable[[CrossEntropyBlocks, int, Any], int]
 
 
-def usable(chip: Chip) -> int:
+def usable_vmem_bytes(chip: TpuChip) -> int:
     """Bytes of VMEM for blocks: the compiler needs some for itself."""
     return chip.vmem * 4 // 5
 
 
-def rows_at_once(size: int, chip: Chip) -> int:
+def part_rows_size(size: int, chip: TpuChip) -> int:
     """Into which part of a block its products are cut, each one piece of code: enough rows to hide
     what a piece begins and ends with."""
     parts = (size // n for n in range(1, size) if size % n == 0)
     return next(part for part in parts if part <= 2 * chip.mxu)
 
 
-def fits(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> bool:
+def can_tile(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: TpuChip) -> bool:
     """Whether any blocks do."""
     try:
-        tiling(hidden, vocab, dtype, chip)
+        choose_tiling(hidden, vocab, dtype, chip)
     except ValueError:
         return False
     return True
 
 
-def tiling(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: Chip) -> Tiling:
+def choose_tiling(
+    hidden: tuple[int, ...], vocab: int, dtype: Any, chip: TpuChip
+) -> CrossEntropyTiling:
     """Blocks for hidden [T, D] and a vocabulary: those that fit with the most operations a byte.
 
     Raises:
         ValueError: not even the smallest fit.
     """
     tokens, width = hidden
-    blocks = [Blocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab, chip.mxu)]
+    blocks = [CrossEntropyBlocks(t, v) for t in _tokens(tokens) for v in _vocab(vocab, chip.mxu)]
     blocks.sort(key=lambda b: b.intensity, reverse=True)
 
-    def best(bytes_of: BytesOf) -> Blocks:
-        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= usable(chip))
+    def best(bytes_of: BytesOf) -> CrossEntropyBlocks:
+        fitting = (b for b in blocks if bytes_of(b, width, dtype) <= usable_vmem_bytes(chip))
         return next(fitting, blocks[-1])
 
-    return checked(Tiling(best(forward_bytes), best(head_gradient_bytes)), width, dtype, chip)
+    return check_tiling(
+        CrossEntropyTiling(best(forward_bytes), best(head_gradient_bytes)), width, dtype, chip
+    )
 
 
-def checked(tiling: Tiling, width: int, dtype: Any, chip: Chip) -> Tiling:
+def check_tiling(
+    tiling: CrossEntropyTiling, width: int, dtype: Any, chip: TpuChip
+) -> CrossEntropyTiling:
     """The tiling.
 
     Raises:
         ValueError: blocks that are no multiples of 128, or do not fit.
     """
     for name, blocks, bytes_of in zip(
-        Tiling._fields, tiling, (forward_bytes, head_gradient_bytes), strict=True
+        CrossEntropyTiling._fields, tiling, (forward_bytes, head_gradient_bytes), strict=True
     ):
         if min(blocks) < LANES or any(size % LANES for size in blocks):
             raise ValueError(f"{name}: blocks are multiples of {LANES}; got {tuple(blocks)}")
         size = bytes_of(blocks, width, dtype)
-        if size > usable(chip):
+        if size > usable_vmem_bytes(chip):
             raise ValueError(
                 f"{name}: blocks {tuple(blocks)} with D = {width} in {jnp.dtype(dtype)} need {size}"
-                f" bytes of VMEM; {usable(chip)} of {chip.vmem} may be used"
+                f" bytes of VMEM; {usable_vmem_bytes(chip)} of {chip.vmem} may be used"
             )
     return tiling
 
 
-def forward_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
+def forward_bytes(blocks: CrossEntropyBlocks, width: int, dtype: Any) -> int:
     """VMEM of :func:`kernels.forward`: hidden and the fp32 sum once; this block of the head and the
     one before, twice each; logits, weights and statistics."""
     width, itemsize = _padded(width), jnp.dtype(dtype).itemsize
@@ -100,7 +106,7 @@ def forward_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
     return rows + 4 * blocks.vocab * width * itemsize + 2 * 4 * blocks.tokens * blocks.vocab
 
 
-def head_gradient_bytes(blocks: Blocks, width: int, dtype: Any) -> int:
+def head_gradient_bytes(blocks: CrossEntropyBlocks, width: int, dtype: Any) -> int:
     """VMEM of :func:`kernels.head_gradient`: the head and its gradient twice, the gradient's sum,
     hidden twice, logits."""
     width, itemsize = _padded(width), jnp.dtype(dtype).itemsize

@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import Chip
-from pallas_kernels.linear_cross_entropy.blocks import LANES, Blocks, rows_at_once
-from pallas_kernels.linear_cross_entropy.parts import cap_slope, capped
+from pallas_kernels.chips import TpuChip
+from pallas_kernels.linear_cross_entropy.blocks import LANES, CrossEntropyBlocks, part_rows_size
+from pallas_kernels.linear_cross_entropy.parts import apply_soft_cap, soft_cap_gradient
 
 # exp of what stays below this is far from fp32's end, also summed over a vocabulary.
 _HIGHEST = 60.0
@@ -30,10 +30,10 @@ def forward(
     table: jax.Array,
     targets: jax.Array,
     *,
-    blocks: Blocks,
+    blocks: CrossEntropyBlocks,
     gradient: bool,
     soft_cap: float | None,
-    chip: Chip,
+    chip: TpuChip,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Softmax over the vocabulary without each token's target.
@@ -67,7 +67,7 @@ def forward(
         partial(
             _forward,
             vocab=V,
-            part=rows_at_once(tokens, chip),
+            part=part_rows_size(tokens, chip),
             soft_cap=soft_cap,
             gradient=gradient,
         ),
@@ -146,11 +146,13 @@ def _forward(targets, hidden, table, *refs, vocab, part, soft_cap, gradient):
         total[r, :] += _fold(jnp.add, weight)
         if soft_cap is not None:
             # What is left out is −∞ here, and its weight 0.
-            weight *= cap_slope(jnp.maximum(logits[r, :] + shift[r, :], -soft_cap), soft_cap)
+            weight *= soft_cap_gradient(
+                jnp.maximum(logits[r, :] + shift[r, :], -soft_cap), soft_cap
+            )
         score = lax.dot_general(
             hidden[r, :], table[...], _BY_ROWS, preferred_element_type=jnp.float32
         )
-        score = capped(score, soft_cap) - shift[r, :]
+        score = apply_soft_cap(score, soft_cap) - shift[r, :]
         index = lax.broadcasted_iota(jnp.int32, score.shape, 1)
         left_out = index == targets[r, :] - v * size
         if tail:
@@ -183,12 +185,12 @@ def head_gradient(
     d_logsumexp: jax.Array,
     d_target: jax.Array,
     *,
-    blocks: Blocks,
+    blocks: CrossEntropyBlocks,
     soft_cap: float | None,
-    chip: Chip,
+    chip: TpuChip,
     interpret: Any,
 ) -> jax.Array:
-    """Of the head's table: Σ over tokens of hidden · (d_logsumexp · softmax + d_target · onehot).
+    """Gradient of the head's table: Σ of hidden · (d_logsumexp · softmax + d_target · onehot).
 
     Logits are made transposed, so that nothing is turned over.
 
@@ -206,7 +208,7 @@ def head_gradient(
     row = pl.BlockSpec((1, tokens), lambda v, t: (0, t))
     entries = pl.BlockSpec((vocab, D), lambda v, t: (v, 0))
     return pl.pallas_call(
-        partial(_head_gradient, part=rows_at_once(vocab, chip), soft_cap=soft_cap),
+        partial(_head_gradient, part=part_rows_size(vocab, chip), soft_cap=soft_cap),
         grid=(pl.cdiv(V, vocab), T // tokens),
         in_specs=[*[row] * 4, pl.BlockSpec((tokens, D), lambda v, t: (t, 0)), entries],
         out_specs=entries,
@@ -238,12 +240,12 @@ def _head_gradient(
         logits = lax.dot_general(
             table[r, :], hidden[...], _BY_ROWS, preferred_element_type=jnp.float32
         )
-        logits = capped(logits, soft_cap)
+        logits = apply_soft_cap(logits, soft_cap)
         index = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
         is_target = index == targets[...] - (v * size + r.start)
         d_logits = jnp.exp(logits - logsumexp[...]) * d_logsumexp[...]
         d_logits += jnp.where(is_target, d_target[...], 0.0)
-        d_logits *= cap_slope(logits, soft_cap)
+        d_logits *= soft_cap_gradient(logits, soft_cap)
         total[r, :] += jnp.dot(
             d_logits.astype(hidden.dtype), hidden[...], preferred_element_type=jnp.float32
         )

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.linear_cross_entropy.parts import (
-    Gradients,
+    CrossEntropyGradients,
     Loss,
-    cap_slope,
-    capped,
-    losses,
+    apply_soft_cap,
+    soft_cap_gradient,
+    sum_losses,
 )
 
 
@@ -52,7 +52,7 @@ def loss_and_gradients(
     if d_head is None or d_rows is None:
         return sums, None
     d_hidden = d_rows.reshape(-1, hidden.shape[1])[: len(hidden)]
-    return sums, Gradients(d_hidden, d_head.astype(head.dtype), d_bias)
+    return sums, CrossEntropyGradients(d_hidden, d_head.astype(head.dtype), d_bias)
 
 
 def _chunk(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradient):
@@ -63,7 +63,7 @@ def _chunk(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradie
         head and bias.
     """
     logits = jnp.dot(rows, head, preferred_element_type=jnp.float32)
-    logits = capped(logits if bias is None else logits + bias, soft_cap)
+    logits = apply_soft_cap(logits if bias is None else logits + bias, soft_cap)
     top = jnp.max(logits, axis=-1)
     top = lax.pmax(top, axes) if axes else top
     exp = jnp.exp(logits - top[:, None])
@@ -71,12 +71,12 @@ def _chunk(rows, targets, weights, *, head, bias, axes, z_loss, soft_cap, gradie
     found = jnp.take_along_axis(logits, jnp.clip(targets, 0, size - 1)[:, None], axis=-1)[:, 0]
     total = jnp.sum(exp, axis=-1), jnp.where((targets >= 0) & (targets < size), found, 0.0)
     total, target = lax.psum(total, axes) if axes else total
-    sums, d_logsumexp = losses(top + jnp.log(total), target, weights, z_loss)
+    sums, d_logsumexp = sum_losses(top + jnp.log(total), target, weights, z_loss)
     if not gradient:
         return None, (sums, None, None)
     onehot = lax.broadcasted_iota(jnp.int32, logits.shape, 1) == targets[:, None]
     d_logits = exp * (d_logsumexp / total)[:, None] - jnp.where(onehot, weights[:, None], 0.0)
-    d_logits *= cap_slope(logits, soft_cap)
+    d_logits *= soft_cap_gradient(logits, soft_cap)
     d_bias = None if bias is None else jnp.sum(d_logits, axis=0)
     d_logits = d_logits.astype(rows.dtype)
     d_rows = jnp.dot(d_logits, head.T, preferred_element_type=jnp.float32)

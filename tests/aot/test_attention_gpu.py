@@ -70,7 +70,7 @@ def both_passes(static, dtype):
     def run(q, k, v, d_o, arrays):
         options = {**static, **arrays}
         o, lse = kernel.attention_forward(q, k, v, dtype=dtype, **options)
-        delta = kernel.row_delta(o, d_o)
+        delta = kernel.compute_row_delta(o, d_o)
         return o, kernel.attention_backward(q, k, v, lse, delta, d_o, dtype=dtype, **options)
 
     return run

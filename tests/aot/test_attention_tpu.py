@@ -13,7 +13,7 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import attention as kernel
-from pallas_kernels.chips import CHIPS, current_chip
+from pallas_kernels.chips import CHIPS, get_chip
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler"),
@@ -102,7 +102,7 @@ def test_both_passes_compile(chip, case, report_vmem):
         return o, pull(d_o)
 
     with jax.set_mesh(mesh(chip)):
-        assert current_chip() == CHIPS[chip]
+        assert get_chip() == CHIPS[chip]
         text = jax.jit(run).lower(*operands, options).compile().as_text()
     found = report_vmem(chip, case, text)
     assert {x.name for x in found} == {"attention_forward", "attention_backward"}

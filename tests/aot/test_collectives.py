@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.plan.compiled.cost import Collective, CompiledCost
+from maxlm.plan.compiled.cost import CompiledCollective, CompiledCost
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import compile_step, has_compiler
 from tests.aot.conftest import FF, LAYERS, MATRIX_BYTES, SEQ, VOCAB, D, small_run
@@ -21,7 +21,7 @@ def devices(machine: str) -> int:
     return parse_topology(machine).devices
 
 
-def large_sums(cost: CompiledCost) -> list[Collective]:
+def large_sums(cost: CompiledCost) -> list[CompiledCollective]:
     """All-reduces of a matrix or more."""
     sums = (c for c in cost.collectives if c.kind == "all-reduce")
     return [c for c in sums if c.payload_bytes >= MATRIX_BYTES]

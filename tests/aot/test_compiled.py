@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.plan.compiled.cost import compiled_cost
+from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
 from maxlm.sharding import MeshConfig, make_mesh
@@ -39,7 +39,7 @@ def test_the_tpu_compilers_text_is_read_too():
         for shape, spec in zip(shapes, specs, strict=True)
     ]
     text = jax.jit(step).lower(*arguments).compile().as_text()
-    cost = compiled_cost(text, dict(axes.shape), on_chip=(1,))
+    cost = read_compiled_cost(text, dict(axes.shape), on_chip=(1,))
     assert cost.matmul_flops == L * 2 * 2 * B * D * F
     gathered = L * 2 * prod((D, F)) * 2 * 3 // 4
     assert cost.wire_bytes(kind="all-gather", axes="fsdp") == gathered

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from pallas_kernels.chips import chip_of
-from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
+from pallas_kernels.chips import find_chip
+from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 
 MACHINES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", "h100x1", "a100x1")
 # Rows, D, F and groups: several tiles of each, none a power of two.
@@ -57,7 +57,7 @@ def check_kernel(device, report_vmem):
             assert "triton" in call
             return
         assert f'"flops":"{flops}"' in call
-        assert [x.name for x in report_vmem(chip_of(device).name, case, text)] == [name]
+        assert [x.name for x in report_vmem(find_chip(device).name, case, text)] == [name]
 
     return check
 
@@ -72,7 +72,7 @@ def test_a_matmul_is_one_kernel(device, check_kernel, left, right, turned):
 
     def function(rows, kernels, sizes, *given):
         own = dict(zip(scales, given, strict=True))
-        return grouped_matmul(rows, kernels, sizes, turned=turned, **own)
+        return grouped_matmul(rows, kernels, sizes, transpose_kernels=turned, **own)
 
     kernels = (G, F, D) if turned else (G, D, F)
     arrays = [((R, D), left), (kernels, right), ((G,), jnp.int32)]
@@ -84,7 +84,7 @@ def test_a_matmul_is_one_kernel(device, check_kernel, left, right, turned):
 @pytest.mark.parametrize(("left", "right"), OPERANDS)
 def test_an_outer_product_is_one_kernel(device, check_kernel, left, right):
     arrays = [((R, D), left), ((R, F), right), ((G,), jnp.int32)]
-    text = compiled_text(device, grouped_outer, *arrays)
+    text = compiled_text(device, grouped_outer_product, *arrays)
     check_kernel(f"{left} × {right}", text, "grouped_outer")
 
 

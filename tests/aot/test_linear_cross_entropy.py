@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import has_compiler, topology_devices
-from pallas_kernels.chips import CHIPS, chip_of
+from pallas_kernels.chips import CHIPS, find_chip
 from pallas_kernels.linear_cross_entropy import loss_and_gradients
 
 pytestmark = pytest.mark.timeout(1800)
@@ -51,7 +51,7 @@ def names(device, report_vmem):
     """Of a program's kernels, without what all begin with."""
 
     def names(case, step) -> list[str]:
-        found = report_vmem(chip_of(device).name, case, step.as_text())
+        found = report_vmem(find_chip(device).name, case, step.as_text())
         return [kernel.name.removeprefix("linear_cross_entropy_") for kernel in found]
 
     return names

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from maxlm.plan.physical import torus_dimensions
-from maxlm.plan.predict import Machine, predict
+from maxlm.plan.physical import list_torus_dimensions
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compare import compare
 from maxlm.programs.compile import topology_devices
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.timeout(1800)
 def test_what_is_planned_is_compiled(machine, compiled):
     devices = parse_topology(machine).devices
     config = small_run(devices=devices, mesh={"fsdp": devices})
-    found, step = Machine.of(machine), compiled(machine, {"fsdp": devices})
+    found, step = Machine.from_name(machine), compiled(machine, {"fsdp": devices})
     # Of one row of 256 tokens: weights in flight outweigh all else, and a GPU's compiler has all of
     # a layer's at once, with their gradients (docs/performance.md).
     least = 0.3 if found.topology.platform == "gpu" else 0.5
-    rows = compare(predict(config, found), step)
+    rows = compare(plan_run(config, found), step)
     for what, off in (
         ("resting: state and batch, GB", 0.02),
         ("matrix products, TFLOP", 1e-3),
@@ -40,11 +40,13 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
     if topology.platform == "gpu":
         pytest.skip("described without their hosts")
     devices = topology_devices(topology)
-    found = Machine.here(devices)
+    found = Machine.from_devices(devices)
     assert found is not None
     assert found.topology == topology
     # Places that are made up are those of the compiler's devices.
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     assert {tuple(d.coords) for d in devices} == set(product(*map(range, sides)))
     sizes = {axis: len(devices) if axis == "fsdp" else 1 for axis in MESH_AXES}
-    assert torus_dimensions(topology, sizes) == {"fsdp": "x·y·z"[: 2 * len(topology.shape) - 1]}
+    assert list_torus_dimensions(topology, sizes) == {
+        "fsdp": "x·y·z"[: 2 * len(topology.shape) - 1]
+    }

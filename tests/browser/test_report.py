@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import load_config
-from maxlm.plan.predict import Machine, predict
-from maxlm.plan.show import human_bytes, human_seconds
+from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
@@ -31,9 +31,9 @@ PIPELINE = ("mesh.stage=4", "mesh.tensor=2", "train.micro_batches=16", "parallel
 def plan_of(name: str, machine: str | None = None, *settings: str) -> str:
     config = load_config(RunConfig, name, list(settings)).value
     if machine:
-        return json.dumps(predict(config, Machine.of(machine)).to_json())
+        return json.dumps(plan_run(config, Machine.from_name(machine)).to_json())
     sizes = {axis: 2 if axis in ("data", "fsdp", "tensor") else 1 for axis in MESH_AXES}
-    return json.dumps(predict(config, sizes=sizes).to_json())
+    return json.dumps(plan_run(config, sizes=sizes).to_json())
 
 
 def make(name: str, machine: str | None = None, *settings: str) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def test_the_headline_has_the_plans_figures(open_report, plan):
     head = report.text("header")
     assert report.text("h1") == plan["name"]
     assert plan["machine"]["words"] in head
-    assert f"Fits: {human_bytes(plan['memory']['margin'])}" in head
-    assert human_bytes(plan["memory"]["total"]) in head
+    assert f"Fits: {format_bytes(plan['memory']['margin'])}" in head
+    assert format_bytes(plan["memory"]["total"]) in head
     for mfu in ("mfu", "mfu_full_attention"):
         assert f"{100 * plan['time'][mfu]:.1f}%" in head
     for note in plan["notes"]:
@@ -88,8 +88,8 @@ def test_the_compilers_verdict_stands_beside_the_plans(open_report, plan):
 def test_figures_read_as_on_the_terminal(open_report):
     page = open_report(make("llama3_8b")).page
     numbers = [2**e * k / 100 for e in range(0, 44, 3) for k in (25, 98, 99.94, 99.96, 1225)]
-    for name, python in (("humanBytes", human_bytes), ("humanSeconds", human_seconds)):
-        values = numbers if python is human_bytes else [n / 2**18 for n in numbers]
+    for name, python in (("humanBytes", format_bytes), ("humanSeconds", format_seconds)):
+        values = numbers if python is format_bytes else [n / 2**18 for n in numbers]
         shown = page.evaluate(f"values => values.map(maxlmReport.{name})", values)
         assert [text.replace("\u00a0", " ") for text in shown] == [python(v) for v in values]
 
@@ -107,7 +107,7 @@ def test_a_parameter_is_found_and_shown(open_report, plan):
     shard = [size // way for size, way in zip(row["shape"], ways, strict=True)]
     chosen = report.text("#chosen")
     assert f"{prod(ways):,} shards of {shard}" in chosen
-    assert human_bytes(row["bytes_per_device"]) in chosen
+    assert format_bytes(row["bytes_per_device"]) in chosen
     assert ("one copy" if row["replicas"] == 1 else f"{row['replicas']} copies") in chosen
 
     page.focus("#all canvas")
@@ -134,16 +134,16 @@ def test_tables_filter_sort_and_add_up(open_report, plan):
     rows = visible(report, "sent-table")
     assert sorted(row[0] for row in rows) == sorted(c["what"] for c in kept)
     assert f"{len(kept)} of {len(plan['collectives'])} rows" in report.text("#sent")
-    total = human_bytes(sum(c["sent_bytes"] for c in kept))
+    total = format_bytes(sum(c["sent_bytes"] for c in kept))
     assert total in report.text("#sent-table tfoot")
 
     for direction in ("ascending", "descending"):
         page.get_by_role("button", name="Sent").click()
         assert page.get_attribute("#sent-table th:has-text('Sent')", "aria-sort") == direction
         sent = sorted((c["sent_bytes"] for c in kept), reverse=direction == "descending")
-        assert [row[8] for row in visible(report, "sent-table")] == [human_bytes(s) for s in sent]
+        assert [row[8] for row in visible(report, "sent-table")] == [format_bytes(s) for s in sent]
 
-    assert human_bytes(plan["parameter_bytes"]) in report.text("#parameters-table tfoot")
+    assert format_bytes(plan["parameter_bytes"]) in report.text("#parameters-table tfoot")
     page.click("#parameters-table button:has-text('final_norm.scale')")
     assert "final_norm.scale" in report.text("#chosen")
     assert "whole on every device" in report.text("#chosen")
@@ -223,7 +223,7 @@ def test_shards_are_where_jax_puts_them(open_report):
 def test_without_a_machine_there_are_bytes_alone(open_report):
     plan = make("llama3_8b")
     report = open_report(plan)
-    assert f"Needs {human_bytes(plan['memory']['total'])} a device" in report.text("header")
+    assert f"Needs {format_bytes(plan['memory']['total'])} a device" in report.text("header")
     assert "Times need a machine" in report.text("#step")
     assert len(visible(report, "sent-table")) == len(plan["collectives"])
 
@@ -238,5 +238,5 @@ def test_stages_have_a_strip_each_and_idle_time(open_report):
 def test_a_run_that_does_not_fit_says_so(open_report):
     plan = make("llama3_405b", "v5e-256")
     report = open_report(plan)
-    assert f"Does not fit: {human_bytes(-plan['memory']['margin'])}" in report.text("header")
+    assert f"Does not fit: {format_bytes(-plan['memory']['margin'])}" in report.text("header")
     assert report.page.is_visible("#memory .limit")

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from maxlm.huggingface import arrays, checkpoint
-from maxlm.huggingface.checkpoint import CheckpointReader, CheckpointWriter
+from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.checkpoint.reading import read_metadata
 from maxlm.train.config import CheckpointConfig
@@ -40,7 +40,7 @@ def nested(params):
 
 def write(folder, step=0, metadata=None):
     params = make_params()
-    with CheckpointWriter(folder, step=step) as writer:
+    with RunCheckpointWriter(folder, step=step) as writer:
         for name, lead in LEADS.items():
             writer.declare(name, SHAPES[name], lead)
         for name, lead in LEADS.items():
@@ -122,7 +122,7 @@ def saved_by_orbax(folder, where, step=5):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_reads_slices_of_what_orbax_saved(tmp_path, mesh, sharded):
     want = saved_by_orbax(tmp_path, mesh(fsdp=2, tensor=2) if sharded else None)
-    reader = CheckpointReader(tmp_path)
+    reader = RunCheckpointReader(tmp_path)
     assert reader.step == 5
     assert read_metadata(reader.folder)["config"] == {}
     assert reader.shapes == SHAPES
@@ -138,11 +138,11 @@ def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatc
     if not small:
         monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", 0)
     reads = []
-    read_box = arrays.Array.read_box
+    read_box = arrays.ZarrArray.read_box
     monkeypatch.setattr(
-        arrays.Array, "read_box", lambda self, box: reads.append(box) or read_box(self, box)
+        arrays.ZarrArray, "read_box", lambda self, box: reads.append(box) or read_box(self, box)
     )
-    reader = CheckpointReader(tmp_path)
+    reader = RunCheckpointReader(tmp_path)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     for name, lead in LEADS.items():
@@ -159,8 +159,8 @@ def test_decodes_what_orbax_saved_once_for_all_slices(tmp_path, mesh, monkeypatc
 def test_reads_slices_of_what_it_wrote(tmp_path):
     write(tmp_path, step=3)
     want = write(tmp_path, step=10)
-    assert CheckpointReader(tmp_path).step == 10
-    reader = CheckpointReader(tmp_path, 3)
+    assert RunCheckpointReader(tmp_path).step == 10
+    reader = RunCheckpointReader(tmp_path, 3)
     for name, lead in LEADS.items():
         with reader.slices(name, lead, tmp_path / "unused") as read:
             for index in np.ndindex(*SHAPES[name][:lead]):
@@ -171,7 +171,7 @@ def test_reads_slices_of_what_it_wrote(tmp_path):
 def test_a_layer_and_an_expert_lie_in_files_of_their_own(tmp_path):
     write(tmp_path)
     for name, lead in LEADS.items():
-        array = CheckpointReader(tmp_path).open(name)
+        array = RunCheckpointReader(tmp_path).open(name)
         assert array.file_shape[:lead] == (1,) * lead
         assert math.prod(array.file_shape) * 4 <= 200
         assert math.prod(array.tile_shape) * 4 <= 64
@@ -179,7 +179,7 @@ def test_a_layer_and_an_expert_lie_in_files_of_their_own(tmp_path):
 
 def test_a_writer_that_fails_leaves_no_checkpoint(tmp_path):
     def fail():
-        with CheckpointWriter(tmp_path) as writer:
+        with RunCheckpointWriter(tmp_path) as writer:
             writer.declare("a", (2, 3), 1)
             writer.write("a", (0,), np.ones(3, np.float32))
             with Checkpointer(tmp_path, read_only=True) as keeper:
@@ -192,30 +192,30 @@ def test_a_writer_that_fails_leaves_no_checkpoint(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path):
-    killed = CheckpointWriter(tmp_path)
+    killed = RunCheckpointWriter(tmp_path)
     killed.declare("a", (2, 3), 1)
     assert list(tmp_path.iterdir())
     with Checkpointer(tmp_path) as keeper:
         assert keeper.latest() is None
         keeper.save(1, {"params": {"a": jnp.ones(2)}}, {}, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["1"], "training removes it"
-    CheckpointWriter(tmp_path).declare("b", (2, 3), 1)
+    RunCheckpointWriter(tmp_path).declare("b", (2, 3), 1)
     write(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
-    assert set(CheckpointReader(tmp_path, 0).shapes) == set(SHAPES)
+    assert set(RunCheckpointReader(tmp_path, 0).shapes) == set(SHAPES)
 
 
 def test_errors_name_the_folder_and_a_way_out(tmp_path):
     empty = f"{tmp_path}: no checkpoint here; name a run that has one"
-    assert message(CheckpointReader, tmp_path) == empty
+    assert message(RunCheckpointReader, tmp_path) == empty
     write(tmp_path, step=4)
-    assert message(CheckpointWriter, tmp_path, step=4) == (
+    assert message(RunCheckpointWriter, tmp_path, step=4) == (
         f"{tmp_path}: a checkpoint of step 4 exists; choose another run folder"
     )
-    assert message(CheckpointReader, tmp_path, 3) == (
+    assert message(RunCheckpointReader, tmp_path, 3) == (
         f"{tmp_path}: no checkpoint of step 3; use one of 4"
     )
-    assert message(CheckpointReader, tmp_path, name="ema") == (
+    assert message(RunCheckpointReader, tmp_path, name="ema") == (
         f"{tmp_path}/4: it holds no ema; read another part of it"
     )
 
@@ -223,10 +223,12 @@ def test_errors_name_the_folder_and_a_way_out(tmp_path):
 def test_damage_is_an_error(tmp_path):
     write(tmp_path)
     state = tmp_path / "0" / "state"
-    reader = CheckpointReader(tmp_path)
+    reader = RunCheckpointReader(tmp_path)
     for path in (state / "params.layers.up" / "c").rglob("*"):
         if path.is_file():
             path.write_bytes(b"broken")
     assert "params.layers.up: array error" in message(reader.read_slice, "layers.up", (1,))
     (state / "_METADATA").write_text(json.dumps({}))
-    assert "_METADATA: damaged checkpoint ('tree_metadata')" in message(CheckpointReader, tmp_path)
+    assert "_METADATA: damaged checkpoint ('tree_metadata')" in message(
+        RunCheckpointReader, tmp_path
+    )

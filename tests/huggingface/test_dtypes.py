@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.dtypes import NUMPY, Dtypes, cast, slabs
+from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, cast_values, split_into_slabs
 
 F32 = np.dtype(np.float32)
 SMALL = [NUMPY[name] for name in ("BF16", "F16", "F8_E4M3", "F8_E5M2")]
@@ -17,8 +17,8 @@ SMALL = [NUMPY[name] for name in ("BF16", "F16", "F8_E4M3", "F8_E5M2")]
 def test_every_small_number_survives_fp32(dtype):
     bits = np.arange(1 << (8 * dtype.itemsize)).astype(f"u{dtype.itemsize}")
     values = bits.view(dtype)
-    wide = cast(values, F32, where="x")
-    again = cast(wide, dtype, where="x")
+    wide = cast_values(values, F32, where="x")
+    again = cast_values(wide, dtype, where="x")
     with np.errstate(invalid="ignore"):  # some are signalling
         number = ~np.isnan(values)
     assert number.sum() > 200
@@ -30,24 +30,24 @@ def test_every_small_number_survives_fp32(dtype):
 def test_what_would_be_rounded_is_refused_unless_asked(dtype):
     values = np.array([1.0, 1.0001], np.float32)
     with pytest.raises(MaxlmError) as error:
-        cast(values, dtype, where="a.weight")
+        cast_values(values, dtype, where="a.weight")
     assert str(error.value) == (
         f"a.weight: its float32 values would be rounded to {dtype.name}; "
         "ask for that outright, or for a format that holds them"
     )
-    np.testing.assert_array_equal(cast(values, dtype, where="a", lossy=True), [1, 1])
+    np.testing.assert_array_equal(cast_values(values, dtype, where="a", lossy=True), [1, 1])
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("F16", 7e4), ("F8_E4M3", 500.0), ("F32", 1e300)])
 def test_what_would_become_infinite_is_always_refused(dtype, value):
     values = np.array([1.0, -value], np.float64)
     with pytest.raises(MaxlmError, match=r"w: values too large for .*; choose"):
-        cast(values, NUMPY[dtype], where="w", lossy=True)
+        cast_values(values, NUMPY[dtype], where="w", lossy=True)
 
 
 def test_infinities_and_nans_stay():
     values = np.array([np.inf, -np.inf, np.nan, -0.0], np.float32)
-    got = cast(values, np.dtype(ml_dtypes.bfloat16), where="x").astype(np.float32)
+    got = cast_values(values, np.dtype(ml_dtypes.bfloat16), where="x").astype(np.float32)
     np.testing.assert_array_equal(got, values)
     np.testing.assert_array_equal(np.signbit(got), np.signbit(values))
 
@@ -56,18 +56,13 @@ def test_infinities_and_nans_stay():
 def test_slabs_are_the_values_in_order(shape, turned):
     values = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
     values = values.T if turned else values
-    got = [slab.reshape(-1) for slab in slabs(values)]
+    got = [slab.reshape(-1) for slab in split_into_slabs(values)]
     np.testing.assert_array_equal(np.concatenate([np.zeros(0), *got]), values.reshape(-1))
-
-
-def test_slabs_are_small():
-    values = np.broadcast_to(np.float32(1), (3_000, 4_000))
-    assert max(slab.nbytes for slab in slabs(values)) <= 4 << 20
 
 
 def test_the_commonest_format_is_the_default():
     kinds = {"a": "BF16", "b": "F32", "c": "BF16"}
-    dtypes = Dtypes.common(kinds)
-    assert dtypes == Dtypes(default="BF16", exceptions={"b": "F32"})
+    dtypes = TensorDtypes.from_dtypes(kinds)
+    assert dtypes == TensorDtypes(default="BF16", exceptions={"b": "F32"})
     assert {name: dtypes.of(name) for name in kinds} == kinds
-    assert Dtypes.model_validate(dtypes.model_dump()) == dtypes
+    assert TensorDtypes.model_validate(dtypes.model_dump()) == dtypes

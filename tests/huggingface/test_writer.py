@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.dtypes import NUMPY
-from maxlm.huggingface.files import read, stored_tensors
+from maxlm.huggingface.files import list_stored_tensors, read_tensor
 from maxlm.huggingface.writer import PARTIAL, SafetensorsWriter
 
 BY_LIBRARY = [name for name in NUMPY if not name.startswith(("BF", "F8"))]
@@ -65,31 +65,20 @@ def test_the_library_reads_what_was_written(tmp_path_factory, kinds, shard_bytes
         assert json.loads(index.read_text())["metadata"] == {
             "total_size": sum(array.nbytes for array in arrays.values())
         }
-    assert set(stored_tensors(folder)) == set(arrays)
+    assert set(list_stored_tensors(folder)) == set(arrays)
     assert len(list(folder.iterdir())) == len(files) + (len(files) > 1)
-
-
-def test_torch_reads_the_formats_that_numpy_has_not(tmp_path):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file as load
-
-    names = ("BF16", "F8_E4M3", "F8_E5M2")
-    arrays = {name: np.array([[1, -2, 0.5]], np.float32).astype(NUMPY[name]) for name in names}
-    write(tmp_path / "new", arrays)
-    for tensor in load(tmp_path / "new" / "model.safetensors").values():
-        assert tensor.to(torch.float32).tolist() == [[1, -2, 0.5]]
 
 
 def test_tensors_lie_aligned_after_narrower_ones(tmp_path):
     arrays = {"a": np.ones(3, np.uint8), "b": np.ones(2), "c": np.ones(5, np.float16)}
     write(tmp_path / "new", arrays)
-    for stored in stored_tensors(tmp_path / "new").values():
+    for stored in list_stored_tensors(tmp_path / "new").values():
         assert stored.offset % NUMPY[stored.dtype].itemsize == 0
 
 
 def test_shards_are_named_and_filled_in_order(tmp_path):
     write(tmp_path / "new", ones(*"abcde"), shard_bytes=24)
-    files = {name: t.path.name for name, t in stored_tensors(tmp_path / "new").items()}
+    files = {name: t.path.name for name, t in list_stored_tensors(tmp_path / "new").items()}
     numbers = {"a": 1, "b": 1, "c": 2, "d": 2, "e": 3}
     assert files == {name: f"model-0000{i}-of-00003.safetensors" for name, i in numbers.items()}
 
@@ -114,9 +103,9 @@ def test_no_file_has_its_name_before_all_is_written(tmp_path):
     with SafetensorsWriter(tmp_path, {"a": ("F32", (3,))}) as writer:
         writer.write("a", np.ones(3, np.float32))
         with pytest.raises(MaxlmError, match=r"no model\.safetensors here"):
-            stored_tensors(tmp_path)
+            list_stored_tensors(tmp_path)
         writer.commit()
-    assert set(stored_tensors(tmp_path)) == {"a"}
+    assert set(list_stored_tensors(tmp_path)) == {"a"}
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):
@@ -142,12 +131,12 @@ def test_overwriting_replaces_the_model_and_nothing_else(tmp_path):
     write(tmp_path, ones(*"abcde"), shard_bytes=24)
     (tmp_path / "notes.txt").write_text("mine")
     write(tmp_path, ones(*"xyz"), shard_bytes=24, overwrite=True)
-    assert set(stored_tensors(tmp_path)) == {"x", "y", "z"}
+    assert set(list_stored_tensors(tmp_path)) == {"x", "y", "z"}
     write(tmp_path, ones("q"), overwrite=True)
-    np.testing.assert_array_equal(read(stored_tensors(tmp_path)["q"]), ones("q")["q"])
+    np.testing.assert_array_equal(read_tensor(list_stored_tensors(tmp_path)["q"]), ones("q")["q"])
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "model.safetensors"}
     write(tmp_path, ones(*"ab"), shard_bytes=12, overwrite=True)
-    assert set(stored_tensors(tmp_path)) == {"a", "b"}
+    assert set(list_stored_tensors(tmp_path)) == {"a", "b"}
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):

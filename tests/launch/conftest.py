@@ -7,8 +7,8 @@ import pytest
 
 from maxlm.config import load_config
 from maxlm.launch.job import make_job
-from maxlm.launch.options import Options
-from maxlm.launch.render import render
+from maxlm.launch.options import JobOptions
+from maxlm.launch.render import render_job
 from maxlm.run import RunConfig
 
 
@@ -43,9 +43,9 @@ def rendered(tmp_path):
             *(run, source, settings),
             scheduler=scheduler,
             on=on,
-            options=Options(**options),
+            options=JobOptions(**options),
             force=force,
         )
-        return render(job)
+        return render_job(job)
 
     return make

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maxlm.launch.hosts import hosts_of
+from maxlm.launch.hosts import resolve_hosts
 from maxlm.plan.topology import parse_topology
 
 # Google Cloud, "TPU configurations" and "Plan TPUs in GKE": machine, hosts, chips a host, GKE's
@@ -23,7 +23,7 @@ TPUS = [
 
 @pytest.mark.parametrize(("name", "count", "chips", "topology", "kind"), TPUS)
 def test_tpu_slices(name, count, chips, topology, kind):
-    found = hosts_of(parse_topology(name), "jobset", name, None)
+    found = resolve_hosts(parse_topology(name), "jobset", name, None)
     assert (found.count, found.devices, found.gke_topology) == (count, chips, topology)
     assert found.accelerator_type == kind
     hosts = f"{count} host{'s' if count > 1 else ''} of {chips}"

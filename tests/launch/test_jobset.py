@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from maxlm.config import load_config
 from maxlm.launch.job import make_job
-from maxlm.launch.options import Options
-from maxlm.launch.render import _kubernetes, _yaml, render
+from maxlm.launch.options import JobOptions
+from maxlm.launch.render import _kubernetes, _yaml, render_job
 from maxlm.run import RunConfig
 from tests.launch.test_examples import expanded
 
@@ -63,11 +63,13 @@ def pod(on, settings=(), **options):
     text = ["data.sources=[{store: gs://corpus/tokens}]", "tokenizer.path=/data/tokenizer"]
     settings = [*text, "folder=/data/runs", *settings]
     run = load_config(RunConfig, "llama2_7b", settings).value
-    options = Options(**{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options})
+    options = JobOptions(
+        **{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options}
+    )
     job, _ = make_job(
         run, "llama2_7b", settings, scheduler="jobset", on=on, options=options, force=True
     )
-    jobset = yaml.safe_load(render(job))
+    jobset = yaml.safe_load(render_job(job))
     return jobset, jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 
 

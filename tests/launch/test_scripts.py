@@ -11,8 +11,8 @@ import yaml
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.launch.job import make_job
-from maxlm.launch.options import Options
-from maxlm.launch.render import render
+from maxlm.launch.options import JobOptions
+from maxlm.launch.render import render_job
 from maxlm.run import RunConfig
 
 # Each start takes the next exit code of $CODES; a start with SLEEP waits for a signal.
@@ -219,10 +219,12 @@ def test_a_config_of_this_machine_goes_along(scheduler, tmp_path):
     )
     run = load_config(RunConfig, str(source), ["seed=7"]).value
     mount = ("gs://bucket:/data",) if scheduler in ("jobset", "skypilot") else ()
-    options = Options(image="i", mount=mount) if scheduler == "jobset" else Options(mount=mount)
+    options = (
+        JobOptions(image="i", mount=mount) if scheduler == "jobset" else JobOptions(mount=mount)
+    )
     on = "v5p-64" if scheduler == "tpu-vm" else "h100x64"
     job, _ = make_job(run, str(source), ["seed=7"], scheduler=scheduler, on=on, options=options)
-    text = render(job)
+    text = render_job(job)
     if scheduler == "jobset":
         script = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
         script = script["spec"]["containers"][0]["args"][0]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.check import check_places
-from maxlm.models.families import FAMILIES, family_of
+from maxlm.huggingface.check import check_coverage
+from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 from tests.models.published import CASES, golden
@@ -24,7 +24,7 @@ def read(name: str) -> tuple[Any, Any, Any]:
     """A case's family, its config in our words, and the entries of its table."""
     own = golden(name)
     family, config = compare.read(own.values, own.tensors)
-    return family, config, family.entries(config, own.tensors)
+    return family, config, family.list_entries(config, own.tensors)
 
 
 def test_every_family_has_a_case():
@@ -52,7 +52,7 @@ def test_each_tensor_and_each_parameter_once(name):
     own, (_, config, entries) = golden(name), read(name)
     assert sorted(entry.theirs for entry in entries) == sorted(own.tensors)
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=jnp.float32)))
-    check_places(entries, {key: spec.shape for key, spec in specs.items()})
+    check_coverage(entries, {key: spec.shape for key, spec in specs.items()})
     for entry in entries:
         whole = own.tensors[entry.theirs].astype(np.float32)
         parts = entry.split(whole)
@@ -66,7 +66,7 @@ def test_each_tensor_and_each_parameter_once(name):
 def test_config_comes_back(name):
     family, config, _ = read(name)
     values = family.config_json(config)
-    assert family_of(values, "config.json") is family
+    assert find_family(values, "config.json") is family
     assert compare.read(values)[1] == config
 
 

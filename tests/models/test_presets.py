@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from maxlm.config import find_asset
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families import FAMILIES, family_of
+from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
@@ -175,11 +175,11 @@ def test_a_preset_is_its_familys_config_json_and_back(name):
     """So it is what conversion makes of the published file, and nothing in it is without a name
     there."""
     config, family = preset(name), FAMILIES[family_name(name)]
-    values = json.loads(json.dumps(family.config_json(config)))
-    assert family_of(values, "config.json") is family
-    settings, _ = family.settings(values, "config.json")
+    values = json.loads(json.dumps(family.write_config(config)))
+    assert find_family(values, "config.json") is family
+    settings, _ = family.read_config(values, "config.json")
     assert TypeAdapter(ModelConfig).validate_python(settings) == config
-    tensors = family.entries(config)
+    tensors = family.list_entries(config)
     assert sum(prod(tensor.shape) for tensor in tensors) == PUBLISHED[name]
 
 

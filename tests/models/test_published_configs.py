@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from maxlm.config import MaxlmError, find_asset, load_config
 from maxlm.config.base import Config
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families import FAMILIES, family_of
+from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.rope import write_positions
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.tasks import ObjectiveConfig
@@ -29,8 +29,8 @@ class Preset(Config):
 
 def settings(values: dict[str, Any], tensors: Any = ()) -> tuple[Any, list[str]]:
     values = json.loads(json.dumps(values))
-    family = family_of(values, "config.json")
-    found, notes = family.settings(values, "config.json", tensors)
+    family = find_family(values, "config.json")
+    found, notes = family.read_config(values, "config.json", tensors)
     return TypeAdapter(ModelConfig).validate_python(found), notes
 
 
@@ -50,7 +50,7 @@ def test_says_the_model_of_the_preset(name):
 
 def test_there_is_one_of_each_preset_and_family():
     assert set(PUBLISHED) == set(PRESETS) - {"demo"}
-    assert {family_of(values, "").name for values in PUBLISHED.values()} == set(FAMILIES)
+    assert {find_family(values, "").name for values in PUBLISHED.values()} == set(FAMILIES)
 
 
 def test_a_relative_without_a_preset():
@@ -205,7 +205,7 @@ def test_a_value_that_would_not_compute_the_same(name, key, value, message):
 
 def refusal(values: dict[str, Any]) -> str | None:
     try:
-        family_of(values, "config.json").settings(values, "config.json")
+        find_family(values, "config.json").read_config(values, "config.json")
     except MaxlmError as error:
         return str(error)
     return None
@@ -260,8 +260,8 @@ GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 4}
 )
 def test_rare_models_come_back(name, values):
     model, _ = settings(change(name, **values))
-    family = family_of(change(name), "config.json")
-    assert settings(family.config_json(model))[0] == model
+    family = find_family(change(name), "config.json")
+    assert settings(family.write_config(model))[0] == model
 
 
 @pytest.mark.parametrize("name", ["Llama4", "DeepseekV3", "Gemma4", "Qwen3_5"])

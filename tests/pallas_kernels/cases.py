@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from pallas_kernels.attention import row_delta, sink_gradient
+from pallas_kernels.attention import compute_row_delta, sink_gradient
 from tests.pallas_kernels import reference
 
 # What stands in the keys and values that no query sees: finite, and it would swamp all others.
@@ -163,7 +163,7 @@ def check(
 
     def run(q, k, v, d_o, **options):
         o, lse = forward(q, k, v, **options)
-        delta = row_delta(o, d_o)
+        delta = compute_row_delta(o, d_o)
         d_q, d_k, d_v, *learned = backward(q, k, v, lse, delta, d_o, **options)
         if case.sinks:
             learned.insert(0, sink_gradient(options["sinks"], lse, delta))

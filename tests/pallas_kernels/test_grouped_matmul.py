@@ -15,15 +15,15 @@ from jax.test_util import check_grads
 from pallas_kernels import grouped_matmul as api
 from pallas_kernels.chips import CHIPS
 from pallas_kernels.grouped_matmul import (
-    Blocks,
+    GroupedBlocks,
     blocks,
     grouped_matmul,
-    grouped_outer,
+    grouped_outer_product,
     tpu,
     triton,
     xla,
 )
-from pallas_kernels.grouped_matmul.visits import visits
+from pallas_kernels.grouped_matmul.visits import plan_group_visits
 
 POISONED = pltpu.InterpretParams(uninitialized_memory="nan")
 COMPILED = api.import_module
@@ -39,15 +39,14 @@ INTERPRETED = {
 # (backend, rows, D, F, blocks of the matmul, of the outer product): tiles that end inside groups,
 # D in parts, a last block of columns that is not full.
 CASES = {
-    "tpu": ("tpu", 203, 24, 40, Blocks(64, 24, 40), Blocks(64, 24, 40)),
-    "tpu, parts": ("tpu", 350, 256, 200, Blocks(96, 128, 128), Blocks(160, 128, 128)),
+    "tpu": ("tpu", 203, 24, 40, GroupedBlocks(64, 24, 40), GroupedBlocks(64, 24, 40)),
+    "tpu, parts": ("tpu", 350, 256, 200, GroupedBlocks(96, 128, 128), GroupedBlocks(160, 128, 128)),
     "tpu, by rule": ("tpu", 77, 130, 9, None, None),
-    "gpu": ("gpu", 203, 24, 40, Blocks(32, 16, 32), Blocks(32, 16, 32)),
+    "gpu": ("gpu", 203, 24, 40, GroupedBlocks(32, 16, 32), GroupedBlocks(32, 16, 32)),
     "cpu": ("cpu", 203, 24, 40, None, None),
 }
 GROUPS = 5
 SIZES = {
-    "even": [16, 16, 16, 16, 13],
     "one giant": [0, 0, 77, 0, 0],
     "first and last empty": [0, 30, 1, 46, 0],
     "none": [0, 0, 0, 0, 0],
@@ -99,8 +98,10 @@ def products(rows, others, kernels, sizes, backend, of_matmul, of_outer):
     turned = kernels.swapaxes(1, 2)
     return (
         grouped_matmul(rows, kernels, sizes, backend=backend, blocks=of_matmul),
-        grouped_matmul(rows, turned, sizes, turned=True, backend=backend, blocks=of_matmul),
-        grouped_outer(rows, others, sizes, backend=backend, blocks=of_outer),
+        grouped_matmul(
+            rows, turned, sizes, transpose_kernels=True, backend=backend, blocks=of_matmul
+        ),
+        grouped_outer_product(rows, others, sizes, backend=backend, blocks=of_outer),
     )
 
 
@@ -158,7 +159,7 @@ def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, mon
     row_scales[sizes.sum() :] = np.nan
     column_scales = rng.uniform(0.5, 2, (3, F)).astype(np.float32)
     given = kernels.swapaxes(1, 2) if turned else kernels
-    run = jax.jit(partial(grouped_matmul, turned=turned, backend=backend))
+    run = jax.jit(partial(grouped_matmul, transpose_kernels=turned, backend=backend))
     exact = matmul_reference(rows, kernels, sizes)
     got = run(rows, given, sizes)
     assert got.dtype == jnp.int32
@@ -169,20 +170,23 @@ def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, mon
     want = np.zeros((R, F))
     want[: sizes.sum()] = exact[: sizes.sum()] * row_scales[: sizes.sum(), None] * own
     near(scaled, want, 2**-8)
-    outer = jax.jit(partial(grouped_outer, backend=backend))(rows, rows[:, :7], sizes)
+    outer = jax.jit(partial(grouped_outer_product, backend=backend))(rows, rows[:, :7], sizes)
     np.testing.assert_array_equal(outer, outer_reference(rows, rows[:, :7], sizes))
 
 
 @pytest.mark.parametrize(
-    ("left", "right"),
+    ("where", "left", "right"),
     [
-        ("float8_e4m3fn", "float8_e4m3fn"),
-        ("float8_e5m2", "float8_e4m3fn"),
-        ("bfloat16", "int8"),
-        ("bfloat16", "bfloat16"),
+        ("v5e", "float8_e4m3fn", "float8_e4m3fn"),
+        ("v5e", "bfloat16", "bfloat16"),
+        ("7x", "float8_e5m2", "float8_e4m3fn"),
+        ("7x", "bfloat16", "int8"),
+        ("gpu", "float8_e4m3fn", "float8_e4m3fn"),
+        ("gpu", "bfloat16", "int8"),
+        ("cpu", "float8_e5m2", "float8_e4m3fn"),
+        ("cpu", "bfloat16", "bfloat16"),
     ],
 )
-@pytest.mark.parametrize("where", ["v5e", "7x", "gpu", "cpu"])
 def test_operands_of_few_bits(where, left, right, monkeypatch):
     backend = _backend(where, monkeypatch)
     sizes = np.array([33, 0, 20], np.int32)
@@ -201,7 +205,7 @@ def test_operands_of_few_bits(where, left, right, monkeypatch):
         own = {"column_scales": scales} if scaled else {}
         options = {"dtype": jnp.float32, "backend": backend}
         dot = grouped_matmul(rows, kernels, sizes, **own, **options)
-        return dot, grouped_outer(rows, others, sizes, **options)
+        return dot, grouped_outer_product(rows, others, sizes, **options)
 
     dot, outer = run(rows, kernels, others, sizes, scales)
     want = matmul_reference(rows, kernels, sizes)
@@ -213,7 +217,7 @@ def test_operands_of_few_bits(where, left, right, monkeypatch):
 
 def _backend(where, monkeypatch):
     if where in CHIPS:
-        monkeypatch.setattr(tpu, "current_chip", lambda: CHIPS[where])
+        monkeypatch.setattr(tpu, "get_chip", lambda: CHIPS[where])
         return "tpu"
     return where
 
@@ -230,7 +234,9 @@ def test_gradients_are_those_of_the_definition(backend, turned, monkeypatch):
 
     @jax.jit
     def gradients(rows, given, cotangent, sizes):
-        function = partial(grouped_matmul, sizes=sizes, turned=turned, backend=backend)
+        function = partial(
+            grouped_matmul, group_sizes=sizes, transpose_kernels=turned, backend=backend
+        )
         return jax.vjp(function, rows, given)[1](cotangent)
 
     d_rows, d_kernels = gradients(rows, given, cotangent, sizes)
@@ -247,7 +253,7 @@ def test_gradients_of_both_products_by_finite_differences():
     rows, others, kernels = (np.nan_to_num(x) for x in operands(6, 3, 4, [2, 0, 3]))
     for function, arguments in (
         (lambda x, w: grouped_matmul(x, w, sizes, backend="cpu"), (rows, kernels)),
-        (lambda x, y: grouped_outer(x, y, sizes, backend="cpu"), (rows, others)),
+        (lambda x, y: grouped_outer_product(x, y, sizes, backend="cpu"), (rows, others)),
     ):
         check_grads(function, arguments, order=2, modes=["rev"], eps=1e-2, atol=1e-2, rtol=1e-2)
 
@@ -273,7 +279,7 @@ def test_visits_find_every_row_once_and_no_more(padding, cuts, whole):
     assert padding or set(found.group[:count]) == set(range(len(sizes)))
 
 
-_visits = jax.jit(visits, static_argnums=(1, 2), static_argnames=("padding",))
+_visits = jax.jit(plan_group_visits, static_argnums=(1, 2), static_argnames=("padding",))
 
 
 @settings(max_examples=100)
@@ -286,14 +292,14 @@ _visits = jax.jit(visits, static_argnums=(1, 2), static_argnames=("padding",))
 )
 def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
     out = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
-    sizes = blocks.Operands(rows, inner, columns, dtype, dtype, out)
-    own = blocks.matmul_blocks(sizes, chip)
-    blocks.check(own, sizes, blocks.matmul_vmem(own, sizes, chip), chip)
+    sizes = blocks.GroupedOperands(rows, inner, columns, dtype, dtype, out)
+    own = blocks.choose_matmul_blocks(sizes, chip)
+    blocks.check_blocks(own, sizes, blocks.matmul_vmem_bytes(own, sizes, chip), chip)
     assert inner % own.inner == 0
-    assert own.columns % blocks.column_part(own, sizes, chip) == 0
-    own = blocks.outer_blocks(sizes, chip)
-    blocks.check(own, sizes, blocks.outer_vmem(own, sizes), chip)
-    parts = blocks.outer_part(own, sizes)
+    assert own.columns % blocks.column_part_size(own, sizes, chip) == 0
+    own = blocks.choose_outer_blocks(sizes, chip)
+    blocks.check_blocks(own, sizes, blocks.outer_vmem_bytes(own, sizes), chip)
+    parts = blocks.outer_part_shape(own, sizes)
     assert own.inner % parts[0] == own.columns % parts[1] == 0
 
 
@@ -301,9 +307,9 @@ def test_what_does_not_fit_together_is_refused():
     rows, kernels = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((4, 256, 384), jnp.bfloat16)
     sizes = jnp.ones(4, jnp.int32)
     with pytest.raises(ValueError, match=r"rows \(64, 256\), kernels \(4, 256, 384\) turned"):
-        grouped_matmul(rows, kernels, sizes, turned=True)
+        grouped_matmul(rows, kernels, sizes, transpose_kernels=True)
     with pytest.raises(ValueError, match=r"rows \(64, 256\), others \(60, 256\)"):
-        grouped_outer(rows, rows[:60], sizes)
+        grouped_outer_product(rows, rows[:60], sizes)
     with pytest.raises(ValueError, match="no grouped product of bfloat16 and float32"):
         grouped_matmul(rows, kernels.astype(jnp.float32), sizes)
     with pytest.raises(ValueError, match="sizes are int32, not float32"):
@@ -313,20 +319,20 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(ValueError, match="backend 'cuda' is none of tpu, gpu, cpu"):
         grouped_matmul(rows, kernels, sizes, backend="cuda")
     with pytest.raises(ValueError, match=r"blocks \(64, 256, 384\) of a kernel need backend="):
-        grouped_matmul(rows, kernels, sizes, blocks=Blocks(64, 256, 384))
+        grouped_matmul(rows, kernels, sizes, blocks=GroupedBlocks(64, 256, 384))
     on_tpu = partial(grouped_matmul, rows, kernels, sizes, backend="tpu")
     with pytest.raises(ValueError, match="a part of a dimension is a multiple of 128"):
-        on_tpu(blocks=Blocks(64, 96, 128))
+        on_tpu(blocks=GroupedBlocks(64, 96, 128))
     with pytest.raises(ValueError, match="blocks of 384 do not divide the contracted 256"):
-        on_tpu(blocks=Blocks(64, 384, 128))
+        on_tpu(blocks=GroupedBlocks(64, 384, 128))
     with pytest.raises(ValueError, match="a multiple of 32 rows"):
-        on_tpu(blocks=Blocks(40, 256, 128))
+        on_tpu(blocks=GroupedBlocks(40, 256, 128))
     with pytest.raises(
         ValueError, match=r"8192 × 256 × 384: \d+ bytes of VMEM, of which .* 16777216"
     ):
-        on_tpu(blocks=Blocks(8192, 256, 384))
+        on_tpu(blocks=GroupedBlocks(8192, 256, 384))
     with pytest.raises(ValueError, match="bytes of shared memory"):
-        grouped_matmul(rows, kernels, sizes, backend="gpu", blocks=Blocks(256, 256, 256))
+        grouped_matmul(rows, kernels, sizes, backend="gpu", blocks=GroupedBlocks(256, 256, 256))
 
 
 def test_a_gradient_through_8_bits_is_refused():

@@ -114,12 +114,6 @@ def test_cycles_are_bundles_times_runs(entries):
     assert [(r.runs, r.spill_stores) for r in spilling] == [(positive, 1)] * bool(positive)
 
 
-def test_a_kernel_that_does_not_know_its_core_is_counted_once():
-    alone = BUNDLES.replace("sld [smem:[#allocation0]] /* core id */", "smov.u32 0")
-    costs = kernel_costs(schedule(alone), 2, table(*[0] * 8))
-    assert costs.cycles_by_core == (OUTSIDE + 8 * STEP,)
-
-
 def test_a_branch_on_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match=r"kernel\.1.*bundle 16"):
         run_counts(schedule())
@@ -143,21 +137,6 @@ def test_what_hangs_on_data_may_count_as_run():
     backward = computed.replace("scmp.ge.s32.totalorder %s8_s2", "scmp.ge.s32.totalorder %s5_s3")
     with pytest.raises(ValueError, match="scalar unit"):
         run_counts(schedule(backward), assume_runs=True)
-
-
-def test_branches_that_cannot_be_followed_are_refused():
-    with pytest.raises(ValueError, match="cannot follow"):
-        run_counts(schedule(BUNDLES.replace("sbr.rel (!", "sbr.ind (!")))
-    overlapping = BUNDLES.replace("   0x3   :  {}", BUNDLES.splitlines()[4].replace("0x2", "0x3"))
-    with pytest.raises(ValueError, match="overlap"):
-        run_counts(schedule(overlapping))
-
-
-def test_unknown_scalars_that_decide_nothing_do_no_harm():
-    extra = BUNDLES.replace(
-        "%s4_s2 = smov.u32 0 }", "%s4_s2 = smov.u32 0  ;;  %s20_s8 = smul.f32 %s1_s0, %s21_s7 }"
-    )
-    assert (run_counts(schedule(extra), 0, table(*[1] * 8))[16:18] == 8).all()
 
 
 WORDS = st.integers(0, 2**32 - 1) | st.integers(0, 40)
@@ -200,11 +179,6 @@ def test_predicated_instructions(predicate, kept):
         found = _executed(text, **registers)["s3"]
         assert int(found) == (otherwise if kept else value)
         assert _executed(text, **registers | {"p2": UNKNOWN})["s3"] is UNKNOWN
-
-
-def test_a_bundle_reads_before_it_writes():
-    swapped = _executed("%s3_s0 = smov.u32 %s2_s1  ;;  %s4_s1 = smov.u32 %s1_s0", s0=1, s1=2)
-    assert (swapped["s0"], swapped["s1"]) == (2, 1)
 
 
 def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
@@ -253,15 +227,6 @@ def test_a_call_takes_the_values_its_kernel_prefetches():
     assert costs.mxu_flops() == 48 * 2 * 128**2
     with pytest.raises(ValueError, match="not given"):
         call_costs([schedule()], HLO, [other], CHIPS["v5p"], 7)
-
-
-def test_calls_of_one_shape_take_their_values_in_order():
-    calls = [KernelCall(["s32[8]"], {0: np.full(8, x, np.int32)}) for x in (1, 0)]
-    costs = call_costs([schedule(), schedule()], HLO, calls, CHIPS["v5p"], 7)
-    assert [k.cycles for k in costs.kernels] == [
-        OUTSIDE + 8 * STEP + 8 * SPILLING,
-        OUTSIDE + 8 * STEP,
-    ]
 
 
 def test_tiled_layouts():
@@ -334,39 +299,6 @@ def test_bounds_are_those_of_the_matrix_units():
     assert backward / forward == 2.5
     assert CHIPS["v5p"].clock == pytest.approx(1.75e9, rel=1e-3)
     assert CHIPS["v6e"].clock == pytest.approx(1.75e9, rel=1e-3)
-
-
-@pytest.mark.parametrize("text", ["", "full", "window", "window:0", "window:-4", "segments:x"])
-def test_unknown_masks_are_refused(text):
-    with pytest.raises(ValueError, match="not causal, window:N or segments:N"):
-        Mask.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--mask", "diagonal"], "mask 'diagonal'"),
-        (["--mask", "segments:7"], "7 segments do not divide 4096 tokens"),
-        (["--chip", "v9"], "invalid choice: 'v9'"),
-        (["--all", "--seq", "77"], "no shape of --all has head size, sequence and mask None, 77"),
-        (["--all", "--kernel", "grouped_matmul"], "--all has shapes of attention, none of"),
-        (["--all", "--cache", __file__], "test_static.py: File exists"),
-        (["--cache", __file__], "test_static.py: File exists"),
-        (["--seq", "0"], "not a positive whole number"),
-        (["--kernel", "moe"], "invalid choice: 'moe'"),
-        (["--kernel", "grouped_matmul", "--groups", "0"], "not a positive whole number"),
-        (["--kernel", "linear_cross_entropy", "--vocab", "-1"], "not a positive whole number"),
-    ],
-)
-def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "has_compiler", lambda: True)
-    monkeypatch.setattr(bench, "measure", None)
-    try:
-        code = bench.main(arguments)
-    except SystemExit as end:
-        code = end.code
-    assert code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def _costs(cycles: int) -> CallCosts:

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.kernel_cycles import tune, tuning
+from benchmarks.kernel_cycles import bench, tune, tuning
 from benchmarks.kernel_cycles.static import CompileError
 from benchmarks.kernel_cycles.tuning import Problem
 from pallas_kernels.attention import dispatch, hopper, tpu, tpu_blocks, triton, tuned
-from pallas_kernels.attention.how import described
-from pallas_kernels.attention.tpu_blocks import Blocks, Sizes
+from pallas_kernels.attention.params import validate_arguments
+from pallas_kernels.attention.tpu_blocks import AttentionSizes, TpuBlocks
 from pallas_kernels.attention.tuned import BACKWARD, FORWARD, PASSES
 from pallas_kernels.chips import CHIPS
 
 V5P = CHIPS["v5p"]
 PROBLEM = Problem(FORWARD, 128, 128, 4096, "causal", "bfloat16", 8)
-BLOCKS = Blocks(1024, 512, 256, 128, 2, False)
+BLOCKS = TpuBlocks(1024, 512, 256, 128, 2, False)
 
 
 def entry(chip="v5p", blocks=BLOCKS, **changes):
@@ -31,23 +31,25 @@ def entry(chip="v5p", blocks=BLOCKS, **changes):
 
 
 def sizes(S=4096, T=None, H=128, Hv=128, width=2):
-    return Sizes(S, S if T is None else T, H, Hv, width, width)
+    return AttentionSizes(S, S if T is None else T, H, Hv, width, width)
 
 
-def bytes_needed(blocks: Blocks, direction: str, at: Sizes) -> int:
+def bytes_needed(blocks: TpuBlocks, direction: str, at: AttentionSizes) -> int:
     """Of VMEM for the smallest run of keys."""
-    needed = tpu_blocks.forward_bytes if direction == FORWARD else tpu_blocks.backward_bytes
+    needed = (
+        tpu_blocks.forward_vmem_bytes if direction == FORWARD else tpu_blocks.backward_vmem_bytes
+    )
     return needed(blocks, at, blocks.k)
 
 
 def test_every_entry_of_the_table_fits_its_chip():
-    entries = tuned.load()
+    entries = tuned.load_table()
     for one in entries:
         blocks, problem = (
-            Blocks(**one.blocks),
+            TpuBlocks(**one.blocks),
             Problem(one.direction, *one.head_sizes, one.seq, one.mask, one.dtype, one.heads),
         )
-        tpu_blocks.check(blocks)
+        tpu_blocks.check_blocks(blocks)
         chip = CHIPS[one.chip]
         assert bytes_needed(blocks, one.direction, problem.sizes) < chip.vmem
         assert one.seq % blocks.q == one.seq % blocks.k == 0
@@ -55,24 +57,8 @@ def test_every_entry_of_the_table_fits_its_chip():
         assert one.made_with
         problem.segment_ids()
         # The row that a program of this shape would ask for.
-        assert tuned.lookup(chip, one.direction, problem.sizes, one.kind) == blocks
-    assert tuned.text(entries) == tuned.TABLE.read_text()
-
-
-def test_a_table_keeps_the_last_of_each_key_in_order():
-    old, new = entry(seq=512), entry(seq=512, blocks=BLOCKS._replace(q=512))
-    others = entry(seq=256), entry("v4"), entry(), entry(direction=BACKWARD)
-    text = tuned.text([old, *others, new])
-    kept = tuned.parse(text)
-    assert [(e.chip, e.seq, e.direction) for e in kept] == [
-        ("v4", 4096, FORWARD),
-        ("v5p", 256, FORWARD),
-        ("v5p", 512, FORWARD),
-        ("v5p", 4096, BACKWARD),
-        ("v5p", 4096, FORWARD),
-    ]
-    assert kept[2] == new
-    assert len(text.splitlines()) == len(kept) + 2
+        assert tuned.find_tuned_blocks(chip, one.direction, problem.sizes, one.kind) == blocks
+    assert tuned.format_table(entries) == tuned.TABLE.read_text()
 
 
 tables = st.lists(
@@ -82,7 +68,7 @@ tables = st.lists(
         seq=st.sampled_from([512, 4096, 32768]),
         mask=st.sampled_from(["causal", "window:1000", "segments:8"]),
         blocks=st.builds(
-            lambda q, k, tq, tk: Blocks(q, min(q, k), min(q, tq), min(q, k, tk)),
+            lambda q, k, tq, tk: TpuBlocks(q, min(q, k), min(q, tq), min(q, k, tk)),
             *[st.sampled_from([128, 256, 512, 1024, 2048, 8192])] * 2,
             *[st.sampled_from([128, 256, 512])] * 2,
         ),
@@ -100,10 +86,10 @@ tables = st.lists(
     st.sampled_from(["causal", "window:1024", "segments"]),
 )
 def test_what_the_table_gives_is_valid_for_these_lengths(table, direction, S, T, kind):
-    found = tuned.lookup(V5P, direction, sizes(S, T), kind, table)
+    found = tuned.find_tuned_blocks(V5P, direction, sizes(S, T), kind, table)
     if found is None:  # most tables have nothing for it
         return
-    tpu_blocks.check(found)
+    tpu_blocks.check_blocks(found)
     assert bytes_needed(found, direction, sizes(S, T)) < V5P.vmem
     for n, size in ((S, found.q), (T, found.k)):
         padded, least = -(-n // size) * size, -(-n // 128) * 128
@@ -116,7 +102,7 @@ def test_the_nearest_sequence_whose_blocks_fit_decides():
     table = [entry(seq=seq, blocks=blocks) for seq, blocks in at.items()]
 
     def found(S, **other):
-        return tuned.lookup(V5P, FORWARD, sizes(S, **other), "causal", table)
+        return tuned.find_tuned_blocks(V5P, FORWARD, sizes(S, **other), "causal", table)
 
     assert [found(S) for S in (1024, 2048, 4096, 16384, 60 * 1024)] == [
         at[seq] for seq in (1024, 1024, 8192, 8192, 65536)
@@ -131,7 +117,7 @@ def test_the_nearest_sequence_whose_blocks_fit_decides():
         (V5P, BACKWARD, "causal"),
         (V5P, FORWARD, "full"),
     ]:
-        assert tuned.lookup(chip, direction, sizes(), kind, table) is None
+        assert tuned.find_tuned_blocks(chip, direction, sizes(), kind, table) is None
 
 
 def test_kinds_of_masks():
@@ -139,30 +125,30 @@ def test_kinds_of_masks():
     ids = np.ones((1, 8), np.int32)
 
     def kind(**options):
-        return tuned.mask_kind(*reversed(described(x, x, x, **options)))
+        return tuned.name_mask_kind(*reversed(validate_arguments(x, x, x, **options)))
 
-    assert kind() == tuned.kind("causal") == "causal"
-    assert kind(causal=False) == tuned.kind("full") == "full"
-    assert kind(window=1000) == tuned.kind("window:700") == "window:1024"
+    assert kind() == tuned.parse_mask_kind("causal") == "causal"
+    assert kind(causal=False) == tuned.parse_mask_kind("full") == "full"
+    assert kind(window=1000) == tuned.parse_mask_kind("window:700") == "window:1024"
     assert kind(window=1) == "window:1"
-    assert kind(segment_ids=(ids, ids)) == tuned.kind("segments:8") == "segments"
+    assert kind(segment_ids=(ids, ids)) == tuned.parse_mask_kind("segments:8") == "segments"
 
 
 @pytest.mark.parametrize("direction", PASSES)
 def test_the_kernel_takes_the_tables_blocks(direction, monkeypatch):
-    small = Blocks(128, 128, 128, 128)
+    small = TpuBlocks(128, 128, 128, 128)
     problem = Problem(direction, 64, 64, 512, "window:100", "float32", 1)
-    monkeypatch.setattr(tuned, "load", lambda: (problem.entry("v4", small, 1, ""),))
-    seen, known = [], tpu.keys_at_once
+    monkeypatch.setattr(tuned, "load_table", lambda: (problem.entry("v4", small, 1, ""),))
+    seen, known = [], tpu.count_keys_in_vmem
     monkeypatch.setattr(
-        tpu, "keys_at_once", lambda blocks, *rest: seen.append(blocks) or known(blocks, *rest)
+        tpu, "count_keys_in_vmem", lambda blocks, *rest: seen.append(blocks) or known(blocks, *rest)
     )
     run = problem.attention(None)
 
     def on_tpu(*arrays):
         return run(*arrays)
 
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "get_platform", lambda: "tpu")
     jax.eval_shape(on_tpu, *problem.operands())
     assert seen == [small]
 
@@ -186,22 +172,6 @@ def test_the_search_finds_the_minimum_of_a_valley(data):
     assert tuning.descend(begin, [axis(i) for i in range(n)], cost, 1000) == (low, 0)
 
 
-def test_the_search_asks_so_often_and_once_each():
-    asked = []
-
-    def cost(at):
-        asked.append(at)
-        return -at
-
-    def axis(at):
-        return [at - 1, at + 1]
-
-    assert tuning.descend([0], [axis], cost, 6) == (4, -4)
-    assert len(asked) == len(set(asked)) == 6
-    with pytest.raises(ValueError, match="none of 0, -1, 1 compiles"):
-        tuning.descend([0], [axis], lambda at: math.inf, 9)
-
-
 @given(
     st.sampled_from(PASSES),
     st.sampled_from([64, 128, 256]),
@@ -217,21 +187,21 @@ def test_steps_of_the_search_are_sound_blocks(direction, head_dim, seq, chip, pa
         neighbours = [blocks for way in ways for blocks in way(at)]
         assert at not in neighbours
         at = neighbours[pick % len(neighbours)]
-        tpu_blocks.check(at)
+        tpu_blocks.check_blocks(at)
         assert at.q % at.k == seq % at.q == 0
         assert bytes_needed(at, direction, problem.sizes) < CHIPS[chip].vmem
 
 
 def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
     table = tmp_path / "tuned.json"
-    table.write_text(tuned.text([entry(seq=512)]))
+    table.write_text(tuned.format_table([entry(seq=512)]))
     monkeypatch.setattr(tuned, "TABLE", table)
     monkeypatch.setattr(tune, "has_compiler", lambda: True)
-    wanted = Blocks(512, 512, 256, 256)
+    wanted = TpuBlocks(512, 512, 256, 256)
     costs = {FORWARD: 100, BACKWARD: 300}
 
     def measure(spec, chip):
-        blocks, costly = Blocks(*spec.kwargs["blocks"]), costs[spec.kwargs["direction"]]
+        blocks, costly = TpuBlocks(*spec.kwargs["blocks"]), costs[spec.kwargs["direction"]]
         _, arrays = tuning.program(**json.loads(json.dumps(spec.kwargs)))
         assert len(arrays) == (4 if costly == 100 else 7)  # with segment ids
         if blocks.tile_k == 128:
@@ -244,18 +214,20 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(tuning, "measure", measure)
     arguments = ["--seq", "4096", "--mask", "segments:8", "--most", "40"]
-    tuned.load.cache_clear()
+    tuned.load_table.cache_clear()
     try:
         assert tune.main(["--chip", "v6e", *arguments]) == 0
-        assert table.read_text() == tuned.text([entry(seq=512)])
+        assert table.read_text() == tuned.format_table([entry(seq=512)])
         assert (
             tune.main(["--all", "--head-dim", "128", "--chip", "v5p", *arguments, "--write"]) == 0
         )
-        found = {(e.chip, e.direction): e for e in tuned.parse(table.read_text()) if e.seq == 4096}
+        found = {
+            (e.chip, e.direction): e for e in tuned.parse_table(table.read_text()) if e.seq == 4096
+        }
         assert set(found) == {("v5p", direction) for direction in PASSES}
         for direction in PASSES:
             kept = found["v5p", direction]
-            assert Blocks(**kept.blocks)[:4] == wanted[:4]
+            assert TpuBlocks(**kept.blocks)[:4] == wanted[:4]
             assert kept.blocks["ahead"] != 2
             assert kept.spills == 0
             assert (kept.cost, kept.mask, kept.heads) == (costs[direction], "segments:8", 8)
@@ -263,10 +235,11 @@ def test_what_is_found_is_printed_and_kept(monkeypatch, tmp_path, capsys):
             problem = PROBLEM._replace(direction=direction, mask="segments:8")
             assert tuning.starts(problem, V5P)[0][:4] == wanted[:4]
     finally:
-        tuned.load.cache_clear()
+        tuned.load_table.cache_clear()
     lines = capsys.readouterr().out.splitlines()
     assert (
-        f"  {tuple(Blocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs, 0 spills" in lines
+        f"  {tuple(TpuBlocks(**found['v5p', BACKWARD].blocks))}: 300 cycles, 0.2 µs, 0 spills"
+        in lines
     )
 
 
@@ -286,19 +259,19 @@ def test_a_gpu_times_the_candidates_of_its_kernel(monkeypatch, tmp_path, capsys)
     table.write_text("[]")
     monkeypatch.setattr(tuned, "TABLE", table)
     monkeypatch.setattr(triton, "forward", forward)
-    monkeypatch.setattr(triton, "candidates", lambda *_: (rule, {"forward": tiles}))
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "gpu")
+    monkeypatch.setattr(triton, "list_block_candidates", lambda *_: (rule, {"forward": tiles}))
+    monkeypatch.setattr(dispatch, "get_platform", lambda: "gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(tuning, "microseconds", lambda *_, once=tuning.microseconds: once(*_, 1, 1))
     arguments = "--head-dim 8 --v-head-dim 4 --seq 64 --mask segments:2 --heads 2 --pass forward"
     assert tune.main([*arguments.split(), "--write"]) == 0
     assert asked == [rule, *(rule._replace(forward=t) for t in tiles)]
     assert "out of shared memory" in capsys.readouterr().out
-    (kept,) = tuned.parse(table.read_text())
+    (kept,) = tuned.parse_table(table.read_text())
     assert kept.blocks["forward"] in (list(rule.forward), list(tiles[1]))
     assert kept.chip == f"{jax.devices()[0].device_kind}, triton"
     assert 0 < kept.cost < 1e7
-    monkeypatch.setattr(dispatch, "current_platform", lambda: "cpu")
+    monkeypatch.setattr(dispatch, "get_platform", lambda: "cpu")
     assert tune.main(arguments.split()) == 2
     assert "no candidates for this backend" in capsys.readouterr().err
 
@@ -311,42 +284,39 @@ def test_a_gpus_kernel_takes_the_tables_blocks(kernel, head_dim, direction, monk
     name = kernel.__name__.rpartition(".")[2]
     rule, fields = kernel.candidates(direction, head_dim, head_dim, jnp.bfloat16)
     q, _, v = problem.operands()[:3]
-    where, how = described(q, q, v, window=70)
-    assert kernel._chosen(direction, q, v, where, how) == rule
+    operands, params = validate_arguments(q, q, v, window=70)
+    assert kernel._chosen(direction, q, v, operands, params) == rule
     tried = [rule._replace(**{f: value}) for f, values in fields.items() for value in values]
     assert len(tried) > 4
     for sizes in tried:
-        entry = problem.entry(tuned.card(name), sizes, 1, "")
-        monkeypatch.setattr(tuned, "load", lambda entry=entry: tuned.parse(tuned.text([entry])))
-        assert kernel._chosen(direction, q, v, where, how) == sizes
-        assert kernel._chosen(direction, q, v, where, how._replace(window=7)) == rule
+        entry = problem.entry(tuned.name_gpu_kernel(name), sizes, 1, "")
+        monkeypatch.setattr(
+            tuned, "load_table", lambda entry=entry: tuned.parse_table(tuned.format_table([entry]))
+        )
+        assert kernel._chosen(direction, q, v, operands, params) == sizes
+        assert kernel._chosen(direction, q, v, operands, params._replace(window=7)) == rule
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        ("--chip v9", "invalid choice: 'v9'"),
-        ("--chip v5p --seq 0", "not a positive whole number"),
-        ("--chip v5p --mask diagonal", "mask 'diagonal'"),
-        ("--chip v5p --mask segments:7", "7 segments do not divide 4096 tokens"),
-        ("--chip v5p --dtype int4", "invalid choice: 'int4'"),
-        ("--chip v5p --pass sideways", "invalid choice: 'sideways'"),
-        ("--chip v5p --all --seq 77", "no shape of --all"),
-        ("", "no candidates for this backend, cpu: name a TPU with --chip"),
+        (tune, "--chip v9", "invalid choice: 'v9'"),
+        (tune, "--chip v5p --seq 0", "not a positive whole number"),
+        (tune, "--chip v5p --mask segments:7", "7 segments do not divide 4096 tokens"),
+        (tune, "--chip v5p --all --seq 77", "no shape of --all"),
+        (tune, "", "no candidates for this backend, cpu: name a TPU with --chip"),
+        (bench, "--mask diagonal", "mask 'diagonal'"),
+        (bench, "--all --seq 77", "no shape of --all has head size, sequence and mask None, 77"),
+        (bench, "--all --kernel grouped_matmul", "--all has shapes of attention, none of"),
+        (bench, f"--cache {__file__}", "test_tune.py: File exists"),
     ],
 )
-def test_bad_requests_end_with_2_and_a_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(tune, "has_compiler", lambda: True)
+def test_bad_requests_end_with_2_and_a_line(command, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "has_compiler", lambda: True)
     monkeypatch.setattr(tuning, "measure", None)
     try:
-        code = tune.main(arguments.split())
+        code = command.main(arguments.split())
     except SystemExit as end:
         code = end.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_without_the_compiler_a_line_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(tune, "has_compiler", lambda: False)
-    assert tune.main(["--chip", "v5p"]) == 2
-    assert "pip install libtpu" in capsys.readouterr().err

@@ -5,13 +5,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.parallel.attention import sharded_attention
-from maxlm.parallel.context import sequence_order
+from maxlm.parallel.context import sequence_order_indices
 from maxlm.sharding import ShardingConfig
 from pallas_kernels.attention import attention
 from tests.pallas_kernels import reference
@@ -143,12 +142,16 @@ def check(axes, case: Case, order=None, **method):
         np.testing.assert_allclose(d_biases, wanted[4], atol=2e-5)
 
 
-@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SPLIT)
+# Every case by two methods, every method in both orders.
+PAIRS = [
+    (name, METHODS[(i + j) % 3], (i + j) % 2 == 0) for i, name in enumerate(SPLIT) for j in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("name", "method", "balanced"), PAIRS)
 def test_over_a_split_sequence(name, method, balanced, mesh):
     case = SPLIT[name]
-    order = sequence_order(case.shape[1], case.mesh["context"], balanced)
+    order = sequence_order_indices(case.shape[1], case.mesh["context"], balanced)
     check(mesh(**case.mesh), case, order, method=method, balanced=balanced)
 
 
@@ -174,7 +177,7 @@ def test_slopes_and_biases_count_positions_one_by_one(mesh):
     np.testing.assert_allclose(found, reference.attention(q, k, v, **options)[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[1:])
 def test_biases_split_by_heads_get_their_gradient_so_within_stages(method, mesh):
     """As a pipeline uses them: manual over stages, biases of each stage's own."""
     axes = mesh(stage=2, context=2, tensor=2)
@@ -182,7 +185,7 @@ def test_biases_split_by_heads_get_their_gradient_so_within_stages(method, mesh)
     case = Case({}, (1, 8, 8, 4, 2, 3, 5), CAPPED, slopes=True, reach=3, packed=True)
     seeds = [arrays(case, seed) for seed in range(2)]
     attend = partial(sharded_attention, rules=rules, method=method, balanced=True, **CAPPED)
-    order = sequence_order(8, 2, balanced=True)
+    order = sequence_order_indices(8, 2, balanced=True)
     queries, keys = (rules.spec("batch", "seq", x, None) for x in ("heads", "kv_heads"))
     row, by_head = rules.spec("batch", "seq"), rules.spec("heads", None)
     specs = (queries, keys, keys, queries), (row, row), PartitionSpec(None), by_head
@@ -214,13 +217,3 @@ def test_biases_split_by_heads_get_their_gradient_so_within_stages(method, mesh)
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(np.asarray(a)[i], b[:, order], atol=1e-5)
         np.testing.assert_allclose(np.asarray(d_biases)[i], wanted_biases, atol=2e-5)
-
-
-def test_options_of_other_numbers_of_heads_are_refused(mesh):
-    axes = mesh(tensor=2)
-    rules = rules_on(axes, 2)
-    q = jnp.zeros((1, 4, 4, 2))
-    with jax.set_mesh(axes):
-        for name, wrong in (("slopes", np.zeros(2)), ("biases", np.zeros((3, 5)))):
-            with pytest.raises(ValueError, match="for 4 query heads"):
-                sharded_attention(q, q, q, rules=rules, **{name: wrong})

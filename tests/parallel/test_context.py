@@ -15,8 +15,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
 from maxlm.parallel.attention import sharded_attention
-from maxlm.parallel.blocks import Block, _Queries
-from maxlm.parallel.context import Split, check_context, own_indices, sequence_order
+from maxlm.parallel.blocks import KeyValueBlock, _Queries
+from maxlm.parallel.context import (
+    SequenceSplit,
+    check_context,
+    sequence_order_indices,
+    shard_token_indices,
+)
 from maxlm.sharding import ShardingConfig
 from tests.pallas_kernels import reference
 
@@ -68,15 +73,17 @@ def arrays(B, S, N, K, H, seed=0):
     return q, k, v, rng.standard_normal(q.shape).astype(np.float32), reference.packed(rng, B, S)
 
 
-@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES)
+# Every case by every method, in one order or the other.
+PAIRS = [(case, m, (i + j) % 2 == 0) for i, case in enumerate(CASES) for j, m in enumerate(METHODS)]
+
+
+@pytest.mark.parametrize(("case", "method", "balanced"), PAIRS)
 def test_output_and_gradients_equal_the_reference(case, method, balanced, mesh):
     sizes, shape, mask, packed = CASES[case]
     axes = mesh(**sizes)
     rules = rules_on(axes, shape[3])
     whole = arrays(*shape)
-    order = sequence_order(shape[1], sizes["context"], balanced)
+    order = sequence_order_indices(shape[1], sizes["context"], balanced)
     options = {"method": method, "balanced": balanced, **mask}
     with jax.set_mesh(axes):
         run = jax.jit(attend_and_pull(rules, options, packed), compiler_options=QUICK)
@@ -88,9 +95,7 @@ def test_output_and_gradients_equal_the_reference(case, method, balanced, mesh):
         np.testing.assert_allclose(a, b[:, order], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("method", "balanced"), [("all_gather", False), ("ring", True), ("ulysses", True)]
-)
+@pytest.mark.parametrize(("method", "balanced"), [("all_gather", False), ("ring", True)])
 def test_inside_a_program_that_is_manual_over_stages(method, balanced, mesh):
     """As a pipeline uses it: each stage attends in a scan and pulls its gradient there."""
     axes = mesh(stage=2, context=2, tensor=2)
@@ -99,7 +104,7 @@ def test_inside_a_program_that_is_manual_over_stages(method, balanced, mesh):
     whole = [
         np.stack(x) for x in zip(*(arrays(2, 12, 4, 2, 3, seed) for seed in range(4)), strict=True)
     ]
-    order = sequence_order(12, 2, balanced)
+    order = sequence_order_indices(12, 2, balanced)
     specs = [rules.spec("batch", "seq", heads, None) for heads in ("heads", "kv_heads")]
     specs = (specs[0], specs[1], specs[1], specs[0], rules.spec("batch", "seq"))
 
@@ -164,7 +169,7 @@ def test_a_window_within_reach_of_one_neighbour_ends_the_ring_there(mesh):
     assert set(hops) == {"1", "7"}
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 9, 30])
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
 @pytest.mark.parametrize(("ways", "balanced"), [(1, True), (4, False), (4, True), (3, True)])
 def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     """Chunks of queries and keys that a device computes with are those with a pair in sight."""
@@ -175,9 +180,9 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
     worth = {(a[0], b[0]) for a in chunks for b in chunks if sees[np.ix_(a, b)].any()}
     computed, work = set(), []
     with jax.set_mesh(mesh(context=ways)):
-        split = Split(("context",), "ring", balanced, True, window)
+        split = SequenceSplit(("context",), "ring", balanced, True, window)
         rows = size * split.chunks
-        block = Block(jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None)
+        block = KeyValueBlock(jnp.zeros((1, rows, 1, 1)), jnp.zeros((1, rows, 1, 1)), None)
         for own in range(ways):
             queries = _Queries.cut(split, jnp.int32(own), None, jnp.zeros((1, rows, 1, 1)))
             before = len(computed)
@@ -197,11 +202,13 @@ def test_only_what_the_mask_empties_is_skipped(ways, balanced, window, mesh):
 @given(st.integers(1, 9), st.integers(1, 7), st.booleans())
 def test_the_order_deals_out_each_token_once_with_equal_causal_work(ways, size, balanced):
     length = ways * size * (2 if balanced else 1)
-    order = sequence_order(length, ways, balanced)
+    order = sequence_order_indices(length, ways, balanced)
     assert sorted(order) == list(range(length))
     shares = order.reshape(ways, -1)
     for number, share in enumerate(shares):
-        np.testing.assert_array_equal(own_indices(np.int32(number), length, ways, balanced), share)
+        np.testing.assert_array_equal(
+            shard_token_indices(np.int32(number), length, ways, balanced), share
+        )
     if balanced:
         assert len({sum(share) for share in shares}) == 1  # a query sees as many keys as its index
     else:

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 
-from maxlm.parallel.layers import joined, one_of, periods, scan_layers
+from maxlm.parallel.layers import scan_layers
 
 L, B, D = 5, 3, 7
 
@@ -73,13 +72,6 @@ def test_the_program_does_not_grow_with_depth():
     assert size(1) == size(8)
 
 
-def test_it_is_lax_scan_forward():
-    params, x, context = inputs()
-    want, _ = lax.scan(lambda c, own: (layer(own, c, context), None), (x, jnp.zeros(())), params)
-    got = scan_layers([layer], params, (x, jnp.zeros(())), context)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
 def test_gradients_are_held_in_the_dtype_that_a_layer_computes_in():
     """bf16 until all layers are through, fp32 at the end, and the same as with the cast within."""
 
@@ -135,21 +127,3 @@ def test_layers_of_several_kinds_by_turns_and_what_they_share_have_their_gradien
     want = grads(partial(by_turns, scanned=False))(*six())
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, want)
     assert np.abs(got[1][2]).max() > 0.1
-
-
-def test_parameters_of_several_kinds_and_what_they_share_are_not_kept_again():
-    jaxpr = jax.make_jaxpr(jax.grad(partial(by_turns, scanned=True), argnums=(0, 1, 3)))(*six())
-    forward, _ = (e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan")
-    stacked = [v.aval.shape for v in forward.outvars[2:]]
-    assert stacked
-    assert set(stacked) <= {(2, B, D), (2,)}  # two periods
-
-
-def test_a_period_is_a_view_of_the_stack():
-    tree = {"a": jnp.arange(24.0).reshape(6, 4)}
-    cut = periods(tree, 3)
-    assert cut["a"].shape == (2, 3, 4)
-    np.testing.assert_array_equal(
-        one_of(jax.tree.map(lambda x: x[1], cut), 2, 3)["a"], tree["a"][5]
-    )
-    np.testing.assert_array_equal(joined(cut, 3)["a"], tree["a"])

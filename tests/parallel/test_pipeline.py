@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.parallel.pipeline import bubble, forward_slots, one_f_one_b_slots
+from maxlm.parallel.pipeline import bubble_ratio, schedule_1f1b, schedule_circular
 from maxlm.plan.compiled.cost import COLLECTIVES
-from maxlm.plan.compiled.hlo import Computation, Module, parse
+from maxlm.plan.compiled.hlo import Computation, HloModule, parse_hlo
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
@@ -41,7 +41,7 @@ def when(slots: np.ndarray) -> dict[tuple[int, ...], int]:
 @given(stages=STAGES, rounds=ROUNDS, groups=st.integers(1, 4))
 def test_circular_does_everything_once_and_in_order(stages, rounds, groups):
     micro = stages * rounds
-    done = when(forward_slots(stages, micro, groups))
+    done = when(schedule_circular(stages, micro, groups))
     assert set(done) == set(product(range(stages), range(micro), range(groups)))
     for (stage, batch, group), tick in done.items():
         if stage > 0:
@@ -57,7 +57,7 @@ def test_circular_does_everything_once_and_in_order(stages, rounds, groups):
 @given(stages=STAGES, rounds=ROUNDS)
 def test_1f1b_does_everything_once_and_in_order(stages, rounds):
     micro = stages * rounds
-    slots = one_f_one_b_slots(stages, micro)
+    slots = schedule_1f1b(stages, micro)
     forward, backward = when(slots[..., :1]), when(slots[..., 1:])
     assert set(forward) == set(backward) == set(product(range(stages), range(micro)))
     for (stage, batch), tick in forward.items():
@@ -75,7 +75,7 @@ def test_1f1b_does_everything_once_and_in_order(stages, rounds):
 @given(stages=STAGES, rounds=ROUNDS)
 def test_1f1b_keeps_few_inputs(stages, rounds):
     """Of stage i at most 2(S − 1 − i) + 1, so that places number turn mod (2S − 1) never clash."""
-    slots = one_f_one_b_slots(stages, stages * rounds)
+    slots = schedule_1f1b(stages, stages * rounds)
     most = 0
     for stage in range(stages):
         held: set[int] = set()
@@ -96,30 +96,16 @@ def test_the_idle_share_of_the_tables_is_the_formula(stages, rounds, groups):
     def idle(slots: np.ndarray) -> Fraction:
         return Fraction(int((slots < 0).sum()), slots.size)
 
-    circular = idle(forward_slots(stages, micro, groups))
+    circular = idle(schedule_circular(stages, micro, groups))
     assert circular == Fraction(stages - 1, micro * groups + stages - 1)
-    assert bubble("circular", stages, micro, groups) == pytest.approx(float(circular))
-    gpipe = idle(forward_slots(stages, micro))
-    assert bubble("gpipe", stages, micro) == pytest.approx(float(gpipe))
+    assert bubble_ratio("circular", stages, micro, groups) == pytest.approx(float(circular))
+    gpipe = idle(schedule_circular(stages, micro))
+    assert bubble_ratio("gpipe", stages, micro) == pytest.approx(float(gpipe))
     # Of 1F1B's ticks the first S − 1 are forward and the last S − 1 backward passes alone.
-    slots = one_f_one_b_slots(stages, micro)
+    slots = schedule_1f1b(stages, micro)
     both = slots[: micro + stages - 1, :, 0], slots[stages - 1 :, :, 1]
     assert idle(np.stack(both)) == Fraction(stages - 1, micro + stages - 1)
-    assert bubble("1f1b", stages, micro) == pytest.approx(float(idle(np.stack(both))))
-
-
-def test_the_tables_of_the_module():
-    o = -1
-    np.testing.assert_array_equal(
-        one_f_one_b_slots(3, 4).transpose(1, 0, 2),
-        [
-            [(0, o), (1, o), (2, o), (3, o), (o, 0), (o, 1), (o, 2), (o, 3)],
-            [(o, o), (0, o), (1, o), (2, 0), (3, 1), (o, 2), (o, 3), (o, o)],
-            [(o, o), (o, o), (0, 0), (1, 1), (2, 2), (3, 3), (o, o), (o, o)],
-        ],
-    )  # fmt: skip
-    circular = forward_slots(2, 4, 2)[:, 0].tolist()
-    assert circular[:8] == [[0, 0], [1, 0], [0, 1], [1, 1], [2, 0], [3, 0], [2, 1], [3, 1]]
+    assert bubble_ratio("1f1b", stages, micro) == pytest.approx(float(idle(np.stack(both))))
 
 
 def compiled_step(schedule: str, micro_batches: int, **mesh: int) -> Any:
@@ -172,7 +158,7 @@ def test_only_1f1bs_memory_is_flat():
 def test_1f1bs_loops_wait_for_each_other():
     """XLA:CPU runs what is independent side by side, and virtual devices would come to the
     collectives of two of them in different orders."""
-    module = parse(compiled_step("1f1b", 4, fsdp=2).as_text())
+    module = parse_hlo(compiled_step("1f1b", 4, fsdp=2).as_text())
     body, loops = max(  # of a tick with both passes; the first and the last tick are unrolled
         (
             (body, loops_with_collectives(body, module))
@@ -186,7 +172,7 @@ def test_1f1bs_loops_wait_for_each_other():
         assert earlier in what_it_needs(later, body)
 
 
-def loops_with_collectives(body: Computation, module: Module) -> list[str]:
+def loops_with_collectives(body: Computation, module: HloModule) -> list[str]:
     """Names of its loops in the order they run."""
 
     def communicates(computation: Computation) -> bool:

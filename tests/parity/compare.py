@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maxlm.config import Config
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.families import family_of
-from maxlm.models.families.family import Family
+from maxlm.models.families import find_family
+from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import bind, flatten_names, param_specs
 from maxlm.sharding import ShardingConfig
 from tests.models.building import QUICK
@@ -23,10 +23,10 @@ class Holder(Config):
     model: ModelConfig
 
 
-def read(values: dict[str, Any], tensors: Any = ()) -> tuple[Family, Any]:
+def read(values: dict[str, Any], tensors: Any = ()) -> tuple[ModelFamily, Any]:
     """A config.json's family, and the model's config by way of a preset's text."""
-    family = family_of(values, "config.json")
-    settings, _ = family.settings(values, "config.json", tensors)
+    family = find_family(values, "config.json")
+    settings, _ = family.read_config(values, "config.json", tensors)
     return family, Holder.model_validate({"model": settings}).model
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families.family import Family
+from maxlm.models.families.family import ModelFamily
 from maxlm.sharding import ShardingConfig
 from tests.parity import compare, grok, tiny
 
@@ -29,7 +29,7 @@ NEW = 12
 class Case(NamedTuple):
     model: Any
     """The other implementation's, fp32."""
-    family: Family
+    family: ModelFamily
     config: Any
     """Ours, read from the other's config.json."""
     entries: Any
@@ -52,7 +52,7 @@ def case(name: str) -> Case:
         model.save_pretrained(folder)
         values, tensors = compare.tensors_of(Path(folder))
     family, config = compare.read(values, tensors)
-    entries = family.entries(config)
+    entries = family.list_entries(config)
     return Case(
         model, family, config, entries, tensors, compare.parameters(config, entries, tensors)
     )

@@ -52,7 +52,7 @@ def test_continues_alike(name):
 @every
 def test_config_comes_back(name):
     own = measure.case(name)
-    assert compare.read(own.family.config_json(own.config))[1] == own.config
+    assert compare.read(own.family.write_config(own.config))[1] == own.config
 
 
 @pytest.mark.parametrize("name", [name for name in measure.CASES if name != "grok1"])

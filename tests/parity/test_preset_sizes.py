@@ -23,7 +23,7 @@ def test_as_many_parameters(name):
     count = re.search(r"([\d,]+) parameters", text)
     assert count is not None
     family = FAMILIES[SCRIPT["family"](name)]
-    values = family.config_json(SCRIPT["preset"](name))
+    values = family.write_config(SCRIPT["preset"](name))
     model = getattr(transformers, values.pop("architectures")[0])
     config = model.config_class(**values)
     assert config.model_type == family.model_type

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from maxlm.plan.communication import list_collectives
-from maxlm.plan.compiled.cost import compiled_cost, compiled_memory
+from maxlm.plan.compiled.cost import read_compiled_cost, read_compiled_memory
 from maxlm.plan.memory import estimate_memory, resting_bytes
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
@@ -85,7 +85,7 @@ def compiled(config: RunConfig):
         *(work, MeshSplit(config, sizes), config.train.micro_batches, config.model.remat),
         ragged=False,
     )
-    return shape, compiled_cost(program.as_text(), sizes), compiled_memory(program)
+    return shape, read_compiled_cost(program.as_text(), sizes), read_compiled_memory(program)
 
 
 def sent(shape: StepShape) -> Counter[tuple[str, str]]:

@@ -5,11 +5,11 @@ from math import prod
 
 import jax.numpy as jnp
 import pytest
+from maxlm.plan.plan_run import Machine, plan_run
+from maxlm.plan.search_layouts import search_layouts
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan.layout import lay_out
-from maxlm.plan.predict import Machine, predict
-from maxlm.plan.search import search
+from maxlm.plan.layout import lay_out_run
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops, score_traffic
 from maxlm.plan.working import list_layer_working_sets
@@ -44,12 +44,12 @@ def preset(name: str, *settings: str) -> RunConfig:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_planned_and_searched(name):
-    machine, config = Machine.of("v5p-64"), preset(name)
-    plan = predict(config, machine)
+    machine, config = Machine.from_name("v5p-64"), preset(name)
+    plan = plan_run(config, machine)
     assert plan.step_seconds is not None
     assert 0.01 < plan.mfu() < 0.5
     assert plan.memory.total > 12 * plan.layout.parameters / machine.topology.devices
-    best = search(config, machine, top=1).best
+    best = search_layouts(config, machine, top=1).best
     if plan.fits and not plan.close:
         assert 0 < best[0].seconds <= plan.step_seconds * (1 + 1e-9)
 
@@ -66,7 +66,7 @@ def test_deepseek_by_hand():
     expert, router, dense, table = 3 * d * 1408, d * 64, 3 * d * 10944, 102400 * d
     norms = 27 * (2 * d + rank) + d
     met = 27 * attention + dense + 26 * (router + (6 + 2) * expert)
-    layout = lay_out(preset("deepseek_v2_lite"), ALONE)
+    layout = lay_out_run(preset("deepseek_v2_lite"), ALONE)
     assert layout.active_parameters == met + norms + 2 * table
     assert layout.parameters == layout.active_parameters + 26 * (64 - 6) * expert == 15_706_484_224
     # Scores of queries and keys, and of weights and values, forward and twice backward.
@@ -78,7 +78,7 @@ def test_deepseek_by_hand():
 def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
     config = preset("t5_small", "objective.encoder_len=464", "objective.decoder_len=312")
-    layout = lay_out(config, ALONE)
+    layout = lay_out_run(config, ALONE)
     d, heads = 512, 8 * 64
     projection, mlp = d * heads, 2 * d * 2048
     of_inputs = 6 * (4 * projection + mlp) + 6 * 2 * projection  # the decoder's keys and values
@@ -92,7 +92,7 @@ def test_an_encoder_and_a_decoder_by_hand():
 
 
 def test_nothing_is_masked_in_an_encoder():
-    layout = lay_out(preset("bert_base"), ALONE)
+    layout = lay_out_run(preset("bert_base"), ALONE)
     assert layout.flops_per_token == layout.flops_per_token_full_attention
 
 
@@ -226,7 +226,7 @@ def test_what_layers_cannot_be_split_so_is_refused(model, axis):
     train = config.train.model_copy(update={"micro_batches": 2})
     config = config.model_copy(update={"parallel": parallel, "train": train})
     with pytest.raises(MaxlmError) as error:
-        lay_out(config, ALONE | {axis: 2})
+        lay_out_run(config, ALONE | {axis: 2})
     assert str(error.value) == REFUSED[model, axis]
 
 
@@ -234,5 +234,5 @@ def test_what_layers_cannot_be_split_so_is_refused(model, axis):
 def test_a_search_proposes_nothing_that_is_refused(model):
     """Every candidate that divides passes the run's own checks."""
     config = run(model, "dp")
-    found = search(config, Machine.of("h100x2"), top=10_000)
+    found = search_layouts(config, Machine.from_name("h100x2"), top=10_000)
     assert len(found.best) == found.fitting > 0, found.refusal

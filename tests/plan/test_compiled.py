@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.plan.compiled.cost import CompiledCost, compiled_cost, compiled_memory
+from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost, read_compiled_memory
 from pallas_kernels.attention import attention
 
 ONE = {"data": 1}
@@ -24,7 +24,7 @@ def text_of(function, *shapes) -> str:
 
 
 def cost_of(function, *shapes, **options) -> CompiledCost:
-    return compiled_cost(text_of(function, *shapes), ONE, **options)
+    return read_compiled_cost(text_of(function, *shapes), ONE, **options)
 
 
 def repeated(times: int, body):
@@ -59,7 +59,7 @@ def test_trips_are_read_from_the_condition_where_the_compiler_does_not_say():
     without = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)
     assert "known_trip_count" in text
     assert "known_trip_count" not in without
-    assert compiled_cost(without, ONE).matmul_flops == NESTED_FLOPS
+    assert read_compiled_cost(without, ONE).matmul_flops == NESTED_FLOPS
 
 
 @pytest.mark.parametrize(("first", "end", "trips"), [(0, 7, 7), (3, 7, 4), (-2, 7, 9)])
@@ -70,7 +70,7 @@ def test_a_counter_may_start_anywhere(first, end, trips):
     text = text_of(function, (M, K), (K, K))
     without = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text)
     for known in (text, without):
-        assert compiled_cost(known, ONE).matmul_flops == trips * 2 * M * K * K
+        assert read_compiled_cost(known, ONE).matmul_flops == trips * 2 * M * K * K
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_trips_of_other_counters(first, holds, move, trips):
         return lax.while_loop(lambda carry: holds(carry[0]), body, (first, x))[1]
 
     text = re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", text_of(function, (M, K), (K, K)))
-    cost = compiled_cost(text, ONE)
+    cost = read_compiled_cost(text, ONE)
     counted = (1 if trips is None else trips) * 2 * M * K * K
     # A loop that never runs may be gone.
     assert cost.matmul_flops == counted
@@ -175,7 +175,7 @@ def test_the_largest_arrays_are_named():
 
 def test_memory_is_the_compilers_own():
     compiled = jax.jit(lambda x: (x @ x.T) @ x).lower(jnp.ones((64, 32))).compile()
-    memory = compiled_memory(compiled)
+    memory = read_compiled_memory(compiled)
     assert (memory.argument, memory.output, memory.alias) == (64 * 32 * 4, 64 * 32 * 4, 0)
     assert memory.temp >= 64 * 64 * 4
     assert memory.peak == memory.argument + memory.output + memory.temp
@@ -250,7 +250,7 @@ def exchanged(mesh):
 def test_each_collective_has_its_axes_and_bytes(exchanged, name):
     function, kind, axes, size = EXCHANGES[name]
     text, sizes = exchanged
-    cost = compiled_cost(text(function), sizes)
+    cost = read_compiled_cost(text(function), sizes)
     (found,) = cost.collectives
     assert (found.kind, found.axes, found.count) == (kind, axes, 5)
     assert found.payload_bytes == SIZE

@@ -3,9 +3,9 @@ of writing products and collectives, and every form of replica groups."""
 
 import pytest
 
-from maxlm.plan.compiled.cost import compiled_cost, ring_bytes
-from maxlm.plan.compiled.groups import replica_groups
-from maxlm.plan.compiled.hlo import parse
+from maxlm.plan.compiled.cost import read_compiled_cost, ring_bytes
+from maxlm.plan.compiled.groups import parse_replica_groups
+from maxlm.plan.compiled.hlo import parse_hlo
 
 ONE = {"data": 1}
 
@@ -32,7 +32,7 @@ def test_variadic_collectives_sum_their_parts():
 replica_groups={{0,1},{2,3}}, use_global_device_ids=true, to_apply=%add
 """
     )
-    (found,) = compiled_cost(text, {"data": 2, "tensor": 2}).collectives
+    (found,) = read_compiled_cost(text, {"data": 2, "tensor": 2}).collectives
     assert (found.axes, found.payload_bytes, found.wire_bytes) == ("tensor", 64, 64)
 
 
@@ -54,7 +54,7 @@ dimensions={0}, use_global_device_ids=true, to_apply=%add
 }
 """,
     )
-    cost = compiled_cost(text, {"data": 2, "fsdp": 4})
+    cost = read_compiled_cost(text, {"data": 2, "fsdp": 4})
     shard = 64 * 32 * 2
     assert cost.wire_by_kind_and_axes() == {
         ("all-gather", "fsdp"): 3 * shard,
@@ -88,7 +88,7 @@ replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1'}, use_global_device_ids=tru
 }
 """,
     )
-    cost = compiled_cost(text, {"data": 2, "fsdp": 8})
+    cost = read_compiled_cost(text, {"data": 2, "fsdp": 8})
     assert cost.wire_by_kind_and_axes() == {
         ("all-reduce", "data"): 1024 * 64 * 2,
         ("reduce-scatter", "fsdp"): 1152 * 64 * 2 * 7 // 8,
@@ -155,7 +155,7 @@ custom_call_target="AsyncCollectiveDone"
 }}
 """,
     )
-    cost = compiled_cost(text, {"fsdp": 8}, on_chip=(1, 2))
+    cost = read_compiled_cost(text, {"fsdp": 8}, on_chip=(1, 2))
     assert {c.kind: (c.count, c.wire_bytes) for c in cost.collectives} == {
         "all-gather": (1, 7 * 16 * 64 * 2),
         "reduce-scatter": (2, 2 * 7 * 8 * 64 * 2),
@@ -207,7 +207,7 @@ def test_products_written_as_convolutions_count_what_meets_the_input(name):
   ROOT %y = {of(result)} convolution(%x, %w), {attributes}
 """
     )
-    assert compiled_cost(text, ONE).matmul_flops == flops
+    assert read_compiled_cost(text, ONE).matmul_flops == flops
 
 
 def test_calls_of_matrix_libraries_and_custom_kernels():
@@ -224,7 +224,7 @@ metadata={op_name="jit(f)/splash"}, backend_config={"custom_call_config":{"body"
   ROOT %b = bf16[16,32]{1,0} custom-call(), custom_call_target="AllocateBuffer"
 """
     )
-    cost = compiled_cost(text, ONE)
+    cost = read_compiled_cost(text, ONE)
     assert cost.matmul_flops == 2 * 16 * 32 * 24
     (kernel,) = cost.custom_calls
     assert (kernel.target, kernel.op_name, kernel.flops) == (
@@ -249,8 +249,8 @@ frontend_attributes={kernel_metadata={
 }}, metadata={op_name="jit(f)/splash"}
 """
     )
-    assert parse(text).entry.root == "o"
-    (kernel,) = compiled_cost(text, ONE).custom_calls
+    assert parse_hlo(text).entry.root == "o"
+    (kernel,) = read_compiled_cost(text, ONE).custom_calls
     assert (kernel.op_name, kernel.count) == ("jit(f)/splash", 1)
 
 
@@ -275,14 +275,14 @@ GROUPS = {
 
 @pytest.mark.parametrize("form", GROUPS)
 def test_replica_groups_in_every_printed_form(form):
-    assert replica_groups(f"replica_groups={form}, dimensions={{0}}", 8) == GROUPS[form]
+    assert parse_replica_groups(f"replica_groups={form}, dimensions={{0}}", 8) == GROUPS[form]
 
 
 def test_an_unknown_form_is_refused():
     with pytest.raises(ValueError, match="unknown form"):
-        replica_groups("replica_groups=<something new>", 8)
+        parse_replica_groups("replica_groups=<something new>", 8)
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        parse("something else\n")
+        parse_hlo("something else\n")
 
 
 def test_what_a_ring_sends():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from maxlm.plan.goodput import Reliability, best_interval, goodput, progress
+from maxlm.plan.goodput import Reliability, best_interval_seconds, estimate_goodput, progress_ratio
 
 
 def simulated(interval: float, mean: float, write: float, restart: float, hours: float) -> float:
@@ -33,7 +33,7 @@ def simulated(interval: float, mean: float, write: float, restart: float, hours:
     [(600, 7200, 30, 300), (3600, 40_000, 120, 600), (900, 3600, 60, 900), (60, 90_000, 5, 60)],
 )
 def test_progress_is_what_a_simulated_run_makes(interval, mean, write, restart):
-    own = progress(interval, mean, write, restart)
+    own = progress_ratio(interval, mean, write, restart)
     assert own == pytest.approx(simulated(interval, mean, write, restart, 60_000), rel=0.02)
 
 
@@ -45,20 +45,22 @@ def test_progress_is_what_a_simulated_run_makes(interval, mean, write, restart):
 def test_the_best_interval_is(mean, share, restart):
     write = share * mean
     found = minimize_scalar(
-        lambda tau: -progress(tau, mean, write, restart),
+        lambda tau: -progress_ratio(tau, mean, write, restart),
         bounds=(write / 100, 5 * mean),
         method="bounded",
         options={"xatol": 1e-4 * write},
     )
-    best = progress(best_interval(mean, write), mean, write, restart)
+    best = progress_ratio(best_interval_seconds(mean, write), mean, write, restart)
     assert best == pytest.approx(-found.fun, rel=1e-3)
     # Young's first-order formula is where Daly's tends to.
     if share < 1e-4:
-        assert best_interval(mean, write) == pytest.approx((2 * write * mean) ** 0.5, rel=0.02)
+        assert best_interval_seconds(mean, write) == pytest.approx(
+            (2 * write * mean) ** 0.5, rel=0.02
+        )
 
 
 def test_a_larger_machine_fails_more_often():
-    few, many = (goodput(Reliability(), n, 1e9, 36.0, 100) for n in (256, 16_384))
+    few, many = (estimate_goodput(Reliability(), n, 1e9, 36.0, 100) for n in (256, 16_384))
     assert few.mtbf_hours == pytest.approx(64 * many.mtbf_hours)
     # 419 interruptions in 54 days on 16,384 devices: one every three hours.
     assert many.mtbf_hours == pytest.approx(54 * 24 / 419)
@@ -67,11 +69,11 @@ def test_a_larger_machine_fails_more_often():
 
 
 def test_no_checkpoints_no_progress():
-    assert goodput(Reliability(), 64, 1e9, 10.0, 0).configured == 0
-    assert progress(1e9, 60, 1, 1) == 0
+    assert estimate_goodput(Reliability(), 64, 1e9, 10.0, 0).configured == 0
+    assert progress_ratio(1e9, 60, 1, 1) == 0
 
 
 def test_checkpoints_that_cost_nothing_are_taken_often():
-    found = goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 30.0, 100)
+    found = estimate_goodput(Reliability(checkpoint_seconds=0), 64, 1e9, 30.0, 100)
     assert found.best > 0.999
     assert found.best_interval_seconds == 30.0  # no oftener than there are steps

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan.html import report, write_report
-from maxlm.plan.predict import Machine, predict
+from maxlm.plan.html import render_report, write_report
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
@@ -16,9 +16,9 @@ HOSTILE = "a </script><script>alert(1)</script> <!--<script> & {{plan}} {{title}
 
 def plan(name="demo", machine=None):
     config = load_config(RunConfig, "llama3_8b", []).value.model_copy(update={"name": name})
-    where = Machine.of(machine) if machine else None
+    where = Machine.from_name(machine) if machine else None
     sizes = None if where else {axis: 8 if axis == "fsdp" else 1 for axis in MESH_AXES}
-    return json.loads(json.dumps(predict(config, where, sizes=sizes).to_json()))
+    return json.loads(json.dumps(plan_run(config, where, sizes=sizes).to_json()))
 
 
 def data_of(page):
@@ -28,15 +28,15 @@ def data_of(page):
 @pytest.mark.parametrize("machine", ["h100x64", None])
 def test_the_plan_can_be_read_back(machine):
     expected = plan(machine=machine)
-    (data,) = data_of(report(expected))
+    (data,) = data_of(render_report(expected))
     assert json.loads(data) == expected
     assert (expected["time"] is None) == (machine is None)
 
 
 def test_a_name_cannot_break_out():
-    (data,) = data_of(report(plan(HOSTILE)))
+    (data,) = data_of(render_report(plan(HOSTILE)))
     assert json.loads(data)["name"] == HOSTILE
-    page, usual = report(plan(HOSTILE)), report(plan())
+    page, usual = render_report(plan(HOSTILE)), render_report(plan())
     assert page.count("<script") == usual.count("<script")
     assert page.count("</script") == usual.count("</script")
     title = "a &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt; &lt;!--&lt;script&gt; &amp;"
@@ -44,7 +44,7 @@ def test_a_name_cannot_break_out():
 
 
 def test_nothing_is_fetched():
-    page = report(plan(machine="h100x64"))
+    page = render_report(plan(machine="h100x64"))
     outside = re.compile(
         r"""(?:src|href)\s*=\s*["']?\s*(?:https?:)?//|url\(|@import|fetch\(|import\("""
     )
@@ -54,14 +54,14 @@ def test_nothing_is_fetched():
 
 def test_numbers_that_json_lacks_are_refused():
     with pytest.raises(ValueError, match="JSON"):
-        report({"name": "demo", "fits": float("inf")})
+        render_report({"name": "demo", "fits": float("inf")})
 
 
 def test_it_replaces_what_was_there(tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
     write_report(plan(), path)
-    assert path.read_text("utf-8") == report(plan())
+    assert path.read_text("utf-8") == render_report(plan())
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 

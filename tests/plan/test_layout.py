@@ -14,8 +14,8 @@ from maxlm.cli.main import main
 from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
 from maxlm.models.params import flatten_names
-from maxlm.plan.layout import lay_out
-from maxlm.plan.show import human_bytes, human_count
+from maxlm.plan.layout import lay_out_run
+from maxlm.plan.show import format_bytes, format_count
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig
@@ -46,7 +46,7 @@ MESHES = st.builds(
 @given(mesh=MESHES)
 def test_bytes_over_devices_add_up(mesh):
     batch = mesh["data"] * mesh["fsdp"]
-    layout = lay_out(llama(**{"data.batch_size": batch}), mesh)
+    layout = lay_out_run(llama(**{"data.batch_size": batch}), mesh)
     assert layout.devices == prod(mesh.values())
     assert layout.parameters == 8_030_261_248
     for row in layout.rows:
@@ -62,7 +62,7 @@ def test_bytes_over_devices_add_up(mesh):
 def test_more_fsdp_devices_never_cost_bytes(mesh, kind):
     settings = {"optimizer.kind": kind, "data.batch_size": 2 * mesh["data"] * mesh["fsdp"]}
     run = llama(**settings)
-    less, more = (lay_out(run, {**mesh, "fsdp": n * mesh["fsdp"]}) for n in (1, 2))
+    less, more = (lay_out_run(run, {**mesh, "fsdp": n * mesh["fsdp"]}) for n in (1, 2))
     assert more.parameter_bytes <= less.parameter_bytes
     assert more.optimizer_bytes <= less.optimizer_bytes
     for few, many in zip(less.rows, more.rows, strict=True):
@@ -72,7 +72,7 @@ def test_more_fsdp_devices_never_cost_bytes(mesh, kind):
 def test_a_run_makes_the_arrays_that_were_planned():
     axes = {"data": 2, "fsdp": 2, "tensor": 2}
     run = tiny_run(mesh=axes)
-    setup, layout = set_up(run), lay_out(run, sizes(**axes))
+    setup, layout = set_up(run), lay_out_run(run, sizes(**axes))
     state = setup.init()
     arrays = flatten_names(state.params)
     assert [row.path for row in layout.rows] == list(arrays)
@@ -98,7 +98,7 @@ def bytes_on_a_device(tree) -> int:
 def test_other_optimizers_lie_as_planned(axes, kind):
     run = tiny_run(mesh={"fsdp": 1, **axes}, optimizer={"kind": kind})
     state = set_up(run).abstract_state.opt_state
-    planned = lay_out(run, sizes(**axes)).optimizer_bytes
+    planned = lay_out_run(run, sizes(**axes)).optimizer_bytes
     assert planned == sum(
         prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(state)
     )
@@ -218,7 +218,7 @@ def test_words_of_tables_are_whole(columns, capsys, monkeypatch):
     ],
 )
 def test_bytes_for_people(size, text):
-    assert human_bytes(size) == text
+    assert format_bytes(size) == text
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_bytes_for_people(size, text):
     [(12, "12"), (1500, "1.5K"), (6.738e9, "6.74B"), (1.5e13, "15T"), (9.996e8, "1000M")],
 )
 def test_counts_for_people(count, text):
-    assert human_count(count) == text
+    assert format_count(count) == text
 
 
 def test_a_mesh_axis_of_minus_one_is_filled(capsys):

@@ -3,20 +3,20 @@
 import pytest
 
 from maxlm.config import load_config
-from maxlm.plan.layout import Layout, lay_out
+from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
 LINKS = {"data": "network between slices", "fsdp": "torus of a slice"}
 
 
-def layout(mesh: dict[str, int], links=None, **settings: object) -> Layout:
+def layout(mesh: dict[str, int], links=None, **settings: object) -> RunLayout:
     sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     chosen = {"data.batch_size": 512, **settings}
     config = load_config(
         RunConfig, "llama3_8b", [f"{key}={value}" for key, value in chosen.items()]
     )
-    return lay_out(config.value, sizes, links)
+    return lay_out_run(config.value, sizes, links)
 
 
 def test_one_device_needs_no_words():

@@ -9,9 +9,9 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan import hardware
-from maxlm.plan.diff import diff
-from maxlm.plan.hardware import CHIPS, chip_of
-from maxlm.plan.predict import Machine, predict
+from maxlm.plan.diff import compare_plans
+from maxlm.plan.hardware import CHIPS, find_chip
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.timing import EFFICIENCY
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -25,7 +25,7 @@ def run(name: str, *settings: str) -> RunConfig:
 
 @pytest.mark.parametrize("remat", FACTORS)
 def test_products_follow_from_parameters_and_tokens(remat):
-    plan = predict(run("llama3_8b", f"model.remat={remat}"), Machine.of("v5p-128"))
+    plan = plan_run(run("llama3_8b", f"model.remat={remat}"), Machine.from_name("v5p-128"))
     peak = 64 * CHIPS["v5p"].peak["bf16"]
     # 6 FLOPs a parameter and token without anything computed again, nearly 8 with.
     products = float(plan.time.products) * EFFICIENCY["tpu"].matmul * peak
@@ -36,7 +36,7 @@ def test_products_follow_from_parameters_and_tokens(remat):
 
 def test_recomputing_trades_memory_for_time():
     plans = {
-        remat: predict(run("llama2_7b", f"model.remat={remat}"), Machine.of("v5p-512"))
+        remat: plan_run(run("llama2_7b", f"model.remat={remat}"), Machine.from_name("v5p-512"))
         for remat in ("none", "matmuls", "mlp", "full")
     }
     memory = [float(p.memory.total) for p in plans.values()]
@@ -46,28 +46,28 @@ def test_recomputing_trades_memory_for_time():
 
 def test_fp32_is_slower_than_bf16_on_a_gpu():
     auto, fp32 = (
-        predict(run("llama3_8b", f"compute_dtype={dtype}"), Machine.of("h100x64")).time
+        plan_run(run("llama3_8b", f"compute_dtype={dtype}"), Machine.from_name("h100x64")).time
         for dtype in ("bfloat16", "float32")
     )
     assert float(fp32.products / auto.products) == pytest.approx(2)
 
 
 def test_one_device_sends_nothing():
-    plan = predict(run("gpt2", "data.batch_size=8"), Machine.of("v5e-1"))
+    plan = plan_run(run("gpt2", "data.batch_size=8"), Machine.from_name("v5e-1"))
     assert plan.sends == ()
     assert float(plan.time.communication) == float(plan.time.exposed) == 0
 
 
 def test_without_a_machine_nothing_is_said_to_fit():
-    plan = predict(run("gpt2"), sizes=dict.fromkeys(MESH_AXES, 1))
+    plan = plan_run(run("gpt2"), sizes=dict.fromkeys(MESH_AXES, 1))
     assert plan.fits is plan.step_seconds is plan.mfu() is None
 
 
 def test_more_micro_batches_take_less_memory():
     totals = [
         float(
-            predict(
-                run("llama3_8b", f"train.micro_batches={n}"), Machine.of("v5p-64")
+            plan_run(
+                run("llama3_8b", f"train.micro_batches={n}"), Machine.from_name("v5p-64")
             ).memory.activations
         )
         for n in (1, 2, 4, 8)
@@ -77,21 +77,21 @@ def test_more_micro_batches_take_less_memory():
 
 def test_a_pipeline_idles_as_its_schedule_says():
     config = run("llama2_7b", "mesh.stage=4", "train.micro_batches=8", "model.remat=none")
-    time = predict(config, Machine.of("v5p-64")).time
+    time = plan_run(config, Machine.from_name("v5p-64")).time
     assert float(time.idle / time.total) == pytest.approx(3 / 11, rel=0.15)
 
 
 def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
     """As glibc's mallopt(3) has it: blocks of up to 32 MiB are kept, larger ones given back."""
-    machine = Machine.of("v5e-1")
+    machine = Machine.from_name("v5e-1")
     slow = replace(machine, chip=replace(machine.chip, pages=1e9))
     seen = set()
     for seq_len in range(48, 256, 8):
         config = run("demo", "data.batch_size=16", f"data.seq_len={seq_len}")
-        pool = predict(config, machine)
+        pool = plan_run(config, machine)
         memory = pool.memory
         new = float(memory.total - memory.parameters - memory.optimizer - memory.batch)
-        waited = 1e9 * (predict(config, slow).step_seconds - pool.step_seconds)
+        waited = 1e9 * (plan_run(config, slow).step_seconds - pool.step_seconds)
         if new <= 2**25:
             assert waited == 0
         elif new >= 1.1 * 2**25:
@@ -103,7 +103,7 @@ def test_a_step_waits_for_new_memory_where_no_pool_holds_it():
 
 
 def test_json_is_plain_and_whole():
-    plan = predict(run("mixtral_8x7b", "mesh.expert=8"), Machine.of("v5p-128"))
+    plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name("v5p-128"))
     out = json.loads(json.dumps(plan.to_json(), allow_nan=False))
     parts = {"parameters", "optimizer", "average", "batch", "gradients", "activations", "working"}
     assert sum(out["memory"][part] for part in parts) == pytest.approx(out["memory"]["total"])
@@ -120,7 +120,7 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
     """Its compiler refuses ragged exchanges (docs/performance.md)."""
 
     def rows(on: str) -> float:
-        plan = predict(run("mixtral_8x7b", "mesh.expert=8"), Machine.of(on))
+        plan = plan_run(run("mixtral_8x7b", "mesh.expert=8"), Machine.from_name(on))
         return sum(s.sent_bytes for s in plan.sends if s.what.startswith("experts: "))
 
     assert rows("v5e-64") == pytest.approx(4 * rows("v6e-64"))
@@ -136,7 +136,7 @@ def test_a_v5e_exchanges_blocks_for_the_worst_case():
 )
 def test_a_mesh_that_the_machine_cannot_have(on, settings, words):
     with pytest.raises(MaxlmError, match=words):
-        predict(run("llama2_7b", *settings), Machine.of(on))
+        plan_run(run("llama2_7b", *settings), Machine.from_name(on))
 
 
 def test_every_chip_has_sources_and_constants():
@@ -169,7 +169,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices_are_recognised(kind):
     platform = "tpu" if kind.startswith("TPU") else "gpu"
-    found = chip_of(SimpleNamespace(platform=platform, device_kind=kind))
+    found = find_chip(SimpleNamespace(platform=platform, device_kind=kind))
     assert (found and found.name) == KINDS[kind]
 
 
@@ -184,7 +184,7 @@ def test_a_busy_moment_leaves_no_mark_on_the_measured_figures(monkeypatch):
         return run
 
     monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: now))
-    found = hardware.quickest_of((work(0.01), work(0.02), work(0.004)), seconds=1.5)
+    found = hardware.measure_fastest_seconds((work(0.01), work(0.02), work(0.004)), seconds=1.5)
     assert found == pytest.approx([0.01, 0.02, 0.004])
 
 
@@ -200,31 +200,32 @@ def tpu(coords, slice_index: int = 0):
 
 def test_the_machine_that_is_here():
     places = [(x, y, z) for x in range(4) for y in range(4) for z in range(2)]
-    found = Machine.here([tpu(p, s) for s in range(2) for p in places])
-    assert found.topology == Machine.of("2xv5p-64").topology
+    found = Machine.from_devices([tpu(p, s) for s in range(2) for p in places])
+    assert found.topology == Machine.from_name("2xv5p-64").topology
     kind = "NVIDIA H100 80GB HBM3"
     for a_process in (8, 1):
         gpus = [
             SimpleNamespace(platform="gpu", device_kind=kind, process_index=i // a_process)
             for i in range(16)
         ]
-        assert Machine.here(gpus).topology == Machine.of("h100x16").topology
+        assert Machine.from_devices(gpus).topology == Machine.from_name("h100x16").topology
     gpus[0].memory_stats = lambda: {"bytes_limit": 7}
-    assert Machine.here(gpus).chip.memory == 7
-    assert Machine.here(jax.devices()).topology.shape == (8,)
-    assert Machine.here([SimpleNamespace(platform="gpu", device_kind="Tesla T4")]) is None
+    assert Machine.from_devices(gpus).chip.memory == 7
+    assert Machine.from_devices(jax.devices()).topology.shape == (8,)
+    assert Machine.from_devices([SimpleNamespace(platform="gpu", device_kind="Tesla T4")]) is None
 
 
 def test_a_diff_says_what_changed():
     a, b = (
-        predict(
-            run("llama2_7b", f"model.remat={remat}", "data.batch_size=128"), Machine.of("v5p-64")
+        plan_run(
+            run("llama2_7b", f"model.remat={remat}", "data.batch_size=128"),
+            Machine.from_name("v5p-64"),
         ).to_json()
         for remat in ("full", "mlp")
     )
-    found = diff(a, b)
+    found = compare_plans(a, b)
     assert found["facts"] == {"remat": ["full", "mlp"]}
     assert found["mesh"] == found["parameters"] == found["communication"] == {}
     assert found["memory"]["activations"][1] > found["memory"]["activations"][0]
     assert set(found["time"]) >= {"products", "step", "mfu"}
-    assert not any(diff(a, a).values())
+    assert not any(compare_plans(a, a).values())

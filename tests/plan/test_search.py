@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan.predict import Machine, predict
-from maxlm.plan.search import FILL, search, snippet
+from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.search import FILL, format_run_yaml, search_layouts
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 
@@ -44,7 +44,7 @@ def brute_force(config: RunConfig, machine: Machine) -> list[tuple[float, dict]]
             settings["model"]["remat"] = remat
             settings["sharding"]["compute"]["residual"] = residual
             try:
-                plan = predict(RunConfig.model_validate(settings), machine)
+                plan = plan_run(RunConfig.model_validate(settings), machine)
             except MaxlmError:
                 continue
             if float(plan.memory.total) <= FILL * machine.chip.memory:
@@ -54,8 +54,8 @@ def brute_force(config: RunConfig, machine: Machine) -> list[tuple[float, dict]]
 
 @pytest.mark.parametrize("on", ["v5e-8", "h100x8"])
 def test_nothing_better_is_missed(on):
-    config, machine = run(**{"data.batch_size": 32}), Machine.of(on)
-    found = search(config, machine, top=3)
+    config, machine = run(**{"data.batch_size": 32}), Machine.from_name(on)
+    found = search_layouts(config, machine, top=3)
     best = brute_force(config, machine)
     assert found.best[0].seconds <= best[0][0] * (1 + 1e-9)
     assert found.tried >= found.possible >= found.fitting >= len(found.best)
@@ -66,19 +66,19 @@ def test_nothing_better_is_missed(on):
     [("llama3_70b", "v5p-128"), ("mixtral_8x7b", "v5e-256"), ("llama3_8b", "h100x64")],
 )
 def test_what_is_found_is_a_plan(name, on):
-    config, machine = run(name), Machine.of(on)
-    found = search(config, machine, top=5)
+    config, machine = run(name), Machine.from_name(on)
+    found = search_layouts(config, machine, top=5)
     assert len(found.best) == 5
     assert [c.seconds for c in found.best] == sorted(c.seconds for c in found.best)
     for candidate in found.best:
-        plan = predict(candidate.apply(config), machine)
+        plan = plan_run(candidate.apply(config), machine)
         assert plan.fits
         assert prod(candidate.sizes.values()) == machine.topology.devices
         assert plan.step_seconds == pytest.approx(candidate.seconds, rel=1e-9)
         assert float(plan.memory.total) == pytest.approx(candidate.memory, rel=1e-9)
         assert plan.layout.tokens_per_step == config.data.batch_size * config.data.seq_len
     try:
-        by_hand = predict(config, machine)
+        by_hand = plan_run(config, machine)
     except MaxlmError:
         return
     assert found.best[0].seconds <= (by_hand.step_seconds or 0.0)
@@ -90,10 +90,10 @@ def test_the_snippet_is_the_candidate(tmp_path):
     mine["data"] = {"sources": [{"name": "a", "documents": ["x"], "weight": 1.0}]}
     source.write_text(yaml.safe_dump(mine))
     settings = {"data.batch_size": 256, "data.sources.0.weight": 2.0, "optimizer.kind": "lion"}
-    config, machine = run(str(source), **settings), Machine.of("v5p-64")
-    for best in search(config, machine, top=3).best:
+    config, machine = run(str(source), **settings), Machine.from_name("v5p-64")
+    for best in search_layouts(config, machine, top=3).best:
         wanted = best.apply(config)
-        file.write_text(snippet(wanted, str(source)))
+        file.write_text(format_run_yaml(wanted, str(source)))
         assert load_config(RunConfig, file).value == wanted
         assert yaml.safe_load(file.read_text())["include"] == str(source)
 
@@ -106,20 +106,20 @@ def test_the_snippet_of_settings_alone_is_whole(tmp_path):
     config = load_config(
         RunConfig, str(source), [f"model={yaml.safe_dump(model, default_flow_style=True)}"]
     )
-    file.write_text(snippet(config.value, str(source)))
+    file.write_text(format_run_yaml(config.value, str(source)))
     assert load_config(RunConfig, file).value == config.value
 
 
 def test_none_fits():
-    found = search(run("llama3_405b"), Machine.of("v5e-8"))
+    found = search_layouts(run("llama3_405b"), Machine.from_name("v5e-8"))
     assert not found.best
     assert found.fitting == 0
     assert found.least > 16e9
 
 
 def test_slices_are_crossed_by_data_or_stages_alone():
-    machine = Machine.of("2xv5e-16")
-    found = search(run(**{"data.batch_size": 64}), machine, top=20)
+    machine = Machine.from_name("2xv5e-16")
+    found = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)
     assert len(found.best) == 20
     assert all(c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best)
 
@@ -136,5 +136,5 @@ def test_adding_devices_on_fsdp_never_costs_memory(data, tensor, micro, remat):
     totals = []
     for fsdp in (2, 4, 8, 16, 32, 64):
         sizes = dict.fromkeys(MESH_AXES, 1) | {"data": data, "tensor": tensor, "fsdp": fsdp}
-        totals.append(float(predict(config, sizes=sizes).memory.total))
+        totals.append(float(plan_run(config, sizes=sizes).memory.total))
     assert totals == sorted(totals, reverse=True)

@@ -13,10 +13,10 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
-from maxlm.huggingface.checkpoint import CheckpointWriter
-from maxlm.huggingface.files import read, stored_tensors
+from maxlm.huggingface.checkpoint import RunCheckpointWriter
+from maxlm.huggingface.files import list_stored_tensors, read_tensor
 from maxlm.inference.sampling import SamplingConfig
-from maxlm.models.families import family_of
+from maxlm.models.families import find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
 from maxlm.programs.generate import generate_text
@@ -56,7 +56,7 @@ def alike(run: Path, model: dict[str, Any]) -> Path:
     config = RunConfig.model_validate(config.model_dump() | {"name": "other", "model": model})
     specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
     random = np.random.default_rng(0)
-    with CheckpointWriter(folder / "checkpoints") as writer:
+    with RunCheckpointWriter(folder / "checkpoints") as writer:
         for name, spec in specs.items():
             writer.declare(name, spec.shape)
             writer.write(name, (), random.normal(size=spec.shape).astype(np.float32))
@@ -152,7 +152,7 @@ def test_number_formats_come_back(tmp_path):
 
     done = convert(tmp_path / "run", tmp_path / "half", dtype="float16")
     assert done.dtype == "F16"
-    kinds = {stored.dtype for stored in stored_tensors(tmp_path / "half").values()}
+    kinds = {stored.dtype for stored in list_stored_tensors(tmp_path / "half").values()}
     assert kinds == {"F16"}
 
 
@@ -168,7 +168,7 @@ def test_many_files_are_one_model(tmp_path):
 
 
 def check_same_tensors(folder: Path, want: dict[str, np.ndarray]) -> None:
-    got = {name: read(stored) for name, stored in stored_tensors(folder).items()}
+    got = {name: read_tensor(stored) for name, stored in list_stored_tensors(folder).items()}
     assert got.keys() == want.keys()
     for name, value in want.items():
         assert got[name].dtype == value.dtype, name
@@ -226,7 +226,7 @@ def test_bart_without_its_head(tmp_path):
     inputs = (own.shown["source"], places, None)
     config, tensors = compare.tensors_of(source)
     assert compare.read(config, tensors)[1] == model
-    entries = family_of(config, "config.json").entries(model, tensors)
+    entries = find_family(config, "config.json").list_entries(model, tensors)
     exact = {key: value.astype(np.float32) for key, value in tensors.items()}
     params = compare.parameters(model, entries, exact)
     got = compare.logits(model, params, own.shown["tokens"], inputs=inputs)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from maxlm.config import load_config
-from maxlm.plan.layout import lay_out
+from maxlm.plan.layout import lay_out_run
 from maxlm.run import RunConfig
 from maxlm.sharding import mesh_sizes
 from tests.programs.matrix import PAGE, written
@@ -31,7 +31,7 @@ def test_what_the_page_tells_to_write_is_planned_as_it_says(settings, says, tmp_
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
     config = load_config(RunConfig, file).value
-    notes = lay_out(config, mesh_sizes(config.mesh, DEVICES)).notes
+    notes = lay_out_run(config, mesh_sizes(config.mesh, DEVICES)).notes
     assert set(says.splitlines()) <= set(notes), notes
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
-from maxlm.plan.predict import Machine, predict
+from maxlm.plan.predict import Machine, plan_run
 from maxlm.programs.goodput import PARTS, History, Span, history
 from maxlm.programs.runs import list_runs, read_run
 from maxlm.programs.timeline import COLUMNS, plot_history
@@ -54,7 +54,7 @@ def write_run(folder, events=EVENTS):
 def test_a_run_beside_its_plan_and_config(tmp_path):
     folder = write_run(tmp_path / "seven")
     config = load_config(RunConfig, "llama2_7b", ["data.batch_size=128"]).value
-    plan = predict(config, Machine.of("v5p-64"))
+    plan = plan_run(config, Machine.from_name("v5p-64"))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
     run = read_run(folder, now=BEGAN + 1e6)

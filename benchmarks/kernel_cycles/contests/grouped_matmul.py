@@ -42,12 +42,12 @@ def _operands(which: str, rows: int, groups: int, d: int, f: int) -> list[Any]:
 
 def own(*, which: str, **sizes: int) -> Program:
     """This package's."""
-    from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer
+    from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 
     def run(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.Array:
         if which == "d_kernels":
-            return grouped_outer(left, right, sizes)
-        return grouped_matmul(left, right, sizes, turned=which == "d_rows")
+            return grouped_outer_product(left, right, sizes)
+        return grouped_matmul(left, right, sizes, transpose_kernels=which == "d_rows")
 
     return run, _operands(which, **sizes)
 

@@ -5,15 +5,15 @@
 
 from benchmarks.kernel_cycles.static.costs import CallCosts, KernelCosts, RegionCosts
 from benchmarks.kernel_cycles.static.measure import CompileError, Spec, measure
-from pallas_kernels.chips import CHIPS, Chip
+from pallas_kernels.chips import CHIPS, TpuChip
 
 __all__ = [
     "CHIPS",
     "CallCosts",
-    "Chip",
     "CompileError",
     "KernelCosts",
     "RegionCosts",
     "Spec",
+    "TpuChip",
     "measure",
 ]

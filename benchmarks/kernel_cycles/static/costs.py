@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.kernel_cycles.static.control import knows_core, run_counts
 from benchmarks.kernel_cycles.static.prefetch import KernelCall, words
 from benchmarks.kernel_cycles.static.schedule import Region, Schedule
-from pallas_kernels.chips import Chip
+from pallas_kernels.chips import TpuChip
 
 SPILL_STORES, SPILL_LOADS = "VSTORE:SPILL", "VLOAD:FILL"
 _CORE_IS_IDLE = 0.1
@@ -88,7 +88,7 @@ class KernelCosts:
 class CallCosts:
     """A compiled program."""
 
-    chip: Chip
+    chip: TpuChip
     kernels: tuple[KernelCosts, ...]
     """Pallas's."""
     others: tuple[KernelCosts, ...]
@@ -115,7 +115,7 @@ def call_costs(
     schedules: Sequence[Schedule],
     hlo: str,
     calls: Sequence[KernelCall],
-    chip: Chip,
+    chip: TpuChip,
     temp_bytes: int,
     *,
     assume_runs: bool = False,

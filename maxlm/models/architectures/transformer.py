@@ -17,7 +17,7 @@ from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import Weight, declare, read_weight
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.local import spec_of
+from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
 
@@ -158,7 +158,7 @@ class Transformer(Trunk):
         logits = jnp.einsum(
             "bsd,dv->bsv",
             head.hidden,
-            reshard(head.kernel.value, spec_of(head.kernel.used)),
+            reshard(head.kernel.value, make_spec(head.kernel.used)),
             preferred_element_type=dtype,
             out_sharding=self.rules.spec("batch", "seq", "vocab"),
         )

@@ -23,7 +23,7 @@ from maxlm.models.layers.positions import (
 from maxlm.models.layers.rope import Rotary, compute_rotary
 from maxlm.models.params import Params, declare, get_values, materialize, stack, truncated_normal
 from maxlm.parallel.config import ParallelConfig, Schedule
-from maxlm.parallel.pipeline import pipeline
+from maxlm.parallel.pipeline import run_circular_pipeline
 from maxlm.sharding import AxisRules
 
 Where = tuple[jax.Array, jax.Array | None]
@@ -115,7 +115,7 @@ class Trunk(nnx.Module):
     ) -> tuple[jax.Array, Aux]:
         """All layers, one after the other or in a pipeline; differentiable in reverse mode."""
         if self.schedule is not None:
-            return pipeline(
+            return run_circular_pipeline(
                 self.stage,
                 get_values(self.parts["layers"]),
                 x,

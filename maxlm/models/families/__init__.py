@@ -24,9 +24,9 @@ from maxlm.models.families import (
     qwen,
     t5,
 )
-from maxlm.models.families.family import Family
+from maxlm.models.families.family import ModelFamily
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, ModelFamily] = {
     family.name: family
     for family in (
         gpt2.GPT2,
@@ -54,7 +54,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def family_of(values: Mapping[str, Any], where: str) -> Family:
+def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
     """The family that a config.json is of.
 
     Raises:

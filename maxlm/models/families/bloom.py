@@ -3,58 +3,46 @@
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import grouped, linear, same
-from maxlm.models.families.gpt2 import QKV
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, map_linear, map_norm, split_grouped_qkv
+from maxlm.models.families.gpt2 import QKV, multi_head_config, plain_mlp_config
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 H = "transformer.h.{layer}"
-TABLE: Table = {
-    "transformer.word_embeddings.weight": same("embedding.table", "lm_head.weight"),
-    "transformer.word_embeddings_layernorm.weight": same("embedding_norm.scale"),
-    "transformer.word_embeddings_layernorm.bias": same("embedding_norm.bias"),
-    f"{H}.input_layernorm.weight": same("attention_norm.scale"),
-    f"{H}.input_layernorm.bias": same("attention_norm.bias"),
-    f"{H}.self_attention.query_key_value.weight": grouped(*(f"{x}.kernel" for x in QKV)),
-    f"{H}.self_attention.query_key_value.bias": grouped(*(f"{x}.bias" for x in QKV)),
-    f"{H}.self_attention.dense.weight": linear("attention.out.kernel"),
-    f"{H}.self_attention.dense.bias": linear("attention.out.bias"),
-    f"{H}.post_attention_layernorm.weight": same("mlp_norm.scale"),
-    f"{H}.post_attention_layernorm.bias": same("mlp_norm.bias"),
-    f"{H}.mlp.dense_h_to_4h.weight": linear("mlp.up.kernel"),
-    f"{H}.mlp.dense_h_to_4h.bias": linear("mlp.up.bias"),
-    f"{H}.mlp.dense_4h_to_h.weight": linear("mlp.down.kernel"),
-    f"{H}.mlp.dense_4h_to_h.bias": linear("mlp.down.bias"),
-    "transformer.ln_f.weight": same("final_norm.scale"),
-    "transformer.ln_f.bias": same("final_norm.bias"),
+TABLE: NameTable = {
+    "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
+    **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
+    **map_norm(f"{H}.input_layernorm", "attention_norm"),
+    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*(f"{x}.kernel" for x in QKV)),
+    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*(f"{x}.bias" for x in QKV)),
+    **map_linear(f"{H}.self_attention.dense", "attention.out"),
+    **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
+    **map_linear(f"{H}.mlp.dense_h_to_4h", "mlp.up"),
+    **map_linear(f"{H}.mlp.dense_4h_to_h", "mlp.down"),
+    **map_norm("transformer.ln_f", "final_norm"),
 }
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = (
         reader.size("hidden_size", also="n_embed"),
         reader.size("n_head", also="num_attention_heads"),
     )
-    reader.only("n_inner", None, 4 * width)
-    reader.only("apply_residual_connection_post_layernorm", False)
+    reader.require("n_inner", None, 4 * width)
+    reader.require("apply_residual_connection_post_layernorm", False)
     return {
         "architecture": "decoder",
         "vocab_size": reader.size("vocab_size"),
         "num_layers": reader.size("n_layer", also="num_hidden_layers"),
         "d_model": width,
         "max_seq_len": reader.size("seq_length", 2048),  # of training; ALiBi has no limit
-        "attention": {
-            "num_heads": heads,
-            "num_kv_heads": heads,
-            "head_dim": width // heads,
-            "bias": True,
-        },
-        "mlp": {"d_ff": 4 * width, "activation": "gelu_tanh", "gated": False, "bias": True},
+        "attention": multi_head_config(width, heads),
+        "mlp": plain_mlp_config(4 * width, "gelu_tanh"),
         "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon"), "bias": True},
         "positions": {"kind": "alibi"},
         "embedding_norm": True,
-        "tie_embeddings": reader.only("tie_word_embeddings", True),
+        "tie_embeddings": reader.require("tie_word_embeddings", True),
     }
 
 
@@ -71,7 +59,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-BLOOM = Family(
+BLOOM = ModelFamily(
     "bloom",
     "bloom",
     "BloomForCausalLM",

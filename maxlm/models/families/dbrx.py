@@ -4,50 +4,50 @@ off at ± 8."""
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import experts, head, linear, same
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear, unstack_experts
 from maxlm.models.families.mpt import NESTED
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 B = "transformer.blocks.{layer}"
 QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
 
 
-TABLE: Table = {
-    "transformer.wte.weight": same("embedding.table"),
-    f"{B}.norm_attn_norm.norm_1.weight": same("attention_norm.scale"),
+TABLE: NameTable = {
+    "transformer.wte.weight": copy("embedding.table"),
+    f"{B}.norm_attn_norm.norm_1.weight": copy("attention_norm.scale"),
     f"{B}.norm_attn_norm.attn.Wqkv.weight": linear(*QKV),
     f"{B}.norm_attn_norm.attn.out_proj.weight": linear("attention.out.kernel"),
-    f"{B}.norm_attn_norm.norm_2.weight": same("mlp_norm.scale"),
+    f"{B}.norm_attn_norm.norm_2.weight": copy("mlp_norm.scale"),
     f"{B}.ffn.router.layer.weight": linear("moe.router"),
-    f"{B}.ffn.experts.mlp.w1": experts("moe.gate", upright=False),
-    f"{B}.ffn.experts.mlp.v1": experts("moe.up", upright=False),
-    f"{B}.ffn.experts.mlp.w2": experts("moe.down", upright=True),
-    "transformer.norm_f.weight": same("final_norm.scale"),
-    "lm_head.weight": head("head.kernel"),
+    f"{B}.ffn.experts.mlp.w1": unstack_experts("moe.gate", same_orientation=False),
+    f"{B}.ffn.experts.mlp.v1": unstack_experts("moe.up", same_orientation=False),
+    f"{B}.ffn.experts.mlp.w2": unstack_experts("moe.down", same_orientation=True),
+    "transformer.norm_f.weight": copy("final_norm.scale"),
+    "lm_head.weight": linear("head.kernel"),
 }
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("n_heads")
-    own, ffn = reader.inside("attn_config", *NESTED), reader.inside("ffn_config", *NESTED)
-    rope = reader.inside("rope_parameters")
-    rope.only("rope_type", "default")
+    own, ffn = reader.read_nested("attn_config", *NESTED), reader.read_nested("ffn_config", *NESTED)
+    rope = reader.read_nested("rope_parameters")
+    rope.require("rope_type", "default")
     theta = own.number("rope_theta", rope.number("rope_theta", 10_000.0))
-    rope.only("rope_theta", None, theta)  # the published code reads one, the library the other
+    rope.require("rope_theta", None, theta)  # the published code reads one, the library the other
     kv_heads, clip = own.size("kv_n_heads", 1), own.number("clip_qkv", None)
-    act = ffn.inside("ffn_act_fn")
+    act = ffn.read_nested("ffn_act_fn")
     k = ffn.size("moe_top_k")
-    ffn.only("moe_jitter_eps", None, 0, 0.01)  # noise, in training alone
-    ffn.only("moe_normalize_expert_weights", 1, 1.0)
-    ffn.only("uniform_expert_assignment", False)
-    ffn.only("hidden_size", None, width)
+    ffn.require("moe_jitter_eps", None, 0, 0.01)  # noise, in training alone
+    ffn.require("moe_normalize_expert_weights", 1, 1.0)
+    ffn.require("uniform_expert_assignment", False)
+    ffn.require("hidden_size", None, width)
     moe = {
         "num_experts": ffn.size("moe_num_experts"),
         "experts_per_token": k,
         "d_ff": ffn.size("ffn_hidden_size"),
-        "activation": act.only("name", "silu"),
+        "activation": act.require("name", "silu"),
         "gated": True,
         # Its shares of assignments sum to k, ours to 1.
         "balance_loss": ffn.number("moe_loss_weight", 0.01, least=0) * k,
@@ -67,7 +67,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "moe": moe,
         "norm": {"kind": "layernorm", "eps": 1e-5},
         "positions": {"kind": "rope", "theta": theta},
-        "tie_embeddings": reader.only("tie_word_embeddings", False),
+        "tie_embeddings": reader.require("tie_word_embeddings", False),
     }
 
 
@@ -100,7 +100,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-DBRX = Family(
+DBRX = ModelFamily(
     "dbrx",
     "dbrx",
     "DbrxForCausalLM",

@@ -6,57 +6,57 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama, qwen
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import by_head, linear, same, turned
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear, map_linear, permute_rotary, split_heads
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
 
 A = "model.layers.{layer}.self_attn"
 S = "model.layers.{layer}.mlp.shared_experts"
 
 
-def _table(config: DecoderConfig) -> Table:
+def _table(config: DecoderConfig) -> NameTable:
     latent = config.attention.latent
     assert latent is not None
-    query = turned(linear("attention.query.kernel"), latent.rotary_dim, heads=True)
-    down = turned(
+    query = permute_rotary(linear("attention.query.kernel"), latent.rotary_dim, each_head=True)
+    down = permute_rotary(
         linear("attention.key_down.kernel", "attention.key_rotary.kernel"),
         latent.rotary_dim,
-        heads=False,
+        each_head=False,
     )
     bias = linear("attention.key_down.bias", "attention.key_rotary.bias")
     return {
-        **llama.tied(llama.OUTER)(config),
+        **llama.tie_embeddings(llama.OUTER)(config),
         **llama.NORMS,
         **llama.MLP,
         **qwen.EXPERTS,
         f"{A}.q_proj.weight" if latent.q_rank is None else f"{A}.q_b_proj.weight": query,
-        f"{A}.q_a_proj.weight": linear("attention.query_down.kernel"),
-        f"{A}.q_a_proj.bias": linear("attention.query_down.bias"),
-        f"{A}.q_a_layernorm.weight": same("attention.query_norm.scale"),
+        **map_linear(f"{A}.q_a_proj", "attention.query_down"),
+        f"{A}.q_a_layernorm.weight": copy("attention.query_norm.scale"),
         f"{A}.kv_a_proj_with_mqa.weight": down,
-        f"{A}.kv_a_proj_with_mqa.bias": turned(bias, latent.rotary_dim, heads=False),
-        f"{A}.kv_a_layernorm.weight": same("attention.key_norm.scale"),
-        f"{A}.kv_b_proj.weight": by_head("attention.key_up.kernel", "attention.value_up.kernel"),
-        f"{A}.o_proj.weight": linear("attention.out.kernel"),
-        f"{A}.o_proj.bias": linear("attention.out.bias"),
+        f"{A}.kv_a_proj_with_mqa.bias": permute_rotary(bias, latent.rotary_dim, each_head=False),
+        f"{A}.kv_a_layernorm.weight": copy("attention.key_norm.scale"),
+        f"{A}.kv_b_proj.weight": split_heads(
+            "attention.key_up.kernel", "attention.value_up.kernel"
+        ),
+        **map_linear(f"{A}.o_proj", "attention.out"),
         f"{S}.gate_proj.weight": linear("moe.shared.gate.kernel"),
         f"{S}.up_proj.weight": linear("moe.shared.up.kernel"),
         f"{S}.down_proj.weight": linear("moe.shared.down.kernel"),
     }
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     heads, rotary_dim = reader.size("num_attention_heads"), reader.size("qk_rope_head_dim")
-    reader.only("num_key_value_heads", heads)
-    reader.only("norm_topk_prob", False)  # published with all; implementations differ in true
-    reader.only("scoring_func", "softmax")
-    reader.only("moe_layer_freq", 1)
+    reader.require("num_key_value_heads", heads)
+    reader.require("norm_topk_prob", False)  # published with all; implementations differ in true
+    reader.require("scoring_func", "softmax")
+    reader.require("moe_layer_freq", 1)
     for derived in ("head_dim", "qk_head_dim"):
         reader.get(derived, None)
-    act, bias = reader.only("hidden_act", "silu"), reader.flag("attention_bias", False)
-    limited = reader.only("topk_method", "greedy", "group_limited_greedy") != "greedy"
+    act, bias = reader.require("hidden_act", "silu"), reader.flag("attention_bias", False)
+    limited = reader.require("topk_method", "greedy", "group_limited_greedy") != "greedy"
     groups, chosen = reader.size("n_group", None), reader.size("topk_group", None)
     if not limited or groups == chosen:
         groups = chosen = 1
@@ -70,7 +70,7 @@ def _read(reader: Reader) -> dict[str, Any]:
     mlp = {
         "d_ff": reader.size("intermediate_size", 11_008),
         "activation": act,
-        "bias": reader.only("mlp_bias", False),
+        "bias": reader.require("mlp_bias", False),
     }
     return {
         "architecture": "decoder",
@@ -104,7 +104,7 @@ def _read(reader: Reader) -> dict[str, Any]:
             "groups_per_token": chosen,
         },
         "dense_layers": dense,
-        "norm": {"kind": "rmsnorm", "eps": reader.only("rms_norm_eps", 1e-6)},
+        "norm": {"kind": "rmsnorm", "eps": reader.require("rms_norm_eps", 1e-6)},
         "positions": read_positions(reader, rotary_dim),
         "tie_embeddings": reader.flag("tie_word_embeddings", False),
     }
@@ -149,6 +149,6 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-DEEPSEEK_V2 = Family(
+DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2", "deepseek_v2", "DeepseekV2ForCausalLM", _read, _write, _table, llama.BUFFERS
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Place(NamedTuple):
+class ParamSlice(NamedTuple):
     """A parameter, or the part of it that belongs to one layer (and one expert)."""
 
     name: str
@@ -16,19 +16,19 @@ class Place(NamedTuple):
     """Leading indices: the layer, and maybe the expert; none for all of the parameter."""
 
 
-def alone(tensor: np.ndarray) -> Sequence[np.ndarray]:
+def wrap_tensor(tensor: np.ndarray) -> Sequence[np.ndarray]:
     """The tensor is one of our parameters just as it is."""
     return (tensor,)
 
 
-def only(tensors: Sequence[np.ndarray]) -> np.ndarray:
+def unwrap_tensor(tensors: Sequence[np.ndarray]) -> np.ndarray:
     """The inverse of :func:`alone`."""
     (tensor,) = tensors
     return tensor
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of theirs and where it lies in ours.
 
     ``split`` and ``join`` are pure, see fp32, and may return views of what they were given.
@@ -38,10 +38,10 @@ class Entry:
     """Its full name in the safetensors files."""
     shape: tuple[int, ...]
     """There."""
-    ours: tuple[Place, ...]
-    split: Callable[[np.ndarray], Sequence[np.ndarray]] = alone
+    ours: tuple[ParamSlice, ...]
+    split: Callable[[np.ndarray], Sequence[np.ndarray]] = wrap_tensor
     """Theirs → an array for each place, in the shape of the parameter at its index."""
-    join: Callable[[Sequence[np.ndarray]], np.ndarray] = only
+    join: Callable[[Sequence[np.ndarray]], np.ndarray] = unwrap_tensor
     """The inverse."""
     aliases: tuple[str, ...] = ()
     """Names under which the same tensor may be stored again (tied heads)."""

@@ -4,48 +4,42 @@ kv heads. The 1B models with ALiBi scale and round their slopes in a way of thei
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import grouped, head, linear, same
-from maxlm.models.families.gpt2 import QKV, activation, published_activation
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear, map_linear, map_norm, split_grouped_qkv
+from maxlm.models.families.gpt2 import QKV, read_activation, write_activation
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
 
 H = "transformer.h.{layer}"
-TABLE: Table = {
-    "transformer.word_embeddings.weight": same("embedding.table", "lm_head.weight"),
-    f"{H}.self_attention.query_key_value.weight": grouped(*(f"{x}.kernel" for x in QKV)),
-    f"{H}.self_attention.query_key_value.bias": grouped(*(f"{x}.bias" for x in QKV)),
-    f"{H}.self_attention.dense.weight": linear("attention.out.kernel"),
-    f"{H}.self_attention.dense.bias": linear("attention.out.bias"),
-    f"{H}.mlp.dense_h_to_4h.weight": linear("mlp.up.kernel"),
-    f"{H}.mlp.dense_h_to_4h.bias": linear("mlp.up.bias"),
-    f"{H}.mlp.dense_4h_to_h.weight": linear("mlp.down.kernel"),
-    f"{H}.mlp.dense_4h_to_h.bias": linear("mlp.down.bias"),
-    "transformer.ln_f.weight": same("final_norm.scale"),
-    "transformer.ln_f.bias": same("final_norm.bias"),
+TABLE: NameTable = {
+    "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
+    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*(f"{x}.kernel" for x in QKV)),
+    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*(f"{x}.bias" for x in QKV)),
+    **map_linear(f"{H}.self_attention.dense", "attention.out"),
+    **map_linear(f"{H}.mlp.dense_h_to_4h", "mlp.up"),
+    **map_linear(f"{H}.mlp.dense_4h_to_h", "mlp.down"),
+    **map_norm("transformer.ln_f", "final_norm"),
 }
-UNTIED: Table = {
-    "transformer.word_embeddings.weight": same("embedding.table"),
-    "lm_head.weight": head("head.kernel"),
+UNTIED: NameTable = {
+    "transformer.word_embeddings.weight": copy("embedding.table"),
+    "lm_head.weight": linear("head.kernel"),
 }
 
 
-def _table(config: DecoderConfig) -> Table:
+def _table(config: DecoderConfig) -> NameTable:
     two = config.placement == "parallel"
     attention, mlp = (
         ("ln_attn", "ln_mlp") if two else ("input_layernorm", "post_attention_layernorm")
     )
-    norms: Table = {
-        f"{H}.{attention}.weight": same("attention_norm.scale"),
-        f"{H}.{attention}.bias": same("attention_norm.bias"),
-        f"{H}.{mlp}.weight": same("mlp_norm.scale"),
-        f"{H}.{mlp}.bias": same("mlp_norm.bias"),
+    norms: NameTable = {
+        **map_norm(f"{H}.{attention}", "attention_norm"),
+        **map_norm(f"{H}.{mlp}", "mlp_norm"),
     }
     return {**TABLE, **norms, **({} if config.tie_embeddings else UNTIED)}
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     new = reader.flag("new_decoder_architecture", False)
     parallel = reader.flag("parallel_attn", True)
@@ -56,10 +50,10 @@ def _read(reader: Reader) -> dict[str, Any]:
     placement = "pre"
     if new or parallel:
         placement = "parallel" if new and norms == 2 else "parallel_shared"
-    reader.only("alibi", False)
-    reader.only("apply_residual_connection_post_layernorm", False)
+    reader.require("alibi", False)
+    reader.require("apply_residual_connection_post_layernorm", False)
     d_ff = reader.size("ffn_hidden_size", None) or 4 * width
-    reader.only("ff_factor", d_ff / width)
+    reader.require("ff_factor", d_ff / width)
     bias, eps = reader.flag("bias", False), reader.number("layer_norm_epsilon", 1e-5)
     return {
         "architecture": "decoder",
@@ -75,7 +69,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         },
         "mlp": {
             "d_ff": d_ff,
-            "activation": activation(reader, "activation", "gelu"),
+            "activation": read_activation(reader, "activation", "gelu"),
             "gated": False,
             "bias": bias,
         },
@@ -104,7 +98,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "bias": attention.bias,
         "alibi": False,
         "ffn_hidden_size": config.mlp.d_ff,
-        "activation": published_activation(config.mlp.activation),
+        "activation": write_activation(config.mlp.activation),
         "layer_norm_epsilon": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -112,4 +106,4 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-FALCON = Family("falcon", "falcon", "FalconForCausalLM", _read, _write, _table)
+FALCON = ModelFamily("falcon", "falcon", "FalconForCausalLM", _read, _write, _table)

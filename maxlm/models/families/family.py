@@ -1,17 +1,17 @@
-"""What a family of published models is: who it is, its settings and its names, both ways."""
+"""A family of published models: its config.json and its tensor names, both ways."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.models.families.entries import Entry
-from maxlm.models.families.names import Table, entries
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.entries import TensorEntry
+from maxlm.models.families.names import NameTable, list_entries
+from maxlm.models.families.reader import ConfigReader
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelFamily:
     """Everything is pure; nothing is allocated."""
 
     name: str
@@ -19,11 +19,11 @@ class Family:
     """As config.json has it."""
     architecture: str
     """The class that a converted checkpoint is for, first of config.json's architectures."""
-    read: Callable[[Reader], dict[str, Any]]
+    read: Callable[[ConfigReader], dict[str, Any]]
     """config.json → settings of a model's config."""
     write: Callable[[Any], dict[str, Any]]
     """A model's config → config.json, less what every family has."""
-    table: Callable[[Any], Table]
+    table: Callable[[Any], NameTable]
     """A model's config → the names of its tensors."""
     ignored: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
@@ -37,13 +37,13 @@ class Family:
     shape: str = "decoder"
     """The architecture of its models, as our configs name it."""
 
-    def entries(self, config: Any, tensors: Iterable[str] = ()) -> list[Entry]:
-        """Every tensor of a model, and where it lies in ours.
+    def list_entries(self, config: Any, tensors: Iterable[str] = ()) -> list[TensorEntry]:
+        """Lists every tensor of a model, and where it lies in ours.
 
         Args:
             tensors: names in files at hand, whose variants are followed.
         """
-        there, found = frozenset(tensors), entries(config, self.table(config))
+        there, found = frozenset(tensors), list_entries(config, self.table(config))
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
@@ -59,18 +59,18 @@ class Family:
             replace(e, theirs=spelt(e.theirs), aliases=(*map(spelt, e.aliases),)) for e in found
         ]
 
-    def config_json(self, config: Any) -> dict[str, Any]:
-        """A model's config.json."""
+    def write_config(self, config: Any) -> dict[str, Any]:
+        """Returns a model's config.json."""
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **self.write(config),
         }
 
-    def settings(
+    def read_config(
         self, values: Mapping[str, Any], where: str, tensors: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
-        """A config.json's settings of a model, and what is worth telling.
+        """Reads a config.json: returns a model's settings, and notes for the user.
 
         Args:
             tensors: names of those beside it.
@@ -78,7 +78,7 @@ class Family:
         Raises:
             MaxlmError: a value that maxlm does not implement, or one that is missing.
         """
-        reader = Reader(values, where, frozenset(tensors))
+        reader = ConfigReader(values, where, frozenset(tensors))
         try:
             settings = self.read(reader)
             for key in ("initializer_range", "init_std"):

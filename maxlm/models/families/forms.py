@@ -5,14 +5,14 @@ from math import prod
 
 import numpy as np
 
-from maxlm.models.families.names import Array, Form, Piece, Rule
+from maxlm.models.families.names import Array, NameTable, ParamPiece, TensorForm, TensorRule
 
 
-def linear(*ours: str) -> Rule:
+def linear(*ours: str) -> TensorRule:
     """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,
     end to end."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         stops = np.cumsum([piece.rows for piece in pieces])
         inputs = _inputs(pieces[0])
 
@@ -24,26 +24,36 @@ def linear(*ours: str) -> Rule:
             rows = [_to_rows(part, piece) for part, piece in zip(parts, pieces, strict=True)]
             return np.concatenate(rows) if len(rows) > 1 else rows[0]
 
-        return Form((int(stops[-1]), *inputs), split, join)
+        return TensorForm((int(stops[-1]), *inputs), split, join)
 
-    return Rule(ours, form)
+    return TensorRule(ours, form)
 
 
-def transposed(*ours: str) -> Rule:
+def map_linear(theirs: str, ours: str) -> NameTable:
+    """Returns the entries of a linear map with a bias."""
+    return {f"{theirs}.weight": linear(f"{ours}.kernel"), f"{theirs}.bias": linear(f"{ours}.bias")}
+
+
+def map_norm(theirs: str, ours: str) -> NameTable:
+    """Returns the entries of a LayerNorm with a bias."""
+    return {f"{theirs}.weight": copy(f"{ours}.scale"), f"{theirs}.bias": copy(f"{ours}.bias")}
+
+
+def transpose(*ours: str) -> TensorRule:
     """Matrices [inputs, outputs] side by side (GPT-2's "Conv1D")."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         upright = linear().form(pieces)
         shape = upright.shape[::-1]
-        return Form(shape, lambda x: upright.split(x.T), lambda parts: upright.join(parts).T)
+        return TensorForm(shape, lambda x: upright.split(x.T), lambda parts: upright.join(parts).T)
 
-    return Rule(ours, form)
+    return TensorRule(ours, form)
 
 
-def grouped(query: str, key: str, value: str) -> Rule:
+def split_grouped_qkv(query: str, key: str, value: str) -> TensorRule:
     """Queries, keys and values fused by kv head: each one's queries, then its key, its value."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         q, k, _ = pieces
         inputs, size = _inputs(q), q.shape[-1]
         heads = k.shape[-2]
@@ -62,34 +72,29 @@ def grouped(query: str, key: str, value: str) -> Rule:
             ]
             return np.concatenate(rows, axis=1).reshape(-1, *inputs)
 
-        return Form((heads * (group + 2) * size, *inputs), split, join)
+        return TensorForm((heads * (group + 2) * size, *inputs), split, join)
 
-    return Rule((query, key, value), form)
+    return TensorRule((query, key, value), form)
 
 
-def same(ours: str, *aliases: str) -> Rule:
+def copy(ours: str, *aliases: str) -> TensorRule:
     """A table or a vector as it is."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces
-        return Form(piece.shape, lambda x: [x], lambda parts: parts[0])
+        return TensorForm(piece.shape, lambda x: [x], lambda parts: parts[0])
 
-    return Rule((ours,), form, aliases)
+    return TensorRule((ours,), form, aliases)
 
 
-def row(ours: str) -> Rule:
+def take_row(ours: str) -> TensorRule:
     """A vector as a matrix of one row."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces
-        return Form((1, *piece.shape), lambda x: [x[0]], lambda parts: parts[0][None])
+        return TensorForm((1, *piece.shape), lambda x: [x[0]], lambda parts: parts[0][None])
 
-    return Rule((ours,), form)
-
-
-def head(ours: str, *aliases: str) -> Rule:
-    """An output head [vocabulary, D]."""
-    return Rule((ours,), linear(ours).form, aliases)
+    return TensorRule((ours,), form)
 
 
 def _pairs(size: int) -> Array:
@@ -97,13 +102,13 @@ def _pairs(size: int) -> Array:
     return np.arange(size).reshape(-1, 2).T.ravel()
 
 
-def turned(rule: Rule, rotary_dim: int, *, heads: bool) -> Rule:
+def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
     """A map's rows with the last ``rotary_dim`` of each head, or of all, in the order that pairs
     want."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         plain, last = rule.form(pieces), pieces[-1].shape[-1]
-        size = last if heads else plain.shape[0]
+        size = last if each_head else plain.shape[0]
         order = np.arange(size)
         order[-rotary_dim:] = size - rotary_dim + _pairs(rotary_dim)
         back = np.argsort(order)
@@ -111,19 +116,19 @@ def turned(rule: Rule, rotary_dim: int, *, heads: bool) -> Rule:
         def ordered(rows: Array, order: Array) -> Array:
             return rows.reshape(-1, size, *rows.shape[1:])[:, order].reshape(rows.shape)
 
-        return Form(
+        return TensorForm(
             plain.shape,
             lambda whole: plain.split(ordered(whole, order)),
             lambda parts: ordered(plain.join(parts), back),
         )
 
-    return Rule(rule.ours, form)
+    return TensorRule(rule.ours, form)
 
 
-def by_head(*ours: str) -> Rule:
+def split_heads(*ours: str) -> TensorRule:
     """Several maps of one input, each head's rows of them together."""
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         inputs, heads = pieces[0].shape[0], pieces[0].shape[1]
         sizes = [piece.shape[2] for piece in pieces]
         stops = np.cumsum(sizes)
@@ -136,45 +141,45 @@ def by_head(*ours: str) -> Rule:
             rows = [part.transpose(1, 2, 0) for part in parts]
             return np.concatenate(rows, axis=1).reshape(-1, inputs)
 
-        return Form((heads * int(stops[-1]), inputs), split, join)
+        return TensorForm((heads * int(stops[-1]), inputs), split, join)
 
-    return Rule(ours, form)
+    return TensorRule(ours, form)
 
 
-def experts(ours: str, *, upright: bool) -> Rule:
+def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     """All experts' matrices, one above the other, each [d_ff, D].
 
     Args:
         upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].
     """
 
-    def form(pieces: tuple[Piece, ...]) -> Form:
+    def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces
         e, *sides = piece.shape
-        d_ff, d = sides if upright else sides[::-1]
+        d_ff, d = sides if same_orientation else sides[::-1]
 
         def split(whole: Array) -> list[Array]:
             each = whole.reshape(e, d_ff, d)
-            return [each if upright else each.transpose(0, 2, 1)]
+            return [each if same_orientation else each.transpose(0, 2, 1)]
 
         def join(parts: Sequence[Array]) -> Array:
             (each,) = parts
-            return (each if upright else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
+            return (each if same_orientation else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
 
-        return Form((e * d_ff, d), split, join)
+        return TensorForm((e * d_ff, d), split, join)
 
-    return Rule((ours,), form)
+    return TensorRule((ours,), form)
 
 
-def _inputs(piece: Piece) -> tuple[int, ...]:
+def _inputs(piece: ParamPiece) -> tuple[int, ...]:
     return (prod(piece.shape[: piece.inputs]),) if piece.inputs else ()
 
 
-def _from_rows(rows: Array, piece: Piece) -> Array:
+def _from_rows(rows: Array, piece: ParamPiece) -> Array:
     return (rows.T if piece.inputs else rows).reshape(piece.shape)
 
 
-def _to_rows(part: Array, piece: Piece) -> Array:
+def _to_rows(part: Array, piece: ParamPiece) -> Array:
     if not piece.inputs:
         return part.reshape(-1)
     return part.reshape(*_inputs(piece), piece.rows).T

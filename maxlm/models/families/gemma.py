@@ -6,36 +6,36 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama, rope
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import same
-from maxlm.models.families.gpt2 import activation, published_activation
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy
+from maxlm.models.families.gpt2 import read_activation, write_activation
 from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.layers.positions import PositionsConfig
 
-SANDWICH: Table = {
-    "model.layers.{layer}.input_layernorm.weight": same("attention_norm.scale"),
-    "model.layers.{layer}.post_attention_layernorm.weight": same("attention_post_norm.scale"),
-    "model.layers.{layer}.pre_feedforward_layernorm.weight": same("mlp_norm.scale"),
-    "model.layers.{layer}.post_feedforward_layernorm.weight": same("mlp_post_norm.scale"),
+SANDWICH: NameTable = {
+    "model.layers.{layer}.input_layernorm.weight": copy("attention_norm.scale"),
+    "model.layers.{layer}.post_attention_layernorm.weight": copy("attention_post_norm.scale"),
+    "model.layers.{layer}.pre_feedforward_layernorm.weight": copy("mlp_norm.scale"),
+    "model.layers.{layer}.post_feedforward_layernorm.weight": copy("mlp_post_norm.scale"),
 }
 TANH = "gelu_pytorch_tanh"
 INERT = ("cache_implementation", "_sliding_window_pattern")
 
 
-def _table(config: DecoderConfig) -> Table:
+def _table(config: DecoderConfig) -> NameTable:
     norms = SANDWICH if config.placement == "sandwich" else llama.NORMS
     return {**llama.OUTER, **llama.EMBEDDING, **norms, **llama.ATTENTION, **llama.MLP}
 
 
-def _read(reader: Reader, *, local: bool = False, theta: float = 10_000.0) -> dict[str, Any]:
+def _read(reader: ConfigReader, *, local: bool = False, theta: float = 10_000.0) -> dict[str, Any]:
     kv_heads = 4 if local else 16
     settings = llama.read_common(reader, kv_heads=kv_heads, head_dim=256, theta=theta)
     settings["attention"] |= {"bias": reader.flag("attention_bias", False)}
-    reader.only("use_bidirectional_attention", None, False)
+    reader.require("use_bidirectional_attention", None, False)
     settings["norm"] |= {"zero_centred": True}
-    settings["tie_embeddings"] = reader.only("tie_word_embeddings", True)
+    settings["tie_embeddings"] = reader.require("tie_word_embeddings", True)
     settings["embedding_scale"] = settings["d_model"] ** 0.5
     # Gemma 1 was published with "gelu" and meant its approximation; hidden_activation came later,
     # and stands beside hidden_act in many files of Gemma 2 and 3.
@@ -44,8 +44,8 @@ def _read(reader: Reader, *, local: bool = False, theta: float = 10_000.0) -> di
         key, other = other, key
     elif reader.values.get(key) == "gelu":
         reader.values[key] = TANH
-    act = activation(reader, key, TANH)
-    reader.only(other, None, reader.get(key, TANH))
+    act = read_activation(reader, key, TANH)
+    reader.require(other, None, reader.get(key, TANH))
     settings["mlp"] = {"d_ff": reader.size("intermediate_size"), "activation": act, "gated": True}
     return settings
 
@@ -54,7 +54,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     assert config.mlp is not None
     name = TANH
     if config.mlp.activation != "gelu_tanh":
-        name = published_activation(config.mlp.activation)
+        name = write_activation(config.mlp.activation)
     return {
         **llama.write_common(config),
         "attention_bias": config.attention.bias,
@@ -65,9 +65,9 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _read_local(
-    reader: Reader, *, caps: tuple[float, float] | tuple[None, None], theta: float = 10_000.0
+    reader: ConfigReader, *, caps: tuple[float, float] | tuple[None, None], theta: float = 10_000.0
 ) -> dict[str, Any]:
-    """What Gemma 2 and 3 add, but for the pattern.
+    """Reads the settings that Gemma 2 and 3 add, except for the pattern.
 
     Args:
         caps: of scores and logits, where the file does not name them; a null there is none.
@@ -84,11 +84,11 @@ def _read_local(
     }
 
 
-def _read_gemma2(reader: Reader) -> dict[str, Any]:
+def _read_gemma2(reader: ConfigReader) -> dict[str, Any]:
     settings = _read_local(reader, caps=(50.0, 30.0))
     kinds = [GLOBAL if layer % 2 else LOCAL for layer in range(settings["num_layers"])]
     window = reader.size("sliding_window", 4096, nullable=True)
-    reader.only("sliding_window_size", window)  # once more
+    reader.require("sliding_window_size", window)  # once more
     return settings | read_pattern(reader, kinds, {LOCAL: {"window": window}, GLOBAL: {}})
 
 
@@ -106,22 +106,24 @@ def _write_local(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_gemma3(reader: Reader) -> dict[str, Any]:
+def _read_gemma3(reader: ConfigReader) -> dict[str, Any]:
     """Local layers have a theta of their own, and no scaling."""
-    reader.only("attn_logit_softcapping", None)  # the published code does not apply it
+    reader.require("attn_logit_softcapping", None)  # the published code does not apply it
     near = reader.number("rope_local_base_freq", 10_000.0)
-    both = reader.inside("rope_parameters")
-    local = both.inside(LOCAL)
+    both = reader.read_nested("rope_parameters")
+    local = both.read_nested(LOCAL)
     reader.values["rope_parameters"] = both.get(GLOBAL, None)
     settings = _read_local(reader, caps=(None, None), theta=1_000_000.0)
     settings["attention"] |= {"qk_norm": True}
     period = reader.size("sliding_window_pattern", 6)
     if not reader.has("layer_types"):
-        reader.only("_sliding_window_pattern", None, period)  # the published code does not read it
+        reader.require(
+            "_sliding_window_pattern", None, period
+        )  # the published code does not read it
     layers = range(1, settings["num_layers"] + 1)
     kinds = [LOCAL if layer % period else GLOBAL for layer in layers]
     theta = local.number("rope_theta", near)
-    local.only("partial_rotary_factor", 1.0, None)
+    local.require("partial_rotary_factor", 1.0, None)
     positions = {"kind": "rope", "theta": theta, "scaling": rope.read_scaling(local, None)}
     both.finish()
     nearby = {"window": reader.size("sliding_window", 4096, nullable=True), "positions": positions}
@@ -145,10 +147,10 @@ def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     return found | {"rope_parameters": both}
 
 
-GEMMA = Family("gemma", "gemma", "GemmaForCausalLM", _read, _write, _table)
-GEMMA2 = Family(
+GEMMA = ModelFamily("gemma", "gemma", "GemmaForCausalLM", _read, _write, _table)
+GEMMA2 = ModelFamily(
     "gemma2", "gemma2", "Gemma2ForCausalLM", _read_gemma2, _write_local, _table, inert=INERT
 )
-GEMMA3 = Family(
+GEMMA3 = ModelFamily(
     "gemma3", "gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _table, inert=INERT
 )

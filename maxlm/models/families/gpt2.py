@@ -3,10 +3,10 @@
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import linear, same, transposed
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear, map_norm, transpose
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -18,62 +18,62 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 QKV = ("attention.query", "attention.key", "attention.value")
-TABLE: Table = {
-    "transformer.wte.weight": same("embedding.table", "lm_head.weight"),
-    "transformer.wpe.weight": same("positions.table"),
-    "transformer.h.{layer}.ln_1.weight": same("attention_norm.scale"),
-    "transformer.h.{layer}.ln_1.bias": same("attention_norm.bias"),
-    "transformer.h.{layer}.attn.c_attn.weight": transposed(*(f"{x}.kernel" for x in QKV)),
+TABLE: NameTable = {
+    "transformer.wte.weight": copy("embedding.table", "lm_head.weight"),
+    "transformer.wpe.weight": copy("positions.table"),
+    **map_norm("transformer.h.{layer}.ln_1", "attention_norm"),
+    "transformer.h.{layer}.attn.c_attn.weight": transpose(*(f"{x}.kernel" for x in QKV)),
     "transformer.h.{layer}.attn.c_attn.bias": linear(*(f"{x}.bias" for x in QKV)),
-    "transformer.h.{layer}.attn.c_proj.weight": transposed("attention.out.kernel"),
+    "transformer.h.{layer}.attn.c_proj.weight": transpose("attention.out.kernel"),
     "transformer.h.{layer}.attn.c_proj.bias": linear("attention.out.bias"),
-    "transformer.h.{layer}.ln_2.weight": same("mlp_norm.scale"),
-    "transformer.h.{layer}.ln_2.bias": same("mlp_norm.bias"),
-    "transformer.h.{layer}.mlp.c_fc.weight": transposed("mlp.up.kernel"),
+    **map_norm("transformer.h.{layer}.ln_2", "mlp_norm"),
+    "transformer.h.{layer}.mlp.c_fc.weight": transpose("mlp.up.kernel"),
     "transformer.h.{layer}.mlp.c_fc.bias": linear("mlp.up.bias"),
-    "transformer.h.{layer}.mlp.c_proj.weight": transposed("mlp.down.kernel"),
+    "transformer.h.{layer}.mlp.c_proj.weight": transpose("mlp.down.kernel"),
     "transformer.h.{layer}.mlp.c_proj.bias": linear("mlp.down.bias"),
-    "transformer.ln_f.weight": same("final_norm.scale"),
-    "transformer.ln_f.bias": same("final_norm.bias"),
+    **map_norm("transformer.ln_f", "final_norm"),
 }
 
 
-def activation(reader: Reader, key: str, default: str) -> str:
+def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Our name of an activation."""
     name = reader.get(key, default)
-    return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.only(key, *ACTIVATIONS)]
+    return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.require(key, *ACTIVATIONS)]
 
 
-def published_activation(name: str) -> str:
+def write_activation(name: str) -> str:
     """The inverse of :func:`activation`."""
     assert name in ACTIVATIONS.values(), name
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def multi_head_config(width: int, heads: int) -> dict[str, Any]:
+    """Settings of attention with a kv head for every query head, and biases."""
+    return {"num_heads": heads, "num_kv_heads": heads, "head_dim": width // heads, "bias": True}
+
+
+def plain_mlp_config(d_ff: int, activation: str) -> dict[str, Any]:
+    """Settings of an FFN without a gate, with biases."""
+    return {"d_ff": d_ff, "activation": activation, "gated": False, "bias": True}
+
+
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("n_embd"), reader.size("n_head")
-    reader.only("scale_attn_weights", True)
-    reader.only("scale_attn_by_inverse_layer_idx", False)
-    reader.only("add_cross_attention", False)
-    reader.only("tie_word_embeddings", True)
+    reader.require("scale_attn_weights", True)
+    reader.require("scale_attn_by_inverse_layer_idx", False)
+    reader.require("add_cross_attention", False)
+    reader.require("tie_word_embeddings", True)
     return {
         "architecture": "decoder",
         "vocab_size": reader.size("vocab_size"),
         "num_layers": reader.size("n_layer"),
         "d_model": width,
         "max_seq_len": reader.size("n_positions"),
-        "attention": {
-            "num_heads": heads,
-            "num_kv_heads": heads,
-            "head_dim": width // heads,
-            "bias": True,
-        },
-        "mlp": {
-            "d_ff": reader.size("n_inner", None) or 4 * width,
-            "activation": activation(reader, "activation_function", "gelu_new"),
-            "gated": False,
-            "bias": True,
-        },
+        "attention": multi_head_config(width, heads),
+        "mlp": plain_mlp_config(
+            reader.size("n_inner", None) or 4 * width,
+            read_activation(reader, "activation_function", "gelu_new"),
+        ),
         "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon"), "bias": True},
         "positions": {"kind": "learned"},
         "tie_embeddings": True,
@@ -89,14 +89,14 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_seq_len,
         "n_head": config.attention.num_heads,
         "n_inner": config.mlp.d_ff,
-        "activation_function": published_activation(config.mlp.activation),
+        "activation_function": write_activation(config.mlp.activation),
         "layer_norm_epsilon": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": True,
     }
 
 
-GPT2 = Family(
+GPT2 = ModelFamily(
     "gpt2",
     "gpt2",
     "GPT2LMHeadModel",

@@ -5,32 +5,32 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import linear, same
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 L = "model.layers.{layer}"
 E = f"{L}.moe_block.experts.{{expert}}"
-TABLE: Table = {
-    "model.embed_tokens.weight": same("embedding.table", "lm_head.weight"),
-    f"{L}.pre_attn_norm.scale": same("attention_norm.scale"),
+TABLE: NameTable = {
+    "model.embed_tokens.weight": copy("embedding.table", "lm_head.weight"),
+    f"{L}.pre_attn_norm.scale": copy("attention_norm.scale"),
     f"{L}.attn.q_proj.weight": linear("attention.query.kernel"),
     f"{L}.attn.k_proj.weight": linear("attention.key.kernel"),
     f"{L}.attn.v_proj.weight": linear("attention.value.kernel"),
     f"{L}.attn.o_proj.weight": linear("attention.out.kernel"),
-    f"{L}.post_attn_norm.scale": same("attention_post_norm.scale"),
-    f"{L}.pre_moe_norm.scale": same("mlp_norm.scale"),
+    f"{L}.post_attn_norm.scale": copy("attention_post_norm.scale"),
+    f"{L}.pre_moe_norm.scale": copy("mlp_norm.scale"),
     f"{L}.moe_block.gate.weight": linear("moe.router"),
     f"{E}.linear.weight": linear("moe.gate"),
     f"{E}.linear_v.weight": linear("moe.up"),
     f"{E}.linear_1.weight": linear("moe.down"),
-    f"{L}.post_moe_norm.scale": same("mlp_post_norm.scale"),
-    "model.norm.scale": same("final_norm.scale"),
+    f"{L}.post_moe_norm.scale": copy("mlp_post_norm.scale"),
+    "model.norm.scale": copy("final_norm.scale"),
 }
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader)
     settings["attention"] |= {
         "scale": reader.number("attn_output_multiplier"),
@@ -51,7 +51,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "placement": "sandwich",
         "embedding_scale": reader.number("embedding_multiplier_scale"),
         "logit_scale": reader.number("output_multiplier_scale"),
-        "tie_embeddings": reader.only("tie_word_embeddings", True),
+        "tie_embeddings": reader.require("tie_word_embeddings", True),
     }
 
 
@@ -71,4 +71,4 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-GROK1 = Family("grok1", "grok-1", "Grok1ModelForCausalLM", _read, _write, lambda config: TABLE)
+GROK1 = ModelFamily("grok1", "grok-1", "Grok1ModelForCausalLM", _read, _write, lambda config: TABLE)

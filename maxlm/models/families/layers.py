@@ -5,13 +5,13 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.reader import ConfigReader
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 def read_pattern(
-    reader: Reader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
+    reader: ConfigReader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """The shortest pattern that gives ``layer_types``, as settings of a decoder; none where all
     layers are as the model says.

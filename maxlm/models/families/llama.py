@@ -6,22 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import head, linear, same
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
 
-OUTER: Table = {
-    "model.embed_tokens.weight": same("embedding.table"),
-    "model.norm.weight": same("final_norm.scale"),
-    "lm_head.weight": head("head.kernel"),
+OUTER: NameTable = {
+    "model.embed_tokens.weight": copy("embedding.table"),
+    "model.norm.weight": copy("final_norm.scale"),
+    "lm_head.weight": linear("head.kernel"),
 }
-NORMS: Table = {
-    "model.layers.{layer}.input_layernorm.weight": same("attention_norm.scale"),
-    "model.layers.{layer}.post_attention_layernorm.weight": same("mlp_norm.scale"),
+NORMS: NameTable = {
+    "model.layers.{layer}.input_layernorm.weight": copy("attention_norm.scale"),
+    "model.layers.{layer}.post_attention_layernorm.weight": copy("mlp_norm.scale"),
 }
-ATTENTION: Table = {
+ATTENTION: NameTable = {
     "model.layers.{layer}.self_attn.q_proj.weight": linear("attention.query.kernel"),
     "model.layers.{layer}.self_attn.k_proj.weight": linear("attention.key.kernel"),
     "model.layers.{layer}.self_attn.v_proj.weight": linear("attention.value.kernel"),
@@ -30,10 +30,10 @@ ATTENTION: Table = {
     "model.layers.{layer}.self_attn.k_proj.bias": linear("attention.key.bias"),
     "model.layers.{layer}.self_attn.v_proj.bias": linear("attention.value.bias"),
     "model.layers.{layer}.self_attn.o_proj.bias": linear("attention.out.bias"),
-    "model.layers.{layer}.self_attn.q_norm.weight": same("attention.query_norm.scale"),
-    "model.layers.{layer}.self_attn.k_norm.weight": same("attention.key_norm.scale"),
+    "model.layers.{layer}.self_attn.q_norm.weight": copy("attention.query_norm.scale"),
+    "model.layers.{layer}.self_attn.k_norm.weight": copy("attention.key_norm.scale"),
 }
-MLP: Table = {
+MLP: NameTable = {
     "model.layers.{layer}.mlp.gate_proj.weight": linear("mlp.gate.kernel"),
     "model.layers.{layer}.mlp.up_proj.weight": linear("mlp.up.kernel"),
     "model.layers.{layer}.mlp.down_proj.weight": linear("mlp.down.kernel"),
@@ -41,22 +41,22 @@ MLP: Table = {
     "model.layers.{layer}.mlp.up_proj.bias": linear("mlp.up.bias"),
     "model.layers.{layer}.mlp.down_proj.bias": linear("mlp.down.bias"),
 }
-TABLE: Table = {**OUTER, **NORMS, **ATTENTION, **MLP}
+TABLE: NameTable = {**OUTER, **NORMS, **ATTENTION, **MLP}
 # What is tied is stored a second time by some, as the head.
-EMBEDDING: Table = {"model.embed_tokens.weight": same("embedding.table", "lm_head.weight")}
+EMBEDDING: NameTable = {"model.embed_tokens.weight": copy("embedding.table", "lm_head.weight")}
 # Angles of RoPE, which older files hold.
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
-def tied(table: Table) -> Callable[[DecoderConfig], Table]:
-    """A family's table, for models with a head of their own and for those without."""
+def tie_embeddings(table: NameTable) -> Callable[[DecoderConfig], NameTable]:
+    """Returns a function of the config: the table, with the head tied where the model ties it."""
     return lambda config: {**table, **EMBEDDING} if config.tie_embeddings else table
 
 
 def read_common(
-    reader: Reader, *, kv_heads: int | None = None, head_dim: int | None = None, **rope: Any
+    reader: ConfigReader, *, kv_heads: int | None = None, head_dim: int | None = None, **rope: Any
 ) -> dict[str, Any]:
-    """What all of Llama's kin have: sizes, heads, RoPE, RMSNorm, ties; no FFN yet.
+    """Reads what all of Llama's relatives have: sizes, heads, RoPE, RMSNorm, ties; not the FFN.
 
     Args:
         kv_heads, head_dim: where the file does not name them; None: as many as heads, and the
@@ -102,18 +102,18 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def swiglu(reader: Reader, width: str = "intermediate_size") -> dict[str, Any]:
+def read_swiglu(reader: ConfigReader, width: str = "intermediate_size") -> dict[str, Any]:
     """A gated FFN's settings."""
-    act = reader.only("hidden_act", "silu")
+    act = reader.require("hidden_act", "silu")
     return {"d_ff": reader.size(width), "activation": act, "gated": True}
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     settings = read_common(reader)
-    reader.only("rope_interleaved", False)
+    reader.require("rope_interleaved", False)
     bias = reader.flag("attention_bias", False)
     settings["attention"] |= {"bias": bias}
-    settings["mlp"] = swiglu(reader) | {"bias": reader.flag("mlp_bias", False)}
+    settings["mlp"] = read_swiglu(reader) | {"bias": reader.flag("mlp_bias", False)}
     return settings
 
 
@@ -128,10 +128,10 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_mistral(reader: Reader) -> dict[str, Any]:
+def _read_mistral(reader: ConfigReader) -> dict[str, Any]:
     settings = read_common(reader, kv_heads=8)
     settings["attention"] |= {"window": reader.size("sliding_window", 4096, nullable=True)}
-    return settings | {"mlp": swiglu(reader)}
+    return settings | {"mlp": read_swiglu(reader)}
 
 
 def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
@@ -144,6 +144,8 @@ def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-_KIN = tied(TABLE), BUFFERS
-LLAMA = Family("llama", "llama", "LlamaForCausalLM", _read, _write, *_KIN)
-MISTRAL = Family("mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, *_KIN)
+_KIN = tie_embeddings(TABLE), BUFFERS
+LLAMA = ModelFamily("llama", "llama", "LlamaForCausalLM", _read, _write, *_KIN)
+MISTRAL = ModelFamily(
+    "mistral", "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, *_KIN
+)

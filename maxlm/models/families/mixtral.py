@@ -4,13 +4,13 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
-from maxlm.models.families.family import Family
+from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import linear
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 MOE = "model.layers.{layer}.block_sparse_moe"
-TABLE: Table = {
+TABLE: NameTable = {
     **llama.OUTER,
     **llama.NORMS,
     **llama.ATTENTION,
@@ -21,16 +21,16 @@ TABLE: Table = {
 }
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader, kv_heads=8, theta=1_000_000.0)
     settings["attention"] |= {"window": reader.size("sliding_window", None)}
     experts = reader.size("num_local_experts", also="num_experts")
     k = reader.size("num_experts_per_tok")
-    reader.only("router_jitter_noise", 0.0)
+    reader.require("router_jitter_noise", 0.0)
     settings["moe"] = {
         "num_experts": experts,
         "experts_per_token": k,
-        **llama.swiglu(reader),
+        **llama.read_swiglu(reader),
         # Its shares of assignments sum to k, ours to 1.
         "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
     }
@@ -51,6 +51,12 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-MIXTRAL = Family(
-    "mixtral", "mixtral", "MixtralForCausalLM", _read, _write, llama.tied(TABLE), llama.BUFFERS
+MIXTRAL = ModelFamily(
+    "mixtral",
+    "mixtral",
+    "MixtralForCausalLM",
+    _read,
+    _write,
+    llama.tie_embeddings(TABLE),
+    llama.BUFFERS,
 )

@@ -4,22 +4,22 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import linear, same
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 B = "transformer.blocks.{layer}"
 QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
-TABLE: Table = {
-    "transformer.wte.weight": same("embedding.table", "lm_head.weight"),
-    f"{B}.norm_1.weight": same("attention_norm.scale"),
+TABLE: NameTable = {
+    "transformer.wte.weight": copy("embedding.table", "lm_head.weight"),
+    f"{B}.norm_1.weight": copy("attention_norm.scale"),
     f"{B}.attn.Wqkv.weight": linear(*QKV),
     f"{B}.attn.out_proj.weight": linear("attention.out.kernel"),
-    f"{B}.norm_2.weight": same("mlp_norm.scale"),
+    f"{B}.norm_2.weight": copy("mlp_norm.scale"),
     f"{B}.ffn.up_proj.weight": linear("mlp.up.kernel"),
     f"{B}.ffn.down_proj.weight": linear("mlp.down.kernel"),
-    "transformer.norm_f.weight": same("final_norm.scale"),
+    "transformer.norm_f.weight": copy("final_norm.scale"),
 }
 # What the library adds to nested mappings of its own.
 _NAMES = """
@@ -30,15 +30,15 @@ _NAMES = """
 NESTED = tuple(_NAMES.split())
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("n_heads")
-    own = reader.inside("attn_config", *NESTED)
-    own.only("alibi_bias_max", 8)  # the published code has 8 whatever this says
-    own.only("alibi", True)
-    own.only("attn_type", "multihead_attention")
-    own.only("qk_ln", False)
-    own.only("prefix_lm", False)
-    own.only("attn_uses_sequence_id", False)
+    own = reader.read_nested("attn_config", *NESTED)
+    own.require("alibi_bias_max", 8)  # the published code has 8 whatever this says
+    own.require("alibi", True)
+    own.require("attn_type", "multihead_attention")
+    own.require("qk_ln", False)
+    own.require("prefix_lm", False)
+    own.require("attn_uses_sequence_id", False)
     attention = {
         "num_heads": heads,
         "num_kv_heads": heads,
@@ -46,12 +46,12 @@ def _read(reader: Reader) -> dict[str, Any]:
         "clip": own.number("clip_qkv", None),
         "scale": own.number("softmax_scale", None),
     }
-    reader.only("no_bias", True)
-    reader.only("norm_type", "low_precision_layernorm")
-    reader.only("logit_scale", None)
-    reader.only("embedding_fraction", 1.0)
+    reader.require("no_bias", True)
+    reader.require("norm_type", "low_precision_layernorm")
+    reader.require("logit_scale", None)
+    reader.require("embedding_fraction", 1.0)
     # The published code has four widths whatever this says.
-    reader.only("expansion_ratio", 4)
+    reader.require("expansion_ratio", 4)
     return {
         "architecture": "decoder",
         "vocab_size": reader.size("vocab_size"),
@@ -62,7 +62,7 @@ def _read(reader: Reader) -> dict[str, Any]:
         "mlp": {"d_ff": 4 * width, "activation": "gelu", "gated": False},
         "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon", 1e-5)},
         "positions": {"kind": "alibi"},
-        "tie_embeddings": reader.only("tie_word_embeddings", True),
+        "tie_embeddings": reader.require("tie_word_embeddings", True),
     }
 
 
@@ -93,7 +93,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-MPT = Family(
+MPT = ModelFamily(
     "mpt",
     "mpt",
     "MptForCausalLM",

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.models.families.entries import Entry, Place
+from maxlm.models.families.entries import ParamSlice, TensorEntry
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
 Array = np.ndarray
 
 
-class Piece(NamedTuple):
+class ParamPiece(NamedTuple):
     """One of our parameters, or a layer's or an expert's part of it."""
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
         return prod(self.shape[self.inputs :])
 
 
-class Form(NamedTuple):
+class TensorForm(NamedTuple):
     """A tensor of theirs: its shape, and how it becomes pieces and is made of them."""
 
     shape: tuple[int, ...]
@@ -44,20 +44,20 @@ class Form(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class TensorRule:
     ours: tuple[str, ...]
-    form: Callable[[tuple[Piece, ...]], Form]
+    form: Callable[[tuple[ParamPiece, ...]], TensorForm]
     aliases: tuple[str, ...] = ()
 
 
-Table = Mapping[str, Rule]
+NameTable = Mapping[str, TensorRule]
 
 
-def entries(config: Any, table: Table) -> list[Entry]:
+def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
     """All tensors of a model under its family's names."""
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
     experts = config.moe.num_experts if config.moe else 0
-    found: list[Entry] = []
+    found: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
             for layer in range(config.encoder_layers):
@@ -78,17 +78,17 @@ def entries(config: Any, table: Table) -> list[Entry]:
 
 
 def _entry(
-    name: str, rule: Rule, specs: Mapping[str, ParamSpec], ours: tuple[str, ...], at: Any
-) -> list[Entry]:
+    name: str, rule: TensorRule, specs: Mapping[str, ParamSpec], ours: tuple[str, ...], at: Any
+) -> list[TensorEntry]:
     if any(own not in specs for own in ours):
         return []
     pieces = tuple(_piece(specs[own], len(at)) for own in ours)
     form = rule.form(pieces)
-    places = tuple(Place(own, at) for own in ours)
-    return [Entry(name, form.shape, places, form.split, form.join, rule.aliases)]
+    places = tuple(ParamSlice(own, at) for own in ours)
+    return [TensorEntry(name, form.shape, places, form.split, form.join, rule.aliases)]
 
 
-def _piece(spec: ParamSpec, leading: int) -> Piece:
+def _piece(spec: ParamSpec, leading: int) -> ParamPiece:
     # An expert's inputs stand behind the expert axis, which an index may or may not have removed.
     inputs = 0 if not spec.contract else spec.contract[-1] + 1 - leading
-    return Piece(spec.shape[leading:], inputs)
+    return ParamPiece(spec.shape[leading:], inputs)

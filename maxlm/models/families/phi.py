@@ -5,40 +5,31 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import head, linear, same
-from maxlm.models.families.gpt2 import activation, published_activation
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear, map_linear, map_norm
+from maxlm.models.families.gpt2 import plain_mlp_config, read_activation, write_activation
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
 
 L = "model.layers.{layer}"
-PHI_TABLE: Table = {
-    **{
-        f"{L}.self_attn.{short}_proj.{part}": linear(f"attention.{name}.{ours}")
-        for short, name in (("q", "query"), ("k", "key"), ("v", "value"))
-        for part, ours in (("weight", "kernel"), ("bias", "bias"))
-    },
-    "model.embed_tokens.weight": same("embedding.table"),
-    f"{L}.input_layernorm.weight": same("attention_norm.scale"),
-    f"{L}.input_layernorm.bias": same("attention_norm.bias"),
-    f"{L}.self_attn.dense.weight": linear("attention.out.kernel"),
-    f"{L}.self_attn.dense.bias": linear("attention.out.bias"),
-    f"{L}.self_attn.q_layernorm.weight": same("attention.query_norm.scale"),
-    f"{L}.self_attn.q_layernorm.bias": same("attention.query_norm.bias"),
-    f"{L}.self_attn.k_layernorm.weight": same("attention.key_norm.scale"),
-    f"{L}.self_attn.k_layernorm.bias": same("attention.key_norm.bias"),
-    f"{L}.mlp.fc1.weight": linear("mlp.up.kernel"),
-    f"{L}.mlp.fc1.bias": linear("mlp.up.bias"),
-    f"{L}.mlp.fc2.weight": linear("mlp.down.kernel"),
-    f"{L}.mlp.fc2.bias": linear("mlp.down.bias"),
-    "model.final_layernorm.weight": same("final_norm.scale"),
-    "model.final_layernorm.bias": same("final_norm.bias"),
-    "lm_head.weight": head("head.kernel"),
-    "lm_head.bias": same("head_bias"),
+PHI_TABLE: NameTable = {
+    **map_linear(f"{L}.self_attn.q_proj", "attention.query"),
+    **map_linear(f"{L}.self_attn.k_proj", "attention.key"),
+    **map_linear(f"{L}.self_attn.v_proj", "attention.value"),
+    "model.embed_tokens.weight": copy("embedding.table"),
+    **map_norm(f"{L}.input_layernorm", "attention_norm"),
+    **map_linear(f"{L}.self_attn.dense", "attention.out"),
+    **map_norm(f"{L}.self_attn.q_layernorm", "attention.query_norm"),
+    **map_norm(f"{L}.self_attn.k_layernorm", "attention.key_norm"),
+    **map_linear(f"{L}.mlp.fc1", "mlp.up"),
+    **map_linear(f"{L}.mlp.fc2", "mlp.down"),
+    **map_norm("model.final_layernorm", "final_norm"),
+    "lm_head.weight": linear("head.kernel"),
+    "lm_head.bias": copy("head_bias"),
 }
 QKV = ("attention.query.kernel", "attention.key.kernel", "attention.value.kernel")
-PHI3_TABLE: Table = {
+PHI3_TABLE: NameTable = {
     **llama.OUTER,
     **llama.NORMS,
     f"{L}.self_attn.qkv_proj.weight": linear(*QKV),
@@ -48,7 +39,7 @@ PHI3_TABLE: Table = {
 }
 
 
-def _read_phi(reader: Reader) -> dict[str, Any]:
+def _read_phi(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     return {
         "architecture": "decoder",
@@ -63,16 +54,13 @@ def _read_phi(reader: Reader) -> dict[str, Any]:
             "bias": True,
             "qk_norm": reader.flag("qk_layernorm", False),
         },
-        "mlp": {
-            "d_ff": reader.size("intermediate_size"),
-            "activation": activation(reader, "hidden_act", "gelu_new"),
-            "gated": False,
-            "bias": True,
-        },
+        "mlp": plain_mlp_config(
+            reader.size("intermediate_size"), read_activation(reader, "hidden_act", "gelu_new")
+        ),
         "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_eps", 1e-5), "bias": True},
         "placement": "parallel_shared",
         "positions": read_positions(reader, width // heads, partial=0.5),
-        "tie_embeddings": reader.only("tie_word_embeddings", False),
+        "tie_embeddings": reader.require("tie_word_embeddings", False),
         "head_bias": True,
     }
 
@@ -89,7 +77,7 @@ def _write_phi(config: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "qk_layernorm": attention.qk_norm,
         "intermediate_size": config.mlp.d_ff,
-        "hidden_act": published_activation(config.mlp.activation),
+        "hidden_act": write_activation(config.mlp.activation),
         "layer_norm_eps": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": False,
@@ -98,14 +86,14 @@ def _write_phi(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_phi3(reader: Reader) -> dict[str, Any]:
+def _read_phi3(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader, partial=1.0)
     settings["attention"] |= {
-        "bias": reader.only("attention_bias", False),
+        "bias": reader.require("attention_bias", False),
         "window": reader.size("sliding_window", None),
     }
     reader.get("original_max_position_embeddings", None)  # of longrope, which is refused
-    return settings | {"mlp": llama.swiglu(reader)}
+    return settings | {"mlp": llama.read_swiglu(reader)}
 
 
 def _write_phi3(config: DecoderConfig) -> dict[str, Any]:
@@ -119,5 +107,7 @@ def _write_phi3(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-PHI = Family("phi", "phi", "PhiForCausalLM", _read_phi, _write_phi, lambda config: PHI_TABLE)
-PHI3 = Family("phi3", "phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, llama.tied(PHI3_TABLE))
+PHI = ModelFamily("phi", "phi", "PhiForCausalLM", _read_phi, _write_phi, lambda config: PHI_TABLE)
+PHI3 = ModelFamily(
+    "phi3", "phi3", "Phi3ForCausalLM", _read_phi3, _write_phi3, llama.tie_embeddings(PHI3_TABLE)
+)

@@ -6,22 +6,22 @@ from typing import Any
 
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
-from maxlm.models.families.family import Family
+from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import linear
 from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
-EXPERTS: Table = {
+EXPERTS: NameTable = {
     "model.layers.{layer}.mlp.gate.weight": linear("moe.router"),
     "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight": linear("moe.gate"),
     "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": linear("moe.up"),
     "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight": linear("moe.down"),
 }
-TABLE: Table = {**llama.TABLE, **EXPERTS}
+TABLE: NameTable = {**llama.TABLE, **EXPERTS}
 
 
-def _windows(reader: Reader, settings: dict[str, Any]) -> None:
+def _windows(reader: ConfigReader, settings: dict[str, Any]) -> None:
     """Layers from ``max_window_layers`` on have a window, if there is one."""
     layers, window = settings["num_layers"], reader.size("sliding_window", 4096, nullable=True)
     used = reader.flag("use_sliding_window", False) and window is not None
@@ -42,19 +42,19 @@ def _write_windows(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _read_qwen2(reader: Reader) -> dict[str, Any]:
+def _read_qwen2(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader, kv_heads=32)
     settings["attention"] |= {"bias": True, "out_bias": False}
-    reader.only("use_mrope", False)
+    reader.require("use_mrope", False)
     _windows(reader, settings)
-    return settings | {"mlp": llama.swiglu(reader)}
+    return settings | {"mlp": llama.read_swiglu(reader)}
 
 
-def _read_qwen3(reader: Reader) -> dict[str, Any]:
+def _read_qwen3(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader, kv_heads=32, head_dim=128)
     settings["attention"] |= {"bias": reader.flag("attention_bias", False), "qk_norm": True}
     _windows(reader, settings)
-    return settings | {"mlp": llama.swiglu(reader)}
+    return settings | {"mlp": llama.read_swiglu(reader)}
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
     return {**_write(config), "attention_bias": config.attention.bias}
 
 
-def _read_moe(reader: Reader) -> dict[str, Any]:
+def _read_moe(reader: ConfigReader) -> dict[str, Any]:
     settings = llama.read_common(reader, kv_heads=4)
     window = reader.size("sliding_window", 4096, nullable=True)
     settings["attention"] |= {
@@ -79,15 +79,15 @@ def _read_moe(reader: Reader) -> dict[str, Any]:
         "qk_norm": True,
         "window": window if reader.flag("use_sliding_window", False) else None,
     }
-    reader.only("decoder_sparse_step", 1)
-    reader.only("mlp_only_layers", [], None)
+    reader.require("decoder_sparse_step", 1)
+    reader.require("mlp_only_layers", [], None)
     reader.get("intermediate_size", None)  # of dense layers, which there are none of
     reader.get("max_window_layers", None)  # unread by the published code
     k = reader.size("num_experts_per_tok")
     settings["moe"] = {
         "num_experts": reader.size("num_experts", also="num_local_experts"),
         "experts_per_token": k,
-        **llama.swiglu(reader, "moe_intermediate_size"),
+        **llama.read_swiglu(reader, "moe_intermediate_size"),
         "renormalise": reader.flag("norm_topk_prob", False),
         # Its shares of assignments sum to k, ours to 1.
         "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
@@ -114,7 +114,9 @@ def _write_moe(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-_table = llama.tied(TABLE)
-QWEN2 = Family("qwen2", "qwen2", "Qwen2ForCausalLM", _read_qwen2, _write, _table)
-QWEN3 = Family("qwen3", "qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _table)
-QWEN3_MOE = Family("qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", _read_moe, _write_moe, _table)
+_table = llama.tie_embeddings(TABLE)
+QWEN2 = ModelFamily("qwen2", "qwen2", "Qwen2ForCausalLM", _read_qwen2, _write, _table)
+QWEN3 = ModelFamily("qwen3", "qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, _table)
+QWEN3_MOE = ModelFamily(
+    "qwen3_moe", "qwen3_moe", "Qwen3MoeForCausalLM", _read_moe, _write_moe, _table
+)

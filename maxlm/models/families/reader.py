@@ -37,7 +37,7 @@ _DROPOUT = """
 INERT, DROPOUT = frozenset(_INERT.split()), frozenset(_DROPOUT.split())
 
 
-class Reader:
+class ConfigReader:
     """Values of a config.json, each read under its name and checked for its type; :meth:`finish`
     refuses what was not read.
 
@@ -56,7 +56,7 @@ class Reader:
     ):
         self.values, self.where, self.tensors = dict(values), where, tensors
         self._seen: set[str] = set()
-        self._inside: dict[str, tuple[Reader, tuple[str, ...]]] = {}
+        self._inside: dict[str, tuple[ConfigReader, tuple[str, ...]]] = {}
 
     def has(self, key: str) -> bool:
         """Whether a value is there that is not null."""
@@ -94,7 +94,7 @@ class Reader:
             fix="take it from the published model",
         )
 
-    def only(self, key: str, *allowed: Any) -> Any:
+    def require(self, key: str, *allowed: Any) -> Any:
         """A value that must be one of those that are implemented, or absent (the first); a null
         means what false and 0 do.
 
@@ -147,7 +147,7 @@ class Reader:
             raise self._wrong(key, value, "true or false")
         return value
 
-    def inside(self, key: str, *ignored: str) -> "Reader":
+    def read_nested(self, key: str, *ignored: str) -> "ConfigReader":
         """A nested mapping, to be finished with this one.
 
         Args:
@@ -160,7 +160,7 @@ class Reader:
         value = self.values.get(key)
         if not isinstance(value, Mapping | None):
             raise self._wrong(key, value, "a mapping")
-        found = Reader(value or {}, f"{self.where}: {key}")
+        found = ConfigReader(value or {}, f"{self.where}: {key}")
         self._inside[key] = found, ignored
         return found
 
@@ -172,7 +172,7 @@ class Reader:
         )
 
     def finish(self, *ignored: str) -> list[str]:
-        """What is worth telling of what was read.
+        """Checks that every value was read, and returns notes for the user.
 
         Args:
             ignored: further names that say nothing of the maths.

@@ -4,7 +4,7 @@ from math import nextafter
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.reader import ConfigReader
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.models.layers.rope import (
     DynamicNtkScaling,
@@ -17,7 +17,7 @@ _KINDS = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
 
 
 def read_positions(
-    reader: Reader, head_dim: int, *, theta: float = 10_000.0, partial: float | None = None
+    reader: ConfigReader, head_dim: int, *, theta: float = 10_000.0, partial: float | None = None
 ) -> dict[str, Any]:
     """Settings of ``PositionsConfig``.
 
@@ -26,11 +26,11 @@ def read_positions(
         partial: the share of dimensions that turn, where the file names none; None: the published
             code turns all, whatever it names.
     """
-    own = reader.inside("rope_parameters" if reader.has("rope_parameters") else "rope_scaling")
+    own = reader.read_nested("rope_parameters" if reader.has("rope_parameters") else "rope_scaling")
     theta, share = own.number("rope_theta", reader.number("rope_theta", theta)), 1.0
     for source in (reader, own):
         if partial is None:
-            source.only("partial_rotary_factor", 1.0, None)
+            source.require("partial_rotary_factor", 1.0, None)
         else:
             share = partial = source.number("partial_rotary_factor", partial)
     scaling = read_scaling(own, reader.get("max_position_embeddings", None))
@@ -39,7 +39,7 @@ def read_positions(
     return found | ({"rotary_dim": size} if size != head_dim else {})
 
 
-def read_scaling(reader: Reader, max_positions: int | None) -> dict[str, Any] | None:
+def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, Any] | None:
     """Settings of a scaling; None where there is none.
 
     Args:
@@ -66,7 +66,7 @@ def read_scaling(reader: Reader, max_positions: int | None) -> dict[str, Any] | 
         found |= {"kind": "yarn", "original_length": original}
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
             found |= {} if (value := reader.number(key, None, least=0)) is None else {key: value}
-        found |= {"truncate": reader.only("truncate", True, False)}
+        found |= {"truncate": reader.require("truncate", True, False)}
     elif kind == "llama3":
         found |= {"kind": "llama3", "original_length": original}
         for key in ("low_freq_factor", "high_freq_factor"):

@@ -4,20 +4,20 @@
 from typing import Any
 
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
-from maxlm.models.families.family import Family
-from maxlm.models.families.forms import head, linear, same
-from maxlm.models.families.gpt2 import ACTIVATIONS, published_activation
-from maxlm.models.families.names import Table
-from maxlm.models.families.reader import Reader
+from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.forms import copy, linear
+from maxlm.models.families.gpt2 import ACTIVATIONS, write_activation
+from maxlm.models.families.names import NameTable
+from maxlm.models.families.reader import ConfigReader
 
 SHORT = (("q", "query"), ("k", "key"), ("v", "value"), ("o", "out"))
 
 
-def _attention(theirs: str, ours: str) -> Table:
+def _attention(theirs: str, ours: str) -> NameTable:
     return {f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel") for x, name in SHORT}
 
 
-def _mlp(theirs: str, ours: str, gated: bool) -> Table:
+def _mlp(theirs: str, ours: str, gated: bool) -> NameTable:
     names = {"wi_0": "gate", "wi_1": "up"} if gated else {"wi": "up"}
     return {
         f"{theirs}.{x}.weight": linear(f"{ours}.{name}.kernel")
@@ -25,46 +25,46 @@ def _mlp(theirs: str, ours: str, gated: bool) -> Table:
     }
 
 
-def _table(config: EncoderDecoderConfig) -> Table:
+def _table(config: EncoderDecoderConfig) -> NameTable:
     """Layers of the encoder are counted by ``{encoder_layer}``."""
     assert config.mlp is not None
     e, d, gated = "encoder.block.{encoder_layer}", "decoder.block.{layer}", config.mlp.gated
     bias = "SelfAttention.relative_attention_bias.weight"
     return {
-        "shared.weight": same(
+        "shared.weight": copy(
             "embedding.table", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight",
             *(["lm_head.weight"] if config.tie_embeddings else []),
         ),
-        f"encoder.block.0.layer.0.{bias}": same("encoder.relative"),
-        f"{e}.layer.0.layer_norm.weight": same("encoder.layers.attention_norm.scale"),
+        f"encoder.block.0.layer.0.{bias}": copy("encoder.relative"),
+        f"{e}.layer.0.layer_norm.weight": copy("encoder.layers.attention_norm.scale"),
         **_attention(f"{e}.layer.0.SelfAttention", "encoder.layers.attention"),
-        f"{e}.layer.1.layer_norm.weight": same("encoder.layers.mlp_norm.scale"),
+        f"{e}.layer.1.layer_norm.weight": copy("encoder.layers.mlp_norm.scale"),
         **_mlp(f"{e}.layer.1.DenseReluDense", "encoder.layers.mlp", gated),
-        "encoder.final_layer_norm.weight": same("encoder.final_norm.scale"),
-        f"decoder.block.0.layer.0.{bias}": same("relative"),
-        f"{d}.layer.0.layer_norm.weight": same("attention_norm.scale"),
+        "encoder.final_layer_norm.weight": copy("encoder.final_norm.scale"),
+        f"decoder.block.0.layer.0.{bias}": copy("relative"),
+        f"{d}.layer.0.layer_norm.weight": copy("attention_norm.scale"),
         **_attention(f"{d}.layer.0.SelfAttention", "attention"),
-        f"{d}.layer.1.layer_norm.weight": same("cross_norm.scale"),
+        f"{d}.layer.1.layer_norm.weight": copy("cross_norm.scale"),
         **_attention(f"{d}.layer.1.EncDecAttention", "cross"),
-        f"{d}.layer.2.layer_norm.weight": same("mlp_norm.scale"),
+        f"{d}.layer.2.layer_norm.weight": copy("mlp_norm.scale"),
         **_mlp(f"{d}.layer.2.DenseReluDense", "mlp", gated),
-        "decoder.final_layer_norm.weight": same("final_norm.scale"),
-        "lm_head.weight": head("head.kernel"),
+        "decoder.final_layer_norm.weight": copy("final_norm.scale"),
+        "lm_head.weight": linear("head.kernel"),
     }  # fmt: skip
 
 
-def _read(reader: Reader) -> dict[str, Any]:
+def _read(reader: ConfigReader) -> dict[str, Any]:
     width, heads = reader.size("d_model"), reader.size("num_heads")
     how = reader.get("feed_forward_proj", "relu")
-    reader.only(
+    reader.require(
         "feed_forward_proj", "relu", *(f"{x}{y}" for x in ("", "gated-") for y in ACTIVATIONS)
     )
     gated, name = how.startswith("gated-"), how.removeprefix("gated-")
     # As the library reads it: "gated-gelu" is the approximation.
     name = "gelu_new" if how == "gated-gelu" else name
-    reader.only("is_encoder_decoder", True)
-    reader.only("dense_act_fn", None, name)
-    reader.only("is_gated_act", None, gated)
+    reader.require("is_encoder_decoder", True)
+    reader.require("dense_act_fn", None, name)
+    reader.require("is_gated_act", None, gated)
     # T5 v1.0 has a tied head and scales what it sees, v1.1 a head of its own and does not.
     # transformers 5 writes true in any case, and tells them apart by another name.
     tied = reader.flag("tie_word_embeddings", True)
@@ -98,7 +98,7 @@ def _read(reader: Reader) -> dict[str, Any]:
 
 def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     assert config.mlp is not None
-    name = published_activation(config.mlp.activation)
+    name = write_activation(config.mlp.activation)
     if config.mlp.gated:
         name = "gated-gelu" if name == "gelu_new" else f"gated-{name}"
     return {
@@ -121,7 +121,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     }
 
 
-T5 = Family(
+T5 = ModelFamily(
     "t5",
     "t5",
     "T5ForConditionalGeneration",

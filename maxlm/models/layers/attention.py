@@ -13,7 +13,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
-from maxlm.parallel.attention import sharded_attention, write_slots
+from maxlm.parallel.attention import sharded_attention, write_cache_slots
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
         self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
         """Self-attention; a sequence split over devices stands in the order of
-        ``maxlm.parallel.context.sequence_order``.
+        ``maxlm.parallel.context.sequence_order_indices``.
 
         Args:
             x: [B, S, D].
@@ -244,6 +244,6 @@ def update_kv_cache(
 ) -> KVCache:
     """The cache with new tokens in their slots."""
     return KVCache(
-        write_slots(cache.key, new.key, positions, rules=rules),
-        write_slots(cache.value, new.value, positions, rules=rules),
+        write_cache_slots(cache.key, new.key, positions, rules=rules),
+        write_cache_slots(cache.value, new.value, positions, rules=rules),
     )

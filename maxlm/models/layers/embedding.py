@@ -7,8 +7,8 @@ from flax import nnx
 
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.params import declare, read_weight, truncated_normal
-from maxlm.parallel.embedding import lookup
-from maxlm.parallel.local import dimensions, layout
+from maxlm.parallel.embedding import embed_tokens
+from maxlm.parallel.local import get_layout, parse_spec
 from maxlm.sharding import AxisRules
 
 
@@ -24,6 +24,6 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids int [..., S] → [..., S, D] in the compute dtype, for the residual stream."""
         table = read_weight(self.table, self.rules, accumulation_dtype(self.dtype))
-        lead = layout(ids)[:-1]
-        residual, embed = dimensions(self.rules.spec("residual", "embed"), 2)
-        return lookup(table.value, ids, table.used, (*lead, residual, embed), self.dtype)
+        lead = get_layout(ids)[:-1]
+        residual, embed = parse_spec(self.rules.spec("residual", "embed"), 2)
+        return embed_tokens(table.value, ids, table.used, (*lead, residual, embed), self.dtype)

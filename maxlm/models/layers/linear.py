@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from maxlm.models.params import Leaf, ParamUse, declare, get_spec, materialize, truncated_normal
-from maxlm.parallel.local import dimensions
+from maxlm.parallel.local import parse_spec
 from maxlm.sharding import AxisRules
 
 
@@ -59,7 +59,7 @@ def project(x: jax.Array, *layers: Linear, seq: str = "seq") -> tuple[jax.Array,
             is added to the residual stream.
     """
     rules, dtype = layers[0].rules, layers[0].dtype
-    tokens = dimensions(rules.spec("batch", seq), 2)
+    tokens = parse_spec(rules.spec("batch", seq), 2)
     uses = [ParamUse(get_spec(layer.kernel), rules, dtype, tokens) for layer in layers]
     held = [layer.kernel.get_value() for layer in layers]
     pairs = list(zip(uses, held, strict=True))

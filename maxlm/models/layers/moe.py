@@ -144,7 +144,7 @@ class Moe(nnx.Module):
 
     Args:
         ragged: whether devices exchange rows by ragged all-to-all; None: where they can
-            (``maxlm.parallel.experts.ragged_exchange``).
+            (``maxlm.parallel.experts.supports_ragged_all_to_all``).
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Moe(nnx.Module):
         room, dropped = None, jnp.zeros((), jnp.float32)
         if config.dispatch == "capacity":
             size = x.shape[1], config.experts_per_token, config.num_experts
-            room = dispatch.capacity(*size, config.capacity_factor)
+            room = dispatch.compute_expert_capacity(*size, config.capacity_factor)
             dropped = jnp.maximum(load - room, 0).sum()
         load = load.sum(0)
         loss = router_loss(logits, routing.scores, load, counted, config)
@@ -224,14 +224,14 @@ class Moe(nnx.Module):
             loss += jnp.sum(rule * (bias - lax.stop_gradient(bias)))
         named = {"gate": self.gate, "up": self.up, "down": self.down}
         kernels = {name: param for name, param in named.items() if param is not None}
-        y = experts.experts(
+        y = experts.apply_experts(
             x,
             routing.weights,
             chosen,
             {name: read_weight(p, self.rules, self.dtype).value for name, p in kernels.items()},
             activation=ACTIVATIONS[config.activation],
             compute={n: self.rules.spec(*get_spec(p).axes[-3:]) for n, p in kernels.items()},
-            room=room,
+            expert_capacity=room,
             ragged=self.ragged,
         )
         if self.shared is not None:
@@ -247,7 +247,7 @@ class Moe(nnx.Module):
             x.astype(dtype),
             router,
             precision=lax.Precision.HIGHEST,  # a TPU multiplies fp32 in bf16 otherwise
-            out_sharding=shards.spec_of((*shards.layout(x)[:2], ())),
+            out_sharding=shards.make_spec((*shards.get_layout(x)[:2], ())),
         )
 
 

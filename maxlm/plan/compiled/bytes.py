@@ -8,7 +8,7 @@ fusion too, of which nothing but its parameters and roots touches memory.
 
 from collections.abc import Iterator
 
-from maxlm.plan.compiled.hlo import Computation, Instruction, Module, Shape
+from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction
 
 FREE = (
     # Names for what is already there, and what runs other computations.
@@ -20,8 +20,8 @@ _PART = ("dynamic-slice", "slice", "gather")
 _SAME = ("bitcast", "reshape")
 
 
-def memory_traffic(
-    instruction: Instruction, computation: Computation, module: Module, on_chip: frozenset[int]
+def memory_traffic_bytes(
+    instruction: Instruction, computation: Computation, module: HloModule, on_chip: frozenset[int]
 ) -> int:
     """Bytes between main memory and the chip, for one run of a scheduled instruction.
 
@@ -65,11 +65,11 @@ def memory_traffic(
     return sum(operands) + result
 
 
-def _off_chip(shapes: tuple[Shape, ...], on_chip: frozenset[int]) -> int:
+def _off_chip(shapes: tuple[HloShape, ...], on_chip: frozenset[int]) -> int:
     return sum(shape.nbytes for shape in shapes if shape.space not in on_chip)
 
 
-def _read(body: Computation, name: str, size: int, module: Module) -> int:
+def _read(body: Computation, name: str, size: int, module: HloModule) -> int:
     """Bytes of a fusion's parameter that its inside looks at."""
     total = 0
     for user in body.users.get(name, ()):

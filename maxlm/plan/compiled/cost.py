@@ -1,4 +1,4 @@
-"""What a compiled program costs each device, with every loop's trips counted.
+"""The cost of a compiled program for each device, with every loop's trips counted.
 
 XLA's own ``cost_analysis()`` counts a loop's body once, so that a scanned model seems to have one
 layer.
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from maxlm.plan.compiled.bytes import FREE, memory_traffic
+from maxlm.plan.compiled.bytes import FREE, memory_traffic_bytes
 from maxlm.plan.compiled.flops import declared_flops, matmul_flops
-from maxlm.plan.compiled.groups import group_of
-from maxlm.plan.compiled.hlo import Computation, Instruction, Module, parse
-from maxlm.plan.compiled.loops import trip_count
+from maxlm.plan.compiled.groups import find_device_group
+from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction, parse_hlo
+from maxlm.plan.compiled.loops import count_trips
 
 COLLECTIVES = (
     "all-gather",
@@ -42,7 +42,7 @@ IsAttention = Callable[[str, tuple[str, ...]], bool]
 
 
 @dataclass(frozen=True)
-class Collective:
+class CompiledCollective:
     """All runs of one collective in a step; bytes are a device's."""
 
     kind: str
@@ -83,7 +83,7 @@ class CustomCall:
 
 
 @dataclass(frozen=True)
-class Array:
+class CompiledArray:
     """A kind of array that the program makes in main memory, whole on one device."""
 
     shape: str
@@ -103,10 +103,10 @@ class CompiledCost:
     memory_bytes: int
     """Read from and written to main memory; see ``bytes.py``."""
     matmuls: tuple[Matmul, ...]
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CompiledCollective, ...]
     custom_calls: tuple[CustomCall, ...]
     """All three, largest first."""
-    arrays: tuple[Array, ...]
+    arrays: tuple[CompiledArray, ...]
     """The largest kinds of arrays made; how many of each are alive together is not told."""
     unknown_loops: tuple[str, ...]
     """Loops whose trips cannot be read; their bodies are counted once. A training step has one: its
@@ -129,7 +129,7 @@ class CompiledCost:
 
 
 @dataclass(frozen=True)
-class Memory:
+class CompiledMemory:
     """A compiled program's main memory on each device, bytes."""
 
     argument: int
@@ -144,10 +144,10 @@ class Memory:
         return self.argument + self.temp + self.output - self.alias
 
 
-def compiled_memory(compiled: Any) -> Memory:
+def read_compiled_memory(compiled: Any) -> CompiledMemory:
     """From ``compiled.memory_analysis()``."""
     stats = compiled.memory_analysis()
-    return Memory(
+    return CompiledMemory(
         argument=stats.argument_size_in_bytes,
         output=stats.output_size_in_bytes,
         alias=stats.alias_size_in_bytes,
@@ -155,7 +155,7 @@ def compiled_memory(compiled: Any) -> Memory:
     )
 
 
-def attention_by_file(op_name: str, files: tuple[str, ...]) -> bool:
+def is_attention_product(op_name: str, files: tuple[str, ...]) -> bool:
     """Attention's products are those traced through a file of kernels or of programs on shards
     that is about attention; a layer's projections are not."""
     del op_name
@@ -167,12 +167,12 @@ def attention_by_file(op_name: str, files: tuple[str, ...]) -> bool:
     )
 
 
-def compiled_cost(
+def read_compiled_cost(
     text: str,
     sizes: Mapping[str, int],
     *,
     on_chip: Iterable[int] = (),
-    is_attention: IsAttention = attention_by_file,
+    is_attention: IsAttention = is_attention_product,
 ) -> CompiledCost:
     """Read costs out of a compiled program's text.
 
@@ -185,7 +185,7 @@ def compiled_cost(
     Raises:
         ValueError: text that is not an HLO module's.
     """
-    reader = _Reader(parse(text), sizes, frozenset(on_chip), is_attention)
+    reader = _Reader(parse_hlo(text), sizes, frozenset(on_chip), is_attention)
     total = reader.cost(reader.module.entry)
     matmuls: dict[tuple[str, bool], list[int]] = defaultdict(lambda: [0, 0])
     for event, count in _events(total, _Product):
@@ -194,7 +194,9 @@ def compiled_cost(
         found[1] += count * event.flops
     products = [Matmul(*key, *found) for key, found in matmuls.items()]
     collectives = [
-        Collective(**vars(event), count=count, wire_bytes=round(count * ring_bytes(**_ring(event))))
+        CompiledCollective(
+            **vars(event), count=count, wire_bytes=round(count * ring_bytes(**_ring(event)))
+        )
         for event, count in _events(total, _Exchange)
     ]
     custom = [
@@ -213,12 +215,12 @@ def compiled_cost(
     )
 
 
-def _largest(arrays: Mapping[str, Array], count: int = 20) -> tuple[Array, ...]:
+def _largest(arrays: Mapping[str, CompiledArray], count: int = 20) -> tuple[CompiledArray, ...]:
     return tuple(sorted(arrays.values(), key=lambda a: -a.nbytes)[:count])
 
 
 def ring_bytes(kind: str, group_size: int, payload_bytes: int) -> float:
-    """What each device sends in one run of a collective, on a ring.
+    """Returns the bytes that each device sends in one run of a collective, on a ring.
 
     Args:
         payload_bytes: the operands on one device: the shard of an all-gather, the whole of a
@@ -292,15 +294,15 @@ def _ring(event: _Exchange) -> dict[str, Any]:
 class _Reader:
     """Walks the call graph; every computation is read once."""
 
-    module: Module
+    module: HloModule
     sizes: Mapping[str, int]
     on_chip: frozenset[int]
     is_attention: IsAttention
     known: dict[str, _Tally] = field(default_factory=dict)
-    arrays: dict[str, Array] = field(default_factory=dict)
+    arrays: dict[str, CompiledArray] = field(default_factory=dict)
 
     def cost(self, computation: Computation) -> _Tally:
-        """Of one run, everything that it calls included."""
+        """Returns the tally of one run, everything that it calls included."""
         if computation.name not in self.known:
             total = _Tally()
             for instruction in computation.instructions.values():
@@ -309,12 +311,12 @@ class _Reader:
         return self.known[computation.name]
 
     def _add(self, total: _Tally, instruction: Instruction, computation: Computation) -> None:
-        total.memory += memory_traffic(instruction, computation, self.module, self.on_chip)
+        total.memory += memory_traffic_bytes(instruction, computation, self.module, self.on_chip)
         if instruction.opcode not in FREE:
             self._note_arrays(instruction)
         opcode = instruction.opcode
         if opcode == "while":
-            trips = trip_count(instruction, computation, self.module)
+            trips = count_trips(instruction, computation, self.module)
             if trips is None:
                 total.events[instruction.op_name or instruction.name] += 1
             for called in instruction.calls("body"):
@@ -339,7 +341,7 @@ class _Reader:
             name = str(shape)
             named = name in self.arrays and self.arrays[name].op_name
             if shape.space not in self.on_chip and not named:
-                self.arrays[name] = Array(name, shape.nbytes, instruction.op_name)
+                self.arrays[name] = CompiledArray(name, shape.nbytes, instruction.op_name)
 
     def _add_fusion(self, total: _Tally, body: Computation) -> None:
         """Its memory is counted where it is called. An all-reduce of which the same fusion keeps
@@ -381,7 +383,7 @@ class _Reader:
         if kind in ("ragged-all-to-all", "collective-permute") and len(operands) > 2:
             # Behind the data: the buffer it is written into, and offsets.
             operands = operands[:1]
-        group = group_of(instruction, self.sizes)
+        group = find_device_group(instruction, self.sizes)
         return _Exchange(
             kind="reduce-scatter" if kind == "all-reduce" and scattered else kind,
             axes=group.axes,

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.compiled.hlo import Computation, Instruction, Shape
+from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
 _PADDING = re.compile(r"(-?\d+)_(-?\d+)(?:_(-?\d+))?")
 
@@ -31,7 +31,7 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
 
 
 def declared_flops(instruction: Instruction) -> int | None:
-    """What a custom kernel's author says that it computes (``pl.CostEstimate``)."""
+    """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None: none."""
     found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes)
     return int(found[1]) if found else None
 
@@ -39,11 +39,11 @@ def declared_flops(instruction: Instruction) -> int | None:
 _CONTRACTED = "lhs_contracting_dims"
 
 
-def _dot(lhs: Shape, result: Shape, contracted: tuple[int, ...]) -> int:
+def _dot(lhs: HloShape, result: HloShape, contracted: tuple[int, ...]) -> int:
     return 2 * result.size * prod(lhs.dims[d] for d in contracted)
 
 
-def _ragged(instruction: Instruction, lhs: Shape, rhs: Shape) -> int:
+def _ragged(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
     """Every row meets one group's matrix, whichever dimension is ragged."""
     contracted = instruction.integers(_CONTRACTED)
     ragged = instruction.integers("lhs_ragged_dims")
@@ -62,7 +62,7 @@ def _gemm_contraction(attributes: str) -> tuple[int, ...]:
     return tuple(int(n) for n in json.loads(found[1])) if found else ()
 
 
-def _convolution(instruction: Instruction, lhs: Shape, rhs: Shape) -> int:
+def _convolution(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
     """Products that meet an element of the input, not its padding nor the holes of a dilation:
     compilers write batched and multi-dimensional dots as convolutions that consist mostly of
     those."""

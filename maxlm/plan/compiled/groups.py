@@ -25,7 +25,7 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
 
 @dataclass(frozen=True)
-class Group:
+class DeviceGroup:
     """A collective's reach."""
 
     axes: str
@@ -34,7 +34,7 @@ class Group:
     """Members of one group; for a permute 2, or 1 where no data moves."""
 
 
-def group_of(instruction: Instruction, sizes: Mapping[str, int]) -> Group:
+def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> DeviceGroup:
     """The mesh axes of a collective.
 
     Args:
@@ -49,16 +49,16 @@ def group_of(instruction: Instruction, sizes: Mapping[str, int]) -> Group:
 
 
 @lru_cache(maxsize=4096)
-def _group(text: str, sizes: tuple[tuple[str, int], ...]) -> Group:
+def _group(text: str, sizes: tuple[tuple[str, int], ...]) -> DeviceGroup:
     pairs = _PAIRS.match(text)
     if pairs:
         moves = [pair for pair in _lists(pairs[1]) if pair[0] != pair[1]]
-        return Group(_axes(moves, sizes), 2 if moves else 1)
-    groups = replica_groups(text, int(np.prod([n for _, n in sizes])))
-    return Group(_axes(groups, sizes), max(map(len, groups)))
+        return DeviceGroup(_axes(moves, sizes), 2 if moves else 1)
+    groups = parse_replica_groups(text, int(np.prod([n for _, n in sizes])))
+    return DeviceGroup(_axes(groups, sizes), max(map(len, groups)))
 
 
-def replica_groups(text: str, devices: int) -> list[list[int]]:
+def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     """``replica_groups=...`` in any printed form as lists of ids.
 
     Forms: ``{{0,1},{2,3}}``; ``{}`` or absent for all devices together; ``[2,4]<=[4,2]T(1,0)``, ids

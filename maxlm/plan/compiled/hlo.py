@@ -25,7 +25,7 @@ SEMAPHORES = 2
 
 
 @dataclass(frozen=True)
-class Shape:
+class HloShape:
     """One array, as it lies on one device."""
 
     dtype: str
@@ -49,7 +49,7 @@ class Shape:
 class Instruction:
     name: str
     opcode: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[HloShape, ...]
     """The arrays of the result, a tuple's flattened."""
     operands: tuple[str, ...]
     literal: str
@@ -68,7 +68,7 @@ class Instruction:
 
     @cached_property
     def target(self) -> str:
-        """What a custom call calls; "" for anything else."""
+        """The target of a custom call; "" for anything else."""
         return (self.attribute("custom_call_target") or "").strip('"')
 
     def attribute(self, name: str) -> str | None:
@@ -126,7 +126,7 @@ class Computation:
 
 
 @dataclass(frozen=True)
-class Module:
+class HloModule:
     computations: Mapping[str, Computation]
     entry: Computation
     files: Mapping[int, tuple[str, ...]]
@@ -141,7 +141,7 @@ class Module:
         return (found[1],) if found else ()
 
 
-def parse(text: str) -> Module:
+def parse_hlo(text: str) -> HloModule:
     """Read a module (of several joined, the first).
 
     Raises:
@@ -166,18 +166,18 @@ def parse(text: str) -> Module:
                 is_entry, name, root, found = bool(header[1]), header[2], "", {}
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
-    return Module(computations, entry, _frames(text))
+    return HloModule(computations, entry, _frames(text))
 
 
-def shapes_of(text: str) -> tuple[Shape, ...]:
+def parse_shapes(text: str) -> tuple[HloShape, ...]:
     """The arrays in the text of a type, tuples flattened."""
     return tuple(_shape(*found) for found in _LEAF.findall(text))
 
 
-def _shape(dtype: str, dims: str, layout: str) -> Shape:
+def _shape(dtype: str, dims: str, layout: str) -> HloShape:
     space = _SPACE.search(layout)
     sizes = tuple(int(n) for n in re.findall(r"\d+", dims))
-    return Shape(dtype, sizes, int(space[1]) if space else 0)
+    return HloShape(dtype, sizes, int(space[1]) if space else 0)
 
 
 def _bits(dtype: str) -> int:
@@ -189,7 +189,7 @@ def _bits(dtype: str) -> int:
 def _instruction(name: str, text: str) -> Instruction:
     """From what follows ``%name =``: ``type opcode(operands), attributes``."""
     end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
-    shapes = shapes_of(text[:end])
+    shapes = parse_shapes(text[:end])
     opcode = _OPCODE.match(text, end)
     if opcode is None:
         raise ValueError(f"no opcode in: %{name} = {text[:200]}")

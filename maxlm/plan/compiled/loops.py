@@ -1,11 +1,11 @@
-"""How often a compiled loop runs its body."""
+"""Trip counts of compiled loops."""
 
 import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maxlm.plan.compiled.hlo import Computation, Instruction, Module
+from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
@@ -19,7 +19,7 @@ _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
 _MOVES = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "optimization-barrier")
 
 
-def trip_count(loop: Instruction, caller: Computation, module: Module) -> int | None:
+def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> int | None:
     """Trips of a ``while``: by the compiler's own word, else from its condition, where that
     compares a counter with a constant start and step to a constant; None where neither tells."""
     known = _KNOWN.search(loop.attributes)
@@ -81,7 +81,7 @@ class _Place:
         return _Place(self.computation, name, self.outer)
 
 
-def _origin(place: _Place, module: Module) -> _Place:
+def _origin(place: _Place, module: HloModule) -> _Place:
     """Where a value comes from: past moves, into fusions and out of their parameters."""
     while True:
         found = place.instruction
@@ -102,15 +102,15 @@ def _origin(place: _Place, module: Module) -> _Place:
             return place
 
 
-def _start(loop: Instruction, caller: Computation, index: int, module: Module) -> int | None:
-    """What an element of the loop's tuple begins as."""
+def _start(loop: Instruction, caller: Computation, index: int, module: HloModule) -> int | None:
+    """Returns the initial value of an element of the loop's tuple."""
     whole = _origin(_Place(caller, loop.operands[0]), module)
     if whole.instruction.opcode != "tuple":
         return None
     return _integer(_origin(whole.operands()[index], module).instruction)
 
 
-def _step(body: Computation, index: int, module: Module) -> int | None:
+def _step(body: Computation, index: int, module: HloModule) -> int | None:
     """By how much a trip moves an element of the tuple: a constant added to it, or taken off."""
     root = _origin(_Place(body, body.root), module)
     if root.instruction.opcode != "tuple":

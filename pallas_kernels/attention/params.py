@@ -1,4 +1,4 @@
-"""What an implementation is told of an attention: static choices, arrays, and their checks."""
+"""Parameters and operands of an attention, and their checks."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ Segments = tuple[jax.Array, jax.Array]
 Offset = int | jax.Array
 
 
-class How(NamedTuple):
+class AttentionParams(NamedTuple):
     """Static choices. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
     masked."""
 
@@ -22,11 +22,11 @@ class How(NamedTuple):
     soft_cap: float | None
     scale: float
     q_offset: int = 0
-    """Position of the first query, as far as it is static: ``Where.q_offset`` adds to it."""
+    """The first query's position, as far as it is static; ``AttentionOperands.q_offset`` adds."""
     k_offset: int = 0
 
 
-class Where(NamedTuple):
+class AttentionOperands(NamedTuple):
     """Arrays that place queries and keys, or None."""
 
     q_positions: jax.Array | None = None
@@ -34,14 +34,14 @@ class Where(NamedTuple):
     k_positions: jax.Array | None = None
     """int32 [B or 1, T]; None: offset + 0..T-1."""
     q_offset: jax.Array | None = None
-    """int32 scalar, where it is traced; None: ``How.q_offset`` alone."""
+    """int32 scalar, where it is traced; None: ``AttentionParams.q_offset`` alone."""
     k_offset: jax.Array | None = None
     q_segments: jax.Array | None = None
     """int32 [B, S]; tokens attend within their own segment, 0 is padding."""
     k_segments: jax.Array | None = None
     """int32 [B, T]; there where ``q_segments`` is."""
     prefix: jax.Array | None = None
-    """int32 [B]: keys at positions below are visible to every query; with ``How.causal``."""
+    """int32 [B]: keys at positions below are visible to every query; with ``causal``."""
     slopes: jax.Array | None = None
     """fp32 [N]: of the linear biases."""
     sinks: jax.Array | None = None
@@ -51,7 +51,7 @@ class Where(NamedTuple):
     """fp32 [N, 2R + 1]: learned, of keys R or more before a query, .., R or more after it."""
 
 
-def described(
+def validate_arguments(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -69,8 +69,9 @@ def described(
     slopes: jax.Array | None = None,
     sinks: jax.Array | None = None,
     biases: jax.Array | None = None,
-) -> tuple[Where, How]:
-    """The arguments of :func:`~pallas_kernels.attention.attention`, checked.
+) -> tuple[AttentionOperands, AttentionParams]:
+    """Checks the arguments of :func:`~pallas_kernels.attention.attention` and returns them in two
+    parts.
 
     Raises:
         ValueError: as there.
@@ -86,7 +87,7 @@ def described(
     q_segments, k_segments = segment_ids or (None, None)
     static_q, traced_q = _offset("q", q_offset, q_positions)
     static_k, traced_k = _offset("k", k_offset, k_positions)
-    where = Where(
+    operands = AttentionOperands(
         _array("q_positions", q_positions, jnp.int32, (B, S), (1, S)),
         _array("k_positions", k_positions, jnp.int32, (B, T), (1, T)),
         traced_q,
@@ -99,33 +100,32 @@ def described(
         _biases(biases, N, wide),
     )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return where, How(causal, window, soft_cap, scale, static_q, static_k)
+    return operands, AttentionParams(causal, window, soft_cap, scale, static_q, static_k)
 
 
 def wide_type(*operands: jax.Array) -> Any:
-    """What scores and sums are held in: fp32, or float64 where operands are."""
+    """Returns the dtype of scores and sums: fp32, or float64 where operands are."""
     return jnp.result_type(*operands, jnp.float32)
 
 
-def first_position(static: int, traced: jax.Array | None) -> Offset:
-    """Of queries, ``first_position(how.q_offset, where.q_offset)``; of keys likewise. An int where
-    it is static."""
+def sum_offsets(static: int, traced: jax.Array | None) -> Offset:
+    """Returns the sum of an offset's static and traced part; an int where it is static."""
     return static if traced is None else static + traced
 
 
-def with_offsets(where: Where, how: How) -> Where:
-    """``where`` with the static offsets among its arrays, for kernels that read them there: without
-    a prefix or positions one by one, which are counted from 0, only as far as queries' and keys'
+def merge_offsets(operands: AttentionOperands, params: AttentionParams) -> AttentionOperands:
+    """Moves static offsets into the operands' arrays, for kernels that read them there: without a
+    prefix or positions one by one, which are counted from 0, only as far as queries' and keys'
     differ."""
-    q_offset, k_offset = how.q_offset, how.k_offset
-    if all(x is None for x in (where.q_positions, where.k_positions, where.prefix)):
+    q_offset, k_offset = params.q_offset, params.k_offset
+    if all(x is None for x in (operands.q_positions, operands.k_positions, operands.prefix)):
         q_offset, k_offset = q_offset - k_offset, 0
 
     def whole(static: int, traced: jax.Array | None) -> jax.Array | None:
-        return jnp.asarray(first_position(static, traced), jnp.int32) if static else traced
+        return jnp.asarray(sum_offsets(static, traced), jnp.int32) if static else traced
 
-    return where._replace(
-        q_offset=whole(q_offset, where.q_offset), k_offset=whole(k_offset, where.k_offset)
+    return operands._replace(
+        q_offset=whole(q_offset, operands.q_offset), k_offset=whole(k_offset, operands.k_offset)
     )
 
 
@@ -141,7 +141,7 @@ def _sizes(q, k, v) -> tuple[int, int, int, int]:
 
 
 def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | None]:
-    """What of an offset is static, and what is not."""
+    """Splits an offset into its static and its traced part."""
     if isinstance(offset, (int, np.integer)):
         static, traced = int(offset), None
     else:
