@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.plan.flops import count_active_parameters, count_training_flops
-from maxlm.plan.list_layout_notes import list_layout_notes
+from maxlm.plan.notes import list_layout_notes
 from maxlm.plan.placement import place_model
 from maxlm.plan.workload import TokensPerRow
 from maxlm.run import RunConfig

@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.models.dtypes import compute_dtype
 from maxlm.plan.communication import PlannedCollective, list_collectives
-from maxlm.plan.estimate_goodput import Goodput, Reliability, estimate_goodput
+from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.memory import DeviceMemory, estimate_memory

@@ -17,7 +17,7 @@ import yaml
 from maxlm.config import MaxlmError, load_config
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
-from maxlm.plan.plan_run import FILL, Machine, estimate_costs, plan_run
+from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.shape import StepShape
 from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig, no_pipeline

@@ -33,5 +33,5 @@ def count_hidden_elements(map_: Map, split: MeshSplit) -> Number:
 
 
 def count_latent_elements(map_: Map) -> int:
-    """Returns the elements a token of the narrow vectors that a map writes, for latent attention."""
+    """Returns the elements a token of the narrow latent vectors that a map writes."""
     return sum(k.shape[-1] for k in map_.kernels if k.writes == "latent")

@@ -5,11 +5,11 @@ from math import prod
 
 import jax.numpy as jnp
 import pytest
-from maxlm.plan.plan_run import Machine, plan_run
-from maxlm.plan.search_layouts import search_layouts
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.layout import lay_out_run
+from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops, score_traffic
 from maxlm.plan.working import list_layer_working_sets
