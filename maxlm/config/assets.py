@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_asset(relative: str) -> Path:
-    """A shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``.
+    """Returns a shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``.
 
     Looks where an installed wheel keeps them, else in the source tree maxlm runs from.
 
@@ -27,7 +27,8 @@ def find_asset(relative: str) -> Path:
 
 
 def list_shipped_configs() -> list[str]:
-    """Names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``, ..."""
+    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``,
+    ..."""
     root = find_asset("configs")
     return [
         str(path.relative_to(root).with_suffix("").as_posix())
@@ -37,7 +38,8 @@ def list_shipped_configs() -> list[str]:
 
 
 def find_shipped_config(name: str) -> Path | None:
-    """The shipped config of this name (``demo``, ``runs/demo``, ``configs/runs/demo.yaml``)."""
+    """Returns the shipped config of this name (``demo``, ``runs/demo``,
+    ``configs/runs/demo.yaml``)."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     shipped = list_shipped_configs()
     for candidate in (stem, f"runs/{stem}", f"models/{stem}"):
@@ -47,7 +49,7 @@ def find_shipped_config(name: str) -> Path | None:
 
 
 def resolve_config(name: str) -> Path:
-    """The config file a user means: an existing file, else a shipped config by name.
+    """Returns the config file a user means: an existing file, else a shipped config by name.
 
     A bare name is looked up among the recipes (configs/runs), then the presets
     (configs/models); ``.yaml`` may be left out.
@@ -69,7 +71,8 @@ def resolve_config(name: str) -> Path:
 
 
 def find_similar_configs(path: Path) -> list[str]:
-    """Up to three shipped names and neighbouring files that read like `path`, best first."""
+    """Returns up to three shipped names and neighbouring files that read like `path`, best
+    first."""
     stem = path.name.removesuffix(path.suffix)
     by_stem = {name.rsplit("/", 1)[-1]: name for name in reversed(list_shipped_configs())}
     if path.parent.is_dir():

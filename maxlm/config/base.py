@@ -69,7 +69,7 @@ class Config(BaseModel):
 
 
 def add_default_tag(name: str, value: str) -> BeforeValidator:
-    """For a union that pydantic tells apart by a key ``name``: what a mapping without it is."""
+    """Adds the key ``name`` where a mapping lacks it, for a union discriminated by it."""
 
     def add(settings: Any) -> Any:
         if isinstance(settings, Mapping) and name not in settings:

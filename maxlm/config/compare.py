@@ -12,7 +12,7 @@ ABSENT: Final = "(absent)"
 
 
 def to_plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """A config as JSON would hold it: dicts, lists, text, numbers, booleans and None."""
+    """Returns a config as JSON would hold it: dicts, lists, text, numbers, booleans and None."""
     if isinstance(config, Config):
         return config.model_dump(mode="json")
     return json.loads(json.dumps(config))
@@ -21,7 +21,7 @@ def to_plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 def compare_configs(
     a: Config | Mapping[str, Any], b: Config | Mapping[str, Any], prefix: str = ""
 ) -> list[tuple[str, Any, Any]]:
-    """The leaves in which two configs differ, as (dotted key, value in a, value in b).
+    """Returns the leaves in which two configs differ, as (dotted key, value in a, value in b).
 
     Keys come in a's order, then those only b has. A key one side lacks has the value `ABSENT`.
     Saved JSON compares equal to the config it came from.

@@ -55,7 +55,8 @@ class Lost(MaxlmError):
 
 
 def convert_os_error(error: BaseException) -> MaxlmError | None:
-    """An operating system's error that a user can put right, as ours; None: any other error."""
+    """Returns an operating system's error that a user can put right, as ours; None: any other
+    error."""
     if isinstance(error, OSError) and error.filename and error.errno in _MACHINE:
         return MaxlmError((error.strerror or "").lower(), where=str(error.filename))
     return None

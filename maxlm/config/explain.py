@@ -54,7 +54,7 @@ class ConfigFault:
 def describe_validation_error(
     error: ValidationError, cls: type[BaseModel], tree: SettingsTree
 ) -> MaxlmError:
-    """The first fault, with how many more there are. Unknown keys come first: a misspelt
+    """Returns the first fault, with how many more there are. Unknown keys come first: a misspelt
     required key would otherwise be reported as missing."""
     faults: dict[Key, ConfigFault] = {}
     for item in error.errors(include_url=False):
@@ -69,7 +69,7 @@ def describe_validation_error(
 
 
 def locate_error(error: MaxlmError, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:
-    """An error that a validator raised, with the place of the settings it speaks of.
+    """Returns an error that a validator raised, with the place of the settings it speaks of.
 
     pydantic lets it through without saying which config was being checked, so each part is checked
     again on its own, innermost first, until one raises the same.

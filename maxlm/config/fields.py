@@ -21,7 +21,7 @@ _MAPPINGS = (dict, collections.abc.Mapping)
 
 
 def split_union(annotation: Any) -> list[Any]:
-    """The members of a union, however nested or annotated; else the type itself."""
+    """Returns the members of a union, however nested or annotated; else the type itself."""
     origin = typing.get_origin(annotation)
     if origin is Annotated:
         return split_union(typing.get_args(annotation)[0])
@@ -33,11 +33,12 @@ def split_union(annotation: Any) -> list[Any]:
 
 
 def select_models(kinds: list[Any]) -> list[type[BaseModel]]:
+    """Returns the models among types."""
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
-    """The types allowed at a name or index below values of the given types."""
+    """Returns the types allowed at a name or index below values of the given types."""
     found: list[Any] = []
     for kind in kinds:
         arguments = typing.get_args(kind)
@@ -53,14 +54,14 @@ def list_child_types(kinds: list[Any], part: str | int) -> list[Any]:
 
 
 def list_field_names(kinds: list[Any]) -> list[str]:
-    """The field names allowed at this level."""
+    """Returns the field names allowed at this level."""
     return list(
         dict.fromkeys(name for model in select_models(kinds) for name in model.model_fields)
     )
 
 
 def list_choices(kinds: list[Any]) -> list[Any]:
-    """The values that Literals and enums allow."""
+    """Returns the values that Literals and enums allow."""
     found: list[Any] = []
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
@@ -71,7 +72,8 @@ def list_choices(kinds: list[Any]) -> list[Any]:
 
 
 def select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
-    """The types that pydantic means by a label in an error's location: a class or union tag."""
+    """Returns the types that pydantic means by a label in an error's location: a class or union
+    tag."""
     found = [
         model
         for model in select_models(kinds)
@@ -84,7 +86,7 @@ def select_tagged_types(kinds: list[Any], label: str) -> list[Any]:
 
 
 def iterate_keys(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) -> Iterator[Key]:
-    """Every key of the tree, parents first; an element of a list is shown as its first."""
+    """Yields every key of the tree, parents first; an element of a list is shown as its first."""
     for model in select_models(kinds):
         if model in above:
             continue

@@ -12,7 +12,7 @@ from maxlm.config.yaml_text import SizeLimit, YamlDocument, parse_yaml
 def read_documents(
     path: Path, trail: tuple[Path, ...] = (), size: SizeLimit | None = None
 ) -> list[YamlDocument]:
-    """The documents that make up `path`, lowest first: its includes in order, then itself.
+    """Returns the documents that make up `path`, lowest first: its includes in order, then itself.
 
     ``include:`` at the top of a file is a path or a list of paths, each relative to that file, or
     the name of a shipped config.

@@ -34,14 +34,15 @@ def join_key(key: Iterable[str | int]) -> str:
 
 
 def split_key(text: str) -> tuple[str, ...] | None:
-    """The parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; None if malformed."""
+    """Returns the parts of ``data.sources[0].weight`` or ``data.sources.0.weight``; None if
+    malformed."""
     if not _OVERRIDE_KEY.fullmatch(text):
         return None
     return tuple(re.split(r"[.\[]", text.replace("]", "")))
 
 
 def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
-    """The leaves of nested mappings and lists, in order. An empty container is a leaf."""
+    """Yields the leaves of nested mappings and lists, in order. An empty container is a leaf."""
     if isinstance(data, Mapping) and data:
         for name, value in data.items():
             yield from flatten(value, (*prefix, name))
@@ -53,7 +54,7 @@ def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
 
 
 def get_child(node: Any, part: str | int) -> Any:
-    """The value at one name or index, or None."""
+    """Returns the value at one name or index, or None."""
     if isinstance(node, Mapping):
         return node.get(part)
     if isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
@@ -62,21 +63,21 @@ def get_child(node: Any, part: str | int) -> Any:
 
 
 def get_descendant(node: Any, key: Key) -> Any:
-    """The value at `key` below `node`, or None."""
+    """Returns the value at `key` below `node`, or None."""
     for part in key:
         node = get_child(node, part)
     return node
 
 
 def format_value(value: Any, limit: int = 60) -> str:
-    """A value for a message, much as YAML writes it, in at most `limit` characters."""
+    """Returns a value for a message, much as YAML writes it, in at most `limit` characters."""
     plain = {None: "null", True: "true", False: "false"}
     text = plain[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def format_path(path: Path) -> str:
-    """A path as messages show it: relative when it lies below the working directory."""
+    """Returns a path as messages show it: relative when it lies below the working directory."""
     absolute = Path(os.path.abspath(path))
     working = Path.cwd()
     return str(absolute.relative_to(working) if absolute.is_relative_to(working) else absolute)

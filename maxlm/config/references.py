@@ -18,7 +18,7 @@ _REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)(?:(\\\$\{)|\$\{([^}]*)(\}?))")
 
 
 def is_reference(node: Any) -> bool:
-    """Whether a value stands for another, in whole or in part."""
+    """Returns whether a value stands for another, in whole or in part."""
     return isinstance(node, str) and "${" in node
 
 

@@ -13,7 +13,7 @@ _WIDEST = 40
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML that `load_config` reads back equal."""
+    """Returns the whole config as YAML that `load_config` reads back equal."""
     return dump_yaml(_escaped(to_plain(config)))
 
 

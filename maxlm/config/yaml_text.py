@@ -217,7 +217,8 @@ def parse_yaml(
 
 
 def dump_yaml(data: Any) -> str:
-    """Plain data as YAML that `parse_yaml` reads back equal; a list of scalars takes one line."""
+    """Returns plain data as YAML that `parse_yaml` reads back equal; a list of scalars takes one
+    line."""
     return yaml.dump(
         data,
         Dumper=_Dumper,

@@ -78,7 +78,7 @@ class ZarrArray:
 
 
 def split_into_boxes(shape: Shape, step: Shape) -> Iterator[Box]:
-    """The parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
+    """Yields the parts of a grid over ``shape``, in C order; one, of no axes, for a scalar."""
     axes = [range(0, size, width) for size, width in zip(shape, step, strict=True)]
     for starts in product(*axes):
         corners = zip(starts, step, shape, strict=True)
@@ -86,7 +86,7 @@ def split_into_boxes(shape: Shape, step: Shape) -> Iterator[Box]:
 
 
 def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
-    """A new fp32 array, to be written whole, in slices at ``lead`` leading indices.
+    """Returns a new fp32 array, to be written whole, in slices at ``lead`` leading indices.
 
     Raises:
         MaxlmError: the folder cannot be written.
@@ -111,7 +111,8 @@ def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
-    """An array of the state of a checkpoint, whether one file holds many arrays (OCDBT) or not.
+    """Returns an array of the state of a checkpoint, whether one file holds many arrays (OCDBT) or
+    not.
 
     Raises:
         MaxlmError: it is missing or damaged.
@@ -127,7 +128,7 @@ def open_array(folder: Path, name: str) -> ZarrArray:
 
 
 def choose_chunk_shapes(shape: Shape) -> tuple[Shape, Shape]:
-    """Shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
+    """Returns shapes of the tiles and of the files of a slice; a file is made of whole tiles."""
     tile = _halved(shape, TILE_BYTES // 4)
     counts = tuple(-(-size // width) for size, width in zip(shape, tile, strict=True))
     counts = _halved(counts, FILE_BYTES // 4 // math.prod(tile))

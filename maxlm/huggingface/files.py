@@ -43,7 +43,8 @@ class StoredTensor:
 
 
 def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """All tensors of model.safetensors, or of the shards that its index names; reads only headers.
+    """Returns all tensors of model.safetensors, or of the shards that its index names; reads only
+    headers.
 
     Raises:
         MaxlmError: no such files, only pickled ones, a damaged file, an index that does not agree
@@ -64,7 +65,7 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 def read_tensor(
     stored: StoredTensor, dtype: np.dtype | None = None, *, lossy: bool = False
 ) -> np.ndarray:
-    """A tensor's values, in its own number format or cast on the way to ``dtype``.
+    """Returns a tensor's values, in its own number format or cast on the way to ``dtype``.
 
     Raises:
         MaxlmError: the file cannot be read, or casting would change values and not ``lossy``.
@@ -80,7 +81,7 @@ def read_tensor(
 
 
 def iterate_pieces(stored: StoredTensor) -> Iterator[np.ndarray]:
-    """A tensor's values in order, as 1-D arrays that are only valid until the next."""
+    """Yields a tensor's values in order, as 1-D arrays that are only valid until the next."""
     dtype = NUMPY[stored.dtype]
     buffer = np.empty(min(stored.size, SLAB_BYTES // dtype.itemsize), dtype)
     try:

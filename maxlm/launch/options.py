@@ -72,8 +72,10 @@ _INSTEAD = {
 
 
 def check_scheduler(name: str) -> None:
-    """Raises:
-    MaxlmError: no such scheduler.
+    """Checks that a scheduler is known.
+
+    Raises:
+        MaxlmError: it is not.
     """
     if name not in SCHEDULERS:
         near = get_close_matches(name, SCHEDULERS, n=1, cutoff=0.4)
@@ -127,7 +129,7 @@ def _check_skypilot(options: JobOptions) -> None:
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
-    """``NAME=VALUE`` each.
+    """Parses variables, ``NAME=VALUE`` each.
 
     Raises:
         MaxlmError: it is not, or it looks like a secret.
@@ -184,7 +186,7 @@ def check_variable_names(env: Mapping[str, str], secret: Mapping[str, tuple[str,
 
 
 def parse_node_selectors(pairs: Sequence[str]) -> dict[str, str]:
-    """``KEY=VALUE`` each.
+    """Parses node selectors, ``KEY=VALUE`` each.
 
     Raises:
         MaxlmError: it is not.
@@ -222,7 +224,7 @@ class Mount:
 
 
 def parse_mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
-    """``SOURCE:PATH`` each.
+    """Parses mounts, ``SOURCE:PATH`` each.
 
     Raises:
         MaxlmError: it is not, or a scheduler cannot mount such a source.
@@ -271,7 +273,7 @@ def check_url(text: str, where: str) -> None:
 
 
 def parse_time_limit_seconds(text: str) -> int:
-    """A time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d.
+    """Returns a time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d.
 
     Raises:
         MaxlmError: anything else, or nothing.

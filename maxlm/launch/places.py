@@ -32,7 +32,7 @@ def find_placeholders(run: RunConfig) -> list[str]:
 def check_paths(
     run: RunConfig, scheduler: str, mounted: Sequence[Mount], inside: bool, own_template: bool
 ) -> None:
-    """There is text, and a run's folder that outlives its hosts, of which all see the same.
+    """Checks that there is text, and a run's folder that outlives its hosts and that all see.
 
     Args:
         inside: it runs in a container, which sees what is mounted.

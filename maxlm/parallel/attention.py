@@ -20,7 +20,7 @@ from pallas_kernels.attention import attention_backward, attention_forward, comp
 def write_cache_slots(
     cache: jax.Array, new: jax.Array, positions: jax.Array, *, rules: AxisRules
 ) -> jax.Array:
-    """``cache`` with ``new`` written over the slots ``positions`` of each row; no communication.
+    """Writes ``new`` over the slots ``positions`` of each row of ``cache``; no communication.
 
     Not differentiable.
 

@@ -49,7 +49,7 @@ def forward(
     segments: Segments,
     added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
-    """This device's rows of the output, and their log-sum-exps.
+    """Returns this device's rows of the output, and their log-sum-exps.
 
     Args:
         number: int32 scalar, this device's number along the context axes.

@@ -159,7 +159,8 @@ def _check_length(length: int, ways: int, balanced: bool) -> None:
 
 
 def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.ndarray:
-    """The order in which tokens are laid out so that contiguous shares are what devices hold.
+    """Returns the order in which tokens are laid out so that contiguous shares are what devices
+    hold.
 
     Returns:
         int [length]: the index of the token that stands at each place. Device i of ``ways`` holds
@@ -178,7 +179,7 @@ def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.n
 def shard_token_indices(
     shard_index: jax.Array, length: int, num_shards: int, balanced: bool
 ) -> jax.Array:
-    """The indices in the whole sequence of a device's own rows, int32 [length / ways].
+    """Returns the indices in the whole sequence of a device's own rows, int32 [length / ways].
 
     Args:
         number: int32 scalar, the device's number along the context axes (``axis_indices``).

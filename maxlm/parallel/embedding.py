@@ -28,7 +28,7 @@ from maxlm.parallel.local import (
 def embed_tokens(
     table: jax.Array, ids: jax.Array, used: Dims, out: Dims, dtype: jax.typing.DTypeLike
 ):
-    """Rows of a table; reverse-mode differentiable in the table.
+    """Returns rows of a table; reverse-mode differentiable in the table.
 
     Args:
         table: [V, D], fp32, in its storage layout.

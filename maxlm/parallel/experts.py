@@ -124,8 +124,8 @@ def apply_experts(
 
 
 def supports_ragged_all_to_all() -> bool:
-    """Whether programs for the current mesh may use XLA's ragged all-to-all, which CPUs lack and
-    v5e's compiler refuses.
+    """Returns whether programs for the current mesh may use XLA's ragged all-to-all, which CPUs
+    lack and v5e's compiler refuses.
 
     Read from the mesh, not from the default backend: a program for a TPU may be traced on a CPU
     host. Without devices, as on a CPU.

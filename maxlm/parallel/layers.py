@@ -73,12 +73,12 @@ def join_periods(tree: Any, length: int) -> Any:
 
 
 def take_layer(tree: Any, layer_index: int, length: int) -> Any:
-    """One layer of a period [length, ...]; of a period of one, which has no such axis, all."""
+    """Returns one layer of a period [length, ...]; a period of one has no such axis."""
     return tree if length == 1 else jax.tree.map(lambda x: x[layer_index], tree)
 
 
 def stack_layers(trees: Sequence[Any]) -> Any:
-    """The layers of a period as one; the inverse of :func:`take_layer`."""
+    """Returns the layers of a period as one; the inverse of :func:`take_layer`."""
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 

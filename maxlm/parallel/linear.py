@@ -49,7 +49,7 @@ def project(
     tokens: Dims,
     wholes: tuple[jax.Array | None, ...] | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``x · kernel`` for every kernel; reverse-mode differentiable.
+    """Returns ``x · kernel`` for every kernel; reverse-mode differentiable.
 
     Args:
         x: [B, S, *inputs].

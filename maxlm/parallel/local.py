@@ -53,7 +53,7 @@ def axis_indices(axes: Axes) -> jax.Array:
 
 
 def axis_size(axes: Sequence[str]) -> int:
-    """Devices along mesh axes together."""
+    """Returns the number of devices along mesh axes together."""
     shape = jax.sharding.get_abstract_mesh().shape
     return prod(shape[axis] for axis in axes)
 

@@ -119,7 +119,7 @@ def _add_to_group(total: Any, part: Any, group: jax.Array, groups: int) -> Any:
 def run_circular_pipeline(
     stage: StageFn, params: Any, x: jax.Array, context: Any, *, micro_batches: int, groups: int = 1
 ) -> tuple[jax.Array, Any]:
-    """All layers over all micro-batches by the circular schedule (GPipe for one group);
+    """Runs all layers over all micro-batches by the circular schedule (GPipe for one group);
     reverse-mode differentiable in ``params`` and ``x``.
 
     Micro-batches lie spread over the stages before and after, so that what comes before the layers
@@ -272,7 +272,7 @@ def run_1f1b_pipeline(
     *,
     sums_cotangent: Callable[[Any], Any],
 ) -> tuple[tuple[jax.Array, Any, Any], tuple[Any, Any]]:
-    """Loss and gradients by the 1F1B schedule.
+    """Computes loss and gradients by the 1F1B schedule.
 
     Args:
         first: (ends, one micro-batch) -> (input of the first layer, context of all layers).

@@ -27,7 +27,7 @@ def forward(
     segments: Segments,
     added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
-    """This device's rows of the output, and the log-sum-exps of its heads.
+    """Returns this device's rows of the output, and the log-sum-exps of its heads.
 
     Args:
         number: int32 scalar, this device's number along the context axes.
@@ -57,8 +57,8 @@ def backward(
     lse: jax.Array,
     d_o: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Gradients of this device's q, k and v; and of biases, where there are any, a term of the sum
-    over devices.
+    """Returns gradients of this device's q, k and v; and of biases, where there are any, a term of
+    the sum over devices.
 
     q, k and v are sent again, not kept a second time from the forward pass.
 

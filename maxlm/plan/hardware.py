@@ -132,8 +132,8 @@ def find_chip(device: Any) -> Chip | None:
 
 @cache
 def measure_cpu(devices: int) -> Chip:
-    """This machine's CPU, shared by a number of virtual devices: what large fp32 matrix products
-    and SiLU reach now, how fast new memory is, and how much there is. Takes 1.5 s."""
+    """Measures this machine's CPU, shared by a number of virtual devices: what large fp32 matrix
+    products and SiLU reach now, how fast new memory is, and how much there is. Takes 1.5 s."""
     device = jax.local_devices(backend="cpu")[0]
     square, large, mapped = (
         jax.device_put(jnp.ones((size, size), jnp.float32), device) for size in (1024, 4096, 4096)
@@ -166,8 +166,8 @@ def measure_cpu(devices: int) -> Chip:
 
 
 def measure_fastest_seconds(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
-    """The quickest time of each, in seconds. In turns, and for longer than others' busy moments
-    last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
+    """Measures the quickest time of each, in seconds, in turns and for longer than others' busy
+    moments last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
     best = [inf] * len(runs)
     for run in runs:  # compile
         run()

@@ -304,8 +304,8 @@ def _memory_limit(device: Any) -> float | None:
 
 
 def matmul_dtype(itemsize: int, machine: Machine) -> str:
-    """The column of a chip's peaks. By JAX's default precision fp32 products are TF32 on NVIDIA's
-    GPUs, and one pass of bf16 on TPUs."""
+    """Returns the column of a chip's peaks. By JAX's default precision fp32 products are TF32 on
+    NVIDIA's GPUs, and one pass of bf16 on TPUs."""
     wanted = ("fp32", "tf32", "bf16") if itemsize == 4 else ("bf16",)
     return next(dtype for dtype in wanted if dtype in machine.chip.peak)
 

@@ -143,8 +143,9 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """A machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips), ``2xv5p-512`` (slices),
-    ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form, ``v5p:4x4x2``, ``h100:8x8``.
+    """Parses a machine's name: ``v5p-64`` (cores: 32 chips), ``v5e-256`` (chips), ``2xv5p-512``
+    (slices), ``h100x64`` (8 a host), ``cpux8``, or a shape in JAX's form, ``v5p:4x4x2``,
+    ``h100:8x8``.
 
     Raises:
         MaxlmError: unknown, or a size that no machine has.

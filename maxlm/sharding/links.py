@@ -15,7 +15,7 @@ BETWEEN_SLICES = ("data", "stage")
 
 
 def arrange_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """Devices in the shape of a mesh, ``sizes`` outermost first.
+    """Returns devices in the shape of a mesh, ``sizes`` outermost first.
 
     A TPU slice is laid along its torus (``mesh_utils``), several slices along `data`, else
     `stage`; GPUs host by host, so that `tensor`, innermost, stays within one.

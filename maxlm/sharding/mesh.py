@@ -63,7 +63,7 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
-    """The size of every axis, in mesh order, for a number of devices.
+    """Returns the size of every axis, in mesh order, for a number of devices.
 
     Raises:
         MaxlmError: two axes are -1, a size is below 1, or the product is not ``num_devices``.
@@ -99,15 +99,15 @@ def count_min_devices(config: MeshConfig) -> int:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """An explicit mesh over ``devices`` (default: all), laid out along the hardware's links; see
-    ``maxlm.sharding.links``."""
+    """Returns an explicit mesh over ``devices`` (default: all), laid out along the hardware's
+    links; see ``maxlm.sharding.links``."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     return Mesh(arrange_devices(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """The same mesh without devices, for planning and ahead-of-time work."""
+    """Returns the same mesh without devices, for planning and ahead-of-time work."""
     return AbstractMesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
     )

@@ -151,7 +151,7 @@ def attention_backward(
     interpret: Any = False,
     **options: Any,
 ) -> tuple[jax.Array, ...]:
-    """The gradients that pass through these keys (Dao et al. 2022, appendix B).
+    """Returns the gradients that pass through these keys (Dao et al. 2022, appendix B).
 
     The keys may be a block of all those that the queries see: ``lse`` and ``delta`` are of all of
     them, dK and dV are then this block's, and dQ and the biases' are terms of sums over blocks.

@@ -38,7 +38,7 @@ def choose_backend(
     operands: AttentionOperands,
     params: AttentionParams,
 ) -> str:
-    """The implementation's name.
+    """Returns the implementation's name.
 
     Args:
         backend: a key of ``KERNELS``; None: what the program being traced is for.

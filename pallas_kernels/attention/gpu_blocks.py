@@ -39,7 +39,7 @@ class BlockVisits(NamedTuple):
 
 
 def needs_mask(params: AttentionParams, operands: AttentionOperands, T: int, block_k: int) -> bool:
-    """Whether any block may need one; else all blocks are full."""
+    """Returns whether any block may need one; else all blocks are full."""
     return params.causal or operands.q_segments is not None or T % block_k != 0
 
 

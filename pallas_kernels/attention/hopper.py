@@ -62,8 +62,8 @@ def _checked(sizes: Any) -> HopperBlockSizes:
 def supports(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
 ) -> bool:
-    """Whether :func:`forward` computes this, on a card of compute capability 9.0: by shapes,
-    dtypes and which arrays are given, not by values."""
+    """Returns whether :func:`forward` computes this, on a card of compute capability 9.0: by
+    shapes, dtypes and which arrays are given, not by values."""
     return (
         q.shape[-1] in (64, 128, 256)
         and v.shape[-1] == q.shape[-1]
@@ -82,7 +82,7 @@ def supports(
 def supports_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
 ) -> bool:
-    """Whether its gradients are this module's own: sums of dK and dV fit in registers."""
+    """Returns whether its gradients are this module's own: sums of dK and dV fit in registers."""
     return supports(q, k, v, operands, params) and q.shape[-1] <= _BACKWARD_HEADS
 
 
@@ -212,8 +212,8 @@ def backward(
     block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients that pass through these keys, where :func:`supports`: by Triton's kernels
-    where not :func:`supports_backward`.
+    """Returns the gradients that pass through these keys, where :func:`supports`: by Triton's
+    kernels where not :func:`supports_backward`.
 
     Args:
         q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.

@@ -151,7 +151,8 @@ def list_score_tiles(
 
 
 def is_mask_static(operands: AttentionOperands, params: AttentionParams) -> bool:
-    """Whether a causal mask says now, not when the program runs, which keys no query sees."""
+    """Returns whether a causal mask says now, not when the program runs, which keys no query
+    sees."""
     left_open = operands.q_positions, operands.q_offset, operands.k_offset, operands.prefix
     return params.causal and all(x is None for x in left_open)
 

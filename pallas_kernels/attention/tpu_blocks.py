@@ -110,7 +110,7 @@ def _fit(n: int, most: int) -> int:
 
 
 def has_little_padding(n: int, size: int) -> bool:
-    """Whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
+    """Returns whether blocks of this size pad n by at most a ninth more than blocks of 128 do."""
     return -(-n // size) * size * 9 <= -(-n // LANES) * LANES * 10
 
 
@@ -120,7 +120,7 @@ def count_value_rows(Hv: int) -> int:
 
 
 def forward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
-    """Bytes of VMEM: operands and results twice, so that copies overlap, and scratch."""
+    """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
     results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
@@ -131,7 +131,7 @@ def forward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> i
 
 
 def backward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
-    """Bytes of VMEM likewise, and the sums of dK and dV over all queries."""
+    """Returns bytes of VMEM likewise, and the sums of dK and dV over all queries."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
     operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
     results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes

@@ -45,7 +45,7 @@ class TritonBlockSizes(NamedTuple):
 
 
 def validate_block_sizes(sizes: Any) -> TritonBlockSizes:
-    """A caller's.
+    """Checks a caller's block sizes.
 
     Raises:
         ValueError: others than this module's, or blocks that Triton has not.
@@ -65,8 +65,8 @@ def validate_block_sizes(sizes: Any) -> TritonBlockSizes:
 def supports(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
 ) -> bool:
-    """Every attention of bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most (tiles
-    hold whole heads), without learned biases."""
+    """Returns whether operands are bf16, fp16 or fp32, q, k and v alike, and heads of 256 at most
+    (tiles hold whole heads), without learned biases."""
     return (
         q.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
         and q.dtype == k.dtype == v.dtype
@@ -187,7 +187,8 @@ def backward(
     block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients that pass through these keys, which may be a block of all that queries see.
+    """Returns the gradients that pass through these keys, which may be a block of all that queries
+    see.
 
     Args:
         q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.

@@ -71,8 +71,8 @@ def name_window_kind(window: int) -> str:
 
 
 def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
-    """The kind of a mask, as far as it is known before the program runs: what segments leave is
-    not, and takes the blocks that were found for 8 of a row."""
+    """Returns the kind of a mask, as far as it is known before the program runs: what segments
+    leave is not, and takes the blocks that were found for 8 of a row."""
     if operands.q_segments is not None:
         return SEGMENTS
     if not params.causal:
@@ -81,8 +81,8 @@ def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
 
 
 def choose_blocks(direction: str, sizes: AttentionSizes, kind: str) -> TpuBlocks:
-    """A TPU kernel's blocks, for the chip that the program being traced is for: from the table, or
-    by rule."""
+    """Returns a TPU kernel's blocks, for the chip that the program being traced is for: from the
+    table, or by rule."""
     chip = get_chip()
     return find_tuned_blocks(chip, direction, sizes, kind) or choose_blocks_by_rule(
         chip, direction, sizes
@@ -105,7 +105,7 @@ def find_tuned_blocks(
     kind: str,
     entries: Iterable[TunedEntry] | None = None,
 ) -> TpuBlocks | None:
-    """A TPU kernel's blocks in the table, or None.
+    """Returns a TPU kernel's blocks in the table, or None.
 
     Args:
         direction: of ``PASSES``.
@@ -128,7 +128,7 @@ def find_nearest_entries(
     kind: str,
     entries: Iterable[TunedEntry] | None = None,
 ) -> list[dict[str, Any]]:
-    """Blocks of all entries that differ in the sequence alone, the nearest first."""
+    """Returns blocks of all entries that differ in the sequence alone, the nearest first."""
     alike = [
         entry
         for entry in (load_table() if entries is None else entries)
@@ -156,7 +156,7 @@ def name_gpu_kernel(kernel: str) -> str:
 
 
 def can_use_blocks(blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: AttentionSizes) -> bool:
-    """Whether VMEM holds them, and they pad queries and keys by little."""
+    """Returns whether VMEM holds them, and they pad queries and keys by little."""
     needed = (
         tpu_blocks.forward_vmem_bytes if direction == FORWARD else tpu_blocks.backward_vmem_bytes
     )
@@ -171,12 +171,12 @@ def can_use_blocks(blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: Atte
 
 @cache
 def load_table() -> tuple[TunedEntry, ...]:
-    """The table."""
+    """Returns the table."""
     return parse_table(TABLE.read_text())
 
 
 def parse_table(text: str) -> tuple[TunedEntry, ...]:
-    """A table's entries."""
+    """Returns a table's entries."""
     return tuple(
         TunedEntry(**entry | {"head_sizes": tuple(entry["head_sizes"])})
         for entry in json.loads(text)
@@ -184,6 +184,6 @@ def parse_table(text: str) -> tuple[TunedEntry, ...]:
 
 
 def format_table(entries: Iterable[TunedEntry]) -> str:
-    """The table of these, sorted, an entry a line; the last of each key."""
+    """Returns the table of these, sorted, an entry a line; the last of each key."""
     last = {entry.key: entry for entry in entries}
     return "[" + ",".join("\n" + json.dumps(last[key]._asdict()) for key in sorted(last)) + "\n]\n"

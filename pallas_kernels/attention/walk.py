@@ -75,7 +75,7 @@ def plan_walk(
     *,
     joined: bool,
 ) -> KeyWalk:
-    """The walk over blocks of (queries, keys), in tiles of that many (queries, keys).
+    """Returns the walk over blocks of (queries, keys), in tiles of that many (queries, keys).
 
     Args:
         tile: divides ``blocks``.
@@ -299,7 +299,7 @@ def visit_key_blocks(
 
 
 def needs_segment_mask(row: list[Any]) -> Any:
-    """Whether a block of queries visits keys with which it has to compare segments."""
+    """Returns whether a block of queries visits keys with which it has to compare segments."""
     masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
     looped = (masked_from < plain_from) | (plain_to < masked_to)
     return looped | (begin < one_from) | (end > one_to)

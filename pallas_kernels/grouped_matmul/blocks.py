@@ -94,7 +94,8 @@ def check_blocks(
 
 
 def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: TpuChip) -> int:
-    """Bytes of VMEM: two of each block, sums of parts of D, and what a product is made in."""
+    """Returns bytes of VMEM: two of each block, sums of parts of D, and what a product is made
+    in."""
     rows, inner, columns = blocks
     left, _, out = (jnp.dtype(d).itemsize for d in operands[3:])
     inner, columns = _lanes(inner), _lanes(columns)
@@ -108,7 +109,7 @@ def matmul_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands, chip: Tp
 
 
 def widened_dtype(operands: GroupedOperands, chip: TpuChip) -> Any:
-    """The type in which a kernel's blocks are kept beside themselves, or None."""
+    """Returns the type in which a kernel's blocks are kept beside themselves, or None."""
     if jnp.dtype(operands.right).itemsize > 1 or chip.multiplies(operands.left, operands.right):
         return None
     return jnp.float32 if operands.left == jnp.float32 else jnp.bfloat16
@@ -130,13 +131,13 @@ def outer_vmem_bytes(blocks: GroupedBlocks, operands: GroupedOperands) -> int:
 
 
 def row_part_sizes(chip: TpuChip) -> tuple[int, int]:
-    """Rows multiplied at once where a group has many left, and at its end. Fewer than fill the
-    matrix unit's weights take as long as these."""
+    """Returns rows multiplied at once where a group has many left, and at its end. Fewer than
+    fill the matrix unit's weights take as long as these."""
     return 2 * LANES, (64 if chip.mxu == LANES else LANES)
 
 
 def contracted_part_size(chip: TpuChip) -> int:
-    """Rows that an outer product contracts at once: what the matrix unit holds."""
+    """Returns rows that an outer product contracts at once: what the matrix unit holds."""
     return chip.mxu
 
 

@@ -32,7 +32,7 @@ class GroupVisits(NamedTuple):
 def plan_group_visits(
     sizes: jax.Array, num_rows: int, tile: int, *, padding: bool
 ) -> tuple[GroupVisits, jax.Array]:
-    """The visits to ``num_rows`` rows in tiles of ``tile``, and their count, int32 [].
+    """Returns the visits to ``num_rows`` rows in tiles of ``tile``, and their count, int32 [].
 
     Args:
         sizes: int32 [G], rows of each group; their sum is at most ``num_rows``.

@@ -87,8 +87,8 @@ def loss_and_gradients(
     blocks: CrossEntropyTiling | None = None,
     interpret: Any = False,
 ) -> Loss:
-    """The sums of :func:`linear_cross_entropy` over this device's tokens, and their gradients; not
-    to be differentiated by JAX.
+    """Returns the sums of :func:`linear_cross_entropy` over this device's tokens, and their
+    gradients; not to be differentiated by JAX.
 
     Inside ``shard_map``, mesh axes may split the vocabulary: ``head`` [D, V / ways] is then this
     device's share, as is ``bias`` [V / ways], and a few numbers a token cross ``axes``.

@@ -35,7 +35,7 @@ BytesOf = Callable[[CrossEntropyBlocks, int, Any], int]
 
 
 def usable_vmem_bytes(chip: TpuChip) -> int:
-    """Bytes of VMEM for blocks: the compiler needs some for itself."""
+    """Returns bytes of VMEM for blocks: the compiler needs some for itself."""
     return chip.vmem * 4 // 5
 
 
@@ -47,7 +47,7 @@ def part_rows_size(size: int, chip: TpuChip) -> int:
 
 
 def can_tile(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: TpuChip) -> bool:
-    """Whether any blocks do."""
+    """Returns whether any blocks do."""
     try:
         choose_tiling(hidden, vocab, dtype, chip)
     except ValueError:
@@ -58,7 +58,8 @@ def can_tile(hidden: tuple[int, ...], vocab: int, dtype: Any, chip: TpuChip) -> 
 def choose_tiling(
     hidden: tuple[int, ...], vocab: int, dtype: Any, chip: TpuChip
 ) -> CrossEntropyTiling:
-    """Blocks for hidden [T, D] and a vocabulary: those that fit with the most operations a byte.
+    """Returns blocks for hidden [T, D] and a vocabulary: those that fit with the most operations a
+    byte.
 
     Raises:
         ValueError: not even the smallest fit.
@@ -79,7 +80,7 @@ def choose_tiling(
 def check_tiling(
     tiling: CrossEntropyTiling, width: int, dtype: Any, chip: TpuChip
 ) -> CrossEntropyTiling:
-    """The tiling.
+    """Checks a tiling and returns it.
 
     Raises:
         ValueError: blocks that are no multiples of 128, or do not fit.

@@ -45,5 +45,5 @@ def apply_soft_cap(logits: jax.Array, soft_cap: float | None) -> jax.Array:
 
 
 def soft_cap_gradient(logits: jax.Array, soft_cap: float | None) -> jax.Array | float:
-    """The derivative of :func:`apply_soft_cap`, from its result."""
+    """Returns the derivative of :func:`apply_soft_cap`, from its result."""
     return 1.0 if soft_cap is None else 1.0 - jnp.square(logits * (1.0 / soft_cap))

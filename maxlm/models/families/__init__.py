@@ -55,7 +55,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
 
 
 def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
-    """The family that a config.json is of.
+    """Returns the family that a config.json is of.
 
     Raises:
         MaxlmError: none that maxlm knows.

@@ -17,12 +17,12 @@ class ParamSlice(NamedTuple):
 
 
 def wrap_tensor(tensor: np.ndarray) -> Sequence[np.ndarray]:
-    """The tensor is one of our parameters just as it is."""
+    """Returns the tensor is one of our parameters just as it is."""
     return (tensor,)
 
 
 def unwrap_tensor(tensors: Sequence[np.ndarray]) -> np.ndarray:
-    """The inverse of :func:`alone`."""
+    """The inverse of :func:`wrap_tensor`."""
     (tensor,) = tensors
     return tensor
 

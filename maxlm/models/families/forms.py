@@ -78,7 +78,7 @@ def split_grouped_qkv(query: str, key: str, value: str) -> TensorRule:
 
 
 def copy(ours: str, *aliases: str) -> TensorRule:
-    """A table or a vector as it is."""
+    """Returns a table or a vector as it is."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces
@@ -88,7 +88,7 @@ def copy(ours: str, *aliases: str) -> TensorRule:
 
 
 def take_row(ours: str) -> TensorRule:
-    """A vector as a matrix of one row."""
+    """Returns a vector as a matrix of one row."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces
@@ -103,8 +103,8 @@ def _pairs(size: int) -> Array:
 
 
 def permute_rotary(rule: TensorRule, rotary_dim: int, *, each_head: bool) -> TensorRule:
-    """A map's rows with the last ``rotary_dim`` of each head, or of all, in the order that pairs
-    want."""
+    """Returns a map's rows with the last ``rotary_dim`` of each head, or of all, in the order
+    that pairs want."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         plain, last = rule.form(pieces), pieces[-1].shape[-1]
@@ -147,7 +147,7 @@ def split_heads(*ours: str) -> TensorRule:
 
 
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
-    """All experts' matrices, one above the other, each [d_ff, D].
+    """Returns all experts' matrices, one above the other, each [d_ff, D].
 
     Args:
         upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].

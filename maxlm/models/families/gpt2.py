@@ -42,18 +42,18 @@ def read_activation(reader: ConfigReader, key: str, default: str) -> str:
 
 
 def write_activation(name: str) -> str:
-    """The inverse of :func:`activation`."""
+    """The inverse of :func:`read_activation`."""
     assert name in ACTIVATIONS.values(), name
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
 
 
 def multi_head_config(width: int, heads: int) -> dict[str, Any]:
-    """Settings of attention with a kv head for every query head, and biases."""
+    """Returns settings of attention with a kv head for every query head, and biases."""
     return {"num_heads": heads, "num_kv_heads": heads, "head_dim": width // heads, "bias": True}
 
 
 def plain_mlp_config(d_ff: int, activation: str) -> dict[str, Any]:
-    """Settings of an FFN without a gate, with biases."""
+    """Returns settings of an FFN without a gate, with biases."""
     return {"d_ff": d_ff, "activation": activation, "gated": False, "bias": True}
 
 

@@ -13,8 +13,8 @@ LOCAL, GLOBAL = "sliding_attention", "full_attention"
 def read_pattern(
     reader: ConfigReader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The shortest pattern that gives ``layer_types``, as settings of a decoder; none where all
-    layers are as the model says.
+    """Returns the shortest pattern that gives ``layer_types``, as settings of a decoder; none where
+    all layers are as the model says.
 
     Args:
         usual: each layer's kind where there is no such list.
@@ -47,7 +47,7 @@ def read_pattern(
 
 
 def write_pattern(config: DecoderConfig) -> tuple[list[str], int | None]:
-    """The kind of each layer by its window, and the window (None: no layer has one)."""
+    """Returns the kind of each layer by its window, and the window (None: no layer has one)."""
     kinds = [config.kinds[layer % len(config.kinds)] for layer in range(config.num_layers)]
     windows = [kind.window for kind in kinds]
     window = next((window for window in windows if window is not None), None)

@@ -103,7 +103,7 @@ def write_common(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_swiglu(reader: ConfigReader, width: str = "intermediate_size") -> dict[str, Any]:
-    """A gated FFN's settings."""
+    """Returns a gated FFN's settings."""
     act = reader.require("hidden_act", "silu")
     return {"d_ff": reader.size(width), "activation": act, "gated": True}
 

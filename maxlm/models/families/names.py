@@ -54,7 +54,7 @@ NameTable = Mapping[str, TensorRule]
 
 
 def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
-    """All tensors of a model under its family's names."""
+    """Returns all tensors of a model under its family's names."""
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
     experts = config.moe.num_experts if config.moe else 0
     found: list[TensorEntry] = []

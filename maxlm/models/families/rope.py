@@ -19,7 +19,7 @@ _KINDS = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
 def read_positions(
     reader: ConfigReader, head_dim: int, *, theta: float = 10_000.0, partial: float | None = None
 ) -> dict[str, Any]:
-    """Settings of ``PositionsConfig``.
+    """Returns settings of ``PositionsConfig``.
 
     Args:
         theta: where the file names none.
@@ -40,7 +40,7 @@ def read_positions(
 
 
 def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, Any] | None:
-    """Settings of a scaling; None where there is none.
+    """Returns settings of a scaling; None where there is none.
 
     Args:
         max_positions: what stands for the original length where none is named.

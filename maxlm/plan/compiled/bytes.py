@@ -23,7 +23,7 @@ _SAME = ("bitcast", "reshape")
 def memory_traffic_bytes(
     instruction: Instruction, computation: Computation, module: HloModule, on_chip: frozenset[int]
 ) -> int:
-    """Bytes between main memory and the chip, for one run of a scheduled instruction.
+    """Returns bytes between main memory and the chip, for one run of a scheduled instruction.
 
     Args:
         on_chip: memory spaces that are not main memory.

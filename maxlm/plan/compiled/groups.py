@@ -35,7 +35,7 @@ class DeviceGroup:
 
 
 def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> DeviceGroup:
-    """The mesh axes of a collective.
+    """Returns the mesh axes of a collective.
 
     Args:
         sizes: mesh axis → devices, outermost first.

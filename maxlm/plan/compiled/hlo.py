@@ -170,7 +170,7 @@ def parse_hlo(text: str) -> HloModule:
 
 
 def parse_shapes(text: str) -> tuple[HloShape, ...]:
-    """The arrays in the text of a type, tuples flattened."""
+    """Returns the arrays in the text of a type, tuples flattened."""
     return tuple(_shape(*found) for found in _LEAF.findall(text))
 
 

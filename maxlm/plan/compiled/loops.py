@@ -20,8 +20,9 @@ _MOVES = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "optimization
 
 
 def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> int | None:
-    """Trips of a ``while``: by the compiler's own word, else from its condition, where that
-    compares a counter with a constant start and step to a constant; None where neither tells."""
+    """Returns the trips of a ``while``: as the compiler states them, else from its condition, where
+    that compares a counter with a constant start and step to a constant; None where neither
+    tells."""
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
