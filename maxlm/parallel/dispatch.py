@@ -184,7 +184,7 @@ def plan_dropless(
 def compute_expert_capacity(
     seq_len: int, experts_per_token: int, num_experts: int, factor: float
 ) -> int:
-    """Returns the assignments that an expert serves of one sequence: ⌈S·k/E · factor⌉, at most S."""
+    """Returns the slots of an expert for one sequence: ⌈S·k/E · factor⌉, at most S."""
     return min(seq_len, ceil(seq_len * experts_per_token / num_experts * factor))
 
 
