@@ -29,14 +29,9 @@ def main() -> int:
     taken = pretrain.training_batches
 
     @contextmanager
-    def witnessed(
-        setup: Any, stores: Any, mixing: Any, vocabulary: Any, start: int, skips: Any = ()
-    ) -> Iterator[Iterator[Any]]:
+    def witnessed(setup: Any, source: Any, start: int, skips: Any = ()) -> Iterator[Iterator[Any]]:
         path = Path(folder) / f"{os.getpid()}.txt"
-        with (
-            taken(setup, stores, mixing, vocabulary, start, skips) as batches,
-            path.open("a") as file,
-        ):
+        with taken(setup, source, start, skips) as batches, path.open("a") as file:
 
             def noted() -> Iterator[Any]:
                 for step, batch in enumerate(batches, start + 1):

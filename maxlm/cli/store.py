@@ -130,7 +130,7 @@ def mix(
     from rich.table import Table
 
     from maxlm.config import load_config
-    from maxlm.data.loader import mixture_table
+    from maxlm.data.loader import make_batches, mixture_table
     from maxlm.programs.prepare import check_prepared, prepare, preparing
     from maxlm.programs.setup import run_folder
     from maxlm.run import RunConfig
@@ -139,7 +139,8 @@ def mix(
     folder = run_folder(run)
     check_prepared(run, folder)
     with preparing(run, folder):
-        batches = prepare(run, folder).batches
+        stores = prepare(run, folder).training
+    batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
     table = Table("source", "sequences", "share", "tokens", "epochs")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -162,6 +162,8 @@ def _near(fault: ConfigFault, cls: type[BaseModel]) -> str:
     leaf = str(last)
     siblings = fields.list_field_names(fault.siblings)
     everywhere = list(fields.iterate_keys([cls]))
+    if not parents and leaf in (renamed := getattr(cls, "renamed", {})):
+        return f"did you mean {renamed[leaf]}?"
     if leaf == "include":
         return "`include` stands at the top of a file only"
     if "." in leaf and (*parents, *leaf.split(".")) in everywhere:

@@ -1,11 +1,14 @@
 """From logits to the next token."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from pydantic import Field
 
-from maxlm.config import Config
+from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures import ModelConfig
 
 # Below this a temperature no longer fits the range of fp32 logits; the result is greedy anyway.
 COLDEST = 1e-30
@@ -27,6 +30,45 @@ class SamplingConfig(Config):
     """Stop each continuation after this many tokens; an end-of-text token stops it sooner."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """The same seed, prompt and settings give the same text."""
+
+
+class SamplesConfig(SamplingConfig):
+    """Text generated when training ends."""
+
+    prompts: tuple[str, ...] = ()
+
+
+def check_samples(
+    samples: SamplesConfig, model: ModelConfig, prompt_tokens: Sequence[int] = ()
+) -> None:
+    """Check that a model continues text, and has positions for prompts and their continuations.
+
+    Args:
+        prompt_tokens: tokens of each prompt; 1 where there is no tokenizer yet.
+
+    Raises:
+        MaxlmError: naming the prompt.
+    """
+    if samples.prompts and model.architecture == "encoder":
+        raise MaxlmError(
+            "an encoder names masked tokens, and continues no text",
+            where="samples.prompts",
+            fix="set it to []",
+        )
+    new, length = samples.max_new_tokens, model.max_seq_len
+    # Without a table of positions a model can go on, but what it keeps of a row fills the memory.
+    limit = model.position_limit or max(4096, 16 * length)
+    for index, tokens in enumerate(prompt_tokens):
+        total = tokens + new
+        if model.architecture == "encoder_decoder":  # they stand apart, behind start_id
+            total = max(tokens, 1 + new)
+        if total > limit:
+            raise MaxlmError(
+                f"the prompt and samples.max_new_tokens={new} make {total:,} tokens; "
+                f"model.max_seq_len={length} allows {limit:,}",
+                where=f"samples.prompts.{index}",
+                fix="shorten the prompt, or ask for fewer new tokens",
+            )
 
 
 def sample(logits: jax.Array, keys: jax.Array, config: SamplingConfig) -> jax.Array:

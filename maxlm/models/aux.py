@@ -11,7 +11,7 @@ class Aux:
     """Sums over layers and tokens."""
 
     loss: jax.Array | float = 0.0
-    """To be added to the objective's own loss, as it is."""
+    """To be added to the task's own loss, as it is."""
     sums: dict[str, jax.Array] = field(default_factory=dict)
     """To be logged. Those named ``expert_*`` are of experts' loads, in assignments."""
 

@@ -18,7 +18,7 @@ what no mask would need. Ulysses is balanced in any order, and so is a window mu
 device's share of the sequence; in sequence order the ring then ends at the last device in reach.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.config.requirements import Requirement, check_requirements, is_divisor
 from maxlm.parallel.local import Axes, axis_size
 from maxlm.sharding import AxisRules
 
@@ -85,77 +86,99 @@ class DistanceBias(NamedTuple):
     """fp32 [N, 2R + 1], with gradients."""
 
 
-def check_context(
+def require_context(
     seq_len: int,
     num_heads: int,
     num_kv_heads: int,
     *,
     rules: AxisRules,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, Any],
     window: int | None = None,
     method: ContextMethod = "all_gather",
     balanced: bool = False,
-) -> None:
-    """Check that attention can be split over the sequence as asked; nothing is compiled.
+) -> Iterator[Requirement]:
+    """Attention can be split over the sequence as asked.
 
     Args:
         seq_len: tokens in a row of the batch.
         rules: compute rules.
         sizes: mesh axis → devices.
         window: keys that a query sees; None: all up to its own.
+    """
+    seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
+    yield Requirement(
+        window is None or window >= 1,
+        lambda: MaxlmError(
+            f"a window of {window} tokens",
+            where="model.attention.window",
+            fix="use 1 or more, or null for no window",
+        ),
+    )
+    shares, kv_shares, ways = (
+        prod(sizes[axis] for axis in axes) for axes in (heads, kv_heads, seq)
+    )
+    differing = prod(sizes[axis] for axis in set(heads) ^ set(kv_heads))
+    kv_whole = np.equal(kv_shares, 1)
+    yield Requirement(
+        kv_whole | np.equal(differing, 1),
+        lambda: MaxlmError(
+            f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}",
+            where="sharding.compute.kv_heads",
+            fix="give them the axes of heads, or null",
+        ),
+    )
+    own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
+    aligned = is_divisor(group, own) | is_divisor(np.maximum(own, 1), group)
+    yield Requirement(
+        np.logical_not(kv_whole) | aligned,
+        lambda: MaxlmError(
+            f"{own} query heads a device straddle the groups of {group} that share a kv head",
+            where="sharding.compute.kv_heads",
+            fix=f"split heads over a multiple or a divisor of {num_kv_heads} devices",
+        ),
+    )
+    alone = np.equal(ways, 1)
+    yield Requirement(
+        alone | is_divisor(ways * (2 if balanced else 1), seq_len),
+        lambda: _length_error(seq_len, ways, balanced),
+    )
+    yield Requirement(
+        alone | (method != "ulysses") | is_divisor(shares * ways, num_heads),
+        lambda: MaxlmError(
+            f"ulysses splits query heads, and {num_heads} do not divide over "
+            f"{_named(heads + seq, sizes)}",
+            where="parallel.context",
+            fix="use ring or all_gather, or fewer devices on these axes",
+        ),
+    )
+
+
+def check_context(seq_len: int, num_heads: int, num_kv_heads: int, **options: Any) -> None:
+    """Check that attention can be split over the sequence as asked; nothing is compiled.
+
+    Args: as :func:`require_context`.
 
     Raises:
         MaxlmError: a length that does not divide; heads that Ulysses cannot share out; heads split
             so that a query head's kv head would lie on another device; a window below 1.
     """
-    seq, heads, kv_heads = (rules.mesh_axes(axis) for axis in ("seq", "heads", "kv_heads"))
-    if window is not None and window < 1:
-        raise MaxlmError(
-            f"a window of {window} tokens",
-            where="model.attention.window",
-            fix="use 1 or more, or null for no window",
-        )
-    if kv_heads not in ((), heads):
-        raise MaxlmError(
-            f"heads are on mesh axes {_named(heads, sizes)}, kv_heads on {_named(kv_heads, sizes)}",
-            where="sharding.compute.kv_heads",
-            fix="give them the axes of heads, or null",
-        )
-    shares, ways = (prod(sizes[axis] for axis in axes) for axes in (heads, seq))
-    own, group = num_heads // shares, max(num_heads // num_kv_heads, 1)
-    if heads and not kv_heads and own % group and group % own:
-        raise MaxlmError(
-            f"{own} query heads a device straddle the groups of {group} that share a kv head",
-            where="sharding.compute.kv_heads",
-            fix=f"split heads over a multiple or a divisor of {num_kv_heads} devices",
-        )
-    if not seq:
-        return
-    _check_length(seq_len, ways, balanced)
-    if method == "ulysses" and num_heads % (shares * ways):
-        raise MaxlmError(
-            f"ulysses splits query heads, and {num_heads} do not divide over "
-            f"{_named(heads + seq, sizes)}",
-            where="parallel.context",
-            fix="use ring or all_gather, or fewer devices on these axes",
-        )
+    check_requirements(require_context(seq_len, num_heads, num_kv_heads, **options))
 
 
 def _named(axes: Axes, sizes: Mapping[str, int]) -> str:
     return "·".join(f"{axis}={sizes[axis]}" for axis in axes) or "none"
 
 
-def _check_length(length: int, ways: int, balanced: bool) -> None:
+def _length_error(length: int, ways: int, balanced: bool) -> MaxlmError:
     chunks = ways * (2 if balanced else 1)
-    if length % chunks:
-        below, above = length // chunks * chunks, -(-length // chunks) * chunks
-        raise MaxlmError(
-            f"a sequence of {length} does not divide into {chunks} chunks "
-            f"({ways} context shards{', two chunks each when balanced' if balanced else ''})",
-            where="data.seq_len",
-            fix=f"use {f'{below} or ' if below else ''}{above}"
-            + (", or parallel.balance_sequence=false" if balanced and length % ways == 0 else ""),
-        )
+    below, above = length // chunks * chunks, -(-length // chunks) * chunks
+    return MaxlmError(
+        f"a sequence of {length} does not divide into {chunks} chunks "
+        f"({ways} context shards{', two chunks each when balanced' if balanced else ''})",
+        where="data.seq_len",
+        fix=f"use {f'{below} or ' if below else ''}{above}"
+        + (", or parallel.balance_sequence=false" if balanced and length % ways == 0 else ""),
+    )
 
 
 def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.ndarray:
@@ -169,7 +192,8 @@ def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.n
     Raises:
         MaxlmError: the length does not divide.
     """
-    _check_length(length, num_shards, balanced)
+    if length % (num_shards * (2 if balanced else 1)):
+        raise _length_error(length, num_shards, balanced)
     if not balanced:
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * num_shards, -1)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
 
@@ -23,6 +24,7 @@ from maxlm.parallel.local import (
     reduce,
 )
 from pallas_kernels.linear_cross_entropy import loss_and_gradients
+from pallas_kernels.linear_cross_entropy.parts import apply_soft_cap, reduce_logsumexp
 
 
 def fused_cross_entropy_loss(
@@ -53,7 +55,7 @@ def fused_cross_entropy_loss(
         soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
             2024, §2); None leaves them.
         z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
-            (Chowdhery et al. 2022, §5); of capped logits where they are capped.
+            (Chowdhery et al. 2022, §5); of apply_soft_cap logits where they are apply_soft_cap.
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
 
     Returns:
@@ -67,6 +69,27 @@ def fused_cross_entropy_loss(
         bias = reshard(bias, make_spec(used[1:]))
     how = _How(used, soft_cap, z_loss, chunk)
     return _fused(hidden, head, bias, whole, targets, weights, how)
+
+
+def compute_fused_log_probs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    used: Dims,
+    whole: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    soft_cap: float | None = None,
+    chunk: int = 1024,
+) -> jax.Array:
+    """log softmax(logits)[target] of every token, fp32 [...]; see :func:`fused_cross_entropy_loss`.
+
+    Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
+    weighted by the cotangents.
+    """
+    if bias is not None and get_layout(bias)[0][: len(used[1])] != used[1]:
+        bias = reshard(bias, make_spec(used[1:]))
+    return _log_probs(hidden, head, bias, whole, targets, _How(used, soft_cap, 0.0, chunk))
 
 
 class _How(NamedTuple):
@@ -149,3 +172,61 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         ),
         ((scalar, scalar), (hidden_spec, head_spec, bias_spec) if gradient else None),
     )(hidden, head, bias, whole, targets, weights, axis_indices(vocab))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _log_probs(hidden, head, bias, whole, targets, how):
+    have, stored, used = get_layout(hidden), get_layout(head), how.used
+    vocab, bias_stored = used[1], None if bias is None else get_layout(bias)
+    tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
+    targets = reshard(targets, make_spec(tokens[:-1]))
+
+    def local(hidden, head, bias, whole, targets, number):
+        hidden = gather(hidden, have, tokens)
+        head = gather(head, stored, used) if whole is None else whole
+        if bias_stored is not None:
+            bias = gather(bias, bias_stored, (vocab,))
+        first = number[0] * head.shape[1]
+
+        def one(token):
+            row, target = token
+            logits = jnp.dot(row, head, preferred_element_type=jnp.float32)
+            logits = apply_soft_cap(logits if bias is None else logits + bias, how.soft_cap)
+            at = target - first
+            own = logits[jnp.clip(at, 0, len(logits) - 1)]
+            own = jnp.where((at >= 0) & (at < len(logits)), own, 0.0)
+            return jax.nn.logsumexp(logits), own
+
+        rows = hidden.reshape(-1, hidden.shape[-1]), targets.ravel()
+        normalizer, own = lax.map(one, rows, batch_size=min(how.chunk, len(rows[1])))
+        own = lax.psum(own, vocab) if vocab else own
+        return (own - reduce_logsumexp(normalizer, vocab)).reshape(targets.shape)
+
+    token_spec = make_spec(tokens[:-1])
+    return map_shards(
+        local,
+        (
+            make_spec(have),
+            make_spec(stored),
+            None if bias_stored is None else make_spec(bias_stored),
+            None if whole is None else make_spec(used),
+            token_spec,
+            make_spec((vocab,)),
+        ),
+        token_spec,
+    )(hidden, head, bias, whole, targets, axis_indices(vocab))
+
+
+def _log_probs_forward(hidden, head, bias, whole, targets, how):
+    saved = hidden, head, bias, whole, targets
+    return _log_probs(*saved, how), saved
+
+
+def _log_probs_backward(how, saved, cotangents):
+    hidden, head, bias, whole, targets = saved
+    weights = -cotangents
+    _, gradients = _sharded(hidden, head, bias, whole, targets, weights, how, gradient=True)
+    return *gradients, None, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward)

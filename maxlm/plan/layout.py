@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.params import ParamSpec, flatten_names
+from maxlm.plan.fit import place_run
 from maxlm.plan.flops import count_active_parameters, count_training_flops
 from maxlm.plan.notes import list_layout_notes
-from maxlm.plan.placement import place_model
 from maxlm.plan.workload import TokensPerRow
 from maxlm.run import RunConfig
 from maxlm.sharding import Placement, abstract_mesh
 from maxlm.train.optimizer import abstract_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import param_shardings
+from maxlm.train.trainable import select_trainable
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,13 @@ def lay_out_run(
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
-    placed = place_model(config, sizes, jnp.float32)
+    placed = place_run(config, sizes, jnp.float32)
     tree, specs = placed.specs, flatten_names(placed.specs)
     devices = prod(sizes.values())
     rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
     schedule = make_schedule(config.schedule, config.train.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, tree)
+    trained = select_trainable(tree, config.train.trainable)
+    optimizer = make_optimizer(config.optimizer, schedule, trained)
     mesh = abstract_mesh(sizes)
     state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
     gradients = param_shardings(tree, placed.gradients, mesh)

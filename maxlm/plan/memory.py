@@ -21,7 +21,6 @@ from maxlm.plan.stacks import Stack
 from maxlm.plan.working import LOSS, UPDATE, Parts, list_end_working_sets, list_layer_working_sets
 from maxlm.plan.workload import MeshSplit, Number
 from maxlm.sharding import AxisRules
-from maxlm.tasks import batch_arrays
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class DeviceMemory:
     parameters: Number
     optimizer: Number
     average: Number
+    frozen: Number
+    """Other models that the task reads."""
     batch: Number
     gradients: Number
     """At the peak, like what follows."""
@@ -69,7 +70,16 @@ class DeviceMemory:
 
 # Of a layer's residual stream without remat: norms' outputs, and their inputs but for the layer's.
 _STREAMS = {"pre": 3.0, "post": 3.0, "sandwich": 5.0, "parallel": 2.0, "parallel_shared": 1.0}
-PARTS = ("parameters", "optimizer", "average", "batch", "gradients", "activations", "working")
+PARTS = (
+    "parameters",
+    "optimizer",
+    "average",
+    "frozen",
+    "batch",
+    "gradients",
+    "activations",
+    "working",
+)
 
 
 def estimate_memory(shape: StepShape) -> DeviceMemory:
@@ -117,18 +127,19 @@ def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
 
 
 def resting_bytes(shape: StepShape) -> dict[str, Number]:
-    """Parameters, optimizer state, their moving average, and the batch."""
+    """Parameters, optimizer state, their moving average, frozen models, and the batch."""
     work, split = shape.work, shape.split
     config = work.config
     parameters = _spread(split, split.storage, [(s.nbytes, s.axes) for s in work.specs.values()])
     state = [(np.prod(a.shape) * a.dtype.itemsize, a.axes) for a in work.optimizer]
-    arrays = batch_arrays(config.objective, config.data.seq_len).values()
-    row = sum(length * np.dtype(dtype).itemsize for length, dtype in arrays)
+    arrays = config.task.batch_arrays(config.data.seq_len).values()
+    row = sum(np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in arrays)
     spread = split.ways((*split.compute.batch, *split.compute.seq))
     return {
         "parameters": parameters,
         "optimizer": _spread(split, split.optimizer, state),
         "average": parameters if config.train.ema_decay is not None else 0.0,
+        "frozen": _spread(split, split.storage, [(s.nbytes, s.axes) for s in work.frozen]),
         "batch": config.data.batch_size * row / spread,
     }
 

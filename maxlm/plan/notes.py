@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from maxlm.models.placement import PlacedModel
 from maxlm.parallel.pipeline import bubble_ratio
-from maxlm.plan.placement import PlacedModel
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 

@@ -19,7 +19,7 @@ from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import Topology, count_torus_dimensions, parse_topology
 from maxlm.plan.workload import MeshSplit, RunWorkload
-from maxlm.run import RunConfig, fitted
+from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, split_over_slices
 
@@ -246,7 +246,7 @@ def plan_run(
     if sizes is None:
         assert machine is not None
         sizes = machine.mesh(config)
-    config = fitted(config, sizes)
+    config = resolve_micro_batches(config, sizes)
     split = MeshSplit(config, sizes)
     network = machine.network if machine else None
     if links is None and network:

@@ -15,12 +15,14 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError, load_config
+from maxlm.config.requirements import filter_candidates, is_divisor
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.fit import require_run_fits
 from maxlm.plan.predict import FILL, Machine, estimate_costs, plan_run
 from maxlm.plan.shape import StepShape
 from maxlm.plan.workload import MeshSplit, RunWorkload
-from maxlm.run import RunConfig, no_pipeline
+from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import BETWEEN_SLICES
 
@@ -240,37 +242,13 @@ def _batches(config: RunConfig, machine: Machine) -> Iterator[_Batch]:
 def _divides(
     work: RunWorkload, sizes: dict[str, np.ndarray], micro: np.ndarray, machine: Machine
 ) -> np.ndarray:
-    """Which candidates divide as they must; see ``run.py`` for each check's words."""
+    """Which candidates meet every check of a run, and divide its parameters."""
     config, split = work.config, MeshSplit(work.config, sizes)
-    model, rules = config.model, split.compute
-    good = np.equal(np.mod(config.data.batch_size / micro, split.ways(rules.batch)), 0)
-    for length in work.rows:
-        good &= np.equal(np.mod(length, split.ways(rules.residual)), 0)
-    chunks = split.ways(rules.seq) * np.where(
-        np.greater(split.ways(rules.seq), 1) & config.parallel.balance_sequence, 2, 1
-    )
-    good &= np.equal(np.mod(config.data.seq_len, chunks), 0)
-    heads = model.attention.num_heads
-    if config.parallel.context == "ulysses":
-        good &= np.equal(np.mod(heads, split.ways((*rules.heads, *rules.seq))), 0)
+    good = filter_candidates(require_run_fits(config, sizes, micro))
     for spec in work.specs.values():
         for size, axis in zip(spec.shape, spec.axes, strict=True):
-            for own in (split.storage, split.gradients, split.optimizer, rules):
-                good &= np.equal(np.mod(size, split.ways(own.mesh_axes(axis))), 0)
-    by_rows = model.moe is not None and model.moe.dispatch == "capacity"
-    if by_rows or any(trunk.cross_attention for trunk in model.trunks):
-        good &= np.equal(split.ways(rules.seq), 1)
-    good &= _heads_align(config, split)
-    stages = sizes["stage"]
-    groups = StepShape(work, split, micro, "full").groups
-    piped = np.greater(stages, 1)
-    on_stages = rules.layers == split.storage.layers == ("stage",)
-    grouped = config.parallel.layer_groups > 1 and config.parallel.schedule != "circular"
-    if grouped or not on_stages or no_pipeline(model):
-        good &= ~piped
-    good &= ~piped | np.equal(np.mod(micro, stages), 0)
-    period = groups * len(model.kinds)
-    good &= ~piped | np.equal(np.mod(model.num_layers, stages * period), 0)
+            for own in (split.storage, split.gradients, split.optimizer, split.compute):
+                good &= is_divisor(split.ways(own.mesh_axes(axis)), size)
     topology = machine.topology
     if topology.platform == "gpu":
         good &= np.equal(np.mod(topology.shape[-1], sizes["tensor"]), 0)
@@ -279,15 +257,3 @@ def _divides(
             [np.equal(np.mod(sizes[a], topology.slices), 0) for a in BETWEEN_SLICES], axis=0
         )
     return good
-
-
-def _heads_align(config: RunConfig, split: MeshSplit) -> np.ndarray:
-    """Where kv heads are whole, no device's query heads straddle two of their groups
-    (``parallel/context.py: check_context``)."""
-    rules, attention = split.compute, config.model.attention
-    shares = split.ways(rules.heads)
-    if rules.kv_heads or not rules.heads:
-        return np.ones_like(shares, bool)
-    own = attention.num_heads / shares
-    group = attention.num_heads // attention.num_kv_heads
-    return np.equal(np.mod(own, group), 0) | np.equal(np.mod(group, np.maximum(own, 1)), 0)

@@ -149,6 +149,7 @@ def _memory(plan: RunPlan) -> Group:
         "parameters (fp32)": held.parameters,
         "optimizer state": held.optimizer,
         "moving average (fp32)": held.average,
+        "frozen models (fp32)": held.frozen,
         "batch": held.batch,
         "gradients": held.gradients,
         f"activations kept ({plan.remat})": held.activations,

@@ -30,7 +30,7 @@ from maxlm.plan.shape import StepShape, count_expert_rows
 from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
 from maxlm.plan.stacks import Pairs, Stack
 from maxlm.plan.workload import Number
-from maxlm.train.adafactor import matrix_dims
+from maxlm.train.adafactor import get_matrix_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their gradients and the
 # softmax again, backward. From the static schedules of the best published TPU kernels at head size
@@ -193,7 +193,7 @@ def update_flops(shape: StepShape) -> Number:
     total = 0.0
     for spec in work.specs.values():
         if spec.role == "matrix":
-            inputs, outputs = matrix_dims(spec)
+            inputs, outputs = get_matrix_dims(spec)
             fans = sorted(prod(spec.shape[d] for d in dims) for dims in (inputs, outputs))
             m, n = fans
             one = 4.0 * m * m * n + 2.0 * m**3

@@ -126,7 +126,7 @@ def _loss(shape: StepShape) -> Parts:
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
     tokens = shape.end_tokens
-    chunk = np.minimum(work.config.objective.chunk_tokens, tokens)
+    chunk = np.minimum(work.config.task.chunk_tokens, tokens)
     logits = chunk * model.vocab_size / split.ways(split.compute.vocab)
     states = 5 + 3 * len(work.outer_kernels)
     return {

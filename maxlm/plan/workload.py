@@ -28,18 +28,18 @@ from maxlm.plan.stacks import (
     reads_inputs,
     stacks_of,
 )
-from maxlm.run import RunConfig
+from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
-from maxlm.tasks import batch_arrays
 from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer
 from maxlm.train.schedule import make_schedule
+from maxlm.train.trainable import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""
 
 
 class TokensPerRow(NamedTuple):
-    """Tokens in a row of a batch, as the objective makes them of ``data.seq_len`` of text."""
+    """Tokens in a row of a batch, as the task makes them of ``data.seq_len`` of text."""
 
     own: int
     inputs: int
@@ -47,9 +47,7 @@ class TokensPerRow(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig) -> "TokensPerRow":
-        arrays = batch_arrays(config.objective, config.data.seq_len)
-        own, _ = arrays["tokens"]
-        return cls(own, arrays.get("input_tokens", (own, None))[0])
+        return cls(*config.task.row_lengths(config.data.seq_len))
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class RunWorkload:
     """Of the compute dtype."""
     specs: Mapping[str, ParamSpec]
     optimizer: tuple[StateArray, ...]
+    frozen: tuple[ParamSpec, ...] = ()
+    """The parameters of other models that the task reads."""
 
     @classmethod
     def of(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
@@ -71,9 +71,15 @@ class RunWorkload:
         """
         tree = param_specs(config.model.build(rules=AxisRules(), dtype=dtype))
         schedule = make_schedule(config.schedule, config.train.steps)
-        state = described_opt_state(make_optimizer(config.optimizer, schedule, tree), tree)
+        trained = select_trainable(tree, config.train.trainable)
+        state = described_opt_state(make_optimizer(config.optimizer, schedule, trained), tree)
         leaves = tuple(jax.tree.leaves(state))
-        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves)
+        frozen = tuple(
+            spec
+            for model in read_frozen_configs(config).values()
+            for spec in jax.tree.leaves(param_specs(model.build(rules=AxisRules(), dtype=dtype)))
+        )
+        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves, frozen)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:

@@ -20,7 +20,6 @@ from maxlm.plan.compiled.cost import (
 from maxlm.plan.topology import Topology, format_gpu_target, parse_topology
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
-from maxlm.tasks import batch_arrays
 from maxlm.train.batch import batch_sharding
 
 # VMEM, where XLA:TPU keeps what it prefetches.
@@ -108,14 +107,16 @@ def compile_step(
 
 
 def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
-    """A training batch [micro-batches, rows, S] without its data."""
+    """A training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
-    sharding = batch_sharding(setup.compute, setup.mesh)
-    arrays = batch_arrays(setup.config.objective, data.seq_len)
     return {
-        name: jax.ShapeDtypeStruct((*lead, length), dtype, sharding=sharding)
-        for name, (length, dtype) in arrays.items()
+        name: jax.ShapeDtypeStruct(
+            (*lead, *array.shape),
+            array.dtype,
+            sharding=batch_sharding(setup.compute, setup.mesh, array.axes),
+        )
+        for name, array in setup.config.task.batch_arrays(data.seq_len).items()
     }
 
 

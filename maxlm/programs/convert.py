@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
-from maxlm.tasks import ARCHITECTURES, marks_needed
+from maxlm.tasks import get_kinds
 from maxlm.train.checkpoint.reading import read_metadata
 
 # Settings of a model that say how it is trained or computed, not what it computes.
@@ -41,8 +40,6 @@ _ASIDE = (
     "moe.capacity_factor",
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Literals of published tokenizers' marks.
-_MASKS, _SENTINEL = ("[MASK]", "<mask>"), "<extra_id_{}>"
 # By the names that config.json has for number formats.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -201,14 +198,13 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
     Raises:
         MaxlmError: settings that no model has.
     """
-    objective = next(k for k, a in ARCHITECTURES.items() if a == settings["architecture"])
     longest = settings["max_seq_len"]
     seq_len = min(longest * 2 // 3, 512) if isinstance(longest, int) else 1
     tree = {
         "name": target.name,
         "folder": str(target.parent),
         "model": dict(settings),
-        "objective": {"kind": objective},
+        "task": {"kind": get_kinds(settings["architecture"])[0]},
         "data": {"seq_len": max(seq_len, 1)},
     }
     return validate_config(RunConfig, SettingsTree(tree, {(): SettingOrigin(str(where))}))
@@ -242,28 +238,20 @@ def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None
 def _with_tokenizer(
     config: RunConfig, target: Path, tokenizer: Tokenizer | None
 ) -> tuple[RunConfig, list[str]]:
-    """A run with its tokenizer and the marks of its objective, and what is worth telling."""
+    """A run with its tokenizer and the reserved ids of its task, and what is worth telling."""
     if tokenizer is None:
         return config, []
-    special, kind = tokenizer.special_tokens, config.objective.kind
-    marks: dict[str, int] = {}
-    if kind == "mlm":
-        mask = next((special[literal] for literal in _MASKS if literal in special), None)
-        marks = {} if mask is None else {"mask_id": mask}
-    elif kind == "span_corruption" and (first := special.get(_SENTINEL.format(0))) is not None:
-        count = next(n for n in count_from(1) if special.get(_SENTINEL.format(n)) != first - n)
-        marks = {"first_sentinel": first, "sentinels": count}
+    task = config.task.with_special_tokens(tokenizer.special_tokens)
     values = config.model_dump() | {
         "tokenizer": {"kind": tokenizer.kind, "path": str(target / "tokenizer")},
-        "objective": config.objective.model_dump() | marks,
+        "task": task.model_dump(),
     }
     found = RunConfig.model_validate(values)
-    needed = marks_needed(found.objective)
-    if needed and tokenizer.vocab_size + needed > config.model.vocab_size:
-        name = "mask_id" if kind == "mlm" else "first_sentinel and objective.sentinels"
+    if tokenizer.vocab_size + task.num_free_ids > config.model.vocab_size:
+        names = " and ".join(f"task.{name}" for name in task.reserved_ids)
         return found, [
-            f"to train it, name ids for the marks of objective.kind={kind} in objective.{name}: "
-            "the tokenizer has none, and the table no rows to spare"
+            f"to train it, name ids for task.kind={task.kind} in {names}: the tokenizer has none, "
+            "and the table no rows to spare"
         ]
     return found, []
 

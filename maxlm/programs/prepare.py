@@ -9,16 +9,18 @@ from typing import Any
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.corpus import SourceConfig, is_heldout, read_documents
+from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
-from maxlm.data.loader import Batches, check_lasts, make_batches
+from maxlm.data.loader import check_lasts
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from maxlm.inference.sampling import check_samples
 from maxlm.programs.vocabulary import encode_prompts, vocabulary_of
-from maxlm.run import PREPARED, RunConfig, check_samples, vocab_fits
+from maxlm.run import PREPARED, RunConfig
 from maxlm.runtime.files import replacing
 from maxlm.runtime.progress import show_progress
-from maxlm.tasks import Vocabulary
+from maxlm.tasks import SourceInputs
 from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.
@@ -27,14 +29,15 @@ _READING = ("weight", "max_epochs", "store_segments")
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run reads."""
+    """The data of a run."""
 
     tokenizer: Tokenizer
-    vocabulary: Vocabulary
     training: dict[str, TokenStore]
     heldout: dict[str, TokenStore]
-    batches: Batches
-    """Of the training stores, mixed: any of the run's, without its transform."""
+    batches: BatchSource
+    """The batches to train on."""
+    evaluation: Mapping[str, BatchSource]
+    """Those to evaluate on, by name."""
 
 
 def prepare(config: RunConfig, folder: Path) -> Corpus:
@@ -46,16 +49,16 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
         MaxlmError: no sources, or anything wrong with them.
     """
     sources = config.data.sources
-    if not sources:
+    if not sources and config.task.reads_text:
         raise MaxlmError(
             "no text to train on", where="data.sources", fix="name documents or a store there"
         )
     home = ensure_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
-    vocab_fits(config, tokenizer.vocab_size)
+    config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     whole = config.model.architecture == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, whole=whole)
-    check_samples(config, [len(ids) for ids in prompts])
+    check_samples(config.samples, config.model, [len(ids) for ids in prompts])
     vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}
@@ -64,10 +67,21 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
         all_training[source.name] = training
         if heldout is not None:
             all_heldout[source.name] = heldout
+    inputs = SourceInputs(
+        loader=config.data,
+        seed=config.seed,
+        vocabulary=vocabulary,
+        tokenizer=tokenizer,
+        stores=all_training,
+        heldout=all_heldout,
+        mixing=config.data.mixing(),
+        start_id=getattr(config.model, "start_id", 0),
+    )
     # Refuses a store shorter than a sequence, and builds what indices are missing.
-    batches = make_batches(all_training, config.data.mixing(), config.data, seed=config.seed)
+    batches = config.task.batch_source(inputs)
     check_lasts(batches, config.train.steps)
-    return Corpus(tokenizer, vocabulary, all_training, all_heldout, batches)
+    evaluation = config.task.evaluation_sources(inputs)
+    return Corpus(tokenizer, all_training, all_heldout, batches, evaluation)
 
 
 @contextmanager
@@ -189,7 +203,7 @@ def _named_tokenizer(config: RunConfig) -> Path | None:
 
 def _training_text(config: RunConfig) -> Iterator[bytes]:
     sources = [source for source in config.data.sources if source.documents]
-    if not sources:
+    if not sources and config.task.reads_text:
         raise MaxlmError(
             "a store was made with a tokenizer, and none is named",
             where="tokenizer.path",

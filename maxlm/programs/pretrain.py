@@ -14,11 +14,17 @@ import jax
 from jax.experimental import multihost_utils
 
 from maxlm.config import MaxlmError, to_yaml
+from maxlm.models.params import Params
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.programs.environment import environment, process_began
 from maxlm.programs.evaluation import held_out
 from maxlm.programs.feed import training_batches
+from maxlm.programs.frozen import (
+    check_frozen_models,
+    describe_frozen_models,
+    load_frozen_models,
+)
 from maxlm.programs.prepare import Corpus, planned_vocab, prepare, preparing, writable
 from maxlm.programs.record import recorder
 from maxlm.programs.resume import (
@@ -39,7 +45,7 @@ from maxlm.programs.resume import (
     too_often,
 )
 from maxlm.programs.setup import Setup, run_folder, set_up, use_compilation_cache
-from maxlm.run import RunConfig, vocab_fits
+from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.files import check_not_deleted, locked_folder, replacing, writing
 from maxlm.runtime.signals import SignalHandler, handle_signals
@@ -102,7 +108,7 @@ def pretrain(
         what = f"step {profile[0]} never comes: the run has {config.train.steps} steps"
         raise MaxlmError(what, where="--profile", fix="name steps that it takes")
     use_compilation_cache(config)
-    vocab_fits(config, planned_vocab(config, folder))
+    config.task.check_vocab_size(planned_vocab(config, folder), config.model.vocab_size)
     with ExitStack() as stack:
         signals = stack.enter_context(handle_signals(str(folder)))
         if lead:
@@ -125,7 +131,15 @@ def pretrain(
                 beginning.reload()
         watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
         watchdog.expect(0, "restore")
-        metadata = _metadata(config, corpus, origin, beginning)
+
+        def load_frozen() -> dict[str, Params]:
+            return load_frozen_models(
+                setup, lambda: started(setup, find_beginning(setup, stack)).params
+            )
+
+        metadata = _metadata(
+            config, corpus, origin, beginning, describe_frozen_models(setup, load_frozen())
+        )
         skips = read_skips(folder, origin)
 
         def fresh() -> TrainState:
@@ -134,7 +148,7 @@ def pretrain(
         def begin() -> Position:
             return go_on(setup, origin.renewed(), skips, fresh) if origin else Position(fresh(), 0)
 
-        position = begin()
+        position = begin().with_frozen(load_frozen())
         first = position.step
         if not position.place:
             check_not_lost(tiers, resume)
@@ -179,20 +193,20 @@ def pretrain(
         profiler = stack.enter_context(Profiler(folder, *profile) if profile else Profiler.off())
         step, evaluated = setup.step_function(), setup.evaluation_function()
 
-        def eval_step(params: Any, batch: Batch) -> Sums:
-            watchdog.restart()
-            return evaluated(params, batch)
+        def evaluate(state: TrainState, max_batches: int | None = None) -> Any:
+            def eval_step(params: Any, batch: Batch) -> Sums:
+                watchdog.restart()
+                return evaluated(params, state.frozen, batch)
+
+            return held_out(setup, eval_step, parameters(state), corpus, max_batches)
 
         def quick_evaluation(state: TrainState) -> Mapping[str, float]:
-            batches = config.train.eval_batches
-            read = (corpus.heldout, corpus.vocabulary, batches)
-            results = held_out(setup, eval_step, parameters(state), *read)
+            results = evaluate(state, config.train.eval_batches)
             return _evaluation_record(config, int(state.step), results)
 
         def train_from(position: Position, skips: Skips) -> TrainState | Verdict:
-            read = (corpus.training, config.data.mixing(), corpus.vocabulary)
             with (
-                training_batches(setup, *read, position.step, skips) as batches,
+                training_batches(setup, corpus.batches, position.step, skips) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=lead) as display,
             ):
                 return train(
@@ -202,7 +216,7 @@ def pretrain(
                     config=config.train,
                     hooks=Hooks(
                         record=recorder(setup, corpus, plan, log, display),
-                        evaluate=quick_evaluation if corpus.heldout else None,
+                        evaluate=quick_evaluation if corpus.evaluation else None,
                         event=log.event,
                     ),
                     guards=Guards(
@@ -225,6 +239,7 @@ def pretrain(
             watchdog.expect(ended.first, "restore")
             del position  # Its arrays are gone: the step was given their memory.
             position, skips = go_back(setup, tiers, ended, skips, folder, begin, fresh, log.event)
+            position = position.with_frozen(load_frozen())
             tiers.catch_up()
             log.rewind(position.step)
             log.event(
@@ -240,10 +255,9 @@ def pretrain(
             )
         state = ended
         signals.raise_if_signaled()
-        read = (corpus.heldout, corpus.vocabulary)
         watchdog.expect(int(state.step), "evaluation")
         evaluation_began = time.monotonic()
-        results = held_out(setup, eval_step, parameters(state), *read)
+        results = evaluate(state)
         if results:
             seconds = time.monotonic() - evaluation_began
             log.event("evaluate", int(state.step), seconds=seconds, final=True)
@@ -261,7 +275,11 @@ def pretrain(
 
 
 def _metadata(
-    config: RunConfig, corpus: Corpus, origin: Origin | None, beginning: Checkpointer | None
+    config: RunConfig,
+    corpus: Corpus,
+    origin: Origin | None,
+    beginning: Checkpointer | None,
+    frozen: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What is saved with every checkpoint.
 
@@ -273,9 +291,12 @@ def _metadata(
         "tokenizer": corpus.tokenizer.fingerprint,
         "stores": {name: described(store) for name, store in corpus.training.items()},
     }
+    if frozen:
+        own["frozen"] = frozen
     if origin:
         saved, where = origin.metadata, str(origin.tiers.folder)
         check_same(saved, own, ("tokenizer",), where)
+        check_frozen_models(saved.get("frozen", {}), frozen, where)
         # Checkpoints of older versions say nothing of stores.
         check_stores(config, saved.get("stores", {}), own["stores"], corpus, where)
     if origin or beginning:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from math import log
+from typing import Any
 
 from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import Corpus
@@ -42,6 +43,8 @@ def recorder(
         for name, store in corpus.training.items()
     }
 
+    mixture: Any = getattr(corpus.batches, "mixture", None)
+
     def record(step: int, values: Mapping[str, float]) -> None:
         if "seconds" in values:
             rate = tokens_a_step / values["seconds"]
@@ -52,9 +55,9 @@ def recorder(
                 **memory_record(),
                 **planned,
             }
-            if config.objective.kind == "clm":  # every token is predicted
+            if config.task.predicts_every_token:
                 bits = values["cross_entropy"] / log(2)
-                shares = corpus.batches.mixture.shares(max(0, step - 1) * config.data.batch_size)
+                shares = mixture.shares(max(0, step - 1) * config.data.batch_size)
                 values["bits_per_byte"] = bits / sum(
                     share * bytes_a_target[name] for name, share in shares.items()
                 )

@@ -11,7 +11,7 @@ import jax
 
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.plan.placement import place_model
+from maxlm.plan.fit import place_run
 from maxlm.plan.show import format_bytes, format_seconds
 from maxlm.programs.generate import between, generate_text
 from maxlm.programs.pretrain import Trained, parameters
@@ -113,7 +113,7 @@ def samples(run: Trained) -> str:
     """One continuation of each of the run's prompts, each under a rule."""
     setup, config = run.setup, run.setup.config.samples
     sizes = dict(setup.mesh.shape)
-    placed = place_model(setup.config, sizes, setup.model.dtype, for_training=False)
+    placed = place_run(setup.config, sizes, setup.model.dtype, for_training=False)
     shardings = param_shardings(placed.specs, placed.storage, setup.mesh)
     params = jax.device_put(parameters(run.state), shardings)
     steps = generate_text(placed.model, params, run.corpus.tokenizer, config.prompts, config)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
+from maxlm.models.params import Params
 from maxlm.programs.prepare import Corpus, check_prepared, without_settings
 from maxlm.programs.setup import Setup
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
@@ -25,7 +26,7 @@ from maxlm.train.checkpoint.tiers import Found, Skipped, Tiers
 from maxlm.train.config import CheckpointConfig
 from maxlm.train.records import read_records
 from maxlm.train.skips import Range, Skips, batch_number, same_batches
-from maxlm.train.state import TrainState
+from maxlm.train.state import TrainState, remove_frozen
 
 Say = Callable[[str], None]
 _SKIPS = "skipped_batches.json"
@@ -113,6 +114,10 @@ class Position:
     skipped: Sequence[Skipped] = ()
     """Newer checkpoints that cannot be gone on from."""
 
+    def with_frozen(self, frozen: dict[str, Params]) -> "Position":
+        """Return it with the parameters of the task's other models in its state."""
+        return replace(self, state=replace(self.state, frozen=frozen))
+
 
 def none_readable(tiers: Tiers, skipped: Sequence[Skipped]) -> MaxlmError:
     """Training never begins anew where it had come far."""
@@ -175,7 +180,9 @@ def go_on(setup: Setup, origin: Origin, skips: Skips, fresh: Callable[[], TrainS
             return None
         return "it was trained on batches that are left out since"
 
-    state, found, skipped = origin.tiers.restore_newest(origin.found, setup.abstract_state, refuse)
+    state, found, skipped = origin.tiers.restore_newest(
+        origin.found, remove_frozen(setup.abstract_state), refuse
+    )
     skipped = sorted([*origin.skipped, *skipped], key=lambda each: -each.step)
     if found is None:
         if any(each.tier != "local" for each in skipped):

@@ -1,7 +1,7 @@
 """From a RunConfig to the objects a run is made of."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -15,15 +15,17 @@ from jax.sharding import Mesh
 from maxlm.models.architectures import Model
 from maxlm.models.dtypes import compute_dtype
 from maxlm.models.params import Params
+from maxlm.models.placement import PlacedModel
 from maxlm.parallel.context import sequence_order_indices
-from maxlm.plan.placement import place_model
-from maxlm.run import RunConfig, fitted
+from maxlm.plan.fit import place_frozen_models, place_run
+from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import AxisRules, bind_mesh, jit_sharded, make_mesh
-from maxlm.tasks import OBJECTIVES
-from maxlm.train.optimizer import make_optimizer, updated_in
+from maxlm.tasks import FrozenModelSource
+from maxlm.train.optimizer import make_optimizer, shard_update
 from maxlm.train.schedule import make_schedule
-from maxlm.train.state import TrainState, init_state, state_shardings
+from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
 from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
+from maxlm.train.trainable import select_trainable
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -51,8 +53,12 @@ class Setup:
     model: Model
     specs: Params
     schedule: optax.Schedule
+    trainable: Params
+    """The declarations of the parameters that are trained."""
     optimizer: optax.GradientTransformation
     loss: Loss
+    frozen_sources: Mapping[str, FrozenModelSource]
+    frozen_models: Mapping[str, PlacedModel]
 
     @cached_property
     def shardings(self) -> TrainState:
@@ -63,6 +69,7 @@ class Setup:
             self.mesh,
             ema=self._ema,
             optimizer_rules=self.optimizer_rules,
+            frozen={name: own.specs for name, own in self.frozen_models.items()},
         )
 
     @property
@@ -78,14 +85,16 @@ class Setup:
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of every array of the state."""
         shapes = bind_mesh(self.mesh, jax.eval_shape)(self._init, jax.random.key(0))
+        frozen = {name: own.specs for name, own in self.frozen_models.items()}
+        shapes = replace(shapes, frozen=frozen)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.shardings
         )
 
     def init(self) -> TrainState:
-        """A fresh state, every array created in its own sharding."""
+        """A fresh state without frozen models, every array created in its own sharding."""
         key = jax.random.key(self.config.seed)
-        return bind_mesh(self.mesh, jit_sharded(self._init, self.shardings))(key)
+        return bind_mesh(self.mesh, jit_sharded(self._init, remove_frozen(self.shardings)))(key)
 
     def step_function(self) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
         """The training step, compiled at its first call; it donates the state it is given."""
@@ -98,13 +107,16 @@ class Setup:
             seed=self.config.seed,
             ema_decay=self.config.train.ema_decay,
             gradient_layouts=self._gradient_layouts,
+            trainable=self.trainable,
+            frozen_models=self._frozen_modules,
         )
         return bind_mesh(self.mesh, jax.jit(step, donate_argnums=0))
 
-    def evaluation_function(self) -> Callable[[Params, Batch], Sums]:
-        """The evaluation step, compiled at its first call."""
-        step = partial(eval_step, model=self.model, loss=self.loss)
-        return bind_mesh(self.mesh, jax.jit(step))
+    def evaluation_function(self) -> Callable[[Params, Mapping[str, Params], Batch], Sums]:
+        """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
+        first call."""
+        how = {"model": self.model, "loss": self.loss, "frozen_models": self._frozen_modules}
+        return bind_mesh(self.mesh, jax.jit(partial(eval_step, **how)))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)
@@ -113,7 +125,11 @@ class Setup:
     def _gradient_layouts(self) -> Params | None:
         if self.gradients == self.storage:
             return None
-        return jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.specs)
+        return jax.tree.map(lambda spec: self.gradients.spec(*spec.axes), self.trainable)
+
+    @property
+    def _frozen_modules(self) -> dict[str, Model]:
+        return {name: own.model for name, own in self.frozen_models.items()}
 
     @property
     def _ema(self) -> bool:
@@ -125,11 +141,13 @@ def set_up(
     devices: Sequence[Any] | None = None,
     *,
     for_training: bool = True,
+    frozen_sources: Mapping[str, FrozenModelSource] | None = None,
 ) -> Setup:
     """Mesh, rules, model and optimizer for the devices at hand (default: all).
 
     Args:
         for_training: the batch must divide over the mesh.
+        frozen_sources: default, those of the task.
 
     Raises:
         MaxlmError: whatever does not fit: mesh and devices, a parameter's axis, the batch, a
@@ -137,12 +155,14 @@ def set_up(
     """
     mesh = make_mesh(config.mesh, devices)
     if for_training:
-        config = fitted(config, dict(mesh.shape))
+        config = resolve_micro_batches(config, dict(mesh.shape))
     dtype = compute_dtype(config.compute_dtype, mesh.devices.flat[0].platform)
-    placed = place_model(config, dict(mesh.shape), dtype, for_training=for_training)
+    placed = place_run(config, dict(mesh.shape), dtype, for_training=for_training)
     schedule = make_schedule(config.schedule, config.train.steps)
-    optimizer = make_optimizer(config.optimizer, schedule, placed.specs)
-    objective = config.objective
+    trainable = select_trainable(placed.specs, config.train.trainable)
+    optimizer = make_optimizer(config.optimizer, schedule, trainable)
+    sources = config.task.frozen_models() if frozen_sources is None else frozen_sources
+    sources = sources if for_training else {}
     return Setup(
         config=config,
         mesh=mesh,
@@ -153,6 +173,9 @@ def set_up(
         model=placed.model,
         specs=placed.specs,
         schedule=schedule,
-        optimizer=updated_in(optimizer, placed.specs, placed.optimizer, placed.storage),
-        loss=partial(OBJECTIVES[objective.kind], objective),
+        trainable=trainable,
+        optimizer=shard_update(optimizer, trainable, placed.optimizer, placed.storage),
+        loss=config.task.loss,
+        frozen_sources=sources,
+        frozen_models=place_frozen_models(config, sources, dict(mesh.shape), dtype),
     )

@@ -4,7 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out_run
 from maxlm.programs.feed import training_batches
+from maxlm.programs.frozen import load_frozen_models
 from maxlm.programs.prepare import planned_vocab
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
-from maxlm.run import RunConfig, vocab_fits
+from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
-from maxlm.tasks import Vocabulary, batch_arrays
+from maxlm.tasks import BatchSource, FrozenModelSource, SourceInputs, Vocabulary
 from maxlm.train.checkpoint import Checkpointer, group_sizes
-from maxlm.train.state import TrainState
+from maxlm.train.state import TrainState, remove_frozen
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
 # Where few tokens are targets, it takes more of them to learn as much.
@@ -46,24 +47,19 @@ class Check:
 
 
 def shrink(config: RunConfig, num_devices: int) -> RunConfig:
-    """A small run of the same structure: the same layers, ratios, objective, optimizer and packing.
+    """A small run of the same structure: the same layers, ratios, task, optimizer and packing.
 
     Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
     """
-    # Marks and lengths that were given fit the model's own size.
-    lengths = [n for n in type(config.objective).model_fields if n.endswith("_len")]
-    fitted = dict.fromkeys([*config.objective.marks, *lengths])
-    objective = config.objective.model_copy(update=fitted)
-    steps = STEPS if objective.kind == "clm" else SPARSE_STEPS
-    longest = max(length for length, _ in batch_arrays(objective, SEQ_LEN).values())
-    small = config.model.shrunk(
-        vocab_size=VOCAB, num_layers=LAYERS, head_dim=HEAD_DIM, seq_len=longest
-    )
+    task = config.task.shrunk()
+    steps = STEPS if task.predicts_every_token else SPARSE_STEPS
+    sizes = {"vocab_size": VOCAB, "num_layers": LAYERS, "head_dim": HEAD_DIM}
+    small = config.model.shrunk(**sizes, seq_len=max(task.row_lengths(SEQ_LEN)))
     micro = min(config.train.micro_batches, 2)
     data = {"seq_len": SEQ_LEN, "batch_size": 4 * micro * num_devices, "workers": 0}
     changes: dict[str, Any] = {
         "model": small,
-        "objective": objective,
+        "task": task,
         "mesh": {"data": 1, "fsdp": num_devices},
         "samples": {},
         "data": config.data.model_copy(update=data),
@@ -109,6 +105,16 @@ class CountingText:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
+def counting_source(config: RunConfig) -> BatchSource:
+    """A task's batches of :class:`CountingText`."""
+    text = CountingText(config.model.vocab_size)
+    start_id = getattr(config.model, "start_id", 0)
+    stores, mixing = {"text": text}, {"text": 1.0}
+    return config.task.batch_source(
+        SourceInputs(config.data, config.seed, text.vocabulary, None, stores, {}, mixing, start_id)
+    )
+
+
 def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[Check]:
     """Shrink a run to these devices (default: all) and try it, yielding each check as it is made.
 
@@ -117,19 +123,24 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     MaxlmError.
     """
     lay_out_run(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
-    vocab_fits(config, planned_vocab(config))
+    config.task.check_vocab_size(planned_vocab(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:
             find_files(source.corpus())
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
-    setup = set_up(shrink(config, len(devices)), devices)
+    small = shrink(config, len(devices))
+    # Other models are as small as the trained one.
+    sources = dict.fromkeys(small.task.frozen_models(), FrozenModelSource())
+    setup = set_up(small, devices, frozen_sources=sources)
     with tempfile.TemporaryDirectory() as folder:
         yield from _checks(setup, Path(folder))
 
 
 def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     state = setup.init()
+    frozen = load_frozen_models(setup, lambda: setup.init().params)
+    state = replace(state, frozen=frozen)
     count = sum(spec.size for spec in flatten_names(setup.specs).values())
     right = jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, setup.shardings))
     yield Check("parameters lie as planned", right, f"{count:,} on {setup.mesh.size} device(s)")
@@ -143,7 +154,7 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
     with Checkpointer(folder, grouped=group_sizes(setup.specs)) as keeper:
-        keeper.save(SAVED_AT, state, {}, force=True)
+        keeper.save(SAVED_AT, remove_frozen(state), {}, force=True)
         state, rest = _run(setup, step, state, steps)
         losses = first + rest
         finite = all(map(math.isfinite, losses))
@@ -151,7 +162,8 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
         falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
         keeper.wait()
-        restored = keeper.restore(SAVED_AT, setup.abstract_state)
+        restored = keeper.restore(SAVED_AT, remove_frozen(setup.abstract_state))
+    restored = replace(restored, frozen=state.frozen)
     equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")
     _, again = _run(setup, step, restored, steps)
@@ -168,10 +180,8 @@ def _run(
     setup: Setup, step: Callable[..., Any], state: TrainState, stop: int
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
-    text = CountingText(setup.config.model.vocab_size)
     start, losses = int(state.step), []
-    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, start)
-    with feed as batches:
+    with training_batches(setup, counting_source(setup.config), start) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

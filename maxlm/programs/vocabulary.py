@@ -1,4 +1,4 @@
-"""What objectives and generation ask of a run's tokenizer."""
+"""A tokenizer's ids, for tasks and for generation."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from maxlm.tasks import Vocabulary
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """A tokenizer's ids, as far as objectives care.
+    """A tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
     or what a WordPiece vocabulary does not mark as a continuation.

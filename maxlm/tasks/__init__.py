@@ -1,103 +1,105 @@
-"""What a model is trained for.
+"""Tasks: what a model is trained for, each a config with its batches, its loss and its checks.
 
-An objective is a function ``(config, model, batch, key) -> (loss, sums)``: the loss summed over
-counted tokens, and sums to log: ``tokens``, the weight everything is divided by, and
-``cross_entropy`` in nats. What it needs done to text on the host, before a batch is laid on
-devices, is a picklable ``(batch, step, rows) -> batch`` (:func:`host_transform`). To add one, write
-it beside its config and join them to the names below.
+To add one, write a :class:`Task` in a file or folder here and add it to ``_TASKS``, or register it
+from outside with :func:`register_task`. An installed package names its class in an entry point of
+the group ``maxlm.tasks``, under the task's kind.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializeAsAny, WrapValidator
 
-from maxlm.config import add_default_tag
-from maxlm.tasks.clm import ClmConfig
-from maxlm.tasks.denoising import (
-    INPUTS,
-    Denoising,
-    DenoisingConfig,
-    SpanCorruptionConfig,
-    Ul2Config,
-    rewrite,
-)
-from maxlm.tasks.loss import name_tokens
-from maxlm.tasks.mlm import Masking, MlmConfig
+from maxlm.config import MaxlmError, add_default_tag
+from maxlm.data.batch_source import BatchArray, BatchSource, TransformedSource
+from maxlm.models.architectures import ModelConfig
+from maxlm.tasks.clm import ClmTask
+from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
+from maxlm.tasks.mlm import MlmTask
+from maxlm.tasks.task import FrozenModelSource, Models, SourceInputs, Task
 from maxlm.tasks.vocabulary import Vocabulary
 
-ObjectiveConfig = Annotated[
-    ClmConfig | MlmConfig | SpanCorruptionConfig | Ul2Config,
+_Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task
+_TASKS: dict[str, type[Task]] = {
+    task.model_fields["kind"].default: task for task in _Builtin.__args__
+}
+
+
+def register_task(task: type[Task]) -> type[Task]:
+    """Make a task known by its kind; also as a decorator."""
+    _TASKS[task.model_fields["kind"].default] = task
+    return task
+
+
+def find_task(kind: str) -> type[Task] | None:
+    """Return the task of a kind, from an installed package if need be; None if there is none."""
+    if kind not in _TASKS:
+        for entry in entry_points(group="maxlm.tasks", name=kind):
+            register_task(entry.load())
+    return _TASKS.get(kind)
+
+
+def get_kinds(architecture: str) -> list[str]:
+    """Return the kinds of known tasks that train models of an architecture."""
+    return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
+
+
+def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
+    """Check that a task can train a model on rows of ``seq_len`` tokens of text.
+
+    Raises:
+        MaxlmError: naming the settings.
+    """
+    if model.architecture != task.architecture:
+        raise MaxlmError(
+            f"task.kind={task.kind} trains a model of architecture {task.architecture}, "
+            f"model.architecture={model.architecture}",
+            fix=f"use task.kind={' or '.join(get_kinds(model.architecture))}",
+        )
+    longest = max(task.row_lengths(seq_len))
+    if longest > model.max_seq_len:
+        rows = "" if longest == seq_len else f" (rows of {longest} with reserved ids)"
+        raise MaxlmError(
+            f"data.seq_len={seq_len}{rows} is longer than model.max_seq_len={model.max_seq_len}",
+            fix="shorten the sequences, or raise the model's limit",
+        )
+    task.check(seq_len, model.vocab_size)
+
+
+def _validate_task(settings: Any, validate: Any) -> Task:
+    if isinstance(settings, Task):
+        return settings
+    if isinstance(settings, Mapping) and isinstance(kind := settings.get("kind"), str):
+        task = find_task(kind)
+        if task is not None and task not in _Builtin.__args__:
+            return task.model_validate(settings)
+    return validate(settings)
+
+
+TaskConfig = Annotated[
+    SerializeAsAny[_Builtin],
     Field(discriminator="kind"),
     add_default_tag("kind", "clm"),
+    WrapValidator(_validate_task),
 ]
-OBJECTIVES: Mapping[str, Any] = {
-    "clm": name_tokens,
-    "mlm": name_tokens,
-    "span_corruption": rewrite,
-    "ul2": rewrite,
-}
-ARCHITECTURES = {
-    "clm": "decoder",
-    "mlm": "encoder",
-    "span_corruption": "encoder_decoder",
-    "ul2": "encoder_decoder",
-}
-"""What each trains."""
-
-Transform = Callable[[dict[str, np.ndarray], int, Sequence[int]], dict[str, np.ndarray]]
-"""(batch of the loader, step, its rows' global numbers) -> batch."""
-
-
-def host_transform(
-    config: Any, vocabulary: Vocabulary, *, start_id: int, seed: int
-) -> Transform | None:
-    """What an objective does to batches on the host; None: nothing.
-
-    Args:
-        start_id: what a decoder beside an encoder reads first.
-    """
-    if isinstance(config, MlmConfig):
-        return Masking(config, vocabulary, seed)
-    if isinstance(config, DenoisingConfig):
-        return Denoising(config, vocabulary, start_id, seed)
-    return None
-
-
-def batch_arrays(config: Any, seq_len: int) -> dict[str, tuple[int, type]]:
-    """A batch's arrays by name: tokens a row, and dtype."""
-    encoder_len, decoder_len = seq_len, seq_len
-    if isinstance(config, DenoisingConfig):
-        encoder_len, decoder_len = config.lengths(seq_len)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    found: dict[str, tuple[int, type]] = dict.fromkeys(names, (decoder_len, np.int32))
-    found["weights"] = (decoder_len, np.float32)
-    if isinstance(config, DenoisingConfig):
-        found |= dict.fromkeys(INPUTS, (encoder_len, np.int32))
-    return found
-
-
-def marks_needed(config: Any) -> int:
-    """Ids of the model's table that the tokenizer must leave free."""
-    if isinstance(config, MlmConfig):
-        return int(config.mask_id is None)
-    if isinstance(config, DenoisingConfig):
-        return config.sentinels if config.first_sentinel is None else 0
-    return 0
-
 
 __all__ = [
-    "ARCHITECTURES",
-    "OBJECTIVES",
-    "ClmConfig",
-    "MlmConfig",
-    "ObjectiveConfig",
-    "SpanCorruptionConfig",
-    "Transform",
-    "Ul2Config",
+    "BatchArray",
+    "BatchSource",
+    "ClmTask",
+    "FrozenModelSource",
+    "MlmTask",
+    "Models",
+    "SourceInputs",
+    "SpanCorruptionTask",
+    "Task",
+    "TaskConfig",
+    "TransformedSource",
+    "Ul2Task",
     "Vocabulary",
-    "batch_arrays",
-    "host_transform",
-    "marks_needed",
+    "check_task",
+    "find_task",
+    "get_kinds",
+    "register_task",
 ]

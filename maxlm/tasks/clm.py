@@ -1,11 +1,13 @@
 """Causal language modelling: predict the next token of the same document."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from maxlm.tasks.loss import LossConfig
+from maxlm.tasks.text import TextTask
 
 
-class ClmConfig(LossConfig):
+class ClmTask(TextTask):
     """Every token from those before it."""
+
+    predicts_every_token: ClassVar[bool] = True
 
     kind: Literal["clm"] = "clm"

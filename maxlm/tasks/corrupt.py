@@ -27,7 +27,7 @@ Ids = NDArray[np.int32]
 Flags = NDArray[np.bool_]
 
 
-class Marks(NamedTuple):
+class SentinelIds(NamedTuple):
     """The ids that stand for no text."""
 
     first_sentinel: int
@@ -36,9 +36,9 @@ class Marks(NamedTuple):
     """How many the vocabulary has."""
     eos: int
     start: int = 0
-    """What a decoder reads first; T5's is its padding."""
+    """The token that a decoder reads first; T5's is its padding."""
     opening: tuple[int, ...] = ()
-    """What every input begins with; T5's with nothing, BART's with <s>."""
+    """Tokens that every input begins with; T5's with none, BART's with <s>."""
 
 
 class Denoiser(Config):
@@ -66,7 +66,7 @@ class Denoiser(Config):
         return self
 
 
-def ul2(
+def make_ul2_denoisers(
     regular: int | None = None, sequential: int | None = None, extreme: int | None = None
 ) -> tuple[Denoiser, ...]:
     """The mixture of denoisers of UL2, all equally often (Tay et al. 2022, table 1): R twice, S
@@ -90,7 +90,7 @@ def ul2(
     )
 
 
-def counts(n: int, density: float, mean_span: float) -> tuple[int, int]:
+def count_spans(n: int, density: float, mean_span: float) -> tuple[int, int]:
     """(tokens taken out of n, spans they lie in); neither falls as n grows.
 
     At least one token is, and at least one stays, before every span; so nothing is taken out of
@@ -102,16 +102,16 @@ def counts(n: int, density: float, mean_span: float) -> tuple[int, int]:
     return noise, min(max(round(noise / mean_span), 1), noise, n - noise)
 
 
-def lengths(n: int, density: float, mean_span: float) -> tuple[int, int]:
-    """Of (inputs, targets) that n tokens become, their ends included; neither falls as n grows."""
-    noise, spans = counts(n, density, mean_span)
+def compute_lengths(n: int, density: float, mean_span: float) -> tuple[int, int]:
+    """(inputs, targets) that n tokens become, their ends included; neither falls as n grows."""
+    noise, spans = count_spans(n, density, mean_span)
     return n - noise + spans + 1, noise + spans + 1
 
 
-def span_noise(n: int, density: float, mean_span: float, rng: Generator) -> Flags:
+def draw_span_noise(n: int, density: float, mean_span: float, rng: Generator) -> Flags:
     """Which of n tokens are taken out, bool [n]: runs of both kinds in turn, the first one kept,
     of lengths as likely as any others that add up."""
-    noise, spans = counts(n, density, mean_span)
+    noise, spans = count_spans(n, density, mean_span)
     if spans == 0:
         return np.zeros(n, bool)
     kept, taken = _composition(n - noise, spans, rng), _composition(noise, spans, rng)
@@ -119,7 +119,7 @@ def span_noise(n: int, density: float, mean_span: float, rng: Generator) -> Flag
     return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
 
 
-def suffix_noise(n: int, density: float, rng: Generator) -> Flags:
+def draw_suffix_noise(n: int, density: float, rng: Generator) -> Flags:
     """The same for a suffix: 1 to m tokens, each number as likely as the others, where m ≤ n − 1
     makes the mean n · density, to within a half or where n − 1 cuts it."""
     noise = np.zeros(n, bool)
@@ -128,7 +128,7 @@ def suffix_noise(n: int, density: float, rng: Generator) -> Flags:
     return noise
 
 
-def replace_spans(tokens: Ids, noise: Flags, marks: Marks) -> tuple[Ids, Ids]:
+def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
     """(inputs, targets) of tokens [n]; see the module.
 
     Raises:
@@ -136,18 +136,20 @@ def replace_spans(tokens: Ids, noise: Flags, marks: Marks) -> tuple[Ids, Ids]:
     """
     opens = noise & ~np.concatenate([[False], noise[:-1]])
     number = np.cumsum(opens) - 1
-    if opens.sum() > marks.sentinels:
+    if opens.sum() > special.sentinels:
         raise MaxlmError(
-            f"{opens.sum()} spans of {tokens.size} tokens and {marks.sentinels} sentinels",
+            f"{opens.sum()} spans of {tokens.size} tokens and {special.sentinels} sentinels",
             fix="shorten sequences, lengthen spans, or give the vocabulary more sentinels",
         )
-    inputs = np.where(opens, marks.first_sentinel - number, tokens)[opens | ~noise]
-    sentinels = marks.first_sentinel - number[opens]
+    inputs = np.where(opens, special.first_sentinel - number, tokens)[opens | ~noise]
+    sentinels = special.first_sentinel - number[opens]
     targets = np.insert(tokens[noise], np.flatnonzero(opens[noise]), sentinels)
-    return _ended(inputs, marks), _ended(targets, marks)
+    return _ended(inputs, special), _ended(targets, special)
 
 
-def denoise(tokens: Ids, denoiser: Denoiser, marks: Marks, rng: Generator) -> tuple[Ids, Ids]:
+def corrupt_tokens(
+    tokens: Ids, denoiser: Denoiser, special: SentinelIds, rng: Generator
+) -> tuple[Ids, Ids]:
     """(inputs, targets) of one document's tokens [n], int32, with the opening, the mode token and
     their ends.
 
@@ -155,35 +157,35 @@ def denoise(tokens: Ids, denoiser: Denoiser, marks: Marks, rng: Generator) -> tu
         MaxlmError: more spans than sentinels.
     """
     if denoiser.kind == "prefix":
-        noise = suffix_noise(tokens.size, denoiser.density, rng)
+        noise = draw_suffix_noise(tokens.size, denoiser.density, rng)
     else:
-        noise = span_noise(tokens.size, denoiser.density, denoiser.mean_span, rng)
-    inputs, targets = replace_spans(tokens, noise, marks)
+        noise = draw_span_noise(tokens.size, denoiser.density, denoiser.mean_span, rng)
+    inputs, targets = replace_spans(tokens, noise, special)
     mode = () if denoiser.mode is None else (denoiser.mode,)
-    return np.array([*marks.opening, *mode, *inputs], np.int32), targets
+    return np.array([*special.opening, *mode, *inputs], np.int32), targets
 
 
-def draw(denoisers: Sequence[Denoiser], rng: Generator) -> Denoiser:
+def draw_denoiser(denoisers: Sequence[Denoiser], rng: Generator) -> Denoiser:
     """One of them, by their rates."""
     rates = np.array([denoiser.rate for denoiser in denoisers])
     return denoisers[rng.choice(rates.size, p=rates / rates.sum())]
 
 
-def room(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
+def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int]:
     """The (inputs, targets) lengths that hold one document of at most n tokens, whichever denoiser
     is drawn. A row of several takes more, as each has its own ends and modes, and a span."""
-    found = [_longest(n, denoiser) for denoiser in denoisers]
+    found = [_max_lengths(n, denoiser) for denoiser in denoisers]
     return max(inputs for inputs, _ in found), max(targets for _, targets in found)
 
 
-def most_spans(n: int, denoisers: Sequence[Denoiser]) -> int:
+def count_max_spans(n: int, denoisers: Sequence[Denoiser]) -> int:
     """Spans taken out of at most n tokens, whichever denoiser is drawn."""
     many = [d for d in denoisers if d.kind == "spans"]
-    return max((counts(n, d.density, d.mean_span)[1] for d in many), default=1)
+    return max((count_spans(n, d.density, d.mean_span)[1] for d in many), default=1)
 
 
-class Row(NamedTuple):
-    """What an encoder and a decoder get for one row."""
+class CorruptedRow(NamedTuple):
+    """One row of an encoder and of a decoder."""
 
     encoder: dict[str, np.ndarray]
     """int32 [S_enc] tokens, positions and segment_ids; 0 in padding."""
@@ -198,19 +200,19 @@ def corrupt_row(
     tokens: Ids,
     segment_ids: Ids,
     denoisers: Sequence[Denoiser],
-    marks: Marks,
+    special: SentinelIds,
     rng: Generator,
     *,
     encoder_len: int,
     decoder_len: int,
-) -> Row:
+) -> CorruptedRow:
     """A packed row's segments, each by a denoiser drawn for it, packed again on both sides under
     the numbers they had. A segment for which either has no room left is cut short: each has ends
-    of its own, so that several take more than :func:`room` says of one.
+    of its own, so that several take more than :func:`compute_max_lengths` says of one.
 
     Args:
         tokens, segment_ids: int32 [S], as the loader's; segments adjoin, 0 is padding.
-        encoder_len, decoder_len: S_enc and S_dec; see :func:`room`.
+        encoder_len, decoder_len: S_enc and S_dec; see :func:`compute_max_lengths`.
 
     Raises:
         MaxlmError: more spans in a segment than sentinels.
@@ -225,27 +227,27 @@ def corrupt_row(
     ):
         if piece.size == 0 or numbers[0] == 0:
             continue
-        denoiser, free = draw(denoisers, rng), (encoder_len - at, decoder_len - to)
-        inputs, targets = denoise(piece, denoiser, marks, rng)
+        denoiser, free = draw_denoiser(denoisers, rng), (encoder_len - at, decoder_len - to)
+        inputs, targets = corrupt_tokens(piece, denoiser, special, rng)
         if inputs.size > free[0] or targets.size > free[1]:
-            kept = _fitting(piece.size, denoiser, (free[0] - len(marks.opening), free[1]))
+            kept = _count_fitting(piece.size, denoiser, (free[0] - len(special.opening), free[1]))
             left_out += piece.size - kept
             if kept == 0:
                 continue
-            inputs, targets = denoise(piece[:kept], denoiser, marks, rng)
+            inputs, targets = corrupt_tokens(piece[:kept], denoiser, special, rng)
         _place(encoder, at, numbers[0], tokens=inputs)
-        shifted = np.concatenate([[marks.start], targets[:-1]])
+        shifted = np.concatenate([[special.start], targets[:-1]])
         _place(decoder, to, numbers[0], tokens=shifted, targets=targets, weights=1)
         at, to = at + inputs.size, to + targets.size
-    return Row(encoder, decoder, left_out)
+    return CorruptedRow(encoder, decoder, left_out)
 
 
-class Masked(NamedTuple):
-    """What an encoder gets for a row in which it predicts masked tokens, each [S]."""
+class MaskedRow(NamedTuple):
+    """A row in which an encoder predicts masked tokens; arrays [S]."""
 
     tokens: Ids
     targets: Ids
-    """What a chosen place held; 0 elsewhere."""
+    """The token that a chosen place held; 0 elsewhere."""
     weights: NDArray[np.float32]
     """1 where a place was chosen."""
 
@@ -261,7 +263,7 @@ def mask_tokens(
     masked: float = 0.8,
     random: float = 0.1,
     starts_word: Flags | None = None,
-) -> Masked:
+) -> MaskedRow:
     """A row with tokens masked (Devlin et al. 2019, §3.1): ``share`` of those that are neither
     special nor padding are chosen, rounded and at least one. Of the chosen, each on its own, a part
     becomes the mask, a part another id, and the rest stays.
@@ -291,11 +293,11 @@ def mask_tokens(
     out[chosen[lot < masked]] = mask_id
     other = chosen[(lot >= masked) & (lot < masked + random)]
     out[other] = rng.choice(np.flatnonzero(~special), other.size)
-    return Masked(out, targets, weights)
+    return MaskedRow(out, targets, weights)
 
 
 def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> Flags:
-    """Of tokens [n] with their words' numbers, those of words that fill the budget."""
+    """Flags those tokens [n] whose words, given by number, fill the budget."""
     _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
     chosen = np.zeros(sizes.size, bool)
     for word in rng.permutation(sizes.size):
@@ -318,29 +320,29 @@ def _longest_suffix(n: int, density: float) -> int:
     return min(max(round(2 * density * n) - 1, 1), n - 1)
 
 
-def _longest(n: int, denoiser: Denoiser) -> tuple[int, int]:
+def _max_lengths(n: int, denoiser: Denoiser) -> tuple[int, int]:
     mode = int(denoiser.mode is not None)
     if denoiser.kind == "spans" or n < 2:
-        inputs, targets = lengths(n, denoiser.density, denoiser.mean_span)
+        inputs, targets = compute_lengths(n, denoiser.density, denoiser.mean_span)
     else:  # one sentinel and an end on each side
         inputs, targets = n - 1 + 2, _longest_suffix(n, denoiser.density) + 2
     return inputs + mode, targets
 
 
-def _fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
+def _count_fitting(n: int, denoiser: Denoiser, free: tuple[int, int]) -> int:
     """How many of n tokens surely fit (inputs, targets) of these lengths; 0: too few to take any
     out of."""
 
     def too_long(m: int) -> bool:
-        inputs, targets = _longest(m, denoiser)
+        inputs, targets = _max_lengths(m, denoiser)
         return inputs > free[0] or targets > free[1]
 
     fits = bisect_left(range(2, n + 1), True, key=too_long)  # lengths never fall as m grows
     return fits + 1 if fits else 0
 
 
-def _ended(ids: np.ndarray, marks: Marks) -> Ids:
-    return np.append(ids, marks.eos).astype(np.int32)
+def _ended(ids: np.ndarray, special: SentinelIds) -> Ids:
+    return np.append(ids, special.eos).astype(np.int32)
 
 
 def _empty(size: int, *names: str) -> dict[str, np.ndarray]:

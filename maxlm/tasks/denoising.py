@@ -3,26 +3,39 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import count
+from typing import ClassVar, Literal, Self
 
 import jax
 import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
-from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.tasks.corrupt import Denoiser, Marks, corrupt_row, most_spans, room, ul2
-from maxlm.tasks.loss import Batch, LossConfig, Result, token_loss
+from maxlm.data.batch_source import BatchArray, Transform
+from maxlm.tasks.corrupt import (
+    Denoiser,
+    SentinelIds,
+    compute_max_lengths,
+    corrupt_row,
+    count_max_spans,
+    make_ul2_denoisers,
+)
+from maxlm.tasks.loss import ENCODER_ARRAYS, seq2seq_loss
+from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs
+from maxlm.tasks.text import TextTask
 from maxlm.tasks.vocabulary import Vocabulary
 
-INPUTS = ("input_tokens", "input_positions", "input_segment_ids")
 # Sequences are as long as tiles and shards like.
 _MULTIPLE = 8
+# The texts of published tokenizers' sentinels.
+_SENTINEL = "<extra_id_{}>"
 
 
-class DenoisingConfig(LossConfig):
-    """What both kinds have; needs an encoder and a decoder. ``data.seq_len`` is that of the text
-    before anything is taken out."""
+class DenoisingTask(TextTask):
+    """Settings of both kinds; they need an encoder and a decoder. ``data.seq_len`` is that of the
+    text before anything is taken out."""
+
+    architecture: ClassVar[str] = "encoder_decoder"
 
     encoder_len: int | None = Field(default=None, gt=0)
     """Tokens of an input row; null: what a row of one document needs, rounded up to 8."""
@@ -39,32 +52,58 @@ class DenoisingConfig(LossConfig):
     def mixture(self) -> tuple[Denoiser, ...]:
         """Ways to take tokens out."""
 
-    def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Tokens of a row of the encoder's and of the decoder's."""
-        encoder, decoder = room(seq_len, self.mixture)
+    def row_lengths(self, seq_len: int) -> tuple[int, int]:
+        encoder, decoder = compute_max_lengths(seq_len, self.mixture)
         encoder, decoder = (-(-n // _MULTIPLE) * _MULTIPLE for n in (encoder, decoder))
-        return self.encoder_len or encoder, self.decoder_len or decoder
+        return self.decoder_len or decoder, self.encoder_len or encoder
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+        _, encoder_len = self.row_lengths(seq_len)
+        inputs = dict.fromkeys(ENCODER_ARRAYS, BatchArray.of_tokens(encoder_len))
+        return super().batch_arrays(seq_len) | inputs
+
+    def transform(self, inputs: SourceInputs) -> Transform:
+        return SpanDenoising(self, inputs.vocabulary, inputs.start_id, inputs.seed)
+
+    def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
+        """See :func:`seq2seq_loss`."""
+        return seq2seq_loss(
+            models.trained, batch, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
+        )
 
     @property
-    def marks(self) -> Mapping[str, int | None]:
+    def reserved_ids(self) -> Mapping[str, int | None]:
         return {"first_sentinel": self.first_sentinel}
+
+    @property
+    def num_free_ids(self) -> int:
+        return self.sentinels if self.first_sentinel is None else 0
+
+    def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
+        if (first := ids.get(_SENTINEL.format(0))) is None:
+            return self
+        number = next(n for n in count(1) if ids.get(_SENTINEL.format(n)) != first - n)
+        return self.model_copy(update={"first_sentinel": first, "sentinels": number})
+
+    def shrunk(self) -> Self:
+        return super().shrunk().model_copy(update={"encoder_len": None, "decoder_len": None})
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        if (spans := most_spans(seq_len, self.mixture)) > self.sentinels:
+        if (spans := count_max_spans(seq_len, self.mixture)) > self.sentinels:
             raise MaxlmError(
                 f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and there are "
                 f"{self.sentinels} sentinels",
-                where="objective.sentinels",
+                where="task.sentinels",
                 fix=f"set it to {spans} or more, or shorten the sequences",
             )
         given = {"encoder_len": self.encoder_len, "decoder_len": self.decoder_len}
-        needed = room(seq_len, self.mixture)
+        needed = compute_max_lengths(seq_len, self.mixture)
         for (name, length), least in zip(given.items(), needed, strict=True):
             if length is not None and length < least:
                 raise MaxlmError(
                     f"{length} is too short for what data.seq_len={seq_len} tokens become",
-                    where=f"objective.{name}",
+                    where=f"task.{name}",
                     fix=f"set it to {least} or more, to null, or shorten the sequences",
                 )
 
@@ -78,7 +117,7 @@ class DenoisingConfig(LossConfig):
         return self
 
 
-class SpanCorruptionConfig(DenoisingConfig):
+class SpanCorruptionTask(DenoisingTask):
     """T5's (Raffel et al. 2020, §3.1.4): 568 tokens become 512 and 114."""
 
     kind: Literal["span_corruption"] = "span_corruption"
@@ -92,7 +131,7 @@ class SpanCorruptionConfig(DenoisingConfig):
         return (Denoiser(density=self.density, mean_span=self.mean_span),)
 
 
-class Ul2Config(DenoisingConfig):
+class Ul2Task(DenoisingTask):
     """UL2's mixture (Tay et al. 2022, table 1): regular spans, a sequence's end, extreme spans."""
 
     kind: Literal["ul2"] = "ul2"
@@ -104,46 +143,46 @@ class Ul2Config(DenoisingConfig):
     """Of the third, [NLG]."""
 
     @property
-    def marks(self) -> Mapping[str, int | None]:
+    def reserved_ids(self) -> Mapping[str, int | None]:
         modes = ("regular_id", "sequential_id", "extreme_id")
-        return {**super().marks, **{name: getattr(self, name) for name in modes}}
+        return {**super().reserved_ids, **{name: getattr(self, name) for name in modes}}
 
     @property
     def mixture(self) -> tuple[Denoiser, ...]:
-        return ul2(self.regular_id, self.sequential_id, self.extreme_id)
+        return make_ul2_denoisers(self.regular_id, self.sequential_id, self.extreme_id)
 
 
 @dataclass(frozen=True)
-class Denoising:
+class SpanDenoising:
     """Takes tokens out of a batch's rows, each by its own number: pure in (seed, step, row)."""
 
-    config: Any
+    task: DenoisingTask
     vocabulary: Vocabulary
     start_id: int
-    """What a decoder reads first."""
+    """The token that a decoder reads first."""
     seed: int
 
     def __call__(
-        self, batch: dict[str, np.ndarray], step: int, rows: Sequence[int]
+        self, batch: dict[str, np.ndarray], step: int, row_numbers: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        config, vocabulary = self.config, self.vocabulary
-        first = vocabulary.size - 1 if config.first_sentinel is None else config.first_sentinel
+        task, vocabulary = self.task, self.vocabulary
+        first = vocabulary.size - 1 if task.first_sentinel is None else task.first_sentinel
         opening = vocabulary.opening
-        marks = Marks(first, config.sentinels, vocabulary.eos, self.start_id, opening)
-        encoder_len, decoder_len = config.lengths(batch["tokens"].shape[1])
+        ids = SentinelIds(first, task.sentinels, vocabulary.eos, self.start_id, opening)
+        decoder_len, encoder_len = task.row_lengths(batch["tokens"].shape[1])
         found = [
             corrupt_row(
                 *_text_alone(batch["tokens"][i], batch["segment_ids"][i], vocabulary),
-                config.mixture,
-                marks,
+                task.mixture,
+                ids,
                 np.random.default_rng((self.seed, step, int(row))),
                 encoder_len=encoder_len,
                 decoder_len=decoder_len,
             )
-            for i, row in enumerate(rows)
+            for i, row in enumerate(row_numbers)
         ]
         out = {name: np.stack([row.decoder[name] for row in found]) for name in found[0].decoder}
-        for name in INPUTS:
+        for name in ENCODER_ARRAYS:
             out[name] = np.stack([row.encoder[name.removeprefix("input_")] for row in found])
         return out
 
@@ -157,22 +196,3 @@ def _text_alone(
     mark = (opens & np.isin(tokens, vocabulary.opening)) | (closes & (tokens == vocabulary.eos))
     kept = ~mark
     return tokens[kept], segment_ids[kept]
-
-
-def rewrite(config: LossConfig, model: EncoderDecoder, batch: Batch, key: jax.Array) -> Result:
-    """The loss of a decoder that writes what an encoder's input lacks.
-
-    Args:
-        model: bound to its parameters.
-        batch: as of a model of one sequence, for the decoder [B, S_dec]; and int32 input_tokens,
-            input_positions and input_segment_ids [B, S_enc].
-        key: unused.
-    """
-    tokens, positions, segment_ids = (batch[name] for name in INPUTS)
-    hidden, aux = model(
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        inputs=(tokens, positions, segment_ids),
-    )
-    return token_loss(config, model, hidden, aux, batch)

@@ -1,20 +1,27 @@
-"""Masked language modelling: name the tokens that were hidden (Devlin et al. 2019, §3.1)."""
+"""Masked language modelling: predict the tokens that were hidden (Devlin et al. 2019, §3.1)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
+from maxlm.data.batch_source import Transform
 from maxlm.tasks.corrupt import mask_tokens
-from maxlm.tasks.loss import LossConfig
+from maxlm.tasks.task import SourceInputs
+from maxlm.tasks.text import TextTask
 from maxlm.tasks.vocabulary import Vocabulary
 
+# Texts of published tokenizers' masks.
+_MASKS = ("[MASK]", "<mask>")
 
-class MlmConfig(LossConfig):
+
+class MlmTask(TextTask):
     """Some tokens from all others around them; needs an encoder."""
+
+    architecture: ClassVar[str] = "encoder"
 
     kind: Literal["mlm"] = "mlm"
     share: float = Field(default=0.15, gt=0, lt=1)
@@ -31,11 +38,22 @@ class MlmConfig(LossConfig):
     BERT's is 103."""
 
     @property
-    def marks(self) -> Mapping[str, int | None]:
+    def reserved_ids(self) -> Mapping[str, int | None]:
         return {"mask_id": self.mask_id}
 
+    @property
+    def num_free_ids(self) -> int:
+        return int(self.mask_id is None)
+
+    def with_special_tokens(self, ids: Mapping[str, int]) -> Self:
+        mask = next((ids[text] for text in _MASKS if text in ids), None)
+        return self if mask is None else self.model_copy(update={"mask_id": mask})
+
+    def transform(self, inputs: SourceInputs) -> Transform:
+        return TokenMasking(self, inputs.vocabulary, inputs.seed)
+
     @model_validator(mode="after")
-    def _parts(self):
+    def _check_parts(self):
         if self.masked + self.random > 1:
             raise MaxlmError(
                 f"masked={self.masked} and random={self.random} are more than all",
@@ -45,32 +63,32 @@ class MlmConfig(LossConfig):
 
 
 @dataclass(frozen=True)
-class Masking:
+class TokenMasking:
     """Masks a batch's rows, each by its own number: pure in (seed, step, row)."""
 
-    config: MlmConfig
+    task: MlmTask
     vocabulary: Vocabulary
     seed: int
 
     def __call__(
-        self, batch: dict[str, np.ndarray], step: int, rows: Sequence[int]
+        self, batch: dict[str, np.ndarray], step: int, row_numbers: Sequence[int]
     ) -> dict[str, np.ndarray]:
-        config, vocabulary = self.config, self.vocabulary
-        mask = vocabulary.size - 1 if config.mask_id is None else config.mask_id
+        task, vocabulary = self.task, self.vocabulary
+        mask = vocabulary.size - 1 if task.mask_id is None else task.mask_id
         out = dict(batch)
         for name in ("tokens", "targets", "weights"):
             out[name] = batch[name].copy()
-        for i, row in enumerate(rows):
+        for i, row in enumerate(row_numbers):
             found = mask_tokens(
                 batch["tokens"][i],
                 batch["segment_ids"][i],
                 np.random.default_rng((self.seed, step, int(row))),
                 mask_id=mask,
                 special=vocabulary.special,
-                share=config.share,
-                masked=config.masked,
-                random=config.random,
-                starts_word=vocabulary.starts_word if config.whole_words else None,
+                share=task.share,
+                masked=task.masked,
+                random=task.random,
+                starts_word=vocabulary.starts_word if task.whole_words else None,
             )
             out["tokens"][i], out["targets"][i], out["weights"][i] = found
         return out

@@ -1,4 +1,4 @@
-"""What an objective needs to know of a tokenizer, without knowing one."""
+"""The part of a tokenizer that tasks need to know."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Ids and what they are."""
+    """The ids of a model's table, and what they stand for."""
 
     size: int
-    """Ids that text and marks may have: the rows of the model's table."""
+    """Ids that text and reserved ids may have: the rows of the model's table."""
     text: int
-    """Ids that the tokenizer knows; those above are free for marks."""
+    """Ids that the tokenizer knows; those above are free."""
     opening: tuple[int, ...]
-    """What a document begins with in a store."""
+    """The tokens that a document begins with in a store."""
     eos: int
     special: np.ndarray
     """bool [size]: ids that no text has."""

@@ -25,7 +25,7 @@ class FactoredState(NamedTuple):
     """The mean over input dimensions; a ``MaskedNode`` for vectors."""
 
 
-def matrix_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def get_matrix_dims(spec: ParamSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The (input, output) dimensions of a matrix or table; layers and experts are neither."""
     inner = [d for d, axis in enumerate(spec.axes) if d >= spec.lead and axis != "expert"]
     inputs = spec.contract or (inner[0],)
@@ -49,12 +49,12 @@ def scale_by_factored_rms(
         def rows(spec: ParamSpec, p: jax.Array) -> jax.Array:
             if spec.role == "vector":
                 return jnp.zeros_like(p, dtype=jnp.float32)
-            return reduced(spec, matrix_dims(spec)[1])
+            return reduced(spec, get_matrix_dims(spec)[1])
 
         def columns(spec: ParamSpec) -> jax.Array | optax.MaskedNode:
             if spec.role == "vector":
                 return optax.MaskedNode()
-            return reduced(spec, matrix_dims(spec)[0])
+            return reduced(spec, get_matrix_dims(spec)[0])
 
         return FactoredState(
             count=jnp.zeros([], jnp.int32),
@@ -73,7 +73,7 @@ def scale_by_factored_rms(
                 rows = decay * rows + (1 - decay) * square
                 out = g * jax.lax.rsqrt(rows)
             else:
-                inputs, outputs = matrix_dims(spec)
+                inputs, outputs = get_matrix_dims(spec)
                 rows = decay * rows + (1 - decay) * square.mean(outputs, keepdims=True)
                 columns = decay * columns + (1 - decay) * square.mean(inputs, keepdims=True)
                 share = rows / rows.mean(inputs, keepdims=True)

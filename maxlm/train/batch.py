@@ -1,61 +1,123 @@
 """Batches from the host's rows to the mesh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from maxlm.config import MaxlmError
+from maxlm.config.requirements import Requirement, is_divisor
+from maxlm.data.batch_source import BatchArray
 from maxlm.sharding import AxisRules
 
 
-def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> list[int]:
-    """The rows of a global batch that this process's devices hold, ascending.
+def batch_sharding(
+    rules: AxisRules, mesh: Mesh, axes: Sequence[str | None] = ("seq",)
+) -> NamedSharding:
+    """The sharding of arrays [A, B / A, ...]: micro-batches are whole, over pipeline stages too.
 
     Args:
-        sharding, shape: of the batch's arrays, [rows, ...] or [micro-batches, rows, ...]; rows are
-            counted over both leading axes together, micro-batch by micro-batch.
+        axes: logical axis of each dimension of a row.
     """
-    numbers = _numbered(shape[:-1])
-    slices: Any = sharding.addressable_devices_indices_map(shape).values()
-    return sorted({row for index in slices for row in numbers[index[:-1]].ravel().tolist()})
+    return NamedSharding(mesh, rules.spec(None, "batch", *axes))
+
+
+def require_batch_split(
+    batch_size: int,
+    micro_batches: Any,
+    row_lengths: Mapping[str, int],
+    compute: AxisRules,
+    sizes: Mapping[str, Any],
+) -> Iterator[Requirement]:
+    """A micro-batch divides over the devices it is split over: rows and sequences.
+
+    Args:
+        row_lengths: tokens of the sequences in a row, by the setting that decides them.
+        sizes: mesh axis → devices.
+    """
+
+    def name_split(axes: Sequence[str]) -> str:
+        return "·".join(f"{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+
+    ways = prod(sizes[axis] for axis in compute.batch)
+    yield Requirement(
+        is_divisor(micro_batches * ways, batch_size),
+        lambda: MaxlmError(
+            f"a micro-batch of {batch_size // micro_batches} sequences does not divide over "
+            f"{name_split(compute.batch)}",
+            where="data.batch_size",
+            fix=f"use a batch_size that is a multiple of {ways * micro_batches}, or a smaller mesh",
+        ),
+    )
+    for rule in ("seq", "residual"):
+        axes = getattr(compute, rule)
+        pieces = prod(sizes[axis] for axis in axes)
+        for setting, length in row_lengths.items():
+            yield Requirement(
+                is_divisor(pieces, length),
+                lambda setting=setting, length=length, rule=rule, axes=axes, pieces=pieces: (
+                    MaxlmError(
+                        f"a sequence of {length} tokens does not divide over {name_split(axes)} "
+                        f"(sharding.compute.{rule})",
+                        where=setting,
+                        fix=f"use a {setting.rpartition('.')[2]} that is a multiple of {pieces}, "
+                        "or a smaller mesh",
+                    )
+                ),
+            )
+
+
+def get_local_rows(sharding: NamedSharding, lead: tuple[int, ...]) -> list[int]:
+    """Return the rows of a global batch that this process's devices hold, ascending.
+
+    Args:
+        sharding: of arrays with these leading axes alone; see :func:`batch_sharding`.
+        lead: (rows,) or (micro-batches, rows); rows are counted over both axes together,
+            micro-batch by micro-batch.
+    """
+    numbers = _number_rows(lead)
+    slices: Any = sharding.addressable_devices_indices_map(lead).values()
+    return sorted({row for index in slices for row in numbers[index].ravel().tolist()})
 
 
 def put_batch(
     batch: Mapping[str, np.ndarray],
+    arrays: Mapping[str, BatchArray],
     rows: Sequence[int],
-    sharding: NamedSharding,
+    rules: AxisRules,
+    mesh: Mesh,
     lead: tuple[int, ...],
-    order: np.ndarray | None = None,
+    token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
     """A process's rows as its part of the global arrays.
 
     Args:
-        batch: arrays [len(rows), S], row i being global row ``rows[i]``.
-        lead: the arrays' leading axes: (rows,) or (micro-batches, rows).
-        order: the token that stands at each place of a row; default: its own.
+        batch: arrays [len(rows), ...], row i being global row ``rows[i]``.
+        arrays: a row of each.
+        lead: the global arrays' leading axes: (rows,) or (micro-batches, rows).
+        token_order: the token that stands at each place of a sequence; default: its own.
     """
-    numbers = _numbered(lead)
+    numbers = _number_rows(lead)
     place_of = {row: i for i, row in enumerate(rows)}
 
-    def put(array: np.ndarray) -> jax.Array:
+    def put(array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
+        if token_order is not None and "seq" in axes:
+            array = array.take(token_order, axis=1 + axes.index("seq"))
+
         def piece(index: Any) -> np.ndarray:
-            wanted = numbers[index[:-1]]
-            own = np.array([place_of[row] for row in wanted.ravel().tolist()])
-            tokens = np.arange(array.shape[1]) if order is None else order
-            return array[np.ix_(own, tokens[index[-1]])].reshape(*wanted.shape, -1)
+            wanted = numbers[index[: len(lead)]]
+            own = array[[place_of[row] for row in wanted.ravel().tolist()]]
+            own = own[(slice(None), *index[len(lead) :])]
+            return own.reshape(*wanted.shape, *own.shape[1:])
 
-        return jax.make_array_from_callback((*lead, array.shape[1]), sharding, piece)
+        sharding = batch_sharding(rules, mesh, axes)
+        return jax.make_array_from_callback((*lead, *array.shape[1:]), sharding, piece)
 
-    return {name: put(array) for name, array in batch.items()}
+    return {name: put(array, arrays[name].axes) for name, array in batch.items()}
 
 
-def _numbered(lead: tuple[int, ...]) -> np.ndarray:
+def _number_rows(lead: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(lead)).reshape(lead)
-
-
-def batch_sharding(rules: AxisRules, mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of [A, B / A, S] arrays: micro-batches are whole, over pipeline stages too."""
-    return NamedSharding(mesh, rules.spec(None, "batch", "seq"))

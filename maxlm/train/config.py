@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from maxlm.config import Config, LocalPath
+from maxlm.config import Config, LocalPath, MaxlmError
 
 
 class TrainConfig(Config):
@@ -18,13 +18,54 @@ class TrainConfig(Config):
     start_from: LocalPath | None = None
     """A run's folder, such as `maxlm convert` makes, whose parameters (and tokenizer, if none is
     named) this run starts from; null: from random ones. The optimizer starts anew."""
+    trainable: tuple[str, ...] = ("*",)
+    """Patterns of the names of parameters that are trained, such as `layers.attention.*`; the
+    others stay as they are, without gradients and optimizer state. `*` stands for any text."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep an exponential moving average of the parameters with this decay (4 bytes a parameter)
-    and evaluate with it; null: none."""
+    and evaluate with it; null: none. It has all parameters, also those that are not trained."""
     eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_batches: int = Field(default=16, gt=0)
     """Batches of one such evaluation; the one at the end reads all held-out text."""
+
+    def check_micro_batches(self, batch_size: int) -> None:
+        """
+        Raises:
+            MaxlmError: the micro-batches do not divide the batch.
+        """
+        if self.max_device_rows is None and batch_size % self.micro_batches:
+            raise MaxlmError(
+                f"data.batch_size={batch_size} does not divide into "
+                f"train.micro_batches={self.micro_batches}",
+                fix="make the batch a multiple of the micro-batches",
+            )
+
+    def resolve_micro_batches(self, batch_size: int, ways: int, stages: int) -> "TrainConfig":
+        """Return the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
+        fewest parts of the batch that leave every device no more sequences at once.
+
+        Args:
+            ways: devices that the rows of a micro-batch are split over.
+            stages: pipeline stages.
+
+        Raises:
+            MaxlmError: the batch does not divide over the mesh.
+        """
+        most = self.max_device_rows
+        if most is None:
+            return self
+        rows = batch_size // ways
+        parts = [n for n in range(stages, rows + 1, stages) if rows % n == 0 and rows // n <= most]
+        if batch_size % ways or not parts:
+            split = f"{ways} devices" + (f" and {stages} stages" if stages > 1 else "")
+            raise MaxlmError(
+                f"a batch of {batch_size} sequences does not divide over {split} into parts of "
+                f"{most} or less",
+                where="train.max_device_rows",
+                fix="use a mesh whose batch axes and stages divide the batch",
+            )
+        return self.model_copy(update={"micro_batches": parts[0]})
 
 
 class CheckpointConfig(Config):
@@ -52,7 +93,7 @@ class CheckpointConfig(Config):
 
 
 class FaultsConfig(Config):
-    """What a run does about numbers gone bad, steps that hang, and peers that are gone."""
+    """How a run handles non-finite updates, loss spikes, hanging steps and lost processes."""
 
     max_skipped: int = Field(default=3, ge=1)
     """An update with a loss or gradient that is not finite is left out; after so many in a row the

@@ -9,52 +9,60 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.models.aux import Aux
-from maxlm.models.params import GatheredParam, Params, bind, get_values
+from maxlm.models.params import GatheredParam, Params, bind
 from maxlm.parallel.pipeline import run_1f1b_pipeline
+from maxlm.train.trainable import merge_params, split_params
 
 Gradients = tuple[tuple[jax.Array, dict[str, jax.Array]], Params]
 
 
-def loss_and_gradients(
+def compute_loss_and_gradients(
     model: Any,
     loss: Any,
     params: Params,
     batch: dict[str, jax.Array],
     key: jax.Array,
     layouts: Params | None = None,
+    untrained: Params | None = None,
 ) -> Gradients:
-    """((loss, sums), gradients), all summed over the batch.
+    """((loss, sums), gradients of ``params``), all summed over the batch.
 
     Args:
-        model: the module whose parameters ``params`` holds.
-        loss: see ``maxlm.train.step.Loss``.
+        model: the module whose parameters ``params`` and ``untrained`` hold together.
+        loss: (bound model, batch, key) -> (loss summed over tokens, sums).
         batch: arrays [M, B, ...], M micro-batches.
         layouts: each gradient's partition, where it is finer than its parameter's (ZeRO-2);
             gradients are reduced straight to it.
+        untrained: the parameters that get no gradients.
     """
+    trained, whole = params, params
+    if untrained is None:
+        untrained = jax.tree.map(lambda _: None, params)
     if layouts is not None:
-        whole, params = params, jax.tree.map(reshard, params, layouts)
-        loss = _reading(whole, loss)
+        params = jax.tree.map(reshard, params, layouts)
     schedule = getattr(model, "schedule", None)
+    if schedule == "1f1b" and jax.tree.leaves(
+        untrained
+    ):  # its program differentiates all of a stage's parameters
+        params, whole = merge_params(params, untrained), merge_params(whole, untrained)
+        untrained = jax.tree.map(lambda _: None, params)
+
+    def bound(params: Params) -> Any:
+        if layouts is not None:  # whole parameters are read, their own share is differentiated
+            params = jax.tree.map(GatheredParam, params, whole)
+        return bind(model, merge_params(params, untrained))
+
     if schedule == "1f1b":
-        return _one_f_one_b(model, loss, params, batch, key)
+        result, gradients = _one_f_one_b(model, bound, loss, params, batch, key)
+        return result, split_params(gradients, trained)[0]
 
     def summed(params: Params, batch: dict[str, jax.Array], index: Any):
-        return loss(bind(model, params), batch, jax.random.fold_in(key, index))
+        return loss(bound(params), batch, jax.random.fold_in(key, index))
 
     value_and_grad = jax.value_and_grad(summed, has_aux=True)
     if schedule is not None:
         return value_and_grad(params, batch, 0)
     return _accumulate(value_and_grad, params, batch)
-
-
-def _reading(whole: Params, loss: Any) -> Any:
-    """``loss`` of a model that reads whole parameters, differentiated in its own share of them."""
-
-    def read(model: Any, batch: dict[str, jax.Array], key: jax.Array):
-        return loss(bind(model, jax.tree.map(GatheredParam, get_values(model), whole)), batch, key)
-
-    return read
 
 
 def _accumulate(value_and_grad: Any, params: Params, batch: dict[str, jax.Array]) -> Gradients:
@@ -73,20 +81,20 @@ def _accumulate(value_and_grad: Any, params: Params, batch: dict[str, jax.Array]
 
 
 def _one_f_one_b(
-    model: Any, loss: Any, params: Params, batch: dict[str, jax.Array], key: jax.Array
+    model: Any, bound: Any, loss: Any, params: Params, batch: dict[str, jax.Array], key: jax.Array
 ) -> Gradients:
-    """The objective is run twice for each micro-batch, with the layers taken out of the model: up
+    """The loss is run twice for each micro-batch, with the layers taken out of the model: up
     to them on the first stage, from them on the last."""
     numbers = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
     keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
     batch = batch | {"key": jax.random.key_data(keys)}
     ends = {name: value for name, value in params.items() if name != "layers"}
 
-    def objective(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
-        bound = bind(model, ends | {"layers": params["layers"]})
-        bound.layers_fn = layers_fn
+    def run_loss(ends: Params, micro: dict[str, jax.Array], layers_fn: Any):
+        ready = bound(ends | {"layers": params["layers"]})
+        ready.layers_fn = layers_fn
         micro = dict(micro)
-        return loss(bound, micro, jax.random.wrap_key_data(micro.pop("key")))
+        return loss(ready, micro, jax.random.wrap_key_data(micro.pop("key")))
 
     def first(ends: Params, micro: dict[str, jax.Array]):
         seen = []
@@ -95,11 +103,11 @@ def _one_f_one_b(
             seen.append((x, where))
             return x, Aux()
 
-        objective(ends, micro, catch)
+        run_loss(ends, micro, catch)
         return seen[0]
 
     def last(ends: Params, y: jax.Array, micro: dict[str, jax.Array]):
-        return objective(ends, micro, lambda x, where: (y, Aux()))
+        return run_loss(ends, micro, lambda x, where: (y, Aux()))
 
     (total, sums, aux), (d_ends, d_layers) = run_1f1b_pipeline(
         first,

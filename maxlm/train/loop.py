@@ -17,7 +17,7 @@ from maxlm.train.anomaly import LossWatch, Verdict
 from maxlm.train.checkpoint.tiers import Tiers
 from maxlm.train.config import TrainConfig
 from maxlm.train.profile import Profiler
-from maxlm.train.state import TrainState
+from maxlm.train.state import TrainState, remove_frozen
 from maxlm.train.step import Batch, Sums
 from maxlm.train.watchdog import Watchdog
 
@@ -169,7 +169,8 @@ class _Loop:
         metadata = {**self.metadata, "losses": self.guards.watch.memory}
         suspect = self.guards.watch.suspect(number)
         with self.account.timed("saving") as seconds:
-            tier = self.tiers.save(number, state, metadata, force=force, suspect=suspect)
+            saved = remove_frozen(state)
+            tier = self.tiers.save(number, saved, metadata, force=force, suspect=suspect)
         if tier is not None:
             self.account.note(number)
             self.hooks.event("checkpoint", number, tier=tier, seconds=seconds())
@@ -243,7 +244,7 @@ class _Account:
 def evaluate(
     step: Callable[[Any, Batch], Sums], params: Any, batches: Iterator[Batch]
 ) -> dict[str, float]:
-    """The objective's sums over batches, added up in float64."""
+    """The task's sums over batches, added up in float64."""
     totals: dict[str, float] = {}
     for batch in batches:
         for name, value in jax.device_get(step(params, batch)).items():

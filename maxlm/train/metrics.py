@@ -27,7 +27,7 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 def per_token(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """An objective's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
+    """A task's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
     the idlest's load over the mean, and the share of assignments dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
     own = {k: v for k, v in sums.items() if k not in ("tokens", "expert_load")}

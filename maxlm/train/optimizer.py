@@ -19,7 +19,8 @@ from maxlm.config import Config
 from maxlm.models.params import Params, ParamSpec
 from maxlm.parallel.local import gather_to_spec
 from maxlm.sharding import AxisRules
-from maxlm.train.adafactor import matrix_dims, scale_by_factored_rms
+from maxlm.train.adafactor import get_matrix_dims, scale_by_factored_rms
+from maxlm.train.trainable import split_params
 
 
 class OptimizerConfig(Config):
@@ -65,19 +66,23 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation ``update(grads, state, params) -> (updates, state)``.
 
-    Gradients and parameters are fp32 trees like ``specs`` (a nested dict of ``ParamSpec``), each
-    pair in one layout; updates come out in that layout, to be *added* to the parameters. The
-    state is fp32. Runs on explicit meshes, inside or outside jit.
+    Gradients and parameters are fp32 trees like ``specs`` (a nested dict of ``ParamSpec``, of the
+    trained parameters), each pair in one layout; updates come out in that layout, to be *added* to
+    the parameters. ``init`` takes all of a model's. The state is fp32. Runs on explicit meshes,
+    inside or outside jit.
     """
-    if not any(spec.sign_update for spec in jax.tree.leaves(specs)):
-        return _by_gradient(config, schedule, specs)
-    rule = optax.stateless(
-        lambda updates, _: jax.tree.map(lambda g: -config.rule_step * jnp.sign(g), updates)
+    inner = _by_gradient(config, schedule, specs)
+    if any(spec.sign_update for spec in jax.tree.leaves(specs)):
+        rule = optax.stateless(
+            lambda updates, _: jax.tree.map(lambda g: -config.rule_step * jnp.sign(g), updates)
+        )
+        learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs)
+        labels = jax.tree.map(lambda spec: "rule" if spec.sign_update else "gradient", specs)
+        by_gradient = _by_gradient(config, schedule, learned)
+        inner = optax.partition({"gradient": by_gradient, "rule": rule}, labels)
+    return optax.GradientTransformation(
+        lambda params: inner.init(split_params(params, specs)[0]), inner.update
     )
-    learned = jax.tree.map(lambda spec: optax.MaskedNode() if spec.sign_update else spec, specs)
-    labels = jax.tree.map(lambda spec: "rule" if spec.sign_update else "gradient", specs)
-    by_gradient = _by_gradient(config, schedule, learned)
-    return optax.partition({"gradient": by_gradient, "rule": rule}, labels)
 
 
 def _by_gradient(
@@ -92,7 +97,7 @@ def _by_gradient(
     )
 
 
-def updated_in(
+def shard_update(
     inner: optax.GradientTransformation, specs: Params, rules: AxisRules, storage: AxisRules
 ) -> optax.GradientTransformation:
     """An optimizer whose state, and so its work, lies by ``rules``; updates come out in storage.
@@ -126,12 +131,12 @@ def _direction(config: OptimizerConfig, specs: Params) -> optax.GradientTransfor
     def dims(spec: ParamSpec) -> MuonDimensionNumbers | optax.MaskedNode:
         if spec.role != "matrix":
             return optax.MaskedNode()
-        inputs, outputs = matrix_dims(spec)
+        inputs, outputs = get_matrix_dims(spec)
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
     def to_rms(update: jax.Array, spec: ParamSpec) -> jax.Array:
         # An orthogonal [m, n] matrix has a root mean square of 1 / sqrt(max(m, n)).
-        fans = (prod(spec.shape[d] for d in group) for group in matrix_dims(spec))
+        fans = (prod(spec.shape[d] for d in group) for group in get_matrix_dims(spec))
         return update * (config.update_rms * sqrt(max(fans)))
 
     numbers = jax.tree.map(dims, specs)

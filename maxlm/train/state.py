@@ -1,6 +1,8 @@
 """The state of a run, and how it lies on the mesh."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,6 +29,9 @@ class TrainState:
     opt_state: Any
     ema: Any
     """Exponential moving average of the parameters, or None."""
+    frozen: dict[str, Params] = field(default_factory=dict)
+    """Parameters of the other models that the task reads, by the task's names for them. They never
+    change, and checkpoints say where they came from in their place."""
 
 
 def init_state(
@@ -36,6 +41,11 @@ def init_state(
     params = init_params(specs, key)
     copy = jax.tree.map(jnp.copy, params) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
+
+
+def remove_frozen(state: TrainState) -> TrainState:
+    """Return the part of a state that checkpoints hold."""
+    return replace(state, frozen={})
 
 
 def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) -> Params:
@@ -63,12 +73,14 @@ def state_shardings(
     *,
     ema: bool,
     optimizer_rules: AxisRules | None = None,
+    frozen: Mapping[str, Params] = MappingProxyType({}),
 ) -> TrainState:
     """The sharding of every array of a state, as a TrainState of shardings.
 
     Args:
         rules: storage rules on this mesh.
         optimizer_rules: by which moments lie; default: where their parameter does.
+        frozen: declarations of other models, by name.
 
     Raises:
         MaxlmError: as :func:`param_shardings`.
@@ -81,4 +93,5 @@ def state_shardings(
             optimizer, specs, param_shardings(specs, optimizer_rules or rules, mesh)
         ),
         ema=params if ema else None,
+        frozen={name: param_shardings(own, rules, mesh) for name, own in frozen.items()},
     )

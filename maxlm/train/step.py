@@ -1,6 +1,7 @@
 """One step of training, and one of evaluation: pure functions of state and batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,14 +11,16 @@ from jax import lax
 from jax.sharding import reshard
 
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.train.gradients import loss_and_gradients
+from maxlm.tasks.task import Models
+from maxlm.train.gradients import compute_loss_and_gradients
 from maxlm.train.metrics import global_norm, per_token
 from maxlm.train.state import TrainState
+from maxlm.train.trainable import merge_params, split_params
 
 Batch = dict[str, jax.Array]
 Sums = dict[str, jax.Array]
-Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Sums]]
-"""(bound model, batch, key) -> (loss summed over tokens, sums to log, ``tokens`` among them)."""
+Loss = Callable[[Models, Batch, jax.Array], tuple[jax.Array, Sums]]
+"""(models, batch, key) -> (loss summed over tokens, sums to log, ``tokens`` among them)."""
 
 
 def train_step(
@@ -31,6 +34,8 @@ def train_step(
     seed: int,
     ema_decay: float | None = None,
     gradient_layouts: Params | None = None,
+    trainable: Params | None = None,
+    frozen_models: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[TrainState, Sums]:
     """Gradients over micro-batches, one optimizer update.
 
@@ -41,37 +46,46 @@ def train_step(
             which is measured over a micro-batch).
         model: the module whose parameters ``state.params`` holds.
         schedule: the optimizer's, to be reported.
-        gradient_layouts: see ``loss_and_gradients``.
+        gradient_layouts: see ``compute_loss_and_gradients``.
+        trainable: the declarations of the parameters that are trained; default: all.
+        frozen_models: the modules whose parameters ``state.frozen`` holds, by name.
 
     Returns:
-        The next state, and fp32 scalars: ``loss`` and the objective's other sums per counted
+        The next state, and fp32 scalars: ``loss`` and the task's other sums per counted
         token, ``batch_tokens`` (how many were counted), ``learning_rate``, the global norms of
         gradients (before clipping), parameters and updates, and ``skipped``: 1 where the loss or
         a gradient was not finite, so that parameters and optimizer stayed what they were.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    trainable = param_specs(model) if trainable is None else trainable
+    trained, untrained = split_params(state.params, trainable)
+    frozen = {name: bind(own, state.frozen[name]) for name, own in frozen_models.items()}
 
-    (total, sums), grads = loss_and_gradients(
-        model, loss, state.params, batch, key, gradient_layouts
+    def model_loss(bound: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        return loss(Models(bound, frozen), batch, key)
+
+    (total, sums), grads = compute_loss_and_gradients(
+        model, model_loss, trained, batch, key, gradient_layouts, untrained
     )
     tokens = jnp.maximum(sums["tokens"], 1.0)
     grads = jax.tree.map(lambda g: g / tokens, grads)
-    grad_norm = global_norm(_learned(model, grads))
+    grad_norm = global_norm(_learned(trainable, grads))
     finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
     def update(_: Any, before: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
-        params, opt_state, ema, _ = jax.tree.map(_held, before)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        trained, opt_state, ema, _ = jax.tree.map(_held, before)
+        updates, opt_state = optimizer.update(grads, opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - (ema_decay or 0.0))
-        norm = global_norm(_learned(model, updates))
-        return jax.tree.map(_held, (params, opt_state, ema, norm))
+            ema = optax.incremental_update(trained, ema, 1.0 - (ema_decay or 0.0))
+        norm = global_norm(_learned(trainable, updates))
+        return jax.tree.map(_held, (trained, opt_state, ema, norm))
 
     # A loop of one turn, or of none where the numbers are bad: its state is updated in place, where
     # choosing between new and old arrays, or branches, would hold both.
-    before = state.params, state.opt_state, state.ema, jnp.zeros_like(grad_norm)
-    params, opt_state, ema, update_norm = lax.fori_loop(0, finite.astype(int), update, before)
+    ema, ema_rest = (None, None) if state.ema is None else split_params(state.ema, trainable)
+    before = trained, state.opt_state, ema, jnp.zeros_like(grad_norm)
+    trained, opt_state, ema, update_norm = lax.fori_loop(0, finite.astype(int), update, before)
     rate: Any = schedule(state.step)
     metrics: Sums = {
         "loss": total / tokens,
@@ -79,12 +93,14 @@ def train_step(
         "batch_tokens": sums["tokens"],
         "learning_rate": rate,
         "grad_norm": grad_norm,
-        "param_norm": global_norm(_learned(model, params)),
+        "param_norm": global_norm(_learned(trainable, trained)),
         "update_norm": update_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
     opt_state = _counted(opt_state, state.opt_state)
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    params = merge_params(trained, untrained)
+    ema = None if ema is None or ema_rest is None else merge_params(ema, ema_rest)
+    return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
 
 
 def _held(array: jax.Array) -> jax.Array:
@@ -103,18 +119,32 @@ def _counted(opt_state: Any, before: Any) -> Any:
     return jax.tree.map(count, opt_state, before)
 
 
-def _learned(model: Any, tree: Any) -> Any:
+def _learned(specs: Params, tree: Any) -> Any:
     """Without parameters that follow a rule: their "gradient" is none."""
-    return jax.tree.map(lambda spec, x: None if spec.sign_update else x, param_specs(model), tree)
+    return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def eval_step(params: Params, batch: Batch, *, model: Any, loss: Loss) -> Sums:
-    """The objective's sums over a batch of arrays [M, B, ...], without gradients."""
-    bound, key = bind(model, params), jax.random.key(0)
+def eval_step(
+    params: Params,
+    frozen: Mapping[str, Params],
+    batch: Batch,
+    *,
+    model: Any,
+    loss: Loss,
+    frozen_models: Mapping[str, Any] = MappingProxyType({}),
+) -> Sums:
+    """The task's sums over a batch of arrays [M, B, ...], and its ``loss``, without gradients."""
+    bound = {name: bind(own, frozen[name]) for name, own in frozen_models.items()}
+    models, key = Models(bind(model, params), bound), jax.random.key(0)
+
+    def sums_of(batch: Batch) -> Sums:
+        total, sums = loss(models, batch, key)
+        return {"loss": total, **sums}
+
     if getattr(model, "schedule", None) is not None:
-        return loss(bound, batch, key)[1]
+        return sums_of(batch)
 
     def body(_, micro):
-        return None, loss(bound, micro, key)[1]
+        return None, sums_of(micro)
 
     return jax.tree.map(lambda x: x.sum(0), lax.scan(body, None, batch)[1])

@@ -31,7 +31,7 @@ def test_a_step_compiles(machine, name):
         pytest.skip("one TPU is enough")
     devices = parse_topology(machine).devices
     overrides = [f"model.{key}={value}" for key, value in FAMILIES[name].items()]
-    overrides += ["mesh.fsdp=-1", f"data.batch_size={devices}", "objective.chunk_tokens=1024"]
+    overrides += ["mesh.fsdp=-1", f"data.batch_size={devices}", "task.chunk_tokens=1024"]
     overrides += [] if "t5" in name else ["data.seq_len=512"]
     # Tables whose rows do not divide are padded in training; here they are made to.
     config = load_config(RunConfig, find_asset(f"configs/models/{name}.yaml"), overrides).value

@@ -13,7 +13,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.rope import write_positions
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.tasks import ObjectiveConfig
+from maxlm.tasks import TaskConfig
 from tests.models.published_configs import MORE, PUBLISHED
 
 PRESETS = sorted(path.stem for path in find_asset("configs/models").glob("*.yaml"))
@@ -23,7 +23,7 @@ LAYOUTS = list({frozenset(values): name for name, values in PUBLISHED.items()}.v
 
 class Preset(Config):
     model: ModelConfig
-    objective: ObjectiveConfig | None = None
+    task: TaskConfig | None = None
     data: dict[str, Any] | None = None
 
 

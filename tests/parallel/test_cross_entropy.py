@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from maxlm.parallel.cross_entropy import fused_cross_entropy_loss
+from maxlm.parallel.cross_entropy import compute_fused_log_probs, fused_cross_entropy_loss
 from maxlm.parallel.local import Dims, get_layout, make_spec
 from tests.models.building import QUICK
 
@@ -174,3 +174,37 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
     assert f"f32[{chunk},{V}]" in text
     assert f"f32[{tokens},{V}]" not in text
     assert f"f32[{tokens // chunk},{chunk},{V}]" not in text
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_log_probabilities_and_their_gradients_are_those_of_every_logit(name, mesh):
+    case, cap = CASES[name], 3.0
+    hidden, head, bias, targets, _ = operands()
+    cotangent = np.random.default_rng(1).standard_normal((B, S))
+
+    def plain(hidden, head, bias):
+        logits = cap * jnp.tanh((hidden @ head + bias) / cap)
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+        return jnp.sum(own * cotangent), own
+
+    with jax.enable_x64(True):
+        run = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)
+        (_, want), slopes = jax.tree.map(np.asarray, run(hidden, head, bias))
+    grid = mesh(**case.mesh)
+    dims = (case.hidden, case.stored, case.bias)
+    arrays = [
+        jax.device_put(np.float32(a), NamedSharding(grid, make_spec(d)))
+        for a, d in zip((hidden, head, bias), dims, strict=True)
+    ]
+
+    def fused(hidden, head, bias):
+        how = {"used": case.used, "soft_cap": cap, "chunk": 7}
+        own = compute_fused_log_probs(hidden, head, targets, bias=bias, **how)
+        spec = jax.typeof(own).sharding.spec
+        return jnp.sum(own * jax.sharding.reshard(jnp.float32(cotangent), spec)), own
+
+    with jax.set_mesh(grid):
+        (_, got), found = jax.jit(jax.value_and_grad(fused, (0, 1, 2), has_aux=True))(*arrays)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    for ours, theirs in zip(found, slopes, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-5)

@@ -60,7 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 208,
     },
 }
-_OBJECTIVES = {
+_TASKS = {
     "encoder": {"kind": "mlm"},
     "encoder_decoder": {"kind": "span_corruption", "encoder_len": 32, "decoder_len": 16},
 }
@@ -77,7 +77,7 @@ def run(model: str, layout: str, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {**sizes, **MODELS[model], **changes},
-            "objective": _OBJECTIVES.get(model, {"kind": "clm"}),
+            "task": _TASKS.get(model, {"kind": "clm"}),
             "data": {"seq_len": SEQ, "batch_size": ROWS},
             "mesh": CELLS[layout].mesh,
             **settings,

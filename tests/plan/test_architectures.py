@@ -21,7 +21,7 @@ from tests.plan.test_against_compiled import compiled, products, sent
 
 SEQ = 448
 ALONE = dict.fromkeys(MESH_AXES, 1)
-# A preset of each kind of layer, with what its objective is.
+# A preset of each kind of layer, with what its task is.
 PRESETS = {
     "gemma3_1b": "clm",
     "gemma2_9b": "clm",
@@ -38,7 +38,7 @@ PRESETS = {
 
 
 def preset(name: str, *settings: str) -> RunConfig:
-    own = [f"data.seq_len={SEQ}", "data.batch_size=64", f"objective.kind={PRESETS[name]}"]
+    own = [f"data.seq_len={SEQ}", "data.batch_size=64", f"task.kind={PRESETS[name]}"]
     return load_config(RunConfig, name, [*own, *settings]).value
 
 
@@ -77,7 +77,7 @@ def test_deepseek_by_hand():
 
 def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
-    config = preset("t5_small", "objective.encoder_len=464", "objective.decoder_len=312")
+    config = preset("t5_small", "task.encoder_len=464", "task.decoder_len=312")
     layout = lay_out_run(config, ALONE)
     d, heads = 512, 8 * 64
     projection, mlp = d * heads, 2 * d * 2048

@@ -15,7 +15,7 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig, bind_mesh
-from maxlm.train.batch import batch_sharding, local_rows, put_batch
+from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
@@ -386,12 +386,13 @@ def start_from(folder: Path, setup: Setup) -> TrainState:
 def train(setup: Setup, state: TrainState, packed: bool) -> list[tuple[dict[str, float], Any]]:
     """Metrics and state after each step."""
     jitted: Any = setup.step_function().__wrapped__
-    sharding = batch_sharding(setup.compute, setup.mesh)
+    lead, rules, mesh = (MICRO, ROWS), setup.compute, setup.mesh
+    arrays = setup.config.task.batch_arrays(SEQ)
+    rows = get_local_rows(batch_sharding(rules, mesh, ()), lead)
     results, step = [], None
     for batch in batches(setup.config.model.vocab_size, packed):
-        rows = local_rows(sharding, (MICRO, ROWS, SEQ))
         own = {name: array[rows] for name, array in batch.items()}
-        put = put_batch(own, rows, sharding, (MICRO, ROWS), setup.token_order)
+        put = put_batch(own, arrays, rows, rules, mesh, lead, setup.token_order)
         if step is None:  # XLA compiles a model twice as fast when it does not optimise
             step = bind_mesh(setup.mesh, jitted.lower)(state, put).compile(compiler_options=QUICK)
         state, metrics = step(jax.tree.map(jnp.copy, state), put)

@@ -35,8 +35,8 @@ def spoil_batches(fault: str, place: int) -> None:
     original = pretrain.training_batches
 
     @contextmanager
-    def spoiled(setup: Any, stores: Any, mixing: Any, vocabulary: Any, start: int, skips: Any = ()):
-        with original(setup, stores, mixing, vocabulary, start, skips) as batches:
+    def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
+        with original(setup, source, start, skips) as batches:
 
             def each() -> Iterator[Any]:
                 for number, batch in enumerate(batches, start):

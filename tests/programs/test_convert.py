@@ -326,8 +326,8 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
     done = convert(source, tmp_path / "run")
     assert not [note for note in done.notes if "marks" in note]
     path = tmp_path / "run/config.yaml"
-    objective = load_config(RunConfig, path).value.objective.model_dump()
-    assert objective | marks == objective
+    task = load_config(RunConfig, path).value.task.model_dump()
+    assert task | marks == task
     text = tiny.write_text(tmp_path / "text")
     config = load_config(
         RunConfig,
@@ -356,7 +356,6 @@ def test_marks_that_there_is_no_room_for_are_told_of(tmp_path):
     source = folder_of("bart", tmp_path / "their")
     tiny_tokenizers.save(tiny_tokenizers.bert(), source, bos_token="[CLS]", eos_token="[SEP]")
     assert convert(source, tmp_path / "run").notes[-1] == (
-        "to train it, name ids for the marks of objective.kind=span_corruption in "
-        "objective.first_sentinel and objective.sentinels: the tokenizer has none, and the table "
-        "no rows to spare"
+        "to train it, name ids for task.kind=span_corruption in task.first_sentinel: the tokenizer "
+        "has none, and the table no rows to spare"
     )

@@ -11,7 +11,7 @@ import pytest
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.inference.generate import generate
-from maxlm.inference.sampling import SamplingConfig
+from maxlm.inference.sampling import SamplingConfig, check_samples
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.params import param_specs
@@ -19,7 +19,7 @@ from maxlm.programs import report
 from maxlm.programs.generate import between, generate_text
 from maxlm.programs.prepare import prepare
 from maxlm.programs.setup import set_up
-from maxlm.run import RunConfig, check_samples
+from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from tests.programs import tiny
 
@@ -164,9 +164,10 @@ def test_prompts_that_do_not_fit_the_model_are_refused_before_a_store_is_built(t
         f"samples.prompts.2: the prompt and samples.max_new_tokens=9 make {tokens + 9} tokens; "
         "model.max_seq_len=32 allows 32; shorten the prompt, or ask for fewer new tokens"
     )
-    check_samples(config, [1, 1, 23])
+    check_samples(config.samples, config.model, [1, 1, 23])
     with pytest.raises(MaxlmError):
-        check_samples(config, [1, 1, 24])
-    check_samples(sampling_run(tmp_path), [1, 1, 4087])  # Rotations have no table.
+        check_samples(config.samples, config.model, [1, 1, 24])
+    run = sampling_run(tmp_path)
+    check_samples(run.samples, run.model, [1, 1, 4087])  # Rotations have no table.
     with pytest.raises(MaxlmError):
-        check_samples(sampling_run(tmp_path), [1, 1, 4088])
+        check_samples(run.samples, run.model, [1, 1, 4088])

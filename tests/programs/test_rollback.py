@@ -35,8 +35,8 @@ def spoil(monkeypatch, numbers, how):
     original = program.training_batches
 
     @contextmanager
-    def spoiled(setup, stores, mixing, vocabulary, start, skips=()):
-        with original(setup, stores, mixing, vocabulary, start, skips) as batches:
+    def spoiled(setup, source, start, skips=()):
+        with original(setup, source, start, skips) as batches:
 
             def each():
                 for step, batch in enumerate(batches, start):

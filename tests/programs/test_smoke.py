@@ -60,7 +60,7 @@ def structure(run: RunConfig) -> str:
     }
     shared = (heads.num_kv_heads == 1, heads.num_kv_heads == heads.num_heads)
     train = (small.train.micro_batches, small.train.ema_decay, small.data.packing)
-    optimizer = (small.optimizer.kind, small.objective, small.sharding)
+    optimizer = (small.optimizer.kind, small.task, small.sharding)
     return str((vars(model.model_copy(update=alike)), shared, train, optimizer, run.compute_dtype))
 
 
@@ -171,7 +171,7 @@ def test_shrinking_keeps_the_structure(name, devices):
         of_experts = {"num_experts", "experts_per_token", "groups", "groups_per_token"}
         kept = set(type(wide).model_fields) - of_experts - {"d_ff"}
         assert narrow.model_dump(include=kept) == wide.model_dump(include=kept)
-    for part in ("objective", "optimizer", "sharding", "compute_dtype", "seed"):
+    for part in ("task", "optimizer", "sharding", "compute_dtype", "seed"):
         assert getattr(small, part) == getattr(run, part)
     assert small.data.packing == run.data.packing
 
@@ -184,7 +184,7 @@ def test_every_setting_of_a_run_can_be_smoked():
         "train.micro_batches=2",
         "data.batch_size=8",
         "data.packing=best_fit",
-        "objective.z_loss=1e-4",
+        "task.z_loss=1e-4",
     ]
     run = load_config(RunConfig, "smollm2_135m", settings).value
     small = shrink(run, 1)

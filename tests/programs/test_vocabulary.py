@@ -1,4 +1,4 @@
-"""What objectives hear of a tokenizer: ids that no text has, and those with which words begin."""
+"""What tasks hear of a tokenizer: ids that no text has, and those with which words begin."""
 
 import json
 

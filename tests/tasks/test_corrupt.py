@@ -12,22 +12,22 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.tasks.corrupt import (
     Denoiser,
-    Marks,
+    SentinelIds,
+    compute_lengths,
+    compute_max_lengths,
     corrupt_row,
-    counts,
-    denoise,
-    draw,
-    lengths,
+    corrupt_tokens,
+    count_spans,
+    draw_denoiser,
+    draw_span_noise,
+    draw_suffix_noise,
+    make_ul2_denoisers,
     mask_tokens,
     replace_spans,
-    room,
-    span_noise,
-    suffix_noise,
-    ul2,
 )
 
 WORDS = 500
-MARKS = Marks(first_sentinel=999, sentinels=400, eos=501, start=502)
+SENTINELS = SentinelIds(first_sentinel=999, sentinels=400, eos=501, start=502)
 MODES = {"regular": 510, "sequential": 511, "extreme": 512}
 
 sizes = st.integers(1, 300)
@@ -38,7 +38,11 @@ span_denoisers = st.builds(
     mean_span=st.floats(1, 70),
     mode=st.sampled_from([None, 510]),
 )
-denoisers = st.one_of(span_denoisers, st.sampled_from(ul2()), st.sampled_from(ul2(**MODES)))
+denoisers = st.one_of(
+    span_denoisers,
+    st.sampled_from(make_ul2_denoisers()),
+    st.sampled_from(make_ul2_denoisers(**MODES)),
+)
 
 
 def text(n, seed=0):
@@ -46,12 +50,14 @@ def text(n, seed=0):
 
 
 def is_sentinel(ids):
-    return (ids > MARKS.first_sentinel - MARKS.sentinels) & (ids <= MARKS.first_sentinel)
+    return (ids > SENTINELS.first_sentinel - SENTINELS.sentinels) & (
+        ids <= SENTINELS.first_sentinel
+    )
 
 
 def recover(inputs, targets):
     """The tokens, with each sentinel of the inputs replaced by what follows it in the targets."""
-    assert inputs[-1] == targets[-1] == MARKS.eos
+    assert inputs[-1] == targets[-1] == SENTINELS.eos
     inputs, targets = inputs[:-1], targets[:-1]
     if inputs.size and inputs[0] in MODES.values():
         inputs = inputs[1:]
@@ -73,13 +79,13 @@ def recover(inputs, targets):
 @given(sizes, denoisers, seeds)
 def test_every_token_can_be_put_back(n, denoiser, seed):
     tokens, rng = text(n, seed), np.random.default_rng(seed)
-    inputs, targets = denoise(tokens, denoiser, MARKS, rng)
+    inputs, targets = corrupt_tokens(tokens, denoiser, SENTINELS, rng)
     assert inputs.dtype == targets.dtype == np.int32
     np.testing.assert_array_equal(recover(inputs, targets), tokens)
     assert (inputs[0] == denoiser.mode) == (denoiser.mode is not None)
 
     own = inputs[is_sentinel(inputs)]
-    np.testing.assert_array_equal(own, MARKS.first_sentinel - np.arange(own.size))
+    np.testing.assert_array_equal(own, SENTINELS.first_sentinel - np.arange(own.size))
     np.testing.assert_array_equal(targets[is_sentinel(targets)], own)
     assert own.size or n == 1
     # No span is empty, none touches the next, and none comes first.
@@ -87,18 +93,18 @@ def test_every_token_can_be_put_back(n, denoiser, seed):
     assert not (is_sentinel(targets[:-1]) & ~(targets[1:] < WORDS)).any()
     assert not is_sentinel(inputs[int(denoiser.mode is not None)])
 
-    again = denoise(tokens, denoiser, MARKS, np.random.default_rng(seed))
+    again = corrupt_tokens(tokens, denoiser, SENTINELS, np.random.default_rng(seed))
     np.testing.assert_array_equal(again[0], inputs)
     np.testing.assert_array_equal(again[1], targets)
 
 
 @given(sizes, st.floats(0.01, 0.99), st.floats(1, 70), seeds)
 def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
-    noise = span_noise(n, density, mean, np.random.default_rng(seed))
+    noise = draw_span_noise(n, density, mean, np.random.default_rng(seed))
     opens = np.sum(noise[1:] & ~noise[:-1])
-    inputs, targets = replace_spans(text(n), noise, MARKS)
-    assert lengths(n, density, mean) == (inputs.size, targets.size)
-    assert counts(n, density, mean) == (noise.sum(), opens)
+    inputs, targets = replace_spans(text(n), noise, SENTINELS)
+    assert compute_lengths(n, density, mean) == (inputs.size, targets.size)
+    assert count_spans(n, density, mean) == (noise.sum(), opens)
     if n == 1:
         assert not noise.any()
         return
@@ -111,20 +117,20 @@ def test_noise_has_its_share_in_spans_of_the_mean(n, density, mean, seed):
 
 @given(st.integers(1, 2000), st.floats(0.01, 0.99), st.floats(1, 70))
 def test_more_tokens_never_take_less_room(n, density, mean):
-    fewer, more = lengths(n, density, mean), lengths(n + 1, density, mean)
+    fewer, more = compute_lengths(n, density, mean), compute_lengths(n + 1, density, mean)
     assert fewer[0] <= more[0]
     assert fewer[1] <= more[1]
 
 
 def test_published_lengths_of_t5():
     """568 tokens become its 512 inputs and 114 targets."""
-    assert lengths(568, 0.15, 3.0) == (512, 114)
+    assert compute_lengths(568, 0.15, 3.0) == (512, 114)
 
 
 def test_every_division_into_spans_is_as_likely():
     """Of 7 tokens, 3 in 2 spans: 3 ways to divide what stays, 2 for what goes."""
     rng, times = np.random.default_rng(0), 6000
-    found = Counter(tuple(span_noise(7, 3 / 7, 1.5, rng).tolist()) for _ in range(times))
+    found = Counter(tuple(draw_span_noise(7, 3 / 7, 1.5, rng).tolist()) for _ in range(times))
     every = {
         tuple(np.repeat([False, True] * 2, [kept, taken, 4 - kept, 3 - taken]).tolist())
         for kept, taken in product((1, 2, 3), (1, 2))
@@ -137,7 +143,7 @@ def test_every_division_into_spans_is_as_likely():
 @pytest.mark.parametrize(("n", "density", "most"), [(40, 0.25, 19), (9, 0.5, 8), (2, 0.25, 1)])
 def test_a_prefix_ends_anywhere_up_to_twice_the_mean(n, density, most):
     rng, times = np.random.default_rng(0), 4000
-    noise = np.array([suffix_noise(n, density, rng) for _ in range(times)])
+    noise = np.array([draw_suffix_noise(n, density, rng) for _ in range(times)])
     taken = noise.sum(axis=1)
     assert (noise == (np.arange(n) >= n - taken[:, None])).all()
     found = np.bincount(taken, minlength=n)[1:]
@@ -151,22 +157,25 @@ def test_a_dozen_words_by_hand():
     """The module's own example."""
     tokens = np.array([1, 2, 3, 4, 5, 6, 7], np.int32)
     noise = np.isin(tokens, (3, 4, 7))
-    inputs, targets = replace_spans(tokens, noise, MARKS)
+    inputs, targets = replace_spans(tokens, noise, SENTINELS)
     assert inputs.tolist() == [1, 2, 999, 5, 6, 998, 501]
     assert targets.tolist() == [999, 3, 4, 998, 7, 501]
 
 
 def test_ul2_has_the_settings_of_its_table_equally_often():
-    spans = [(d.mode, d.mean_span, d.density) for d in ul2(**MODES) if d.kind == "spans"]
+    spans = [
+        (d.mode, d.mean_span, d.density) for d in make_ul2_denoisers(**MODES) if d.kind == "spans"
+    ]
     assert sorted(spans) == [
         (510, 3, 0.15), (510, 8, 0.15),
         (512, 3, 0.5), (512, 8, 0.5), (512, 64, 0.15), (512, 64, 0.5),
     ]  # fmt: skip
-    (prefix,) = (d for d in ul2(**MODES) if d.kind == "prefix")
+    (prefix,) = (d for d in make_ul2_denoisers(**MODES) if d.kind == "prefix")
     assert (prefix.mode, prefix.density) == (511, 0.25)
-    assert {d.mode for d in ul2()} == {None}
+    assert {d.mode for d in make_ul2_denoisers()} == {None}
     rng = np.random.default_rng(0)
-    found = Counter(id(draw(mixture, rng)) for mixture in [ul2()] for _ in range(7000))
+    mixture = make_ul2_denoisers()
+    found = Counter(id(draw_denoiser(mixture, rng)) for _ in range(7000))
     assert len(found) == 7
     assert all(abs(n - 1000) < 110 for n in found.values())
 
@@ -174,14 +183,18 @@ def test_ul2_has_the_settings_of_its_table_equally_often():
 def test_rates_need_not_add_up_to_one():
     often, seldom = Denoiser(rate=6), Denoiser(rate=2, density=0.5)
     rng = np.random.default_rng(0)
-    found = sum(draw((often, seldom), rng) is often for _ in range(4000))
+    found = sum(draw_denoiser((often, seldom), rng) is often for _ in range(4000))
     assert abs(found - 3000) < 110
 
 
 def test_too_few_sentinels_are_an_error_that_says_so():
     with pytest.raises(MaxlmError, match="15 spans of 300 tokens and 14 sentinels"):
-        denoise(text(300), Denoiser(), MARKS._replace(sentinels=14), np.random.default_rng(0))
-    denoise(text(300), Denoiser(), MARKS._replace(sentinels=15), np.random.default_rng(0))
+        corrupt_tokens(
+            text(300), Denoiser(), SENTINELS._replace(sentinels=14), np.random.default_rng(0)
+        )
+    corrupt_tokens(
+        text(300), Denoiser(), SENTINELS._replace(sentinels=15), np.random.default_rng(0)
+    )
 
 
 def test_a_prefix_longer_on_average_than_half_is_refused():
@@ -206,11 +219,16 @@ def side_of(side, number):
     return {name: array[own] for name, array in side.items()}
 
 
-@given(rows(), st.sampled_from([(Denoiser(),), ul2(), ul2(**MODES)]), seeds, st.integers(1, 500))
+@given(
+    rows(),
+    st.sampled_from([(Denoiser(),), make_ul2_denoisers(), make_ul2_denoisers(**MODES)]),
+    seeds,
+    st.integers(1, 500),
+)
 def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_len):
     tokens, segments = row
     found = corrupt_row(
-        *(tokens, segments, mixture, MARKS, np.random.default_rng(seed)),
+        *(tokens, segments, mixture, SENTINELS, np.random.default_rng(seed)),
         encoder_len=200,
         decoder_len=decoder_len,
     )
@@ -236,7 +254,7 @@ def test_a_row_is_packed_again_segment_by_segment(row, mixture, seed, decoder_le
         np.testing.assert_array_equal(again, whole[: again.size])
         assert again.size == whole.size or again.size >= 2
         lost += whole.size - again.size
-        shifted = [MARKS.start, *own["targets"][:-1]]
+        shifted = [SENTINELS.start, *own["targets"][:-1]]
         np.testing.assert_array_equal(own["tokens"], shifted)
         for side in (inputs, own):
             np.testing.assert_array_equal(side["positions"], np.arange(side["positions"].size))
@@ -248,7 +266,9 @@ def test_a_row_with_room_leaves_nothing_out(row, seed):
     """Three more places a segment than tokens: its mode, its end, and a sentinel for one token."""
     most = row[1].size + 4 * 6
     rng = np.random.default_rng(seed)
-    found = corrupt_row(*row, ul2(**MODES), MARKS, rng, encoder_len=most, decoder_len=2 * most)
+    found = corrupt_row(
+        *row, make_ul2_denoisers(**MODES), SENTINELS, rng, encoder_len=most, decoder_len=2 * most
+    )
     assert found.left_out == 0
 
 
@@ -259,7 +279,7 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
     borders = np.sort(rng.choice(np.arange(1, 568), pieces - 1, replace=False))
     numbers = 1 + np.searchsorted(borders, np.arange(568), side="right").astype(np.int32)
     found = corrupt_row(
-        *(text(568), numbers, (Denoiser(),), MARKS._replace(opening=opening), rng),
+        *(text(568), numbers, (Denoiser(),), SENTINELS._replace(opening=opening), rng),
         encoder_len=512,
         decoder_len=120,
     )
@@ -268,11 +288,12 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
         fitting = [
             m
             for m in range(2 if n > 1 else 1, n + 1)
-            if at + marks + lengths(m, 0.15, 3.0)[0] <= 512 and to + lengths(m, 0.15, 3.0)[1] <= 120
+            if at + marks + compute_lengths(m, 0.15, 3.0)[0] <= 512
+            and to + compute_lengths(m, 0.15, 3.0)[1] <= 120
         ]
         left_out += n - max(fitting, default=0)
         if fitting:
-            inputs, targets = lengths(max(fitting), 0.15, 3.0)
+            inputs, targets = compute_lengths(max(fitting), 0.15, 3.0)
             begin = found.encoder["tokens"][at : at + marks]
             np.testing.assert_array_equal(begin, opening)
             at, to = at + marks + inputs, to + targets
@@ -283,21 +304,23 @@ def test_a_piece_is_cut_to_the_most_that_fits(pieces, seed, opening):
 
 @given(st.integers(1, 400), denoisers, seeds)
 def test_room_holds_one_document_of_up_to_so_many_tokens(n, denoiser, seed):
-    encoder_len, decoder_len = room(400, (denoiser,))
+    encoder_len, decoder_len = compute_max_lengths(400, (denoiser,))
     rng = np.random.default_rng(seed)
-    inputs, targets = denoise(text(n), denoiser, MARKS, rng)
+    inputs, targets = corrupt_tokens(text(n), denoiser, SENTINELS, rng)
     assert inputs.size <= encoder_len
     assert targets.size <= decoder_len
-    both = room(400, (denoiser, Denoiser()))
-    assert both == tuple(map(max, (encoder_len, decoder_len), room(400, (Denoiser(),))))
+    both = compute_max_lengths(400, (denoiser, Denoiser()))
+    assert both == tuple(
+        map(max, (encoder_len, decoder_len), compute_max_lengths(400, (Denoiser(),)))
+    )
 
 
-@pytest.mark.parametrize("denoiser", [*ul2(), *ul2(**MODES)])
+@pytest.mark.parametrize("denoiser", [*make_ul2_denoisers(), *make_ul2_denoisers(**MODES)])
 def test_room_is_no_more_than_is_used(denoiser):
     rng = np.random.default_rng(0)
-    found = [denoise(text(50), denoiser, MARKS, rng) for _ in range(400)]
+    found = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
     most = tuple(max(pair[i].size for pair in found) for i in (0, 1))
-    assert most == room(50, (denoiser,))
+    assert most == compute_max_lengths(50, (denoiser,))
 
 
 SPECIAL = np.isin(np.arange(WORDS), [0, 1, 2, 3, 4])

@@ -1,28 +1,26 @@
-"""What objectives do to the loader's batches: pure in (seed, step, row), and invertible."""
+"""What tasks do to the loader's batches: pure in (seed, step, row), and invertible."""
 
 import pickle
 
 import numpy as np
 import pytest
 
-from maxlm.tasks import (
-    MlmConfig,
-    SpanCorruptionConfig,
-    Ul2Config,
-    Vocabulary,
-    batch_arrays,
-    host_transform,
-)
+from maxlm.data.loader import LoaderConfig
+from maxlm.tasks import MlmTask, SourceInputs, SpanCorruptionTask, Ul2Task, Vocabulary
 
 TEXT, SIZE, BOS, EOS = 50, 90, 1, 2
 MARK = np.isin(np.arange(SIZE), [0, BOS, EOS]) | (np.arange(SIZE) >= TEXT)
 VOCABULARY = Vocabulary(SIZE, TEXT, (BOS,), EOS, MARK, np.arange(SIZE) % 3 == 0)
-OBJECTIVES = [
-    MlmConfig(),
-    MlmConfig(whole_words=True, share=0.3, mask_id=4),
-    SpanCorruptionConfig(sentinels=30),
-    Ul2Config(sentinels=30, regular_id=5, sequential_id=6, extreme_id=7),
+TASKS = [
+    MlmTask(),
+    MlmTask(whole_words=True, share=0.3, mask_id=4),
+    SpanCorruptionTask(sentinels=30),
+    Ul2Task(sentinels=30, regular_id=5, sequential_id=6, extreme_id=7),
 ]
+
+
+def transform_of(task, start_id: int = 0, seed: int = 0):
+    return task.transform(SourceInputs(LoaderConfig(), seed, VOCABULARY, start_id=start_id))
 
 
 def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndarray]:
@@ -45,9 +43,9 @@ def batch(rows: int = 3, seq_len: int = 203, seed: int = 0) -> dict[str, np.ndar
     }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
-def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(objective):
-    transform = host_transform(objective, VOCABULARY, start_id=0, seed=3)
+@pytest.mark.parametrize("task", TASKS, ids=lambda o: o.kind)
+def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(task):
+    transform = transform_of(task, seed=3)
     transform = pickle.loads(pickle.dumps(transform))  # as loader processes get it
     before = batch()
     kept = {name: array.copy() for name, array in before.items()}
@@ -57,20 +55,22 @@ def test_a_row_depends_on_its_number_the_step_and_the_seed_alone(objective):
     assert all(np.array_equal(alone[name][0], whole[name][1]) for name in whole)
     assert not np.array_equal(transform(before, 8, [4, 5, 6])["targets"], whole["targets"])
     assert not np.array_equal(transform(before, 7, [5, 5, 6])["targets"][0], whole["targets"][0])
-    other = host_transform(objective, VOCABULARY, start_id=0, seed=4)(before, 7, [4, 5, 6])
+    other = transform_of(task, seed=4)(before, 7, [4, 5, 6])
     assert not np.array_equal(other["targets"], whole["targets"])
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
-def test_arrays_are_those_that_programs_are_compiled_for(objective):
-    found = host_transform(objective, VOCABULARY, start_id=0, seed=0)(batch(), 0, [0, 1, 2])
-    planned = batch_arrays(objective, 203)
-    assert {n: (a.shape[1], a.dtype.type) for n, a in found.items()} == planned
+@pytest.mark.parametrize("task", TASKS, ids=lambda o: o.kind)
+def test_arrays_are_those_that_programs_are_compiled_for(task):
+    found = transform_of(task)(batch(), 0, [0, 1, 2])
+    planned = task.batch_arrays(203)
+    assert {n: (a.shape[1:], a.dtype.type) for n, a in found.items()} == {
+        n: (a.shape, a.dtype) for n, a in planned.items()
+    }
 
 
 def test_masked_tokens_are_where_the_weights_are():
     before = batch()
-    after = host_transform(OBJECTIVES[0], VOCABULARY, start_id=0, seed=0)(before, 0, [0, 1, 2])
+    after = transform_of(TASKS[0])(before, 0, [0, 1, 2])
     chosen = after["weights"] > 0
     assert np.array_equal(after["targets"][chosen], before["tokens"][chosen])
     assert np.array_equal(after["tokens"][~chosen], before["tokens"][~chosen])
@@ -80,10 +80,10 @@ def test_masked_tokens_are_where_the_weights_are():
     assert np.array_equal(chosen.sum(1), np.round(0.15 * text))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES[2:], ids=lambda o: o.kind)
-def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(objective):
+@pytest.mark.parametrize("task", TASKS[2:], ids=lambda o: o.kind)
+def test_what_was_taken_out_is_in_the_targets_and_documents_stay_apart(task):
     before = batch()
-    after = host_transform(objective, VOCABULARY, start_id=9, seed=0)(before, 0, [0, 1, 2])
+    after = transform_of(task, start_id=9, seed=0)(before, 0, [0, 1, 2])
     for row in range(3):
         for segment in (1, 2):
             text = before["tokens"][row][before["segment_ids"][row] == segment][1:-1]

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from maxlm.data.batch_source import BatchArray
 from maxlm.sharding import ShardingConfig
-from maxlm.train.batch import batch_sharding, local_rows, put_batch
+from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
 
+ARRAYS = {name: BatchArray.of_tokens(5) for name in ("tokens", "weights")}
 LEADS = {"one": (1, 12), "three": (3, 4)}
 
 
@@ -16,11 +18,11 @@ def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
     grid = mesh(**axes)
     rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
     sharding = batch_sharding(rules, grid)
-    rows = local_rows(sharding, (*lead, 5))
+    rows = get_local_rows(batch_sharding(rules, grid, ()), lead)
     assert rows == list(range(12))
 
     tokens = np.arange(60, dtype=np.int32).reshape(12, 5)
-    batch = put_batch({"tokens": tokens, "weights": tokens / 2}, rows, sharding, lead)
+    batch = put_batch({"tokens": tokens, "weights": tokens / 2}, ARRAYS, rows, rules, grid, lead)
     np.testing.assert_array_equal(batch["tokens"], tokens.reshape(*lead, 5))
     np.testing.assert_array_equal(batch["weights"], tokens.reshape(*lead, 5) / 2)
     assert {array.sharding for array in batch.values()} == {sharding}
@@ -32,10 +34,26 @@ def test_a_batch_is_its_rows_in_order(mesh, axes, lead):
 
 def test_rows_may_come_in_any_order(one_device_mesh):
     rules = ShardingConfig().compute.for_mesh(dict(one_device_mesh.shape))
-    sharding = batch_sharding(rules, one_device_mesh)
     order = [2, 0, 3, 1]
-    batch = put_batch({"tokens": np.array(order)[:, None] * 10}, order, sharding, (1, 4))
+    tokens = {"tokens": np.array(order)[:, None] * 10}
+    batch = put_batch(tokens, ARRAYS, order, rules, one_device_mesh, (1, 4))
     np.testing.assert_array_equal(batch["tokens"][0, :, 0], [0, 10, 20, 30])
+
+
+def test_arrays_may_have_any_shape_and_their_sequences_any_order(mesh):
+    grid = mesh(data=2, context=2)
+    rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
+    arrays = {
+        "pairs": BatchArray((2, 4), np.int32, (None, "seq")),
+        "scores": BatchArray((), np.float32, ()),
+    }
+    rows = {"pairs": np.arange(32).reshape(4, 2, 4), "scores": np.arange(4.0)}
+    order = np.array([3, 0, 1, 2])
+    batch = put_batch(rows, arrays, range(4), rules, grid, (2, 2), order)
+    want = rows["pairs"][..., order].reshape(2, 2, 2, 4)
+    np.testing.assert_array_equal(batch["pairs"], want)
+    np.testing.assert_array_equal(batch["scores"], [[0, 1], [2, 3]])
+    assert batch["pairs"].addressable_shards[0].data.shape == (2, 1, 2, 2)
 
 
 class TwoProcesses:
@@ -52,5 +70,5 @@ class TwoProcesses:
 def test_a_process_makes_its_devices_rows_of_every_micro_batch(mesh):
     grid = mesh(data=2, fsdp=2, tensor=2)
     rules = ShardingConfig().compute.for_mesh(dict(grid.shape))
-    half = TwoProcesses(batch_sharding(rules, grid))
-    assert local_rows(half, (2, 8, 5)) == [0, 1, 2, 3, 8, 9, 10, 11]  # type: ignore[arg-type]
+    half = TwoProcesses(batch_sharding(rules, grid, ()))
+    assert get_local_rows(half, (2, 8)) == [0, 1, 2, 3, 8, 9, 10, 11]  # type: ignore[arg-type]

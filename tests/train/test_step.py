@@ -1,6 +1,8 @@
 """A step is the optimizer's update for the mean loss over all counted tokens, however it is cut
 into micro-batches."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from maxlm.models.params import declare
-from maxlm.tasks import ClmConfig
-from maxlm.tasks.loss import name_tokens
+from maxlm.config import MaxlmError
+from maxlm.models.params import declare, param_specs
+from maxlm.tasks import ClmTask, Models
+from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from maxlm.train.state import TrainState
 from maxlm.train.step import eval_step, train_step
+from maxlm.train.trainable import select_trainable
 from tests.models import building
 
 RATE, DECAY = 0.05, 0.9
@@ -25,8 +29,8 @@ class Line(nnx.Module):
         self.slope = declare((1,), (None,), jax.nn.initializers.zeros, "vector")
 
 
-def squares(model, batch, key):
-    error = model.slope[...] * batch["tokens"] + 1.0 - batch["targets"]
+def squares(models, batch, key):
+    error = models.trained.slope[...] * batch["tokens"] + 1.0 - batch["targets"]
     weights = batch["weights"]
     noise = jax.random.uniform(key)
     sums = {"tokens": weights.sum(), "absolute": (abs(error) * weights).sum(), "noise": noise}
@@ -109,7 +113,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_evaluation_sums_without_learning():
     state, batch = line_state(), {k: v[0] for k, v in line_batch(1).items()}
-    sums = eval_step(state.params, batch, model=Line(), loss=squares)
+    sums = eval_step(state.params, {}, batch, model=Line(), loss=squares)
     error = 0.5 * batch["tokens"] + 1 - batch["targets"]
     assert float(sums["absolute"]) == pytest.approx((batch["weights"] * abs(error)).sum(), rel=1e-5)
 
@@ -144,7 +148,7 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
                 state,
                 batch,
                 model=building.decoder(config, one_device_mesh),
-                loss=lambda *inputs: name_tokens(ClmConfig(chunk_tokens=16), *inputs),
+                loss=ClmTask(chunk_tokens=16).loss,
                 optimizer=optimizer,
                 schedule=lambda _: RATE,
                 seed=0,
@@ -159,3 +163,54 @@ def test_micro_batches_change_nothing_for_a_decoder(one_device_mesh):
             assert float(other["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert float(metrics["batch_tokens"]) == weights.sum()
     assert float(metrics["update_norm"]) > 1e-3
+
+
+class TwoLines(nnx.Module):
+    """y = first · x + second · x + 1."""
+
+    def __init__(self):
+        self.first, self.second = (
+            declare((1,), (None,), jax.nn.initializers.zeros, "vector") for _ in range(2)
+        )
+
+
+def test_what_is_not_trained_stays_and_has_neither_optimizer_nor_part_in_norms():
+    def loss(models, batch, key):
+        slope = models.trained.first[...] + models.trained.second[...] + models.frozen["other"]
+        return squares(Models(SimpleNamespace(slope=slope)), batch, key)
+
+    specs = param_specs(TwoLines())
+    trained = select_trainable(specs, ["f*"])
+    optimizer = make_optimizer(OptimizerConfig(), lambda _: RATE, trained)
+    params = {"first": jnp.array([0.5]), "second": jnp.array([0.25])}
+    opt_state = optimizer.init(params)
+    assert {leaf.shape for leaf in jax.tree.leaves(opt_state)} == {(), (1,)}
+    assert len(jax.tree.leaves(opt_state)) == 2 * 1 + 2  # two moments of one, two counts
+    state = TrainState(jnp.int32(0), params, opt_state, params, {"line": {"slope": jnp.ones(1)}})
+
+    def run(frozen):
+        return step_line(
+            state,
+            line_batch(2),
+            model=TwoLines(),
+            loss=lambda models, *rest: loss(
+                Models(models.trained, {"other": models.frozen["line"].slope[...]}), *rest
+            ),
+            optimizer=optimizer,
+            trainable=trained,
+            frozen_models=frozen,
+            ema_decay=DECAY,
+        )
+
+    after, metrics = run({"line": Line()})
+    assert float(after.params["second"][0]) == float(after.ema["second"][0]) == 0.25
+    assert float(after.params["first"][0]) != 0.5
+    assert float(after.frozen["line"]["slope"][0]) == 1.0
+    assert float(metrics["param_norm"]) == pytest.approx(abs(float(after.params["first"][0])))
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_near_names():
+    specs = param_specs(TwoLines())
+    with pytest.raises(MaxlmError, match=r"train\.trainable: 'frist' matches .* such as first"):
+        select_trainable(specs, ["frist"])
+    assert select_trainable(specs, ["*"]) == specs

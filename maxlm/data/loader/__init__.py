@@ -4,8 +4,10 @@ from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
     check_lasts,
+    load_batches,
     make_batches,
     make_loader,
+    make_one_pass,
     one_pass,
 )
 from maxlm.data.loader.mixing import Mixing, MixtureRow, Phase, mixture_table
@@ -20,8 +22,10 @@ __all__ = [
     "Phase",
     "TokenSource",
     "check_lasts",
+    "load_batches",
     "make_batches",
     "make_loader",
+    "make_one_pass",
     "mixture_table",
     "one_pass",
 ]

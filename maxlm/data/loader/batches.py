@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from maxlm.data.loader.mixture import ENDLESS, Mixture
-from maxlm.data.loader.order import PADDING, EndlessOrder, Order
+from maxlm.data.loader.order import PADDING, EndlessOrder, OnePassOrder, Order
 from maxlm.data.loader.packing import Packing, Pieces, TokenSource
 
 Int64s = NDArray[np.int64]
@@ -54,8 +54,10 @@ class Batches:
 
     @property
     def num_steps(self) -> int | None:
-        """Whole batches until every source of the mixture was read as often as it may; None: no
-        end."""
+        """Batches of the one pass, or whole ones until every source of the mixture was read as
+        often as it may; None: no end."""
+        if isinstance(self.order, OnePassOrder):
+            return -(-self.order.num_sequences // self.batch_size)
         end = self.mixture.end
         return None if end == ENDLESS else end // self.batch_size
 

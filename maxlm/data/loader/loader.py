@@ -1,6 +1,6 @@
 """Batches for training and evaluation from token stores."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -15,10 +15,9 @@ from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_key
 
 if TYPE_CHECKING:
+    from maxlm.data.batch_source import BatchSource
     from maxlm.data.loader.prefetch import BatchIterator
 
-Transform = Callable[[Batch, int, Sequence[int]], Batch]
-"""(batch, step, its rows' global numbers) -> batch, of the same rows."""
 PackingMethod = Literal["concat", "best_fit"]
 
 
@@ -110,39 +109,53 @@ def make_loader(
     start_step: int,
     num_steps: int | None = None,
     rows: Sequence[int] | None = None,
-    transform: Transform | None = None,
 ) -> "BatchIterator":
-    """Iterates over rows of the batches from `start_step` on, made ahead.
+    """Iterates over rows of the batches of a mixture; see `make_batches` and `load_batches`.
+
+    Args:
+        rows: the global rows to take; None takes all.
+    """
+    rows = range(config.batch_size) if rows is None else rows
+    batches = make_batches(stores, mixing, config, seed=seed)
+    pace = {"workers": config.workers, "prefetch": config.prefetch}
+    return load_batches(batches, rows, start_step=start_step, num_steps=num_steps, **pace)
+
+
+def load_batches(
+    source: "BatchSource",
+    rows: Sequence[int],
+    *,
+    start_step: int = 0,
+    num_steps: int | None = None,
+    workers: int = 0,
+    prefetch: int = 4,
+) -> "BatchIterator":
+    """Iterates over rows of a source's batches from `start_step` on, made ahead.
 
     To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
 
     Args:
-        stores, mixing, config, seed: see `make_batches`.
-        start_step: the first batch's step.
+        rows: the global rows to take, in this order, which are this process's.
         num_steps: how many batches; None is all there are.
-        rows: the global rows to take, in this order, which are this process's; None takes all.
-        transform: what becomes of each batch; must pickle.
+        workers, prefetch: see `LoaderConfig`.
 
     Raises:
-        MaxlmError: as `make_batches`, or a mixture that ends before the last step.
+        MaxlmError: the source ends before the last step.
     """
     from maxlm.data.loader.prefetch import BatchIterator
 
-    rows = range(config.batch_size) if rows is None else rows
-    batches = make_batches(stores, mixing, config, seed=seed)
-    stop = batches.num_steps if num_steps is None else start_step + num_steps
+    stop = source.num_steps if num_steps is None else start_step + num_steps
     if stop is not None:
-        check_lasts(batches, stop)
-    return BatchIterator(
-        partial(_made, batches, transform, rows),
-        start_step,
-        stop,
-        workers=config.workers,
-        prefetch=config.prefetch,
-    )
+        check_lasts(source, stop)
+    make = partial(_make_rows, source, rows)
+    return BatchIterator(make, start_step, stop, workers=workers, prefetch=prefetch)
 
 
-def check_lasts(batches: Batches, steps: int) -> None:
+def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:
+    return source.rows(step, rows)
+
+
+def check_lasts(batches: "BatchSource", steps: int) -> None:
     """
     Raises:
         MaxlmError: the mixture ends before so many steps.
@@ -167,9 +180,29 @@ def one_pass(
     rows: Sequence[int] | None = None,
     workers: int = 0,
     prefetch: int = 4,
-    transform: Transform | None = None,
 ) -> "BatchIterator":
-    """Iterates once over a store in order, for evaluation: every token in exactly one batch.
+    """Iterates over `make_one_pass(...)`.
+
+    Args:
+        max_batches: stop after so many; None reads all.
+        rows: the global rows to take; None takes all.
+        workers, prefetch: see `LoaderConfig`.
+    """
+    rows = range(batch_size) if rows is None else rows
+    source = make_one_pass(store, seq_len, batch_size, packing=packing, packing_block=packing_block)
+    most = None if max_batches is None else min(source.num_steps or 0, max_batches)
+    return load_batches(source, rows, num_steps=most, workers=workers, prefetch=prefetch)
+
+
+def make_one_pass(
+    store: TokenSource,
+    seq_len: int,
+    batch_size: int,
+    *,
+    packing: PackingMethod = "concat",
+    packing_block: int = 16384,
+) -> Batches:
+    """The batches of one pass over a store in order: every token in exactly one batch.
 
     All batches have one shape: the last is filled up with rows of weight 0. With either packing
     the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
@@ -177,30 +210,15 @@ def one_pass(
 
     Args:
         store: may be shorter than one sequence.
-        max_batches: stop after so many; None reads all.
-        Others: see `LoaderConfig` and `make_loader`.
 
     Raises:
         MaxlmError: an empty store, or a best_fit index that cannot be written.
     """
-    from maxlm.data.loader.prefetch import BatchIterator
-
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    rows = range(batch_size) if rows is None else rows
     source = Source(store, open_packing(store, packing, seq_len, packing_block))
-    num_sequences = source.packing.num_sequences
-    batches = Batches((source,), OnePassOrder(num_sequences), seq_len, batch_size)
-    num_batches = -(-num_sequences // batch_size)
-    if max_batches is not None:
-        num_batches = min(num_batches, max_batches)
-    make = partial(_made, batches, transform, rows)
-    return BatchIterator(make, 0, num_batches, workers=workers, prefetch=prefetch)
-
-
-def _made(batches: Batches, transform: Transform | None, rows: Sequence[int], step: int) -> Batch:
-    batch = batches.rows(step, rows)
-    return batch if transform is None else transform(batch, step, rows)
+    order = OnePassOrder(source.packing.num_sequences)
+    return Batches((source,), order, seq_len, batch_size)
 
 
 def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:

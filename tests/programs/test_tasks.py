@@ -10,10 +10,10 @@ import pytest
 from maxlm.models.params import bind, flatten_names
 from maxlm.programs.feed import training_batches
 from maxlm.programs.setup import Setup, set_up
-from maxlm.programs.smoke import CountingText
+from maxlm.programs.smoke import counting_source
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
-from maxlm.tasks import OBJECTIVES
+from maxlm.tasks import Models
 
 SEQ_LEN, STEPS = 48, 3
 BLOCK = {
@@ -56,12 +56,12 @@ def quick_to_compile():
 
 
 def prepared(kind: str, **mesh: int) -> Setup:
-    model, objective = CASES[kind]
+    model, task = CASES[kind]
     run = RunConfig.model_validate(
         {
             "compute_dtype": "float32",
             "model": model,
-            "objective": objective,
+            "task": task,
             "data": {"seq_len": SEQ_LEN, "batch_size": 8, "workers": 0},
             "mesh": {"data": 1, "fsdp": 1} | mesh,
             "train": {"steps": STEPS, "micro_batches": 2},
@@ -74,12 +74,10 @@ def prepared(kind: str, **mesh: int) -> Setup:
 
 def trained(setup: Setup, state: Any = None) -> tuple[Any, list[float]]:
     """Steps to the last, from the state's own."""
-    text = CountingText(setup.config.model.vocab_size)
     state = setup.init() if state is None else state
     step, losses = setup.step_function(), []
     start = int(state.step)
-    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, start)
-    with feed as batches:
+    with training_batches(setup, counting_source(setup.config), start) as batches:
         for batch in batches:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
@@ -100,15 +98,12 @@ def test_a_mesh_trains_as_one_device_does(kind):
 def test_gradients_are_slopes_of_the_loss(kind):
     """Along random directions of each parameter, by central differences."""
     setup = prepared(kind)
-    text = CountingText(setup.config.model.vocab_size)
-    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, 0)
-    with feed as batches:
+    with training_batches(setup, counting_source(setup.config), 0) as batches:
         batch = {name: array[0] for name, array in next(batches).items()}
-    objective = setup.config.objective
 
     def loss(params, batch):
-        bound = bind(setup.model, params)
-        value, sums = OBJECTIVES[objective.kind](objective, bound, batch, jax.random.key(0))
+        models = Models(bind(setup.model, params))
+        value, sums = setup.config.task.loss(models, batch, jax.random.key(0))
         return value / sums["tokens"]
 
     random = np.random.default_rng(0)
@@ -145,9 +140,7 @@ def moved(params: Any, name: str, by: jax.Array) -> Any:
 def test_a_run_goes_on_with_the_same_batches(kind):
     setup = prepared(kind)
     _, losses = trained(setup)
-    text = CountingText(setup.config.model.vocab_size)
     state, step = setup.init(), setup.step_function()
-    feed = training_batches(setup, {"text": text}, {"text": 1.0}, text.vocabulary, 0)
-    with feed as batches:
+    with training_batches(setup, counting_source(setup.config), 0) as batches:
         state, _ = step(state, next(batches))
     assert trained(setup, state)[1] == losses[1:]

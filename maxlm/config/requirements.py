@@ -1,0 +1,36 @@
+"""Conditions on sizes, written once: checked for one run, or asked of very many candidates."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maxlm.config.errors import MaxlmError
+
+
+class Requirement(NamedTuple):
+    """A condition on sizes, and what is said where it is not met."""
+
+    holds: Any
+    """A bool; or an array of them, an element for every candidate."""
+    error: Callable[[], MaxlmError]
+
+
+def check_requirements(requirements: Iterable[Requirement]) -> None:
+    """
+    Raises:
+        MaxlmError: that of the first requirement that is not met.
+    """
+    for requirement in requirements:
+        if not requirement.holds:
+            raise requirement.error()
+
+
+def filter_candidates(requirements: Iterable[Requirement]) -> Any:
+    """Return which candidates meet all requirements, bool [candidates] or a scalar."""
+    return np.all(np.stack(np.broadcast_arrays(*(r.holds for r in requirements))), axis=0)
+
+
+def is_divisor(divisor: Any, number: Any) -> Any:
+    """Return whether numbers are multiples of others."""
+    return np.equal(np.mod(number, divisor), 0)

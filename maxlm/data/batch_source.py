@@ -1,0 +1,60 @@
+"""Sources of batches: any row of any step's batch, made by anyone, at any time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from maxlm.data.loader.batches import Batch
+
+Transform = Callable[[Batch, int, Sequence[int]], Batch]
+"""(batch, step, its rows' global numbers) -> batch, of the same rows; pure, and pickles."""
+
+
+@dataclass(frozen=True)
+class BatchArray:
+    """One array of a batch, as every row has it."""
+
+    shape: tuple[int, ...]
+    """Of a row; the batch's leading dimensions come before it."""
+    dtype: Any
+    axes: tuple[str | None, ...]
+    """The logical axis of each dimension (a field of AxisRules, or None)."""
+
+    @classmethod
+    def of_tokens(cls, length: int, dtype: Any = np.int32) -> "BatchArray":
+        """An array with a value for each token of a row."""
+        return cls((length,), dtype, ("seq",))
+
+
+class BatchSource(Protocol):
+    """Makes the batch of every step; small to pickle, so that worker processes get a copy.
+
+    A row depends on the step and its global number alone: runs resume at any step on any number
+    of hosts, each of which makes the rows that its devices hold.
+    """
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps until the source ends; None: it does not."""
+        ...
+
+    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+        """The given global rows [n] of the batch of ``step``, as arrays [n, ...]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TransformedSource:
+    """Another source's batches, each changed by a pure function."""
+
+    source: BatchSource
+    transform: Transform
+
+    @property
+    def num_steps(self) -> int | None:
+        return self.source.num_steps
+
+    def rows(self, step: int, row_numbers: Sequence[int], /) -> Batch:
+        return self.transform(self.source.rows(step, row_numbers), step, row_numbers)

@@ -1,0 +1,72 @@
+"""A run on a mesh: every check that it fits, and how its models lie there."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.config.requirements import Requirement, check_requirements
+from maxlm.inference.sampling import check_samples
+from maxlm.models.placement import PlacedModel, TrainingShape, place_model, require_trainable
+from maxlm.run import RunConfig, read_frozen_configs
+from maxlm.tasks import FrozenModelSource
+from maxlm.train.batch import require_batch_split
+
+
+def require_run_fits(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    """A run can be trained on a mesh, or on each of many, but for how its parameters divide."""
+    yield from _require_batch(config, sizes, micro_batches)
+    shape = TrainingShape(config.data.seq_len, micro_batches)
+    parts = config.model, config.sharding, config.parallel
+    yield from require_trainable(*parts, sizes, shape, config.sharding.compute)
+
+
+def _require_batch(
+    config: RunConfig, sizes: Mapping[str, Any], micro_batches: Any
+) -> Iterator[Requirement]:
+    data = config.data
+    lengths = config.task.name_row_lengths(data.seq_len)
+    compute = config.sharding.compute
+    return require_batch_split(data.batch_size, micro_batches, lengths, compute, sizes)
+
+
+def place_run(
+    config: RunConfig, sizes: Mapping[str, int], dtype: Any, *, for_training: bool = True
+) -> PlacedModel:
+    """Lay a run's model out on a mesh; see ``place_model``.
+
+    Args:
+        for_training: the batch must divide over the mesh; otherwise the model is to generate.
+    """
+    shape = None
+    if for_training:
+        micro, samples = config.train.micro_batches, config.samples
+        check_requirements(_require_batch(config, sizes, micro))
+        check_samples(samples, config.model, [1] * len(samples.prompts))
+        shape = TrainingShape(config.data.seq_len, micro)
+    return place_model(config.model, config.sharding, config.parallel, sizes, dtype, shape)
+
+
+def place_frozen_models(
+    config: RunConfig,
+    sources: Mapping[str, FrozenModelSource],
+    sizes: Mapping[str, int],
+    dtype: Any,
+) -> dict[str, PlacedModel]:
+    """Lay out the models that a run's task only reads, by name.
+
+    Raises:
+        MaxlmError: a run that is not there; as :func:`place_run`; a 1f1b pipeline.
+    """
+    if sources and sizes["stage"] > 1 and config.parallel.schedule == "1f1b":
+        raise MaxlmError(
+            f"task.kind={config.task.kind} reads other models, which a 1f1b pipeline cannot run",
+            where="parallel.schedule",
+            fix="use circular, or mesh.stage=1",
+        )
+    models = read_frozen_configs(config, sources)
+    return {
+        name: place_run(config.model_copy(update={"model": model}), sizes, dtype)
+        for name, model in models.items()
+    }

@@ -1,0 +1,57 @@
+"""Which of a model's parameters are trained: those whose canonical names match patterns.
+
+A part of a tree of parameters is that tree with None for the arrays that are not in it.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import jax
+
+from maxlm.config import MaxlmError
+from maxlm.models.params import Params, join_path
+
+
+def select_trainable(specs: Params, patterns: Sequence[str]) -> Params:
+    """Return the part of a tree of declarations whose names match a pattern.
+
+    Args:
+        patterns: of canonical names, such as ``layers.attention.*``.
+
+    Raises:
+        MaxlmError: a pattern that no name matches.
+    """
+    names = _list_names(specs)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+            raise MaxlmError(
+                f"{pattern!r} matches no parameter",
+                where="train.trainable",
+                fix=f"use a pattern of names such as {', '.join(near)}",
+            )
+    matched = {name for name in names if any(fnmatchcase(name, p) for p in patterns)}
+    return _keep(specs, matched)
+
+
+def split_params(params: Params, part: Params) -> tuple[Params, Params]:
+    """Split parameters into those that a part of their tree has, and the others."""
+    ours = set(_list_names(part))
+    return _keep(params, ours), _keep(params, {*_list_names(params)} - ours)
+
+
+def merge_params(a: Params, b: Params) -> Params:
+    """Join two parts of one tree; the inverse of :func:`split_params`."""
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+def _list_names(tree: Params) -> list[str]:
+    return [join_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _keep(tree: Params, names: set[str]) -> Params:
+    def keep(path: tuple, value: object) -> object:
+        return value if join_path(path) in names else None
+
+    return jax.tree_util.tree_map_with_path(keep, tree)

@@ -1,0 +1,151 @@
+"""Rows of dictionaries become batches: each example exactly once an epoch, whoever reads which rows
+and wherever a run resumes; packed rows hold what padded ones do."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from maxlm.config import MaxlmError
+from maxlm.data.batch_source import BatchArray
+from maxlm.data.loader import load_batches
+from maxlm.data.rows import make_row_source, open_rows
+
+SEQ, ROWS, EXAMPLES = 16, 4, 37
+ARRAYS = {
+    **{name: BatchArray.of_tokens(SEQ) for name in ("tokens", "segment_ids", "positions")},
+    "weights": BatchArray.of_tokens(SEQ, np.float32),
+}
+
+
+def encode(row):
+    tokens = row["prompt"] + row["completion"]
+    weights = [0] * len(row["prompt"]) + [1] * len(row["completion"])
+    return {"tokens": tokens, "weights": weights}
+
+
+def example(i):
+    """Tokens that say which example it is."""
+    return {"prompt": [i + 1] * (1 + i % 5), "completion": [i + 1, 1000 + i]}
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def file(request, tmp_path):
+    rows = [example(i) for i in range(EXAMPLES)]
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "jsonl":
+        path.write_text("\n\n".join(map(json.dumps, rows)))
+    else:
+        pa = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
+    return open_rows(path)
+
+
+def make(file, **options):
+    return make_row_source(file, encode, ARRAYS, ROWS, seed=3, **options)
+
+
+def found(batch):
+    """The examples of a batch by number, as (tokens, weights, positions)."""
+    examples = {}
+    for row in range(len(batch["tokens"])):
+        for segment in range(1, batch["segment_ids"][row].max(initial=0) + 1):
+            own = batch["segment_ids"][row] == segment
+            tokens = batch["tokens"][row][own]
+            assert int(tokens[0]) - 1 not in examples
+            parts = (tokens, batch["weights"][row][own], batch["positions"][row][own])
+            examples[int(tokens[0]) - 1] = tuple(part.tolist() for part in parts)
+    return examples
+
+
+def epoch(source, number=0):
+    """One epoch's examples, read row by row."""
+    examples, order = {}, []
+    for index in range(number * source.num_rows, (number + 1) * source.num_rows):
+        own = found(source.rows(index // ROWS, [index % ROWS]))
+        assert not own.keys() & examples.keys()
+        examples |= own
+        order += own
+    return examples, order
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_has_each_example_once_in_an_order_of_its_own(file, packed):
+    source = make(file, packed=packed)
+    (first, order), (second, other) = epoch(source), epoch(source, 1)
+    assert first == second
+    assert order != other
+    for i, (tokens, weights, positions) in first.items():
+        want = encode(example(i))
+        assert (tokens, weights) == (want["tokens"], want["weights"])
+        assert positions == list(range(len(tokens)))
+    assert sorted(first) == list(range(EXAMPLES))
+    assert epoch(make(file, packed=True))[0] == epoch(make(file))[0]
+    assert not packed or source.num_rows < EXAMPLES / 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_batches_do_not_depend_on_hosts_workers_or_where_a_run_resumes(file, packed):
+    source = make(file, packed=packed)
+    whole = [source.rows(step, range(ROWS)) for step in range(12)]
+    again = pickle.loads(pickle.dumps(make(file, packed=packed)))
+    for rows in ([3, 1], [0], [2]):
+        with load_batches(again, rows, start_step=5, num_steps=7) as batches:
+            for step, batch in enumerate(batches, 5):
+                for name, array in batch.items():
+                    np.testing.assert_array_equal(array, whole[step][name][rows])
+
+
+def test_one_pass_keeps_the_files_order_and_is_filled_up_with_padding(file):
+    source = make(file, shuffle=False, endless=False)
+    assert source.num_steps == 10
+    batches = list(load_batches(source, range(ROWS)))
+    assert [i for batch in batches for i in found(batch)] == list(range(EXAMPLES))
+    assert not batches[-1]["weights"][1:].any()
+
+
+def test_arrays_under_a_prefix_have_lengths_and_numbers_of_their_own(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"chosen": [5, 6, 7], "rejected": [8], "score": 0.5}')
+    arrays = {
+        f"{side}_{name}": BatchArray.of_tokens(4)
+        for side in ("chosen", "rejected")
+        for name in ("tokens", "segment_ids", "positions")
+    } | {"score": BatchArray((), np.float32, ())}
+
+    def encode(row):
+        sides = {f"{side}_tokens": row[side] for side in ("chosen", "rejected")}
+        return {"score": row["score"], **sides}
+
+    source = make_row_source(open_rows(tmp_path / "pairs.jsonl"), encode, arrays, 1, seed=0)
+    batch = {name: array[0].tolist() for name, array in source.rows(0, [0]).items()}
+    assert batch["chosen_tokens"] == [5, 6, 7, 0]
+    assert batch["chosen_positions"] == [0, 1, 2, 0]
+    assert batch["rejected_segment_ids"] == [1, 0, 0, 0]
+    assert batch["score"] == 0.5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_example_longer_than_a_row_is_named(tmp_path, packed):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": [1] * 20, "completion": [2]}))
+    with pytest.raises(MaxlmError, match=r"row 0: an example of 21 tokens, where a row .* has 16"):
+        make(open_rows(path), packed=packed).rows(0, [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("a.jsonl", "\n", "the file has no rows"),
+        ("a.txt", "{}", "no file of rows"),
+        ("a.jsonl", "{\n", "row 0 is no JSON object"),
+        (None, "", "no such file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, name, text, what):
+    if name:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(MaxlmError, match=what):
+        open_rows(tmp_path / (name or "a.jsonl"))[0]

@@ -1,0 +1,231 @@
+"""Direct preference optimization (Rafailov et al. 2023) as a package outside maxlm would add it: a
+task with a frozen reference model, on pairs of a JSON Lines file."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import Field
+
+from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.data.batch_source import BatchArray, BatchSource
+from maxlm.data.rows import make_row_source, open_rows
+from maxlm.data.tokenizer import Tokenizer
+from maxlm.models.params import bind, flatten_names
+from maxlm.plan.predict import plan_run
+from maxlm.programs.frozen import load_frozen_models
+from maxlm.programs.pretrain import pretrain
+from maxlm.programs.setup import set_up
+from maxlm.run import RunConfig
+from maxlm.sharding import bind_mesh
+from maxlm.tasks import FrozenModelSource, Models, SourceInputs, Task, register_task
+from maxlm.tasks.loss import compute_log_probs
+from maxlm.train.batch import put_batch
+from maxlm.train.checkpoint.reading import read_metadata
+from tests.programs import tiny
+
+SIDES = ("chosen", "rejected")
+
+
+@register_task
+class DpoTask(Task):
+    """Prefer the chosen answer to the rejected one."""
+
+    reads_text = False
+
+    kind: Literal["test_dpo"] = "test_dpo"
+    path: str
+    beta: float = Field(default=0.1, gt=0)
+    reference: str | None = None
+
+    def frozen_models(self) -> Mapping[str, FrozenModelSource]:
+        return {"reference": FrozenModelSource(self.reference)}
+
+    def batch_arrays(self, seq_len: int) -> dict[str, BatchArray]:
+        names = ("tokens", "targets", "segment_ids", "positions")
+        tokens, weights = (BatchArray.of_tokens(seq_len, t) for t in (np.int32, np.float32))
+        arrays = {f"{side}_{name}": tokens for side in SIDES for name in names}
+        return arrays | {f"{side}_weights": weights for side in SIDES}
+
+    def batch_source(self, inputs: SourceInputs) -> BatchSource:
+        length = inputs.loader.seq_len
+        return make_row_source(
+            open_rows(self.path),
+            partial(encode_pair, inputs.tokenizer, length),
+            self.batch_arrays(length),
+            inputs.loader.batch_size,
+            seed=inputs.seed,
+        )
+
+    def loss(self, models: Models, batch: Any, key: jax.Array) -> Any:
+        margins = {}
+        for name, model in {"trained": models.trained, **models.frozen}.items():
+            chosen, rejected = (self._log_probs(model, batch, side) for side in SIDES)
+            margins[name] = chosen - rejected
+        margin = self.beta * (margins["trained"] - margins["reference"])
+        pairs = jnp.float32(margin.size)
+        sums = {"tokens": pairs, "accuracy": jnp.sum(margin > 0, dtype=jnp.float32)}
+        return -jax.nn.log_sigmoid(margin).sum(), sums
+
+    def _log_probs(self, model: Any, batch: Any, side: str) -> jax.Array:
+        own = {name: batch[f"{side}_{name}"] for name in ("tokens", "positions", "segment_ids")}
+        hidden, _ = model(**own)
+        targets, weights = batch[f"{side}_targets"], batch[f"{side}_weights"]
+        own = compute_log_probs(model, hidden, targets, chunk_tokens=self.chunk_tokens)
+        return (own * weights).sum(-1)
+
+
+def encode_pair(tokenizer: Tokenizer, length: int, row: dict[str, str]) -> dict[str, Any]:
+    prompt, found = tokenizer.encode(row["prompt"]), {}
+    for side in SIDES:
+        ids = [*prompt, *tokenizer.encode(row[side]), tokenizer.eos_id][: length + 1]
+        found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]
+        found[f"{side}_weights"] = np.arange(1, len(ids)) >= len(prompt)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def quick_to_compile():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """``make_config(name, **parts)``: a run on pairs in which one word is better than another."""
+    pairs = [
+        {"prompt": f"{i} gulls turn", "chosen": " slowly", "rejected": " into wind"}
+        for i in range(24)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    text = tiny.write_text(tmp_path / "text")
+
+    def make(name: str, **parts: Any) -> RunConfig:
+        task = {"kind": "test_dpo", "path": str(tmp_path / "pairs.jsonl"), "beta": 0.5}
+        task |= parts.pop("task", {})
+        settings = tiny.settings(tmp_path, text) | {"name": name, "task": task}
+        settings |= {"mesh": {"fsdp": 8}, "train": {"steps": 4}, "checkpoint": {"every_steps": 2}}
+        return RunConfig.model_validate(settings | parts)
+
+    return make
+
+
+def train(config: RunConfig) -> Any:
+    return pretrain(config, say=lambda _: None)
+
+
+def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):
+    config = make_config("a", data=make_config("a").data.model_copy(update={"seq_len": 16}))
+    random = np.random.default_rng(0)
+    tokens = {n: random.integers(0, 300, (2, 8, 16)) for n in ("tokens", "targets")}
+    lengths = random.integers(4, 16, (2, 8, 1))
+    weights = ((np.arange(16) < lengths) & (np.arange(16) > 2)).astype(np.float32)
+    batch = {}
+    for i, side in enumerate(SIDES):
+        own = {name: array[i].astype(np.int32) for name, array in tokens.items()}
+        own |= {"segment_ids": np.ones((8, 16), np.int32), "weights": weights[i]}
+        own["positions"] = np.tile(np.arange(16, dtype=np.int32), (8, 1))
+        batch |= {f"{side}_{name}": array for name, array in own.items()}
+    losses = []
+    for mesh in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2}):
+        setup = set_up(
+            config.model_copy(update={"mesh": config.mesh.model_copy(update={"fsdp": 1} | mesh)}),
+            jax.devices()[: int(np.prod(list(mesh.values())))],
+        )
+        rows = [batch, setup.config.task.batch_arrays(16), range(8), setup.compute, setup.mesh]
+        put = {
+            name: array[0] for name, array in put_batch(*rows, (1, 8), setup.token_order).items()
+        }
+        params = setup.init().params
+        other = jax.tree.map(lambda p: p * 1.5 + 0.01, params)
+
+        def loss(params, other, batch, setup=setup):
+            trained, reference = (bind(setup.model, p) for p in (params, other))
+            models = Models(trained, {"reference": reference})
+            return setup.config.task.loss(models, batch, jax.random.key(0))
+
+        run = bind_mesh(setup.mesh, jax.jit(jax.value_and_grad(loss, has_aux=True)))
+        losses.append(run(params, other, put))
+        if len(losses) > 1:
+            continue
+
+        def logits(params, side, setup=setup, put=put):
+            model = bind(setup.model, params)
+            own = (put[f"{side}_{n}"] for n in ("tokens", "positions", "segment_ids"))
+            return model.logits(model(*own)[0])
+
+        sums = []
+        for each in (params, other):
+            for side in SIDES:
+                found = np.asarray(bind_mesh(setup.mesh, jax.jit(partial(logits, side=side)))(each))
+                found = found.astype(np.float64)
+                found -= np.log(np.exp(found).sum(-1, keepdims=True))
+                own = np.take_along_axis(found, batch[f"{side}_targets"][..., None], -1)[..., 0]
+                sums.append((own * batch[f"{side}_weights"]).sum(-1))
+        policy_c, policy_r, ref_c, ref_r = sums
+        margin = 0.5 * ((policy_c - ref_c) - (policy_r - ref_r))
+        want = np.log1p(np.exp(-margin)).sum()
+        assert float(losses[0][0][0]) == pytest.approx(want, rel=1e-5)
+        assert float(losses[0][0][1]["accuracy"]) == (margin > 0).sum()
+    (value, _), gradients = losses[0]
+    for (other, _), spread in losses[1:]:
+        assert float(other) == pytest.approx(float(value), rel=1e-5)
+        spread = flatten_names(spread)
+        for name, gradient in flatten_names(gradients).items():
+            np.testing.assert_allclose(spread[name], gradient, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_run_learns_and_resumes_bit_for_bit_with_the_reference_it_began_with(make_config, mesh):
+    whole = train(make_config("whole", mesh=mesh))
+    reference = load_frozen_models(whole.setup, lambda: whole.setup.init().params)["reference"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, reference, whole.state.frozen["reference"]))
+    assert jax.tree.map(lambda x: x.sharding, whole.state) == whole.setup.shardings
+    records = [
+        json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert records[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)  # both are one model
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+
+    train(make_config("cut", mesh=mesh, train={"steps": 2}))
+    cut = train(make_config("cut", mesh=mesh))
+    assert cut.start == 2
+    assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, cut.state))
+
+
+def test_the_reference_is_saved_by_where_it_came_from_and_must_stay_what_it_was(make_config):
+    base = train(make_config("base", seed=1))
+    config = make_config("own", task={"reference": str(base.folder)}, train={"steps": 2})
+    first = train(config)
+    found = first.state.frozen["reference"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, base.state.params))
+    path = first.folder / "checkpoints" / "2"
+    saved = read_metadata(path)
+    assert saved["frozen"]["reference"]["source"] == str(base.folder)
+    assert not [name for name in saved["fingerprints"] if name.startswith("frozen")]
+
+    train(make_config("base", seed=1, train={"steps": 6}))  # it goes on, and is another model
+    with pytest.raises(MaxlmError, match=r"the frozen model 'reference' from .*base is not"):
+        train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})}))
+
+
+def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(make_config):
+    sizes = dict.fromkeys(("data", "fsdp", "expert", "tensor", "context", "stage"), 1)
+    config = make_config("a")
+    both = plan_run(config, sizes=sizes).memory
+    assert both.frozen == both.parameters
+    part = config.train.model_copy(update={"trainable": ("layers.attention.*",)})
+    part = plan_run(config.model_copy(update={"train": part}), sizes=sizes).memory
+    assert part.optimizer < both.optimizer / 3
+
+
+def test_a_saved_config_names_the_task_and_is_read_again(make_config, tmp_path):
+    config = make_config("a")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(RunConfig, tmp_path / "config.yaml").value == config
