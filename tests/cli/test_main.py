@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from importlib import metadata
 from types import ModuleType
 
 import pytest
@@ -76,8 +77,9 @@ def test_help_lists_every_verb_with_its_line(run, arguments):
         assert verb.help[:40] in out
 
 
-def test_version(run):
+def test_the_version_is_the_package_s(run):
     assert run("--version") == (0, f"maxlm {__version__}\n", "")
+    assert __version__ == metadata.version("maxlm")
 
 
 def test_a_verb_is_called_with_its_arguments(run, verb):
