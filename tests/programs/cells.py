@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from maxlm.models.params import flatten_names
 from maxlm.parallel.config import ParallelConfig
 from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
-from maxlm.sharding import MeshConfig, bind_mesh
+from maxlm.sharding import MESH_AXES, MeshConfig, bind_mesh
 from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
 from maxlm.train.checkpoint import Checkpointer, group_sizes
 from maxlm.train.state import TrainState
@@ -281,6 +282,29 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 PAIRS = [(name, model) for name, cell in CELLS.items() for model in cell.models]
 TRAINED = [(name, model) for name, model in PAIRS if model not in REFUSED.get(name, {})]
+
+
+def _level_pairs(name: str, model: str) -> set[tuple[tuple[str, Any], ...]]:
+    """Every two levels that meet in a cell: the model, mesh axes in use, values of settings."""
+    cell = CELLS[name]
+    levels = {"model": model} | {f"mesh.{axis}": cell.mesh.get(axis, 1) > 1 for axis in MESH_AXES}
+    levels["sharding"] = str(cell.settings.get("sharding"))
+    parallel = ParallelConfig.model_validate(cell.settings.get("parallel", {}))
+    levels |= {f"parallel.{key}": value for key, value in parallel.model_dump().items()}
+    return set(combinations(sorted(levels.items()), 2))
+
+
+def _cover_pairs(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Few of `trained`, in which every two levels meet that meet in any."""
+    pairs = {each: _level_pairs(*each) for each in trained}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(trained, key=lambda each: len(pairs[each] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+COVER = _cover_pairs(TRAINED)
 
 # The same for eight devices of two processes, which every axis then crosses, and the model of each.
 HOST_CELLS: dict[str, Cell] = {

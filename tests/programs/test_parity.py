@@ -13,7 +13,12 @@ from tests.programs import cells
 
 TOLERANCE = 1e-5
 # Writing depends on the layout and not on the model: one of each, with most kinds of parameters.
-WRITTEN = dict(cells.TRAINED).items()
+WRITTEN = dict([*cells.TRAINED, *cells.COVER]).items()
+# `make test` takes a pairwise cover of the matrix, `make test-layouts` all of it.
+TRAINED = [
+    pytest.param(*each, marks=[] if each in cells.COVER else pytest.mark.layouts)
+    for each in cells.TRAINED
+]
 
 
 def with_metrics(params: dict[str, np.ndarray], metrics: dict[str, float]) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def test_what_is_refused_says_why_and_nothing_else_is_refused(name, model, compi
     assert not [event for event in compilations if "compile" in event]
 
 
-@pytest.mark.parametrize(("name", "model"), cells.TRAINED)
+@pytest.mark.parametrize(("name", "model"), TRAINED)
 def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
     alone, want, checkpoint = one_device(model, packed=True)
     config = cells.config_of(model, cells.CELLS[name])
