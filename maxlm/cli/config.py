@@ -5,29 +5,28 @@ from typing import Annotated
 
 import typer
 
+from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+
 app = typer.Typer(help="Show configs, where each value comes from, their schema.")
 
 
 @app.command()
 def show(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config such as demo.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
-    ] = None,
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
 ) -> None:
     """Print the resolved config as YAML, with where each value comes from."""
     from maxlm import config as configs
     from maxlm.run import RunConfig
 
-    _print(
-        configs.to_annotated_yaml(configs.load_config(RunConfig, config, overrides or [])), "yaml"
-    )
+    loaded = configs.load_config(RunConfig, config, settings or ())
+    _print(configs.to_annotated_yaml(loaded), "yaml")
 
 
-@app.command()
-def schema(
+@app.command("schema")
+def print_schema(
     recipe: Annotated[
-        bool, typer.Option("--recipe", help="Of a corpus's recipe instead of a run.")
+        bool, typer.Option("--recipe", help="A corpus's recipe instead of a run.")
     ] = False,
 ) -> None:
     """Print the JSON Schema of a run config, for editors to complete and check YAML with."""

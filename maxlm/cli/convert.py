@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from maxlm.cli.arguments import StepOption
+
 
 def command(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint's folder, or a run's.")],
@@ -19,7 +21,7 @@ def command(
         str | None,
         typer.Option(help="Write float32, bfloat16 or float16; default: as the tensors came."),
     ] = None,
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+    step: StepOption = None,
     shard_gb: Annotated[float, typer.Option(help="Most of a file, in GB of 10^9 bytes.")] = 5.0,
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.

@@ -7,15 +7,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from maxlm.cli import store
-from maxlm.cli.store import TextArgument
+from maxlm.cli.arguments import JsonOption, KeepOption, SettingsArgument, TextArgument
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Clean and label documents, build token stores, and look into them.",
 )
 
-for verb in (store.build, store.append, store.verify, store.info, store.mix):
+for verb in (store.build, store.append, store.verify, store.mix):
     app.command()(verb)
+app.command("info")(store.show_info)
 
 _ROW_COUNTS = ("rows", "labelled")
 CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
@@ -24,10 +25,7 @@ CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="A recipe's file.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, as key.path=value.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    settings: SettingsArgument = None,
 ) -> None:
     """Read sources and label their documents. Run it again after an interruption to go on.
 
@@ -57,11 +55,8 @@ def report(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer's folder, to count tokens with.")
     ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    keep: KeepOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what rules keep and drop: in numbers here, with histograms and samples in a page.
 
@@ -85,10 +80,7 @@ def export(
         Literal["parquet", "jsonl"],
         typer.Option(help="Parquet with zstd, or lines of JSON with gzip."),
     ] = "parquet",
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=EXPRESSION: a rule instead of, or beside, the recipe's."),
-    ] = None,
+    keep: KeepOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
@@ -240,7 +232,7 @@ def show(
         str, typer.Argument(help="The document's number in the store, from 0; its id in a corpus.")
     ],
     tokens: Annotated[
-        bool, typer.Option("--tokens", help="Of a store: print token ids instead.")
+        bool, typer.Option("--tokens", help="A store's token ids instead of text.")
     ] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""

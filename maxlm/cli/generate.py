@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from maxlm.cli.arguments import StepOption
+
 
 def command(
     run: Annotated[str, typer.Argument(help="A run's folder, such as runs/demo.")],
@@ -27,7 +29,7 @@ def command(
         float | None, typer.Option(help="Draw from the likeliest with this probability; 1: all.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    step: Annotated[int | None, typer.Option(help="Which checkpoint; default: the newest.")] = None,
+    step: StepOption = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
     from maxlm.config import load_config

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
+from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+
 
 def command(
     scheduler: Annotated[str, typer.Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
-    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
-    ] = None,
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
     *,
     on: Annotated[str, typer.Option(help="The machine: v5p-256, 2xv5e-256, h100x64, cpux8, ...")],
     submitting: Annotated[

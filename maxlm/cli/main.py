@@ -1,4 +1,4 @@
-"""The ``maxlm`` command: finds the verb, runs it, and turns a user's mistake into one line.
+"""The ``maxlm`` command: finds the verb, runs it, and prints a user's mistake as one line.
 
 A verb is one module here, imported only when it is called, so that ``maxlm --help`` needs Typer
 alone. The convention for ``maxlm/cli/VERB.py``:
@@ -46,7 +46,7 @@ VERBS = {
     "plan": Verb(
         "maxlm.cli.plan:command",
         "Show what a run holds, sends and takes on a machine, before paying for it.",
-        {"diff": "maxlm.cli.plan:diff"},
+        {"diff": "maxlm.cli.plan:compare"},
     ),
     "runs": Verb("maxlm.cli.runs:app", "List runs; show how far one is and where its time went."),
     "launch": Verb("maxlm.cli.launch:command", "Print or submit a cluster scheduler's job."),
@@ -86,7 +86,7 @@ class LazyGroup(TyperGroup):
 
 
 def make_app() -> typer.Typer:
-    """The application; its verbs are not imported yet."""
+    """Build the application; its verbs are not imported yet."""
     app = typer.Typer(
         name="maxlm",
         cls=LazyGroup,
@@ -116,14 +116,14 @@ def make_app() -> typer.Typer:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: what follows ``maxlm``; the process's own by default.
 
     Returns:
         The exit code: 0 done, 1 the work failed, 2 the user's mistake (one line on stderr), 75 a
-        run that was told to stop and saved, 76 one that lost a process, 130 interrupted. With
+        run that stopped on a signal and saved, 76 a run that lost a process, 130 interrupted. With
         MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
     """
     if arguments is None:  # the process is ours alone
@@ -131,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
         if not _wants_traceback():
-            from maxlm.cli.orbax_noise import silence_orbax
+            from maxlm.cli.orbax_noise import ignore_orbax_complaints
 
-            silence_orbax()
+            ignore_orbax_complaints()
     try:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:
@@ -183,7 +183,7 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What to print for a mistake of the user's or of the machine; None for anything else."""
+    """Return the line for a mistake of the user's or of the machine; None for any other error."""
     # Typer carries its own copy of Click, whose exceptions have no public names.
     if type(error).__name__ == "NoArgsIsHelpError":
         return str(error)
@@ -200,7 +200,7 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
-    """A usage error with the nearest names, or where to read on."""
+    """Return a usage error with the nearest names, or the help to read."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "maxlm"
     text = error.format_message().rstrip(".")
@@ -220,7 +220,7 @@ def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
 
 
 def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
-    """Settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
+    """Find settings, as ``key.path=value``, whose key is or ends like the option: ``--steps 5``."""
     from maxlm.config.fields import iterate_keys
     from maxlm.config.keys import join_key
     from maxlm.run import RunConfig

@@ -1,13 +1,12 @@
-"""Says nothing of what Orbax drops where a checkpoint fails.
+"""Ignores complaints about the reads and writes that Orbax drops where a checkpoint fails.
 
-One of many reads or writes fails, its error is raised, and the command ends with one line. Of the
-others Orbax lets go, and Python complains of each, some when the process is at its end, so that the
-one line is neither alone nor last. Three parts of Python complain:
+The first read or write that fails raises its error, which the command shows as one line. Orbax
+drops the others, and Python complains about each, in three places:
 
-- a coroutine that raises while it is closed, or TensorStore's call to a loop that is closed:
-  ``sys.unraisablehook``;
-- a task or future whose exception nobody asked for: the logger "asyncio";
-- a coroutine that never began: ``warnings``.
+- ``sys.unraisablehook``: a coroutine that raises while it is closed, or TensorStore's call to a
+  closed loop;
+- the logger "asyncio": a task or future whose exception was never retrieved;
+- ``warnings``: a coroutine that was never awaited.
 """
 
 import logging
@@ -15,18 +14,18 @@ import sys
 import warnings
 from typing import Any
 
-# How OCDBT, the format of Orbax's arrays, and Orbax's own names show in a complaint's text.
+# Names of Orbax, and of OCDBT, the format of its arrays, in the text of a complaint.
 _NAMES = ("orbax", "OCDBT")
 
 
-def silence_orbax() -> None:
-    """For the rest of the process; a complaint of anything else is told as before."""
-    sys.unraisablehook = _unraisable
-    logging.getLogger("asyncio").addFilter(_is_told)
+def ignore_orbax_complaints() -> None:
+    """Ignore them for the rest of the process; complaints about anything else are shown."""
+    sys.unraisablehook = _show_unraisable
+    logging.getLogger("asyncio").addFilter(_is_shown)
     warnings.filterwarnings("ignore", r"coroutine '[\w.<>]*serialize", RuntimeWarning)
 
 
-def _unraisable(event: Any) -> None:
+def _show_unraisable(event: Any) -> None:
     code = getattr(event.object, "cr_code", None)  # a coroutine's
     dropped = code is not None and "orbax" in code.co_filename
     loop_closed = event.object is None and str(event.exc_value) == "Event loop is closed"
@@ -34,6 +33,6 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
-def _is_told(record: logging.LogRecord) -> bool:
+def _is_shown(record: logging.LogRecord) -> bool:
     text = record.getMessage()
     return "exception was never retrieved" not in text or not any(name in text for name in _NAMES)

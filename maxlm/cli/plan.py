@@ -6,22 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from maxlm.cli.arguments import ConfigArgument, JsonOption, MachineOption, SettingsArgument
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-# Of any number given: hours, seconds, a price.
+# The largest number of hours or seconds, or price, that is taken.
 _MOST = 1e12
 
 
 def command(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
-    ] = None,
-    on: Annotated[
-        str | None,
-        typer.Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ..."),
-    ] = None,
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
+    on: MachineOption = None,
     mesh: Annotated[
         str | None, typer.Option(help="The mesh, e.g. fsdp=64,tensor=4; default: the config's.")
     ] = None,
@@ -42,9 +39,9 @@ def command(
     html: Annotated[
         Path | None, typer.Option(help="Write a page to look at, all in one file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: JsonOption = False,
     price: Annotated[
-        float | None, typer.Option(min=0, help="Of a device's hour: shows the run's.")
+        float | None, typer.Option(min=0, help="A device's price an hour: shows the run's.")
     ] = None,
     device_mtbf: Annotated[
         float | None, typer.Option(min=1, help="Hours between failures of one device.")
@@ -80,7 +77,7 @@ def command(
     _refuse({"--devices": devices and on}, "goes without --on", "leave one of the two out")
     _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
-    _bounded({"--price": price, **dict(numbers.values())})
+    _check_bounds({"--price": price, **dict(numbers.values())})
     run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
@@ -129,15 +126,14 @@ def command(
         raise typer.Exit(1)
 
 
-def diff(
+def compare(
     first: Annotated[str, typer.Argument(help="A plan's JSON, a run's folder, or a config.")],
     second: Annotated[str, typer.Argument(help="Another.")],
-    on: Annotated[str | None, typer.Option(help="The machine that configs are planned on.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    on: MachineOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what differs between two plans."""
-    from maxlm.plan.diff import compare_plans as compare_plans
-    from maxlm.plan.diff import render_diff_tables
+    from maxlm.plan.diff import compare_plans, render_diff_tables
     from maxlm.programs.plans import read_plan
 
     if on:
@@ -152,7 +148,7 @@ def diff(
 
 
 def _console(file: TextIO | None = None) -> "Console":
-    """At least 80 columns wide: in fewer, words of tables would fall into letters."""
+    """Return a console at least 80 columns wide; narrower tables would break words."""
     from rich.console import Console
 
     console = Console(file=file or sys.stdout, highlight=False)
@@ -161,8 +157,7 @@ def _console(file: TextIO | None = None) -> "Console":
 
 
 def _stay_off_devices(on: str) -> None:
-    """Planning for one machine touches no accelerator of another's; `cpuxN` is N virtual devices of
-    this one's CPU."""
+    """Keep JAX on this machine's CPU, with N virtual devices for `cpuxN`."""
     import jax
 
     from maxlm.plan.topology import parse_topology
@@ -174,7 +169,7 @@ def _stay_off_devices(on: str) -> None:
 
 
 def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
-    """Refuse options that would say nothing here."""
+    """Refuse options that have no effect here."""
     from maxlm.config import MaxlmError
 
     for option, given in options.items():
@@ -182,8 +177,8 @@ def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
             raise MaxlmError(f"{option} {what}", fix=fix)
 
 
-def _bounded(options: dict[str, float | None]) -> None:
-    """Numbers that arithmetic can go on with."""
+def _check_bounds(options: dict[str, float | None]) -> None:
+    """Refuse numbers so large that arithmetic would overflow."""
     from maxlm.config import MaxlmError
 
     for option, value in options.items():
@@ -194,7 +189,7 @@ def _bounded(options: dict[str, float | None]) -> None:
 def _search(
     run: Any, machine: Any, source: str, top: int, verify: int, quiet: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """The quickest run that fits, and what was found as plain data; says it too.
+    """Print the quickest candidates; return the first as a run, and all of them as plain data.
 
     Raises:
         typer.Exit: nothing fits.

@@ -4,15 +4,15 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="List runs; show how far one is and where its time went.")
+from maxlm.cli.arguments import JsonOption
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+app = typer.Typer(help="List runs; show how far one is and where its time went.")
 
 
 @app.command("list")
 def list_runs(
     folder: Annotated[str, typer.Argument(help="The folder that runs lie in.")] = "runs",
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the runs in a folder: step, state, loss, goodput."""
     from maxlm.programs import runs
@@ -31,7 +31,7 @@ def list_runs(
 @app.command()
 def show(
     run: Annotated[str, typer.Argument(help="A run's folder.")],
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show a run's goodput, what else its time went to, its interruptions, how long steps take; and
     draw it."""

@@ -1,15 +1,13 @@
 """maxlm smoke"""
 
-from typing import Annotated
-
 import typer
+
+from maxlm.cli.arguments import ConfigArgument, SettingsArgument
 
 
 def command(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config: llama3_8b.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
-    ] = None,
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
 ) -> None:
     """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
     from maxlm.config import load_config

@@ -5,29 +5,29 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from maxlm.cli.arguments import (
+    JsonOption,
+    SettingsArgument,
+    TextArgument,
+    TextFieldOption,
+    WorkersOption,
+)
+
 StoreArgument = Annotated[str, typer.Argument(help="A token store: a folder, s3://... or gs://...")]
-TextArgument = Annotated[
-    list[str],
-    typer.Argument(
-        help="Corpora, files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."
-    ),
-]
 
 
 def build(
     text: TextArgument,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
     out: Annotated[Path, typer.Option(help="The store's folder; appears when complete.")],
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one a core.")
-    ] = None,
+    workers: WorkersOption = None,
     split: Annotated[
         Literal["all", "train", "heldout"], typer.Option(help="Which documents to take.")
     ] = "all",
     heldout_fraction: Annotated[
         float, typer.Option(help="Share of documents held out, by a hash of their text.")
     ] = 0.01,
-    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
+    text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
         Literal["error", "replace", "keep", "skip"],
         typer.Option(help="What to do with text that is not valid UTF-8."),
@@ -66,7 +66,7 @@ def build(
             force=force,
             join=join,
         )
-    info(str(out))
+    show_info(str(out))
     _print_lost(source)
 
 
@@ -88,9 +88,7 @@ def _print_lost(source: Any) -> None:
 def append(
     store: Annotated[Path, typer.Argument(help="A token store's folder.")],
     text: TextArgument,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one a core.")
-    ] = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Add documents to a store, as a new segment; those that are there keep their numbers."""
     from maxlm.corpus import SourceConfig
@@ -106,7 +104,7 @@ def append(
     )
     with show_progress() as progress:
         append_store(source, store, workers=workers, progress=progress)
-    info(str(store))
+    show_info(str(store))
 
 
 def verify(store: StoreArgument) -> None:
@@ -120,10 +118,7 @@ def verify(store: StoreArgument) -> None:
 
 def mix(
     config: Annotated[str, typer.Argument(help="A run's config.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, as key.path=value.", metavar="[KEY=VALUE]..."),
-    ] = None,
+    settings: SettingsArgument = None,
 ) -> None:
     """Show what a run reads of each source, over all its steps; builds stores that are missing."""
     from rich.console import Console
@@ -150,9 +145,9 @@ def mix(
     Console().print(table)
 
 
-def info(
+def show_info(
     store: StoreArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a store holds, after checking that its arrays have the sizes it claims."""
     from maxlm.data.store import TokenStore

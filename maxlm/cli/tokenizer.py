@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from maxlm.cli.arguments import JsonOption, TextArgument, TextFieldOption
+
 if TYPE_CHECKING:
     from maxlm.corpus import SourceConfig
     from maxlm.data.tokenizer import Tokenizer, TokenizerStats
@@ -13,10 +15,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
 TokenizerArgument = Annotated[Path, typer.Argument(help="A tokenizer's folder.")]
-TextArgument = Annotated[
-    list[str],
-    typer.Argument(help="Files, folders, quoted globs, or python-stdlib.", metavar="TEXT..."),
-]
 
 
 @app.command()
@@ -43,7 +41,7 @@ def train(
     sample_bytes: Annotated[
         int, typer.Option(min=1, help="Learn from the first so many bytes.")
     ] = 100_000_000,
-    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
+    text_field: TextFieldOption = "text",
     force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Learn a tokenizer from text."""
@@ -145,12 +143,12 @@ def decode(
     stream.flush()
 
 
-@app.command()
-def stats(
+@app.command("stats")
+def measure(
     tokenizer: TokenizerArgument,
     text: TextArgument,
-    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    text_field: TextFieldOption = "text",
+    as_json: JsonOption = False,
 ) -> None:
     """Measure bytes per token, vocabulary use and speed on text."""
     from maxlm.data.tokenizer import load_tokenizer, measure_tokenizer
@@ -164,7 +162,7 @@ def stats(
 
         typer.echo(json.dumps(found.as_dict()))
     else:
-        _print_table(str(tokenizer), found)
+        _print_measures({str(tokenizer): found})
 
 
 @app.command()
@@ -176,8 +174,8 @@ def compare(
         bool,
         typer.Option("--by-language", help="Group by detected language, not by TEXT argument."),
     ] = False,
-    text_field: Annotated[str, typer.Option(help="JSON key or Parquet column.")] = "text",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    text_field: TextFieldOption = "text",
+    as_json: JsonOption = False,
 ) -> None:
     """Measure two tokenizers on the same text: bytes per token by group, fertility, speed."""
     from maxlm.data.tokenizer import compare_tokenizers
@@ -223,7 +221,7 @@ def _open(name: str) -> "Tokenizer":
 
 
 def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
-    """The texts with the language that each is in."""
+    """Yield each text with its detected language."""
     import pyarrow as pa
 
     from maxlm.corpus.stages.language import LanguageStage
@@ -235,7 +233,7 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
 
 
 def _source(text: list[str], text_field: str) -> "SourceConfig":
-    """Undecodable bytes are kept: a tokenizer takes any."""
+    """Return the source of a command's texts; a tokenizer takes undecodable bytes too."""
     from maxlm.corpus import SourceConfig
 
     return SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
@@ -244,7 +242,7 @@ def _source(text: list[str], text_field: str) -> "SourceConfig":
 def _counted(
     source: "SourceConfig", limit: int | None, progress: Callable[[str, int, int], None]
 ) -> Iterator[bytes]:
-    """The texts of a source, their bytes reported against the size of its files or ``limit``."""
+    """Yield the texts of a source, and report their bytes against its files' size or ``limit``."""
     from maxlm.corpus import list_files, read_documents
 
     files = list_files(source)
@@ -262,53 +260,45 @@ def _counted(
 
 
 def _argument_bytes(text: str) -> bytes:
-    """The bytes the shell passed; Python hides those that are not UTF-8 in surrogates."""
+    """Return the bytes that the shell passed; Python keeps other than UTF-8 as surrogates."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def _print_table(title: str, found: "TokenizerStats") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for row in _rows(found):
-        table.add_row(*row)
-    Console().print(table)
-
-
 def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
-    """The groups, then the measures over all texts; a column a tokenizer."""
+    """Print bytes per token by group, then all measures over all texts; a column a tokenizer."""
     from rich.console import Console
     from rich.table import Table
 
     *_, total = found.values()
     groups = Table("group", "MB", title="bytes per token (tokens per word)")
-    totals = Table("all texts")
     for name in total:
         groups.add_column(name, justify="right")
-        totals.add_column(name, justify="right")
     for group, of_group in found.items():
         size = next(iter(of_group.values())).bytes / 1e6
         cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in of_group.values())
         groups.add_row(group, f"{size:,.2f}", *cells)
-    for rows in zip(*map(_rows, total.values()), strict=True):
-        totals.add_row(rows[0][0], *(value for _, value in rows))
-    Console().print(groups, totals)
+    Console().print(groups)
+    _print_measures(total)
 
 
-def _rows(found: "TokenizerStats") -> list[tuple[str, str]]:
-    return [
-        ("documents", f"{found.documents:,}"),
-        ("bytes", f"{found.bytes:,}"),
-        ("tokens", f"{found.tokens:,}"),
-        ("bytes per token", f"{found.bytes_per_token:.3f}"),
-        ("tokens per word", f"{found.fertility:.3f}"),
-        ("unknown", f"{found.unknown_share:.2%}"),
-        (
-            "vocabulary used",
-            f"{found.used_ids:,} of {found.vocab_size:,} ({found.vocabulary_use:.1%})",
-        ),
-        ("speed", f"{found.megabytes_per_second:.2f} MB/s"),
-    ]
+def _print_measures(found: "dict[str, TokenizerStats]") -> None:
+    """Print a row for each measure, and a column for each tokenizer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("all texts")
+    for name in found:
+        table.add_column(name, justify="right")
+    measures = {
+        "documents": "{0.documents:,}",
+        "bytes": "{0.bytes:,}",
+        "tokens": "{0.tokens:,}",
+        "bytes per token": "{0.bytes_per_token:.3f}",
+        "tokens per word": "{0.fertility:.3f}",
+        "unknown": "{0.unknown_share:.2%}",
+        "vocabulary used": "{0.used_ids:,} of {0.vocab_size:,} ({0.vocabulary_use:.1%})",
+        "speed": "{0.megabytes_per_second:.2f} MB/s",
+    }
+    for measure, form in measures.items():
+        table.add_row(measure, *(form.format(stats) for stats in found.values()))
+    Console().print(table)

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
+from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+
 
 def command(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a shipped config such as demo.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings to override: key.path=value ...")
-    ] = None,
+    config: ConfigArgument,
+    settings: SettingsArgument = None,
     resume: Annotated[
         str | None,
         typer.Option(help="Go on from this run's newest checkpoint, in a folder of its own."),

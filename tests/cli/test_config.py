@@ -60,14 +60,6 @@ def test_show(run):
     ]
 
 
-def test_show_of_no_such_config(run):
-    assert run("show", "mien.yaml") == (
-        2,
-        "",
-        "error: mien.yaml: no such file or shipped config; did you mean mine.yaml?\n",
-    )
-
-
 def test_schema(run):
     code, out, _ = run("schema")
     assert code == 0

@@ -81,15 +81,3 @@ def test_bad_options_before_anything_is_loaded(calls, capsys, option, message):
     assert main(["generate", "runs/x", "p", *option]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not hasattr(calls, "folder")
-
-
-def test_no_prompt(capsys):
-    assert main(["generate", "runs/x"]) == 2
-    assert capsys.readouterr().err.startswith("error: maxlm generate: missing argument")
-
-
-def test_no_run(tmp_path, capsys):
-    assert main(["generate", str(tmp_path), "p"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: {tmp_path}: no run here (no config.yaml); name a folder like runs/demo\n"
-    )

@@ -27,10 +27,6 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             "no scheduler 'slrum'; did you mean slurm? use one of slurm, jobset, skypilot, ray, "
             "tpu-vm",
         ),
-        (
-            ["jobset", *GPU[:-1], "h110x64", "--image", "i"],
-            "no machine is called 'h110x64'; did you mean h100?",
-        ),
         (["slurm", *TPU], "slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or"),
         (["jobset", "demo", "--on", "cpux8", "--image", "i"], "jobset is not for CPUs"),
         (
@@ -65,7 +61,6 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             ["tpu-vm", *TPU, "--namespace", "x"],
             "tpu-vm has no use for --namespace; leave it out (jobset has it)",
         ),
-        (["skypilot", *GPU, "--retries", "0"], "skypilot has no use for --retries; leave it out"),
         (["slurm", *GPU, "--mount", "/a:/b"], "--mount is into a container; add --image, or"),
         (
             ["slurm", *GPU, "--partition", "a\n#SBATCH --uid=0"],
@@ -115,10 +110,6 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             ["jobset", *GPU, "--image", "i"],
             "folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount "
             "gs://bucket:/data",
-        ),
-        (
-            ["ray", *GPU, "folder=runs"],
-            "folder=runs is another one on each host; name one that all see: folder=/data/runs",
         ),
         (
             ["jobset", *GPU, *IN_CLUSTER, "--name", "9" * 50],
@@ -173,20 +164,10 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             ["skypilot", *GPU, *IN_CLUSTER[2:], "data.sources=[{store: /data/../tokens}]"],
             "data.sources.0.store=/data/../tokens is not in the container",
         ),
-        *(
-            ([scheduler, *GPU, *more, "--grace", "1"], "--grace 1 is shorter than a step (7.78 s)")
-            for scheduler, more in (("slurm", []), ("ray", []), ("jobset", IN_CLUSTER))
-        ),
+        (["slurm", *GPU, "--grace", "1"], "--grace 1 is shorter than a step (7.78 s)"),
         (
-            ["slurm", *GPU, "data.batch_size=65536", "train.micro_batches=64"],
-            "--grace 120 is shorter than a step (",
-        ),
-        *(
-            (
-                ["skypilot", *GPU, *IN_CLUSTER[2:], "--priority", priority],
-                f"--priority {priority} is none of SkyPilot's; use 0 to 1000",
-            )
-            for priority in ("1001", "-1", "high")
+            ["skypilot", *GPU, *IN_CLUSTER[2:], "--priority", "1001"],
+            "--priority 1001 is none of SkyPilot's; use 0 to 1000",
         ),
         (
             ["skypilot", *GPU, *IN_CLUSTER[2:], "--image", "docker:team/maxlm"],
@@ -212,10 +193,7 @@ IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
             ["slurm", *GPU[:-1], "h100x8"],
             "llama2_7b: does not fit on h100x8: ",
         ),
-        (["slurm", *GPU, "mesh.tensor=16"], "across hosts"),
-        (["slurm", *GPU, "mesh.tensor=3"], "needs"),
         (["slurm", *GPU, "--template", "nowhere.j2"], "nowhere.j2: cannot be read: No such file"),
-        (["slurm", *GPU[:-2]], "missing option '--on'"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(

@@ -44,13 +44,9 @@ def test_exit_codes(capsys):
     ("arguments", "words"),
     [
         (["llama2_7b", "--on", "v9-8"], "no machine is called 'v9-8'"),
-        (["llama2_7b", "--on", "v5p:3x3x3"], "no v5p slice is 3x3x3"),
         (["llama2_7b", "--on", "v5p-64", "--mesh", "fsdp=7"], "needs 7 devices, 32 here"),
-        (["llama2_7b", "--on", "h100x16", "--mesh", "tensor=16"], "across hosts"),
-        (["llama2_7b", "--on", "v5p-64", "model.nonsense=1"], "nonsense"),
         (["llama2_7b", "--search"], "--search needs a machine"),
         (["llama2_7b", "--compile"], "--compile needs a machine"),
-        (["llama2_7b", "--on", "v5p-64", "data.batch_size=7"], "does not divide"),
         (["llama2_7b", "--price", "2"], "--price needs a machine"),
         (["llama2_7b", "--on", "v5p-64", "--devices", "8"], "--devices goes without --on"),
         (
@@ -61,8 +57,6 @@ def test_exit_codes(capsys):
         (["llama2_7b", "--on", "v5p-64", "--device-mtbf", "1e308"], "1e+308 is too much"),
         (["llama2_7b", "--compile-top", "2"], "--compile-top needs a machine"),
         (["llama2_7b", "--on", "v5p-64", "--top", "2"], "--top is how many a search shows"),
-        (["llama2_7b", "--on", "v5p-128000000000"], "no standard slice"),
-        ([], "missing argument 'config'"),
         (["diff", "nowhere.json", "nowhere.json"], "nowhere.json"),
         (["diff", "llama2_7b"], "missing argument 'second'"),
     ],
@@ -181,7 +175,7 @@ def test_a_search_keeps_to_what_a_run_allows(capsys):
     assert all(own["sizes"]["context"] == 1 for own in found["best"])
 
 
-def test_nothing_divides(capsys):
+def test_a_search_in_which_nothing_divides(capsys):
     assert main(["plan", "llama3_405b", "--on", "v5p-8960", "--search"]) == 1
     assert "none divides" in capsys.readouterr().out
 

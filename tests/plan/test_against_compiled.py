@@ -24,26 +24,19 @@ SEQ = 32
 # (layout, model, how far bytes sent may be off): scalars and norms weigh in models so small, the
 # more with experts, whose routing sends a few numbers a token.
 CASES = (
-    ("dp", "gqa_window", 0.01),
-    ("hsdp", "mha", 0.02),
     ("zero1", "gqa_window", 0.01),
     ("zero2", "gqa_window", 0.01),
     ("fsdp", "gqa_window", 0.01),
-    ("tp", "gqa_window", 0.01),
     ("tp, 8 ways, kv heads whole", "gqa_window", 0.01),
     ("tp+sp", "mha", 0.01),
     ("cp all-gather", "gqa_window", 0.01),
-    ("cp ring", "gqa_window", 0.01),
     ("cp ring in order, 8 ways", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
     ("hsdp × tp+sp", "gqa_window", 0.01),
     ("fsdp × cp ring × tp+sp", "gqa_window", 0.01),
-    ("ep", "moe", 0.03),
     ("ep × fsdp × tp", "moe", 0.03),
     ("ep × zero2", "moe", 0.03),
     ("tp", "moe capacity", 0.02),
-    ("ep", "moe capacity", 0.03),
-    ("hsdp × pp gpipe", "gqa_window", 0.01),
     ("fsdp × tp+sp × pp circular", "gqa_window", 0.01),
     ("fsdp × tp+sp × pp 1f1b", "mha", 0.02),
     ("zero2 × pp 1f1b", "gqa_window", 0.03),
@@ -135,7 +128,7 @@ def test_bytes_sent_and_products(layout, model, off):
     assert products(shape) == pytest.approx(cost.matmul_flops + cost.attention_flops, rel=exact)
 
 
-@pytest.mark.parametrize("remat", ["none", "matmuls", "mlp", "attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "mlp", "full"])
 def test_products_and_gathers_under_every_remat_policy(remat):
     shape, cost, _ = compiled(run("fsdp", "gqa_window", remat=remat))
     exact = 0.05 if shape.work.attention_recomputed(remat) else 1e-6  # as above

@@ -1,5 +1,5 @@
-"""One device, eight devices and two processes of four train the same model, and each goes on from
-any other's checkpoint."""
+"""One device, eight devices and two processes of four train the same model, and each resumes from
+another's checkpoint."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.timeout(900)
-def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
+def test_layouts_agree_and_resume_from_each_others_checkpoints(tmp_path):
     text = tiny.write_text(tmp_path / "text")
     config = tiny.write_config(
         tmp_path, text, train={"steps": STEPS, "ema_decay": 0.9, "micro_batches": 2}
@@ -68,12 +68,11 @@ def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
     assert want[STEPS] < want[1] - 0.5
 
     pairs = {}
-    for reader in LAYOUTS:
-        for writer in LAYOUTS:
-            run = tmp_path / f"{writer}-{reader}"
-            shutil.copytree(tmp_path / writer, run)
-            shutil.rmtree(run / "checkpoints" / str(STEPS))
-            pairs.setdefault(reader, []).append(run.name)
+    for writer, reader in (("one", "eight"), ("eight", "two"), ("two", "one")):
+        run = tmp_path / f"{writer}-{reader}"
+        shutil.copytree(tmp_path / writer, run)
+        shutil.rmtree(run / "checkpoints" / str(STEPS))
+        pairs[reader] = [run.name]
     train(tmp_path, config, pairs)
     for reader, runs in pairs.items():
         for name in runs:
@@ -83,5 +82,5 @@ def test_layouts_agree_and_go_on_from_each_others_checkpoints(tmp_path):
             begun = ["start", "checkpoint", "checkpoint", "stop"]
             assert kinds == [*begun, "resume", "checkpoint", "stop"]
         log = (tmp_path / f"{reader}-0.log").read_text()
-        assert log.count(f"resuming from step {SAVED_AT} in ") == 3
+        assert log.count(f"resuming from step {SAVED_AT} in ") == 1
     assert "resuming" not in (tmp_path / "two-1.log").read_text()
