@@ -152,7 +152,7 @@ def _wait_until(
     what: str,
     process: subprocess.Popen | None = None,
 ) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not happened():
         if time.monotonic() > deadline or (process and process.poll() is not None):
             logs = "\n".join(
@@ -165,7 +165,7 @@ def _wait_until(
 
 def _cancel(environ: Mapping[str, str]) -> None:
     subprocess.run(["scancel", "--user", getpass.getuser()], env=environ, check=False)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         command = ["squeue", "--noheader"]
         if not subprocess.run(command, env=environ, capture_output=True, check=False).stdout:

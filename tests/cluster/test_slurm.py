@@ -14,7 +14,7 @@ def test_the_tasks_of_a_step_meet(scheduler, tmp_path):
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", *PARTS, "60", "10", "once"]
     environ = tiny.environment(tmp_path) | dict(scheduler)
     done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=120, check=False
+        command, env=environ, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert {"0: process 0 of 2: 3", "1: process 1 of 2: 3"} <= set(done.stdout.splitlines())
@@ -28,7 +28,7 @@ def test_a_killed_task_ends_the_other(scheduler, tmp_path):
     command += ["bash", "-c", script, "-", str(tmp_path), *PARTS, "60", "10", "loop"]
     environ = tiny.environment(tmp_path) | dict(scheduler)
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as step:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not all(mark.exists() and "of 2: 3" in mark.read_text() for mark in marks):
             assert step.poll() is None
             assert time.monotonic() < deadline

@@ -59,13 +59,13 @@ class Job:
         return (self.script.parent / f"{self.name}-{self.number}.out").read_text()
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while step not in steps(self.run):
             assert time.monotonic() < deadline, self.text()
             time.sleep(0.02)
 
     def end(self) -> dict[str, str]:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while (said := scontrol(self.scheduler, self.number))["JobState"] in (
             "PENDING",
             "RUNNING",

@@ -102,7 +102,7 @@ def test_common_crawl_layout_is_read_as_by_warcio(tmp_path):
     assert second.meta["charset"] == "koi8-r"
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_a_long_content_type_takes_time_in_proportion(tmp_path):
     media = b"text/html; charset=" + b" " * 200_000
     block = b"HTTP/1.1 200 OK\r\nX: y\r\nContent-Type: %b;\r\n\r\n%b" % (media, HTML)

@@ -341,7 +341,7 @@ def test_the_child_does_not_outlive_its_parent():
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    child.wait(timeout=30)
+    child.wait(timeout=300)
 
 
 def test_stage():

@@ -176,7 +176,7 @@ def start(folder, *arguments):
 def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
     out = tmp_path / "corpus"
     process = start(tmp_path, crawl, out, 2, 0)
-    waits = time.monotonic() + 120
+    waits = time.monotonic() + 300
     while not any((out / stage).glob("*")) and time.monotonic() < waits:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
@@ -193,7 +193,7 @@ def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
 def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_path):
     out = tmp_path / "corpus"
     process = start(tmp_path, crawl, out, 1, 9_000)
-    _, message = process.communicate(timeout=120)
+    _, message = process.communicate(timeout=300)
     assert "refused: " in message
     assert "cannot write" in message
     assert "free some disk space" in message

@@ -60,7 +60,7 @@ def drive(cluster, program, rendered, tmp_path):
 
 
 def wait_for(log, words, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 3000
     while log.read_text().count(words) < count:
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
@@ -68,7 +68,7 @@ def wait_for(log, words, count):
 
 def test_processes_know_each_other_and_are_started_again(drive):
     process, log = drive("76 75 0 0")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     lines = log.read_text().splitlines()
     assert sorted(line.split(" at ")[0] for line in lines) == [
         *["start 0 of 2"] * 2,
@@ -84,7 +84,7 @@ def test_processes_know_each_other_and_are_started_again(drive):
 )
 def test_the_worst_code_is_the_drivers(drive, codes, code):
     process, log = drive(codes, retries=0)
-    assert process.wait(timeout=120) == code
+    assert process.wait(timeout=300) == code
     assert log.read_text().count("start") == 2
 
 
@@ -102,7 +102,7 @@ def test_what_a_code_means(rendered):
 
 def test_a_process_left_alone_is_told_to_end(drive):
     process, log = drive("76 sleep", retries=0, grace=2)
-    assert process.wait(timeout=120) == 76
+    assert process.wait(timeout=300) == 76
     assert "saved 1" in log.read_text()
 
 
@@ -110,7 +110,7 @@ def test_a_signal_reaches_every_process(drive):
     process, log = drive("sleep sleep 0 0")
     wait_for(log, "start", 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=300) == 75
     assert sorted(log.read_text().splitlines()[2:]) == ["saved 0", "saved 1"]
 
 
@@ -120,7 +120,7 @@ def test_no_process_outlives_its_driver(drive, tmp_path):
     process.kill()
     processes = [Path(f"/proc/{pid}") for pid in (tmp_path / "log.pids").read_text().split()]
     assert len(processes) == 2
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while any(each.exists() for each in processes):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -132,6 +132,6 @@ def test_a_program_that_is_not_there_is_no_reason_to_try_again(drive, tmp_path, 
     driver = tmp_path / "driver.py"
     driver.write_text(driver.read_text().replace("bin/maxlm", "bin/nothing"))
     env = {**os.environ, "RAY_ADDRESS": cluster.address}
-    done = subprocess.run([sys.executable, driver], env=env, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, driver], env=env, capture_output=True, timeout=300)
     assert done.returncode == 1
     assert b"No such file" in done.stderr

@@ -32,12 +32,12 @@ class Process:
     def send(self, signum: int) -> None:
         self._process.send_signal(signum)
 
-    def ended(self, seconds: float = 120) -> tuple[int, list[str], list[str]]:
+    def ended(self, seconds: float = 600) -> tuple[int, list[str], list[str]]:
         """Its exit code and the lines that it wrote, on stdout and on stderr."""
         code = self._process.wait(seconds)
         return code, self.out.read_text().splitlines(), self.err.read_text().splitlines()
 
-    def until(self, condition: Any, seconds: float = 120) -> None:
+    def until(self, condition: Any, seconds: float = 600) -> None:
         """Look on until something is so."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -24,7 +24,6 @@ def jobs(tmp_path):
     started.end()
 
 
-@pytest.mark.timeout(900)
 def test_a_run_that_moves_is_the_run_that_stayed(jobs):
     jobs.trained("stayed", devices=4)
     home = jobs.folder / "moved"

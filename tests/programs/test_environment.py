@@ -97,7 +97,7 @@ def test_all_hosts_are_named(tmp_path):
         for number in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
+        said = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from maxlm.programs.setup import set_up
 from tests.ports import free_port
@@ -16,7 +15,6 @@ WORKER = Path(__file__).with_name("parity_worker.py")
 NAMES = [f"{model}/{cell}" for cell, model in cells.HOST_MODELS.items()]
 
 
-@pytest.mark.timeout(900)
 def test_two_processes_equal_one_device(tmp_path):
     for model in sorted(set(cells.HOST_MODELS.values())):
         config = cells.config_of(model, cells.ALONE)

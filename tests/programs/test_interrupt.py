@@ -6,8 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from maxlm.train.records import read_records
 from tests.programs import tiny
 
@@ -32,7 +30,6 @@ def results(run) -> list[tuple[int, dict[str, float]]]:
     ]
 
 
-@pytest.mark.timeout(900)
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
     text = tiny.write_text(tmp_path / "text")
     config = tiny.write_config(

@@ -55,7 +55,6 @@ def losses(run: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records}
 
 
-@pytest.mark.timeout(900)
 def test_layouts_agree_and_resume_from_each_others_checkpoints(tmp_path):
     text = tiny.write_text(tmp_path / "text")
     config = tiny.write_config(

@@ -203,7 +203,7 @@ class Worker:
         self, folder: Path, port: int, number: int, action: str, host="127.0.0.1", **settings
     ):
         self.log = folder / f"{number}-{time.monotonic_ns()}.log"
-        options = {"count": 2, "wait": 30, "silent": 10} | settings
+        options = {"count": 2, "wait": 120, "silent": 10} | settings
         environ = tiny.environment(folder) | {
             "http_proxy": "http://127.0.0.1:9",  # clusters have one; this leads nowhere
             "MAXLM_COORDINATOR": f"{host}:{port}",
@@ -220,11 +220,11 @@ class Worker:
     def text(self) -> str:
         return self.log.read_text()
 
-    def end(self, seconds: float = 60) -> tuple[int, str]:
+    def end(self, seconds: float = 300) -> tuple[int, str]:
         """Its exit code and all that it wrote."""
         return self.process.wait(seconds), self.text()
 
-    def wait_for(self, words: str, seconds: float = 60) -> None:
+    def wait_for(self, words: str, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while words not in self.text():
             assert self.process.poll() is None, self.text()
@@ -269,7 +269,7 @@ def stranger(port: int) -> Iterator[None]:
 
 def connected(port: int) -> socket.socket:
     """As soon as somebody listens there."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port), 1)
@@ -301,9 +301,10 @@ def test_processes_meet_among_strangers(start):
 
 def test_a_missing_process(start):
     port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server:
+        other = start(port, 2, "once", count=4)
+        server.accept()[0].close()  # It is up, and calls again.
     lead = start(port, 0, "once", count=4, wait=6)
-    connected(port).close()
-    other = start(port, 2, "once", count=4)
     message = (
         f"waited 6 s at 127.0.0.1:{port}: 2 of 4 processes came: 0 ({HERE}), 2 ({HERE}); "
         "missing: 1, 3; see the logs of the missing, and whether they can reach that address\n"
@@ -435,7 +436,7 @@ def test_a_killed_process_ends_the_others(start, victim):
         code, text = workers[number].end()
         last = f"error: process {victim} ({HERE}) is gone; the state is that of the last checkpoint"
         assert (code, last in text) == (76, True), text
-    assert time.monotonic() - killed < 30  # what JAX takes to notice is more
+    assert time.monotonic() - killed < 90  # what JAX takes to notice is more
 
 
 @pytest.mark.parametrize("victim", [0, 1])

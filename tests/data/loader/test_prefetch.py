@@ -19,7 +19,7 @@ from maxlm.data.loader.prefetch import WARM_UP_STEPS
 REPOSITORY = Path(__file__).parents[3]
 
 
-def wait_until(condition, seconds=60):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
@@ -168,7 +168,7 @@ def test_notices_spare_the_workers_and_the_exit_is_clean(trainer, number, reques
     wait_until(lambda: len(children(trainer.pid)) == 2)
     pids = children(trainer.pid)
     os.killpg(trainer.pid, number)
-    out, errors = trainer.communicate(timeout=100)
+    out, errors = trainer.communicate(timeout=300)
     taken = request.node.callspec.params["trainer"] + 20
     assert (errors, out, trainer.returncode) == ("", f"went on {taken}\n", 0)
     wait_until(lambda: not any(map(alive, pids)))

@@ -54,7 +54,7 @@ def start(tmp_path):
 def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes):
     build_store(corpus, byte_tokenizer(), tmp_path / "alone", workers=1, shard_bytes=100)
     builders = [start(tmp_path) for _ in range(3)]
-    ended = [builder.communicate(timeout=60) for builder in builders]
+    ended = [builder.communicate(timeout=300) for builder in builders]
     assert [builder.returncode for builder in builders] == [0, 0, 0], ended
     made = sorted(int(index) for out, _ in ended for index in out.split())
     assert made == list(range(len(made)))  # Each part once.
@@ -71,7 +71,7 @@ def test_the_others_do_what_a_killed_one_left(tmp_path, corpus, byte_tokenizer, 
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     assert victim.returncode == -signal.SIGKILL
-    other.communicate(timeout=60)
+    other.communicate(timeout=300)
     assert other.returncode == 0
     assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "alone")
 
