@@ -95,13 +95,11 @@ ENDLESS = (
 UNKNOWN_KEYS = {
     "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
     "\nd_model: 3": "run.yaml:2: unknown key d_model; did you mean model.d_model or model?",
-    "d_modle: 3": "run.yaml:1: unknown key d_modle; did you mean model.d_model or model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
     "did you mean data.sources.0.weight? "
     "valid here: d_model, num_heads, num_kv_heads, activation, dtype",
     "zzz: 3": "run.yaml:1: unknown key zzz; "
     "valid here: name, model, optimizer, data, mesh, share, out",
-    "modle: {d_model: 3}": "run.yaml:1: unknown key modle; did you mean model?",
     "model.d_model: 3": "run.yaml:1: unknown key model.d_model; "
     "write it nested, one mapping inside the other",
     "model: {include: b}": "run.yaml:1: unknown key model.include; "
@@ -110,8 +108,6 @@ UNKNOWN_KEYS = {
     "data.sources.0.wieght; did you mean data.sources.0.weight?",
     "optimizer: {kind: lion, lr: 3}": "run.yaml:1: unknown key optimizer.lr; "
     "valid here: kind, beta",
-    "optimizer: {kind: adamw, l: 3}": "run.yaml:1: unknown key optimizer.l; "
-    "did you mean optimizer.lr?",
 }
 
 WRONG_VALUES = {
@@ -121,29 +117,21 @@ WRONG_VALUES = {
     "model: [1]": "run.yaml:1: model must be a mapping "
     "(d_model, num_heads, num_kv_heads, activation, dtype), not [1]",
     "optimizer: 3": "run.yaml:1: optimizer must be a mapping (kind, lr, beta), not 3",
-    "data: {sources: x}": "run.yaml:1: data.sources must be a list, not 'x'",
     "data:\n  sources:\n    - a": "run.yaml:3: data.sources.0 must be a mapping (path, weight), "
     "not 'a'",
     "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
     "add it, or pass data.sources.0.path=...",
     "name: 3": "run.yaml:1: name must be text, not 3; put quotes around it: '3'",
-    "name: true": "run.yaml:1: name must be text, not true; put quotes around it: 'true'",
     "name:": "run.yaml:1: name must be text, not null",
     "model: {activation: sillu}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', "
     "not 'sillu'; did you mean silu?",
-    "model: {activation: 3}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', not 3",
-    "model: {dtype: bf61}": "run.yaml:1: model.dtype must be one of 'bf16', 'fp32', not 'bf61'; "
-    "did you mean bf16?",
     "optimizer:\n  kind: adam": "run.yaml:2: optimizer.kind must be one of 'adamw', 'lion', "
     "not 'adam'; did you mean adamw?",
     "optimizer: {lr: 3}": "run.yaml:1: optimizer.kind is required; "
     "set it to one of 'adamw', 'lion'",
-    "optimizer:\n  kind: adamw\n  lr: -3": "run.yaml:3: optimizer.lr must be greater than 0, "
-    "not -3",
     "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, not 'many'",
     "share: .nan": "run.yaml:1: share must be a finite number, not nan",
     "share: half": "run.yaml:1: share must be a number, not 'half'",
-    "mesh: {data: b}": "run.yaml:1: mesh.data must be an integer, not 'b'",
     "mesh:": "run.yaml:1: mesh must be a mapping, not null",
     "out: 3": "run.yaml:1: out must be a path, not 3",
     f"share: {'y' * 90}": f"run.yaml:1: share must be a number, not '{'y' * 56}...",
@@ -164,8 +152,6 @@ YAML = {
     "that cannot start any token; indent with spaces, not tabs",
     "a: b: c": "run.yaml:1: not YAML: mapping values are not allowed here",
     "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one of the two",
-    "model:\n  d_model: 1\n  d_model: 1": "run.yaml:3: key 'd_model' is already set on line 2; "
-    "remove one of the two",
     "# list\n- 1": "run.yaml:2: a config must be a mapping of keys to values",
     "text": "run.yaml:1: a config must be a mapping of keys to values",
     "a: 1\n---\nb: 1": "run.yaml:2: not YAML: expected a single document in the stream "
@@ -184,7 +170,6 @@ INCLUDES = {
     "did you mean base.yaml?",
     "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there is no q/zzz",
     "include: ''": "run.yaml:1: include '': there is no .",
-    "include: [base.yaml, 3]": "run.yaml:1: include must be a path or a list of paths, not 3",
     "include:": "run.yaml:1: include must be a path or a list of paths, not null",
     "include: run.yaml": "run.yaml:1: include cycle: run.yaml -> run.yaml; "
     "remove one of these includes",
@@ -220,29 +205,21 @@ def test_a_faulty_file(message, text, expected):
 
 OVERRIDES = {
     "modl.d_model=3": "command line: unknown key modl; did you mean model?",
-    "model.d_modl=3": "command line: unknown key model.d_modl; did you mean model.d_model?",
     "include=b": "command line: unknown key include; `include` stands at the top of a file only",
-    "model.d_model=four": "command line: model.d_model must be an integer, not 'four'",
     "name=3": "command line: name must be text, not 3; write name=\"'3'\"",
-    "name.y=3": "command line: name must be text, not {'y': 3}",
     "name": "command line: 'name' is not an override; write key=value, such as model.num_layers=4",
-    "=3": "command line: '=3' is not an override; write key=value, such as model.num_layers=4",
     "a..b=3": "command line: 'a..b=3' is not an override; "
     "write key=value, such as model.num_layers=4",
     "name=[1": "command line: name=[1: not YAML: while parsing a flow sequence "
     "expected ',' or ']', but got '<stream end>'",
     "name=${nope}": "command line: name: ${nope} names no key that is written; "
     "write that key too: references see what is written, not the defaults",
-    "name=${nope": "command line: name: bad reference ${nope; for a plain ${ write \\${",
     "data.sources.1.path=b": "command line: data.sources is a list of 1 element; "
     "there is no data.sources.1; count from 0, or give the whole list",
-    "data.sources.path=b": "command line: data.sources is a list of 1 element; "
-    "there is no data.sources.path; count from 0, or give the whole list",
     "data.sources={path: b}": "command line: data.sources is a mapping here, but a list in "
     "base.yaml:3; write both alike",
     "mesh=[1]": "command line: mesh is a list here, but a mapping in base.yaml:1; write both alike",
     "data=": "command line: data must be a mapping (seq_len, sources, workers), not null",
-    "data.seq_len=12": "command line: data.seq_len: seq_len=12 is not a multiple of 8",
     "share.x=1": "command line: share is ${mesh.data}; share.x cannot be set on its own; "
     "set what it stands for",
 }
