@@ -19,192 +19,148 @@ TPU = ["llama2_7b", *TEXT, "folder=/data/runs", "--on", "v5p-64"]
 IN_CLUSTER = ["--image", "i", "--mount", "gs://bucket:/data"]
 
 
+# What `maxlm launch` is given, and below it what the one line on stderr contains.
+REFUSED = r"""
+slrum $GPU
+    no scheduler 'slrum'; did you mean slurm? use one of slurm, jobset, skypilot, ray, tpu-vm
+slurm $TPU
+    slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or
+jobset demo --on cpux8 --image i
+    jobset is not for CPUs
+tpu-vm $TPU --on 2xv5p-64
+    tpu-vm starts one slice, and 2xv5p-64 is 2; use jobset
+slurm demo --on cpux8 --nodes 3
+    8 devices do not divide over --nodes 3; give a divisor of them
+slurm $GPU --nodes 4
+    --nodes 4: h100x64 is 8 hosts of 8; leave --nodes out, or name the shape of GPUs, as in
+    h100:16x4
+jobset $GPU
+    jobset runs a container, and none is named; add --image; launch/images/ has files to build
+    one from
+slurm $GPU --image i
+    folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount
+    /data:/data
+slurm demo --on h100x8 --image i
+    folder=runs is another one on each host; name one that all see: folder=/data/runs
+slurm $GPU --spot
+    slurm has no use for --spot; ask for such machines where
+tpu-vm $TPU --namespace x
+    tpu-vm has no use for --namespace; leave it out (jobset has it)
+slurm $GPU --mount /a:/b
+    --mount is into a container; add --image, or
+slurm $GPU --partition 'a\n#SBATCH --uid=0'
+    --queue 'a #SBATCH --uid=0' is not one plain word
+slurm $GPU --time 5m
+    --time 00:05:00 is over before a step is saved: 300 s to start,
+slurm $GPU --time soon
+    --time soon is no time limit; write 24:00:00, 1-12:00:00 or 24h
+slurm $GPU --env WANDB_API_KEY=abc
+    --env WANDB_API_KEY=... looks like a secret, and would be written into a file; use
+    --secret WANDB_API_KEY, which names where it is kept
+slurm $GPU --env A
+    --env A is not NAME=VALUE; write --env NCCL_DEBUG=INFO
+jobset $GPU $IN_CLUSTER --secret HF_TOKEN
+    --secret HF_TOKEN does not name a Kubernetes secret and its key; write --secret
+    HF_TOKEN=huggingface/token
+skypilot $GPU --mount gs://bucket:/data --secret HF_TOKEN=abc
+    --secret HF_TOKEN: skypilot takes the variable's name alone; set HF_TOKEN in the
+    environment you submit from, and write --secret HF_TOKEN
+jobset $GPU --image i --mount gcs://bucket:/data
+    --mount: 'gcs://bucket' is no bucket's URL; write gs:// or s3://
+ray $GPU checkpoint.remote_folder=gs:/bucket
+    checkpoint.remote_folder: 'gs:/bucket' is no bucket's URL; write gs:// or s3://
+jobset $GPU --image i --mount s3://b:/data
+    jobset cannot mount s3://b;
+jobset $GPU --image i --mount data
+    --mount data is not SOURCE:/PATH; write --mount gs://bucket/folder:/data
+jobset $GPU --image i
+    folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount
+    gs://bucket:/data
+jobset $GPU $IN_CLUSTER --name 99999999999999999999999999999999999999999999999999
+    '99999999999999999999999999999999999999999999999999' makes no name for a job; give --name:
+    a letter, then letters, digits and dashes, 40 at most
+ray $GPU data.sources.0.store=a
+    data.sources.0.store=a is another one on each host; name one that all see:
+    data.sources.0.store=/data/a
+ray $GPU data.sources.0.heldout_store=a/b
+    data.sources.0.heldout_store=a/b is another one on each host; name one that all see:
+    data.sources.0.heldout_store=/data/a
+ray $GPU 'tokenizer.path=~/a'
+    tokenizer.path=~/a is another one on each host; name one that all see:
+    tokenizer.path=/data/a
+ray $GPU train.start_from=../a
+    train.start_from=../a is another one on each host; name one that all see:
+    train.start_from=/data/a
+ray $GPU checkpoint.remote_folder=./a
+    checkpoint.remote_folder=./a is another one on each host; name one that all see:
+    checkpoint.remote_folder=/data/a
+ray $GPU folder=gs://b/a
+    folder: gs://b/a is not on a disk; only a
+ray $GPU tokenizer.path=gs://b/a
+    tokenizer.path: gs://b/a is not on a disk; only a
+ray $GPU train.start_from=gs://b/a
+    train.start_from: gs://b/a is not on a disk; only a
+slurm $GPU tokenizer.path=null
+    tokenizer.path: a store was made with a tokenizer, and none is named; name the folder
+tpu-vm $TPU 'data.sources=[{documents: [python-stdlib, "text/*.txt"]}]'
+    data.sources.0.documents.1=text/*.txt is another one on each host; name one that all see:
+    data.sources.0.documents.1=/data/text/*.txt
+jobset $GPU $IN_CLUSTER 'data.sources=[{store: /tokens/*.gz}]'
+    data.sources.0.store=/tokens/*.gz is not in the container; mount what holds it: --mount
+    gs://bucket:/tokens
+jobset $GPU $IN_CLUSTER 'data.sources=[{documents: [/tokens/*.gz]}]'
+    data.sources.0.documents.0=/tokens/*.gz is not in the container; mount what holds it:
+    --mount gs://bucket:/tokens
+jobset $GPU $IN_CLUSTER 'tokenizer.path=/tokens/*.gz'
+    tokenizer.path=/tokens/*.gz is not in the container; mount what holds it: --mount
+    gs://bucket:/tokens
+jobset $GPU $IN_CLUSTER 'train.start_from=/tokens/*.gz'
+    train.start_from=/tokens/*.gz is not in the container; mount what holds it: --mount
+    gs://bucket:/tokens
+slurm $GPU --image i --mount /data/runs:/data/runs
+    data.sources.0.store=/data/tokens is not in the container; mount what holds it: --mount
+    /data:/data
+skypilot $GPU --mount gs://bucket:/data 'data.sources=[{store: /data/../tokens}]'
+    data.sources.0.store=/data/../tokens is not in the container
+slurm $GPU --grace 1
+    --grace 1 is shorter than a step (7.78 s)
+skypilot $GPU --mount gs://bucket:/data --priority 1001
+    --priority 1001 is none of SkyPilot's; use 0 to 1000
+skypilot $GPU --mount gs://bucket:/data --image docker:team/maxlm
+    --image docker:team/maxlm: docker: is put before it; write --image team/maxlm
+jobset $GPU $IN_CLUSTER --spot --reservation r
+    no Spot node is a reserved one; leave out --spot or --reservation
+slurm $GPU --image i --mount /a,b:/data
+    --mount /a,b:/data: a comma would end it there; mount the folder above, or rename
+jobset $GPU --image i --mount gs://b/c,d:/data
+    --mount gs://b/c,d:/data: a comma would end it there; mount the folder above, or rename
+slurm $GPU --env A=1 --secret A
+    A is named by --env and by --secret; leave one out
+slurm llama2_7b --on h100x64
+    data.sources: no text to train on; name
+slurm $GPU --on h100x8
+    llama2_7b: does not fit on h100x8:
+slurm $GPU --template nowhere.j2
+    nowhere.j2: cannot be read: No such file
+"""
+SHORT = {"$GPU": shlex.join(GPU), "$TPU": shlex.join(TPU), "$IN_CLUSTER": shlex.join(IN_CLUSTER)}
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["slrum", *GPU],
-            "no scheduler 'slrum'; did you mean slurm? use one of slurm, jobset, skypilot, ray, "
-            "tpu-vm",
-        ),
-        (["slurm", *TPU], "slurm is not for TPUs, and v5p-64 is one; use jobset or skypilot or"),
-        (["jobset", "demo", "--on", "cpux8", "--image", "i"], "jobset is not for CPUs"),
-        (
-            ["tpu-vm", *TPU[:-1], "2xv5p-64"],
-            "tpu-vm starts one slice, and 2xv5p-64 is 2; use jobset",
-        ),
-        (
-            ["slurm", "demo", "--on", "cpux8", "--nodes", "3"],
-            "8 devices do not divide over --nodes 3; give a divisor of them",
-        ),
-        (
-            ["slurm", *GPU, "--nodes", "4"],
-            "--nodes 4: h100x64 is 8 hosts of 8; leave --nodes out, or name the shape of GPUs, as "
-            "in h100:16x4",
-        ),
-        (
-            ["jobset", *GPU],
-            "jobset runs a container, and none is named; add --image; launch/images/ has files to "
-            "build one from",
-        ),
-        (
-            ["slurm", *GPU, "--image", "i"],
-            "folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount "
-            "/data:/data",
-        ),
-        (
-            ["slurm", "demo", "--on", "h100x8", "--image", "i"],
-            "folder=runs is another one on each host; name one that all see: folder=/data/runs",
-        ),
-        (["slurm", *GPU, "--spot"], "slurm has no use for --spot; ask for such machines where"),
-        (
-            ["tpu-vm", *TPU, "--namespace", "x"],
-            "tpu-vm has no use for --namespace; leave it out (jobset has it)",
-        ),
-        (["slurm", *GPU, "--mount", "/a:/b"], "--mount is into a container; add --image, or"),
-        (
-            ["slurm", *GPU, "--partition", "a\n#SBATCH --uid=0"],
-            "--queue 'a #SBATCH --uid=0' is not one plain word",
-        ),
-        (
-            ["slurm", *GPU, "--time", "5m"],
-            "--time 00:05:00 is over before a step is saved: 300 s to start, ",
-        ),
-        (
-            ["slurm", *GPU, "--time", "soon"],
-            "--time soon is no time limit; write 24:00:00, 1-12:00:00 or 24h",
-        ),
-        (
-            ["slurm", *GPU, "--env", "WANDB_API_KEY=abc"],
-            "--env WANDB_API_KEY=... looks like a secret, and would be written into a file; use "
-            "--secret WANDB_API_KEY, which names where it is kept",
-        ),
-        (["slurm", *GPU, "--env", "A"], "--env A is not NAME=VALUE; write --env NCCL_DEBUG=INFO"),
-        (
-            ["jobset", *GPU, *IN_CLUSTER, "--secret", "HF_TOKEN"],
-            "--secret HF_TOKEN does not name a Kubernetes secret and its key; write --secret "
-            "HF_TOKEN=huggingface/token",
-        ),
-        (
-            ["skypilot", *GPU, *IN_CLUSTER[2:], "--secret", "HF_TOKEN=abc"],
-            "--secret HF_TOKEN: skypilot takes the variable's name alone; set HF_TOKEN in the "
-            "environment you submit from, and write --secret HF_TOKEN",
-        ),
-        (
-            ["jobset", *GPU, "--image", "i", "--mount", "gcs://bucket:/data"],
-            "--mount: 'gcs://bucket' is no bucket's URL; write gs:// or s3://",
-        ),
-        (
-            ["ray", *GPU, "checkpoint.remote_folder=gs:/bucket"],
-            "checkpoint.remote_folder: 'gs:/bucket' is no bucket's URL; write gs:// or s3://",
-        ),
-        (
-            ["jobset", *GPU, "--image", "i", "--mount", "s3://b:/data"],
-            "jobset cannot mount s3://b;",
-        ),
-        (
-            ["jobset", *GPU, "--image", "i", "--mount", "data"],
-            "--mount data is not SOURCE:/PATH; write --mount gs://bucket/folder:/data",
-        ),
-        (
-            ["jobset", *GPU, "--image", "i"],
-            "folder=/data/runs would be lost with its hosts; mount what is to keep it: --mount "
-            "gs://bucket:/data",
-        ),
-        (
-            ["jobset", *GPU, *IN_CLUSTER, "--name", "9" * 50],
-            f"'{'9' * 50}' makes no name for a job; give --name: a letter, then letters, digits "
-            "and dashes, 40 at most",
-        ),
-        *(
-            (
-                ["ray", *GPU, f"{key}={value}"],
-                f"{key}={value} is another one on each host; name one that all see: {key}=/data/a",
-            )
-            for key, value in [
-                ("data.sources.0.store", "a"),
-                ("data.sources.0.heldout_store", "a/b"),
-                ("tokenizer.path", "~/a"),
-                ("train.start_from", "../a"),
-                ("checkpoint.remote_folder", "./a"),
-            ]
-        ),
-        *(
-            (["ray", *GPU, f"{key}=gs://b/a"], f"{key}: gs://b/a is not on a disk; only a")
-            for key in ("folder", "tokenizer.path", "train.start_from")
-        ),
-        (
-            ["slurm", *GPU, "tokenizer.path=null"],
-            "tokenizer.path: a store was made with a tokenizer, and none is named; name the folder",
-        ),
-        (
-            ["tpu-vm", *TPU, 'data.sources=[{documents: [python-stdlib, "text/*.txt"]}]'],
-            "data.sources.0.documents.1=text/*.txt is another one on each host; name one that all "
-            "see: data.sources.0.documents.1=/data/text/*.txt",
-        ),
-        *(
-            (
-                ["jobset", *GPU, *IN_CLUSTER, setting],
-                f"{key}=/tokens/*.gz is not in the container; mount what holds it: --mount "
-                "gs://bucket:/tokens",
-            )
-            for key, setting in [
-                ("data.sources.0.store", "data.sources=[{store: /tokens/*.gz}]"),
-                ("data.sources.0.documents.0", "data.sources=[{documents: [/tokens/*.gz]}]"),
-                ("tokenizer.path", "tokenizer.path=/tokens/*.gz"),
-                ("train.start_from", "train.start_from=/tokens/*.gz"),
-            ]
-        ),
-        (
-            ["slurm", *GPU, "--image", "i", "--mount", "/data/runs:/data/runs"],
-            "data.sources.0.store=/data/tokens is not in the container; mount what holds it: "
-            "--mount /data:/data",
-        ),
-        (
-            ["skypilot", *GPU, *IN_CLUSTER[2:], "data.sources=[{store: /data/../tokens}]"],
-            "data.sources.0.store=/data/../tokens is not in the container",
-        ),
-        (["slurm", *GPU, "--grace", "1"], "--grace 1 is shorter than a step (7.78 s)"),
-        (
-            ["skypilot", *GPU, *IN_CLUSTER[2:], "--priority", "1001"],
-            "--priority 1001 is none of SkyPilot's; use 0 to 1000",
-        ),
-        (
-            ["skypilot", *GPU, *IN_CLUSTER[2:], "--image", "docker:team/maxlm"],
-            "--image docker:team/maxlm: docker: is put before it; write --image team/maxlm",
-        ),
-        (
-            ["jobset", *GPU, *IN_CLUSTER, "--spot", "--reservation", "r"],
-            "no Spot node is a reserved one; leave out --spot or --reservation",
-        ),
-        *(
-            (
-                [scheduler, *GPU, "--image", "i", "--mount", mount],
-                f"--mount {mount}: a comma would end it there; mount the folder above, or rename",
-            )
-            for scheduler, mount in (("slurm", "/a,b:/data"), ("jobset", "gs://b/c,d:/data"))
-        ),
-        (
-            ["slurm", *GPU, "--env", "A=1", "--secret", "A"],
-            "A is named by --env and by --secret; leave one out",
-        ),
-        (["slurm", "llama2_7b", "--on", "h100x64"], "data.sources: no text to train on; name"),
-        (
-            ["slurm", *GPU[:-1], "h100x8"],
-            "llama2_7b: does not fit on h100x8: ",
-        ),
-        (["slurm", *GPU, "--template", "nowhere.j2"], "nowhere.j2: cannot be read: No such file"),
-    ],
+    ("given", "message"), re.findall(r"^(\S.*)\n((?:    .*\n)+)", REFUSED, re.M)
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
-    arguments, message, capsys, tmp_path, monkeypatch
+    given, message, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    for short, long in SHORT.items():
+        given = given.replace(short, long)
+    arguments = [word.replace("\\n", "\n") for word in shlex.split(given)]
     assert main(["launch", *arguments, "--out", "job", "--submit"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert len(printed.err.splitlines()) == 1
-    assert message in printed.err
+    assert " ".join(message.split()) in printed.err
     assert not list(tmp_path.iterdir())
 
 

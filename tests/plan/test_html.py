@@ -57,37 +57,6 @@ def test_numbers_that_json_lacks_are_refused():
         render_report({"name": "demo", "fits": float("inf")})
 
 
-def test_it_replaces_what_was_there(tmp_path):
-    path = tmp_path / "report.html"
-    path.write_text("old")
-    write_report(plan(), path)
-    assert path.read_text("utf-8") == render_report(plan())
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
-
-
-def unwritable(tmp_path):
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "folder").mkdir()
-    return {
-        "no folder": tmp_path / "missing" / "report.html",
-        "in a file": tmp_path / "file" / "report.html",
-        "a folder": tmp_path / "folder",
-        "too long": tmp_path / ("x" * 300),
-    }
-
-
-@pytest.mark.parametrize("case", ["no folder", "in a file", "a folder", "too long"])
-def test_an_unwritable_path_is_one_line_and_leaves_nothing(tmp_path, case):
-    path = unwritable(tmp_path)[case]
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(MaxlmError) as raised:
-        write_report(plan(), path)
-    assert raised.value.where == str(path)
-    assert raised.value.fix
-    assert "\n" not in str(raised.value)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_a_write_that_fails_midway_keeps_the_old_page(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")

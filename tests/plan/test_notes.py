@@ -66,25 +66,6 @@ def test_zero_splits_what_its_number_says(kind):
     assert found.notes[1:] == kept[kind]
 
 
-def test_sequence_parallelism():
-    settings = {"sharding.compute.residual": "[context,tensor]"}
-    assert layout({"fsdp": 2, "tensor": 4}, **settings).notes[2] == (
-        "sequence parallel: residual stream and norms split over tensor=4 as well"
-    )
-
-
-@pytest.mark.parametrize(
-    ("balanced", "order"),
-    [("true", "an early and a late part each"), ("false", "in its own order")],
-)
-@pytest.mark.parametrize("method", ["ring", "ulysses"])
-def test_context_parallelism(method, balanced, order):
-    settings = {"parallel.context": method, "parallel.balance_sequence": balanced}
-    assert layout({"fsdp": 2, "context": 4}, **settings).notes[2] == (
-        f"context parallel: the sequence over context=4, {order}; attention by {method}"
-    )
-
-
 def test_kv_heads_that_are_whole_on_purpose():
     settings = {"sharding.storage.kv_heads": "null", "sharding.compute.kv_heads": "null"}
     found = layout({"tensor": 16, "fsdp": 2}, **settings)
@@ -94,24 +75,3 @@ def test_kv_heads_that_are_whole_on_purpose():
     )
     (key,) = [row for row in found.rows if row.path == "layers.attention.key.kernel"]
     assert key.replicas == 16
-
-
-@pytest.mark.parametrize(
-    ("schedule", "groups", "words"),
-    [
-        ("gpipe", 1, "gpipe, 4 stages of 8 layers, 8 micro-batches, 27.3% of the time idle"),
-        ("1f1b", 1, "1f1b, 4 stages of 8 layers, 8 micro-batches, 27.3% of the time idle"),
-        (
-            "circular",
-            4,
-            "circular, 4 stages of 4 groups of 2 layers, 8 micro-batches, 8.6% of the time idle",
-        ),
-    ],
-)
-def test_pipelines(schedule, groups, words):
-    settings = {
-        "train.micro_batches": 8,
-        "parallel.schedule": schedule,
-        "parallel.layer_groups": groups,
-    }
-    assert layout({"stage": 4, "fsdp": 2}, **settings).notes[2] == f"pipeline: {words}"

@@ -5,14 +5,11 @@ from math import prod
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.search import FILL, format_run_yaml, search_layouts
 from maxlm.run import RunConfig
-from maxlm.sharding import MESH_AXES
 
 REMATS = ("none", "full", "attention", "mlp", "matmuls")
 
@@ -122,19 +119,3 @@ def test_slices_are_crossed_by_data_or_stages_alone():
     found = search_layouts(run(**{"data.batch_size": 64}), machine, top=20)
     assert len(found.best) == 20
     assert all(c.sizes["data"] % 2 == 0 or c.sizes["stage"] % 2 == 0 for c in found.best)
-
-
-@given(
-    data=st.sampled_from([1, 2, 4]),
-    tensor=st.sampled_from([1, 2, 4, 8]),
-    micro=st.sampled_from([1, 2, 4]),
-    remat=st.sampled_from(REMATS),
-)
-def test_adding_devices_on_fsdp_never_costs_memory(data, tensor, micro, remat):
-    settings = {"data.batch_size": 1024, "train.micro_batches": micro, "model.remat": remat}
-    config = run("llama3_8b", **settings)
-    totals = []
-    for fsdp in (2, 4, 8, 16, 32, 64):
-        sizes = dict.fromkeys(MESH_AXES, 1) | {"data": data, "tensor": tensor, "fsdp": fsdp}
-        totals.append(float(plan_run(config, sizes=sizes).memory.total))
-    assert totals == sorted(totals, reverse=True)
