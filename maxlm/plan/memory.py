@@ -104,7 +104,8 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
 def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
-    sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in work.specs.values()])
+    trained = work.select_trained(work.specs)
+    sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in trained])
     added = np.greater(shape.micro, 1) | shape.pipelined
     sums = np.where(added, sums, 0.0)
     kept = list(accumulate(_kept(shape, stack) + _carried(shape, stack) for stack in stacks))
@@ -118,7 +119,7 @@ def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
             parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
-    ends = [(s.nbytes, s.axes) for s in work.outer_specs.values()]
+    ends = [(s.nbytes, s.axes) for s in work.select_trained(work.outer_specs)]
     outer = _spread(split, split.gradients, ends)
     beside = {LOSS: (sums, kept[-1]), UPDATE: (sum(own) + sums + outer, 0.0)}
     return phases | {
@@ -164,7 +165,7 @@ def _gradients(shape: StepShape, stack: Stack) -> Number:
         shape.split.gradients,
         [
             (s.size * (shape.work.dtype_bytes if s.role == "matrix" else FP32), s.axes)
-            for s in stack.specs.values()
+            for s in shape.work.select_trained(stack.specs)
         ],
     )
 

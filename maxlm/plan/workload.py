@@ -59,6 +59,8 @@ class RunWorkload:
     """Of the compute dtype."""
     specs: Mapping[str, ParamSpec]
     optimizer: tuple[StateArray, ...]
+    trained: frozenset[str]
+    """The names of the parameters that are trained."""
     frozen: tuple[ParamSpec, ...] = ()
     """The parameters of other models that the task reads."""
 
@@ -79,7 +81,8 @@ class RunWorkload:
             for model in read_frozen_configs(config).values()
             for spec in jax.tree.leaves(param_specs(model.build(rules=AxisRules(), dtype=dtype)))
         )
-        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves, frozen)
+        names = frozenset(name for name, s in flatten_names(trained).items() if s is not None)
+        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves, names, frozen)
 
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
@@ -111,6 +114,10 @@ class RunWorkload:
     def outer_specs(self) -> dict[str, ParamSpec]:
         """Of what is before the layers and after them."""
         return {name: spec for name, spec in self.specs.items() if not spec.lead}
+
+    def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
+        """Return those of some parameters that are trained."""
+        return [spec for name, spec in specs.items() if name in self.trained]
 
     @cached_property
     def maps(self) -> tuple[Map, ...]:

@@ -223,6 +223,7 @@ def test_the_plan_counts_the_reference_and_no_optimizer_for_what_is_not_trained(
     part = config.train.model_copy(update={"trainable": ("layers.attention.*",)})
     part = plan_run(config.model_copy(update={"train": part}), sizes=sizes).memory
     assert part.optimizer < both.optimizer / 3
+    assert part.gradients < both.gradients / 3
 
 
 def test_a_saved_config_names_the_task_and_is_read_again(make_config, tmp_path):
