@@ -1,10 +1,13 @@
 """Settings of tasks that cannot be done are refused by name, before anything runs."""
 
+from importlib.metadata import EntryPoint
+from typing import Literal
+
 import pytest
 
 from maxlm.config import MaxlmError, find_asset, load_config
 from maxlm.run import RunConfig
-from maxlm.tasks import SpanCorruptionTask, Ul2Task
+from maxlm.tasks import ClmTask, SpanCorruptionTask, Ul2Task
 
 T5, BERT, UL2 = (f"configs/models/{name}.yaml" for name in ("t5_small", "bert_base", "ul2_20b"))
 
@@ -48,3 +51,35 @@ def test_so_many_sentinels_are_enough():
     """28 and 84 above are the most spans of 568 and 504 tokens: 85 taken out in threes; 252."""
     assert SpanCorruptionTask().row_lengths(568) == (120, 512)
     assert Ul2Task(sentinels=84).row_lengths(504)[0] >= 252 + 84 + 1
+
+
+class OtherTask(ClmTask):
+    """As an installed package has it."""
+
+    kind: Literal["other"] = "other"
+    beta: float = 0.5
+
+
+def test_a_task_of_an_installed_package_is_found_by_its_kind(monkeypatch):
+    entry = EntryPoint("other", f"{__name__}:OtherTask", "maxlm.tasks")
+    monkeypatch.setattr(EntryPoint, "load", lambda self: OtherTask)
+    monkeypatch.setattr(
+        "maxlm.tasks.entry_points",
+        lambda group, name: [entry] if (group, name) == (entry.group, entry.name) else [],
+    )
+    config = load_config(RunConfig, "demo", ["task.kind=other", "task.beta=2"]).value
+    assert config.task == OtherTask(beta=2.0)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    with pytest.raises(MaxlmError, match=r"unknown key task\.betta"):
+        load_config(RunConfig, "demo", ["task.kind=other", "task.betta=2"])
+    with pytest.raises(MaxlmError, match=r"task\.kind must be one of .*, not 'unknown'"):
+        load_config(RunConfig, "demo", ["task.kind=unknown"])
+
+
+def test_configs_of_runs_from_before_the_settings_new_name_are_read():
+    config = load_config(RunConfig, find_asset(T5)).value
+    saved = config.model_dump(mode="json")
+    saved["objective"] = saved.pop("task")
+    assert RunConfig.model_validate(saved) == config
+    with pytest.raises(MaxlmError, match=r"unknown key objective; did you mean task\?"):
+        load_config(RunConfig, "demo", ["objective.z_loss=1e-4"])
