@@ -42,7 +42,8 @@ _VALUES = """
 """Last words of functions that are named by the value they return, units included."""
 _TERMS = """
     command main softmax attention flash_attention grouped_matmul logsumexp
-    backward einsum forward linear linear_cross_entropy matmul outer sharded_attention
+    backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
+    outer sharded_attention
 """
 """Functions that the field knows by a noun."""
 VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS))

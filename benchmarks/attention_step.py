@@ -40,7 +40,7 @@ from maxlm.parallel.local import map_shards
 from maxlm.plan.compiled.cost import CompiledCost, read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import compile_step, has_compiler, topology_devices
+from maxlm.programs.compile import compile_step, get_topology_devices, has_compiler
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from pallas_kernels.attention import attention, attention_backward, attention_forward
@@ -159,7 +159,7 @@ def kernel_passes(shape: Shape, blocks: Sequence[Any]) -> tuple[list[Pass], dict
 def xla_bound(shape: Shape, backward: bool) -> Pass:
     """Cycles in which the chip's memory moves what this pass reads and writes."""
     function, arguments = xla_pass(shape, backward)
-    on = SingleDeviceSharding(topology_devices(parse_topology(TOPOLOGY))[0])
+    on = SingleDeviceSharding(get_topology_devices(parse_topology(TOPOLOGY))[0])
     given = (jax.ShapeDtypeStruct(np.shape(a), a.dtype, sharding=on) for a in arguments)
     text: Any = jax.jit(function).lower(*given).compile().as_text()
     cost = read_compiled_cost(text, {}, on_chip=(1,))

@@ -48,7 +48,7 @@ from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.corpus.textbuffers import text_buffers
 from maxlm.runtime.pool import WorkerPool
-from maxlm.runtime.progress import silent
+from maxlm.runtime.progress import ignore_progress
 
 TARGET = 0.8
 
@@ -119,7 +119,7 @@ def run(stage: CorpusStage, shards: list[Shard], scratch: Path) -> tuple[pa.Tabl
     views = [replace(shard, out=stage.title) for shard in shards]
     start = time.process_time()
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, pool, silent)
+        stage.label(views, scratch, pool, ignore_progress)
     seconds = time.process_time() - start
     return pa.concat_tables(pq.read_table(view.path(stage.title)) for view in views), seconds
 

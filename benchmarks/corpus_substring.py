@@ -38,7 +38,7 @@ from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.corpus.textbuffers import pack_texts
 from maxlm.runtime.pool import WorkerPool
-from maxlm.runtime.progress import silent
+from maxlm.runtime.progress import ignore_progress
 
 _HIDDEN = re.compile(r"(?s)<(script|style|head)\b.*?</\1>|<!--.*?-->|<[^>]*>")
 _SHARD_BYTES = 4 << 20
@@ -87,7 +87,7 @@ def run(stage: SubstringStage, shards: Sequence[Shard], scratch: Path) -> None:
     scratch.mkdir()
     views = [replace(shard, out=stage.title) for shard in shards]
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, pool, silent)
+        stage.label(views, scratch, pool, ignore_progress)
 
 
 def measure(stage, small, shards, scratch, connection) -> None:

@@ -34,7 +34,7 @@ from maxlm.models.layers.rope import Rotary, compute_rotary, rotate
 from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.hardware import CHIPS
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import topology_devices
+from maxlm.programs.compile import get_topology_devices
 
 TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 8192, 4096, 32, 8, 128
 EPS, THETA, ROWS = 1e-5, 500_000.0, 128
@@ -177,7 +177,7 @@ def program(*, case: str, pallas: bool) -> Program:
 def moved_and_least(case: str, chip: str) -> tuple[int, int]:
     """Bytes of main memory of XLA's program, and the least."""
     function, arguments = XLA[case]
-    device = topology_devices(parse_topology(STATIC[chip].topology))[0]
+    device = get_topology_devices(parse_topology(STATIC[chip].topology))[0]
     on = partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     compiled = jax.jit(function).lower(*(on(a.shape, a.dtype) for a in arguments)).compile()
     ends = jax.tree.leaves((arguments, jax.eval_shape(function, *arguments)))

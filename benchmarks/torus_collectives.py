@@ -56,7 +56,7 @@ def count(mesh: Any, kind: str, shape: tuple[int, int], *, ours: bool) -> tuple[
 def main() -> None:
     from maxlm.config import MaxlmError
     from maxlm.plan.topology import parse_topology
-    from maxlm.programs.compile import topology_devices
+    from maxlm.programs.compile import get_topology_devices
     from maxlm.sharding import MeshConfig, make_mesh
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -67,7 +67,7 @@ def main() -> None:
     try:
         for machine in args.machines:
             topology = parse_topology(machine)
-            mesh = make_mesh(MeshConfig(fsdp=topology.devices), topology_devices(topology))
+            mesh = make_mesh(MeshConfig(fsdp=topology.devices), get_topology_devices(topology))
             for kind in ("all-gather", "reduce-scatter"):
                 for shape in MATRICES:
                     plain, by = count(mesh, kind, shape, ours=False)

@@ -24,9 +24,9 @@ PACE = 0.02  # seconds a batch at least: who aims at a step must be able to see 
 def main() -> int:
     folder, *arguments = sys.argv[1:]
     from maxlm.cli.main import main as maxlm
-    from maxlm.programs import pretrain
+    from maxlm.programs import train
 
-    taken = pretrain.training_batches
+    taken = train.training_batches
 
     @contextmanager
     def witnessed(setup: Any, source: Any, start: int, skips: Any = ()) -> Iterator[Iterator[Any]]:
@@ -43,7 +43,7 @@ def main() -> int:
 
             yield noted()
 
-    pretrain.training_batches = witnessed
+    train.training_batches = witnessed
     return maxlm(arguments)
 
 

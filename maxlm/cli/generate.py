@@ -46,14 +46,14 @@ def command(
     chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
 
-    from maxlm.programs.generate import between, generate_text
+    from maxlm.programs.generate import generate_text, get_separator
     from maxlm.programs.load import load_run
 
     opened = load_run(run, step=step)
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))
     sampling = SamplingConfig(**{**samples, **chosen})
     steps = generate_text(opened.model, opened.params, opened.tokenizer, texts, sampling)
-    _show(texts, steps, between(opened.model))
+    _show(texts, steps, get_separator(opened.model))
 
 
 def _show(prompts: Sequence[bytes], steps: Iterator[list[str]], between: str) -> None:

@@ -98,9 +98,9 @@ def command(
     if price is not None and result.run_hours is not None:
         out["price"] = price * result.run_hours * result.layout.devices
     if machine and compiled:
-        from maxlm.programs.plans import asked
+        from maxlm.programs.plans import compare_with_compiler
 
-        fits, words, compared = asked(run, machine, result)
+        fits, words, compared = compare_with_compiler(run, machine, result)
         figures = {what: {"plan": a, "compiler": b} for what, (a, b) in compared.items()}
         out["compiled"] = {"fits": fits, "words": words, "figures": figures}
     if html:
@@ -200,7 +200,7 @@ def _search(
 
     from maxlm.plan.search import format_run_yaml, search_layouts
     from maxlm.plan.show import format_bytes, render_candidates_table
-    from maxlm.programs.plans import verified
+    from maxlm.programs.plans import verify_by_compiling
 
     found = search_layouts(run, machine, top=max(top, verify))
     counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
@@ -221,7 +221,7 @@ def _search(
         if quiet:
             print(json.dumps({"fits": False, "search": {**counts, "best": []}}, indent=2))
         raise typer.Exit(1)
-    peaks = verified(run, machine, found.best[:verify])
+    peaks = verify_by_compiling(run, machine, found.best[:verify])
     console.print(render_candidates_table(found, limit, peaks))
     good = [i for i in (peaks or range(len(found.best))) if peaks.get(i, 0) <= limit]
     if not good:

@@ -23,9 +23,9 @@ def list_runs(
         return
     from rich.console import Console
 
-    from maxlm.programs.show_runs import listing
+    from maxlm.programs.show_runs import show_run_list
 
-    Console(highlight=False).print(listing(found) if found else f"no runs in {folder}")
+    Console(highlight=False).print(show_run_list(found) if found else f"no runs in {folder}")
 
 
 @app.command()
@@ -49,15 +49,15 @@ def show(
         return
     from rich.console import Console
 
-    from maxlm.programs.show_runs import tables
-    from maxlm.programs.timeline import plot_history
+    from maxlm.programs.show_runs import show_run
+    from maxlm.programs.timeline import draw_history
 
-    Console(highlight=False).print(tables(found, now))
+    Console(highlight=False).print(show_run(found, now))
     if not found.history.wall:
         return
     image = Path(run) / "plots" / "goodput.png"
     try:
-        plot_history(found.history, image, title=found.name)
+        draw_history(found.history, image, title=found.name)
     except MaxlmError as error:  # Another's run can be looked at, if not written to.
         print(f"not drawn: {error}", file=sys.stderr)
     else:

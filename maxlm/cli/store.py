@@ -126,14 +126,14 @@ def mix(
 
     from maxlm.config import load_config
     from maxlm.data.loader import make_batches, mixture_table
-    from maxlm.programs.prepare import check_prepared, prepare, preparing
-    from maxlm.programs.setup import run_folder
+    from maxlm.programs.prepare import check_prepared, prepare
+    from maxlm.programs.run_folder import create_run_folder, run_folder_path
     from maxlm.run import RunConfig
 
     run = load_config(RunConfig, config, settings or ()).value
-    folder = run_folder(run)
+    folder = run_folder_path(run)
     check_prepared(run, folder)
-    with preparing(run, folder):
+    with create_run_folder(run, folder):
         stores = prepare(run, folder).training
     batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
     table = Table("source", "sequences", "share", "tokens", "epochs")

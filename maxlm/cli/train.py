@@ -12,7 +12,7 @@ def command(
     settings: SettingsArgument = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="Go on from this run's newest checkpoint, in a folder of its own."),
+        typer.Option(help="Resume from this run's newest checkpoint, in a folder of its own."),
     ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Trace these steps for xprof: 10:13, both of them with it.")
@@ -23,13 +23,13 @@ def command(
     num_processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
     process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
-    """Train a model. Called again, it goes on from the newest checkpoint in the run's folder.
+    """Train a model. Called again, it resumes from the newest checkpoint in the run's folder.
 
     On a cluster, every process is started with the same command and finds the others by itself
     (SLURM, TPUs, the templates of `maxlm launch`); the options say it otherwise.
 
-    Exit code: 0 done, 2 a mistake in what was given, 75 told to stop (SIGTERM, SIGUSR1) and saved,
-    76 a process hung or was lost: after the last two the same command goes on.
+    Exit code: 0 done, 2 a mistake in what was given, 75 preempted (SIGTERM, SIGUSR1) and saved,
+    76 a process hung or was lost: after the last two the same command resumes.
     """
     import os
 
@@ -56,7 +56,7 @@ def command(
         peer_seconds=run.faults.peer_seconds,
         **cluster,
     ):
-        from maxlm.programs.pretrain import pretrain
         from maxlm.programs.report import report
+        from maxlm.programs.train import train_model
 
-        report(pretrain(run, resume=resume, profile=traced))
+        report(train_model(run, resume=resume, profile=traced))

@@ -43,7 +43,7 @@ def _rebuild(kind: type[MaxlmError], what: str, where: str | None, fix: str | No
 
 
 class Preempted(MaxlmError):
-    """Not a mistake: the run was told to stop, and nothing that it did is lost."""
+    """Not a mistake: a scheduler stopped the run, and its state is saved."""
 
     exit_code = PREEMPTED
 

@@ -23,7 +23,7 @@ from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import DOCUMENTS, Shard
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import locked_folder, writing
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.progress import Progress, ignore_progress
 
 ExportFormat = Literal["parquet", "jsonl"]
 _COUNTS = ("documents", "text_bytes", "files", "dropped", "empty")
@@ -52,7 +52,7 @@ def export_corpus(
     engine: Executor,
     *,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Counter[str]:
     """Write the documents that `rules` keep to files of about 256 MB of text in the folder `out`.
 

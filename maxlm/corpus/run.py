@@ -26,13 +26,13 @@ from maxlm.runtime.files import (
     write_json,
     writing,
 )
-from maxlm.runtime.pool import default_workers
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.pool import count_workers
+from maxlm.runtime.progress import Progress, ignore_progress
 
 _PACKAGES = ("maxlm", "pyarrow", "numpy")
 
 
-def run_recipe(recipe: RecipeConfig, progress: Progress = silent) -> Path:
+def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Path:
     """Read the sources and label the documents; returns the corpus's folder.
 
     A shard's labels are one file that appears when complete, so a run that was stopped or killed,
@@ -212,7 +212,7 @@ def _finish(
     for path in home.glob(".*.parquet.*"):
         path.unlink()  # Left by a killed worker.
     counts = {shard.name: read_counts(shard.path(title)) for shard in shards}
-    with ThreadPoolExecutor(default_workers()) as threads:
+    with ThreadPoolExecutor(count_workers()) as threads:
         digests = list(threads.map(file_sha256, (shard.path(title) for shard in shards)))
     _write_json(
         manifest_file(home),

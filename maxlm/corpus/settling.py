@@ -45,7 +45,7 @@ from maxlm.corpus.shards import DOCUMENTS, Shard, ShardWriter
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.runtime.files import writing
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.progress import Progress, ignore_progress
 
 _VERSION = 1
 _NEUTRAL = {"duplicate": False, "jaccard": np.nan, "cut_share": 0.0}
@@ -55,7 +55,9 @@ Compared = Sequence[tuple[CorpusStage, Expression | None]]
 """Stages whose verdicts matter, and which documents each looks at."""
 
 
-def settle_duplicates(corpus: Corpus, rules: Rules, progress: Progress = silent) -> list[Shard]:
+def settle_duplicates(
+    corpus: Corpus, rules: Rules, progress: Progress = ignore_progress
+) -> list[Shard]:
     """The corpus's shards, with verdicts as they are among the documents that `rules` keep.
 
     Raises:

@@ -11,7 +11,7 @@ Figures = dict[str, tuple[float, float]]
 
 
 def compare(plan: RunPlan, step: CompiledStep) -> Figures:
-    """What → (planned, compiled), GB and TFLOP of one device and step.
+    """Returns figure → (planned, compiled), in GB and TFLOP of one device and step.
 
     Products of a dropless mixture's experts are in kernels that the compiler does not see into;
     rows of a ragged exchange are counted by the compiler at the room they have.

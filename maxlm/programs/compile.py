@@ -86,9 +86,9 @@ def compile_step(
         DoesNotFit: too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
-    setup = set_up(config, topology_devices(machine))
+    setup = set_up(config, get_topology_devices(machine))
     # Before the mesh becomes current: what it evaluates would run on devices that do not exist.
-    arguments = setup.abstract_state, abstract_batch(setup)
+    arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.step_function()
     began = time.perf_counter()
     with jax.set_mesh(setup.mesh):
@@ -106,7 +106,7 @@ def compile_step(
     return CompiledStep(machine, setup, compiled, traced - began, ended - traced)
 
 
-def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
+def make_abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     """A training batch [micro-batches, rows, ...] without its data."""
     data, micro = setup.config.data, setup.config.train.micro_batches
     lead = (micro, data.batch_size // micro)
@@ -120,7 +120,7 @@ def abstract_batch(setup: Setup) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def topology_devices(topology: Topology) -> list[Any]:
+def get_topology_devices(topology: Topology) -> list[Any]:
     """Devices to compile for; nothing can be run on them.
 
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata server

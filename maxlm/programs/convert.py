@@ -46,7 +46,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Converted:
-    """What was done."""
+    """A conversion that is done."""
 
     family: str
     folder: Path
@@ -279,7 +279,7 @@ def _chosen(model: Any, name: str | None) -> ModelFamily:
 
 
 def _lost(model: Any, family: ModelFamily) -> str | None:
-    """What a family's config.json would not say of a model; None: nothing."""
+    """Returns a setting that a family's config.json cannot express; None: all are."""
     if model.architecture != family.shape:
         return f"model.architecture={model.architecture}"
     try:

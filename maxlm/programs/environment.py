@@ -1,4 +1,4 @@
-"""What a run was trained with: versions, the state of the source, devices, hosts, the job."""
+"""Describes what a run is trained with: versions, source, devices, hosts, the job."""
 
 import os
 import platform
@@ -33,8 +33,8 @@ VARIABLES = (
 _NAME = 64
 
 
-def environment() -> dict[str, Any]:
-    """Plain data for the run folder's ``environment.json``. All processes call it together.
+def describe_environment() -> dict[str, Any]:
+    """Returns plain data for ``environment.json``. All processes call it together.
 
     Packages that are missing, variables that are not set and a source that is no checkout are None
     or left out.
@@ -48,7 +48,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions | {device.platform: device.client.platform_version},
-        "git": git_state(Path(maxlm.__file__).parents[1]),
+        "git": read_git_state(Path(maxlm.__file__).parents[1]),
         "devices": {"kind": device.device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
         "hosts": _hosts(),
@@ -56,7 +56,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
+def read_git_state(root: Path) -> dict[str, Any] | None:
     """The commit that a source tree is at, whether it differs, and by how many bytes of diff.
 
     None: not a checkout, or no git. An installed package may lie inside another project's checkout,
@@ -71,8 +71,8 @@ def git_state(root: Path) -> dict[str, Any] | None:
     return {"commit": commit.decode().strip(), "dirty": bool(status), "diff_bytes": len(changes)}
 
 
-def process_began() -> float:
-    """Unix seconds when this process was started, imports and all; now, where nothing tells."""
+def get_process_start() -> float:
+    """Returns the unix seconds when this process was started; now, where nothing says."""
     try:
         # Behind the name, which may hold anything but ")": the 22nd field, in clock ticks since the
         # machine was booted (proc(5)).

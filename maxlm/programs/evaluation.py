@@ -1,45 +1,109 @@
 """How well a model predicts held-out text, in units that do not depend on its tokenizer."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from maxlm.programs.feed import evaluation_batches
-from maxlm.programs.prepare import Corpus
+from maxlm.programs.prepare import PreparedText
 from maxlm.programs.setup import Setup
-from maxlm.train.loop import evaluate
+from maxlm.train.records import read_records
+from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
 
-EvalStep = Callable[[Any, Batch], Sums]
-"""(parameters, batch) -> sums; see ``maxlm.train.step.eval_step``."""
+HeldOutResults = dict[str, dict[str, float]]
+"""By source: ``loss`` (nats per predicted token, or the task's own), ``tokens`` and, where every
+token is predicted, ``bits_per_byte`` and ``bytes``."""
 
 
-def held_out(
-    setup: Setup,
-    step: EvalStep,
-    params: Any,
-    corpus: Corpus,
-    max_batches: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """Each held-out source's ``loss`` (nats a predicted token, or the task's own) and, where every
-    token is predicted, ``bits_per_byte``.
+class HeldOutEvaluator:
+    """Evaluates on a run's held-out text.
 
     Documents are cut into sequences, each predicted without what came before. Every token but a
     document's first is predicted, its end-of-text token among them; the bits of all are divided
     by the bytes of text. After ``max_batches`` bytes are estimated from the store's own ratio of
     bytes to tokens.
+
+    Args:
+        on_batch: called before each batch.
     """
-    results = {}
-    for name, source in corpus.evaluation.items():
-        with evaluation_batches(setup, source, max_batches) as batches:
-            sums = evaluate(step, params, batches)
-        loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
-        result = {"loss": loss, "tokens": sums["tokens"]}
-        if setup.config.task.predicts_every_token:
-            store = corpus.heldout[name]
-            predictable = store.num_tokens - store.num_documents
-            text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
-            bits = sums["cross_entropy"] / math.log(2)
-            result |= {"bits_per_byte": bits / text_bytes, "bytes": text_bytes}
-        results[name] = result
-    return results
+
+    def __init__(self, setup: Setup, corpus: PreparedText, on_batch: Callable[[], None]):
+        self._setup, self._corpus, self._on_batch = setup, corpus, on_batch
+        self._eval_fn = setup.evaluation_function()
+
+    def evaluate(self, state: TrainState, max_batches: int | None = None) -> HeldOutResults:
+        """Evaluates on each source's text; ``max_batches``: of each source, None: all."""
+        results = {}
+        step = partial(self._step, state.frozen)
+        for name, source in self._corpus.evaluation.items():
+            with evaluation_batches(self._setup, source, max_batches) as batches:
+                sums = sum_over_batches(step, get_eval_params(state), batches)
+            loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
+            result = {"loss": loss, "tokens": sums["tokens"]}
+            if self._setup.config.task.predicts_every_token:
+                store = self._corpus.heldout[name]
+                predictable = store.num_tokens - store.num_documents
+                text_bytes = store.manifest.text_bytes * sums["tokens"] / predictable
+                bits = sums["cross_entropy"] / math.log(2)
+                result |= {"bits_per_byte": bits / text_bytes, "bytes": text_bytes}
+            results[name] = result
+        return results
+
+    def evaluate_at_end(self, state: TrainState, event: Callable[..., None]) -> HeldOutResults:
+        """Evaluates on all held-out text, with an event if there is any."""
+        began = time.monotonic()
+        results = self.evaluate(state)
+        if results:
+            event("evaluate", int(state.step), seconds=time.monotonic() - began, final=True)
+        return results
+
+    def evaluate_for_record(self, state: TrainState) -> dict[str, float]:
+        """Evaluates on ``train.eval_batches`` batches; returns a metrics record."""
+        results = self.evaluate(state, self._setup.config.train.eval_batches)
+        return self.make_record(int(state.step), results)
+
+    def make_record(self, step: int, results: HeldOutResults) -> dict[str, float]:
+        """Returns a metrics record: ``eval_loss`` is over the tokens of all sources, rates are each
+        source's own."""
+        data = self._setup.config.data
+        counted = sum(result["tokens"] for result in results.values())
+        loss = sum(result["loss"] * result["tokens"] for result in results.values()) / counted
+        record = {"tokens": step * data.batch_size * data.seq_len, "eval_loss": loss}
+        return record | {
+            f"eval_bits_per_byte/{name}": result["bits_per_byte"]
+            for name, result in results.items()
+            if "bits_per_byte" in result
+        }
+
+    def _step(self, frozen: Any, params: Any, batch: Batch) -> Sums:
+        self._on_batch()
+        return self._eval_fn(params, frozen, batch)
+
+
+def has_evaluation(folder: Path, step: int) -> bool:
+    """Returns whether a run's records have an evaluation at this step."""
+    records = read_records(folder / "metrics.jsonl")
+    return any(record["step"] == step and "eval_loss" in record for record in records)
+
+
+def get_eval_params(state: TrainState) -> Any:
+    """Returns the parameters to use a model with: their moving average where there is one."""
+    return state.params if state.ema is None else state.ema
+
+
+def sum_over_batches(
+    step: Callable[[Any, Batch], Sums], params: Any, batches: Iterator[Batch]
+) -> Mapping[str, float]:
+    """Returns the sums of an evaluation step over batches, added up in float64."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, value in jax.device_get(step(params, batch)).items():
+            totals[name] = totals.get(name, 0.0) + float(np.float64(value))
+    return totals

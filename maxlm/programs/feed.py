@@ -7,7 +7,7 @@ from maxlm.data.batch_source import BatchSource
 from maxlm.data.loader import load_batches
 from maxlm.programs.setup import Setup
 from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
-from maxlm.train.skips import Skips, stretches
+from maxlm.train.skips import Skips, contiguous_ranges
 from maxlm.train.step import Batch
 
 
@@ -23,7 +23,7 @@ def training_batches(
     data = setup.config.data
 
     def batches() -> Generator[Batch]:
-        for first, count in stretches(start, setup.config.train.steps, skips):
+        for first, count in contiguous_ranges(start, setup.config.train.steps, skips):
             steps = {"start_step": first, "num_steps": count}
             pace = {"workers": data.workers, "prefetch": data.prefetch}
             yield from _put_batches(setup, source, **steps, **pace)

@@ -13,8 +13,8 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.params import Params
 from maxlm.programs.setup import Setup
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import Checkpointer, group_sizes
-from maxlm.train.checkpoint.fingerprint import fingerprints
+from maxlm.train.checkpoint import FolderTier, group_sizes
+from maxlm.train.checkpoint.fingerprint import compute_fingerprints
 from maxlm.train.checkpoint.reading import named_leaves
 
 
@@ -37,9 +37,9 @@ def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[
         kept = "params" if config.train.ema_decay is None else "ema"
         folder = Path(source.folder) / "checkpoints"
         groups = group_sizes(setup.frozen_models[name].specs)
-        with Checkpointer(folder, read_only=True, grouped=groups) as checkpointer:
+        with FolderTier(folder, read_only=True, grouped=groups) as checkpoints:
             abstract = setup.abstract_state.frozen[name]
-            loaded[name] = checkpointer.restore_params(None, abstract, name=kept)
+            loaded[name] = checkpoints.restore_params(None, abstract, name=kept)
     return loaded
 
 
@@ -47,7 +47,7 @@ def describe_frozen_models(setup: Setup, loaded: Mapping[str, Params]) -> dict[s
     """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
     described = {}
     for name, params in loaded.items():
-        found = json.dumps(fingerprints(named_leaves(params)), sort_keys=True).encode()
+        found = json.dumps(compute_fingerprints(named_leaves(params)), sort_keys=True).encode()
         source = setup.frozen_sources[name].folder
         fingerprint = hashlib.sha256(found).hexdigest()
         described[name] = {"source": source or "start", "fingerprint": fingerprint}

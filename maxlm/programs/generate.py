@@ -48,8 +48,8 @@ def generate_text(
     return _decode(steps, tokenizer, [StreamDecoder(tokenizer, continued=c) for c in continued])
 
 
-def between(model: Model) -> str:
-    """What parts a prompt from the text that follows it, where both are shown."""
+def get_separator(model: Model) -> str:
+    """Returns what separates a prompt from its continuation where both are shown."""
     return "\n" if isinstance(model, EncoderDecoder) else ""
 
 

@@ -1,12 +1,12 @@
-"""Where a run's wall time went, told from its events: progress, and all that was not.
+"""Accounts for a run's wall time, from its events.
 
 The events of ``events.jsonl`` are those of several attempts, each one start of the program. Time is
 cut into spans that join without a gap, from the first attempt's beginning to the last sign of life;
 so the parts sum to the whole by construction.
 
 A step is productive if the run as it stands holds its update. An attempt's steps past the one that
-a later attempt, or a rollback, went on from were taken in vain: they are told apart pro rata of the
-steps between two ``progress`` events.
+a later attempt resumed from, or a rollback restored, are lost: their time is estimated pro rata of
+the steps between two ``progress`` events.
 """
 
 from collections import Counter
@@ -30,9 +30,9 @@ PARTS: tuple[str, ...] = (
     "down",
     "finished",
 )
-"""``lost``: steps taken in vain. ``starting``: from the process's start to the start event.
-``hanging``: found by the watchdog. ``other``: alive, and none of these. ``down``: between attempts.
-``finished``: between the end of a run that was done and its going on for more steps."""
+"""``lost``: steps past the checkpoint that was resumed from. ``starting``: from the process's start
+to the start event. ``hanging``: found by the watchdog. ``other``: alive, and none of these.
+``down``: between attempts. ``finished``: between the end of a finished run and its next attempt."""
 
 # An attempt that has not said that it stopped, and was heard of so many seconds ago, is running.
 SILENCE = 60.0
@@ -86,7 +86,7 @@ class History:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each of `PARTS`."""
+        """Seconds of each of `PARTS`."""
         totals = dict.fromkeys(PARTS, 0.0)
         for span in self.spans:
             totals[span.part] += span.end - span.begin
@@ -117,11 +117,11 @@ class History:
         return sum(a.ended - a.began for a in self.attempts) / ends if ends else None
 
 
-def history(events: Iterable[Event], now: float) -> History:
-    """Tell from a run's events where its time went.
+def summarize_events(events: Iterable[Event], now: float) -> History:
+    """Accounts for a run's time, from its events.
 
     Args:
-        events: in the order they were written; what cannot be understood is passed over.
+        events: in the order they were written; malformed ones are skipped.
         now: unix seconds; the last attempt may still be alive.
     """
     counts: Counter[str] = Counter()

@@ -13,11 +13,11 @@ from maxlm.models.params import Params
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
-from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.checkpoint import FolderTier, group_sizes
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A trained model and what belongs to it."""
 
     config: RunConfig
@@ -28,7 +28,9 @@ class Run:
     step: int
 
 
-def load_run(folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None) -> Run:
+def load_run(
+    folder: str | Path, *, step: int | None = None, mesh: MeshConfig | None = None
+) -> LoadedRun:
     """The parameters of a run's checkpoint (default: the newest), whatever mesh wrote them.
 
     Args:
@@ -46,15 +48,15 @@ def load_run(folder: str | Path, *, step: int | None = None, mesh: MeshConfig | 
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
     average = config.train.ema_decay is not None
-    with Checkpointer(
+    with FolderTier(
         folder / "checkpoints", read_only=True, grouped=group_sizes(setup.specs)
-    ) as keeper:
-        step = keeper.latest() if step is None else step
+    ) as checkpoints:
+        step = checkpoints.latest() if step is None else step
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             setup.specs,
             setup.shardings.params,
         )
-        params = keeper.restore_params(step, abstract, name="ema" if average else "params")
+        params = checkpoints.restore_params(step, abstract, name="ema" if average else "params")
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return Run(config, setup.mesh, setup.model, params, tokenizer, step or 0)
+    return LoadedRun(config, setup.mesh, setup.model, params, tokenizer, step or 0)

@@ -48,9 +48,11 @@ def read_plan(source: str, on: str | None) -> dict[str, Any]:
     return plan
 
 
-def verified(run: RunConfig, machine: Machine, candidates: Sequence[Candidate]) -> dict[int, float]:
-    """By its place, each candidate's peak in bytes as the machine's compiler lays it out; infinite
-    where it finds no room.
+def verify_by_compiling(
+    run: RunConfig, machine: Machine, candidates: Sequence[Candidate]
+) -> dict[int, float]:
+    """Returns, by index, each candidate's peak memory in bytes as the machine's compiler lays it
+    out; infinite where it does not fit.
 
     Raises:
         MaxlmError: the compiler is not installed.
@@ -64,9 +66,11 @@ def verified(run: RunConfig, machine: Machine, candidates: Sequence[Candidate]) 
     return peaks
 
 
-def asked(run: RunConfig, machine: Machine, plan: RunPlan) -> tuple[bool, str, Figures]:
-    """What the machine's compiler says of a run: whether it fits, that in words, and figures beside
-    the plan's.
+def compare_with_compiler(
+    run: RunConfig, machine: Machine, plan: RunPlan
+) -> tuple[bool, str, Figures]:
+    """Compiles a run for a machine; returns whether it fits, that in words, and the compiler's
+    figures beside the plan's.
 
     Raises:
         MaxlmError: the compiler is not installed.

@@ -1,13 +1,11 @@
 """A run's tokenizer and token stores: made once in its folder, then found there."""
 
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.config import MaxlmError, load_config
 from maxlm.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
@@ -18,7 +16,6 @@ from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.inference.sampling import check_samples
 from maxlm.programs.vocabulary import encode_prompts, vocabulary_of
 from maxlm.run import PREPARED, RunConfig
-from maxlm.runtime.files import replacing
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs
 from maxlm.train.checkpoint import check_same
@@ -28,8 +25,8 @@ _READING = ("weight", "max_epochs", "store_segments")
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The data of a run."""
+class PreparedText:
+    """A run's tokenizer, stores and batches."""
 
     tokenizer: Tokenizer
     training: dict[str, TokenStore]
@@ -40,7 +37,7 @@ class Corpus:
     """Those to evaluate on, by name."""
 
 
-def prepare(config: RunConfig, folder: Path) -> Corpus:
+def prepare(config: RunConfig, folder: Path) -> PreparedText:
     """Train the tokenizer and build the stores, where that is not done yet, and open them.
 
     With several processes call it on one of them first: the others then only open.
@@ -53,7 +50,7 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
         raise MaxlmError(
             "no text to train on", where="data.sources", fix="name documents or a store there"
         )
-    home = ensure_tokenizer(config, folder)
+    home = prepare_tokenizer(config, folder)
     tokenizer = load_tokenizer(home)
     config.task.check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     whole = config.model.architecture == "encoder_decoder"
@@ -81,35 +78,22 @@ def prepare(config: RunConfig, folder: Path) -> Corpus:
     batches = config.task.batch_source(inputs)
     check_lasts(batches, config.train.steps)
     evaluation = config.task.evaluation_sources(inputs)
-    return Corpus(tokenizer, all_training, all_heldout, batches, evaluation)
+    return PreparedText(tokenizer, all_training, all_heldout, batches, evaluation)
 
 
-@contextmanager
-def preparing(config: RunConfig, folder: Path, *, lead: bool = True) -> Iterator[None]:
-    """The run's folder, made if missing, for text to be prepared in; taken away again if nothing
-    came of it. It says of which config it is, even if preparing is cut short.
-
-    Args:
-        lead: whether this process is the one that writes.
+def prepare_on_all_hosts(config: RunConfig, folder: Path) -> PreparedText:
+    """Prepares on process 0 what is missing; the others wait and open it.
 
     Raises:
-        MaxlmError: it cannot be written.
+        MaxlmError: see :func:`prepare`.
     """
-    path = folder / "config.yaml"
-    with writable(folder):
-        new = lead and not path.exists()
-        if new:
-            with replacing(path) as temporary:
-                temporary.write_text(to_yaml(config))
-        try:
-            yield
-        except MaxlmError:
-            if lead:
-                with suppress(OSError):  # Not empty, or not there.
-                    (folder / "checkpoints").rmdir()
-            if new and {each.name for each in folder.iterdir()} <= {"lock", path.name}:
-                path.unlink()
-            raise
+    import jax
+    from jax.experimental import multihost_utils
+
+    prepared = prepare(config, folder) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    return prepared or prepare(config, folder)
 
 
 def check_prepared(config: RunConfig, folder: Path) -> None:
@@ -120,47 +104,20 @@ def check_prepared(config: RunConfig, folder: Path) -> None:
     path = folder / "config.yaml"
     if path.exists():
         before, now = (
-            without_settings(each.model_dump(mode="json"), _READING)
+            remove_source_settings(each.model_dump(mode="json"), _READING)
             for each in (load_config(RunConfig, path).value, config)
         )
         check_same(before, now, PREPARED, str(folder), what="the text here was prepared")
 
 
-def without_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A config, as JSON values, without these settings of its sources."""
+def remove_source_settings(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns a config, as JSON values, without these settings of its sources."""
     data = config["data"]
     sources = [{k: v for k, v in each.items() if k not in names} for each in data["sources"]]
     return {**config, "data": {**data, "sources": sources}}
 
 
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """The folder, made if missing; taken away again if it is empty in the end.
-
-    Raises:
-        MaxlmError: it cannot be written.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / f".writable-{uuid.uuid4().hex}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise MaxlmError(
-            f"cannot write the run folder ({error.strerror})",
-            where=str(folder),
-            fix="set folder=PATH to a place you may write to",
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Not empty.
-            for path in made:
-                path.rmdir()
-
-
-def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:
+def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
     """Ids of the tokenizer that a run will use; ``folder``: its own, where it may have one already.
 
     Raises:
@@ -171,7 +128,7 @@ def planned_vocab(config: RunConfig, folder: Path | None = None) -> int:
     return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
 
 
-def ensure_tokenizer(config: RunConfig, folder: Path) -> Path:
+def prepare_tokenizer(config: RunConfig, folder: Path) -> Path:
     """The run's own tokenizer: a copy of the one named, or one trained on its text."""
     home = folder / "tokenizer"
     if home.exists():

@@ -1,4 +1,4 @@
-"""What a finished run tells its owner: how good the model is, and where everything lies."""
+"""The report of a finished run: how good the model is, and where its files are."""
 
 import gzip
 import lzma
@@ -13,8 +13,9 @@ from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.plan.fit import place_run
 from maxlm.plan.show import format_bytes, format_seconds
-from maxlm.programs.generate import between, generate_text
-from maxlm.programs.pretrain import Trained, parameters
+from maxlm.programs.evaluation import get_eval_params
+from maxlm.programs.generate import generate_text, get_separator
+from maxlm.programs.train import TrainingResult
 from maxlm.train.records import read_records
 from maxlm.train.state import param_shardings
 
@@ -22,7 +23,7 @@ from maxlm.train.state import param_shardings
 COMPARED_BYTES = 16 << 20
 
 
-def report(run: Trained) -> None:
+def report(run: TrainingResult) -> None:
     """Print held-out bits per byte beside two compressors', samples, and the run's files.
 
     Only process 0 prints; samples need the whole model on this process's devices and are left out
@@ -38,7 +39,7 @@ def report(run: Trained) -> None:
     if measured := _measured(run):
         console.print(measured)
     if jax.process_count() == 1 and run.setup.config.samples.prompts:
-        text = samples(run)
+        text = generate_samples(run)
         path = run.folder / "samples" / f"step-{int(run.state.step)}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -47,7 +48,7 @@ def report(run: Trained) -> None:
     console.print(_places(run.folder, generates), markup=False)
 
 
-def _comparison(run: Trained):
+def _comparison(run: TrainingResult):
     from rich.table import Table
 
     table = Table(title="Held-out text: bits per byte (lower is better)", title_justify="left")
@@ -55,14 +56,14 @@ def _comparison(run: Trained):
         table.add_column(column, justify="left" if column == "source" else "right")
     for name, result in run.heldout.items():
         store = run.corpus.heldout[name]
-        text = _beginning(texts(store, run.corpus.tokenizer))
+        text = _beginning(decode_documents(store, run.corpus.tokenizer))
         packed = (gzip.compress(text, 9, mtime=0), lzma.compress(text, preset=9))
         rivals = (f"{8 * len(p) / len(text):.3f}" for p in packed)
         table.add_row(name, f"{result['bytes']:,.0f}", f"{result['bits_per_byte']:.3f}", *rivals)
     return table
 
 
-def _measured(run: Trained):
+def _measured(run: TrainingResult):
     """The plan's figures beside medians of what was measured; None: nothing to compare."""
     from rich.table import Table
 
@@ -103,23 +104,23 @@ def _beginning(documents: Iterator[bytes]) -> bytes:
     return bytes(text)
 
 
-def texts(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
+def decode_documents(store: TokenStore, tokenizer: Tokenizer) -> Iterator[bytes]:
     """The documents of a store, byte for byte if the tokenizer is lossless."""
     for index in range(store.num_documents):
         yield tokenizer.decode_bytes(store.text_tokens(index).tolist())
 
 
-def samples(run: Trained) -> str:
+def generate_samples(run: TrainingResult) -> str:
     """One continuation of each of the run's prompts, each under a rule."""
     setup, config = run.setup, run.setup.config.samples
     sizes = dict(setup.mesh.shape)
     placed = place_run(setup.config, sizes, setup.model.dtype, for_training=False)
     shardings = param_shardings(placed.specs, placed.storage, setup.mesh)
-    params = jax.device_put(parameters(run.state), shardings)
+    params = jax.device_put(get_eval_params(run.state), shardings)
     steps = generate_text(placed.model, params, run.corpus.tokenizer, config.prompts, config)
     continuations = ["".join(pieces) for pieces in zip(*steps, strict=True)]
     blocks = [
-        f"──── sample {number} ────\n{prompt}{between(run.setup.model)}{text}"
+        f"──── sample {number} ────\n{prompt}{get_separator(run.setup.model)}{text}"
         for number, (prompt, text) in enumerate(zip(config.prompts, continuations, strict=True), 1)
     ]
     return "\n\n".join(blocks) + "\n"

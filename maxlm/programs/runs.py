@@ -1,4 +1,4 @@
-"""What run folders tell: how far each run is, how it went, where its time was spent."""
+"""Summaries of run folders: how far each run is, how it went, where its time was spent."""
 
 import json
 import time
@@ -10,15 +10,15 @@ import numpy as np
 import yaml
 
 from maxlm.config import MaxlmError
-from maxlm.programs.goodput import History, history
+from maxlm.programs.goodput import History, summarize_events
 from maxlm.train.records import read_records
 
 PERCENTILES = (50, 90, 99, 100)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as its folder tells it; None: it does not tell."""
+class RunSummary:
+    """A run as its folder describes it; None: unknown."""
 
     name: str
     state: str
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Of the steps that count, over the time that they were wanted."""
+        """Steps that the run holds, over the time in which it was not finished."""
         told = self.history
         if not told.goodput:
             return None
@@ -76,7 +76,7 @@ class Run:
         return (self.step - told.attempts[0].first_step) / wanted
 
 
-def read_run(folder: str | Path, now: float | None = None) -> Run:
+def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
     """A run from its folder; nothing in it is changed.
 
     Args:
@@ -91,7 +91,7 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
         raise MaxlmError(what, where=str(folder), fix="maxlm runs list FOLDER names those there")
     damaged: list[bytes] = []
     events = read_records(folder / "events.jsonl", damaged)
-    told = history(events, time.time() if now is None else now)
+    told = summarize_events(events, time.time() if now is None else now)
     first = {attempt.first_step + 1 for attempt in told.attempts}
     step, latest, seconds = 0, {"loss": None, "eval_loss": None}, []
     for record in read_records(folder / "metrics.jsonl", damaged):
@@ -100,7 +100,7 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
         if record.get("seconds") and record["step"] not in first:
             seconds.append(record["seconds"])
     plan = _mapping(folder / "plan.json")
-    return Run(
+    return RunSummary(
         name=folder.resolve().name,
         state=told.attempts[-1].end if told.attempts else "not begun",
         step=step,
@@ -114,7 +114,7 @@ def read_run(folder: str | Path, now: float | None = None) -> Run:
     )
 
 
-def list_runs(folder: str | Path, now: float | None = None) -> list[Run]:
+def list_runs(folder: str | Path, now: float | None = None) -> list[RunSummary]:
     """The runs that lie in a folder, by name.
 
     Raises:
@@ -131,7 +131,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _mapping(path: Path) -> Any:
-    """What a YAML or JSON file holds; None if it cannot be read."""
+    """Reads a YAML or JSON file; None if it cannot be read."""
     try:
         text = path.read_text()
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

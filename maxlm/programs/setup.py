@@ -28,11 +28,6 @@ from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
 from maxlm.train.trainable import select_trainable
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Where a run is kept."""
-    return Path(config.folder) / config.name
-
-
 def use_compilation_cache(config: RunConfig) -> None:
     """Let this process find on disk what an earlier one compiled: a setting of JAX's own."""
     if config.compilation_cache is not None:

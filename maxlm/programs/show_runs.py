@@ -9,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from maxlm.programs.goodput import PARTS
-from maxlm.programs.runs import Run
-from maxlm.train.display import duration
+from maxlm.programs.runs import RunSummary
+from maxlm.train.display import format_duration
 
 # An attempt's row each, at most so many: the first ones of a long history are left out.
 ATTEMPTS = 12
 
 
-def listing(runs: Sequence[Run]) -> Table:
+def show_run_list(runs: Sequence[RunSummary]) -> Table:
     """A row for each run."""
     table = _table("run", "step", "of", "state", "loss", "goodput", left=("run", "state"))
     for run in runs:
@@ -31,7 +31,7 @@ def listing(runs: Sequence[Run]) -> Table:
     return table
 
 
-def tables(run: Run, now: float) -> Group:
+def show_run(run: RunSummary, now: float) -> Group:
     """How far a run is, where its time went, its attempts and interruptions, its steps.
 
     Args:
@@ -51,7 +51,7 @@ def tables(run: Run, now: float) -> Group:
         parts.append(
             Text(
                 f"{_many(sum(ends.values()), 'interruption')} ({causes}), "
-                f"one in {duration(told.mean_time_to_interruption or 0)} of running"
+                f"one in {format_duration(told.mean_time_to_interruption or 0)} of running"
             )
         )
     if happened := [
@@ -65,7 +65,7 @@ def tables(run: Run, now: float) -> Group:
     return Group(*parts)
 
 
-def _headline(run: Run, now: float) -> Text:
+def _headline(run: RunSummary, now: float) -> Text:
     words = [f"step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")]
     words += [f"loss {run.loss:.4f}"] if run.loss is not None else []
     words += [f"held out {run.eval_loss:.4f}"] if run.eval_loss is not None else []
@@ -74,11 +74,11 @@ def _headline(run: Run, now: float) -> Text:
         last = run.history.attempts[-1]
         words += [_many(last.devices, "device")] if last.devices else []
         if state == "killed":  # or in a step that takes minutes: nothing else can tell
-            state = f"killed, or silent: last heard of {duration(now - last.ended)} ago"
+            state = f"killed, or silent: last heard of {format_duration(now - last.ended)} ago"
     return Text.assemble((run.name, "bold"), f" · {state} · {' · '.join(words)}")
 
 
-def _goodput(run: Run) -> Text:
+def _goodput(run: RunSummary) -> Text:
     share = _or_dash(run.history.goodput, "{:.1%}".format)
     planned = run.planned_goodput
     beside = "" if planned is None else f" (planned: {planned:.1%})"
@@ -86,26 +86,26 @@ def _goodput(run: Run) -> Text:
     return Text.assemble(
         "goodput ",
         (share, "bold"),
-        f"{beside} of {duration(run.history.wall)}, {rate} over all of it",
+        f"{beside} of {format_duration(run.history.wall)}, {rate} over all of it",
     )
 
 
-def _time(run: Run) -> Group:
+def _time(run: RunSummary) -> Group:
     seconds, wall = run.history.seconds, run.history.wall
     table = _table("spent", "time", "share", left=("spent",))
     for part in PARTS:
         if seconds[part] > 0:
-            table.add_row(part, duration(seconds[part]), f"{seconds[part] / wall:.1%}")
+            table.add_row(part, format_duration(seconds[part]), f"{seconds[part] / wall:.1%}")
     return _titled("Where the time went", table)
 
 
-def _attempts(run: Run) -> Group:
+def _attempts(run: RunSummary) -> Group:
     attempts = run.history.attempts
     table = _table("", "began", "ran", "from step", "to step", "end", left=("end",))
     shown = list(enumerate(attempts, 1))[-ATTEMPTS:]
     for number, attempt in shown:
         began = datetime.fromtimestamp(attempt.began).strftime("%Y-%m-%d %H:%M:%S")
-        ran = duration(attempt.ended - attempt.began)
+        ran = format_duration(attempt.ended - attempt.began)
         steps = (f"{attempt.first_step:,}", f"{attempt.last_step:,}")
         table.add_row(str(number), began, ran, *steps, attempt.end)
     left_out = len(attempts) - len(shown)
@@ -113,7 +113,7 @@ def _attempts(run: Run) -> Group:
     return _titled("Attempts", table, *before)
 
 
-def _steps(run: Run) -> Group:
+def _steps(run: RunSummary) -> Group:
     table = _table(*("max" if p == 100 else f"p{p}" for p in run.step_seconds), "planned")
     planned = _or_dash(run.planned_step_seconds, _step_words)
     table.add_row(*map(_step_words, run.step_seconds.values()), planned)

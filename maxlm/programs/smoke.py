@@ -19,12 +19,12 @@ from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out_run
 from maxlm.programs.feed import training_batches
 from maxlm.programs.frozen import load_frozen_models
-from maxlm.programs.prepare import planned_vocab
+from maxlm.programs.prepare import read_vocab_size
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
 from maxlm.run import RunConfig
 from maxlm.sharding import count_min_devices, mesh_sizes
 from maxlm.tasks import BatchSource, FrozenModelSource, SourceInputs, Vocabulary
-from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.state import TrainState, remove_frozen
 
 STEPS, SAVED_AT, NEW_TOKENS = 10, 5, 8
@@ -46,7 +46,7 @@ class Check:
     detail: str
 
 
-def shrink(config: RunConfig, num_devices: int) -> RunConfig:
+def shrink_config(config: RunConfig, num_devices: int) -> RunConfig:
     """A small run of the same structure: the same layers, ratios, task, optimizer and packing.
 
     Depth, widths, vocabulary and sequence shrink; precision stays. The mesh is this machine's.
@@ -123,13 +123,13 @@ def smoke(config: RunConfig, devices: Sequence[Any] | None = None) -> Iterator[C
     MaxlmError.
     """
     lay_out_run(config, mesh_sizes(config.mesh, count_min_devices(config.mesh)))
-    config.task.check_vocab_size(planned_vocab(config), config.model.vocab_size)
+    config.task.check_vocab_size(read_vocab_size(config), config.model.vocab_size)
     for source in config.data.sources:
         if source.documents:
             find_files(source.corpus())
     use_compilation_cache(config)
     devices = jax.devices() if devices is None else devices
-    small = shrink(config, len(devices))
+    small = shrink_config(config, len(devices))
     # Other models are as small as the trained one.
     sources = dict.fromkeys(small.task.frozen_models(), FrozenModelSource())
     setup = set_up(small, devices, frozen_sources=sources)
@@ -153,16 +153,16 @@ def _checks(setup: Setup, folder: Path) -> Iterator[Check]:
     detail = f"{SAVED_AT} steps in {seconds:.1f} s, compilation included"
     yield Check("the step compiles and runs", len(first) == SAVED_AT, detail)
 
-    with Checkpointer(folder, grouped=group_sizes(setup.specs)) as keeper:
-        keeper.save(SAVED_AT, remove_frozen(state), {}, force=True)
+    with FolderTier(folder, grouped=group_sizes(setup.specs)) as checkpoints:
+        checkpoints.save(SAVED_AT, remove_frozen(state), {})
         state, rest = _run(setup, step, state, steps)
         losses = first + rest
         finite = all(map(math.isfinite, losses))
         yield Check("losses are finite", finite, f"{losses[0]:.3f} at first")
         falls = sum(losses[-3:]) / 3 < (1 - FALL) * losses[0]
         yield Check("the loss falls", falls, f"{losses[0]:.3f} → {losses[-1]:.3f}")
-        keeper.wait()
-        restored = keeper.restore(SAVED_AT, remove_frozen(setup.abstract_state))
+        checkpoints.wait()
+        restored = checkpoints.restore(SAVED_AT, remove_frozen(setup.abstract_state))
     restored = replace(restored, frozen=state.frozen)
     equal = jax.tree.all(jax.tree.map(np.array_equal, saved, restored))
     yield Check("a checkpoint restores bit for bit", equal, f"step {SAVED_AT}")

@@ -11,7 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.programs.goodput import PARTS, History, Stretch
 from maxlm.runtime.files import replacing, writing
 
-# Good time is one calm colour, steps taken in vain and silence are loud.
+# Good time is one calm colour, lost steps and downtime are loud.
 COLOURS = {
     "productive": "#59A14F",
     "lost": "#E15759",
@@ -30,7 +30,7 @@ UNITS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds
 COLUMNS = 240
 
 
-def plot_history(told: History, image: Path, *, title: str = "") -> None:
+def draw_history(told: History, image: Path, *, title: str = "") -> None:
     """Draw a history as a PNG: above, the steps reached, with those that were lost and a mark at
     each interruption; below, column by column, the shares of time. Its folder is made if missing.
 

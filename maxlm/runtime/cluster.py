@@ -1,4 +1,4 @@
-"""Which processes a run has, and which of them this is: read from where it was started."""
+"""Finds out which processes a run has, and which of them this is, from the environment."""
 
 import re
 import time
@@ -39,7 +39,7 @@ def find_cluster(
     process_id: int | None = None,
     metadata: Callable[[str], str | None] | None = None,
 ) -> Cluster | None:
-    """This process's place in its cluster; None if it is alone.
+    """Returns this process's place in its cluster; None if it is alone.
 
     The first that says anything: the arguments, each in place of its MAXLM_COORDINATOR,
     MAXLM_NUM_PROCESSES or MAXLM_PROCESS_ID; a step of SLURM with several tasks (of which a
@@ -78,7 +78,7 @@ _NAMES = {
 
 
 def _explicit(environ: Mapping[str, str], *arguments: str | int | None) -> dict[str, str | int]:
-    """Those that are set, by their names."""
+    """Returns the arguments and variables that are set, by name."""
     values = {}
     for name, argument in zip(_NAMES, arguments, strict=True):
         variable = f"MAXLM_{name.upper()}"
@@ -137,7 +137,7 @@ def _number(environ: Mapping[str, str], variable: str) -> int:
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
-    """A task of a step. The batch script itself is none, though it has a SLURM_PROCID too."""
+    """Reads a task of a SLURM step. The batch script has a SLURM_PROCID too, but is no task."""
     if not {"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST"} <= set(environ):
         return None
     if "SLURM_PROCID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
@@ -150,21 +150,21 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     port = _SLURM_PORTS[(job + 101 * step) % len(_SLURM_PORTS)]
     return Cluster(
         "SLURM",
-        f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+        f"{parse_first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
         count,
         _number(environ, "SLURM_PROCID"),
         _slurm_gpus(environ),
     )
 
 
-def first_host(nodes: str) -> str:
-    """The first of a SLURM node list: gpu001 of ``gpu[001-003,7],login1``."""
+def parse_first_host(nodes: str) -> str:
+    """Returns the first host of a SLURM node list: gpu001 of ``gpu[001-003,7],login1``."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", found.group() if found else nodes)
 
 
 def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """An equal share of the node's GPUs for each of several tasks on it.
+    """Returns an equal share of the node's GPUs for each of several tasks on it.
 
     SLURM may have given each task GPUs of its own, the only ones that it sees.
     """
@@ -182,7 +182,7 @@ def _slurm_gpus(environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def _kubernetes_tpu(environ: Mapping[str, str]) -> Cluster | None:
-    """What Google's Kubernetes gives to the pods of a TPU slice, and to several slices."""
+    """Reads the variables that Google's Kubernetes sets in the pods of TPU slices."""
     if "TPU_WORKER_ID" not in environ or "TPU_WORKER_HOSTNAMES" not in environ:
         return None
     workers = environ["TPU_WORKER_HOSTNAMES"].split(",")
@@ -214,8 +214,8 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
 
 
 def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
-    """Of this machine, as Google's metadata server has it; None: it is none of Google's TPUs, or
-    has no such attribute.
+    """Reads an attribute of this machine from Google's metadata server; None: the machine has no
+    TPU of Google's, or no such attribute.
 
     Raises:
         Lost: the server does not say.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol, TypeVar
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.pool import WorkerPool, default_workers
+from maxlm.runtime.pool import WorkerPool, count_workers
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -37,7 +37,7 @@ def open_executor(name: ExecutorName, workers: int | None) -> AbstractContextMan
         MaxlmError: Ray is wanted and not installed, or there is no cluster to connect to.
     """
     if name == "local":
-        return WorkerPool(workers or default_workers())
+        return WorkerPool(workers or count_workers())
     return RayExecutor(workers)
 
 

@@ -32,8 +32,8 @@ def check_not_deleted(path: Path) -> None:
         raise MaxlmError(
             "this folder, or a file of the run's in it, was deleted or moved during the run",
             where=str(path.parent),
-            fix="put the run's folder back and run the same command to go on, or set another "
-            "name=... to begin anew",
+            fix="put the run's folder back and run the same command to resume, or set another "
+            "name=... to start afresh",
         )
 
 

@@ -112,7 +112,7 @@ class WorkerPool:
         self._processes = {}
 
 
-def default_workers() -> int:
+def count_workers() -> int:
     """The number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ Progress = Callable[[str, int, int], None]
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def silent(stage: str, done: int, total: int) -> None:
+def ignore_progress(stage: str, done: int, total: int) -> None:
     """Show nothing."""
 
 

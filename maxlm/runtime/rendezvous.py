@@ -1,7 +1,7 @@
-"""How the processes of a run meet: each calls process 0, on the port that JAX is given afterwards,
-which answers when it has heard all.
+"""How the processes of a run meet: each connects to process 0, on the port that JAX uses later;
+process 0 answers once all have connected.
 
-The connections stay: see ``peers.py``.
+The connections stay open: see ``peers.py``.
 """
 
 import json
@@ -17,49 +17,49 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import Lost
 from maxlm.runtime.cluster import Cluster
 
-MOMENT = 2.0  # seconds in which the others' news arrive
-_PAUSE = 0.2  # between two tries to reach process 0
-_LONGEST = 1 << 24  # bytes of a message: a config with many sources is one
+NOTICE_SECONDS = 2.0  # in which messages of other processes arrive
+_RETRY_SECONDS = 0.2  # between two tries to reach process 0
+_MAX_MESSAGE_BYTES = 1 << 24  # a config with many sources is a message
 
 
-class Line:
-    """Messages, JSON objects on a line each, over one connection."""
+class Connection:
+    """Messages over one socket, each a JSON object on a line."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection, self._reader = connection, connection.makefile("rb")
+    def __init__(self, connected: socket.socket):
+        self._socket, self._reader = connected, connected.makefile("rb")
         self._lock = threading.Lock()
 
     def send(self, message: Mapping[str, Any]) -> None:
         # Whoever does not get it is gone, which its reader notices.
         with self._lock, suppress(OSError):
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None) -> dict[str, Any] | None:
-        """None: closed, silent for so long, or no message of ours."""
-        self._connection.settimeout(seconds)
+        """Waits for a message; None: closed, silent for so long, or not one of ours."""
+        self._socket.settimeout(seconds)
         try:
-            message = json.loads(self._reader.readline(_LONGEST))
+            message = json.loads(self._reader.readline(_MAX_MESSAGE_BYTES))
         except (OSError, ValueError):
             return None
         return message if isinstance(message, dict) else None
 
-    def gone(self) -> bool:
-        """Whether nobody holds the other end."""
-        self._connection.settimeout(0)
+    def is_closed(self) -> bool:
+        """Whether the other end is closed."""
+        self._socket.settimeout(0)
         try:
-            return not self._connection.recv(1, socket.MSG_PEEK)
+            return not self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
             return False
         except OSError:
             return True
         finally:
-            self._connection.settimeout(MOMENT)  # for what is sent
+            self._socket.settimeout(NOTICE_SECONDS)  # for what is sent
 
-    def hold(self, seconds: float) -> None:
-        """Let the kernel close it if the other host is silent for so long, even while Python is
-        busy."""
-        self._connection.settimeout(None)
-        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    def keep_alive(self, seconds: float) -> None:
+        """Lets the kernel probe the other host, and close the connection if it is silent for so
+        long, even while Python is busy."""
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         settings = {
             "TCP_KEEPIDLE": max(1, round(seconds / 2)),
             "TCP_KEEPINTVL": max(1, round(seconds / 8)),
@@ -68,39 +68,41 @@ class Line:
         }
         for name, value in settings.items():
             if option := getattr(socket, name, None):  # Linux has them all
-                self._connection.setsockopt(socket.IPPROTO_TCP, option, value)
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def close(self) -> None:
         self._reader.close()
-        self._connection.close()
+        self._socket.close()
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a process says first."""
+class _Greeting:
+    """The first message of a process."""
 
     process: int
     processes: int
     host: str
 
 
-def meet(cluster: Cluster, *, wait_seconds: float) -> tuple[list[str], dict[int, Line]]:
-    """Meet the other processes.
+def join_processes(
+    cluster: Cluster, *, wait_seconds: float
+) -> tuple[list[str], dict[int, Connection]]:
+    """Meets the other processes.
 
     Returns:
-        The hosts' names by process, and the lines: of process 0 one to each, of the others one to
-        process 0.
+        The hosts' names by process, and the connections: process 0 has one to each, the others one
+        to process 0.
 
     Raises:
-        Lost: processes that did not come within ``wait_seconds``; with what each host saw.
+        Lost: processes did not come within ``wait_seconds``, with what each host saw.
         MaxlmError: they claim the same id, or disagree on their number; the port is taken.
     """
-    me = _Call(cluster.process_id, cluster.num_processes, socket.gethostname())
-    return (_answer if cluster.process_id == 0 else _call)(cluster, me, wait_seconds)
+    me = _Greeting(cluster.process_id, cluster.num_processes, socket.gethostname())
+    return (_accept_all if cluster.process_id == 0 else _connect)(cluster, me, wait_seconds)
 
 
-def await_lead(cluster: Cluster, *, wait_seconds: float) -> None:
-    """Wait until something listens again at process 0's port.
+def wait_for_process_0(cluster: Cluster, *, wait_seconds: float) -> None:
+    """Waits until something listens again at process 0's port.
 
     Raises:
         Lost: not within ``wait_seconds``.
@@ -108,107 +110,113 @@ def await_lead(cluster: Cluster, *, wait_seconds: float) -> None:
     _reach(cluster, time.monotonic() + wait_seconds, lambda connection: connection).close()
 
 
-def _answer(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dict[int, Line]]:
-    """Process 0: listen until all have called."""
+def _accept_all(
+    cluster: Cluster, me: _Greeting, seconds: float
+) -> tuple[list[str], dict[int, Connection]]:
+    """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
-    calls, lines, callers = {0: me}, {}, []
+    greetings, connections, accepted = {0: me}, {}, []
     try:
-        with _listening(cluster, deadline) as server:
-            while len(calls) < me.processes:
+        with _listen(cluster, deadline) as server:
+            while len(greetings) < me.processes:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 try:
-                    line = Line(server.accept()[0])
+                    connection = Connection(server.accept()[0])
                 except TimeoutError:
-                    _forget_gone(calls, lines)
-                    raise _missing(calls, me.processes, seconds, cluster.coordinator) from None
-                call = _understood(line.receive(MOMENT))
-                if call is None:  # a stranger
-                    line.close()
+                    _remove_closed(greetings, connections)
+                    count, address = me.processes, cluster.coordinator
+                    raise _missing_error(greetings, count, seconds, address) from None
+                greeting = _parse_greeting(connection.receive(NOTICE_SECONDS))
+                if greeting is None:  # not one of the run's processes
+                    connection.close()
                     continue
-                callers.append(line)
-                if call.process in calls or len(calls) + 1 == me.processes:
-                    # Before one is said to be there twice, or all to be there.
-                    _forget_gone(calls, lines)
-                _check_call(call, calls)
-                calls[call.process], lines[call.process] = call, line
+                accepted.append(connection)
+                if greeting.process in greetings or len(greetings) + 1 == me.processes:
+                    # Before one counts as there twice, or all count as there.
+                    _remove_closed(greetings, connections)
+                _check_greeting(greeting, greetings)
+                greetings[greeting.process] = greeting
+                connections[greeting.process] = connection
     except MaxlmError as error:
-        for line in callers:
+        for connection in accepted:
             refused = [error.what, error.where, error.fix]
-            line.send({"refused": refused, "lost": isinstance(error, Lost)})
+            connection.send({"refused": refused, "lost": isinstance(error, Lost)})
         raise
-    hosts = [calls[number].host for number in range(me.processes)]
-    for line in lines.values():
-        line.send({"hosts": hosts})
-    return hosts, lines
+    hosts = [greetings[process].host for process in range(me.processes)]
+    for connection in connections.values():
+        connection.send({"hosts": hosts})
+    return hosts, connections
 
 
-def _forget_gone(calls: dict[int, _Call], lines: dict[int, Line]) -> None:
-    """Those that died while they waited; they are started again."""
-    for number in [number for number, line in lines.items() if line.gone()]:
-        del calls[number], lines[number]
+def _remove_closed(greetings: dict[int, _Greeting], connections: dict[int, Connection]) -> None:
+    """Removes processes that died while they waited; they are started again."""
+    for process in [number for number, each in connections.items() if each.is_closed()]:
+        del greetings[process], connections[process]
 
 
-def _call(cluster: Cluster, me: _Call, seconds: float) -> tuple[list[str], dict[int, Line]]:
-    """Another process: call process 0 until it answers, and wait until it has heard all."""
+def _connect(
+    cluster: Cluster, me: _Greeting, seconds: float
+) -> tuple[list[str], dict[int, Connection]]:
+    """Other processes: connect to process 0 until it answers, which it does once all are there."""
 
-    def asked(connection: socket.socket) -> tuple[Line, dict[str, Any]] | None:
-        line = Line(connection)
-        line.send(vars(me))
-        # It may have begun to wait only now.
-        answer = line.receive(seconds + 2 * MOMENT) or {}
+    def greet(connected: socket.socket) -> tuple[Connection, dict[str, Any]] | None:
+        connection = Connection(connected)
+        connection.send(vars(me))
+        # Process 0 may start its own wait only now.
+        answer = connection.receive(seconds + 2 * NOTICE_SECONDS) or {}
         if "hosts" in answer or "refused" in answer:
-            return line, answer
-        line.close()
+            return connection, answer
+        connection.close()
         return None
 
-    line, answer = _reach(cluster, time.monotonic() + seconds, asked)
+    connection, answer = _reach(cluster, time.monotonic() + seconds, greet)
     if "refused" in answer:
         what, where, fix = answer["refused"]
         raise (Lost if answer["lost"] else MaxlmError)(what, where=where, fix=fix)
-    return answer["hosts"], {0: line}
+    return answer["hosts"], {0: connection}
 
 
-def _understood(message: dict[str, Any] | None) -> _Call | None:
+def _parse_greeting(message: dict[str, Any] | None) -> _Greeting | None:
     try:
-        return _Call(**(message or {}))
+        return _Greeting(**(message or {}))
     except TypeError:
         return None
 
 
-def _check_call(call: _Call, calls: Mapping[int, _Call]) -> None:
+def _check_greeting(new: _Greeting, greetings: Mapping[int, _Greeting]) -> None:
     """
     Raises:
-        MaxlmError: it does not fit to those before.
+        MaxlmError: it contradicts those before.
     """
-    lead = calls[0]
-    if call.processes != lead.processes:
+    lead = greetings[0]
+    if new.processes != lead.processes:
         raise MaxlmError(
-            f"processes disagree on how many they are: process {call.process} on {call.host} says "
-            f"{call.processes}, process 0 on {lead.host} says {lead.processes}",
+            f"processes disagree on how many they are: process {new.process} on {new.host} says "
+            f"{new.processes}, process 0 on {lead.host} says {lead.processes}",
             fix="give all of them the same number",
         )
-    if call.process in calls:
-        hosts = f"{calls[call.process].host} and {call.host}"
+    if new.process in greetings:
+        hosts = f"{greetings[new.process].host} and {new.host}"
         raise MaxlmError(
-            f"two processes say that they are process {call.process}: on {hosts}",
+            f"two processes say that they are process {new.process}: on {hosts}",
             fix="give each a process id of its own",
         )
 
 
-def _missing(
-    calls: Mapping[int, _Call], count: int, seconds: float, coordinator: str
+def _missing_error(
+    greetings: Mapping[int, _Greeting], count: int, seconds: float, coordinator: str
 ) -> MaxlmError:
-    came = ", ".join(f"{number} ({calls[number].host})" for number in sorted(calls)[:8])
-    absent = [str(number) for number in range(count) if number not in calls]
+    came = ", ".join(f"{number} ({greetings[number].host})" for number in sorted(greetings)[:8])
+    absent = [str(number) for number in range(count) if number not in greetings]
     missing = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if absent[8:] else "")
     return Lost(
-        f"waited {seconds:g} s at {coordinator}: {len(calls)} of {count} processes came: {came}; "
-        f"missing: {missing}",
+        f"waited {seconds:g} s at {coordinator}: {len(greetings)} of {count} processes came: "
+        f"{came}; missing: {missing}",
         fix="see the logs of the missing, and whether they can reach that address",
     )
 
 
-def _listening(cluster: Cluster, deadline: float) -> socket.socket:
+def _listen(cluster: Cluster, deadline: float) -> socket.socket:
     """
     Raises:
         MaxlmError: the port is taken, for example by a run that does not end.
@@ -227,14 +235,15 @@ def _listening(cluster: Cluster, deadline: float) -> socket.socket:
                 what = f"process 0 on {socket.gethostname()} cannot listen on port {port}"
                 fix = "end what uses it there, or choose another port"
                 raise MaxlmError(f"{what}: {error.strerror}", fix=fix) from None
-        time.sleep(_PAUSE)
+        time.sleep(_RETRY_SECONDS)
 
 
 def _reach(cluster: Cluster, deadline: float, use: Callable[[socket.socket], Any]) -> Any:
-    """What ``use`` makes of a connection to process 0; one that it returns None of is tried anew.
+    """Connects to process 0, and again while ``use`` returns None for the connection; returns what
+    it returns.
 
     Raises:
-        Lost: none by the deadline.
+        Lost: not by the deadline.
     """
     host, _, port = cluster.coordinator.rpartition(":")
     began = time.monotonic()
@@ -261,4 +270,4 @@ def _reach(cluster: Cluster, deadline: float, use: Callable[[socket.socket], Any
                 f"(tried for {time.monotonic() - began:.0f} s)",
                 fix="check that process 0 runs there, and that the port is open between the hosts",
             )
-        time.sleep(_PAUSE)
+        time.sleep(_RETRY_SECONDS)

@@ -11,7 +11,7 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST, convert_os_error
 from maxlm.config.keys import flatten, join_key
 from maxlm.runtime.cluster import find_cluster
-from maxlm.runtime.peers import FAILED, join_cluster, lost_peer
+from maxlm.runtime.peers import FAILED, describe_lost_peer, join_cluster
 
 _INTERRUPTED = 130
 
@@ -59,7 +59,7 @@ def distributed_session(
     except MaxlmError as error:
         if not error.on_all_processes:
             # A file that needs all processes was not written because one is gone: no mistake.
-            if error.__cause__ and (lost := lost_peer(error.__cause__)):
+            if error.__cause__ and (lost := describe_lost_peer(error.__cause__)):
                 peers.end_all(LOST, lost)
             print(f"error: {error}", file=sys.stderr, flush=True)
             peers.end_all(error.exit_code, str(error))
@@ -71,7 +71,7 @@ def distributed_session(
         if known := convert_os_error(error):
             print(f"error: {known}", file=sys.stderr, flush=True)
             peers.end_all(known.exit_code, str(known))
-        lost = lost_peer(error)
+        lost = describe_lost_peer(error)
         if not lost:
             traceback.print_exc()
         peers.end_all(LOST if lost else FAILED, lost or repr(error))

@@ -45,7 +45,7 @@ def ignore_signals() -> None:
 
 
 class StopRequest(IntFlag):
-    """What a process asks of all processes of its run at a step."""
+    """A process's request to all processes of its run at a step."""
 
     NONE = 0
     SAVE = 1
@@ -124,9 +124,9 @@ def handle_signals(folder: str) -> Iterator[SignalHandler]:
         yield handler
     except _SignalReceived as received:
         raise Preempted(
-            f"told to stop ({received}) while no step was under way",
+            f"preempted ({received}) while no step was under way",
             where=folder,
-            fix="run the same command to go on",
+            fix="run the same command to resume",
         ) from None
     finally:
         for number, previous in before.items():

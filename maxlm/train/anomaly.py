@@ -1,4 +1,4 @@
-"""When a run's numbers have gone bad for good: a pure function of its losses."""
+"""Detects updates that are not finite and loss spikes: a pure function of a run's scalars."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,27 +8,28 @@ from typing import Any
 
 from maxlm.train.config import FaultsConfig
 
-# Deviations of normal numbers are 1.4826 times as wide as their median (the inverse of the third
-# quartile of a standard normal). A loss that hardly moves is given this share of itself.
-_NORMAL = 1.4826
-_LEAST = 0.005
+# The standard deviation of a normal distribution over its median absolute deviation (the inverse
+# of the third quartile of a standard normal), and the least deviation, as a share of the loss.
+_DEVIATIONS_PER_MAD = 1.4826
+_LEAST_DEVIATION = 0.005
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The run must go back: the updates of steps ``first`` to ``last`` are bad."""
+class RollbackDecision:
+    """The updates of steps ``first`` to ``last`` are bad: the run must return to a checkpoint from
+    before them."""
 
     first: int
     last: int
     reason: str
 
 
-class LossWatch:
-    """Looks at every step's scalars, in order.
+class LossSpikeDetector:
+    """Judges every step's scalars, in order. Every process decides the same from the same scalars.
 
-    Every process sees the same ones and comes to the same verdict. ``memory`` is saved with each
-    checkpoint and given back, so that a run that was started again judges as one that never
-    stopped.
+    Args:
+        memory: of an earlier detector, as it was saved with a checkpoint, so that a resumed run
+            judges as one that never stopped.
     """
 
     def __init__(self, config: FaultsConfig, memory: Mapping[str, Any] | None = None):
@@ -39,31 +40,34 @@ class LossWatch:
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What it remembers, as JSON values."""
+        """The recent losses and the lengths of the current rows of bad steps, as JSON values."""
         return {"losses": self._losses, "skipped": self._skipped, "spikes": self._spikes}
 
-    def suspect(self, step: int) -> int | None:
-        """The first of the steps up to ``step`` that may turn out to be bad, if any."""
-        bad = max(self._skipped, self._spikes)
-        return step - bad + 1 if bad else None
+    def first_suspect_step(self, step: int) -> int | None:
+        """Returns the first of the steps up to ``step`` that may turn out to be bad, if any."""
+        num_bad = max(self._skipped, self._spikes)
+        return step - num_bad + 1 if num_bad else None
 
-    def see(self, step: int, values: Mapping[str, float]) -> Verdict | None:
+    def update(self, step: int, metrics: Mapping[str, float]) -> RollbackDecision | None:
+        """Takes a step's ``loss``, ``skipped`` (1.0: the update was left out) and ``param_norm``.
+
+        Returns:
+            The steps to undo, once too many in a row are bad.
         """
-        Args:
-            values: ``loss``, ``skipped`` (1.0: the update was left out), ``param_norm``.
-        """
-        if not isfinite(values.get("param_norm", 0.0)):
-            return Verdict(step, step, "the parameters are not finite")
-        self._skipped = self._skipped + 1 if values.get("skipped") else 0
+        if not isfinite(metrics.get("param_norm", 0.0)):
+            return RollbackDecision(step, step, "the parameters are not finite")
+        self._skipped = self._skipped + 1 if metrics.get("skipped") else 0
         if self._skipped:
-            if self._spikes:  # A streak goes on: what began it is to be undone too.
+            if self._spikes:  # A row of spikes goes on: its beginning is to be undone too.
                 self._spikes += 1
             if self._skipped < self._config.max_skipped:
                 return None
             first = step - self._skipped + 1
-            return Verdict(first, step, f"{self._skipped} updates in a row were not finite")
-        loss = values["loss"]
-        limit = self._limit()
+            return RollbackDecision(
+                first, step, f"{self._skipped} updates in a row were not finite"
+            )
+        loss = metrics["loss"]
+        limit = self._spike_limit()
         if loss <= limit:
             self._spikes = 0
             self._losses = [*self._losses, loss][-self._config.spike_window :]
@@ -71,13 +75,13 @@ class LossWatch:
         self._spikes += 1
         if self._spikes < self._config.spike_steps:
             return None
-        reason = f"the loss is {loss:.4f}, {limit:.4f} is the most that is no spike"
-        return Verdict(step - self._spikes + 1, step, reason)
+        reason = f"the loss is {loss:.4f}, above the spike limit of {limit:.4f}"
+        return RollbackDecision(step - self._spikes + 1, step, reason)
 
-    def _limit(self) -> float:
+    def _spike_limit(self) -> float:
         threshold = self._config.spike_threshold
         if threshold is None or len(self._losses) < self._config.spike_window:
             return float("inf")
         middle = median(self._losses)
-        deviation = _NORMAL * median(abs(loss - middle) for loss in self._losses)
-        return middle + threshold * max(deviation, _LEAST * abs(middle))
+        deviation = _DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in self._losses)
+        return middle + threshold * max(deviation, _LEAST_DEVIATION * abs(middle))

@@ -1,4 +1,4 @@
-"""What a run shows: a live line on a terminal, plain lines elsewhere, and a plot at the end."""
+"""Progress of a run: a live line on a terminal, plain lines elsewhere, and a plot at the end."""
 
 import sys
 import time
@@ -12,14 +12,14 @@ from maxlm.config import MaxlmError
 from maxlm.train.records import read_records
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """``75`` as ``1:15``, ``3723`` as ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def summary(record: Mapping[str, Any]) -> str:
+def summarize_record(record: Mapping[str, Any]) -> str:
     """The parts of a metrics record that one watches, on one line; what is missing is left out."""
     parts = {
         "loss": "loss {:.4f}",
@@ -91,9 +91,9 @@ class ConsoleDisplay:
         steps, seconds = step - self._first[0], now - self._first[1]
         left, speed = "ETA -", ""
         if steps > 0:
-            left = f"ETA {duration((self.total_steps - step) * seconds / steps)}"
+            left = f"ETA {format_duration((self.total_steps - step) * seconds / steps)}"
             speed = f"{steps / max(seconds, 1e-9):.2f} steps/s"
-        text = " · ".join(filter(None, [left, summary(record), speed]))
+        text = " · ".join(filter(None, [left, summarize_record(record), speed]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._every or step >= self.total_steps:

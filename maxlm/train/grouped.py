@@ -22,7 +22,7 @@ def is_grouped(name: str, shape: tuple[int, ...], groups: Groups) -> bool:
     return owner is not None and shape[:2] == groups[owner]
 
 
-def on_disk(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def flatten_groups(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Shape and sharding of a grouped array as it is written and read."""
     old: Any = leaf.sharding
     sharding = old
@@ -32,7 +32,7 @@ def on_disk(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
-def reshaped(
+def reshape_arrays(
     arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Arrays in other shapes of the same order, in place on their devices.

@@ -26,7 +26,7 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 
-def per_token(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def divide_by_tokens(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """A task's sums as they are logged: divided by ``tokens``; of experts, the busiest's and
     the idlest's load over the mean, and the share of assignments dropped."""
     tokens = jnp.maximum(sums["tokens"], 1.0)
@@ -35,7 +35,7 @@ def per_token(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}
 
 
-def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
+def compute_mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
     """Model FLOPs utilisation (PaLM, appendix B): the share of peak spent on the model's own work.
 
     Args:
@@ -46,7 +46,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> 
     return tokens_per_second * flops_per_token / peak_flops
 
 
-def memory_record() -> dict[str, float]:
+def measure_memory() -> dict[str, float]:
     """Peak memory in bytes: of the first local device, or else of this process.
 
     ``device_memory_peak`` where the backend counts it (GPU, TPU), ``process_memory_peak``

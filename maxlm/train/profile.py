@@ -8,13 +8,14 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
+from maxlm.train.trainer import Callback, Trainer
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """The first and the last of the steps that ``"10:13"`` names, both of them traced, or ``"10"``.
+    """Returns the first and last step to trace of ``"10:13"``, or of ``"10"``.
 
     Raises:
-        MaxlmError: it names none.
+        MaxlmError: the text is neither.
     """
     first, _, last = text.partition(":")
     try:
@@ -28,77 +29,59 @@ def parse_steps(text: str) -> tuple[int, int]:
     return steps
 
 
-class Profiler:
-    """Traces steps ``first`` to ``last`` into ``folder``/profile. A context manager.
+class Profiler(Callback):
+    """Traces steps ``first`` to ``last`` into ``folder``/profile.
 
-    The loop calls `before` and `after` at every step. A host's trace begins once the step before it
-    is done, and ends when the last one is: the devices' work on these steps, all of it and nothing
-    else. Every process traces its own devices; of several, each into process-N in it, as files are
-    named after hosts, which may have several.
+    A host's trace begins once the step before it is done, and ends when the last one is: it holds
+    all the devices' work on these steps and no other. Every process traces its own devices; of
+    several, each writes to profile/process-N, as files are named after hosts, which may run more
+    than one. A run that resumes between the two steps is traced from its first one.
 
-    A run that begins between the two steps is traced from its first one.
+    Raises (every hook):
+        MaxlmError: another trace is being taken in this process, or it cannot be written.
     """
 
     def __init__(self, folder: str | Path, first: int, last: int):
         self._folder = Path(folder) / "profile"
         self._first, self._last = first, last
-        self._tracing, self._step, self._running = False, None, None
+        self._is_tracing, self._annotation, self._running = False, None, None
 
-    @classmethod
-    def off(cls) -> "Profiler":
-        """Traces nothing."""
-        return cls("", 1, 0)
-
-    def before(self, step: int, running: Any) -> None:
-        """A step is about to be handed to the devices.
-
-        Args:
-            running: arrays of the step before, which the trace waits for.
-
-        Raises:
-            MaxlmError: another trace is being taken in this process.
-        """
+    def on_step_begin(self, trainer: Trainer, step: int, state: Any) -> None:
         if not self._first <= step <= self._last:
             return
-        if not self._tracing:
-            jax.block_until_ready(running)
+        if not self._is_tracing:
+            jax.block_until_ready(state)
             own = f"process-{jax.process_index()}" if jax.process_count() > 1 else ""
-            self._traced(jax.profiler.start_trace, str(self._folder / own))
-            self._tracing = True
-        self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
-        self._step.__enter__()
+            self._call(jax.profiler.start_trace, str(self._folder / own))
+            self._is_tracing = True
+        self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._annotation.__enter__()
 
-    def after(self, step: int, result: Any) -> None:
-        """It has been handed over.
-
-        Args:
-            result: arrays that are there when the step is done, and are donated to no other.
-
-        Raises:
-            MaxlmError: the trace cannot be written.
-        """
-        self._running = result if self._tracing else None
-        if self._step is not None:
-            self._step.__exit__(None, None, None)
-            self._step = None
+    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Any) -> None:
+        self._running = sums if self._is_tracing else None
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None
         if step >= self._last:
-            self.close()
+            self._stop()
 
-    def close(self) -> None:
-        """Write what was traced; also if training ends before the last of the steps."""
-        if self._tracing:
-            self._tracing = False
-            with suppress(RuntimeError):  # A step that failed has its say elsewhere.
+    def on_train_end(self, trainer: Trainer, step: int, state: Any) -> None:
+        self._stop()
+
+    def on_rollback(self, trainer: Trainer, decision: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._is_tracing:
+            self._is_tracing = False
+            with suppress(RuntimeError):  # A step that failed is reported elsewhere.
                 jax.block_until_ready(self._running)
-            self._traced(jax.profiler.stop_trace)
+            self._call(jax.profiler.stop_trace)
 
-    def __enter__(self) -> "Profiler":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _traced(self, call: Callable[..., None], *arguments: str) -> None:
+    def _call(self, call: Callable[..., None], *arguments: str) -> None:
         try:
             call(*arguments)
         except (RuntimeError, OSError) as error:  # XLA's errors are RuntimeErrors.

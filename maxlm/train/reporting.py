@@ -9,7 +9,7 @@ from maxlm.config import Config, MaxlmError
 
 
 class WandbConfig(Config):
-    """A run on Weights & Biases; every attempt goes on with the same one."""
+    """A run on Weights & Biases; every attempt continues the same one."""
 
     project: str = "maxlm"
     entity: str | None = None

@@ -1,4 +1,4 @@
-"""What shows a run's numbers elsewhere: TensorBoard, Weights & Biases, Prometheus.
+"""Metrics elsewhere: TensorBoard, Weights & Biases, Prometheus.
 
 A sink is made for one attempt of a run, by process 0. All of them get plain numbers.
 """
@@ -23,7 +23,7 @@ SPENT = ("stepping", "loading", "saving", "evaluating")
 
 
 class Sink:
-    """Takes numbers by step. This one keeps nothing."""
+    """Receives metrics by step. The base class ignores them."""
 
     def log(self, step: int, values: Numbers) -> None:
         """Take the numbers of a step."""

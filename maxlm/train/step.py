@@ -13,7 +13,7 @@ from jax.sharding import reshard
 from maxlm.models.params import Params, bind, param_specs
 from maxlm.tasks.task import Models
 from maxlm.train.gradients import compute_loss_and_gradients
-from maxlm.train.metrics import global_norm, per_token
+from maxlm.train.metrics import divide_by_tokens, global_norm
 from maxlm.train.state import TrainState
 from maxlm.train.trainable import merge_params, split_params
 
@@ -89,7 +89,7 @@ def train_step(
     rate: Any = schedule(state.step)
     metrics: Sums = {
         "loss": total / tokens,
-        **per_token(sums),
+        **divide_by_tokens(sums),
         "batch_tokens": sums["tokens"],
         "learning_rate": rate,
         "grad_norm": grad_norm,

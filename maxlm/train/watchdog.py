@@ -1,4 +1,4 @@
-"""Steps that never end: each process watches its own, and ends itself rather than hang."""
+"""Detects steps that hang; a process that hangs ends itself."""
 
 import faulthandler
 import os
@@ -16,18 +16,20 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
 from maxlm.train.config import FaultsConfig
+from maxlm.train.state import TrainState
+from maxlm.train.trainer import Callback, Trainer
 
-_LOOKED_AT = 100
-_LEAST = 5  # steps, before which a median says little
-# Of the limit: a process that ends takes its peers along, which may find the hang a little later,
-# and are to write down what they do first.
-_LEEWAY, _MOST_LEEWAY = 0.1, 10.0  # seconds at most
-_PATIENCE = 20.0  # seconds for writing it down
+_MEDIAN_STEPS = 100
+_LEAST_STEPS = 5  # before which a median says little
+# A process that ends takes its peers along. They may detect the same hang a little later, and get
+# this share of the limit, and at most these seconds, to write down what they do.
+_GRACE_SHARE, _MAX_GRACE_SECONDS = 0.1, 10.0
+_REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class _Awaited:
-    """What is awaited; one made anew is another."""
+    """The work that is under way."""
 
     step: int
     words: str
@@ -35,16 +37,16 @@ class _Awaited:
     limit: float  # seconds
 
 
-class Watchdog:
-    """A thread that ends the process when what is expected does not come. A context manager.
+class Watchdog(Callback):
+    """A thread that ends the process when the work under way takes too long. A context manager.
 
-    It writes what all Python threads are doing to ``FOLDER/hangs/`` and to stderr first.
+    It first writes what all Python threads are doing to ``FOLDER/hangs/`` and to stderr.
 
     Args:
         folder: the run's.
-        event: told of a hang (``event("hang", step, process=..., seconds=...)``); may be set
-            later.
-        end: how the process ends; a test may look instead.
+        process: this process's index.
+        event: takes ``event("hang", step, process=..., seconds=...)``; may be set later.
+        end: ends the process with an exit code; tests replace it.
     """
 
     def __init__(
@@ -57,41 +59,48 @@ class Watchdog:
     ):
         self._config, self.folder, self._process = config, folder, process
         self.event, self._end = event, end
-        self._seconds: deque[float] = deque(maxlen=_LOOKED_AT)
-        self._done = threading.Event()
+        self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
+        self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
         self._awaited = _Awaited(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def lap(self, seconds: float) -> None:
-        """A step took so long."""
-        self._seconds.append(seconds)
+    def on_train_begin(self, trainer: Trainer, step: int) -> None:
+        self._is_first_step = True
+
+    def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        self.expect(step, "first step" if self._is_first_step else "step")
+        self._is_first_step = False
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        self._step_seconds.append(metrics["seconds"])
 
     def expect(self, step: int, what: str = "step") -> None:
-        """From now on, what is awaited: the next step, or what takes longer (``"evaluation"``,
-        ``"save"``, ``"first step"``), and has the time of ``idle_seconds``."""
-        typical = self._typical(what)
+        """Says what is under way from now on: ``"step"``, or what takes longer (``"first step"``,
+        ``"evaluation"``, ``"save"``, ``"restore"``) and is limited by ``idle_seconds``."""
+        typical = self._typical_seconds(what)
         median_words = "" if typical is None else f" ({typical:.3g} s is the median)"
         words = f"{what} {step}{median_words}"
-        self._awaited = _Awaited(step, words, time.monotonic(), self.limit(what))
+        self._awaited = _Awaited(step, words, time.monotonic(), self.limit_seconds(what))
 
-    def limit(self, what: str) -> float:
-        """Seconds that it may take: a step a multiple of the median of those before it, once there
-        are enough of them."""
-        typical = self._typical(what)
+    def limit_seconds(self, what: str) -> float:
+        """Seconds that it may take: for a step a multiple of the median of those before it, once
+        there are enough of them."""
+        typical = self._typical_seconds(what)
         if typical is None:
             return self._config.idle_seconds
         return max(self._config.hang_seconds, self._config.hang_factor * typical)
 
-    def _typical(self, what: str) -> float | None:
-        return median(self._seconds) if what == "step" and len(self._seconds) >= _LEAST else None
+    def _typical_seconds(self, what: str) -> float | None:
+        known = what == "step" and len(self._step_seconds) >= _LEAST_STEPS
+        return median(self._step_seconds) if known else None
 
     def restart(self) -> None:
-        """What is awaited has come nearer, and has its time once more."""
+        """Restarts the time of what is under way, which has made progress."""
         self._awaited = replace(self._awaited, began=time.monotonic())
 
-    def rest(self) -> None:
-        """Nothing is awaited."""
+    def pause(self) -> None:
+        """Expects nothing until the next :meth:`expect`."""
         self._awaited = replace(self._awaited, limit=float("inf"))
 
     def __enter__(self) -> "Watchdog":
@@ -107,27 +116,27 @@ class Watchdog:
             awaited = self._awaited
             seconds = time.monotonic() - awaited.began
             if seconds >= awaited.limit:
-                if self._hangs(awaited, seconds):
+                if self._handle_hang(awaited, seconds):
                     return
             elif self._done.wait(min(awaited.limit - seconds, 1.0)):
                 return
 
-    def _hangs(self, awaited: _Awaited, seconds: float) -> bool:
-        """Tell of it, and end the process unless it comes after all; False if it has."""
-        # Whatever becomes of the telling: the disk that it is written to may be what hangs.
-        telling = threading.Thread(target=self._tell, args=(awaited, seconds), daemon=True)
-        telling.start()
-        telling.join(_PATIENCE)
-        if self._done.wait(min(_LEEWAY * awaited.limit, _MOST_LEEWAY)):
+    def _handle_hang(self, awaited: _Awaited, seconds: float) -> bool:
+        """Reports a hang and ends the process, unless the work is done after all; then False."""
+        # In a thread of its own: the disk that it writes to may be what hangs.
+        report = threading.Thread(target=self._report, args=(awaited, seconds), daemon=True)
+        report.start()
+        report.join(_REPORT_SECONDS)
+        if self._done.wait(min(_GRACE_SHARE * awaited.limit, _MAX_GRACE_SECONDS)):
             return True
         if self._awaited is awaited:
             self._end(LOST)
             return True
-        words = f"{self.folder}: process {self._process}: {awaited.words} has come after all"
-        print(f"{words}, training goes on", file=sys.stderr, flush=True)
+        words = f"{self.folder}: process {self._process}: {awaited.words} is done after all"
+        print(f"{words}, training continues", file=sys.stderr, flush=True)
         return False
 
-    def _tell(self, awaited: _Awaited, seconds: float) -> None:
+    def _report(self, awaited: _Awaited, seconds: float) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         name = f"process-{self._process}-step-{awaited.step}.txt"
         path = self.folder / "hangs" / name
@@ -135,14 +144,14 @@ class Watchdog:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            there = f"what its threads were doing is in {path}"
+            where = f"what its threads were doing is in {path}"
         except OSError as error:
-            there = f"{path} cannot be written: {error.strerror}"
+            where = f"{path} cannot be written: {error.strerror}"
         print(
             f"error: {self.folder}: process {self._process} hangs: {awaited.words} has taken "
-            f"{seconds:.3g} s; {there}; run the same command to go on from the last checkpoint",
+            f"{seconds:.3g} s; {where}; run the same command to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
-        with suppress(MaxlmError):  # a full disk: it has been told here
+        with suppress(MaxlmError):  # a full disk; the line above has said it
             self.event("hang", awaited.step, process=self._process, seconds=seconds)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import has_compiler, topology_devices
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels import attention as kernel
 
 pytestmark = [
@@ -53,7 +53,7 @@ def operands(S, T, K, H, Hv, dtype, names):
 
 
 def compiled(kind: str, function, arguments):
-    (device,) = topology_devices(parse_topology(f"{kind}x1"))
+    (device,) = get_topology_devices(parse_topology(f"{kind}x1"))
     sharding = SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments

@@ -13,14 +13,14 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.plan.compiled.cost import read_compiled_cost
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import has_compiler, topology_devices
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from maxlm.sharding import MeshConfig, make_mesh
 
 
 def test_the_tpu_compilers_text_is_read_too():
     if not has_compiler("tpu"):
         pytest.skip("the compiler is not installed")
-    axes = make_mesh(MeshConfig(data=2, fsdp=4), topology_devices(parse_topology("v5p:2x2x2")))
+    axes = make_mesh(MeshConfig(data=2, fsdp=4), get_topology_devices(parse_topology("v5p:2x2x2")))
     B, D, F, L = 16, 256, 512, 6
 
     def local(x, up, down):

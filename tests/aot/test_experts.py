@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from maxlm.models.layers.moe import MoeConfig
 from maxlm.models.params import bind, param_specs
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import has_compiler, topology_devices
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from maxlm.sharding import MeshConfig, ShardingConfig, make_mesh, resolve_placement
 from tests.models import moe_building as building
 
@@ -20,7 +20,9 @@ from tests.models import moe_building as building
 def tpu_mesh():
     if not has_compiler("tpu"):
         pytest.skip("the compiler is not installed")
-    return make_mesh(MeshConfig(fsdp=2, expert=4), topology_devices(parse_topology("v5p:2x2x2")))
+    return make_mesh(
+        MeshConfig(fsdp=2, expert=4), get_topology_devices(parse_topology("v5p:2x2x2"))
+    )
 
 
 def test_a_tpu_gets_ragged_exchanges_products_and_scattered_gradients(tpu_mesh):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import has_compiler, topology_devices
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels.chips import find_chip
 from pallas_kernels.grouped_matmul import grouped_matmul, grouped_outer_product
 
@@ -29,7 +29,7 @@ def device(request):
     topology = parse_topology(request.param)
     if not has_compiler(topology.platform):
         pytest.skip("the compiler is not installed")
-    return topology_devices(topology)[0]
+    return get_topology_devices(topology)[0]
 
 
 def compiled_text(device, function, *arrays) -> str:

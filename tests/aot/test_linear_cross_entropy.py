@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import has_compiler, topology_devices
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels.chips import CHIPS, find_chip
 from pallas_kernels.linear_cross_entropy import loss_and_gradients
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(1800)
 def device(request):
     if not has_compiler("tpu"):
         pytest.skip("the compiler is not installed")
-    return topology_devices(parse_topology(request.param))[0]
+    return get_topology_devices(parse_topology(request.param))[0]
 
 
 def compiled(device, T, D, V, dtype=jnp.bfloat16, **options):

@@ -9,7 +9,7 @@ from maxlm.plan.physical import list_torus_dimensions
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compare import compare
-from maxlm.programs.compile import topology_devices
+from maxlm.programs.compile import get_topology_devices
 from maxlm.sharding import MESH_AXES
 from tests.aot.conftest import small_run
 
@@ -39,7 +39,7 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
     topology = parse_topology(machine)
     if topology.platform == "gpu":
         pytest.skip("described without their hosts")
-    devices = topology_devices(topology)
+    devices = get_topology_devices(topology)
     found = Machine.from_devices(devices)
     assert found is not None
     assert found.topology == topology

@@ -15,7 +15,7 @@ from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 from tests.programs import tiny
 
 NAMED = "tokenizer.path=tokenizer300"
@@ -188,9 +188,9 @@ class Home:
         run.mkdir()
         (run / "config.yaml").write_text(to_yaml(config))
         if checkpoint:
-            with Checkpointer(run / "checkpoints") as keeper:
+            with FolderTier(run / "checkpoints") as keeper:
                 metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
-                keeper.save(3, setup.init(), metadata, force=True)
+                keeper.save(3, setup.init(), metadata)
 
     def content(self) -> dict[Path, bytes | None]:
         """Every file's bytes, and the names of folders."""

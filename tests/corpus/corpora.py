@@ -10,7 +10,7 @@ import pyarrow as pa
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
 from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
-from maxlm.runtime.progress import silent
+from maxlm.runtime.progress import ignore_progress
 
 
 def make_corpus(
@@ -62,7 +62,7 @@ def run_stage(
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with WorkerPool(workers) as pool:
-        stage.label(views, scratch, pool, silent)
+        stage.label(views, scratch, pool, ignore_progress)
     shutil.rmtree(scratch)
 
 

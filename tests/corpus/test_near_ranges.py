@@ -25,7 +25,7 @@ from maxlm.corpus.dedup.columns import write_columns
 from maxlm.corpus.dedup.components import AlikePairs, resolve_duplicates
 from maxlm.corpus.dedup.members import Members, member_file
 from maxlm.corpus.stages.near import NearStage
-from maxlm.runtime.progress import silent
+from maxlm.runtime.progress import ignore_progress
 from tests.corpus.corpora import labels, make_corpus
 
 Job = TypeVar("Job")
@@ -112,11 +112,11 @@ def test_memory_does_not_grow_with_the_row_groups_of_a_shard(tmp_path: Path) -> 
     (shard,) = make_corpus(tmp_path / "corpus", documents, 1, rows_per_group=10)
     stage, scratch = NearStage(max_share=1, memory=1 << 18), tmp_path / "scratch"
     scratch.mkdir()
-    stage.label([replace(shard, out="near")], scratch, Alone(), silent)
+    stage.label([replace(shard, out="near")], scratch, Alone(), ignore_progress)
     for path in [*scratch.rglob("sets/*"), *scratch.rglob("verified-*")]:
         path.unlink()  # To be made once more, with all loops compiled.
     tracemalloc.start()
-    stage.label([replace(shard, out="near")], scratch, Alone(), silent)
+    stage.label([replace(shard, out="near")], scratch, Alone(), ignore_progress)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sum(labels([shard], stage)["duplicate"].to_pylist()) == 200

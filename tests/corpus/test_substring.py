@@ -24,7 +24,7 @@ from maxlm.corpus.kernels import substring as loops
 from maxlm.corpus.stages import substring as stage_module
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
-from maxlm.runtime.progress import silent
+from maxlm.runtime.progress import ignore_progress
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
 SMALL = 1 << 10  # Blocks of 64 bytes, and ranges of 16 windows.
@@ -386,11 +386,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
     views = [replace(shard, out=stage.title) for shard in made]
     with pytest.raises(KeyboardInterrupt):
-        stage.label(views, tmp_path / "scratch", Dying(after), silent)
+        stage.label(views, tmp_path / "scratch", Dying(after), ignore_progress)
     left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}
     assert len(left) == min(after, 4)
     with WorkerPool(1) as pool:
-        stage.label(views, tmp_path / "scratch", pool, silent)
+        stage.label(views, tmp_path / "scratch", pool, ignore_progress)
     assert read(made, stage)[0] == expected
     assert all(path.stat().st_mtime_ns == time for path, time in left.items())
     assert not list((tmp_path / "scratch").rglob(".*"))

@@ -19,8 +19,8 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import plan_run
 from maxlm.programs.frozen import load_frozen_models
-from maxlm.programs.pretrain import pretrain
 from maxlm.programs.setup import set_up
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import FrozenModelSource, Models, SourceInputs, Task, register_task
@@ -117,7 +117,7 @@ def make_config(tmp_path):
 
 
 def train(config: RunConfig) -> Any:
-    return pretrain(config, say=lambda _: None)
+    return train_model(config, say=lambda _: None)
 
 
 def test_the_loss_is_the_formulas_on_random_models_in_every_layout(make_config):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from maxlm.huggingface import arrays, checkpoint
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 from maxlm.train.checkpoint.reading import read_metadata
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
@@ -60,11 +60,11 @@ def small_files(monkeypatch):
 def test_orbax_restores_what_was_written(tmp_path):
     want = nested(write(tmp_path, metadata={"config": {"a": 1}}))
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), want)
-    with Checkpointer(tmp_path) as keeper:
+    with FolderTier(tmp_path) as keeper:
         assert keeper.steps() == [0]
         metadata = keeper.metadata()
         got = keeper.restore_params(None, abstract)
-        keeper.save(1, {"params": jax.tree.map(jnp.array, want)}, {}, force=True)
+        keeper.save(1, {"params": jax.tree.map(jnp.array, want)}, {})
         assert keeper.steps() == [0, 1], "a run goes on from it"
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(got), want)
     versions = {
@@ -85,7 +85,7 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
         return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=NamedSharding(eight, spec))
 
     abstract = jax.tree.map(asked, want)
-    with Checkpointer(tmp_path, read_only=True) as keeper:
+    with FolderTier(tmp_path, read_only=True) as keeper:
         got = keeper.restore_params(None, abstract)
 
     def check(got, asked, want):
@@ -99,7 +99,7 @@ def test_orbax_restores_it_onto_a_mesh_and_in_another_dtype(tmp_path, mesh):
 def test_another_model_is_refused_as_ever(tmp_path):
     write(tmp_path)
     wider = {"embed": {"table": jax.ShapeDtypeStruct((10, 9), jnp.float32)}}
-    with Checkpointer(tmp_path, read_only=True) as keeper:
+    with FolderTier(tmp_path, read_only=True) as keeper:
         text = message(keeper.restore_params, None, wider)
     assert "params.embed.table is [10, 8] in it, [10, 9] in this run" in text
 
@@ -113,9 +113,9 @@ def saved_by_orbax(folder, where, step=5):
             return jnp.array(x)
         return jax.device_put(x, NamedSharding(where, P(*(None,) * (x.ndim - 2), "fsdp", "tensor")))
 
-    with Checkpointer(folder, CheckpointConfig()) as keeper:
+    with FolderTier(folder, CheckpointConfig()) as keeper:
         state = {"params": {n: put(x) for n, x in params.items()}, "step": np.int32(step)}
-        keeper.save(step, state, {"config": {}}, force=True)
+        keeper.save(step, state, {"config": {}})
     return params
 
 
@@ -182,7 +182,7 @@ def test_a_writer_that_fails_leaves_no_checkpoint(tmp_path):
         with RunCheckpointWriter(tmp_path) as writer:
             writer.declare("a", (2, 3), 1)
             writer.write("a", (0,), np.ones(3, np.float32))
-            with Checkpointer(tmp_path, read_only=True) as keeper:
+            with FolderTier(tmp_path, read_only=True) as keeper:
                 assert keeper.latest() is None
             raise ZeroDivisionError
 
@@ -195,9 +195,9 @@ def test_what_a_killed_writer_left_is_no_checkpoint_and_goes(tmp_path):
     killed = RunCheckpointWriter(tmp_path)
     killed.declare("a", (2, 3), 1)
     assert list(tmp_path.iterdir())
-    with Checkpointer(tmp_path) as keeper:
+    with FolderTier(tmp_path) as keeper:
         assert keeper.latest() is None
-        keeper.save(1, {"params": {"a": jnp.ones(2)}}, {}, force=True)
+        keeper.save(1, {"params": {"a": jnp.ones(2)}}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["1"], "training removes it"
     RunCheckpointWriter(tmp_path).declare("b", (2, 3), 1)
     write(tmp_path)

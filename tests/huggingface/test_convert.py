@@ -18,7 +18,7 @@ from maxlm.huggingface.dtypes import NUMPY, TensorDtypes
 from maxlm.huggingface.files import list_stored_tensors, read_tensor
 from maxlm.huggingface.writer import SafetensorsWriter
 from maxlm.models.families.entries import ParamSlice, TensorEntry
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.errors import message
 
@@ -165,8 +165,8 @@ def test_what_training_saved_is_exported(tmp_path, monkeypatch, whole):
     reader = RunCheckpointReader(tmp_path / "ours")
     params = {name: jnp.array(reader.read_slice(name)) for name in SHAPES}
     state = {"params": params, "step": np.int32(7), "ema": jax.tree.map(lambda x: 2 * x, params)}
-    with Checkpointer(tmp_path / "run") as keeper:
-        keeper.save(7, state, {}, force=True)
+    with FolderTier(tmp_path / "run") as keeper:
+        keeper.save(7, state, {})
     export_tensors(
         RunCheckpointReader(tmp_path / "run"), table(), TensorDtypes(default="F32"), tmp_path / "a"
     )

@@ -14,7 +14,7 @@ from maxlm.plan.memory import estimate_memory, resting_bytes
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops
 from maxlm.plan.workload import MeshSplit, RunWorkload
-from maxlm.programs.compile import abstract_batch
+from maxlm.programs.compile import make_abstract_batch
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES
@@ -68,7 +68,7 @@ def run(layout: str, model: str, **changes: Any) -> RunConfig:
 
 def compiled(config: RunConfig):
     setup = set_up(config, jax.devices()[: prod(getattr(config.mesh, a) for a in MESH_AXES)])
-    arguments = setup.abstract_state, abstract_batch(setup)
+    arguments = setup.abstract_state, make_abstract_batch(setup)
     step: Any = setup.step_function()
     with jax.set_mesh(setup.mesh):
         program = step.__wrapped__.lower(*arguments).compile()

@@ -17,7 +17,7 @@ from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MESH_AXES, MeshConfig, bind_mesh
 from maxlm.train.batch import batch_sharding, get_local_rows, put_batch
-from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.state import TrainState
 from tests.models.building import QUICK
 
@@ -401,9 +401,9 @@ def start_from(folder: Path, setup: Setup) -> TrainState:
             update={"mesh": MeshConfig(fsdp=1), "parallel": ParallelConfig()}
         )
         fresh = set_up(alone, devices_of(alone))
-        with Checkpointer(folder) as keeper:
-            keeper.save(0, fresh.init(), {}, force=True)
-    with Checkpointer(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
+        with FolderTier(folder) as keeper:
+            keeper.save(0, fresh.init(), {})
+    with FolderTier(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
         return keeper.restore(0, setup.abstract_state)
 
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from maxlm.cli.main import main
-from maxlm.programs import pretrain
+from maxlm.programs import train
+from maxlm.programs.evaluation import HeldOutEvaluator
 
 SLOW = 0.25  # seconds a batch, by which what looks on from outside is quicker
 
@@ -32,7 +33,7 @@ def a_place_to_hang() -> None:
 
 
 def spoil_batches(fault: str, place: int) -> None:
-    original = pretrain.training_batches
+    original = train.training_batches
 
     @contextmanager
     def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
@@ -48,17 +49,17 @@ def spoil_batches(fault: str, place: int) -> None:
 
             yield each()
 
-    pretrain.training_batches = spoiled
+    train.training_batches = spoiled
 
 
 def spoil_evaluation(fault: str) -> None:
-    original = pretrain.held_out
+    original = HeldOutEvaluator.evaluate
 
     def spoiled(*arguments: Any) -> Any:
         befall(fault)
         return original(*arguments)
 
-    pretrain.held_out = spoiled
+    HeldOutEvaluator.evaluate = spoiled  # pyright: ignore
 
 
 if __name__ == "__main__":

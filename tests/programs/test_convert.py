@@ -21,7 +21,7 @@ from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
 from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
-from maxlm.programs.pretrain import pretrain
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from tests.models import tiny_tokenizers
@@ -45,7 +45,7 @@ def trained(folder: Path) -> Path:
     """A run of a few steps, with a tokenizer of its own."""
     text = tiny.write_text(folder / "text")
     path = tiny.write_config(folder, text, train={"steps": 2})
-    pretrain(load_config(RunConfig, path).value, say=lambda _: None)
+    train_model(load_config(RunConfig, path).value, say=lambda _: None)
     return folder / "tiny"
 
 
@@ -112,11 +112,11 @@ def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
         train={"steps": 1, "start_from": str(tmp_path / "run")},
         schedule={"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-9},
     )
-    pretrain(load_config(RunConfig, tuned).value, say=lambda _: None)
+    train_model(load_config(RunConfig, tuned).value, say=lambda _: None)
     want, got = parameters(llama), parameters(tmp_path / "tiny")
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-7, err_msg=name)
-    pretrain(
+    train_model(
         load_config(RunConfig, tuned, ["train.steps=2"]).value, say=lambda _: None
     )  # and resumed
 
@@ -346,7 +346,7 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
             "mesh.data=8",
         ],
     ).value
-    pretrain(config, say=lambda _: None)
+    train_model(config, say=lambda _: None)
     want, got = parameters(tmp_path / "run"), parameters(tmp_path / "tuned")
     for key, value in want.items():
         np.testing.assert_allclose(got[key], value, atol=1e-6, err_msg=key)

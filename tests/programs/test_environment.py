@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import jax
 
-from maxlm.programs.environment import environment, git_state
+from maxlm.programs.environment import describe_environment, read_git_state
 from tests.ports import free_port
 from tests.programs import tiny
 
@@ -19,7 +19,7 @@ def test_what_is_here(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_some_flag")
     monkeypatch.setenv("SECRET_TOKEN", "s3cret")
-    found = environment()
+    found = describe_environment()
     assert json.loads(json.dumps(found)) == found
     assert found["versions"]["orbax-checkpoint"] == version("orbax-checkpoint")
     assert found["devices"] == {"kind": jax.devices()[0].device_kind, "count": 8}
@@ -42,31 +42,31 @@ def test_the_state_of_a_checkout(tmp_path, monkeypatch):
     module = tmp_path / "maxlm" / "__init__.py"
     module.write_text("one\n")
     # Inside of another project's checkout, which does not track it.
-    assert git_state(tmp_path) is None
+    assert read_git_state(tmp_path) is None
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert git_state(tmp_path) == {"commit": commit, "dirty": False, "diff_bytes": 0}
+    assert read_git_state(tmp_path) == {"commit": commit, "dirty": False, "diff_bytes": 0}
     (tmp_path / "untracked").write_text("")
-    assert git_state(tmp_path) == {"commit": commit, "dirty": True, "diff_bytes": 0}
+    assert read_git_state(tmp_path) == {"commit": commit, "dirty": True, "diff_bytes": 0}
     # Nothing is written: git would note that a file is what it was, and lock its index for it.
     os.utime(module, (1, 1))
     index = (tmp_path / ".git" / "index").read_bytes()
-    assert git_state(tmp_path)["diff_bytes"] == 0
+    assert read_git_state(tmp_path)["diff_bytes"] == 0
     assert (tmp_path / ".git" / "index").read_bytes() == index
     module.write_text("two\n")
     size = len(git(tmp_path, "diff", "HEAD"))
     assert size > 50
-    assert git_state(tmp_path) == {"commit": commit, "dirty": True, "diff_bytes": size}
+    assert read_git_state(tmp_path) == {"commit": commit, "dirty": True, "diff_bytes": size}
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert git_state(tmp_path) is None
+    assert read_git_state(tmp_path) is None
 
 
 def test_a_process_knows_when_it_was_started():
     """Not when it got round to asking."""
     code = (
         "import time; time.sleep(1)\n"
-        "from maxlm.programs.environment import process_began\nprint(process_began())"
+        "from maxlm.programs.environment import get_process_start\nprint(get_process_start())"
     )
     before = time.time()
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -80,7 +80,7 @@ host = f"host-{sys.argv[2]}"
 platform.node = lambda: host
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 from maxlm.programs.environment import environment
-found = environment()
+found = describe_environment()
 print(found["processes"], *found["hosts"], found["devices"]["count"])
 """
 

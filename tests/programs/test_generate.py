@@ -16,7 +16,7 @@ from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.params import param_specs
 from maxlm.programs import report
-from maxlm.programs.generate import between, generate_text
+from maxlm.programs.generate import generate_text, get_separator
 from maxlm.programs.prepare import prepare
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
@@ -129,7 +129,7 @@ def test_an_encoder_reads_a_whole_document_and_the_output_begins_a_text(
     steps = list(generate_text(model, None, ForeignTokenizer(), ["a", ""], SAMPLING))
     assert seen == [[ord("a") + 2, EOS], [EOS]]
     assert ["".join(pieces) for pieces in zip(*steps, strict=True)] == ["x", ""]
-    assert between(model) == "\n"
+    assert get_separator(model) == "\n"
 
 
 def sampling_run(folder, **top):
@@ -148,7 +148,7 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh(tmp_path):
         setup = set_up(config, jax.devices()[: prod(sizes.values())])
         run = SimpleNamespace(setup=setup, state=setup.init())
         run.corpus = SimpleNamespace(tokenizer=ByteTokenizer())
-        texts.append(report.samples(run))
+        texts.append(report.generate_samples(run))
     assert texts[0] == texts[1] != ""
 
 

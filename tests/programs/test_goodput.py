@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.programs.goodput import PARTS, history
+from maxlm.programs.goodput import PARTS, summarize_events
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 50) | st.floats() | st.text(max_size=3),
@@ -42,7 +42,7 @@ JUNK = st.dictionaries(st.sampled_from(("event", "time", "step")), JSON)
     st.floats(0, 2e4),
 )
 def test_parts_sum_to_the_whole_whatever_was_written(events, now):
-    told = history(events, now)
+    told = summarize_events(events, now)
     assert sum(told.seconds.values()) == pytest.approx(told.wall, abs=1e-6)
     assert all(a.end == b.begin for a, b in zip(told.spans, told.spans[1:], strict=False))
     assert all(span.end > span.begin and span.part in PARTS for span in told.spans)
@@ -135,7 +135,7 @@ def test_parts_are_those_of_a_run_played_out(data):
             play.pass_(idle, data.draw(st.floats(0.1, 500)))
         begins, end = play.attempt(data.draw, begins)
         ends.append(end)
-    told = history(play.events, now=play.clock + 1000)
+    told = summarize_events(play.events, now=play.clock + 1000)
     seconds = dict.fromkeys(PARTS, 0.0) | play.spent
     # What was run and never gone back from is all that is kept: the last attempt's is still.
     seconds["productive"] = sum(play.kept.values())
@@ -165,7 +165,7 @@ def test_steps_between_two_events_are_told_apart_pro_rata():
         ("progress", 16, 70, {"stepping": 20}),
         ("stop", 16, 70, {"reason": "done"}),
     )
-    told = history(events, now=1e6)
+    told = summarize_events(events, now=1e6)
     assert told.seconds == {
         **dict.fromkeys(PARTS, 0.0),
         "productive": 12 + 20,
@@ -186,7 +186,7 @@ def test_the_first_step_is_compilations():
         ("progress", 3, 12, {"stepping": 4}),
         ("resume", 1, 12, {"began": 12}),
     )
-    seconds = history(events, now=1e6).seconds
+    seconds = summarize_events(events, now=1e6).seconds
     assert (seconds["compiling"], seconds["lost"], seconds["productive"]) == (8, 4, 0)
 
 
@@ -200,7 +200,7 @@ def test_a_later_attempt_may_go_back_behind_an_earlier_one():
         ("resume", 4, 20, {"began": 20}),
         ("progress", 14, 30, {"stepping": 10}),
     )
-    told = history(events, now=1e6)
+    told = summarize_events(events, now=1e6)
     assert (told.seconds["productive"], told.seconds["lost"]) == (4 + 10, 6 + 10)
     assert [attempt.stretches[0].kept for attempt in told.attempts] == [4, 4, math.inf]
 
@@ -210,7 +210,7 @@ def test_a_later_attempt_may_go_back_behind_an_earlier_one():
 )
 def test_an_attempt_heard_of_just_now_is_running(silent, end, wall):
     events = log(("start", 0, 0, {"began": 0}), ("progress", 5, 10, {"stepping": 10}))
-    told = history(events, now=10 + silent)
+    told = summarize_events(events, now=10 + silent)
     assert told.attempts[0].end == end
     assert told.wall == wall
     assert told.interruptions == ({} if end == "running" else {"killed": 1})
@@ -225,7 +225,7 @@ def test_a_run_that_was_done_is_not_down_until_it_is_made_longer():
         ("progress", 10, 1010, {"stepping": 10}),
         ("stop", 10, 1010, {"reason": "done"}),
     )
-    told = history(events, now=1e6)
+    told = summarize_events(events, now=1e6)
     assert told.seconds["finished"] == 990
     assert told.goodput == 1.0
     assert told.mean_time_to_interruption is None
@@ -237,10 +237,10 @@ def test_a_hang_that_ended_by_itself_is_not_taken_for_steps():
         ("hang", 5, 60, {"process": 1, "seconds": 50}),
         ("progress", 6, 70, {"stepping": 70}),
     )
-    seconds = history(events, now=1e6).seconds
+    seconds = summarize_events(events, now=1e6).seconds
     assert (seconds["hanging"], seconds["productive"]) == (50, 20)
 
 
 def test_nothing_has_happened_yet():
-    told = history([], now=1.0)
+    told = summarize_events([], now=1.0)
     assert (told.wall, told.goodput, told.mean_time_to_interruption) == (0, None, None)

@@ -63,7 +63,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path):
     assert process.returncode == 2, err
     assert err.splitlines()[-1] == (
         f"error: {broken}: interrupted at step {stopped} of {STEPS}, which is saved; run the same "
-        "command to go on from there"
+        "command to resume"
     )
     assert "Traceback" not in err
     assert 3 <= stopped < STEPS

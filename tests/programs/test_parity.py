@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.programs.setup import set_up
-from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.checkpoint import FolderTier, group_sizes
 from tests.programs import cells
 
 TOLERANCE = 1e-5
@@ -92,9 +92,9 @@ def test_a_layout_equals_one_device(name, model, one_device, tmp_path):
 
 
 def written_here_is_read_there(setup, state, alone, folder) -> None:
-    with Checkpointer(folder, grouped=group_sizes(setup.specs)) as keeper:
-        keeper.save(cells.STEPS, state, {}, force=True)
-    with Checkpointer(folder, read_only=True) as keeper:
+    with FolderTier(folder, grouped=group_sizes(setup.specs)) as keeper:
+        keeper.save(cells.STEPS, state, {})
+    with FolderTier(folder, read_only=True) as keeper:
         restored = keeper.restore(cells.STEPS, alone.abstract_state)
     ours = cells.canonical(setup, state.params)
     for path, value in cells.canonical(alone, restored.params).items():

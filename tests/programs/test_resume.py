@@ -12,15 +12,17 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.corpus import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.programs.pretrain import pretrain
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from tests.programs import tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
 
 
 def train(path, *overrides):
-    return pretrain(load_config(RunConfig, path, overrides).value, say=lambda _: None)
+    return train_model(load_config(RunConfig, path, overrides).value, say=lambda _: None)
 
 
 def saved_metadata(run, step):
@@ -65,8 +67,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
 
     home.rename(tmp_path / "aside")
     gone = (
-        f"{home}: no checkpoint is left, but one of step %d was saved; put it back; to begin anew, "
-        f"move {run} away, or set another name=..."
+        f"{home}: no checkpoint is left, but one of step %d was saved; put it back; to start "
+        f"afresh, move {run} away, or set another name=..."
     )
     refused(gone % 3)
     assert records.read_bytes() == before
@@ -81,12 +83,12 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     (tmp_path / "aside").rename(home)
     stopped = load_config(RunConfig, path, ["name=other", "train.steps=4"]).value
     with monkeypatch.context() as patch:
-        patch.setattr("maxlm.programs.pretrain.training_batches", lambda *_: 1 / 0)
+        patch.setattr("maxlm.programs.train.training_batches", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            pretrain(stopped, resume=run, say=lambda _: None)
+            train_model(stopped, resume=run, say=lambda _: None)
     refused(
-        f"{other}/checkpoints: no checkpoint is here, and the run goes on from {run}; give "
-        f"--resume {run} again; to begin anew, move {other} away, or set another name=...",
+        f"{other}/checkpoints: no checkpoint is here, and the run resumes from {run}; give "
+        f"--resume {run} again; to start afresh, move {other} away, or set another name=...",
         "name=other",
     )
 

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.programs import pretrain as program
-from maxlm.programs import resume as going_on
-from maxlm.programs.pretrain import pretrain
+from maxlm.programs import resume as resume_module
+from maxlm.programs import train as program
+from maxlm.programs.resume import StateSource
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import Checkpointer
-from maxlm.train.checkpoint.tiers import Tiers
+from maxlm.train.checkpoint import Checkpointer, FolderTier
 from maxlm.train.records import read_records
-from maxlm.train.skips import batch_number
+from maxlm.train.skips import get_batch_number
 from tests.programs import tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 STEPS = 24
 WRONG = ("[3]", "[7, 3]", "[-1, 2]", '["1", "2"]', "[1.5, 2]")
@@ -40,7 +42,7 @@ def spoil(monkeypatch, numbers, how):
 
             def each():
                 for step, batch in enumerate(batches, start):
-                    yield how(batch) if batch_number(step, skips) in numbers else batch
+                    yield how(batch) if get_batch_number(step, skips) in numbers else batch
 
             yield each()
 
@@ -62,7 +64,7 @@ def train(tmp_path, text, name, *overrides, resume=None, **top):
     config = load_config(
         RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]
     ).value
-    return pretrain(config, resume=resume, say=said.append), said
+    return train_model(config, resume=resume, say=said.append), said
 
 
 def events(folder, *kinds):
@@ -81,7 +83,7 @@ def assert_same_state(one, other):
 def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, text, monkeypatch):
     spoil(monkeypatch, {5, 9}, no_number)
     trained, said = train(tmp_path, text, "bad")
-    assert not [line for line in said if "going back" in line]
+    assert not [line for line in said if "rolling back" in line]
     assert [e["step"] for e in events(trained.folder, "skip")] == [6, 10]
     recorded = list(read_records(trained.folder / "metrics.jsonl"))
     assert [r["step"] for r in recorded if r.get("skipped")] == [6, 10]
@@ -96,7 +98,7 @@ def test_an_update_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path, 
     ("numbers", "how", "last", "reason"),
     [
         ({13, 14}, no_number, 15, "2 updates in a row were not finite"),
-        ({13, 14, 15}, other_targets, 15, "is the most that is no spike"),
+        ({13, 14, 15}, other_targets, 15, "above the spike limit of"),
     ],
 )
 def test_a_run_goes_back_and_is_then_the_run_without_those_batches(
@@ -109,8 +111,8 @@ def test_a_run_goes_back_and_is_then_the_run_without_those_batches(
     assert back["batches"] == [12, last - 1]
     assert reason in back["reason"]
     assert said[-1] == (
-        f"going back from step {last} to step 12: {back['reason']}; "
-        f"batches 12 to {last - 1} are left out"
+        f"rolling back from step {last} to step 12: {back['reason']}; "
+        f"batches 12 to {last - 1} are skipped"
     )
     record = trained.folder / "skipped_batches.json"
     assert json.loads(record.read_text()) == [{"batches": [12, last - 1], "reason": back["reason"]}]
@@ -125,12 +127,12 @@ def test_a_run_goes_back_and_is_then_the_run_without_those_batches(
     assert len(losses(told.folder)) == STEPS
     assert_same_state(trained, told)
 
-    # One that stops after going back, and is started again.
+    # One that stops after rolling back, and is started again.
     train(tmp_path, text, "parts", "train.steps=18")
     parts, _ = train(tmp_path, text, "parts")
     assert parts.start == 18
     assert_same_state(parts, trained)
-    with Checkpointer(parts.folder / "checkpoints", read_only=True) as keeper:
+    with FolderTier(parts.folder / "checkpoints", read_only=True) as keeper:
         assert keeper.metadata()["skipped_batches"] == [[12, last - 1]]
 
 
@@ -139,14 +141,14 @@ def test_a_run_killed_while_going_back_does_it_when_it_is_started_again(
 ):
     spoil(monkeypatch, {13, 14}, no_number)
     whole, _ = train(tmp_path, text, "whole")
-    original = program.go_back
+    original = StateSource.rollback
 
     def killed(*arguments):
         original(*arguments)  # what is on disk by then
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "go_back", killed)
+        patch.setattr(StateSource, "rollback", killed)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, text, "bad")
     again, _ = train(tmp_path, text, "bad")
@@ -179,12 +181,12 @@ def test_a_run_that_stays_bad_gives_up_and_never_saves_what_is_no_number(
         train(tmp_path, text, "bad", "faults.max_rollbacks=2")
     folder = tmp_path / "bad"
     assert str(error.value) == (
-        f"{folder}: 2 updates in a row were not finite at step 6, and the run has gone back 2 "
+        f"{folder}: 2 updates in a row were not finite at step 6, and the run has rolled back 2 "
         "times; lower schedule.learning_rate in another run folder (--resume), or raise "
         "faults.max_rollbacks"
     )
     assert [e["batches"] for e in events(folder, "rollback")] == [[4, 7], [8, 9]]
-    with Checkpointer(folder / "checkpoints", read_only=True) as keeper:
+    with FolderTier(folder / "checkpoints", read_only=True) as keeper:
         for step in keeper.steps():
             assert keeper.metadata(step)["losses"]["skipped"] == 0
 
@@ -207,7 +209,7 @@ def test_a_record_of_batches_that_is_none_is_refused(tmp_path, text, record):
     with pytest.raises(MaxlmError) as error:
         train(tmp_path, text, "bad")
     assert str(error.value) == (
-        f"{path}: is no list of ranges of batches; write it anew from the rollbacks in "
+        f"{path}: is no list of ranges of batches; rewrite it from the rollbacks in "
         'events.jsonl: [{"batches": [first, last]}]'
     )
     assert path.read_text() == record
@@ -222,20 +224,20 @@ def test_a_kill_in_a_rollback_to_the_beginning_leaves_a_run_that_goes_on(
     how = {"checkpoint": {"every_steps": 1}}
     whole, _ = train(tmp_path, text, "whole", "train.steps=6", **how)
     assert [e["batches"] for e in events(whole.folder, "rollback")] == [[0, 1]]
-    original = program.go_back
+    original = StateSource.rollback
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    def go_back(*arguments):
+    def rollback(*arguments):
         if moment == "before":
-            patch.setattr(Tiers, "set_aside", killed)
+            patch.setattr(Checkpointer, "quarantine", killed)
         elif moment == "between":
-            patch.setattr(going_on, "_write_skip", killed)
+            patch.setattr(resume_module, "record_skip", killed)
         return killed(original(*arguments))
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "go_back", go_back)
+        patch.setattr(StateSource, "rollback", rollback)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, text, "bad", "train.steps=6", **how)
     again, _ = train(tmp_path, text, "bad", "train.steps=6", **how)

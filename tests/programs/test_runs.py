@@ -8,9 +8,9 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.programs.goodput import PARTS, History, Span, history
+from maxlm.programs.goodput import PARTS, History, Span, summarize_events
 from maxlm.programs.runs import list_runs, read_run
-from maxlm.programs.timeline import COLUMNS, plot_history
+from maxlm.programs.timeline import COLUMNS, draw_history
 from maxlm.run import RunConfig
 
 BEGAN = 1_700_000_000.0
@@ -129,12 +129,12 @@ def drawn(monkeypatch, told, image):
 
     monkeypatch.setattr(Axes, "plot", record_line)
     monkeypatch.setattr(Axes, "stairs", record_area)
-    plot_history(told, image, title="seven")
+    draw_history(told, image, title="seven")
     return lines, areas
 
 
 def test_the_plot_shows_all_of_the_time_and_the_steps_lost(tmp_path, monkeypatch):
-    told = history(EVENTS, now=BEGAN + 1e6)
+    told = summarize_events(EVENTS, now=BEGAN + 1e6)
     image = tmp_path / "plots" / "goodput.png"
     lines, areas = drawn(monkeypatch, told, image)
     assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
@@ -163,5 +163,5 @@ def test_many_spans_are_drawn_in_time(tmp_path, monkeypatch):
 
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(MaxlmError, match="no time to plot"):
-        plot_history(history([], 0.0), tmp_path / "image.png")
+        draw_history(summarize_events([], 0.0), tmp_path / "image.png")
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,9 @@ from maxlm.config import load_config
 from maxlm.config.assets import list_shipped_configs
 from maxlm.programs import smoke as smoke_program
 from maxlm.programs.setup import Setup
-from maxlm.programs.smoke import shrink, smoke
+from maxlm.programs.smoke import shrink_config, smoke
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 
 CHECKS = [
     "parameters lie as planned",
@@ -44,7 +44,7 @@ def _feed_forward(run: RunConfig) -> tuple[str, Any]:
 
 def structure(run: RunConfig) -> str:
     """What a family's sizes have in common: all but widths, numbers of heads and constants."""
-    small = shrink(run, 1)
+    small = shrink_config(run, 1)
     model, heads = small.model, small.model.attention
     name_of, layer = _feed_forward(small)
     same = {"num_heads": 1, "num_kv_heads": 1, "scale": heads.scale and 1.0}
@@ -115,14 +115,14 @@ def test_a_step_that_learns_nothing_fails(monkeypatch, capsys):
 
 
 def test_a_checkpoint_that_loses_something_fails(monkeypatch):
-    restore = Checkpointer.restore
+    restore = FolderTier.restore
 
     def lossy(self, step, abstract):
         state = restore(self, step, abstract)
         params = jax.tree.map(lambda p: p * (1 + 1e-3), state.params)
         return type(state)(state.step, params, state.opt_state, state.ema)
 
-    monkeypatch.setattr(Checkpointer, "restore", lossy)
+    monkeypatch.setattr(FolderTier, "restore", lossy)
     assert failed("llama3_8b") == [
         "a checkpoint restores bit for bit",
         "restored steps repeat exactly",
@@ -138,7 +138,7 @@ def turned(positions: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("devices", [1, 8])
 def test_shrinking_keeps_the_structure(name, devices):
     run = read(name)
-    small = shrink(run, devices)
+    small = shrink_config(run, devices)
     assert small.model.num_layers <= 2
     assert small.model.d_model <= 256
     assert small.data.batch_size % devices == 0
@@ -187,7 +187,7 @@ def test_every_setting_of_a_run_can_be_smoked():
         "task.z_loss=1e-4",
     ]
     run = load_config(RunConfig, "smollm2_135m", settings).value
-    small = shrink(run, 1)
+    small = shrink_config(run, 1)
     assert small.train.ema_decay == 0.9
     assert small.train.micro_batches == 2
     assert [c.name for c in smoke(run, jax.devices()[:1]) if not c.passed] == []

@@ -4,16 +4,18 @@ once it has begun."""
 import pytest
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.programs import pretrain as program
+from maxlm.programs import open_run as program
 from maxlm.programs.load import load_run
-from maxlm.programs.pretrain import pretrain
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from tests.programs import tiny
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
     path, said = tiny.write_config(folder, text, **top), []
-    pretrain(load_config(RunConfig, path, overrides).value, resume=resume, say=said.append)
+    train_model(load_config(RunConfig, path, overrides).value, resume=resume, say=said.append)
     return said
 
 
@@ -45,16 +47,16 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text
     kept = {"checkpoint": {"every_steps": 1, "keep_last": 1}}
     first = tmp_path / "first" / "tiny"
     train(tmp_path / "first", text, train={"steps": 1}, **kept)
-    prepare = program._prepare_together
+    prepare = program.prepare_on_all_hosts
 
     def slowly(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(program, "_prepare_together", prepare)
+            patch.setattr(program, "prepare_on_all_hosts", prepare)
             train(tmp_path / "first", text, train={"steps": 3}, **kept)
         assert not (first / "checkpoints" / "1").exists()
         return prepare(*arguments)
 
-    monkeypatch.setattr(program, "_prepare_together", slowly)
+    monkeypatch.setattr(program, "prepare_on_all_hosts", slowly)
     steps, resume = {"steps": 4}, None
     if how == "start_from":
         steps |= {"start_from": str(first)}

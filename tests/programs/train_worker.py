@@ -9,7 +9,7 @@ import sys
 import jax
 
 from maxlm.config import load_config
-from maxlm.programs.pretrain import pretrain
+from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     for name in runs:
         run = load_config(RunConfig, config, [f"name={name}", f"mesh={{{mesh}}}"]).value
-        trained = pretrain(run, say=lambda text: print(text, flush=True))
+        trained = train_model(run, say=lambda text: print(text, flush=True))
         assert trained.setup.mesh.size == jax.device_count()
     print("done", flush=True)
 

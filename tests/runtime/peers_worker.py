@@ -14,7 +14,7 @@ import time
 from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST
 from maxlm.runtime.cluster import find_cluster
-from maxlm.runtime.peers import FAILED, join_cluster, lost_peer
+from maxlm.runtime.peers import FAILED, describe_lost_peer, join_cluster
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
         if isinstance(error, MaxlmError):
             code, text = error.exit_code, str(error)
         else:
-            code, text = (LOST if lost_peer(error) else FAILED), repr(error)
+            code, text = (LOST if describe_lost_peer(error) else FAILED), repr(error)
         print(text, flush=True)
         if peers:
             peers.end_all(code, text)
@@ -65,7 +65,8 @@ def add_up(action: str) -> None:
         if action == "fault" and number == 1:
             raise MaxlmError("no such folder", where="data.folder")
         if action == "busy":
-            sum(range(30_000_000))
+            for _ in range(10_000_000):
+                pass
         else:
             total(own).block_until_ready()
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.pool import WorkerPool, default_workers
+from maxlm.runtime.pool import WorkerPool, count_workers
 
 
 def test_results_errors_and_several_maps():
@@ -176,4 +176,4 @@ def test_workers_end_when_their_parent_is_killed():
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="no affinity here")
 def test_default_workers_is_the_number_of_usable_cores():
-    assert default_workers() == len(psutil.Process().cpu_affinity())
+    assert count_workers() == len(psutil.Process().cpu_affinity())

@@ -15,8 +15,8 @@ def test_a_schedulers_signal_ends_what_is_going_on_and_handlers_come_back(number
     with pytest.raises(Preempted) as error, handle_signals("runs/x"):
         signal.raise_signal(number)
     assert str(error.value) == (
-        f"runs/x: told to stop ({signal.Signals(number).name}) while no step was under way; "
-        "run the same command to go on"
+        f"runs/x: preempted ({signal.Signals(number).name}) while no step was under way; "
+        "run the same command to resume"
     )
     assert isinstance(error.value, MaxlmError)
     assert error.value.exit_code == PREEMPTED == 75
@@ -56,7 +56,7 @@ def test_one_that_the_loop_did_not_act_on_is_heeded_after_it(number):
                 signal.raise_signal(number)
             signals.raise_if_signaled()
 
-    with pytest.raises(Preempted, match=rf"told to stop \({signal.Signals(number).name}\)"):
+    with pytest.raises(Preempted, match=rf"preempted \({signal.Signals(number).name}\)"):
         told(number)
     with pytest.raises(KeyboardInterrupt):
         told(signal.SIGINT)

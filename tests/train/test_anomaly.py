@@ -5,7 +5,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from maxlm.train.anomaly import LossWatch, Verdict
+from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
 from maxlm.train.config import FaultsConfig
 
 CONFIG = FaultsConfig(max_skipped=3, spike_threshold=10.0, spike_steps=2, spike_window=16)
@@ -16,7 +16,9 @@ def see(watch, losses, first=1, **values):
     verdicts = []
     for step, loss in enumerate(losses, first):
         skipped = float(np.isnan(loss))
-        verdict = watch.see(step, {"loss": loss, "skipped": skipped, "param_norm": 1.0, **values})
+        verdict = watch.update(
+            step, {"loss": loss, "skipped": skipped, "param_norm": 1.0, **values}
+        )
         verdicts.append(verdict)
     return verdicts
 
@@ -26,15 +28,15 @@ def noise(count, level=2.0, seed=0, width=0.05):
 
 
 def test_updates_left_out_in_a_row_are_bad_and_apart_they_are_not():
-    assert see(LossWatch(CONFIG), [2.0, NAN, NAN, 2.0, NAN, NAN, 2.0]) == [None] * 7
-    assert see(LossWatch(CONFIG), [2.0, NAN, NAN, NAN])[-1] == Verdict(
+    assert see(LossSpikeDetector(CONFIG), [2.0, NAN, NAN, 2.0, NAN, NAN, 2.0]) == [None] * 7
+    assert see(LossSpikeDetector(CONFIG), [2.0, NAN, NAN, NAN])[-1] == RollbackDecision(
         2, 4, "3 updates in a row were not finite"
     )
 
 
 def test_parameters_that_are_not_finite_are_bad_at_once():
-    assert see(LossWatch(CONFIG), [2.0], first=7, param_norm=NAN) == [
-        Verdict(7, 7, "the parameters are not finite")
+    assert see(LossSpikeDetector(CONFIG), [2.0], first=7, param_norm=NAN) == [
+        RollbackDecision(7, 7, "the parameters are not finite")
     ]
 
 
@@ -47,52 +49,50 @@ def test_a_spike_is_many_deviations_above_the_median_several_times_in_a_row():
     limit = middle + 10 * deviation
     assert deviation > 0.005 * middle
     under, over = limit * 0.999, limit * 1.001
-    assert see(LossWatch(CONFIG), [*losses, under, under, under]) == [None] * 67
-    assert see(LossWatch(CONFIG), [*losses, over, 2.0, over, 2.0]) == [None] * 68
-    *calm, verdict = see(LossWatch(CONFIG), [*losses, over, over + 1])
+    assert see(LossSpikeDetector(CONFIG), [*losses, under, under, under]) == [None] * 67
+    assert see(LossSpikeDetector(CONFIG), [*losses, over, 2.0, over, 2.0]) == [None] * 68
+    *calm, verdict = see(LossSpikeDetector(CONFIG), [*losses, over, over + 1])
     assert calm == [None] * 65
     assert (verdict.first, verdict.last) == (65, 66)
-    assert verdict.reason == (
-        f"the loss is {over + 1:.4f}, {limit:.4f} is the most that is no spike"
-    )
+    assert verdict.reason == (f"the loss is {over + 1:.4f}, above the spike limit of {limit:.4f}")
 
 
 def test_an_update_left_out_among_spikes_is_in_their_row():
-    watch = LossWatch(CONFIG)
+    watch = LossSpikeDetector(CONFIG)
     see(watch, noise(16))
     assert see(watch, [9.0], first=17) == [None]
-    assert watch.suspect(17) == 17
+    assert watch.first_suspect_step(17) == 17
     assert see(watch, [NAN], first=18) == [None]
-    assert watch.suspect(18) == 17
+    assert watch.first_suspect_step(18) == 17
     [verdict] = see(watch, [9.0], first=19)
     assert (verdict.first, verdict.last) == (17, 19)
 
 
 def test_a_loss_that_falls_or_is_noise_is_no_spike():
     falling = [10 / (1 + n / 20) + x for n, x in enumerate(noise(3000, level=0, width=0.2))]
-    watch = LossWatch(FaultsConfig())
+    watch = LossSpikeDetector(FaultsConfig())
     assert see(watch, falling) == [None] * 3000
 
 
 def test_a_loss_that_hardly_moves_has_room_in_proportion_to_itself():
     still = [2.0] * 16
-    assert see(LossWatch(CONFIG), [*still, 2.0999, 2.0999]) == [None] * 18  # 10 times 0.5%
-    assert see(LossWatch(CONFIG), [*still, 2.1001, 2.1001])[-1] is not None
+    assert see(LossSpikeDetector(CONFIG), [*still, 2.0999, 2.0999]) == [None] * 18  # 10 times 0.5%
+    assert see(LossSpikeDetector(CONFIG), [*still, 2.1001, 2.1001])[-1] is not None
 
 
 def test_without_enough_losses_or_a_threshold_nothing_is_a_spike():
-    assert see(LossWatch(CONFIG), [*noise(15), 99.0, 99.0, 99.0])[:17] == [None] * 17
+    assert see(LossSpikeDetector(CONFIG), [*noise(15), 99.0, 99.0, 99.0])[:17] == [None] * 17
     off = CONFIG.model_copy(update={"spike_threshold": None})
-    assert see(LossWatch(off), [*noise(64), 99.0, 99.0, 99.0]) == [None] * 67
+    assert see(LossSpikeDetector(off), [*noise(64), 99.0, 99.0, 99.0]) == [None] * 67
 
 
 @pytest.mark.parametrize("cut", range(1, 70))
 def test_a_run_that_was_started_again_judges_as_one_that_never_stopped(cut):
     losses = [*noise(40), 9.0, *noise(10, seed=1), NAN, NAN, 2.0, NAN, *noise(10), 9.0, 9.0, 9.0]
-    whole = see(LossWatch(CONFIG), losses)
-    first = LossWatch(CONFIG)
+    whole = see(LossSpikeDetector(CONFIG), losses)
+    first = LossSpikeDetector(CONFIG)
     parts = see(first, losses[:cut])
-    again = LossWatch(CONFIG, first.memory)
+    again = LossSpikeDetector(CONFIG, first.memory)
     parts += see(again, losses[cut:], first=cut + 1)
     assert parts == whole
     assert whole.count(None) == len(losses) - 2

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import Checkpointer, check_same, named_leaves
+from maxlm.train.checkpoint import FolderTier, check_same, named_leaves
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 from tests.ports import free_port
@@ -56,7 +56,7 @@ def assert_same(got, want):
 
 
 def save(folder, *steps, state=None, **config):
-    with Checkpointer(folder, CheckpointConfig(**{"every_steps": 1, **config})) as checkpoints:
+    with FolderTier(folder, CheckpointConfig(**{"every_steps": 1, **config})) as checkpoints:
         for step in steps:
             checkpoints.save(step, on_one_device(state or make_state()), METADATA)
 
@@ -88,14 +88,14 @@ if cluster:
     jax.distributed.initialize(f"127.0.0.1:{cluster[0]}", 2, int(cluster[1]))
 from jax.sharding import NamedSharding, PartitionSpec as P
 from maxlm.sharding import MeshConfig, make_mesh
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 from maxlm.train.config import CheckpointConfig
 mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 want = runpy.run_path(here)["make_state"]()
 specs = {0: P(), 2: P("tensor", "fsdp"), 3: P(None, "fsdp", "tensor")}
 asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
     x.shape, x.dtype, sharding=NamedSharding(mesh, specs[x.ndim])), want)
-with Checkpointer(source, read_only=True) as checkpoints:
+with FolderTier(source, read_only=True) as checkpoints:
     state = checkpoints.restore(None, asked)
     params = checkpoints.restore_params(12, asked["params"])
 assert jax.tree.structure(state) == jax.tree.structure(want)
@@ -105,8 +105,8 @@ def check(got, asked, want):
         np.testing.assert_array_equal(shard.data, want[shard.index])
 jax.tree.map(check, state, asked, want)
 jax.tree.map(check, params, asked["params"], want["params"])
-with Checkpointer(target, CheckpointConfig()) as checkpoints:
-    assert checkpoints.save(12, state, {"config": {}}, force=True)
+with FolderTier(target, CheckpointConfig()) as checkpoints:
+    assert checkpoints.save(12, state, {"config": {}})
 print("done")
 """
 
@@ -119,7 +119,7 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
     finish(*(start(ON_EIGHT_DEVICES, eight, two, port, process) for process in (0, 1)))
     want = make_state()
     for folder in (one, eight, two):
-        with Checkpointer(folder, read_only=True) as checkpoints:
+        with FolderTier(folder, read_only=True) as checkpoints:
             assert_same(checkpoints.restore(None, abstract(want)), want)
 
 
@@ -127,9 +127,9 @@ def test_all_processes_see_what_the_first_sees(tmp_path, monkeypatch):
     """Of the folder of a run that goes on, each may have seen something else."""
     save(tmp_path, 12)
     monkeypatch.setattr(
-        "maxlm.train.checkpoint.keeper.broadcast_from_process_0", lambda steps: [*steps, 13]
+        "maxlm.train.checkpoint.folder.broadcast_from_process_0", lambda steps: [*steps, 13]
     )
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         assert (checkpoints.steps(), checkpoints.latest()) == ([12, 13], 13)
 
 
@@ -137,13 +137,13 @@ def test_all_processes_see_what_the_first_sees(tmp_path, monkeypatch):
 SAVES_FOR_EVER = """
 import itertools, runpy, sys
 here = runpy.run_path(sys.argv[1])
-from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.checkpoint import FolderTier
 from maxlm.train.config import CheckpointConfig
-checkpoints = Checkpointer(sys.argv[2], CheckpointConfig(keep_last=1))
+checkpoints = FolderTier(sys.argv[2], CheckpointConfig(keep_last=1))
 start = (checkpoints.latest() or 0) + 1
 for step in itertools.count(start):
     state = here["on_one_device"](here["make_state"](step))
-    checkpoints.save(step, state, {"at": step}, force=True)
+    checkpoints.save(step, state, {"at": step})
     print(step, flush=True)
 """
 
@@ -166,7 +166,7 @@ def test_kill_9_while_saving_leaves_the_old_or_the_new_checkpoint(tmp_path):
         begun = [int(process.stdout.readline()) for _ in range(2)]
         kill_mid_save(process, tmp_path)
         begun += map(int, process.communicate()[0].split())
-        with Checkpointer(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+        with FolderTier(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
             step = checkpoints.latest()
             # A save is only begun once the one before it is complete.
             assert begun[-1] - 1 <= step <= begun[-1] + 1
@@ -181,35 +181,33 @@ def test_arrays_can_be_donated_as_soon_as_save_returns(tmp_path):
     state = {f"a{i}": jnp.full((250, 1000), float(i)) for i in range(20)}
     want = {name: np.full((250, 1000), i, np.float32) for i, name in enumerate(state)}
     next_step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-    with Checkpointer(tmp_path) as checkpoints:
-        checkpoints.save(1, state, {}, force=True)
+    with FolderTier(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
         for _ in range(10):
             state = next_step(state)
         assert_same(checkpoints.restore(1, abstract(want)), want)
 
 
-def test_saves_when_due_or_forced_and_once_a_step(tmp_path):
+def test_saves_every_so_many_steps_and_once_a_step(tmp_path):
     state = {"params": {"a": jnp.ones(3)}}
-    with Checkpointer(tmp_path, CheckpointConfig(every_steps=4, keep_last=9)) as checkpoints:
+    with FolderTier(tmp_path, CheckpointConfig(every_steps=4, keep_last=9)) as checkpoints:
         assert checkpoints.latest() is None
-        begun = [checkpoints.save(step, state, {}) for step in range(3, 9)]
-        assert begun == [False, True, False, False, False, True]
-        assert checkpoints.save(8, state, {}, force=True) is False
-        assert checkpoints.save(9, state, {}, force=True) is True
+        assert [step for step in range(1, 10) if checkpoints.is_due(step)] == [4, 8]
+        assert [checkpoints.save(step, state, {}) for step in (4, 8, 8, 9)] == [1, 1, 0, 1]
         assert (checkpoints.steps(), checkpoints.latest()) == ([4, 8, 9], 9)
-    with Checkpointer(tmp_path / "never", CheckpointConfig(every_steps=0)) as checkpoints:
-        assert checkpoints.save(0, state, {}) is False
+    with FolderTier(tmp_path / "never", CheckpointConfig(every_steps=0)) as checkpoints:
+        assert not checkpoints.is_due(0)
 
 
 def test_keeps_the_newest_and_the_multiples(tmp_path):
     save(tmp_path, *range(1, 9), state={"params": np.ones(2)}, keep_last=2, keep_every=3)
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         assert checkpoints.steps() == [3, 6, 7, 8]
 
 
 def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
     save(tmp_path, 3, 5)
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         metadata = checkpoints.metadata()
     added = {name: metadata[name] for name in ("versions", "fingerprints")}
     assert metadata == METADATA | {"step": 5, **added}
@@ -218,9 +216,9 @@ def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
 
 
 def test_synchronous_saving_is_complete_when_save_returns(tmp_path):
-    with Checkpointer(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
-        checkpoints.save(1, on_one_device(make_state()), METADATA, force=True)
-        with Checkpointer(tmp_path, read_only=True) as reader:
+    with FolderTier(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
+        checkpoints.save(1, on_one_device(make_state()), METADATA)
+        with FolderTier(tmp_path, read_only=True) as reader:
             assert_same(reader.restore(1, abstract(make_state())), make_state())
 
 
@@ -228,7 +226,7 @@ def test_restores_parameters_alone_in_another_dtype(tmp_path):
     save(tmp_path, 1)
     want = make_state()["params"]
     asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), want)
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         params = checkpoints.restore_params(None, asked)
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), want))
 
@@ -242,10 +240,10 @@ def test_names_are_paths_of_keys_attributes_and_indices():
 def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):
     missing = tmp_path / "missing"
     with pytest.raises(MaxlmError) as error:
-        Checkpointer(missing, read_only=True)
+        FolderTier(missing, read_only=True)
     assert str(error.value) == f"{missing}: no checkpoints here; name a run that has saved one"
     assert not missing.exists()
-    with Checkpointer(tmp_path) as checkpoints:
+    with FolderTier(tmp_path) as checkpoints:
         empty = f"{tmp_path}: no checkpoint here; train for longer"
         assert message(checkpoints.restore, None, {}) == empty
         assert message(checkpoints.metadata) == empty
@@ -254,7 +252,7 @@ def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):
 
 def test_a_missing_step_is_an_error_that_names_those_there_are(tmp_path):
     save(tmp_path, 2, 4, state={"params": np.ones(2)})
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         assert message(checkpoints.metadata, 3) == (
             f"{tmp_path}: no checkpoint of step 3; use one of 2, 4"
         )
@@ -264,7 +262,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "checkpoints"
     with pytest.raises(MaxlmError) as error:
-        Checkpointer(folder)
+        FolderTier(folder)
     assert str(error.value).startswith(f"{folder}: cannot keep checkpoints here (")
     assert str(error.value).endswith("; name a folder that can be written")
 
@@ -272,7 +270,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 def test_another_models_checkpoint_is_refused_naming_the_first_parameter(tmp_path):
     save(tmp_path, 1)
     fix = "use the config it was trained with, or another run folder"
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         wider = make_state()
         wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
         assert message(checkpoints.restore, 1, abstract(wider)) == (
@@ -306,7 +304,7 @@ def test_an_unreadable_checkpoint_is_an_error(tmp_path):
     for path in (tmp_path / "2").rglob("*"):
         if path.is_file() and "commit_success" not in path.name:
             path.write_bytes(b"\x00broken")
-    with Checkpointer(tmp_path, read_only=True) as checkpoints:
+    with FolderTier(tmp_path, read_only=True) as checkpoints:
         for call in (checkpoints.restore, checkpoints.restore_params):
             text = message(call, 2, abstract(make_state()))
             assert text.startswith(f"{tmp_path}/2: unreadable (")

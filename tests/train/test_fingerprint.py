@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from maxlm.train.checkpoint.fingerprint import fingerprints
+from maxlm.train.checkpoint.fingerprint import compute_fingerprints
 
 SHAPES = [(), (1,), (7,), (3, 5), (4, 6, 2), (0, 3)]
 DTYPES = ["float32", "bfloat16", "int32", "uint32", "int8", "bool"]
@@ -33,12 +33,12 @@ def by_hand(array):
 def test_it_is_the_formula(shape, dtype):
     values = np.random.default_rng(3).normal(scale=50, size=shape)
     array = jnp.asarray(values).astype(dtype)
-    assert fingerprints({"x": array}) == {"x": by_hand(np.asarray(array))}
+    assert compute_fingerprints({"x": array}) == {"x": by_hand(np.asarray(array))}
 
 
 def test_it_is_the_same_for_every_layout(mesh):
     array = jax.random.normal(jax.random.key(0), (8, 4, 6))
-    want = fingerprints({"x": array})
+    want = compute_fingerprints({"x": array})
     for axes, spec in (
         ({"fsdp": 8}, ("fsdp",)),
         ({"data": 2, "tensor": 4}, ("data", "tensor")),
@@ -46,7 +46,7 @@ def test_it_is_the_same_for_every_layout(mesh):
         ({"data": 2}, ()),
     ):
         placed = jax.device_put(array, NamedSharding(mesh(**axes), PartitionSpec(*spec)))
-        assert fingerprints({"x": placed}) == want
+        assert compute_fingerprints({"x": placed}) == want
 
 
 @given(st.integers(0, 59), st.integers(0, 31))
@@ -54,12 +54,12 @@ def test_one_changed_bit_always_shows(place, bit):
     array = np.random.default_rng(1).normal(size=(4, 15)).astype(np.float32)
     changed = array.copy()
     changed.view(np.uint32).flat[place] ^= np.uint32(1 << bit)
-    before, after = (fingerprints({"x": jnp.asarray(x)})["x"] for x in (array, changed))
+    before, after = (compute_fingerprints({"x": jnp.asarray(x)})["x"] for x in (array, changed))
     assert before != after
 
 
 def test_elements_that_change_places_show():
     array = np.random.default_rng(2).normal(size=(6, 8)).astype(np.float32)
-    want = fingerprints({"x": jnp.asarray(array)})
+    want = compute_fingerprints({"x": jnp.asarray(array)})
     for other in (array[::-1], array[:, ::-1], np.roll(array, 1, 1), array.reshape(8, 6)):
-        assert fingerprints({"x": jnp.asarray(other)}) != want
+        assert compute_fingerprints({"x": jnp.asarray(other)}) != want

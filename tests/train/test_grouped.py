@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from maxlm.train.grouped import is_grouped, on_disk, reshaped
+from maxlm.train.grouped import flatten_groups, is_grouped, reshape_arrays
 
 GROUPS = {"layers.mlp.up.kernel": (2, 4), "layers.scale": (2, 4)}
 
@@ -35,27 +35,29 @@ def test_there_and_back_on_a_mesh(mesh):
     held_as = jax.ShapeDtypeStruct(
         (2, 4, 6), "float32", sharding=NamedSharding(on, P(None, "stage", "fsdp"))
     )
-    written = on_disk(held_as)
+    written = flatten_groups(held_as)
     assert (written.shape, written.dtype) == ((8, 6), np.float32)
     assert written.sharding == NamedSharding(on, P("stage", "fsdp"))
 
     disk = jax.device_put(flat, written.sharding)
-    held = reshaped({"a": disk, "b": disk + 1}, {"a": held_as, "b": held_as, "unused": held_as})
+    held = reshape_arrays(
+        {"a": disk, "b": disk + 1}, {"a": held_as, "b": held_as, "unused": held_as}
+    )
     assert set(held) == {"a", "b"}
     for name, more in {"a": 0, "b": 1}.items():
         assert held[name].sharding == held_as.sharding
         np.testing.assert_array_equal(held[name], flat.reshape(2, 4, 6) + more)
-    back = reshaped(held, {"a": written, "b": written})
+    back = reshape_arrays(held, {"a": written, "b": written})
     assert back["a"].sharding == written.sharding
     np.testing.assert_array_equal(back["a"], flat)
 
 
 def test_without_a_mesh():
     held = jax.ShapeDtypeStruct((2, 4), "float32")
-    written = on_disk(held)
+    written = flatten_groups(held)
     assert written.shape == (8,)
     array = np.arange(8, dtype=np.float32)
     np.testing.assert_array_equal(
-        reshaped({"a": jax.numpy.asarray(array)}, {"a": held})["a"], array.reshape(2, 4)
+        reshape_arrays({"a": jax.numpy.asarray(array)}, {"a": held})["a"], array.reshape(2, 4)
     )
-    assert reshaped({}, {"a": held}) == {}
+    assert reshape_arrays({}, {"a": held}) == {}

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from maxlm.config import MaxlmError
 from maxlm.programs.runs import read_run
-from maxlm.programs.show_runs import tables
+from maxlm.programs.show_runs import show_run
 from maxlm.train import display
-from maxlm.train.display import ConsoleDisplay, duration, plot_loss, summary
-from maxlm.train.metrics import MetricsLog, global_norm, memory_record, mfu
+from maxlm.train.display import ConsoleDisplay, format_duration, plot_loss, summarize_record
+from maxlm.train.metrics import MetricsLog, compute_mfu, global_norm, measure_memory
 from maxlm.train.records import read_records
 from maxlm.train.reporting import ReportingConfig
 
@@ -44,11 +44,13 @@ def test_a_norm_is_global_and_summed_in_fp32():
 
 
 def test_mfu_is_the_share_of_peak():
-    assert mfu(tokens_per_second=1000, flops_per_token=6e9, peak_flops=2e13) == pytest.approx(0.3)
+    assert compute_mfu(
+        tokens_per_second=1000, flops_per_token=6e9, peak_flops=2e13
+    ) == pytest.approx(0.3)
 
 
 def test_memory_is_labelled_by_what_was_measured():
-    record = memory_record()
+    record = measure_memory()
     assert list(record) == ["process_memory_peak"]  # the CPU backend counts nothing
     assert 50e6 < record["process_memory_peak"] < 1e12
 
@@ -92,7 +94,7 @@ def test_damaged_records_stay_and_are_counted(tmp_path):
         assert log.damaged_lines == 2  # the third is of a step that is taken again
     assert path.read_bytes() == b"".join([whole[0], bad[0], whole[2], bad[1], whole[4]])
     with Console(record=True, width=100, file=io.StringIO()) as console:
-        console.print(tables(read_run(tmp_path), time.time()))
+        console.print(show_run(read_run(tmp_path), time.time()))
     assert "\n3 lines of metrics.jsonl and events.jsonl cannot be read\n" in console.export_text()
 
 
@@ -240,8 +242,8 @@ SHOWN = "loss 2.5000 · lr 3.00e-04 · 12,346 tokens/s · MFU 42.1% · loader wa
 
 
 def test_the_summary_leaves_out_what_is_missing():
-    assert summary(RECORD) == SHOWN
-    assert summary({"loss": 2.5, "mfu": None, "other": 1}) == "loss 2.5000"
+    assert summarize_record(RECORD) == SHOWN
+    assert summarize_record({"loss": 2.5, "mfu": None, "other": 1}) == "loss 2.5000"
 
 
 def test_plain_lines_come_seldom_and_have_no_eta_before_a_steady_step(monkeypatch):
@@ -299,7 +301,7 @@ def test_other_processes_show_nothing():
     ("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3723, "1:02:03"), (90061, "25:01:01")]
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_the_plot_is_a_png_of_training_and_held_out_losses(tmp_path):

@@ -15,10 +15,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import reading
+from maxlm.train.checkpoint import Checkpointer, SkippedCheckpoint, reading
 from maxlm.train.checkpoint.reading import Unreadable
-from maxlm.train.checkpoint.remote import RemoteTier
-from maxlm.train.checkpoint.tiers import Skipped, Tiers
+from maxlm.train.checkpoint.remote import _Copier
 from maxlm.train.config import CheckpointConfig
 
 SPECS = {
@@ -55,26 +54,26 @@ def here(mesh):
 
 
 def write(folder, mesh, *steps, forced=(), **config):
-    """Tiers that saved these steps, closed."""
-    with Tiers(folder, "run", CheckpointConfig(**config)) as tiers:
+    """Checkpointer that saved these steps, closed."""
+    with Checkpointer(folder, "run", CheckpointConfig(**config)) as tiers:
         for step in steps:
             tiers.save(step, state_of(mesh, step), {"config": {}}, force=step in forced)
             tiers.wait()
-            assert tiers.uncopied is None  # waits for the copy
+            assert tiers.missing_copy is None  # waits for the copy
 
 
 def newest(folder, mesh, **config):
     """(step, tier) of what is restored, after checking it; what was skipped; the tiers."""
-    with Tiers(folder, "run", CheckpointConfig(**config)) as tiers:
-        found, skipped = tiers.found()
+    with Checkpointer(folder, "run", CheckpointConfig(**config)) as tiers:
+        found, skipped = tiers.find()
         state, chosen, more = tiers.restore_newest(found, abstract(mesh))
         if chosen is None:
             return None, [*skipped, *more]
         jax.tree.map(np.testing.assert_array_equal, state, state_of(mesh, chosen.step))
         for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(abstract(mesh)), strict=True):
             assert got.sharding == want.sharding
-        tiers.set_aside([*skipped, *more], chosen.step)
-        return (chosen.step, chosen.tier), [*skipped, *more]
+        tiers.quarantine([*skipped, *more], chosen.step)
+        return (chosen.step, chosen.tier.name), [*skipped, *more]
 
 
 def files(folder):
@@ -151,16 +150,16 @@ def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path, here):
 
 def test_a_flipped_bit_beside_the_arrays_is_found_or_does_no_harm(tmp_path, here, monkeypatch):
     """In a sample of all files of a checkpoint but the arrays', in all places."""
-    monkeypatch.setattr(reading, "_PAUSES", ())
+    monkeypatch.setattr(reading, "_RETRY_SECONDS", ())
     places = {"local_folder": str(tmp_path / "disk"), "remote_folder": str(tmp_path / "there")}
     config = CheckpointConfig(every_steps=20, local_every_steps=10, **places)
     own = {"config": {"seed": 7, "rate": 1e-05}, "skipped_batches": [[3, 5]], "losses": None}
     random, seen = np.random.default_rng(0), Counter()
-    with Tiers(tmp_path / "run", "run", config) as tiers:
+    with Checkpointer(tmp_path / "run", "run", config) as tiers:
         for step in (20, 30, 40, 50):  # the folder's and their copies, and local ones
             tiers.save(step, state_of(here, step), own)
             tiers.wait()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
         [local] = (tmp_path / "disk").glob("run-*/process-0/50.safetensors")
         remote = tmp_path / "there" / "run" / "40" / "metadata" / "metadata"
         beside = [path for path in files(tmp_path / "run" / "40") if path.parent.name != "d"]
@@ -172,14 +171,14 @@ def test_a_flipped_bit_beside_the_arrays_is_found_or_does_no_harm(tmp_path, here
                 bad = bytearray(good)
                 bad[place // 8] ^= 1 << int(place % 8)
                 path.write_bytes(bad)
-                found, skipped = tiers.found()
+                found, skipped = tiers.find()
                 for each in found:
                     assert {name: each.metadata.get(name) for name in own} == own, (path, place)
                 if path is local or path.name == "metadata":
                     assert skipped or bad == good.replace(b"1e-05", b"1E-05"), (path, place)
                     assert all("is skipped: unreadable" in str(each) for each in skipped)
                 else:
-                    folder = [each for each in found if each.tier == "folder"]
+                    folder = [each for each in found if each.tier.name == "folder"]
                     state, chosen, _ = tiers.restore_newest(folder, abstract(here))
                     jax.tree.map(np.testing.assert_array_equal, state, state_of(here, chosen.step))
                     seen[chosen.step] += 1
@@ -227,12 +226,12 @@ def test_a_local_checkpoint_of_another_mesh_is_skipped(tmp_path, here, mesh):
 def test_time_asks_for_a_checkpoint_too(tmp_path, here):
     now = [0.0]
     config = CheckpointConfig(every_steps=0, every_minutes=2)
-    with Tiers(tmp_path, "run", config, clock=lambda: now[0]) as tiers:
-        assert not tiers.late()
+    with Checkpointer(tmp_path, "run", config, clock=lambda: now[0]) as tiers:
+        assert not tiers.is_late()
         now[0] = 120.0
-        assert tiers.late()
+        assert tiers.is_late()
         assert tiers.save(7, state_of(here, 7), {}, force=True) == "folder"
-        assert not tiers.late()
+        assert not tiers.is_late()
         assert tiers.save(8, state_of(here, 8), {}) is None
         assert tiers.save(7, state_of(here, 7), {}, force=True) is None  # there is one
 
@@ -240,7 +239,7 @@ def test_time_asks_for_a_checkpoint_too(tmp_path, here):
 def test_what_cannot_be_written_is_an_error(tmp_path, here):
     (tmp_path / "disk").write_text("")
     with pytest.raises(MaxlmError, match=r"disk.*: cannot write: "):
-        Tiers(tmp_path / "run", "run", CheckpointConfig(local_folder=str(tmp_path / "disk")))
+        Checkpointer(tmp_path / "run", "run", CheckpointConfig(local_folder=str(tmp_path / "disk")))
 
 
 @pytest.fixture(scope="module")
@@ -302,12 +301,12 @@ def test_the_run_s_own_folder_comes_before_a_copy_of_the_same_step(tmp_path, her
     assert newest(tmp_path, here, **config) == ((10, "folder"), [])
     flip_a_bit(tmp_path / "10")
     chosen, [skipped] = newest(tmp_path, here, **config)
-    assert (chosen, skipped.tier) == ((10, "remote"), "folder")
+    assert (chosen, skipped.tier.name) == ((10, "remote"), "folder")
 
 
 def test_a_bucket_that_is_not_there_is_told_of_before_anything_is_trained(tmp_path, s3):
     with pytest.raises(MaxlmError) as error:
-        Tiers(tmp_path, "run", CheckpointConfig(remote_folder="s3://nowhere/a"))
+        Checkpointer(tmp_path, "run", CheckpointConfig(remote_folder="s3://nowhere/a"))
     assert str(error.value).startswith("s3://nowhere/a/run: cannot be reached (")
     assert str(error.value).endswith("; check the URL, the network and the credentials")
     assert "NoSuchBucket" in str(error.value)
@@ -334,15 +333,15 @@ def test_a_bucket_of_google_s(tmp_path, here):
 def test_a_copy_that_fails_is_told_of_and_made_up_for(tmp_path, here, capfd):
     place = tmp_path / "elsewhere"
     config = {"every_steps": 1, "remote_folder": str(place)}
-    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+    with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         (place / "run" / "1").write_text("in the way")
         tiers.save(1, state_of(here, 1), {})
-        assert tiers.uncopied.startswith(f"the last checkpoint is not in {place}/run: ")
+        assert tiers.missing_copy.startswith(f"the last checkpoint is not in {place}/run: ")
     assert capfd.readouterr().err.startswith(f"checkpoint 1 was not copied to {place}/run: ")
     (place / "run" / "1").unlink()
-    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+    with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         tiers.catch_up()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
     shutil.rmtree(tmp_path / "run")
     assert newest(tmp_path / "run", here, **config) == ((1, "remote"), [])
 
@@ -356,7 +355,7 @@ def test_an_older_copy_that_cannot_be_deleted_makes_the_new_one_none_the_less(
     place = tmp_path / "elsewhere"
     config = {"every_steps": 1, "keep_last": 1, "remote_folder": str(place)}
     with monkeypatch.context() as patch:
-        patch.setattr(RemoteTier, "forget", refused)
+        patch.setattr(_Copier, "delete", refused)
         write(tmp_path / "run", here, 1, 2, **config)
     assert capfd.readouterr().err == (
         "older copies were not deleted: there: cannot be reached (PERMISSION_DENIED); ask\n"
@@ -384,7 +383,7 @@ def test_copies_of_another_run_of_the_name_are_refused(tmp_path, here):
 LEAVES = """
 import sys, time
 from pathlib import Path
-from maxlm.train.checkpoint.tiers import Tiers
+from maxlm.train.checkpoint import Checkpointer
 from maxlm.train.config import CheckpointConfig
 
 folder = Path(sys.argv[1])
@@ -392,11 +391,11 @@ for number in range(3000):
     (folder / "1").mkdir(parents=True, exist_ok=True)
     (folder / "1" / str(number)).write_bytes(bytes(1000))
 config = CheckpointConfig(remote_folder=str(folder / "there"))
-with Tiers(folder / "run", "run", config) as tiers:
-    tiers._remote.copy(folder / "1")
+with Checkpointer(folder / "run", "run", config) as tiers:
+    tiers._remote._copier.copy(folder / "1")
     while not list((folder / "there").glob("*/1/*")):
         time.sleep(0.001)
-    assert tiers._remote.busy
+    assert tiers._remote.busy_steps
     sys.exit(75)
 """
 
@@ -411,23 +410,23 @@ def test_a_process_that_ends_while_a_copy_is_made_ends_with_its_own_code(tmp_pat
 
 def test_what_is_left_off_is_copied_later(tmp_path, here, monkeypatch):
     config = CheckpointConfig(every_steps=1, remote_folder=str(tmp_path / "there"))
-    started, original = threading.Event(), RemoteTier._copy
+    started, original = threading.Event(), _Copier._copy
 
     def slow(self, folder):
         started.set()
-        self._stopping.wait(30)
+        self._cancelling.wait(30)
         original(self, folder)
 
-    with Tiers(tmp_path / "run", "run", config) as tiers:
+    with Checkpointer(tmp_path / "run", "run", config) as tiers:
         with monkeypatch.context() as patch:
-            patch.setattr(RemoteTier, "_copy", slow)
+            patch.setattr(_Copier, "_copy", slow)
             tiers.save(1, state_of(here, 1), {})
             assert started.wait(30)
             tiers.stop_copying()
         tiers.wait()
         assert copies(tmp_path / "there" / "run") == []
         tiers.catch_up()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
     assert copies(tmp_path / "there" / "run") == ["1"]
 
 
@@ -437,12 +436,12 @@ def test_files_of_processes_that_are_elsewhere_now_go_with_the_next_save(tmp_pat
     write(tmp_path / "run", here, 1, **config)
     [own] = (tmp_path / "disk").glob("run-*/process-0")
     own.rename(own.with_name("process-3"))
-    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+    with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         assert (own.with_name("process-3") / "1.safetensors").exists()
         tiers.save(2, state_of(here, 2), {})
         tiers.wait()
         assert [path.name for path in own.parent.iterdir()] == ["process-0"]
-        tiers.free_hosts()
+        tiers.clear_local()
         assert not own.parent.exists()
 
 
@@ -477,28 +476,29 @@ class LateStore:
 
 def test_a_result_that_comes_as_a_wait_for_it_ends_is_taken(tmp_path, here, capfd):
     config = CheckpointConfig(every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there"))
-    with Tiers(tmp_path / "run", "run", config) as tiers:
-        tiers._remote._store = LateStore(tiers._remote._store)
+    with Checkpointer(tmp_path / "run", "run", config) as tiers:
+        copier = tiers._remote._copier
+        copier._store = LateStore(copier._store)
         for step in (1, 2):
             tiers.save(step, state_of(here, step), {})
             tiers.wait()
-            assert tiers.uncopied is None
+            assert tiers.missing_copy is None
     assert capfd.readouterr().err == ""
     assert copies(tmp_path / "there" / "run") == ["2"]
 
 
 def test_what_is_being_copied_stays_until_it_is(tmp_path, here, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    original = RemoteTier._copy
+    original = _Copier._copy
 
     def slow(self, folder):
         started.set()
         go_on.wait(30)
         original(self, folder)
 
-    monkeypatch.setattr(RemoteTier, "_copy", slow)
+    monkeypatch.setattr(_Copier, "_copy", slow)
     config = CheckpointConfig(every_steps=1, keep_last=1, remote_folder=str(tmp_path / "there"))
-    with Tiers(tmp_path / "run", "run", config) as tiers:
+    with Checkpointer(tmp_path / "run", "run", config) as tiers:
         tiers.save(1, state_of(here, 1), {})
         started.wait(30)
         for step in range(2, 6):
@@ -506,10 +506,10 @@ def test_what_is_being_copied_stays_until_it_is(tmp_path, here, monkeypatch):
         tiers.wait()
         assert {path.name for path in (tmp_path / "run").iterdir()} >= {"1", "5"}
         go_on.set()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
         assert tiers.save(6, state_of(here, 6), {}) == "folder"
         tiers.wait()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["6"]
     assert copies(tmp_path / "there" / "run") == ["6"]
 
@@ -550,8 +550,8 @@ def test_a_copy_that_cannot_be_read_is_not_deleted(tmp_path, here, monkeypatch):
                 raise Unreadable("connection reset", where="there", fix=fix)
             return original(self, step, to)
 
-        original = RemoteTier.fetch
-        patch.setattr(RemoteTier, "fetch", refused)
+        original = _Copier.fetch
+        patch.setattr(_Copier, "fetch", refused)
         assert newest(tmp_path / "run", here, **config)[0] == (10, "remote")
     assert newest(tmp_path / "run", here, **config)[0] == (20, "remote")
 
@@ -570,29 +570,30 @@ def test_a_local_checkpoint_that_cannot_be_written_is_told_of_and_no_more(
     assert len(err) == 4
     assert err[0].startswith(f"local checkpoint 3 was not written to {tmp_path}/disk/run-")
     assert "No space left on device" in err[0]
-    assert err[0].endswith("; training goes on")
+    assert err[0].endswith("; training continues")
     assert newest(tmp_path / "run", here, **config) == ((10, "folder"), [])
 
 
 def test_runs_of_one_name_in_two_folders_share_a_disk(tmp_path, here):
     config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     write(tmp_path / "one", here, *range(1, 14), **config)
-    with Tiers(tmp_path / "two", "run", CheckpointConfig(**config)) as tiers:
-        assert tiers.found() == ([], [])
+    with Checkpointer(tmp_path / "two", "run", CheckpointConfig(**config)) as tiers:
+        assert tiers.find() == ([], [])
 
 
 def test_steps_of_a_path_that_was_left_do_not_crowd_out_new_ones(tmp_path, here):
     config = {"every_steps": 10, "local_folder": str(tmp_path / "disk"), "local_every_steps": 3}
     config |= {"remote_folder": str(tmp_path / "there")}
     write(tmp_path / "run", here, *range(1, 40), **config)
-    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
-        found, _ = tiers.found()
-        left = [Skipped(f.step, f.tier, "left", damaged=False) for f in found if f.step > 20]
-        tiers.set_aside(left, 20)
+    with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+        found, _ = tiers.find()
+        newer = [each for each in found if each.step > 20]
+        left = [SkippedCheckpoint(f.step, f.tier, "left", is_damaged=False) for f in newer]
+        tiers.quarantine(left, 20)
         for step in (21, 24, 27, 30):
             tiers.save(step, state_of(here, step), {})
             tiers.wait()
-        assert tiers.uncopied is None
+        assert tiers.missing_copy is None
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["20", "30"]
     assert copies(tmp_path / "there" / "run") == ["20", "30"]
     [own] = (tmp_path / "disk").glob("run-*/process-0")
@@ -601,13 +602,13 @@ def test_steps_of_a_path_that_was_left_do_not_crowd_out_new_ones(tmp_path, here)
 
 def test_while_numbers_may_be_bad_the_last_good_checkpoint_stays(tmp_path, here):
     config = CheckpointConfig(every_steps=1, keep_last=2)
-    with Tiers(tmp_path, "run", config) as tiers:
+    with Checkpointer(tmp_path, "run", config) as tiers:
         for step in range(1, 9):
             tiers.save(step, state_of(here, step), {}, suspect=4 if step >= 4 else None)
             tiers.wait()
-        assert tiers.keeper.steps() == [3, 7, 8]
+        assert tiers._folder.steps() == [3, 7, 8]
         tiers.save(9, state_of(here, 9), {})
-        assert tiers.keeper.steps() == [8, 9]
+        assert tiers._folder.steps() == [8, 9]
 
 
 def test_half_of_an_old_checkpoint_is_cleared_away(tmp_path, here):
@@ -626,6 +627,6 @@ def test_what_a_killed_process_left_of_a_local_file_is_cleared_away(tmp_path, he
     for name in (str(ended.pid), str(os.getpid()), "1"):
         (own / f".{name}").mkdir()
         (own / f".{name}" / ".tmpXy").write_text("half")
-    with Tiers(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
+    with Checkpointer(tmp_path / "run", "run", CheckpointConfig(**config)) as tiers:
         assert sorted(path.name for path in own.iterdir()) == [".1", "3.safetensors", "start"]
-        assert [each.step for each in tiers.found()[0]] == [3]
+        assert [each.step for each in tiers.find()[0]] == [3]

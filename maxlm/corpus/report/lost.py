@@ -29,7 +29,7 @@ from maxlm.corpus.shards import Shard
 from maxlm.corpus.textbuffers import pack_texts
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import replacing
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.progress import Progress, ignore_progress
 
 _MOST = 100_000  # Documents, and passages, that are looked for.
 _HASHES = (64, 16)  # Of a document, and of a passage: the smallest, which are a fair sample.
@@ -71,7 +71,7 @@ class _Job:
 
 
 def count_lost(
-    corpus: Corpus, rules: Rules, engine: Executor, progress: Progress = silent
+    corpus: Corpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
     """Look in what the rules keep for what they drop as duplicates and cut as repeats, up to
     100,000 of each. The count lies beside the settled labels, and is made once for the same rules.

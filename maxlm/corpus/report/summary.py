@@ -22,7 +22,7 @@ from maxlm.corpus.recipe import Rules
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import Shard
 from maxlm.runtime.executor import Executor
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.progress import Progress, ignore_progress
 
 SAMPLES = 5
 _SNIPPET_CHARS = 700
@@ -96,7 +96,7 @@ def summarize(
     rules: Rules,
     engine: Executor,
     tokenizer: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Summary:
     """The figures of a corpus under rules.
 

@@ -32,8 +32,8 @@ from maxlm.data.store.parts import (
 from maxlm.data.store.plan import Plan, plan_build
 from maxlm.data.store.store import TokenStore
 from maxlm.runtime.files import locked_folder, replacing, writing
-from maxlm.runtime.pool import WorkerPool, default_workers
-from maxlm.runtime.progress import Progress, silent
+from maxlm.runtime.pool import WorkerPool, count_workers
+from maxlm.runtime.progress import Progress, ignore_progress
 
 
 def build_store(
@@ -45,7 +45,7 @@ def build_store(
     heldout_fraction: float = 0.0,
     workers: int | None = None,
     shard_bytes: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     force: bool = False,
     join: bool = False,
 ) -> Manifest:
@@ -87,7 +87,7 @@ def build_store(
     if existing := check_replaceable(out, plan.manifest, force):
         _clear(building)
         return existing
-    with WorkerPool(workers or default_workers()) as pool:
+    with WorkerPool(workers or count_workers()) as pool:
         if join:
             _share_parts(plan, building, out, force, pool, progress)
         with locked_folder(building, wait=join):
@@ -111,7 +111,7 @@ def append_store(
     *,
     workers: int | None = None,
     shard_bytes: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Manifest:
     """Add the documents of more files to the store in folder `out`, as a new segment.
 
@@ -132,7 +132,7 @@ def append_store(
     split = existing.split, existing.heldout_fraction
     plan = plan_build(source, out / "tokenizer", *split, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
-    with WorkerPool(workers or default_workers()) as pool, locked_folder(building):
+    with WorkerPool(workers or count_workers()) as pool, locked_folder(building):
         existing = _with_segments(TokenStore.open(out))
         if not is_appended(out, existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)

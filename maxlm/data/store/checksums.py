@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.pool import default_workers
+from maxlm.runtime.pool import count_workers
 from maxlm.runtime.storage import Place, below, read_file, remedy, sha256
 
 CHECKSUMS_NAME = "checksums.sha256"
@@ -16,7 +16,7 @@ CHECKSUMS_NAME = "checksums.sha256"
 def write_checksums(folder: Path) -> str:
     """Write the checksums of all files that are below the folder now; returns the list's own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    with ThreadPoolExecutor(default_workers()) as threads:
+    with ThreadPoolExecutor(count_workers()) as threads:
         digests = threads.map(lambda name: sha256(folder, name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
     (folder / CHECKSUMS_NAME).write_text("".join(lines))
@@ -59,7 +59,7 @@ def damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]
             return f"cannot be read: {error.strerror or error}"
         return None if same else "has changed since it was written"
 
-    with ThreadPoolExecutor(default_workers()) as threads:
+    with ThreadPoolExecutor(count_workers()) as threads:
         for pair, found in zip(pairs, threads.map(fault, pairs), strict=True):
             if found:
                 yield pair[1], found

@@ -14,7 +14,7 @@ from maxlm.corpus.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, Source, Split
 from maxlm.data.store.parts import PartJob, PartSlice
-from maxlm.runtime.pool import default_workers
+from maxlm.runtime.pool import count_workers
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ def plan_build(
     if shard_bytes is None:
         even = sum(file.size for file in listing.files) // 64
         shard_bytes = min(max(even, _MIN_SHARD_BYTES), _MAX_SHARD_BYTES)
-    with ThreadPoolExecutor(workers or default_workers()) as threads:
+    with ThreadPoolExecutor(workers or count_workers()) as threads:
         scans = tuple(threads.map(lambda file: scan_file(file, shard_bytes), listing.files))
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -20,8 +20,9 @@ _FACTORS = (2_654_435_761, 2_246_822_519, 3_266_489_917, 668_265_263, 374_761_39
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Of each array, by name. All processes call it together; it waits for the arrays."""
+def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Returns each array's fingerprint by name. All processes call it together; it waits for the
+    arrays."""
     if not arrays:
         return {}
     mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)

@@ -1,8 +1,8 @@
-"""Reading a checkpoint's folder: ``state/`` (Orbax, zarr3) and ``metadata/metadata`` (JSON, with a
-checksum of its own).
+"""Names, metadata and arrays of a checkpoint's folder: ``state/`` (Orbax, zarr3) and
+``metadata/metadata`` (JSON, with a checksum of its own).
 
 Each process reads what its own devices hold and waits for no other, so that one that cannot read
-holds nobody up.
+does not block the others.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from jax.sharding import SingleDeviceSharding
 
 from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
-from maxlm.train.checkpoint.fingerprint import fingerprints
-from maxlm.train.grouped import Groups, is_grouped, on_disk, reshaped
+from maxlm.runtime.collectives import raise_on_all_hosts
+from maxlm.train.checkpoint.fingerprint import compute_fingerprints
+from maxlm.train.grouped import Groups, flatten_groups, is_grouped, reshape_arrays
 
 Result = TypeVar("Result")
 PyTree = Any
 Leaves = dict[str, Any]
 
-
-_PAUSES = (0.1, 1.0)  # seconds between tries
+_RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
 _CHECKSUM = "sha256"
 
 
@@ -37,43 +37,37 @@ class Unreadable(MaxlmError):
 
 
 def named_leaves(tree: PyTree, prefix: str = "") -> Leaves:
-    """The leaves of any pytree by dotted path; dict keys, attribute names and indices alike."""
+    """Returns the leaves of any pytree by dotted path of dict keys, attribute names and indices."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     name = jax.tree_util.keystr
     return {prefix + name(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def group_sizes(specs: PyTree) -> Groups:
-    """The ``grouped`` argument of ``Checkpointer``, from declarations (``ParamSpec``)."""
+    """Returns the ``grouped`` argument of ``FolderTier``, from declarations (``ParamSpec``)."""
     return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
 
 
-def as_on_disk(leaves: Mapping[str, jax.Array], groups: Groups) -> dict[str, jax.Array]:
-    """Arrays in the shapes that are written: layers in one row."""
+def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> dict[str, jax.Array]:
+    """Returns arrays in the shapes that are written: all layers along one axis."""
     grouped = {n: leaf for n, leaf in leaves.items() if is_grouped(n, leaf.shape, groups)}
-    want = {name: on_disk(placed(leaf)) for name, leaf in grouped.items()}
-    return dict(leaves) | reshaped(grouped, want)
-
-
-def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and sharding of an array, or of one to come (default: the first device)."""
-    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    want = {name: flatten_groups(_as_shape_dtype_struct(leaf)) for name, leaf in grouped.items()}
+    return dict(leaves) | reshape_arrays(grouped, want)
 
 
 def make_metadata(
     step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what is saved beside arrays: JSON values, with their fingerprints and a checksum of
+    """Returns what is saved beside arrays: JSON values, the arrays' fingerprints and a checksum of
     all. All processes call it together; it waits for the arrays."""
     versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
     made = {"step": step, "versions": versions | {"maxlm": __version__}, **metadata}
-    made |= {"fingerprints": fingerprints(arrays)}
-    return {**made, _CHECKSUM: _checksum(made)}
+    made |= {"fingerprints": compute_fingerprints(arrays)}
+    return {**made, _CHECKSUM: _compute_checksum(made)}
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """Return what :func:`make_metadata` returned, without its checksum.
+    """Returns what :func:`make_metadata` returned, without its checksum.
 
     Raises:
         ValueError: it is damaged.
@@ -83,110 +77,128 @@ def parse_metadata(text: str | bytes) -> dict[str, Any]:
         raise ValueError("its metadata is no JSON object")
     checksum = value.pop(_CHECKSUM, None)
     # Older versions wrote neither: damage to one of the names does not make it one of theirs.
-    newer = checksum is not None or "maxlm" in str(value.get("versions"))
-    if newer and checksum != _checksum(value):
+    is_newer = checksum is not None or "maxlm" in str(value.get("versions"))
+    if is_newer and checksum != _compute_checksum(value):
         raise ValueError("its metadata is not what was saved")
     return value
 
 
-def _checksum(metadata: Mapping[str, Any]) -> str:
+def _compute_checksum(metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What was saved beside the state.
+    """Returns what was saved beside the state.
 
     Raises:
         Unreadable: it is not there, or is damaged.
     """
-    return patiently(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
+    return with_retries(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
 
 
-def read_arrays(
-    path: Path, abstract: PyTree, groups: Groups, *, prefix: str = "", complete: bool = True
-) -> tuple[Leaves, Leaves]:
-    """Arrays by canonical name, as they are on disk, in the shardings that are asked for.
+def restore_from(path: Path, abstract: PyTree, groups: Groups, *, subtree: str = "") -> PyTree:
+    """Returns the state in a checkpoint's folder, checked against its fingerprints; see
+    :meth:`FolderTier.restore`. All processes call it together, and it ends alike on all.
 
     Args:
-        abstract: ``ShapeDtypeStruct`` leaves; arrays are cast to their dtypes.
-        prefix: of the names, where ``abstract`` is a sub-tree.
-        complete: there must be no other arrays.
-
-    Returns:
-        Their dtypes on disk, and the arrays.
-
-    Raises:
-        Unreadable: damaged.
-        MaxlmError: of another model or optimizer; the first array that differs is named,
-            parameters before others.
+        subtree: name of the part of the state that ``abstract`` describes; empty: all of it, and
+            the checkpoint must hold no other arrays.
     """
-    dtypes, wanted = check_arrays(path, abstract, groups, prefix=prefix, complete=complete)
-    arguments = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=not complete,
-    )
-    return dtypes, patiently(path, lambda: _handler().restore(_state(path), args=arguments))
 
+    def read() -> tuple[dict[str, int], Leaves, Leaves]:
+        known = read_metadata(path).get("fingerprints", {})
+        dtypes, wanted = check_arrays(path, abstract, groups, subtree=subtree)
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=bool(subtree),
+        )
+        state = epath.Path(path) / "state"
+        return known, dtypes, with_retries(path, lambda: _handler().restore(state, args=arguments))
 
-def check_arrays(
-    path: Path, abstract: PyTree, groups: Groups, *, prefix: str = "", complete: bool = True
-) -> tuple[Leaves, Leaves]:
-    """Check, reading no array, that :func:`read_arrays` would find what it looks for.
-
-    Returns:
-        Leaves by name: dtypes as they are stored, and as they are wanted on disk.
-
-    Raises:
-        Unreadable, MaxlmError: as that does.
-    """
-    stored = patiently(path, lambda: _handler().metadata(_state(path)).tree)
-    held = {name: placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
-    wanted = {n: on_disk(x) if is_grouped(n, x.shape, groups) else x for n, x in held.items()}
-    shapes = {n: tuple(m.shape) for n, m in stored.items() if complete or n.startswith(prefix)}
-    _check_same_arrays(shapes, wanted, where=str(path))
-    return {name: stored[name].dtype for name in wanted}, wanted
-
-
-def as_held(read: Leaves, abstract: PyTree, groups: Groups, prefix: str = "") -> PyTree:
-    """What was read as the tree that was asked for. All processes call it together."""
-    held = {name: placed(leaf) for name, leaf in named_leaves(abstract, prefix).items()}
+    known, dtypes, arrays = raise_on_all_hosts(read)
+    check_fingerprints(path, arrays, known, dtypes)
+    held = _describe_leaves(abstract, subtree)
     grouped = {name for name, leaf in held.items() if is_grouped(name, leaf.shape, groups)}
-    arrays = read | reshaped({name: read[name] for name in grouped}, held)
+    arrays = arrays | reshape_arrays({name: arrays[name] for name in grouped}, held)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in held])
 
 
-def verify(path: Any, read: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]) -> None:
-    """Check arrays against the fingerprints saved with them, where there are any, and where they
+def check_arrays(
+    path: Path, abstract: PyTree, groups: Groups, *, subtree: str = ""
+) -> tuple[Leaves, Leaves]:
+    """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads.
+
+    Returns:
+        By name: dtypes as they are stored, and ``ShapeDtypeStruct`` as wanted, in shapes on disk.
+
+    Raises:
+        Unreadable: damaged.
+        MaxlmError: another model or optimizer; names the first array that differs, parameters
+            before others.
+    """
+    state = epath.Path(path) / "state"
+    stored = with_retries(path, lambda: _handler().metadata(state).tree)
+    held = _describe_leaves(abstract, subtree)
+    wanted = {
+        n: flatten_groups(x) if is_grouped(n, x.shape, groups) else x for n, x in held.items()
+    }
+    prefix = f"{subtree}." if subtree else ""
+    shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
+    names = {*shapes, *wanted}
+    for name in sorted(names, key=lambda name: (not name.startswith("params."), name)):
+        there = str(list(shapes[name])) if name in shapes else "absent"
+        here = str(list(wanted[name].shape)) if name in wanted else "absent"
+        if there != here:
+            other = "model" if name.startswith("params.") else "optimizer or training state"
+            raise MaxlmError(
+                f"checkpoint of another {other}: {name} is {there} in it, {here} in this run",
+                where=str(path),
+                fix="use the config it was trained with, or another run folder",
+            )
+    return {name: stored[name].dtype for name in wanted}, wanted
+
+
+def check_fingerprints(
+    path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
+) -> None:
+    """Checks arrays against the fingerprints saved with them, where there are any, and where they
     were not cast. All processes call it together; it ends alike on all.
 
     Raises:
         Unreadable: naming an array that is not what was saved.
     """
-    same = {n: x for n, x in read.items() if n in known and x.dtype == dtypes.get(n, x.dtype)}
-    changed = [name for name, value in fingerprints(same).items() if value != known[name]]
+    same = {n: x for n, x in arrays.items() if n in known and x.dtype == dtypes.get(n, x.dtype)}
+    changed = [name for name, value in compute_fingerprints(same).items() if value != known[name]]
     if changed:
         others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         what = f"unreadable: {changed[0]}{others} is not what was saved"
         raise Unreadable(what, where=str(path), fix="restore another step")
 
 
-def _state(path: Path) -> epath.Path:
-    return epath.Path(path) / "state"
+def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
+    leaves = named_leaves(abstract, f"{subtree}." if subtree else "")
+    return {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
+
+
+def _as_shape_dtype_struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Returns shape, dtype and sharding of an array (default: the first device)."""
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_zarr3=True)
 
 
-def patiently(path: Path | str, read: Callable[[], Result]) -> Result:
-    """What ``read`` returns. Storage fails in as many ways as there are backends, and some of it
-    passes: it is tried again before the checkpoint is said to be unreadable.
+def with_retries(path: Path, read: Callable[[], Result]) -> Result:
+    """Returns what ``read`` returns. Storage fails in as many ways as there are backends, and some
+    errors pass: it is tried again before the checkpoint counts as unreadable.
 
     Raises:
         Unreadable: it fails each time.
     """
-    pauses = iter(_PAUSES)
+    pauses = iter(_RETRY_SECONDS)
     while True:
         try:
             return read()
@@ -194,33 +206,17 @@ def patiently(path: Path | str, read: Callable[[], Result]) -> Result:
             raise
         except Exception as error:
             if (pause := next(pauses, None)) is None:
-                what = f"unreadable ({first_line(error)})"
+                what = f"unreadable ({describe_error(error)})"
                 raise Unreadable(what, where=str(path), fix="restore another step") from error
         time.sleep(pause)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says; of a long one its beginning and its end, which tells the cause; its kind
-    if it says nothing."""
+def describe_error(error: Exception) -> str:
+    """Returns the first line of an error's text; of a long one the beginning and the end, which
+    tells the cause; the error's class without a text."""
     lines = str(error).strip().splitlines()
     text = lines[0].split(" [")[0] if lines else type(error).__name__
     return text if len(text) <= 200 else f"{text[:80]} … {text[-120:]}"
-
-
-def _check_same_arrays(
-    stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str
-) -> None:
-    names = sorted({*stored, *wanted}, key=lambda name: (not name.startswith("params."), name))
-    for name in names:
-        there = str(list(stored[name])) if name in stored else "absent"
-        here = str(list(wanted[name].shape)) if name in wanted else "absent"
-        if there != here:
-            other = "model" if name.startswith("params.") else "optimizer or training state"
-            raise MaxlmError(
-                f"checkpoint of another {other}: {name} is {there} in it, {here} in this run",
-                where=where,
-                fix="use the config it was trained with, or another run folder",
-            )
 
 
 def check_same(
@@ -230,7 +226,7 @@ def check_same(
     where: str = "resume",
     what: str = "the checkpoint was written",
 ) -> None:
-    """Refuse to go on from a checkpoint whose config differs where it must not.
+    """Checks that a saved config has the same values as the current one where it must.
 
     Args:
         saved, current: configs as (nested) JSON values.

@@ -1,24 +1,22 @@
-"""The loop takes, records, evaluates and saves every step once, in order; when told to stop it
-saves, and when the numbers go bad it does not."""
+"""The trainer takes, records, evaluates and saves every step once, in order; a stop request saves,
+and a rollback does not."""
 
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.config.errors import Preempted
+from maxlm.programs.evaluation import sum_over_batches
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import StopRequest, handle_signals
-from maxlm.train import loop
-from maxlm.train.anomaly import LossWatch, Verdict
-from maxlm.train.config import FaultsConfig, TrainConfig
-from maxlm.train.loop import Guards, Hooks, evaluate, train
-from maxlm.train.profile import Profiler
-from maxlm.train.watchdog import Watchdog
+from maxlm.train import callbacks, timer
+from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
+from maxlm.train.config import FaultsConfig
+from maxlm.train.trainer import Callback, StepTimer, Trainer
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,8 @@ class State:
 
 
 @dataclass
-class Journal:
-    """Stands in for all that the loop talks to, and writes down what it is told."""
+class Journal(Callback):
+    """Stands in for all that callbacks talk to, and writes down what it is told."""
 
     save_every: int = 0
     late_at: int | None = None
@@ -38,12 +36,14 @@ class Journal:
     events: list[tuple] = field(default_factory=list)
     records: dict[int, dict[str, float]] = field(default_factory=dict)
     taken: int = 0
-    keeper = SimpleNamespace(pop_completed=list)  # none ever completes
 
-    def due(self, step):
+    def pop_completed(self):
+        return []
+
+    def is_due(self, step):
         return self.save_every > 0 and step % self.save_every == 0
 
-    def late(self):
+    def is_late(self):
         return self.taken == self.late_at
 
     def save(self, step, state, metadata, *, force=False, suspect=None):
@@ -55,7 +55,7 @@ class Journal:
         assert metadata["meta"] == 1
         good = step - sum(each <= step for each in self.bad)
         assert len(metadata["losses"]["losses"]) == good
-        if not (force or self.due(step)) or ("save", step) in self.lines:
+        if not (force or self.is_due(step)) or ("save", step) in self.lines:
             return None
         self.lines.append(("save", step))
         return "folder"
@@ -63,10 +63,13 @@ class Journal:
     def wait(self):
         self.lines.append(("wait",))
 
-    def record(self, step, values):
-        kind = "evaluated" if "eval_loss" in values else "record"
-        self.lines.append((kind, step))
-        self.records.setdefault(step, {}).update(values)
+    def on_step_end(self, trainer, step, metrics):
+        self.lines.append(("record", step))
+        self.records.setdefault(step, {}).update(metrics)
+
+    def on_evaluate(self, trainer, step, metrics):
+        self.lines.append(("evaluated", step))
+        self.records[step].update(metrics)
 
     def event(self, kind, step, **details):
         if kind not in ("progress", "compiled", "evaluate"):
@@ -85,25 +88,26 @@ class Journal:
         return State(self.taken), {"loss": loss, "skipped": np.float32(skipped)}
 
 
-def run(journal, mesh, start=0, evaluating=True, batches=None, **config):
-    with handle_signals("runs/x") as signals:
-        return train(
-            State(start),
+def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
+    detector = LossSpikeDetector(FaultsConfig(), {"losses": [1.0] * start})
+    watchdog = callbacks.Watchdog(FaultsConfig(), None)
+    event = journal.event
+    with handle_signals("runs/x") as signals, signals.deferred():
+        reduce, late = FlagAllReduce(mesh), journal.is_late
+        trainer = Trainer(
             journal.step,
-            iter(range(start, 1000)) if batches is None else batches,
-            config=TrainConfig(**config),
-            hooks=Hooks(journal.record, journal.evaluate if evaluating else None, journal.event),
-            guards=Guards(
-                signals,
-                FlagAllReduce(mesh),
-                LossWatch(FaultsConfig(), {"losses": [1.0] * start}),
-                Watchdog(FaultsConfig(), None),
-                Profiler.off(),
-            ),
-            tiers=journal,
-            metadata={"meta": 1},
-            folder="runs/x",
+            steps,
+            [
+                watchdog,
+                journal,
+                callbacks.LossSpikeCallback(detector, event),
+                callbacks.EvaluationCallback(journal.evaluate, eval_every, watchdog, event),
+                callbacks.CheckpointCallback(journal, {"meta": 1}, detector, watchdog, event),
+                callbacks.StopCallback(signals, reduce, late, event, "runs/x"),
+            ],
+            StepTimer(event, start),
         )
+        return trainer.run(State(start), batches or iter(range(start, 1000)))
 
 
 @pytest.fixture
@@ -118,10 +122,27 @@ def test_every_step_is_recorded_once_and_in_order(alone):
     assert {n: r["loss"] for n, r in journal.records.items()} == {n: n for n in range(1, 8)}
 
 
-def test_it_goes_on_from_a_state(alone):
+def test_it_resumes_from_a_state(alone):
     journal = Journal()
     assert run(journal, alone, start=4, steps=6) == State(6)
     assert journal.lines == [("record", 5), ("record", 6), ("save", 6), ("wait",)]
+
+
+def test_a_step_is_dispatched_before_the_scalars_of_the_last_one_are_read(alone):
+    journal, order = Journal(), []
+
+    class Scalar(float):
+        def __float__(self):
+            order.append("read")
+            return 1.0
+
+    def step(state, batch):
+        order.append("dispatch")
+        return State(state.step + 1), {"loss": Scalar()}
+
+    journal.step = step
+    run(journal, alone, steps=4)
+    assert order == ["dispatch", *["dispatch", "read"] * 3, "read"]
 
 
 def test_evaluations_follow_their_step_and_the_last_is_left_to_the_end(alone):
@@ -134,15 +155,6 @@ def test_evaluations_follow_their_step_and_the_last_is_left_to_the_end(alone):
     ]
     assert journal.records[3]["eval_loss"] == 103.0
     assert ("evaluated", 6) not in journal.lines
-
-
-def test_nothing_is_evaluated_where_nothing_is_held_out(alone):
-    journal = Journal()
-    run(journal, alone, steps=4, eval_every=2, evaluating=False)
-    assert [line for line in journal.lines if line[0] == "record"] == [
-        ("record", n) for n in range(1, 5)
-    ]
-    assert not [line for line in journal.lines if line[0] == "evaluated"]
 
 
 def test_a_checkpoint_comes_after_all_records_up_to_it(alone):
@@ -159,30 +171,28 @@ def test_a_checkpoint_comes_after_all_records_up_to_it(alone):
 
 
 @pytest.mark.parametrize(
-    ("told", "kind", "words", "reason"),
+    ("received", "kind", "words", "reason"),
     [
         (signal.SIGINT, MaxlmError, "interrupted at", "interrupt"),
-        (signal.SIGTERM, Preempted, "told to stop at", "preempted"),
-        (signal.SIGUSR1, Preempted, "told to stop at", "preempted"),
+        (signal.SIGTERM, Preempted, "preempted at", "preempted"),
+        (signal.SIGUSR1, Preempted, "preempted at", "preempted"),
     ],
 )
-def test_told_to_stop_it_finishes_a_step_saves_and_says_how_to_go_on(
-    alone, told, kind, words, reason
-):
-    journal, before = Journal(signals={3: [told]}), signal.getsignal(told)
+def test_a_stop_signal_finishes_the_step_and_saves(alone, received, kind, words, reason):
+    journal, before = Journal(signals={3: [received]}), signal.getsignal(received)
     with pytest.raises(MaxlmError) as error:
         run(journal, alone, steps=9)
     assert type(error.value) is kind
     assert str(error.value) == (
-        f"runs/x: {words} step 4 of 9, which is saved; run the same command to go on from there"
+        f"runs/x: {words} step 4 of 9, which is saved; run the same command to resume"
     )
-    # The device is a step ahead of what is known to all.
+    # The device is a step ahead of what all processes know.
     assert journal.lines == [*(("record", n) for n in (1, 2, 3, 4)), ("save", 4), ("wait",)]
     assert journal.events == [("checkpoint", 4), ("stop", 4, reason)]
-    assert signal.getsignal(told) is before
+    assert signal.getsignal(received) is before
 
 
-def test_a_notice_in_the_last_step_is_no_error(alone):
+def test_a_signal_in_the_last_step_is_no_error(alone):
     journal = Journal(signals={4: [signal.SIGTERM]})
     assert run(journal, alone, steps=4) == State(4)
     assert journal.lines[-2:] == [("save", 4), ("wait",)]
@@ -196,7 +206,7 @@ def test_a_second_interrupt_stops_at_once(alone):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_when_it_is_time_for_a_checkpoint_one_is_written_a_step_later(alone):
+def test_a_checkpoint_that_is_late_is_written_a_step_later(alone):
     journal = Journal(late_at=5)
     assert run(journal, alone, steps=9) == State(9)
     assert [line[1] for line in journal.lines if line[0] == "save"] == [6, 9]
@@ -204,21 +214,19 @@ def test_when_it_is_time_for_a_checkpoint_one_is_written_a_step_later(alone):
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-def test_bad_updates_in_a_row_end_it_before_anything_is_saved(alone, save_every):
+def test_non_finite_updates_in_a_row_end_it_before_anything_is_saved(alone, save_every):
     journal = Journal(save_every=save_every, bad=(3, 5, 6, 7))
-    verdict = run(journal, alone, evaluating=False, steps=9)
-    assert verdict == Verdict(5, 7, "3 updates in a row were not finite")
+    decision = run(journal, alone, steps=9)
+    assert decision == RollbackDecision(5, 7, "3 updates in a row were not finite")
     assert Counter(e[0] for e in journal.events)["skip"] == 4
-    assert not [line for line in journal.lines if line == ("save", 7)]
-    assert [line for line in journal.lines if line[0] == "record"] == [
-        ("record", n) for n in range(1, 8)
-    ]
+    assert ("save", 7) not in journal.lines
+    assert [n for kind, n in journal.lines if kind == "record"] == list(range(1, 8))
 
 
-def test_what_any_process_wants_is_known_by_its_bits(alone):
-    agreement = FlagAllReduce(alone)
+def test_stop_requests_are_combined_by_their_bits(alone):
+    all_reduce = FlagAllReduce(alone)
     for request in (StopRequest.NONE, StopRequest.SAVE, StopRequest.SAVE | StopRequest.PREEMPT):
-        assert agreement.finish(agreement.start(request)) == request
+        assert all_reduce.finish(all_reduce.start(request)) == request
     assert [request.stops for request in StopRequest] == [False, True, True]
 
 
@@ -232,7 +240,7 @@ def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):
         monotonic = perf_counter
 
     clock, journal = Clock(), Journal()
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(timer, "time", clock)
 
     def slow_batches():
         for number in range(10):
@@ -256,7 +264,7 @@ def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):
 def test_evaluation_adds_up_in_float64():
     # In float32 the ones would vanish beside 2²⁴.
     sums = iter([2.0**24, 1.0, 1.0])
-    totals = evaluate(
+    totals = sum_over_batches(
         lambda params, batch: {"nll": np.float32(next(sums)), "tokens": np.float32(batch)},
         None,
         iter([5, 6, 7]),

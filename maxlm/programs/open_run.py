@@ -1,0 +1,180 @@
+"""Everything that a run needs before its first step."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from maxlm.config import MaxlmError
+from maxlm.plan.predict import Machine, RunPlan, plan_run
+from maxlm.plan.show import format_prediction
+from maxlm.programs.environment import get_process_start
+from maxlm.programs.frozen import describe_frozen_models
+from maxlm.programs.init_checkpoint import find_init_checkpoint
+from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
+from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
+from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
+from maxlm.programs.run_folder import (
+    create_run_folder,
+    describe_run,
+    lock_run_folder,
+    record_stop,
+    run_folder_path,
+)
+from maxlm.programs.setup import Setup, set_up, use_compilation_cache
+from maxlm.run import RunConfig
+from maxlm.runtime.signals import SignalHandler, handle_signals
+from maxlm.sharding import describe_links
+from maxlm.train.checkpoint import Checkpointer, group_sizes
+from maxlm.train.metrics import MetricsLog
+from maxlm.train.skips import get_skips, read_skips
+from maxlm.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder, text, checkpoints and records are open."""
+
+    setup: Setup
+    folder: Path
+    lead: bool
+    """This process writes and prints."""
+    say: Say
+    signals: SignalHandler
+    watchdog: Watchdog
+    corpus: PreparedText
+    checkpointer: Checkpointer
+    states: StateSource
+    position: TrainingPosition
+    """Where training starts or resumes."""
+    metadata: dict[str, Any]
+    """Saved with every checkpoint."""
+    plan: RunPlan
+    log: MetricsLog
+
+
+def open_run(
+    config: RunConfig, stack: ExitStack, *, resume: str | Path | None, say: Say
+) -> OpenRun:
+    """Prepares a run's text, and restores its state or initializes it.
+
+    Args:
+        stack: closes what is opened.
+        resume: another run's folder to resume from, where this one has no checkpoint.
+        say: takes, on process 0, lines that tell what happens.
+
+    Raises:
+        MaxlmError: anything wrong with the config, the text, the devices or the folder.
+    """
+    lead = jax.process_index() == 0
+    say = say if lead else lambda _: None
+    folder = run_folder_path(config)
+    # What does not fit is refused before anything is written or read.
+    setup = set_up(config)
+    config.reporting.check()
+    use_compilation_cache(config)
+    config.task.check_vocab_size(read_vocab_size(config, folder), config.model.vocab_size)
+    signals = stack.enter_context(handle_signals(str(folder)))
+    stack.enter_context(lock_run_folder(folder, lead=lead))
+    with create_run_folder(config, folder, lead=lead):
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                folder / "checkpoints",
+                config.name,
+                config.checkpoint,
+                grouped=group_sizes(setup.specs),
+            )
+        )
+        source = find_resume_source(setup, checkpointer, resume, stack, say)
+        start = None if source else find_init_checkpoint(setup, stack)
+        corpus = prepare_on_all_hosts(config, folder)
+        states = StateSource(setup, checkpointer, source, start, stack).refresh()
+    watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
+    watchdog.expect(0, "restore")
+    frozen = describe_frozen_models(setup, states.load_frozen())
+    metadata = make_metadata(config, corpus, states.saved_metadata, frozen)
+    source = states.resume_source
+    if source:
+        where = str(source.checkpointer.folder)
+        check_same_text(config, corpus, source.metadata, metadata, where)
+    skips = read_skips(folder)
+    if skips is None:
+        skips = get_skips(source.metadata) if source else ()
+    position = states.restore(skips)
+    if not position.place:
+        check_not_lost(checkpointer, resume)
+    _report_position(config, folder, states, position, say)
+    devices = setup.mesh.devices.ravel().tolist()
+    sizes = dict(setup.mesh.shape)
+    plan = plan_run(
+        config, Machine.from_devices(devices), sizes=sizes, links=describe_links(setup.mesh)
+    )
+    say(format_prediction(plan))
+    describe_run(folder, config, plan, lead=lead)
+    log = _open_log(config, folder, states, position, stack, say)
+    stack.enter_context(record_stop(signals, log, position.step))
+    watchdog.event = log.event
+    checkpointer.catch_up()
+    return OpenRun(
+        setup=setup,
+        folder=folder,
+        lead=lead,
+        say=say,
+        signals=signals,
+        watchdog=watchdog,
+        corpus=corpus,
+        checkpointer=checkpointer,
+        states=states,
+        position=position,
+        metadata=metadata,
+        plan=plan,
+        log=log,
+    )
+
+
+def _report_position(
+    config: RunConfig, folder: Path, states: StateSource, position: TrainingPosition, say: Say
+) -> None:
+    """
+    Raises:
+        MaxlmError: the run has taken more steps than it is to take.
+    """
+    for each in position.skipped:
+        say(str(each))
+    if position.place:
+        say(f"resuming from step {position.step} in {position.place}")
+    elif states.init_checkpoint:
+        say(f"starting from the parameters in {states.init_checkpoint.folder.parent}")
+    if position.step > config.train.steps:
+        raise MaxlmError(
+            f"the run is at step {position.step}, train.steps={config.train.steps}",
+            where=str(folder),
+            fix=f"set train.steps to {position.step} or more, or train in another run folder",
+        )
+
+
+def _open_log(
+    config: RunConfig,
+    folder: Path,
+    states: StateSource,
+    position: TrainingPosition,
+    stack: ExitStack,
+    say: Say,
+) -> MetricsLog:
+    lead, step, source = jax.process_index() == 0, position.step, states.resume_source
+    log = stack.enter_context(MetricsLog(folder, step, write=lead, reporting=config.reporting))
+    if count := log.damaged_lines:
+        say(f"{folder}/metrics.jsonl: lines that cannot be read, of records lost: {count}")
+    log.event(
+        "resume" if step else "start",
+        step,
+        began=get_process_start(),
+        run=str(source.checkpointer.folder.parent) if source and not source.is_own else None,
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        device_kind=jax.devices()[0].device_kind,
+        skipped=[[each.step, each.why] for each in position.skipped],
+    )
+    return log

@@ -1,0 +1,168 @@
+"""Training, from a config to a trained model: what ``maxlm train`` does."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from maxlm.config import MaxlmError
+from maxlm.plan.predict import RunPlan
+from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, has_evaluation
+from maxlm.programs.feed import training_batches
+from maxlm.programs.open_run import OpenRun, open_run
+from maxlm.programs.prepare import PreparedText
+from maxlm.programs.record import MetricsCallback
+from maxlm.programs.resume import Say, TrainingPosition
+from maxlm.programs.resume_checks import count_rollbacks
+from maxlm.programs.setup import Setup
+from maxlm.run import RunConfig
+from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.train import callbacks
+from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
+from maxlm.train.display import ConsoleDisplay, plot_loss
+from maxlm.train.state import TrainState
+from maxlm.train.trainer import StepTimer, Trainer
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished run."""
+
+    setup: Setup
+    corpus: PreparedText
+    plan: RunPlan
+    start: int
+    """The step that it started or resumed from."""
+    state: TrainState
+    folder: Path
+    heldout: HeldOutResults
+
+
+def train_model(
+    config: RunConfig,
+    *,
+    resume: str | Path | None = None,
+    profile: tuple[int, int] | None = None,
+    say: Say = print,
+) -> TrainingResult:
+    """Trains a model, or resumes from the newest checkpoint in its folder.
+
+    Args:
+        resume: another run's folder to resume from; what follows is kept in this run's own.
+        profile: first and last step of a trace to write.
+        say: takes, on process 0, lines that tell what happens.
+
+    Raises:
+        Preempted: by a scheduler's signal; the state is saved.
+        MaxlmError: anything wrong with the config, the text, the devices or the folder;
+            interrupted; losses or gradients that stay bad.
+    """
+    if profile and profile[0] > config.train.steps:
+        what = f"step {profile[0]} never comes: the run has {config.train.steps} steps"
+        raise MaxlmError(what, where="--profile", fix="name steps that it takes")
+    with ExitStack() as stack:
+        run = open_run(config, stack, resume=resume, say=say)
+        setup, corpus, log, watchdog = run.setup, run.corpus, run.log, run.watchdog
+        profiler = [callbacks.Profiler(run.folder, *profile)] if profile else []
+        if profile and profile[1] <= run.position.step:
+            run.say(f"no trace is taken: step {profile[1]}, the last to trace, has been taken")
+        step_fn = setup.step_function()
+        evaluator = HeldOutEvaluator(setup, corpus, on_batch=watchdog.restart)
+
+        def train_from(position: TrainingPosition) -> TrainState | RollbackDecision:
+            detector = LossSpikeDetector(setup.config.faults, position.losses)
+            every_steps = setup.config.train.eval_every if corpus.evaluation else 0
+            metadata = {**run.metadata, "skipped_batches": position.skips}
+            saver, timer = run.checkpointer, StepTimer(log.event, position.step)
+            with (
+                training_batches(setup, corpus.batches, position.step, position.skips) as batches,
+                ConsoleDisplay(config.train.steps, position.step, show=run.lead) as display,
+                run.signals.deferred(),
+            ):
+                trainer = Trainer(
+                    step_fn,
+                    config.train.steps,
+                    [
+                        watchdog,
+                        *profiler,
+                        MetricsCallback(setup, corpus, run.plan, log, display),
+                        callbacks.LossSpikeCallback(detector, log.event),
+                        callbacks.EvaluationCallback(
+                            evaluator.evaluate_for_record, every_steps, watchdog, log.event
+                        ),
+                        callbacks.CheckpointCallback(
+                            saver, metadata, detector, watchdog, log.event
+                        ),
+                        callbacks.StopCallback(
+                            run.signals,
+                            FlagAllReduce(setup.mesh),
+                            saver.is_late,
+                            log.event,
+                            str(run.folder),
+                        ),
+                    ],
+                    timer,
+                )
+                return trainer.run(position.state, batches)
+
+        position = run.position
+        while isinstance(result := train_from(position), RollbackDecision):
+            position = _roll_back(run, result, position)
+        run.signals.raise_if_signaled()
+        heldout = _finish(run, evaluator, result)
+    return TrainingResult(setup, corpus, run.plan, run.position.step, result, run.folder, heldout)
+
+
+def _roll_back(
+    run: OpenRun, decision: RollbackDecision, position: TrainingPosition
+) -> TrainingPosition:
+    """
+    Raises:
+        MaxlmError: the run has rolled back as often as it may.
+    """
+    run.signals.raise_if_signaled()
+    faults, count = run.setup.config.faults, count_rollbacks(run.folder)
+    if count >= faults.max_rollbacks:
+        run.log.event("stop", decision.last, reason="rollback-limit")
+        raise MaxlmError(
+            f"{decision.reason} at step {decision.last}, and the run has rolled back {count} "
+            f"time{'' if count == 1 else 's'}",
+            where=str(run.folder),
+            fix="lower schedule.learning_rate in another run folder (--resume), or raise "
+            "faults.max_rollbacks",
+        )
+    run.watchdog.expect(decision.first, "restore")
+    position = run.states.rollback(decision, position.skips, run.log.event)
+    run.checkpointer.catch_up()
+    run.log.rewind(position.step)
+    first, last = position.skips[-1]
+    run.log.event(
+        "rollback",
+        position.step,
+        from_step=decision.last,
+        reason=decision.reason,
+        batches=(first, last),
+    )
+    run.say(
+        f"rolling back from step {decision.last} to step {position.step}: {decision.reason}; "
+        f"batches {first} to {last} are skipped"
+    )
+    return position
+
+
+def _finish(run: OpenRun, evaluator: HeldOutEvaluator, state: TrainState) -> HeldOutResults:
+    """Evaluates on all held-out text and closes the run's records."""
+    step = int(state.step)
+    run.watchdog.expect(step, "evaluation")
+    results = evaluator.evaluate_at_end(state, run.log.event)
+    run.log.event("stop", step, reason="done")
+    run.watchdog.pause()
+    if missing := run.checkpointer.missing_copy:
+        run.say(f"{missing}; the same command copies it")
+    run.checkpointer.clear_local()
+    if run.lead:
+        # A finished run may be started once more.
+        if results and not has_evaluation(run.folder, step):
+            run.log.log(step, evaluator.make_record(step, results))
+        (run.folder / "plots").mkdir(exist_ok=True)
+        plot_loss(run.folder / "metrics.jsonl", run.folder / "plots" / "loss.png")
+    return results

@@ -1,0 +1,291 @@
+"""A run's checkpoints in all places: its own folder, its hosts' disks, and copies elsewhere.
+
+A run resumes from the newest checkpoint that can be read, in whichever place it is.
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from maxlm.runtime.collectives import all_gather_json
+from maxlm.train.checkpoint.folder import FolderTier
+from maxlm.train.checkpoint.local import LocalTier
+from maxlm.train.checkpoint.reading import PyTree, Unreadable
+from maxlm.train.checkpoint.remote import FETCHED, RemoteTier
+from maxlm.train.config import CheckpointConfig
+from maxlm.train.grouped import Groups
+
+
+class CheckpointTier(Protocol):
+    """A place for checkpoints. All processes call every method together."""
+
+    name: str
+    """In events and messages."""
+    place: str
+    """Path or URL, for messages (a local disk's: this process's path)."""
+
+    def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
+        """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one."""
+        ...
+
+    def steps(self) -> list[int]:
+        """Returns the steps of which there are checkpoints."""
+        ...
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Returns what was saved beside the state; raises Unreadable."""
+        ...
+
+    def restore(self, step: int, abstract: PyTree) -> PyTree:
+        """Returns the state, each array in the sharding of ``abstract``; raises Unreadable, or
+        MaxlmError for one of another model or optimizer."""
+        ...
+
+    def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
+        """Takes checkpoints (step -> whether it is damaged) out of the way of those to come."""
+        ...
+
+    def wait(self) -> None:
+        """Waits until nothing is being written."""
+        ...
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        ...
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A complete checkpoint."""
+
+    step: int
+    tier: CheckpointTier
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SkippedCheckpoint:
+    """A checkpoint that cannot be resumed from."""
+
+    step: int
+    tier: CheckpointTier
+    why: str
+    is_damaged: bool = True
+    """It cannot be read; else it is not wanted."""
+
+    def __str__(self) -> str:
+        prefix = "" if self.tier.name == "folder" else f"{self.tier.name} "
+        return f"{prefix}checkpoint {self.step} is skipped: {self.why}"
+
+
+class Checkpointer:
+    """Saves to and restores from all tiers of a run. All processes call every method together. A
+    context manager.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        name: of the run, under which its files lie in places that runs share.
+        grouped, read_only: see :class:`FolderTier`.
+        clock: seconds.
+
+    Raises:
+        MaxlmError: a place cannot be written, or reached.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        config: CheckpointConfig | None = None,
+        *,
+        grouped: Groups | None = None,
+        read_only: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config, self._clock = config or CheckpointConfig(), clock
+        # Runs of the same name in other folders may use the same disk.
+        owner = str(Path(folder).absolute())
+        self._local = self._remote = None
+        if disk := self._config.local_folder:
+            digest = hashlib.sha256(owner.encode()).hexdigest()[:8]
+            every_steps = self._config.local_every_steps
+            self._local = LocalTier(disk, f"{name}-{digest}", every_steps)
+        if not read_only and jax.process_index() == 0:  # left by a kill
+            shutil.rmtree(Path(folder) / FETCHED, ignore_errors=True)
+        self._suspect_free: set[int] = set()
+        if place := self._config.remote_folder:
+            self._remote = RemoteTier(f"{place}/{name}", self._config, Path(owner), grouped)
+        self._folder = FolderTier(
+            folder,
+            config,
+            grouped=grouped,
+            read_only=read_only,
+            get_held_steps=self._get_held_steps,
+        )
+        tiers = (self._local, self._folder, self._remote)  # by how quickly they are read
+        self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
+        self._saved_at = clock()
+
+    def _get_held_steps(self) -> set[int]:
+        return self._suspect_free | (self._remote.busy_steps if self._remote else set())
+
+    @property
+    def folder(self) -> Path:
+        return self._folder.folder
+
+    @property
+    def remote_place(self) -> str | None:
+        return self._remote and self._remote.place
+
+    def is_late(self) -> bool:
+        """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
+        this process's clock."""
+        minutes = self._config.every_minutes
+        return minutes is not None and self._clock() - self._saved_at >= 60 * minutes
+
+    def is_due(self, step: int) -> bool:
+        """Whether something is to be written at ``step``, whatever the time."""
+        return self._folder.is_due(step) or bool(self._local and self._local.is_due(step))
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        metadata: Mapping[str, Any],
+        *,
+        force: bool = False,
+        suspect: int | None = None,
+    ) -> str | None:
+        """Starts writing a checkpoint, if one is due at ``step``; the arrays may then be donated.
+
+        Args:
+            force: write one to the run's folder in any case.
+            suspect: a step from which on updates may be bad: the newest checkpoint before it is
+                kept besides.
+
+        Returns:
+            The name of the tier where one was begun; None: nowhere, or the folder has this one.
+
+        Raises:
+            MaxlmError: this checkpoint, or the one before it, could not be written to the folder.
+        """
+        if force or self._folder.is_due(step):
+            good = [each for each in self._folder.begun_steps() if suspect and each < suspect]
+            self._suspect_free = {max(good)} if good else set()
+            if not self._folder.save(step, state, metadata):
+                return None
+            if self._remote:
+                self._remote.save(step, state, metadata)
+            self._saved_at = self._clock()
+            return self._folder.name
+        if self._local and self._local.is_due(step):
+            self._local.save(step, state, metadata)
+            return self._local.name
+        return None
+
+    def pop_completed(self) -> list[int]:
+        """Returns the steps that became complete in the folder since the last call."""
+        return self._folder.pop_completed()
+
+    def catch_up(self) -> None:
+        """Copies the folder's newest checkpoint, if its copy is missing: a process was killed, or
+        the remote place could not be reached."""
+        newest = self._folder.latest()
+        if self._remote and newest is not None and newest not in self._remote.steps():
+            self._remote.save(newest)
+
+    def stop_copying(self) -> None:
+        """Cancels copies under way; ``catch_up`` starts them again."""
+        if self._remote:
+            self._remote.close()
+
+    @property
+    def missing_copy(self) -> str | None:
+        """Why the newest checkpoint has no copy, if it should have one; waits for copies."""
+        failure = self._remote.wait_for_copies() if self._remote else None
+        return failure and f"the last checkpoint is not in {self.remote_place}: {failure}"
+
+    def find(self) -> tuple[list[FoundCheckpoint], list[SkippedCheckpoint]]:
+        """Returns all checkpoints with readable metadata, newest first, and the others."""
+        everything = [(step, tier) for tier in self.tiers for step in tier.steps()]
+        found, skipped = [], []
+        for step, tier in sorted(everything, key=lambda each: -each[0]):
+            try:
+                found.append(FoundCheckpoint(step, tier, tier.metadata(step)))
+            except Unreadable as error:
+                skipped.append(SkippedCheckpoint(step, tier, error.what))
+        return found, skipped
+
+    def restore_newest(
+        self,
+        found: Sequence[FoundCheckpoint],
+        abstract: PyTree,
+        refuse: Callable[[FoundCheckpoint], str | None] = lambda _: None,
+    ) -> tuple[PyTree, FoundCheckpoint | None, list[SkippedCheckpoint]]:
+        """Restores the first of ``found`` that can be read.
+
+        Args:
+            refuse: returns why one is not to be resumed from.
+
+        Returns:
+            The state and its checkpoint, None twice if there is none; those skipped on the way.
+        """
+        skipped = []
+        for each in found:
+            why = refuse(each)
+            if why is not None:
+                skipped.append(SkippedCheckpoint(each.step, each.tier, why, is_damaged=False))
+                continue
+            try:
+                return each.tier.restore(each.step, abstract), each, skipped
+            except Unreadable as error:
+                skipped.append(SkippedCheckpoint(each.step, each.tier, error.what))
+        return None, None, skipped
+
+    def quarantine(self, skipped: Sequence[SkippedCheckpoint], resume_step: int) -> None:
+        """Takes checkpoints that cannot be resumed from out of the way of those to come.
+
+        Args:
+            resume_step: that the run resumes from; 0: it starts.
+        """
+        for tier in self.tiers:
+            steps = {each.step: each.is_damaged for each in skipped if each.tier is tier}
+            tier.quarantine(steps, resume_step)
+        all_gather_json(None)  # Process 0 is done.
+        self.reload()
+
+    def reload(self) -> None:
+        """Lists the folder again; see :meth:`FolderTier.reload`."""
+        self._folder.reload()
+
+    def wait(self) -> None:
+        """Waits until nothing is being written; copies may still be made.
+
+        Raises:
+            MaxlmError: the last checkpoint could not be written.
+        """
+        self._folder.wait()
+        if self._local:
+            self._local.wait()
+
+    def clear_local(self) -> None:
+        """Deletes what is on the hosts' own disks: the run is done, and its end in the folder."""
+        if self._local:
+            self._local.clear()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop_copying()
+        try:
+            self._folder.close()
+        finally:
+            if self._local:
+                self._local.close()

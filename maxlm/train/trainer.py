@@ -1,0 +1,140 @@
+"""The training loop. It takes steps; callbacks record, evaluate, save and watch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from maxlm.runtime.signals import StopRequest
+from maxlm.train.anomaly import RollbackDecision
+from maxlm.train.state import TrainState
+from maxlm.train.step import Batch, Sums
+from maxlm.train.timer import StepTimer
+
+
+class Callback:
+    """Hooks that a `Trainer` calls, on all processes at the same steps. By default they do nothing.
+
+    A hook may set ``trainer.stop_request`` or ``trainer.rollback``; both take effect once the hooks
+    of the step have run.
+    """
+
+    def on_train_begin(self, trainer: "Trainer", step: int) -> None:
+        """Training begins after ``step`` updates."""
+
+    def on_step_begin(self, trainer: "Trainer", step: int, state: TrainState) -> None:
+        """Step ``step`` is about to be dispatched; ``state`` is still being computed."""
+
+    def on_step_dispatched(self, trainer: "Trainer", step: int, sums: Sums) -> None:
+        """The devices have the step. Work queued here runs behind it; wait for nothing."""
+
+    def on_step_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
+        """The step's scalars are on the host, mostly one step after it was dispatched."""
+
+    def needs_state(self, trainer: "Trainer", step: int) -> bool:
+        """Whether :meth:`on_state` is to be called after ``step``. True costs the overlap of this
+        step with the next."""
+        return False
+
+    def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:
+        """The state after ``step``, whose :meth:`on_step_end` has run, and no next step has."""
+
+    def on_evaluate(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
+        """An evaluation is done."""
+
+    def on_checkpoint(self, trainer: "Trainer", step: int, tier: str) -> None:
+        """A checkpoint has begun to be written."""
+
+    def on_train_end(self, trainer: "Trainer", step: int, state: TrainState) -> None:
+        """The last step is done, or the one that the run stops at."""
+
+    def on_rollback(self, trainer: "Trainer", decision: RollbackDecision) -> None:
+        """Training ends here because the run must return to a checkpoint."""
+
+    def on_exception(self, trainer: "Trainer", error: BaseException) -> None:
+        """Training ends with an error."""
+
+
+@dataclass
+class Trainer:
+    """Takes steps and calls callbacks, in the order of their list.
+
+    The device is kept one step ahead of the host: a step's scalars are read only once the next step
+    has been dispatched, so that no callback holds it up.
+    """
+
+    step_fn: Callable[[TrainState, Batch], tuple[TrainState, Sums]]
+    """Compiled, donating its state."""
+    num_steps: int
+    """Updates of the whole run."""
+    callbacks: Sequence[Callback]
+    timer: StepTimer
+    stop_request: StopRequest = StopRequest.NONE
+    """What all processes agreed to do after this step."""
+    rollback: RollbackDecision | None = None
+    """Why the run must return to a checkpoint."""
+
+    def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
+        """Trains from ``state.step`` to ``num_steps``.
+
+        Args:
+            batches: on the mesh, from step ``state.step`` on.
+
+        Returns:
+            The final state, or the decision to roll back, after which nothing was saved.
+
+        Raises:
+            MaxlmError: what a callback raises, such as ``Preempted``.
+        """
+        try:
+            return self._run(state, batches)
+        except BaseException as error:
+            self.notify("on_exception", error)
+            raise
+
+    def notify(self, hook: str, *arguments: Any) -> None:
+        """Calls a hook of every callback."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
+        start = step = int(state.step)
+        pending: tuple[int, Sums] | None = None
+        self.notify("on_train_begin", start)
+        for step in range(start + 1, self.num_steps + 1):
+            self.notify("on_step_begin", step, state)
+            with self.timer.waiting():
+                batch = next(batches)
+            state, sums = self.step_fn(state, batch)
+            self.notify("on_step_dispatched", step, sums)
+            if pending:
+                self._finish_step(*pending)
+            pending = step, sums
+            if self.rollback is None and self._needs_state(step):
+                # A checkpoint follows the records up to it: the process may be killed in between.
+                self._finish_step(*pending)
+                pending = None
+                if self.rollback is None:
+                    self.notify("on_state", step, state)
+                    if self.stop_request.stops:
+                        break
+                    self.stop_request = StopRequest.NONE
+            if self.rollback:
+                break
+        if pending and not self.rollback:
+            self._finish_step(*pending)
+        if self.rollback:
+            self.notify("on_rollback", self.rollback)
+            return self.rollback
+        self.notify("on_train_end", step, state)
+        return state
+
+    def _needs_state(self, step: int) -> bool:
+        wanted = [each.needs_state(self, step) for each in self.callbacks]
+        return bool(self.stop_request) or any(wanted)
+
+    def _finish_step(self, step: int, sums: Sums) -> None:
+        """Waits for a step and hands its scalars to the callbacks."""
+        metrics = {name: float(value) for name, value in jax.device_get(sums).items()}
+        self.notify("on_step_end", step, metrics | self.timer.finish_step(step))
