@@ -179,7 +179,11 @@ TILES = triton.TritonTiles(64, 64, 4, 1)
 @pytest.mark.parametrize(
     ("backend", "sizes", "message"),
     [
-        ("triton", (64, 64), "block_sizes=(64, 64): not a pallas_kernels.attention.triton.BlockSi"),
+        (
+            "triton",
+            (64, 64),
+            "block_sizes=(64, 64): not a pallas_kernels.attention.triton.TritonBlockSi",
+        ),
         (
             "triton",
             triton.TritonBlockSizes(TILES, TILES._replace(k=48), TILES),
@@ -190,14 +194,14 @@ TILES = triton.TritonTiles(64, 64, 4, 1)
             hopper.HopperBlockSizes(
                 hopper.HopperForwardBlocks(96, 2), hopper_backward.HopperBackwardBlocks(64, 64, 2)
             ),
-            "block_sizes: Blocks(k=96, stages=2): multiples of 64, a stage or more",
+            "block_sizes: HopperForwardBlocks(k=96, stages=2): multiples of 64, a stage or more",
         ),
         (
             "hopper",
             hopper.HopperBlockSizes(
                 hopper.HopperForwardBlocks(64, 2), triton.TritonBlockSizes(TILES, TILES, TILES)
             ),
-            "block_sizes: backward BlockSizes(forward=Tiles",
+            "block_sizes: backward TritonBlockSizes(forward=Tri",
         ),
     ],
 )
