@@ -185,19 +185,15 @@ class _Call(NamedTuple):
     interpret: Any
 
     def forward(self, q, k, v, operands: AttentionOperands, dtype):
-        return dispatch.forward(
-            self.implementation, q, k, v, operands, self.params, dtype, **self._of_kernels
-        )
+        return self._functions[0](q, k, v, operands, self.params, dtype)
 
     def backward(self, q, k, v, lse, delta, d_o, operands: AttentionOperands, dtype):
-        saved = (q, k, v, lse, delta, d_o)
-        return dispatch.backward(
-            self.implementation, *saved, operands, self.params, dtype, **self._of_kernels
-        )
+        return self._functions[1](q, k, v, lse, delta, d_o, operands, self.params, dtype)
 
     @property
-    def _of_kernels(self) -> dict[str, Any]:
-        return {"block_sizes": self.block_sizes, "interpret": self.interpret}
+    def _functions(self) -> tuple[Any, Any]:
+        options = {"block_sizes": self.block_sizes, "interpret": self.interpret}
+        return dispatch.bind_backend(self.implementation, **options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

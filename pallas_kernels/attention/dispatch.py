@@ -11,6 +11,7 @@ imported when first wanted: each needs a part of Pallas that others do not.
 """
 
 import importlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,39 +60,11 @@ def choose_backend(
     raise ValueError(f"no {backend} kernel for {shapes} with {params}")
 
 
-def forward(
-    name: str,
-    q,
-    k,
-    v,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """(o, lse) by the implementation of a name. ``options``: of kernels."""
-    if name == XLA:
-        return xla.forward(q, k, v, operands, params, dtype)
-    return _module(name).forward(q, k, v, operands, params, dtype, **options)
-
-
-def backward(
-    name: str,
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    d_o,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-    **options: Any,
-) -> tuple[jax.Array, ...]:
-    """(d_q, d_k, d_v), and d_biases where there are any, by the implementation of a name."""
-    if name == XLA:
-        return xla.backward(q, k, v, lse, delta, d_o, operands, params, dtype)
-    return _module(name).backward(q, k, v, lse, delta, d_o, operands, params, dtype, **options)
+def bind_backend(name: str, **kernel_options: Any) -> tuple[Any, Any]:
+    """Returns the forward and backward function of a backend, with the options of kernels."""
+    module = xla if name == XLA else _module(name)
+    options = {} if name == XLA else kernel_options
+    return partial(module.forward, **options), partial(module.backward, **options)
 
 
 def _on_hopper() -> bool:
