@@ -18,10 +18,10 @@ def own(
     *, gradient: bool, tokens: int, d: int, vocab: int
 ) -> tuple[Callable[..., Any], Sequence[Any]]:
     """This package's, of a table [V, D]."""
-    from pallas_kernels.linear_cross_entropy import compute_loss_and_gradients
+    from pallas_kernels.linear_cross_entropy import loss_and_gradients
 
     def run(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-        sums, gradients = compute_loss_and_gradients(
+        sums, gradients = loss_and_gradients(
             hidden, table.T, targets, weights, gradient=gradient, implementation="tpu"
         )
         return sums if gradients is None else (sums, gradients[0], gradients[1].T)
