@@ -291,7 +291,7 @@ def gpu_search(problem: Problem) -> tuple[str, Any, list[Axis]]:
         raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
     module = importlib.import_module(f"pallas_kernels.attention.{name}")
     sizes = problem.head_dim, problem.v_head_dim, jnp.dtype(problem.dtype)
-    rule, fields = module.candidates(problem.direction, *sizes)
+    rule, fields = module.list_block_candidates(problem.direction, *sizes)
 
     def changed(field: str, values: Sequence[Any]) -> Axis:
         return lambda b: [b._replace(**{field: value}) for value in values]

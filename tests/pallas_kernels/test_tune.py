@@ -282,7 +282,7 @@ def test_a_gpus_kernel_takes_the_tables_blocks(kernel, head_dim, direction, monk
     """Every candidate survives the way through the table."""
     problem = Problem(direction, head_dim, head_dim, 512, "window:100", "bfloat16", 1)
     name = kernel.__name__.rpartition(".")[2]
-    rule, fields = kernel.candidates(direction, head_dim, head_dim, jnp.bfloat16)
+    rule, fields = kernel.list_block_candidates(direction, head_dim, head_dim, jnp.bfloat16)
     q, _, v = problem.operands()[:3]
     operands, params = validate_arguments(q, q, v, window=70)
     assert kernel._chosen(direction, q, v, operands, params) == rule
