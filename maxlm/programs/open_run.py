@@ -14,8 +14,9 @@ from maxlm.programs.environment import get_process_start
 from maxlm.programs.frozen import describe_frozen_models
 from maxlm.programs.init_checkpoint import find_init_checkpoint
 from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
+from maxlm.programs.resume import StateSource, TrainingPosition
 from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
+from maxlm.programs.resume_source import Say, find_resume_source
 from maxlm.programs.run_folder import (
     create_run_folder,
     describe_run,

@@ -8,10 +8,10 @@ from maxlm.config import MaxlmError
 from maxlm.plan.predict import RunPlan
 from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, has_evaluation
 from maxlm.programs.feed import training_batches
-from maxlm.programs.open_run import OpenRun, open_run
+from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedText
 from maxlm.programs.record import MetricsCallback
-from maxlm.programs.resume import Say, TrainingPosition
+from maxlm.programs.resume import TrainingPosition
 from maxlm.programs.resume_checks import count_rollbacks
 from maxlm.programs.setup import Setup
 from maxlm.run import RunConfig

@@ -43,7 +43,7 @@ def below(place: Place, name: str) -> Place:
 
 
 def remedy(place: Place, on_disk: str) -> str:
-    """What to do where something cannot be read: `on_disk` in a folder."""
+    """Returns the fix for a place that cannot be read: `on_disk` for a folder."""
     return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
 
 
@@ -91,7 +91,7 @@ def read_file(place: Place, name: str) -> bytes:
 
 
 def sha256(place: Place, name: str) -> str:
-    """Of a file's bytes. Raises as `read_file`."""
+    """Returns the SHA-256 of a file's bytes, in hex. Raises as `read_file`."""
     if isinstance(place, Path):
         return file_sha256(place / name)
     return hashlib.sha256(read_file(place, name)).hexdigest()
