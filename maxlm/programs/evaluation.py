@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.programs.feed import evaluation_batches
+from maxlm.programs.feed import load_evaluation_batches
 from maxlm.programs.prepare import PreparedText
 from maxlm.programs.setup import Setup
 from maxlm.train.records import read_records
@@ -43,7 +43,7 @@ class HeldOutEvaluator:
         results = {}
         step = partial(self._step, state.frozen)
         for name, source in self._corpus.evaluation.items():
-            with evaluation_batches(self._setup, source, max_batches) as batches:
+            with load_evaluation_batches(self._setup, source, max_batches) as batches:
                 sums = sum_over_batches(step, get_eval_params(state), batches)
             loss = sums.get("cross_entropy", sums["loss"]) / sums["tokens"]
             result = {"loss": loss, "tokens": sums["tokens"]}

@@ -12,7 +12,7 @@ from maxlm.train.step import Batch
 
 
 @contextmanager
-def training_batches(
+def load_training_batches(
     setup: Setup, source: BatchSource, start: int, skips: Skips = ()
 ) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, ...] from step ``start`` to the run's last.
@@ -33,7 +33,7 @@ def training_batches(
 
 
 @contextmanager
-def evaluation_batches(
+def load_evaluation_batches(
     setup: Setup, source: BatchSource, max_batches: int | None = None
 ) -> Iterator[Iterator[Batch]]:
     """Arrays [micro-batches, rows, ...] of a finite source, in order."""

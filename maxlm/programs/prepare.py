@@ -14,7 +14,7 @@ from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.inference.sampling import check_samples
-from maxlm.programs.vocabulary import encode_prompts, vocabulary_of
+from maxlm.programs.vocabulary import encode_prompts, make_vocabulary
 from maxlm.run import PREPARED, RunConfig
 from maxlm.runtime.progress import show_progress
 from maxlm.tasks import SourceInputs
@@ -56,7 +56,7 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
     whole = config.model.architecture == "encoder_decoder"
     prompts = encode_prompts(tokenizer, config.samples.prompts, whole=whole)
     check_samples(config.samples, config.model, [len(ids) for ids in prompts])
-    vocabulary = vocabulary_of(tokenizer, config.model.vocab_size)
+    vocabulary = make_vocabulary(tokenizer, config.model.vocab_size)
     all_training: dict[str, TokenStore] = {}
     all_heldout: dict[str, TokenStore] = {}
     for source in sources:

@@ -24,7 +24,7 @@ from maxlm.tasks import FrozenModelSource
 from maxlm.train.optimizer import make_optimizer, shard_update
 from maxlm.train.schedule import make_schedule
 from maxlm.train.state import TrainState, init_state, remove_frozen, state_shardings
-from maxlm.train.step import Batch, Loss, Sums, eval_step, train_step
+from maxlm.train.step import Batch, Loss, Sums, evaluate_step, train_step
 from maxlm.train.trainable import select_trainable
 
 
@@ -111,7 +111,7 @@ class Setup:
         """The evaluation step ``(params, frozen models' params, batch) -> sums``, compiled at its
         first call."""
         how = {"model": self.model, "loss": self.loss, "frozen_models": self._frozen_modules}
-        return bind_mesh(self.mesh, jax.jit(partial(eval_step, **how)))
+        return bind_mesh(self.mesh, jax.jit(partial(evaluate_step, **how)))
 
     def _init(self, key: jax.Array) -> TrainState:
         return init_state(self.specs, self.optimizer, key, ema=self._ema)

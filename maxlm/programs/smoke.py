@@ -17,7 +17,7 @@ from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names
 from maxlm.plan.layout import lay_out_run
-from maxlm.programs.feed import training_batches
+from maxlm.programs.feed import load_training_batches
 from maxlm.programs.frozen import load_frozen_models
 from maxlm.programs.prepare import read_vocab_size
 from maxlm.programs.setup import Setup, set_up, use_compilation_cache
@@ -181,7 +181,7 @@ def _run(
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start, losses = int(state.step), []
-    with training_batches(setup, counting_source(setup.config), start) as batches:
+    with load_training_batches(setup, counting_source(setup.config), start) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

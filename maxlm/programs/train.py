@@ -7,7 +7,7 @@ from pathlib import Path
 from maxlm.config import MaxlmError
 from maxlm.plan.predict import RunPlan
 from maxlm.programs.evaluation import HeldOutEvaluator, HeldOutResults, has_evaluation
-from maxlm.programs.feed import training_batches
+from maxlm.programs.feed import load_training_batches
 from maxlm.programs.open_run import OpenRun, Say, open_run
 from maxlm.programs.prepare import PreparedText
 from maxlm.programs.record import MetricsCallback
@@ -74,7 +74,9 @@ def train_model(
             metadata = {**run.metadata, "skipped_batches": position.skips}
             saver, timer = run.checkpointer, StepTimer(log.event, position.step)
             with (
-                training_batches(setup, corpus.batches, position.step, position.skips) as batches,
+                load_training_batches(
+                    setup, corpus.batches, position.step, position.skips
+                ) as batches,
                 ConsoleDisplay(config.train.steps, position.step, show=run.lead) as display,
                 run.signals.deferred(),
             ):

@@ -8,7 +8,7 @@ from maxlm.data.tokenizer import Tokenizer
 from maxlm.tasks import Vocabulary
 
 
-def vocabulary_of(tokenizer: Tokenizer, size: int) -> Vocabulary:
+def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
     """A tokenizer's ids, as tasks need to know them.
 
     A word begins where a token's text does not go on with a letter or digit: at a space, a sign,

@@ -124,7 +124,7 @@ def _learned(specs: Params, tree: Any) -> Any:
     return jax.tree.map(lambda spec, x: None if spec.sign_update else x, specs, tree)
 
 
-def eval_step(
+def evaluate_step(
     params: Params,
     frozen: Mapping[str, Params],
     batch: Batch,

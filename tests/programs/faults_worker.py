@@ -33,7 +33,7 @@ def a_place_to_hang() -> None:
 
 
 def spoil_batches(fault: str, place: int) -> None:
-    original = train.training_batches
+    original = train.load_training_batches
 
     @contextmanager
     def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
@@ -49,7 +49,7 @@ def spoil_batches(fault: str, place: int) -> None:
 
             yield each()
 
-    train.training_batches = spoiled
+    train.load_training_batches = spoiled
 
 
 def spoil_evaluation(fault: str) -> None:

@@ -83,7 +83,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     (tmp_path / "aside").rename(home)
     stopped = load_config(RunConfig, path, ["name=other", "train.steps=4"]).value
     with monkeypatch.context() as patch:
-        patch.setattr("maxlm.programs.train.training_batches", lambda *_: 1 / 0)
+        patch.setattr("maxlm.programs.train.load_training_batches", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_model(stopped, resume=run, say=lambda _: None)
     refused(

@@ -34,7 +34,7 @@ def text(tmp_path):
 
 def spoil(monkeypatch, numbers, how):
     """Change the batches of these numbers before they are trained on."""
-    original = program.training_batches
+    original = program.load_training_batches
 
     @contextmanager
     def spoiled(setup, source, start, skips=()):
@@ -46,7 +46,7 @@ def spoil(monkeypatch, numbers, how):
 
             yield each()
 
-    monkeypatch.setattr(program, "training_batches", spoiled)
+    monkeypatch.setattr(program, "load_training_batches", spoiled)
 
 
 def no_number(batch):

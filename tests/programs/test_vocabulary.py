@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maxlm.data.tokenizer import import_tokenizer
-from maxlm.programs.vocabulary import vocabulary_of
+from maxlm.programs.vocabulary import make_vocabulary
 from tests.data.tokenizer.foreign import write_checkpoint
 
 # Special tokens but for the unknown character's, where ordinary text may have it; openings, ends.
@@ -56,7 +56,7 @@ def read(tmp_path):
 def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read):
     (tokenizer, ids), (special, opening, end) = read(name), SPECIAL[name]
     last = max(ids.values())
-    found = vocabulary_of(tokenizer, last + 1 + 7)
+    found = make_vocabulary(tokenizer, last + 1 + 7)
     assert (found.text, found.size) == (last + 1, last + 8)
     assert {piece for piece, i in ids.items() if found.special[i]} == special
     assert found.special.shape == (last + 8,)
@@ -68,7 +68,7 @@ def test_special_ids_are_those_of_no_text_and_all_past_the_tokenizers(name, read
 @pytest.mark.parametrize("name", PIECES)
 def test_words_begin_where_no_letter_or_digit_goes_on(name, read):
     (tokenizer, ids), (begin, go_on) = read(name), PIECES[name]
-    found = vocabulary_of(tokenizer, tokenizer.vocab_size + 3).starts_word
+    found = make_vocabulary(tokenizer, tokenizer.vocab_size + 3).starts_word
     assert [piece for piece in begin + go_on if found[ids[piece]]] == begin
     assert found[tokenizer.vocab_size :].all()
 
@@ -76,7 +76,7 @@ def test_words_begin_where_no_letter_or_digit_goes_on(name, read):
 @pytest.mark.parametrize("name", BROKEN)
 def test_parts_of_characters_go_on(name, read):
     tokenizer, ids = read(name)
-    found = vocabulary_of(tokenizer, tokenizer.vocab_size).starts_word
+    found = make_vocabulary(tokenizer, tokenizer.vocab_size).starts_word
     assert not found[[ids[piece] for piece in BROKEN[name]]].any()
 
 
@@ -86,7 +86,7 @@ def test_a_text_falls_into_its_words(name, read):
     tokenizer, _ = read(name)
     text = "kiwi žluť étude ꙮꙮ x𐐷y"
     ids = np.array(tokenizer.encode(text))
-    starts = vocabulary_of(tokenizer, tokenizer.vocab_size).starts_word[ids]
+    starts = make_vocabulary(tokenizer, tokenizer.vocab_size).starts_word[ids]
     words = np.split(ids, np.flatnonzero(starts[1:]) + 1)
     assert len(ids) > len(words) + 8
     found = [tokenizer.decode_bytes(word.tolist(), continued=True).decode() for word in words]

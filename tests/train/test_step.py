@@ -15,7 +15,7 @@ from maxlm.models.params import declare, param_specs
 from maxlm.tasks import ClmTask, Models
 from maxlm.train.optimizer import OptimizerConfig, make_optimizer
 from maxlm.train.state import TrainState
-from maxlm.train.step import eval_step, train_step
+from maxlm.train.step import evaluate_step, train_step
 from maxlm.train.trainable import select_trainable
 from tests.models import building
 
@@ -113,7 +113,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 def test_evaluation_sums_without_learning():
     state, batch = line_state(), {k: v[0] for k, v in line_batch(1).items()}
-    sums = eval_step(state.params, {}, batch, model=Line(), loss=squares)
+    sums = evaluate_step(state.params, {}, batch, model=Line(), loss=squares)
     error = 0.5 * batch["tokens"] + 1 - batch["targets"]
     assert float(sums["absolute"]) == pytest.approx((batch["weights"] * abs(error)).sum(), rel=1e-5)
 
