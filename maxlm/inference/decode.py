@@ -9,8 +9,7 @@ from jax.sharding import reshard
 
 from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
-from maxlm.models.layers.attention import Cache
+from maxlm.models.architectures.transformer import Cache, CrossAttentionCache, Transformer
 from maxlm.models.params import Params, bind, cast_matrices, param_specs
 
 
@@ -50,8 +49,8 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Run whole prompts, padded on the right, through the model.
 
-    Padding needs no mask: it lies after every real token, which causal attention cannot see, and
-    decoding writes each new token over the padding in its slot before anything reads that slot.
+    Padding lies after every real token, which causal attention cannot see; caches are told how
+    many tokens of each row are real.
 
     Args:
         tokens: int [B, S].
@@ -63,7 +62,7 @@ def prefill(
         fp32 logits [B, V] after each row's own last token, and the cache.
     """
     rules, rows = model.rules, model.rules.spec("batch", None)
-    cache = init_cache(model.config, tokens.shape[0], cache_length, model.dtype, rules)
+    cache = init_cache(model, tokens.shape[0], cache_length)
     bound, positions = bind(model, params), _places(model, tokens.shape)
     lengths = reshard(lengths, rules.spec("batch"))
     hidden, cache = bound.cached(reshard(tokens, rows), positions, cache, memory, lengths)

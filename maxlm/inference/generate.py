@@ -15,8 +15,7 @@ from maxlm.inference.sampling import SamplingConfig, sample
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.encoder import Encoder
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
-from maxlm.models.architectures.transformer import CrossAttentionCache, Transformer
-from maxlm.models.layers.attention import Cache
+from maxlm.models.architectures.transformer import Cache, CrossAttentionCache, Transformer
 from maxlm.models.params import Params
 from maxlm.sharding import bind_mesh
 

@@ -1,35 +1,36 @@
 """How layers are joined into blocks, and blocks into a scanned stack."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from importlib.metadata import entry_points
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import reshard
 
+from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KVCache
+from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KeysValues
 from maxlm.models.layers.latent_attention import LatentAttention
 from maxlm.models.layers.mlp import Mlp, MlpConfig
-from maxlm.models.layers.moe import Moe, MoeAux, MoeConfig
+from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.params import Params, bind, cast_matrices, get_values, param_specs
 from maxlm.models.remat import RematPolicy, apply_remat
 from maxlm.parallel.config import ParallelConfig
-from maxlm.parallel.layers import join_periods, scan_layers, split_periods, stack_layers, take_layer
-from maxlm.parallel.local import LANES, axis_size, get_layout, make_spec
+from maxlm.parallel.layers import scan_layers, split_periods, take_layer
+from maxlm.parallel.local import LANES, axis_size, get_layout
 from maxlm.sharding import AxisRules
 
 
 class EncoderOutput(NamedTuple):
     """What an encoder made of the input, for the layers of a decoder."""
 
-    states: jax.Array | KVCache
+    states: jax.Array | KeysValues
     """[B, T, D]; or, for inference, a layer's keys and values of it [B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]; None: each row is one segment."""
@@ -45,11 +46,78 @@ class EncoderOutput(NamedTuple):
 Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
+class Mixer(Protocol):
+    """What tells tokens of each other: attention, or a state that passes from one to the next."""
+
+    name: str
+    """The first part of its parameters' names within a layer."""
+
+    def __call__(self, x: jax.Array, inputs: AttentionInputs, cache: Any) -> tuple[jax.Array, Any]:
+        """[B, S, D] to the same, and its cache with these tokens in it (None if None was given)."""
+        ...
+
+    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
+        """A layer's cache: a pytree with a :class:`~maxlm.models.caches.CacheArray` for each
+        array; an empty one is zeros."""
+        ...
+
+
+class FeedForward(Protocol):
+    """What is done to each token by itself."""
+
+    name: str
+
+    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
+        """[B, S, D] to the same, and what the layer adds to the loss and the log.
+
+        Args:
+            segment_ids: int [B, S], 0 for padding; None: there is none.
+        """
+        ...
+
+
+def build_attention(config: AttentionConfig, *sizes: Any, **kw: Any) -> Mixer:
+    """Multi-head or latent attention, as the config says."""
+    return (Attention if config.latent is None else LatentAttention)(config, *sizes, **kw)
+
+
+MIXERS: dict[type[Config], Callable[..., Mixer]] = {AttentionConfig: build_attention}
+FEED_FORWARDS: dict[type[Config], Callable[..., FeedForward]] = {MlpConfig: Mlp, MoeConfig: Moe}
+
+
+def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
+    """Let stacks with such a config have another mixer.
+
+    Args:
+        config: a class with a ``kind`` of its own, for ``model.mixer``.
+        build: called with (config, norm config, d_model, number of layers, standard deviation of
+            initial weights) and the keywords rules, dtype and parallel.
+    """
+    MIXERS[config] = build
+
+
+def parse_mixer(given: Any) -> Any:
+    """The config of a registered mixer from plain data with its ``kind``; entry points named so in
+    the group ``maxlm.mixers`` are called first, to register it."""
+    if not isinstance(given, Mapping):
+        return given
+    kind = given.get("kind")
+    for entry in entry_points(group="maxlm.mixers", name=str(kind)):
+        entry.load()()
+    kinds = {c.model_fields["kind"].default: c for c in MIXERS if "kind" in c.model_fields}
+    if kind not in kinds:
+        raise MaxlmError(
+            f"no mixer of kind={kind}",
+            fix=f"use one of {', '.join(kinds)}" if kinds else "install the package that has it",
+        )
+    return kinds[kind].model_validate(given)
+
+
 class BlockConfig(NamedTuple):
     """What every layer of a stack is built of."""
 
-    attention: AttentionConfig
-    mlp: MlpConfig | MoeConfig
+    mixer: Config
+    ffn: Config
     norm: NormConfig
     placement: Placement
     d_model: int
@@ -82,36 +150,38 @@ class Block(nnx.Module):
         sizes = (config.d_model, config.depth, config.init_std)
         norm = partial(Norm, config.norm, config.d_model, **kw)
         sandwich = config.placement == "sandwich"
-        kind = Attention if config.attention.latent is None else LatentAttention
-        layers = (config.attention, config.norm, *sizes)
+        outer = (config.norm, *sizes)
         self.attention_norm = norm()
-        self.attention = kind(*layers, parallel=parallel, **kw)
+        mixer = MIXERS[type(config.mixer)](config.mixer, *outer, parallel=parallel, **kw)
+        self.mixer_name = mixer.name
+        setattr(self, mixer.name, mixer)
         self.attention_post_norm = norm() if sandwich else None
         crossing = config.cross_attention
         self.cross_norm = norm() if crossing else None
-        self.cross = Attention(*layers, parallel=parallel, **kw) if crossing else None
+        attention: Any = config.mixer  # cross-attention is multi-head attention
+        self.cross = Attention(attention, *outer, parallel=parallel, **kw) if crossing else None
         self.mlp_norm = norm() if config.placement != "parallel_shared" else None
-        mlp = config.mlp
-        self.mlp = Mlp(mlp, *sizes, **kw) if isinstance(mlp, MlpConfig) else None
-        self.moe = Moe(mlp, *sizes, **kw) if isinstance(mlp, MoeConfig) else None
+        ffn = FEED_FORWARDS[type(config.ffn)](config.ffn, *sizes, **kw)
+        self.ffn_name = ffn.name
+        setattr(self, ffn.name, ffn)
         self.mlp_post_norm = norm() if sandwich else None
 
     def __call__(
         self,
         x: jax.Array,
         inputs: AttentionInputs,
-        cache: KVCache | None = None,
+        cache: Any = None,
         memory: EncoderOutput | None = None,
-    ) -> tuple[jax.Array, KVCache | None, Aux]:
+    ) -> tuple[jax.Array, Any, Aux]:
         """x [B, S, D] → the same, the layer's cache with these tokens in it, and what the layer
         adds to the loss and the log."""
         if self.placement in ("parallel", "parallel_shared"):
             y = self.attention_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            y, cache = self.attention(y, inputs, cache)
-            z, aux = self._feed(z, inputs)
+            y, cache = self.mixer(y, inputs, cache)
+            z, aux = self.ffn.feed(z, inputs.segment_ids)
             return x + y + z, cache, aux
-        y, cache = self.attention(self._before(self.attention_norm, x), inputs, cache)
+        y, cache = self.mixer(self._before(self.attention_norm, x), inputs, cache)
         x = self._joined(x, y, self.attention_norm, self.attention_post_norm)
         if memory is not None and self.cross is not None:
             y = self._before(self.cross_norm, x)
@@ -119,12 +189,20 @@ class Block(nnx.Module):
                 y, self.project_keys_values(memory), memory.segments_with(inputs)
             )
             x = self._joined(x, y, self.cross_norm, None)
-        y, aux = self._feed(self._before(self.mlp_norm, x), inputs)
+        y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
 
-    def project_keys_values(self, memory: EncoderOutput) -> KVCache:
+    @property
+    def mixer(self) -> Mixer:
+        return getattr(self, self.mixer_name)
+
+    @property
+    def ffn(self) -> FeedForward:
+        return getattr(self, self.ffn_name)
+
+    def project_keys_values(self, memory: EncoderOutput) -> KeysValues:
         """What cross-attention looks up of an encoder's output."""
-        if isinstance(memory.states, KVCache):
+        if isinstance(memory.states, KeysValues):
             return memory.states
         assert self.cross is not None
         return self.cross.project_keys_values(memory.states)
@@ -139,27 +217,6 @@ class Block(nnx.Module):
             assert norm is not None
             return norm(x + y)
         return x + (y if after is None else after(y))
-
-    def _feed(self, x: jax.Array, inputs: AttentionInputs) -> tuple[jax.Array, Aux]:
-        if self.moe is None:
-            assert self.mlp is not None
-            return self.mlp(x), Aux()
-        counted = None
-        if inputs.segment_ids is not None:
-            counted = reshard(inputs.segment_ids != 0, make_spec(get_layout(x)[:2]))
-        y, routed = self.moe(x, counted)
-        return y, Aux(routed.loss, sum_expert_loads(routed))
-
-
-def sum_expert_loads(routed: MoeAux) -> dict[str, jax.Array]:
-    """Assignments to the mean, the busiest and the idlest expert, and those dropped by one."""
-    load = routed.load
-    return {
-        "expert_load": load.mean(),
-        "expert_load_max": load.max(),
-        "expert_load_min": load.min(),
-        "expert_dropped": routed.dropped / load.size,
-    }
 
 
 Body = Callable[[Any, Any, Any, Any], tuple[Any, Aux]]
@@ -225,16 +282,17 @@ def scan_cached(
     stacked: nnx.Module, bodies: Sequence[Callable[..., tuple[Any, Any]]], carry: Any, held: Any
 ) -> tuple[Any, Any]:
     """The same for inference: bodies ``(block, carry, held) -> (carry, cache)``, without gradient;
-    the block is bound, and what layers hold and the caches they write are stacked by layer."""
+    the block is bound. ``held`` has what each body's layers hold, stacked by layer; so have the
+    caches that come back."""
     count = len(bodies)
 
     def period(carry, inputs):
+        own, caches = inputs
         kept = []
         for place, body in enumerate(bodies):
-            own, layers = take_layer(inputs, place, count)
-            carry, cache = body(bind(stacked, own), carry, layers)
+            block = bind(stacked, take_layer(own, place, count))
+            carry, cache = body(block, carry, caches[place])
             kept.append(cache)
-        return carry, stack_layers(kept)
+        return carry, tuple(kept)
 
-    carry, cache = lax.scan(period, carry, split_periods((get_values(stacked), held), count))
-    return carry, join_periods(cache, count)
+    return lax.scan(period, carry, (split_periods(get_values(stacked), count), held))

@@ -40,6 +40,27 @@ def write_cache_slots(
     )
 
 
+def read_cache_slots(
+    cache: jax.Array, new: jax.Array, slots: jax.Array, *, rules: AxisRules
+) -> jax.Array:
+    """[B, W + S, K, H]: a cache's slots in another order, then new ones; no communication.
+
+    Args:
+        cache: [B, T, K, H].
+        new: [B, S, K, H].
+        slots: int [B, W].
+    """
+    keys = rules.spec("batch", None, "kv_heads", None)
+
+    def local(cache, new, slots):
+        old = jnp.take_along_axis(cache, slots[:, :, None, None], axis=1)
+        return jnp.concatenate([old, new.astype(cache.dtype)], axis=1)
+
+    return map_shards(local, in_specs=(keys, keys, rules.spec("batch", None)), out_specs=keys)(
+        cache, new, slots
+    )
+
+
 def sharded_attention(
     q: jax.Array,
     k: jax.Array,

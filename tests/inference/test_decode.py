@@ -41,7 +41,7 @@ def test_cast_once_equals_cast_at_every_use(llama):
     tokens, lengths = np.array([[1, 2, 3, 4, 5]], np.int32), np.array([5], np.int32)
     run = jax.jit(lambda p: prefill(model, p, tokens, lengths, cache_length=8))
     (a, cache), (b, _) = run(llama.params), run(once)
-    assert cache["layers"].key.dtype == jnp.bfloat16
+    assert cache["layers"][0].key.dtype == jnp.bfloat16
     np.testing.assert_array_equal(a, b)
 
 

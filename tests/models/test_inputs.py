@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.decoder import DecoderConfig
-from maxlm.models.layers.attention import KVCache
 from maxlm.models.params import bind
 from tests.models import building, reference
 from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SEGMENTS
@@ -140,10 +140,7 @@ def test_tokens_fed_in_pieces_through_a_cache_give_the_same_logits(name, one_dev
 
     with jax.set_mesh(mesh):
         params = building.on_devices(values, building.storage(config, mesh))
-        cache = {
-            stack: KVCache(jnp.full(keys, 1e3), jnp.full(values, -1e3))
-            for stack, (keys, values) in config.cache_shapes(2, config.max_seq_len).items()
-        }
+        cache = jax.tree.map(lambda x: x + 1e3, init_cache(model, 2, config.max_seq_len))
         found = []
         for first, last in ((0, 7), (7, 8), (8, 9), (9, 10), (10, 11)):
             positions = np.broadcast_to(np.arange(first, last, dtype=np.int32), (2, last - first))

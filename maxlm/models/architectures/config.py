@@ -1,12 +1,12 @@
 """The settings of a transformer: what decoders, encoders and both together have in common."""
 
 from math import isclose
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import Placement
+from maxlm.models.blocks import Placement, parse_mixer
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -14,6 +14,11 @@ from maxlm.models.layers.norm import NormConfig
 from maxlm.models.layers.positions import PositionsConfig
 from maxlm.models.layers.rope import DynamicNtkScaling, NtkScaling, YarnScaling, compute_yarn_mscale
 from maxlm.models.remat import RematPolicy
+
+if TYPE_CHECKING:
+    OptionalAttention: TypeAlias = Any
+else:
+    OptionalAttention = AttentionConfig | None
 
 
 class LayerKind(Config):
@@ -71,7 +76,9 @@ class TransformerConfig(Config):
     d_model: int = Field(gt=0)
     max_seq_len: int = Field(gt=0)
     """Longest sequence the model is meant for; the rows of a learned position table."""
-    attention: AttentionConfig
+    attention: OptionalAttention = None
+    mixer: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_mixer)] = None
+    """In place of ``attention``: another mixer, by the kind it is registered with."""
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
@@ -108,6 +115,9 @@ class TransformerConfig(Config):
 
     @model_validator(mode="after")
     def _mlp_or_moe(self) -> Self:
+        if (self.attention is None) == (self.mixer is None):
+            given = "neither attention nor" if self.mixer is None else "both attention and"
+            raise MaxlmError(f"{given} mixer", fix="give one of them")
         if self.mlp is None and self.moe is None:
             raise MaxlmError("neither mlp nor moe", fix="give one of them")
         if self.mlp is not None and self.moe is not None and not self.dense_layers:
@@ -126,7 +136,7 @@ class TransformerConfig(Config):
             )
         if self.dense_layers and self.pattern:
             raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
-        if self.pattern and self.attention.window is not None:
+        if self.pattern and self.attention and self.attention.window is not None:
             raise MaxlmError(
                 f"attention.window={self.attention.window} with a pattern",
                 where="pattern",
@@ -154,6 +164,13 @@ class TransformerConfig(Config):
         return self
 
     def _check_positions(self, positions: PositionsConfig) -> None:
+        if self.attention is None:
+            if positions.kind not in ("learned", "sinusoidal", "none"):
+                raise MaxlmError(
+                    f"positions.kind={positions.kind} without attention",
+                    fix="use learned, sinusoidal or none",
+                )
+            return
         latent, head = self.attention.latent, self.attention.head_dim
         if latent is not None and positions.kind != "rope":
             raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
@@ -181,7 +198,8 @@ class TransformerConfig(Config):
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """What layers are, by turns; at least one."""
-        return self.pattern or (LayerKind(window=self.attention.window),)
+        window = self.attention.window if self.attention else None
+        return self.pattern or (LayerKind(window=window),)
 
     @property
     def parts(self) -> tuple[LayerStack, ...]:
@@ -211,6 +229,8 @@ class TransformerConfig(Config):
 
     def score_scale(self, kind: LayerKind) -> float:
         """Factor on q·k in layers of a kind; see ``YarnScaling.mscale``."""
+        if self.attention is None:
+            return 1.0
         scale = self.attention.scale or self.attention.head_dim**-0.5
         scaling = (kind.positions or self.positions).scaling
         if self.attention.latent and isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
@@ -221,18 +241,6 @@ class TransformerConfig(Config):
     def position_limit(self) -> int | None:
         """Positions it can be run at; None: any, if not equally well past ``max_seq_len``."""
         return self.max_seq_len if self.positions.kind == "learned" else None
-
-    def cache_shapes(self, batch: int, length: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-        """[L, B, T, K, H] of the keys that generation keeps and of the values, by stack."""
-        attention = self.attention
-        if latent := attention.latent:
-            sizes = (1, latent.rotary_dim), (1, latent.kv_rank)
-        else:
-            sizes = ((attention.num_kv_heads, attention.head_dim),) * 2
-        return {
-            part.name: tuple((part.depth, batch, length, *size) for size in sizes)
-            for part in self.parts
-        }
 
     def attention_flops(
         self, seq_len: int, encoder_len: int | None = None, *, causal: float = 1.0
@@ -250,6 +258,8 @@ class TransformerConfig(Config):
             pairs += trunk.depth * own * own * (causal if trunk.causal else 1)
             pairs += trunk.depth * own * inputs if trunk.cross_attention else 0
         attention = self.attention
+        if attention is None:
+            return 0.0
         width = attention.num_heads * (attention.head_dim + attention.value_dim)
         return 2.0 * width * pairs / seq_len
 

@@ -13,7 +13,7 @@ from maxlm.models.architectures.transformer import CrossAttentionCache, Transfor
 from maxlm.models.architectures.trunk import Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, EncoderOutput
-from maxlm.models.layers.attention import KVCache
+from maxlm.models.layers.attention import KeysValues
 from maxlm.models.params import bind, get_values
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
@@ -101,7 +101,7 @@ class EncoderDecoder(Transformer):
         """For inference: what every layer will look up of the input, made once."""
         memory, _ = self.encoded(inputs)
 
-        def keys(stacked: Block) -> KVCache:
+        def keys(stacked: Block) -> KeysValues:
             return lax.map(
                 lambda own: bind(stacked, own).project_keys_values(memory), get_values(stacked)
             )

@@ -12,7 +12,7 @@ from maxlm.models.architectures.trunk import LayersFunction, Trunk
 from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, EncoderOutput, scan_cached
 from maxlm.models.dtypes import accumulation_dtype
-from maxlm.models.layers.attention import AttentionInputs, Cache, KVCache
+from maxlm.models.layers.attention import AttentionInputs, KeysValues
 from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import Weight, declare, read_weight
@@ -20,11 +20,14 @@ from maxlm.parallel.config import ParallelConfig
 from maxlm.parallel.local import make_spec
 from maxlm.sharding import AxisRules
 
+Cache = dict[str, tuple[Any, ...]]
+"""By stack, for each kind of its layers their caches, with a leading layer axis."""
+
 
 class CrossAttentionCache(NamedTuple):
     """For inference: what a decoder's layers look up of an encoder's output."""
 
-    keys: dict[str, KVCache]
+    keys: dict[str, KeysValues]
     """By stack, [L, B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]."""
@@ -99,6 +102,19 @@ class Transformer(Trunk):
             tokens, positions = reshard(tokens, split), reshard(positions, split)
         return self.embed_inputs(self.embedding(tokens), positions)
 
+    def cache_specs(self, batch: int, length: int) -> dict[str, tuple[int, tuple[Any, ...]]]:
+        """By stack, the layers of each kind, and each kind's cache; see ``Mixer.cache_spec``."""
+        return {
+            part.name: (
+                part.depth // len(part.kinds),
+                tuple(
+                    self.parts[part.name].mixer.cache_spec(batch, length, kind.window)
+                    for kind in part.kinds
+                ),
+            )
+            for part in self.config.parts
+        }
+
     def cached(
         self,
         tokens: jax.Array,
@@ -131,7 +147,8 @@ class Transformer(Trunk):
                 partial(layer, inputs)
                 for inputs in self.attention_inputs_by_kind(part, positions, lengths)
             ]
-            held = cache[part.name], memory and memory.keys[part.name]
+            keys = memory and memory.keys[part.name]  # such layers are all alike
+            held = tuple((own, keys) for own in cache[part.name])
             x, written[part.name] = scan_cached(self.parts[part.name], bodies, x, held)
         return self.apply_final_norm(x), written
 

@@ -66,15 +66,15 @@ class Trunk(nnx.Module):
         learned = positions.kind == "learned"
         self.positions = Embedding(None, rows, D, std, **kw) if learned else None
         self.embedding_norm = Norm(config.norm, D, **kw) if config.embedding_norm else None
-        shape = (positions.buckets, config.attention.num_heads)
         biases: dict[str, Any] = {"init": truncated_normal(std), "role": "table"}
         relative = positions.kind == "relative"
+        shape = (positions.buckets, config.attention.num_heads if relative else 0)
         self.relative = declare(shape, (None, "heads"), **biases) if relative else None
         for part in config.parts:
             mlp = config.mlp if part.dense else config.moe
             assert mlp is not None
             sizes = (config.placement, D, config.num_layers, std, cross_attention)
-            layer = BlockConfig(config.attention, mlp, config.norm, *sizes)
+            layer = BlockConfig(config.mixer or config.attention, mlp, config.norm, *sizes)
             block = Block(layer, parallel=parallel, **kw)
             groups = self.layer_groups if part.name == "layers" else 1
             setattr(self, part.name, stack(block, part.depth, groups))
@@ -170,7 +170,8 @@ class Trunk(nnx.Module):
         """For inference: what layers are told of tokens at these positions."""
         biases, contexts = self.biases(), self._contexts(part, (positions, None), lengths)
         for kind, context in zip(part.kinds, contexts, strict=True):
-            yield self._attention_inputs(kind, context, biases)
+            inputs = self._attention_inputs(kind, context, biases)
+            yield inputs._replace(lengths=lengths)
 
     def _contexts(
         self, part: LayerStack, where: Where, lengths: jax.Array | None = None

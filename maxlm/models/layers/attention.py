@@ -10,10 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.caches import kv_cache_spec
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
-from maxlm.parallel.attention import sharded_attention, write_cache_slots
+from maxlm.parallel.attention import sharded_attention
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
@@ -90,16 +91,11 @@ class AttentionConfig(Config):
         return self.latent.value_dim if self.latent else self.head_dim
 
 
-class KVCache(NamedTuple):
-    """Keys and values of one layer, [B, T, K, H]; slot t holds position t. Of latent attention,
-    the shared rotary keys [B, T, 1, R] and the vectors [B, T, 1, kv_rank]."""
+class KeysValues(NamedTuple):
+    """Keys [B, T, K, H] and values [B, T, K, Hv] of one layer."""
 
     key: jax.Array
     value: jax.Array
-
-
-Cache = dict[str, KVCache]
-"""Of each stack of layers by name, with a leading layer axis."""
 
 
 class AttentionInputs(NamedTuple):
@@ -118,10 +114,14 @@ class AttentionInputs(NamedTuple):
     """Factor on q·k."""
     window: int | None
     causal: bool
+    lengths: jax.Array | None = None
+    """int [B], tokens of each row so far, where others are padding; None: none are."""
 
 
 class Attention(nnx.Module):
     """Attention (Vaswani et al. 2017, §3.2.2) with grouped kv heads (Ainslie et al. 2023)."""
+
+    name = "attention"
 
     def __init__(
         self,
@@ -150,14 +150,14 @@ class Attention(nnx.Module):
         self.out = Linear(queries, outer, **kw | {"bias": config.has_out_bias, "std": std})
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
         """Self-attention; a sequence split over devices stands in the order of
         ``maxlm.parallel.context.sequence_order_indices``.
 
         Args:
             x: [B, S, D].
-            cache: keys and values of earlier tokens; the returned one holds these too.
+            cache: of earlier tokens (see :meth:`cache_spec`); the returned one holds these too.
 
         Returns:
             [B, S, D], and the cache (None if none was given).
@@ -172,19 +172,23 @@ class Attention(nnx.Module):
         if cache is None:
             y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
         else:
-            cache = update_kv_cache(cache, KVCache(k, v), inputs.positions, self.rules)
-            # Slots not yet written lie after every query, so the causal mask hides them too.
-            y = attend(q, cache.key, cache.value, q_positions=inputs.positions)
+            cache, seen = cache.append(k, v, inputs.positions, inputs.lengths, self.rules)
+            y = attend(q, seen.key, seen.value, **seen.mask)
         return self.out(y, seq="residual"), cache
 
-    def project_keys_values(self, memory: jax.Array) -> KVCache:
+    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
+        """A layer's cache of ``length`` tokens a row; see :mod:`maxlm.models.caches`."""
+        sizes = self.config.num_kv_heads, self.config.head_dim
+        return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
+
+    def project_keys_values(self, memory: jax.Array) -> KeysValues:
         """For :meth:`cross_attend`: keys and values of an encoder's output [B, T, D]."""
         k, v = self._clipped(*project(memory, self.key, self.value))
         k = k if self.key_norm is None else self.key_norm(k)
-        return KVCache(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
+        return KeysValues(checkpoint_name(k, "qkv"), checkpoint_name(v, "qkv"))
 
     def cross_attend(
-        self, x: jax.Array, keys: KVCache, segment_ids: tuple[jax.Array, jax.Array] | None
+        self, x: jax.Array, keys: KeysValues, segment_ids: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
         """Cross-attention: every token sees all of an encoder's in its segment, without positions.
 
@@ -237,13 +241,3 @@ def self_attention_kwargs(inputs: AttentionInputs, parallel: ParallelConfig) -> 
         "method": parallel.context,
         "balanced": parallel.balance_sequence,
     }
-
-
-def update_kv_cache(
-    cache: KVCache, new: KVCache, positions: jax.Array, rules: AxisRules
-) -> KVCache:
-    """The cache with new tokens in their slots."""
-    return KVCache(
-        write_cache_slots(cache.key, new.key, positions, rules=rules),
-        write_cache_slots(cache.value, new.value, positions, rules=rules),
-    )

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from maxlm.models.caches import VisibleKeys, kv_cache_spec
 from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
-    KVCache,
     bind_attention,
     self_attention_kwargs,
-    update_kv_cache,
 )
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
@@ -30,6 +29,8 @@ class LatentAttention(nnx.Module):
     ``key_down`` [D, kv_rank] with ``key_norm``; ``key_rotary`` [D, R], shared by all heads;
     ``key_up`` [kv_rank, N, H − R] and ``value_up`` [kv_rank, N, Hv]; ``out`` [N, Hv, D].
     """
+
+    name = "attention"
 
     def __init__(
         self,
@@ -71,8 +72,8 @@ class LatentAttention(nnx.Module):
         self.out = Linear(values, outer, **{**kw, "bias": config.has_out_bias, "std": std})
 
     def __call__(
-        self, x: jax.Array, inputs: AttentionInputs, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
+        self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
         """As :class:`~maxlm.models.layers.attention.Attention`'s."""
         assert inputs.rotary is not None
         first = self.query if self.query_down is None else self.query_down
@@ -92,21 +93,26 @@ class LatentAttention(nnx.Module):
             q, k, v = (checkpoint_name(a, "qkv") for a in (q, k, v))
             y = attend(q, k, v, **self_attention_kwargs(inputs, self.parallel))
         else:
-            new = KVCache(shared, vector[:, :, None])
             attend = bind_attention(self.config, inputs, self.shared_rules)
-            cache = update_kv_cache(cache, new, inputs.positions, self.shared_rules)
-            y = self._over_vectors(attend, q, turned, cache, inputs.positions)
+            where = inputs.positions, inputs.lengths, self.shared_rules
+            cache, keys = cache.append(shared, vector[:, :, None], *where)
+            y = self._attend_to_vectors(attend, q, turned, keys)
         return self.out(y, seq="residual"), cache
 
-    def _over_vectors(
-        self, attend: Any, q: jax.Array, turned: jax.Array, cache: KVCache, positions: jax.Array
+    def cache_spec(self, batch: int, length: int, window: int | None) -> Any:
+        """The shared rotary keys [B, T, 1, R] and, as values, the vectors [B, T, 1, kv_rank]."""
+        sizes = (1, self.latent.rotary_dim), (1, self.latent.kv_rank)
+        return kv_cache_spec(batch, length, window, *sizes, None)
+
+    def _attend_to_vectors(
+        self, attend: Any, q: jax.Array, turned: jax.Array, keys: VisibleKeys
     ) -> jax.Array:
         """Attention without making keys and values: q·(U c) = (Uᵀ q)·c, and Σ w (V c) = V Σ w c
         (§2.1.2), so that a token reads kv_rank + R numbers of each earlier one."""
         q = self._through(q, self.key_up, "bsnh,rnh->bsnr")
         q = jnp.concatenate([q, turned], axis=-1)
-        k = jnp.concatenate([cache.value, cache.key], axis=-1)
-        y = attend(q, k, cache.value, q_positions=positions)
+        k = jnp.concatenate([keys.value, keys.key], axis=-1)
+        y = attend(q, k, keys.value, **keys.mask)
         return self._through(y, self.value_up, "bsnr,rnh->bsnh")
 
     def _through(self, x: jax.Array, map_: Linear, maths: str) -> jax.Array:

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pydantic import Field
 
 from maxlm.config import Config
+from maxlm.models.aux import Aux
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.remat import save_inputs_only
 from maxlm.sharding import AxisRules
@@ -36,6 +37,8 @@ class MlpConfig(Config):
 class Mlp(nnx.Module):
     """``down(activation(gate(x)) * up(x))``, or ``down(activation(up(x)))`` when not gated."""
 
+    name = "mlp"
+
     def __init__(
         self,
         config: MlpConfig,
@@ -52,6 +55,10 @@ class Mlp(nnx.Module):
         self.gate = Linear(outer, inner, std=init_std, **kw) if config.gated else None
         self.up = Linear(outer, inner, std=init_std, **kw)
         self.down = Linear(inner, outer, std=compute_residual_std(init_std, num_layers), **kw)
+
+    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
+        """See :class:`~maxlm.models.blocks.FeedForward`."""
+        return self(x), Aux()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, S, D] → [B, S, D]."""

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import reshard
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
+from maxlm.models.aux import Aux
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
@@ -132,6 +134,17 @@ class MoeAux(NamedTuple):
     """Scalar: assignments that no expert had room for."""
 
 
+def sum_expert_loads(routed: MoeAux) -> dict[str, jax.Array]:
+    """Assignments to the mean, the busiest and the idlest expert, and those dropped by one."""
+    load = routed.load
+    return {
+        "expert_load": load.mean(),
+        "expert_load_max": load.max(),
+        "expert_load_min": load.min(),
+        "expert_dropped": routed.dropped / load.size,
+    }
+
+
 class Moe(nnx.Module):
     """``shared(x) + Σ_j weight_j · expert_j(x)`` over the k experts of each token.
 
@@ -146,6 +159,8 @@ class Moe(nnx.Module):
         ragged: whether devices exchange rows by ragged all-to-all; None: where they can
             (``maxlm.parallel.experts.supports_ragged_all_to_all``).
     """
+
+    name = "moe"
 
     def __init__(
         self,
@@ -183,6 +198,14 @@ class Moe(nnx.Module):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
         shared = config.shared_experts > 0
         self.shared = Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+
+    def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
+        """See :class:`~maxlm.models.blocks.FeedForward`."""
+        counted = None
+        if segment_ids is not None:
+            counted = reshard(segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2]))
+        y, routed = self(x, counted)
+        return y, Aux(routed.loss, sum_expert_loads(routed))
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
         """One layer.

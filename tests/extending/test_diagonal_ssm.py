@@ -1,0 +1,152 @@
+"""A diagonal state-space mixer with a recurrent cache, as an external package writes it."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+
+from maxlm.config import Config
+from maxlm.inference.decode import decode, prefill
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.blocks import register_mixer
+from maxlm.models.caches import CacheArray
+from maxlm.models.layers.linear import Linear, project
+from maxlm.models.params import (
+    bind,
+    declare,
+    flatten_names,
+    init_params,
+    materialize,
+    param_specs,
+)
+from maxlm.sharding import AxisRules
+
+WIDTH = 10
+
+
+class DiagonalSsmConfig(Config):
+    kind: Literal["diagonal_ssm"] = "diagonal_ssm"
+    width: int = WIDTH
+
+
+class StateCache(NamedTuple):
+    state: Any
+    """fp32 [B, F]."""
+
+
+class DiagonalSsm(nnx.Module):
+    """``h[t] = a · h[t-1] + (1 - a) · up(x[t])``, ``y = out(h · silu(gate(x)))``."""
+
+    name = "ssm"
+
+    def __init__(self, config, norm, d_model, num_layers, init_std, *, rules, dtype, parallel):
+        del norm, num_layers, parallel
+        self.width, self.rules = config.width, rules
+        kw: dict[str, Any] = {"bias": False, "std": init_std, "rules": rules, "dtype": dtype}
+        outer, inner = {"embed": d_model}, {"mlp": config.width}
+        self.up, self.gate = Linear(outer, inner, **kw), Linear(outer, inner, **kw)
+        self.out = Linear(inner, outer, **kw)
+        self.decay = declare((config.width,), ("mlp",), jax.nn.initializers.ones, "vector")
+
+    def __call__(self, x, inputs, cache):
+        up, gate = project(x, self.up, self.gate)
+        decay = jax.nn.sigmoid(materialize(self.decay, self.rules, jnp.float32))
+        live = jnp.ones(up.shape[:2], bool)
+        if inputs.lengths is not None:
+            live = inputs.positions < inputs.lengths[:, None]
+
+        def step(state, token):
+            value, live = token
+            new = decay * state + (1 - decay) * value.astype(jnp.float32)
+            state = jnp.where(live[:, None], new, state)
+            return state, state
+
+        start = jnp.zeros_like(up[:, 0], jnp.float32) if cache is None else cache.state
+        last, states = lax.scan(step, start, (up.swapaxes(0, 1), live.T))
+        y = states.swapaxes(0, 1).astype(up.dtype) * jax.nn.silu(gate)
+        return self.out(y, seq="residual"), None if cache is None else StateCache(last)
+
+    def cache_spec(self, batch, length, window):
+        return StateCache(CacheArray((batch, self.width), ("batch", "mlp"), jnp.float32))
+
+
+register_mixer(DiagonalSsmConfig, DiagonalSsm)
+
+CONFIG = DecoderConfig.model_validate(
+    {
+        "vocab_size": 31,
+        "num_layers": 3,
+        "d_model": 14,
+        "max_seq_len": 64,
+        "mixer": {"kind": "diagonal_ssm", "width": WIDTH},
+        "mlp": {"d_ff": 18},
+        "positions": {"kind": "none"},
+        "init_std": 0.4,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        model = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
+        yield model, init_params(param_specs(model), jax.random.key(0))
+
+
+def test_its_config_reads_back_as_it_was_written():
+    assert DecoderConfig.model_validate(CONFIG.model_dump()) == CONFIG
+    assert isinstance(CONFIG.mixer, DiagonalSsmConfig)
+
+
+def test_its_parameters_are_declared_beside_those_of_the_other_layers(trained):
+    names = [n for n in flatten_names(trained[1]) if n.startswith("layers.ssm.")]
+    assert names == [f"layers.ssm.{n}" for n in ("decay", "gate.kernel", "out.kernel", "up.kernel")]
+
+
+def test_cached_decoding_equals_the_full_forward_pass(trained):
+    """Rows of unequal length, padded on the right: padding leaves the state as it was."""
+    model, params = trained
+    texts = np.random.default_rng(0).integers(0, 31, (3, 20)).astype(np.int32)
+    lengths = np.array([1, 9, 6], np.int32)
+    places = np.broadcast_to(np.arange(20, dtype=np.int32), texts.shape)
+    bound = bind(model, params)
+    full = bound.logits(bound(texts, places)[0])
+    start = jax.jit(lambda p, t, n: prefill(model, p, t, n, cache_length=24))
+    logits, cache = start(params, np.where(places < lengths[:, None], texts, 7)[:, :10], lengths)
+    assert {x.shape for x in jax.tree.leaves(cache)} == {(3, 3, WIDTH)}  # whatever the length
+    step = jax.jit(lambda p, t, i, c: decode(model, p, t, i, c))
+    rows = np.arange(3)
+    for _ in range(8):
+        np.testing.assert_allclose(logits, full[rows, lengths - 1], rtol=0, atol=1e-5)
+        logits, cache = step(params, texts[rows, lengths], lengths, cache)
+        lengths = lengths + 1
+
+
+def test_it_learns(trained):
+    model, params = trained
+    tokens = jnp.asarray(np.tile(np.arange(8), (4, 2)), jnp.int32)
+    places = jnp.broadcast_to(jnp.arange(15, dtype=jnp.int32), (4, 15))
+    optimizer = optax.adam(1e-2)
+
+    def loss(params):
+        bound = bind(model, params)
+        logits = bound.logits(bound(tokens[:, :-1], places)[0])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    @jax.jit
+    def train(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for _ in range(12):
+        params, state, value = train(params, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
