@@ -31,7 +31,7 @@ _VERBS = """
     truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
     wait warn watch wrap write
     as can from has is needs to with
-    interleave jit multiply scale supports tie unwrap visit
+    declare interleave jit materialize multiply scale supports tie unwrap visit
 """
 _VALUES = """
     axes bytes config count dtype env factor flops fn hint info ids indices key keys kwargs layout
@@ -43,7 +43,7 @@ _VALUES = """
 _TERMS = """
     command main softmax attention flash_attention grouped_matmul logsumexp
     backward distributed_session einsum forward linear linear_cross_entropy matmul named_leaves
-    outer sharded_attention
+    outer sharded_attention truncated_normal
 """
 """Functions that the field knows by a noun."""
 VERBS, VALUES, TERMS = (set(words.split()) for words in (_VERBS, _VALUES, _TERMS))

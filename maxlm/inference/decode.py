@@ -23,8 +23,8 @@ def cast_params(model: Transformer, params: Params) -> Params:
 def encode(
     model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> CrossAttentionCache | None:
-    """What an encoder beside the decoder makes of whole prompts, as every layer of the decoder will
-    look it up; None: there is none.
+    """The cross-attention cache of whole prompts, for a decoder beside an encoder; None: there is
+    no encoder.
 
     Args:
         tokens: int [B, S], padded on the right.

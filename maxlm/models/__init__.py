@@ -1,2 +1,2 @@
-"""What is computed. Shape letters: B batch, S sequence, T keys, D model, N query heads, K kv
+"""Models and their layers. Shape letters: B batch, S sequence, T keys, D model, N query heads, K kv
 heads, H head dim, F ffn, V vocabulary, E experts, L layers."""

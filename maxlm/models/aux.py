@@ -1,4 +1,4 @@
-"""What layers add to a model's result beside hidden states."""
+"""Losses and statistics that layers return beside hidden states."""
 
 from dataclasses import dataclass, field
 

@@ -28,7 +28,7 @@ from maxlm.sharding import AxisRules
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder made of the input, for the layers of a decoder."""
+    """An encoder's output, for the layers of a decoder."""
 
     states: jax.Array | KeysValues
     """[B, T, D]; or, for inference, a layer's keys and values of it [B, T, K, H]."""
@@ -47,7 +47,7 @@ Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
 class Mixer(Protocol):
-    """What tells tokens of each other: attention, or a state that passes from one to the next."""
+    """Mixes tokens along the sequence: attention, or a state that passes from one to the next."""
 
     name: str
     """The first part of its parameters' names within a layer."""
@@ -63,7 +63,7 @@ class Mixer(Protocol):
 
 
 class FeedForward(Protocol):
-    """What is done to each token by itself."""
+    """Maps each token by itself: an MLP, or a mixture of experts."""
 
     name: str
 
@@ -114,7 +114,7 @@ def parse_mixer(given: Any) -> Any:
 
 
 class BlockConfig(NamedTuple):
-    """What every layer of a stack is built of."""
+    """Settings of every layer of a stack."""
 
     mixer: Config
     ffn: Config
@@ -201,7 +201,7 @@ class Block(nnx.Module):
         return getattr(self, self.ffn_name)
 
     def project_keys_values(self, memory: EncoderOutput) -> KeysValues:
-        """What cross-attention looks up of an encoder's output."""
+        """Keys and values that cross-attention reads of an encoder's output."""
         if isinstance(memory.states, KeysValues):
             return memory.states
         assert self.cross is not None

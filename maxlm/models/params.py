@@ -141,7 +141,7 @@ class ParamUse:
 
 
 class Leaf:
-    """What a parameter is at rest, where that is not one array.
+    """A parameter at rest, where that is not one array.
 
     A subclass is a frozen dataclass that is registered with JAX as a pytree. It stands in a tree of
     parameters where an array does, and holds arrays (or leaves again); in a tree of declarations

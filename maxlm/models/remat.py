@@ -1,4 +1,4 @@
-"""What the backward pass keeps from the forward pass, by name.
+"""Rematerialisation: the backward pass keeps intermediates by name.
 
 Layers tag their intermediates with ``checkpoint_name``; a policy lists the tags that stay in
 memory, and everything else of a layer is computed again. Costs are for one decoder layer, in

@@ -197,7 +197,7 @@ class TransformerConfig(Config):
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
-        """What layers are, by turns; at least one."""
+        """Kinds of layers, by turns; at least one."""
         window = self.attention.window if self.attention else None
         return self.pattern or (LayerKind(window=window),)
 

@@ -93,10 +93,8 @@ class Encoder(Transformer):
         Args:
             types: int like tokens, the text of a pair that each is of; None: the first.
         """
-        run = self.layers_fn or self.run_layers
         x = self.embedding(tokens)
         if self.types is not None:
             x += self.types(jnp.zeros_like(tokens) if types is None else types)
-        x, aux = run(self.embed_inputs(x, positions), (positions, segment_ids))
-        x = self.apply_final_norm(x)
+        x, aux = self.run_embedded(self.embed_inputs(x, positions), positions, segment_ids)
         return (x if self.head_layer is None else self.head_layer(x)), aux

@@ -91,7 +91,7 @@ class EncoderDecoder(Transformer):
         self.encoder = Trunk(config.encoder, causal=False, **kw)
 
     def encoded(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
-        """What the encoder makes of the input."""
+        """Runs the encoder over the input."""
         tokens, positions, segment_ids = inputs
         x = self.encoder.embed_inputs(self.embedding(tokens), positions)
         x, aux = self.encoder.run_layers(x, (positions, segment_ids))

@@ -1,7 +1,7 @@
 """A trunk with a table of tokens and an output head: what maxlm calls a model."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,15 @@ class CrossAttentionCache(NamedTuple):
     """By stack, [L, B, T, K, H]."""
     segment_ids: jax.Array | None
     """int [B, T]."""
+
+
+class Frontend(Protocol):
+    """Turns a model's inputs into vectors of the residual stream: tokens by a table
+    (:class:`~maxlm.models.layers.embedding.Embedding`), image patches by a map, and others."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[B, S, ...] to [B, S, D] in the compute dtype."""
+        ...
 
 
 class Head(NamedTuple):
@@ -91,8 +100,18 @@ class Transformer(Trunk):
         Returns:
             [..., S, D] in the compute dtype, micro-batches split over stages; and what layers add.
         """
+        return self.run_embedded(self.embed(tokens, positions), positions, segment_ids)
+
+    def run_embedded(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """Hidden states of inputs that a frontend has embedded.
+
+        Args:
+            x: [..., S, D], as :meth:`embed_inputs` returns it.
+        """
         run = self.layers_fn or self.run_layers
-        x, aux = run(self.embed(tokens, positions), (positions, segment_ids))
+        x, aux = run(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
 
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

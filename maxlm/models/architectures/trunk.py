@@ -32,7 +32,7 @@ LayersFunction = Callable[[jax.Array, Where], tuple[jax.Array, Aux]]
 
 
 class Shared(NamedTuple):
-    """What all layers read, and have a gradient for."""
+    """Arrays that all layers read, with a gradient."""
 
     biases: jax.Array | None
     """fp32 [N, 2R+1]: what scores gain by distance, where the model learns that."""

@@ -99,7 +99,7 @@ class KeysValues(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """What a layer's attention is told of its tokens."""
+    """Inputs of a layer's mixer beside its hidden states."""
 
     positions: jax.Array
     """int [B, S]; with a cache, the slots these tokens are written to."""

@@ -123,7 +123,7 @@ class MoeConfig(Config):
 
 
 class MoeAux(NamedTuple):
-    """What a layer reports beside its output, fp32, the same on all devices."""
+    """Losses and statistics of a layer, fp32, the same on all devices."""
 
     loss: jax.Array
     """Scalar to add to a loss summed over tokens: balance and z losses times their coefficients

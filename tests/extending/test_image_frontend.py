@@ -1,0 +1,95 @@
+"""An image-patch frontend before a decoder, as an external package writes it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maxlm.models.architectures.decoder import Decoder, DecoderConfig
+from maxlm.models.layers.linear import Linear
+from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from maxlm.sharding import AxisRules
+
+PATCH, PATCHES, TOKENS = 15, 4, 7
+
+
+class ImageDecoder(Decoder):
+    """Patches [B, P, patch size] stand before the tokens of their row."""
+
+    def __init__(self, config: DecoderConfig, **kw):
+        super().__init__(config, **kw)
+        sizes = {"latent": PATCH}, {"embed": config.d_model}
+        own = {"bias": True, "std": 0.1, "rules": self.rules, "dtype": self.dtype}
+        self.patches = Linear(*sizes, **own)
+
+    def embed_image(self, patches: jax.Array, tokens: jax.Array) -> jax.Array:
+        seen = self.patches(patches, seq="residual")
+        x = jnp.concatenate([seen, self.embedding(tokens)], axis=1)
+        return self.embed_inputs(x, places(x.shape[1]))
+
+    def __call__(self, tokens, positions, segment_ids=None, *, patches):
+        count = patches.shape[1]
+        x = self.embed_image(patches, tokens)
+        x, aux = self.run_embedded(x, places(x.shape[1]), segment_ids)
+        return x[:, count:], aux
+
+
+def places(length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
+
+
+CONFIG = DecoderConfig.model_validate(
+    {
+        "vocab_size": 29,
+        "num_layers": 2,
+        "d_model": 14,
+        "max_seq_len": 16,
+        "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6},
+        "mlp": {"d_ff": 18},
+        "positions": {"kind": "learned"},
+        "embedding_scale": 3.0,
+    }
+)
+RANDOM = np.random.default_rng(0)
+IMAGES = jnp.asarray(RANDOM.normal(size=(2, PATCHES, PATCH)), jnp.float32)
+IDS = jnp.asarray(RANDOM.integers(0, 29, (2, TOKENS)), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def built():
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        model = ImageDecoder(CONFIG, rules=AxisRules(), dtype=jnp.float32)
+        yield model, init_params(param_specs(model), jax.random.key(0))
+
+
+def loss(model, params, patches):
+    bound = bind(model, params)
+    hidden, _ = bound(IDS, places(TOKENS), patches=patches)
+    logits = jax.nn.log_softmax(bound.logits(hidden[:, :-1]))
+    return -jnp.take_along_axis(logits, IDS[:, 1:, None], axis=-1).mean()
+
+
+def test_patches_and_tokens_are_embedded_as_by_hand(built):
+    model, params = built
+    flat = {name: np.asarray(value) for name, value in flatten_names(params).items()}
+    seen = np.asarray(IMAGES) @ flat["patches.kernel"] + flat["patches.bias"]
+    wanted = np.concatenate([seen, flat["embedding.table"][np.asarray(IDS)]], axis=1)
+    wanted = 3 * wanted + flat["positions.table"][: PATCHES + TOKENS]
+    found = bind(model, params).embed_image(IMAGES, IDS)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_on_tokens_alone_reaches_the_patches_map(built):
+    model, params = built
+    grads = flatten_names(jax.grad(lambda p: loss(model, p, IMAGES))(params))
+    for name in ("patches.kernel", "patches.bias", "embedding.table"):
+        assert float(jnp.abs(grads[name]).max()) > 1e-6, name
+    assert float(loss(model, params, IMAGES)) != float(loss(model, params, IMAGES + 1.0))
+
+
+def test_its_parameters_are_declared_beside_the_decoder_s(built):
+    model, _ = built
+    own = flatten_names(param_specs(model))
+    plain = flatten_names(param_specs(CONFIG.build(rules=AxisRules(), dtype=jnp.float32)))
+    assert own.keys() - plain.keys() == {"patches.kernel", "patches.bias"}
