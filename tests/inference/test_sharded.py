@@ -46,7 +46,7 @@ def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
         start = jax.jit(lambda p, t, n: prefill(sharded.model, p, t, n, length))
         ids, lengths = np.ones((batch, width), np.int32), np.full(batch, width, np.int32)
         _, cache = start(sharded.params, ids, lengths)
-        assert {s.data.shape for s in cache["layers"].key.addressable_shards} == {
+        assert {s.data.shape for s in cache["layers"][0].key.addressable_shards} == {
             (3, 1, length, 1, 6)
         }
         seeds = np.zeros(batch, np.uint32)
