@@ -71,9 +71,9 @@ def _flip(kind: Kind, chosen: random.Random, expected: Any) -> str:
 
 def make_kinds(folder: Path) -> dict[str, Kind]:
     """A corpus, a store and an index in `folder`."""
-    from maxlm.corpus import SourceConfig, read_documents
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
+    from maxlm.data.documents import SourceConfig, read_documents
     from maxlm.data.loader import LoaderConfig, make_batches
     from maxlm.data.store import TokenStore, build_store
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer

@@ -40,13 +40,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
-from maxlm.corpus import PYTHON_STDLIB, SourceConfig, read_documents
 from maxlm.corpus.dedup.minhash import band_keys
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.corpus.textbuffers import text_buffers
+from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 

@@ -21,10 +21,10 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus import SourceConfig, read_documents
 from maxlm.corpus.characters import DIGIT, SPACE, WORD, character_classes
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
+from maxlm.data.documents import SourceConfig, read_documents
 
 
 def peer_filters() -> dict[str, Callable[[str], bool]]:

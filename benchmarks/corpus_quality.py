@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from maxlm.corpus import SourceConfig, read_documents
 from maxlm.corpus.classifier import (
     ClassifierConfig,
     ClassifierTraining,
@@ -26,8 +25,9 @@ from maxlm.corpus.classifier import (
     train_from_sources,
 )
 from maxlm.corpus.classifier_report import Report, roc_curve
-from maxlm.corpus.split import is_heldout
 from maxlm.corpus.textbuffers import pack_texts
+from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.heldout import is_heldout
 
 Result = TypeVar("Result")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maxlm.corpus import SourceConfig, list_files, read_documents
+from maxlm.data.documents import SourceConfig, list_files, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.runtime.pool import count_workers

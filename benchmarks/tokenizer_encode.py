@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from unittest import mock
 
-from maxlm.corpus import PYTHON_STDLIB, SourceConfig, read_documents
+from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
 from maxlm.data.tokenizer import (
     TokenizerConfig,
     import_tokenizer,

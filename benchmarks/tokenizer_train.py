@@ -16,7 +16,7 @@ import resource
 import time
 from collections.abc import Iterator
 
-from maxlm.corpus import SourceConfig, read_documents
+from maxlm.data.documents import SourceConfig, read_documents
 
 
 def read_texts(source: str, limit: int) -> Iterator[str]:

@@ -33,9 +33,9 @@ def run(
     token store is built, so another threshold costs nothing here.
     """
     from maxlm.config import load_config
-    from maxlm.corpus.streams import require_corpus_packages
+    from maxlm.data.documents.formats import check_format_packages
 
-    require_corpus_packages(recipe)
+    check_format_packages("corpus", recipe)
     from maxlm.corpus.opened import Corpus
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
@@ -62,9 +62,9 @@ def report(
 
     "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
     """
-    from maxlm.corpus.streams import require_corpus_packages
+    from maxlm.data.documents.formats import check_format_packages
 
-    require_corpus_packages(str(corpus))
+    check_format_packages("corpus", str(corpus))
     from maxlm.corpus.opened import Corpus
 
     opened = Corpus.open(corpus)
@@ -85,9 +85,9 @@ def export(
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
     the texts that `build` tokenizes, with id, source, url, meta and language."""
-    from maxlm.corpus.streams import require_corpus_packages
+    from maxlm.data.documents.formats import check_format_packages
 
-    require_corpus_packages(str(corpus))
+    check_format_packages("corpus", str(corpus))
     from maxlm.corpus.export import export_corpus
     from maxlm.corpus.opened import Corpus
     from maxlm.runtime.executor import open_executor
@@ -181,7 +181,8 @@ def train_perplexity(
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
     from maxlm.config import load_config
-    from maxlm.corpus import SourceConfig, perplexity, read_documents
+    from maxlm.corpus import perplexity
+    from maxlm.data.documents import SourceConfig, read_documents
 
     def texts(documents: list[str]) -> Any:
         source = SourceConfig(documents=tuple(documents), on_bad_bytes="replace")
@@ -210,7 +211,8 @@ def train_quality(
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load_config
-    from maxlm.corpus import SourceConfig, classifier
+    from maxlm.corpus import classifier
+    from maxlm.data.documents import SourceConfig
 
     training = classifier.ClassifierTraining(
         positive=SourceConfig(documents=tuple(positive), on_bad_bytes="replace"),
@@ -236,9 +238,9 @@ def show(
     ] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
-    from maxlm.corpus.files import is_corpus
+    from maxlm.data.documents.formats import find_folder_format
 
-    if is_corpus(Path(folder)):
+    if find_folder_format(Path(folder)) == "corpus":
         _show_labels(Path(folder), document)
     else:
         _show_stored(folder, document, tokens)
@@ -247,10 +249,11 @@ def show(
 def _show_labels(corpus: Path, document: str) -> None:
     import sys
 
-    from maxlm.corpus.streams import require_corpus_packages
+    from maxlm.data.documents.formats import check_format_packages
 
-    require_corpus_packages(str(corpus))
-    from maxlm.corpus.opened import Corpus, find_document
+    check_format_packages("corpus", str(corpus))
+    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.reader import find_document
 
     opened = Corpus.open(corpus, unfinished=True)
     found, kept = find_document(opened, document)

@@ -44,7 +44,7 @@ def build(
     ] = False,
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
-    from maxlm.corpus import SourceConfig
+    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 
@@ -72,10 +72,13 @@ def build(
 
 def _print_lost(source: Any) -> None:
     """Print how much of what a corpus's rules drop as duplicates is in no kept document."""
-    from maxlm.corpus.files import find_roots, is_corpus
+    from maxlm.data.documents.files import find_roots
+    from maxlm.data.documents.formats import find_folder_format
 
     roots = [root for entry in source.documents for root in find_roots(entry)]
-    for root in filter(is_corpus, roots):
+    for root in roots:
+        if find_folder_format(root) != "corpus":
+            continue
         from maxlm.corpus.opened import Corpus
         from maxlm.corpus.report import count_lost
         from maxlm.runtime.executor import open_executor
@@ -91,7 +94,7 @@ def append(
     workers: WorkersOption = None,
 ) -> None:
     """Add documents to a store, as a new segment; those that are there keep their numbers."""
-    from maxlm.corpus import SourceConfig
+    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import TokenStore, append_store
     from maxlm.runtime.progress import show_progress
 

@@ -9,7 +9,7 @@ import typer
 from maxlm.cli.arguments import JsonOption, TextArgument, TextFieldOption
 
 if TYPE_CHECKING:
-    from maxlm.corpus import SourceConfig
+    from maxlm.data.documents import SourceConfig
     from maxlm.data.tokenizer import Tokenizer, TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
@@ -234,7 +234,7 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
 
 def _source(text: list[str], text_field: str) -> "SourceConfig":
     """Return the source of a command's texts; a tokenizer takes undecodable bytes too."""
-    from maxlm.corpus import SourceConfig
+    from maxlm.data.documents import SourceConfig
 
     return SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
 
@@ -243,7 +243,7 @@ def _counted(
     source: "SourceConfig", limit: int | None, progress: Callable[[str, int, int], None]
 ) -> Iterator[bytes]:
     """Yield the texts of a source, and report their bytes against its files' size or ``limit``."""
-    from maxlm.corpus import list_files, read_documents
+    from maxlm.data.documents import list_files, read_documents
 
     files = list_files(source)
     total = sum(file.size for file in files)

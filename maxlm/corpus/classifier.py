@@ -22,10 +22,10 @@ from maxlm.config import Config, MaxlmError
 from maxlm.corpus.characters import character_classes, lower_case
 from maxlm.corpus.classifier_report import Report, sigmoid, suggest_threshold
 from maxlm.corpus.compiled import compiled
-from maxlm.corpus.config import SourceConfig
-from maxlm.corpus.documents import read_documents
-from maxlm.corpus.split import is_heldout
 from maxlm.corpus.textbuffers import pack_texts
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.heldout import is_heldout
+from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.files import replacing, writing
 
 _BATCH = 1024

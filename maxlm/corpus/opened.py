@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,23 +154,3 @@ def read_kept(
             cuts = [(span["start"], span["end"]) for each in spans for span in each[i] or ()]
             text = next(texts)
             yield row, cut(text, cuts) if cuts else text
-
-
-def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
-    """A document's newest text, its columns and all its labels by name, and what each rule says.
-
-    Raises:
-        MaxlmError: there is no such document.
-    """
-    from maxlm.corpus.settling import settle_duplicates
-
-    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
-    for shard in settle_duplicates(corpus, corpus.rules()):
-        for group, ids in enumerate(shard.groups(["id"])):
-            if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
-                tables = shard.groups(list(dict.fromkeys(columns)))
-                table = next(islice(tables, group, None)).slice(row, 1)
-                verdicts = {n: bool(rule.true(table)[0]) for n, rule in corpus.rules().keep.items()}
-                return table.to_pylist()[0], verdicts
-    fix = "ids are in the report, or in the column id of documents/*.parquet"
-    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.config import CrawlSource
 from maxlm.corpus.expression import Expression, no_label, parse
-from maxlm.corpus.files import CORPUS_FILE
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CorpusStage, Stage
 from maxlm.corpus.stages import AnyStage
@@ -295,5 +294,5 @@ def _holds_spans(type_: pa.DataType) -> bool:
 
 
 def recipe_file(folder: Path) -> Path:
-    """Where a corpus keeps the recipe it was made by."""
-    return folder / CORPUS_FILE
+    """The file where a corpus keeps its recipe; with it a folder is taken for a corpus."""
+    return folder / "corpus.json"

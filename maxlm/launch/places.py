@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 from posixpath import normpath
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import PYTHON_STDLIB
+from maxlm.data.documents.config import PYTHON_STDLIB
 from maxlm.launch.options import Mount, check_url
 from maxlm.run import RunConfig
 

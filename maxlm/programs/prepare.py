@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.corpus import SourceConfig, is_heldout, read_documents
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
+from maxlm.data.documents import SourceConfig, is_heldout, read_documents
 from maxlm.data.loader import check_lasts
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from maxlm.corpus import find_files
+from maxlm.data.documents import find_files
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import flatten_names

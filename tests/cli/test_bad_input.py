@@ -10,7 +10,7 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import load_config, to_yaml
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from maxlm.programs.setup import set_up

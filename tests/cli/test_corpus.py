@@ -123,6 +123,6 @@ def test_without_the_packages(recipe, tmp_path, capfd, monkeypatch, arguments):
     assert main(["corpus", *arguments]) == 2
     error = capfd.readouterr().err
     assert error == (
-        f"error: {arguments[1]}: corpora need pyarrow, which is not installed; "
+        f"error: {arguments[1]}: a corpus needs pyarrow, which is not installed; "
         "pip install 'maxlm[corpus]'\n"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import SourceConfig
 from maxlm.corpus.stages.decontaminate import DecontaminateStage, ItemCount, count_items
+from maxlm.data.documents.config import SourceConfig
 from tests.corpus.corpora import labels, make_corpus, run_stage
 
 CHANCE = random.Random(0)

@@ -13,7 +13,6 @@ from scipy.optimize import minimize
 from sklearn import metrics
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, is_heldout
 from maxlm.corpus.classifier import (
     ClassifierConfig,
     ClassifierTraining,
@@ -25,6 +24,7 @@ from maxlm.corpus.classifier import (
 from maxlm.corpus.classifier_report import Report, roc_curve, suggest_threshold
 from maxlm.corpus.stages.quality import QualityStage
 from maxlm.corpus.textbuffers import pack_texts
+from maxlm.data.documents import SourceConfig, is_heldout
 
 GOOD = "because however which although people history idea reason often never question"
 BAD = "buy click cheap subscribe offer login cookie banner discount menu cart now"

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import reading
 from maxlm.corpus.config import CrawlSource
 from maxlm.corpus.reading import plan_shards, read_shard
 from maxlm.corpus.shards import DOCUMENTS, read_counts
+from maxlm.data.documents import reader
 
 
 def read(folder, shard_bytes=1 << 20, **settings):
@@ -219,9 +219,9 @@ def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     seen = []
-    from_row = reading._from_row
+    from_row = reader._from_row
     monkeypatch.setattr(
-        reading, "_from_row", lambda *args: (seen.append(args[1]), from_row(*args))[1]
+        reader, "_from_row", lambda *args: (seen.append(args[1]), from_row(*args))[1]
     )
     path = tmp_path / "a.parquet"
     rows, counts = read(tmp_path, documents=(str(path),), max_document_bytes=100)
@@ -231,7 +231,7 @@ def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
 
 
 def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "_BATCH_BYTES", 100_000)
+    monkeypatch.setattr(reader, "_BATCH_BYTES", 100_000)
     texts = [f"{i:05d}" * 4000 for i in range(20)] + [f"{i:05d}" for i in range(20, 40)]
     table = pa.table({"text": texts})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 
-from maxlm.corpus import SourceConfig, read_documents
 from maxlm.corpus.opened import Corpus
 from maxlm.corpus.report import summarize, write_report
 from maxlm.corpus.report.page import funnel
 from maxlm.corpus.run import run_recipe
+from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
 from tests.corpus.recipes import recipe
 

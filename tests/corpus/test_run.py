@@ -17,11 +17,13 @@ from pydantic import ValidationError
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, read_documents, run
-from maxlm.corpus.opened import Corpus, find_document
+from maxlm.corpus import run
+from maxlm.corpus.opened import Corpus
+from maxlm.corpus.reader import find_document
 from maxlm.corpus.report import summarize, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.shards import add_counts
+from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.runtime.pool import WorkerPool

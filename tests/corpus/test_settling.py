@@ -11,13 +11,14 @@ import pytest
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, read_documents, settling
+from maxlm.corpus import settling
 from maxlm.corpus.dedup.components import resolve_duplicates
 from maxlm.corpus.opened import Corpus
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.report import count_lost
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.settling import settle_duplicates
+from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import TokenStore
 from maxlm.data.tokenizer import load_tokenizer
 from maxlm.runtime.pool import WorkerPool

@@ -9,7 +9,7 @@ import yaml
 
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError, load_config
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 from maxlm.programs.train import train_model

@@ -10,12 +10,12 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.compiled import compiled
-from maxlm.corpus.config import SourceConfig
 from maxlm.corpus.dedup.columns import concatenate, first_of_runs
 from maxlm.corpus.dedup.words import letter_table
-from maxlm.corpus.documents import read_documents
-from maxlm.corpus.files import list_files
 from maxlm.corpus.textbuffers import Texts, pack_texts
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import list_files
+from maxlm.data.documents.reader import read_documents
 
 
 @dataclass(frozen=True)

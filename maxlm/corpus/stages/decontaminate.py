@@ -10,12 +10,12 @@ from pydantic import Field
 
 from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.compiled import compiled
-from maxlm.corpus.config import SourceConfig
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.overlap import GramIndex, content_hash, find_grams, index_sets
 from maxlm.corpus.shards import Shard
 from maxlm.corpus.stage import Label, LabelStage
 from maxlm.corpus.textbuffers import Texts, text_buffers
+from maxlm.data.documents.config import SourceConfig
 
 
 class DecontaminateStage(LabelStage):

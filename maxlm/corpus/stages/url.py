@@ -14,7 +14,7 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.streams import COMPRESSIONS, open_stream
+from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _SHIPPED = Path(__file__).parents[1] / "lists"
 _AUTHORITY = re.compile(r"(?:[a-z][a-z0-9+.-]*:)?//([^/?#]*)", re.I)

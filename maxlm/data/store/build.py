@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from maxlm.config import MaxlmError, check_local_path
-from maxlm.corpus.config import SourceConfig
+from maxlm.data.documents.config import SourceConfig
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.assemble import assemble
 from maxlm.data.store.checksums import write_checksums

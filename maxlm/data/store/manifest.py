@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.config import BadBytes
-from maxlm.corpus.files import Format
+from maxlm.data.documents.config import BadBytes
 from maxlm.runtime.files import without_digest, write_json
 from maxlm.runtime.storage import Place, below, read_file, remedy
 
@@ -24,7 +23,7 @@ class Source(Config):
 
     name: str
     """The path as it was given, or the path inside the standard library."""
-    format: Format
+    format: str
     size: int
     """Bytes on disk."""
     sha256: str

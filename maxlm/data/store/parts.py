@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import SourceConfig
-from maxlm.corpus.documents import LeftOut, read_slice
-from maxlm.corpus.slices import FileSlice, check_unchanged
-from maxlm.corpus.split import is_heldout
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.document import FileSlice, LeftOut
+from maxlm.data.documents.heldout import is_heldout
+from maxlm.data.documents.reader import read_slice
+from maxlm.data.documents.slices import check_unchanged
 from maxlm.data.store.manifest import Manifest, Split
 from maxlm.runtime.files import writing
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import SourceConfig
-from maxlm.corpus.files import Listing, find_files
-from maxlm.corpus.slices import Scan, scan_file
+from maxlm.data.documents.config import SourceConfig
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.formats import describe_selection
+from maxlm.data.documents.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, Source, Split
 from maxlm.data.store.parts import PartJob, PartSlice
@@ -83,7 +84,7 @@ def plan_build(
         text_field=source.text_field,
         on_bad_bytes=source.on_bad_bytes,
         piece_bytes=source.piece_bytes,
-        selection=_selection(listing),
+        selection=describe_selection(listing.files),
         num_binary_files=listing.num_binary,
         sources=tuple(
             Source(
@@ -99,14 +100,6 @@ def plan_build(
         ),
     )
     return Plan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
-
-
-def _selection(listing: Listing) -> str | None:
-    if not any(file.format == "corpus" for file in listing.files):
-        return None
-    from maxlm.corpus.selection import selection
-
-    return selection(listing.files)
 
 
 def _check_settings(split: Split, heldout_fraction: float, workers: int | None) -> None:

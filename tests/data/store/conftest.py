@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.store import append_store, arrays, build_store
 
 TEXTS = [[f"{part} {i} " + "xyz" * (i * 7 % 23) for i in range(40)] for part in "abc"]

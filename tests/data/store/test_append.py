@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store import build as build_module

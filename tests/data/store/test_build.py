@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, is_heldout
+from maxlm.data.documents import SourceConfig, is_heldout
 from maxlm.data.store import TokenStore, build_store
 from maxlm.data.store import build as build_module
 from maxlm.data.store import plan as plan_module
@@ -267,7 +267,7 @@ def test_full_disk(tmp_path):
         import maxlm.data.tokenizer
         maxlm.data.tokenizer.load_tokenizer = lambda folder: ByteTokenizer()
         from maxlm.config import MaxlmError
-        from maxlm.corpus import SourceConfig
+        from maxlm.data.documents import SourceConfig
         from maxlm.data.store import build_store
         root = Path(sys.argv[1])
         (root / "a.txt").write_text("x" * 100_000)

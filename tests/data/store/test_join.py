@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.store import build as build_module
 from maxlm.data.store import build_store
 
@@ -23,7 +23,7 @@ SCRIPT = textwrap.dedent(
     from conftest import ByteTokenizer
     import maxlm.data.tokenizer
     maxlm.data.tokenizer.load_tokenizer = lambda folder: ByteTokenizer()
-    from maxlm.corpus import SourceConfig
+    from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store, parts
     root = Path(sys.argv[1])
     real = parts.make_part

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.loader import LoaderConfig, Mixing, make_batches
 from maxlm.data.store import TokenStore, build_store, offsets
 from maxlm.data.store import store as store_module

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maxlm.cli.main import main
-from maxlm.corpus import SourceConfig, is_heldout
+from maxlm.data.documents import SourceConfig, is_heldout
 from maxlm.data.store import TokenStore, build_store
 from maxlm.data.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 

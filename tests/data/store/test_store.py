@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig
+from maxlm.data.documents import SourceConfig
 from maxlm.data.store import TokenStore, arrays, build_store, check_tokenizer
 
 REBUILD = "build the store again with maxlm corpus build"

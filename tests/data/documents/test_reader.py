@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, read_documents
-from maxlm.corpus.config import BadBytes
+from maxlm.data.documents import SourceConfig, read_documents
+from maxlm.data.documents.config import BadBytes
 
 UTF8_FIX = (
     "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
@@ -180,7 +180,7 @@ def test_unreadable_file(tmp_path):
     folder = tmp_path / "a.txt"
     folder.write_text("x")
     config = SourceConfig(documents=(str(folder),))
-    from maxlm.corpus import list_files
+    from maxlm.data.documents import list_files
 
     [file] = list_files(config)
     folder.unlink()

@@ -6,73 +6,30 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.config import PYTHON_STDLIB, CrawlSource, FilesConfig
-from maxlm.corpus.streams import (
-    COMPRESSIONS,
-    Compression,
-    DamagedFile,
-    open_stream,
-    require_corpus_packages,
+from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig
+from maxlm.data.documents.document import SourceFile
+from maxlm.data.documents.formats import (
+    find_file_format,
+    find_folder_format,
+    load_folder_reader,
 )
+from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
-if TYPE_CHECKING:
-    from maxlm.corpus.selection import KeptShard
-
-Format = Literal["text", "jsonl", "parquet", "warc", "corpus"]
-
-_FORMATS: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".warc": "warc",
-    ".wet": "warc",
-}
-_HTML = (".html", ".htm", ".xhtml")
 _SNIFF_BYTES = 8192
-CORPUS_FILE = "corpus.json"
-"""What tells the folder of a corpus that `maxlm corpus run` made."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of a corpus."""
-
-    path: Path
-    name: str
-    """What documents and manifests call it: the path as the user gave it (below a folder: that
-    folder's path and the rest), or the path inside the standard library. Always valid Unicode;
-    U+FFFD stands for what is not in the path, so that two files may have one name."""
-    format: Format
-    compression: Compression
-    size: int
-    """Bytes on disk."""
-    labels: tuple[Path, ...] = ()
-    """Of a corpus's shard: the files with labels that decide what is taken from it."""
-    digests: tuple[str | None, ...] = ()
-    """Of a corpus's shard: the SHA-256 of `path` and `labels`; None where its version kept none."""
-    kept: "KeptShard | None" = None
-    """Of a corpus's shard: what reads it."""
-
-    @property
-    def is_html(self) -> bool:
-        """Whether it is a file of one web page, by its name."""
-        name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
-        return self.format == "text" and name.endswith(_HTML)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a corpus, and how many were passed over as binary."""
+    """The files of a source, and how many were skipped as binary."""
 
     files: tuple[SourceFile, ...]
     num_binary: int
 
 
 def list_files(config: FilesConfig) -> list[SourceFile]:
-    """The files of a corpus in reading order; see `find_files`."""
+    """Lists the files of a source in reading order; see `find_files`."""
     return list(find_files(config).files)
 
 
@@ -94,11 +51,9 @@ def find_files(config: FilesConfig) -> Listing:
     for entry in config.documents:
         found = binary = 0
         for root in find_roots(entry):
-            if is_corpus(root):
-                require_corpus_packages(entry)
-                from maxlm.corpus.selection import corpus_files
-
-                for file in corpus_files(root, config):
+            if folder_format := find_folder_format(root):
+                reader = load_folder_reader(folder_format, entry)
+                for file in reader.list_files(root, config):
                     found += 1
                     files.setdefault(os.path.realpath(file.path), file)
                 continue
@@ -116,13 +71,8 @@ def find_files(config: FilesConfig) -> Listing:
     return Listing(tuple(files.values()), num_binary)
 
 
-def is_corpus(folder: Path) -> bool:
-    """Whether `maxlm corpus run` made this folder."""
-    return (folder / CORPUS_FILE).is_file() and (folder / "documents").is_dir()
-
-
 def find_roots(entry: str) -> list[Path]:
-    """The files and folders that an entry stands for."""
+    """Finds the files and folders that an entry stands for."""
     path = Path(entry).expanduser()
     if entry == PYTHON_STDLIB or path.exists():
         return [path]
@@ -172,8 +122,8 @@ def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [f for f in folders if not f.startswith(".") and f not in skip]
         for each in folders:
-            if is_corpus(Path(folder, each)):
-                what = "a corpus lies among the files of this folder"
+            if found := find_folder_format(Path(folder, each)):
+                what = f"a {found} lies among the files of this folder"
                 raise MaxlmError(what, where=str(Path(folder, each)), fix="name what is meant")
         files = (Path(folder, name) for name in names if not name.startswith("."))
         paths += [file.relative_to(root).as_posix() for file in files if file.is_file()]
@@ -184,21 +134,18 @@ def _source_file(path: Path, name: str) -> SourceFile:
     stem = Path(path.name.lower())
     compression = COMPRESSIONS.get(stem.suffix, "none")
     inner = stem if compression == "none" else stem.with_suffix("")
-    format_ = _FORMATS.get(inner.suffix, "text")
+    format_ = find_file_format(inner.suffix)
     if format_ == "parquet" and compression != "none":
         what = "Parquet inside another compression cannot be read in pieces"
         fix = "decompress it (Parquet compresses its own pages)"
         raise MaxlmError(what, where=str(path), fix=fix)
-    if inner.suffix == ".arc":
-        fix = "make a WARC of it: warcio recompress IN.arc.gz OUT.warc.gz"
-        raise MaxlmError("ARC archives cannot be read", where=str(path), fix=fix)
     # A file system's names are bytes; Python has surrogates for those that are not UTF-8.
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return SourceFile(path, name, format_, compression, path.stat().st_size)
 
 
 def _is_binary(file: SourceFile, config: FilesConfig) -> bool:
-    if file.format != "text" or (file.is_html and isinstance(config, CrawlSource)):
+    if file.format != "text" or (file.is_html and config.reads_html):
         return False
     try:
         with open_stream(file.path, file.compression) as stream:

@@ -1,6 +1,5 @@
 """Opening source files, compressed or not, as streams of bytes."""
 
-import importlib.util
 import io
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ Compression = Literal["none", "gz", "zst"]
 COMPRESSIONS: dict[str, Compression] = {".gz": "gz", ".zst": "zst"}
 """By a file name's last suffix, in lower case; other files are not compressed."""
 
-READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _FEED_BYTES = 2048
 
 
@@ -22,8 +21,8 @@ class DamagedFile(MaxlmError):
     """A file whose content cannot be read, though the file itself can."""
 
 
-def missing_package(package: str, path: Path) -> MaxlmError:
-    """The error for a format whose optional reader is not installed."""
+def make_missing_package_error(package: str, path: Path) -> MaxlmError:
+    """Makes the error for a format whose optional package is not installed."""
     return MaxlmError(
         f"reading this file needs {package}, which is not installed",
         where=str(path),
@@ -31,20 +30,9 @@ def missing_package(package: str, path: Path) -> MaxlmError:
     )
 
 
-def require_corpus_packages(where: str) -> None:
-    """Check, before a corpus is made or opened, that the packages for it are installed.
-
-    Raises:
-        MaxlmError: they are not.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        what = "corpora need pyarrow, which is not installed"
-        raise MaxlmError(what, where=where, fix="pip install 'maxlm[corpus]'")
-
-
 @contextmanager
-def open_stream(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
-    """A buffered stream of the decompressed bytes of `path`.
+def open_stream(path: Path, compression: Compression) -> Iterator[io.BufferedReader]:
+    """Opens a buffered stream of the decompressed bytes of `path`.
 
     Raises:
         MaxlmError: the file cannot be read (also when that shows only midway), its compressed
@@ -56,9 +44,9 @@ def open_stream(path: Path, compression: Compression) -> Iterator[IO[bytes]]:
                 case "none":
                     yield file
                 case "gz":
-                    yield io.BufferedReader(_FrameReader(file, _gzip_frame), READ_BYTES)
+                    yield io.BufferedReader(_FrameReader(file, _gzip_frame), _READ_BYTES)
                 case "zst":
-                    yield io.BufferedReader(_FrameReader(file, _zstd_frames(path)), READ_BYTES)
+                    yield io.BufferedReader(_FrameReader(file, _zstd_frames(path)), _READ_BYTES)
     except EOFError as error:
         what = f"damaged or incomplete .{compression} data ({error})"
         raise DamagedFile(what, where=str(path), fix="fetch or compress the file again") from error
@@ -91,13 +79,13 @@ class _FrameReader(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the last frame is cut short")
                 return 0
-            self._step()
+            self._decompress_input()
         view = memoryview(buffer)
         size = min(len(view), len(self._output))
         view[:size], self._output = self._output[:size], self._output[size:]
         return size
 
-    def _step(self) -> None:
+    def _decompress_input(self) -> None:
         if self._frame is None:
             self._input = self._input.lstrip(b"\0")  # Padding, as tapes and disks leave it.
             if not self._input:
@@ -120,5 +108,5 @@ def _zstd_frames(path: Path) -> Callable[[], Any]:
     try:
         import zstandard
     except ImportError as error:
-        raise missing_package("zstandard", path) from error
+        raise make_missing_package_error("zstandard", path) from error
     return lambda: zstandard.ZstdDecompressor().decompressobj()

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, find_files, list_files, read_documents
 from maxlm.corpus.config import CrawlSource
+from maxlm.data.documents import SourceConfig, find_files, list_files, read_documents
 
 
 def names(config: SourceConfig, root: Path) -> list[str]:
@@ -149,12 +149,6 @@ def test_files_that_cannot_be_read_in_pieces_are_refused(tmp_path):
     assert fails(path) == (
         f"{path}: Parquet inside another compression cannot be read in pieces; decompress it "
         "(Parquet compresses its own pages)"
-    )
-    write(tmp_path, a_arc_gz=b"filedesc:")
-    path = tmp_path / "a.arc.gz"
-    assert fails(path) == (
-        f"{path}: ARC archives cannot be read; make a WARC of it: "
-        "warcio recompress IN.arc.gz OUT.warc.gz"
     )
 
 

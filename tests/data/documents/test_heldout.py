@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.corpus import is_heldout
+from maxlm.data.documents import is_heldout
 
 
 def test_known_hashes():

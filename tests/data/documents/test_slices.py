@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus import SourceConfig, list_files, read_documents
-from maxlm.corpus import slices as slices_module
-from maxlm.corpus.documents import Document, read_slice
-from maxlm.corpus.slices import scan_file
+from maxlm.data.documents import SourceConfig, list_files, read_documents
+from maxlm.data.documents import slices as slices_module
+from maxlm.data.documents.document import Document
+from maxlm.data.documents.reader import read_slice
+from maxlm.data.documents.slices import scan_file
 
 
 def cut_and_whole(path, slice_bytes):

@@ -1,10 +1,10 @@
-"""The held-out split: decided by a document's text alone."""
+"""The held-out split, decided by a document's text alone."""
 
 import hashlib
 
 
 def is_heldout(text: str | bytes, fraction: float) -> bool:
-    """Whether a document belongs to the held-out part.
+    """Tells whether a document belongs to the held-out part.
 
     The first 64 bits of SHA-256 of the UTF-8 text, read as a fraction of 2**64, fall below
     `fraction`. The answer is the same on every machine, does not depend on the other documents,

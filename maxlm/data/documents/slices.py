@@ -9,27 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.files import SourceFile
-from maxlm.corpus.streams import DamagedFile, missing_package, open_stream
+from maxlm.data.documents.document import FileSlice, SourceFile
+from maxlm.data.documents.streams import (
+    DamagedFile,
+    make_missing_package_error,
+    open_stream,
+)
 
 _BLOCK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class FileSlice:
-    """A part of a file that holds whole documents.
-
-    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of Parquet;
-    text and compressed files are never cut. `first` is the line (from 1) or row (from 0) that
-    the slice begins with.
-    """
-
-    file: SourceFile
-    start: int
-    stop: int | None
-    first: int
-    size: int
-    """About how many bytes on disk the slice covers."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +28,19 @@ class Scan:
     slices: tuple[FileSlice, ...]
 
 
-def whole(file: SourceFile) -> FileSlice:
-    """The slice that is the whole file."""
+def slice_whole_file(file: SourceFile) -> FileSlice:
+    """Makes the slice that is the whole file."""
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
 
 def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
-    """
+    """Checks that a file is as it was when it was listed and scanned.
+
+    Args:
+        making: what is made of it, for the error.
+
     Raises:
-        MaxlmError: a file is no longer what it was when it was listed and scanned, or cannot be
-            read.
+        MaxlmError: it is not, or cannot be read.
     """
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
@@ -72,7 +62,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
     hasher, cuts = hashlib.sha256(), [(0, 1)]
     position, line = 0, 1
     mtime = file.path.stat().st_mtime_ns
-    for path in (file.path, *file.labels) if digest or cut_lines else ():
+    for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
         with open_stream(path, "none") as stream:
             while block := stream.read(_BLOCK_BYTES):
                 if digest:
@@ -81,7 +71,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
                     line = _cut_block(block, position, line, slice_bytes, cuts)
                 position += len(block)
     if file.format == "parquet":
-        slices = tuple(_parquet_slices(file, slice_bytes)) or (whole(file),)
+        slices = tuple(_parquet_slices(file, slice_bytes)) or (slice_whole_file(file),)
     elif cut_lines:
         cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
         stops = [start for start, _ in cuts[1:]] + [position]
@@ -90,7 +80,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
             for (start, first), stop in zip(cuts, stops, strict=True)
         )
     else:
-        slices = (whole(file),)
+        slices = (slice_whole_file(file),)
     return Scan(hasher.hexdigest() if digest else "", mtime, slices)
 
 
@@ -123,7 +113,7 @@ def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
 
 @contextmanager
 def open_parquet(path: Path):
-    """A pyarrow ParquetFile, closed on leaving.
+    """Opens a pyarrow ParquetFile, closed on leaving.
 
     Raises:
         MaxlmError: pyarrow is missing, or the file is not (or is damaged) Parquet.
@@ -132,7 +122,7 @@ def open_parquet(path: Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise missing_package("pyarrow", path) from error
+        raise make_missing_package_error("pyarrow", path) from error
     checked = partial(pq.ParquetFile, page_checksum_verification=True)
     try:
         with ExitStack() as stack:

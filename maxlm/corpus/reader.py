@@ -1,0 +1,131 @@
+"""Readers of the formats that `maxlm.data.documents.formats` finds here: corpora and crawls."""
+
+# pyarrow.compute makes its functions at run time, where pyright does not see them.
+# pyright: reportAttributeAccessIssue=false
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from maxlm.config import MaxlmError
+from maxlm.corpus.opened import Corpus, read_kept
+from maxlm.corpus.recipe import Rules, texts_of
+from maxlm.corpus.settling import settle_duplicates
+from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.data.documents.config import FilesConfig, SourceConfig
+from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
+from maxlm.data.documents.streams import open_stream
+from maxlm.runtime.files import file_sha256
+
+
+@dataclass(frozen=True)
+class KeptShard:
+    """A shard of a corpus and the rules that say what is taken from it."""
+
+    shard: Shard
+    rules: Rules
+    digests: dict[Path, str]
+    """SHA-256 of its files, of those whose version recorded one."""
+
+
+class CorpusReader:
+    """Reads a corpus as a source of text: the documents that its labels' rules keep."""
+
+    def list_files(self, folder: Path, source: FilesConfig) -> list[SourceFile]:
+        """Lists the shards of the corpus in `folder`, as files.
+
+        Raises:
+            MaxlmError: the corpus is not finished, or a rule is wrong.
+        """
+        corpus = Corpus.open(folder)
+        chosen = source if isinstance(source, SourceConfig) else None
+        rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
+        labels = [name for rule in rules.keep.values() for name in rule.names] + list(rules.cut)
+        files, digests = [], {}
+        for shard in settle_duplicates(corpus, rules):
+            stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}
+            stages = [DOCUMENTS, *sorted((stages | set(texts_of(corpus.recipe))) - {DOCUMENTS})]
+            for stage in stages:
+                if stage != shard.settled_folder and stage not in digests:
+                    digests[stage] = corpus.manifest(stage).get("shards_sha256", {})
+            known = {shard.path(s): digests.get(s, {}).get(shard.name) for s in stages}
+            path = shard.path(DOCUMENTS)
+            files.append(
+                SourceFile(
+                    path=path,
+                    name=f"{folder}/{shard.name}",
+                    format="corpus",
+                    compression="none",
+                    size=path.stat().st_size,
+                    extra_paths=tuple(known)[1:],
+                    details=KeptShard(shard, rules, {p: d for p, d in known.items() if d}),
+                )
+            )
+        return files
+
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+        """Reads the documents of a shard.
+
+        Raises:
+            MaxlmError: one of its files is missing or damaged, or has changed since it was written.
+        """
+        kept: KeptShard = part.file.details
+        for path in (part.file.path, *part.file.extra_paths):
+            with open_stream(path, "none"):
+                if path in kept.digests and file_sha256(path) != kept.digests[path]:
+                    what = "this file has changed since maxlm corpus run wrote it"
+                    fix = "delete it and run the corpus's recipe again"
+                    raise MaxlmError(what, where=str(path), fix=fix)
+        for (document_id,), text in read_kept(kept.shard, kept.rules):
+            if text is None:
+                yield LeftOut.RULE
+            else:
+                yield Document(document_id, text.encode()) if text else LeftOut.EMPTY
+
+    def describe_selection(self, files: Iterable[SourceFile]) -> str:
+        """Describes the rules that decide what is taken from corpora, as JSON."""
+        rules = {file.details.shard.folder: file.details.rules for file in files}
+        return json.dumps(
+            [
+                {"keep": {name: rule.text for name, rule in each.keep.items()}, "cut": each.cut}
+                for each in rules.values()
+            ]
+        )
+
+
+class CrawlReader:
+    """Refuses crawls: their pages are texts only after a corpus is made of them."""
+
+    def read(self, source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
+        """
+        Raises:
+            MaxlmError: always.
+        """
+        fix = "make a corpus of it with maxlm corpus run, and name that corpus's folder here"
+        raise MaxlmError("a crawl holds pages, not texts", where=str(part.file.path), fix=fix)
+
+
+CORPUS_READER, CRAWL_READER = CorpusReader(), CrawlReader()
+
+
+def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+    """Finds a document: its newest text, columns and labels by name, and what each rule says.
+
+    Raises:
+        MaxlmError: there is no such document.
+    """
+    columns = ["id", "source", "url", "meta", "text", *corpus.labels]
+    for shard in settle_duplicates(corpus, corpus.rules()):
+        for group, ids in enumerate(shard.groups(["id"])):
+            if (row := pc.index(ids.column("id"), document_id).as_py()) >= 0:
+                tables = shard.groups(list(dict.fromkeys(columns)))
+                table = next(islice(tables, group, None)).slice(row, 1)
+                verdicts = {n: bool(rule.true(table)[0]) for n, rule in corpus.rules().keep.items()}
+                return table.to_pylist()[0], verdicts
+    fix = "ids are in the report, or in the column id of documents/*.parquet"
+    raise MaxlmError(f"there is no document {document_id!r}", where=str(corpus.folder), fix=fix)

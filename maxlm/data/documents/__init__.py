@@ -1,0 +1,23 @@
+"""Documents: which files a source is made of, and the texts inside them.
+
+A `SourceConfig` names files; `list_files` resolves them in a fixed order; `read_documents` streams
+their documents; `is_heldout` splits documents by a hash of their text. A file is cut into slices
+that are read apart (`slices`), by the reader of its format (`formats`).
+"""
+
+from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig
+from maxlm.data.documents.document import Document, SourceFile
+from maxlm.data.documents.files import find_files, list_files
+from maxlm.data.documents.heldout import is_heldout
+from maxlm.data.documents.reader import read_documents
+
+__all__ = [
+    "PYTHON_STDLIB",
+    "Document",
+    "SourceConfig",
+    "SourceFile",
+    "find_files",
+    "is_heldout",
+    "list_files",
+    "read_documents",
+]

@@ -1,0 +1,71 @@
+"""The types of this package: source files, slices of them, and documents."""
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from maxlm.data.documents.streams import Compression
+
+_HTML = (".html", ".htm", ".xhtml")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source."""
+
+    path: Path
+    name: str
+    """What documents and manifests call it: the path as the user gave it (below a folder: that
+    folder's path and the rest), or the path inside the standard library. Always valid Unicode;
+    U+FFFD stands for what is not in the path, so that two files may have one name."""
+    format: str
+    """The name of a `formats.DocumentFormat`."""
+    compression: Compression
+    size: int
+    """Bytes on disk."""
+    extra_paths: tuple[Path, ...] = ()
+    """Other files whose content decides which documents are read from this one."""
+    details: Any = None
+    """What the reader of a folder format needs besides; picklable."""
+
+    @property
+    def is_html(self) -> bool:
+        """Whether it is a file of one web page, by its name."""
+        name = self.path.name.lower().removesuffix(".gz").removesuffix(".zst")
+        return self.format == "text" and name.endswith(_HTML)
+
+
+@dataclass(frozen=True)
+class FileSlice:
+    """A part of a file that holds whole documents.
+
+    `start` and `stop` (None: the end) count bytes of plain JSONL and row groups of Parquet;
+    text and compressed files are never cut. `first` is the line (from 1) or row (from 0) that
+    the slice begins with.
+    """
+
+    file: SourceFile
+    start: int
+    stop: int | None
+    first: int
+    size: int
+    """About how many bytes on disk the slice covers."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text: what a model sees between its first and last token."""
+
+    id: str
+    """The file's name; for JSONL and Parquet followed by `:line` (from 1) or `:row` (from 0); for
+    pieces of a text file by `#index` (from 0)."""
+    text: bytes
+    """UTF-8, except under the policy `on_bad_bytes="keep"`. Never empty."""
+
+
+class LeftOut(Enum):
+    """The reason why a document is not taken."""
+
+    EMPTY = "empty, or not decodable under the policy skip"
+    RULE = "a corpus's rules drop it"
