@@ -40,12 +40,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
-from maxlm.corpus.dedup.minhash import band_keys
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.dedup.minhash import compute_band_keys
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
-from maxlm.corpus.textbuffers import text_buffers
 from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
@@ -98,11 +97,11 @@ def plant(texts: list[str], count: int, random_: random.Random) -> tuple[list[st
     return planted, copies
 
 
-def write_corpus(folder: Path, texts: list[str], shards: int = 4) -> list[Shard]:
+def write_corpus(folder: Path, texts: list[str], shards: int = 4) -> list[StageShardView]:
     made = []
     for number in range(shards):
         part = range(number * len(texts) // shards, (number + 1) * len(texts) // shards)
-        made.append(Shard(folder, f"{number:05d}"))
+        made.append(StageShardView(folder, f"{number:05d}"))
         with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(part.start, part.stop, 1000):
                 rows = [
@@ -113,7 +112,7 @@ def write_corpus(folder: Path, texts: list[str], shards: int = 4) -> list[Shard]
     return made
 
 
-def run(stage: CorpusStage, shards: list[Shard], scratch: Path) -> tuple[pa.Table, float]:
+def run(stage: CorpusStage, shards: list[StageShardView], scratch: Path) -> tuple[pa.Table, float]:
     """The stage's labels, and CPU seconds."""
     scratch.mkdir()
     views = [replace(shard, out=stage.title) for shard in shards]
@@ -167,7 +166,7 @@ def report_versions(old: Path, new: Path, folder: Path) -> None:
         print(f"  {mark} J = {jaccard[i]:.3f}  {names[pairs[i, 0] // 2]}")
 
 
-def peak_memory(shards: list[Shard], folder: Path) -> float:
+def peak_memory(shards: list[StageShardView], folder: Path) -> float:
     """MB that a process takes at most to run both stages over shards, in small ranges."""
     for stage in (ExactStage(memory=8 << 20), NearStage(memory=8 << 20, max_share=1)):
         run(stage, shards, folder / stage.title)
@@ -219,12 +218,11 @@ def main() -> None:
 
         stage = NearStage(max_share=1)
         banding = stage.search().banding
-        array = text_buffers(pa.array(texts, pa.large_string()))
         run(stage, write_corpus(folder / "small", texts[:50] * 2), folder / "compile")
         signature = []
         for _ in range(5):
             start = time.process_time()
-            band_keys(array, stage.ngram, banding)
+            compute_band_keys(texts, stage.ngram, banding)
             signature.append(time.process_time() - start)
         ours = {"signature": sorted(signature)[2]}
         labels, ours["all"] = run(stage, shards, folder / "near")

@@ -9,7 +9,7 @@ timed twice: every filter on every document, which is what the labels of this st
 as a pipeline, where a document that one filter drops does not reach the next. Its filters share the
 words of a document through a cache, as they do in a pipeline. Below, how often the published
 expressions over our labels and its filters agree: with its own words, and with the words of
-`maxlm.corpus.characters` handed to it.
+`maxlm.corpus.tokens` handed to it.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.characters import DIGIT, SPACE, WORD, character_classes
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
+from maxlm.corpus.tokens import split_tokens
 from maxlm.data.documents import SourceConfig, read_documents
 
 
@@ -48,38 +48,11 @@ def peer_filters() -> dict[str, Callable[[str], bool]]:
     }
 
 
-def words_of(text: str) -> list[str]:
-    """Words and symbols by the rule of `maxlm.corpus.characters`, but for scripts without
-    spaces and characters that belong to what they follow."""
-    kinds = character_classes()[[ord(c) for c in text]] if text else []
-    words, start, size = [], 0, len(text)
-
-    def goes_on(at: int) -> bool:
-        following = at + 1 < size and kinds[at + 1] & WORD
-        if text[at] == ",":
-            return bool(following and kinds[at - 1] & DIGIT and kinds[at + 1] & DIGIT)
-        return bool(kinds[at] & WORD or (following and text[at] in "._\u00b7"))
-
-    while start < size:
-        stop = start + 1
-        within = 0 < start < size - 1 and kinds[start - 1] & WORD and kinds[start + 1] & WORD
-        if kinds[start] & WORD or (within and text[start] in "'\u2019"):
-            while stop < size and goes_on(stop):
-                stop += 1
-        else:
-            while stop < size and text[stop] == text[start]:
-                stop += 1
-        if not kinds[start] & SPACE:
-            words.append(text[start:stop])
-        start = stop
-    return words
-
-
 def take_our_words() -> None:
     """From here on datatrove's filters split texts as we do."""
     for name, module in list(sys.modules.items()):
         if name.startswith("datatrove.pipeline.filters") and hasattr(module, "split_into_words"):
-            module.split_into_words = lambda text, language=None: words_of(text)  # type: ignore[attr-defined]
+            module.split_into_words = lambda text, language=None: split_tokens(text)  # type: ignore[attr-defined]
 
 
 def main() -> None:
@@ -96,7 +69,7 @@ def main() -> None:
     filters = peer_filters()
     batch = pa.RecordBatch.from_pydict({"text": pa.array(texts, pa.large_string())})
     label = HeuristicsStage().open()
-    label(batch.slice(0, 1))  # Compiles.
+    label(batch.slice(0, 1))  # Imports.
     for keeps in filters.values():
         keeps(texts[0])  # Loads.
 

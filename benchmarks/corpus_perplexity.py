@@ -24,7 +24,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from maxlm.corpus.classifier_report import roc_curve
 from maxlm.corpus.kneser_ney import KneserNeyConfig, estimate_kneser_ney
 from maxlm.corpus.perplexity import PerplexityConfig, open_model, train_perplexity
 from maxlm.corpus.words import WordsConfig, open_lines
@@ -59,25 +58,21 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
     size = corpus.stat().st_size / 1e6
     config = KneserNeyConfig(order=order)
 
-    def ours(name: str = "ours.arpa", binary: bool = False) -> None:
+    def ours() -> None:
         with corpus.open(encoding="utf-8", newline="\n") as sentences:
-            estimate_kneser_ney(sentences, folder / name, config, folder, binary)
+            estimate_kneser_ney(sentences, folder / "ours.arpa", config, folder)
 
     def theirs() -> None:
         command = [lmplz, "-o", order, "-S", "2G", "-T", folder, "--text", corpus]
         command += ["--arpa", folder / "lmplz.arpa"]
         subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
 
-    calls = {
-        "ours": (ours, resource.RUSAGE_SELF),
-        "ours.kenlm": (lambda: ours("ours.kenlm", True), resource.RUSAGE_SELF),
-    }
+    calls = {"ours": (ours, resource.RUSAGE_SELF)}
     if lmplz := shutil.which("lmplz"):
         calls["lmplz"] = (theirs, resource.RUSAGE_CHILDREN)
     else:
         print("(no lmplz on PATH)")
-    ours("ours.kenlm", True)  # Compiles.
-    ours()
+    ours()  # Compiles.
     print(f"{size:.1f} MB of lines, order {order}")
     print(f"{'':12}{'CPU s':>8}{'MB/CPU s':>10}{'wall s':>8}{'held-out perplexity':>22}")
     words = sum(line.count(" ") + 2 for line in test)
@@ -85,7 +80,7 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
         start = time.perf_counter()
         cpu = min(seconds(call, whose)[0] for _ in range(3))
         wall = (time.perf_counter() - start) / 3
-        path = folder / name if "." in name else folder / f"{name}.arpa"
+        path = folder / f"{name}.arpa"
         model = kenlm.Model(str(path), quiet)
         perplexity = 10 ** (-sum(map(model.score, test)) / words)
         print(f"{name:12}{cpu:8.2f}{size / cpu:10.2f}{wall:8.2f}{perplexity:22.5f}")
@@ -108,6 +103,7 @@ def draw(path: Path, scores: dict[str, np.ndarray], cutoffs: tuple[float, float]
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from sklearn.metrics import roc_curve
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5))
     good = scores["good prose"]
@@ -116,7 +112,9 @@ def draw(path: Path, scores: dict[str, np.ndarray], cutoffs: tuple[float, float]
         right.hist(logarithms, 40, histtype="step", density=True, label=name)
         if name != "good prose":
             labels = np.r_[np.ones(len(good)), np.zeros(len(bad))].astype(bool)
-            left.plot(*roc_curve(-np.r_[good, bad], labels), label=f"{name}: {area(good, bad):.4f}")
+            left.plot(
+                *roc_curve(labels, -np.r_[good, bad])[:2], label=f"{name}: {area(good, bad):.4f}"
+            )
     left.set(xlabel="bad documents taken", ylabel="good documents taken", title="ROC and its area")
     right.set(xlabel="log10 perplexity", ylabel="density", title="cutoffs of head and middle")
     for cutoff in cutoffs:

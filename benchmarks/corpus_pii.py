@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from maxlm.corpus.pii import KINDS, Finder, Match
+from maxlm.corpus.pii import KINDS, PiiFinder, PiiMatch
 from maxlm.corpus.stages.pii import PiiStage
 
 REGIONS = {
@@ -165,7 +165,7 @@ def decoy(fake, rng: random.Random) -> str:
     )
 
 
-def document(fakes: dict, rng: random.Random) -> tuple[str, set[Match]]:
+def document(fakes: dict, rng: random.Random) -> tuple[str, set[PiiMatch]]:
     """A text and the personal data in it."""
     locale = rng.choice(list(fakes))
     fake, text, truth = fakes[locale], "", set()
@@ -185,13 +185,13 @@ def document(fakes: dict, rng: random.Random) -> tuple[str, set[Match]]:
             template = template.replace("{name}", fake.name()).replace("{city}", fake.city())
             head, tail = template.split("{}")
             value = make(kind, fake, rng)
-            truth.add(Match(len(text) + len(head), len(text) + len(head) + len(value), kind))  # pyright: ignore[reportArgumentType]
+            truth.add(PiiMatch(len(text) + len(head), len(text) + len(head) + len(value), kind))  # pyright: ignore[reportArgumentType]
             each = head + value + tail
         text += each + rng.choice([" ", "\n"])
     return text, truth
 
 
-def generate(count: int, seed: int) -> list[tuple[str, set[Match]]]:
+def generate(count: int, seed: int) -> list[tuple[str, set[PiiMatch]]]:
     """Documents that depend on the seed only."""
     from faker import Faker
 
@@ -201,7 +201,7 @@ def generate(count: int, seed: int) -> list[tuple[str, set[Match]]]:
     return [document(fakes, rng) for _ in range(count)]
 
 
-def measure(found: list[list[Match]], truths: list[set[Match]]) -> dict[str, Counter]:
+def measure(found: list[list[PiiMatch]], truths: list[set[PiiMatch]]) -> dict[str, Counter]:
     """Per kind: `true` values, `found` ones, `right` finds; `touched` values, `touching` finds."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for matches, truth in zip(found, truths, strict=True):
@@ -216,7 +216,7 @@ def measure(found: list[list[Match]], truths: list[set[Match]]) -> dict[str, Cou
     return counts
 
 
-def touch(a: Match, b: Match) -> bool:
+def touch(a: PiiMatch, b: PiiMatch) -> bool:
     return a.kind == b.kind and a.start < b.end and b.start < a.end
 
 
@@ -267,7 +267,7 @@ def main() -> None:
     made = generate(arguments.documents, arguments.seed)
     texts, truths = [text for text, _ in made], [truth for _, truth in made]
     regions = tuple(sorted(REGIONS.values()))
-    found = [Finder(regions).find(text) for text in texts]
+    found = [PiiFinder(regions).find(text) for text in texts]
     counts = measure(found, truths)
     print(f"{'':8}{'values':>8}{'recall':>8}{'prec.':>8}   touching: recall, precision")
     for name in (*KINDS, "all"):
@@ -297,7 +297,7 @@ def main() -> None:
             size += len(real[-1])
     if real:
         speed("real", real)
-        finder, kinds, shown = Finder(PiiStage().regions), Counter(), Counter()
+        finder, kinds, shown = PiiFinder(PiiStage().regions), Counter(), Counter()
         for text in real:
             for m in finder.find(text):
                 kinds[m.kind] += 1

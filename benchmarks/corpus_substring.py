@@ -32,11 +32,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.characters import character_classes
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.dedup.windows import find_words, get_code_points, hash_windows, join_texts
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stages.substring import SubstringStage
-from maxlm.corpus.textbuffers import pack_texts
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 
@@ -58,11 +56,11 @@ def read_texts(folders: Sequence[Path]) -> list[str]:
     return texts
 
 
-def write_corpus(folder: Path, texts: Sequence[str]) -> list[Shard]:
+def write_corpus(folder: Path, texts: Sequence[str]) -> list[StageShardView]:
     """Shards of about `_SHARD_BYTES`, of row groups of 64 documents."""
     shards = []
     for part in _parts(texts):
-        shards.append(Shard(folder, f"{len(shards):05d}"))
+        shards.append(StageShardView(folder, f"{len(shards):05d}"))
         with ShardWriter(shards[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), 64):
                 rows = [{"id": str(i), "text": t} for i, t in enumerate(part[first : first + 64])]
@@ -82,7 +80,7 @@ def _parts(texts: Sequence[str]) -> Iterator[list[str]]:
         yield part
 
 
-def run(stage: SubstringStage, shards: Sequence[Shard], scratch: Path) -> None:
+def run(stage: SubstringStage, shards: Sequence[StageShardView], scratch: Path) -> None:
     """The stage, as the runner would call it."""
     scratch.mkdir()
     views = [replace(shard, out=stage.title) for shard in shards]
@@ -107,7 +105,7 @@ def memory(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def cut_share(stage: SubstringStage, shards: Sequence[Shard]) -> float:
+def cut_share(stage: SubstringStage, shards: Sequence[StageShardView]) -> float:
     """The share of all characters that are cut."""
     lost = total = 0
     for shard in shards:
@@ -130,11 +128,9 @@ def sorting_seconds(texts: Sequence[str], size: int) -> dict[str, float]:
     sorted_ = time.process_time()
     kasai(data, suffixes)
     ended = time.process_time()
-    offsets, data = pack_texts(encoded)
-    fast = compiled("substring")
+    joined, offsets = join_texts([get_code_points(text) for text in texts])
     hashing = time.process_time()
-    starts, stops, first = fast.find_words(data, offsets, character_classes())
-    hashes, _ = fast.hash_windows(data, starts, stops, first, size)
+    hashes, _ = hash_windows(joined, *find_words(joined, offsets), size)
     np.argsort(hashes, kind="stable")
     return {
         "suffixes": sorted_ - began,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.corpus.cuts import cut
-from maxlm.corpus.opened import Corpus, kept
+from maxlm.corpus.opened import OpenCorpus, mark_kept
 
 COLUMNS = (
     *("id", "text", "exact.duplicate", "exact.of", "near.duplicate", "near.of"),
@@ -21,14 +21,14 @@ COLUMNS = (
 _PII = {"ipv4": "ip", "ipv6": "ip", "credit_card": "card", "us_ssn": "ssn"}
 
 
-def documents(corpus: Corpus) -> dict[str, dict[str, Any]]:
+def documents(corpus: OpenCorpus) -> dict[str, dict[str, Any]]:
     """Every document's labels, by id, and whether it is kept."""
     rules = corpus.rules()
     names = [name for rule in rules.keep.values() for name in rule.names]
     found = {}
     for shard in corpus.shards:
         for table in shard.groups(list(dict.fromkeys([*COLUMNS, *names]))):
-            for row, keep in zip(table.to_pylist(), kept(table, rules), strict=True):
+            for row, keep in zip(table.to_pylist(), mark_kept(table, rules), strict=True):
                 found[row["id"]] = row | {"kept": bool(keep)}
     return found
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("truth", type=Path)
     given = parser.parse_args()
-    corpus = Corpus.open(given.corpus)
+    corpus = OpenCorpus.open(given.corpus)
     rows = documents(corpus)
     truth = defaultdict(list)
     for line in given.truth.read_text().splitlines():

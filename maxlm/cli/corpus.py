@@ -36,14 +36,14 @@ def run(
     from maxlm.data.documents.formats import check_format_packages
 
     check_format_packages("corpus", recipe)
-    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.opened import OpenCorpus
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
     from maxlm.runtime.progress import show_progress
 
     with show_progress("parts") as progress:
         folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
-    _print_funnel(Corpus.open(folder), None, None)
+    _print_funnel(OpenCorpus.open(folder), None, None)
 
 
 @app.command()
@@ -65,9 +65,9 @@ def report(
     from maxlm.data.documents.formats import check_format_packages
 
     check_format_packages("corpus", str(corpus))
-    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.opened import OpenCorpus
 
-    opened = Corpus.open(corpus)
+    opened = OpenCorpus.open(corpus)
     rules = dict(opened.recipe.keep) | _named(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
 
@@ -89,11 +89,11 @@ def export(
 
     check_format_packages("corpus", str(corpus))
     from maxlm.corpus.export import export_corpus
-    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.opened import OpenCorpus
     from maxlm.runtime.executor import open_executor
     from maxlm.runtime.progress import show_progress
 
-    opened = Corpus.open(corpus)
+    opened = OpenCorpus.open(corpus)
     rules = opened.rules(dict(opened.recipe.keep) | _named(keep or []))
     engines = open_executor(opened.recipe.engine, opened.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
@@ -129,7 +129,7 @@ def _print_funnel(
     from rich.table import Table
 
     from maxlm.corpus.report import count_lost, summarize, write_report
-    from maxlm.corpus.report.page import funnel
+    from maxlm.corpus.report.page import compute_funnel
     from maxlm.corpus.shards import DOCUMENTS
     from maxlm.runtime.executor import open_executor
     from maxlm.runtime.progress import show_progress
@@ -140,7 +140,7 @@ def _print_funnel(
         summary = summarize(corpus, rules, engine, tokenizer, progress)
         lost = count_lost(corpus, rules, engine, progress)
     sources = sorted({source for _, source in summary.documents})
-    rows = funnel(rules, summary, sources)
+    rows = compute_funnel(rules, summary, sources)
     if page is not None:
         write_report(corpus, rules, summary, page, str(lost))
     if as_json:
@@ -211,15 +211,16 @@ def train_quality(
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load_config
-    from maxlm.corpus import classifier
-    from maxlm.data.documents import SourceConfig
+    from maxlm.corpus.classifier import ClassifierConfig, train_classifier
+    from maxlm.data.documents import SourceConfig, read_documents
 
-    training = classifier.ClassifierTraining(
-        positive=SourceConfig(documents=tuple(positive), on_bad_bytes="replace"),
-        negative=SourceConfig(documents=tuple(negative), on_bad_bytes="replace"),
-        model=load_config(classifier.ClassifierConfig, None, settings or ()).value,
+    config = load_config(ClassifierConfig, None, settings or ()).value
+    good, bad = (
+        SourceConfig(documents=tuple(paths), on_bad_bytes="replace")
+        for paths in (positive, negative)
     )
-    model, report = classifier.train_from_sources(training)
+    texts = ((document.text for document in read_documents(source)) for source in (good, bad))
+    model, report = train_classifier(*texts, config)
     model.save(out)
     typer.echo(report)
     typer.echo(f"the model: {out}")
@@ -252,10 +253,10 @@ def _show_labels(corpus: Path, document: str) -> None:
     from maxlm.data.documents.formats import check_format_packages
 
     check_format_packages("corpus", str(corpus))
-    from maxlm.corpus.opened import Corpus
+    from maxlm.corpus.opened import OpenCorpus
     from maxlm.corpus.reader import find_document
 
-    opened = Corpus.open(corpus, unfinished=True)
+    opened = OpenCorpus.open(corpus, unfinished=True)
     found, kept = find_document(opened, document)
     text = found.pop("text")
     for name, value in found.items():

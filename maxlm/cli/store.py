@@ -79,11 +79,11 @@ def _print_lost(source: Any) -> None:
     for root in roots:
         if find_folder_format(root) != "corpus":
             continue
-        from maxlm.corpus.opened import Corpus
+        from maxlm.corpus.opened import OpenCorpus
         from maxlm.corpus.report import count_lost
         from maxlm.runtime.executor import open_executor
 
-        corpus = Corpus.open(root)
+        corpus = OpenCorpus.open(root)
         with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
             typer.echo(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
 

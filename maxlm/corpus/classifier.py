@@ -1,40 +1,35 @@
-"""A linear classifier of texts: logistic regression on hashed words and pairs of words.
+"""A linear classifier of texts: scikit-learn's logistic regression on hashed words and n-grams.
 
-The model class of fastText (arXiv 1607.01759) without the embedding in between: a text's score is
-the mean of a weight for each of its words and n-grams of words. Trained here by AdaGrad; the score
-is calibrated to a probability (Platt) on documents that training did not see, and measured on
-others that neither saw.
+The score is calibrated to a probability (Platt) on documents that training did not see, and
+measured on others that neither saw.
 """
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.characters import character_classes, lower_case
-from maxlm.corpus.classifier_report import Report, sigmoid, suggest_threshold
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.textbuffers import pack_texts
-from maxlm.data.documents.config import SourceConfig
+from maxlm.corpus.words import WORD_PATTERN
 from maxlm.data.documents.heldout import is_heldout
-from maxlm.data.documents.reader import read_documents
 from maxlm.runtime.files import replacing, writing
 
-_BATCH = 1024
 TRAIN = "maxlm corpus train-quality"
 """The command that makes a model."""
+_BATCH = 1024
+_LONGEST = 1 << 20  # Characters of a text that are looked at.
 
 
 class ClassifierConfig(Config):
-    """What a classifier looks at and how it is trained."""
+    """The features of a classifier, and how its examples are used."""
 
     buckets: int = Field(default=20, ge=8, le=30)
     """Weights, as a power of two: words and n-grams share them by hash. 20 are 4 MB."""
@@ -43,30 +38,53 @@ class ClassifierConfig(Config):
     char_ngrams: int = Field(default=0, ge=0, le=8)
     """Also n-grams of so many characters within what lies between spaces; 0: none. For short texts
     and languages with many word forms; about three times as slow."""
-    epochs: int = Field(default=5, ge=1)
-    """Passes over the documents."""
-    learning_rate: float = Field(default=0.5, gt=0)
-    """AdaGrad's."""
     heldout: float = Field(default=0.2, gt=0, lt=1)
     """Share of the documents held out, by a hash of the text: one half to calibrate and find the
     threshold, the other to measure."""
     target: Literal["precision", "recall"] = "precision"
-    """What the suggested threshold is to reach, with as much as can be of the other."""
+    """The measure that the suggested threshold shall reach, with as much as can be of the other."""
     target_value: float = Field(default=0.9, gt=0, le=1)
     """How much of it."""
-    seed: int = 0
-    """Seed of the order in which documents are trained on."""
 
 
-class ClassifierTraining(Config):
-    """A classifier and its examples."""
+@dataclass(frozen=True)
+class ClassifierReport:
+    """How good a classifier is on documents that neither training nor calibration saw."""
 
-    positive: SourceConfig
-    """Documents as they should be: a score near 1."""
-    negative: SourceConfig
-    """Documents as they should not be: a score near 0."""
-    model: ClassifierConfig = ClassifierConfig()
-    """What it looks at and how it is trained."""
+    trained: tuple[int, int]
+    """Documents it was trained on: positive, negative."""
+    measured: tuple[int, int]
+    conflicts: int
+    """Documents left out because they are among both."""
+    roc_auc: float
+    """The chance that a positive document scores above a negative one, ties half."""
+    brier: float
+    """Mean squared error of the probabilities."""
+    threshold: float
+    """The suggested one, found on the calibration documents."""
+    reached: bool
+    """Whether it reaches its target there."""
+    target: str
+    """The target, in words."""
+    precision: float
+    """At the threshold."""
+    recall: float
+    """At the threshold."""
+
+    def __str__(self) -> str:
+        missed = "" if self.reached else " (NOT reached on the calibration documents)"
+        lines = [
+            "trained on   {} positive, {} negative documents".format(*self.trained),
+            "measured on  {} positive, {} negative, held out".format(*self.measured),
+            f"ROC AUC      {self.roc_auc:.4f}",
+            f"Brier        {self.brier:.4f}",
+            f"threshold    {self.threshold:.3f}, for {self.target}{missed}",
+            f"  precision  {self.precision:.4f}",
+            f"  recall     {self.recall:.4f}",
+        ]
+        if self.conflicts:
+            lines.insert(2, f"left out     {self.conflicts} that are among both")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -75,37 +93,31 @@ class Classifier:
 
     settings: ClassifierConfig
     weights: np.ndarray
-    """One for each bucket: float32 [2**buckets]."""
+    """One for each bucket: float32 [2**buckets], twice as many with `char_ngrams`."""
     scale: float
     offset: float
-    """The probability is sigmoid(scale * mean weight + offset)."""
+    """The probability is sigmoid(scale * features @ weights + offset)."""
     threshold: float
     """The suggested one."""
 
-    def predict(self, offsets: np.ndarray, data: np.ndarray) -> np.ndarray:
-        """The probability of each text to be a positive one; not a number without any words.
+    def predict(self, texts: Sequence[str]) -> np.ndarray:
+        """Predicts the probability of each text to be a positive one.
 
-        Args:
-            offsets, data: as from `text_buffers`. Of a text the first MiB is looked at.
+        Of a text the first 2^20 characters are looked at.
 
         Returns:
-            float64 [texts].
+            float64 [texts]; not a number for a text without words.
         """
-        tables = character_classes(), lower_case()
-        ngrams = self.settings.word_ngrams, self.settings.char_ngrams
-        means = compiled("classifier").mean_weights(offsets, data, *tables, *ngrams, self.weights)
-        return sigmoid(self.scale * means + self.offset)
+        features = _make_features(texts, self.settings)
+        scores = self.scale * (features @ self.weights.astype(np.float64)) + self.offset
+        return np.where(np.diff(features.indptr) > 0, _sigmoid(scores), np.nan)
 
     def save(self, path: Path) -> None:
-        """Write a .safetensors file: the weights, and all else as JSON in its metadata.
+        """Writes a .safetensors file: the weights, and all else as JSON in its metadata.
 
         Raises:
-            MaxlmError: it cannot be written; safetensors is missing.
+            MaxlmError: it cannot be written.
         """
-        _require_safetensors(str(path))
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
         numbers = {"scale": self.scale, "offset": self.offset, "threshold": self.threshold}
         metadata = {"settings": self.settings.model_dump_json(), "numbers": json.dumps(numbers)}
         with writing(path):
@@ -117,24 +129,15 @@ class Classifier:
                 raise OSError(str(error)) from error
 
 
-def _require_safetensors(where: str | None) -> None:
-    if importlib.util.find_spec("safetensors") is None:
-        what = "classifiers are files of safetensors, which is not installed"
-        raise MaxlmError(what, where=where, fix="pip install 'maxlm[corpus]'")
-
-
 def load_classifier(path: Path, where: str | None = None) -> Classifier:
-    """Read what `Classifier.save` wrote.
+    """Reads a file that `Classifier.save` wrote.
 
     Args:
         where: the config key it comes from, for errors.
 
     Raises:
-        MaxlmError: there is no such file, or it is not a classifier's; safetensors is missing.
+        MaxlmError: there is no such file, or it is not a classifier's.
     """
-    _require_safetensors(where)
-    from safetensors import SafetensorError, safe_open
-
     fix = f"train one: {TRAIN} (see its --help)"
     if not path.is_file():
         raise MaxlmError(f"there is no classifier {path}", where=where, fix=fix)
@@ -143,145 +146,127 @@ def load_classifier(path: Path, where: str | None = None) -> Classifier:
             metadata = file.metadata()
             settings = ClassifierConfig.model_validate_json(metadata["settings"])
             weights = file.get_tensor("weights")
-            if weights.shape != (1 << settings.buckets,) or weights.dtype != np.float32:
+            size = (1 << settings.buckets) * (2 if settings.char_ngrams else 1)
+            if weights.shape != (size,) or weights.dtype != np.float32:
                 raise ValueError(f"weights {weights.dtype}{weights.shape}")
             return Classifier(settings, weights, **json.loads(metadata["numbers"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MaxlmError(f"{path} holds no classifier ({error})", where=where, fix=fix) from error
 
 
-def train_from_sources(training: ClassifierTraining) -> tuple[Classifier, Report]:
-    """`train_classifier` on documents from files.
-
-    Raises:
-        MaxlmError: see `read_documents` and `train_classifier`.
-    """
-    positive = (document.text for document in read_documents(training.positive))
-    negative = (document.text for document in read_documents(training.negative))
-    return train_classifier(positive, negative, training.model)
-
-
 def train_classifier(
     positive: Iterable[bytes], negative: Iterable[bytes], settings: ClassifierConfig
-) -> tuple[Classifier, Report]:
-    """Train, calibrate and measure a classifier.
+) -> tuple[Classifier, ClassifierReport]:
+    """Trains, calibrates and measures a classifier.
 
-    Memory is about 3 bytes for each byte of text. A text that comes several times counts as often,
-    all on the same side of the split; one that is among both is left out.
+    Memory is about three times the text. A text that comes several times counts as often, all on
+    the same side of the split; one that is among both kinds is left out. Both kinds weigh the same
+    in training, whatever their numbers; calibration undoes it.
 
     Args:
         positive, negative: texts in UTF-8.
 
     Raises:
-        MaxlmError: too few documents of one kind in one of the three parts.
+        MaxlmError: too few documents of one kind in one of the three parts; no scikit-learn.
     """
-    fast = compiled("classifier")
+    rows, kinds, parts, digests = [], [], [], []
+    for kind, texts in ((True, iter(positive)), (False, iter(negative))):
+        while batch := list(islice(texts, _BATCH)):
+            decoded = [text.decode("utf-8", "replace") for text in batch]
+            rows.append(_make_features(decoded, settings))
+            kinds += [kind] * len(batch)
+            parts += [_choose_part(text, settings.heldout) for text in batch]
+            digests += [hashlib.sha256(text).digest()[:8] for text in batch]
+    labels, parts, ids = np.array(kinds, bool), np.array(parts, object), np.array(digests, "S8")
+    both = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
+    parts[both] = ""
+    _check_parts(parts, labels, settings)
 
-    examples, conflicts = _examples(positive, negative, settings)
-    _check_parts(examples, settings)
-    parts, labels = examples.parts, examples.labels
-    weights = np.zeros(1 << settings.buckets, np.float32)
-    squares, bias = np.zeros_like(weights), np.zeros(2)
-    train = np.flatnonzero(parts == "train")
-    generator = np.random.default_rng(settings.seed)
-    # Both kinds weigh the same in training, whatever their numbers; calibration undoes it.
-    rarity = 0.5 / np.array([np.mean(~labels[train]), np.mean(labels[train])])
-    for _ in range(settings.epochs):
-        order = generator.permutation(train)
-        fast.train_epoch(
-            order, examples.ends, examples.features, labels, rarity, weights, squares, bias,
-            settings.learning_rate,
-        )  # fmt: skip
-    means = fast.mean_of(examples.ends, examples.features, weights)
-    middle, last = parts == "calibrate", parts == "measure"
-    scale, offset = _platt(means[middle], labels[middle])
-    scores = sigmoid(scale * means + offset)
-    threshold, reached = suggest_threshold(
+    from scipy.sparse import vstack
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import brier_score_loss, precision_score, recall_score, roc_auc_score
+
+    features: Any = vstack(rows, format="csr")
+    train, middle, last = (parts == part for part in ("train", "calibrate", "measure"))
+    model = LogisticRegression(class_weight="balanced", C=10, max_iter=1000)
+    weights = model.fit(features[train], labels[train]).coef_[0].astype(np.float32)
+    scores = features @ weights.astype(np.float64)
+    platt = LogisticRegression(C=100).fit(scores[middle, None], labels[middle])
+    scale, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    scores = _sigmoid(scale * scores + offset)
+    threshold, reached = choose_threshold(
         scores[middle], labels[middle], settings.target, settings.target_value
     )
-    model = Classifier(settings, weights, scale, offset, threshold)
-    trained = int(labels[train].sum()), int((~labels[train]).sum())
-    target = f"{settings.target} {settings.target_value:g}"
-    return model, Report(trained, conflicts, scores[last], labels[last], threshold, reached, target)
+    truth, taken = labels[last], scores[last] >= threshold
+    report = ClassifierReport(
+        trained=(int(labels[train].sum()), int((~labels[train]).sum())),
+        measured=(int(truth.sum()), int((~truth).sum())),
+        conflicts=int(both.sum()),
+        roc_auc=float(roc_auc_score(truth, scores[last])),
+        brier=float(brier_score_loss(truth, scores[last])),
+        threshold=threshold,
+        reached=reached,
+        target=f"{settings.target} {settings.target_value:g}",
+        precision=float(precision_score(truth, taken, zero_division=1.0)),  # pyright: ignore
+        recall=float(recall_score(truth, taken)),
+    )
+    return Classifier(settings, weights, scale, offset, threshold), report
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """The features of all documents, document by document."""
+def choose_threshold(
+    scores: np.ndarray, labels: np.ndarray, target: str, value: float
+) -> tuple[float, bool]:
+    """Finds the threshold that reaches a precision or recall and has most of the other.
 
-    features: np.ndarray
-    """Buckets: int32."""
-    ends: np.ndarray
-    """Where each document's begin in `features`: int64 [documents + 1]."""
-    labels: np.ndarray
-    """Which documents are positive: bool."""
-    parts: np.ndarray
-    """What each is for: "train", "calibrate" or "measure"; "" for none."""
+    Returns:
+        The threshold, one of the scores; whether it reaches `value`, or only comes closest.
+    """
+    from sklearn.metrics import precision_recall_curve
 
-
-def _examples(
-    positive: Iterable[bytes], negative: Iterable[bytes], settings: ClassifierConfig
-) -> tuple[_Examples, int]:
-    """The documents' features; how many are among both kinds and left out."""
-    tables = character_classes(), lower_case()
-    shape = settings.word_ngrams, settings.char_ngrams, settings.buckets
-    features, sizes, labels, parts, digests = [], [], [], [], []
-    for label, texts in ((True, positive), (False, negative)):
-        texts = iter(texts)
-        while batch := list(islice(texts, _BATCH)):
-            ends, found = compiled("classifier").features_of(*pack_texts(batch), *tables, *shape)
-            features.append(found)
-            sizes.append(np.diff(ends))
-            labels += [label] * len(batch)
-            parts += [_part(text, settings.heldout) for text in batch]
-            digests += [hashlib.sha256(text).digest()[:8] for text in batch]
-    kinds, ids = np.array(labels, np.bool_), np.array(digests, "S8").view(np.uint64)
-    both = np.isin(ids, np.intersect1d(ids[kinds], ids[~kinds]))
-    ends = np.cumsum(np.concatenate([[0], *sizes]), dtype=np.int64)
-    parts = np.where(both, "", np.array(parts, dtype=object))
-    found = np.concatenate([np.zeros(0, np.int32), *features])
-    return _Examples(found, ends, kinds, parts), int(both.sum())
+    precision, recall, thresholds = precision_recall_curve(labels, scores)
+    reaches, other = (precision, recall) if target == "precision" else (recall, precision)
+    reaches, other = reaches[:-1], other[:-1]  # The last point has no threshold.
+    reached = reaches >= value
+    if not reached.any():
+        return float(thresholds[np.argmax(reaches)]), False
+    best = np.lexsort((reaches, np.where(reached, other, -1)))[-1]
+    return float(thresholds[best]), True
 
 
-def _part(text: bytes, heldout: float) -> str:
+def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
+    """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm 1."""
+    try:
+        from scipy.sparse import hstack
+        from sklearn.feature_extraction.text import HashingVectorizer
+    except ImportError as error:
+        what = "the quality classifier needs scikit-learn, which is not installed"
+        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    size, longest = 1 << settings.buckets, settings.word_ngrams
+    texts = [text[:_LONGEST] for text in texts]
+    words = HashingVectorizer(n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN)
+    found = words.transform(texts)
+    if not settings.char_ngrams:
+        return found
+    ngram_range = (settings.char_ngrams, settings.char_ngrams)
+    characters = HashingVectorizer(n_features=size, ngram_range=ngram_range, analyzer="char_wb")
+    return hstack([found, characters.transform(texts)], format="csr")
+
+
+def _sigmoid(values: np.ndarray) -> np.ndarray:
+    """Computes 1 / (1 + exp(-values)) without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * values))
+
+
+def _choose_part(text: bytes, heldout: float) -> str:
     if is_heldout(text, heldout / 2):
         return "measure"
     return "calibrate" if is_heldout(text, heldout) else "train"
 
 
-def _check_parts(examples: _Examples, settings: ClassifierConfig) -> None:
-    for kind, chosen in (("positive", examples.labels), ("negative", ~examples.labels)):
+def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig) -> None:
+    for kind, chosen in (("positive", labels), ("negative", ~labels)):
         for part in ("train", "calibrate", "measure"):
-            if not np.any(chosen & (examples.parts == part)):
+            if not np.any(chosen & (parts == part)):
                 what = f"{chosen.sum()} {kind} documents: none of them falls to the part to {part}"
                 fix = f"give more documents, or raise heldout (it is {settings.heldout:g})"
                 raise MaxlmError(what, fix=fix)
-
-
-def _platt(means: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Scale and offset of the probability: Platt's fit by Newton's method.
-
-    Targets a little inside of 0 and 1, and the steps halved while the loss does not fall, are after
-    Lin, Lin and Weng, "A note on Platt's probabilistic outputs" (2007).
-    """
-    spread = means.std() or 1.0
-    x = np.stack([means / spread, np.ones(len(means))], 1)
-    positive = labels.sum()
-    negative = len(labels) - positive
-    target = np.where(labels, (positive + 1) / (positive + 2), 1 / (negative + 2))
-
-    def loss(beta: np.ndarray) -> float:
-        z = x @ beta
-        return float(np.sum(np.logaddexp(0, z) - target * z))
-
-    beta = np.array([0.0, np.log((positive + 1) / (negative + 1))])
-    for _ in range(100):
-        p = sigmoid(x @ beta)
-        hessian = (x.T * (p * (1 - p))) @ x + 1e-12 * np.eye(2)
-        step = np.linalg.solve(hessian, x.T @ (p - target))
-        while loss(beta - step) > loss(beta) and np.abs(step).max() > 1e-9:
-            step /= 2
-        beta = beta - step
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(beta[0] / spread), float(beta[1])

@@ -33,8 +33,6 @@ _SNIFF = 1024
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _MOST_FALSE_STARTS = 256  # Else a file made of nothing but magic numbers would take for ever.
 _BOMB = 1 << 30  # So long a record is not even decompressed.
-_MOST_MEMBER = 1 << 26
-_CHUNK = 1 << 11  # Little, since all that a damaged chunk holds is lost.
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
                 count("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                for record in _read_warc(file, view, path.name, count, max_bytes):
+                for record in _read_records(file, view, path.name, count, max_bytes):
                     try:
                         yield _document(record, max_bytes)
                     except _PassOver as why:
@@ -101,55 +99,47 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
 
 
-def _read_warc(
+def _read_records(
     file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
 ) -> Iterator[_Record]:
-    """The complete records. Starts again at the next possible place when one is broken."""
+    """Yields the records; starts again at the next possible place when one is broken."""
     try:
         from fastwarc.warc import ArchiveIterator
     except ImportError as error:
         what = "reading a WARC needs fastwarc, which is not installed"
         raise MaxlmError(what, where=name, fix="pip install 'maxlm[corpus]'") from error
 
-    mark = _mark(view, name)
-    start, false_starts, counted = 0, 0, False
+    mark = _find_mark(view, name)
+    start, false_starts, is_counted = 0, 0, False
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)
         false_starts += 1
-        held = None  # Complete for sure when a record follows.
         try:
             # HTTP is left alone: its codings' errors would end the iteration.
             for record in ArchiveIterator(file, parse_http=False):
-                if held:
-                    yield held
-                held, false_starts, start = None, 0, record.stream_pos
+                false_starts, start = 0, record.stream_pos
                 try:
-                    held, counted = _warc_record(record, name, max_bytes), False
+                    yield _convert_record(record, name, max_bytes)
+                    is_counted = False
                 except _PassOver as why:
                     count(str(why))
-                    counted = str(why) == "broken"
-                    if counted or record.content_length > _BOMB:
+                    is_counted = str(why) == "broken"
+                    if is_counted or record.content_length > _BOMB:
                         break
             else:
-                if held:
-                    yield held
                 if not false_starts:
                     return
-                if not counted:
-                    count("broken")
-                counted = True
+                raise OSError("no record here")
         except OSError:
-            if held and _ends_with(view, start, held.block + b"\r\n\r\n"):
-                yield held
-            if not counted:
+            if not is_counted:
                 count("broken")
-            counted = True
+            is_counted = True
         start = view.find(mark, start + 1)
         start += mark == _LINE_START and start >= 0
 
 
-def _mark(view: mmap.mmap, name: str) -> bytes:
-    """What a record begins with; by the name where the very first is damaged."""
+def _find_mark(view: mmap.mmap, name: str) -> bytes:
+    """Returns the bytes that a record begins with; by the name where the first is damaged."""
     marks = {".gz": _GZIP, ".zst": _ZSTD}
     for mark in marks.values():
         if view[:4].startswith(mark):
@@ -157,18 +147,8 @@ def _mark(view: mmap.mmap, name: str) -> bytes:
     return _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
 
 
-def _ends_with(view: mmap.mmap, start: int, end: bytes) -> bool:
-    """Whether the record at `start` ends so, and is undamaged if it is a gzip member."""
-    if view[start : start + 3] == _GZIP:
-        member, _, sound = _inflate(view, start)
-        return sound and member.endswith(end)
-    if view[start : start + 4] == _ZSTD:
-        return True
-    return view.find(end, start, start + len(end) + _SNIFF * 64) >= 0
-
-
-def _warc_record(record: Any, name: str, max_bytes: int) -> _Record:
-    """What fastwarc has found.
+def _convert_record(record: Any, name: str, max_bytes: int) -> _Record:
+    """Converts a record of fastwarc's.
 
     Raises:
         _PassOver: a type that is never a document; the block is too long, or not all there.
@@ -194,20 +174,6 @@ def _warc_record(record: Any, name: str, max_bytes: int) -> _Record:
         headers.get("Content-Type") or "",
         block,
     )
-
-
-def _inflate(view: mmap.mmap, start: int) -> tuple[bytes, int, bool]:
-    """What the gzip member at `start` holds, where that ends, and whether it is sound so far."""
-    inflate, parts, size, end = zlib.decompressobj(31), [], 0, start
-    try:
-        while not inflate.eof and end < len(view) and size < _MOST_MEMBER:
-            chunk = view[end : end + _CHUNK]
-            end += len(chunk)
-            parts.append(inflate.decompress(chunk))
-            size += len(parts[-1])
-    except zlib.error:
-        return b"".join(parts), end, False
-    return b"".join(parts), end - len(inflate.unused_data), inflate.eof
 
 
 def _document(record: _Record, max_bytes: int) -> RawDocument:

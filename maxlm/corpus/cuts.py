@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from maxlm.corpus.characters import ALONE, character_classes
+from maxlm.corpus.characters import ALONE, get_character_classes
 
 CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 """The type of a label that holds spans of a text, in characters."""
@@ -53,7 +53,7 @@ def _gaps(text: str, spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _joint(text: str, start: int, end: int) -> str:
-    """What stands for text[start:end], which white space neither precedes nor follows."""
+    """Joins what is around text[start:end], which white space neither precedes nor follows."""
     gap = text[start:end]
     breaks = _SPACE.findall(gap)
     if end == len(text):
@@ -72,4 +72,4 @@ def _joint(text: str, start: int, end: int) -> str:
 
 def _spaced(character: str) -> bool:
     """Whether it is of a word in a script with spaces between words."""
-    return character.isalnum() and not character_classes()[ord(character)] & ALONE
+    return character.isalnum() and not get_character_classes()[ord(character)] & ALONE

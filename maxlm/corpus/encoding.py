@@ -76,6 +76,6 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "ignore").translate(None, _CONTROLS).decode()
 
 
-def num_controls(data: bytes) -> int:
+def count_controls(data: bytes) -> int:
     """How many bytes are ASCII controls other than tabs and line ends."""
     return len(data) - len(data.translate(None, _CONTROLS))

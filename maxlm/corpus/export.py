@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import Corpus, read_kept
+from maxlm.corpus.opened import OpenCorpus, read_kept
 from maxlm.corpus.recipe import Rules
-from maxlm.corpus.report.summary import language_label
+from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import settle_duplicates
-from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import locked_folder, writing
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -36,7 +36,7 @@ _TYPES = {"text": pa.large_string()}
 
 @dataclass(frozen=True)
 class _Job:
-    shards: tuple[Shard, ...]
+    shards: tuple[StageShardView, ...]
     rules: Rules
     columns: tuple[str, ...]
     path: Path
@@ -45,7 +45,7 @@ class _Job:
 
 
 def export_corpus(
-    corpus: Corpus,
+    corpus: OpenCorpus,
     rules: Rules,
     out: Path,
     format: ExportFormat,
@@ -72,7 +72,7 @@ def export_corpus(
     """
     out = out.absolute()
     _check_replaceable(out, force)
-    language = language_label(corpus)
+    language = find_language_label(corpus)
     columns = ("id", "source", "url", "meta", *([language] if language else []))
     building = out.with_name(f".{out.name}.exporting")
     new, old = building / "new", building / "old"

@@ -116,7 +116,7 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
         names = expression.names
         for name in names:
             if name not in labels:
-                raise no_label(name, labels, where)
+                raise make_unknown_label_error(name, labels, where)
         empty = pa.Table.from_arrays([pa.nulls(1, labels[n]) for n in names], list(names))
         value = _evaluate(tree, empty if names else pa.table({"": pa.nulls(1)}))
         _ = expression.thresholds
@@ -150,7 +150,9 @@ def _too_deep(text: str, where: str) -> MaxlmError:
     return MaxlmError(what, where=where, fix="make it several rules")
 
 
-def no_label(name: str, labels: Mapping[str, pa.DataType], where: str) -> MaxlmError:
+def make_unknown_label_error(
+    name: str, labels: Mapping[str, pa.DataType], where: str
+) -> MaxlmError:
     """The error for a label that does not exist; names near ones."""
     near = get_close_matches(name, labels, n=3, cutoff=0.5)
     if not near:

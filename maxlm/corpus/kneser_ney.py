@@ -10,29 +10,32 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.arpa_file import ArpaFile
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.kenlm_file import KenlmFile
 from maxlm.corpus.ngram_counts import (
-    Counts,
-    Table,
-    Tokens,
+    BEGIN,
+    NgramCounts,
+    RowFile,
+    TokenFile,
     count_ngrams,
+    load_ngram_loops,
+    mark_key_starts,
     read_tokens,
     sort_runs,
 )
-from maxlm.runtime.files import replacing
+from maxlm.runtime.files import replacing, writing
 
+_PRUNED = np.uint64(1 << 63)  # As in `ngram_loops`.
+_LINES = 1 << 12  # Of an ARPA file, made at a time.
 _ROW_BYTES = 24
 
 
 class KneserNeyConfig(Config):
-    """How to estimate an n-gram model."""
+    """Settings of an n-gram model's estimation."""
 
     order: int = Field(default=5, ge=1, le=6)
     """Words in the longest n-grams."""
@@ -70,7 +73,7 @@ class KneserNeyConfig(Config):
 
 @dataclass(frozen=True)
 class KneserNeyReport:
-    """What a model was made of."""
+    """The contents of an estimated model."""
 
     tokens: int
     """Words and sentence ends."""
@@ -81,13 +84,9 @@ class KneserNeyReport:
 
 
 def estimate_kneser_ney(
-    sentences: Iterable[str],
-    path: Path,
-    config: KneserNeyConfig,
-    scratch: Path | None = None,
-    binary: bool = False,
+    sentences: Iterable[str], path: Path, config: KneserNeyConfig, scratch: Path | None = None
 ) -> KneserNeyReport:
-    """Estimate a model and write it to a file, which appears when complete.
+    """Estimates a model and writes it to an ARPA file, which appears when complete.
 
     N-grams are written in suffix order. Only the words (about 150 bytes each) grow in memory with
     the text; on disk about 100 bytes for each n-gram of each order are needed besides the model.
@@ -95,7 +94,6 @@ def estimate_kneser_ney(
     Args:
         sentences: their words separated by white space.
         scratch: where to make a folder for the time being; None: the system's.
-        binary: write KenLM's own format, which opens at once, in place of ARPA.
 
     Raises:
         MaxlmError: there are no words, too many different ones for the order, the discounts cannot
@@ -108,18 +106,15 @@ def estimate_kneser_ney(
             raise MaxlmError("there are no words to estimate an n-gram model from")
         counts = count_ngrams(tokens, config.thresholds, folder, config.block)
         discounts = [
-            _discounts(order, n, config.discount_fallback)
+            _estimate_discounts(order, n, config.discount_fallback)
             for order, n in enumerate(counts.with_count.tolist(), 1)
         ]
         smoothed = [
             _smooth(table, k * tokens.bits, discounts[k], folder / f"smooth-{k}", config.block)
             for k, table in enumerate(counts.tables)
         ]
-        with replacing(path) as new:
-            form = KenlmFile if binary else ArpaFile
-            file = form(new, tokens.words, tokens.bits, counts.kept.tolist())
+        with writing(path), replacing(path) as new, new.open("wb") as file:
             _interpolate(file, tokens, counts, smoothed, folder, config.block)
-            file.close()
         return KneserNeyReport(
             len(tokens.ids()),
             tuple(counts.kept.tolist()),
@@ -127,8 +122,10 @@ def estimate_kneser_ney(
         )
 
 
-def _discounts(order: int, n: list[int], fallback: tuple[float, ...] | None) -> list[float]:
-    """Discounts of the counts 0, 1, 2, 3+ from the numbers `n` of n-grams by adjusted count.
+def _estimate_discounts(
+    order: int, n: list[int], fallback: tuple[float, ...] | None
+) -> list[float]:
+    """Estimates the discounts of the counts 0, 1, 2, 3+ from numbers of n-grams by adjusted count.
 
     Chen and Goodman 1999, equation 26.
     """
@@ -150,77 +147,121 @@ def _discounts(order: int, n: list[int], fallback: tuple[float, ...] | None) -> 
 class _Smoothed:
     """One order's n-grams before interpolation."""
 
-    values: Table
+    values: RowFile
     """float64, row by row with the counts: discounted probability, weight of the lower order."""
-    gammas: Table
+    gammas: RowFile
     """(key of a context, that weight as float64) in suffix order: the contexts' backoffs."""
 
 
 def _smooth(
-    table: Table, context_bits: int, discounts: list[float], path: Path, block: int
+    table: RowFile, context_bits: int, discounts: list[float], path: Path, block: int
 ) -> _Smoothed:
-    """Discount the n-grams of one order, which takes a sort by contexts and one back."""
-    fast = compiled("ngrams")
-
-    grams = table.rows()
-    gammas = Table(path.with_name(f"{path.name}-gammas"), 3)
-    values = Table(path.with_name(f"{path.name}-values"), 2)
+    """Discounts the n-grams of one order, which takes a sort by contexts and one back."""
+    grams = table.open()
+    gammas = RowFile(path.with_name(f"{path.name}-gammas"), 3)
+    values = RowFile(path.with_name(f"{path.name}-values"), 2)
+    high_mask = np.uint64((1 << max(0, context_bits - 64)) - 1)
+    low_mask = np.uint64((1 << min(64, context_bits)) - 1)
 
     def by_context() -> Iterator[np.ndarray]:
+        """Yields rows (key of the context, index, count)."""
         for first in range(0, len(grams), block):
             part = grams[first : first + block]
-            rows = np.empty((len(part), 4), np.uint64)
-            fast.context_rows(part, first, context_bits, rows)
-            yield rows
+            index = np.arange(first, first + len(part), dtype=np.uint64)
+            keys = part[:, 0] & high_mask, part[:, 1] & low_mask
+            yield np.stack([*keys, index, part[:, 2]], 1)
 
     def by_index() -> Iterator[np.ndarray]:
-        for rows in sort_runs(by_context(), context_bits, path, block):
-            contexts = np.empty((len(rows), 3), np.uint64)
-            amounts = np.array(discounts)
-            number = fast.discounted(
-                rows, rows.view(np.float64), amounts, contexts, contexts.view(np.float64)
-            )
-            gammas.append(contexts[:number])
-            yield rows
+        """Yields rows (0, index, discounted probability, weight of the lower order)."""
+        for rows in sort_runs(by_context(), path, block):
+            contexts, smoothed = _discount(rows, np.array(discounts))
+            gammas.append(contexts)
+            yield smoothed
 
-    index_bits = len(grams).bit_length()
-    for rows in sort_runs(by_index(), index_bits, path.with_name(f"{path.name}-back"), block):
+    for rows in sort_runs(by_index(), path.with_name(f"{path.name}-back"), block):
         values.append(rows[:, 2:])
     return _Smoothed(values, gammas)
 
 
+def _discount(rows: np.ndarray, discounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Computes discounted probabilities and interpolation weights (Heafield 2013, equations 1-3).
+
+    With pruning, the mass of what is left out goes to the lower order.
+
+    Args:
+        rows: (key of the context, index, adjusted count), sorted by context.
+        discounts: float64 [4] of the adjusted counts 0, 1, 2, and more.
+
+    Returns:
+        Rows (key, weight) of the contexts, and rows (0, index, probability, weight); weights and
+        probabilities are float64.
+    """
+    count, first = rows[:, 3] & ~_PRUNED, mark_key_starts(rows)
+    starts, group = np.flatnonzero(first), np.cumsum(first) - 1
+    amounts = discounts[np.minimum(count, np.uint64(3)).astype(np.int64)]
+    freed = np.where(rows[:, 3] & _PRUNED, count, amounts)
+    total = np.add.reduceat(count.astype(np.float64), starts)
+    weight = np.add.reduceat(freed, starts) / total
+    contexts = np.column_stack([rows[starts, :2], weight.view(np.uint64)])
+    chance = (count - amounts) / total[group]
+    index = np.stack([np.zeros_like(count), rows[:, 2]], 1)
+    return contexts, np.column_stack([index, chance.view(np.uint64), weight[group].view(np.uint64)])
+
+
 def _interpolate(
-    file: ArpaFile | KenlmFile,
-    tokens: Tokens,
-    counts: Counts,
+    file: IO[bytes],
+    tokens: TokenFile,
+    counts: NgramCounts,
     smoothed: list[_Smoothed],
     folder: Path,
     block: int,
 ) -> None:
-    """Interpolate order by order and add the n-grams to a file."""
-    fast = compiled("ngrams")
-
+    """Interpolates order by order and writes the n-grams to an ARPA file."""
+    compute_probabilities, order = load_ngram_loops().compute_probabilities, len(smoothed)
+    sizes = (b"ngram %d=%d" % each for each in enumerate(counts.kept.tolist(), 1))
+    file.write(b"\n".join([b"\\data\\", *sizes]) + b"\n")
     # Below unigrams lies the uniform distribution over all words but <s>.
-    parents = np.array([[0, 0, 0]], np.uint64)
+    parents = np.array([[0, 0, 0, 0]], np.uint64)
     parents.view(np.float64)[0, 2] = 1 / (counts.kept[0] - 1)
     for k, (table, smooth) in enumerate(zip(counts.tables, smoothed, strict=True), 1):
-        grams, values = table.rows(), smooth.values.rows().view(np.float64)
-        gammas = np.empty((0, 3), np.uint64)
-        if k < len(smoothed):
-            gammas = smoothed[k].gammas.rows()
-        done, at = Table(folder / f"probabilities-{k}", 3), np.zeros(2, np.int64)
+        file.write(b"\n\\%d-grams:\n" % k)
+        grams, values = table.open(), smooth.values.open().view(np.float64)
+        gammas = smoothed[k].gammas.open() if k < order else np.empty((0, 3), np.uint64)
+        done, at = RowFile(folder / f"probabilities-{k}", 4), np.zeros(2, np.int64)
         for first in range(0, len(grams), block):
             part = grams[first : first + block]
             weights = np.array(values[first : first + block])
             if k == 1 and first == 0:
-                weights[fast.BEGIN] = 1, 0  # Its probability means nothing; as KenLM has it.
-            keys = np.empty((len(part), 3), np.uint64)
-            logarithms = np.empty((len(part), 2))
-            size = fast.interpolated(
-                part, weights, tokens.bits,
-                parents, parents.view(np.float64), gammas, gammas.view(np.float64), at,
-                keys, keys.view(np.float64), logarithms,
+                weights[BEGIN] = 1, 0  # Its probability means nothing; as KenLM has it.
+            rows = np.empty((len(part), 4), np.uint64)
+            size = compute_probabilities(
+                part, weights, tokens.bits, parents, parents.view(np.float64),
+                gammas, gammas.view(np.float64), at, rows, rows.view(np.float64),
             )  # fmt: skip
-            done.append(keys[:size])
-            file.add(k, keys[:size], logarithms[:size])
-        parents = done.rows()
+            done.append(rows[:size])
+            _write_ngrams(file, rows[:size], k, tokens, k < order)
+        parents = done.open()
+    file.write(b"\n\\end\\\n")
+
+
+def _write_ngrams(
+    file: IO[bytes], rows: np.ndarray, order: int, tokens: TokenFile, with_backoffs: bool
+) -> None:
+    """Writes ARPA lines: log10 of the probability, the words, log10 of the backoff."""
+    words, bits, mask = tokens.words, tokens.bits, np.uint64((1 << tokens.bits) - 1)
+    for first in range(0, len(rows), _LINES):
+        part = rows[first : first + _LINES]
+        high, low = part[:, 0].copy(), part[:, 1].copy()
+        grams = []
+        for _ in range(order):
+            grams.append((low & mask).tolist())
+            low = low >> np.uint64(bits) | high << np.uint64(64 - bits)
+            high >>= np.uint64(bits)
+        chances = part[:, 2:].view(np.float64)
+        with np.errstate(divide="ignore"):
+            # Never above 0 by rounding; -99 for the logarithm of 0, as ARPA files have it.
+            logs = np.maximum(np.minimum(np.log10(chances), -0.0), -99)
+        for (chance, backoff), *gram in zip(logs.tolist(), *grams, strict=True):
+            text = b" ".join([words[i] for i in gram])
+            end = b"\t%.7f\n" % backoff if with_backoffs else b"\n"
+            file.write(b"%.7f\t%b%b" % (chance, text, end))

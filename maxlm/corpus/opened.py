@@ -20,18 +20,18 @@ from maxlm.corpus.cuts import cut
 from maxlm.corpus.recipe import (
     RecipeConfig,
     Rules,
-    labels_of,
-    recipe_file,
+    get_label_types,
+    get_recipe_path,
+    get_text_stages,
     resolve_rules,
-    texts_of,
 )
-from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.runtime.files import without_digest
 
 _AGAIN = "run maxlm corpus run with its recipe again"
 
 
-def manifest_file(home: Path) -> Path:
+def get_manifest_path(home: Path) -> Path:
     """Where a stage's folder says what is in it; written last."""
     return home / "manifest.json"
 
@@ -44,25 +44,25 @@ def read_recipe(folder: Path) -> RecipeConfig:
     """
     try:
         return RecipeConfig.model_validate_json(
-            without_digest(recipe_file(folder).read_text("utf-8"))
+            without_digest(get_recipe_path(folder).read_text("utf-8"))
         )
     except OSError as error:
         fix = "make one with maxlm corpus run RECIPE"
         raise MaxlmError("there is no corpus here", where=str(folder), fix=fix) from error
     except ValueError as error:  # Pydantic's, and bytes that are no UTF-8.
         what = "this corpus was made by another version of maxlm, or is damaged"
-        raise MaxlmError(what, where=str(recipe_file(folder)), fix=_AGAIN) from error
+        raise MaxlmError(what, where=str(get_recipe_path(folder)), fix=_AGAIN) from error
 
 
 @dataclass(frozen=True)
-class Corpus:
+class OpenCorpus:
     """The folder that `run_recipe` made."""
 
     folder: Path
     recipe: RecipeConfig
 
     @classmethod
-    def open(cls, folder: Path | str, *, unfinished: bool = False) -> "Corpus":
+    def open(cls, folder: Path | str, *, unfinished: bool = False) -> "OpenCorpus":
         """The corpus in a folder.
 
         Args:
@@ -84,8 +84,8 @@ class Corpus:
         return corpus
 
     def manifest(self, title: str) -> dict[str, Any]:
-        """What a stage's folder says about itself."""
-        path = manifest_file(self.folder / title)
+        """Reads the manifest of a stage's folder."""
+        path = get_manifest_path(self.folder / title)
         try:
             return json.loads(without_digest(path.read_text("utf-8")))
         except (OSError, ValueError) as error:
@@ -95,13 +95,13 @@ class Corpus:
     @cached_property
     def labels(self) -> dict[str, pa.DataType]:
         """The type of each label."""
-        return labels_of(self.recipe)
+        return get_label_types(self.recipe)
 
     @cached_property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[StageShardView]:
         """Its shards, in the order of its documents."""
-        names, texts = self.manifest(DOCUMENTS)["shards"], texts_of(self.recipe)
-        return [Shard(self.folder, name, texts) for name in names]
+        names, texts = self.manifest(DOCUMENTS)["shards"], get_text_stages(self.recipe)
+        return [StageShardView(self.folder, name, texts) for name in names]
 
     def rules(
         self, keep: Mapping[str, str] | None = None, cut: Sequence[str] | None = None
@@ -122,7 +122,7 @@ def _first_stages(recipe: RecipeConfig, number: int) -> RecipeConfig:
     return first.model_copy(update={"keep": keep})
 
 
-def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
+def mark_kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
     """Which documents fulfil all rules and have a text: bool [rows]."""
     keep = pc.is_valid(table.column("text")).to_numpy(zero_copy_only=False)
     for rule in rules.keep.values():
@@ -131,7 +131,7 @@ def kept(table: pa.RecordBatch, rules: Rules) -> np.ndarray:
 
 
 def read_kept(
-    shard: Shard, rules: Rules, columns: Sequence[str] = ("id",)
+    shard: StageShardView, rules: Rules, columns: Sequence[str] = ("id",)
 ) -> Iterator[tuple[tuple[Any, ...], str | None]]:
     """(values of `columns`, text) of each document of a shard, in order; None for what the rules
     leave out.
@@ -143,7 +143,7 @@ def read_kept(
     """
     names = [name for rule in rules.keep.values() for name in rule.names]
     for table in shard.groups(list(dict.fromkeys([*columns, "text", *names, *rules.cut]))):
-        keep = kept(table, rules)
+        keep = mark_kept(table, rules)
         texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
         spans = [table.column(label).to_pylist() for label in rules.cut]
         values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)

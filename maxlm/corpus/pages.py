@@ -1,18 +1,15 @@
-"""What an HTML page says: its main text, title, date and language.
+"""Reading an HTML page: its main text, title, date and language.
 
 Runs C code on whatever the web holds; `maxlm.corpus.extraction` runs it at a safe distance.
 """
 
 import html
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 
-import numpy as np
-
-from maxlm.corpus.encoding import clean, decode, num_controls
+from maxlm.corpus.encoding import clean, count_controls, decode
 
 _HEAD = 1 << 16  # Characters of a page in which its metadata are looked for.
 _TAG = re.compile(r"<[a-zA-Z!/?]")
@@ -37,24 +34,16 @@ MOST_DEPTH = 256
 """Elements inside each other beyond which libxml2, below trafilatura, drops the rest of a page."""
 TOO_DEEP = 3000
 """Where resiliparse, whose time grows with the square of it, is not tried either."""
-_KEPT_DEPTH = MOST_DEPTH // 2  # Rows and items, which `nesting` does not count, lie in between.
-_WHOLE_TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*)[^<>]*>")
-_BREAKS = re.compile(r"(?:<p>\s*){2,}")
-_INLINE_NAMES = (
-    "a abbr acronym b bdi bdo big blink cite code data del dfn em font i ins kbd label mark nobr q "
-    "s samp small span strike strong sub sup time tt u var"
-)
-# Without their tags, what they hold would be taken for text of the page.
-_HIDDEN_NAMES = "script style textarea title noscript iframe template svg"
+_TAG_NAME = re.compile(rb"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
 # Elements without an end tag, and those whose end tag may be left out, by their first letters.
-_UNCLOSED_NAMES = (
-    "are bas br col emb hr img inp lin met sou tra wbr li p dt dd td th tr tbo the tfo opt"
+_UNCLOSED = frozenset(
+    b"are bas br col emb hr img inp lin met sou tra wbr li p dt dd td th tr tbo the tfo opt".split()
 )
 
 
 @dataclass(frozen=True)
 class Page:
-    """What became of a page."""
+    """A page that was read, or the reason why it was not."""
 
     status: str
     """ok, empty, not_html, too_deep, broken; from outside also too_large and timeout."""
@@ -87,11 +76,7 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
         return Page("not_html", encoding=encoding)
     raw = source.encode() if encoding.startswith("utf-16") else data
     few = raw.count(b"<") <= (MOST_DEPTH if quality else TOO_DEEP)
-    depth = 0 if few else nesting(raw)
-    content = source
-    if depth > (MOST_DEPTH if quality else TOO_DEEP):
-        content = limit_nesting(source)
-        depth = nesting(content.encode())
+    depth = 0 if few else measure_nesting(raw)
     if depth > TOO_DEEP:
         return Page("too_deep", encoding=encoding)
     head = source[:_HEAD]
@@ -103,16 +88,16 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
         language_hint=_language(head, metas),
         encoding=encoding,
     )
-    if quality and depth <= MOST_DEPTH and (text := _trafilatura(content, markdown)):
+    if quality and depth <= MOST_DEPTH and (text := _trafilatura(source, markdown)):
         return replace(page, text=text, mode="trafilatura")
-    if text := _resiliparse(content):
+    if text := _resiliparse(source):
         return replace(page, text=text, mode="fast")
     return replace(page, status="empty")
 
 
 def _is_binary(data: bytes, encoding: str) -> bool:
     # A tenth of random bytes are controls, and they are no UTF-8.
-    return not encoding.startswith("utf") and num_controls(data) > len(data) // 20
+    return not encoding.startswith("utf") and count_controls(data) > len(data) // 20
 
 
 def load_parsers(quality: bool) -> None:
@@ -149,62 +134,17 @@ def _resiliparse(source: str) -> str:
     return clean(text).strip()
 
 
-def nesting(data: bytes) -> int:
-    """About how deep a page's elements lie in each other, in a millisecond a megabyte.
+def measure_nesting(data: bytes) -> int:
+    """Estimates how deep a page's elements lie in each other.
 
     Counts tags, so that markup in comments and scripts counts, and rows and items do not.
     """
-    codes = np.frombuffer(data + b"\0\0\0\0", np.uint8)
-    start = np.flatnonzero(codes == ord("<")) + 1
-    closes = codes[start] == ord("/")
-    first, second, third = (_letters(codes[start + closes + i]) for i in range(3))
-    key = (first * 32 + second) * 32 + third * (second > 0)
-    steps = np.where(closes, -1, 1) * ((first > 0) & ~_UNCLOSED[key])
-    return int(np.cumsum(steps).max(initial=0))
-
-
-def limit_nesting(source: str) -> str:
-    """Return a page without the tags that make it deep: those that nothing closes, where there are
-    several of a name, and those of elements that lie too deep.
-
-    What such elements hold belongs to those around them; one that is no part of a line begins a
-    paragraph.
-    """
-    unclosed: dict[str, list[int]] = defaultdict(list)
-    for tag in _WHOLE_TAG.finditer(source):
-        name = tag[2].lower()
-        if not tag[1]:
-            unclosed[name].append(tag.start())
-        elif unclosed[name]:
-            unclosed[name].pop()
-    dropped = {start for starts in unclosed.values() if starts[1:] for start in starts}
-    opened: dict[str, list[bool]] = defaultdict(list)
-    inline, hidden = {*_INLINE_NAMES.split()}, {*_HIDDEN_NAMES.split()}
-    never_deep = {*_UNCLOSED_NAMES.split()}
-    depth = 0
-
-    def limit(tag: re.Match[str]) -> str:
-        nonlocal depth
-        name = tag[2].lower()
-        if name[:3] in never_deep or name in hidden or (tag[1] and not opened[name]):
-            return tag[0]
-        if tag[1]:
-            keep = opened[name].pop()
-            depth -= keep
-        else:
-            keep = depth < _KEPT_DEPTH and tag.start() not in dropped
-            depth += keep
-            if tag.start() not in dropped:
-                opened[name].append(keep)
-        return tag[0] if keep else "" if name in inline else "<p>"
-
-    return _BREAKS.sub("<p>", _WHOLE_TAG.sub(limit, source))
-
-
-def _letters(codes: np.ndarray) -> np.ndarray:
-    """1 to 26 for ASCII letters, 0 for other bytes: int64 of the shape of `codes`."""
-    letters = (codes | 0x20).astype(np.int64) - (ord("a") - 1)
-    return np.where((letters > 0) & (letters <= 26), letters, 0)
+    depth = deepest = 0
+    for closes, name in _TAG_NAME.findall(data):
+        if name.lower()[:3] not in _UNCLOSED:
+            depth += -1 if closes else 1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def _title(head: str, metas: dict[str, str]) -> str | None:
@@ -242,14 +182,3 @@ def _metas(head: str) -> Iterator[tuple[str, str]]:
         for key in ("name", "property", "itemprop", "http-equiv"):
             if content and (name := attributes.get(key)):
                 yield name.lower(), html.unescape(content)
-
-
-def _table() -> np.ndarray:
-    table = np.zeros(32**3, np.bool_)
-    for name in _UNCLOSED_NAMES.split():
-        a, b, c = _letters(np.frombuffer(name.ljust(3).encode(), np.uint8))
-        table[(a * 32 + b) * 32 + c] = True
-    return table
-
-
-_UNCLOSED = _table()

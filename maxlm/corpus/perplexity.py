@@ -1,6 +1,6 @@
 """Perplexity under an n-gram model of good text, the filter of CCNet (arXiv 1911.00359).
 
-A model is a folder: `model.kenlm`, KenLM's binary form, and `cutoffs.json` with the settings of
+A model is a folder: `model.arpa`, which KenLM reads, and `cutoffs.json` with the settings of
 its words, the perplexities that part head, middle and tail, and what it was trained on.
 """
 
@@ -21,7 +21,7 @@ from maxlm.runtime.files import file_sha256, replacing, writing
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
 """The command that trains a model."""
-MODEL = "model.kenlm"
+MODEL = "model.arpa"
 CUTOFFS = "cutoffs.json"
 Bucket = Literal["head", "middle", "tail"]
 _SHOWN = (5, 10, 25, 50, 75, 90, 95)
@@ -52,7 +52,7 @@ class PerplexityConfig(Config):
 
 @dataclass(frozen=True)
 class PerplexityReport:
-    """What came of training."""
+    """Figures of a training."""
 
     documents: int
     """That were trained on."""
@@ -117,7 +117,7 @@ class Cutoffs(Config):
 
 
 def read_cutoffs(folder: Path) -> Cutoffs:
-    """What was kept about a model at its training.
+    """Reads what a model's training recorded.
 
     Raises:
         MaxlmError: there is no model, or its file is damaged.
@@ -132,7 +132,7 @@ def read_cutoffs(folder: Path) -> Cutoffs:
         raise _unreadable(path, str(error)) from error
 
 
-def content_hash(folder: Path) -> str:
+def hash_model(folder: Path) -> str:
     """A hash of all that decides a model's perplexities: its files and its tokenizer's.
 
     Raises:
@@ -159,7 +159,7 @@ def _unreadable(path: Path, reason: str) -> MaxlmError:
     return MaxlmError(what, where=str(path), fix=f"train it again: {TRAIN}")
 
 
-def bucket(perplexity: float, cutoffs: tuple[float, float]) -> Bucket:
+def choose_bucket(perplexity: float, cutoffs: tuple[float, float]) -> Bucket:
     """The third of the reference that a perplexity falls into."""
     if perplexity <= cutoffs[0]:
         return "head"
@@ -201,7 +201,7 @@ def train_perplexity(
                 documents += 1
                 yield from lines(text)
 
-    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams, folder, binary=True)
+    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams, folder)
     model = PerplexityModel(lines, _load(folder / MODEL))
     scores = [model.perplexity(text) for text in held or islice(reference or (), most)]
     perplexities = np.array([score for score in scores if score is not None])

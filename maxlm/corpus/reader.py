@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow.compute as pc
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import Corpus, read_kept
-from maxlm.corpus.recipe import Rules, texts_of
+from maxlm.corpus.opened import OpenCorpus, read_kept
+from maxlm.corpus.recipe import Rules, get_text_stages
 from maxlm.corpus.settling import settle_duplicates
-from maxlm.corpus.shards import DOCUMENTS, Shard
+from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
 from maxlm.data.documents.streams import open_stream
@@ -27,7 +27,7 @@ from maxlm.runtime.files import file_sha256
 class KeptShard:
     """A shard of a corpus and the rules that say what is taken from it."""
 
-    shard: Shard
+    shard: StageShardView
     rules: Rules
     digests: dict[Path, str]
     """SHA-256 of its files, of those whose version recorded one."""
@@ -42,14 +42,17 @@ class CorpusReader:
         Raises:
             MaxlmError: the corpus is not finished, or a rule is wrong.
         """
-        corpus = Corpus.open(folder)
+        corpus = OpenCorpus.open(folder)
         chosen = source if isinstance(source, SourceConfig) else None
         rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
         labels = [name for rule in rules.keep.values() for name in rule.names] + list(rules.cut)
         files, digests = [], {}
         for shard in settle_duplicates(corpus, rules):
             stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}
-            stages = [DOCUMENTS, *sorted((stages | set(texts_of(corpus.recipe))) - {DOCUMENTS})]
+            stages = [
+                DOCUMENTS,
+                *sorted((stages | set(get_text_stages(corpus.recipe))) - {DOCUMENTS}),
+            ]
             for stage in stages:
                 if stage != shard.settled_folder and stage not in digests:
                     digests[stage] = corpus.manifest(stage).get("shards_sha256", {})
@@ -113,7 +116,7 @@ class CrawlReader:
 CORPUS_READER, CRAWL_READER = CorpusReader(), CrawlReader()
 
 
-def find_document(corpus: Corpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
+def find_document(corpus: OpenCorpus, document_id: str) -> tuple[dict[str, Any], dict[str, bool]]:
     """Finds a document: its newest text, columns and labels by name, and what each rule says.
 
     Raises:

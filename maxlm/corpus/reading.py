@@ -17,12 +17,12 @@ import pyarrow as pa
 from maxlm.config import MaxlmError
 from maxlm.corpus.config import CrawlSource
 from maxlm.corpus.crawl import RawDocument, read_warc
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.data.documents.document import FileSlice, SourceFile
 from maxlm.data.documents.files import find_files
 from maxlm.data.documents.formats import FORMATS
 from maxlm.data.documents.reader import Record, read_records
-from maxlm.data.documents.slices import check_unchanged, scan_file, slice_whole_file
+from maxlm.data.documents.slices import check_unchanged, make_whole_slice, scan_file
 from maxlm.data.documents.streams import DamagedFile, open_stream
 
 # What is in memory at once, and so in a row group.
@@ -37,7 +37,7 @@ Count = Callable[[str], None]
 class ReadJob:
     """One shard to be read."""
 
-    shard: Shard
+    shard: StageShardView
     source: CrawlSource
     slices: tuple[FileSlice, ...]
     mtimes_ns: tuple[int, ...]
@@ -45,14 +45,14 @@ class ReadJob:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What is to be read, and how many files were passed over as binary."""
+class ReadPlan:
+    """The shards to be read, and how many files were skipped as binary."""
 
     jobs: list[ReadJob]
     num_binary: int
 
 
-def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> Planned:
+def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) -> ReadPlan:
     """Cut sources into shards.
 
     A shard's name is made from what is in it (paths, sizes and times of files, and how they are
@@ -81,7 +81,7 @@ def plan_shards(folder: Path, sources: Sequence[CrawlSource], shard_bytes: int) 
                     slices, size = [], 0
         if slices:
             jobs.append(_job(folder, source, slices))
-    return Planned(jobs, num_binary)
+    return ReadPlan(jobs, num_binary)
 
 
 def _slices(file: SourceFile, shard_bytes: int) -> tuple[int, tuple[FileSlice, ...]]:
@@ -90,7 +90,7 @@ def _slices(file: SourceFile, shard_bytes: int) -> tuple[int, tuple[FileSlice, .
     try:
         scan = scan_file(file, shard_bytes, digest=False)
     except DamagedFile:
-        return mtime, (slice_whole_file(file),)  # Damaged, which the reader will count.
+        return mtime, (make_whole_slice(file),)  # Damaged, which the reader will count.
     return scan.mtime_ns, scan.slices
 
 
@@ -102,7 +102,7 @@ def _job(folder: Path, source: CrawlSource, dated: Sequence[tuple[FileSlice, int
         path = str(each.file.path)
         parts.append([path, each.file.size, mtime, each.start, each.stop])
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return ReadJob(Shard(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
+    return ReadJob(StageShardView(folder, f"{source.name}-{digest[:16]}"), source, slices, mtimes)
 
 
 def read_shard(job: ReadJob) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, LocalPath, MaxlmError
 from maxlm.corpus.config import CrawlSource
-from maxlm.corpus.expression import Expression, no_label, parse
+from maxlm.corpus.expression import Expression, make_unknown_label_error, parse
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS
 from maxlm.corpus.stage import CorpusStage, Stage
 from maxlm.corpus.stages import AnyStage
@@ -25,7 +25,7 @@ _LABELS_OF_DOCUMENTS = ("id", "source", "url")
 
 
 class RecipeConfig(Config):
-    """What `maxlm corpus run` does."""
+    """The recipe of `maxlm corpus run`."""
 
     out: LocalPath
     """The corpus's folder."""
@@ -64,7 +64,7 @@ class RecipeConfig(Config):
 
 
 @dataclass(frozen=True)
-class Step:
+class BoundStage:
     """A stage in its place: what it may read, and what its labels depend on."""
 
     stage: Stage
@@ -78,13 +78,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is kept of a corpus, checked against its labels."""
+    """Rules of what is kept of a corpus, checked against its labels."""
 
     keep: Mapping[str, Expression]
     cut: tuple[str, ...]
 
 
-def resolve(recipe: RecipeConfig) -> list[Step]:
+def resolve(recipe: RecipeConfig) -> list[BoundStage]:
     """The stages in their places.
 
     Raises:
@@ -102,7 +102,7 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
         read = [*stage.reads, *(where.names if where else ())]
         for column in read:
             if column not in labels and column not in DOCUMENT_SCHEMA.names:
-                raise no_label(column, labels, f"{place} ({stage.title})")
+                raise make_unknown_label_error(column, labels, f"{place} ({stage.title})")
         _check_names(stage, labels, [source.name for source in recipe.sources], place)
         sources = {column.rpartition(".")[0] or DOCUMENTS for column in read}
         # Of texts the order matters: the newest that a document has is read.
@@ -111,7 +111,7 @@ def resolve(recipe: RecipeConfig) -> list[Step]:
         keys[stage.title] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         whole = isinstance(stage, CorpusStage) or bool(wholes & {*sources, *seen})
         wholes |= {stage.title} if whole else set()
-        steps.append(Step(stage, tuple(texts), where, keys[stage.title], whole))
+        steps.append(BoundStage(stage, tuple(texts), where, keys[stage.title], whole))
         labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
         if "text" in stage.schema().names:
             texts.append(stage.title)
@@ -138,7 +138,7 @@ def _check_names(
             raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)
 
 
-def labels_of(recipe: RecipeConfig) -> dict[str, pa.DataType]:
+def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
     """The type of each label that a corpus of this recipe has."""
     return {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS} | {
         f"{stage.title}.{field.name}": field.type
@@ -153,7 +153,7 @@ def is_number(type_: pa.DataType) -> bool:
     return types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)
 
 
-def texts_of(recipe: RecipeConfig) -> tuple[str, ...]:
+def get_text_stages(recipe: RecipeConfig) -> tuple[str, ...]:
     """The stages that write a version of the text, oldest first."""
     writers = [stage.title for stage in recipe.stages if "text" in stage.schema().names]
     return (DOCUMENTS, *writers)
@@ -171,7 +171,7 @@ def resolve_rules(
         MaxlmError: a wrong expression, an unknown label (names near ones), a cut label without
             spans, or with spans of a text that a later stage has changed.
     """
-    labels, parsed = labels_of(recipe), {}
+    labels, parsed = get_label_types(recipe), {}
     for name, text in keep.items():
         place = f"{where}: keep.{name}" if where else f"keep.{name}"
         if not re.fullmatch(r"[A-Za-z][\w-]*", name):
@@ -185,7 +185,7 @@ def resolve_rules(
         parsed[name] = parse(text, labels, place)
     spans = [name for name, type_ in labels.items() if _holds_spans(type_)]
     titles = [DOCUMENTS, *(stage.title for stage in recipe.stages)]
-    newest = texts_of(recipe)[-1]
+    newest = get_text_stages(recipe)[-1]
     for label in cut:
         if label not in spans:
             what = f'"{label}" is no label that holds spans to cut'
@@ -199,14 +199,14 @@ def resolve_rules(
     return rules
 
 
-def comparing_stages(
+def find_comparing_stages(
     recipe: RecipeConfig, rules: Rules
 ) -> list[tuple[CorpusStage, Expression | None]]:
     """Return the stages whose verdicts decide what rules keep, and which documents each looks at.
 
     Stages that drop whole documents come first: a dropped document keeps no passage.
     """
-    labels, found = labels_of(recipe), []
+    labels, found = get_label_types(recipe), []
     named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
     for number in reversed(range(len(recipe.stages))):
         stage = recipe.stages[number]
@@ -227,7 +227,7 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     Raises:
         MaxlmError: a label that does.
     """
-    stages = comparing_stages(recipe, rules)
+    stages = find_comparing_stages(recipe, rules)
     wheres = {name for _, where_ in stages if where_ for name in where_.names}
     used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
     _check_order(recipe, stages, where)
@@ -237,7 +237,7 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
         labels = {f"{stage.title}.{field.name}" for field in stage.schema()}
         needs = set(stage.reads)
         if stage.where is not None:
-            needs |= set(parse(stage.where, labels_of(recipe), "").names)
+            needs |= set(parse(stage.where, get_label_types(recipe), "").names)
         cause = next((label for label in early if label in needs), None)
         if isinstance(stage, CorpusStage):
             if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
@@ -267,7 +267,7 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
 def _check_order(
     recipe: RecipeConfig, stages: Sequence[tuple[CorpusStage, Expression | None]], where: str
 ) -> None:
-    """Check that verdicts can be settled in the order of `comparing_stages`.
+    """Check that verdicts can be settled in the order of `find_comparing_stages`.
 
     Raises:
         MaxlmError: a `where` needs a later verdict, or two stages drop documents for others that
@@ -293,6 +293,6 @@ def _holds_spans(type_: pa.DataType) -> bool:
     return {"start", "end"} <= fields
 
 
-def recipe_file(folder: Path) -> Path:
+def get_recipe_path(folder: Path) -> Path:
     """The file where a corpus keeps its recipe; with it a folder is taken for a corpus."""
     return folder / "corpus.json"

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.opened import manifest_file
-from maxlm.corpus.reading import Planned, ReadJob, plan_shards, read_shard
-from maxlm.corpus.recipe import RecipeConfig, Step, recipe_file, resolve
-from maxlm.corpus.shards import DOCUMENTS, Shard, add_counts, read_counts
+from maxlm.corpus.opened import get_manifest_path
+from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, read_shard
+from maxlm.corpus.recipe import BoundStage, RecipeConfig, get_recipe_path, resolve
+from maxlm.corpus.shards import DOCUMENTS, StageShardView, add_counts, read_counts
 from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.runtime.executor import Executor, open_executor
 from maxlm.runtime.files import (
@@ -60,7 +60,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in {DOCUMENTS: read, **keys}.items():
             _forget_stale_manifest(folder / title, key, [shard.name for shard in shards])
-        _write_json(recipe_file(folder), recipe.model_dump(mode="json"))
+        _write_json(get_recipe_path(folder), recipe.model_dump(mode="json"))
         _read(folder, read, planned, recipe, engine, progress)
         for step in steps:
             _run_step(folder, step, keys[step.stage.title], shards, engine, progress)
@@ -92,13 +92,13 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
                 raise MaxlmError(what, where=str(folder), fix=fix)
 
 
-def _key(step: Step, documents: str) -> str:
-    """What a stage's labels depend on: for some stages, also on which documents there are."""
+def _key(step: BoundStage, documents: str) -> str:
+    """Makes the key of a stage's labels, which may depend on which documents there are."""
     return f"{step.key} {documents}" if step.whole else step.key
 
 
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
-    path = manifest_file(home)
+    path = get_manifest_path(home)
     try:
         manifest = json.loads(without_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
@@ -112,7 +112,7 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
 def _read(
     folder: Path,
     key: str,
-    planned: Planned,
+    planned: ReadPlan,
     recipe: RecipeConfig,
     engine: Executor,
     progress: Progress,
@@ -126,7 +126,7 @@ def _read(
         {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
         for job in jobs
     ]
-    if pending or not manifest_file(folder / DOCUMENTS).exists():
+    if pending or not get_manifest_path(folder / DOCUMENTS).exists():
         details = {"key": key, "sources": sources, "inputs": inputs}
         last = _last_run(began, len(pending), ())
         _finish(folder, DOCUMENTS, shards, details, last, {"binary_files": planned.num_binary})
@@ -134,15 +134,15 @@ def _read(
 
 def _run_step(
     folder: Path,
-    step: Step,
+    step: BoundStage,
     key: str,
-    shards: Sequence[Shard],
+    shards: Sequence[StageShardView],
     engine: Executor,
     progress: Progress,
 ) -> None:
     began, title = time.time(), step.stage.title
     home = folder / title
-    views = [Shard(folder, s.name, step.texts, step.where, title) for s in shards]
+    views = [StageShardView(folder, s.name, step.texts, step.where, title) for s in shards]
     with writing(home):
         _forget_other_labels(home, key)
     pending = [view for view in views if not view.path(title).exists()]
@@ -150,7 +150,7 @@ def _run_step(
         # The largest first, or all would wait for one that begins last.
         pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
         _map(title, ShardLabeller(step.stage), pending, len(views), engine, progress)
-    elif isinstance(step.stage, CorpusStage) and (pending or not manifest_file(home).exists()):
+    elif isinstance(step.stage, CorpusStage) and (pending or not get_manifest_path(home).exists()):
         scratch = home / "scratch"
         with writing(home):
             scratch.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def _run_step(
         "reads": list(step.stage.reads),
         "texts": list(step.texts),
     }
-    if pending or not manifest_file(home).exists():
+    if pending or not get_manifest_path(home).exists():
         last = _last_run(began, len(pending), step.stage.packages())
         _finish(folder, title, shards, details, last)
     with writing(home):
@@ -196,7 +196,7 @@ def _forget_other_labels(home: Path, key: str) -> None:
 def _finish(
     folder: Path,
     title: str,
-    shards: Sequence[Shard],
+    shards: Sequence[StageShardView],
     details: dict[str, Any],
     last_run: dict[str, Any],
     more_counts: Mapping[str, int] | None = None,
@@ -215,7 +215,7 @@ def _finish(
     with ThreadPoolExecutor(count_workers()) as threads:
         digests = list(threads.map(file_sha256, (shard.path(title) for shard in shards)))
     _write_json(
-        manifest_file(home),
+        get_manifest_path(home),
         details
         | {
             "counts": {"rows": 0, "labelled": 0, **(more_counts or {})}

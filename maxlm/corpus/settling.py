@@ -32,16 +32,16 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.columns import concatenate, open_columns
 from maxlm.corpus.dedup.components import AlikePairs, resolve_duplicates
-from maxlm.corpus.dedup.members import count_documents, ranks
+from maxlm.corpus.dedup.members import count_documents, rank_documents
 from maxlm.corpus.dedup.substrings import REPEATS
+from maxlm.corpus.dedup.windows import find_first_copies
 from maxlm.corpus.expression import Expression
-from maxlm.corpus.opened import Corpus
-from maxlm.corpus.recipe import Rules, comparing_stages
-from maxlm.corpus.shards import DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.opened import OpenCorpus
+from maxlm.corpus.recipe import Rules, find_comparing_stages
+from maxlm.corpus.shards import DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.runtime.files import writing
@@ -56,14 +56,14 @@ Compared = Sequence[tuple[CorpusStage, Expression | None]]
 
 
 def settle_duplicates(
-    corpus: Corpus, rules: Rules, progress: Progress = ignore_progress
-) -> list[Shard]:
+    corpus: OpenCorpus, rules: Rules, progress: Progress = ignore_progress
+) -> list[StageShardView]:
     """The corpus's shards, with verdicts as they are among the documents that `rules` keep.
 
     Raises:
         MaxlmError: another version of maxlm made the labels, or the folder cannot be written.
     """
-    stages = comparing_stages(corpus.recipe, rules)
+    stages = find_comparing_stages(corpus.recipe, rules)
     if not stages:
         return corpus.shards
     titles = [DOCUMENTS, *(stage.title for stage in corpus.recipe.stages)]
@@ -129,7 +129,7 @@ def list_rule_columns(rules: Rules, stages: Compared) -> list[str]:
 
 
 class _Settling:
-    def __init__(self, corpus: Corpus, rules: Rules, stages: Compared, progress: Progress):
+    def __init__(self, corpus: OpenCorpus, rules: Rules, stages: Compared, progress: Progress):
         self._corpus, self._rules, self._stages = corpus, rules, stages
         self._progress = progress
         self._first = count_documents(corpus.shards)
@@ -190,10 +190,10 @@ class _Settling:
         return keep
 
     def _read_found(self, stage: CorpusStage) -> dict[str, np.ndarray]:
-        """What a stage found, with documents by their numbers, and how good each document is."""
+        """Reads what a stage found, with documents by their numbers, and each document's rank."""
         rank = np.zeros(self._first[-1])
         for documents, table in self._groups(stage.ranks_by, "ranks") if stage.keep_by else ():
-            rank[documents] = ranks(table, stage.keep_by)
+            rank[documents] = rank_documents(table, stage.keep_by)
         if "duplicate" not in stage.verdicts:
             return self._read_passages(stage.title) | {"rank": rank}
         if isinstance(stage, NearStage):
@@ -266,7 +266,7 @@ class _Settling:
         keys = (found["begin"], document, -found["rank"][document], of)
         rest = rest[np.lexsort([key[rest] for key in keys])]
         runs = [found[name][rest] for name in ("document", "begin", "end", "last", "of", "at")]
-        parts = compiled("substring").find_first_copies(*runs, may_keep[document[rest]])
+        parts = find_first_copies(np.stack(runs, 1), may_keep[document[rest]])
         runs = [found[name] for name in ("document", "begin", "end", "of", "at")]
         parts = np.concatenate([np.stack(runs, 1)[use & may_keep[of]], parts])
         # Places are document << 32 | character. A part is cut as far as nothing is cut where it

@@ -46,7 +46,7 @@ _MANY = "too many values: "
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowGroup:
     """The documents of one row group that a stage is to label."""
 
     batch: pa.RecordBatch
@@ -60,7 +60,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Shard:
+class StageShardView:
     """The view that a stage has of one shard. Picklable, and small."""
 
     folder: Path
@@ -85,7 +85,7 @@ class Shard:
         with open_parquet(self.path(DOCUMENTS)) as parquet:
             return parquet.metadata.num_rows
 
-    def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+    def rows(self, columns: Sequence[str]) -> Iterator[RowGroup]:
         """The documents to label, a row group at a time.
 
         With "text" among the columns, documents without a text are left out; without it they are
@@ -110,7 +110,7 @@ class Shard:
             batch = table.select(list(columns))
             if len(index) < table.num_rows:
                 batch = batch.take(pa.array(index))
-            yield Rows(batch, index, table.num_rows, first)
+            yield RowGroup(batch, index, table.num_rows, first)
             first += table.num_rows
 
     def groups(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -180,7 +180,7 @@ class ShardWriter:
             )
         return self
 
-    def write(self, rows: Rows, labels: pa.RecordBatch) -> None:
+    def write(self, rows: RowGroup, labels: pa.RecordBatch) -> None:
         """The labels of `rows.batch`; the row group's other documents get nulls."""
         if labels.num_rows != len(rows.index):
             raise ValueError(f"{labels.num_rows} labels for {len(rows.index)} documents")
@@ -231,7 +231,7 @@ class ShardWriter:
 
 
 def read_counts(path: Path) -> Counter[str]:
-    """What a finished shard counted: rows, labelled ones, true flags and categories by value."""
+    """Reads a finished shard's counts: rows, labelled ones, true flags and categories by value."""
     with open_parquet(path) as parquet:
         metadata = parquet.metadata.metadata or {}
     return Counter(json.loads(metadata.get(b"counts", b"{}")))

@@ -1,4 +1,4 @@
-"""What a stage of the corpus pipeline is: settings that know how to label documents.
+"""Stages of the corpus pipeline: settings that know how to label documents.
 
 A stage that looks at documents one by one is a `LabelStage`; one that compares documents with each
 other (deduplication) is a `CorpusStage`. Neither changes a text, except that a stage whose schema
@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress
 
@@ -42,7 +42,7 @@ class Stage(Config):
 
     @property
     def title(self) -> str:
-        """What its labels begin with."""
+        """The name that its labels begin with."""
         return self.name or self.stage
 
     @property
@@ -108,9 +108,9 @@ class CorpusStage(Stage):
 
     @abstractmethod
     def label(
-        self, shards: Sequence[Shard], scratch: Path, engine: Executor, progress: Progress
+        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
     ) -> None:
-        """Write the labels of every shard (`Shard.writer`).
+        """Write the labels of every shard (`StageShardView.writer`).
 
         Large work goes through `engine.map`, in jobs whose memory does not grow with the corpus;
         they pass data on by files in `scratch`, which stays if the run is killed and is deleted
@@ -125,7 +125,7 @@ class ShardLabeller:
         self._stage = stage
         self._label: Label | None = None
 
-    def __call__(self, shard: Shard) -> None:
+    def __call__(self, shard: StageShardView) -> None:
         """Label one shard.
 
         Raises:

@@ -15,7 +15,9 @@ _SOLID = "".join(
 )
 # Python counts vowel signs and joiners of Indic, Arabic and Hebrew script as no letters.
 _LETTERS = r"\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0f00-\u0fff"
-_WORD = re.compile(rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]")
+WORD_PATTERN = rf"[{_SOLID}]|(?:(?![{_SOLID}])[{_LETTERS}])+|[^\w\s\x00-\x1f\x7f-\x9f]"
+"""A word, a character of a script without spaces, or a symbol."""
+_WORD = re.compile(WORD_PATTERN)
 _ACCENT = re.compile("[\u0300-\u036f]")
 _DIGIT = re.compile(r"\d")
 # None of ASCII: texts of ASCII alone skip this, and a line's words hang on no other line.

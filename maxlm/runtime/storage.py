@@ -42,7 +42,7 @@ def below(place: Place, name: str) -> Place:
     return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
-def remedy(place: Place, on_disk: str) -> str:
+def read_failure_hint(place: Place, on_disk: str) -> str:
     """Returns the fix for a place that cannot be read: `on_disk` for a folder."""
     return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, Shard, ShardWriter
+from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
@@ -18,7 +18,7 @@ def make_corpus(
     documents: Sequence[Mapping[str, object] | str | None],
     shards: int = 3,
     rows_per_group: int = 7,
-) -> list[Shard]:
+) -> list[StageShardView]:
     """Write documents to CORPUS/documents, in order, in shards of about the same size.
 
     A document is a text or some columns of `DOCUMENT_SCHEMA`; it gets the id "d0", "d1", ... and
@@ -32,7 +32,7 @@ def make_corpus(
     made = []
     for number in range(shards):
         part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
-        made.append(Shard(folder, f"{number:05d}"))
+        made.append(StageShardView(folder, f"{number:05d}"))
         with ShardWriter(made[-1].path(DOCUMENTS), DOCUMENT_SCHEMA) as writer:
             for first in range(0, len(part), rows_per_group):
                 group = part[first : first + rows_per_group]
@@ -40,7 +40,7 @@ def make_corpus(
     return made
 
 
-def add_labels(shards: Sequence[Shard], stage: str, **columns: pa.Array) -> None:
+def add_labels(shards: Sequence[StageShardView], stage: str, **columns: pa.Array) -> None:
     """Write labels of a made-up earlier stage; each column has a value for every document."""
     first = 0
     whole = pa.RecordBatch.from_pydict(columns)
@@ -52,7 +52,10 @@ def add_labels(shards: Sequence[Shard], stage: str, **columns: pa.Array) -> None
 
 
 def run_stage(
-    stage: CorpusStage | LabelStage, shards: Sequence[Shard], scratch: Path, workers: int = 1
+    stage: CorpusStage | LabelStage,
+    shards: Sequence[StageShardView],
+    scratch: Path,
+    workers: int = 1,
 ) -> None:
     """Run one stage over the shards, as the runner would."""
     views = [replace(shard, out=stage.title) for shard in shards]
@@ -66,7 +69,9 @@ def run_stage(
     shutil.rmtree(scratch)
 
 
-def labels(shards: Sequence[Shard], stage: CorpusStage | LabelStage, *more: str) -> pa.Table:
+def labels(
+    shards: Sequence[StageShardView], stage: CorpusStage | LabelStage, *more: str
+) -> pa.Table:
     """The ids of all documents and the stage's labels (and `more` columns), in order."""
     names = ["id", *(f"{stage.title}.{name}" for name in stage.schema().names), *more]
     tables = []

@@ -13,10 +13,11 @@ _ALONE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff"
 )
 _WORD, _EXTEND = r"[\p{L}\p{N}--[\p{L}&&[" + _ALONE + r"]]]", r"[\p{M}\p{Cf}]*"
+_JOINT = r"[\p{L}\p{N}\p{M}\p{Cf}--[\p{L}&&[" + _ALONE + r"]]]"
 _TOKEN = regex.compile(
     rf"""(?V1)[\p{{L}}&&[{_ALONE}]]{_EXTEND}
-    | (?: (?<={_WORD}{_EXTEND})['’] )? {_WORD}{_EXTEND}
-      (?: (?: [._·] | (?<=\p{{Nd}}{_EXTEND}),(?=\p{{Nd}}) )? {_WORD}{_EXTEND} )*
+    | (?: (?<={_JOINT})['’] )? {_WORD}{_EXTEND}
+      (?: (?: [._·] | (?<=\p{{Nd}}),(?=\p{{Nd}}) )? {_WORD}{_EXTEND} )*
     | (?P<symbol>[^{_SPACE}\p{{L}}\p{{N}}\p{{M}}\p{{Cf}}]){_EXTEND} (?: (?P=symbol){_EXTEND} )*""",
     regex.VERBOSE,
 )

@@ -182,30 +182,6 @@ def test_texts_in_nfc_and_in_nfd_have_the_same_words(item: str, tmp_path: Path) 
     assert contaminated(tmp_path, [forms[1]], [changed]) == [False]
 
 
-def test_long_documents_are_searched_to_their_end(tmp_path: Path) -> None:
-    item = sentence(20)
-    long = sentence(1000) * 40
-    for place in (0, 16_380, 16_384, 16_390, 39_990, 40_000):
-        text = " ".join(long[:place] + item + long[place:])
-        made = make_corpus(tmp_path / f"corpus{place}", ["", text], 1)
-        stage = DecontaminateStage(
-            sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])}, shortest=3
-        )
-        run_stage(stage, made, tmp_path / "scratch")
-        found = labels(made, stage).to_pylist()[1]
-        assert found["overlap"] == 1
-        (cut,) = found["cuts"]
-        assert text[cut["start"] : cut["end"]].split() == item
-
-
-def test_many_hits_fit(tmp_path: Path) -> None:
-    item = sentence(3000)
-    made = make_corpus(tmp_path / "corpus", [" ".join(item)] * 2, 1)
-    stage = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [" ".join(item)])})
-    run_stage(stage, made, tmp_path / "scratch")
-    assert labels(made, stage)["overlap"].to_pylist() == [1, 1]
-
-
 def test_other_contents_are_another_key(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     stage = DecontaminateStage(sets={"q": write_set(path, ["a b c d e f g h"])})

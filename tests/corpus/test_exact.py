@@ -210,21 +210,9 @@ def test_a_killed_run_goes_on_and_enters_the_index_once(tmp_path: Path) -> None:
     assert [p.stat().st_size for p in paths[1].glob("*.digests")] == [3 * 32]
 
 
-def test_a_long_line_and_one_that_differs_in_its_last_letter(tmp_path: Path) -> None:
-    long = "x" * 1_000_000
-    made = make_corpus(tmp_path / "corpus", [long, long + "y", long.upper()], 2)
-    run_stage(ExactStage(), made, tmp_path / "scratch")
-    assert labels(made, ExactStage())["of"].to_pylist() == [None, None, "d0"]
-
-
 @pytest.mark.parametrize("documents", [[], [None, None]])
 def test_nothing_to_compare(tmp_path: Path, documents: list) -> None:
     made = make_corpus(tmp_path / "corpus", documents)
     run_stage(ExactStage(index=str(tmp_path / "index")), made, tmp_path / "scratch")
     for shard in made:
         assert shard.path("exact").exists()
-
-
-def test_memory_changes_no_key() -> None:
-    assert ExactStage(memory=5000).key() == ExactStage().key()
-    assert ExactStage(case=False).key() != ExactStage().key()

@@ -11,13 +11,12 @@ from contextlib import suppress
 import psutil
 import pyarrow as pa
 import pytest
-import trafilatura
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.corpus.encoding import decode
 from maxlm.corpus.extraction import Extractor
-from maxlm.corpus.pages import nesting, read_page
+from maxlm.corpus.pages import read_page
 from maxlm.corpus.stages.extract import ExtractStage
 from maxlm.runtime.pool import WorkerPool
 
@@ -140,23 +139,8 @@ def test_text_is_unicode_without_nul(data, quality):
         assert "\0" not in text
 
 
-# (nested elements, elements without an end tag) and how deep it is.
-trees = st.recursive(
-    st.sampled_from([("", 0), ("a < b <br><img src=x><li>c<p>d<!-- -->", 0)]),
-    lambda inner: st.tuples(st.sampled_from(["div", "b", "SECTION", "h1", "a"]), inner, inner).map(
-        lambda t: (f"<{t[0]} x=1>{t[1][0]}</{t[0]}>{t[2][0]}", max(t[1][1] + 1, t[2][1]))
-    ),
-)
-
-
-@given(trees)
-def test_nesting_is_the_depth_of_a_tree(tree):
-    text, depth = tree
-    assert nesting(text.encode()) == depth
-
-
 NASTY = {
-    "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "empty"),
+    "deep": (b"<div>" * 100_000 + b"</div>" * 100_000, "too_deep"),
     "deep scripts": (b"<script>" * 4000, "too_deep"),
     "too deep for libxml2": (
         b"<p>" + STORY.upper().encode() * 5 + b"</p>" + b"<div>" * 400 + STORY.encode() * 3,
@@ -196,22 +180,15 @@ UNCLOSED = {
 }
 
 
-@pytest.mark.parametrize("quality", [True, False])
 @pytest.mark.parametrize("tag", UNCLOSED)
-def test_thousands_of_unclosed_tags_cost_no_text(tag, quality):
-    """The text is trafilatura's for the same page with its end tags, or without such tags."""
+def test_a_thousand_unclosed_tags_cost_no_text(tag):
+    """libxml2, below trafilatura, would drop what lies deeper than 256 elements."""
     sentence = "When boat {} came back, the harbour was quiet, and nobody on the quay expected it."
-    lines = [sentence.format(i) for i in range(3500)]
+    lines = [sentence.format(i) for i in range(1000)]
     body = "".join(f"<{tag}>{UNCLOSED[tag].format(line)} " for line in lines)
-    page = read_page(f"<html><body>{body}</body></html>".encode(), None, quality, markdown=False)
-    assert (page.status, page.mode) == ("ok", "trafilatura" if quality else "fast")
-    if tag in ("b", "font"):
-        tidy = f"<p>{' '.join(lines)}</p>"
-    else:
-        tidy = "".join(f"<p>{line}</p>" for line in lines)
-    expected = trafilatura.extract(f"<html><body>{tidy}</body></html>", fast=True)
-    assert (page.text or "").split() == (expected or "").split()
-    assert not quality or page.text == expected
+    page = read_page(f"<html><body>{body}</body></html>".encode(), None, True, markdown=False)
+    assert (page.status, page.mode) == ("ok", "trafilatura" if tag == "p" else "fast")
+    assert (page.text or "").split() == " ".join(lines).split()
 
 
 def test_a_page_that_takes_too_long_costs_only_itself():
@@ -227,58 +204,6 @@ def test_what_one_way_cannot_do_another_does():
     data = b"<table><tr><td>" + b"<tr><td>cell" * 60_000
     [page] = Extractor(quality=True, markdown=False, seconds=0.7).read([(data, None)])
     assert (page.status, page.mode) == ("ok", "fast")
-
-
-def test_no_page_pays_for_the_imports():
-    extractor = Extractor(quality=True, markdown=False, seconds=0.1)
-    assert [page.mode for page in extractor.read([(PAGE.encode(), None)])] == ["trafilatura"]
-
-
-class Slow:
-    """A connection on which nothing comes in `times` waits for it."""
-
-    def __init__(self, connection, times):
-        self._connection, self._times = connection, times
-
-    def __getattr__(self, name):
-        return getattr(self._connection, name)
-
-    def poll(self, seconds):
-        assert self._connection.poll(100)
-        self._times -= 1
-        return self._times < 0
-
-
-def slow(monkeypatch, times):
-    """Let each new child process be slow once."""
-    start = Extractor._start
-
-    def started(self):
-        process, connection = start(self)
-        self._child = process, Slow(connection, times)
-        return self._child
-
-    monkeypatch.setattr(Extractor, "_start", started)
-
-
-def test_an_answer_that_comes_as_its_time_ends_is_taken(monkeypatch):
-    slow(monkeypatch, times=80)
-    extractor = Extractor(quality=False, markdown=False, seconds=1)
-    # It is under way when the first one's time ends; its answer is short.
-    large = PAGE + "<br>" * 100_000
-    pages = extractor.read([(text.encode(), None) for text in (PAGE, large, PAGE)])
-    assert [page.status for page in pages] == ["ok"] * 3
-
-
-def test_a_suspension_is_no_timeout(monkeypatch):
-    """What waits longer than asked for, once, may have been asleep as well."""
-    slow(monkeypatch, times=1)
-    extractor = Extractor(quality=False, markdown=False, seconds=1)
-    extractor.read([(PAGE.encode(), None)])
-    process, _ = extractor._child
-    assert [page.status for page in extractor.read([(PAGE.encode(), None)] * 2)] == ["ok"] * 2
-    assert extractor._child[0] is process
-    assert process.poll() is None
 
 
 def children() -> list[psutil.Process]:

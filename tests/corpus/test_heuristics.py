@@ -5,7 +5,6 @@ import inspect
 import math
 from itertools import product
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
@@ -123,15 +122,6 @@ def test_a_ratio_at_a_threshold_is_equal_to_it():
     assert found["duplicate_lines"] == 0.3
 
 
-def test_published_rules_name_every_gopher_and_fineweb_label():
-    names = {n for text in PUBLISHED.values() for n in parse(text, TYPES, "").names}
-    without = {n for n in TYPES if n not in names}
-    assert all(
-        n.removeprefix("heuristics.").startswith(("c4_", "characters", "curly", "lorem"))
-        for n in without
-    )
-
-
 def test_slices_nulls_and_both_kinds_of_strings():
     texts = ["first text here", None, "日本語。", "", "the last one"]
     wanted = [naive.measures(text or "") for text in texts]
@@ -166,22 +156,3 @@ def test_stop_words_are_a_setting():
     assert stage.key() != HeuristicsStage().key()
     with pytest.raises(MaxlmError, match="'to be' is 2 words"):
         HeuristicsStage(stop_words=("to be",)).open()
-
-
-def test_columns_of_the_loops_are_the_labels():
-    from maxlm.corpus.kernels import heuristics as fast
-
-    assert len(LABELS) == fast.NUM_MEASURES
-    for k, name in enumerate(LABELS):
-        assert getattr(fast, name.upper(), k) == k
-
-
-def test_bytes_that_are_no_utf8_do_no_harm():
-    from maxlm.corpus.characters import AS_IS, character_classes
-    from maxlm.corpus.kernels import text
-
-    generator = np.random.default_rng(0)
-    for _ in range(200):
-        data = generator.integers(0, 256, generator.integers(0, 40)).astype(np.uint8)
-        hashes = text.token_hashes(data, character_classes(), AS_IS)
-        assert len(hashes) <= len(data)

@@ -14,16 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.dedup.minhash import (
     Banding,
-    band_keys,
     choose_banding,
-    shingle_set,
+    compute_band_keys,
+    make_shingle_set,
 )
-from maxlm.corpus.dedup.words import letter_table
+from maxlm.corpus.dedup.search import _compute_jaccard
 from maxlm.corpus.stages.near import NearStage
-from maxlm.corpus.textbuffers import text_buffers
 from maxlm.runtime.pool import WorkerPool
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
@@ -218,21 +216,13 @@ def test_short_texts_count_as_one_gram(tmp_path: Path) -> None:
 )
 def test_words_and_sets_are_those_of_regular_expressions(text: str, n: int) -> None:
     text = unicodedata.normalize("NFC", text)
-    found = shingle_set(text_buffers(pa.array(["before", text])), 1, n).tolist()
+    found = make_shingle_set(text, n).tolist()
     assert found == sorted(set(found))
     assert len(found) == len(grams(text.replace("\u00ad", ""), n))
     # Accents apart or joined, and format characters that are not seen, make no difference.
     apart = "".join(each if each == "한" else unicodedata.normalize("NFD", each) for each in text)
     for each in (apart, "\u00ad".join(text), text.upper() if "ß" not in text else text):
-        assert shingle_set(text_buffers(pa.array([each])), 0, n).tolist() == found
-
-
-def test_letters() -> None:
-    table = letter_table()
-    assert table[ord("É")] == table[ord("e")] == ord("e")
-    assert table[ord("Σ")] == table[ord("ς")]
-    assert table[0x301] == table[0x200D] == 1
-    assert table[ord(".")] == table[0x1F600] == 0
+        assert make_shingle_set(each, n).tolist() == found
 
 
 def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
@@ -242,7 +232,7 @@ def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
         "กขคงจฉชซ",
         "กขคงจ ฉชซ",
     ]
-    sets = [set(shingle_set(text_buffers(pa.array(texts)), i, 5).tolist()) for i in range(4)]
+    sets = [set(make_shingle_set(text, 5).tolist()) for text in texts]
     assert sets[0] == sets[1]
     assert len(sets[0]) == 13 - 4
     assert sets[2] == sets[3]
@@ -251,11 +241,11 @@ def test_scripts_without_spaces_are_compared_letter_by_letter() -> None:
 
 def test_a_long_text_is_looked_at_in_pieces_without_a_seam() -> None:
     # The same set of n-grams in a short text and in long ones, where some of them stand around the
-    # words at which the kernel goes on to the next piece (2^14 and a few).
+    # words at which the hashing goes on to the next piece (2^12 and a few).
     short = ["a"] * 9 + ["b", "c", "d"] + ["a"] * 9
-    longs = [["a"] * (place - 3) + short[9:12] + ["a"] * 9 for place in range(16_380, 16_400)]
-    texts = text_buffers(pa.array([" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]))
-    keys, counts = band_keys(texts, 5, Banding(bands=60, rows=1))
+    longs = [["a"] * (place - 3) + short[9:12] + ["a"] * 9 for place in range(4_092, 4_108, 3)]
+    texts = [" ".join(each) for each in (short, *longs)] + ["x" * 1_000_000]
+    keys, counts = compute_band_keys(texts, 5, Banding(bands=60, rows=1))
     assert counts.tolist() == [21, *map(len, longs), 1]
     for i in range(1, len(longs) + 1):
         assert keys[1:, i].tolist() == keys[1:, 0].tolist()
@@ -267,7 +257,7 @@ def test_signatures_see_every_word_and_no_order() -> None:
         some = WORDS[:number]
         turned = [" ".join(some[i:] + some[:i]) for i in range(number)]
         turned.append(" ".join(["other", *some[1:]]))
-        keys, _ = band_keys(text_buffers(pa.array(turned)), 1, Banding(bands=40, rows=1))
+        keys, _ = compute_band_keys(turned, 1, Banding(bands=40, rows=1))
         assert (keys[1:, :number] == keys[1:, :1]).all()
         assert (keys[1:, number] != keys[1:, 0]).any()
 
@@ -284,7 +274,7 @@ def test_signatures_agree_as_often_as_the_sets_are_alike() -> None:
             for i in random_.sample(range(120), edits):
                 two[i] = "other"
             pairs += [" ".join(one), " ".join(two)]
-        keys, _ = band_keys(text_buffers(pa.array(pairs)), 5, banding)
+        keys, _ = compute_band_keys(pairs, 5, banding)
         agree = (keys[1:, 0::2] == keys[1:, 1::2]).mean()
         alike = np.mean([jaccard(pairs[i], pairs[i + 1]) for i in range(0, 600, 2)])
         assert agree == pytest.approx(alike, abs=0.008)
@@ -301,17 +291,10 @@ def test_bandings_keep_their_promise(similarity: float, recall: float, most: int
         assert np.ceil(needed - 1e-6) * more > most or needed * more > most
 
 
-@given(st.lists(st.tuples(st.sets(st.integers(0, 15)), st.sets(st.integers(0, 15))), max_size=9))
-def test_jaccard_is_that_of_pythons_sets(pairs: list[tuple[set[int], set[int]]]) -> None:
-    pairs = [(a, b) for a, b in pairs if a and b]
-    sides = []
-    for which in (0, 1):
-        sets = [sorted(pair[which]) for pair in pairs]
-        starts = np.cumsum([0, *map(len, sets)]).astype(np.int64)
-        flat = np.array([x for each in sets for x in each], np.uint64)
-        sides += [flat, starts, np.arange(len(sets))]
-    expected = [len(a & b) / len(a | b) for a, b in pairs]
-    assert compiled("shingles").jaccards(*sides).tolist() == expected
+@given(st.sets(st.integers(0, 15), min_size=1), st.sets(st.integers(0, 15), min_size=1))
+def test_jaccard_is_that_of_pythons_sets(one: set[int], other: set[int]) -> None:
+    found = _compute_jaccard(*(np.array(sorted(each), np.uint64) for each in (one, other)))
+    assert found == len(one & other) / len(one | other)
 
 
 @pytest.mark.parametrize("documents", [[], [None], ["", "!"]])

@@ -1,7 +1,6 @@
 """Perplexities of documents: KenLM's own figures, cutoffs and buckets, and the stage's labels."""
 
 import json
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import kenlm
@@ -16,7 +15,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig
 from maxlm.corpus.perplexity import (
     PerplexityConfig,
-    bucket,
+    choose_bucket,
     open_model,
     read_cutoffs,
     train_perplexity,
@@ -86,12 +85,12 @@ def test_tokens_of_a_tokenizer_can_be_the_words(tmp_path):
     train_perplexity(PARAGRAPHS[:200], tmp_path / "model", config)
     words = tokenizer.encode(PARAGRAPHS[0].lower())
     assert len(words) > 1
-    assert all(str(word) in kenlm.Model(str(tmp_path / "model/model.kenlm")) for word in words[:5])
+    assert all(str(word) in kenlm.Model(str(tmp_path / "model/model.arpa")) for word in words[:5])
 
 
 def test_a_perplexity_is_that_of_kenlm_over_all_lines(trained):
     folder, _ = trained
-    model, ours = kenlm.Model(str(folder / "model.kenlm")), open_model(folder)
+    model, ours = kenlm.Model(str(folder / "model.arpa")), open_model(folder)
     one = "the value of an expression is an object"
     assert ours.perplexity(one.upper()) == pytest.approx(model.perplexity(one), rel=1e-6)
     text = "A class.\n\nzyzzyva 12 is\n"
@@ -105,14 +104,14 @@ def test_documents_that_set_the_cutoffs_are_not_trained_on(tmp_path):
     texts = [f"{p} unique{i}x" for i, p in enumerate(PARAGRAPHS[:300])]
     config = CONFIG.model_copy(update={"words": WordsConfig(digits=False), "hold_out": 10})
     report = train_perplexity(texts, tmp_path, config)
-    known = [f"unique{i}x" in kenlm.Model(str(tmp_path / "model.kenlm")) for i in range(300)]
+    known = [f"unique{i}x" in kenlm.Model(str(tmp_path / "model.arpa")) for i in range(300)]
     assert known == [i % 10 != 9 for i in range(300)]
     assert (report.documents, report.reference) == (270, 30)
     model = open_model(tmp_path)
     scores = [model.perplexity(text) for text in texts[9::10]]
     assert report.cutoffs == pytest.approx(np.percentile(scores, [100 / 3, 200 / 3]))
     assert report.percentiles[50] == pytest.approx(np.median(scores))
-    buckets = [bucket(score, report.cutoffs) for score in scores]
+    buckets = [choose_bucket(score, report.cutoffs) for score in scores]
     assert [buckets.count(each) for each in ("head", "middle", "tail")] == [10, 10, 10]
 
 
@@ -131,11 +130,6 @@ def test_too_few_documents_are_an_error_and_no_model(tmp_path):
     assert "reference" in str(error.value)
     with pytest.raises(MaxlmError, match="no perplexity model"):
         read_cutoffs(tmp_path)
-
-
-def test_a_model_of_order_1_is_refused():
-    with pytest.raises(ValidationError, match="order 1"):
-        PerplexityConfig(ngrams=KneserNeyConfig(order=1))
 
 
 def test_a_failed_training_takes_the_model_it_was_to_replace_out_of_use(tmp_path):
@@ -165,7 +159,7 @@ def test_a_stage_labels_by_language(trained, tmp_path):
     labels = label(stage, texts, ["en", "de", "fr", None, "en", "en"])
     english = open_model(trained[0])
     assert labels[0]["value"] == english.perplexity(good)
-    assert labels[0]["bucket"] == bucket(labels[0]["value"], trained[1].cutoffs)
+    assert labels[0]["bucket"] == choose_bucket(labels[0]["value"], trained[1].cutoffs)
     assert labels[1]["value"] == open_model(tmp_path).perplexity(good) != labels[0]["value"]
     assert labels[1]["bucket"] == "middle"
     assert labels[2:5] == [none] * 3
@@ -207,7 +201,7 @@ def test_a_missing_or_damaged_model_names_the_command_that_trains_one(trained, t
     with pytest.raises(MaxlmError, match="train it again"):
         PerplexityStage(models={"en": tmp_path}).open()
     (tmp_path / "cutoffs.json").write_bytes((trained[0] / "cutoffs.json").read_bytes())
-    (tmp_path / "model.kenlm").write_text("nothing")
+    (tmp_path / "model.arpa").write_text("nothing")
     with pytest.raises(MaxlmError, match="train it again"):
         label(PerplexityStage(models={"en": tmp_path}), ["x"], ["en"])
 
@@ -228,7 +222,7 @@ def test_the_key_refuses_a_model_of_other_cutoffs_and_follows_its_tokenizer(trai
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
     stage, kept = PerplexityStage(models={"en": tmp_path}), read_cutoffs(trained[0])
-    (tmp_path / "model.kenlm").write_bytes((trained[0] / "model.kenlm").read_bytes())
+    (tmp_path / "model.arpa").write_bytes((trained[0] / "model.arpa").read_bytes())
     words = WordsConfig(tokenizer=str(tmp_path / "bpe"))
     whole = kept.model_copy(update={"words": words}).model_dump_json()
     (tmp_path / "cutoffs.json").write_text(whole)
@@ -238,15 +232,10 @@ def test_the_key_refuses_a_model_of_other_cutoffs_and_follows_its_tokenizer(trai
         train_tokenizer(TokenizerConfig(vocab_size=size), texts).save(tmp_path / "bpe")
         keys.append(stage.key())
     assert keys[0] != keys[1]
-    with (tmp_path / "model.kenlm").open("ab") as file:
+    with (tmp_path / "model.arpa").open("ab") as file:
         file.write(b"x")
     with pytest.raises(MaxlmError, match="not the one"):
         stage.key()
-
-
-def test_a_stage_says_which_label_must_hold_strings():
-    assert PerplexityStage(models={"en": Path("x")}).strings == ("language.name",)
-    assert PerplexityStage(models={"*": Path("x")}, language=None).strings == ()
 
 
 @pytest.mark.parametrize(

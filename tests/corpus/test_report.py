@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from maxlm.corpus.opened import Corpus
+from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.report import summarize, write_report
-from maxlm.corpus.report.page import funnel
+from maxlm.corpus.report.page import compute_funnel
 from maxlm.corpus.run import run_recipe
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.runtime.pool import WorkerPool
@@ -19,14 +19,14 @@ from tests.corpus.recipes import recipe
 
 @pytest.fixture(scope="module")
 def figures(whole):
-    corpus = Corpus.open(whole)
+    corpus = OpenCorpus.open(whole)
     with WorkerPool(1) as pool:
         return corpus, summarize(corpus, corpus.rules(), pool)
 
 
 def test_the_funnel_ends_at_what_is_kept(figures, whole):
     corpus, summary = figures
-    rows = funnel(corpus.rules(), summary, ["books", "web"])
+    rows = compute_funnel(corpus.rules(), summary, ["books", "web"])
     assert [row["rule"] for row in rows] == ["all documents", "has text", "long", "unique"]
     assert rows[0]["left"] == 240
     for before, after in pairwise(rows):
@@ -81,7 +81,7 @@ def test_the_page_shows_hostile_documents_as_text(tmp_path):
     (tmp_path / "web.jsonl").write_text(json.dumps({"text": hostile, "id": "<img src=x>"}) + "\n")
     (tmp_path / "books.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
     out = tmp_path / "corpus"
-    corpus = Corpus.open(run_recipe(recipe(tmp_path, out)))
+    corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, out)))
     with WorkerPool(1) as pool:
         summary = summarize(corpus, corpus.rules(), pool)
     write_report(corpus, corpus.rules(), summary, out / "report.html")
@@ -117,7 +117,7 @@ def test_evaluation_sets_in_the_documents_are_listed(tmp_path):
     quiz.write_text(json.dumps({"text": question}) + "\n")
     stage = {"stage": "decontaminate", "sets": {"quiz": {"documents": [str(quiz)]}}}
     out = tmp_path / "corpus"
-    corpus = Corpus.open(run_recipe(recipe(tmp_path, out, stages=[stage], keep={})))
+    corpus = OpenCorpus.open(run_recipe(recipe(tmp_path, out, stages=[stage], keep={})))
     with WorkerPool(1) as pool:
         summary = summarize(corpus, corpus.rules(), pool)
     write_report(corpus, corpus.rules(), summary, out / "report.html")

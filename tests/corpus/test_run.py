@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.corpus import run
-from maxlm.corpus.opened import Corpus
+from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.reader import find_document
 from maxlm.corpus.report import summarize, write_report
 from maxlm.corpus.run import run_recipe
@@ -42,7 +42,7 @@ def kept(folder, **settings):
 
 
 def test_the_labels_are_what_they_say(whole, crawl):
-    corpus = Corpus.open(whole)
+    corpus = OpenCorpus.open(whole)
     assert len(corpus.shards) > 4
     raw = [json.loads(line) for line in (crawl / "web.jsonl").read_text().splitlines()]
     raw += [json.loads(line) for line in (crawl / "books.jsonl").read_text().splitlines()]
@@ -68,7 +68,7 @@ def test_the_labels_are_what_they_say(whole, crawl):
 
 
 def test_manifests_add_up(whole):
-    corpus = Corpus.open(whole)
+    corpus = OpenCorpus.open(whole)
     for title in ("documents", "language", "heuristics", "pii", "exact", "near"):
         manifest = corpus.manifest(title)
         assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 240
@@ -139,7 +139,7 @@ def test_new_files_are_added_to_what_is_there(crawl, tmp_path):
     assert "new" in kept(out, keep={})
     run_recipe(recipe(mine, out))  # and away again
     assert "new" not in kept(out, keep={})
-    assert len(list(out.glob("documents/*.parquet"))) == len(Corpus.open(out).shards)
+    assert len(list(out.glob("documents/*.parquet"))) == len(OpenCorpus.open(out).shards)
 
 
 SCRIPT = """
@@ -185,7 +185,7 @@ def test_a_killed_run_goes_on(whole, crawl, tmp_path, stage):
     process.wait()
     assert any((out / stage).glob("*"))
     with pytest.raises(MaxlmError, match=r"not finished|no corpus"):
-        Corpus.open(out)
+        OpenCorpus.open(out)
     run_recipe(recipe(crawl, out))
     assert files(out) == files(whole)
     left = [p for p in out.rglob("*") if p.name.startswith(".") or p.name == "scratch"]
@@ -263,9 +263,9 @@ def test_labels_after_a_comparison_follow_the_documents(tmp_path):
     ]
     again = made_again(tmp_path, tmp_path / "again", *recipes)
     assert again == made_again(tmp_path, tmp_path / "fresh", recipes[1])
-    found, _ = find_document(Corpus.open(tmp_path / "again"), "b")
+    found, _ = find_document(OpenCorpus.open(tmp_path / "again"), "b")
     assert "jean.dupont" not in found["text"]
-    manifest = Corpus.open(tmp_path / "again").manifest("pii")
+    manifest = OpenCorpus.open(tmp_path / "again").manifest("pii")
     assert manifest["counts"]["rows"] == sum(manifest["shards"].values()) == 1
 
 
@@ -301,11 +301,11 @@ def test_a_run_that_stops_leaves_no_corpus_of_two_recipes(crawl, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(crawl, out, stages=stages))
     with pytest.raises(MaxlmError, match="the stage pii is not finished"):
-        Corpus.open(out)
+        OpenCorpus.open(out)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(crawl, out, stages=stages, sources=[recipe(crawl, out).sources[0]]))
     with pytest.raises(MaxlmError, match="is not finished"):
-        Corpus.open(out)
+        OpenCorpus.open(out)
 
 
 def test_a_corpus_of_nothing(tmp_path):
@@ -316,7 +316,7 @@ def test_a_corpus_of_nothing(tmp_path):
     documents = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
     sources = [{"name": "web", "documents": documents}]
     out = run_recipe(recipe(tmp_path, tmp_path / "c", sources=sources, stages=stages, keep={}))
-    corpus = Corpus.open(out)
+    corpus = OpenCorpus.open(out)
     assert kept(out) == []
     with WorkerPool(1) as pool:
         summary = summarize(corpus, corpus.rules(), pool)
@@ -356,7 +356,7 @@ def test_manifests_say_what_the_last_run_made(crawl, tmp_path):
     for names in ("a", "ab"):
         sources = [{"name": n, "documents": [str(tmp_path / f"{n}.jsonl")]} for n in names]
         run_recipe(recipe(crawl, out, sources=sources, stages=[{"stage": "url"}], keep={}))
-    manifest = Corpus.open(out).manifest("url")
+    manifest = OpenCorpus.open(out).manifest("url")
     assert manifest["last_run"]["shards"] == 1
     assert manifest["counts"]["rows"] == 300
     many = Counter({"rows": 3, "too many values: kind": 1})

@@ -13,7 +13,7 @@ from maxlm.cli.main import main
 from maxlm.config import MaxlmError
 from maxlm.corpus import settling
 from maxlm.corpus.dedup.components import resolve_duplicates
-from maxlm.corpus.opened import Corpus
+from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import RecipeConfig
 from maxlm.corpus.report import count_lost
 from maxlm.corpus.run import run_recipe
@@ -73,7 +73,7 @@ def crawl(seed: int) -> list[dict[str, str]]:
     return [{"id": f"d{i}", "text": t, "url": urls[i]} for i, t in enumerate(texts)]
 
 
-def make(folder: Path, rows: list[dict[str, str]], **changes) -> Corpus:
+def make(folder: Path, rows: list[dict[str, str]], **changes) -> OpenCorpus:
     (folder / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "out": str(folder / "corpus"),
@@ -84,7 +84,7 @@ def make(folder: Path, rows: list[dict[str, str]], **changes) -> Corpus:
         "keep": KEEP,
         "cut": ["substring.cuts"],
     }
-    return Corpus.open(run_recipe(RecipeConfig.model_validate(recipe | changes)))
+    return OpenCorpus.open(run_recipe(RecipeConfig.model_validate(recipe | changes)))
 
 
 def grams(text: str) -> set[str]:
@@ -92,7 +92,7 @@ def grams(text: str) -> set[str]:
     return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
 
-def lost(corpus: Corpus, rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
+def lost(corpus: OpenCorpus, rows: list[dict[str, str]]) -> tuple[list[str], list[str]]:
     """By brute force: documents that are gone and like no kept one, and passages that are cut and
     in no kept text."""
     taken, originals = read(corpus), {row["id"]: row["text"] for row in rows}
@@ -115,7 +115,7 @@ def lost(corpus: Corpus, rows: list[dict[str, str]]) -> tuple[list[str], list[st
     return documents, cuts
 
 
-def read(corpus: Corpus, **config) -> dict[str, str]:
+def read(corpus: OpenCorpus, **config) -> dict[str, str]:
     source = SourceConfig(documents=(str(corpus.folder),), **config)
     return {document.id: document.text.decode() for document in read_documents(source)}
 

@@ -1,12 +1,11 @@
 """Labels lie beside documents, row by row; what is written appears whole or not at all."""
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.expression import parse
-from maxlm.corpus.shards import DOCUMENT_SCHEMA, Shard, read_counts
+from maxlm.corpus.shards import StageShardView, read_counts
 from tests.corpus.corpora import add_labels, make_corpus
 
 SCHEMA = pa.schema([("words", pa.int32()), ("good", pa.bool_()), ("kind", pa.string())])
@@ -27,7 +26,7 @@ def test_labels_stand_beside_their_documents_and_nulls_beside_others(tmp_path):
     texts = ["a b", None, "", "b c d", "é", None, "last one"]
     (shard,) = make_corpus(tmp_path, texts, shards=1, rows_per_group=3)
     where = parse('id != "d3"', {"id": pa.string()}, "where")
-    label(Shard(tmp_path, shard.name, where=where, out="made"), by_length)
+    label(StageShardView(tmp_path, shard.name, where=where, out="made"), by_length)
     read = [r for g in shard.groups(["id", "made.words", "text"]) for r in g.to_pylist()]
     assert [row["id"] for row in read] == [f"d{i}" for i in range(7)]
     assert [row["text"] for row in read] == texts
@@ -49,7 +48,7 @@ def test_rows_that_are_not_asked_for_are_left_out(tmp_path):
     (shard,) = make_corpus(tmp_path, ["x", None, "y", "z"], shards=1, rows_per_group=2)
     add_labels([shard], "earlier", score=pa.array([1.0, 5.0, None, 7.0]))
     where = parse("earlier.score > 3", {"earlier.score": pa.float64()}, "where")
-    view = Shard(tmp_path, shard.name, where=where)
+    view = StageShardView(tmp_path, shard.name, where=where)
     assert [r.index.tolist() for r in view.rows(["text"])] == [[], [1]]
     assert [r.index.tolist() for r in view.rows(["id"])] == [[1], [1]]  # the one without text too
     assert [(r.first, r.size) for r in view.rows(["id"])] == [(0, 2), (2, 2)]
@@ -59,14 +58,14 @@ def test_the_newest_version_of_each_text_is_read(tmp_path):
     (shard,) = make_corpus(tmp_path, ["raw 0", "raw 1", None, None], shards=1)
     add_labels([shard], "extract", text=pa.array([None, None, "new 2", "new 3"], pa.large_string()))
     add_labels([shard], "pii", text=pa.array([None, "<EMAIL>", None, "<IP>"], pa.large_string()))
-    view = Shard(tmp_path, shard.name, ("documents", "extract", "pii"))
+    view = StageShardView(tmp_path, shard.name, ("documents", "extract", "pii"))
     (group,) = view.groups(["text"])
     assert group.column("text").to_pylist() == ["raw 0", "<EMAIL>", "new 2", "<IP>"]
 
 
 def test_a_file_appears_when_complete(tmp_path):
     (shard,) = make_corpus(tmp_path, ["a", "b"], shards=1)
-    view = Shard(tmp_path, shard.name, out="made")
+    view = StageShardView(tmp_path, shard.name, out="made")
     with pytest.raises(ZeroDivisionError):
         label(view, lambda text: 1 // 0)
     assert list((tmp_path / "made").iterdir()) == []
@@ -77,7 +76,7 @@ def test_a_file_appears_when_complete(tmp_path):
 def test_labels_of_other_documents_are_refused(tmp_path):
     (shard,) = make_corpus(tmp_path, ["a", "b", "c"], shards=1)
     (other,) = make_corpus(tmp_path / "other", ["a", "b"], shards=1)
-    label(Shard(tmp_path / "other", other.name, out="made"), by_length)
+    label(StageShardView(tmp_path / "other", other.name, out="made"), by_length)
     (tmp_path / "other" / "made").rename(tmp_path / "made")
     with pytest.raises(MaxlmError, match="2 labels for 3 documents"):
         list(shard.groups(["made.words"]))
@@ -89,8 +88,3 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(MaxlmError, match=r"00000\.parquet: cannot read as Parquet"):
         list(shard.groups(["id"]))
-
-
-def test_documents_have_one_schema(tmp_path):
-    for shard in make_corpus(tmp_path, ["a", "b", "c"]):
-        assert pq.read_schema(shard.path("documents")).remove_metadata() == DOCUMENT_SCHEMA

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stages.toxicity import ToxicityStage, chunks, read_lists
+from maxlm.corpus.stages.toxicity import ToxicityStage, chunk_text, read_lists
 
 LISTS = resources.files("maxlm.corpus") / "lists" / "toxic"
 
@@ -113,13 +113,13 @@ def test_the_score_is_the_packages_own():
     assert label(ToxicityStage()) == []
 
 
-def test_a_long_text_is_judged_in_chunks():
+def test_a_long_text_is_judged_in_chunk_text():
     from profanity_check import predict_prob
 
     calm, rude = "The committee met on Tuesday. " * 60, "you stupid fucking idiot "
     text = calm + rude * 10 + calm
     stage = ToxicityStage(chunk=500)
-    parts = list(chunks(text, 500))
+    parts = list(chunk_text(text, 500))
     assert len(parts) == 8
     scores = predict_prob(parts)
     row, other = label(stage, text, calm)
@@ -131,7 +131,7 @@ def test_a_long_text_is_judged_in_chunks():
 
 @given(st.text(alphabet="ab \n日", max_size=400), st.integers(1, 50))
 def test_chunks_are_the_text(text, size):
-    parts = list(chunks(text, size))
+    parts = list(chunk_text(text, size))
     assert "".join(parts) == text
     assert all(parts)
     assert all(len(part) <= size + size // 4 + 1 for part in parts)

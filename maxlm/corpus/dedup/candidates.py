@@ -11,10 +11,10 @@ import numpy as np
 
 from maxlm.corpus.dedup.columns import (
     concatenate,
-    cut,
-    first_of_runs,
+    find_range,
+    hash_range_starts,
+    mark_run_starts,
     open_columns,
-    ranges,
     write_columns,
 )
 from maxlm.corpus.dedup.members import Members
@@ -52,26 +52,28 @@ def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray)
 
 
 def _read_band(
-    members: Members, band: int, number: int, which: int
+    members: Members, band: int, num_ranges: int, range_index: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Each shard, its keys of one band in one of `number` ranges, sorted, and their members, which
-    rise within a key."""
-    starts = ranges(number)
+    """Yields each shard, its keys of one band in one of `num_ranges` ranges, sorted, and their
+    members, which rise within a key."""
+    starts = hash_range_starts(num_ranges)
     for shard, name in enumerate(members.shards):
         with open_columns(_band_file(members.folder, name)) as columns:
-            part = cut(columns[f"key{band}"], starts, which)
+            part = find_range(columns[f"key{band}"], starts, range_index)
             member = columns[f"member{band}"][part] + np.int64(members.first[shard])
             yield shard, columns[f"key{band}"][part], member
 
 
-def find_copies(members: Members, number: int, which: int) -> tuple[np.ndarray, np.ndarray]:
+def find_copies(
+    members: Members, num_ranges: int, range_index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Members with the same words in the same order as a better one: (member, the best).
 
     Of each shard only the best with a key is compared with those of other shards. So a text that
     is everywhere takes memory for what is returned, 35 bytes a copy, and little else.
     """
     keys, bests, ranks = [], [], []
-    for shard, key, member in _read_band(members, 0, number, which):
+    for shard, key, member in _read_band(members, 0, num_ranges, range_index):
         with open_columns(members.file(shard)) as columns:
             rank = columns["rank"][member - members.first[shard]]
         best = _best_of_keys(key, rank)
@@ -83,7 +85,7 @@ def find_copies(members: Members, number: int, which: int) -> tuple[np.ndarray, 
     known, kept = key[best], member[best]
 
     copies, originals = [], []
-    for _, key, member in _read_band(members, 0, number, which):
+    for _, key, member in _read_band(members, 0, num_ranges, range_index):
         best = kept[np.searchsorted(known, key)]
         copies.append(member[member != best])
         originals.append(best[member != best])
@@ -93,11 +95,11 @@ def find_copies(members: Members, number: int, which: int) -> tuple[np.ndarray, 
 def _best_of_keys(key: np.ndarray, rank: np.ndarray) -> np.ndarray:
     """Which is the best of each key, in order of keys; of those as good the first."""
     order = np.lexsort((-rank, key))
-    return order[first_of_runs(key[order])]
+    return order[mark_run_starts(key[order])]
 
 
 def find_pairs(
-    members: Members, band: int, number: int, which: int, copies: np.ndarray, limit: int
+    members: Members, band: int, num_ranges: int, range_index: int, copies: np.ndarray, limit: int
 ) -> Iterator[np.ndarray]:
     """Pairs that share a key of a band, in pieces; `copies` (sorted) take no part.
 
@@ -108,7 +110,7 @@ def find_pairs(
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
     keys, found = [], []
-    for _, key, member in _read_band(members, band, number, which):
+    for _, key, member in _read_band(members, band, num_ranges, range_index):
         takes_part = ~_among(copies, member)
         keys.append(key[takes_part])
         found.append(member[takes_part])
@@ -118,7 +120,7 @@ def find_pairs(
     order = order[_in_groups(key[order])]
     key, member = key[order], member[order]
     del order
-    starts = np.flatnonzero(first_of_runs(key))
+    starts = np.flatnonzero(mark_run_starts(key))
     sizes = np.diff(starts, append=len(key))
     for size in np.unique(sizes):
         groups = starts[sizes == size]
@@ -159,7 +161,7 @@ def _among(known: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def _in_groups(keys: np.ndarray) -> np.ndarray:
     """Which sorted keys occur more than once."""
-    first = first_of_runs(keys)
+    first = mark_run_starts(keys)
     return ~(first & np.append(first[1:], True))
 
 
@@ -172,14 +174,14 @@ def count_pairs(files: Sequence[Path]) -> int:
     return total
 
 
-def pair_ranges(files: Sequence[Path], number: int) -> np.ndarray:
-    """Where each of `number` ranges of pairs begins, with about as many in each: uint64 [number].
+def find_pair_range_starts(files: Sequence[Path], num_ranges: int) -> np.ndarray:
+    """Finds where ranges with about as many pairs in each begin: uint64 [num_ranges].
 
     Members have very different numbers of pairs: the best of a template has one with every page of
     it. So the ranges are quantiles of a sample, every nth pair of the files end to end. Each file
     is sorted, and so puts a range wrong by n pairs at most.
     """
-    step = max(1, count_pairs(files) // (number * _SAMPLES))
+    step = max(1, count_pairs(files) // (num_ranges * _SAMPLES))
     skip, samples = step // 2, []
     for path in files:
         with open_columns(path) as columns:
@@ -187,15 +189,18 @@ def pair_ranges(files: Sequence[Path], number: int) -> np.ndarray:
             skip += len(sample) * step - len(columns)
         samples.append(sample)
     sample = np.sort(concatenate(samples, np.uint64))
-    starts = np.zeros(number, np.uint64)
-    starts[1:] = sample[np.arange(1, number) * len(sample) // number]
+    starts = np.zeros(num_ranges, np.uint64)
+    if len(sample):
+        starts[1:] = sample[np.arange(1, num_ranges) * len(sample) // num_ranges]
     return starts
 
 
-def read_pairs(files: Sequence[Path], starts: np.ndarray, which: int) -> np.ndarray:
-    """The pairs, each once, in one of the ranges of `pair_ranges`."""
+def read_pairs_in_range(
+    files: Sequence[Path], range_starts: np.ndarray, range_index: int
+) -> np.ndarray:
+    """The pairs, each once, in one of the ranges of `find_pair_range_starts`."""
     parts = []
     for path in files:
         with open_columns(path) as columns:
-            parts.append(columns["pair"][cut(columns["pair"], starts, which)])
+            parts.append(columns["pair"][find_range(columns["pair"], range_starts, range_index)])
     return np.unique(concatenate(parts, np.uint64))

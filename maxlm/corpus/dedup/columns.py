@@ -70,19 +70,20 @@ class Columns:
         return array.to_numpy(zero_copy_only=not pa.types.is_boolean(array.type))
 
 
-def ranges(number: int) -> np.ndarray:
-    """Where each of `number` equal ranges of 64-bit hashes begins: uint64 [number]."""
-    return np.array([i * 2**64 // number for i in range(number)], np.uint64)
+def hash_range_starts(num_ranges: int) -> np.ndarray:
+    """Computes where equal ranges of 64-bit hashes begin: uint64 [num_ranges]."""
+    return np.array([i * 2**64 // num_ranges for i in range(num_ranges)], np.uint64)
 
 
-def cut(values: np.ndarray, starts: np.ndarray, number: int) -> slice:
-    """The part of sorted `values` that lies in a range: from starts[number] up to the next."""
-    first = np.searchsorted(values, starts[number]) if number else 0
-    last = np.searchsorted(values, starts[number + 1]) if number + 1 < len(starts) else None
-    return slice(int(first), len(values) if last is None else int(last))
+def find_range(values: np.ndarray, range_starts: np.ndarray, range_index: int) -> slice:
+    """Finds the part of sorted `values` from range_starts[range_index] up to the next start."""
+    first = np.searchsorted(values, range_starts[range_index]) if range_index else 0
+    if range_index + 1 == len(range_starts):
+        return slice(int(first), len(values))
+    return slice(int(first), int(np.searchsorted(values, range_starts[range_index + 1])))
 
 
-def first_of_runs(values: np.ndarray) -> np.ndarray:
+def mark_run_starts(values: np.ndarray) -> np.ndarray:
     """Where sorted values change: bool [len(values)], true at the first of each run."""
     first = np.ones(len(values), np.bool_)
     first[1:] = values[1:] != values[:-1]

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.dedup.columns import first_of_runs
+from maxlm.corpus.dedup.columns import mark_run_starts
 
 
 @dataclass(frozen=True)
-class Marks:
+class DuplicateMarks:
     """Every member that is like another one, in order."""
 
     member: np.ndarray
@@ -38,7 +37,7 @@ class AlikePairs:
     """int64 [copies]: those with the same words as a better one, which are in no other pair."""
 
 
-def confirm_copies(
+def split_copies(
     pairs: tuple[np.ndarray, np.ndarray],
     jaccard: np.ndarray,
     copies: tuple[np.ndarray, np.ndarray],
@@ -57,7 +56,7 @@ def resolve_duplicates(
     alike: AlikePairs,
     rank_of: Callable[[np.ndarray], np.ndarray],
     may_keep: np.ndarray | None = None,
-) -> Marks:
+) -> DuplicateMarks:
     """Decide which documents are kept.
 
     Likeness does not carry over: with A like B and B like C, A and C may have little in common,
@@ -86,19 +85,19 @@ def resolve_duplicates(
     rank = rank_of(member)
     may = np.ones(len(member), np.bool_) if may_keep is None else may_keep[member]
     order = np.lexsort((member, -rank, ~may, node))
-    first = order[first_of_runs(node[order])]
+    first = order[mark_run_starts(node[order])]
     stands, rank, may = member[first], rank[first], may[first]
     both, jaccard = slice(None), alike.jaccard
     if may_keep is not None:
         both = may[ends].all(0)
     neighbours = _neighbours(ends[:, both], jaccard[both], len(nodes))
-    of, likeness = compiled("shingles").keep_best(np.lexsort((stands, -rank)), *neighbours)
+    of, likeness = _keep_best(np.lexsort((stands, -rank)), *neighbours)
 
     sort = np.argsort(member)
     member, node = member[sort], node[sort]
     copy = may[node] & (of[node] < 0) & (member != stands[node])
     cluster, size = _number(component[node])
-    return Marks(
+    return DuplicateMarks(
         member=member,
         of=np.where(copy, stands[node], np.where(of >= 0, stands[of], -1)[node]),
         jaccard=np.where(copy, 1.0, likeness[node]),
@@ -110,8 +109,8 @@ def resolve_duplicates(
 def _neighbours(
     ends: np.ndarray, jaccard: np.ndarray, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return starts, neighbours and similarities, as `keep_best` reads them, of the graph whose
-    edges are pairs of `number` nodes (int64 [2, pairs])."""
+    """Returns the graph whose edges are pairs of `number` nodes (int64 [2, pairs]): node i is like
+    neighbours[starts[i]:starts[i + 1]], and how much."""
     by_source = np.argsort(ends.ravel(), kind="stable")
     starts = np.zeros(number + 1, np.int64)
     np.cumsum(np.bincount(ends.ravel(), minlength=number), out=starts[1:])
@@ -120,12 +119,34 @@ def _neighbours(
     return starts, neighbours, jaccard[by_source]
 
 
+def _keep_best(
+    order: np.ndarray, starts: np.ndarray, neighbours: np.ndarray, similarity: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses what is kept of nodes of which some are alike, in `order`, the best first.
+
+    Returns:
+        For each node the kept one that it is most like (of equals the better), or -1: it is like
+        no node that was kept before, and kept itself. And how much it is like it.
+    """
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    of, likeness = np.full(len(order), -1, np.int64), np.zeros(len(order))
+    for node in order[np.diff(starts)[order] > 0].tolist():
+        edges = slice(starts[node], starts[node + 1])
+        others = neighbours[edges]
+        kept = np.flatnonzero((rank[others] < rank[node]) & (of[others] < 0))
+        if len(kept):
+            best = kept[np.lexsort((rank[others[kept]], -similarity[edges][kept]))[0]]
+            of[node], likeness[node] = others[best], similarity[edges][best]
+    return of, likeness
+
+
 def _number(component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Components numbered as they first appear, and how many of each there are."""
     order = np.argsort(component, kind="stable")
-    first = order[first_of_runs(component[order])]
+    first = order[mark_run_starts(component[order])]
     number = np.empty(len(first), np.int64)
     number[np.argsort(first, kind="stable")] = np.arange(len(first))
     cluster = np.empty(len(component), np.int64)
-    cluster[order] = number[np.cumsum(first_of_runs(component[order])) - 1] if len(order) else 0
+    cluster[order] = number[np.cumsum(mark_run_starts(component[order])) - 1] if len(order) else 0
     return cluster, np.bincount(cluster, minlength=1)[cluster] if len(order) else cluster

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
-from maxlm.corpus.shards import Rows, Shard
+from maxlm.corpus.shards import RowGroup, StageShardView
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Members:
         return self.first[-1]
 
     def file(self, shard: int) -> Path:
-        return member_file(self.folder, self.shards[shard])
+        return get_member_path(self.folder, self.shards[shard])
 
     def by_shard(self, members: np.ndarray) -> Iterator[tuple[int, slice]]:
         """Each shard that has some of the sorted `members`, and which those are."""
@@ -63,7 +63,7 @@ class Members:
         return pa.concat_arrays(parts).take(pa.array(places))
 
 
-def member_file(folder: Path, shard: str) -> Path:
+def get_member_path(folder: Path, shard: str) -> Path:
     """Where a shard's members are, below a stage's scratch folder."""
     return folder / "members" / f"{shard}.arrow"
 
@@ -80,10 +80,10 @@ class MemberList:
         self._ranks: list[np.ndarray] = []
         self._names: dict[str, list[pa.Array]] = {name: [] for name in self.reads}
 
-    def add(self, group: Rows) -> None:
+    def add(self, group: RowGroup) -> None:
         """The members of one row group."""
         self._rows.append(group.index + group.first)
-        self._ranks.append(ranks(group.batch, self._keep_by))
+        self._ranks.append(rank_documents(group.batch, self._keep_by))
         for name, parts in self._names.items():
             parts.append(group.batch.column(name))
 
@@ -96,22 +96,22 @@ class MemberList:
         return rank
 
 
-def number_members(folder: Path, shards: Sequence[Shard]) -> Members:
+def number_members(folder: Path, shards: Sequence[StageShardView]) -> Members:
     """Number the members of shards whose files have been written."""
     first = [0]
     for shard in shards:
-        with open_columns(member_file(folder, shard.name)) as columns:
+        with open_columns(get_member_path(folder, shard.name)) as columns:
             first.append(first[-1] + len(columns))
     names = tuple(shard.name for shard in shards)
     return Members(folder, names, tuple(first), count_documents(shards)[:-1])
 
 
-def count_documents(shards: Sequence[Shard]) -> tuple[int, ...]:
+def count_documents(shards: Sequence[StageShardView]) -> tuple[int, ...]:
     """The first document of each shard, and behind them the number of all."""
     return tuple(accumulate((shard.num_documents() for shard in shards), initial=0))
 
 
-def ranks(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
+def rank_documents(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
     """How good each document is: float64 [rows], -inf where the label is null or no number."""
     if keep_by is None:
         return np.zeros(batch.num_rows)
@@ -121,7 +121,10 @@ def ranks(batch: pa.RecordBatch, keep_by: str | None) -> np.ndarray:
 
 
 def write_labels(
-    shard: Shard, schema: pa.Schema, rows: np.ndarray, labels: Mapping[str, pa.Array | np.ndarray]
+    shard: StageShardView,
+    schema: pa.Schema,
+    rows: np.ndarray,
+    labels: Mapping[str, pa.Array | np.ndarray],
 ) -> None:
     """Write a shard's labels.
 

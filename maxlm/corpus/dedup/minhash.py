@@ -6,14 +6,24 @@ functions, two documents agree in at least one band with probability 1 - (1 - s^
 Rajaraman, Ullman, "Mining of Massive Datasets", 3.4).
 """
 
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log, log1p
 
 import numpy as np
 
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.dedup.words import letter_table
-from maxlm.corpus.textbuffers import Texts
+from maxlm.corpus.normalization import normalize
+from maxlm.corpus.tokens import WORD
+
+_SEED = np.uint64(0xCBF29CE484222325)
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+_HALF = np.uint64(32)
+_CHUNK = 1 << 12  # Shingles that are hashed together.
+_ACCENT = re.compile("[\u0300-\u036f]")
 
 
 @dataclass(frozen=True)
@@ -41,32 +51,83 @@ def choose_banding(similarity: float, recall: float, most_hashes: int) -> Bandin
     return best
 
 
-def band_keys(texts: Texts, size: int, banding: Banding) -> tuple[np.ndarray, np.ndarray]:
-    """A hash of all words, and one for each band: uint64 [bands + 1, texts]; words: int64 [texts].
+def mix_bits(values: np.ndarray) -> np.ndarray:
+    """MurmurHash3's finaliser of 64 bits, with shifts by 32: a bijection that spreads every bit."""
+    values = (values ^ (values >> _HALF)) * np.uint64(0xFF51AFD7ED558CCD)
+    values = (values ^ (values >> _HALF)) * np.uint64(0xC4CEB9FE1A85EC53)
+    return values ^ (values >> _HALF)
 
-    A text without words has no shingles, and its keys mean nothing.
+
+@lru_cache(1 << 16)
+def _hash_word(word: str) -> int:
+    """Hashes a word without case, accents (marks of U+0300..U+036F) and format characters.
+
+    A letter counts as its canonical decomposition, so that texts in NFC and in NFD have the same
+    words.
     """
-    number = len(texts.offsets) - 1
-    keys = np.empty((banding.bands + 1, number), np.uint64)
-    counts = np.empty(number, np.int64)
-    random = np.random.Generator(np.random.PCG64(0))
-    functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
-    compiled("shingles").band_keys(
-        texts.data, texts.offsets, letter_table(), size,
-        functions[0] | np.uint32(1), functions[1], banding.bands, keys, counts,
-    )  # fmt: skip
-    return keys, counts
+    plain = _ACCENT.sub("", normalize("NFD", word)).casefold()
+    if not plain.isalnum():
+        plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
 
 
-def shingle_set(texts: Texts, which: int, size: int) -> np.ndarray:
-    """A text's shingles as 64-bit hashes: uint64, sorted, each once.
+def hash_words(text: str) -> np.ndarray:
+    """Hashes the words of a text: uint64 [words]. See `tokens.WORD`."""
+    return np.array([_hash_word(word) for word in WORD.findall(text)], np.uint64)
+
+
+def hash_shingles(words: np.ndarray, size: int) -> np.ndarray:
+    """Hashes the shingles of a text, one for each place: uint64 [shingles].
+
+    A text of fewer words than `size` has one shingle, of all its words; one without words none.
+    """
+    size = min(size, len(words))
+    values = np.full(len(words) - size + 1 if size else 0, _SEED)
+    for i in range(size):
+        values = (values ^ words[i : i + len(values)]) * _PRIME
+    return mix_bits(values)
+
+
+def make_shingle_set(text: str, size: int) -> np.ndarray:
+    """Makes the set of a text's shingles: uint64, sorted, each once.
 
     Two of a million different shingles share a hash with a probability of 3e-8, so a Jaccard
     similarity of these sets is that of the shingles themselves.
     """
-    start, stop = texts.offsets[which : which + 2]
-    hashes, _ = compiled("shingles").shingles(texts.data, start, stop, letter_table(), size)
-    hashes.sort()
-    keep = np.ones(len(hashes), np.bool_)
-    keep[1:] = hashes[1:] != hashes[:-1]
-    return hashes[keep]
+    return np.unique(hash_shingles(hash_words(text), size))
+
+
+def compute_band_keys(
+    texts: Sequence[str], size: int, banding: Banding
+) -> tuple[np.ndarray, np.ndarray]:
+    """Computes a hash of all words of each text, and one for each band of its signature.
+
+    Args:
+        size: words in a shingle.
+
+    Returns:
+        uint64 [bands + 1, texts]; the number of words, int64 [texts]. A text without words has no
+        shingles, and its keys mean nothing.
+    """
+    random = np.random.Generator(np.random.PCG64(0))
+    functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
+    factors, terms = functions[0, :, None] | np.uint32(1), functions[1, :, None]
+    keys = np.zeros((banding.bands + 1, len(texts)), np.uint64)
+    signatures = np.full((len(texts), factors.size), 2**32 - 1, np.uint32)
+    counts = np.zeros(len(texts), np.int64)
+    for i, text in enumerate(texts):
+        words = hash_words(text)
+        counts[i] = len(words)
+        digest = hashlib.blake2b(words.tobytes(), digest_size=8).digest()
+        keys[0, i] = int.from_bytes(digest, "little")
+        shingles = (np.unique(hash_shingles(words, size)) >> _HALF).astype(np.uint32)
+        for first in range(0, len(shingles), _CHUNK):
+            least = (factors * shingles[first : first + _CHUNK] + terms).min(1)
+            np.minimum(signatures[i], least, out=signatures[i])
+    bands = np.arange(banding.bands, dtype=np.uint64)[:, None] ^ _SEED
+    rows = signatures.reshape(len(texts), banding.bands, banding.rows)
+    for j in range(banding.rows):
+        bands = (bands ^ rows[:, :, j].T) * _PRIME
+        bands ^= bands >> _HALF
+    keys[1:] = mix_bits(bands)
+    return keys, counts

@@ -9,10 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.compiled import compiled
-from maxlm.corpus.dedup.columns import concatenate, first_of_runs
-from maxlm.corpus.dedup.words import letter_table
-from maxlm.corpus.textbuffers import Texts, pack_texts
+from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
+from maxlm.corpus.dedup.minhash import hash_shingles, hash_words
+from maxlm.corpus.tokens import WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.reader import read_documents
@@ -35,11 +34,9 @@ class GramIndex:
     """The set of each item."""
     is_size: np.ndarray
     """bool [n + 1]: which n there are."""
-    filter_bits: np.ndarray
-    """See `kernels.shingles.find_grams`."""
 
 
-def content_hash(sets: Mapping[str, SourceConfig]) -> str:
+def hash_evaluation_sets(sets: Mapping[str, SourceConfig]) -> str:
     """A hash of the files of evaluation sets."""
     digest = hashlib.sha256()
     for name, source in sets.items():
@@ -50,7 +47,7 @@ def content_hash(sets: Mapping[str, SourceConfig]) -> str:
     return digest.hexdigest()
 
 
-def index_sets(
+def build_gram_index(
     sets: Mapping[str, SourceConfig], n: int, shortest: int, max_items: int
 ) -> GramIndex:
     """The n-grams of evaluation sets; made once in a process for the same files and settings.
@@ -65,7 +62,7 @@ def index_sets(
         MaxlmError: a file is missing or can't be read; a set has nothing to look for.
     """
     plain = json.dumps({name: source.model_dump(mode="json") for name, source in sets.items()})
-    return _index(plain, content_hash(sets), n, shortest, max_items)
+    return _index(plain, hash_evaluation_sets(sets), n, shortest, max_items)
 
 
 @lru_cache(maxsize=2)
@@ -86,11 +83,8 @@ def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> G
         names += [name] * len(items.ids)
     gram, owner = concatenate(grams, np.uint64), concatenate(owners, np.int64)
     order = np.lexsort((owner, gram))
-    starts = np.flatnonzero(first_of_runs(gram[order]))
+    starts = np.flatnonzero(mark_run_starts(gram[order]))
     distinct = gram[order][starts]
-    bits = np.zeros(1 << max(0, (16 * len(distinct)).bit_length() - 6), np.uint64)
-    place = distinct & np.uint64(len(bits) * 64 - 1)
-    np.bitwise_or.at(bits, place >> np.uint64(6), np.uint64(1) << (place & np.uint64(63)))
     return GramIndex(
         grams=distinct,
         starts=np.append(starts, len(gram)),
@@ -99,7 +93,6 @@ def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> G
         ids=tuple(ids),
         sets=tuple(names),
         is_size=is_size,
-        filter_bits=bits,
     )
 
 
@@ -117,11 +110,10 @@ class _Items:
 
 
 def _read_items(source: SourceConfig, n: int, shortest: int) -> _Items:
-    loops = compiled("shingles")
     ids, words, grams, owners, seen = [], [], [], [], set()
     for document in read_documents(source):
-        data = pack_texts([document.text]).data
-        found, count = loops.shingles(data, 0, len(data), letter_table(), n)
+        text = hash_words(document.text.decode("utf-8", "replace"))
+        found, count = hash_shingles(text, n), len(text)
         content = hashlib.sha256(np.unique(found).tobytes()).digest()
         wanted = count >= shortest and content not in seen
         if wanted:
@@ -146,7 +138,7 @@ def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
     same items share, at most half of all. What most items share is how they are asked.
     """
     gram, owner = _pairs(items.grams, items.owners)
-    firsts = np.flatnonzero(first_of_runs(gram))
+    firsts = np.flatnonzero(mark_run_starts(gram))
     count = np.diff(np.append(firsts, len(gram)))
     # One number for a set of items. Two sets have the same by chance only.
     whose = np.add.reduceat(_scatter(owner), firsts) if len(gram) else _scatter(owner)
@@ -167,7 +159,7 @@ def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Each n-gram of each item once, sorted by n-gram, then item."""
     order = np.lexsort((owners, grams))
     grams, owners = grams[order], owners[order]
-    keep = first_of_runs(grams) | first_of_runs(owners)
+    keep = mark_run_starts(grams) | mark_run_starts(owners)
     return grams[keep], owners[keep]
 
 
@@ -191,14 +183,18 @@ def _nothing(name: str, items: _Items, shortest: int, max_items: int) -> MaxlmEr
     return MaxlmError(what, fix="check its files and text_field, or lower shortest")
 
 
-def find_grams(index: GramIndex, texts: Texts) -> np.ndarray:
-    """Every n-gram of the index in texts: int64 [found, 4], see `kernels.shingles.find_grams`."""
-    found = np.empty((1 << 10, 4), np.int64)
-    while True:
-        number = compiled("shingles").find_grams(
-            texts.data, texts.offsets, letter_table(), index.is_size, index.grams,
-            index.filter_bits, found,
-        )  # fmt: skip
-        if number <= len(found):
-            return found[:number]
-        found = np.empty((number, 4), np.int64)
+def find_grams(index: GramIndex, text: str) -> np.ndarray:
+    """Finds every n-gram of the index in a text.
+
+    Returns:
+        int64 [found, 3]: which of `index.grams`, its first character and the one after its last.
+    """
+    words = hash_words(text)
+    spans = np.array([word.span() for word in WORD.finditer(text)], np.int64).reshape(-1, 2)
+    found = [np.empty((0, 3), np.int64)]
+    for size in np.flatnonzero(index.is_size[: len(words) + 1]).tolist():
+        grams = hash_shingles(words, size)
+        place = np.searchsorted(index.grams, grams) % len(index.grams)
+        at = np.flatnonzero(index.grams[place] == grams)
+        found.append(np.stack([place[at], spans[at, 0], spans[at + size - 1, 1]], 1))
+    return np.concatenate(found)

@@ -11,30 +11,28 @@
 A job whose files are there is not done again, so a killed run goes on where it stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.dedup.candidates import (
     count_pairs,
     find_copies,
+    find_pair_range_starts,
     find_pairs,
     join_pairs,
-    pair_ranges,
-    read_pairs,
+    read_pairs_in_range,
     split_pairs,
     write_bands,
 )
 from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
-from maxlm.corpus.dedup.members import MemberList, Members, member_file, number_members
-from maxlm.corpus.dedup.minhash import Banding, band_keys, shingle_set
-from maxlm.corpus.dedup.steps import Steps
-from maxlm.corpus.shards import Shard
-from maxlm.corpus.textbuffers import text_buffers
+from maxlm.corpus.dedup.members import MemberList, Members, get_member_path, number_members
+from maxlm.corpus.dedup.minhash import Banding, compute_band_keys, make_shingle_set
+from maxlm.corpus.dedup.steps import StepRunner
+from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.files import replacing, writing
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
@@ -42,8 +40,8 @@ _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
 
 
 @dataclass(frozen=True)
-class Search:
-    """What is searched for; see the settings of `NearStage`."""
+class NearSearch:
+    """The settings of a search; see the settings of `NearStage`."""
 
     jaccard: float
     ngram: int
@@ -55,7 +53,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPairs:
     """Pairs that are alike. See `components.resolve`."""
 
     members: Members
@@ -64,7 +62,9 @@ class Found:
     copies: tuple[np.ndarray, np.ndarray]
 
 
-def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: Steps) -> Found:
+def find_alike(
+    search: NearSearch, shards: Sequence[StageShardView], scratch: Path, steps: StepRunner
+) -> FoundPairs:
     """Find the pairs of documents that are as alike as is asked for.
 
     The memory of this process grows with what is found: 24 bytes for each pair, 72 for each copy.
@@ -84,7 +84,7 @@ def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: St
     number = max(1, -(-count_pairs(files) * _PAIR_BYTES // search.memory))
     pairs = _RangeJob(search, members, keys.folder / f"merged-{number}", number, files=files)
     if not pairs.starts.exists():
-        write_columns(pairs.starts, {"pair": pair_ranges(files, number)})
+        write_columns(pairs.starts, {"pair": find_pair_range_starts(files, number)})
     every = [replace(pairs, which=i) for i in range(number)]
     steps.run("pairs", _merge_pairs, every)
     steps.run("n-grams", _write_sets, [_SetJob(s, i, pairs) for i, s in enumerate(shards)])
@@ -97,26 +97,26 @@ def find_alike(search: Search, shards: Sequence[Shard], scratch: Path, steps: St
     with open_columns(keys.folder / "copies.arrow") as columns:
         copies = columns["member"].copy(), columns["best"].copy()
     alike = split_pairs(concatenate(verified, np.uint64))
-    return Found(members, alike, concatenate(jaccard, np.float64), copies)
+    return FoundPairs(members, alike, concatenate(jaccard, np.float64), copies)
 
 
 @dataclass(frozen=True)
 class _ShardJob:
-    search: Search
-    shard: Shard
+    search: NearSearch
+    shard: StageShardView
     scratch: Path
 
 
 def _sign_shard(job: _ShardJob) -> None:
     search, shard = job.search, job.shard
-    out = member_file(job.scratch, shard.name)
+    out = get_member_path(job.scratch, shard.name)
     if out.exists():
         return
     members, banding = MemberList(search.keep_by), search.banding
     keys, worded = [np.empty((banding.bands + 1, 0), np.uint64)], []
     for group in shard.rows((*members.reads, *search.reads)):
         batch = group.batch
-        key, count = band_keys(text_buffers(batch.column("text")), search.ngram, banding)
+        key, count = compute_band_keys(batch.column("text").to_pylist(), search.ngram, banding)
         keys.append(key)
         worded.append(count > 0)
         members.add(group)
@@ -126,7 +126,7 @@ def _sign_shard(job: _ShardJob) -> None:
 
 @dataclass(frozen=True)
 class _RangeJob:
-    search: Search
+    search: NearSearch
     members: Members
     folder: Path
     number: int
@@ -190,14 +190,14 @@ def _merge_pairs(job: _RangeJob) -> None:
     if job.file("needed").exists():
         return
     with open_columns(job.starts) as columns:
-        pairs = read_pairs(job.files, columns["pair"], job.which)
+        pairs = read_pairs_in_range(job.files, columns["pair"], job.which)
     write_columns(job.file("candidates"), {"pair": pairs})
     write_columns(job.file("needed"), {"member": np.unique(np.concatenate(split_pairs(pairs)))})
 
 
 @dataclass(frozen=True)
 class _SetJob:
-    shard: Shard
+    shard: StageShardView
     which: int
     pairs: _RangeJob
 
@@ -220,9 +220,10 @@ def _write_sets(job: _SetJob) -> None:
     with replacing(_hash_file(out)) as new, new.open("wb") as file:
         for group in job.shard.rows(("text",)):
             start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
-            texts = text_buffers(group.batch.column("text"))
+            texts = group.batch.column("text")
             places = np.searchsorted(group.index, rows[start:stop] - group.first).tolist()
-            sets = [shingle_set(texts, place, job.pairs.search.ngram) for place in places]
+            size = job.pairs.search.ngram
+            sets = [make_shingle_set(texts[place].as_py(), size) for place in places]
             concatenate(sets, np.uint64).tofile(file)
             sizes += [len(each) for each in sets]
     first, end = members.first[job.which : job.which + 2]
@@ -256,21 +257,22 @@ def _verify(job: _RangeJob) -> None:
     with open_columns(job.file("candidates")) as columns:
         pairs = columns["pair"]
     low, high = split_pairs(pairs)
-    jaccard, loops = np.empty(len(pairs)), compiled("shingles")
+    jaccard = np.empty(len(pairs))
     for shard, part in job.members.by_shard(low):
         one = _Sets.open(_set_file(job, shard))
         order = np.argsort(high[part], kind="stable") + part.start
         for other, there in job.members.by_shard(high[order]):
             here = order[there]
             two = _Sets.open(_set_file(job, other))
-            jaccard[here] = loops.jaccards(*one.find(low[here]), *two.find(high[here]))
+            sets = zip(one.read(low[here]), two.read(high[here]), strict=True)
+            jaccard[here] = [_compute_jaccard(a, b) for a, b in sets]
     alike = jaccard >= job.search.jaccard
     write_columns(job.file("verified"), {"pair": pairs[alike], "jaccard": jaccard[alike]})
 
 
 @dataclass(frozen=True)
 class _Sets:
-    """What `_write_sets` wrote, on disk until it is looked at."""
+    """The files that `_write_sets` wrote, on disk until it is looked at."""
 
     member: np.ndarray
     start: np.ndarray
@@ -283,6 +285,12 @@ class _Sets:
         with open_columns(path) as columns:
             return cls(columns["member"], columns["start"], hashes)
 
-    def find(self, member: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All sets one after another, where each begins, and which are those of `member`."""
-        return self.hashes, self.start, np.searchsorted(self.member, member)
+    def read(self, members: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields the set of each member."""
+        for place in np.searchsorted(self.member, members).tolist():
+            yield self.hashes[self.start[place] : self.start[place + 1]]
+
+
+def _compute_jaccard(one: np.ndarray, other: np.ndarray) -> float:
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)

@@ -10,7 +10,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class Steps:
+class StepRunner:
     """Runs steps, each a function over jobs, and shows their progress."""
 
     def __init__(self, title: str, engine: Executor, progress: Progress):
@@ -19,7 +19,7 @@ class Steps:
     def run(
         self, name: str, function: Callable[[Job], Result], jobs: Sequence[Job]
     ) -> list[Result]:
-        """What the function returns for each job, in order of completion."""
+        """Runs a function over jobs; returns its results in order of completion."""
         title, results = f"{self._title}: {name}", []
         self._progress(title, 0, len(jobs))
         for result in self._engine.map(function, jobs):

@@ -1,11 +1,11 @@
 """Repeated runs of words: finding them over files, and which copies to cut.
 
-A *window* is a run of `size` words of one document, from the first byte of its first word to the
-last byte of its last, white space between included; two windows are equal if their bytes are. The
-words of a corpus have a total order: better documents first, those as good in the order of the
+A *window* is a run of `size` words of one document, from the first character of its first word to
+the last of its last, white space between included; two windows are equal if their characters are.
+The words of a corpus have a total order: better documents first, those as good in the order of the
 corpus, and within a document from left to right. The rule:
 
-    A word is cut if it lies in a window whose bytes occur earlier, without overlap.
+    A word is cut if it lies in a window whose characters occur earlier, without overlap.
 
 Every repeat of at least `size` words is a chain of repeated windows, so what is cut is all but the
 first copy of each repeat. What follows from the rule, whatever is nested, chained or periodic:
@@ -20,17 +20,17 @@ first copy of each repeat. What follows from the rule, whatever is nested, chain
 **Why hashes of windows rather than a suffix array.** Of a suffix array and its common-prefix
 lengths (Lee et al. 2022, arXiv 2107.06499) the rule needs only which suffixes share their first
 `size` words, and in which order they stand. Sorting one 64-bit hash a word gives the same groups as
-sorting one suffix a byte, in a fraction of the time (`benchmarks/corpus_substring.py` runs both;
-the tests compare the cuts). And sorted hashes of parts are merged by ranges without their texts,
+sorting one suffix a character, in a fraction of the time (`benchmarks/corpus_substring.py` runs
+both). And sorted hashes of parts are merged by ranges without their texts,
 where merging suffix arrays reads the texts of all parts at random places. Hashes only propose:
 every copy is compared with its source byte by byte before anything is cut, so of two windows that
 share a hash by chance none is cut for it.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `index_shard` sorts the windows of each block and leaves out what the block repeats itself;
-`match_range` finds the first occurrence of each window that several blocks have, for one range of
-hashes; `find_cuts` follows each copy to its source, compares, and takes the union. Beside the union
-it lists where each copied run came first, for which documents are kept is not known yet: what is
+hashes: `write_shard_blocks` sorts the windows of each block and leaves out what the block repeats
+itself; `match_range` finds the first occurrence of each window that several blocks have, for one
+range of hashes; `find_cuts` follows each copy to its source, compares, and takes the union. It also
+lists where each copied run came first, for which documents are kept is not known yet: what is
 cut of them is settled later (`corpus.settling`).
 """
 
@@ -44,16 +44,20 @@ import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import character_classes
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.columns import concatenate, cut, first_of_runs, ranges
-from maxlm.corpus.dedup.members import count_documents, ranks
-from maxlm.corpus.shards import Shard
-from maxlm.corpus.textbuffers import text_buffers
+from maxlm.corpus.dedup.columns import concatenate, find_range, hash_range_starts, mark_run_starts
+from maxlm.corpus.dedup.members import count_documents, rank_documents
+from maxlm.corpus.dedup.windows import (
+    compare_windows,
+    find_words,
+    get_code_points,
+    hash_windows,
+    join_texts,
+)
+from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.files import replacing, writing
 
-_PLACE = np.uint64(32)  # A position is the number of a block << 32 | a byte of its text.
+_PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
 _LOW = np.uint64(2**32 - 1)
 _LONGEST = 2**31 - 1  # Spans are int32.
 
@@ -78,27 +82,27 @@ class _Block:
     rank: np.ndarray
 
 
-def index_shard(
-    folder: Path, shard: Shard, size: int, block_bytes: int, keep_by: str | None
+def write_shard_blocks(
+    folder: Path, shard: StageShardView, size: int, block_characters: int, keep_by: str | None
 ) -> None:
-    """Write a shard's blocks of at most `block_bytes` (or one document): FOLDER/blocks/SHARD-N.*
+    """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
 
-    - text, and for each document its row, its rank, and the byte of text where it ends
-    - for each different window its hash, sorted, and the place (byte of text) where it comes first
+    - text, and for each document its row, its rank, and the character of text where it ends
+    - for each different window its hash, sorted, and the character of text where it comes first
     - for each further window the place where it comes again, rising, and the leader: where first
     """
     done = _block_file(folder, shard.name)
     if Path(f"{done}.windows").exists():
         return
-    fast, windows = compiled("substring"), []
-    for number, block in enumerate(_blocks(shard, block_bytes, keep_by)):
+    windows = []
+    for number, block in enumerate(_blocks(shard, block_characters, keep_by)):
         path = _block_file(folder, f"{shard.name}-{number}")
         _write(path, row=block.rows, rank=block.rank, end=block.offsets[1:], text=block.text)
-        starts, stops, first = fast.find_words(block.text, block.offsets, character_classes())
-        hashes, begins = fast.hash_windows(block.text, starts, stops, first, size)
+        starts, stops, first = find_words(block.text, block.offsets)
+        hashes, begins = hash_windows(block.text, starts, stops, first, size)
         order = np.argsort(hashes, kind="stable")
         hashes, place = hashes[order], starts[begins[order]]
-        leads = first_of_runs(hashes)
+        leads = mark_run_starts(hashes)
         leader = place[leads][np.cumsum(leads) - 1]
         again = np.flatnonzero(~leads)[np.argsort(place[~leads])]
         _write(path, again=place[again], leader=leader[again])
@@ -107,19 +111,19 @@ def index_shard(
     _write(done, windows=np.array(windows, np.int64))
 
 
-def _blocks(shard: Shard, block_bytes: int, keep_by: str | None) -> Iterator[_Block]:
+def _blocks(shard: StageShardView, block_characters: int, keep_by: str | None) -> Iterator[_Block]:
     texts, rows, rank, size = [], [], [], 0
     columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
     for group in shard.rows(columns):
-        offsets, data = text_buffers(group.batch.column("text"))
-        good = ranks(group.batch, keep_by)
+        column = group.batch.column("text")
+        good = rank_documents(group.batch, keep_by)
         for i, row in enumerate((group.index + group.first).tolist()):
-            text = data[offsets[i] : offsets[i + 1]]
+            text = get_code_points(column[i].as_py())
             if len(text) > _LONGEST:
-                what = f"document of {len(text)} bytes, where {_LONGEST} are the most"
+                what = f"document of {len(text)} characters, where {_LONGEST} are the most"
                 where = f"{shard.path('documents')}, row {row}"
                 raise MaxlmError(what, where=where, fix="leave it out, or cut it into several")
-            if texts and size + len(text) > block_bytes:
+            if texts and size + len(text) > block_characters:
                 yield _block(texts, rows, rank)
                 texts, rows, rank, size = [], [], [], 0
             texts.append(text)
@@ -132,12 +136,11 @@ def _blocks(shard: Shard, block_bytes: int, keep_by: str | None) -> Iterator[_Bl
 
 def _block(texts: list[np.ndarray], rows: list[int], rank: list[float]) -> _Block:
     order = np.argsort(-np.array(rank), kind="stable")
-    ends = np.cumsum([0, *(len(texts[i]) for i in order)], dtype=np.int64)
-    text = np.concatenate([texts[i] for i in order])
+    text, ends = join_texts([texts[i] for i in order])
     return _Block(text, ends, np.array(rows, np.int64)[order], np.array(rank)[order])
 
 
-def list_blocks(folder: Path, shards: Sequence[Shard]) -> int:
+def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
     """Write the list of all blocks, in order, for `match_range` and `find_cuts`.
 
     Returns:
@@ -161,20 +164,20 @@ def _listed(folder: Path) -> list[tuple[str, Path, int]]:
     return [(shard, _block_file(folder, name), first) for shard, name, first in blocks]
 
 
-def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
+def match_range(folder: Path, num_ranges: int, range_index: int, ranked: bool) -> None:
     """Write the positions of windows that another block has earlier, rising, and where the first
     of all is: FOLDER/ranges/NUMBER-WHICH.
 
     Args:
-        number, which: how many ranges of hashes there are, and this one's number.
+        num_ranges, range_index: how many ranges of hashes there are, and which this one is.
         ranked: whether documents differ in rank.
     """
-    path = _range_file(folder, number, which)
+    path = _range_file(folder, num_ranges, range_index)
     if Path(f"{path}.source").exists():
         return
-    hashes, positions, good, starts = [], [], [], ranges(number)
+    hashes, positions, good, starts = [], [], [], hash_range_starts(num_ranges)
     for block, (_, file, _) in enumerate(_listed(folder)):
-        part = cut(known := _read(file, "hash"), starts, which)
+        part = find_range(known := _read(file, "hash"), starts, range_index)
         hashes.append(np.array(known[part]))
         place = _read(file, "place")[part].astype(np.int64)
         positions.append(np.uint64(block) << _PLACE | place.astype(np.uint64))
@@ -187,7 +190,7 @@ def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
         order = np.lexsort((-concatenate(good, np.float64), hashes))
     else:
         order = np.argsort(hashes, kind="stable")
-    leads = first_of_runs(hashes[order])
+    leads = mark_run_starts(hashes[order])
     positions = positions[order]
     source = positions[leads][np.cumsum(leads) - 1][~leads]
     positions = positions[~leads]
@@ -196,33 +199,32 @@ def match_range(folder: Path, number: int, which: int, ranked: bool) -> None:
     _write(path, source=source[order])
 
 
-def find_cuts(folder: Path, shard: str, number: int, size: int) -> pa.RecordBatch:
-    """What to cut from the documents of a shard.
+def find_cuts(folder: Path, shard: str, num_ranges: int, size: int) -> pa.RecordBatch:
+    """Finds what to cut from the documents of a shard.
 
     Args:
-        number: how many ranges of hashes there are.
+        num_ranges: how many ranges of hashes there are.
 
     Returns:
         For each document its `row` in the shard, rising, and the columns of the stage.
     """
     listed = _listed(folder)
     mine = [block for block, (other, _, _) in enumerate(listed) if other == shard]
-    parts = [_cut_block(folder, listed, block, number, size) for block in mine]
+    parts = [_cut_block(folder, listed, block, num_ranges, size) for block in mine]
     table = pa.Table.from_batches(parts, _SCHEMA).sort_by("row").combine_chunks()
     columns = [pa.concat_arrays([pa.nulls(0, c.type), *c.chunks]) for c in table.columns]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 def _cut_block(
-    folder: Path, listed: list[tuple[str, Path, int]], block: int, number: int, size: int
+    folder: Path, listed: list[tuple[str, Path, int]], block: int, num_ranges: int, size: int
 ) -> pa.RecordBatch:
-    fast, count = compiled("substring"), compiled("text").count_characters
     blocks = [path for _, path, _ in listed]
     rows, ends, text = (_read(blocks[block], name) for name in ("row", "end", "text"))
     offsets = np.concatenate([[0], ends])
-    place, source = _sources(folder, blocks[block], block, number)
-    starts, stops, first = fast.find_words(text, offsets, character_classes())
-    words = np.searchsorted(starts, place)
+    place, source = _sources(folder, blocks[block], block, num_ranges)
+    starts, stops, first = find_words(text, offsets)
+    words = np.searchsorted(starts, place.astype(np.int64))
     reach = stops[words + size - 1].astype(np.uint64) - place
     apart = (source >> _PLACE != block) | ((source & _LOW) + reach <= place)
     words, source = words[apart], source[apart]
@@ -230,22 +232,19 @@ def _cut_block(
     words, source = words[equal], source[equal]
     edges = _unite(words, starts, stops, first, size)
     document = np.searchsorted(ends, edges[:, 0], "right")
-    begins = np.repeat(offsets[document], 2)
-    spans = count(text, begins, edges.ravel()).reshape(-1, 2)
+    spans = (edges - offsets[document, None]).astype(np.int32)
     counts = np.bincount(document, minlength=len(rows))
     lost = np.bincount(document, spans[:, 1] - spans[:, 0], len(rows))
-    some = np.flatnonzero(counts)
-    share = np.zeros(len(rows), np.float64)
-    share[some] = lost[some] / count(text, offsets[some], ends[some])
+    share = np.where(counts > 0, lost / np.maximum(ends - offsets[:-1], 1), 0.0)
     pairs = pa.StructArray.from_arrays([spans[:, 0], spans[:, 1]], fields=list(CUTS.value_type))
     cuts = pa.ListArray.from_arrays(np.cumsum([0, *counts], dtype=np.int32), pairs)
-    place = starts[words].astype(np.int64)
+    place = starts[words]
     follows = (np.diff(words) == 1) & (np.diff(source) == np.diff(place).astype(np.uint64))
     first = np.flatnonzero(np.append(True, ~follows)[: len(words)])
     last = words[np.append(first[1:], len(words))[: len(first)] - 1]
     ends = (starts[words[first]], stops[last + size - 1], starts[last])
     document = np.searchsorted(offsets[1:], ends[0], "right")
-    columns = [count(text, offsets[document], each.astype(np.int64)) for each in ends]
+    columns = [(each - offsets[document]).astype(np.int32) for each in ends]
     repeats = pa.StructArray.from_arrays(
         [*columns, *_find_documents(listed, source[first])], fields=list(REPEATS.value_type)
     )
@@ -265,7 +264,7 @@ def _find_documents(
         offsets = np.concatenate([[0], _read(path, "end")])
         document = np.searchsorted(offsets[1:], there, "right")
         of[these] = _read(path, "row")[document] + number
-        at[these] = compiled("text").count_characters(_read(path, "text"), offsets[document], there)
+        at[these] = there - offsets[document]
     return of, at
 
 
@@ -277,13 +276,15 @@ def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             yield int(source[these[0]] >> _PLACE), these
 
 
-def _sources(folder: Path, path: Path, block: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _sources(
+    folder: Path, path: Path, block: int, num_ranges: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The bytes where windows begin that occur earlier, rising, and the positions where first."""
     own, leader = (_read(path, name).astype(np.uint64) for name in ("again", "leader"))
     places, sources = [], []
     bounds = np.array([block, block + 1], np.uint64) << _PLACE
-    for which in range(number):
-        file = _range_file(folder, number, which)
+    for range_index in range(num_ranges):
+        file = _range_file(folder, num_ranges, range_index)
         part = slice(*np.searchsorted(position := _read(file, "position"), bounds))
         places.append(position[part] & _LOW)
         sources.append(_read(file, "source")[part])
@@ -309,16 +310,16 @@ def _verify(
     source: np.ndarray,
     size: int,
 ) -> np.ndarray:
-    """Which windows are, byte for byte, what stands at their sources: bool [windows].
+    """Tells which windows are, character for character, what stands at their sources.
 
     The texts of other blocks are opened one at a time, and only what is compared is read.
     """
-    fast = compiled("substring")
     equal = np.zeros(len(words), np.bool_)
     for origin, these in _by_block(source):
         these.sort()  # In the order of words, of which most follow the one before.
         theirs, there = _read(blocks[origin], "text"), (source[these] & _LOW).astype(np.int64)
-        equal[these] = fast.equal_windows(text, starts, stops, words[these], theirs, there, size)
+        begin, end = starts[words[these]], stops[words[these] + size - 1]
+        equal[these] = compare_windows(text, begin, end, theirs, there)
     return equal
 
 
@@ -343,12 +344,12 @@ def _block_file(folder: Path, name: str) -> Path:
     return folder / "blocks" / name
 
 
-def _range_file(folder: Path, number: int, which: int) -> Path:
-    return folder / "ranges" / f"{number}-{which}"
+def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
+    return folder / "ranges" / f"{num_ranges}-{range_index}"
 
 
 _KINDS = {
-    "row": np.int64, "rank": np.float64, "end": np.int64, "text": np.uint8, "windows": np.int64,
+    "row": np.int64, "rank": np.float64, "end": np.int64, "text": np.uint32, "windows": np.int64,
     "hash": np.uint64, "place": np.uint32, "again": np.uint32, "leader": np.uint32,
     "position": np.uint64, "source": np.uint64,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii.match import Match, lead
+from maxlm.corpus.pii.match import PiiMatch, find_lead_words
 
 _LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" + "".join(
     chr(code) for code in range(0xC0, 0x250)
@@ -22,7 +22,7 @@ _VERSION = re.compile(
 )
 
 
-def find_emails(text: str) -> Iterator[Match]:
+def find_emails(text: str) -> Iterator[PiiMatch]:
     """E-mail addresses whose last label is a top-level domain.
 
     Those of a file name (`icon@2x.png`), code (`w@x.shape`), `git@host:path` and the handle
@@ -38,7 +38,7 @@ def find_emails(text: str) -> Iterator[Match]:
             handle = text[max(0, start - 1) : start] == "@"
             scp = local == "git" and text[end : end + 1] == ":"
             if not handle and not scp:
-                yield Match(start, end, "email")
+                yield PiiMatch(start, end, "email")
                 done = end
         at = text.find("@", at + 1)
 
@@ -91,7 +91,7 @@ def _top_level() -> frozenset[str]:
     return frozenset(names | {name.encode("idna").decode() for name in names})
 
 
-def find_ips(text: str) -> Iterator[Match]:
+def find_ips(text: str) -> Iterator[PiiMatch]:
     """IPv4 and IPv6 addresses that are public: others say nothing about a person.
 
     Private, loopback, documentation and other reserved ranges (IANA's registries, as `ipaddress`
@@ -107,15 +107,15 @@ def find_ips(text: str) -> Iterator[Match]:
         ):
             continue
         numbered = max(map(int, found[0].split(".")[1:])) < 25
-        if numbered or _VERSION.search(lead(text, start)):
+        if numbered or _VERSION.search(find_lead_words(text, start)):
             continue
         if _is_public(found[0]):
-            yield Match(start, end, "ip")
+            yield PiiMatch(start, end, "ip")
     for found in _IPV6.finditer(text):
         start, end = found.span()
         previous = text[max(0, start - 1) : start]
         if not previous.isalnum() and previous not in (":", ".", "-") and _is_public(found[0]):
-            yield Match(start, end, "ip")
+            yield PiiMatch(start, end, "ip")
 
 
 def _is_public(address: str) -> bool:

@@ -3,7 +3,7 @@
 import re
 
 from maxlm.corpus.pii.addresses import find_emails, find_ips
-from maxlm.corpus.pii.match import Match, without_overlaps
+from maxlm.corpus.pii.match import PiiMatch, remove_overlaps
 from maxlm.corpus.pii.numbers import find_cards, find_ibans, find_ssns
 from maxlm.corpus.pii.phones import PhoneFinder
 from maxlm.corpus.pii.secrets import find_keys
@@ -12,7 +12,7 @@ from maxlm.corpus.pii.secrets import find_keys
 _DIGITS = re.compile(r"[0-9](?:[^0-9\n]{0,3}[0-9]){4}")
 
 
-class Finder:
+class PiiFinder:
     """Finds personal data.
 
     Args:
@@ -22,8 +22,8 @@ class Finder:
     def __init__(self, regions: tuple[str, ...]):
         self._phones = PhoneFinder(regions)
 
-    def find(self, text: str) -> list[Match]:
-        """What there is in a text, in order and without overlaps."""
+    def find(self, text: str) -> list[PiiMatch]:
+        """Finds the personal data of a text, in order and without overlaps."""
         found = [*find_keys(text)]
         if "@" in text:
             found += find_emails(text)
@@ -32,4 +32,4 @@ class Finder:
             found += self._phones.find(text)
         if "." in text or ":" in text:
             found += find_ips(text)
-        return without_overlaps(found)
+        return remove_overlaps(found)

@@ -1,4 +1,4 @@
-"""What a detector finds."""
+"""Matches of detectors, and the words before them."""
 
 import re
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ NOT_OURS = re.compile(
     r"facture|patent|model|lot|batch|id|ref\w*|no|nr|n°|№|#|[$€£¥])"
     r"[\s.:#-]*(?:no|nr|number|nummer|code|id)?[\s.:#-]*$"
 )
-"""Ends a `lead` to a number that counts things."""
+"""Ends a `find_lead_words` to a number that counts things."""
 
 
-class Match(NamedTuple):
+class PiiMatch(NamedTuple):
     """Personal data at `text[start:end]`."""
 
     start: int
@@ -31,9 +31,9 @@ class Match(NamedTuple):
     kind: Kind
 
 
-def without_overlaps(matches: Iterable[Match]) -> list[Match]:
+def remove_overlaps(matches: Iterable[PiiMatch]) -> list[PiiMatch]:
     """The matches in order; of those that overlap, one."""
-    kept: list[Match] = []
+    kept: list[PiiMatch] = []
     for match in sorted(matches):
         if not kept or match.start >= kept[-1].end:
             kept.append(match)
@@ -42,7 +42,7 @@ def without_overlaps(matches: Iterable[Match]) -> list[Match]:
     return kept
 
 
-def lead(text: str, start: int) -> str:
+def find_lead_words(text: str, start: int) -> str:
     """The words that lead up to a number, in lower case.
 
     Those of the same sentence and line (or the line above, if none of its own), after any number

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from maxlm.corpus.pii.match import NOT_OURS, Match, lead
+from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, find_lead_words
 
 # The issuers' number ranges (ISO/IEC 7812): first digits, and how many digits in all.
 _ISSUERS = (
@@ -69,10 +69,10 @@ def _joined(pair: str) -> bool:
 
 
 def _counts(text: str, start: int) -> bool:
-    return NOT_OURS.search(lead(text, start)) is not None
+    return NOT_OURS.search(find_lead_words(text, start)) is not None
 
 
-def find_cards(text: str) -> Iterator[Match]:
+def find_cards(text: str) -> Iterator[PiiMatch]:
     """Payment cards: an issuer's range and length, and the check digit of Luhn (ISO/IEC 7812-1).
 
     One number in ten has that check digit by chance, so those after "order" and the like are none;
@@ -88,7 +88,7 @@ def find_cards(text: str) -> Iterator[Match]:
             _inside(text, start, end) or not _is_card(digits) or _counts(text, start) or bool(table)
         )
         if not refused:
-            yield Match(start, end, "card")
+            yield PiiMatch(start, end, "card")
         at = _end_of(_DIGITS, text, start) if refused else end
 
 
@@ -108,7 +108,7 @@ def _luhn(digits: str) -> bool:
     return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
 
 
-def find_ssns(text: str) -> Iterator[Match]:
+def find_ssns(text: str) -> Iterator[PiiMatch]:
     """US Social Security numbers: with dashes, or after words that say so.
 
     With dashes, those after "part no.", "tel." and the like are none, unless such words say so too.
@@ -122,14 +122,14 @@ def find_ssns(text: str) -> Iterator[Match]:
             continue
         if _inside(text, start, end) or text[max(0, start - 1) : start] in ("-", "+", "#", "$"):
             continue
-        words = lead(text, start)
+        words = find_lead_words(text, start)
         other = NOT_OURS.search(words)
         other = (other and _THING.match(other[0])) or _CALLS.search(words)
         if _SSN_WORDS.search(words) or (found["plain"] is None and not other):
-            yield Match(start, end, "ssn")
+            yield PiiMatch(start, end, "ssn")
 
 
-def find_ibans(text: str) -> Iterator[Match]:
+def find_ibans(text: str) -> Iterator[PiiMatch]:
     """Bank accounts by ISO 13616: the country's length, and remainder 1 modulo 97 (ISO 7064)."""
     at = 0
     while found := _IBAN.search(text, at):
@@ -140,7 +140,7 @@ def find_ibans(text: str) -> Iterator[Match]:
         compact = text[start:end].replace(" ", "")
         whole = end <= found.end() and len(compact) == length > 0
         if whole and not _inside(text, start, end) and _is_iban(compact):
-            yield Match(start, end, "iban")
+            yield PiiMatch(start, end, "iban")
             at = end
         else:
             at = _end_of(_WORD, text, start)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.pii.match import NOT_OURS, Match, lead
+from maxlm.corpus.pii.match import NOT_OURS, PiiMatch, find_lead_words
 
 _RUN = re.compile(
     r"(?:\(?\+|\()?[0-9][0-9 \u00a0()./\u2010-\u2015-]{5,}[0-9](?:(?: ?x| ?ext\.? ?)[0-9]{1,6})?"
@@ -59,18 +59,18 @@ class PhoneFinder:
                 raise MaxlmError(f'no numbering plan of "{region}"', where="regions", fix=fix)
         self._library, self._regions = phonenumbers, regions
 
-    def find(self, text: str) -> Iterator[Match]:
+    def find(self, text: str) -> Iterator[PiiMatch]:
         """The numbers in a text."""
         for found in _RUN.finditer(text):
             yield from self._in_run(text, *found.span())
 
-    def _in_run(self, text: str, start: int, end: int) -> Iterator[Match]:
+    def _in_run(self, text: str, start: int, end: int) -> Iterator[PiiMatch]:
         """The numbers in a run of digits and what may stand between them."""
         tokens = [token.span() for token in _TOKEN.finditer(text, start, end)]
         table = len(tokens) > _TABLE_TOKENS
         if text[end : end + 1].isalnum() or text[end : end + 1] in ("_", "%", "€", "°"):
             tokens.pop()
-        words = lead(text, start)
+        words = find_lead_words(text, start)
         other = NOT_OURS.search(words)
         # "Phone no." is one, "contact me about order no." is none.
         spoken = _WORDS.search(words, max(0, other.start() - 12) if other else 0) is not None
@@ -91,13 +91,13 @@ class PhoneFinder:
             while first < len(tokens) and tokens[first][0] < number.end:
                 first += 1
 
-    def _longest(self, text: str, tokens: list[tuple[int, int]], spoken: bool) -> Match | None:
+    def _longest(self, text: str, tokens: list[tuple[int, int]], spoken: bool) -> PiiMatch | None:
         """The number that begins with the first token: the longest valid, or else possible, one."""
         for valid in (True, False):
             for _, end in reversed(tokens):
                 begin, stop = _trim(text, tokens[0][0], end)
                 if self._is_phone(text[begin:stop], spoken, valid):
-                    return Match(begin, stop, "phone")
+                    return PiiMatch(begin, stop, "phone")
         return None
 
     def _is_phone(self, number: str, spoken: bool, valid: bool) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from maxlm.corpus.pii.match import Match
+from maxlm.corpus.pii.match import PiiMatch
 
 # Token formats as their issuers document them. Each begins with the text that is searched for.
 _TOKENS = {
@@ -55,29 +55,29 @@ _STAND_IN = re.compile(
 _LEAST_BITS = 3.0  # A character of random hexadecimal digits, 16 of them, carries this at least.
 
 
-def find_keys(text: str) -> Iterator[Match]:
+def find_keys(text: str) -> Iterator[PiiMatch]:
     """Access tokens, private key blocks, passwords in URLs, random values assigned to a secret."""
     if any(prefix in text for prefix in _TOKENS):
         for found in _TOKEN.finditer(text):
-            yield Match(*found.span(), "key")
+            yield PiiMatch(*found.span(), "key")
     if "PRIVATE KEY" in text:
         yield from _key_blocks(text)
     if "://" in text and "@" in text:
         for found in _LOGIN.finditer(text):
             if not _STAND_IN.search(found[1]):
-                yield Match(*found.span(1), "key")
+                yield PiiMatch(*found.span(1), "key")
     lowered = text.lower()
     if any(name in lowered for name in _NAMES):
         for found in _ASSIGNED.finditer(text):
             group = 1 if found[1] else 2
             if _is_random(found[group]):
-                yield Match(*found.span(group), "key")
+                yield PiiMatch(*found.span(group), "key")
 
 
-def _key_blocks(text: str) -> Iterator[Match]:
+def _key_blocks(text: str) -> Iterator[PiiMatch]:
     for begin in _BEGIN.finditer(text):
         if end := _END.search(text, begin.end(), begin.end() + _LONGEST_KEY):
-            yield Match(begin.start(), end.end(), "key")
+            yield PiiMatch(begin.start(), end.end(), "key")
 
 
 def _is_random(value: str) -> bool:

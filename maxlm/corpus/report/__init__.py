@@ -1,4 +1,4 @@
-"""What a corpus is, what its rules take from it, and examples of both: numbers, then a page."""
+"""Reports on a corpus: its figures, those of its rules, and examples, as numbers and as a page."""
 
 from maxlm.corpus.report.lost import LostText, count_lost
 from maxlm.corpus.report.page import write_report

@@ -7,26 +7,24 @@ n-grams among those of all kept ones, of a passage its words, byte for byte, in 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maxlm.corpus.characters import character_classes
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
-from maxlm.corpus.dedup.words import letter_table
-from maxlm.corpus.opened import Corpus, kept, read_kept
-from maxlm.corpus.recipe import Rules, comparing_stages
+from maxlm.corpus.dedup.minhash import make_shingle_set
+from maxlm.corpus.dedup.windows import find_words, get_code_points, hash_windows, join_texts
+from maxlm.corpus.opened import OpenCorpus, mark_kept, read_kept
+from maxlm.corpus.recipe import Rules, find_comparing_stages
 from maxlm.corpus.settling import (
     Compared,
     apply_verdicts,
     list_rule_columns,
     settle_duplicates,
 )
-from maxlm.corpus.shards import Shard
-from maxlm.corpus.textbuffers import pack_texts
+from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import replacing
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -59,7 +57,7 @@ class LostText:
 
 @dataclass(frozen=True)
 class _Job:
-    shard: Shard
+    shard: StageShardView
     rules: Rules
     stages: Compared
     most: int
@@ -71,12 +69,12 @@ class _Job:
 
 
 def count_lost(
-    corpus: Corpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
+    corpus: OpenCorpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
     """Look in what the rules keep for what they drop as duplicates and cut as repeats, up to
     100,000 of each. The count lies beside the settled labels, and is made once for the same rules.
     """
-    stages = comparing_stages(corpus.recipe, rules)
+    stages = find_comparing_stages(corpus.recipe, rules)
     shards = settle_duplicates(corpus, rules, progress)
     if not stages or not shards:
         return LostText()
@@ -127,10 +125,10 @@ def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
         some = none
         for name in whole:
             some = some.set_column(some.schema.get_field_index(name), name, table.column(name))
-        unruled, single, stays = (kept(each, rules) for each in (none, some, table))
+        unruled, single, stays = (mark_kept(each, rules) for each in (none, some, table))
         texts = table.column("text").to_pylist()
         for row in np.flatnonzero(unruled & ~single & ~stays):
-            documents.append(texts[row].encode())
+            documents.append(texts[row])
         spans = {name: table.column(name).to_pylist() for name in {*cuts, *rules.cut}}
         for row in np.flatnonzero(single):
             other = [span for name in {*rules.cut} - cuts for span in spans[name][row] or ()]
@@ -138,7 +136,7 @@ def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
                 for start, end in (span.values() for span in spans[name][row] or ()):
                     # But for what is cut for another reason.
                     if not any(o["start"] < end and start < o["end"] for o in other):
-                        passages.append(texts[row][start:end].encode())
+                        passages.append(texts[row][start:end])
         for kind, found in enumerate((documents, passages)):
             counts[kind] += max(0, len(found) - job.most)
             del found[job.most :]
@@ -162,12 +160,12 @@ def _find_removed(job: _Job) -> list[np.ndarray]:
 
 
 def _find(
-    job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[bytes], int], Hashes]
+    job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[str], int], Hashes]
 ) -> np.ndarray:
     with open_columns(job.get_hash_file(kind)) as columns:
         wanted = columns["hash"]
     seen = np.zeros(len(wanted), np.bool_)
-    texts = (text.encode() for _, text in read_kept(job.shard, rules) if text)
+    texts = (text for _, text in read_kept(job.shard, rules) if text)
     while len(wanted) and (batch := list(islice(texts, _BATCH))):
         hashes, _ = hash_texts(batch, job.sizes[kind])
         place = np.searchsorted(wanted, hashes) % len(wanted)
@@ -175,18 +173,16 @@ def _find(
     return seen
 
 
-def _hash_grams(texts: Sequence[bytes], size: int) -> Hashes:
-    """The hashes of the different word n-grams of texts, as `NearStage` has them."""
-    offsets, data = pack_texts(list(texts))
-    shingles, table = compiled("shingles").shingles, letter_table()
-    parts = [np.unique(shingles(data, a, b, table, size)[0]) for a, b in pairwise(offsets)]
+def _hash_grams(texts: Sequence[str], size: int) -> Hashes:
+    """Hashes the different word n-grams of texts, as `NearStage` does."""
+    parts = [make_shingle_set(text, size) for text in texts]
     return concatenate(parts, np.uint64), np.repeat(np.arange(len(parts)), [*map(len, parts)])
 
 
-def _hash_windows(texts: Sequence[bytes], size: int) -> Hashes:
-    """The hashes of the runs of `size` words of texts, as `SubstringStage` has them; of a text of
-    fewer words none."""
-    offsets, data = pack_texts(list(texts))
-    words = compiled("substring").find_words(data, offsets, character_classes())
-    hashes, begins = compiled("substring").hash_windows(data, *words, size)
-    return hashes, np.searchsorted(offsets[1:], words[0][begins], "right")
+def _hash_windows(texts: Sequence[str], size: int) -> Hashes:
+    """Hashes the runs of `size` words of texts, as `SubstringStage` does; of a text of fewer words
+    none."""
+    text, offsets = join_texts([get_code_points(each) for each in texts])
+    starts, stops, first = find_words(text, offsets)
+    hashes, begins = hash_windows(text, starts, stops, first, size)
+    return hashes, np.searchsorted(offsets[1:], starts[begins], "right")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.corpus.expression import Threshold
-from maxlm.corpus.opened import Corpus
+from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import Rules
 from maxlm.corpus.report.summary import Summary
 from maxlm.corpus.shards import DOCUMENTS
@@ -23,7 +23,7 @@ _DROPS = {"<": "above", "<=": "above", ">": "below", ">=": "below"}
 
 
 def write_report(
-    corpus: Corpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
+    corpus: OpenCorpus, rules: Rules, summary: Summary, path: Path, lost: str = ""
 ) -> None:
     """Write the page, whole or not at all; `lost` is a sentence about text lost.
 
@@ -35,13 +35,15 @@ def write_report(
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "size": _size, "share": _share, "value": _value}
-    page = environment.from_string(template).render(lost=lost, **content(corpus, rules, summary))
+    page = environment.from_string(template).render(
+        lost=lost, **make_page_context(corpus, rules, summary)
+    )
     with replacing(path) as new:
         new.write_text(page, "utf-8")
 
 
-def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
-    """What the template is filled with."""
+def make_page_context(corpus: OpenCorpus, rules: Rules, summary: Summary) -> dict[str, Any]:
+    """Makes the values that fill the template."""
     sources = sorted({source for _, source in summary.documents})
     return {
         "name": corpus.folder.resolve().name,
@@ -51,7 +53,7 @@ def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
             for reason, number in corpus.manifest(DOCUMENTS)["counts"].items()
             if number and reason not in ("rows", "labelled")
         ],
-        "funnel": funnel(rules, summary, sources),
+        "funnel": compute_funnel(rules, summary, sources),
         "stages": [(stage.title, corpus.manifest(stage.title)) for stage in corpus.recipe.stages],
         "histograms": _histograms(rules, summary),
         "rules": [
@@ -69,8 +71,8 @@ def content(corpus: Corpus, rules: Rules, summary: Summary) -> dict[str, Any]:
     }
 
 
-def funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> list[dict[str, Any]]:
-    """What is left after each rule, from all documents down."""
+def compute_funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> list[dict[str, Any]]:
+    """Computes what is left after each rule, from all documents down."""
     rows, before = [], None
     for rule in ("", "has text", *rules.keep):
         documents = {source: summary.documents[rule, source] for source in sources}

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.types as types
 
 from maxlm.corpus.cuts import cut
-from maxlm.corpus.opened import Corpus
+from maxlm.corpus.opened import OpenCorpus
 from maxlm.corpus.recipe import Rules
 from maxlm.corpus.settling import settle_duplicates
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress, ignore_progress
 
@@ -84,7 +84,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Job:
-    shard: Shard
+    shard: StageShardView
     rules: Rules
     numeric: tuple[str, ...]
     language: str | None
@@ -92,7 +92,7 @@ class _Job:
 
 
 def summarize(
-    corpus: Corpus,
+    corpus: OpenCorpus,
     rules: Rules,
     engine: Executor,
     tokenizer: Path | None = None,
@@ -108,7 +108,7 @@ def summarize(
     """
     numeric = tuple(name for name, type_ in corpus.labels.items() if _is_score(name, type_))
     shards = settle_duplicates(corpus, rules, progress)
-    jobs = [_Job(shard, rules, numeric, language_label(corpus), tokenizer) for shard in shards]
+    jobs = [_Job(shard, rules, numeric, find_language_label(corpus), tokenizer) for shard in shards]
     total = Summary()
     for done, each in enumerate(engine.map(_summarize_shard, jobs), 1):
         total.add(each)
@@ -116,7 +116,7 @@ def summarize(
     return total
 
 
-def language_label(corpus: Corpus) -> str | None:
+def find_language_label(corpus: OpenCorpus) -> str | None:
     """The label that names a document's language, if a stage gives one."""
     found = [stage.title for stage in corpus.recipe.stages if stage.stage == "language"]
     return f"{found[0]}.name" if found else None

@@ -1,6 +1,6 @@
 """Decontamination: documents that hold items of evaluation sets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,12 +9,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.corpus.characters import UNICODE
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.cuts import CUTS
-from maxlm.corpus.dedup.overlap import GramIndex, content_hash, find_grams, index_sets
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.dedup.overlap import GramIndex, build_gram_index, find_grams, hash_evaluation_sets
+from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.textbuffers import Texts, text_buffers
 from maxlm.data.documents.config import SourceConfig
 
 
@@ -23,7 +21,7 @@ class DecontaminateStage(LabelStage):
     "Language Models are Few-Shot Learners" (Brown et al. 2020, arXiv 2005.14165, appendix C).
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
-    is a word (`dedup.words`). A shorter item is looked for as a whole.
+    is a word (`maxlm.corpus.tokens`). A shorter item is looked for as a whole.
     """
 
     stage: Literal["decontaminate"] = "decontaminate"
@@ -45,7 +43,7 @@ class DecontaminateStage(LabelStage):
     most half of the set's. (The paper leaves out n-grams of more than 10 documents of the corpus.)
     Items with the same n-grams count as one, the first."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def schema(self) -> pa.Schema:
         return pa.schema(
@@ -60,34 +58,37 @@ class DecontaminateStage(LabelStage):
 
     def key(self) -> str:
         """As for every stage, and of the contents of the evaluation sets."""
-        return f"{super().key()} {UNICODE} {content_hash(self.sets)}"
+        return f"{super().key()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
     def packages(self) -> tuple[str, ...]:
-        return ("numba",)
+        return ("regex",)
 
     def open(self) -> Label:
         """The labelling function.
 
         Raises:
-            MaxlmError: an evaluation set can't be read or has nothing to look for; no Numba.
+            MaxlmError: an evaluation set can't be read or has nothing to look for.
         """
-        index = index_sets(self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items)
+        index = build_gram_index(
+            self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
+        )
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
             rows = _empty(batch.num_rows)
-            texts = text_buffers(batch.column("text"))
-            for which, found in _by_text(find_grams(index, texts)):
-                for name, value in self._judge(index, found).items():
-                    rows[name][which] = value
-                rows["cuts"][which] = _cuts(texts, which, found[:, 2:])
+            for row, text in enumerate(batch.column("text").to_pylist()):
+                found = find_grams(index, text or "")
+                if len(found):
+                    for name, value in self._judge(index, found[:, 0]).items():
+                        rows[name][row] = value
+                    rows["cuts"][row] = _unite_spans(found[:, 1:])
             arrays = [pa.array(rows[field.name], field.type) for field in self.schema()]
             return pa.RecordBatch.from_arrays(arrays, schema=self.schema())
 
         return label
 
-    def _judge(self, index: GramIndex, found: np.ndarray) -> dict[str, Any]:
+    def _judge(self, index: GramIndex, grams: np.ndarray) -> dict[str, Any]:
         """The labels of a document, from the n-grams found in it."""
-        grams = np.unique(found[:, 1])
+        grams = np.unique(grams)
         owners = [index.owners[index.starts[g] : index.starts[g + 1]] for g in grams]
         items, hits = np.unique(np.concatenate(owners), return_counts=True)
         overlap = hits / index.sizes[items]
@@ -109,22 +110,13 @@ def _empty(rows: int) -> dict[str, list]:
     }
 
 
-def _by_text(found: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    for part in np.split(found, np.flatnonzero(np.diff(found[:, 0])) + 1):
-        if len(part):
-            yield int(part[0, 0]), part
-
-
-def _cuts(texts: Texts, which: int, spans: np.ndarray) -> list[dict[str, int]]:
-    """Spans of bytes, joined where they overlap, as spans of the text's characters."""
+def _unite_spans(spans: np.ndarray) -> list[dict[str, int]]:
+    """Joins spans where they overlap."""
     spans = spans[np.lexsort((spans[:, 1], spans[:, 0]))]
     reach = np.maximum.accumulate(spans[:, 1])
     opens = np.append(True, spans[1:, 0] > reach[:-1])
     begins, ends = spans[opens, 0], reach[np.append(np.flatnonzero(opens)[1:] - 1, len(reach) - 1)]
-    edges = np.stack([begins, ends], 1).ravel()
-    first = np.full(len(edges), texts.offsets[which])
-    places = compiled("text").count_characters(texts.data, first, edges).reshape(-1, 2)
-    return [{"start": start, "end": end} for start, end in places.tolist()]
+    return [{"start": a, "end": b} for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -137,8 +129,8 @@ class ItemCount:
     overlap: float
 
 
-def count_items(stage: DecontaminateStage, shards: Sequence[Shard]) -> list[ItemCount]:
-    """What was found of the evaluation sets: each item with contaminated documents, most first.
+def count_items(stage: DecontaminateStage, shards: Sequence[StageShardView]) -> list[ItemCount]:
+    """Counts the items of evaluation sets that have contaminated documents, most first.
 
     A document counts for the item it has most of.
 

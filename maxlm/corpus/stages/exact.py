@@ -20,22 +20,22 @@ from maxlm.config import LocalPath, MaxlmError
 from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.dedup.columns import (
     concatenate,
-    cut,
-    first_of_runs,
+    find_range,
+    hash_range_starts,
+    mark_run_starts,
     open_columns,
-    ranges,
     write_columns,
 )
 from maxlm.corpus.dedup.members import (
     MemberList,
     Members,
-    member_file,
+    get_member_path,
     number_members,
     write_labels,
 )
-from maxlm.corpus.dedup.steps import Steps
+from maxlm.corpus.dedup.steps import StepRunner
 from maxlm.corpus.normalization import normalize
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import locked_folder, replacing, writing
@@ -100,7 +100,7 @@ class ExactStage(CorpusStage):
         return " ".join(text.split()) if self.spaces else text
 
     def label(
-        self, shards: Sequence[Shard], scratch: Path, engine: Executor, progress: Progress
+        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
     ) -> None:
         """See `CorpusStage.label`: hash each shard, group each range of hashes, label each shard.
 
@@ -113,7 +113,7 @@ class ExactStage(CorpusStage):
             if index:
                 index.check()
 
-            steps = Steps(self.title, engine, progress)
+            steps = StepRunner(self.title, engine, progress)
             steps.run("hash", _hash_shard, [_HashJob(self, shard, scratch) for shard in shards])
             members = number_members(scratch, shards)
             number = max(1, -(-members.total * _BYTES // self.memory))
@@ -133,7 +133,7 @@ class ExactStage(CorpusStage):
 @dataclass(frozen=True)
 class _HashJob:
     stage: ExactStage
-    shard: Shard
+    shard: StageShardView
     scratch: Path
 
 
@@ -148,7 +148,7 @@ def _hash_shard(job: _HashJob) -> None:
         texts = (stage.normalise(text.as_py()) for text in group.batch.column("text"))
         digests += [hashlib.sha256(text.encode()).digest() for text in texts]
         members.add(group)
-    rank = members.write(member_file(job.scratch, shard.name))
+    rank = members.write(get_member_path(job.scratch, shard.name))
     digest = np.array(digests, _DIGEST)
     order = np.lexsort((-rank, digest))
     write_columns(out, {"digest": digest[order], "member": order, "rank": rank[order]})
@@ -177,8 +177,8 @@ def _group_range(job: _GroupJob) -> None:
     digests, best, rank, counts, origin = [], [], [], [], []
     for number, name in enumerate(members.shards):
         with open_columns(_digest_file(members.folder, name)) as columns:
-            part = cut(columns["digest"], starts, which)
-            places = np.flatnonzero(first_of_runs(columns["digest"][part]))
+            part = find_range(columns["digest"], starts, which)
+            places = np.flatnonzero(mark_run_starts(columns["digest"][part]))
             counts.append(np.diff(places, append=part.stop - part.start))
             digests.append(columns["digest"][part][places])
             best.append(columns["member"][part][places] + members.first[number])
@@ -187,13 +187,13 @@ def _group_range(job: _GroupJob) -> None:
     digest, member = concatenate(digests, _DIGEST), concatenate(best, np.int64)
     texts, text = np.unique(digest, return_inverse=True)
     order = np.lexsort((member, -concatenate(rank, np.float64), text))
-    kept = member[order][first_of_runs(text[order])]
+    kept = member[order][mark_run_starts(text[order])]
     copies = np.zeros(len(texts), np.int64)
     np.add.at(copies, text, concatenate(counts, np.int64))
     seen = np.zeros(len(texts), np.bool_)
     for path in job.earlier:
         known = _read_digests(path)
-        known = known[cut(known, starts, which)]
+        known = known[find_range(known, starts, which)]
         places = np.searchsorted(known, texts)
         found = places < len(known)
         seen[found] |= known[places[found]] == texts[found]
@@ -213,7 +213,7 @@ def _group_range(job: _GroupJob) -> None:
 @dataclass(frozen=True)
 class _LabelJob:
     stage: ExactStage
-    shard: Shard
+    shard: StageShardView
     members: Members
     which: int
     ranges: Path
@@ -230,7 +230,7 @@ def _label_shard(job: _LabelJob) -> None:
                 parts.append(columns[name][start:stop])
     with open_columns(_digest_file(members.folder, job.shard.name)) as columns:
         text = np.empty(len(columns), np.int64)  # Of each member: which of the shard's texts.
-        text[columns["member"]] = np.cumsum(first_of_runs(columns["digest"])) - 1
+        text[columns["member"]] = np.cumsum(mark_run_starts(columns["digest"])) - 1
     kept = concatenate(found["kept"], np.int64)[text]
     duplicate = kept != np.arange(len(text)) + members.first[which]
     ids = members.take("id", kept[duplicate]).cast(pa.large_string())
@@ -250,7 +250,7 @@ def _label_shard(job: _LabelJob) -> None:
 class _Index:
     """The memory of earlier corpora: a file of sorted digests for each, numbered as they came."""
 
-    def __init__(self, folder: Path, stage: ExactStage, shards: Sequence[Shard]):
+    def __init__(self, folder: Path, stage: ExactStage, shards: Sequence[StageShardView]):
         self._folder = folder
         settings = stage.model_dump(include={"unicode", "case", "spaces"})
         self._settings = settings | {"version": 2}  # Of `normalise`.
@@ -311,7 +311,7 @@ class _Index:
 
 
 def _corpus_id(corpus: Path) -> str:
-    """What tells a corpus from others wherever it lies; chosen at first use."""
+    """Reads the id that tells a corpus from others wherever it lies; chosen at first use."""
     path = corpus / "corpus.id"
     if not path.exists():
         with replacing(path) as new:
@@ -330,7 +330,7 @@ def _read_digests(path: Path) -> np.ndarray:
 
 
 def _digest_ranges(number: int) -> np.ndarray:
-    return ranges(number).astype(">u8").view("S8").astype(_DIGEST)
+    return hash_range_starts(number).astype(">u8").view("S8").astype(_DIGEST)
 
 
 def _digest_file(scratch: Path, shard: str) -> Path:

@@ -27,8 +27,8 @@ class ExtractStage(LabelStage):
     Labels: `text`; `title`; `date` of publication, as YYYY-MM-DD, from the page's metadata;
     `language_hint`, what the page says its language is; `encoding`; `mode`, what found the text
     (`trafilatura` or `fast`); `status`: `ok`, or why there is no text: `empty`, `not_html`,
-    `timeout`, `too_large`, `too_deep`, `broken`. Pages of over 256 elements inside each
-    other are read without the tags that nothing closes; few are `too_deep` then.
+    `timeout`, `too_large`, `too_deep`, `broken`. Pages of over 256 elements inside each other are
+    read the fast way, and those of over 3000 are `too_deep`.
     """
 
     stage: Literal["extract"] = "extract"
@@ -43,7 +43,7 @@ class ExtractStage(LabelStage):
     max_bytes: int = Field(default=1 << 23, gt=0)
     """Longer pages have no text. Trees take some hundred times as much memory."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -1,16 +1,15 @@
 """Measures of running text after Gopher, C4 and FineWeb."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import AS_IS, UNICODE, character_classes
-from maxlm.corpus.compiled import compiled
+from maxlm.corpus.characters import UNICODE
+from maxlm.corpus.measures import measure_text
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.textbuffers import text_buffers
+from maxlm.corpus.tokens import split_tokens
 
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -86,7 +85,7 @@ class HeuristicsStage(LabelStage):
 
     Where a paper leaves a measure open it is as in datatrove, and equal to datatrove's on the same
     words. Words are not the same: datatrove asks a tokenizer for each language (spaCy for English),
-    this stage takes one rule for all (`maxlm.corpus.characters`), under which "don't" is two
+    this stage takes one rule for all (`maxlm.corpus.tokens`), under which "don't" is two
     words, an address is several, and a run of one sign is one. Below, "words and symbols" are all
     of them, "words" those with a letter, mark or digit (datatrove has a list of signs that make no
     word, without • or →). Labels that a text has no measure for (a ratio of lines without lines)
@@ -134,8 +133,10 @@ class HeuristicsStage(LabelStage):
     each, with `name` and `where`."""
 
     longest: int = Field(default=8 << 20, ge=1, lt=1 << 31)
-    """Bytes of a text to measure; what comes after is passed over. Bounds memory: about 130 bytes
-    for each, at worst."""
+    """Bytes of a text to measure; the rest is skipped. Bounds memory: about 130 bytes for each, at
+    worst."""
+
+    version: ClassVar[int] = 2
 
     def schema(self) -> pa.Schema:
         return pa.schema(list(LABELS.items()))
@@ -144,29 +145,26 @@ class HeuristicsStage(LabelStage):
         return f"{super().key()} {UNICODE}"
 
     def open(self) -> Label:
-        fast, classes = compiled("heuristics"), character_classes()
-        stop_words = np.array([_hash(word) for word in self.stop_words], np.uint64)
+        """
+        Raises:
+            MaxlmError: a stop word is several words.
+        """
+        for word in self.stop_words:
+            if (number := len(split_tokens(word))) != 1:
+                what = f"stop_words: {word!r} is {number} words, where one is asked for"
+                raise MaxlmError(what, where="heuristics", fix="give each word by itself")
+        schema = self.schema()
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            offsets, data = text_buffers(batch.column("text"))
-            values = fast.measure(offsets, data, classes, stop_words, self.longest)
-            columns = [
-                pa.array(values[:, k], mask=np.isnan(values[:, k])).cast(kind)
-                for k, kind in enumerate(LABELS.values())
-            ]
-            return pa.RecordBatch.from_arrays(columns, schema=self.schema())
+            rows = []
+            for text in batch.column("text"):
+                text = text.as_py() or ""
+                if 4 * len(text) > self.longest:
+                    text = text.encode()[: self.longest].decode("utf-8", "ignore")
+                rows.append(measure_text(text, self.stop_words))
+            return pa.RecordBatch.from_pylist(rows, schema=schema)
 
         return label
 
     def packages(self) -> tuple[str, ...]:
-        return ("numba",)
-
-
-def _hash(word: str) -> np.uint64:
-    """A stop word's hash."""
-    data = np.frombuffer(word.encode(), np.uint8)
-    hashes = compiled("text").token_hashes(data, character_classes(), AS_IS)
-    if len(hashes) != 1:
-        what = f"stop_words: {word!r} is {len(hashes)} words, where one is asked for"
-        raise MaxlmError(what, where="heuristics", fix="give each word by itself")
-    return hashes[0]
+        return ("regex",)

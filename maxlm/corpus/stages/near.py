@@ -13,14 +13,13 @@ from pydantic import Field
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.characters import UNICODE
-from maxlm.corpus.compiled import compiled
 from maxlm.corpus.dedup.columns import open_columns, write_columns
-from maxlm.corpus.dedup.components import Marks, confirm_copies, resolve_duplicates
+from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates, split_copies
 from maxlm.corpus.dedup.members import Members, write_labels
 from maxlm.corpus.dedup.minhash import choose_banding
-from maxlm.corpus.dedup.search import Search, find_alike
-from maxlm.corpus.dedup.steps import Steps
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.dedup.search import NearSearch, find_alike
+from maxlm.corpus.dedup.steps import StepRunner
+from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress
@@ -38,8 +37,8 @@ class NearStage(CorpusStage):
     chains of likeness delete nothing.
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
-    is a word (`dedup.words`). A document of fewer words than an n-gram is one n-gram; one without
-    words is like no other.
+    is a word (`maxlm.corpus.tokens`). A document of fewer words than an n-gram is one n-gram; one
+    without words is like no other.
     """
 
     stage: Literal["near"] = "near"
@@ -66,7 +65,7 @@ class NearStage(CorpusStage):
     larger group each with a quarter of this number of the best and with as many of the documents
     that follow it, so that boilerplate costs no quadratic time. A pair that this misses in one band
     is mostly found in another, where it shares something rarer than the boilerplate."""
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     verdicts: ClassVar[tuple[str, ...]] = ("duplicate", "jaccard")
     neutral = (*CorpusStage.neutral, "max_share", "max_shares", "alarm_from")
 
@@ -86,10 +85,10 @@ class NearStage(CorpusStage):
             ]
         )
 
-    def search(self) -> Search:
-        """What is searched for, with the bands and rows that the settings come to."""
+    def search(self) -> NearSearch:
+        """Makes the search, with the bands and rows that the settings come to."""
         banding = choose_banding(self.jaccard, self.recall, self.hashes)
-        return Search(
+        return NearSearch(
             self.jaccard, self.ngram, banding, self.max_group,
             self.reads, self.keep_by, self.memory,
         )  # fmt: skip
@@ -98,21 +97,20 @@ class NearStage(CorpusStage):
         return f"{super().key()} {UNICODE}"
 
     def packages(self) -> tuple[str, ...]:
-        return ("numba", "scipy")
+        return ("regex", "scipy")
 
     def label(
-        self, shards: Sequence[Shard], scratch: Path, engine: Executor, progress: Progress
+        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
     ) -> None:
         """See `CorpusStage.label`; the steps are those of `dedup.search`.
 
         Raises:
-            MaxlmError: a source would lose more than it may; Numba is missing.
+            MaxlmError: a source would lose more than it may.
         """
-        compiled("shingles")
-        steps = Steps(self.title, engine, progress)
+        steps = StepRunner(self.title, engine, progress)
         found = find_alike(self.search(), shards, scratch, steps)
         members = found.members
-        alike = confirm_copies(found.pairs, found.jaccard, found.copies)
+        alike = split_copies(found.pairs, found.jaccard, found.copies)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]
@@ -129,7 +127,7 @@ class NearStage(CorpusStage):
     def _check_shares(
         self,
         members: Members,
-        marks: Marks,
+        marks: DuplicateMarks,
         counts: Sequence[tuple[Counter, Counter]],
         corpus: Path,
     ) -> None:
@@ -151,7 +149,7 @@ class NearStage(CorpusStage):
         return self.max_shares.get(source, self.max_share)
 
 
-def _largest(members: Members, marks: Marks, source: str) -> str:
+def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
     """A sentence about the clusters in which a source would lose most."""
     lost = np.flatnonzero(marks.of >= 0)
     sources = members.take("source", marks.member[lost]).to_numpy(zero_copy_only=False)
@@ -170,16 +168,18 @@ def _largest(members: Members, marks: Marks, source: str) -> str:
 @dataclass(frozen=True)
 class _LabelJob:
     stage: NearStage
-    shard: Shard
+    shard: StageShardView
     members: Members
     which: int
 
-    def marks(self) -> Marks:
+    def marks(self) -> DuplicateMarks:
         """The marks of this shard's members."""
         with open_columns(self.members.folder / "marks.arrow") as columns:
             ends = self.members.first[self.which : self.which + 2]
             part = slice(*np.searchsorted(columns["member"], ends))
-            return Marks(*(columns[name][part] for name in Marks.__dataclass_fields__))
+            return DuplicateMarks(
+                *(columns[name][part] for name in DuplicateMarks.__dataclass_fields__)
+            )
 
 
 def _count_sources(job: _LabelJob) -> tuple[Counter, Counter]:

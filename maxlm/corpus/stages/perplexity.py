@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.perplexity import (
     PerplexityModel,
-    bucket,
-    content_hash,
+    choose_bucket,
+    hash_model,
     open_model,
     read_cutoffs,
 )
@@ -69,9 +69,9 @@ class PerplexityStage(LabelStage):
         """Also of the models' content.
 
         Raises:
-            MaxlmError: see `content_hash`.
+            MaxlmError: see `hash_model`.
         """
-        contents = map(content_hash, self.models.values())
+        contents = map(hash_model, self.models.values())
         return hashlib.sha256("\n".join([super().key(), UNICODE, *contents]).encode()).hexdigest()
 
     def packages(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class PerplexityStage(LabelStage):
             model = opened(self.models[key])
             value = model.perplexity(text)
             cutoffs = self.cutoffs.get(key, model.cutoffs)
-            return value, None if value is None else bucket(value, cutoffs)
+            return value, None if value is None else choose_bucket(value, cutoffs)
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
             texts = batch.column("text").to_pylist()

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.corpus.pii import KINDS, Finder, Kind, Match
+from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
 from maxlm.corpus.stage import Label, LabelStage
 
 _SPAN = pa.struct(
@@ -64,7 +64,7 @@ class PiiStage(LabelStage):
 
     def open(self) -> Label:
         """Raises: MaxlmError: a package is missing, or a region has no numbering plan."""
-        finder, schema = Finder(self.regions), self.schema()
+        finder, schema = PiiFinder(self.regions), self.schema()
         placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
 
         def row(text: str | None) -> dict:
@@ -87,7 +87,7 @@ class PiiStage(LabelStage):
 
 
 def mask(
-    text: str, matches: list[Match], placeholders: Mapping[str, str]
+    text: str, matches: list[PiiMatch], placeholders: Mapping[str, str]
 ) -> tuple[str | None, list[dict]]:
     """The masked text, None if nothing is masked, and each match's place in both texts."""
     parts, spans, done, shift = [], [], 0, 0

@@ -2,16 +2,14 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.classifier import TRAIN, load_classifier
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.textbuffers import text_buffers
 
 
 class QualityStage(LabelStage):
@@ -27,6 +25,8 @@ class QualityStage(LabelStage):
     model: Path
     """The classifier's file, as `maxlm corpus train-quality` writes it."""
 
+    version: ClassVar[int] = 2
+
     def schema(self) -> pa.Schema:
         return pa.schema([("score", pa.float32())])
 
@@ -37,17 +37,17 @@ class QualityStage(LabelStage):
         except OSError as error:
             what = f"cannot read the classifier {self.model}: {error.strerror}"
             raise MaxlmError(what, where=self.title, fix=f"train one: {TRAIN}") from error
-        return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().key()} {content}".encode()).hexdigest()
 
     def open(self) -> Label:
         model = load_classifier(self.model, self.title)
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            scores = model.predict(*text_buffers(batch.column("text"))).astype(np.float32)
+            scores = model.predict(batch.column("text").to_pylist()).astype(np.float32)
             column = pa.array(scores, mask=np.isnan(scores))
             return pa.RecordBatch.from_arrays([column], schema=self.schema())
 
         return label
 
     def packages(self) -> tuple[str, ...]:
-        return ("numba", "safetensors")
+        return ("scikit-learn", "safetensors")

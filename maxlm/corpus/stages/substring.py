@@ -11,21 +11,21 @@ from pydantic import Field
 from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.members import write_labels
-from maxlm.corpus.dedup.steps import Steps
+from maxlm.corpus.dedup.steps import StepRunner
 from maxlm.corpus.dedup.substrings import (
     REPEATS,
     find_cuts,
-    index_shard,
     list_blocks,
     match_range,
+    write_shard_blocks,
 )
-from maxlm.corpus.shards import Shard
+from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress
 
-_BYTES_OF_TEXT = 16  # What an index job needs for a byte of its block: of English 10.
-_BYTES_OF_WINDOW = 64  # What a range job needs for a window.
+_BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
+_BYTES_OF_WINDOW = 64  # In a range job.
 _LARGEST_BLOCK = 2**31  # Places in a block are uint32, and no document is longer than this.
 
 
@@ -34,9 +34,9 @@ class SubstringStage(CorpusStage):
     another, become spans to cut; the first copy stays (Lee et al. 2022, arXiv 2107.06499).
 
     A word is what white space separates, and in scripts without spaces each letter with its marks
-    (see `maxlm.corpus.characters`), so spans begin and end between words; passages are the
-    same if their bytes are, white space included. `dedup.substrings` states the rule and what it
-    guarantees. No document is split, so one that is longer than a sixteenth of `memory` takes more.
+    (see `maxlm.corpus.characters`), so spans begin and end between words; passages are the same if
+    their characters are, white space included. `dedup.substrings` states the rule and its
+    guarantees. No document is split, so one of more characters than `memory` / 64 takes more.
     What is cut is settled among the documents that the rules keep; `where` saves time by leaving
     out those that they drop.
     """
@@ -46,7 +46,7 @@ class SubstringStage(CorpusStage):
     """The shortest repeat to be cut, in words; shorter ones (set phrases, addresses) stay. 50 words
     of English are about 65 tokens of byte-pair encoding, of which the paper takes 50."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     verdicts: ClassVar[tuple[str, ...]] = ("cuts", "cut_share")
 
     def schema(self) -> pa.Schema:
@@ -56,18 +56,18 @@ class SubstringStage(CorpusStage):
         return f"{super().key()} {UNICODE}"
 
     def packages(self) -> tuple[str, ...]:
-        return ("numba",)
+        return ()
 
     def label(
-        self, shards: Sequence[Shard], scratch: Path, engine: Executor, progress: Progress
+        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
     ) -> None:
-        """See `CorpusStage.label`. The scratch files take three times the text.
+        """See `CorpusStage.label`. The scratch files take six times the text.
 
         Raises:
-            MaxlmError: a document of 2 GiB or more.
+            MaxlmError: a document of 2^31 characters or more.
         """
         folder = scratch / str(self.memory)  # A killed run may have had another.
-        steps = Steps(self.title, engine, progress)
+        steps = StepRunner(self.title, engine, progress)
         steps.run("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
         windows = list_blocks(folder, shards)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
@@ -79,13 +79,13 @@ class SubstringStage(CorpusStage):
 class _IndexJob:
     stage: SubstringStage
     folder: Path
-    shard: Shard
+    shard: StageShardView
 
 
 def _index(job: _IndexJob) -> None:
     stage = job.stage
-    block_bytes = min(stage.memory // _BYTES_OF_TEXT, _LARGEST_BLOCK)
-    index_shard(job.folder, job.shard, stage.min_tokens, block_bytes, stage.keep_by)
+    block_characters = min(stage.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
+    write_shard_blocks(job.folder, job.shard, stage.min_tokens, block_characters, stage.keep_by)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class _CutJob:
     stage: SubstringStage
     folder: Path
     number: int
-    shard: Shard
+    shard: StageShardView
 
 
 def _cut(job: _CutJob) -> None:

@@ -1,7 +1,7 @@
 """Signs of toxic and sexual text: a shipped classifier, and lists of words."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,10 +11,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import UNICODE, character_classes, lower_case
-from maxlm.corpus.compiled import compiled
+from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.textbuffers import text_buffers
+from maxlm.corpus.tokens import is_word, split_tokens
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
 
@@ -52,9 +51,9 @@ class ToxicityStage(LabelStage):
     """Characters that the classifier judges at once; a text is cut into parts of about as many."""
 
     longest: int = Field(default=1 << 20, ge=1)
-    """Bytes of a text to look at (characters, for the classifier)."""
+    """Characters of a text to look at."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def schema(self) -> pa.Schema:
         scores = [("score", pa.float32()), ("max_score", pa.float32())]
@@ -66,15 +65,17 @@ class ToxicityStage(LabelStage):
         return hashlib.sha256(f"{super().key()} {UNICODE} {content}".encode()).hexdigest()
 
     def open(self) -> Label:
-        count = _counter(read_lists(self.lists), self.longest)
-        predict = _classifier() if self.classifier else None
+        listed = _index_phrases(read_lists(self.lists))
+        predict = _load_classifier() if self.classifier else None
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
             texts = batch.column("text")
-            found, words = count(*text_buffers(texts))
+            starts = [(text or "")[: self.longest] for text in texts.to_pylist()]
+            counts = [_count_listed(text, listed) for text in starts]
+            found, words = np.array(counts, np.int64).reshape(-1, 2).T
             ratio = found / np.maximum(words, 1)
             columns = [
-                *self._scores(texts, predict),
+                *self._scores(starts, predict),
                 pa.array(found, pa.int32()),
                 pa.array(ratio, mask=words == 0),
             ]
@@ -82,13 +83,13 @@ class ToxicityStage(LabelStage):
 
         return label
 
-    def _scores(self, texts: pa.Array, predict: Callable | None) -> list[pa.Array]:
+    def _scores(self, texts: Sequence[str], predict: Callable | None) -> list[pa.Array]:
         """`score` and `max_score`."""
         if predict is None:
             return [pa.nulls(len(texts), pa.float32())] * 2
         parts, rows = [], []
-        for row, text in enumerate(texts.to_pylist()):
-            pieces = list(chunks((text or "")[: self.longest], self.chunk))
+        for row, text in enumerate(texts):
+            pieces = list(chunk_text(text, self.chunk))
             parts += pieces
             rows += [row] * len(pieces)
         scores = predict(parts) if parts else np.zeros(0)
@@ -102,10 +103,10 @@ class ToxicityStage(LabelStage):
         return [pa.array(each.astype(np.float32), mask=none) for each in (mean, highest)]
 
     def packages(self) -> tuple[str, ...]:
-        return ("alt-profanity-check", "scikit-learn", "numba") if self.classifier else ("numba",)
+        return ("alt-profanity-check", "scikit-learn", "regex") if self.classifier else ("regex",)
 
 
-def chunks(text: str, size: int) -> Iterator[str]:
+def chunk_text(text: str, size: int) -> Iterator[str]:
     """Parts of about equal length, about `size` at most, cut at a space where one is near."""
     if not text:
         return
@@ -139,23 +140,32 @@ def read_lists(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(phrases)
 
 
-def _counter(phrases: Sequence[str], longest: int) -> Callable:
-    """A function from texts' offsets and bytes to the phrases and words in each."""
-    text, lists = compiled("text"), compiled("lists")
-    tables = character_classes(), lower_case()
-    hashes = [text.token_hashes(np.frombuffer(x.encode(), np.uint8), *tables) for x in phrases]
-    hashes = [each for each in hashes if len(each)]
-    starts = np.unique(np.array([each[0] for each in hashes], np.uint64))
-    whole = np.unique(np.array([lists.phrase_hash(each) for each in hashes], np.uint64))
-    size = max(map(len, hashes), default=0)
+def _count_listed(text: str, listed: Mapping[str, Sequence[list[str]]]) -> tuple[int, int]:
+    """Counts listed phrases from the start, the longest at each place; and the words of a text.
 
-    def count(offsets: np.ndarray, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return lists.count_listed(offsets, data, *tables, starts, whole, size, longest)
+    Args:
+        listed: phrases as tokens in lower case, by their first, the longest first.
+    """
+    tokens = split_tokens(text.lower())
+    found = end = 0
+    for i, token in enumerate(tokens):
+        if i >= end and token in listed:
+            for phrase in listed[token]:
+                if tokens[i : i + len(phrase)] == phrase:
+                    found, end = found + 1, i + len(phrase)
+                    break
+    return found, sum(map(is_word, tokens))
 
-    return count
+
+def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
+    listed: dict[str, list[list[str]]] = {}
+    for tokens in sorted((split_tokens(p.lower()) for p in phrases), key=len, reverse=True):
+        if tokens:
+            listed.setdefault(tokens[0], []).append(tokens)
+    return listed
 
 
-def _classifier() -> Callable[[list[str]], np.ndarray]:
+def _load_classifier() -> Callable[[list[str]], np.ndarray]:
     """From texts to the probability that each is offensive."""
     try:
         from profanity_check import predict_prob

@@ -1,4 +1,4 @@
-"""What a document's address says about it."""
+"""Labels from a document's address."""
 
 import hashlib
 import re

@@ -16,7 +16,7 @@ from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFi
 from maxlm.data.documents.encoding import apply_policy, decode_text, encode_text
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.formats import load_reader
-from maxlm.data.documents.slices import open_parquet, slice_whole_file
+from maxlm.data.documents.slices import make_whole_slice, open_parquet
 from maxlm.data.documents.streams import open_stream
 
 # Of Parquet, what is decoded at a time.
@@ -52,7 +52,7 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
             JSON objects with `text_field`, Parquet without that column, missing packages.
     """
     for each in [file] if file else list_files(source):
-        found = read_slice(source, slice_whole_file(each))
+        found = read_slice(source, make_whole_slice(each))
         yield from (document for document in found if isinstance(document, Document))
 
 
@@ -112,7 +112,7 @@ def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> I
     with open_stream(file.path, file.compression) as stream:
         for index in count():
             piece = stream.read(piece_bytes or (longest if max_bytes is None else longest + 1))
-            if not piece:
+            if not piece and index:
                 return
             is_whole = index == 0 and len(piece) <= (piece_bytes or len(piece))
             is_whole = is_whole and (piece_bytes is None or not stream.peek(1))

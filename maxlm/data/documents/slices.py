@@ -28,7 +28,7 @@ class Scan:
     slices: tuple[FileSlice, ...]
 
 
-def slice_whole_file(file: SourceFile) -> FileSlice:
+def make_whole_slice(file: SourceFile) -> FileSlice:
     """Makes the slice that is the whole file."""
     return FileSlice(file, 0, None, 1 if file.format == "jsonl" else 0, file.size)
 
@@ -71,7 +71,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
                     line = _cut_block(block, position, line, slice_bytes, cuts)
                 position += len(block)
     if file.format == "parquet":
-        slices = tuple(_parquet_slices(file, slice_bytes)) or (slice_whole_file(file),)
+        slices = tuple(_parquet_slices(file, slice_bytes)) or (make_whole_slice(file),)
     elif cut_lines:
         cuts = [cut for cut in cuts if cut[0] < position] or cuts[:1]
         stops = [start for start, _ in cuts[1:]] + [position]
@@ -80,7 +80,7 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
             for (start, first), stop in zip(cuts, stops, strict=True)
         )
     else:
-        slices = (slice_whole_file(file),)
+        slices = (make_whole_slice(file),)
     return Scan(hasher.hexdigest() if digest else "", mtime, slices)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.storage import Place, below, kvstore, remedy
+from maxlm.runtime.storage import Place, below, kvstore, read_failure_hint
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
@@ -91,7 +91,9 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
     try:
         return ts.open(spec | options, **kwargs).result()
     except (ValueError, OSError) as error:
-        fix = remedy(path, "check the disk, or build the store again with maxlm corpus build")
+        fix = read_failure_hint(
+            path, "check the disk, or build the store again with maxlm corpus build"
+        )
         raise array_error(path, error, fix) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.data.store.arrays import SHARD_TOKENS, create_array, open_for_writing, write_array
-from maxlm.data.store.parts import Part, part_path
+from maxlm.data.store.parts import FinishedPart, part_path
 from maxlm.runtime.pool import WorkerPool
 
 
@@ -28,7 +28,7 @@ class ShardJob:
 def assemble(
     store: Path,
     parts_folder: Path,
-    parts: Sequence[Part],
+    parts: Sequence[FinishedPart],
     dtype: str,
     pool: WorkerPool,
     progress: Callable[[int, int], None],
@@ -59,7 +59,9 @@ def assemble(
     return hashlib.sha256(tokens.encode()).hexdigest(), offsets
 
 
-def _write_offsets(store: Path, parts_folder: Path, parts: Sequence[Part], base: int) -> str:
+def _write_offsets(
+    store: Path, parts_folder: Path, parts: Sequence[FinishedPart], base: int
+) -> str:
     """Shard by shard, so that memory does not grow with the number of documents."""
     size = 1 + sum(part.num_documents for part in parts)
     array, digest = create_array(store, "offsets", size, "int64"), hashlib.sha256()
@@ -87,7 +89,7 @@ def _write_offsets(store: Path, parts_folder: Path, parts: Sequence[Part], base:
 
 
 def _shard_jobs(
-    store: Path, parts_folder: Path, parts: Sequence[Part], begins: np.ndarray, dtype: str
+    store: Path, parts_folder: Path, parts: Sequence[FinishedPart], begins: np.ndarray, dtype: str
 ) -> list[ShardJob]:
     jobs = []
     for start in range(0, int(begins[-1]), SHARD_TOKENS):

@@ -23,7 +23,7 @@ from maxlm.data.store.manifest import (
 )
 from maxlm.data.store.parts import (
     Counts,
-    Part,
+    FinishedPart,
     PartJob,
     claim_part,
     finished_part,
@@ -237,14 +237,14 @@ def _forget_other_plan(building: Path, key: str) -> None:
 
 def _make_parts(
     jobs: Sequence[PartJob],
-    make: Callable[[PartJob], Part | None],
+    make: Callable[[PartJob], FinishedPart | None],
     pool: WorkerPool,
     progress: Progress,
-) -> dict[int, Part]:
+) -> dict[int, FinishedPart]:
     """The parts by index, without those for which `make` returns None."""
     itemsize = token_dtype(jobs[0].planned.vocab_size).itemsize
     sizes = [sum(each.slice.size for each in job.slices) for job in jobs]
-    parts: dict[int, Part] = {}
+    parts: dict[int, FinishedPart] = {}
     for job in jobs:
         if part := finished_part(job.folder, job.index, itemsize):
             parts[job.index] = part
@@ -258,7 +258,7 @@ def _make_parts(
     return parts
 
 
-def _count(planned: Manifest, parts: Sequence[Part]) -> Manifest:
+def _count(planned: Manifest, parts: Sequence[FinishedPart]) -> Manifest:
     """The manifest with the parts' counts filled in."""
     counts = [Counts()] * len(planned.sources)
     for part in parts:

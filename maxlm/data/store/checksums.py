@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.pool import count_workers
-from maxlm.runtime.storage import Place, below, read_file, remedy, sha256
+from maxlm.runtime.storage import Place, below, read_failure_hint, read_file, sha256
 
 CHECKSUMS_NAME = "checksums.sha256"
 """Names in it are relative to its folder."""
@@ -42,7 +42,7 @@ def damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]
         return
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
-        raise MaxlmError(what, where=where, fix=remedy(place, rebuild)) from error
+        raise MaxlmError(what, where=where, fix=read_failure_hint(place, rebuild)) from error
     if digest is not None and hashlib.sha256(data).hexdigest() != digest:
         yield CHECKSUMS_NAME, "has changed since it was written"
         return

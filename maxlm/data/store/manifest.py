@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from maxlm.config import Config, MaxlmError
 from maxlm.data.documents.config import BadBytes
 from maxlm.runtime.files import without_digest, write_json
-from maxlm.runtime.storage import Place, below, read_file, remedy
+from maxlm.runtime.storage import Place, below, read_failure_hint, read_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -160,7 +160,7 @@ def read_manifest(folder: Place) -> Manifest:
     """
     path = below(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
-    fix = remedy(folder, rebuild)
+    fix = read_failure_hint(folder, rebuild)
     try:
         text = read_file(folder, MANIFEST_NAME).decode()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -72,7 +72,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Part:
+class FinishedPart:
     """A finished part."""
 
     index: int
@@ -86,12 +86,12 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
     return folder / f"{index:06d}.{suffix}"
 
 
-def finished_part(folder: Path, index: int, itemsize: int) -> Part | None:
+def finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart | None:
     """The part as an earlier run left it, or None if that run did not finish it."""
     try:
         record = json.loads(part_path(folder, index, "json").read_text())
         counts = {int(source): Counts(**each) for source, each in record.pop("counts").items()}
-        part = Part(counts=counts, **record)
+        part = FinishedPart(counts=counts, **record)
         whole = (
             part_path(folder, index, "tokens").stat().st_size == part.num_tokens * itemsize
             and part_path(folder, index, "lengths").stat().st_size == part.num_documents * 8
@@ -101,7 +101,7 @@ def finished_part(folder: Path, index: int, itemsize: int) -> Part | None:
     return part if whole else None
 
 
-def claim_part(job: PartJob) -> Part | None:
+def claim_part(job: PartJob) -> FinishedPart | None:
     """Make a part unless another process, maybe on another machine, is making it: then None."""
     with writing(job.folder), open(part_path(job.folder, job.index, "claim"), "w") as claim:
         try:
@@ -112,7 +112,7 @@ def claim_part(job: PartJob) -> Part | None:
         return finished_part(job.folder, job.index, itemsize) or make_part(job)
 
 
-def make_part(job: PartJob) -> Part:
+def make_part(job: PartJob) -> FinishedPart:
     """Read, split and tokenize a part's documents and write its files.
 
     Raises:
@@ -136,7 +136,7 @@ def make_part(job: PartJob) -> Part:
                 lengths_file.write(lengths.data)
                 num_tokens += len(tokens)
                 num_documents += len(lengths)
-        part = Part(job.index, num_tokens, num_documents, counts)
+        part = FinishedPart(job.index, num_tokens, num_documents, counts)
         with writing(job.folder):
             temporary["json"].write_text(json.dumps(asdict(part)))
             for suffix in _SUFFIXES:  # json last: it declares the part finished

@@ -17,7 +17,7 @@ from maxlm.data.store.arrays import array_error, open_for_reading
 from maxlm.data.store.checksums import damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
 from maxlm.data.store.offsets import Offsets
-from maxlm.runtime.storage import Place, below, copy_folder, remedy, to_place
+from maxlm.runtime.storage import Place, below, copy_folder, read_failure_hint, to_place
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -200,7 +200,9 @@ class TokenStore:
             copy_folder(self.place, "tokenizer", Path(copy.name))
         except OSError as error:
             what, where = f"cannot read the tokenizer: {error}", str(self.place)
-            raise MaxlmError(what, where=where, fix=remedy(self.place, _REBUILD)) from error
+            raise MaxlmError(
+                what, where=where, fix=read_failure_hint(self.place, _REBUILD)
+            ) from error
         return copy
 
     def _hash(self, offsets) -> str:

@@ -22,7 +22,7 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import writing
-from maxlm.runtime.storage import below, kvstore, remedy, to_place
+from maxlm.runtime.storage import below, kvstore, read_failure_hint, to_place
 from maxlm.train.checkpoint.reading import (
     PyTree,
     Unreadable,
@@ -312,6 +312,6 @@ class _Copier:
         try:
             yield
         except (ValueError, OSError) as error:
-            fix = remedy(self._place, "name a folder that can be written")
+            fix = read_failure_hint(self._place, "name a folder that can be written")
             what = f"cannot be reached ({describe_error(error)})"
             raise MaxlmError(what, where=str(self._place), fix=fix) from error

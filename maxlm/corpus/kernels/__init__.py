@@ -1,1 +1,0 @@
-"""Hot loops, compiled by Numba, which is slow to import: `compiled.compiled` is their door."""
