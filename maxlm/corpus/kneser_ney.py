@@ -19,7 +19,7 @@ from maxlm.config import Config, MaxlmError
 from maxlm.corpus.ngram_counts import (
     BEGIN,
     NgramCounts,
-    RowFile,
+    NgramTable,
     TokenFile,
     count_ngrams,
     load_ngram_loops,
@@ -147,19 +147,19 @@ def _estimate_discounts(
 class _Smoothed:
     """One order's n-grams before interpolation."""
 
-    values: RowFile
+    values: NgramTable
     """float64, row by row with the counts: discounted probability, weight of the lower order."""
-    gammas: RowFile
+    gammas: NgramTable
     """(key of a context, that weight as float64) in suffix order: the contexts' backoffs."""
 
 
 def _smooth(
-    table: RowFile, context_bits: int, discounts: list[float], path: Path, block: int
+    table: NgramTable, context_bits: int, discounts: list[float], path: Path, block: int
 ) -> _Smoothed:
     """Discounts the n-grams of one order, which takes a sort by contexts and one back."""
     grams = table.open()
-    gammas = RowFile(path.with_name(f"{path.name}-gammas"), 3)
-    values = RowFile(path.with_name(f"{path.name}-values"), 2)
+    gammas = NgramTable(path.with_name(f"{path.name}-gammas"), 3)
+    values = NgramTable(path.with_name(f"{path.name}-values"), 2)
     high_mask = np.uint64((1 << max(0, context_bits - 64)) - 1)
     low_mask = np.uint64((1 << min(64, context_bits)) - 1)
 
@@ -227,7 +227,7 @@ def _interpolate(
         file.write(b"\n\\%d-grams:\n" % k)
         grams, values = table.open(), smooth.values.open().view(np.float64)
         gammas = smoothed[k].gammas.open() if k < order else np.empty((0, 3), np.uint64)
-        done, at = RowFile(folder / f"probabilities-{k}", 4), np.zeros(2, np.int64)
+        done, at = NgramTable(folder / f"probabilities-{k}", 4), np.zeros(2, np.int64)
         for first in range(0, len(grams), block):
             part = grams[first : first + block]
             weights = np.array(values[first : first + block])

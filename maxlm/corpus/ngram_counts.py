@@ -42,7 +42,7 @@ def load_ngram_loops() -> ModuleType:
 
 
 @dataclass(frozen=True)
-class RowFile:
+class NgramTable:
     """Rows of uint64 in a file, which is only appended to."""
 
     path: Path
@@ -110,7 +110,7 @@ def read_tokens(sentences: Iterable[str], path: Path, block: int) -> TokenFile:
 class NgramCounts:
     """Adjusted counts of n-grams of all orders."""
 
-    tables: list[RowFile]
+    tables: list[NgramTable]
     """By order: (key, adjusted count, perhaps marked as pruned) in suffix order."""
     with_count: np.ndarray
     """int64 [order, 6]: the n-grams with adjusted count 0, 1, ..., 4, more."""
@@ -135,7 +135,7 @@ def count_ngrams(
         what = f"{len(tokens.words):,} different words are too many for a model of order {order}"
         most = 2 ** (_KEY_BITS // order)
         raise MaxlmError(what, fix=f"use at most {most:,}, by a tokenizer, or lower the order")
-    tables = [RowFile(folder / f"counts-{k}", 3) for k in range(1, order + 1)]
+    tables = [NgramTable(folder / f"counts-{k}", 3) for k in range(1, order + 1)]
     # <unk> and <s> occur nowhere but must be in the model.
     tables[0].append(np.array([[0, 0, 0], [0, BEGIN, 0]], np.uint64))
     seen = np.zeros((order, 7), np.int64)
@@ -208,11 +208,11 @@ def sort_runs(
         runs: uint64 [at most block, columns] each, the key in the first two columns.
         shrink: what to do to sorted rows as soon as possible, such as to add up equal ones.
     """
-    files: list[RowFile] = []
+    files: list[NgramTable] = []
     rows = None
     for run in runs:
         if rows is not None:
-            files.append(RowFile(path.with_name(f"{path.name}-{len(files)}"), rows.shape[1]))
+            files.append(NgramTable(path.with_name(f"{path.name}-{len(files)}"), rows.shape[1]))
             files[-1].append(shrink(_sort_rows(rows)))
         rows = run
     if rows is None:
