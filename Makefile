@@ -84,7 +84,7 @@ torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their
 	$(bin)/python benchmarks/torture.py --kills 100
 
 # Where names and docstrings keep to CONTRIBUTING throughout.
-named := pallas_kernels maxlm/run.py $(addprefix maxlm/,cli config huggingface launch models/families parallel \
+named := pallas_kernels maxlm/run.py $(addprefix maxlm/,cli config corpus data/documents huggingface launch models/families parallel \
 	sharding tasks)
 
 check: $(ready) ## formatting, lint, types, directions of imports, names
