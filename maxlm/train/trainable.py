@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.models.params import Params, join_path
+from maxlm.models.params import GatheredParam, Params, join_path
 
 
 def select_trainable(specs: Params, patterns: Sequence[str]) -> Params:
@@ -43,7 +43,11 @@ def split_params(params: Params, part: Params) -> tuple[Params, Params]:
 
 def merge_params(a: Params, b: Params) -> Params:
     """Join two parts of one tree; the inverse of :func:`split_params`."""
-    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+    def is_whole(held: object) -> bool:
+        return held is None or isinstance(held, GatheredParam)
+
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=is_whole)
 
 
 def _list_names(tree: Params) -> list[str]:
