@@ -23,8 +23,8 @@ import numpy as np
 
 from maxlm.data.loader import LoaderConfig, Mixing, Phase, make_batches, make_loader
 from maxlm.data.loader.best_fit import build_index
-from maxlm.data.loader.packing import utilisation
-from maxlm.data.loader.prefetch import WARM_UP_STEPS
+from maxlm.data.loader.packing import measure_utilisation
+from maxlm.data.loader.prefetch import SHORT_RUN_STEPS
 from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import create_array, write_array
 from maxlm.data.store.manifest import write_manifest
@@ -33,7 +33,7 @@ from maxlm.data.store.offsets import Offsets
 VOCABULARY = 8192
 WEIGHTS = {"web": 3.0, "code": 1.0}
 # Steps left out of a rate: threads' own, and those the workers made ahead while starting.
-SETTLE_STEPS = WARM_UP_STEPS + 16
+SETTLE_STEPS = SHORT_RUN_STEPS + 16
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def measure(
     """Prints one packing's lines."""
     batches = make_batches(stores, WEIGHTS, config, seed=0)
     full = min(
-        utilisation(source.packing, source.store.num_tokens, config.seq_len)
+        measure_utilisation(source.packing, source.store.num_tokens, config.seq_len)
         for source in batches.sources
     )
     head = f"seq_len {config.seq_len:5}  {config.packing:9}"

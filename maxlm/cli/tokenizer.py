@@ -203,9 +203,9 @@ def compare(
 
 def _require_free(out: Path, force: bool) -> None:
     from maxlm.config import MaxlmError
-    from maxlm.data.tokenizer import holds_tokenizer
+    from maxlm.data.tokenizer import has_tokenizer
 
-    if holds_tokenizer(out) and not force:
+    if has_tokenizer(out) and not force:
         raise MaxlmError(
             "there is a tokenizer here already",
             where=str(out),

@@ -1,4 +1,4 @@
-"""What a run is fed: sources, their weights, and how they become batches."""
+"""The data of a run: sources, their weights, and how they become batches."""
 
 from pydantic import Field, model_validator
 

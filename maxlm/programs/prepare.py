@@ -9,7 +9,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
 from maxlm.data.documents import SourceConfig, is_heldout, read_documents
-from maxlm.data.loader import check_lasts
+from maxlm.data.loader import check_num_steps
 from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -76,7 +76,7 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
     )
     # Refuses a store shorter than a sequence, and builds what indices are missing.
     batches = config.task.batch_source(inputs)
-    check_lasts(batches, config.train.steps)
+    check_num_steps(batches, config.train.steps)
     evaluation = config.task.evaluation_sources(inputs)
     return PreparedText(tokenizer, all_training, all_heldout, batches, evaluation)
 

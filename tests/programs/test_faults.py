@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.data.loader.prefetch import WARM_UP_STEPS
 from maxlm.programs.prepare import prepare
 from maxlm.programs.run_folder import lock_run_folder
 from maxlm.programs.runs import read_run
@@ -322,7 +321,7 @@ def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
 def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
     slow = {0: ("slow", 0), 1: ("slow", 0)}
     processes = jobs.train("worker", "data.workers=1", "train.steps=150", processes=2, faults=slow)
-    processes[1].until(lambda: jobs.step("worker") > WARM_UP_STEPS, seconds=400)
+    processes[1].until(lambda: jobs.step("worker") > 1, seconds=400)
     workers = [worker_pids(process.id) for process in processes]
     assert [len(pids) for pids in workers] == [1, 1]
     os.kill(workers[1].pop(), signal.SIGKILL)

@@ -3,12 +3,12 @@
 from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.loader import (
     LoaderConfig,
-    check_lasts,
+    check_num_steps,
     load_batches,
     make_batches,
     make_loader,
     make_one_pass,
-    one_pass,
+    read_once,
 )
 from maxlm.data.loader.mixing import Mixing, MixtureRow, Phase, mixture_table
 from maxlm.data.loader.packing import TokenSource
@@ -21,11 +21,11 @@ __all__ = [
     "MixtureRow",
     "Phase",
     "TokenSource",
-    "check_lasts",
+    "check_num_steps",
     "load_batches",
     "make_batches",
     "make_loader",
     "make_one_pass",
     "mixture_table",
-    "one_pass",
+    "read_once",
 ]

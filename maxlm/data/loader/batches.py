@@ -30,7 +30,7 @@ positions    0, 1, ... within each piece. A piece that continues a cut document 
 
 
 @dataclass(frozen=True)
-class Source:
+class PackedStore:
     """A store and its packing."""
 
     store: TokenSource
@@ -41,14 +41,14 @@ class Source:
 class Batches:
     """Makes any rows of any step's batch. Small to pickle: stores reopen where they arrive."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[PackedStore, ...]
     order: Order
     seq_len: int
     batch_size: int
 
     @property
     def mixture(self) -> Mixture:
-        """What a mixture's rows are drawn from; `one_pass` has none."""
+        """The mixture that rows are drawn from; `read_once` has none."""
         assert isinstance(self.order, EndlessOrder)
         return self.order.mixture
 
@@ -65,7 +65,7 @@ class Batches:
         """The given global rows [n] of the batch of `step`, in the order given; None is all."""
         wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows, dtype=np.int64)
         stores, sequences = self.order.locate(step * self.batch_size + wanted)
-        batch = empty_batch(wanted.size, self.seq_len)
+        batch = create_empty_batch(wanted.size, self.seq_len)
         for number in np.unique(stores[stores != PADDING]):
             source = self.sources[number]
             here = np.flatnonzero(stores == number)
@@ -73,7 +73,7 @@ class Batches:
         return batch
 
 
-def empty_batch(rows: int, seq_len: int) -> Batch:
+def create_empty_batch(rows: int, seq_len: int) -> Batch:
     """A batch of padding."""
     shape = (rows, seq_len)
     names = ("tokens", "targets", "segment_ids", "positions")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.loader.packing import Offsets, Pieces, TokenSource
-from maxlm.data.store.checksums import damaged_files, write_checksums
+from maxlm.data.store.checksums import find_damaged_files, write_checksums
 
 Int64s = NDArray[np.int64]
 _ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
@@ -99,7 +99,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
                 where=str(folder),
                 fix="make the store's folder writable once, or use packing=concat",
             ) from error
-    for name, fault in damaged_files(folder, None):
+    for name, fault in find_damaged_files(folder, None):
         fix = "delete its folder, which will be made again"
         raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)
     return BestFitPacking(folder)
@@ -154,7 +154,7 @@ def _blocks(
         starts = starts + nth * seq_len
         stops = np.repeat(bounds[1:], counts)
         lengths = np.minimum(starts + seq_len, stops) - starts
-        sequence = assign_best_fit(lengths, seq_len)
+        sequence = pack_best_fit(lengths, seq_len)
         order = np.argsort(sequence, kind="stable")
         yield starts[order], lengths[order], (starts + lengths == stops)[order], sequence[order]
         if (now := time.monotonic()) - reported > _REPORT_SECONDS:
@@ -166,7 +166,7 @@ def _blocks(
             )
 
 
-def assign_best_fit(lengths: Int64s, capacity: int) -> Int64s:
+def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
     """The bin of each item [n] under best-fit decreasing, bins numbered from 0 without gaps.
 
     Bins with room r > 0 wait on the stack of r; bit r of one big integer says that the stack is

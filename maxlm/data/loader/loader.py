@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.loader.batches import Batch, Batches, Source
+from maxlm.data.loader.batches import Batch, Batches, PackedStore
 from maxlm.data.loader.best_fit import open_best_fit
 from maxlm.data.loader.mixing import Mixing
 from maxlm.data.loader.order import EndlessOrder, OnePassOrder
@@ -16,7 +16,7 @@ from maxlm.data.loader.permutation import derive_key
 
 if TYPE_CHECKING:
     from maxlm.data.batch_source import BatchSource
-    from maxlm.data.loader.prefetch import BatchIterator
+    from maxlm.data.loader.prefetch import Prefetcher
 
 PackingMethod = Literal["concat", "best_fit"]
 
@@ -88,7 +88,9 @@ def make_batches(
                 fix="give more text, or lower seq_len",
             )
     sources = tuple(
-        Source(store, open_packing(store, config.packing, config.seq_len, config.packing_block))
+        PackedStore(
+            store, open_packing(store, config.packing, config.seq_len, config.packing_block)
+        )
         for store in stores.values()
     )
     sizes = tuple(source.packing.num_sequences for source in sources)
@@ -109,7 +111,7 @@ def make_loader(
     start_step: int,
     num_steps: int | None = None,
     rows: Sequence[int] | None = None,
-) -> "BatchIterator":
+) -> "Prefetcher":
     """Iterates over rows of the batches of a mixture; see `make_batches` and `load_batches`.
 
     Args:
@@ -129,7 +131,7 @@ def load_batches(
     num_steps: int | None = None,
     workers: int = 0,
     prefetch: int = 4,
-) -> "BatchIterator":
+) -> "Prefetcher":
     """Iterates over rows of a source's batches from `start_step` on, made ahead.
 
     To resume, pass the iterator's `step` (the next step) as `start_step`, on any number of hosts.
@@ -142,20 +144,20 @@ def load_batches(
     Raises:
         MaxlmError: the source ends before the last step.
     """
-    from maxlm.data.loader.prefetch import BatchIterator
+    from maxlm.data.loader.prefetch import Prefetcher
 
     stop = source.num_steps if num_steps is None else start_step + num_steps
     if stop is not None:
-        check_lasts(source, stop)
+        check_num_steps(source, stop)
     make = partial(_make_rows, source, rows)
-    return BatchIterator(make, start_step, stop, workers=workers, prefetch=prefetch)
+    return Prefetcher(make, start_step, stop, workers=workers, prefetch=prefetch)
 
 
 def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:
     return source.rows(step, rows)
 
 
-def check_lasts(batches: "BatchSource", steps: int) -> None:
+def check_num_steps(batches: "BatchSource", steps: int) -> None:
     """
     Raises:
         MaxlmError: the mixture ends before so many steps.
@@ -169,7 +171,7 @@ def check_lasts(batches: "BatchSource", steps: int) -> None:
         )
 
 
-def one_pass(
+def read_once(
     store: TokenSource,
     seq_len: int,
     batch_size: int,
@@ -180,7 +182,7 @@ def one_pass(
     rows: Sequence[int] | None = None,
     workers: int = 0,
     prefetch: int = 4,
-) -> "BatchIterator":
+) -> "Prefetcher":
     """Iterates over `make_one_pass(...)`.
 
     Args:
@@ -216,7 +218,7 @@ def make_one_pass(
     """
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    source = Source(store, open_packing(store, packing, seq_len, packing_block))
+    source = PackedStore(store, open_packing(store, packing, seq_len, packing_block))
     order = OnePassOrder(source.packing.num_sequences)
     return Batches((source,), order, seq_len, batch_size)
 

@@ -1,4 +1,4 @@
-"""What a user says about a mixture, turned into weights by global index, and back into a table."""
+"""A mixture's settings, turned into weights by global index, and back into a table."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,7 +129,7 @@ def _ramp(phase: Phase, before: Weights, after: Weights) -> Iterator[tuple[int, 
 
 @dataclass(frozen=True)
 class MixtureRow:
-    """What some steps read of one source."""
+    """The share of some steps that is read from one source."""
 
     source: str
     sequences: int
@@ -142,8 +142,8 @@ class MixtureRow:
 
 
 def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:
-    """What steps `start` to `stop` of a mixture's batches read of each source; the steps past its
-    end count as nothing. O(1) in the number of steps.
+    """Returns what steps `start` to `stop` of a mixture's batches read from each source; the steps
+    past its end count as nothing. O(1) in the number of steps.
     """
     first, last = (batches.mixture.counts(step * batches.batch_size) for step in (start, stop))
     counts = [b - a for a, b in zip(first, last, strict=True)]

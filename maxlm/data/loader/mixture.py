@@ -44,7 +44,7 @@ class _Split:
 
 
 @dataclass(frozen=True)
-class Segment:
+class MixtureSegment:
     """A run of global indices, from `start` to the next segment's, over which weights are equal."""
 
     start: int
@@ -60,7 +60,7 @@ class Mixture:
     """Maps a global sequence index to (store number, index within that store's own stream)."""
 
     names: tuple[str, ...]
-    segments: tuple[Segment, ...]
+    segments: tuple[MixtureSegment, ...]
     end: int
     """The first index past the mixture; `ENDLESS` if there is none."""
     key: int | None
@@ -92,7 +92,7 @@ class Mixture:
         phases = [(0, weights), *changes]
         _check(names, phases)
         limits = [(most or {}).get(name, ENDLESS) for name in names]
-        before, segments = [0] * len(names), list[Segment]()
+        before, segments = [0] * len(names), list[MixtureSegment]()
         for (start, of_phase), (stop, _) in zip(phases, [*phases[1:], (ENDLESS, {})], strict=True):
             while start < stop:
                 open_ = {
@@ -101,7 +101,7 @@ class Mixture:
                 if not any(open_.values()):
                     return cls(names, tuple(segments), start, key)
                 tree = _tree(open_)
-                segments.append(Segment(start, tree, tuple(open_.values()), tuple(before)))
+                segments.append(MixtureSegment(start, tree, tuple(open_.values()), tuple(before)))
                 left = {i: limits[i] - before[i] for i, w in enumerate(open_.values()) if w}
                 length = _until_full(tree, left, stop - start)
                 for i, count in _counts(tree, length).items():

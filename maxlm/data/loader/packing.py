@@ -26,7 +26,7 @@ arrays and has `size` and `searchsorted` as one does."""
 
 
 class TokenSource(Protocol):
-    """What the loader needs of a token store; `maxlm.data.store.TokenStore` has it."""
+    """The part of a token store that the loader reads; `maxlm.data.store.TokenStore` has it."""
 
     @property
     def path(self) -> Path | None:
@@ -110,6 +110,6 @@ class ConcatPacking:
         )
 
 
-def utilisation(packing: Packing, num_tokens: int, seq_len: int) -> float:
+def measure_utilisation(packing: Packing, num_tokens: int, seq_len: int) -> float:
     """The share of the sequences' places that hold a token; the rest is padding."""
     return num_tokens / (packing.num_sequences * seq_len)

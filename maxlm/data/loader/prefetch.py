@@ -12,7 +12,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from multiprocessing import parent_process
 from typing import Self
 
@@ -24,8 +25,8 @@ from maxlm.config.errors import Lost, MaxlmError
 from maxlm.data.loader.batches import Batch
 from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
 
-# Steps made by threads of this process while the workers start, which takes them seconds.
-WARM_UP_STEPS = 8
+# Runs of at most so many steps use threads: worker processes take seconds to start.
+SHORT_RUN_STEPS = 32
 # Stands for "no end". Grain counts steps in Python ints and C ssize_t.
 ENDLESS = 1 << 62
 _CLOSE_SECONDS = 30.0
@@ -38,11 +39,16 @@ _LIKELY_CAUSES: dict[int, str] = {
 }
 
 
-class BatchIterator(Iterator[Batch]):
+class Prefetcher(Iterator[Batch]):
     """Batches of steps [start, stop) in order, made ahead. Its whole state is `step`.
 
     Close it (or use it as a context manager) to end its workers at once. They also end by
     themselves when this process ends, however it ends.
+
+    Args:
+        make: returns the batch of a step; it must pickle if there are workers.
+        workers: processes; 0, or a short run, uses threads of this process.
+        prefetch: batches made ahead, by each worker.
     """
 
     def __init__(
@@ -54,19 +60,19 @@ class BatchIterator(Iterator[Batch]):
         workers: int,
         prefetch: int,
     ):
-        """`make(step)` is a batch; it must pickle if there are workers."""
         self.step = start
         """The step of the next batch."""
         self._stop = ENDLESS if stop is None else stop
-        self._handover = min(start + WARM_UP_STEPS, self._stop) if workers else self._stop
-        self._near = _Ahead(_threaded(make, start, self._handover, prefetch))
-        self._far = (
-            _Ahead(_in_processes(make, self._handover, self._stop, workers, prefetch))
-            if self._handover < self._stop
-            else None
-        )
-        # Also closes when the iterator is dropped, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close_all, self._near, self._far)
+        if self._stop - start <= SHORT_RUN_STEPS:
+            workers = 0
+        iterator = _open_pipeline(make, start, self._stop, workers, prefetch)
+        # Grain starts its workers in this thread, and they inherit its signal mask.
+        block_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
+        self._thread = ThreadPoolExecutor(1, "next-batch", initializer=block_signals)
+        # Lists, so that the finalizer sees the current batch and lets go of the iterator.
+        self._iterator, self._next = [iterator], [self._thread.submit(_fetch, iterator)]
+        # Also closes when the prefetcher is dropped, and when the interpreter exits.
+        self._finalizer = weakref.finalize(self, _close, self._iterator, self._thread, self._next)
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
@@ -74,42 +80,8 @@ class BatchIterator(Iterator[Batch]):
         if self.step >= self._stop:
             self.close()
             raise StopIteration
-        batch = self._current().take()
-        self.step += 1
-        if self.step == self._handover:
-            self._near.close()
-        return batch
-
-    def close(self) -> None:
-        """Ends threads and workers. Calling it again does nothing."""
-        self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _current(self) -> "_Ahead":
-        if self.step < self._handover or self._far is None:
-            return self._near
-        return self._far
-
-
-class _Ahead:
-    """Holds the next batch of an iterator, or is fetching it in a thread of its own."""
-
-    def __init__(self, iterator: grain.DatasetIterator):
-        self._iterator: grain.DatasetIterator | None = iterator
-        # Grain starts its workers in it, which inherit this.
-        deaf = {"initializer": signal.pthread_sigmask, "initargs": (signal.SIG_BLOCK, STOP_SIGNALS)}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch", **deaf)
-        self._next = self._thread.submit(_fetch, iterator)
-
-    def take(self) -> Batch:
-        assert self._iterator is not None, "closed"
         try:
-            batch = self._next.result()
+            batch = self._next[0].result()
         except MaxlmError as error:
             # The thread's frames hold the iterator, whose shared memory Python would call leaked.
             raise error.with_traceback(None) from None
@@ -126,25 +98,32 @@ class _Ahead:
             ) from error
         if batch is None:
             raise RuntimeError("the Grain pipeline ended before the last step")
-        self._next = self._thread.submit(_fetch, self._iterator)
+        self._next[0] = self._thread.submit(_fetch, self._iterator[0])
+        self.step += 1
         return batch
 
     def close(self) -> None:
-        if self._iterator is not None:
-            # Grain loses workers that it is still starting when closed: let the fetch come home.
-            wait([self._next], timeout=_CLOSE_SECONDS)
-            self._iterator.close()
-            self._iterator = None
-            self._thread.shutdown()
+        """Ends threads and workers. Calling it again does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _close_all(near: _Ahead, far: _Ahead | None) -> None:
-    near.close()
-    if far is not None:
-        far.close()
-        # Grain's iterators are caught in cycles that hold semaphores and the last batch's shared
-        # memory; left to the interpreter's end, they would fail loudly there.
-        gc.collect()
+def _close(
+    iterator: list[grain.DatasetIterator], thread: ThreadPoolExecutor, next_batch: list[Future]
+) -> None:
+    # Grain loses workers that it is still starting when closed: let the fetch end first.
+    wait(next_batch, timeout=_CLOSE_SECONDS)
+    iterator.pop().close()
+    thread.shutdown()
+    next_batch.clear()
+    # Grain's iterators are caught in cycles that hold semaphores and the last batch's shared
+    # memory; left to the interpreter's end, they would fail loudly there.
+    gc.collect()
 
 
 def _fetch(iterator: grain.DatasetIterator) -> Batch | None:
@@ -157,29 +136,20 @@ def _fetch(iterator: grain.DatasetIterator) -> Batch | None:
     return batch and {name: np.array(array) for name, array in batch.items()}
 
 
-def _threaded(
-    make: Callable[[int], Batch], start: int, stop: int, prefetch: int
-) -> grain.DatasetIterator:
-    return _dataset(make, start, stop, prefetch).__iter__()
-
-
-def _in_processes(
+def _open_pipeline(
     make: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int
 ) -> grain.DatasetIterator:
-    # Grain reads absl flags, which absl refuses before a command line was parsed; ours never is.
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    start_resource_tracker()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-    dataset = _dataset(make, start, stop, prefetch).mp_prefetch(options, _start_worker)
-    return dataset.__iter__()
-
-
-def _dataset(
-    make: Callable[[int], Batch], start: int, stop: int, prefetch: int
-) -> grain.IterDataset:
     options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
-    return grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
+    dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
+    if workers:
+        # Grain reads absl flags, which absl refuses before a command line was parsed; ours never
+        # is.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        start_resource_tracker()
+        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+        dataset = dataset.mp_prefetch(processes, _start_worker)
+    return dataset.__iter__()
 
 
 def _start_worker(worker: int, workers: int) -> None:

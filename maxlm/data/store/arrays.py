@@ -57,7 +57,7 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
         array[start : start + len(values)].write(values).result()
     except (ValueError, OSError) as error:
         fix = "free some disk space, or check the folder and its permissions"
-        raise array_error(folder, error, fix) from error
+        raise describe_array_error(folder, error, fix) from error
 
 
 def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
@@ -94,10 +94,10 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
         fix = read_failure_hint(
             path, "check the disk, or build the store again with maxlm corpus build"
         )
-        raise array_error(path, error, fix) from error
+        raise describe_array_error(path, error, fix) from error
 
 
-def array_error(path: Place, error: Exception, fix: str) -> MaxlmError:
+def describe_array_error(path: Place, error: Exception, fix: str) -> MaxlmError:
     """A TensorStore error in one line, without its source locations."""
     reason = str(error).split(" [")[0].splitlines()[0]
     return MaxlmError(f"array error: {reason}", where=str(path), fix=fix)

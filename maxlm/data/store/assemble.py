@@ -37,7 +37,7 @@ def assemble(
     """Write `tokens/` and `offsets/` into the folder `store`; parts in order of their index.
 
     Offsets begin with `base`, which is how many tokens the store has before this segment. Returns
-    the hashes of tokens and offsets, as `Segment` has them.
+    the hashes of tokens and offsets, as `StoreSegment` has them.
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.

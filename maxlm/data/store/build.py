@@ -15,21 +15,21 @@ from maxlm.data.store.checksums import write_checksums
 from maxlm.data.store.existing import check_replaceable, is_appended
 from maxlm.data.store.manifest import (
     Manifest,
-    Segment,
     Split,
-    joined,
-    segment_folder,
+    StoreSegment,
+    append_manifest,
+    segment_path,
     write_manifest,
 )
 from maxlm.data.store.parts import (
-    Counts,
     FinishedPart,
     PartJob,
-    claim_part,
-    finished_part,
+    SourceCounts,
     make_part,
+    make_unclaimed_part,
+    read_finished_part,
 )
-from maxlm.data.store.plan import Plan, plan_build
+from maxlm.data.store.plan import BuildPlan, plan_build
 from maxlm.data.store.store import TokenStore
 from maxlm.runtime.files import locked_folder, replacing, writing
 from maxlm.runtime.pool import WorkerPool, count_workers
@@ -136,13 +136,13 @@ def append_store(
         existing = _with_segments(TokenStore.open(out))
         if not is_appended(out, existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
-            folder = out / segment_folder(len(existing.segments))
+            folder = out / segment_path(len(existing.segments))
             with writing(out):
                 new = _with_checksums(new, write_checksums(building / "store"))
                 shutil.rmtree(folder, ignore_errors=True)  # Of an append that was killed here.
                 folder.parent.mkdir(exist_ok=True)
                 os.rename(building / "store", folder)
-                existing = joined(existing, new)
+                existing = append_manifest(existing, new)
                 write_manifest(out, existing)
         shutil.rmtree(building, ignore_errors=True)
     return existing
@@ -153,7 +153,7 @@ def _with_segments(store: TokenStore) -> Manifest:
     manifest = store.manifest
     if manifest.segments:
         return manifest
-    segment = Segment(
+    segment = StoreSegment(
         num_tokens=manifest.num_tokens,
         num_documents=manifest.num_documents,
         num_sources=len(manifest.sources),
@@ -164,7 +164,7 @@ def _with_segments(store: TokenStore) -> Manifest:
 
 
 def _share_parts(
-    plan: Plan, building: Path, out: Path, force: bool, pool: WorkerPool, progress: Progress
+    plan: BuildPlan, building: Path, out: Path, force: bool, pool: WorkerPool, progress: Progress
 ) -> None:
     """Make parts beside other builders, until none is left that nobody makes."""
     with locked_folder(building, shared=True, wait=True):
@@ -178,11 +178,11 @@ def _share_parts(
                 raise MaxlmError(what, where=str(building), fix=fix)
             _forget_other_plan(building, plan.key)
             (building / "parts").mkdir(exist_ok=True)
-        _make_parts(plan.jobs(building / "parts"), claim_part, pool, progress)
+        _make_parts(plan.jobs(building / "parts"), make_unclaimed_part, pool, progress)
 
 
 def _write_segment(
-    plan: Plan, building: Path, base: int, pool: WorkerPool, progress: Progress
+    plan: BuildPlan, building: Path, base: int, pool: WorkerPool, progress: Progress
 ) -> Manifest:
     """Make the arrays in `building/store`; offsets begin with `base`. Returns the manifest."""
     _forget_other_plan(building, plan.key)
@@ -207,7 +207,7 @@ def _write_segment(
         lambda done, total: progress("writing tokens", done, total),
         base,
     )
-    segment = Segment(
+    segment = StoreSegment(
         num_tokens=manifest.num_tokens,
         num_documents=manifest.num_documents,
         num_sources=len(manifest.sources),
@@ -246,7 +246,7 @@ def _make_parts(
     sizes = [sum(each.slice.size for each in job.slices) for job in jobs]
     parts: dict[int, FinishedPart] = {}
     for job in jobs:
-        if part := finished_part(job.folder, job.index, itemsize):
+        if part := read_finished_part(job.folder, job.index, itemsize):
             parts[job.index] = part
     done, total = sum(sizes[index] for index in parts), sum(sizes)
     progress("tokenizing", done, total)
@@ -260,11 +260,11 @@ def _make_parts(
 
 def _count(planned: Manifest, parts: Sequence[FinishedPart]) -> Manifest:
     """The manifest with the parts' counts filled in."""
-    counts = [Counts()] * len(planned.sources)
+    counts = [SourceCounts()] * len(planned.sources)
     for part in parts:
         for source, each in part.counts.items():
             counts[source] += each
-    total = sum(counts, Counts())
+    total = sum(counts, SourceCounts())
     sources = tuple(
         source.model_copy(update=vars(each))
         for source, each in zip(planned.sources, counts, strict=True)

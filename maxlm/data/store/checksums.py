@@ -23,7 +23,7 @@ def write_checksums(folder: Path) -> str:
     return sha256(folder, CHECKSUMS_NAME)
 
 
-def damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]:
+def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]:
     """(name, what is wrong) of files that are not as they were written.
 
     Args:

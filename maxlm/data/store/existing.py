@@ -1,4 +1,4 @@
-"""What already lies where a store is to go."""
+"""Checks of a store that exists where one is to be built or appended to."""
 
 import os
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ def check_replaceable(out: Path, planned: Manifest, force: bool) -> Manifest | N
             manifest = TokenStore.open(out).manifest
         except MaxlmError:
             return None
-        return None if difference(manifest, planned) else manifest
+        return None if describe_difference(manifest, planned) else manifest
     manifest = read_manifest(out)
-    if found := difference(manifest, planned):
+    if found := describe_difference(manifest, planned):
         fix = "choose another folder, or replace the store with --force (force=True)"
         raise MaxlmError(
             f"the store here was built from other inputs: {found}", where=str(out), fix=fix
@@ -81,8 +81,8 @@ def _may_be_one(a: str, b: str) -> bool:
     return longer[len(longer) - len(shorter) :] == shorter
 
 
-def difference(existing: Manifest, planned: Manifest) -> str | None:
-    """In words, the first input in which two manifests differ; None if their inputs are equal.
+def describe_difference(existing: Manifest, planned: Manifest) -> str | None:
+    """Describes the first input in which two manifests differ; None if their inputs are equal.
 
     Counts follow from the inputs and file names do not matter, so neither is compared.
     """

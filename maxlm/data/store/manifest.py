@@ -1,4 +1,4 @@
-"""What a token store says about itself."""
+"""The manifest of a token store."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ MANIFEST_NAME = "manifest.json"
 Split = Literal["train", "heldout", "all"]
 
 
-class Source(Config):
+class SourceEntry(Config):
     """One source file, and what the store took from it."""
 
     name: str
@@ -38,8 +38,8 @@ class Source(Config):
     """Documents of a corpus that its rules dropped (an older version counts them above)."""
 
 
-class Segment(Config):
-    """What was written into a store at once: by its build, or by an append."""
+class StoreSegment(Config):
+    """The part of a store that one build or one append wrote."""
 
     num_tokens: int
     num_documents: int
@@ -82,8 +82,8 @@ class Manifest(Config):
     """The rules by which documents were taken from the corpora among the sources."""
     num_binary_files: int
     """Files passed over as binary."""
-    sources: tuple[Source, ...]
-    segments: tuple[Segment, ...] = ()
+    sources: tuple[SourceEntry, ...]
+    segments: tuple[StoreSegment, ...] = ()
     """In the order of their documents. None: a store of an older version, which has one."""
 
     @property
@@ -128,8 +128,8 @@ class Manifest(Config):
         )
 
 
-def joined(existing: Manifest, new: Manifest) -> Manifest:
-    """The manifest of a store with the segments of both, in this order."""
+def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
+    """Returns the manifest of a store with the segments of both, in this order."""
     selection = _together((existing.selection, new.selection))
     sums = ("num_tokens", "num_documents", "text_bytes", "num_binary_files", "sources", "segments")
     return existing.model_copy(
@@ -142,7 +142,7 @@ def _together(selections: Iterable[str | None]) -> str | None:
     return "\n".join(dict.fromkeys(filter(None, selections))) or None
 
 
-def segment_folder(number: int) -> str:
+def segment_path(number: int) -> str:
     """Where in a store's folder segment `number` (from 0) has its arrays; "" is the folder."""
     return f"segments/{number:06d}" if number else ""
 

@@ -54,16 +54,16 @@ class PartJob:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What a part took from one source file."""
+class SourceCounts:
+    """Documents and bytes of one source file in a part."""
 
     num_documents: int = 0
     text_bytes: int = 0
     num_left_out: int = 0
     num_dropped: int = 0
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
+    def __add__(self, other: "SourceCounts") -> "SourceCounts":
+        return SourceCounts(
             self.num_documents + other.num_documents,
             self.text_bytes + other.text_bytes,
             self.num_left_out + other.num_left_out,
@@ -78,7 +78,7 @@ class FinishedPart:
     index: int
     num_tokens: int
     num_documents: int
-    counts: dict[int, Counts]
+    counts: dict[int, SourceCounts]
     """By source file."""
 
 
@@ -86,11 +86,13 @@ def part_path(folder: Path, index: int, suffix: str) -> Path:
     return folder / f"{index:06d}.{suffix}"
 
 
-def finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart | None:
+def read_finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart | None:
     """The part as an earlier run left it, or None if that run did not finish it."""
     try:
         record = json.loads(part_path(folder, index, "json").read_text())
-        counts = {int(source): Counts(**each) for source, each in record.pop("counts").items()}
+        counts = {
+            int(source): SourceCounts(**each) for source, each in record.pop("counts").items()
+        }
         part = FinishedPart(counts=counts, **record)
         whole = (
             part_path(folder, index, "tokens").stat().st_size == part.num_tokens * itemsize
@@ -101,7 +103,7 @@ def finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart | Non
     return part if whole else None
 
 
-def claim_part(job: PartJob) -> FinishedPart | None:
+def make_unclaimed_part(job: PartJob) -> FinishedPart | None:
     """Make a part unless another process, maybe on another machine, is making it: then None."""
     with writing(job.folder), open(part_path(job.folder, job.index, "claim"), "w") as claim:
         try:
@@ -109,7 +111,7 @@ def claim_part(job: PartJob) -> FinishedPart | None:
         except BlockingIOError:
             return None
         itemsize = np.dtype(job.planned.dtype).itemsize
-        return finished_part(job.folder, job.index, itemsize) or make_part(job)
+        return read_finished_part(job.folder, job.index, itemsize) or make_part(job)
 
 
 def make_part(job: PartJob) -> FinishedPart:
@@ -121,7 +123,7 @@ def make_part(job: PartJob) -> FinishedPart:
     """
     tokenizer = _load(job.tokenizer_folder, job.planned.tokenizer_fingerprint)
     bos, eos, dtype = job.planned.bos_id, job.planned.eos_id, np.dtype(job.planned.dtype)
-    counts: dict[int, Counts] = {}
+    counts: dict[int, SourceCounts] = {}
     num_tokens = num_documents = 0
     temporary = {s: part_path(job.folder, job.index, f"{s}.{os.getpid()}") for s in _SUFFIXES}
     try:
@@ -164,7 +166,7 @@ def join_documents(
     return tokens, lengths
 
 
-def _texts(job: PartJob, counts: dict[int, Counts]) -> Iterator[bytes]:
+def _texts(job: PartJob, counts: dict[int, SourceCounts]) -> Iterator[bytes]:
     """The texts of the job's split; adds up `counts` on the way."""
     split, fraction = job.planned.split, job.planned.heldout_fraction
     for each in job.slices:
@@ -179,8 +181,8 @@ def _texts(job: PartJob, counts: dict[int, Counts]) -> Iterator[bytes]:
                 text_bytes += len(document.text)
                 yield document.text
         check_unchanged(each.slice.file, each.mtime_ns, "store")
-        new = Counts(documents, text_bytes, left_out, dropped)
-        counts[each.source] = counts.get(each.source, Counts()) + new
+        new = SourceCounts(documents, text_bytes, left_out, dropped)
+        counts[each.source] = counts.get(each.source, SourceCounts()) + new
 
 
 def _in_split(text: bytes, split: Split, fraction: float) -> bool:

@@ -1,4 +1,4 @@
-"""What a build is to do: the files, hashed and cut into parts."""
+"""The plan of a build: the files, hashed and cut into parts."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from maxlm.data.documents.files import find_files
 from maxlm.data.documents.formats import describe_selection
 from maxlm.data.documents.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
-from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, Source, Split
+from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
 from maxlm.data.store.parts import PartJob, PartSlice
 from maxlm.runtime.pool import count_workers
 
@@ -25,8 +25,8 @@ _MIN_SHARD_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What goes into a store or a segment, before it is read but for hashing."""
+class BuildPlan:
+    """The input of a store or a segment: its files, hashed but not yet read."""
 
     source: SourceConfig
     tokenizer_folder: Path
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def key(self) -> str:
-        """What finished parts are good for."""
+        """A hash of the inputs: finished parts of another build are of no use."""
         text = f"{self.shard_bytes} {self.manifest.model_dump_json()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -57,7 +57,7 @@ def plan_build(
     heldout_fraction: float,
     workers: int | None,
     shard_bytes: int | None,
-) -> Plan:
+) -> BuildPlan:
     """Lists, hashes and cuts the files. Raises as `build_store`."""
     from maxlm.data.tokenizer import load_tokenizer
 
@@ -87,7 +87,7 @@ def plan_build(
         selection=describe_selection(listing.files),
         num_binary_files=listing.num_binary,
         sources=tuple(
-            Source(
+            SourceEntry(
                 name=file.name,
                 format=file.format,
                 size=file.size,
@@ -99,7 +99,7 @@ def plan_build(
             for file, scan in zip(listing.files, scans, strict=True)
         ),
     )
-    return Plan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
+    return BuildPlan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
 
 
 def _check_settings(split: Split, heldout_fraction: float, workers: int | None) -> None:

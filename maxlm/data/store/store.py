@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.data.store.arrays import array_error, open_for_reading
-from maxlm.data.store.checksums import damaged_files
-from maxlm.data.store.manifest import Manifest, read_manifest, segment_folder
+from maxlm.data.store.arrays import describe_array_error, open_for_reading
+from maxlm.data.store.checksums import find_damaged_files
+from maxlm.data.store.manifest import Manifest, read_manifest, segment_path
 from maxlm.data.store.offsets import Offsets
 from maxlm.runtime.storage import Place, below, copy_folder, read_failure_hint, to_place
 
@@ -144,7 +144,7 @@ class TokenStore:
             digest = None
             if self.manifest.segments:
                 digest = self.manifest.segments[number].checksums_sha256
-            for name, fault in damaged_files(folder, digest):
+            for name, fault in find_damaged_files(folder, digest):
                 raise MaxlmError(f"this file {fault}", where=str(below(folder, name)), fix=_REBUILD)
         (first,), (last,) = self._offset_ranges(
             [(0, 1), (self.num_documents, self.num_documents + 1)]
@@ -183,7 +183,7 @@ class TokenStore:
     def _folders(self) -> list[Place]:
         """Where the segments' arrays lie."""
         later = range(1, len(self.manifest.segments))
-        return [self.place, *(below(self.place, segment_folder(number)) for number in later)]
+        return [self.place, *(below(self.place, segment_path(number)) for number in later)]
 
     @cached_property
     def _tokens(self):
@@ -206,7 +206,7 @@ class TokenStore:
         return copy
 
     def _hash(self, offsets) -> str:
-        """Of an array of offsets, as little-endian int64."""
+        """SHA-256, in hex, of an array of offsets as little-endian int64."""
         digest, size = hashlib.sha256(), offsets.shape[0]
         for first in range(0, size, _VERIFY_DOCUMENTS):
             part = offsets[first : min(first + _VERIFY_DOCUMENTS, size)].read()
@@ -243,7 +243,7 @@ class TokenStore:
         """Return an error that names the file, the chunk and which part of the store is lost."""
         found = _LOST_CHUNK.search(str(error))
         if found is None:
-            return array_error(below(self.place, name), error, _REBUILD)
+            return describe_array_error(below(self.place, name), error, _REBUILD)
         chunk, file, segment, shard, reason = found.groups(default="0")
         array = open_for_reading([self._folders[int(segment)]], name, 0)
         layout = array.chunk_layout.to_json()

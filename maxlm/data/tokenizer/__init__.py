@@ -4,7 +4,7 @@ tokenizers."""
 from maxlm.data.tokenizer.chat import encode_chat, render_chat
 from maxlm.data.tokenizer.codec import Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.files import holds_tokenizer
+from maxlm.data.tokenizer.files import has_tokenizer
 from maxlm.data.tokenizer.importing import export_tokenizer, import_tokenizer
 from maxlm.data.tokenizer.load import load_tokenizer
 from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, measure_tokenizer
@@ -19,7 +19,7 @@ __all__ = [
     "compare_tokenizers",
     "encode_chat",
     "export_tokenizer",
-    "holds_tokenizer",
+    "has_tokenizer",
     "import_tokenizer",
     "load_tokenizer",
     "measure_tokenizer",

@@ -48,7 +48,7 @@ class TokenizerMetadata(Config):
     """Names of further files, from ``CARRIED``."""
 
 
-def holds_tokenizer(folder: str | PathLike[str]) -> bool:
+def has_tokenizer(folder: str | PathLike[str]) -> bool:
     """Whether ``folder`` has any file that ``Tokenizer.save`` would replace or remove."""
     names = (METADATA, JSON_FILE, SENTENCEPIECE_FILE, *CARRIED)
     return any((Path(folder) / name).exists() for name in names)
@@ -102,7 +102,7 @@ def read_file(path: Path) -> bytes:
         raise MaxlmError(what, where=str(path), fix="make it readable") from error
 
 
-def damaged_file_error(path: Path, fault: str) -> MaxlmError:
+def describe_damaged_file(path: Path, fault: str) -> MaxlmError:
     """The error for a tokenizer's file that cannot be used."""
     return MaxlmError(
         f"damaged tokenizer file ({' '.join(fault.split())})",

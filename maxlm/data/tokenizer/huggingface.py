@@ -177,8 +177,8 @@ class HuggingFaceModel(Codec):
         """Every token's id."""
         return self._library.get_vocab(with_added_tokens=True)
 
-    def around(self) -> tuple[list[int], list[int]]:
-        """What the library itself puts before and after a text when asked for special tokens."""
+    def surrounding_ids(self) -> tuple[list[int], list[int]]:
+        """The ids that the library puts before and after a text when asked for special tokens."""
         encoding = self._marked.encode("a")
         ordinary = [i for i, mark in enumerate(encoding.special_tokens_mask) if not mark]
         if not ordinary:

@@ -136,7 +136,7 @@ def _from_json(
     ids = codec.vocabulary()
     within = {token for token, i in ids.items() if rows is None or i < rows}
     settings = _Settings(path, ids, roles)
-    before, after = codec.around()
+    before, after = codec.surrounding_ids()
     own = {"bos": codec.token(before[0]) if before else None}
     own["eos"] = codec.token(after[0]) if after else None
     bos = roles["bos"] or own["bos"] or settings.role("bos")
@@ -204,7 +204,7 @@ def _carried(folder: Path, model: str) -> dict[str, bytes]:
 
 
 class _Settings:
-    """What the folder's JSON files say of a vocabulary.
+    """The roles that a folder's JSON files give to tokens of a vocabulary.
 
     Args:
         folder: a file has no others beside it.

@@ -59,7 +59,7 @@ def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[b
     tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens(literals)
     spec = json.loads(tokenizer.to_str())
-    spec["post_processor"] = _around(config, vocab)
+    spec["post_processor"] = _post_processor(config, vocab)
     return json.dumps(spec, ensure_ascii=False, separators=(",", ":")).encode(), literals
 
 
@@ -76,8 +76,8 @@ def require_size(config: TokenizerConfig, reached: int) -> None:
         )
 
 
-def _around(config: TokenizerConfig, vocab: dict[str, int]) -> dict[str, Any]:
-    """What puts bos before a text and eos after it.
+def _post_processor(config: TokenizerConfig, vocab: dict[str, int]) -> dict[str, Any]:
+    """The post_processor that puts bos before a text and eos after it.
 
     As JSON: the library's own constructor reads "$B" and "a:1" in literals as its signs.
     """

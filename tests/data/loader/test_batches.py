@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxlm.data.loader import LoaderConfig, make_batches, make_loader, one_pass
+from maxlm.data.loader import LoaderConfig, make_batches, make_loader, read_once
 from tests.errors import message
 
 documents = st.lists(st.integers(2, 40), min_size=4, max_size=30).filter(lambda x: sum(x) >= 16)
@@ -161,7 +161,7 @@ def test_one_pass_reads_every_token_once_in_constant_shapes(
     store = memory_store(lengths)
     seen, weight = [], 0.0
     for host in range(hosts):
-        passes = one_pass(
+        passes = read_once(
             store, 16, size * hosts, packing=method, packing_block=7,
             rows=host_rows(size * hosts, host, hosts),
         )  # fmt: skip
@@ -174,9 +174,9 @@ def test_one_pass_reads_every_token_once_in_constant_shapes(
 
 
 def test_one_pass_takes_a_short_store_and_stops_early(memory_store):
-    (batch,) = one_pass(memory_store([3]), 16, 4)
+    (batch,) = read_once(memory_store([3]), 16, 4)
     assert batch["segment_ids"].sum() == 3
-    passes = one_pass(memory_store([64]), 16, 1, max_batches=2)
+    passes = read_once(memory_store([64]), 16, 1, max_batches=2)
     assert [batch["tokens"][0, 0] for batch in passes] == [0, 16]
 
 
@@ -192,6 +192,6 @@ def test_refusals(memory_store):
     assert message(make_batches, stores, {"wbe": 1}, config(), seed=0) == (
         "weights: weights are for ['wbe'], stores are ['web']; give each store one weight"
     )
-    assert message(one_pass, memory_store([]), 16, 4) == (
+    assert message(read_once, memory_store([]), 16, 4) == (
         "evaluation: the store has no tokens; give some text"
     )

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.data.loader import best_fit
-from maxlm.data.loader.best_fit import assign_best_fit, build_index, open_best_fit
+from maxlm.data.loader.best_fit import build_index, open_best_fit, pack_best_fit
 from maxlm.data.loader.loader import open_packing
-from maxlm.data.loader.packing import utilisation
+from maxlm.data.loader.packing import measure_utilisation
 from maxlm.data.store.offsets import Offsets
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum)
@@ -70,7 +70,7 @@ def test_bins_are_those_of_textbook_best_fit_decreasing(items):
         if fitting:
             rooms.remove(min(fitting))
         rooms.append((min(fitting) if fitting else 30) - item)
-    bins = assign_best_fit(np.array(items), 30)
+    bins = pack_best_fit(np.array(items), 30)
     assert sorted(30 - np.bincount(bins, items)) == sorted(rooms)
 
 
@@ -89,7 +89,7 @@ def standard_library_lengths(count, seed=0):
 def test_best_fit_utilisation(memory_store, seq_len):
     store = memory_store(standard_library_lengths(4000))
     packing = open_packing(store, "best_fit", seq_len, 4000)
-    assert utilisation(packing, store.num_tokens, seq_len) >= 0.99
+    assert measure_utilisation(packing, store.num_tokens, seq_len) >= 0.99
 
 
 def test_index_lies_beside_the_store_and_is_built_once(memory_store, tmp_path, monkeypatch):

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from maxlm.data.loader import LoaderConfig, make_batches, make_loader
-from maxlm.data.loader import prefetch as prefetch_module
-from maxlm.data.loader.prefetch import WARM_UP_STEPS
+from maxlm.data.loader.prefetch import SHORT_RUN_STEPS
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -50,12 +49,12 @@ def shared_memory(pid):
     return set(re.findall(r"/dev/shm/psm_\w+", Path(f"/proc/{pid}/maps").read_text()))
 
 
-def test_workers_make_the_same_batches_across_the_handover(memory_store):
+def test_workers_make_the_same_batches(memory_store):
     stores = {"a": memory_store([5, 30, 9, 200]), "b": memory_store([70])}
     weights = {"a": 1, "b": 2}
     config = LoaderConfig(seq_len=16, batch_size=4, packing="best_fit", workers=2, prefetch=2)
     batches = make_batches(stores, weights, config, seed=1)
-    steps = WARM_UP_STEPS + 5
+    steps = SHORT_RUN_STEPS + 5
     loader = make_loader(stores, weights, config, seed=1, start_step=37, num_steps=steps)
     made = list(loader)
     assert len(made) == steps
@@ -86,13 +85,14 @@ def worker_pids(pid):
     return {child for child, line in lines.items() if line and "resource_tracker" not in line}
 
 
-def test_a_short_run_starts_no_workers(memory_store, monkeypatch):
-    monkeypatch.setattr(prefetch_module, "_in_processes", None)
+def test_a_short_run_starts_no_workers(memory_store):
+    before = worker_pids(os.getpid())
     config = LoaderConfig(seq_len=16, batch_size=4, workers=2)
     loader = make_loader(
-        {"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=5, num_steps=WARM_UP_STEPS
+        {"a": memory_store([99])}, {"a": 1}, config, seed=1, start_step=5, num_steps=SHORT_RUN_STEPS
     )
-    assert len(list(loader)) == WARM_UP_STEPS
+    assert len(list(loader)) == SHORT_RUN_STEPS
+    assert worker_pids(os.getpid()) == before
 
 
 def test_an_error_in_a_batch_reaches_the_caller(memory_store):
@@ -134,12 +134,12 @@ SCRIPT = """
 """
 
 
-@pytest.fixture(params=[20])
-def trainer(tmp_path, request):
-    """A process that has taken so many batches."""
+@pytest.fixture
+def trainer(tmp_path):
+    """A process that has taken 20 batches."""
     (tmp_path / "trainer.py").write_text(textwrap.dedent(SCRIPT))
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "trainer.py"), str(request.param)],
+        [sys.executable, str(tmp_path / "trainer.py"), "20"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -160,15 +160,13 @@ def test_kill_9_leaves_no_workers(trainer):
     wait_until(lambda: not any(map(alive, pids)))
 
 
-@pytest.mark.parametrize("trainer", [1, 20], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_notices_spare_the_workers_and_the_exit_is_clean(trainer, number, request):
+def test_notices_spare_the_workers_and_the_exit_is_clean(trainer, number):
     """A terminal sends Ctrl-C to all processes, a scheduler its notice; the trainer may still want
-    batches. The workers are there already, or are being started."""
+    batches."""
     wait_until(lambda: len(children(trainer.pid)) == 2)
     pids = children(trainer.pid)
     os.killpg(trainer.pid, number)
     out, errors = trainer.communicate(timeout=300)
-    taken = request.node.callspec.params["trainer"] + 20
-    assert (errors, out, trainer.returncode) == ("", f"went on {taken}\n", 0)
+    assert (errors, out, trainer.returncode) == ("", "went on 40\n", 0)
     wait_until(lambda: not any(map(alive, pids)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from maxlm.data.loader import LoaderConfig, make_batches, make_loader
-from maxlm.data.loader.prefetch import WARM_UP_STEPS
+from maxlm.data.loader.prefetch import SHORT_RUN_STEPS
 from maxlm.data.store import Manifest, TokenStore
 from maxlm.data.store.arrays import create_array, write_array
 from maxlm.data.store.manifest import write_manifest
@@ -58,7 +58,7 @@ def test_a_worker_reopens_the_store_and_its_index(store_and_tokens):
     store, _ = store_and_tokens
     config = LoaderConfig(seq_len=32, batch_size=4, packing="best_fit", workers=1)
     batches = make_batches({"a": store}, {"a": 1}, config, seed=2)
-    steps = WARM_UP_STEPS + 3
+    steps = SHORT_RUN_STEPS + 3
     with make_loader(
         {"a": store}, {"a": 1}, config, seed=2, start_step=9, num_steps=steps
     ) as loader:

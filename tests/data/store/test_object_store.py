@@ -179,12 +179,12 @@ def test_a_store_that_may_not_be_read(root, local, monkeypatch):
 
     monkeypatch.setattr(Objects, "do_GET", guarded)
     monkeypatch.setattr(Objects, "do_HEAD", guarded)
-    remedy = "check the URL, the network and the credentials"
+    read_failure_hint = "check the URL, the network and the credentials"
 
     def refused(call):
         with pytest.raises(MaxlmError) as error:
             call()
-        assert str(error.value).endswith(remedy)
+        assert str(error.value).endswith(read_failure_hint)
         return str(error.value)
 
     url = f"s3://{local.path.relative_to(root)}"

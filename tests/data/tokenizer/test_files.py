@@ -5,7 +5,7 @@ import json
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer, train_tokenizer
+from maxlm.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer, train_tokenizer
 from tests.errors import message
 
 TEXT = "the quick <|user|> größer\n\u2581\t 12 猫"
@@ -70,11 +70,11 @@ def test_fingerprint_ignores_how_the_file_is_laid_out(make_config, texts, tmp_pa
 
 
 def test_holds_tokenizer(folder, tmp_path):
-    assert holds_tokenizer(folder)
-    assert not holds_tokenizer(tmp_path / "missing")
-    assert not holds_tokenizer(tmp_path)
+    assert has_tokenizer(folder)
+    assert not has_tokenizer(tmp_path / "missing")
+    assert not has_tokenizer(tmp_path)
     (folder / "maxlm_tokenizer.json").unlink()
-    assert holds_tokenizer(folder)
+    assert has_tokenizer(folder)
 
 
 def test_missing_folder(tmp_path):

@@ -9,7 +9,7 @@ from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     export_tokenizer,
-    holds_tokenizer,
+    has_tokenizer,
     import_tokenizer,
     load_tokenizer,
     train_tokenizer,
@@ -108,7 +108,7 @@ def test_every_file_of_a_tokenizer_is_carried_and_no_other(llama, tmp_path):
 
 def test_saving_another_over_it_leaves_nothing_of_it(llama, tmp_path):
     import_tokenizer(llama).save(tmp_path / "t")
-    assert holds_tokenizer(tmp_path / "t")
+    assert has_tokenizer(tmp_path / "t")
     train_tokenizer(TokenizerConfig(vocab_size=280), TEXTS).save(tmp_path / "t")
     assert files(tmp_path / "t").keys() == {"maxlm_tokenizer.json", "tokenizer.json"}
 
