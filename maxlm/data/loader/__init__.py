@@ -1,6 +1,6 @@
 """Token stores to batches: the batch at step s is a pure function of (stores, mixture, seed, s)."""
 
-from maxlm.data.loader.batches import Batch, Batches
+from maxlm.data.loader.batches import Batch, Batches, MixtureRow, mixture_table
 from maxlm.data.loader.loader import (
     LoaderConfig,
     check_num_steps,
@@ -10,7 +10,7 @@ from maxlm.data.loader.loader import (
     make_one_pass,
     read_once,
 )
-from maxlm.data.loader.mixing import Mixing, MixtureRow, Phase, mixture_table
+from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import TokenSource
 
 __all__ = [

@@ -6,15 +6,17 @@ every batch can be made by anyone, at any time, in any number of processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from maxlm.data.loader.mixture import ENDLESS, Mixture
-from maxlm.data.loader.order import PADDING, EndlessOrder, OnePassOrder, Order
 from maxlm.data.loader.packing import Packing, Pieces, TokenSource
+from maxlm.data.loader.permutation import derive_keys, permute
 
 Int64s = NDArray[np.int64]
+PADDING = -1
 
 Batch = dict[str, np.ndarray]
 """int32 arrays [rows, seq_len] and float32 weights [rows, seq_len]:
@@ -27,6 +29,44 @@ segment_ids  1, 2, ... for the row's pieces; 0 in padding.
 positions    0, 1, ... within each piece. A piece that continues a cut document starts at 0 again,
              as attention cannot see what came before it.
 """
+
+
+class Order(Protocol):
+    """Where each global index [n] lies: store numbers [n] and sequences [n] of those stores."""
+
+    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]: ...
+
+
+@dataclass(frozen=True)
+class EndlessOrder:
+    """Stores mixed by weight, each read epoch after epoch, each epoch in an order of its own."""
+
+    mixture: Mixture
+    num_sequences: tuple[int, ...]
+    shuffle_keys: tuple[int, ...] | None
+    """A key for each store; None reads every epoch in store order."""
+
+    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
+        stores, streams = self.mixture.locate(indices)
+        sequences = np.empty_like(streams)
+        for store in np.unique(stores):
+            here = stores == store
+            size = self.num_sequences[store]
+            epochs, within = np.divmod(streams[here], size)
+            if self.shuffle_keys is not None:
+                within = permute(within, size, derive_keys(self.shuffle_keys[store], epochs))
+            sequences[here] = within
+        return stores, sequences
+
+
+@dataclass(frozen=True)
+class OnePassOrder:
+    """One store, once, in store order; past its end every index is `PADDING`."""
+
+    num_sequences: int
+
+    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
+        return np.where(indices < self.num_sequences, 0, PADDING), indices
 
 
 @dataclass(frozen=True)
@@ -127,3 +167,31 @@ def _read(
     shift = np.cumsum(read_lengths) - read_lengths - read_starts
     reads = np.repeat(np.arange(opens.size), closes - opens + 1)
     return stream, starts + shift[reads]
+
+
+@dataclass(frozen=True)
+class MixtureRow:
+    """The share of some steps that is read from one source."""
+
+    source: str
+    sequences: int
+    share: float
+    """Of all sequences of these steps."""
+    tokens: int
+    """Rounded: a sequence counts as the mean of its source's."""
+    epochs: float
+    """How often these steps read the source."""
+
+
+def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:
+    """Returns what steps `start` to `stop` of a mixture's batches read from each source; the steps
+    past its end count as nothing. O(1) in the number of steps.
+    """
+    first, last = (batches.mixture.counts(step * batches.batch_size) for step in (start, stop))
+    counts = [b - a for a, b in zip(first, last, strict=True)]
+    rows = []
+    for name, count, source in zip(batches.mixture.names, counts, batches.sources, strict=True):
+        epochs = count / source.packing.num_sequences
+        share = count / max(1, sum(counts))
+        rows.append(MixtureRow(name, count, share, round(epochs * source.store.num_tokens), epochs))
+    return rows

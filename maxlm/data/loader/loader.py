@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.loader.batches import Batch, Batches, PackedStore
+from maxlm.data.loader.batches import (
+    Batch,
+    Batches,
+    EndlessOrder,
+    OnePassOrder,
+    PackedStore,
+)
 from maxlm.data.loader.best_fit import open_best_fit
-from maxlm.data.loader.mixing import Mixing
-from maxlm.data.loader.order import EndlessOrder, OnePassOrder
+from maxlm.data.loader.mixture import Mixing
 from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_key
 

@@ -17,7 +17,6 @@ from maxlm.data.store import TokenStore, build_store
 from maxlm.data.store import build as build_module
 from maxlm.data.store import plan as plan_module
 from maxlm.data.store.arrays import token_dtype
-from maxlm.data.store.parts import join_documents
 
 TEXTS = [f"document {i} " + "xyz" * (i % 7) for i in range(50)]
 
@@ -93,13 +92,6 @@ def test_width_follows_the_vocabulary(tmp_path, corpus, byte_tokenizer, vocab_si
     store = TokenStore.open(tmp_path / "store")
     assert store.manifest.dtype == store.read(0, 5).dtype == dtype
     assert store.read(0, 1)[0] == 256 + shift
-
-
-def test_join_documents_with_empty_and_long_ones():
-    tokens, lengths = join_documents([[], [5] * 9, [65535]], 1, 2, np.dtype(np.uint16))
-    assert tokens.tolist() == [1, 2, 1, *[5] * 9, 2, 1, 65535, 2]
-    assert lengths.tolist() == [2, 11, 3]
-    assert (tokens.dtype, lengths.dtype) == (np.uint16, np.int64)
 
 
 def test_part_size_does_not_change_the_store(tmp_path, corpus, byte_tokenizer, folder_bytes):

@@ -51,11 +51,6 @@ def test_read_any_range(store):
     check()
 
 
-def test_numpy_integers_are_indices(store):
-    tokens = store.read_many(store.offsets[:3], store.offsets[1:4])
-    assert [len(each) for each in tokens] == [len(text) + 2 for text in TEXTS[:3]]
-
-
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (5, 4), (0, len(FLAT) + 1)])
 def test_ranges_outside_the_store(store, start, stop):
     with pytest.raises(IndexError, match="does not lie within"):

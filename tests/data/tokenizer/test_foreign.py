@@ -9,10 +9,8 @@ from maxlm.data.tokenizer import (
     Tokenizer,
     TokenizerConfig,
     export_tokenizer,
-    has_tokenizer,
     import_tokenizer,
     load_tokenizer,
-    train_tokenizer,
 )
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
 from tests.errors import message
@@ -104,19 +102,6 @@ def test_every_file_of_a_tokenizer_is_carried_and_no_other(llama, tmp_path):
     export_tokenizer(tmp_path / "kept", tmp_path / "out")
     expected = {name: brought[name] for name in ["tokenizer.json", *named]}
     assert files(tmp_path / "out") == {**expected, "model.safetensors": b"others stay"}
-
-
-def test_saving_another_over_it_leaves_nothing_of_it(llama, tmp_path):
-    import_tokenizer(llama).save(tmp_path / "t")
-    assert has_tokenizer(tmp_path / "t")
-    train_tokenizer(TokenizerConfig(vocab_size=280), TEXTS).save(tmp_path / "t")
-    assert files(tmp_path / "t").keys() == {"maxlm_tokenizer.json", "tokenizer.json"}
-
-
-def test_a_trained_tokenizer_is_exported_as_its_model_file(tmp_path):
-    ours = train_tokenizer(TokenizerConfig(vocab_size=280), TEXTS)
-    export_tokenizer(ours, tmp_path / "out")
-    assert files(tmp_path / "out") == {"tokenizer.json": ours.codec.data}
 
 
 def test_roles_are_looked_for_in_turn(llama):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models
 
-from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import StreamDecoder, import_tokenizer
 from maxlm.data.tokenizer.huggingface import HuggingFaceModel
 from tests.data.tokenizer.foreign import MAKERS, TEXTS, write_checkpoint
@@ -255,9 +254,3 @@ def test_workers_get_the_same_tokenizer(ours):
     for special in (False, True):
         assert copy.encode(text, allow_special=special) == ours.encode(text, allow_special=special)
     assert (copy.carried, copy.opening) == (ours.carried, ours.opening)
-
-
-def test_ids_outside_the_vocabulary_are_refused(ours):
-    for wrong in (-1, ours.vocab_size):
-        with pytest.raises(MaxlmError, match=f"token id {wrong} is outside"):
-            ours.decode([0, wrong])

@@ -6,7 +6,6 @@ from tokenizers import pre_tokenizers
 import maxlm.data.tokenizer.codec as codec
 from maxlm.data.tokenizer import train_tokenizer
 from maxlm.data.tokenizer.codec import split_segments
-from maxlm.data.tokenizer.decoding import build_byte_alphabet
 from maxlm.data.tokenizer.huggingface import PATTERN
 
 HARD = (
@@ -14,14 +13,6 @@ HARD = (
     " \u00a0 x\u2028y \x0b\x1c z"
     '\u2003wide   \r\r\n#!/bin/sh\n<|endoftext|>\n"""größer"""  猫が  e\u0301\u0301 ok\n'
 )
-
-
-def test_byte_alphabet_is_the_librarys():
-    assert sorted(build_byte_alphabet()) == sorted(pre_tokenizers.ByteLevel.alphabet())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    for text in ("Az~ \n\t\0", "é¡®ÿ", "猫", "\U0010ffff"):
-        (symbols, _), *_ = level.pre_tokenize_str(text)
-        assert symbols == "".join(build_byte_alphabet()[byte] for byte in text.encode())
 
 
 def test_sentencepiece_ids_are_those_of_the_file_in_the_library(make_config, texts, tmp_path):

@@ -14,21 +14,6 @@ def test_pushed_text_joined_is_the_decoded_text(tokenizer, text):
     assert "".join(pushed) + stream.flush() == tokenizer.decode(ids)
 
 
-@given(st.lists(st.integers(0, 599)))
-def test_any_ids_stream_as_they_decode(tokenizer, ids):
-    stream = StreamDecoder(tokenizer)
-    pushed = "".join([stream.push(i) for i in ids])
-    assert pushed + stream.flush() == tokenizer.decode(ids)
-
-
-def test_a_character_of_several_tokens_comes_with_its_last(tokenizer):
-    ids = tokenizer.encode("🦊")
-    assert len(ids) == 4
-    stream = StreamDecoder(tokenizer)
-    assert [stream.push(i) for i in ids] == ["", "", "", "🦊"]
-    assert stream.flush() == ""
-
-
 def test_flush_shows_an_unfinished_character_and_starts_afresh(tokenizer):
     stream = StreamDecoder(tokenizer)
     for i in tokenizer.encode("🦊")[:2]:
