@@ -103,36 +103,18 @@ class HuggingFaceModel(Codec):
         return _encode(self._marked, segments)
 
     def encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        encoding = self._marked.encode(segment, add_special_tokens=False)
-        ids: list[int] = []
-        run: list[int] = []
-        begin = 0  # Of the run: what lies between two special tokens.
-
-        def close(end: int) -> None:
-            text = segment[begin:end]
-            if mark in text:
-                text = text.replace(mark, "")
-                whole = begin == 0
-                ids.extend(self.encode_segments([text])[0] if whole else self._after(mark, text))
-            else:
-                ids.extend(run)
-            run.clear()
-
-        for i, token, (start, stop) in zip(
-            encoding.ids, encoding.tokens, encoding.offsets, strict=True
-        ):
-            # A mark that a normaliser takes away leaves a literal, but not one of the template's.
-            if i in self._special_ids and segment[start:stop].strip() == self.token(i):
-                # Spaces that it swallows are in the token; offsets may have been trimmed of them.
-                found = segment[start:stop]
-                start += len(found) - len(found.lstrip()) - (len(token) - len(token.lstrip()))
-                stop += len(token) - len(token.rstrip()) - (len(found) - len(found.rstrip()))
-                close(start)
-                ids.append(i)
-                begin = stop
-            else:
-                run.append(i)
-        close(len(segment))
+        longest_first = sorted(self._special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", segment)
+        added = self._library.get_added_tokens_decoder().values()
+        strips = {token.content: (token.lstrip, token.rstrip) for token in added}
+        for n in range(1, len(parts), 2):  # Spaces beside a special token may belong to it.
+            strips_before, strips_after = strips[parts[n]]
+            parts[n - 1] = parts[n - 1].rstrip() if strips_before else parts[n - 1]
+            parts[n + 1] = parts[n + 1].lstrip() if strips_after else parts[n + 1]
+        first, *rest = (part.replace(mark, "") for part in parts)
+        ids = self.encode_segments([first])[0]
+        for literal, text in zip(rest[::2], rest[1::2], strict=True):
+            ids += [self._library.token_to_id(literal), *self._after(mark, text)]
         return ids
 
     def _after(self, mark: str, text: str) -> list[int]:
