@@ -91,6 +91,7 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
 
 
 def test_a_known_rank_file_is_known_by_its_content(tmp_path):
+    assert rank_files.is_rank_file(rank_files.read_shipped_ranks("o200k_base"))
     path = tmp_path / "any"
     path.write_bytes(rank_files.read_shipped_ranks("cl100k_base"))
     ours = import_tokenizer(path, eos="<|endofprompt|>")
