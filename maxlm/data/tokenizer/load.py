@@ -41,7 +41,7 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         fault = f"{field}: {first['msg']}" if field else first["msg"]
-        raise files.damaged_file_error(path, fault) from error
+        raise files.describe_damaged_file(path, fault) from error
     if metadata.format != files.FORMAT:
         raise MaxlmError(
             f"tokenizer format {metadata.format} is not {files.FORMAT}",
@@ -49,9 +49,9 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             fix="read it with the version of maxlm that wrote it",
         )
     if unknown := {*metadata.carried} - {*files.CARRIED}:
-        raise files.damaged_file_error(path, f"carried: {min(unknown)}")
+        raise files.describe_damaged_file(path, f"carried: {min(unknown)}")
     if invalid := [i for i in metadata.stops if not 0 <= i < metadata.vocab_size]:
-        raise files.damaged_file_error(path, f"stops: {invalid[0]}")
+        raise files.describe_damaged_file(path, f"stops: {invalid[0]}")
     codec = open_codec(metadata.kind, folder, metadata.special_tokens)
     tokenizer = Tokenizer(
         metadata.kind,
@@ -91,4 +91,4 @@ def open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes 
         raise MaxlmError(error.what, where=str(path), fix=error.fix) from None
     except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
         fault = str(error).strip() or type(error).__name__
-        raise files.damaged_file_error(path, fault) from error
+        raise files.describe_damaged_file(path, fault) from error
