@@ -36,21 +36,19 @@ def compute_loss_and_gradients(
         untrained: the parameters that get no gradients.
     """
     trained, whole = params, params
-    if untrained is None:
-        untrained = jax.tree.map(lambda _: None, params)
+    rest: Params = jax.tree.map(lambda _: None, params) if untrained is None else untrained
     if layouts is not None:
         params = jax.tree.map(reshard, params, layouts)
     schedule = getattr(model, "schedule", None)
-    if schedule == "1f1b" and jax.tree.leaves(
-        untrained
-    ):  # its program differentiates all of a stage's parameters
-        params, whole = merge_params(params, untrained), merge_params(whole, untrained)
-        untrained = jax.tree.map(lambda _: None, params)
+    # The 1F1B program differentiates all parameters of a stage.
+    if schedule == "1f1b" and jax.tree.leaves(rest):
+        params, whole = merge_params(params, rest), merge_params(whole, rest)
+        rest = jax.tree.map(lambda _: None, params)
 
     def bound(params: Params) -> Any:
         if layouts is not None:  # whole parameters are read, their own share is differentiated
             params = jax.tree.map(GatheredParam, params, whole)
-        return bind(model, merge_params(params, untrained))
+        return bind(model, merge_params(params, rest))
 
     if schedule == "1f1b":
         result, gradients = _one_f_one_b(model, bound, loss, params, batch, key)
