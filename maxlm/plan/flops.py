@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import Params, ParamSpec, flatten_names
-from maxlm.plan.stacks import reads_inputs
+from maxlm.plan.stacks import has_encoder_inputs
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def count_training_flops(
     """
     flat = flatten_names(specs)
     multiplied = {n: s for n, s in flat.items() if s.role == "matrix" or n.endswith(".router")}
-    inputs = {n: s for n, s in multiplied.items() if reads_inputs(n, config)}
+    inputs = {n: s for n, s in multiplied.items() if has_encoder_inputs(n, config)}
     own = {n: s for n, s in multiplied.items() if n not in inputs}
     lengths = seq_len, encoder_len or seq_len
     weights = count_active_parameters(own, config) + config.vocab_size * config.d_model

@@ -50,16 +50,16 @@ class DeviceMemory:
 
     @property
     def allocated(self) -> Number:
-        """What a step takes and gives back."""
+        """The bytes that a step takes and gives back."""
         return self.gradients + self.activations + self.working
 
     @property
     def phase(self) -> str:
-        """Of one plan: when the peak is."""
+        """When the peak of one plan is."""
         return list(self.working_sets)[int(self.peak)]
 
     def to_json(self) -> dict[str, Any]:
-        """Of one plan, as plain data."""
+        """Returns one plan as plain data."""
         sets = {
             phase: {part: float(size) for part, size in parts.items()}
             for phase, parts in self.working_sets.items()
@@ -83,7 +83,7 @@ PARTS = (
 
 
 def estimate_memory(shape: StepShape) -> DeviceMemory:
-    """What a training step needs."""
+    """Counts the bytes that a training step needs on each device."""
     phases = _phases(shape)
     sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
     totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in sizes)))
@@ -150,7 +150,7 @@ def _spread(split: MeshSplit, rules: AxisRules, arrays: list[tuple[Any, Any]]) -
 
 
 def _turn(shape: StepShape, stack: Stack) -> Parts:
-    """Of a scan whose turns have several layers: what it takes out of their stack at once."""
+    """Counts what a scan whose turns have several layers takes out of their stack at once."""
     if not 1 < stack.period < stack.depth:
         return {}
     arrays = [(s.nbytes, s.axes) for s in stack.specs.values()]
@@ -159,7 +159,7 @@ def _turn(shape: StepShape, stack: Stack) -> Parts:
 
 
 def _gradients(shape: StepShape, stack: Stack) -> Number:
-    """Of scanned layers, in the compute dtype, while these are being differentiated."""
+    """Counts gradients of scanned layers, in the compute dtype, while these are differentiated."""
     return _spread(
         shape.split,
         shape.split.gradients,
@@ -185,7 +185,7 @@ def _carried(shape: StepShape, stack: Stack) -> Number:
 
 
 def _kept(shape: StepShape, stack: Stack) -> Number:
-    """What the remat policy keeps of the layers that are differentiated together."""
+    """Counts what the remat policy keeps of the layers that are differentiated together."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
     if shape.remat == "none":

@@ -311,7 +311,7 @@ def matmul_dtype(itemsize: int, machine: Machine) -> str:
 
 
 def _links(network: Network, split: MeshSplit) -> dict[str, str]:
-    """What each mesh axis runs over, and on a TPU with the dimensions of the torus."""
+    """Returns the link that each mesh axis runs over, on a TPU with the dimensions of the torus."""
     links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
     if network.topology.platform == "tpu":
         along = list_torus_dimensions(network.topology, split.sizes)

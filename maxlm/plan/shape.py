@@ -48,7 +48,7 @@ class StepShape:
         return self.split.ways(self.split.compute.layers)
 
     def held(self, layers: Number) -> Number:
-        """Of so many layers, those that a device holds."""
+        """Returns how many of these layers a device holds."""
         return layers / self.stages
 
     @property

@@ -69,7 +69,7 @@ class Map:
 
     @property
     def width(self) -> int:
-        """Of what it reads; not of experts'."""
+        """Width of what it reads; not of experts'."""
         return prod(self.kernels[0].shape[: self.kernels[0].inputs])
 
 
@@ -112,7 +112,7 @@ class Stack:
         return any(map_.experts for map_ in self.maps)
 
 
-def stacks_of(
+def list_stacks(
     model: TransformerConfig, specs: Mapping[str, ParamSpec], seq_len: int, encoder_len: int
 ) -> tuple[Stack, ...]:
     """All stacks, in the order in which they are run.
@@ -141,17 +141,17 @@ def _stacks(
                 pairs.append(Pairs(part.depth, length, encoder_len, False, None, rate))
             maps = tuple(_maps(own, part.depth, rate, inputs))
             what = (rate, trunk.is_encoder, trunk.cross_attention)
-            yield Stack(name, part.depth, len(part.kinds), own, maps, merged_pairs(pairs), *what)
+            yield Stack(name, part.depth, len(part.kinds), own, maps, merge_pairs(pairs), *what)
 
 
 def _maps(
     specs: Mapping[str, ParamSpec], depth: int, rate: float, encoder_rate: float
 ) -> Iterator[Map]:
-    """Of one stack."""
+    """Groups the matrices of one stack."""
     groups: dict[tuple[str, Side, str], list[Kernel]] = {}
     for name, spec in specs.items():
         if spec.role == "matrix":
-            kernel = kernel_of(name, spec)
+            kernel = make_kernel(name, spec)
             module = kernel.name.rpartition(".")[0]
             groups.setdefault((module, *_source(kernel, specs)), []).append(kernel)
     for (module, reads, _), kernels in groups.items():
@@ -166,8 +166,8 @@ def _maps(
 
 
 def _source(kernel: Kernel, specs: Mapping[str, ParamSpec]) -> tuple[Side, str]:
-    """What a kernel of these reads; and of narrow vectors, the kernel that writes them."""
-    if reads_memory(kernel.name):
+    """Returns the side that a kernel reads; and of narrow vectors, the kernel that writes them."""
+    if _reads_memory(kernel.name):
         return "memory", ""
     behind = {"query": "query_down", "key_up": "key_down", "value_up": "key_down"}
     before = behind.get(kernel.name.rpartition(".")[2], "")
@@ -177,24 +177,24 @@ def _source(kernel: Kernel, specs: Mapping[str, ParamSpec]) -> tuple[Side, str]:
     return ("heads" if "heads" in inputs else "mlp" if "mlp" in inputs else "residual"), ""
 
 
-def reads_memory(name: str) -> bool:
+def _reads_memory(name: str) -> bool:
     """Whether a parameter maps an encoder's output within a decoder's layers."""
     return name.removesuffix(".kernel").endswith(("cross.key", "cross.value"))
 
 
-def reads_inputs(name: str, model: TransformerConfig) -> bool:
+def has_encoder_inputs(name: str, model: TransformerConfig) -> bool:
     """Whether a parameter is multiplied with an encoder's tokens, beside a decoder's."""
     encoders = tuple(trunk.prefix for trunk in model.trunks if trunk.is_encoder)
-    return name.startswith(encoders) or reads_memory(name)
+    return name.startswith(encoders) or _reads_memory(name)
 
 
-def kernel_of(name: str, spec: ParamSpec) -> Kernel:
+def make_kernel(name: str, spec: ParamSpec) -> Kernel:
     """A layer's own part of a stack of matrices."""
     own = strip_stack(name).removesuffix(".kernel")
     return Kernel(own, spec.shape[spec.lead :], spec.axes[spec.lead :], len(spec.contract))
 
 
-def merged_maps(maps: Iterable[Map]) -> tuple[Map, ...]:
+def merge_maps(maps: Iterable[Map]) -> tuple[Map, ...]:
     """Each map once, with the layers of all that are equal."""
     depths: dict[Map, int] = {}
     for map_ in maps:
@@ -203,7 +203,7 @@ def merged_maps(maps: Iterable[Map]) -> tuple[Map, ...]:
     return tuple(replace(map_, depth=depth) for map_, depth in depths.items())
 
 
-def merged_pairs(pairs: Iterable[Pairs]) -> tuple[Pairs, ...]:
+def merge_pairs(pairs: Iterable[Pairs]) -> tuple[Pairs, ...]:
     """The same of pairs."""
     layers: dict[Pairs, float] = {}
     for own in pairs:

@@ -47,7 +47,7 @@ _KEPT_BLOCK = 32 * 2**20
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What programs reach of a chip's figures."""
+    """The shares of a chip's figures that programs reach."""
 
     matmul: float
     """Share of the peak that large matrix products reach."""
@@ -93,7 +93,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class DeviceFlops:
-    """Of a device in one pass of all its layers, recomputation included; and of the loss."""
+    """FLOPs of a device in one pass of all its layers, recomputation included; and of the loss."""
 
     forward: Number
     backward: Number
@@ -107,7 +107,7 @@ class DeviceFlops:
     """Its forward part, for all micro-batches; the backward part is twice that."""
 
     def products(self, slots: Number) -> Number:
-        """Of a step without attention's, a pipeline's idle turns included."""
+        """Returns a step's FLOPs without attention's, a pipeline's idle turns included."""
         return slots * (self.forward + self.backward) + 3 * self.loss
 
     def attention(self, slots: Number) -> Number:
@@ -116,7 +116,7 @@ class DeviceFlops:
 
 
 def count_device_flops(shape: StepShape) -> DeviceFlops:
-    """What a device computes: its layers for one micro-batch, the loss for all."""
+    """Counts what a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config = work.config
     forward = backward = 0.0
@@ -184,9 +184,9 @@ def computed_score_ratio(pairs: Pairs) -> float:
 
 
 def update_flops(shape: StepShape) -> Number:
-    """Of the optimizer, on each device: Muon's Newton–Schulz products, three an iteration, of each
-    hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were split as the moments
-    are."""
+    """Counts FLOPs of the optimizer on each device: Muon's Newton–Schulz products, three an
+    iteration, of each hidden matrix [m, n], m the smaller (Jordan et al. 2024); as if they were
+    split as the moments are."""
     work, config = shape.work, shape.work.config.optimizer
     if config.kind != "muon":
         return 0.0

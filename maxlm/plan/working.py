@@ -1,4 +1,5 @@
-"""What is alive in each phase of a step beside what rests and what is kept for the backward pass.
+"""Bytes that are alive in each phase of a step, beside those that rest and those that are kept for
+the backward pass.
 
 Counted in arrays that are alive together, as XLA's buffer assignments show them
 (``benchmarks/plan_memory.py`` compares).

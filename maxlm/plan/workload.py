@@ -22,11 +22,11 @@ from maxlm.plan.stacks import (
     Map,
     Pairs,
     Stack,
-    kernel_of,
-    merged_maps,
-    merged_pairs,
-    reads_inputs,
-    stacks_of,
+    has_encoder_inputs,
+    list_stacks,
+    make_kernel,
+    merge_maps,
+    merge_pairs,
 )
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
@@ -87,7 +87,7 @@ class RunWorkload:
     @cached_property
     def stacks(self) -> tuple[Stack, ...]:
         """Layers, in the order in which they are run."""
-        return stacks_of(self.config.model, self.specs, *self.rows)
+        return list_stacks(self.config.model, self.specs, *self.rows)
 
     @cached_property
     def rows(self) -> TokensPerRow:
@@ -112,7 +112,7 @@ class RunWorkload:
 
     @cached_property
     def outer_specs(self) -> dict[str, ParamSpec]:
-        """Of what is before the layers and after them."""
+        """Parameters before the layers and after them."""
         return {name: spec for name, spec in self.specs.items() if not spec.lead}
 
     def select_trained(self, specs: Mapping[str, ParamSpec]) -> list[ParamSpec]:
@@ -122,23 +122,23 @@ class RunWorkload:
     @cached_property
     def maps(self) -> tuple[Map, ...]:
         """The matrix products of layers, by stack and in order of their names."""
-        return merged_maps(map_ for stack in self.stacks for map_ in stack.maps)
+        return merge_maps(map_ for stack in self.stacks for map_ in stack.maps)
 
     @cached_property
     def pairs(self) -> tuple[Pairs, ...]:
         """Whom tokens look at, in how many layers."""
-        return merged_pairs(pairs for stack in self.stacks for pairs in stack.pairs)
+        return merge_pairs(pairs for stack in self.stacks for pairs in stack.pairs)
 
     @cached_property
     def outer_kernels(self) -> tuple[Kernel, ...]:
         """Matrices behind the layers, but for the head."""
         matrices = {name: s for name, s in self.outer_specs.items() if s.role == "matrix"}
-        return tuple(kernel_of(name, spec) for name, spec in matrices.items())
+        return tuple(make_kernel(name, spec) for name, spec in matrices.items())
 
     def lookups(self, table: str) -> tuple[float, ...]:
         """The ways a table is read, each by its tokens for each of the batch's."""
         inputs = (self.encoder_rate,) if self.encoder_rate else ()
-        if reads_inputs(table, self.config.model):
+        if has_encoder_inputs(table, self.config.model):
             return inputs
         return (1.0, *inputs) if table.startswith("embedding.") else (1.0,)
 

@@ -1,4 +1,4 @@
-"""Of the embedding, the loss, a pipeline's turns and the update."""
+"""Collectives of the embedding, the loss, a pipeline's turns and the update."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from maxlm.plan.stacks import Kernel
 
 
 def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
-    """Of the embedding, learned positions, matrices outside the layers and the loss."""
+    """Lists those of the embedding, learned positions, matrices outside the layers and the loss."""
     yield from _loss(shape)
     work, rules, runs = shape.work, shape.split.compute, shape.losses
     for kernel in work.outer_kernels:

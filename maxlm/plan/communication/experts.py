@@ -1,11 +1,11 @@
-"""Of a mixture's layers (``parallel/experts.py``): rows there and back, weights, outputs."""
+"""Collectives of experts (``parallel/experts.py``): rows there and back, weights, outputs."""
 
 from collections.abc import Iterator
 
 from maxlm.plan.communication.collective import FP32, Phase, PlannedCollective
 from maxlm.plan.communication.layers import count_passes, list_weight_collectives
 from maxlm.plan.shape import StepShape, count_received_rows
-from maxlm.plan.stacks import kernel_of
+from maxlm.plan.stacks import make_kernel
 from maxlm.plan.workload import Number
 
 
@@ -21,7 +21,7 @@ def list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
     for kernel in (kernel for map_ in maps for kernel in map_.kernels):
         yield from list_weight_collectives(shape, kernel, forward, runs, split_over)
-    routers = (kernel_of(n, s) for n, s in work.layer_specs.items() if n.endswith(".router"))
+    routers = (make_kernel(n, s) for n, s in work.layer_specs.items() if n.endswith(".router"))
     router = next(routers)
     axes = split.extra(split.storage, router)
     size = router.size * FP32

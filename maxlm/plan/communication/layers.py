@@ -1,4 +1,4 @@
-"""Of linear maps, norms and attention: the table in ``parallel/linear.py``, counted."""
+"""Collectives of linear maps, norms and attention: the table in ``parallel/linear.py``, counted."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ def count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
 def _map(
     shape: StepShape, map_: Map, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
-    """Of a layer's map; see the table in ``parallel/linear.py``."""
+    """Lists those of a layer's map; see the table in ``parallel/linear.py``."""
     work, rules = shape.work, shape.split.compute
     tokens = shape.tokens * map_.rate * work.dtype_bytes
     sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
@@ -106,7 +106,7 @@ def list_weight_collectives(
 def _attention(
     shape: StepShape, pairs: Pairs, forward: Number, backward: Number
 ) -> Iterator[PlannedCollective]:
-    """Of a sequence split over devices, and of kv heads that are whole on several."""
+    """Lists those of a sequence split over devices, and of kv heads that are whole on several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     config, axes = work.config.model.attention, shape.split.compute.seq
     ways, kv_ways = split.ways(axes), split.ways(split.kv_heads)
