@@ -219,8 +219,11 @@ def train_quality(
         SourceConfig(documents=tuple(paths), on_bad_bytes="replace")
         for paths in (positive, negative)
     )
-    texts = ((document.text for document in read_documents(source)) for source in (good, bad))
-    model, report = train_classifier(*texts, config)
+    model, report = train_classifier(
+        (document.text for document in read_documents(good)),
+        (document.text for document in read_documents(bad)),
+        config,
+    )
     model.save(out)
     typer.echo(report)
     typer.echo(f"the model: {out}")

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.words import WORD_PATTERN
 from maxlm.data.documents.heldout import is_heldout
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 TRAIN = "maxlm corpus train-quality"
 """The command that makes a model."""
@@ -120,9 +120,9 @@ class Classifier:
         """
         numbers = {"scale": self.scale, "offset": self.offset, "threshold": self.threshold}
         metadata = {"settings": self.settings.model_dump_json(), "numbers": json.dumps(numbers)}
-        with writing(path):
+        with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as new:
+        with replace_file(path) as new:
             try:
                 save_file({"weights": self.weights}, new, metadata)
             except SafetensorError as error:

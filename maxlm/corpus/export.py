@@ -22,7 +22,7 @@ from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.runtime.executor import Executor
-from maxlm.runtime.files import locked_folder, writing
+from maxlm.runtime.files import convert_write_errors, lock_folder
 from maxlm.runtime.progress import Progress, ignore_progress
 
 ExportFormat = Literal["parquet", "jsonl"]
@@ -76,7 +76,7 @@ def export_corpus(
     columns = ("id", "source", "url", "meta", *([language] if language else []))
     building = out.with_name(f".{out.name}.exporting")
     new, old = building / "new", building / "old"
-    with locked_folder(building), writing(out):
+    with lock_folder(building), convert_write_errors(out):
         # A killed export may leave the one that it replaces, and its own files.
         if old.exists() and not out.exists():
             os.rename(old, out)

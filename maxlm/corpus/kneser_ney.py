@@ -27,7 +27,7 @@ from maxlm.corpus.ngram_counts import (
     read_tokens,
     sort_runs,
 )
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 _PRUNED = np.uint64(1 << 63)  # As in `ngram_loops`.
 _LINES = 1 << 12  # Of an ARPA file, made at a time.
@@ -113,7 +113,7 @@ def estimate_kneser_ney(
             _smooth(table, k * tokens.bits, discounts[k], folder / f"smooth-{k}", config.block)
             for k, table in enumerate(counts.tables)
         ]
-        with writing(path), replacing(path) as new, new.open("wb") as file:
+        with convert_write_errors(path), replace_file(path) as new, new.open("wb") as file:
             _interpolate(file, tokens, counts, smoothed, folder, config.block)
         return KneserNeyReport(
             len(tokens.ids()),

@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 
 SPECIAL = (b"<unk>", b"<s>", b"</s>")
 """The words with ids 0, 1 and 2."""
@@ -49,7 +49,7 @@ class NgramTable:
     columns: int
 
     def append(self, rows: np.ndarray) -> None:
-        with writing(self.path), self.path.open("ab") as file:
+        with convert_write_errors(self.path), self.path.open("ab") as file:
             np.ascontiguousarray(rows).tofile(file)
 
     def open(self) -> np.ndarray:
@@ -92,7 +92,7 @@ def read_tokens(sentences: Iterable[str], path: Path, block: int) -> TokenFile:
     """
     vocabulary = _Vocabulary({word: number for number, word in enumerate(SPECIAL)})
     number, ids = vocabulary.__getitem__, array("I")
-    with writing(path), path.open("wb") as file:
+    with convert_write_errors(path), path.open("wb") as file:
         for sentence in sentences:
             words = sentence.encode(errors="replace").replace(b"\0", b" ").split()
             if "<" in sentence:

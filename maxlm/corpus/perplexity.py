@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
 from maxlm.corpus.words import Lines, WordsConfig, open_lines
-from maxlm.runtime.files import file_sha256, replacing, writing
+from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
 TRAIN = "maxlm corpus train-perplexity TEXT... --out FOLDER"
 """The command that trains a model."""
@@ -141,7 +141,7 @@ def hash_model(folder: Path) -> str:
     """
     kept, path = read_cutoffs(folder), folder / MODEL
     try:
-        found = file_sha256(path)
+        found = hash_file(path)
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     if found != kept.model_sha256:
@@ -184,7 +184,7 @@ def train_perplexity(
         MaxlmError: too few documents or words, the disk is full, or a package is missing.
     """
     config = config or PerplexityConfig()
-    with writing(folder):
+    with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Without it, a model that is being replaced is not taken for a whole one.
         (folder / CUTOFFS).unlink(missing_ok=True)
@@ -215,9 +215,9 @@ def train_perplexity(
     kept = Cutoffs(
         cutoffs=whole.cutoffs,
         words=config.words,
-        model_sha256=file_sha256(folder / MODEL),
+        model_sha256=hash_file(folder / MODEL),
         report=asdict(whole),
     )
-    with replacing(folder / CUTOFFS) as new:
+    with replace_file(folder / CUTOFFS) as new:
         new.write_text(kept.model_dump_json(indent=2) + "\n")
     return whole

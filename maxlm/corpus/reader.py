@@ -20,7 +20,7 @@ from maxlm.corpus.shards import DOCUMENTS, StageShardView
 from maxlm.data.documents.config import FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
 from maxlm.data.documents.streams import open_stream
-from maxlm.runtime.files import file_sha256
+from maxlm.runtime.files import hash_file
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class CorpusReader:
         kept: KeptShard = part.file.details
         for path in (part.file.path, *part.file.extra_paths):
             with open_stream(path, "none"):
-                if path in kept.digests and file_sha256(path) != kept.digests[path]:
+                if path in kept.digests and hash_file(path) != kept.digests[path]:
                     what = "this file has changed since maxlm corpus run wrote it"
                     fix = "delete it and run the corpus's recipe again"
                     raise MaxlmError(what, where=str(path), fix=fix)

@@ -19,12 +19,12 @@ from maxlm.corpus.shards import DOCUMENTS, StageShardView, add_counts, read_coun
 from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
 from maxlm.runtime.executor import Executor, open_executor
 from maxlm.runtime.files import (
-    file_sha256,
-    locked_folder,
-    replacing,
-    without_digest,
+    convert_write_errors,
+    hash_file,
+    lock_folder,
+    replace_file,
+    strip_digest,
     write_json,
-    writing,
 )
 from maxlm.runtime.pool import count_workers
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -56,7 +56,7 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     documents = hashlib.sha256("".join(shard.name for shard in shards).encode()).hexdigest()
     keys = {step.stage.title: _key(step, documents) for step in steps}
     read = f"{documents} {planned.num_binary}"
-    with locked_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
+    with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
         for title, key in {DOCUMENTS: read, **keys}.items():
             _forget_stale_manifest(folder / title, key, [shard.name for shard in shards])
@@ -100,12 +100,12 @@ def _key(step: BoundStage, documents: str) -> str:
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = get_manifest_path(home)
     try:
-        manifest = json.loads(without_digest(path.read_text("utf-8")))
+        manifest = json.loads(strip_digest(path.read_text("utf-8")))
         if manifest["key"] == key and list(manifest["shards"]) == list(shards):
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    with writing(path):
+    with convert_write_errors(path):
         path.unlink(missing_ok=True)
 
 
@@ -143,7 +143,7 @@ def _run_step(
     began, title = time.time(), step.stage.title
     home = folder / title
     views = [StageShardView(folder, s.name, step.texts, step.where, title) for s in shards]
-    with writing(home):
+    with convert_write_errors(home):
         _forget_other_labels(home, key)
     pending = [view for view in views if not view.path(title).exists()]
     if isinstance(step.stage, LabelStage):
@@ -152,7 +152,7 @@ def _run_step(
         _map(title, ShardLabeller(step.stage), pending, len(views), engine, progress)
     elif isinstance(step.stage, CorpusStage) and (pending or not get_manifest_path(home).exists()):
         scratch = home / "scratch"
-        with writing(home):
+        with convert_write_errors(home):
             scratch.mkdir(exist_ok=True)
         step.stage.label(views, scratch, engine, progress)
     details = {
@@ -165,7 +165,7 @@ def _run_step(
     if pending or not get_manifest_path(home).exists():
         last = _last_run(began, len(pending), step.stage.packages())
         _finish(folder, title, shards, details, last)
-    with writing(home):
+    with convert_write_errors(home):
         shutil.rmtree(home / "scratch", ignore_errors=True)
 
 
@@ -189,7 +189,7 @@ def _forget_other_labels(home: Path, key: str) -> None:
         shutil.rmtree(home.parent / "settled", ignore_errors=True)
     shutil.rmtree(home)
     home.mkdir()
-    with replacing(path) as new:
+    with replace_file(path) as new:
         new.write_text(key)
 
 
@@ -203,7 +203,7 @@ def _finish(
 ) -> None:
     """Write a stage's manifest, and delete the shards of files that are no longer sources."""
     home = folder / title
-    with writing(home):
+    with convert_write_errors(home):
         home.mkdir(exist_ok=True)
     wanted = {shard.path(title).name for shard in shards}
     for path in home.glob("*.parquet"):
@@ -213,7 +213,7 @@ def _finish(
         path.unlink()  # Left by a killed worker.
     counts = {shard.name: read_counts(shard.path(title)) for shard in shards}
     with ThreadPoolExecutor(count_workers()) as threads:
-        digests = list(threads.map(file_sha256, (shard.path(title) for shard in shards)))
+        digests = list(threads.map(hash_file, (shard.path(title) for shard in shards)))
     _write_json(
         get_manifest_path(home),
         details

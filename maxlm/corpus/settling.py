@@ -44,7 +44,7 @@ from maxlm.corpus.recipe import Rules, find_comparing_stages
 from maxlm.corpus.shards import DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.near import NearStage
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _VERSION = 1
@@ -78,7 +78,7 @@ def settle_duplicates(
         new = home.with_name(f".{key}.{os.getpid()}")
         try:
             _Settling(corpus, rules, stages, progress).write(new.relative_to(corpus.folder), names)
-            with writing(home):
+            with convert_write_errors(home):
                 new.mkdir(parents=True, exist_ok=True)  # Of no shards.
                 try:
                     os.rename(new, home)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from maxlm.config import MaxlmError
 from maxlm.corpus.expression import Expression
 from maxlm.data.documents.slices import open_parquet
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 
 DOCUMENTS = "documents"
 """The name of the stage that reads sources."""
@@ -173,7 +173,7 @@ class ShardWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def __enter__(self) -> "ShardWriter":
-        with writing(self._path):
+        with convert_write_errors(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(
                 self._temporary, self._schema, compression="zstd", write_page_checksum=True
@@ -196,7 +196,7 @@ class ShardWriter:
         self._counts["rows"] += batch.num_rows
         self._counts["labelled"] += batch.num_rows if labelled is None else labelled
         self._count_values(batch)
-        with writing(self._path):
+        with convert_write_errors(self._path):
             self._writer.write_batch(batch.cast(self._schema), row_group_size=batch.num_rows or 1)
 
     def _count_values(self, batch: pa.RecordBatch) -> None:
@@ -216,7 +216,7 @@ class ShardWriter:
     def __exit__(self, kind, value, trace) -> None:
         assert self._writer is not None
         try:
-            with writing(self._path):
+            with convert_write_errors(self._path):
                 for name, values in self._values.items():
                     if len(values) <= _MOST_VALUES:
                         self._counts.update({f"{name}={v}": n for v, n in values.items()})

@@ -8,7 +8,7 @@ from maxlm.config import MaxlmError
 from maxlm.launch.job import Job
 from maxlm.launch.render import job_file_name
 from maxlm.run import RunConfig
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 
 def job_file_path(job: Job, run: RunConfig) -> Path:
@@ -25,9 +25,9 @@ def write_job_file(text: str, path: Path) -> None:
     Raises:
         MaxlmError: it cannot be written.
     """
-    with writing(path):
+    with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(text)
 
 

@@ -124,8 +124,7 @@ def kv_cache_spec(
         key, value: (heads, size) of each.
         heads: logical axis of the heads.
     """
-    ring = window is not None and window < length
-    slots = window if ring else length
+    slots = length if window is None else min(window, length)
     axes = ("batch", None, heads, None)
     arrays = (CacheArray((batch, slots, *sizes), axes) for sizes in (key, value))
-    return (RingCache if ring else ContiguousCache)(*arrays)
+    return (RingCache if slots < length else ContiguousCache)(*arrays)

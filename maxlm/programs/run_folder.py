@@ -12,7 +12,7 @@ from maxlm.config import MaxlmError, to_yaml
 from maxlm.plan.predict import RunPlan
 from maxlm.programs.environment import describe_environment
 from maxlm.run import RunConfig
-from maxlm.runtime.files import check_not_deleted, locked_folder, replacing, writing
+from maxlm.runtime.files import check_not_deleted, convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.signals import SignalHandler
 from maxlm.train.metrics import MetricsLog
 
@@ -64,7 +64,7 @@ def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> 
     with create_folder(folder):
         is_new = lead and not path.exists()
         if is_new:
-            with replacing(path) as temporary:
+            with replace_file(path) as temporary:
                 temporary.write_text(to_yaml(config))
         try:
             yield
@@ -92,7 +92,7 @@ def lock_run_folder(folder: Path, *, lead: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(create_folder(folder))
         try:
-            stack.enter_context(locked_folder(folder))
+            stack.enter_context(lock_folder(folder))
         except MaxlmError as error:
             if not isinstance(error.__cause__, BlockingIOError):
                 raise
@@ -102,7 +102,7 @@ def lock_run_folder(folder: Path, *, lead: bool = True) -> Iterator[None]:
             what = f"another run writes to this folder ({holder})"
             fix = "wait for it to end, stop it, or give this one another name=..."
             raise MaxlmError(what, where=str(folder), fix=fix) from error
-        with writing(note):
+        with convert_write_errors(note):
             note.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
         try:
             yield
@@ -123,7 +123,7 @@ def describe_run(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) 
         "environment.json": f"{json.dumps(describe_environment(), indent=2)}\n",
     }
     for name, text in texts.items() if lead else ():
-        with replacing(folder / name) as temporary:
+        with replace_file(folder / name) as temporary:
             temporary.write_text(text)
 
 

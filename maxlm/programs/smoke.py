@@ -105,7 +105,7 @@ class CountingText:
         return [self._tokens[a:b] for a, b in zip(starts, stops, strict=True)]
 
 
-def counting_source(config: RunConfig) -> BatchSource:
+def make_counting_source(config: RunConfig) -> BatchSource:
     """A task's batches of :class:`CountingText`."""
     text = CountingText(config.model.vocab_size)
     start_id = getattr(config.model, "start_id", 0)
@@ -181,7 +181,7 @@ def _run(
 ) -> tuple[TrainState, list[float]]:
     """Steps up to ``stop``, and their losses."""
     start, losses = int(state.step), []
-    with load_training_batches(setup, counting_source(setup.config), start) as batches:
+    with load_training_batches(setup, make_counting_source(setup.config), start) as batches:
         for batch in islice(batches, stop - start):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.programs.goodput import PARTS, History, Stretch
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 # Good time is one calm colour, lost steps and downtime are loud.
 COLOURS = {
@@ -90,9 +90,9 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    with writing(image.parent):
+    with convert_write_errors(image.parent):
         image.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(image) as temporary:
+    with replace_file(image) as temporary:
         figure.savefig(temporary, format="png")
 
 

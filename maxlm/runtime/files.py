@@ -1,4 +1,4 @@
-"""Folders in the making: errors of writing, and one builder at a time."""
+"""Writes files atomically, and locks folders against a second builder."""
 
 import fcntl
 import hashlib
@@ -13,8 +13,8 @@ _DIGEST = ',\n "sha256": "'
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn operating system errors into a MaxlmError that names `path`."""
+def convert_write_errors(path: Path) -> Iterator[None]:
+    """Turns operating system errors within the block into a MaxlmError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -24,9 +24,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_not_deleted(path: Path) -> None:
-    """
+    """Checks that a run's file, or the folder that it is in, is still there.
+
     Raises:
-        MaxlmError: a run's file, or the folder that it is in, is not there any more.
+        MaxlmError: it was deleted or moved.
     """
     if not path.exists():
         raise MaxlmError(
@@ -38,22 +39,22 @@ def check_not_deleted(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file to, which takes its place if the block ends well.
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write a file to; it replaces `path` if the block ends well.
 
     Raises:
-        MaxlmError: as `writing`; `path` is as before then.
+        MaxlmError: as `convert_write_errors`; `path` is as before then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with writing(path):
+        with convert_write_errors(path):
             yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def file_sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex. Raises OSError if it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -63,15 +64,15 @@ def write_json(path: Path, text: str) -> None:
     """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key.
 
     Raises:
-        MaxlmError: as `writing`; `path` is as before then.
+        MaxlmError: as `convert_write_errors`; `path` is as before then.
     """
     text = text.removesuffix("\n}")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    with replacing(path) as new:
+    with replace_file(path) as new:
         new.write_text(f'{text}{_DIGEST}{digest}"\n}}\n', "utf-8")
 
 
-def without_digest(text: str) -> str:
+def strip_digest(text: str) -> str:
     """Return the JSON that `write_json` was given; JSON that something else wrote as it is.
 
     Raises:
@@ -84,7 +85,7 @@ def without_digest(text: str) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Create `folder` and hold it against other builders; the lock dies with the process.
 
     Args:
@@ -96,7 +97,7 @@ def locked_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> 
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
-        with writing(folder):
+        with convert_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.files import file_sha256
+from maxlm.runtime.files import hash_file
 
 Place = Path | str
 """A folder's path, or an object store's URL without a slash at its end."""
@@ -37,8 +37,8 @@ def to_place(path: Path | str) -> Place:
     return f"{match[1]}://{match[2]}"
 
 
-def below(place: Place, name: str) -> Place:
-    """The place `name` (which may hold slashes) within a place."""
+def join_place(place: Place, name: str) -> Place:
+    """Returns the place of `name` (which may hold slashes) within a place."""
     return place / name if isinstance(place, Path) else f"{place}/{name}"
 
 
@@ -47,10 +47,10 @@ def read_failure_hint(place: Place, on_disk: str) -> str:
     return on_disk if isinstance(place, Path) else "check the URL, the network and the credentials"
 
 
-def kvstore(place: Place, *, patient: bool = True) -> dict[str, Any]:
-    """TensorStore's description of a place.
+def make_kvstore_spec(place: Place, *, patient: bool = True) -> dict[str, Any]:
+    """Returns TensorStore's KvStore spec of a place.
 
-    Of an S3 service other than Amazon's, the address is read from `AWS_ENDPOINT_URL` and the region
+    The address of an S3 service other than Amazon's is read from `AWS_ENDPOINT_URL` and its region
     from `AWS_REGION`, as by its own tools.
 
     Args:
@@ -76,7 +76,7 @@ def kvstore(place: Place, *, patient: bool = True) -> dict[str, Any]:
 
 
 def read_file(place: Place, name: str) -> bytes:
-    """The bytes of a file in a place.
+    """Returns the bytes of a file in a place.
 
     Raises:
         OSError: it cannot be read; FileNotFoundError if it is not there.
@@ -90,10 +90,10 @@ def read_file(place: Place, name: str) -> bytes:
     return found.value
 
 
-def sha256(place: Place, name: str) -> str:
+def hash_stored_file(place: Place, name: str) -> str:
     """Returns the SHA-256 of a file's bytes, in hex. Raises as `read_file`."""
     if isinstance(place, Path):
-        return file_sha256(place / name)
+        return hash_file(place / name)
     return hashlib.sha256(read_file(place, name)).hexdigest()
 
 
@@ -103,7 +103,7 @@ def copy_folder(place: Place, name: str, to: Path) -> None:
     Raises:
         OSError: they cannot be listed, or one cannot be read or written.
     """
-    folder = below(place, name)
+    folder = join_place(place, name)
     with _storage_errors():
         keys = [key.decode() for key in _open(folder).list().result()]
     for key in keys:
@@ -127,4 +127,4 @@ def _storage_errors() -> Iterator[None]:
 def _open(place: Place):
     import tensorstore as ts
 
-    return ts.KvStore.open(kvstore(place, patient=False)).result()
+    return ts.KvStore.open(make_kvstore_spec(place, patient=False)).result()

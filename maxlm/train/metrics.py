@@ -1,4 +1,4 @@
-"""What a run reports: numbers about arrays, and the files they go to.
+"""Metrics of training steps, and the log they are written to.
 
 A metrics record is a flat dict of JSON numbers with an integer ``step``; the step is the number of
 updates made so far.
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 from maxlm.train.records import Record, RecordFile
 from maxlm.train.reporting import ReportingConfig
 from maxlm.train.sinks import open_sinks
@@ -95,7 +95,7 @@ class MetricsLog:
         if not write:
             return
         folder = Path(folder)
-        with writing(folder):
+        with convert_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self._sinks = []
         with ExitStack() as stack:

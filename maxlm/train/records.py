@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maxlm.runtime.files import check_not_deleted, replacing, writing
+from maxlm.runtime.files import check_not_deleted, convert_write_errors, replace_file
 
 Record = Mapping[str, Any]
 
@@ -40,14 +40,14 @@ class RecordFile:
 
     def __init__(self, path: Path):
         self.path = path
-        with writing(path):
+        with convert_write_errors(path):
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             self._mend()
 
     def append(self, record: Record) -> None:
         """Write a record behind the others; it is with the operating system on return."""
         line = rest = f"{json.dumps(record)}\n".encode()
-        with writing(self.path):
+        with convert_write_errors(self.path):
             check_not_deleted(self.path)  # The descriptor would take it none the less.
             try:
                 while rest:
@@ -62,7 +62,7 @@ class RecordFile:
         """Drop every record whose ``step`` is later than ``last_step``, with damaged lines behind
         the first of them; return how many damaged lines stay."""
         damaged, past = 0, last_step < 0
-        with replacing(self.path) as temporary, temporary.open("wb") as file:
+        with replace_file(self.path) as temporary, temporary.open("wb") as file:
             for line in self.path.open("rb"):
                 record = _parsed(line)
                 stays = not past if record is None else record["step"] <= last_step
@@ -72,7 +72,7 @@ class RecordFile:
                     file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        with writing(self.path):
+        with convert_write_errors(self.path):
             replaced, self._descriptor = (
                 self._descriptor,
                 os.open(self.path, os.O_RDWR | os.O_APPEND),

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 from maxlm.train.reporting import ReportingConfig, WandbConfig
 
 Numbers = Mapping[str, float]
@@ -67,7 +67,7 @@ class TensorBoardSink(Sink):
     def __init__(self, folder: Path, resume_step: int = 0):
         from tensorboardX.event_file_writer import EventsWriter
 
-        with writing(folder):
+        with convert_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = folder
             # Its file names go by the second: a quick restart would overwrite the last one's.
@@ -85,13 +85,13 @@ class TensorBoardSink(Sink):
         self._write(step=step + 1, session_log={"status": "START"})
 
     def close(self) -> None:
-        with writing(self._folder):
+        with convert_write_errors(self._folder):
             self._file.close()
 
     def _write(self, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-        with writing(self._folder):
+        with convert_write_errors(self._folder):
             self._file.write_event(Event(wall_time=time.time(), **content))
             self._file.flush()
 
@@ -139,9 +139,9 @@ class WandbSink(Sink):
 def _kept_id(path: Path) -> str:
     """An id that lives as long as the run's folder, and moves with it."""
     if not path.exists():
-        with writing(path):
+        with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             temporary.write_text(uuid4().hex[:12])
     return path.read_text().strip()
 

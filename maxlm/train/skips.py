@@ -14,7 +14,7 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import broadcast_from_process_0
-from maxlm.runtime.files import replacing
+from maxlm.runtime.files import replace_file
 
 BatchRange = tuple[int, int]
 """First and last batch skipped, counted from 0."""
@@ -93,7 +93,7 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     """Adds a range to the record in a run's folder; ``skips`` are those known before."""
     path = folder / _FILE
     known = json.loads(path.read_text()) if path.exists() else [{"batches": each} for each in skips]
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         entries = [*known, {"batches": skip, "reason": reason}]
         temporary.write_text(f"{json.dumps(entries, indent=2)}\n")
 

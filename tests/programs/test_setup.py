@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.programs.feed import load_training_batches
 from maxlm.programs.setup import set_up
-from maxlm.programs.smoke import counting_source
+from maxlm.programs.smoke import make_counting_source
 from maxlm.run import RunConfig
 from tests.programs import tiny
 
@@ -23,7 +23,7 @@ def test_a_step_takes_the_memory_of_its_state_and_compiles_once():
     train = {"steps": 3, "micro_batches": 2, "ema_decay": 0.9}
     run = RunConfig.model_validate(tiny.settings("runs", "text", mesh=mesh, train=train))
     setup = set_up(run, jax.devices()[:4])
-    with load_training_batches(setup, counting_source(run), 0) as batches:
+    with load_training_batches(setup, make_counting_source(run), 0) as batches:
         step, state = setup.step_function(), setup.init()
         for batch in batches:
             before = state

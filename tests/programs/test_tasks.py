@@ -10,7 +10,7 @@ import pytest
 from maxlm.models.params import bind, flatten_names
 from maxlm.programs.feed import load_training_batches
 from maxlm.programs.setup import Setup, set_up
-from maxlm.programs.smoke import counting_source
+from maxlm.programs.smoke import make_counting_source
 from maxlm.run import RunConfig
 from maxlm.sharding import bind_mesh
 from maxlm.tasks import Models
@@ -77,7 +77,7 @@ def trained(setup: Setup, state: Any = None) -> tuple[Any, list[float]]:
     state = setup.init() if state is None else state
     step, losses = setup.step_function(), []
     start = int(state.step)
-    with load_training_batches(setup, counting_source(setup.config), start) as batches:
+    with load_training_batches(setup, make_counting_source(setup.config), start) as batches:
         for batch in batches:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
@@ -98,7 +98,7 @@ def test_a_mesh_trains_as_one_device_does(kind):
 def test_gradients_are_slopes_of_the_loss(kind):
     """Along random directions of each parameter, by central differences."""
     setup = prepared(kind)
-    with load_training_batches(setup, counting_source(setup.config), 0) as batches:
+    with load_training_batches(setup, make_counting_source(setup.config), 0) as batches:
         batch = {name: array[0] for name, array in next(batches).items()}
 
     def loss(params, batch):
@@ -141,6 +141,6 @@ def test_a_run_goes_on_with_the_same_batches(kind):
     setup = prepared(kind)
     _, losses = trained(setup)
     state, step = setup.init(), setup.step_function()
-    with load_training_batches(setup, counting_source(setup.config), 0) as batches:
+    with load_training_batches(setup, make_counting_source(setup.config), 0) as batches:
         state, _ = step(state, next(batches))
     assert trained(setup, state)[1] == losses[1:]

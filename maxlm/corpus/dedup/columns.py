@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 Column = np.ndarray | pa.Array
 
@@ -23,10 +23,10 @@ def write_columns(path: Path, columns: Mapping[str, Column]) -> None:
     """
     arrays = [_to_arrow(column) for column in columns.values()]
     batch = pa.RecordBatch.from_arrays(arrays, names=list(columns))
-    with writing(path):
+    with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        replacing(path) as new,
+        replace_file(path) as new,
         pa.OSFile(str(new), "wb") as file,
         pa.ipc.new_file(file, batch.schema) as out,
     ):

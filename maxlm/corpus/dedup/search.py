@@ -33,7 +33,7 @@ from maxlm.corpus.dedup.members import MemberList, Members, get_member_path, num
 from maxlm.corpus.dedup.minhash import Banding, compute_band_keys, make_shingle_set
 from maxlm.corpus.dedup.steps import StepRunner
 from maxlm.corpus.shards import StageShardView
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 _KEY_BYTES = 64  # A member's share of the memory of a job that sorts keys.
 _PAIR_BYTES = 64  # A pair's, where pairs are sorted or verified.
@@ -182,7 +182,7 @@ def _find_pairs(job: _RangeJob) -> None:
         if pairs is not None:
             piece.append(pairs)
             size += len(pairs)
-    with writing(done):
+    with convert_write_errors(done):
         done.touch()
 
 
@@ -215,9 +215,9 @@ def _write_sets(job: _SetJob) -> None:
     with open_columns(members.file(job.which)) as columns:
         rows = columns["row"][needed]
     sizes = [0]
-    with writing(out):
+    with convert_write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(_hash_file(out)) as new, new.open("wb") as file:
+    with replace_file(_hash_file(out)) as new, new.open("wb") as file:
         for group in job.shard.rows(("text",)):
             start, stop = np.searchsorted(rows, [group.first, group.first + group.size])
             texts = group.batch.column("text")

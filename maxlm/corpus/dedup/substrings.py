@@ -55,7 +55,7 @@ from maxlm.corpus.dedup.windows import (
     join_texts,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.runtime.files import replacing, writing
+from maxlm.runtime.files import convert_write_errors, replace_file
 
 _PLACE = np.uint64(32)  # A position is the number of a block << 32 | a character of its text.
 _LOW = np.uint64(2**32 - 1)
@@ -153,7 +153,7 @@ def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
         for i in range(len(counts))
     ]
     path = folder / "blocks.json"
-    with writing(path):
+    with convert_write_errors(path):
         path.write_text(json.dumps(blocks))
     return sum(map(sum, windows))
 
@@ -357,10 +357,10 @@ _KINDS = {
 
 def _write(path: Path, **arrays: np.ndarray) -> None:
     """Write each array to a file of its own, which appears when complete."""
-    with writing(path):
+    with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        with replacing(Path(f"{path}.{name}")) as new:
+        with replace_file(Path(f"{path}.{name}")) as new:
             array.astype(_KINDS[name], copy=False).tofile(new)
 
 

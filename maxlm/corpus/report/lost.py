@@ -26,7 +26,7 @@ from maxlm.corpus.settling import (
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.executor import Executor
-from maxlm.runtime.files import replacing
+from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _MOST = 100_000  # Documents, and passages, that are looked for.
@@ -106,7 +106,7 @@ def count_lost(
             there = np.bincount(text, seen[kind][np.searchsorted(wanted, hashes)])
             lost[kind] += int(np.sum(there < share * np.bincount(text)))
     total = LostText(*lost, *(sum(counts[kind] for _, counts in removed) for kind in range(2)))
-    with replacing(path) as new:
+    with replace_file(path) as new:
         new.write_text(json.dumps(asdict(total)))
     return total
 

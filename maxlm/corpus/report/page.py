@@ -14,7 +14,7 @@ from maxlm.corpus.recipe import Rules
 from maxlm.corpus.report.summary import Summary
 from maxlm.corpus.shards import DOCUMENTS
 from maxlm.corpus.stages.decontaminate import DecontaminateStage, count_items
-from maxlm.runtime.files import replacing
+from maxlm.runtime.files import replace_file
 
 _BINS = 48
 _MOST_ITEMS = 100
@@ -38,7 +38,7 @@ def write_report(
     page = environment.from_string(template).render(
         lost=lost, **make_page_context(corpus, rules, summary)
     )
-    with replacing(path) as new:
+    with replace_file(path) as new:
         new.write_text(page, "utf-8")
 
 

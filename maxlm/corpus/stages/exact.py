@@ -38,7 +38,7 @@ from maxlm.corpus.normalization import normalize
 from maxlm.corpus.shards import StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.runtime.executor import Executor
-from maxlm.runtime.files import locked_folder, replacing, writing
+from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.progress import Progress
 
 _BYTES = 256  # A member's share of a range job's memory, with its sorted copies.
@@ -108,7 +108,7 @@ class ExactStage(CorpusStage):
             MaxlmError: the index is of other settings or damaged, or another run is using it.
         """
         folder = Path(self.index).expanduser() if self.index else None
-        with locked_folder(folder) if folder else nullcontext():
+        with lock_folder(folder) if folder else nullcontext():
             index = _Index(folder, self, shards) if folder and shards else None
             if index:
                 index.check()
@@ -120,7 +120,7 @@ class ExactStage(CorpusStage):
             earlier = tuple(index.earlier) if index else ()
             # Not to be mixed up with what a killed run of other ranges, or another index, left.
             out = scratch / "ranges" / f"{number}-{len(earlier)}"
-            with writing(out):
+            with convert_write_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
             groups = [_GroupJob(members, out, number, i, earlier) for i in range(number)]
             steps.run("group", _group_range, groups)
@@ -197,7 +197,7 @@ def _group_range(job: _GroupJob) -> None:
         places = np.searchsorted(known, texts)
         found = places < len(known)
         seen[found] |= known[places[found]] == texts[found]
-    with writing(out):
+    with convert_write_errors(out):
         texts.tofile(out.with_suffix(".digests"))
     write_columns(
         out,
@@ -285,7 +285,7 @@ class _Index:
                 raise MaxlmError(what, where=str(file), fix=fix)
         path = self._folder / "settings.json"
         if not path.exists():
-            with replacing(path) as new:
+            with replace_file(path) as new:
                 new.write_text(json.dumps(self._settings))
             return
         try:
@@ -302,7 +302,7 @@ class _Index:
         """Enter this corpus, or replace what it entered before: all or nothing."""
         for left in self._folder.glob(f".*{self._name}.*"):  # By one that was killed here.
             left.unlink()
-        with replacing(self._own) as new, new.open("wb") as out:
+        with replace_file(self._own) as new, new.open("wb") as out:
             for part in parts:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, out)
@@ -314,9 +314,9 @@ def _corpus_id(corpus: Path) -> str:
     """Reads the id that tells a corpus from others wherever it lies; chosen at first use."""
     path = corpus / "corpus.id"
     if not path.exists():
-        with replacing(path) as new:
+        with replace_file(path) as new:
             new.write_text(uuid.uuid4().hex)
-    with writing(path):
+    with convert_write_errors(path):
         found = path.read_text(errors="replace").strip()
     if not _ID.fullmatch(found):
         fix = "write there the ID of the corpus's entry in the index, NUMBER-ID.digests"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArray
 from maxlm.data.loader.batches import Batch
-from maxlm.data.loader.best_fit import assign_best_fit
+from maxlm.data.loader.best_fit import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.rows.files import RowFile
 
@@ -161,7 +161,7 @@ def _pack(
     order, counts = [], []
     for start in range(0, len(examples), PACKING_BLOCK):
         block = slice(start, start + PACKING_BLOCK)
-        rows = assign_best_fit(lengths[block], room)
+        rows = pack_best_fit(lengths[block], room)
         order.append(examples[block][np.argsort(rows, kind="stable")])
         counts.append(np.bincount(rows))
     return np.concatenate(order), np.cumsum([0, *np.concatenate(counts)])

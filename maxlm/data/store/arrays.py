@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.storage import Place, below, kvstore, read_failure_hint
+from maxlm.runtime.storage import Place, join_place, make_kvstore_spec, read_failure_hint
 
 SHARD_TOKENS = 16 << 20
 CHUNK_TOKENS = 16 << 10
@@ -72,7 +72,7 @@ def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
     # A finished store never changes, so what is cached need not be checked against the disk.
     options = {"recheck_cached_data": False, "recheck_cached_metadata": False}
-    pieces = [_open(below(f, name), options, read=True, context=context) for f in folders]
+    pieces = [_open(join_place(f, name), options, read=True, context=context) for f in folders]
     skipped = 1 if name == "offsets" else 0
     pieces = [pieces[0], *(piece[skipped:] for piece in pieces[1:])]
     return pieces[0] if len(pieces) == 1 else ts.concat(pieces, axis=0)
@@ -83,7 +83,7 @@ def _open(path: Place, options: dict[str, Any], **kwargs: Any):
 
     spec = {
         "driver": "zarr3",
-        "kvstore": kvstore(path),
+        "kvstore": make_kvstore_spec(path),
         # By default a missing chunk reads as zeros, so a lost file would pass for tokens.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,

@@ -31,7 +31,7 @@ from maxlm.data.store.parts import (
 )
 from maxlm.data.store.plan import BuildPlan, plan_build
 from maxlm.data.store.store import TokenStore
-from maxlm.runtime.files import locked_folder, replacing, writing
+from maxlm.runtime.files import convert_write_errors, lock_folder, replace_file
 from maxlm.runtime.pool import WorkerPool, count_workers
 from maxlm.runtime.progress import Progress, ignore_progress
 
@@ -90,13 +90,13 @@ def build_store(
     with WorkerPool(workers or count_workers()) as pool:
         if join:
             _share_parts(plan, building, out, force, pool, progress)
-        with locked_folder(building, wait=join):
+        with lock_folder(building, wait=join):
             # Meanwhile another builder may have finished it, or another store.
             if existing := check_replaceable(out, plan.manifest, force):
                 shutil.rmtree(building, ignore_errors=True)
                 return existing
             manifest = _write_segment(plan, building, 0, pool, progress)
-            with writing(building):
+            with convert_write_errors(building):
                 plan.tokenizer.save(building / "store" / "tokenizer")
                 manifest = _with_checksums(manifest, write_checksums(building / "store"))
                 write_manifest(building / "store", manifest)
@@ -132,12 +132,12 @@ def append_store(
     split = existing.split, existing.heldout_fraction
     plan = plan_build(source, out / "tokenizer", *split, workers, shard_bytes)
     building = out.with_name(f".{out.name}.building")
-    with WorkerPool(workers or count_workers()) as pool, locked_folder(building):
+    with WorkerPool(workers or count_workers()) as pool, lock_folder(building):
         existing = _with_segments(TokenStore.open(out))
         if not is_appended(out, existing, plan.manifest):
             new = _write_segment(plan, building, existing.num_tokens, pool, progress)
             folder = out / segment_path(len(existing.segments))
-            with writing(out):
+            with convert_write_errors(out):
                 new = _with_checksums(new, write_checksums(building / "store"))
                 shutil.rmtree(folder, ignore_errors=True)  # Of an append that was killed here.
                 folder.parent.mkdir(exist_ok=True)
@@ -167,10 +167,10 @@ def _share_parts(
     plan: BuildPlan, building: Path, out: Path, force: bool, pool: WorkerPool, progress: Progress
 ) -> None:
     """Make parts beside other builders, until none is left that nobody makes."""
-    with locked_folder(building, shared=True, wait=True):
+    with lock_folder(building, shared=True, wait=True):
         if check_replaceable(out, plan.manifest, force):  # Finished while we waited.
             return
-        with writing(building), open(building / "plan.lock", "w") as lock:
+        with convert_write_errors(building), open(building / "plan.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (building / "plan").exists() and (building / "plan").read_text() != plan.key:
                 what = "other inputs are being built here, or were once"
@@ -186,7 +186,7 @@ def _write_segment(
 ) -> Manifest:
     """Make the arrays in `building/store`; offsets begin with `base`. Returns the manifest."""
     _forget_other_plan(building, plan.key)
-    with writing(building):
+    with convert_write_errors(building):
         (building / "parts").mkdir(exist_ok=True)
     made = _make_parts(plan.jobs(building / "parts"), make_part, pool, progress)
     parts = [made[index] for index in sorted(made)]
@@ -195,7 +195,7 @@ def _write_segment(
         shutil.rmtree(building)
         raise _no_documents(plan.source, manifest, plan.manifest.heldout_fraction)
     store = building / "store"
-    with writing(building):
+    with convert_write_errors(building):
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
     tokens_digest, offsets_digest = assemble(
@@ -227,11 +227,11 @@ def _with_checksums(manifest: Manifest, digest: str) -> Manifest:
 def _forget_other_plan(building: Path, key: str) -> None:
     """Empty the folder if it was left by a build of anything else."""
     path = building / "plan"
-    with writing(building):
+    with convert_write_errors(building):
         if path.exists() and path.read_text() == key:
             return
         shutil.rmtree(building / "parts", ignore_errors=True)
-    with replacing(path) as new:
+    with replace_file(path) as new:
         new.write_text(key)
 
 
@@ -306,7 +306,7 @@ def _publish(store: Path, out: Path, replaced: Path) -> None:
 def _clear(building: Path) -> None:
     """Delete what a build that is done has left, unless another process is at work there."""
     if building.exists():
-        with contextlib.suppress(MaxlmError), locked_folder(building):
+        with contextlib.suppress(MaxlmError), lock_folder(building):
             shutil.rmtree(building, ignore_errors=True)
 
 
@@ -314,6 +314,6 @@ def _finish_swap(out: Path, building: Path, *, wait: bool = False) -> None:
     """Put the old store back if a kill came after it was moved away and before the new one came."""
     replaced = building / "replaced"
     if replaced.exists() and not out.exists():
-        with locked_folder(building, wait=wait), writing(out):
+        with lock_folder(building, wait=wait), convert_write_errors(out):
             if replaced.exists() and not out.exists():
                 os.rename(replaced, out)

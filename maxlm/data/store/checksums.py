@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.pool import count_workers
-from maxlm.runtime.storage import Place, below, read_failure_hint, read_file, sha256
+from maxlm.runtime.storage import Place, hash_stored_file, join_place, read_failure_hint, read_file
 
 CHECKSUMS_NAME = "checksums.sha256"
 """Names in it are relative to its folder."""
@@ -17,10 +17,10 @@ def write_checksums(folder: Path) -> str:
     """Write the checksums of all files that are below the folder now; returns the list's own."""
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     with ThreadPoolExecutor(count_workers()) as threads:
-        digests = threads.map(lambda name: sha256(folder, name), names)
+        digests = threads.map(lambda name: hash_stored_file(folder, name), names)
         lines = [f"{digest}  {name}\n" for digest, name in zip(digests, names, strict=True)]
     (folder / CHECKSUMS_NAME).write_text("".join(lines))
-    return sha256(folder, CHECKSUMS_NAME)
+    return hash_stored_file(folder, CHECKSUMS_NAME)
 
 
 def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, str]]:
@@ -33,7 +33,7 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
     Raises:
         MaxlmError: the list of checksums cannot be read, or is no such list.
     """
-    where, rebuild = str(below(place, CHECKSUMS_NAME)), "build the store again"
+    where, rebuild = str(join_place(place, CHECKSUMS_NAME)), "build the store again"
     try:
         data = read_file(place, CHECKSUMS_NAME)
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
 
     def fault(pair: list[str]) -> str | None:
         try:
-            same = sha256(place, pair[1]) == pair[0]
+            same = hash_stored_file(place, pair[1]) == pair[0]
         except FileNotFoundError:
             return "is missing"
         except OSError as error:

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.documents.config import BadBytes
-from maxlm.runtime.files import without_digest, write_json
-from maxlm.runtime.storage import Place, below, read_failure_hint, read_file
+from maxlm.runtime.files import strip_digest, write_json
+from maxlm.runtime.storage import Place, join_place, read_failure_hint, read_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -158,7 +158,7 @@ def read_manifest(folder: Place) -> Manifest:
     Raises:
         MaxlmError: no store there, or a manifest that is damaged or of another format version.
     """
-    path = below(folder, MANIFEST_NAME)
+    path = join_place(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
     fix = read_failure_hint(folder, rebuild)
     try:
@@ -168,7 +168,7 @@ def read_manifest(folder: Place) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise MaxlmError(f"cannot read: {error}", where=str(path), fix=fix) from error
     try:
-        manifest = Manifest.model_validate_json(without_digest(text))
+        manifest = Manifest.model_validate_json(strip_digest(text))
     except ValueError as error:
         reason = str(error)
         if isinstance(error, ValidationError):

@@ -23,7 +23,7 @@ from maxlm.data.documents.heldout import is_heldout
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.slices import check_unchanged
 from maxlm.data.store.manifest import Manifest, Split
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -105,7 +105,10 @@ def read_finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart 
 
 def make_unclaimed_part(job: PartJob) -> FinishedPart | None:
     """Make a part unless another process, maybe on another machine, is making it: then None."""
-    with writing(job.folder), open(part_path(job.folder, job.index, "claim"), "w") as claim:
+    with (
+        convert_write_errors(job.folder),
+        open(part_path(job.folder, job.index, "claim"), "w") as claim,
+    ):
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +131,7 @@ def make_part(job: PartJob) -> FinishedPart:
     temporary = {s: part_path(job.folder, job.index, f"{s}.{os.getpid()}") for s in _SUFFIXES}
     try:
         with (
-            writing(job.folder),
+            convert_write_errors(job.folder),
             open(temporary["tokens"], "wb") as tokens_file,
             open(temporary["lengths"], "wb") as lengths_file,
         ):
@@ -139,7 +142,7 @@ def make_part(job: PartJob) -> FinishedPart:
                 num_tokens += len(tokens)
                 num_documents += len(lengths)
         part = FinishedPart(job.index, num_tokens, num_documents, counts)
-        with writing(job.folder):
+        with convert_write_errors(job.folder):
             temporary["json"].write_text(json.dumps(asdict(part)))
             for suffix in _SUFFIXES:  # json last: it declares the part finished
                 os.replace(temporary[suffix], part_path(job.folder, job.index, suffix))

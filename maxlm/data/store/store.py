@@ -17,7 +17,7 @@ from maxlm.data.store.arrays import describe_array_error, open_for_reading
 from maxlm.data.store.checksums import find_damaged_files
 from maxlm.data.store.manifest import Manifest, read_manifest, segment_path
 from maxlm.data.store.offsets import Offsets
-from maxlm.runtime.storage import Place, below, copy_folder, read_failure_hint, to_place
+from maxlm.runtime.storage import Place, copy_folder, join_place, read_failure_hint, to_place
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
@@ -145,7 +145,9 @@ class TokenStore:
             if self.manifest.segments:
                 digest = self.manifest.segments[number].checksums_sha256
             for name, fault in find_damaged_files(folder, digest):
-                raise MaxlmError(f"this file {fault}", where=str(below(folder, name)), fix=_REBUILD)
+                raise MaxlmError(
+                    f"this file {fault}", where=str(join_place(folder, name)), fix=_REBUILD
+                )
         (first,), (last,) = self._offset_ranges(
             [(0, 1), (self.num_documents, self.num_documents + 1)]
         )
@@ -183,7 +185,7 @@ class TokenStore:
     def _folders(self) -> list[Place]:
         """Where the segments' arrays lie."""
         later = range(1, len(self.manifest.segments))
-        return [self.place, *(below(self.place, segment_path(number)) for number in later)]
+        return [self.place, *(join_place(self.place, segment_path(number)) for number in later)]
 
     @cached_property
     def _tokens(self):
@@ -243,7 +245,7 @@ class TokenStore:
         """Return an error that names the file, the chunk and which part of the store is lost."""
         found = _LOST_CHUNK.search(str(error))
         if found is None:
-            return describe_array_error(below(self.place, name), error, _REBUILD)
+            return describe_array_error(join_place(self.place, name), error, _REBUILD)
         chunk, file, segment, shard, reason = found.groups(default="0")
         array = open_for_reading([self._folders[int(segment)]], name, 0)
         layout = array.chunk_layout.to_json()
@@ -256,7 +258,7 @@ class TokenStore:
         before = sum(getattr(each, count) for each in self.manifest.segments[: int(segment)])
         what = f"cannot read {what} ({name} {before + first:,} to {before + last:,})"
         fix = f"put an undamaged copy of the file there, or {_REBUILD}"
-        where = str(below(self.place, file))
+        where = str(join_place(self.place, file))
         return MaxlmError(f"{what}: {reason.removeprefix('is ').strip()}", where=where, fix=fix)
 
     def _damaged(self, what: str) -> MaxlmError:

@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
     PyTree,
     check_arrays,
@@ -206,7 +206,7 @@ class FolderTier:
             aside = path.with_name(f"{step}.{'damaged' if is_kept else 'left'}")
             shutil.rmtree(aside, ignore_errors=True)
             if path.exists():
-                with writing(path):
+                with convert_write_errors(path):
                     path.rename(aside)
             if not is_kept:
                 shutil.rmtree(aside, ignore_errors=True)

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
-from maxlm.runtime.files import writing
+from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
     PyTree,
     Unreadable,
@@ -60,7 +60,7 @@ class LocalTier:
         self._thread: threading.Thread | None = None
         self._stale_dirs: list[Path] = []
         """Of processes that are on another host now."""
-        with writing(self.folder):
+        with convert_write_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # Of all the run's processes: this host may have had others.
             for left in self.folder.parent.glob("process-*/.*"):

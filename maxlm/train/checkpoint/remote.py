@@ -21,8 +21,8 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
-from maxlm.runtime.files import writing
-from maxlm.runtime.storage import below, kvstore, read_failure_hint, to_place
+from maxlm.runtime.files import convert_write_errors
+from maxlm.runtime.storage import join_place, make_kvstore_spec, read_failure_hint, to_place
 from maxlm.train.checkpoint.reading import (
     PyTree,
     Unreadable,
@@ -144,8 +144,8 @@ class _Copier:
         self.failure: str | None = None
         """Why the newest copy is missing; None: it is there, or under way."""
         with self._explain():
-            ts.KvStore.open(kvstore(self._place, patient=False)).result().list().result()
-            self._store = ts.KvStore.open(kvstore(self._place)).result()
+            ts.KvStore.open(make_kvstore_spec(self._place, patient=False)).result().list().result()
+            self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
             self._claim(owner)
             self.complete_steps, incomplete = self._list()
             for step in incomplete:
@@ -175,9 +175,9 @@ class _Copier:
         for name, (size, digest) in self._read(step, _COMPLETE, json.loads).items():
             value = self._read(step, name, bytes)
             if len(value) != size or hashlib.sha256(value).hexdigest() != digest:
-                where, fix = str(below(self._place, str(step))), "restore another step"
+                where, fix = str(join_place(self._place, str(step))), "restore another step"
                 raise Unreadable(f"unreadable: {name} is damaged", where=where, fix=fix)
-            with writing(to):
+            with convert_write_errors(to):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
                 (to / name).write_bytes(value)
 
@@ -302,7 +302,7 @@ class _Copier:
             return parse(self._store.read(f"{step}/{name}").result().value)
         except ValueError as error:
             where, what = (
-                str(below(self._place, str(step))),
+                str(join_place(self._place, str(step))),
                 f"unreadable ({describe_error(error)})",
             )
             raise Unreadable(what, where=where, fix="restore another step") from error

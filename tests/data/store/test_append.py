@@ -11,7 +11,7 @@ from maxlm.data.documents import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store import build as build_module
-from maxlm.runtime.files import locked_folder
+from maxlm.runtime.files import lock_folder
 
 
 def all_documents(sources):
@@ -139,7 +139,7 @@ def test_a_repeated_build_leaves_an_append_that_is_at_work_alone(tmp_path, sourc
     """The build has nothing to do but to clear up what it may have left."""
     build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
     building = tmp_path / ".one.building"
-    with locked_folder(building):
+    with lock_folder(building):
         (building / "parts").mkdir()
         build_store(sources[0], byte_tokenizer(), tmp_path / "one", workers=1)
         assert (building / "parts").is_dir()

@@ -169,17 +169,17 @@ def test_what_is_no_store_is_never_replaced(tmp_path, corpus, byte_tokenizer):
 def test_a_store_that_another_built_meanwhile_is_not_replaced(
     tmp_path, corpus, byte_tokenizer, folder_bytes, monkeypatch
 ):
-    out, locked = tmp_path / "store", build_module.locked_folder
+    out, locked = tmp_path / "store", build_module.lock_folder
 
     @contextmanager
     def late(folder, **settings):
         with monkeypatch.context() as patch:
-            patch.setattr(build_module, "locked_folder", locked)
+            patch.setattr(build_module, "lock_folder", locked)
             build_store(corpus, byte_tokenizer(1), out, workers=1)
         with locked(folder, **settings):
             yield
 
-    monkeypatch.setattr(build_module, "locked_folder", late)
+    monkeypatch.setattr(build_module, "lock_folder", late)
     with pytest.raises(MaxlmError, match="the store here was built from other inputs"):
         build_store(corpus, byte_tokenizer(), out, workers=1)
     build_store(corpus, byte_tokenizer(1), tmp_path / "other", workers=1)

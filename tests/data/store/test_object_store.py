@@ -16,7 +16,7 @@ from maxlm.data.documents import SourceConfig
 from maxlm.data.loader import LoaderConfig, make_batches
 from maxlm.data.store import TokenStore, append_store, build_store
 from maxlm.data.store.describe import describe, summary_table
-from maxlm.runtime.storage import kvstore, to_place
+from maxlm.runtime.storage import make_kvstore_spec, to_place
 from tests.ports import free_port
 
 
@@ -211,13 +211,17 @@ def test_who_cannot_be_reached_is_given_up(monkeypatch):
     monkeypatch.setattr("maxlm.runtime.storage._FEW_RETRIES", retries)
     with pytest.raises(MaxlmError, match=r"check the URL, the network and the credentials$"):
         TokenStore.open("s3://corpora/web")
-    assert kvstore("gs://b/a", patient=False)["gcs_request_retries"] == retries
-    assert "s3_request_retries" not in kvstore("s3://b/a")
+    assert make_kvstore_spec("gs://b/a", patient=False)["gcs_request_retries"] == retries
+    assert "s3_request_retries" not in make_kvstore_spec("s3://b/a")
 
 
 def test_places(monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     assert to_place("stores/a") == Path("stores/a")
     assert to_place(Path("gs://bucket/a/b/")) == "gs://bucket/a/b"
-    assert kvstore("gs://bucket/a/b") == {"driver": "gcs", "bucket": "bucket", "path": "a/b/"}
-    assert kvstore("gs://bucket") == {"driver": "gcs", "bucket": "bucket", "path": ""}
+    assert make_kvstore_spec("gs://bucket/a/b") == {
+        "driver": "gcs",
+        "bucket": "bucket",
+        "path": "a/b/",
+    }
+    assert make_kvstore_spec("gs://bucket") == {"driver": "gcs", "bucket": "bucket", "path": ""}
