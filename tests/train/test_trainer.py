@@ -22,6 +22,7 @@ from maxlm.train.trainer import Callback, StepTimer, Trainer
 @dataclass(frozen=True)
 class State:
     step: int
+    frozen: dict = field(default_factory=dict)
 
 
 @dataclass
