@@ -174,11 +174,10 @@ def _prepared(row: Row) -> Any:
         }
     )
     work = RunWorkload.of(config, jnp.bfloat16)
-    from maxlm.models.params import param_specs
     from maxlm.sharding import AxisRules
 
-    tree = param_specs(config.model.build(rules=AxisRules(), dtype=jnp.bfloat16))
-    counted = count_training_flops(tree, config.model, row.seq_len)
+    built = config.model.build(rules=AxisRules(), dtype=jnp.bfloat16)
+    counted = count_training_flops(built, row.seq_len)
     split = MeshSplit(config, {a: sizes[a] for a in MESH_AXES})
     shape = StepShape(work, split, row.micro, row.remat, fused_attention=True)
     network = Network(machine, CHIPS[machine.kind])

@@ -13,6 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
+from maxlm.models.costs import BranchCosts, get_costs
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.attention import Attention, AttentionConfig, AttentionInputs, KeysValues
 from maxlm.models.layers.latent_attention import LatentAttention
@@ -47,7 +48,10 @@ Placement = Literal["pre", "post", "sandwich", "parallel", "parallel_shared"]
 
 
 class Mixer(Protocol):
-    """Mixes tokens along the sequence: attention, or a state that passes from one to the next."""
+    """Mixes tokens along the sequence: attention, or a state that passes from one to the next.
+
+    Like an FFN it may state its ``costs()`` for the plan; see :mod:`maxlm.models.costs`.
+    """
 
     name: str
     """The first part of its parameters' names within a layer."""
@@ -191,6 +195,18 @@ class Block(nnx.Module):
             x = self._joined(x, y, self.cross_norm, None)
         y, aux = self.ffn.feed(self._before(self.mlp_norm, x), inputs.segment_ids)
         return self._joined(x, y, self.mlp_norm, self.mlp_post_norm), cache, aux
+
+    def costs(self) -> tuple[BranchCosts, ...]:
+        """Costs of one layer, by branch."""
+        mixer: Any = self.mixer
+        ffn: Any = self.ffn
+        branches = [
+            BranchCosts("mixer", mixer.name, get_costs(mixer)),
+            BranchCosts("ffn", ffn.name, get_costs(ffn)),
+        ]
+        if self.cross is not None:
+            branches.append(BranchCosts("cross_attention", "cross", self.cross.costs("memory")))
+        return tuple(branches)
 
     @property
     def mixer(self) -> Mixer:

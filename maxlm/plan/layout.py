@@ -94,7 +94,7 @@ def lay_out_run(
     gradients = param_shardings(tree, placed.gradients, mesh)
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     lengths = TokensPerRow.of(config)
-    flops = count_training_flops(tree, config.model, *lengths)
+    flops = count_training_flops(placed.model, *lengths)
     a_token = lengths.own / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
     return RunLayout(

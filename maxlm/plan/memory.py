@@ -16,7 +16,12 @@ import numpy as np
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import StepShape, count_received_rows
-from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
+from maxlm.plan.sizes import (
+    count_hidden_elements,
+    count_latent_elements,
+    count_output_elements,
+    head_sizes,
+)
 from maxlm.plan.stacks import Stack
 from maxlm.plan.working import LOSS, UPDATE, Parts, list_end_working_sets, list_layer_working_sets
 from maxlm.plan.workload import MeshSplit, Number
@@ -190,11 +195,12 @@ def _kept(shape: StepShape, stack: Stack) -> Number:
     itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
-    sizes = head_sizes(model.attention, split)
-    looks = [stack.rate] + ([work.encoder_rate] if stack.cross_attention else [])
-    hidden = sum(count_hidden_elements(m, split) for m in stack.maps if not m.experts)
+    own, crossing = stack.heads(), stack.heads("cross_attention")
+    dense = [m for m in stack.maps if m.branch == "ffn" and m.writes == "mlp" and not m.experts]
+    hidden = sum(count_hidden_elements(m, split) for m in dense)
     within = 0.0
-    for seen in looks:
+    for heads, seen in ((own, stack.rate), (crossing, work.encoder_rate)):
+        sizes = head_sizes(heads, split)
         if "qkv" in kept:
             within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
         if "attention" in kept:
@@ -203,11 +209,15 @@ def _kept(shape: StepShape, stack: Stack) -> Number:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        gated = [m for m in stack.maps if m.writes == "mlp" and not m.experts]
-        within += sum(count_hidden_elements(m, split) / len(m.kernels) for m in gated)
+        within += sum(count_hidden_elements(m, split) / len(m.kernels) for m in dense)
         # Narrow vectors before their norms and after, and heads before theirs.
         within += 2 * sum(count_latent_elements(m) for m in stack.maps)
-        within += sizes.queries + sizes.keys if model.attention.qk_norm else 0.0
+        sizes = head_sizes(own, split)
+        within += sizes.queries + sizes.keys if own and own.qk_norm else 0.0
+        if own is None:
+            within += sum(
+                count_output_elements(m, split) for m in stack.maps if m.branch == "mixer"
+            )
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
     layers = shape.held(stack.depth) / shape.groups
     tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)

@@ -87,7 +87,9 @@ def _context(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -
 
 def _kv_heads(config: RunConfig, placed: PlacedModel, sizes: Mapping[str, int]) -> str | None:
     rules, attention = placed.compute, config.model.attention
-    if not rules.heads or rules.kv_heads == rules.heads or attention.latent:
+    if attention is None or attention.latent:
+        return None
+    if not rules.heads or rules.kv_heads == rules.heads:
         return None
     return (
         f"{attention.num_kv_heads} kv heads are whole on every device of "

@@ -102,17 +102,17 @@ class StepShape:
 
 def count_expert_rows(shape: StepShape) -> float:
     """Rows of a token that experts multiply, empty places of a capacity included."""
-    moe = shape.work.config.model.moe
-    assert moe is not None
-    return moe.experts_per_token * (moe.capacity_factor if moe.dispatch == "capacity" else 1.0)
+    experts = shape.work.experts
+    assert experts is not None
+    return experts.experts_per_token * (experts.capacity_factor or 1.0)
 
 
 def count_received_rows(shape: StepShape) -> Number:
     """Rows of the buffers that experts receive: room for the worst case, or for their capacity."""
-    moe, split = shape.work.config.model.moe, shape.split
-    assert moe is not None
+    experts, split = shape.work.experts, shape.split
+    assert experts is not None
     ways = split.ways(split.compute.expert)
-    if moe.dispatch == "capacity":
+    if experts.capacity_factor is not None:
         return shape.tokens * count_expert_rows(shape)
-    here = np.minimum(moe.experts_per_token, moe.num_experts / ways)
-    return shape.tokens * np.where(np.greater(ways, 1), ways * here, moe.experts_per_token)
+    here = np.minimum(experts.experts_per_token, experts.num_experts / ways)
+    return shape.tokens * np.where(np.greater(ways, 1), ways * here, experts.experts_per_token)

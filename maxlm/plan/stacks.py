@@ -1,5 +1,5 @@
-"""A model's stacks of layers as costs are counted: which matrices of a layer are multiplied
-together, what they read, and how many pairs of tokens its attention has scores for.
+"""A model's stacks of layers as costs are counted: what each layer states of itself
+(``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees.
 
 Layers of several stacks that have the same map count as so many of one kind.
 """
@@ -7,14 +7,12 @@ Layers of several stacks that have the same map count as so many of one kind.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from maxlm.models.architectures.config import TransformerConfig, strip_stack
-from maxlm.models.params import ParamSpec
-
-Side = Literal["residual", "memory", "latent", "heads", "mlp"]
-"""What maps read and write: the residual stream, an encoder's output, a narrow vector of latent
-attention, heads, or the hidden layer of an MLP."""
+from maxlm.models.architectures import Model
+from maxlm.models.architectures.config import strip_stack
+from maxlm.models.costs import Branch, BranchCosts, ExpertCosts, HeadCosts, Side
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class Kernel:
     axes: tuple[str | None, ...]
     inputs: int
     """Leading dimensions that are summed over; of an expert's, behind the first."""
+    needed_raw: bool = False
+    """Whether the backward pass needs its product as it was before a norm or a clip."""
 
     @property
     def size(self) -> int:
@@ -47,6 +47,7 @@ class Map:
 
     name: str
     kernels: tuple[Kernel, ...]
+    branch: Branch
     reads: Side
     experts: bool
     """Whether tokens choose among these, which lie in one array."""
@@ -83,6 +84,7 @@ class Pairs(NamedTuple):
     """... and tokens that they look at."""
     causal: bool
     window: int | None
+    heads: HeadCosts
     rate: float = 1.0
     """Tokens that look for each of the batch."""
     biased: bool = False
@@ -103,89 +105,110 @@ class Stack:
     rate: float
     """Tokens that go through for each of the batch."""
     is_encoder: bool
-    """Whether these are an encoder's, beside a decoder."""
-    cross_attention: bool
-    """Whether they look at an encoder's output as well."""
+    """Whether these are an encoder's, beside a decoder's."""
+    branches: tuple[BranchCosts, ...]
 
     @property
-    def experts(self) -> bool:
-        return any(map_.experts for map_ in self.maps)
+    def cross_attention(self) -> bool:
+        """Whether they look at an encoder's output as well."""
+        return any(branch.branch == "cross_attention" for branch in self.branches)
+
+    def heads(self, branch: Branch = "mixer") -> HeadCosts | None:
+        """The heads of attention in a branch; None: it has none."""
+        return next((own.costs.heads for own in self.branches if own.branch == branch), None)
+
+    @property
+    def experts(self) -> ExpertCosts | None:
+        return next((own.costs.experts for own in self.branches if own.costs.experts), None)
+
+    @property
+    def router(self) -> Kernel | None:
+        """Of its experts."""
+        for own in self.branches:
+            if own.costs.experts:
+                name = f"{self.name}.{own.module}.{own.costs.experts.router}"
+                return make_kernel(name, self.specs[name])
+        return None
 
 
-def list_stacks(
-    model: TransformerConfig, specs: Mapping[str, ParamSpec], seq_len: int, encoder_len: int
-) -> tuple[Stack, ...]:
-    """All stacks, in the order in which they are run.
+def list_stacks(model: Model, seq_len: int, encoder_len: int) -> tuple[Stack, ...]:
+    """Lists all stacks, in the order in which they are run.
 
     Args:
-        specs: of all of the model's parameters.
         encoder_len: tokens in a row of an encoder's, beside ``seq_len`` of its decoder's.
     """
-    return tuple(_stacks(model, specs, seq_len, encoder_len))
+    return tuple(_stacks(model, seq_len, encoder_len))
 
 
-def _stacks(
-    model: TransformerConfig, specs: Mapping[str, ParamSpec], seq_len: int, encoder_len: int
-) -> Iterator[Stack]:
-    inputs = encoder_len / seq_len
-    for trunk in model.trunks:
+def _stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
+    specs, inputs = flatten_names(param_specs(model)), encoder_len / seq_len
+    biased = model.config.positions.kind == "relative"
+    for trunk in model.config.trunks:
+        blocks = model.trunks[trunk.prefix].parts
         length, rate = (encoder_len, inputs) if trunk.is_encoder else (seq_len, 1.0)
         for part in trunk.parts:
-            name = f"{trunk.prefix}{part.name}"
+            name, branches = f"{trunk.prefix}{part.name}", blocks[part.name].costs()
             own = {n: s for n, s in specs.items() if n.startswith(f"{name}.")}
-            biased = model.positions.kind == "relative"
-            one = Pairs(1, length, length, trunk.causal, None, rate, biased)
-            looks = [one._replace(window=kind.window) for kind in part.kinds]
-            pairs = [p._replace(layers=part.depth / len(looks)) for p in looks]
-            if trunk.cross_attention:
-                pairs.append(Pairs(part.depth, length, encoder_len, False, None, rate))
-            maps = tuple(_maps(own, part.depth, rate, inputs))
-            what = (rate, trunk.is_encoder, trunk.cross_attention)
-            yield Stack(name, part.depth, len(part.kinds), own, maps, merge_pairs(pairs), *what)
+            pairs = []
+            for branch in branches:
+                if not (heads := branch.costs.heads):
+                    continue
+                if branch.branch == "cross_attention":
+                    pairs.append(Pairs(part.depth, length, encoder_len, False, None, heads, rate))
+                    continue
+                layers = part.depth / len(part.kinds)
+                one = Pairs(layers, length, length, trunk.causal, None, heads, rate, biased)
+                pairs += [one._replace(window=kind.window) for kind in part.kinds]
+            maps = _maps(name, branches, own, part.depth, rate, inputs)
+            yield Stack(
+                name=name,
+                depth=part.depth,
+                period=len(part.kinds),
+                specs=own,
+                maps=maps,
+                pairs=merge_pairs(pairs),
+                rate=rate,
+                is_encoder=trunk.is_encoder,
+                branches=branches,
+            )
 
 
 def _maps(
-    specs: Mapping[str, ParamSpec], depth: int, rate: float, encoder_rate: float
-) -> Iterator[Map]:
-    """Groups the matrices of one stack."""
-    groups: dict[tuple[str, Side, str], list[Kernel]] = {}
-    for name, spec in specs.items():
-        if spec.role == "matrix":
-            kernel = make_kernel(name, spec)
-            module = kernel.name.rpartition(".")[0]
-            groups.setdefault((module, *_source(kernel, specs)), []).append(kernel)
-    for (module, reads, _), kernels in groups.items():
-        yield Map(
-            name=f"{module}: {', '.join(kernel.name.rpartition('.')[2] for kernel in kernels)}",
-            kernels=tuple(kernels),
-            reads=reads,
-            experts="expert" in kernels[0].axes,
-            depth=depth,
-            rate=encoder_rate if reads == "memory" else rate,
-        )
+    stack: str,
+    branches: Iterable[BranchCosts],
+    specs: Mapping[str, ParamSpec],
+    depth: int,
+    rate: float,
+    encoder_rate: float,
+) -> tuple[Map, ...]:
+    """Joins the groups of matrices of one stack with their declarations.
 
-
-def _source(kernel: Kernel, specs: Mapping[str, ParamSpec]) -> tuple[Side, str]:
-    """Returns the side that a kernel reads; and of narrow vectors, the kernel that writes them."""
-    if _reads_memory(kernel.name):
-        return "memory", ""
-    behind = {"query": "query_down", "key_up": "key_down", "value_up": "key_down"}
-    before = behind.get(kernel.name.rpartition(".")[2], "")
-    if any(name.endswith(f".{before}.kernel") for name in specs):
-        return "latent", before
-    inputs = set(kernel.axes[: kernel.inputs + ("expert" in kernel.axes)])
-    return ("heads" if "heads" in inputs else "mlp" if "mlp" in inputs else "residual"), ""
-
-
-def _reads_memory(name: str) -> bool:
-    """Whether a parameter maps an encoder's output within a decoder's layers."""
-    return name.removesuffix(".kernel").endswith(("cross.key", "cross.value"))
-
-
-def has_encoder_inputs(name: str, model: TransformerConfig) -> bool:
-    """Whether a parameter is multiplied with an encoder's tokens, beside a decoder's."""
-    encoders = tuple(trunk.prefix for trunk in model.trunks if trunk.is_encoder)
-    return name.startswith(encoders) or _reads_memory(name)
+    Raises:
+        ValueError: costs that leave a matrix out.
+    """
+    maps, missing = [], {name for name, spec in specs.items() if spec.role == "matrix"}
+    for branch in branches:
+        for group in branch.costs.matrices:
+            kernels = []
+            for own in sorted(group.names):
+                name = f"{stack}.{branch.module}.{own}"
+                kernel = make_kernel(name, specs[name])
+                kernels.append(replace(kernel, needed_raw=own in group.needed_raw))
+                missing.discard(name)
+            module = kernels[0].name.rpartition(".")[0]
+            map_ = Map(
+                name=f"{module}: {', '.join(each.name.rpartition('.')[2] for each in kernels)}",
+                kernels=tuple(kernels),
+                branch=branch.branch,
+                reads=group.reads,
+                experts="expert" in kernels[0].axes,
+                depth=depth,
+                rate=encoder_rate if group.reads == "memory" else rate,
+            )
+            maps.append(map_)
+    if missing:
+        raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
+    return tuple(sorted(maps, key=lambda each: each.kernels[0].name.split(".")))
 
 
 def make_kernel(name: str, spec: ParamSpec) -> Kernel:

@@ -76,7 +76,7 @@ class StepTime:
     attention: Number
     """Its products, and its scores' element-wise work."""
     traffic: Number
-    """Other element-wise work, by the bytes it moves."""
+    """Other element-wise work, by the bytes it moves; recurrences."""
     exposed: Number
     """Communication that nothing hides."""
     idle: Number
@@ -118,12 +118,11 @@ class DeviceFlops:
 def count_device_flops(shape: StepShape) -> DeviceFlops:
     """Counts what a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
-    config = work.config
     forward = backward = 0.0
     for map_ in work.maps:
         share = 1.0
-        if map_.experts and config.model.moe is not None:
-            share = count_expert_rows(shape) / config.model.moe.num_experts
+        if map_.experts and work.experts is not None:
+            share = count_expert_rows(shape) / work.experts.num_experts
         tokens = shape.held(map_.depth) * map_.rate * shape.tokens
         for kernel in map_.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
@@ -133,17 +132,18 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
             backward += one * (3 if work.recomputed(map_, kernel, shape.remat) else 2)
             if map_.experts and shape.remat == "none" and map_.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
-    if config.model.moe is not None:
+    if work.router is not None:
         tokens = shape.held(work.expert_layers) * shape.residual_tokens
-        router = 2 * config.model.d_model * config.model.moe.num_experts * tokens
+        router = 2 * work.router.size * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
-    fused = count_scores(shape, fused=True)
-    scores = fused + count_scores(shape, fused=False)
-    attention = config.model.attention
-    head, value = attention.head_dim, attention.value_dim
     again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
-    once = 2 * scores * (head + value)
+    once = gradients = 0.0
+    for pairs in work.pairs:
+        scores, head, value = _scores(shape, pairs), pairs.heads.head_dim, pairs.heads.value_dim
+        once += 2 * scores * (head + value)
+        # Scores, and gradients of weights, queries, keys and values.
+        gradients += 2 * scores * (3 * head + 2 * value)
     loss = work.head.size * shape.end_tokens / split.ways(rules.vocab)
     outer = sum(k.size / split.shards(rules, k.axes) for k in work.outer_kernels)
     loss += outer * shape.end_residual_tokens
@@ -151,9 +151,8 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
-        # Scores, and gradients of weights, queries, keys and values.
-        attention_backward=2 * scores * (3 * head + 2 * value) + again * once,
-        scores=fused,
+        attention_backward=gradients + again * once,
+        scores=count_scores(shape, fused=True),
         scores_again=again,
         loss=2 * shape.losses * loss,
     )
@@ -162,11 +161,24 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
 def count_scores(shape: StepShape, *, fused: bool) -> Number:
     """Scores of attention on a device in one pass of its layers, as far as they are computed: those
     that a kernel keeps on the chip, or the others."""
-    work, split = shape.work, shape.split
-    own = [pairs for pairs in work.pairs if shape.fused(pairs.biased) == fused]
-    pairs = sum(p.layers * p.rate * p.keys * computed_score_ratio(p) for p in own)
-    heads = work.config.model.attention.num_heads / split.ways(split.compute.heads)
-    return shape.held(pairs) * shape.tokens * heads
+    own = [pairs for pairs in shape.work.pairs if shape.fused(pairs.biased) == fused]
+    return sum((_scores(shape, pairs) for pairs in own), start=0.0)
+
+
+def _scores(shape: StepShape, pairs: Pairs) -> Number:
+    seen = pairs.layers * pairs.rate * pairs.keys * computed_score_ratio(pairs)
+    heads = pairs.heads.num_heads / shape.split.ways(shape.split.compute.heads)
+    return shape.held(seen) * shape.tokens * heads
+
+
+def count_other_flops(shape: StepShape) -> Number:
+    """Counts a device's forward FLOPs beside products and attention in one pass of its layers."""
+    work, split, flops = shape.work, shape.split, 0.0
+    for stack in work.stacks:
+        for own in (branch.costs for branch in stack.branches if branch.costs.flops):
+            tokens = shape.held(stack.depth) * stack.rate * shape.tokens
+            flops += own.flops * tokens / split.shards(split.compute, own.flops_axes)
+    return flops
 
 
 def computed_score_ratio(pairs: Pairs) -> float:
@@ -225,12 +237,14 @@ def _moved(shape: StepShape, stack: Stack) -> Number:
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""
     work, split = shape.work, shape.split
-    model, sizes = work.config.model, head_sizes(work.config.model.attention, split)
+    model, sizes = work.config.model, head_sizes(stack.heads(), split)
     stream = shape.residual_tokens * stack.rate * model.d_model
     tokens = shape.tokens * stack.rate
     keys, narrow, hidden = sizes.keys + sizes.values, 0.0, 0.0
     each = sizes.queries + sizes.output + keys
-    if stack.cross_attention:
+    if crossing := stack.heads("cross_attention"):
+        sizes = head_sizes(crossing, split)
+        keys = sizes.keys + sizes.values
         each += sizes.queries + sizes.output + keys * work.encoder_rate
     for map_ in stack.maps:
         served = count_expert_rows(shape) if map_.experts else 1.0
@@ -282,7 +296,9 @@ def estimate_time(
         "forward": work.attention_forward / attention_rate + softmax[0] + scores[0] / bandwidth,
         "backward": work.attention_backward / attention_rate + softmax[1] + scores[1] / bandwidth,
     }
-    moved = {"forward": ahead / bandwidth, "backward": back / bandwidth}
+    other = count_other_flops(shape) / chip.vector
+    again = 2 + np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
+    moved = {"forward": ahead / bandwidth + other, "backward": back / bandwidth + again * other}
     loss = work.loss / rate + loss_bytes / bandwidth, 2 * work.loss / rate
     slots, exposed, communication = shape.slots, 0.0, 0.0
 

@@ -7,10 +7,16 @@ Counted in arrays that are alive together, as XLA's buffer assignments show them
 
 import numpy as np
 
+from maxlm.models.costs import HeadCosts
 from maxlm.models.remat import SAVED
 from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import StepShape, count_received_rows
-from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
+from maxlm.plan.sizes import (
+    count_hidden_elements,
+    count_latent_elements,
+    count_output_elements,
+    head_sizes,
+)
 from maxlm.plan.stacks import Map, Stack
 from maxlm.plan.workload import Number
 
@@ -26,11 +32,16 @@ _SCORE_BYTES, _HIDDEN_BYTES = 1 << 26, 1 << 30
 def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     """Phase → what is alive besides while a layer of a stack is differentiated, by branch."""
     biased = shape.work.config.model.positions.kind == "relative"
-    sets = {"a layer's attention": _attention(shape, stack, stack.rate, biased)}
-    if stack.cross_attention:
-        sets["a layer's cross-attention"] = _attention(shape, stack, shape.work.encoder_rate, False)
+    sets = {}
+    if heads := stack.heads():
+        sets["a layer's attention"] = _attention(shape, stack, heads, stack.rate, biased)
+    else:
+        sets["a layer's mixer"] = _mixer(shape, stack)
+    if heads := stack.heads("cross_attention"):
+        seen = shape.work.encoder_rate
+        sets["a layer's cross-attention"] = _attention(shape, stack, heads, seen, False)
     for map_ in stack.maps:
-        if map_.writes == "mlp" and not map_.experts:
+        if map_.branch == "ffn" and map_.writes == "mlp" and not map_.experts:
             sets[f"a layer's {map_.module}"] = _mlp(shape, stack, map_)
     if stack.experts:
         sets["a layer's experts"] = _experts(shape, stack)
@@ -77,13 +88,27 @@ def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
     }
 
 
-def _attention(shape: StepShape, stack: Stack, seen: float, biased: bool) -> Parts:
-    """Args:
-    seen: tokens that are looked at for each of the batch.
-    biased: whether scores gain learnt biases.
+def _mixer(shape: StepShape, stack: Stack) -> Parts:
+    """A mixer without heads: its matrices' products, their fp32 states and gradients."""
+    maps, tokens = [m for m in stack.maps if m.branch == "mixer"], shape.tokens * stack.rate
+    inner = tokens * sum(count_output_elements(m, shape.split) for m in maps)
+    return {
+        "kernels, gathered": sum((_weights(m, shape) for m in maps), start=0.0),
+        "its products and their gradients": 2 * inner * (shape.work.dtype_bytes + FP32),
+        "residual stream, norms, their gradients": 5 * _stream(shape, stack),
+    }
+
+
+def _attention(
+    shape: StepShape, stack: Stack, heads: HeadCosts, seen: float, biased: bool
+) -> Parts:
+    """
+    Args:
+        seen: tokens that are looked at for each of the batch.
+        biased: whether scores gain learnt biases.
     """
     split, work = shape.split, shape.work
-    sizes, itemsize = head_sizes(work.config.model.attention, split), work.dtype_bytes
+    sizes, itemsize = head_sizes(heads, split), work.dtype_bytes
     tokens = shape.tokens * stack.rate
     length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
@@ -106,14 +131,13 @@ def _attention(shape: StepShape, stack: Stack, seen: float, biased: bool) -> Par
 
 
 def _experts(shape: StepShape, stack: Stack) -> Parts:
-    work, moe = shape.work, shape.work.config.model.moe
-    assert moe is not None
-    rows, itemsize = count_received_rows(shape), work.dtype_bytes
+    work, rows, itemsize = shape.work, count_received_rows(shape), shape.work.dtype_bytes
     width = work.config.model.d_model
     maps = [m for m in stack.maps if m.experts]
     weights = sum(_weights(m, shape) for m in maps)
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
-    hidden = rows * moe.d_ff / shape.split.ways(shape.split.compute.mlp) * itemsize
+    inner = next(m for m in maps if m.writes == "mlp")
+    hidden = rows * count_hidden_elements(inner, shape.split) / len(inner.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),

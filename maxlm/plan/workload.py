@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxlm.models.costs import ExpertCosts
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import (
@@ -22,7 +23,6 @@ from maxlm.plan.stacks import (
     Map,
     Pairs,
     Stack,
-    has_encoder_inputs,
     list_stacks,
     make_kernel,
     merge_maps,
@@ -58,6 +58,8 @@ class RunWorkload:
     dtype_bytes: int
     """Of the compute dtype."""
     specs: Mapping[str, ParamSpec]
+    stacks: tuple[Stack, ...]
+    """Layers, in the order in which they are run."""
     optimizer: tuple[StateArray, ...]
     trained: frozenset[str]
     """The names of the parameters that are trained."""
@@ -71,7 +73,8 @@ class RunWorkload:
         Args:
             dtype: of the maths.
         """
-        tree = param_specs(config.model.build(rules=AxisRules(), dtype=dtype))
+        model = config.model.build(rules=AxisRules(), dtype=dtype)
+        tree, stacks = param_specs(model), list_stacks(model, *TokensPerRow.of(config))
         schedule = make_schedule(config.schedule, config.train.steps)
         trained = select_trainable(tree, config.train.trainable)
         state = described_opt_state(make_optimizer(config.optimizer, schedule, trained), tree)
@@ -82,12 +85,8 @@ class RunWorkload:
             for spec in jax.tree.leaves(param_specs(model.build(rules=AxisRules(), dtype=dtype)))
         )
         names = frozenset(name for name, s in flatten_names(trained).items() if s is not None)
-        return cls(config, jnp.dtype(dtype).itemsize, flatten_names(tree), leaves, names, frozen)
-
-    @cached_property
-    def stacks(self) -> tuple[Stack, ...]:
-        """Layers, in the order in which they are run."""
-        return list_stacks(self.config.model, self.specs, *self.rows)
+        size = jnp.dtype(dtype).itemsize
+        return cls(config, size, flatten_names(tree), stacks, leaves, names, frozen)
 
     @cached_property
     def rows(self) -> TokensPerRow:
@@ -96,6 +95,16 @@ class RunWorkload:
     @property
     def layers(self) -> int:
         return sum(stack.depth for stack in self.stacks)
+
+    @property
+    def experts(self) -> ExpertCosts | None:
+        """The experts of layers that have some."""
+        return next((stack.experts for stack in self.stacks if stack.experts), None)
+
+    @property
+    def router(self) -> Kernel | None:
+        """A layer's router."""
+        return next((stack.router for stack in self.stacks if stack.router), None)
 
     @property
     def expert_layers(self) -> int:
@@ -138,7 +147,7 @@ class RunWorkload:
     def lookups(self, table: str) -> tuple[float, ...]:
         """The ways a table is read, each by its tokens for each of the batch's."""
         inputs = (self.encoder_rate,) if self.encoder_rate else ()
-        if has_encoder_inputs(table, self.config.model):
+        if table.startswith(tuple(t.prefix for t in self.config.model.trunks if t.is_encoder)):
             return inputs
         return (1.0, *inputs) if table.startswith("embedding.") else (1.0,)
 
@@ -156,27 +165,22 @@ class RunWorkload:
         if kernel.writes == "residual":
             return self.ends_wanted(map_)
         if kernel.writes == "mlp":
-            return map_.experts or "mlp_up" not in kept
+            return map_.experts or map_.branch != "ffn" or "mlp_up" not in kept
         if kernel.writes == "latent":
             return True  # for what is made of it next
-        return "qkv" not in kept or self._wanted_raw(kernel)
+        return "qkv" not in kept or kernel.needed_raw
 
     def ends_wanted(self, map_: Map) -> bool:
         """Whether the backward pass wants what a residual branch adds, of which this is the last
         map: for a norm behind it, or for the branch after it."""
         placement = self.config.model.placement
-        return placement in ("sandwich", "post") or (placement == "pre" and map_.reads != "mlp")
+        return placement in ("sandwich", "post") or (placement == "pre" and map_.branch != "ffn")
 
     def beside_attention(self, map_: Map) -> bool:
         """Whether a map's branch is added to the stream together with attention's: what it adds
         has the same gradient."""
         beside = self.config.model.placement in ("parallel", "parallel_shared")
-        return beside and not map_.module.endswith("attention")
-
-    def _wanted_raw(self, kernel: Kernel) -> bool:
-        """Whether heads are wanted as they were before they were kept."""
-        attention, name = self.config.model.attention, kernel.name.rpartition(".")[2]
-        return attention.clip is not None or (attention.qk_norm and name in ("query", "key"))
+        return beside and map_.branch == "ffn"
 
     def attention_recomputed(self, remat: RematPolicy) -> bool:
         return remat != "none" and "attention" not in SAVED[remat]
@@ -205,12 +209,6 @@ class MeshSplit:
     @cached_property
     def compute(self) -> AxisRules:
         return self.config.sharding.compute
-
-    @property
-    def kv_heads(self) -> tuple[str, ...]:
-        """The mesh axes of kv heads in use; those of latent attention lie with the query heads."""
-        latent = self.config.model.attention.latent
-        return self.compute.kv_heads if latent is None else self.compute.heads
 
     def ways(self, mesh_axes: Iterable[str]) -> Number:
         """Devices along mesh axes together."""

@@ -242,27 +242,6 @@ class TransformerConfig(Config):
         """Positions it can be run at; None: any, if not equally well past ``max_seq_len``."""
         return self.max_seq_len if self.positions.kind == "learned" else None
 
-    def attention_flops(
-        self, seq_len: int, encoder_len: int | None = None, *, causal: float = 1.0
-    ) -> float:
-        """Forward FLOPs of attention's two products for each of ``seq_len`` tokens, masked pairs
-        included: 2 N (H + Hv) S L for as many layers.
-
-        Args:
-            encoder_len: tokens of an encoder beside a decoder; None: as many.
-            causal: what counts of pairs, where tokens see those before them alone.
-        """
-        inputs, pairs = encoder_len or seq_len, 0.0
-        for trunk in self.trunks:
-            own = inputs if trunk.is_encoder else seq_len
-            pairs += trunk.depth * own * own * (causal if trunk.causal else 1)
-            pairs += trunk.depth * own * inputs if trunk.cross_attention else 0
-        attention = self.attention
-        if attention is None:
-            return 0.0
-        width = attention.num_heads * (attention.head_dim + attention.value_dim)
-        return 2.0 * width * pairs / seq_len
-
     @property
     def expert_share(self) -> float:
         """The share of a layer's routed experts that a token meets; 1 without experts."""

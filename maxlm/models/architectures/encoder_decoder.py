@@ -90,6 +90,11 @@ class EncoderDecoder(Transformer):
         super().__init__(config, cross_attention=True, **kw)
         self.encoder = Trunk(config.encoder, causal=False, **kw)
 
+    @property
+    def trunks(self) -> dict[str, Trunk]:
+        """See :attr:`Transformer.trunks`."""
+        return {"encoder.": self.encoder, "": self}
+
     def encoded(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
         """Runs the encoder over the input."""
         tokens, positions, segment_ids = inputs

@@ -87,6 +87,11 @@ class Transformer(Trunk):
         self.head_bias = declare((vocab,), ("vocab",), zeros, "vector") if offsets else None
         self.layers_fn: LayersFunction | None = None
 
+    @property
+    def trunks(self) -> dict[str, Trunk]:
+        """All trunks, in the order in which they are run, by the prefix of their parameters."""
+        return {"": self}
+
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.caches import kv_cache_spec
+from maxlm.models.costs import HeadCosts, LayerCosts, MatrixGroup, Side
 from maxlm.models.layers.linear import Linear, compute_residual_std, project
 from maxlm.models.layers.norm import Norm, NormConfig
 from maxlm.models.layers.rope import Rotary, rotate
@@ -180,6 +181,23 @@ class Attention(nnx.Module):
         """A layer's cache of ``length`` tokens a row; see :mod:`maxlm.models.caches`."""
         sizes = self.config.num_kv_heads, self.config.head_dim
         return kv_cache_spec(batch, length, window, sizes, sizes, "kv_heads")
+
+    def costs(self, keys_of: Side = "residual") -> LayerCosts:
+        """Costs of one layer; see :mod:`maxlm.models.costs`.
+
+        Args:
+            keys_of: what keys and values are made of.
+        """
+        config, query, keys = self.config, ("query.kernel",), ("key.kernel", "value.kernel")
+        raw = (*query, *keys) if config.clip is not None else ()
+        raw = raw or ((*query, keys[0]) if config.qk_norm else ())
+        if keys_of == "residual":
+            inner = (MatrixGroup((*query, *keys), needed_raw=raw),)
+        else:
+            inner = MatrixGroup(query, needed_raw=raw), MatrixGroup(keys, keys_of, raw)
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+        heads = HeadCosts(*sizes, qk_norm=config.qk_norm)
+        return LayerCosts((*inner, MatrixGroup(("out.kernel",), "heads")), heads)
 
     def project_keys_values(self, memory: jax.Array) -> KeysValues:
         """For :meth:`cross_attend`: keys and values of an encoder's output [B, T, D]."""

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from maxlm.models.caches import VisibleKeys, kv_cache_spec
+from maxlm.models.costs import HeadCosts, LayerCosts, MatrixGroup
 from maxlm.models.layers.attention import (
     AttentionConfig,
     AttentionInputs,
@@ -103,6 +104,20 @@ class LatentAttention(nnx.Module):
         """The shared rotary keys [B, T, 1, R] and, as values, the vectors [B, T, 1, kv_rank]."""
         sizes = (1, self.latent.rotary_dim), (1, self.latent.kv_rank)
         return kv_cache_spec(batch, length, window, *sizes, None)
+
+    def costs(self) -> LayerCosts:
+        """Costs of one layer; see :mod:`maxlm.models.costs`."""
+        config, squeezed = self.config, self.query_down is not None
+        first = "query_down.kernel" if squeezed else "query.kernel"
+        groups = [
+            MatrixGroup((first, "key_down.kernel", "key_rotary.kernel")),
+            MatrixGroup(("key_up.kernel", "value_up.kernel"), "latent"),
+            MatrixGroup(("out.kernel",), "heads"),
+        ]
+        if squeezed:
+            groups.append(MatrixGroup(("query.kernel",), "latent"))
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+        return LayerCosts(tuple(groups), HeadCosts(*sizes, "heads", self.latent.rotary_dim))
 
     def _attend_to_vectors(
         self, attend: Any, q: jax.Array, turned: jax.Array, keys: VisibleKeys

@@ -4,6 +4,7 @@ A router scores every token against every expert; the k best serve it, and their
 added, weighted by score. Parameters grow with the number of experts, work with k alone.
 """
 
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self
 
 import jax
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.models.aux import Aux
+from maxlm.models.costs import ExpertCosts, LayerCosts, MatrixGroup
 from maxlm.models.dtypes import accumulation_dtype
 from maxlm.models.layers.linear import compute_residual_std
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation, Mlp, MlpConfig
@@ -206,6 +208,22 @@ class Moe(nnx.Module):
             counted = reshard(segment_ids != 0, shards.make_spec(shards.get_layout(x)[:2]))
         y, routed = self(x, counted)
         return y, Aux(routed.loss, sum_expert_loads(routed))
+
+    def costs(self) -> LayerCosts:
+        """Costs of one layer; see :mod:`maxlm.models.costs`."""
+        config = self.config
+        groups = [MatrixGroup(("gate", "up") if config.gated else ("up",))]
+        groups.append(MatrixGroup(("down",), "mlp"))
+        for group in self.shared.costs().matrices if self.shared else ():
+            groups.append(replace(group, names=tuple(f"shared.{name}" for name in group.names)))
+        experts = ExpertCosts(
+            router="router",
+            experts_per_token=config.experts_per_token,
+            num_experts=config.num_experts,
+            capacity_factor=config.capacity_factor if config.dispatch == "capacity" else None,
+            has_shared=self.shared is not None,
+        )
+        return LayerCosts(tuple(groups), experts=experts)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
         """One layer.

@@ -108,14 +108,15 @@ def _attention(
 ) -> Iterator[PlannedCollective]:
     """Lists those of a sequence split over devices, and of kv heads that are whole on several."""
     work, split, rules = shape.work, shape.split, shape.split.compute
-    config, axes = work.config.model.attention, shape.split.compute.seq
-    ways, kv_ways = split.ways(axes), split.ways(split.kv_heads)
-    query_heads = config.num_heads / split.ways(rules.heads)
-    kv_heads = config.num_kv_heads / kv_ways
-    tokens, value = shape.tokens * pairs.rate, config.value_dim
-    head = tokens * config.head_dim
+    heads, axes = pairs.heads, shape.split.compute.seq
+    kv_axes = rules.mesh_axes(heads.kv_axis)
+    ways, kv_ways = split.ways(axes), split.ways(kv_axes)
+    query_heads = heads.num_heads / split.ways(rules.heads)
+    kv_heads = heads.num_kv_heads / kv_ways
+    tokens, value = shape.tokens * pairs.rate, heads.value_dim
+    head = tokens * heads.head_dim
     # Of a key and its value, or a query and its output, each.
-    either = tokens * (config.head_dim + value) / 2
+    either = tokens * (heads.head_dim + value) / 2
     itemsize, again = work.dtype_bytes, 0
     if work.attention_recomputed(shape.remat):
         again = backward
@@ -169,16 +170,16 @@ def _attention(
         yield moved(
             "gradients of keys and values", "all-to-all", keys * wire, 2 * backward, "backward"
         )
-    if config.latent is not None:
-        shared = tokens * config.latent.rotary_dim * itemsize
+    if heads.shared_dim:
+        shared = tokens * heads.shared_dim * itemsize
         yield PlannedCollective(
             *("attention: shared keys' gradient", "all-reduce", rules.heads, shared),
             *(backward, "backward", True),
         )
-    if rules.heads and not split.kv_heads:
+    if rules.heads and not kv_axes:
         # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
         wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
-        whole = either * config.num_kv_heads * wire * pairs.keys / pairs.queries
+        whole = either * heads.num_kv_heads * wire * pairs.keys / pairs.queries
         yield PlannedCollective(
             *("whole kv heads: gradients", "all-reduce", rules.heads, whole),
             *(2 * backward, "backward", True),

@@ -1,0 +1,105 @@
+"""Costs of a layer, as each module states them of itself; the plan adds them up.
+
+How large a module's matrices are and what they write follows from their declarations. The module
+says which of them are multiplied with one input, and what that input is; and what there is besides,
+such as scores of attention. A module without ``costs`` is counted by :func:`group_matrices`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from flax import nnx
+
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
+
+Side = Literal["residual", "memory", "latent", "heads", "mlp"]
+"""What matrices read and write: the residual stream, an encoder's output, a narrow vector of latent
+attention, heads, or the hidden layer of an MLP."""
+Branch = Literal["mixer", "cross_attention", "ffn"]
+
+
+@dataclass(frozen=True)
+class MatrixGroup:
+    """Matrices that are multiplied with one input, in one program (``parallel/linear.py``)."""
+
+    names: tuple[str, ...]
+    """Names of the parameters within the module, such as ``query.kernel``."""
+    reads: Side = "residual"
+    needed_raw: tuple[str, ...] = ()
+    """Those whose products the backward pass needs as they were before a norm or a clip."""
+
+
+@dataclass(frozen=True)
+class HeadCosts:
+    """Heads of attention: each has a score for each pair of tokens."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    kv_axis: str = "kv_heads"
+    """Logical axis of the kv heads in use."""
+    shared_dim: int = 0
+    """Dimensions of a key that all heads share."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised."""
+
+
+@dataclass(frozen=True)
+class ExpertCosts:
+    """Experts, of which a token passes some."""
+
+    router: str
+    """Name of the router's parameter within the module."""
+    experts_per_token: int
+    num_experts: int
+    capacity_factor: float | None
+    """Room of an expert over its equal share; None: it takes all that come."""
+    has_shared: bool
+    """Whether a dense layer beside them reads the same input."""
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """Costs of one layer of a module."""
+
+    matrices: tuple[MatrixGroup, ...] = ()
+    heads: HeadCosts | None = None
+    experts: ExpertCosts | None = None
+    flops: float = 0.0
+    """Forward FLOPs a token beside matrices and scores, such as those of a recurrence."""
+    flops_axes: tuple[str, ...] = ()
+    """Logical axes that these are split over."""
+
+
+class BranchCosts(NamedTuple):
+    """Costs of one of a layer's branches of the residual stream."""
+
+    branch: Branch
+    module: str
+    """Its module's name within the layer."""
+    costs: LayerCosts
+
+
+def get_costs(module: nnx.Module) -> LayerCosts:
+    """Returns a module's own ``costs()``, or those of its matrices by their declarations."""
+    own: Any = getattr(module, "costs", None)
+    return own() if own else LayerCosts(group_matrices(flatten_names(param_specs(module))))
+
+
+def group_matrices(specs: Mapping[str, ParamSpec]) -> tuple[MatrixGroup, ...]:
+    """Groups the matrices of each submodule by their input: heads or an MLP's hidden layer, where
+    their axes say so, otherwise the residual stream.
+
+    Args:
+        specs: of a module's parameters, by name.
+    """
+    groups: dict[tuple[str, Side], list[str]] = {}
+    for name, spec in specs.items():
+        if spec.role == "matrix":
+            axes = {spec.axes[d] for d in spec.contract}
+            reads = "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"
+            submodule = name.removesuffix(".kernel").rpartition(".")[0]
+            groups.setdefault((submodule, reads), []).append(name)
+    return tuple(MatrixGroup(tuple(names), reads) for (_, reads), names in groups.items())
