@@ -25,9 +25,9 @@ _VERBS = """
     prefill prefetch prepare preprocess print process profile project prune put quantize raise rank
     read rebuild receive record reduce refuse register release remove rename render repeat replace
     report require reserve reshape reset reshard resolve restore resume retry reverse roll rotate
-    round route run sample save scan scatter schedule score search select send serve set settle
-    shard shift show shuffle shut simulate skip smoke sort split stack start step stop store stream
-    strip submit sum summarize swap sweep take test time tokenize trace train transform transpose
+    round route run sample save scan scatter schedule score search select send separate serve
+    set settle shard shift show shuffle shut simulate skip smoke sort split stack start step stop
+    store stream strip submit sum summarize swap sweep take test time tokenize trace train transform transpose
     truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
     wait warn watch wrap write
     as can from has is needs to with

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.corpus.dedup.windows import find_words, get_code_points, hash_windows, join_texts
+from maxlm.corpus.dedup.windows import concatenate_texts, find_words, get_code_points, hash_windows
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
@@ -128,7 +128,7 @@ def sorting_seconds(texts: Sequence[str], size: int) -> dict[str, float]:
     sorted_ = time.process_time()
     kasai(data, suffixes)
     ended = time.process_time()
-    joined, offsets = join_texts([get_code_points(text) for text in texts])
+    joined, offsets = concatenate_texts([get_code_points(text) for text in texts])
     hashing = time.process_time()
     hashes, _ = hash_windows(joined, *find_words(joined, offsets), size)
     np.argsort(hashes, kind="stable")

@@ -217,7 +217,7 @@ def _interpolate(
     block: int,
 ) -> None:
     """Interpolates order by order and writes the n-grams to an ARPA file."""
-    compute_probabilities, order = load_ngram_loops().compute_probabilities, len(smoothed)
+    order, loops = len(smoothed), load_ngram_loops()
     sizes = (b"ngram %d=%d" % each for each in enumerate(counts.kept.tolist(), 1))
     file.write(b"\n".join([b"\\data\\", *sizes]) + b"\n")
     # Below unigrams lies the uniform distribution over all words but <s>.
@@ -234,7 +234,7 @@ def _interpolate(
             if k == 1 and first == 0:
                 weights[BEGIN] = 1, 0  # Its probability means nothing; as KenLM has it.
             rows = np.empty((len(part), 4), np.uint64)
-            size = compute_probabilities(
+            size = loops.compute_kneser_ney_probabilities(
                 part, weights, tokens.bits, parents, parents.view(np.float64),
                 gammas, gammas.view(np.float64), at, rows, rows.view(np.float64),
             )  # fmt: skip

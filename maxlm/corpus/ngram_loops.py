@@ -105,7 +105,9 @@ def count_adjusted(rows, bits, thresholds, state, depth, out, sizes, seen):
 
 
 @njit(cache=True, nogil=True)
-def compute_probabilities(grams, values, bits, parents, chances, gammas, weights, at, keys, floats):
+def compute_kneser_ney_probabilities(
+    grams, values, bits, parents, chances, gammas, weights, at, keys, floats
+):
     """Computes interpolated probabilities and weights of one order's n-grams that are not marked.
 
     Args:

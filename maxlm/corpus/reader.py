@@ -90,7 +90,7 @@ class CorpusReader:
             else:
                 yield Document(document_id, text.encode()) if text else LeftOut.EMPTY
 
-    def describe_selection(self, files: Iterable[SourceFile]) -> str:
+    def describe_selected_documents(self, files: Iterable[SourceFile]) -> str:
         """Describes the rules that decide what is taken from corpora, as JSON."""
         rules = {file.details.shard.folder: file.details.rules for file in files}
         return json.dumps(

@@ -34,7 +34,7 @@ import pyarrow as pa
 from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.columns import concatenate, open_columns
-from maxlm.corpus.dedup.components import AlikePairs, resolve_duplicates
+from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
 from maxlm.corpus.dedup.members import count_documents, rank_documents
 from maxlm.corpus.dedup.substrings import REPEATS
 from maxlm.corpus.dedup.windows import find_first_copies
@@ -91,7 +91,7 @@ def settle_duplicates(
     return [replace(shard, settled=names, settled_folder=folder) for shard in corpus.shards]
 
 
-def apply_verdicts(
+def add_verdict_columns(
     table: pa.RecordBatch,
     stages: Compared,
     verdicts: Mapping[str, np.ndarray] | None = None,
@@ -120,8 +120,8 @@ def apply_verdicts(
     return pa.table(columns)
 
 
-def list_rule_columns(rules: Rules, stages: Compared) -> list[str]:
-    """List the columns that `apply_verdicts` and the rules read."""
+def list_rule_input_columns(rules: Rules, stages: Compared) -> list[str]:
+    """List the columns that `add_verdict_columns` and the rules read."""
     wheres = [where for _, where in stages if where is not None]
     names = [name for each in (*rules.keep.values(), *wheres) for name in each.names]
     verdicts = {f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts}
@@ -183,8 +183,9 @@ class _Settling:
     def _kept(self) -> np.ndarray:
         """Which documents fulfil the rules by the verdicts so far: bool [documents]."""
         keep = np.ones(self._first[-1], np.bool_)
-        for documents, table in self._groups(list_rule_columns(self._rules, self._stages), "rules"):
-            labelled = apply_verdicts(table, self._stages, self._verdicts, documents)
+        columns = list_rule_input_columns(self._rules, self._stages)
+        for documents, table in self._groups(columns, "rules"):
+            labelled = add_verdict_columns(table, self._stages, self._verdicts, documents)
             for rule in self._rules.keep.values():
                 keep[documents] &= rule.true(labelled)
         return keep
@@ -226,7 +227,7 @@ class _Settling:
 
     def _settle_documents(self, stage: CorpusStage, may_keep: np.ndarray) -> None:
         found, title = self._found[stage.title], stage.title
-        alike = AlikePairs(*(found[name] for name in AlikePairs.__dataclass_fields__))
+        alike = SimilarPairs(*(found[name] for name in SimilarPairs.__dataclass_fields__))
         marks = resolve_duplicates(alike, lambda documents: found["rank"][documents], may_keep)
         lost = marks.of >= 0
         self._verdicts[f"{title}.duplicate"] = np.zeros(len(may_keep), np.bool_)
@@ -294,13 +295,13 @@ class _Settling:
         """Write the settled labels, as files of `folder` below the corpus."""
         types = [(name, _TYPES.get(name.rpartition(".")[2], pa.float64())) for name in names]
         schema = pa.schema(types)
-        groups = self._groups(list_rule_columns(self._rules, self._stages), "labels")
+        groups = self._groups(list_rule_input_columns(self._rules, self._stages), "labels")
         documents = slice(0)
         for shard, stop in zip(self._corpus.shards, self._first[1:], strict=True):
             with ShardWriter(shard.path(str(folder)), schema) as writer:
                 while documents.stop < stop:
                     documents, table = next(groups)
-                    labelled = apply_verdicts(table, self._stages, self._verdicts, documents)
+                    labelled = add_verdict_columns(table, self._stages, self._verdicts, documents)
                     arrays = [
                         self._spans(name, documents)
                         if name in self._cuts

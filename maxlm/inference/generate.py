@@ -189,7 +189,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def round_up_length(n: int) -> int:
+def round_up_to_bucket(n: int) -> int:
     """n rounded up to a power of two from 16 to 128, or a multiple of 128: few distinct sizes,
     hence few compilations, at little waste."""
     return _round_up(n, 128) if n > 128 else max(16, 1 << (n - 1).bit_length())
@@ -214,9 +214,9 @@ def _sizes(
             where="generate",
             fix=fix,
         )
-    length = cache_length or round_up_length(longest + new)
+    length = cache_length or round_up_to_bucket(longest + new)
     length = length if limit is None else min(length, limit)
-    return min(round_up_length(longest), length), length
+    return min(round_up_to_bucket(longest), length), length
 
 
 def _check_prompts(config: TransformerConfig, prompts: Sequence[Sequence[int]]) -> None:

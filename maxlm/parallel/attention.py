@@ -134,7 +134,7 @@ def _forward(q, k, v, added, where, rules, split):
         k, v = at.own_heads(k, numbers), at.own_heads(v, numbers)
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
-            return run.forward(split, numbers["seq"][0], q, k, v, where[1], added)
+            return run.attend_shard_forward(split, numbers["seq"][0], q, k, v, where[1], added)
         return attention_forward(q, k, v, **_whole(split, added, where))
 
     numbers = {name: axis_indices(axes) for name, axes in at.numbered.items()}
@@ -156,7 +156,7 @@ def _backward(rules, split, saved, d_o):
         if split.axes:
             run = ulysses if split.method == "ulysses" else blocks
             saved = (q, own_k, own_v, where[1], added, o, lse, d_o)
-            grads = run.backward(split, numbers["seq"][0], *saved)
+            grads = run.attend_shard_backward(split, numbers["seq"][0], *saved)
         else:
             options = _whole(split, added, where)
             delta = compute_row_delta(o, d_o)

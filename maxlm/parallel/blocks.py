@@ -40,7 +40,7 @@ PartialOutput = tuple[tuple[jax.Array, jax.Array], ...]
 """For each chunk of queries, (o, log-sum-exp) over the keys seen so far, fp32."""
 
 
-def forward(
+def attend_shard_forward(
     split: SequenceSplit,
     device_index: jax.Array,
     q: jax.Array,
@@ -68,7 +68,7 @@ def forward(
     return jnp.concatenate(o, axis=1).astype(v.dtype), jnp.concatenate(lse, axis=1)
 
 
-def backward(
+def attend_shard_backward(
     split: SequenceSplit,
     device_index: jax.Array,
     q: jax.Array,

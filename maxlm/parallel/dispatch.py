@@ -72,9 +72,9 @@ class DroplessDispatch:
         at = room * jnp.arange(ways)[:, None] + starts.reshape(ways, -1) - first
         return _pick(got, len(self.order), starts, sizes, at.ravel())
 
-    def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
+    def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
         return grouped_matmul(
-            rows, kernels, self._sizes, transpose_kernels=turned, backend=get_platform()
+            rows, kernels, self._sizes, transpose_kernels=transposed, backend=get_platform()
         )
 
     def outer(self, rows: jax.Array, others: jax.Array) -> jax.Array:
@@ -144,9 +144,9 @@ class CapacityDispatch:
         got = lax.all_to_all(blocks.swapaxes(0, 1), self.axes, 0, 0, tiled=True)
         return got.reshape(-1, *rows.shape[1:])
 
-    def dot(self, rows: jax.Array, kernels: jax.Array, *, turned: bool = False) -> jax.Array:
-        """[R, D] by kernels [experts, D, F] ([experts, F, D] when turned) → [R, F]."""
-        dims = (((2,), (2 if turned else 1,)), ((0,), (0,)))
+    def dot(self, rows: jax.Array, kernels: jax.Array, *, transposed: bool = False) -> jax.Array:
+        """[R, D] by kernels [experts, D, F] ([experts, F, D] when transposed) → [R, F]."""
+        dims = (((2,), (2 if transposed else 1,)), ((0,), (0,)))
         out = lax.dot_general(self._split(rows), kernels, dims)
         return out.reshape(len(rows), -1)
 

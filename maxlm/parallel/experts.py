@@ -233,11 +233,11 @@ def _backward(how: _Layouts, residuals, d_y):
                 _hidden(plan, rows, own),
                 saved["scale"],
             )
-            d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], turned=True))
+            d_hidden, d_own_scale = transpose(plan.dot(d_out, own["down"], transposed=True))
             grads = {name: plan.outer(rows, d) for name, d in d_hidden.items()}
             grads["down"] = plan.outer(weighted, d_out)
             for name, d in d_hidden.items():
-                d_rows += plan.dot(d, own[name], turned=True)
+                d_rows += plan.dot(d, own[name], transposed=True)
             return (d_rows, d_scale + d_own_scale), grads
 
         wide = jnp.promote_types(rows.dtype, jnp.float32)

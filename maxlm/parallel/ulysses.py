@@ -18,7 +18,7 @@ from pallas_kernels.attention import attention_backward, attention_forward, comp
 Segments = tuple[jax.Array, jax.Array] | None
 
 
-def forward(
+def attend_shard_forward(
     split: SequenceSplit,
     device_index: jax.Array,
     q: jax.Array,
@@ -45,7 +45,7 @@ def forward(
     return _to_rows(o, split), lse
 
 
-def backward(
+def attend_shard_backward(
     split: SequenceSplit,
     device_index: jax.Array,
     q: jax.Array,

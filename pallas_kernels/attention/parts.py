@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 
-class BatchPart(NamedTuple):
+class BatchSlice(NamedTuple):
     """Rows of the batch and kv heads, with their query heads, that are attended to at once."""
 
     shape: tuple[int, int]
@@ -18,7 +18,7 @@ class BatchPart(NamedTuple):
     kv_heads: int
 
     @classmethod
-    def of(cls, batch: int, kv_heads: int, most: int) -> "BatchPart":
+    def of(cls, batch: int, kv_heads: int, most: int) -> "BatchSlice":
         """Parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where these
         fit."""
         if most >= kv_heads:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams, wide_type
-from pallas_kernels.attention.parts import BatchPart
+from pallas_kernels.attention.parts import BatchSlice
 from pallas_kernels.attention.tiles import (
     MASKED,
     ScoreTile,
@@ -187,15 +187,15 @@ def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
-def _part(q, k) -> BatchPart | None:
+def _part(q, k) -> BatchSlice | None:
     """Returns the part attended to at once, so that a tile's scores stay in bounds; None: all."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
-    part = BatchPart.of(B, K, SCORE_BYTES // score_bytes)
+    part = BatchSlice.of(B, K, SCORE_BYTES // score_bytes)
     return part if part.count > 1 else None
 
 
-def _of_part(part: BatchPart, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
+def _of_part(part: BatchSlice, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
     by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
     by_head = ("slopes", "sinks", "biases")
     own = part.cut_rows(i, {name: getattr(operands, name) for name in by_row})

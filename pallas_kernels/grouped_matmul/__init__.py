@@ -39,7 +39,7 @@ def grouped_matmul(
     Args:
         rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
             may hold anything, NaN too.
-        kernels: [G, D, F], or [G, F, D] when ``turned``. Operands are bf16, fp32, int8 or
+        kernels: [G, D, F], or [G, F, D] when ``transposed``. Operands are bf16, fp32, int8 or
             float8 (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip
             does not multiply is widened in the kernel. fp32 has the precision that
             ``jax.default_matmul_precision`` says.
@@ -62,8 +62,9 @@ def grouped_matmul(
     G, D, F = (*kernels.shape, 0, 0, 0)[:3]
     D, F = (F, D) if transpose_kernels else (D, F)
     if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or group_sizes.shape != (G,):
+        transposed = " transposed" if transpose_kernels else ""
         raise ValueError(
-            f"rows {rows.shape}, kernels {kernels.shape}{' turned' if transpose_kernels else ''} "
+            f"rows {rows.shape}, kernels {kernels.shape}{transposed} "
             f"and sizes {group_sizes.shape} do not belong together"
         )
     for scales, operand, shape in (
@@ -115,10 +116,10 @@ class _How(NamedTuple):
     dtype: Any
     backend: str | None
     blocks: GroupedBlocks | None
-    turned: bool
+    transposed: bool
 
 
-def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _How:
+def _how(left, right, sizes, dtype, scaled, backend, blocks, transposed=False) -> _How:
     allowed = (*_FLOATS, *_EIGHT_BITS)
     narrow = right.dtype in _EIGHT_BITS
     mixed = left.dtype != right.dtype and (not narrow or left.dtype == jnp.int8)
@@ -138,14 +139,14 @@ def _how(left, right, sizes, dtype, scaled, backend, blocks, turned=False) -> _H
         raise ValueError(f"no result in {jnp.dtype(dtype).name}")
     if left.dtype == jnp.float64:
         backend = "cpu"  # for checks against references; no kernel has it
-    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), blocks, turned)
+    return _How(jnp.dtype(dtype), backend or get_mesh_platform(), blocks, transposed)
 
 
 def _run(name: str, how: _How, *arrays: Any) -> jax.Array:
     options: dict[str, Any] = {"dtype": how.dtype}
     arrays = jax.tree.map(jnp.asarray, arrays)
     if name == "matmul":
-        options["turned"] = how.turned
+        options["transposed"] = how.transposed
         arrays = (*arrays, None, None)[:5]
 
     def of(backend: str):
@@ -185,8 +186,8 @@ def _matmul_forward(rows, kernels, sizes, how):
 def _matmul_backward(how: _How, saved, d_y):
     rows, kernels, sizes = saved
     d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
-    d_rows = _matmul(d_y, kernels, sizes, back._replace(turned=not how.turned))
-    pair = (d_y, rows) if how.turned else (rows, d_y)
+    d_rows = _matmul(d_y, kernels, sizes, back._replace(transposed=not how.transposed))
+    pair = (d_y, rows) if how.transposed else (rows, d_y)
     return d_rows, _outer(*pair, sizes, back), None
 
 
@@ -205,8 +206,8 @@ def _outer_forward(rows, others, sizes, how):
 def _outer_backward(how: _How, saved, d_y):
     rows, others, sizes = saved
     d_y, back = d_y.astype(rows.dtype), how._replace(dtype=rows.dtype, blocks=None)
-    d_rows = _matmul(others, d_y, sizes, back._replace(turned=True))
-    return d_rows, _matmul(rows, d_y, sizes, back._replace(turned=False)), None
+    d_rows = _matmul(others, d_y, sizes, back._replace(transposed=True))
+    return d_rows, _matmul(rows, d_y, sizes, back._replace(transposed=False)), None
 
 
 _outer.defvjp(_outer_forward, _outer_backward)

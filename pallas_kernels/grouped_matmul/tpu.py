@@ -28,7 +28,7 @@ def matmul(
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
-    turned: bool,
+    transposed: bool,
     dtype: Any,
     blocks: GroupedBlocks | None = None,
     interpret: Any = False,
@@ -39,7 +39,7 @@ def matmul(
     group costs its own rows rounded up to a part, and the tile's other rows nothing.
     """
     chip = get_chip()
-    (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
+    (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     operands = GroupedOperands(R, D, F, rows.dtype, kernels.dtype, dtype)
     blocks = blocks or sizing.choose_matmul_blocks(operands, chip)
     needed = sizing.matmul_vmem_bytes(blocks, operands, chip)
@@ -66,8 +66,8 @@ def matmul(
         def multiply(here, at, start, there):
             """The rows ``here``, from ``at`` on, times the columns ``there``. Those before
             ``start`` another part has met; they are not to be summed twice."""
-            right = wide_ref[there, :] if turned else wide_ref[:, there]
-            y = _product(row_ref[here, :], right, 1, 1 if turned else 0, sums, chip)
+            right = wide_ref[there, :] if transposed else wide_ref[:, there]
+            y = _product(row_ref[here, :], right, 1, 1 if transposed else 0, sums, chip)
             row = at + lax.broadcasted_iota(jnp.int32, y.shape, 0)
             own = (row >= jnp.maximum(begin, start)) & (row < end)
             if sum_ref is not None:
@@ -103,11 +103,11 @@ def matmul(
             old = out_ref[...].astype(sums)
             out_ref[...] = jnp.where(row >= begin, 0, old).astype(dtype)
 
-    kernel_block = (None, columns, inner) if turned else (None, inner, columns)
+    kernel_block = (None, columns, inner) if transposed else (None, inner, columns)
     specs = {
         "rows": pl.BlockSpec((tile, inner), lambda n, v, d, where: (where[0][v], d)),
         "kernels": pl.BlockSpec(
-            kernel_block, lambda n, v, d, where: (where[2][v], *((n, d) if turned else (d, n)))
+            kernel_block, lambda n, v, d, where: (where[2][v], *((n, d) if transposed else (d, n)))
         ),
         "row_scales": pl.BlockSpec((tile, 1), lambda n, v, d, where: (where[0][v], 0)),
         "column_scales": pl.BlockSpec(

@@ -27,7 +27,7 @@ def matmul(
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
-    turned: bool,
+    transposed: bool,
     dtype: Any,
     blocks: GroupedBlocks | None = None,
     interpret: bool = False,
@@ -35,7 +35,7 @@ def matmul(
     """As ``grouped_matmul``. Tiles begin at their group's first row, so that none has two groups;
     the padding is a group more, whose tiles only write zeros."""
     rows, kernels = _readable(rows), _readable(kernels)
-    (R, D), F = rows.shape, kernels.shape[1 if turned else 2]
+    (R, D), F = rows.shape, kernels.shape[1 if transposed else 2]
     G = len(sizes)
     tile, inner, columns = blocks = _checked(blocks, rows, kernels)
     group, start, count = split_into_tiles(
@@ -61,7 +61,7 @@ def matmul(
             part = pl.ds(i * inner, inner)
             within = None if D % inner == 0 else i * inner + jnp.arange(inner) < D
             left = _load(row_ref.at[here, part], own, within)
-            if turned:
+            if transposed:
                 right = _load(kernel_ref.at[g, there, part], exists, within).T
             else:
                 right = _load(kernel_ref.at[g, part, there], within, exists)

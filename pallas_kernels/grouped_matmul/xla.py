@@ -21,7 +21,7 @@ def matmul(
     row_scales: jax.Array | None,
     column_scales: jax.Array | None,
     *,
-    turned: bool,
+    transposed: bool,
     dtype: Any,
 ) -> jax.Array:
     """As ``grouped_matmul``."""
@@ -32,7 +32,7 @@ def matmul(
     def body(out, step):
         group, start, count = step
         own = lax.dynamic_slice_in_dim(padded, start, block)
-        y = _product(own, kernels[group], 1, 1 if turned else 0)
+        y = _product(own, kernels[group], 1, 1 if transposed else 0)
         if row_scales is not None:
             y *= lax.dynamic_slice_in_dim(row_scales, start, block)[:, None]
         if column_scales is not None:
@@ -41,7 +41,7 @@ def matmul(
         # The zeros past a group's end are written over by the next block, which starts there.
         return lax.dynamic_update_slice_in_dim(out, y, start, 0), None
 
-    out = jnp.zeros((len(padded), kernels.shape[1 if turned else 2]), dtype)
+    out = jnp.zeros((len(padded), kernels.shape[1 if transposed else 2]), dtype)
     return lax.scan(body, out, split_into_tiles(sizes, len(rows), block))[0][: len(rows)]
 
 

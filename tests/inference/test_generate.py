@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.inference import generate as generation
-from maxlm.inference.generate import generate, round_up_length
+from maxlm.inference.generate import generate, round_up_to_bucket
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import bind
 
@@ -144,7 +144,7 @@ def test_learned_positions_up_to_the_last_one(gpt2):
     ("n", "size"), [(1, 16), (16, 16), (17, 32), (65, 128), (128, 128), (129, 256), (700, 768)]
 )
 def test_buckets(n, size):
-    assert round_up_length(n) == size
+    assert round_up_to_bucket(n) == size
 
 
 def refusal(tiny, prompts, sampling=GREEDY, **options) -> str:

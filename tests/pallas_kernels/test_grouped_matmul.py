@@ -95,11 +95,11 @@ def near(got, want, tolerance=2e-6):
 
 @partial(jax.jit, static_argnames=("backend", "of_matmul", "of_outer"))
 def products(rows, others, kernels, sizes, backend, of_matmul, of_outer):
-    turned = kernels.swapaxes(1, 2)
+    transposed = kernels.swapaxes(1, 2)
     return (
         grouped_matmul(rows, kernels, sizes, backend=backend, blocks=of_matmul),
         grouped_matmul(
-            rows, turned, sizes, transpose_kernels=True, backend=backend, blocks=of_matmul
+            rows, transposed, sizes, transpose_kernels=True, backend=backend, blocks=of_matmul
         ),
         grouped_outer_product(rows, others, sizes, backend=backend, blocks=of_outer),
     )
@@ -112,10 +112,10 @@ def test_each_row_meets_its_group_and_no_other(case, cuts, seed):
     backend, R, D, F, *sizes_of_blocks = CASES[case]
     sizes = np.diff(np.sort(np.round(np.array(cuts) * R)), prepend=0).astype(np.int32)
     rows, others, kernels = operands(R, D, F, sizes, seed)
-    dot, turned, outer = products(rows, others, kernels, sizes, backend, *sizes_of_blocks)
+    dot, transposed, outer = products(rows, others, kernels, sizes, backend, *sizes_of_blocks)
     want = matmul_reference(rows, kernels, sizes)
     near(dot, want)
-    near(turned, want)
+    near(transposed, want)
     near(outer, outer_reference(rows, others, sizes))
 
 
@@ -124,9 +124,9 @@ def test_each_row_meets_its_group_and_no_other(case, cuts, seed):
 def test_empty_groups_and_giant_ones(backend, sizes):
     sizes = np.array(SIZES[sizes], np.int32)
     rows, others, kernels = operands(77, 130, 9, sizes)
-    dot, turned, outer = products(rows, others, kernels, sizes, backend, None, None)
+    dot, transposed, outer = products(rows, others, kernels, sizes, backend, None, None)
     near(dot, matmul_reference(rows, kernels, sizes))
-    near(turned, matmul_reference(rows, kernels, sizes))
+    near(transposed, matmul_reference(rows, kernels, sizes))
     near(outer, outer_reference(rows, others, sizes))
 
 
@@ -145,10 +145,10 @@ def test_what_is_not_finite_stays_in_its_group(case):
 
 
 @pytest.mark.parametrize(
-    ("where", "turned"),
+    ("where", "transposed"),
     [("v4", True), ("v6e", False), ("gpu", True), ("gpu", False), ("cpu", True)],
 )
-def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, monkeypatch):
+def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, transposed, monkeypatch):
     # Rows long enough that fp32 would round their sums.
     R, D, F, sizes = 40, 1200, 24, np.array([21, 0, 10], np.int32)
     backend = _backend(where, monkeypatch)
@@ -158,8 +158,8 @@ def test_int8_is_exact_in_int32_and_scaled_behind_the_product(where, turned, mon
     row_scales = rng.uniform(0.5, 2, R).astype(np.float32)
     row_scales[sizes.sum() :] = np.nan
     column_scales = rng.uniform(0.5, 2, (3, F)).astype(np.float32)
-    given = kernels.swapaxes(1, 2) if turned else kernels
-    run = jax.jit(partial(grouped_matmul, transpose_kernels=turned, backend=backend))
+    given = kernels.swapaxes(1, 2) if transposed else kernels
+    run = jax.jit(partial(grouped_matmul, transpose_kernels=transposed, backend=backend))
     exact = matmul_reference(rows, kernels, sizes)
     got = run(rows, given, sizes)
     assert got.dtype == jnp.int32
@@ -222,25 +222,25 @@ def _backend(where, monkeypatch):
     return where
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", None])
-def test_gradients_are_those_of_the_definition(backend, turned, monkeypatch):
+def test_gradients_are_those_of_the_definition(backend, transposed, monkeypatch):
     if backend is None:  # all are traced, that of the platform is run
         monkeypatch.setattr(api, "import_module", COMPILED)
     sizes = np.array([12, 0, 25, 3], np.int32)
     used = sizes.sum()
     rows, cotangent, kernels = operands(50, 24, 16, sizes)
-    given = kernels.swapaxes(1, 2) if turned else kernels
+    given = kernels.swapaxes(1, 2) if transposed else kernels
 
     @jax.jit
     def gradients(rows, given, cotangent, sizes):
         function = partial(
-            grouped_matmul, group_sizes=sizes, transpose_kernels=turned, backend=backend
+            grouped_matmul, group_sizes=sizes, transpose_kernels=transposed, backend=backend
         )
         return jax.vjp(function, rows, given)[1](cotangent)
 
     d_rows, d_kernels = gradients(rows, given, cotangent, sizes)
-    d_kernels = d_kernels.swapaxes(1, 2) if turned else d_kernels
+    d_kernels = d_kernels.swapaxes(1, 2) if transposed else d_kernels
     near(d_rows, matmul_reference(cotangent, kernels.swapaxes(1, 2), sizes))
     near(d_kernels, outer_reference(rows, cotangent, sizes))
     assert (np.asarray(d_rows)[used:] == 0).all()
@@ -306,7 +306,7 @@ def test_blocks_by_rule_fit_every_chip(inner, columns, rows, dtype, chip):
 def test_what_does_not_fit_together_is_refused():
     rows, kernels = jnp.ones((64, 256), jnp.bfloat16), jnp.ones((4, 256, 384), jnp.bfloat16)
     sizes = jnp.ones(4, jnp.int32)
-    with pytest.raises(ValueError, match=r"rows \(64, 256\), kernels \(4, 256, 384\) turned"):
+    with pytest.raises(ValueError, match=r"rows \(64, 256\), kernels \(4, 256, 384\) transposed"):
         grouped_matmul(rows, kernels, sizes, transpose_kernels=True)
     with pytest.raises(ValueError, match=r"rows \(64, 256\), others \(60, 256\)"):
         grouped_outer_product(rows, rows[:60], sizes)

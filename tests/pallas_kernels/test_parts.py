@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import xla
-from pallas_kernels.attention.parts import BatchPart
+from pallas_kernels.attention.parts import BatchSlice
 from tests.pallas_kernels.cases import Case, compiled
 
 
 @settings(max_examples=12)
 @given(st.integers(1, 7), st.integers(1, 12), st.integers(0, 99), st.integers(1, 3))
 def test_parts_are_everything_once_and_not_too_large(batch, kv_heads, most, group):
-    part = BatchPart.of(batch, kv_heads, most)
+    part = BatchSlice.of(batch, kv_heads, most)
     assert part.rows * part.kv_heads <= max(most, 1)
     x = jnp.arange(1, batch * 2 * kv_heads * group + 1).reshape(batch, 2, kv_heads * group)
     total = jnp.zeros_like(x)
@@ -56,7 +56,7 @@ def test_values_and_gradients_are_those_of_the_whole(monkeypatch, pairs, shape, 
     want = compiled(both_passes)(q, k, v, d_o, **options)
     # One pair's scores: 2 query heads, 5 queries, 5 keys, in fp32.
     monkeypatch.setattr(xla, "SCORE_BYTES", pairs * 4 * 2 * S * S)
-    assert xla._part(q, k) in (None, BatchPart((B, K), *shape))
+    assert xla._part(q, k) in (None, BatchSlice((B, K), *shape))
     got = compiled(both_passes)(q, k, v, d_o, **options)
     assert [x.dtype for x in got[:2] + got[2]] == [x.dtype for x in want[:2] + want[2]]
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)

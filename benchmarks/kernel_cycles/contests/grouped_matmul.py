@@ -61,8 +61,10 @@ def megablox(*, which: str, tiling: Sequence[int], **sizes: int) -> Program:
     def run(left: jax.Array, right: jax.Array, sizes: jax.Array) -> jax.Array:
         if which == "d_kernels":
             return kernels.tgmm(left.T, right, sizes, jnp.bfloat16, tuple(tiling))
-        turned = which == "d_rows"
-        return kernels.gmm(left, right, sizes, jnp.bfloat16, tuple(tiling), transpose_rhs=turned)
+        transposed = which == "d_rows"
+        return kernels.gmm(
+            left, right, sizes, jnp.bfloat16, tuple(tiling), transpose_rhs=transposed
+        )
 
     return run, _operands(which, **sizes)
 

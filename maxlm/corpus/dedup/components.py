@@ -25,7 +25,7 @@ class DuplicateMarks:
 
 
 @dataclass(frozen=True)
-class AlikePairs:
+class SimilarPairs:
     """Pairs verified to be alike, by numbers of members or of documents."""
 
     low: np.ndarray
@@ -37,11 +37,11 @@ class AlikePairs:
     """int64 [copies]: those with the same words as a better one, which are in no other pair."""
 
 
-def split_copies(
+def separate_exact_copies(
     pairs: tuple[np.ndarray, np.ndarray],
     jaccard: np.ndarray,
     copies: tuple[np.ndarray, np.ndarray],
-) -> AlikePairs:
+) -> SimilarPairs:
     """Tell copies from other pairs; `pairs` (int64, with their similarity) hold those of both."""
     (low, high), (copy, best) = pairs, copies
     of_copy = np.isin(high, copy) | np.isin(low, copy)
@@ -49,11 +49,11 @@ def split_copies(
     same = of_copy & (jaccard == 1)
     confirmed = np.isin(copy, np.concatenate([low[same], high[same]]))
     low, high, jaccard = (each[~of_copy] for each in (low, high, jaccard))
-    return AlikePairs(low, high, jaccard, copy[confirmed], best[confirmed])
+    return SimilarPairs(low, high, jaccard, copy[confirmed], best[confirmed])
 
 
 def resolve_duplicates(
-    alike: AlikePairs,
+    alike: SimilarPairs,
     rank_of: Callable[[np.ndarray], np.ndarray],
     may_keep: np.ndarray | None = None,
 ) -> DuplicateMarks:

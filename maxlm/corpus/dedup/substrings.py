@@ -49,10 +49,10 @@ from maxlm.corpus.dedup.columns import concatenate, find_range, hash_range_start
 from maxlm.corpus.dedup.members import count_documents, rank_documents
 from maxlm.corpus.dedup.windows import (
     compare_windows,
+    concatenate_texts,
     find_words,
     get_code_points,
     hash_windows,
-    join_texts,
 )
 from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -136,7 +136,7 @@ def _blocks(shard: StageShardView, block_characters: int, keep_by: str | None) -
 
 def _block(texts: list[np.ndarray], rows: list[int], rank: list[float]) -> _Block:
     order = np.argsort(-np.array(rank), kind="stable")
-    text, ends = join_texts([texts[i] for i in order])
+    text, ends = concatenate_texts([texts[i] for i in order])
     return _Block(text, ends, np.array(rows, np.int64)[order], np.array(rank)[order])
 
 

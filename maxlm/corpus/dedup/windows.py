@@ -16,7 +16,7 @@ _BASE = 0x9FB21C651E98DF25  # Odd, and so invertible modulo 2^64.
 _BLOCK = 4096
 
 
-def join_texts(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def concatenate_texts(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Joins texts: the code points, uint32, and where each begins, int64 [texts + 1]."""
     ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return np.concatenate([np.empty(0, np.uint32), *texts]), ends

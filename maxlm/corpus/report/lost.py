@@ -15,13 +15,13 @@ import numpy as np
 
 from maxlm.corpus.dedup.columns import concatenate, open_columns, write_columns
 from maxlm.corpus.dedup.minhash import make_shingle_set
-from maxlm.corpus.dedup.windows import find_words, get_code_points, hash_windows, join_texts
+from maxlm.corpus.dedup.windows import concatenate_texts, find_words, get_code_points, hash_windows
 from maxlm.corpus.opened import OpenCorpus, mark_kept, read_kept
 from maxlm.corpus.recipe import Rules, find_comparing_stages
 from maxlm.corpus.settling import (
     Compared,
-    apply_verdicts,
-    list_rule_columns,
+    add_verdict_columns,
+    list_rule_input_columns,
     settle_duplicates,
 )
 from maxlm.corpus.shards import StageShardView
@@ -113,7 +113,7 @@ def count_lost(
 
 def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
     """Hashes of dropped documents and of cut passages, and how many there are of each."""
-    columns, rules = list_rule_columns(job.rules, job.stages), job.rules
+    columns, rules = list_rule_input_columns(job.rules, job.stages), job.rules
     cuts = {name for name in job.shard.settled if name.endswith(".cuts")}
     whole = [name for name in job.shard.settled if name.endswith((".duplicate", ".jaccard"))]
     documents, passages, counts = [], [], [0, 0]
@@ -121,7 +121,7 @@ def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
         ["text", *columns, *job.shard.settled, *sorted({*rules.cut} - cuts)]
     ):
         # By no verdict, by those on whole documents, and by all.
-        none = apply_verdicts(table.select([*columns, "text"]), job.stages)
+        none = add_verdict_columns(table.select([*columns, "text"]), job.stages)
         some = none
         for name in whole:
             some = some.set_column(some.schema.get_field_index(name), name, table.column(name))
@@ -182,7 +182,7 @@ def _hash_grams(texts: Sequence[str], size: int) -> Hashes:
 def _hash_windows(texts: Sequence[str], size: int) -> Hashes:
     """Hashes the runs of `size` words of texts, as `SubstringStage` does; of a text of fewer words
     none."""
-    text, offsets = join_texts([get_code_points(each) for each in texts])
+    text, offsets = concatenate_texts([get_code_points(each) for each in texts])
     starts, stops, first = find_words(text, offsets)
     hashes, begins = hash_windows(text, starts, stops, first, size)
     return hashes, np.searchsorted(offsets[1:], starts[begins], "right")

@@ -14,7 +14,7 @@ from pydantic import Field
 from maxlm.config import MaxlmError
 from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.dedup.columns import open_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates, split_copies
+from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates, separate_exact_copies
 from maxlm.corpus.dedup.members import Members, write_labels
 from maxlm.corpus.dedup.minhash import choose_banding
 from maxlm.corpus.dedup.search import NearSearch, find_alike
@@ -110,7 +110,7 @@ class NearStage(CorpusStage):
         steps = StepRunner(self.title, engine, progress)
         found = find_alike(self.search(), shards, scratch, steps)
         members = found.members
-        alike = split_copies(found.pairs, found.jaccard, found.copies)
+        alike = separate_exact_copies(found.pairs, found.jaccard, found.copies)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
         jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]

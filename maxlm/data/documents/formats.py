@@ -32,7 +32,7 @@ class FolderReader(DocumentReader, Protocol):
         """Lists a folder's files in reading order."""
         ...
 
-    def describe_selection(self, files: Iterable[SourceFile]) -> str:
+    def describe_selected_documents(self, files: Iterable[SourceFile]) -> str:
         """Describes, as text, the rules that decide which documents are read from `files`."""
         ...
 
@@ -119,12 +119,14 @@ def load_folder_reader(name: str, where: str) -> FolderReader:
     return cast(FolderReader, load_reader(name, where))
 
 
-def describe_selection(files: Iterable[SourceFile]) -> str | None:
+def describe_selected_documents(files: Iterable[SourceFile]) -> str | None:
     """Describes which documents are taken from the folder formats among `files`; None: no such."""
     files = list(files)
     names = dict.fromkeys(f.format for f in files if FORMATS[f.format].folder_entries)
     parts = [
-        load_folder_reader(name, name).describe_selection(f for f in files if f.format == name)
+        load_folder_reader(name, name).describe_selected_documents(
+            f for f in files if f.format == name
+        )
         for name in names
     ]
     return "; ".join(parts) or None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from maxlm.data.loader.mixture import ENDLESS, Mixture
-from maxlm.data.loader.packing import Packing, Pieces, TokenSource
+from maxlm.data.loader.packing import DocumentSpans, Packing, TokenSource
 from maxlm.data.loader.permutation import derive_keys, permute
 
 Int64s = NDArray[np.int64]
@@ -122,7 +122,7 @@ def create_empty_batch(rows: int, seq_len: int) -> Batch:
     }
 
 
-def fill(batch: Batch, rows: Int64s, pieces: Pieces, store: TokenSource) -> None:
+def fill(batch: Batch, rows: Int64s, pieces: DocumentSpans, store: TokenSource) -> None:
     """Writes one sequence's pieces into each of the given rows [n], reading all at once."""
     counts, starts, lengths, ends = pieces
     seq_len = batch["tokens"].shape[1]

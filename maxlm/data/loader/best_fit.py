@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader.packing import Offsets, Pieces, TokenSource
+from maxlm.data.loader.packing import DocumentSpans, Offsets, TokenSource
 from maxlm.data.store.checksums import find_damaged_files, write_checksums
 
 Int64s = NDArray[np.int64]
@@ -33,7 +33,7 @@ _REPORT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class PackingIndex:
-    """Pieces in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
+    """DocumentSpans in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
 
     starts: Int64s
     lengths: NDArray[np.int32]
@@ -68,12 +68,14 @@ class BestFitPacking:
     def num_sequences(self) -> int:
         return self.index.sequence_offsets.size - 1
 
-    def pieces(self, sequences: Int64s) -> Pieces:
+    def pieces(self, sequences: Int64s) -> DocumentSpans:
         index = self.index
         first = index.sequence_offsets[sequences]
         counts = index.sequence_offsets[sequences + 1] - first
         at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        return Pieces(counts, index.starts[at], index.lengths[at].astype(np.int64), index.ends[at])
+        return DocumentSpans(
+            counts, index.starts[at], index.lengths[at].astype(np.int64), index.ends[at]
+        )
 
 
 def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:

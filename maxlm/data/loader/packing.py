@@ -51,11 +51,11 @@ class TokenSource(Protocol):
         ...
 
 
-class Pieces(NamedTuple):
+class DocumentSpans(NamedTuple):
     """The pieces of some sequences, in order, one after another."""
 
     counts: Int64s
-    """Pieces in each sequence [n]."""
+    """DocumentSpans in each sequence [n]."""
     starts: Int64s
     """Each piece's first token in the store [sum(counts)]."""
     lengths: Int64s
@@ -70,7 +70,7 @@ class Packing(Protocol):
     @property
     def num_sequences(self) -> int: ...
 
-    def pieces(self, sequences: Int64s) -> Pieces:
+    def pieces(self, sequences: Int64s) -> DocumentSpans:
         """The pieces of the given sequences [n], each in range(num_sequences)."""
         ...
 
@@ -86,7 +86,7 @@ class ConcatPacking:
     def num_sequences(self) -> int:
         return -(-self.store.num_tokens // self.seq_len)
 
-    def pieces(self, sequences: Int64s) -> Pieces:
+    def pieces(self, sequences: Int64s) -> DocumentSpans:
         offsets = self.store.offsets
         begins = sequences * self.seq_len
         ends = np.minimum(begins + self.seq_len, self.store.num_tokens)
@@ -102,7 +102,7 @@ class ConcatPacking:
         stops = np.where(is_last, ends[row], np.append(starts[1:], 0))
         document_ends = ~is_last | (offsets[last] == ends)[row]
         kept = stops > starts  # An empty document starts where the next one does.
-        return Pieces(
+        return DocumentSpans(
             np.bincount(row[kept], minlength=sequences.size),
             starts[kept],
             (stops - starts)[kept],

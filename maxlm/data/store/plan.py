@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import find_files
-from maxlm.data.documents.formats import describe_selection
+from maxlm.data.documents.formats import describe_selected_documents
 from maxlm.data.documents.slices import Scan, scan_file
 from maxlm.data.store.arrays import token_dtype
 from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
@@ -84,7 +84,7 @@ def plan_build(
         text_field=source.text_field,
         on_bad_bytes=source.on_bad_bytes,
         piece_bytes=source.piece_bytes,
-        selection=describe_selection(listing.files),
+        selection=describe_selected_documents(listing.files),
         num_binary_files=listing.num_binary,
         sources=tuple(
             SourceEntry(

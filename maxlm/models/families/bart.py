@@ -10,7 +10,7 @@ from maxlm.models.families.gpt2 import (
     multi_head_config,
     plain_mlp_config,
     read_activation,
-    write_activation,
+    to_hf_activation,
 )
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -112,7 +112,7 @@ def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "decoder_attention_heads": heads,
         "encoder_ffn_dim": config.mlp.d_ff,
         "decoder_ffn_dim": config.mlp.d_ff,
-        "activation_function": write_activation(config.mlp.activation),
+        "activation_function": to_hf_activation(config.mlp.activation),
         "scale_embedding": config.embedding_scale != 1,
         "init_std": config.init_std,
         "decoder_start_token_id": config.start_id,

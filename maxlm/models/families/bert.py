@@ -9,7 +9,7 @@ from maxlm.models.families.gpt2 import (
     multi_head_config,
     plain_mlp_config,
     read_activation,
-    write_activation,
+    to_hf_activation,
 )
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -72,7 +72,7 @@ def _write(config: EncoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "num_attention_heads": config.attention.num_heads,
         "intermediate_size": config.mlp.d_ff,
-        "hidden_act": write_activation(config.mlp.activation),
+        "hidden_act": to_hf_activation(config.mlp.activation),
         "layer_norm_eps": config.norm.eps,
         "type_vocab_size": config.token_types,
         "initializer_range": config.init_std,

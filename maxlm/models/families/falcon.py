@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import copy, linear, map_linear, map_norm, split_grouped_qkv
-from maxlm.models.families.gpt2 import QKV, read_activation, write_activation
+from maxlm.models.families.gpt2 import QKV, read_activation, to_hf_activation
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
@@ -98,7 +98,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "bias": attention.bias,
         "alibi": False,
         "ffn_hidden_size": config.mlp.d_ff,
-        "activation": write_activation(config.mlp.activation),
+        "activation": to_hf_activation(config.mlp.activation),
         "layer_norm_epsilon": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,

@@ -8,7 +8,7 @@ from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama, rope
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import copy
-from maxlm.models.families.gpt2 import read_activation, write_activation
+from maxlm.models.families.gpt2 import read_activation, to_hf_activation
 from maxlm.models.families.layers import GLOBAL, LOCAL, read_pattern, write_pattern
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -54,7 +54,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     assert config.mlp is not None
     name = TANH
     if config.mlp.activation != "gelu_tanh":
-        name = write_activation(config.mlp.activation)
+        name = to_hf_activation(config.mlp.activation)
     return {
         **llama.write_common(config),
         "attention_bias": config.attention.bias,

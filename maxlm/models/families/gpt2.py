@@ -41,7 +41,7 @@ def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.require(key, *ACTIVATIONS)]
 
 
-def write_activation(name: str) -> str:
+def to_hf_activation(name: str) -> str:
     """The inverse of :func:`read_activation`."""
     assert name in ACTIVATIONS.values(), name
     return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
@@ -89,7 +89,7 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
         "n_positions": config.max_seq_len,
         "n_head": config.attention.num_heads,
         "n_inner": config.mlp.d_ff,
-        "activation_function": write_activation(config.mlp.activation),
+        "activation_function": to_hf_activation(config.mlp.activation),
         "layer_norm_epsilon": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": True,

@@ -7,7 +7,7 @@ from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import copy, linear, map_linear, map_norm
-from maxlm.models.families.gpt2 import plain_mlp_config, read_activation, write_activation
+from maxlm.models.families.gpt2 import plain_mlp_config, read_activation, to_hf_activation
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.families.rope import read_positions, write_positions
@@ -77,7 +77,7 @@ def _write_phi(config: DecoderConfig) -> dict[str, Any]:
         "num_key_value_heads": attention.num_kv_heads,
         "qk_layernorm": attention.qk_norm,
         "intermediate_size": config.mlp.d_ff,
-        "hidden_act": write_activation(config.mlp.activation),
+        "hidden_act": to_hf_activation(config.mlp.activation),
         "layer_norm_eps": config.norm.eps,
         "initializer_range": config.init_std,
         "tie_word_embeddings": False,

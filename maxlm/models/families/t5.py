@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.models.architectures.encoder_decoder import EncoderDecoderConfig
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.forms import copy, linear
-from maxlm.models.families.gpt2 import ACTIVATIONS, write_activation
+from maxlm.models.families.gpt2 import ACTIVATIONS, to_hf_activation
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
@@ -98,7 +98,7 @@ def _read(reader: ConfigReader) -> dict[str, Any]:
 
 def _write(config: EncoderDecoderConfig) -> dict[str, Any]:
     assert config.mlp is not None
-    name = write_activation(config.mlp.activation)
+    name = to_hf_activation(config.mlp.activation)
     if config.mlp.gated:
         name = "gated-gelu" if name == "gelu_new" else f"gated-{name}"
     return {
