@@ -16,22 +16,22 @@ _VERBS = """
     abort accumulate add align all allocate append apply arrange assemble attend autotune await
     balance begin bind block broadcast build cache cast check choose chunk clean clear clip close
     collect combine compare compile compute concatenate configure convert copy corrupt count create
-    cross cut decode decompress dedent dequantize describe detect detokenize dispatch divide
+    cross cut declare decode decompress dedent dequantize describe detect detokenize dispatch divide
     download draw dump embed emit encode enter estimate evaluate exclude expand export extract fetch
     fill filter find finish fit flatten fold format freeze gather generate get group handle hash
-    ignore import infer init insert install intersect invert iterate join keep kill label launch lay
-    limit link list load locate lock log look lower make map mark mask match measure merge mix move
-    name normalize number open order pack pad parse partition permute pick place plan pool predict
-    prefill prefetch prepare preprocess print process profile project prune put quantize raise rank
-    read rebuild receive record reduce refuse register release remove rename render repeat replace
-    report require reserve reshape reset reshard resolve restore resume retry reverse roll rotate
-    round route run sample save scan scatter schedule score search select send separate serve
-    set settle shard shift show shuffle shut simulate skip smoke sort split stack start step stop
-    store stream strip submit sum summarize swap sweep take test time tokenize trace train transform transpose
-    truncate try tune unflatten unpack unpermute unrotate unstack update upload use validate verify
-    wait warn watch wrap write
+    ignore import infer init insert install interleave intersect invert iterate jit join keep kill
+    label launch lay limit link list load locate lock log look lower make map mark mask match
+    materialize measure merge mix move multiply name normalize number open order pack pad parse
+    partition permute pick place plan pool predict prefetch prefill prepare preprocess print process
+    profile project prune put quantize raise rank read rebuild receive record reduce refuse register
+    release remove rename render repeat replace report require reserve reset reshape reshard resolve
+    restore resume retry reverse roll rotate round route run sample save scale scan scatter schedule
+    score search select send separate serve set settle shard shift show shuffle shut simulate skip
+    smoke sort split stack start step stop store stream strip submit sum summarize supports swap
+    sweep take test tie time tokenize trace train transform transpose truncate try tune unflatten
+    unpack unpermute unrotate unstack unwrap update upload use validate verify visit wait warn watch
+    wrap write
     as can from has is needs to with
-    declare interleave jit materialize multiply scale supports tie unwrap visit
 """
 _VALUES = """
     axes bytes config count dtype env factor flops fn hint info ids indices key keys kwargs layout
