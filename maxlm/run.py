@@ -11,6 +11,7 @@ from maxlm.config import Config, FileName, LocalPath, load_config
 from maxlm.data.config import DataConfig
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplesConfig, check_samples
+from maxlm.models.adapters import AdapterConfig
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.checks import check_latent_split
 from maxlm.models.dtypes import ComputeDtype
@@ -24,7 +25,7 @@ from maxlm.train.schedule import ScheduleConfig
 
 # A checkpoint can be gone on from only while these are what they were: they decide the parameters'
 # shapes, the batches, or the meaning of the optimizer's state.
-IDENTITY = ("seed", "model", "tokenizer", "data", "task", "optimizer", "train.ema_decay")
+IDENTITY = ("seed", "model", "adapter", "tokenizer", "data", "task", "optimizer", "train.ema_decay")
 # ... but for these, which change how fast batches come and not which.
 INCIDENTAL = ("model.remat", "data.workers", "data.prefetch", "data.build_workers")
 # What the tokenizer and the token stores in a run's folder were made with.
@@ -46,6 +47,9 @@ class RunConfig(Config):
     """Dtype of the maths: auto is bfloat16 on TPUs and GPUs, float32 on CPUs. Parameters, norms,
     softmax, loss and optimizer are float32 in any case."""
     model: ModelConfig
+    adapter: AdapterConfig | None = None
+    """How the model's parameters rest, by the kind that an installed package registers, such as
+    beside low-rank matrices; `train.trainable` says which are trained. null: as they are."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
@@ -82,8 +86,8 @@ class RunConfig(Config):
 
 def read_frozen_configs(
     config: RunConfig, sources: Mapping[str, FrozenModelSource] | None = None
-) -> dict[str, ModelConfig]:
-    """Return the models that a run's task only reads, by name.
+) -> dict[str, RunConfig]:
+    """Return the runs whose models a run's task only reads, by name.
 
     Args:
         sources: default, those of the task.
@@ -97,7 +101,7 @@ def read_frozen_configs(
         for name, source in sources.items()
         if source.folder is not None
     }
-    return {name: runs.get(name, config).model for name in sources}
+    return {name: runs.get(name, config) for name in sources}
 
 
 def resolve_micro_batches(config: RunConfig, sizes: Mapping[str, int]) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
-from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
 """What matrices read and write: the residual stream, an encoder's output, a narrow vector of latent
@@ -85,7 +85,9 @@ class BranchCosts(NamedTuple):
 def get_costs(module: nnx.Module) -> LayerCosts:
     """Returns a module's own ``costs()``, or those of its matrices by their declarations."""
     own: Any = getattr(module, "costs", None)
-    return own() if own else LayerCosts(group_matrices(flatten_names(param_specs(module))))
+    if own:
+        return own()
+    return LayerCosts(group_matrices(flatten_names(select_base(param_specs(module)))))
 
 
 def group_matrices(specs: Mapping[str, ParamSpec]) -> tuple[MatrixGroup, ...]:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,8 @@ class ParamUse:
             axes: logical axes of its dimensions; default: the parameter's own.
         """
         if isinstance(held, Leaf):
-            return held.materialize(self)
+            own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
+            return held.materialize(own)
         value = held.astype(self.dtype)
         own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
         used = parse_spec(self.rules.spec(*own), value.ndim)
@@ -148,6 +149,10 @@ class Leaf:
     the same class holds a :class:`ParamSpec` for each. An array's canonical name is the
     parameter's and the field's: ``layers.attention.query.kernel.lora_a``.
     """
+
+    base_field: ClassVar[str | None] = None
+    """The field that holds the parameter as a model without this leaf has it; None: there is none.
+    Parameters of such a model are read into it."""
 
     def materialize(self, use: ParamUse) -> Weight:
         """The parameter's value, as norms, tables, heads and experts read it."""
@@ -239,6 +244,27 @@ def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
         specs: :func:`param_specs` of the module, some replaced by a :class:`Leaf` of declarations.
     """
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
+
+
+def select_base(tree: Params) -> Params:
+    """Return parameters (or their declarations) as a model without adapted leaves names them: in
+    place of each :class:`Leaf` that has one, its base."""
+
+    def select(held: Any) -> Any:
+        field = getattr(held, "base_field", None)
+        return held if field is None else getattr(held, field)
+
+    return jax.tree.map(select, tree, is_leaf=lambda held: isinstance(held, Leaf))
+
+
+def replace_base(tree: Params, base: Params) -> Params:
+    """Return parameters with other values for what :func:`select_base` selects."""
+
+    def put(held: Any, own: Any) -> Any:
+        field = getattr(held, "base_field", None)
+        return own if field is None else replace(held, **{field: own})
+
+    return jax.tree.map(put, tree, base, is_leaf=lambda held: isinstance(held, Leaf))
 
 
 def get_values(module: nnx.Module) -> Params:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maxlm.config.requirements import Requirement, check_requirements
+from maxlm.models.adapters import Adapter, build_adapted_model
 from maxlm.models.architectures import Model, ModelConfig
 from maxlm.models.checks import require_experts, require_pipeline, require_whole_sequences
 from maxlm.models.params import Params, flatten_names, param_specs
@@ -81,6 +82,7 @@ def place_model(
     sizes: Mapping[str, int],
     dtype: Any,
     training: TrainingShape | None,
+    adapter: Adapter | None = None,
 ) -> PlacedModel:
     """Lay a model out on a mesh of given sizes.
 
@@ -89,6 +91,7 @@ def place_model(
         dtype: of the maths.
         training: None where the model is to generate: a row's tokens come one at a time through
             all layers, so that neither is split.
+        adapter: how its parameters rest; None: each as one array.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, too much unsharded.
@@ -107,7 +110,8 @@ def place_model(
     else:
         shape = (sizes, training, compute)
         check_requirements(require_trainable(config, sharding, parallel, *shape))
-    model = config.build(rules=compute, dtype=dtype, parallel=parallel)
+    how: dict[str, Any] = {"rules": compute, "dtype": dtype, "parallel": parallel}
+    model = build_adapted_model(config, adapter, **how)
     specs = param_specs(model)
     flat = flatten_names(specs)
     for name, spec in flat.items():

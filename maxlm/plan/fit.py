@@ -45,7 +45,8 @@ def place_run(
         check_requirements(_require_batch(config, sizes, micro))
         check_samples(samples, config.model, [1] * len(samples.prompts))
         shape = TrainingShape(config.data.seq_len, micro)
-    return place_model(config.model, config.sharding, config.parallel, sizes, dtype, shape)
+    parts = config.model, config.sharding, config.parallel
+    return place_model(*parts, sizes, dtype, shape, config.adapter)
 
 
 def place_frozen_models(
@@ -65,8 +66,9 @@ def place_frozen_models(
             where="parallel.schedule",
             fix="use circular, or mesh.stage=1",
         )
-    models = read_frozen_configs(config, sources)
     return {
-        name: place_run(config.model_copy(update={"model": model}), sizes, dtype)
-        for name, model in models.items()
+        name: place_run(
+            config.model_copy(update={"model": own.model, "adapter": own.adapter}), sizes, dtype
+        )
+        for name, own in read_frozen_configs(config, sources).items()
     }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from maxlm.models.architectures import Model, ModelConfig
-from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 from maxlm.plan.stacks import Stack, list_stacks
 
 
@@ -31,13 +31,13 @@ def count_training_flops(
 
     6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
     routed experts those a token meets, routers and the output head, tied or not, but not table
-    look-ups, norms and biases. Attention's two products, and what layers state beside, take their
-    forward FLOPs and twice as many backward.
+    look-ups, norms, biases and what an adapter adds. Attention's two products, and what layers
+    state beside, take their forward FLOPs and twice as many backward.
 
     Args:
         encoder_len: tokens of an encoder beside a decoder; None: as many.
     """
-    config, flat = model.config, flatten_names(param_specs(model))
+    config, flat = model.config, flatten_names(select_base(param_specs(model)))
     outer = (s.size for s in flat.values() if s.role == "matrix" and not s.lead)
     weights = sum(outer, start=float(config.vocab_size * config.d_model))
     full = causal = 0.0

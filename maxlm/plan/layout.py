@@ -88,10 +88,11 @@ def lay_out_run(
     rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
     schedule = make_schedule(config.schedule, config.train.steps)
     trained = select_trainable(tree, config.train.trainable)
+    names = [name for name, spec in flatten_names(trained).items() if spec is not None]
     optimizer = make_optimizer(config.optimizer, schedule, trained)
     mesh = abstract_mesh(sizes)
     state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
-    gradients = param_shardings(tree, placed.gradients, mesh)
+    gradients = flatten_names(param_shardings(tree, placed.gradients, mesh))
     parameter_bytes = sum(row.bytes_per_device for row in rows)
     lengths = TokensPerRow.of(config)
     flops = count_training_flops(placed.model, *lengths)
@@ -106,10 +107,9 @@ def lay_out_run(
         rows=rows,
         parameter_bytes=parameter_bytes,
         gradient_bytes=sum(
-            prod(gradient.shard_shape(spec.shape)) * jnp.dtype(spec.dtype).itemsize
-            for spec, gradient in zip(
-                specs.values(), flatten_names(gradients).values(), strict=True
-            )
+            prod(gradients[name].shard_shape(specs[name].shape))
+            * jnp.dtype(specs[name].dtype).itemsize
+            for name in names
         ),
         optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,

@@ -189,7 +189,7 @@ def _communication(plan: RunPlan) -> Group:
 def group_collectives(plan: RunPlan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
     """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
     passes."""
-    kernels = {strip_stack(row.path).removesuffix(".kernel") for row in plan.layout.rows}
+    kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows}
     kernels |= {"head"}
     total: dict[tuple[Any, ...], tuple[int, float, float | None]] = {}
     for s in plan.sends:

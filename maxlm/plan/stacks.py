@@ -12,7 +12,7 @@ from typing import NamedTuple
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.config import strip_stack
 from maxlm.models.costs import Branch, BranchCosts, ExpertCosts, HeadCosts, Side
-from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Stack:
     period: int
     """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
+    base_specs: Mapping[str, ParamSpec]
+    """The same without what an adapter adds: what a step computes is counted of these."""
     maps: tuple[Map, ...]
     pairs: tuple[Pairs, ...]
     rate: float
@@ -127,7 +129,7 @@ class Stack:
         for own in self.branches:
             if own.costs.experts:
                 name = f"{self.name}.{own.module}.{own.costs.experts.router}"
-                return make_kernel(name, self.specs[name])
+                return make_kernel(name, self.base_specs[name])
         return None
 
 
@@ -141,14 +143,17 @@ def list_stacks(model: Model, seq_len: int, encoder_len: int) -> tuple[Stack, ..
 
 
 def _stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
-    specs, inputs = flatten_names(param_specs(model)), encoder_len / seq_len
+    tree, inputs = param_specs(model), encoder_len / seq_len
+    both = flatten_names(tree), flatten_names(select_base(tree))
     biased = model.config.positions.kind == "relative"
     for trunk in model.config.trunks:
         blocks = model.trunks[trunk.prefix].parts
         length, rate = (encoder_len, inputs) if trunk.is_encoder else (seq_len, 1.0)
         for part in trunk.parts:
             name, branches = f"{trunk.prefix}{part.name}", blocks[part.name].costs()
-            own = {n: s for n, s in specs.items() if n.startswith(f"{name}.")}
+            own, base = (
+                {n: s for n, s in specs.items() if n.startswith(f"{name}.")} for specs in both
+            )
             pairs = []
             for branch in branches:
                 if not (heads := branch.costs.heads):
@@ -159,12 +164,13 @@ def _stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
                 layers = part.depth / len(part.kinds)
                 one = Pairs(layers, length, length, trunk.causal, None, heads, rate, biased)
                 pairs += [one._replace(window=kind.window) for kind in part.kinds]
-            maps = _maps(name, branches, own, part.depth, rate, inputs)
+            maps = _maps(name, branches, base, part.depth, rate, inputs)
             yield Stack(
                 name=name,
                 depth=part.depth,
                 period=len(part.kinds),
                 specs=own,
+                base_specs=base,
                 maps=maps,
                 pairs=merge_pairs(pairs),
                 rate=rate,

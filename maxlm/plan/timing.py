@@ -203,7 +203,7 @@ def update_flops(shape: StepShape) -> Number:
     if config.kind != "muon":
         return 0.0
     total = 0.0
-    for spec in work.specs.values():
+    for spec in work.select_trained(work.specs):
         if spec.role == "matrix":
             inputs, outputs = get_matrix_dims(spec)
             fans = sorted(prod(spec.shape[d] for d in dims) for dims in (inputs, outputs))

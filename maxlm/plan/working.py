@@ -172,7 +172,7 @@ def _update(shape: StepShape) -> Parts:
             s.nbytes / split.shards(split.storage, s.axes),
             0.0,
         )
-        for s in work.specs.values()
+        for s in work.select_trained(work.specs)
     ]
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from maxlm.models.adapters import build_adapted_model
+from maxlm.models.architectures import Model
 from maxlm.models.costs import ExpertCosts
-from maxlm.models.params import ParamSpec, flatten_names, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 from maxlm.models.remat import SAVED, RematPolicy
 from maxlm.plan.stacks import (
     Kernel,
@@ -58,6 +60,8 @@ class RunWorkload:
     dtype_bytes: int
     """Of the compute dtype."""
     specs: Mapping[str, ParamSpec]
+    base_specs: Mapping[str, ParamSpec]
+    """The same without what an adapter adds: what a step computes is counted of these."""
     stacks: tuple[Stack, ...]
     """Layers, in the order in which they are run."""
     optimizer: tuple[StateArray, ...]
@@ -73,7 +77,12 @@ class RunWorkload:
         Args:
             dtype: of the maths.
         """
-        model = config.model.build(rules=AxisRules(), dtype=dtype)
+
+        def build(run: RunConfig) -> Model:
+            how: dict[str, Any] = {"rules": AxisRules(), "dtype": dtype}
+            return build_adapted_model(run.model, run.adapter, **how)
+
+        model = build(config)
         tree, stacks = param_specs(model), list_stacks(model, *TokensPerRow.of(config))
         schedule = make_schedule(config.schedule, config.train.steps)
         trained = select_trainable(tree, config.train.trainable)
@@ -81,12 +90,12 @@ class RunWorkload:
         leaves = tuple(jax.tree.leaves(state))
         frozen = tuple(
             spec
-            for model in read_frozen_configs(config).values()
-            for spec in jax.tree.leaves(param_specs(model.build(rules=AxisRules(), dtype=dtype)))
+            for run in read_frozen_configs(config).values()
+            for spec in jax.tree.leaves(param_specs(build(run)))
         )
         names = frozenset(name for name, s in flatten_names(trained).items() if s is not None)
-        size = jnp.dtype(dtype).itemsize
-        return cls(config, size, flatten_names(tree), stacks, leaves, names, frozen)
+        size, base = jnp.dtype(dtype).itemsize, flatten_names(select_base(tree))
+        return cls(config, size, flatten_names(tree), base, stacks, leaves, names, frozen)
 
     @cached_property
     def rows(self) -> TokensPerRow:
@@ -141,7 +150,8 @@ class RunWorkload:
     @cached_property
     def outer_kernels(self) -> tuple[Kernel, ...]:
         """Matrices behind the layers, but for the head."""
-        matrices = {name: s for name, s in self.outer_specs.items() if s.role == "matrix"}
+        specs = self.base_specs.items()
+        matrices = {name: s for name, s in specs if s.role == "matrix" and not s.lead}
         return tuple(make_kernel(name, spec) for name, spec in matrices.items())
 
     def lookups(self, table: str) -> tuple[float, ...]:

@@ -164,9 +164,15 @@ def to_published(
 
     Raises:
         MaxlmError: no run, no checkpoint, a target that is not empty, a model that the family has
-            no words for, values too large for the number format.
+            no words for (an adapted one among them), values too large for the number format.
     """
     config = load_config(RunConfig, source / "config.yaml").value
+    if config.adapter is not None:
+        raise MaxlmError(
+            f"no published model has adapter.kind={config.adapter.kind}, as this run's has",
+            where=str(source),
+            fix="name a run without one, such as the one that this began with",
+        )
     average = config.train.ema_decay is not None
     reader = RunCheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
     published = read_metadata(reader.folder).get("published") or {}

@@ -1,4 +1,8 @@
-"""Fresh states, with random parameters or another run's (``train.start_from``)."""
+"""Fresh states, with random parameters or another run's (``train.start_from``).
+
+An adapted run starts from one with the same adapter, or from one without: its parameters then are
+the base of this one's.
+"""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -7,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from maxlm.models.params import replace_base, select_base
 from maxlm.programs.setup import Setup
 from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.state import TrainState
@@ -23,7 +28,9 @@ def find_init_checkpoint(setup: Setup, stack: ExitStack) -> FolderTier | None:
     folder = Path(setup.config.train.start_from) / "checkpoints"
     tier = FolderTier(folder, read_only=True, grouped=group_sizes(setup.specs))
     stack.enter_context(tier)
-    tier.check_params(None, setup.abstract_state.params, _eval_params_name(tier))
+    wanted = setup.abstract_state.params
+    wanted = wanted if _is_adapted(tier) else select_base(wanted)
+    tier.check_params(None, wanted, _eval_params_name(tier))
     return tier
 
 
@@ -35,9 +42,17 @@ def init_state(setup: Setup, init_checkpoint: FolderTier | None) -> TrainState:
     abstract = setup.abstract_state.params
     init_checkpoint.reload()  # Its run may still train, and delete old ones.
     name = _eval_params_name(init_checkpoint)
-    params = init_checkpoint.restore_params(None, abstract, name)
+    if _is_adapted(init_checkpoint):
+        params = init_checkpoint.restore_params(None, abstract, name)
+    else:
+        base = init_checkpoint.restore_params(None, select_base(abstract), name)
+        params = replace_base(state.params, base)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return replace(state, params=params, ema=ema)
+
+
+def _is_adapted(tier: FolderTier) -> bool:
+    return tier.metadata()["config"].get("adapter") is not None
 
 
 def _eval_params_name(tier: FolderTier) -> str:

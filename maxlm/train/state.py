@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from maxlm.models.params import Params, ParamSpec, init_params
+from maxlm.models.params import Params, ParamSpec, init_params, join_path
 from maxlm.sharding import AxisRules, resolve_placement
 from maxlm.train.optimizer import opt_state_shardings
 
@@ -57,10 +57,8 @@ def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) 
     sizes = dict(mesh.shape)
 
     def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
-        name = ".".join(str(key.key) for key in path)
-        return NamedSharding(
-            mesh, resolve_placement(name, spec.shape, spec.axes, rules, sizes).spec
-        )
+        own = resolve_placement(join_path(path), spec.shape, spec.axes, rules, sizes)
+        return NamedSharding(mesh, own.spec)
 
     return jax.tree_util.tree_map_with_path(sharding, specs)
 

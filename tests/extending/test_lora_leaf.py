@@ -1,17 +1,23 @@
-"""LoRA as an external package writes it: a leaf class and a function from specs to specs."""
+"""LoRA as an external package writes it: a leaf class, and an adapter from specs to specs."""
 
+import json
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maxlm.config import MaxlmError, load_config, to_yaml
+from maxlm.models.adapters import Adapter, register_adapter
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.params import (
+    GatheredParam,
     Leaf,
+    Params,
     ParamSpec,
     ParamUse,
     Weight,
@@ -20,17 +26,29 @@ from maxlm.models.params import (
     flatten_names,
     init_params,
     param_specs,
+    replace_base,
+    select_base,
     truncated_normal,
 )
+from maxlm.plan.predict import plan_run
+from maxlm.programs.init_checkpoint import find_init_checkpoint, init_state
+from maxlm.programs.load import load_run
+from maxlm.programs.setup import set_up
+from maxlm.programs.train import train_model
+from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from maxlm.train.checkpoint.reading import named_leaves, read_metadata
+from tests.programs import tiny
 
-RANK, SCALE = 3, 0.7
+RANK, SCALE = 4, 0.7
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lora(Leaf):
     """``x · base + scale · (x · A) · B`` (Hu et al. 2021, arXiv 2106.09685, §4.1)."""
+
+    base_field: ClassVar[str] = "base"
 
     base: Any
     lora_a: Any
@@ -46,29 +64,35 @@ class Lora(Leaf):
         return y + self.scale * added
 
 
-def adapt(tree: Any) -> Any:
-    """Specs in, specs out: every hidden matrix outside experts gains A and B."""
+@register_adapter
+class LoraAdapter(Adapter):
+    """Every hidden matrix outside experts gains A and B."""
 
-    def one(spec: ParamSpec) -> Any:
+    kind: Literal["test_lora"] = "test_lora"
+    rank: int = RANK
+    scale: float = SCALE
+
+    def adapt(self, specs: Params) -> Params:
+        return jax.tree.map(self._adapt_one, specs)
+
+    def _adapt_one(self, spec: ParamSpec) -> Any:
         if spec.role != "matrix" or "expert" in spec.axes:
             return spec
         lead, inputs = spec.lead, spec.lead + len(spec.contract)
         a = replace(
             spec,
-            shape=(*spec.shape[:inputs], RANK),
+            shape=(*spec.shape[:inputs], self.rank),
             axes=(*spec.axes[:inputs], None),
             init=truncated_normal(0.1),
         )
         b = replace(
             spec,
-            shape=(*spec.shape[:lead], RANK, *spec.shape[inputs:]),
+            shape=(*spec.shape[:lead], self.rank, *spec.shape[inputs:]),
             axes=(*spec.axes[:lead], None, *spec.axes[inputs:]),
             contract=(lead,),
             init=jax.nn.initializers.zeros,
         )
-        return Lora(spec, a, b, SCALE)
-
-    return jax.tree.map(one, tree)
+        return Lora(spec, a, b, self.scale)
 
 
 CONFIG = DecoderConfig.model_validate(
@@ -86,31 +110,21 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 37, (2, 11)), jnp.int3
 POSITIONS = jnp.broadcast_to(jnp.arange(11, dtype=jnp.int32), (2, 11))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def models():
     """The base model and the adapted one, with parameters that have the base's in common."""
     with jax.set_mesh(jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))):
         base = CONFIG.build(rules=AxisRules(), dtype=jnp.float32)
         specs = param_specs(base)
-        adapted = declare_at_rest(base, adapt(specs))
+        adapted = declare_at_rest(base, LoraAdapter().adapt(specs))
         params = init_params(specs, jax.random.key(0))
         fresh = init_params(param_specs(adapted), jax.random.key(1))
-        joined = jax.tree.map(
-            lambda own, leaf: replace(leaf, base=own) if isinstance(leaf, Lora) else own,
-            params,
-            fresh,
-        )
-        yield base, adapted, params, joined
+        yield base, adapted, params, replace_base(fresh, params)
 
 
 @jax.jit(static_argnums=0)
 def hidden(model: Any, params: Any) -> jax.Array:
     return bind(model, params)(TOKENS, POSITIONS)[0]
-
-
-def test_an_adapted_model_begins_as_the_base_bit_for_bit(models):
-    base, adapted, params, joined = models
-    np.testing.assert_array_equal(hidden(base, params), hidden(adapted, joined))
 
 
 def test_arrays_have_canonical_names_and_specs_of_their_own(models):
@@ -148,19 +162,104 @@ def test_the_forward_pass_is_that_of_merged_matrices(models):
     np.testing.assert_allclose(hidden(adapted, noisy), hidden(base, merged), rtol=2e-5, atol=2e-5)
 
 
-def test_gradients_reach_a_and_b_alone_when_the_base_is_fixed(models):
-    _, adapted, _, joined = models
-    noisy = jax.tree.map(lambda x: x + 0.05, joined)
+def test_a_gathered_array_of_a_leaf_lies_as_its_own_axes_say(mesh):
+    """Under ZeRO-2 A of [embed, rank] has not the layout of the kernel's last two dimensions."""
+    axes = ("embed", "heads", "head_dim")
+    spec = ParamSpec((8, 4, 6), axes, jax.nn.initializers.zeros, "matrix", (0,))
+    use = ParamUse(spec, AxisRules(heads=("tensor",)), jnp.float32)
+    with jax.set_mesh(mesh(tensor=2)):
+        a = jnp.zeros((8, RANK))
+        assert use.read(GatheredParam(a, a), ("embed", None)).used == ((), ())
 
-    def fix(held: Any) -> Any:
-        if isinstance(held, Lora):
-            return replace(held, base=jax.lax.stop_gradient(held.base))
-        return jax.lax.stop_gradient(held)
 
-    def loss(params: Any) -> jax.Array:
-        fixed = jax.tree.map(fix, params, is_leaf=lambda x: isinstance(x, Lora))
-        return jnp.sum(hidden(adapted, fixed) ** 2)
+@pytest.fixture
+def make_config(tmp_path):
+    """``make_config(name, **parts)``: a run with low-rank matrices, which alone are trained."""
+    text = tiny.write_text(tmp_path / "text")
 
-    grads = flatten_names(jax.grad(loss)(noisy))
-    for name, grad in grads.items():
-        assert bool(jnp.any(grad != 0)) == (".lora_" in name), name
+    def make(name: str, mesh: dict[str, int], train: dict[str, Any], **parts: Any) -> RunConfig:
+        settings = tiny.settings(tmp_path, text) | {"name": name, "mesh": mesh}
+        if "adapter" in parts:
+            train = train | {"trainable": ["*.lora_a", "*.lora_b"]}
+        settings |= {"train": train, "checkpoint": {"every_steps": 2}}
+        settings |= {"sharding": {"max_unsharded": 1}}
+        return RunConfig.model_validate(settings | parts)
+
+    return make
+
+
+def train(config: RunConfig) -> Any:
+    return train_model(config, say=lambda _: None)
+
+
+def read_first_loss(result: Any) -> float:
+    return json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
+def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(
+    make_config, mesh, monkeypatch
+):
+    devices = jax.devices()[: prod(mesh.values())]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    base = train(make_config("base", mesh, {"steps": 2}))
+    start = {"start_from": str(base.folder)}
+    adapter = {"kind": "test_lora"}
+    whole = train(make_config("whole", mesh, {"steps": 4, **start}, adapter=adapter))
+
+    # The first step has the loss of the base, bit for bit.
+    going_on = train(make_config("going_on", mesh, {"steps": 1, **start}))
+    assert read_first_loss(whole) == read_first_loss(going_on)
+
+    # The base stays as it was; A and B do not.
+    assert are_equal(select_base(whole.state.params), base.state.params)
+    trained = {n: x for n, x in flatten_names(whole.state.params).items() if ".lora_" in n}
+    assert len(trained) == 14
+    assert all(np.any(x) for x in trained.values())  # B began as zeros
+
+    # The optimizer and its checkpoint have arrays for A and B alone, under canonical names.
+    moments = [n for n, x in named_leaves(whole.state.opt_state).items() if x.ndim]
+    assert {name.split(".", 2)[2] for name in moments} == set(trained)
+    saved = read_metadata(whole.folder / "checkpoints" / "4")["fingerprints"]
+    assert {n.split(".", 3)[3] for n in saved if n.startswith("opt_state.1.mu.")} == set(trained)
+    assert "params.layers.attention.query.kernel.base" in saved
+
+    # It resumes as if it had never stopped.
+    train(make_config("cut", mesh, {"steps": 2, **start}, adapter=adapter))
+    cut = train(make_config("cut", mesh, {"steps": 4, **start}, adapter=adapter))
+    assert cut.start == 2
+    assert are_equal(whole.state, cut.state)
+
+    # A run that starts from an adapted one has its A and B too.
+    assert are_equal(load_run(whole.folder).params, whole.state.params)
+    again = {"steps": 1, "start_from": str(whole.folder)}
+    setup = set_up(make_config("again", mesh, again, adapter=adapter))
+    with ExitStack() as stack:
+        state = init_state(setup, find_init_checkpoint(setup, stack))
+    assert are_equal(state.params, whole.state.params)
+
+
+def test_the_plan_counts_no_gradients_and_no_optimizer_for_the_base(make_config):
+    axes = ("data", "fsdp", "expert", "tensor", "context", "stage")
+    sizes: dict[str, int] = dict.fromkeys(axes, 1)
+    base = plan_run(make_config("a", sizes, {"steps": 1}), sizes=sizes)
+    config = make_config("a", sizes, {"steps": 1}, adapter={"kind": "test_lora"})
+    plan = plan_run(config, sizes=sizes)
+    added = {r.path: r.bytes_total for r in plan.layout.rows if ".lora_" in r.path}
+    total = sum(added.values())
+    assert plan.memory.parameters == base.memory.parameters + total
+    assert plan.layout.gradient_bytes == total
+    assert plan.memory.optimizer == pytest.approx(2 * total, abs=16)
+    assert plan.memory.gradients < base.memory.gradients / 2
+
+
+def test_its_config_reads_back_and_unknown_kinds_are_refused(make_config, tmp_path):
+    config = make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "test_lora", "rank": 2})
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(RunConfig, tmp_path / "config.yaml").value == config
+    with pytest.raises(MaxlmError, match=r"no adapter of kind=none_such; use one of .*test_lora"):
+        make_config("a", {"fsdp": 1}, {"steps": 1}, adapter={"kind": "none_such"})

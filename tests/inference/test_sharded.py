@@ -8,6 +8,7 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.inference import generate as generation
+from maxlm.inference.cache import init_cache
 from maxlm.inference.decode import prefill
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
@@ -38,6 +39,19 @@ def sharded(eight, build_tiny):
 def test_the_same_tokens_on_eight_devices_as_on_one(sharded, tinies, sampling):
     expected = tokens(tinies["llama"], sampling)
     assert tokens(sharded, sampling) == expected
+
+
+def test_ring_caches_of_a_window_on_four_devices_answer_as_on_one(mesh, build_tiny):
+    attention = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "window": 4}
+    one, four = (
+        build_tiny("llama", m, attention=attention) for m in (mesh(), mesh(data=2, tensor=2))
+    )
+    with jax.set_mesh(mesh()):
+        assert init_cache(one.model, 4, 16)["layers"][0].key.shape == (3, 4, 4, 2, 6)
+        expected = [one.greedy(prompt, 8) for prompt in PROMPTS]
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    for tiny in (one, four):
+        assert [list(row) for row in zip(*tokens(tiny, greedy), strict=True)] == expected
 
 
 def test_the_cache_stays_split_and_is_never_sent(sharded, eight):

@@ -15,8 +15,8 @@ def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     for kernel in work.outer_kernels:
         tokens = (*rules.batch, *rules.residual, *_stages(shape))
         yield from list_weight_collectives(shape, kernel, runs, runs, tokens)
-    for name, spec in work.outer_specs.items():
-        if name.endswith(".table"):
+    for name, spec in work.base_specs.items():
+        if name.endswith(".table") and not spec.lead:
             table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
             for rate in work.lookups(name):
                 yield from _lookup(shape, table, rate)
@@ -117,9 +117,11 @@ def list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     if split.optimizer == split.storage:
         return
     for name, spec in work.specs.items():
+        if name not in work.trained:
+            continue
         at_rest = {a for axis in spec.axes for a in split.storage.mesh_axes(axis)}
         finer = (a for axis in spec.axes for a in split.optimizer.mesh_axes(axis))
         axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
         whole = spec.nbytes / split.shards(split.storage, spec.axes)
-        what = f"{name.removesuffix('.kernel')}: update"
+        what = f"{name.partition('.kernel')[0]}: update"
         yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once", True)
