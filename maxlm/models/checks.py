@@ -18,7 +18,8 @@ def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
     Raises:
         MaxlmError: compute rules split the narrow vectors of latent attention.
     """
-    if model.attention.latent is not None and compute.latent:
+    latent = model.attention is not None and model.attention.latent is not None
+    if latent and compute.latent:
         raise MaxlmError(
             "latent attention needs its narrow vectors whole",
             where="sharding.compute.latent",

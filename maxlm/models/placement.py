@@ -62,6 +62,8 @@ def require_trainable(
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
+    if model.attention is None:
+        return
     for window in dict.fromkeys(kind.window for kind in model.kinds):
         yield from require_context(
             shape.seq_len,

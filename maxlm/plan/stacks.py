@@ -125,7 +125,7 @@ class Stack:
 
     @property
     def router(self) -> Kernel | None:
-        """Of its experts."""
+        """The router of its experts; None: it has none."""
         for own in self.branches:
             if own.costs.experts:
                 name = f"{self.name}.{own.module}.{own.costs.experts.router}"

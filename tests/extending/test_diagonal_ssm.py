@@ -1,5 +1,6 @@
 """A diagonal state-space mixer with a recurrent cache, as an external package writes it."""
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from maxlm.inference.decode import decode, prefill
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.blocks import register_mixer
 from maxlm.models.caches import CacheArray
+from maxlm.models.costs import LayerCosts, group_matrices
 from maxlm.models.layers.linear import Linear, project
 from maxlm.models.params import (
     bind,
@@ -24,7 +26,14 @@ from maxlm.models.params import (
     materialize,
     param_specs,
 )
+from maxlm.plan.cache import count_cache_bytes
+from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.timing import count_other_flops
+from maxlm.programs.smoke import shrink_config
+from maxlm.programs.train import train_model
+from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from tests.programs import tiny
 
 WIDTH = 10
 
@@ -74,6 +83,10 @@ class DiagonalSsm(nnx.Module):
     def cache_spec(self, batch, length, window):
         return StateCache(CacheArray((batch, self.width), ("batch", "mlp"), jnp.float32))
 
+    def costs(self):
+        groups = group_matrices(flatten_names(param_specs(self)))
+        return LayerCosts(groups, flops=3 * self.width, flops_axes=("mlp",))
+
 
 register_mixer(DiagonalSsmConfig, DiagonalSsm)
 
@@ -91,7 +104,7 @@ CONFIG = DecoderConfig.model_validate(
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trained():
     mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -150,3 +163,59 @@ def test_it_learns(trained):
         params, state, value = train(params, state)
         losses.append(float(value))
     assert losses[-1] < 0.5 * losses[0]
+
+
+LAYERS, D, FF, F, VOCAB, SEQ = 2, 32, 64, 16, 304, 32
+
+
+def make_run(folder: Path, **top: Any) -> RunConfig:
+    settings = tiny.settings(folder, str(folder / "text"))
+    own = {"mixer": {"kind": "diagonal_ssm", "width": F}, "positions": {"kind": "none"}}
+    settings["model"] = {**settings["model"], "attention": None, **own}
+    return RunConfig.model_validate({**settings, "optimizer": {"kind": "adamw"}, **top})
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkeypatch):
+    """A mixer that states no costs is counted by its matrices."""
+    if not stated:
+        monkeypatch.delattr(DiagonalSsm, "costs")
+    matrices, norms = LAYERS * (3 * D * F + 3 * D * FF), (2 * LAYERS + 1) * D
+    plan = plan_run(make_run(tmp_path), Machine.from_name("h100x1"))
+    assert plan.layout.parameters == matrices + norms + LAYERS * F + 2 * VOCAB * D
+    recurrence = LAYERS * 3 * F if stated else 0
+    assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
+    assert count_other_flops(plan.shape) == recurrence * 8 * SEQ
+    assert "ssm: gate, up" in [map_.name for map_ in plan.shape.work.maps]
+    assert "a layer's mixer" in plan.memory.working_sets
+    assert (plan.step_seconds or 0) > 0
+    model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)
+    for length in (7, 4096):
+        assert count_cache_bytes(model, 5, length) == LAYERS * 5 * F * 4
+
+
+def test_the_plan_counts_what_its_layout_sends(tmp_path):
+    mesh = {"fsdp": 2, "tensor": 2}
+    plan = plan_run(make_run(tmp_path, mesh=mesh), Machine.from_name("h100x4"))
+    sent = {each.what: each.axes for each in plan.sends}
+    assert sent["ssm.up"] == ("fsdp",)
+    assert sent["ssm: out: output"] == ("tensor",)
+
+
+def test_it_trains_and_resumes_as_any_model_does(tmp_path):
+    tiny.write_text(tmp_path / "text")
+    mesh = {"fsdp": 4, "tensor": 2}
+    short, long = (
+        make_run(tmp_path, mesh=mesh, train={"steps": steps}, checkpoint={"every_steps": 2})
+        for steps in (2, 4)
+    )
+    assert train_model(short, say=lambda _: None).start == 0
+    again = train_model(long, say=lambda _: None)
+    assert (again.start, int(again.state.step)) == (2, 4)
+    saved = (again.folder / "config.yaml").read_text()
+    assert "diagonal_ssm" in saved
+
+
+def test_its_run_shrinks_to_a_small_one_for_a_smoke_test(tmp_path):
+    model = shrink_config(make_run(tmp_path), 8).model
+    assert (model.attention, model.mixer) == (None, DiagonalSsmConfig(width=F))

@@ -250,26 +250,16 @@ class TransformerConfig(Config):
     def shrunk(self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int) -> Self:
         """A small model of the same structure: the ratio of query to kv heads stays (up to 8), so
         do that of the FFN to the width, the kinds of layers (each once), ties, biases, norms,
-        positions, gating and remat; experts are 8 at most.
+        positions, gating and remat; experts are 8 at most. A mixer of another kind stays as it is.
 
         Args:
             vocab_size, num_layers: upper bounds.
             head_dim, seq_len: the new sizes.
         """
-        attention = self.attention
-        group = min(attention.num_heads // attention.num_kv_heads, 8)
-        kv_heads = 1 if attention.num_kv_heads == 1 else 2
-        d_model = group * kv_heads * head_dim
-        heads: dict[str, Any] = {
-            "num_heads": group * kv_heads,
-            "num_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "window": attention.window and max(2, seq_len // 4),
-        }
-        if latent := attention.latent:
-            ranks = {"q_rank": latent.q_rank and head_dim, "kv_rank": head_dim}
-            sizes = {"rotary_dim": head_dim // 2, "value_dim": head_dim}
-            heads["latent"] = latent.model_copy(update={**ranks, **sizes})
+        attention, small, d_model = self.attention, None, 2 * head_dim
+        if attention is not None:
+            small = attention.shrunk(head_dim, seq_len)
+            d_model = small.num_heads * head_dim
 
         def narrowed(layer: Any) -> Any:
             if layer is None:
@@ -280,7 +270,7 @@ class TransformerConfig(Config):
         def turned(positions: PositionsConfig | None) -> PositionsConfig | None:
             if positions is None or positions.rotary_dim is None:
                 return positions
-            share = positions.rotary_dim / attention.head_dim
+            share = positions.rotary_dim / (attention.head_dim if attention else head_dim)
             size = max(2, round(share * head_dim / 2) * 2)
             return positions.model_copy(update={"rotary_dim": size})
 
@@ -302,7 +292,7 @@ class TransformerConfig(Config):
                 "num_layers": min(self.num_layers, num_layers),
                 "d_model": d_model,
                 "max_seq_len": seq_len,
-                "attention": attention.model_copy(update=heads),
+                "attention": small,
                 "mlp": narrowed(self.mlp),
                 "moe": narrowed(self.moe and self.moe.fewer(8)),
                 "dense_layers": min(self.dense_layers, 1),

@@ -42,6 +42,8 @@ class EncoderDecoderConfig(TransformerConfig):
             raise MaxlmError(
                 f"placement={self.placement} with cross-attention", fix="use pre or post"
             )
+        if self.attention is None:
+            raise MaxlmError("cross-attention without attention", fix="give attention, not mixer")
         if self.attention.latent is not None:
             raise MaxlmError(
                 "cross-attention with attention.latent", fix="leave it out, or use a decoder alone"

@@ -1,7 +1,7 @@
 """Multi-head attention: multi-query, grouped and full, with an optional key-value cache."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,23 @@ class AttentionConfig(Config):
     @property
     def has_out_bias(self) -> bool:
         return self.bias if self.out_bias is None else self.out_bias
+
+    def shrunk(self, head_dim: int, seq_len: int) -> Self:
+        """Attention of the same kind with small heads: the ratio of query to kv heads stays, up to
+        8, and windows are a quarter of a sequence."""
+        group = min(self.num_heads // self.num_kv_heads, 8)
+        kv_heads = 1 if self.num_kv_heads == 1 else 2
+        changes: dict[str, Any] = {
+            "num_heads": group * kv_heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "window": self.window and max(2, seq_len // 4),
+        }
+        if latent := self.latent:
+            ranks = {"q_rank": latent.q_rank and head_dim, "kv_rank": head_dim}
+            sizes = {"rotary_dim": head_dim // 2, "value_dim": head_dim}
+            changes["latent"] = latent.model_copy(update={**ranks, **sizes})
+        return self.model_copy(update=changes)
 
     @property
     def value_dim(self) -> int:
