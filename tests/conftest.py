@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 
 import jax
@@ -42,6 +42,31 @@ def mesh() -> Callable[..., Mesh]:
 def one_device_mesh(mesh) -> Mesh:
     """The mesh of a laptop: every axis of size 1."""
     return mesh()
+
+
+@pytest.fixture(scope="session")
+def _compilation_cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture
+def compiled_once(_compilation_cache) -> Iterator[None]:
+    """JAX's compilation cache, on disk, for tests that train in this process."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": _compilation_cache,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

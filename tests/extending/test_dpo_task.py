@@ -29,6 +29,8 @@ from maxlm.train.batch import put_batch
 from maxlm.train.checkpoint.reading import read_metadata
 from tests.programs import tiny
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SIDES = ("chosen", "rejected")
 
 
@@ -87,13 +89,6 @@ def encode_pair(tokenizer: Tokenizer, length: int, row: dict[str, str]) -> dict[
         found[f"{side}_tokens"], found[f"{side}_targets"] = ids[:-1], ids[1:]
         found[f"{side}_weights"] = np.arange(1, len(ids)) >= len(prompt)
     return found
-
-
-@pytest.fixture(autouse=True)
-def quick_to_compile():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -200,6 +200,7 @@ def are_equal(a: Any, b: Any) -> bool:
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
+@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("mesh", [{"fsdp": 1}, {"fsdp": 4, "tensor": 2}], ids=str)
 def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(
     make_config, mesh, monkeypatch
