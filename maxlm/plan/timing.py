@@ -274,7 +274,7 @@ def estimate_time(
     """A step's time.
 
     Args:
-        sends: :func:`maxlm.plan.communication.collectives` of ``shape``.
+        sends: :func:`maxlm.plan.communication.list_collectives` of ``shape``.
         efficiency: default: of the chip's family.
         dtype: of matrix products.
         allocated: bytes that a step takes and gives back.

@@ -79,7 +79,7 @@ import platform
 host = f"host-{sys.argv[2]}"
 platform.node = lambda: host
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-from maxlm.programs.environment import environment
+from maxlm.programs.environment import describe_environment
 found = describe_environment()
 print(found["processes"], *found["hosts"], found["devices"]["count"])
 """
