@@ -5,13 +5,12 @@ says which of them are multiplied with one input, and what that input is; and wh
 such as scores of attention. A module without ``costs`` is counted by :func:`group_matrices`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 
-from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
+from maxlm.models.params import flatten_names, param_specs, select_base
 
 Side = Literal["residual", "memory", "latent", "heads", "mlp"]
 """What matrices read and write: the residual stream, an encoder's output, a narrow vector of latent
@@ -85,20 +84,14 @@ class BranchCosts(NamedTuple):
 def get_costs(module: nnx.Module) -> LayerCosts:
     """Returns a module's own ``costs()``, or those of its matrices by their declarations."""
     own: Any = getattr(module, "costs", None)
-    if own:
-        return own()
-    return LayerCosts(group_matrices(flatten_names(select_base(param_specs(module)))))
+    return own() if own else LayerCosts(group_matrices(module))
 
 
-def group_matrices(specs: Mapping[str, ParamSpec]) -> tuple[MatrixGroup, ...]:
-    """Groups the matrices of each submodule by their input: heads or an MLP's hidden layer, where
-    their axes say so, otherwise the residual stream.
-
-    Args:
-        specs: of a module's parameters, by name.
-    """
+def group_matrices(module: nnx.Module) -> tuple[MatrixGroup, ...]:
+    """Groups a module's matrices by submodule and input: heads or an MLP's hidden layer, where
+    their axes say so, otherwise the residual stream."""
     groups: dict[tuple[str, Side], list[str]] = {}
-    for name, spec in specs.items():
+    for name, spec in flatten_names(select_base(param_specs(module))).items():
         if spec.role == "matrix":
             axes = {spec.axes[d] for d in spec.contract}
             reads = "heads" if "heads" in axes else "mlp" if "mlp" in axes else "residual"

@@ -64,6 +64,9 @@ class RunWorkload:
     """The same without what an adapter adds: what a step computes is counted of these."""
     stacks: tuple[Stack, ...]
     """Layers, in the order in which they are run."""
+    tables: Mapping[str, tuple[float, ...]]
+    """Parameters in which rows are looked up, that of tokens first; each with the tokens of every
+    way it is read for each of the batch's."""
     optimizer: tuple[StateArray, ...]
     trained: frozenset[str]
     """The names of the parameters that are trained."""
@@ -83,7 +86,13 @@ class RunWorkload:
             return build_adapted_model(run.model, run.adapter, **how)
 
         model = build(config)
-        tree, stacks = param_specs(model), list_stacks(model, *TokensPerRow.of(config))
+        tree, rows = param_specs(model), TokensPerRow.of(config)
+        stacks, inputs = list_stacks(model, *rows), rows.inputs / rows.own
+        rates = {t.prefix: inputs if t.is_encoder else 1.0 for t in config.model.trunks}
+        tables = {
+            name: tuple(rates[prefix] for prefix in trunks)
+            for name, trunks in model.list_lookups().items()
+        }
         schedule = make_schedule(config.schedule, config.train.steps)
         trained = select_trainable(tree, config.train.trainable)
         state = described_opt_state(make_optimizer(config.optimizer, schedule, trained), tree)
@@ -95,7 +104,8 @@ class RunWorkload:
         )
         names = frozenset(name for name, s in flatten_names(trained).items() if s is not None)
         size, base = jnp.dtype(dtype).itemsize, flatten_names(select_base(tree))
-        return cls(config, size, flatten_names(tree), base, stacks, leaves, names, frozen)
+        flat = flatten_names(tree)
+        return cls(config, size, flat, base, stacks, tables, leaves, names, frozen)
 
     @cached_property
     def rows(self) -> TokensPerRow:
@@ -153,13 +163,6 @@ class RunWorkload:
         specs = self.base_specs.items()
         matrices = {name: s for name, s in specs if s.role == "matrix" and not s.lead}
         return tuple(make_kernel(name, spec) for name, spec in matrices.items())
-
-    def lookups(self, table: str) -> tuple[float, ...]:
-        """The ways a table is read, each by its tokens for each of the batch's."""
-        inputs = (self.encoder_rate,) if self.encoder_rate else ()
-        if table.startswith(tuple(t.prefix for t in self.config.model.trunks if t.is_encoder)):
-            return inputs
-        return (1.0, *inputs) if table.startswith("embedding.") else (1.0,)
 
     @property
     def head(self) -> Kernel:

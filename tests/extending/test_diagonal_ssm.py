@@ -33,6 +33,7 @@ from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from tests.plan.test_against_compiled import compiled, products, sent
 from tests.programs import tiny
 
 WIDTH = 10
@@ -84,8 +85,7 @@ class DiagonalSsm(nnx.Module):
         return StateCache(CacheArray((batch, self.width), ("batch", "mlp"), jnp.float32))
 
     def costs(self):
-        groups = group_matrices(flatten_names(param_specs(self)))
-        return LayerCosts(groups, flops=3 * self.width, flops_axes=("mlp",))
+        return LayerCosts(group_matrices(self), flops=3 * self.width, flops_axes=("mlp",))
 
 
 register_mixer(DiagonalSsmConfig, DiagonalSsm)
@@ -194,12 +194,13 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
         assert count_cache_bytes(model, 5, length) == LAYERS * 5 * F * 4
 
 
-def test_the_plan_counts_what_its_layout_sends(tmp_path):
-    mesh = {"fsdp": 2, "tensor": 2}
-    plan = plan_run(make_run(tmp_path, mesh=mesh), Machine.from_name("h100x4"))
-    sent = {each.what: each.axes for each in plan.sends}
-    assert sent["ssm.up"] == ("fsdp",)
-    assert sent["ssm: out: output"] == ("tensor",)
+def test_the_plan_counts_what_the_compiled_step_multiplies_and_sends(tmp_path):
+    shape, cost, _ = compiled(make_run(tmp_path, mesh={"fsdp": 4, "tensor": 2}))
+    assert products(shape) == cost.matmul_flops
+    ours, theirs = sent(shape), cost.wire_by_kind_and_axes()
+    for key, size in theirs.items():
+        if size > 0.1 * sum(theirs.values()):
+            assert ours[key] == pytest.approx(size, rel=0.03), key
 
 
 def test_it_trains_and_resumes_as_any_model_does(tmp_path):

@@ -81,6 +81,11 @@ class Encoder(Transformer):
         self.types = Embedding(*rows, **kw) if config.token_types else None
         self.head_layer = HeadLayer(config, **kw) if config.head_activation else None
 
+    def list_lookups(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`Transformer.list_lookups`."""
+        types = {"types.table": ("",)} if self.types is not None else {}
+        return super().list_lookups() | types
+
     def __call__(
         self,
         tokens: jax.Array,

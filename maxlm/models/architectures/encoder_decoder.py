@@ -97,6 +97,10 @@ class EncoderDecoder(Transformer):
         """See :attr:`Transformer.trunks`."""
         return {"encoder.": self.encoder, "": self}
 
+    def list_lookups(self) -> dict[str, tuple[str, ...]]:
+        """See :meth:`Transformer.list_lookups`; both trunks share the table of tokens."""
+        return super().list_lookups() | {"embedding.table": ("", "encoder.")}
+
     def encoded(self, inputs: Tokens) -> tuple[EncoderOutput, Aux]:
         """Runs the encoder over the input."""
         tokens, positions, segment_ids = inputs

@@ -92,6 +92,15 @@ class Transformer(Trunk):
         """All trunks, in the order in which they are run, by the prefix of their parameters."""
         return {"": self}
 
+    def list_lookups(self) -> dict[str, tuple[str, ...]]:
+        """Lists the parameters in which rows are looked up, that of tokens first; each with the
+        trunks whose tokens these are, by their prefixes."""
+        tables: dict[str, tuple[str, ...]] = {"embedding.table": ("",)}
+        for prefix, trunk in self.trunks.items():
+            if trunk.positions is not None:
+                tables[f"{prefix}positions.table"] = (prefix,)
+        return tables
+
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:

@@ -16,10 +16,11 @@ def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         tokens = (*rules.batch, *rules.residual, *_stages(shape))
         yield from list_weight_collectives(shape, kernel, runs, runs, tokens)
     for name, spec in work.base_specs.items():
-        if name.endswith(".table") and not spec.lead:
+        if name in work.tables:
             table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
-            for rate in work.lookups(name):
-                yield from _lookup(shape, table, rate)
+            first = name == next(iter(work.tables))
+            for rate in work.tables[name]:
+                yield from _lookup(shape, table, rate, first)
 
 
 def _loss(shape: StepShape) -> Iterator[PlannedCollective]:
@@ -48,13 +49,16 @@ def _loss(shape: StepShape) -> Iterator[PlannedCollective]:
         yield PlannedCollective(what, kind, axes, hidden, runs, "backward", True)
 
 
-def _lookup(shape: StepShape, table: Kernel, rate: float) -> Iterator[PlannedCollective]:
+def _lookup(
+    shape: StepShape, table: Kernel, rate: float, first: bool
+) -> Iterator[PlannedCollective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
     partial sums, and what splits the residual stream further is scattered
     (``parallel/embedding.py``).
 
     Args:
         rate: tokens that are looked up for each of the batch.
+        first: whether this is the table of tokens.
     """
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
     vocab = rules.mesh_axes(table.axes[0])
@@ -75,7 +79,7 @@ def _lookup(shape: StepShape, table: Kernel, rate: float) -> Iterator[PlannedCol
     yield PlannedCollective(
         f"{table.name}: gradient", "all-reduce", rest, held, runs, "backward", False
     )
-    if table.name == "embedding":
+    if first:
         # Once for all tables: rows of each are added up, and have the same gradient.
         for kind, axes, whole in (
             ("all-to-all", exchanged, rows / split.ways(sequence)),
