@@ -70,7 +70,7 @@ def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
     """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
-    back = next(m for m in stack.maps if m.reads == "mlp" and m.module == map_.module)
+    beside = (m for m in stack.maps if m.module == map_.module)
     count, tokens = len(map_.kernels), shape.tokens * stack.rate
     one = tokens * count_hidden_elements(map_, shape.split) / count * itemsize
     outputs = count + 1
@@ -82,7 +82,7 @@ def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
     # Where the sequence is gathered, the stream's width is there five times in both lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
     return {
-        "kernels, gathered": _weights(map_, shape) + _weights(back, shape),
+        "kernels, gathered": sum((_weights(m, shape) for m in beside), start=0.0),
         "hidden activations and their gradients": one * (outputs + count),
         "residual stream, norms, their gradients": width,
     }

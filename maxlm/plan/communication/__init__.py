@@ -18,7 +18,7 @@ from maxlm.plan.communication.experts import list_expert_collectives
 from maxlm.plan.communication.layers import list_layer_collectives
 from maxlm.plan.shape import StepShape
 
-__all__ = ["PlannedCollective", "collectives"]
+__all__ = ["PlannedCollective", "list_collectives"]
 
 
 def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
