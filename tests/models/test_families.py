@@ -65,7 +65,7 @@ def test_each_tensor_and_each_parameter_once(name):
 @every
 def test_config_comes_back(name):
     family, config, _ = read(name)
-    values = family.config_json(config)
+    values = family.write_config(config)
     assert find_family(values, "config.json") is family
     assert compare.read(values)[1] == config
 
