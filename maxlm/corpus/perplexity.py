@@ -34,8 +34,8 @@ class PerplexityConfig(Config):
     words: WordsConfig = WordsConfig()
     ngrams: KneserNeyConfig = KneserNeyConfig()
     percentiles: tuple[float, float] = (100 / 3, 200 / 3)
-    """Of the reference's perplexities, where head ends and where tail begins. CCNet's code has
-    30 and 60."""
+    """Percentiles of the reference's perplexities where head ends and where tail begins. CCNet's
+    code has 30 and 60."""
     hold_out: int = Field(default=20, ge=2)
     """Without a reference, every so-many-th document is kept out of training as the reference."""
     reference_documents: int = Field(default=10_000, ge=_FEWEST)
@@ -60,7 +60,7 @@ class PerplexityReport:
     reference: int
     """Documents in the reference."""
     percentiles: dict[int, float]
-    """Of the reference's perplexities, at 5, 10, 25, 50, 75, 90 and 95."""
+    """Percentiles of the reference's perplexities, at 5, 10, 25, 50, 75, 90 and 95."""
     cutoffs: tuple[float, float]
     """Perplexities: up to the first is head, beyond the second tail."""
 

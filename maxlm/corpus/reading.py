@@ -41,7 +41,7 @@ class ReadJob:
     source: CrawlSource
     slices: tuple[FileSlice, ...]
     mtimes_ns: tuple[int, ...]
-    """Of their files."""
+    """Modification times of their files, in nanoseconds."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class BatchArray:
     """One array of a batch, as every row has it."""
 
     shape: tuple[int, ...]
-    """Of a row; the batch's leading dimensions come before it."""
+    """Shape of a row; the batch's leading dimensions come before it."""
     dtype: Any
     axes: tuple[str | None, ...]
     """The logical axis of each dimension (a field of AxisRules, or None)."""

@@ -57,7 +57,7 @@ class DecontaminateStage(LabelStage):
         )
 
     def key(self) -> str:
-        """As for every stage, and of the contents of the evaluation sets."""
+        """The stage's key, which depends on the contents of the evaluation sets as well."""
         return f"{super().key()} {UNICODE} {hash_evaluation_sets(self.sets)}"
 
     def packages(self) -> tuple[str, ...]:

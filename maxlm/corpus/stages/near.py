@@ -57,7 +57,7 @@ class NearStage(CorpusStage):
     and the next two are looked at when the stage runs, so changing them does nothing to one that
     is done; after a stop, the run goes on from what it has found."""
     max_shares: Mapping[str, float] = {}
-    """The same for single sources by name, instead of `max_share`."""
+    """Limits of single sources by name, instead of `max_share`."""
     alarm_from: int = Field(default=100, ge=1)
     """Sources of fewer documents may lose any share."""
     max_group: int = Field(default=50, ge=4)

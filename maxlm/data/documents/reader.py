@@ -31,10 +31,10 @@ class Record:
     """A document as it stands in a file, or the reason why it cannot be read."""
 
     id: str
-    """As a `Document`'s."""
+    """The id, as a `Document` has it."""
     text: bytes | None = None
     fields: dict[str, Any] = field(default_factory=dict)
-    """Of JSONL and Parquet, the other fields."""
+    """The other fields of a row of JSONL or Parquet."""
     reason: str = ""
     """Why there is no text: "broken", "bad_bytes" (under the policy "skip") or "too_large"."""
     error: MaxlmError | None = None
