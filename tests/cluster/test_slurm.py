@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from tests.programs import peers_worker, tiny
+from tests.programs import tiny
+from tests.runtime import peers_worker
 
 PARTS = [sys.executable, str(Path(peers_worker.__file__))]
 
