@@ -25,7 +25,7 @@ from maxlm.data.tokenizer import (
     train_tokenizer,
 )
 from maxlm.data.tokenizer.huggingface import PATTERN
-from maxlm.runtime.threads import use_one_thread
+from maxlm.runtime.pool import use_one_thread
 
 
 def read_texts(limit: int, source: str = PYTHON_STDLIB) -> list[bytes]:

@@ -12,8 +12,9 @@ the steps between two ``progress`` events.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, isfinite
-from typing import Any, TypeGuard
+from itertools import accumulate
+from math import inf
+from typing import Any
 
 Event = Mapping[str, Any]
 
@@ -118,29 +119,24 @@ class History:
 
 
 def summarize_events(events: Iterable[Event], now: float) -> History:
-    """Accounts for a run's time, from its events.
+    """Accounts for a run's time, from its events in the order they were written.
 
     Args:
-        events: in the order they were written; malformed ones are skipped.
         now: unix seconds; the last attempt may still be alive.
     """
     counts: Counter[str] = Counter()
     logs: list[list[Event]] = []
     for event in events:
-        kind = event.get("event")
-        if not isinstance(kind, str) or not all(_is_number(event.get(k)) for k in ("time", "step")):
-            continue
-        counts[kind] += 1
-        if kind in ("start", "resume"):
+        counts[event["event"]] += 1
+        if event["event"] in ("start", "resume"):
             logs.append([])
         if logs:
             logs[-1].append(event)
     attempts: list[Attempt] = []
     spans: list[Span] = []
-    kept = _kept(logs)
-    for number, log in enumerate(logs):
+    for log, kept in zip(logs, _find_kept_steps(logs), strict=True):
         before = attempts[-1] if attempts else None
-        attempt, own = _attempt(log, kept[number], before, now if log is logs[-1] else inf)
+        attempt, own = _account(log, kept, before, now if log is logs[-1] else inf)
         if before and attempt.began > before.ended:
             part = "finished" if before.end == "done" else "down"
             spans.append(Span(before.ended, attempt.began, part))
@@ -149,7 +145,7 @@ def summarize_events(events: Iterable[Event], now: float) -> History:
     return History(tuple(attempts), tuple(spans), dict(counts))
 
 
-def _kept(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
+def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
     """For each stretch of each attempt, the step up to which the run holds it: the least that any
     later one began from."""
     least, result = inf, []
@@ -163,43 +159,34 @@ def _kept(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
     return result[::-1]
 
 
-def _attempt(
+def _account(
     log: Sequence[Event], kept: Sequence[float], before: Attempt | None, now: float
 ) -> tuple[Attempt, list[Span]]:
     start = log[0]
     # Another host's clock may be behind: time never goes back here.
     earliest = before.ended if before else -inf
-    began = max(min(_number(start, "began", inf), start["time"]), earliest)
-    times, latest = [], began
-    for event in log:
-        latest = max(latest, event["time"])
-        times.append(latest)
+    began = max(min(start.get("began", inf), start["time"]), earliest)
+    times = list(accumulate((event["time"] for event in log), max, initial=began))[1:]
+    ended, hung = times[-1], log[-1]["event"] == "hang"
     stops = [str(event.get("reason")) for event in log if event["event"] == "stop"]
-    hung = log[-1]["event"] == "hang"
     end = stops[-1] if stops else "hang" if hung else "killed"
-    if not stops and not hung and now - latest < SILENCE:
-        end, latest = "running", max(latest, now)
-    stretches = tuple(_stretches(log, times, kept))
-    attempt = Attempt(
-        began=began,
-        ended=latest,
-        first_step=start["step"],
-        last_step=int(stretches[-1].points[-1][1]),
-        end=end,
-        devices=start.get("devices"),
-        stretches=stretches,
-    )
-    return attempt, list(_spans(log, times, kept, attempt))
+    if end == "killed" and now - ended < SILENCE:
+        end, ended = "running", max(ended, now)
+    stretches = tuple(_find_stretches(log, times, kept))
+    last_step = int(stretches[-1].points[-1][1])
+    devices = start.get("devices")
+    attempt = Attempt(began, ended, start["step"], last_step, end, devices, stretches)
+    return attempt, list(_find_spans(log, times, kept, attempt))
 
 
-def _stretches(
+def _find_stretches(
     log: Sequence[Event], times: Sequence[float], kept: Sequence[float]
 ) -> Iterator[Stretch]:
     points: list[tuple[float, float]] = []
     limits = iter(kept)
     for time, event in zip(times, log, strict=True):
         if event["event"] == "rollback":
-            reached = max(_number(event, "from_step", 0), points[-1][1])
+            reached = max(event.get("from_step", 0), points[-1][1])
             yield Stretch((*points, (time, reached)), next(limits))
             points = []
         # Steps only grow in a stretch: a late event may name an earlier one.
@@ -207,69 +194,44 @@ def _stretches(
     yield Stretch(tuple(points), next(limits))
 
 
-def _spans(
+def _find_spans(
     log: Sequence[Event], times: Sequence[float], kept: Sequence[float], attempt: Attempt
 ) -> Iterator[Span]:
     """The attempt's time, cut at its start event and at every ``progress``, whose seconds since the
     one before fill what lies between in a fixed order."""
-    yield from _filled(attempt.began, times[0], {"starting": inf})
-    work = _Work(log[0]["step"], kept)
+    yield from _fill(attempt.began, times[0], {"starting": inf})
+    limits = iter(kept)
+    begin, done, limit = times[0], log[0]["step"], next(limits)
     known = dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
     once, final = {"compiling": 0.0, "hanging": 0.0}, 0.0
-    begin = times[0]
     for time, event in zip(times, log, strict=True):
-        kind = event["event"]
+        kind, step, seconds = event["event"], event["step"], event.get("seconds", 0.0)
         if kind == "compiled":
-            once["compiling"] += _seconds(event, "seconds")
-            work.reach(event["step"])
-            work.settle()
+            once["compiling"] += seconds
+            done = max(done, step)
         elif kind == "hang":
-            once["hanging"] += _seconds(event, "seconds")
+            once["hanging"] += seconds
         elif kind == "evaluate" and event.get("final"):  # No ``progress`` follows.
-            final = _seconds(event, "seconds")
-        elif kind == "rollback":
-            work.reach(_number(event, "from_step", 0))
-            work.go_back(event["step"])
-            known = dict.fromkeys(known, 0.0)  # ``progress`` counts anew from here.
+            final = seconds
+        elif kind == "rollback":  # Right after a ``progress``; the next counts anew.
+            done, limit = step, next(limits)
+            known = dict.fromkeys(known, 0.0)
         elif kind == "progress":
-            work.reach(event["step"])
-            # Each only grows; an event that lacks one says nothing new of it.
-            now = {name: max(old, _seconds(event, name)) for name, old in known.items()}
-            spent = {name: now[name] - old for name, old in known.items()}
-            share, known = work.settle(), now
+            # Each only grows; an event of an older version lacks some.
+            spent = {name: max(0.0, event.get(name, 0.0) - old) for name, old in known.items()}
+            known = {name: old + spent[name] for name, old in known.items()}
+            share = float(limit > done)
+            if step > done:
+                share = min(1.0, max(0.0, limit - done) / (step - done))
+            done = max(done, step)
             stepping = spent.pop("stepping")
             spent |= {"productive": stepping * share, "lost": stepping * (1 - share), **once}
-            yield from _filled(begin, time, spent)
+            yield from _fill(begin, time, spent)
             begin, once = time, dict.fromkeys(once, 0.0)
-    yield from _filled(begin, attempt.ended, once | {"evaluating": final})
+    yield from _fill(begin, attempt.ended, once | {"evaluating": final})
 
 
-class _Work:
-    """An attempt's updates by their number in it, which grows where steps go back."""
-
-    def __init__(self, step: int, kept: Sequence[float]):
-        self._limits = iter(kept)
-        self._step, self._limit = step, next(self._limits)
-        self._taken = self._good = 0.0
-
-    def reach(self, step: float) -> None:
-        """Steps up to this one were taken."""
-        if step > self._step:
-            self._taken += step - self._step
-            self._good += max(0.0, min(step, self._limit) - self._step)
-            self._step = step
-
-    def go_back(self, step: int) -> None:
-        self._step, self._limit = step, next(self._limits)
-
-    def settle(self) -> float:
-        """The share of steps since the last call that the run holds; without any, of the next."""
-        share = self._good / self._taken if self._taken else float(self._limit > self._step)
-        self._taken = self._good = 0.0
-        return share
-
-
-def _filled(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[Span]:
+def _fill(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[Span]:
     """Spans from ``begin`` to ``end``: as much of each part as there is room for, in the order of
     `PARTS` reversed, but what is over, ``other``, last."""
     for part in reversed(PARTS):
@@ -279,16 +241,3 @@ def _filled(begin: float, end: float, parts: Mapping[str, float]) -> Iterator[Sp
             begin = until
     if end > begin:
         yield Span(begin, end, "other")
-
-
-def _seconds(event: Event, key: str) -> float:
-    return max(0.0, _number(event, key, 0.0))
-
-
-def _number(event: Event, key: str, default: float) -> float:
-    value = event.get(key)
-    return value if _is_number(value) else default
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

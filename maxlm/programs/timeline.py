@@ -1,9 +1,8 @@
 """A run's history drawn over time: the steps reached, and what the time was spent on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -33,9 +32,6 @@ COLUMNS = 240
 def draw_history(told: History, image: Path, *, title: str = "") -> None:
     """Draw a history as a PNG: above, the steps reached, with those that were lost and a mark at
     each interruption; below, column by column, the shares of time. Its folder is made if missing.
-
-    Raises:
-        MaxlmError: nothing has happened yet; the image cannot be written.
     """
     if told.wall <= 0:
         raise MaxlmError("no time to plot", where=title or None, fix="wait for the run to begin")
@@ -72,7 +68,7 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
     share = "" if told.goodput is None else f"goodput {told.goodput:.1%}"
     above.set_title(" · ".join(filter(None, [title, share])), loc="left", fontsize=11)
 
-    shares = _columns(told)
+    shares = _compute_shares(told)
     edges = np.linspace(0, told.wall / scale, COLUMNS + 1)
     bottom = np.zeros(COLUMNS)
     seconds = told.seconds
@@ -108,17 +104,13 @@ def _cut(stretch: Stretch) -> tuple[Sequence[tuple[float, float]], Sequence[tupl
     return [*good, at], [at, *(point for point in points if point[1] > kept)]
 
 
-def _columns(told: History) -> np.ndarray:
+def _compute_shares(told: History) -> np.ndarray:
     """[parts, columns]: the share of each column's time that each part has."""
-    shares = np.zeros((len(PARTS), COLUMNS))
-    begin, width = told.spans[0].begin, told.wall / COLUMNS
-    for span in told.spans:
-        for column, share in _spread((span.begin - begin) / width, (span.end - begin) / width):
-            shares[PARTS.index(span.part), column] += share
-    return shares
-
-
-def _spread(first: float, last: float) -> Iterator[tuple[int, Any]]:
-    """The columns that lie between two places, and how much of each does."""
-    for column in range(int(first), min(COLUMNS, int(np.ceil(last)))):
-        yield column, min(last, column + 1) - max(first, column)
+    spans, begin = told.spans, told.spans[0].begin
+    edges = np.linspace(begin, begin + told.wall, COLUMNS + 1)
+    ends = np.array([begin, *(span.end for span in spans)])
+    seconds = np.zeros((len(PARTS), len(ends)))
+    for number, span in enumerate(spans, 1):
+        seconds[PARTS.index(span.part), number] = span.end - span.begin
+    passed = [np.interp(edges, ends, row) for row in seconds.cumsum(axis=1)]
+    return np.diff(passed) * (COLUMNS / told.wall)

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maxlm.config import MaxlmError
@@ -14,7 +14,7 @@ _SLURM_PORTS = range(61440, 65536)
 _TPU_PORT = 8482
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
 _DEVICES, _SERVER = Path("/sys/bus/pci/devices"), "http://metadata.google.internal"
-_PAUSES = (1.0, 3.0, 0.0)  # seconds after a failed question to the metadata server
+_TRIES, _PAUSE = 3, 2.0  # of a question to the metadata server; seconds after a failed one
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def find_cluster(
     Args:
         environ: such as os.environ.
         metadata: an attribute of this machine by its name, None where there is none; by default
-            Google's metadata server is asked, on machines with TPUs only.
+            Google's metadata server is asked, on Google's machines only.
 
     Raises:
         MaxlmError: settings that are incomplete, no numbers, or contradict each other.
@@ -58,16 +58,12 @@ def find_cluster(
     slurm = _slurm(environ)
     if explicit:
         if set(explicit) == {"coordinator"} and slurm:
-            found = Cluster(slurm.source, str(explicit["coordinator"]), *_place(slurm))
+            found = replace(slurm, coordinator=str(explicit["coordinator"]))
         else:
             found = _complete(explicit, slurm)
     else:
         found = slurm or _kubernetes_tpu(environ) or _tpu_vm(environ, metadata or _attribute)
     return _checked(found) if found else None
-
-
-def _place(cluster: Cluster) -> tuple[int, int, tuple[int, ...] | None]:
-    return cluster.num_processes, cluster.process_id, cluster.local_device_ids
 
 
 _NAMES = {
@@ -108,10 +104,6 @@ def _complete(explicit: Mapping[str, str | int], slurm: Cluster | None) -> Clust
 
 
 def _checked(cluster: Cluster) -> Cluster | None:
-    """
-    Raises:
-        MaxlmError: this is no place in a cluster.
-    """
     count, number = cluster.num_processes, cluster.process_id
     host, _, port = cluster.coordinator.rpartition(":")
     fix = None
@@ -214,38 +206,29 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
 
 
 def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
-    """Reads an attribute of this machine from Google's metadata server; None: the machine has no
-    TPU of Google's, or no such attribute.
+    """Reads an attribute of this machine from Google's metadata server; None: there is none such,
+    or the machine has no device of Google's.
 
     Raises:
         Lost: the server does not say.
     """
     import urllib.request
 
-    if not any(map(_is_tpu, devices.glob("*"))):
+    if not any(path.read_text().strip() == _GOOGLE for path in devices.glob("*/vendor")):
         return None  # elsewhere nobody may answer for minutes
     url = f"{server}/computeMetadata/v1/instance/attributes/{name}"
-    asked = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for pause in _PAUSES:
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(_TRIES):
         try:
-            with directly.open(asked, timeout=5) as answer:
+            with opener.open(request, timeout=5) as answer:
                 return answer.read().decode()
         except OSError as error:
             if getattr(error, "code", 500) < 500:  # it has none such
                 return None
             why = error
-            time.sleep(pause)
+            time.sleep(_PAUSE)
     # A host that took itself for the only one would hold up the others.
     what = f"this machine's metadata cannot be read ({why})"
     fix = "start it again, or set TPU_SKIP_MDS_QUERY=1 if it is a host of its own"
     raise Lost(what, where=url, fix=fix)
-
-
-def _is_tpu(device: Path) -> bool:
-    """Whether a PCI device is Google's, and neither a disk nor a network card."""
-    try:
-        maker, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-    except OSError:
-        return False
-    return maker == _GOOGLE and kind[:4] not in ("0x01", "0x02")

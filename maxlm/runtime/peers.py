@@ -43,8 +43,8 @@ class Peers:
         this in the same order.
 
         Raises:
-            MaxlmError: on all processes: facts that differ, with each host's value; a process that
-                sent nothing within ``wait_seconds``.
+            MaxlmError: on all processes: facts that differ, with each host's value.
+            Lost: a process sent nothing within ``wait_seconds``.
         """
         differing = self._exchange(dict(facts), wait_seconds)
         if not differing:
@@ -85,11 +85,11 @@ class Peers:
 
     def _exchange(self, facts: dict[str, Any], seconds: float) -> dict[str, list[Any]]:
         """Returns the facts that not all processes agree on: name → each process's value."""
-        me, lead = self.cluster.process_id, self.cluster.process_id == 0
-        if not lead:
+        me = self.cluster.process_id
+        if me:
             self._send({"facts": facts})
         everyone: dict[int, Any] = {me: facts}
-        deadline = time.monotonic() + seconds + (0 if lead else NOTICE_SECONDS)
+        deadline = time.monotonic() + seconds + (NOTICE_SECONDS if me else 0)
         while len(everyone) <= len(self._connections):
             try:
                 timeout = max(0, deadline - time.monotonic())
@@ -99,7 +99,7 @@ class Peers:
                 what = f"waited {seconds:g} s for the settings of {silent}"
                 raise Lost(what, fix="see the log there") from None
             everyone[process] = received
-        if not lead:
+        if me:
             return everyone[0]
         ordered = [everyone[process] for process in sorted(everyone)]
         names = dict.fromkeys(name for each in ordered for name in each)
@@ -158,14 +158,9 @@ def join_cluster(cluster: Cluster, *, wait_seconds: float, peer_seconds: float) 
     has left, or its host is silent for ``peer_seconds``; or as a peer says (``end_all``). When a
     peer is alive but stopped, JAX's own service aborts the others (SIGABRT, with a report).
 
-    Args:
-        wait_seconds: how long to wait for process 0, and it for the others.
-        peer_seconds: how long a host may be silent, at least 10.
-
     Raises:
         Lost: processes did not come, with what each host saw; JAX's runtime did not start.
-        MaxlmError: they claim the same id, or disagree on their number or on the versions of maxlm
-            and jax.
+        MaxlmError: they claim the same id, or disagree on their number or versions.
     """
     hosts, connections = join_processes(cluster, wait_seconds=wait_seconds)
     for connection in connections.values():
@@ -188,10 +183,8 @@ def join_cluster(cluster: Cluster, *, wait_seconds: float, peer_seconds: float) 
 
 
 def describe_lost_peer(error: BaseException) -> str | None:
-    """Returns one line for an error of a collective whose peer, or the network to it, is gone.
-
-    None for any other error. ``Peers`` mostly knows which peer it is: see ``Peers.end_all``.
-    """
+    """Returns one line for an error of a collective whose peer, or the network to it, is gone; None
+    for any other. ``Peers`` mostly knows which peer it is: see ``Peers.end_all``."""
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError", "ValueError"):
         return None
     text = " ".join(str(error).split())

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.signals import block_signals, ignore_signals, start_resource_tracker
-from maxlm.runtime.threads import use_one_thread
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -117,6 +116,19 @@ def count_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def use_one_thread() -> None:
+    """Holds tokenizers' ``encode_batch`` to the calling thread, in this process from now on: N
+    workers that each start a thread per core would run N² of them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def thread_count() -> int:
+    """Number of threads that ``encode_batch`` may use in this process."""
+    # The `tokenizers` library's own switch, as it reads it.
+    serial = os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("0", "false", "off", "no")
+    return 1 if serial else os.cpu_count() or 1
 
 
 def _serve(connection: Connection) -> None:

@@ -12,7 +12,7 @@ PARTS = [sys.executable, str(Path(peers_worker.__file__))]
 
 
 def test_the_tasks_of_a_step_meet(scheduler, tmp_path):
-    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", *PARTS, "60", "10", "once"]
+    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", *PARTS, "once"]
     environ = tiny.environment(tmp_path) | dict(scheduler)
     done = subprocess.run(
         command, env=environ, capture_output=True, text=True, timeout=300, check=False
@@ -26,7 +26,7 @@ def test_a_killed_task_ends_the_other(scheduler, tmp_path):
     marks = [tmp_path / "0", tmp_path / "1"]
     script = 'exec > "$1/$SLURM_PROCID" 2>&1; shift; echo $$; exec "$@"'
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"]
-    command += ["bash", "-c", script, "-", str(tmp_path), *PARTS, "60", "10", "loop"]
+    command += ["bash", "-c", script, "-", str(tmp_path), *PARTS, "loop"]
     environ = tiny.environment(tmp_path) | dict(scheduler)
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as step:
         deadline = time.monotonic() + 300

@@ -8,7 +8,7 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.plan.predict import Machine, plan_run
-from maxlm.programs.goodput import PARTS, History, Span, summarize_events
+from maxlm.programs.goodput import PARTS, summarize_events
 from maxlm.programs.runs import list_runs, read_run
 from maxlm.programs.timeline import COLUMNS, draw_history
 from maxlm.run import RunConfig
@@ -113,8 +113,7 @@ def test_no_run_is_an_error(tmp_path):
         list_runs(tmp_path / "nowhere")
 
 
-def drawn(monkeypatch, told, image):
-    """Lines as [(colour, xs, ys)], and the heights of each part's area."""
+def test_the_plot_shows_all_of_the_time_and_the_steps_lost(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     lines, areas, plot, stairs = [], {}, Axes.plot, Axes.stairs
@@ -129,14 +128,8 @@ def drawn(monkeypatch, told, image):
 
     monkeypatch.setattr(Axes, "plot", record_line)
     monkeypatch.setattr(Axes, "stairs", record_area)
+    told, image = summarize_events(EVENTS, now=BEGAN + 1e6), tmp_path / "plots" / "goodput.png"
     draw_history(told, image, title="seven")
-    return lines, areas
-
-
-def test_the_plot_shows_all_of_the_time_and_the_steps_lost(tmp_path, monkeypatch):
-    told = summarize_events(EVENTS, now=BEGAN + 1e6)
-    image = tmp_path / "plots" / "goodput.png"
-    lines, areas = drawn(monkeypatch, told, image)
     assert struct.unpack(">II", image.read_bytes()[16:24]) == (1500, 825)
     assert [path.name for path in image.parent.iterdir()] == ["goodput.png"]
     assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
@@ -150,18 +143,5 @@ def test_the_plot_shows_all_of_the_time_and_the_steps_lost(tmp_path, monkeypatch
     assert green[0] == again[0] != red[0]
     assert red[1][-1] == mark[1][0] == pytest.approx(150 / 60)
     assert (again[2][0], again[2][-1], last[2][0]) == (51, 102, 102)
-
-
-def test_many_spans_are_drawn_in_time(tmp_path, monkeypatch):
-    """Spans far shorter than a column, and one of many columns."""
-    spans = [Span(i / 10, (i + 1) / 10, PARTS[i % 3]) for i in range(2000)]
-    told = History((), (*spans, Span(200.0, 4000.0, "down")))
-    _, areas = drawn(monkeypatch, told, tmp_path / "image.png")
-    assert sum(areas.values()) == pytest.approx(np.ones(COLUMNS))
-    assert areas["down"][13:] == pytest.approx(np.ones(COLUMNS - 13))
-
-
-def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(MaxlmError, match="no time to plot"):
         draw_history(summarize_events([], 0.0), tmp_path / "image.png")
-    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec, cut_text
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import SENTENCEPIECE_FILE
-from maxlm.runtime.threads import thread_count
+from maxlm.runtime.pool import thread_count
 
 _SPACE = "\u2581"
 _UNKNOWN = "<unk>"

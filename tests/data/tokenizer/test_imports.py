@@ -38,7 +38,7 @@ def test_one_thread_in_workers_gives_the_same_ids():
     code = """
 import os, threading
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.runtime.threads import use_one_thread
+from maxlm.runtime.pool import use_one_thread
 texts = [f"some words {i} of text" for i in range(200)]
 for kind in ("bpe", "sentencepiece_bpe"):
     t = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=290), texts)
