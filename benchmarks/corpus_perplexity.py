@@ -60,7 +60,7 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
 
     def ours() -> None:
         with corpus.open(encoding="utf-8", newline="\n") as sentences:
-            estimate_kneser_ney(sentences, folder / "ours.arpa", config, folder)
+            estimate_kneser_ney(sentences, folder / "ours.arpa", config)
 
     def theirs() -> None:
         command = [lmplz, "-o", order, "-S", "2G", "-T", folder, "--text", corpus]
@@ -72,7 +72,6 @@ def compare_training(texts: Sequence[str], held: Sequence[str], order: int, fold
         calls["lmplz"] = (theirs, resource.RUSAGE_CHILDREN)
     else:
         print("(no lmplz on PATH)")
-    ours()  # Compiles.
     print(f"{size:.1f} MB of lines, order {order}")
     print(f"{'':12}{'CPU s':>8}{'MB/CPU s':>10}{'wall s':>8}{'held-out perplexity':>22}")
     words = sum(line.count(" ") + 2 for line in test)

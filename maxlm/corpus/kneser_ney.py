@@ -4,10 +4,14 @@ Chen and Goodman 1999, "An empirical study of smoothing techniques for language 
 conventions of Heafield et al. 2013 (KenLM's `lmplz`), whose models ours equal up to rounding:
 unigrams are interpolated with a uniform distribution over the words, </s> and <unk>; <s> is only
 ever a context.
+
+The different n-grams of an order are numbered in suffix order: by their last word, then by the one
+before it, and so on. So an n-gram is a pair of numbers: that of its suffix, the words behind its
+first, among the (n - 1)-grams; and its first word.
 """
 
-import tempfile
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,22 +20,12 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.corpus.ngram_counts import (
-    BEGIN,
-    NgramCounts,
-    NgramTable,
-    TokenFile,
-    count_ngrams,
-    load_ngram_loops,
-    mark_key_starts,
-    read_tokens,
-    sort_runs,
-)
 from maxlm.runtime.files import convert_write_errors, replace_file
 
-_PRUNED = np.uint64(1 << 63)  # As in `ngram_loops`.
+_SPECIAL = (b"<unk>", b"<s>", b"</s>")
+_BEGIN, _END = 1, 2  # The ids of <s> and </s>; 0 is <unk>.
+_NO_WORDS = {*_SPECIAL, b"<UNK>"}  # The last is <unk> to KenLM.
 _LINES = 1 << 12  # Of an ARPA file, made at a time.
-_ROW_BYTES = 24
 
 
 class KneserNeyConfig(Config):
@@ -46,8 +40,6 @@ class KneserNeyConfig(Config):
     discount_fallback: tuple[float, float, float] | None = None
     """Discounts of counts 1, 2, and 3 or more, for orders where they cannot be estimated because
     the text is small or artificial, such as (0.5, 1, 1.5); null: that is an error."""
-    memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
-    """Memory for n-grams; what exceeds it goes to files. The words come on top, each once."""
 
     @model_validator(mode="after")
     def _check(self) -> "KneserNeyConfig":
@@ -65,11 +57,6 @@ class KneserNeyConfig(Config):
         """`prune` for every order."""
         return self.prune + (self.prune[-1:] or (0,)) * (self.order - len(self.prune))
 
-    @property
-    def block(self) -> int:
-        """Rows of a sort that fit into `memory_bytes`."""
-        return self.memory_bytes // (_ROW_BYTES * (self.order + 4))
-
 
 @dataclass(frozen=True)
 class KneserNeyReport:
@@ -83,52 +70,111 @@ class KneserNeyReport:
     """By order, of the adjusted counts 1, 2, and 3 or more."""
 
 
+@dataclass
+class _Ngrams:
+    """The different n-grams of one order, in suffix order; arrays have an entry for each."""
+
+    first: np.ndarray
+    """Ids of their first words."""
+    suffix: np.ndarray
+    """Numbers, among the (n - 1)-grams, of the words behind the first."""
+    context: np.ndarray
+    """Numbers, among the (n - 1)-grams, of the words before the last."""
+    count: np.ndarray
+    """How often they occur, until `_adjust_counts`; int64."""
+    kept: np.ndarray
+    """Which are not pruned."""
+
+
 def estimate_kneser_ney(
-    sentences: Iterable[str], path: Path, config: KneserNeyConfig, scratch: Path | None = None
+    sentences: Iterable[str], path: Path, config: KneserNeyConfig
 ) -> KneserNeyReport:
     """Estimates a model and writes it to an ARPA file, which appears when complete.
 
-    N-grams are written in suffix order. Only the words (about 150 bytes each) grow in memory with
-    the text; on disk about 100 bytes for each n-gram of each order are needed besides the model.
+    N-grams are written in suffix order. Memory is about 100 bytes for each word of the text, and
+    100 for each different n-gram.
 
     Args:
-        sentences: their words separated by white space.
-        scratch: where to make a folder for the time being; None: the system's.
+        sentences: their words separated by ASCII white space or NUL; <s>, </s> and <unk> are read
+            as white space.
 
     Raises:
-        MaxlmError: there are no words, too many different ones for the order, the discounts cannot
-            be estimated and there is no `discount_fallback`, or the disk is full.
+        MaxlmError: there are no words, the discounts cannot be estimated and there is no
+            `discount_fallback`, or the disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="ngrams-", dir=scratch) as name:
-        folder = Path(name)
-        tokens = read_tokens(sentences, folder / "tokens", config.block)
-        if len(tokens.words) <= 3:
-            raise MaxlmError("there are no words to estimate an n-gram model from")
-        counts = count_ngrams(tokens, config.thresholds, folder, config.block)
-        discounts = [
-            _estimate_discounts(order, n, config.discount_fallback)
-            for order, n in enumerate(counts.with_count.tolist(), 1)
-        ]
-        smoothed = [
-            _smooth(table, k * tokens.bits, discounts[k], folder / f"smooth-{k}", config.block)
-            for k, table in enumerate(counts.tables)
-        ]
-        with convert_write_errors(path), replace_file(path) as new, new.open("wb") as file:
-            _interpolate(file, tokens, counts, smoothed, folder, config.block)
-        return KneserNeyReport(
-            len(tokens.ids()),
-            tuple(counts.kept.tolist()),
-            tuple((d[1], d[2], d[3]) for d in discounts),
+    words, ids = _read_words(sentences)
+    if len(words) <= len(_SPECIAL):
+        raise MaxlmError("there are no words to estimate an n-gram model from")
+    orders = _count_ngrams(ids, len(words), config.thresholds)
+    _adjust_counts(orders)
+    discounts = [
+        _estimate_discounts(order, grams.count, config.discount_fallback)
+        for order, grams in enumerate(orders, 1)
+    ]
+    with convert_write_errors(path), replace_file(path) as new, new.open("wb") as file:
+        _write_model(file, words, orders, discounts)
+    return KneserNeyReport(
+        int(np.count_nonzero(ids != _BEGIN)),
+        tuple(int(grams.kept.sum()) for grams in orders),
+        tuple((d[1], d[2], d[3]) for d in discounts),
+    )
+
+
+def _read_words(sentences: Iterable[str]) -> tuple[list[bytes], np.ndarray]:
+    """Returns the words by id, and the ids of the text, each sentence from <s> to </s>."""
+    numbers, ids = {word: number for number, word in enumerate(_SPECIAL)}, array("I")
+    for sentence in sentences:
+        words = sentence.encode(errors="replace").replace(b"\0", b" ").split()
+        if "<" in sentence:
+            words = [word for word in words if word not in _NO_WORDS]
+        ids.append(_BEGIN)
+        ids.extend(numbers.setdefault(word, len(numbers)) for word in words)
+        ids.append(_END)
+    return list(numbers), np.frombuffer(ids, np.uint32) if ids else np.empty(0, np.uint32)
+
+
+def _count_ngrams(ids: np.ndarray, num_words: int, thresholds: tuple[int, ...]) -> list[_Ngrams]:
+    """Counts the n-grams of each order; those that occur at most `thresholds` times are pruned."""
+    words = np.arange(num_words)
+    counts = np.bincount(ids, minlength=num_words)
+    counts[_BEGIN] = 0
+    none = np.zeros(num_words, np.int64)
+    kept = (counts > thresholds[0]) | (words <= _END)
+    orders = [_Ngrams(words, none, none, counts, kept)]
+    # The number of the n-gram that ends at each place of the text, as far as there is one.
+    number = ids
+    ends = np.flatnonzero(ids != _BEGIN)
+    for order, threshold in enumerate(thresholds[1:], 2):
+        if order > 2:  # No n-gram of the order before begins with <s> here.
+            ends = ends[ids[ends - order + 2] != _BEGIN]
+        keys = number[ends].astype(np.int64) << 32 | ids[ends - order + 1]
+        keys, firsts, inverse, counts = np.unique(
+            keys, return_index=True, return_inverse=True, return_counts=True
         )
+        context = number[ends[firsts] - 1].astype(np.int64)
+        first, suffix = keys & (2**32 - 1), keys >> 32
+        orders.append(_Ngrams(first, suffix, context, counts, counts > threshold))
+        number = np.zeros(len(ids), np.uint32)
+        number[ends] = inverse
+    return orders
+
+
+def _adjust_counts(orders: list[_Ngrams]) -> None:
+    """Replaces the counts of n-grams that a longer one may end with, unless they begin with <s>, by
+    the number of different words to their left (Heafield et al. 2013, section 3)."""
+    for grams, longer in zip(orders, orders[1:], strict=False):
+        left = np.bincount(longer.suffix, minlength=len(grams.count))
+        grams.count = np.where(grams.first == _BEGIN, grams.count, left)
 
 
 def _estimate_discounts(
-    order: int, n: list[int], fallback: tuple[float, ...] | None
+    order: int, counts: np.ndarray, fallback: tuple[float, ...] | None
 ) -> list[float]:
-    """Estimates the discounts of the counts 0, 1, 2, 3+ from numbers of n-grams by adjusted count.
+    """Estimates the discounts of the adjusted counts 0, 1, 2, 3+ of an order's n-grams.
 
     Chen and Goodman 1999, equation 26.
     """
+    n = np.bincount(np.minimum(counts, 5), minlength=6).tolist()
     if all(n[1:4]):
         y = n[1] / (n[1] + 2 * n[2])
         discounts = [0.0, *(j - (j + 1) * y * n[j + 1] / n[j] for j in (1, 2, 3))]
@@ -143,125 +189,66 @@ def _estimate_discounts(
     return [0.0, *fallback]
 
 
-@dataclass(frozen=True)
-class _Smoothed:
-    """One order's n-grams before interpolation."""
-
-    values: NgramTable
-    """float64, row by row with the counts: discounted probability, weight of the lower order."""
-    gammas: NgramTable
-    """(key of a context, that weight as float64) in suffix order: the contexts' backoffs."""
-
-
-def _smooth(
-    table: NgramTable, context_bits: int, discounts: list[float], path: Path, block: int
-) -> _Smoothed:
-    """Discounts the n-grams of one order, which takes a sort by contexts and one back."""
-    grams = table.open()
-    gammas = NgramTable(path.with_name(f"{path.name}-gammas"), 3)
-    values = NgramTable(path.with_name(f"{path.name}-values"), 2)
-    high_mask = np.uint64((1 << max(0, context_bits - 64)) - 1)
-    low_mask = np.uint64((1 << min(64, context_bits)) - 1)
-
-    def by_context() -> Iterator[np.ndarray]:
-        """Yields rows (key of the context, index, count)."""
-        for first in range(0, len(grams), block):
-            part = grams[first : first + block]
-            index = np.arange(first, first + len(part), dtype=np.uint64)
-            keys = part[:, 0] & high_mask, part[:, 1] & low_mask
-            yield np.stack([*keys, index, part[:, 2]], 1)
-
-    def by_index() -> Iterator[np.ndarray]:
-        """Yields rows (0, index, discounted probability, weight of the lower order)."""
-        for rows in sort_runs(by_context(), path, block):
-            contexts, smoothed = _discount(rows, np.array(discounts))
-            gammas.append(contexts)
-            yield smoothed
-
-    for rows in sort_runs(by_index(), path.with_name(f"{path.name}-back"), block):
-        values.append(rows[:, 2:])
-    return _Smoothed(values, gammas)
-
-
-def _discount(rows: np.ndarray, discounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Computes discounted probabilities and interpolation weights (Heafield 2013, equations 1-3).
+def _discount(
+    grams: _Ngrams, discounts: list[float], num_contexts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each n-gram's discounted probability, and each context's weight of the lower order
+    (Heafield et al. 2013, equations 1-3): 1 for what is the context of none.
 
     With pruning, the mass of what is left out goes to the lower order.
-
-    Args:
-        rows: (key of the context, index, adjusted count), sorted by context.
-        discounts: float64 [4] of the adjusted counts 0, 1, 2, and more.
-
-    Returns:
-        Rows (key, weight) of the contexts, and rows (0, index, probability, weight); weights and
-        probabilities are float64.
     """
-    count, first = rows[:, 3] & ~_PRUNED, mark_key_starts(rows)
-    starts, group = np.flatnonzero(first), np.cumsum(first) - 1
-    amounts = discounts[np.minimum(count, np.uint64(3)).astype(np.int64)]
-    freed = np.where(rows[:, 3] & _PRUNED, count, amounts)
-    total = np.add.reduceat(count.astype(np.float64), starts)
-    weight = np.add.reduceat(freed, starts) / total
-    contexts = np.column_stack([rows[starts, :2], weight.view(np.uint64)])
-    chance = (count - amounts) / total[group]
-    index = np.stack([np.zeros_like(count), rows[:, 2]], 1)
-    return contexts, np.column_stack([index, chance.view(np.uint64), weight[group].view(np.uint64)])
+    amounts = np.array(discounts)[np.minimum(grams.count, 3)]
+    freed = np.where(grams.kept, amounts, grams.count)
+    total = np.bincount(grams.context, grams.count, num_contexts)
+    weight = np.bincount(grams.context, freed, num_contexts)
+    weight = np.where(total > 0, weight / np.maximum(total, 1), 1.0)
+    return (grams.count - amounts) / total[grams.context], weight
 
 
-def _interpolate(
-    file: IO[bytes],
-    tokens: TokenFile,
-    counts: NgramCounts,
-    smoothed: list[_Smoothed],
-    folder: Path,
-    block: int,
+def _write_model(
+    file: IO[bytes], words: list[bytes], orders: list[_Ngrams], discounts: list[list[float]]
 ) -> None:
     """Interpolates order by order and writes the n-grams to an ARPA file."""
-    order, loops = len(smoothed), load_ngram_loops()
-    sizes = (b"ngram %d=%d" % each for each in enumerate(counts.kept.tolist(), 1))
+    sizes = (b"ngram %d=%d" % (n, grams.kept.sum()) for n, grams in enumerate(orders, 1))
     file.write(b"\n".join([b"\\data\\", *sizes]) + b"\n")
     # Below unigrams lies the uniform distribution over all words but <s>.
-    parents = np.array([[0, 0, 0, 0]], np.uint64)
-    parents.view(np.float64)[0, 2] = 1 / (counts.kept[0] - 1)
-    for k, (table, smooth) in enumerate(zip(counts.tables, smoothed, strict=True), 1):
-        file.write(b"\n\\%d-grams:\n" % k)
-        grams, values = table.open(), smooth.values.open().view(np.float64)
-        gammas = smoothed[k].gammas.open() if k < order else np.empty((0, 3), np.uint64)
-        done, at = NgramTable(folder / f"probabilities-{k}", 4), np.zeros(2, np.int64)
-        for first in range(0, len(grams), block):
-            part = grams[first : first + block]
-            weights = np.array(values[first : first + block])
-            if k == 1 and first == 0:
-                weights[BEGIN] = 1, 0  # Its probability means nothing; as KenLM has it.
-            rows = np.empty((len(part), 4), np.uint64)
-            size = loops.compute_kneser_ney_probabilities(
-                part, weights, tokens.bits, parents, parents.view(np.float64),
-                gammas, gammas.view(np.float64), at, rows, rows.view(np.float64),
-            )  # fmt: skip
-            done.append(rows[:size])
-            _write_ngrams(file, rows[:size], k, tokens, k < order)
-        parents = done.open()
+    lower = np.array([1 / (orders[0].kept.sum() - 1)])
+    chances, weights = _discount(orders[0], discounts[0], 1)
+    for order, grams in enumerate(orders, 1):
+        lower = chances + weights[grams.context] * lower[grams.suffix]
+        if order == 1:
+            lower[_BEGIN] = 1  # Means nothing; as KenLM has it.
+        backoffs = None
+        if order < len(orders):
+            chances, weights = _discount(orders[order], discounts[order], len(lower))
+            backoffs = _log10(weights)
+        file.write(b"\n\\%d-grams:\n" % order)
+        _write_ngrams(file, words, orders[:order], _log10(lower), backoffs)
     file.write(b"\n\\end\\\n")
 
 
+def _log10(values: np.ndarray) -> np.ndarray:
+    """Never above 0 by rounding; -99 for the logarithm of 0, as ARPA files have it."""
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.minimum(np.log10(values), -0.0), -99)
+
+
 def _write_ngrams(
-    file: IO[bytes], rows: np.ndarray, order: int, tokens: TokenFile, with_backoffs: bool
+    file: IO[bytes],
+    words: list[bytes],
+    orders: list[_Ngrams],
+    chances: np.ndarray,
+    backoffs: np.ndarray | None,
 ) -> None:
-    """Writes ARPA lines: log10 of the probability, the words, log10 of the backoff."""
-    words, bits, mask = tokens.words, tokens.bits, np.uint64((1 << tokens.bits) - 1)
-    for first in range(0, len(rows), _LINES):
-        part = rows[first : first + _LINES]
-        high, low = part[:, 0].copy(), part[:, 1].copy()
-        grams = []
-        for _ in range(order):
-            grams.append((low & mask).tolist())
-            low = low >> np.uint64(bits) | high << np.uint64(64 - bits)
-            high >>= np.uint64(bits)
-        chances = part[:, 2:].view(np.float64)
-        with np.errstate(divide="ignore"):
-            # Never above 0 by rounding; -99 for the logarithm of 0, as ARPA files have it.
-            logs = np.maximum(np.minimum(np.log10(chances), -0.0), -99)
-        for (chance, backoff), *gram in zip(logs.tolist(), *grams, strict=True):
-            text = b" ".join([words[i] for i in gram])
-            end = b"\t%.7f\n" % backoff if with_backoffs else b"\n"
-            file.write(b"%.7f\t%b%b" % (chance, text, end))
+    """Writes ARPA lines of the last of `orders`."""
+    kept = np.flatnonzero(orders[-1].kept)
+    for rows in np.split(kept, range(_LINES, len(kept), _LINES)):
+        columns, number = [], rows
+        for grams in reversed(orders):
+            columns.append(grams.first[number].tolist())
+            number = grams.suffix[number]
+        ends = [b"\n"] * len(rows)
+        if backoffs is not None:
+            ends = [b"\t%.7f\n" % backoff for backoff in backoffs[rows]]
+        for chance, end, *gram in zip(chances[rows].tolist(), ends, *columns, strict=True):
+            file.write(b"%.7f\t%b%b" % (chance, b" ".join([words[i] for i in gram]), end))

@@ -201,7 +201,7 @@ def train_perplexity(
                 documents += 1
                 yield from lines(text)
 
-    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams, folder)
+    report = estimate_kneser_ney(sentences(), folder / MODEL, config.ngrams)
     model = PerplexityModel(lines, _load(folder / MODEL))
     scores = [model.perplexity(text) for text in held or islice(reference or (), most)]
     perplexities = np.array([score for score in scores if score is not None])
