@@ -13,6 +13,7 @@ first, among the (n - 1)-grams; and its first word.
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -162,7 +163,7 @@ def _count_ngrams(ids: np.ndarray, num_words: int, thresholds: tuple[int, ...]) 
 def _adjust_counts(orders: list[_Ngrams]) -> None:
     """Replaces the counts of n-grams that a longer one may end with, unless they begin with <s>, by
     the number of different words to their left (Heafield et al. 2013, section 3)."""
-    for grams, longer in zip(orders, orders[1:], strict=False):
+    for grams, longer in pairwise(orders):
         left = np.bincount(longer.suffix, minlength=len(grams.count))
         grams.count = np.where(grams.first == _BEGIN, grams.count, left)
 
