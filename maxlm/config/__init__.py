@@ -1,13 +1,17 @@
 """Config machinery: a frozen base, YAML with includes, dotted overrides, readable errors."""
 
 from maxlm.config.assets import find_asset, list_shipped_configs, resolve_config
-from maxlm.config.base import Config, FileName, add_default_tag
-from maxlm.config.compare import ABSENT, compare_configs
+from maxlm.config.base import Config, FileName, LocalPath, add_default_tag, check_local_path
 from maxlm.config.errors import MaxlmError
 from maxlm.config.keys import SettingOrigin
 from maxlm.config.load import LoadedConfig, load_config
-from maxlm.config.local_path import LocalPath, check_local_path
-from maxlm.config.show import build_json_schema, to_annotated_yaml, to_yaml
+from maxlm.config.show import (
+    ABSENT,
+    build_json_schema,
+    compare_configs,
+    to_annotated_yaml,
+    to_yaml,
+)
 
 __all__ = [
     "ABSENT",

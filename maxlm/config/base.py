@@ -1,12 +1,34 @@
-"""The base of every component's config."""
+"""The base of every component's config, and types of settings."""
 
+import ast
+import inspect
+import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from textwrap import dedent
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
-from maxlm.config import fields
+from maxlm.config.errors import MaxlmError
+
+_Path = TypeVar("_Path", bound=str | Path)
+_TOOLS = {"s3": "aws s3 sync", "gs": "gcloud storage rsync -r"}
+_SCALARS: dict[str, Any] = {
+    "int": "Input should be an integer",
+    "float": "Input should be a number",
+    "bool": "Input should be true or false",
+}
 
 
 def _check_scalars(schema: Any) -> Any:
@@ -17,11 +39,11 @@ def _check_scalars(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     kind: Any = schema.get("type")
-    if isinstance(kind, str) and kind in ("int", "float", "bool"):
+    if isinstance(kind, str) and kind in _SCALARS:
 
         def check(value: Any, validate: Callable[[Any], Any]) -> Any:
             if isinstance(value, int | float) and isinstance(value, bool) != (kind == "bool"):
-                raise PydanticCustomError(f"{kind}_type", f"Input should be a valid {kind}")
+                raise PydanticCustomError("scalar_type", _SCALARS[kind])
             found = validate(value)
             if kind == "int" and not -(2**63) <= found < 2**63:
                 raise PydanticCustomError("int_size", "Input should be an integer of 64 bits")
@@ -31,6 +53,16 @@ def _check_scalars(schema: Any) -> Any:
         return core_schema.no_info_wrap_validator_function(check, scalar)
     data = ("default", "expected", "metadata", "serialization") if isinstance(kind, str) else ()
     return {key: part if key in data else _check_scalars(part) for key, part in schema.items()}
+
+
+def _locate_error(settings: Any, validate: Any, info: ValidationInfo) -> Any:
+    """Turn a check's `MaxlmError` into pydantic's, which knows the key, for `load_config`."""
+    try:
+        return validate(settings)
+    except MaxlmError as error:
+        if not info.context:
+            raise
+        raise PydanticCustomError("maxlm_error", "{error}", {"error": error}) from None
 
 
 class Config(BaseModel):
@@ -55,17 +87,37 @@ class Config(BaseModel):
     ) -> core_schema.CoreSchema:
         schema = handler(source)
         model: Any = handler.resolve_ref_schema(schema)
-        model.update(_check_scalars(model))
+        inner, ref = _check_scalars(model), model.get("ref")
+        inner.pop("ref", None)
+        model.clear()
+        wrapper = core_schema.with_info_wrap_validator_function
+        model.update(wrapper(_locate_error, inner, **({"ref": ref} if ref else {})))
         return schema
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = handler(core)
         properties = handler.resolve_ref_schema(found).get("properties", {})
-        for name, text in fields.parse_field_docstrings(cls).items():
+        for name, text in parse_field_docstrings(cls).items():
             if name in properties:
                 properties[name].setdefault("description", text)
         return found
+
+
+@cache
+def parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
+    """Return the docstrings under a model's fields, by field, its bases' included.
+
+    Pydantic's ``use_attribute_docstrings`` would read every source file when a verb starts.
+    """
+    found: dict[str, str] = {}
+    for cls in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
+        body: Any = ast.parse(dedent(inspect.getsource(cls))).body[0]
+        for pair in pairwise(body.body):
+            match pair:
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = inspect.cleandoc(text)
+    return found
 
 
 def add_default_tag(name: str, value: str) -> BeforeValidator:
@@ -93,3 +145,29 @@ def _check_file_name(text: str) -> str:
 
 FileName = Annotated[str, AfterValidator(_check_file_name)]
 """A relative path without ``..`` or hidden parts: joined to a folder, it stays inside it."""
+
+
+def check_local_path(path: _Path) -> _Path:
+    """Return a path as it is.
+
+    Raises:
+        MaxlmError: it is a URL, for which a folder such as `s3:` would be made.
+    """
+    # A Path has made one slash of two.
+    if found := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
+        what = f"{found[1]}://{found[2]} is not on a disk; only a token store to read and "
+        fix = f"use a folder here, and copy it with {_TOOLS.get(found[1], 'a tool of its own')}"
+        raise MaxlmError(f"{what}checkpoint.remote_folder may be URLs", fix=fix)
+    return path
+
+
+def _check_path_setting(path: str) -> str:
+    try:
+        return check_local_path(path)
+    except MaxlmError as error:
+        # With a ValueError, pydantic tells which key it is.
+        raise ValueError(str(error)) from None
+
+
+LocalPath = Annotated[str, AfterValidator(_check_path_setting)]
+"""A path in a config, which must lie on a disk."""

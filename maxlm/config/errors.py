@@ -1,6 +1,7 @@
 """The one error type for anything a user can cause."""
 
 import errno
+from functools import partial
 
 # What a scheduler is told by the exit code: a run that was saved and is to be started again (BSD's
 # EX_TEMPFAIL), and one to be started again from its last checkpoint.
@@ -35,11 +36,7 @@ class MaxlmError(Exception):
 
     def __reduce__(self):
         # Worker processes send these back; the default would drop the keyword arguments.
-        return _rebuild, (type(self), self.what, self.where, self.fix)
-
-
-def _rebuild(kind: type[MaxlmError], what: str, where: str | None, fix: str | None) -> MaxlmError:
-    return kind(what, where=where, fix=fix)
+        return partial(type(self), where=self.where, fix=self.fix), (self.what,)
 
 
 class Preempted(MaxlmError):

@@ -18,24 +18,18 @@ from maxlm.config.keys import (
     get_descendant,
     join_key,
 )
-from maxlm.config.merge import SettingsTree
+from maxlm.config.layers import SettingsTree
 
+# How pydantic's words for what it would accept begin → ours.
 _WANTED = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "bytes": "text",
-    "path": "a path",
-    "list": "a list",
-    "tuple": "a list",
-    "set": "a list",
-    "frozen": "a list",
-    "iterable": "a list",
-    "dict": "a mapping",
-    "mapping": "a mapping",
-    "model": "a mapping",
-    "none": "null",
+    "a valid integer": "an integer",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+    "a valid list": "a list",
+    "a valid tuple": "a list",
+    "a valid dictionary": "a mapping",
+    "None": "null",
 }
 
 
@@ -58,32 +52,19 @@ def describe_validation_error(
     required key would otherwise be reported as missing."""
     faults: dict[Key, ConfigFault] = {}
     for item in error.errors(include_url=False):
-        found = _find(item, cls, tree.settings)
+        found = _find_fault(item, cls, tree.settings)
         faults.setdefault(found.key, found).errors.append(item)
-    ordered = sorted(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
-    first = _describe(ordered[0], cls, tree)
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    if first.fix:
-        return MaxlmError(first.what, where=first.where, fix=first.fix + more)
-    return MaxlmError(first.what + more, where=first.where)
+    first = min(faults.values(), key=lambda f: f.errors[0]["type"] != "extra_forbidden")
+    found = _describe(first, cls, tree)
+    if len(faults) == 1:
+        return found
+    more = f" (and {len(faults) - 1} more)"
+    if found.fix:
+        return MaxlmError(found.what, where=found.where, fix=found.fix + more)
+    return MaxlmError(found.what + more, where=found.where)
 
 
-def locate_error(error: MaxlmError, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:
-    """Returns an error that a validator raised, with the place of the settings it speaks of.
-
-    pydantic lets it through without saying which config was being checked, so each part is checked
-    again on its own, innermost first, until one raises the same.
-    """
-    if error.where:
-        return error
-    key = _culprit([cls], tree.settings, str(error), ()) or ()
-    where = _origins(tree, key, f"{error.what} {error.fix or ''}")
-    return MaxlmError(
-        error.what, where=": ".join(filter(None, (where, join_key(key)))), fix=error.fix
-    )
-
-
-def _find(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
+def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     """Maps pydantic's location, which mixes in labels of unions, onto a key of the data."""
     key: Key = ()
     kinds: list[Any] = [cls]
@@ -107,29 +88,33 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
     kind, value, name = error["type"], error.get("input"), join_key(fault.key)
     where = str(tree.locate(fault.key))
     if kind == "extra_forbidden":
-        return MaxlmError(f"unknown key {name}", where=where, fix=_near(fault, cls))
+        return MaxlmError(f"unknown key {name}", where=where, fix=_suggest_keys(fault, cls))
+    if kind in ("value_error", "assertion_error", "maxlm_error"):
+        raised = error["ctx"]["error"]
+        what, fix = getattr(raised, "what", str(raised)), getattr(raised, "fix", None)
+        where = _find_origins(tree, fault.key, f"{what} {fix}") + (f": {name}" if name else "")
+        return MaxlmError(what, where=getattr(raised, "where", None) or where, fix=fix)
+    allowed = fields.list_choices(fault.kinds)
+    choices = ("one of " if len(allowed) > 1 else "") + ", ".join(map(format_value, allowed))
     if kind in ("missing", "union_tag_not_found"):
-        allowed = fields.list_choices(fault.kinds)
-        fix = f"set it to {_one_of(allowed)}" if allowed else f"add it, or pass {name}=..."
+        fix = f"set it to {choices}" if allowed else f"add it, or pass {name}=..."
         return MaxlmError(f"{name} is required", where=where, fix=fix)
-    if kind in ("value_error", "assertion_error"):
-        text = str(error["ctx"]["error"])
-        where = _origins(tree, fault.key, text)
-        return MaxlmError(text, where=": ".join(filter(None, (where, name))))
     if kind == "union_tag_invalid":
         value = error["ctx"]["tag"]
-    allowed = fields.list_choices(fault.kinds)
-    wanted = [] if not allowed else [_one_of(allowed)]
+    wanted = [choices] if allowed else []
     for item in fault.errors:
-        phrase = _wanted(item, fault)
-        if phrase is None:
-            text = item["msg"][0].lower() + item["msg"][1:]
-            return MaxlmError(f"{name}: {text}", where=where)
-        if phrase and phrase not in wanted:
-            wanted.append(phrase)
+        prefix, words = "Input should be ", item["msg"]
+        if item["type"] in ("literal_error", "enum", "union_tag_invalid"):
+            continue
+        if not words.startswith(prefix):
+            return MaxlmError(f"{name}: {words[0].lower() + words[1:]}", where=where)
+        words = words.removeprefix(prefix)
+        words = next((ours for theirs, ours in _WANTED.items() if words.startswith(theirs)), words)
+        if item["type"].startswith("model_") and (names := fields.list_field_names(fault.kinds)):
+            words += f" ({_list_names(names)})"
+        wanted += [] if words in wanted else [words]
     fix = None
-    texts = [choice for choice in allowed if isinstance(choice, str)]
-    if near := get_close_matches(str(value), texts, n=1):
+    if near := get_close_matches(str(value), [x for x in allowed if isinstance(x, str)], n=1):
         fix = f"did you mean {near[0]}?"
     elif kind == "string_type" and isinstance(value, bool | int | float):
         quoted = f"'{format_value(value)}'"
@@ -139,24 +124,7 @@ def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> M
     return MaxlmError(what, where=where, fix=fix)
 
 
-def _wanted(error: Any, fault: ConfigFault) -> str | None:
-    """Return what one error would accept instead; "" where `list_choices` says it, None where
-    it is another kind of error."""
-    kind = error["type"]
-    if kind in ("literal_error", "enum", "union_tag_invalid"):
-        return ""
-    stem, _, rest = kind.partition("_")
-    if stem in _WANTED and (
-        rest.startswith(("type", "parsing", "from_float", "set", "attributes"))
-    ):
-        wanted = _WANTED[stem]
-        names = fields.list_field_names(fault.kinds)
-        return f"{wanted} ({_listed(names)})" if stem == "model" and names else wanted
-    prefix = "Input should be "
-    return error["msg"].removeprefix(prefix) if error["msg"].startswith(prefix) else None
-
-
-def _near(fault: ConfigFault, cls: type[BaseModel]) -> str:
+def _suggest_keys(fault: ConfigFault, cls: type[BaseModel]) -> str:
     """The names most like an unknown key: the same name elsewhere, then its siblings."""
     *parents, last = fault.key
     leaf = str(last)
@@ -169,43 +137,20 @@ def _near(fault: ConfigFault, cls: type[BaseModel]) -> str:
     if "." in leaf and (*parents, *leaf.split(".")) in everywhere:
         return "write it nested, one mapping inside the other"
     here = {name: join_key((*parents, name)) for name in siblings}
-    anywhere: dict[str, str] = {}
-    for key in everywhere:
-        anywhere.setdefault(str(key[-1]), join_key(key))
-    found = [join_key(key) for key in everywhere if key[-1] == leaf]
-    for name in get_close_matches(leaf, {**anywhere, **here}, n=3):
-        # Far from here, only a close match is worth naming.
-        if name in here or get_close_matches(leaf, [name], cutoff=0.8):
-            found.append(here.get(name) or anywhere[name])
-    found = [name for name in dict.fromkeys(found) if name != join_key(fault.key)][:3]
-    valid = f"valid here: {_listed(siblings)}" if siblings else "no keys are allowed here"
+    anywhere = {str(key[-1]): join_key(key) for key in reversed(everywhere)}
+    same = [join_key(key) for key in everywhere if key[-1] == leaf]
+    close = [here[name] for name in get_close_matches(leaf, here, n=3)]
+    # Far from here, only a close match is worth naming.
+    far = [anywhere[name] for name in get_close_matches(leaf, anywhere, n=3, cutoff=0.8)]
+    found = [name for name in dict.fromkeys([*same, *close, *far]) if name != join_key(fault.key)]
+    valid = f"valid here: {_list_names(siblings)}" if siblings else "no keys are allowed here"
     if not found:
         return valid
-    guess = f"did you mean {' or '.join(found)}?"
-    return guess if set(found) & {*here.values()} or not siblings else f"{guess} {valid}"
+    guess = f"did you mean {' or '.join(found[:3])}?"
+    return guess if close or not siblings else f"{guess} {valid}"
 
 
-def _culprit(kinds: list[Any], data: Any, text: str, key: Key) -> Key | None:
-    """The innermost key whose own validation raises the MaxlmError that reads `text`."""
-    parts = data if isinstance(data, dict) else range(len(data) if isinstance(data, list) else 0)
-    for part in parts:
-        inner = _culprit(
-            fields.list_child_types(kinds, part), get_child(data, part), text, (*key, part)
-        )
-        if inner is not None:
-            return inner
-    for model in fields.select_models(kinds):
-        try:
-            model.model_validate(data)
-        except MaxlmError as error:
-            if str(error) == text:
-                return key
-        except ValidationError:
-            continue
-    return None
-
-
-def _origins(tree: SettingsTree, key: Key, text: str) -> str:
+def _find_origins(tree: SettingsTree, key: Key, text: str) -> str:
     """Where the settings that `text` names below `key` were written; else where `key` was."""
     found: list[SettingOrigin] = []
     for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
@@ -218,11 +163,5 @@ def _origins(tree: SettingsTree, key: Key, text: str) -> str:
     return ", ".join(str(origin) for origin in found[:3] or [tree.locate(key)])
 
 
-def _one_of(values: list[Any]) -> str:
-    return ("one of " if len(values) > 1 else "") + ", ".join(
-        format_value(value) for value in values
-    )
-
-
-def _listed(names: list[str], limit: int = 12) -> str:
+def _list_names(names: list[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

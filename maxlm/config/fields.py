@@ -1,15 +1,10 @@
 """The types that a config class allows at each key."""
 
-import ast
 import collections.abc
-import inspect
 import types
 import typing
 from collections.abc import Iterator
 from enum import Enum
-from functools import cache
-from itertools import pairwise
-from textwrap import dedent
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel
@@ -99,19 +94,3 @@ def iterate_keys(kinds: list[Any], key: Key = (), above: tuple[type, ...] = ()) 
                 part = 0 if typing.get_origin(kind) in _LISTS else "NAME"
                 if elements := list_child_types([kind], part) if typing.get_origin(kind) else []:
                     yield from iterate_keys(elements, (*here, part), (*above, model))
-
-
-@cache
-def parse_field_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """Return the docstrings under a model's fields, by field, its bases' included.
-
-    Pydantic's ``use_attribute_docstrings`` would read every source file when a verb starts.
-    """
-    found: dict[str, str] = {}
-    for cls in reversed(model.__mro__[: model.__mro__.index(BaseModel)]):
-        body: Any = ast.parse(dedent(inspect.getsource(cls))).body[0]
-        for pair in pairwise(body.body):
-            match pair:
-                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(str(text))):
-                    found[name] = inspect.cleandoc(text)
-    return found

@@ -9,11 +9,9 @@ from pydantic import ValidationError
 
 from maxlm.config.assets import resolve_config
 from maxlm.config.base import Config
-from maxlm.config.errors import MaxlmError
-from maxlm.config.explain import describe_validation_error, locate_error
+from maxlm.config.explain import describe_validation_error
 from maxlm.config.keys import DEFAULT, SettingOrigin, flatten, join_key
-from maxlm.config.merge import SettingsTree, build_tree
-from maxlm.config.yaml_text import SizeLimit
+from maxlm.config.layers import SettingsTree, build_tree
 
 C = TypeVar("C", bound=Config)
 
@@ -49,12 +47,8 @@ def load_config(
     """
     tree = build_tree(resolve_config(source) if isinstance(source, str) else source, overrides)
     value = validate_config(cls, tree)
-    settings = value.model_dump(mode="json")
-    # A run keeps its config with every default filled in, and must be able to read that again.
-    SizeLimit(num_values=1000).add_tree(settings, tree.locate(()))
-    origins = {
-        join_key(key): tree.find_value_origin(key) or DEFAULT for key, _ in flatten(settings) if key
-    }
+    leaves = [key for key, _ in flatten(value.model_dump(mode="json")) if key]
+    origins = {join_key(key): tree.find_value_origin(key) or DEFAULT for key in leaves}
     return LoadedConfig(value, origins)
 
 
@@ -65,8 +59,6 @@ def validate_config(cls: type[C], tree: SettingsTree) -> C:
         MaxlmError: the first fault, with its key and place.
     """
     try:
-        return cls.model_validate(tree.settings)
+        return cls.model_validate(tree.settings, context={"locate": True})
     except ValidationError as error:
         raise describe_validation_error(error, cls, tree) from None
-    except MaxlmError as error:
-        raise locate_error(error, cls, tree) from None

@@ -1,29 +1,55 @@
-"""A loaded config as YAML with the origin of each value, and a config class as JSON Schema."""
+"""Configs to look at: as YAML with the origin of each value, their differences, their schema."""
 
+import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic.json_schema import GenerateJsonSchema
 
 from maxlm.config.base import Config
-from maxlm.config.compare import to_plain
-from maxlm.config.keys import Key, join_key
+from maxlm.config.keys import Key, flatten, join_key
 from maxlm.config.load import LoadedConfig
 from maxlm.config.yaml_text import dump_yaml, parse_yaml
 
+ABSENT: Final = "(absent)"
+"""Stands for a key that one side does not have."""
 _WIDEST = 40
+
+
+def to_plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config as JSON would hold it: dicts, lists, text, numbers, booleans and None."""
+    if isinstance(config, Config):
+        return config.model_dump(mode="json")
+    return json.loads(json.dumps(config))
+
+
+def compare_configs(
+    a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Returns the leaves in which two configs differ, as (dotted key, value in a, value in b).
+
+    Keys come in a's order, then those only b has. A key one side lacks has the value `ABSENT`.
+    Saved JSON compares equal to the config it came from.
+    """
+    left, right = (
+        {join_key(key): value for key, value in flatten(to_plain(side))} for side in (a, b)
+    )
+    pairs = ((key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in {**left, **right})
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def to_yaml(config: Config) -> str:
     """Returns the whole config as YAML that `load_config` reads back equal."""
-    return dump_yaml(_escaped(to_plain(config)))
+    return dump_yaml(_escape_references(to_plain(config)))
 
 
 def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
     """`to_yaml` with a column of comments on the right: where each value comes from."""
     text = to_yaml(loaded.value)
     comments = {}
-    for key, origin in parse_yaml(text, "").origins.items():
-        found = _origin(loaded, key)
-        if found is not None:
+    for key, origin in parse_yaml(text, "").list_origins():
+        if (found := _find_origin(loaded, key)) is not None:
             comments[origin.line] = found
     lines = text.splitlines()
     lengths = [len(line) for number, line in enumerate(lines, 1) if number in comments]
@@ -34,7 +60,7 @@ def to_annotated_yaml(loaded: LoadedConfig[Any]) -> str:
     )
 
 
-def _origin(loaded: LoadedConfig[Any], key: Key) -> str | None:
+def _find_origin(loaded: LoadedConfig[Any], key: Key) -> str | None:
     """The origin of a leaf, or of a list of leaves by its first; None for other containers."""
     for leaf in (key, (*key, 0)):
         if join_key(leaf) in loaded.origins:
@@ -42,13 +68,27 @@ def _origin(loaded: LoadedConfig[Any], key: Key) -> str | None:
     return None
 
 
-def build_json_schema(cls: type[Config]) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) for editors, described by the docstrings under the fields.
+def _escape_references(node: Any) -> Any:
+    r"""Text that merely contains ``${`` must not become a reference when read again."""
+    if isinstance(node, dict):
+        return {key: _escape_references(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escape_references(item) for item in node]
+    if isinstance(node, str):
+        return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
+    return node
 
-    Nothing is required and ``include`` is allowed, since a file may hold a part of a config and
-    take the rest from others.
-    """
-    body = _without_required(cls.model_json_schema())
+
+class _PartialJsonSchema(GenerateJsonSchema):
+    """A file may hold a part of a config and take the rest from others: nothing is required."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return False
+
+
+def build_json_schema(cls: type[Config]) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) for editors, described by the docstrings under the fields."""
+    body = cls.model_json_schema(schema_generator=_PartialJsonSchema)
     body["properties"] = {
         "include": {
             "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
@@ -58,27 +98,3 @@ def build_json_schema(cls: type[Config]) -> dict[str, Any]:
         **body.get("properties", {}),
     }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **body}
-
-
-def _without_required(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_required(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    # `required` is also a legal field name: drop the keyword only, which is a list.
-    return {
-        key: _without_required(value)
-        for key, value in node.items()
-        if not (key == "required" and isinstance(value, list))
-    }
-
-
-def _escaped(node: Any) -> Any:
-    r"""Text that merely contains ``${`` must not become an interpolation when read again."""
-    if isinstance(node, dict):
-        return {key: _escaped(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_escaped(item) for item in node]
-    if isinstance(node, str):
-        return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", node)
-    return node

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError, SettingOrigin, compare_configs, load_config, to_yaml
 from maxlm.config.keys import join_key
+from maxlm.config.layers import SettingsTree
 from maxlm.config.load import validate_config
-from maxlm.config.merge import SettingsTree
 from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import Progress, export_tensors, ignore_progress, import_tensors

@@ -8,8 +8,8 @@ import pytest
 from pydantic import Field, ValidationError
 
 from maxlm.config import Config, FileName, load_config
-from maxlm.config.compare import to_plain
 from maxlm.config.keys import flatten, get_descendant
+from maxlm.config.show import to_plain
 from maxlm.run import RunConfig
 
 

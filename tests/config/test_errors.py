@@ -88,18 +88,18 @@ def message(tmp_path, monkeypatch):
     return message
 
 
-ENDLESS = (
-    "nested more than 64 levels deep, perhaps without end; "
-    "write less (aliases, includes and ${...} count as what they stand for)"
+ENDLESS = "nested too deep, perhaps without end"
+UNWRITTEN = (
+    "names no key that is written; "
+    "write that key too: references see what is written, not the defaults"
 )
+ONLY = r"only ${key.path} is filled in; for a plain ${ write \${"
 UNKNOWN_KEYS = {
     "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
     "\nd_model: 3": "run.yaml:2: unknown key d_model; did you mean model.d_model or model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
     "did you mean data.sources.0.weight? "
     "valid here: d_model, num_heads, num_kv_heads, activation, dtype",
-    "zzz: 3": "run.yaml:1: unknown key zzz; "
-    "valid here: name, model, optimizer, data, mesh, share, out",
     "model.d_model: 3": "run.yaml:1: unknown key model.d_model; "
     "write it nested, one mapping inside the other",
     "model: {include: b}": "run.yaml:1: unknown key model.include; "
@@ -112,7 +112,6 @@ UNKNOWN_KEYS = {
 
 WRONG_VALUES = {
     "model:\n  d_model: four": "run.yaml:2: model.d_model must be an integer, not 'four'",
-    "model: {d_model: 3.5}": "run.yaml:1: model.d_model must be an integer, not 3.5",
     "model: {d_model: -1}": "run.yaml:1: model.d_model must be greater than 0, not -1",
     "model: [1]": "run.yaml:1: model must be a mapping "
     "(d_model, num_heads, num_kv_heads, activation, dtype), not [1]",
@@ -122,7 +121,6 @@ WRONG_VALUES = {
     "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
     "add it, or pass data.sources.0.path=...",
     "name: 3": "run.yaml:1: name must be text, not 3; put quotes around it: '3'",
-    "name:": "run.yaml:1: name must be text, not null",
     "model: {activation: sillu}": "run.yaml:1: model.activation must be one of 'silu', 'gelu', "
     "not 'sillu'; did you mean silu?",
     "optimizer:\n  kind: adam": "run.yaml:2: optimizer.kind must be one of 'adamw', 'lion', "
@@ -131,9 +129,7 @@ WRONG_VALUES = {
     "set it to one of 'adamw', 'lion'",
     "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, not 'many'",
     "share: .nan": "run.yaml:1: share must be a finite number, not nan",
-    "share: half": "run.yaml:1: share must be a number, not 'half'",
     "mesh:": "run.yaml:1: mesh must be a mapping, not null",
-    "out: 3": "run.yaml:1: out must be a path, not 3",
     f"share: {'y' * 90}": f"run.yaml:1: share must be a number, not '{'y' * 56}...",
 }
 
@@ -150,16 +146,14 @@ YAML = {
     "expected ',' or ']', but got ':'",
     "a:\n\t- b": "run.yaml:2: not YAML: while scanning for the next token found character '\\t' "
     "that cannot start any token; indent with spaces, not tabs",
-    "a: b: c": "run.yaml:1: not YAML: mapping values are not allowed here",
     "name: a\n\nname: b": "run.yaml:3: key 'name' is already set on line 1; remove one of the two",
     "# list\n- 1": "run.yaml:2: a config must be a mapping of keys to values",
-    "text": "run.yaml:1: a config must be a mapping of keys to values",
     "a: 1\n---\nb: 1": "run.yaml:2: not YAML: expected a single document in the stream "
     "but found another document",
-    "\nname: 'a\0'": "run.yaml:2: not YAML: character U+0000 is not allowed",
-    "a: &a [*a]": f"run.yaml:1: a.0.0.0: {ENDLESS}",
+    "\nname: 'a\0'": "run.yaml: not YAML: unacceptable character #x0000: special "
+    'characters are not allowed in "<unicode string>", position 9',
+    "a: &a [*a]": f"run.yaml: {ENDLESS}",
     "[a]: 3": "run.yaml:1: a key must be a plain name",
-    "a: *b": "run.yaml:1: not YAML: found undefined alias 'b'",
     "a: !!python/object:os.system {}": "run.yaml:1: the tag "
     "'tag:yaml.org,2002:python/object:os.system' is not allowed",
     b"name: a\nout: \xff": "run.yaml:2: not UTF-8 text (byte 0xff); save it as UTF-8",
@@ -169,7 +163,6 @@ INCLUDES = {
     "include: bass.yaml": "run.yaml:1: include 'bass.yaml': there is no bass.yaml; "
     "did you mean base.yaml?",
     "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there is no q/zzz",
-    "include: ''": "run.yaml:1: include '': there is no .",
     "include:": "run.yaml:1: include must be a path or a list of paths, not null",
     "include: run.yaml": "run.yaml:1: include cycle: run.yaml -> run.yaml; "
     "remove one of these includes",
@@ -177,17 +170,14 @@ INCLUDES = {
     "base.yaml:1; write both alike",
 }
 
-INTERPOLATIONS = {
-    "\nname: ${nope}": "run.yaml:2: name: ${nope} names no key that is written; "
-    "write that key too: references see what is written, not the defaults",
-    "data:\n  sources:\n    - path: ${q}": "run.yaml:3: data.sources.0.path: "
-    "${q} names no key that is written; "
-    "write that key too: references see what is written, not the defaults",
-    "name: ${nope": "run.yaml:1: name: bad reference ${nope; for a plain ${ write \\${",
+REFERENCES = {
+    "\nname: ${nope}": f"run.yaml:2: name: ${{nope}} {UNWRITTEN}",
+    "data:\n  sources:\n    - path: ${q}": f"run.yaml:3: data.sources.0.path: ${{q}} {UNWRITTEN}",
+    "name: ${nope": f"run.yaml:1: name: bad reference ${{nope; {ONLY}",
+    "name: ${oc.env:HOME}/x": f"run.yaml:1: name: bad reference ${{oc.env:HOME}}; {ONLY}",
     "name: ${name}": f"run.yaml:1: name: {ENDLESS}",
-    "name: ${nope:1}": "run.yaml:1: name: ${nope:1} is not filled in, only ${key.path} is; "
-    'pass name="$VARIABLE" on the command line, where the shell fills it',
-    "name: ???": "run.yaml:1: name: left open (???); set name",
+    "name: x-${mesh}\nmesh: {data: 2}": "run.yaml:1: name: ${mesh} is no text; "
+    "name one value inside it",
 }
 
 
@@ -195,7 +185,7 @@ INTERPOLATIONS = {
     ("text", "expected"),
     [
         pytest.param(text, expected, id=str(text))
-        for group in (UNKNOWN_KEYS, WRONG_VALUES, VALIDATORS, YAML, INCLUDES, INTERPOLATIONS)
+        for group in (UNKNOWN_KEYS, WRONG_VALUES, VALIDATORS, YAML, INCLUDES, REFERENCES)
         for text, expected in group.items()
     ],
 )
@@ -207,19 +197,15 @@ OVERRIDES = {
     "modl.d_model=3": "command line: unknown key modl; did you mean model?",
     "include=b": "command line: unknown key include; `include` stands at the top of a file only",
     "name=3": "command line: name must be text, not 3; write name=\"'3'\"",
-    "name": "command line: 'name' is not an override; write key=value, such as model.num_layers=4",
     "a..b=3": "command line: 'a..b=3' is not an override; "
     "write key=value, such as model.num_layers=4",
     "name=[1": "command line: name=[1: not YAML: while parsing a flow sequence "
     "expected ',' or ']', but got '<stream end>'",
-    "name=${nope}": "command line: name: ${nope} names no key that is written; "
-    "write that key too: references see what is written, not the defaults",
+    "name=${nope}": f"command line: name: ${{nope}} {UNWRITTEN}",
     "data.sources.1.path=b": "command line: data.sources is a list of 1 element; "
     "there is no data.sources.1; count from 0, or give the whole list",
     "data.sources={path: b}": "command line: data.sources is a mapping here, but a list in "
     "base.yaml:3; write both alike",
-    "mesh=[1]": "command line: mesh is a list here, but a mapping in base.yaml:1; write both alike",
-    "data=": "command line: data must be a mapping (seq_len, sources, workers), not null",
     "share.x=1": "command line: share is ${mesh.data}; share.x cannot be set on its own; "
     "set what it stands for",
 }
@@ -230,9 +216,8 @@ def test_a_faulty_override(message, override, expected):
     assert message("include: base.yaml\nshare: ${mesh.data}", override) == expected
 
 
-def test_a_cross_check_names_every_place_it_speaks_of(message):
+def test_a_check_names_every_place_it_speaks_of(message):
     text = "name: a\nmodel:\n  num_heads: 6\n"
-    assert message(text, "model.num_kv_heads=4").startswith("run.yaml:3: model: num_heads=6 is")
     kv = "num_heads=6 is not divisible by num_kv_heads=4"
 
     class Strict(Config):
@@ -246,7 +231,7 @@ def test_a_cross_check_names_every_place_it_speaks_of(message):
     class Outer(Config):
         model: Strict
 
-    assert message("model:\n  num_heads: 6\n", "model.num_kv_heads=4", cls=Outer) == (
+    assert message(text[8:], "model.num_kv_heads=4", cls=Outer) == (
         f"run.yaml:2, command line: model: {kv}"
     )
 
@@ -257,21 +242,19 @@ def test_several_faults_are_counted_and_a_misspelt_key_comes_first(message):
         depth: int
         name: str = ""
 
-    text = "wdith: 3\nname: 4\n"
-    assert message(text, cls=Needs) == (
+    assert message("wdith: 3\nname: 4\n", cls=Needs) == (
         "run.yaml:1: unknown key wdith; did you mean width or depth? (and 3 more)"
-    )
-    assert message("name: a\n", cls=Needs) == (
-        "run.yaml: width is required; add it, or pass width=... (and 1 more)"
     )
     assert message("width: x\ndepth: y\n", cls=Needs) == (
         "run.yaml:1: width must be an integer, not 'x' (and 1 more)"
     )
 
 
-def test_a_cycle_of_three_files(message):
-    Path("a.yaml").write_text("\ninclude: sub/b.yaml\n")
+def test_a_fault_in_an_included_file_is_placed_there_and_cycles_are_named(message):
     Path("sub").mkdir()
+    Path("sub/b.yaml").write_text("\nmodel:\n  d_model: x\n")
+    Path("a.yaml").write_text("\ninclude: sub/b.yaml\n")
+    assert message("include: a.yaml") == ("sub/b.yaml:3: model.d_model must be an integer, not 'x'")
     Path("sub/b.yaml").write_text("include: [../run.yaml]\n")
     assert message("include: a.yaml") == (
         "sub/b.yaml:1: include cycle: run.yaml -> a.yaml -> sub/b.yaml -> run.yaml; "
@@ -279,28 +262,18 @@ def test_a_cycle_of_three_files(message):
     )
 
 
-def test_a_fault_in_an_included_file_is_placed_there(message):
-    Path("base.yaml").write_text("\nmodel:\n  d_model: x\n")
-    assert message("include: base.yaml") == (
-        "base.yaml:3: model.d_model must be an integer, not 'x'"
-    )
-
-
-def test_missing_and_unreadable_sources(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (Path("nope.yaml"), "nope.yaml: cannot be read: No such file or directory"),
+        (None, "command line: path is required; add it, or pass path=..."),
+    ],
+)
+def test_a_file_or_a_value_that_is_missing(tmp_path, monkeypatch, source, expected):
     monkeypatch.chdir(tmp_path)
-    for source, expected in {
-        Path("nope.yaml"): "nope.yaml: cannot be read: No such file or directory",
-        Path(): ".: cannot be read: Is a directory",
-    }.items():
-        with pytest.raises(MaxlmError) as caught:
-            load_config(Run, source)
-        assert str(caught.value) == expected
-
-
-def test_a_mistake_of_overrides_alone():
     with pytest.raises(MaxlmError) as caught:
-        load_config(Source, None)
-    assert str(caught.value) == "command line: path is required; add it, or pass path=..."
+        load_config(Source, source)
+    assert str(caught.value) == expected
 
 
 def test_a_bare_class_still_raises_its_own_error():

@@ -1,4 +1,5 @@
-"""Promise: what is shown is the config, each value beside its origin; the schema fits editors."""
+"""Promise: what is shown is the config, each value beside its origin; the schema fits editors; two
+configs differ exactly where their settings do."""
 
 import json
 from pathlib import Path
@@ -8,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from maxlm.config import Config, build_json_schema, load_config, to_annotated_yaml, to_yaml
+from maxlm.config import (
+    ABSENT,
+    Config,
+    build_json_schema,
+    compare_configs,
+    load_config,
+    to_annotated_yaml,
+    to_yaml,
+)
 
 
 class Part(Config):
@@ -90,3 +99,31 @@ def test_schema():
     assert "required" not in part
     assert body["additionalProperties"] is part["additionalProperties"] is False
     json.dumps(body)
+
+
+def test_differences():
+    a = Run(labels=["x", "y"], sizes={"u": 1.0})
+    b = {"name": "z", "labels": ["x", "w", "v"], "parts": [], "out": None, "old": None}
+    assert compare_configs(a, b) == [
+        ("name", "x", "z"),
+        ("labels.1", "y", "w"),
+        ("sizes.u", 1.0, ABSENT),
+        ("labels.2", ABSENT, "v"),
+        ("old", ABSENT, None),
+    ]
+    assert compare_configs(a, json.loads(json.dumps(a.model_dump(mode="json")))) == []
+
+
+trees = st.recursive(
+    st.integers(0, 2) | st.none() | st.just("s"),
+    lambda inner: (
+        st.dictionaries(st.sampled_from("abc"), inner, max_size=3) | st.lists(inner, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from("xy"), trees), st.dictionaries(st.sampled_from("xy"), trees))
+def test_no_difference_means_equal(a, b):
+    assert (compare_configs(a, b) == []) == (a == b)
+    assert {key for key, *_ in compare_configs(a, b)} == {key for key, *_ in compare_configs(b, a)}

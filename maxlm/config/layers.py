@@ -1,0 +1,251 @@
+r"""A config as layers of settings: files, what they include, and overrides on top.
+
+``${key.path}`` stands for the value of another key, ``\${`` for a plain ``${``. Nothing else is
+filled in, the environment least of all: a config may be another's, and what it resolves to is
+printed into jobs and kept with runs.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maxlm.config.assets import find_shipped_config, find_similar_configs
+from maxlm.config.errors import MaxlmError
+from maxlm.config.keys import (
+    COMMAND_LINE,
+    Key,
+    SettingOrigin,
+    format_path,
+    format_value,
+    get_descendant,
+    join_key,
+    split_key,
+)
+from maxlm.config.yaml_text import MAX_COPIES, Setting, parse_yaml
+
+_MAX_DEPTH = 64
+# Pairs of backslashes, which stand for one each, before an escaped or a true reference.
+_REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)(?:(\\\$\{)|\$\{([^}]*)(\}?))")
+
+
+@dataclass(frozen=True)
+class SettingsTree:
+    """Plain settings and where each of their nodes was written; that of the root is known."""
+
+    settings: dict[str, Any]
+    origins: Mapping[Key, SettingOrigin]
+
+    def locate(self, key: Key) -> SettingOrigin:
+        """Where the node at `key` was written, else its nearest parent that was."""
+        return self.origins[self._find_written(key)]
+
+    def find_value_origin(self, key: Key) -> SettingOrigin | None:
+        """Where the value a config holds at `key` comes from; None for a default."""
+        at = self._find_written(key)
+        # A validator takes text such as `fsdp=2` apart; below a mapping stand defaults.
+        whole = not isinstance(get_descendant(self.settings, at), dict | list)
+        return self.origins[at] if at == key or whole else None
+
+    def _find_written(self, key: Key) -> Key:
+        while key not in self.origins:
+            key = key[:-1]
+        return key
+
+
+def build_tree(path: Path | None, overrides: Sequence[str]) -> SettingsTree:
+    """Lays `path`, its includes and the overrides over one another and resolves ``${...}``.
+
+    Raises:
+        MaxlmError: whatever is wrong with a file, an override or a reference.
+    """
+    root = Setting({}, COMMAND_LINE)
+    for layer in _read_layers(path, ()) if path is not None else ():
+        root = _merge(root, layer, ())
+    for override in overrides:
+        root = _override(root, override)
+    root = _ReferenceResolver(root).expand(root, (), None, 0)
+    return SettingsTree(root.to_plain(), dict(root.list_origins()))
+
+
+def _read_layers(path: Path, trail: tuple[Path, ...]) -> list[Setting]:
+    """Returns what makes up a file, lowest first: its includes in order, then itself.
+
+    ``include:`` at the top is a path or a list of paths, each relative to the file, or the name of
+    a shipped config.
+    """
+    document = _read_file(path)
+    include = document.value.pop("include", Setting([], document.origin))
+    trail = (*trail, path)
+    layers = []
+    for item in include.value if isinstance(include.value, list) else [include]:
+        if not isinstance(item.value, str):
+            what = f"include must be a path or a list of paths, not {format_value(item.value)}"
+            raise MaxlmError(what, where=str(item.origin))
+        target = _find_included(path, item)
+        if target.resolve() in [earlier.resolve() for earlier in trail]:
+            ring = " -> ".join(format_path(step) for step in (*trail, target))
+            fix = "remove one of these includes"
+            raise MaxlmError(f"include cycle: {ring}", where=str(item.origin), fix=fix)
+        layers += _read_layers(target, trail)
+    return [*layers, document]
+
+
+def _read_file(path: Path) -> Setting:
+    name = format_path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise MaxlmError(f"cannot be read: {error.strerror}", where=name) from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+        raise MaxlmError(what, where=f"{name}:{line}", fix="save it as UTF-8") from None
+    document = parse_yaml(text, name)
+    if not isinstance(document.value, dict | None):
+        what = "a config must be a mapping of keys to values"
+        raise MaxlmError(what, where=str(document.origin))
+    return Setting(document.value or {}, SettingOrigin(name))
+
+
+def _find_included(includer: Path, item: Setting) -> Path:
+    path = Path(os.path.normpath(includer.parent / Path(item.value).expanduser()))
+    found = path if path.is_file() else find_shipped_config(item.value)
+    if found is None:
+        near = find_similar_configs(path)
+        what = f"include {item.value!r}: there is no {format_path(path)}"
+        fix = f"did you mean {' or '.join(near)}?" if near else None
+        raise MaxlmError(what, where=str(item.origin), fix=fix)
+    return found
+
+
+def _merge(below: Setting | None, above: Setting, key: Key) -> Setting:
+    """`above` laid over `below`: mappings deeply, all else replaced."""
+    if below and {type(below.value), type(above.value)} == {dict, list}:
+        kind, other = ("list", "mapping") if isinstance(below.value, dict) else ("mapping", "list")
+        what = f"{join_key(key)} is a {kind} here, but a {other} in {below.origin}"
+        raise MaxlmError(what, where=str(above.origin), fix="write both alike")
+    if not below or not isinstance(below.value, dict) or not isinstance(above.value, dict):
+        return above
+    merged = {
+        name: _merge(below.value.get(name), child, (*key, name))
+        for name, child in above.value.items()
+    }
+    return Setting({**below.value, **merged}, above.origin)
+
+
+def _override(root: Setting, override: str) -> Setting:
+    """Sets ``key.path=value``, where the value is YAML and a list index a part of the key."""
+    name, equals, text = override.partition("=")
+    parts = split_key(name.strip())
+    if not equals or parts is None or len(parts) > _MAX_DEPTH:
+        what = f"{format_value(override)} is not an override"
+        fix = "write key=value, such as model.num_layers=4"
+        raise MaxlmError(what, where=str(COMMAND_LINE), fix=fix)
+    try:
+        value = parse_yaml(text, COMMAND_LINE.source, lines=False)
+    except MaxlmError as error:
+        where = f"{COMMAND_LINE}: {override[:60]}"
+        raise MaxlmError(error.what, where=where, fix=error.fix) from None
+    return _set_value(root, parts, value, ())
+
+
+def _set_value(node: Setting | None, parts: Sequence[str], value: Setting, key: Key) -> Setting:
+    """`node`, which stands at `key`, with `value` merged in at `parts` below it."""
+    if not parts:
+        return _merge(node, value, key)
+    name, where = join_key((*key, parts[0])), str(COMMAND_LINE)
+    if node and _is_reference(node):
+        what = f"{join_key(key)} is {node.value}; {name} cannot be set on its own"
+        raise MaxlmError(what, where=where, fix="set what it stands for")
+    if node and isinstance(node.value, list):
+        size = len(node.value)
+        if not parts[0].isdecimal() or int(parts[0]) >= size:
+            count = f"{size} element{'' if size == 1 else 's'}"
+            what = f"{join_key(key)} is a list of {count}; there is no {name}"
+            fix = "count from 0, or give the whole list"
+            raise MaxlmError(what, where=where, fix=fix)
+        index, items = int(parts[0]), [*node.value]
+        items[index] = _set_value(items[index], parts[1:], value, (*key, index))
+        return Setting(items, node.origin)
+    part = parts[0]
+    mapping = node if node and isinstance(node.value, dict) else Setting({}, COMMAND_LINE)
+    child = _set_value(mapping.value.get(part), parts[1:], value, (*key, part))
+    return Setting({**mapping.value, part: child}, mapping.origin)
+
+
+def _is_reference(node: Setting) -> bool:
+    """Returns whether a value stands for another, in whole or in part."""
+    return isinstance(node.value, str) and "${" in node.value
+
+
+@dataclass
+class _ReferenceResolver:
+    """Replaces references by what they stand for."""
+
+    root: Setting
+    num_copies: int = 0
+    """Values that references stand for, so far; long text counts more."""
+
+    def expand(self, node: Setting, key: Key, origin: SettingOrigin | None, depth: int) -> Setting:
+        """Return the setting at `key` without references.
+
+        Args:
+            origin: of the reference that leads here, at which its values count as written.
+
+        Raises:
+            MaxlmError: a reference that is none, leads nowhere, in a circle or to too much.
+        """
+        if origin:
+            self.num_copies += 1 + (len(node.value) // 100 if isinstance(node.value, str) else 0)
+        if depth > _MAX_DEPTH or self.num_copies > MAX_COPIES:
+            what = f"${{...}} stands for more than {MAX_COPIES:,} values"
+            what = "nested too deep, perhaps without end" if depth > _MAX_DEPTH else what
+            raise _reference_error(node, key[:4], what)
+        at = origin or node.origin
+        if isinstance(node.value, list):
+            items = enumerate(node.value)
+            return Setting([self.expand(v, (*key, i), origin, depth + 1) for i, v in items], at)
+        if isinstance(node.value, dict):
+            pairs = node.value.items()
+            return Setting({k: self.expand(v, (*key, k), origin, depth + 1) for k, v in pairs}, at)
+        if not _is_reference(node):
+            return Setting(node.value, at)
+        whole = _REFERENCE.fullmatch(node.value)
+        if whole and not whole[1] and not whole[2]:
+            return self._look_up(whole, node, key, at, depth)
+
+        def fill(found: re.Match[str]) -> str:
+            value = "${" if found[2] else self._look_up(found, node, key, at, depth).value
+            if isinstance(value, dict | list):
+                fix = "name one value inside it"
+                raise _reference_error(node, key, f"${{{found[3]}}} is no text", fix)
+            return found[1][::2] + (value if isinstance(value, str) else format_value(value))
+
+        return Setting(_REFERENCE.sub(fill, node.value), at)
+
+    def _look_up(
+        self, found: re.Match[str], node: Setting, key: Key, at: SettingOrigin, depth: int
+    ) -> Setting:
+        """Return the expanded setting that a reference, found in `node` at `key`, names."""
+        name = f"${{{found[3][:60]}{found[4]}"
+        parts = split_key(found[3]) if found[4] and ":" not in found[3] else None
+        if parts is None:
+            fix = r"only ${key.path} is filled in; for a plain ${ write \${"
+            raise _reference_error(node, key, f"bad reference {name}", fix)
+        target, reached, expanded = self.root, (), False
+        for part in parts:
+            if _is_reference(target):
+                target, expanded = self.expand(target, reached, at, depth + 1), True
+            step = int(part) if isinstance(target.value, list) and part.isdecimal() else part
+            if step not in target.children:
+                fix = "write that key too: references see what is written, not the defaults"
+                raise _reference_error(node, key, f"{name} names no key that is written", fix)
+            target, reached = target.children[step], (*reached, step)
+        return target if expanded else self.expand(target, reached, at, depth + 1)
+
+
+def _reference_error(node: Setting, key: Key, what: str, fix: str | None = None) -> MaxlmError:
+    return MaxlmError(f"{join_key(key)}: {what}", where=str(node.origin), fix=fix)
