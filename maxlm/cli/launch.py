@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from maxlm.cli.arguments import ConfigArgument, SettingsArgument
 
 
 def command(
+    context: typer.Context,
     scheduler: Annotated[str, typer.Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
     config: ConfigArgument,
     settings: SettingsArgument = None,
@@ -93,7 +95,7 @@ def command(
     import jax
 
     from maxlm.config import MaxlmError, load_config
-    from maxlm.launch.job import list_job_warnings, make_job, summarize_plan
+    from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
     from maxlm.launch.options import JobOptions, check_scheduler
     from maxlm.launch.places import find_placeholders, make_placeholders
     from maxlm.launch.render import render_job
@@ -102,28 +104,9 @@ def command(
 
     check_scheduler(scheduler)
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
-    options = JobOptions(
-        name=name,
-        nodes=nodes,
-        image=image,
-        queue=queue,
-        account=account,
-        namespace=namespace,
-        priority=priority,
-        reservation=reservation,
-        spot=spot,
-        time=time,
-        retries=retries,
-        grace=grace,
-        env=tuple(env or ()),
-        secret=tuple(secret or ()),
-        mount=tuple(mount or ()),
-        node_selector=tuple(node_selector or ()),
-        service_account=service_account,
-        zone=zone,
-        project=project,
-        maxlm=maxlm,
-    )
+    given = {field.name: context.params[field.name] for field in fields(JobOptions)}
+    lists = {name: tuple(given[name] or ()) for name in ("env", "secret", "mount", "node_selector")}
+    options = JobOptions(**{**given, **lists})
     run = load_config(RunConfig, config, settings or ()).value
     placeholders = [] if submitting else make_placeholders(run)
     settings = [*(settings or ()), *placeholders]
@@ -131,16 +114,9 @@ def command(
         run = load_config(RunConfig, config, settings).value
     if submitting and (named := find_placeholders(run)):
         raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
-    job, plan = make_job(
-        run,
-        config,
-        settings,
-        scheduler=scheduler,
-        on=on,
-        options=options,
-        force=force,
-        own_template=template is not None,
-    )
+    own_template = template is not None
+    checks = {"scheduler": scheduler, "on": on, "force": force, "own_template": own_template}
+    job, plan = make_job(run, config, settings, options=options, **checks)
     text = render_job(job, template)
     kept = job_file_path(job, run)
     written = [path for path, asked in ((out, out), (kept, submitting)) if path and asked]
@@ -151,8 +127,9 @@ def command(
         shown = shlex.join(placeholders)
         print(f"warning: the job has placeholders; set paths of your own: {shown}", file=sys.stderr)
     print(f"planned: {summarize_plan(plan)}", file=sys.stderr)
-    for line in list_job_warnings(job):
-        print(f"note: {line}", file=sys.stderr)
+    if scheduler == "jobset" and spot and job.grace > SPOT_GRACE:
+        words = f"{SPOT_GRACE} s, not {job.grace}, unless their pool says so"
+        print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)
     for path in written:
         print(f"written: {path}", file=sys.stderr)
     if submitting and submit_job(job, kept):

@@ -73,21 +73,16 @@ def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | No
     platform = topology.platform
     if platform not in _PLATFORMS[scheduler]:
         able = [s for s, platforms in _PLATFORMS.items() if platform in platforms]
-        raise MaxlmError(
-            f"{scheduler} is not for {platform.upper()}s, and {name} is one",
-            fix=f"use {' or '.join(able)}",
-        )
+        what = f"{scheduler} is not for {platform.upper()}s, and {name} is one"
+        raise MaxlmError(what, fix=f"use {' or '.join(able)}")
     if scheduler in _ONE_SLICE and platform == "tpu" and topology.slices > 1:
-        raise MaxlmError(
-            f"{scheduler} starts one slice, and {name} is {topology.slices}", fix="use jobset"
-        )
+        what = f"{scheduler} starts one slice, and {name} is {topology.slices}"
+        raise MaxlmError(what, fix="use jobset")
     if platform == "cpu":
         nodes = nodes or 1
-        if nodes < 1 or topology.devices % nodes:
-            raise MaxlmError(
-                f"{topology.devices} devices do not divide over --nodes {nodes}",
-                fix="give a divisor of them",
-            )
+        if topology.devices % nodes:
+            what = f"{topology.devices} devices do not divide over --nodes {nodes}"
+            raise MaxlmError(what, fix="give a divisor of them")
         return JobHosts("cpu", 1, nodes, topology.devices // nodes)
     if platform == "gpu":
         count, devices = topology.slices * topology.shape[0], topology.shape[1]
@@ -104,8 +99,7 @@ def resolve_hosts(topology: Topology, scheduler: str, name: str, nodes: int | No
             f"{prefix}-{chips * cores}",
         )
     if nodes not in (None, found.count):
-        raise MaxlmError(
-            f"--nodes {nodes}: {name} is {found.count} hosts of {found.devices}",
-            fix="leave --nodes out, or name the shape of GPUs, as in h100:16x4",
-        )
+        what = f"--nodes {nodes}: {name} is {found.count} hosts of {found.devices}"
+        fix = "leave --nodes out, or name the shape of GPUs, as in h100:16x4"
+        raise MaxlmError(what, fix=fix)
     return found

@@ -15,7 +15,6 @@ from maxlm.launch.options import (
     Mount,
     check_options,
     check_scheduler,
-    check_variable_names,
     parse_env,
     parse_mounts,
     parse_node_selectors,
@@ -113,13 +112,12 @@ def make_job(
     check_paths(run, scheduler, mounted, bool(inside), own_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
-    retries = RETRIES if options.retries is None else options.retries
     grace = GRACE if options.grace is None else options.grace
-    env = parse_env(options.env)
+    env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
+    if both := [variable for variable in env if variable in secrets]:
+        raise MaxlmError(f"{both[0]} is named by --env and by --secret", fix="leave one out")
     if hosts.platform == "cpu":
         env = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(hosts.devices)} | env
-    secret = parse_secrets(options.secret, scheduler)
-    check_variable_names(env, secret)
     node_selector = parse_node_selectors(options.node_selector)
     plan = plan_run(run, machine)
     if not plan.fits and not force:
@@ -128,12 +126,8 @@ def make_job(
             where=run.name,
             fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
         )
-    if supports_option(scheduler, "grace"):
-        _check_grace(grace, plan)
-    if limit is not None:
-        _check_limit(limit, grace, plan)
-    seen = scheduler == "slurm" and not options.image
-    config, settings, text = _config(run, source, settings, seen, name)
+    _check_times(limit, grace if supports_option(scheduler, "grace") else None, plan)
+    config, settings, text = _config(run, source, settings, scheduler, options, name)
     title = f"{run.name} on {on}: {machine.words}"
     if placeholders := find_placeholders(run):
         title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
@@ -148,11 +142,11 @@ def make_job(
         settings=tuple(settings),
         config_text=text,
         env=env,
-        secrets=secret,
+        secrets=secrets,
         mounts=mounted,
         node_selector=node_selector,
         time=None if limit is None else _clock(limit),
-        retries=retries,
+        retries=RETRIES if options.retries is None else options.retries,
         grace=grace,
         options=options,
     )
@@ -163,34 +157,20 @@ def summarize_plan(plan: RunPlan) -> str:
     """Formats a plan in one line: memory of a device, and time of a step."""
     limit, total = plan.limit or 0.0, float(plan.memory.total)
     words = f"{format_bytes(total)} of {format_bytes(limit)} a device"
-    if plan.step_seconds is not None:
-        words += f", {plan.step_seconds:.3g} s a step"
-    return words
+    return words if plan.step_seconds is None else f"{words}, {plan.step_seconds:.3g} s a step"
 
 
-def list_job_warnings(job: Job) -> list[str]:
-    """Returns warnings about options that the scheduler may not honour."""
-    if job.scheduler == "jobset" and job.options.spot and job.grace > SPOT_GRACE:
-        return [f"GKE's Spot nodes give {SPOT_GRACE} s, not {job.grace}, unless their pool says so"]
-    return []
-
-
-def _check_grace(grace: int, plan: RunPlan) -> None:
-    """A step that has begun is finished before the state is saved."""
+def _check_times(limit: int | None, grace: int | None, plan: RunPlan) -> None:
+    """Refuse a job that is over before a step is saved: one that has begun is finished first."""
     step = plan.step_seconds or 0.0
-    if grace <= step:
-        raise MaxlmError(
-            f"--grace {grace} is shorter than a step ({step:.3g} s)",
-            fix=f"give --grace {floor(step) + 1} or more",
-        )
-
-
-def _check_limit(limit: int, grace: int, plan: RunPlan) -> None:
-    least = START_UP + grace + (plan.step_seconds or 0.0)
-    if limit < least:
+    if grace is not None and grace <= step:
+        what = f"--grace {grace} is shorter than a step ({step:.3g} s)"
+        raise MaxlmError(what, fix=f"give --grace {floor(step) + 1} or more")
+    least = START_UP + step + (grace or 0)
+    if limit is not None and limit < least:
         raise MaxlmError(
             f"--time {_clock(limit)} is over before a step is saved: {START_UP} s to start, "
-            f"{plan.step_seconds or 0.0:.3g} s a step and {grace} s to save",
+            f"{step:.3g} s a step and {grace or 0} s to save",
             fix=f"give {-(-least // 60):.0f}m or more",
         )
 
@@ -206,14 +186,19 @@ def _job_name(name: str) -> str:
 
 
 def _config(
-    run: RunConfig, source: str, settings: Sequence[str], seen: bool, name: str
+    run: RunConfig,
+    source: str,
+    settings: Sequence[str],
+    scheduler: str,
+    options: JobOptions,
+    name: str,
 ) -> tuple[str, Sequence[str], str]:
     """Returns the arguments of ``maxlm train``: config, settings, and the config's text where
-    the job does not see this machine's files (``seen``)."""
+    the job does not see this machine's files."""
     path = Path(source).expanduser()
     if not path.is_file() and find_shipped_config(source):
         return source, settings, ""
-    if seen:
+    if scheduler == "slurm" and not options.image:
         return str(path.resolve()), settings, ""
     return f"/tmp/{name}.yaml", (), to_yaml(run)
 

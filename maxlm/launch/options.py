@@ -1,9 +1,10 @@
 """Options of a job: which scheduler takes which, and how each is written."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from operator import mul
 
 from maxlm.config import MaxlmError
 
@@ -72,11 +73,7 @@ _INSTEAD = {
 
 
 def check_scheduler(name: str) -> None:
-    """Checks that a scheduler is known.
-
-    Raises:
-        MaxlmError: it is not.
-    """
+    """Refuse a scheduler that is not known."""
     if name not in SCHEDULERS:
         near = get_close_matches(name, SCHEDULERS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -89,115 +86,70 @@ def supports_option(scheduler: str, option: str) -> bool:
 
 
 def check_options(options: JobOptions, scheduler: str) -> None:
-    """Refuse what the scheduler would have to ignore.
-
-    Raises:
-        MaxlmError: naming the option and who has it.
-    """
+    """Refuse what the scheduler would have to ignore."""
     for field in fields(options):
-        takers, value = _ONLY.get(field.name, SCHEDULERS), getattr(options, field.name)
+        name, value = f"--{field.name.replace('_', '-')}", getattr(options, field.name)
         if isinstance(value, str) and field.name != "maxlm" and not _PLAIN.fullmatch(value):
-            raise MaxlmError(f"--{field.name.replace('_', '-')} '{value}' is not one plain word")
-        given = value is not None and value is not False and value != ()  # 0 is given
-        if given and scheduler not in takers:
-            raise MaxlmError(
-                f"{scheduler} has no use for --{field.name.replace('_', '-')}",
-                fix=_INSTEAD.get(field.name, f"leave it out ({', '.join(takers)} has it)"),
-            )
-    if scheduler == "slurm" and options.mount and not options.image:
+            raise MaxlmError(f"{name} '{value}' is not one plain word")
+        if value != field.default and not supports_option(scheduler, field.name):
+            takers = f"leave it out ({', '.join(_ONLY[field.name])} has it)"
+            fix = _INSTEAD.get(field.name, takers)
+            raise MaxlmError(f"{scheduler} has no use for {name}", fix=fix)
+    priority, image = options.priority or "0", options.image or ""
+    if scheduler == "slurm" and options.mount and not image:
         raise MaxlmError("--mount is into a container", fix="add --image, or leave it out")
-    if scheduler == "jobset" and not options.image:
-        raise MaxlmError(
-            "jobset runs a container, and none is named",
-            fix="add --image; launch/images/ has files to build one from",
-        )
+    if scheduler == "jobset" and not image:
+        fix = "add --image; launch/images/ has files to build one from"
+        raise MaxlmError("jobset runs a container, and none is named", fix=fix)
     if scheduler == "jobset" and options.spot and options.reservation:
         raise MaxlmError("no Spot node is a reserved one", fix="leave out --spot or --reservation")
-    if scheduler == "skypilot":
-        _check_skypilot(options)
-
-
-def _check_skypilot(options: JobOptions) -> None:
-    priority, image = options.priority, options.image
-    if priority and not (re.fullmatch("[0-9]+", priority) and int(priority) <= 1000):
+    if scheduler == "skypilot" and not (priority.isdecimal() and int(priority) <= 1000):
         raise MaxlmError(f"--priority {priority} is none of SkyPilot's", fix="use 0 to 1000")
-    if image and image.startswith("docker:"):
-        raise MaxlmError(
-            f"--image {image}: docker: is put before it",
-            fix=f"write --image {image.removeprefix('docker:').lstrip('/')}",
-        )
+    if scheduler == "skypilot" and image.startswith("docker:"):
+        fix = f"write --image {image.removeprefix('docker:').lstrip('/')}"
+        raise MaxlmError(f"--image {image}: docker: is put before it", fix=fix)
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
-    """Parses variables, ``NAME=VALUE`` each.
-
-    Raises:
-        MaxlmError: it is not, or it looks like a secret.
-    """
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not _NAME.fullmatch(name) or not equals:
-            raise MaxlmError(f"--env {pair} is not NAME=VALUE", fix="write --env NCCL_DEBUG=INFO")
+    """Parses variables, ``NAME=VALUE`` each; refuses what looks like a secret."""
+    found = _split_pairs("--env", pairs, "NAME=VALUE", "NCCL_DEBUG=INFO")
+    for name in found:
         if any(part.rstrip("S").endswith(_SECRET) for part in name.upper().split("_")):
-            raise MaxlmError(
-                f"--env {name}=... looks like a secret, and would be written into a file",
-                fix=f"use --secret {name}, which names where it is kept",
-            )
-        found[name] = value
+            what = f"--env {name}=... looks like a secret, and would be written into a file"
+            raise MaxlmError(what, fix=f"use --secret {name}, which names where it is kept")
     return found
+
+
+def parse_node_selectors(pairs: Sequence[str]) -> dict[str, str]:
+    """Parses node selectors, ``KEY=VALUE`` each."""
+    example = "cloud.google.com/gke-accelerator=nvidia-h100-80gb"
+    return _split_pairs("--node-selector", pairs, "KEY=VALUE", example)
+
+
+def _split_pairs(option: str, pairs: Sequence[str], form: str, example: str) -> dict[str, str]:
+    for pair in pairs:
+        name, equals, _ = pair.partition("=")
+        if not equals or not (_NAME if option == "--env" else _PLAIN).fullmatch(name):
+            raise MaxlmError(f"{option} {pair} is not {form}", fix=f"write {option} {example}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def parse_secrets(pairs: Sequence[str], scheduler: str) -> dict[str, tuple[str, str]]:
     """Where each secret variable comes from: a Kubernetes secret and its key; for the other
-    schedulers nothing but its name.
-
-    Raises:
-        MaxlmError: not written as the scheduler needs it.
-    """
+    schedulers nothing but its name."""
     found = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
-        secret, slash, key = source.partition("/")
-        if scheduler == "jobset":
-            if not (_NAME.fullmatch(name) and secret and slash and key):
-                raise MaxlmError(
-                    f"--secret {name} does not name a Kubernetes secret and its key",
-                    fix="write --secret HF_TOKEN=huggingface/token",
-                )
-        elif equals or not _NAME.fullmatch(name):
-            raise MaxlmError(
-                f"--secret {name}: {scheduler} takes the variable's name alone",
-                fix=f"set {name} in the environment you submit from, and write --secret {name}",
-            )
+        secret, _, key = source.partition("/")
+        if scheduler == "jobset" and not (_NAME.fullmatch(name) and secret and key):
+            what = f"--secret {name} does not name a Kubernetes secret and its key"
+            raise MaxlmError(what, fix="write --secret HF_TOKEN=huggingface/token")
+        if scheduler != "jobset" and (equals or not _NAME.fullmatch(name)):
+            what = f"--secret {name}: {scheduler} takes the variable's name alone"
+            fix = f"set {name} in the environment you submit from, and write --secret {name}"
+            raise MaxlmError(what, fix=fix)
         found[name] = (secret, key)
     return found
-
-
-def check_variable_names(env: Mapping[str, str], secret: Mapping[str, tuple[str, str]]) -> None:
-    """Refuse a variable that would have two values.
-
-    Raises:
-        MaxlmError: naming it.
-    """
-    for name in env:
-        if name in secret:
-            raise MaxlmError(f"{name} is named by --env and by --secret", fix="leave one out")
-
-
-def parse_node_selectors(pairs: Sequence[str]) -> dict[str, str]:
-    """Parses node selectors, ``KEY=VALUE`` each.
-
-    Raises:
-        MaxlmError: it is not.
-    """
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise MaxlmError(
-                f"--node-selector {pair} is not KEY=VALUE",
-                fix="write --node-selector cloud.google.com/gke-accelerator=nvidia-h100-80gb",
-            )
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -224,73 +176,51 @@ class Mount:
 
 
 def parse_mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
-    """Parses mounts, ``SOURCE:PATH`` each.
-
-    Raises:
-        MaxlmError: it is not, or a scheduler cannot mount such a source.
-    """
+    """Parses mounts, ``SOURCE:PATH`` each, of sources that the scheduler can mount."""
     found = []
     for pair in pairs:
         source, _, path = pair.rpartition(":")
         if not source or not path.startswith("/") or path.startswith("//"):
-            raise MaxlmError(
-                f"--mount {pair} is not SOURCE:/PATH", fix="write --mount gs://bucket/folder:/data"
-            )
+            fix = "write --mount gs://bucket/folder:/data"
+            raise MaxlmError(f"--mount {pair} is not SOURCE:/PATH", fix=fix)
         check_url(source, "--mount")
         mount = Mount(source, path.rstrip("/") or "/")
-        known = {
-            "slurm": source.startswith("/"),
-            "jobset": source.startswith("gs://") or not mount.bucket,
-            "skypilot": bool(mount.bucket),
-        }
-        if not known[scheduler]:
-            able = {
-                "slurm": "a folder of its hosts",
-                "jobset": "gs://, a volume claim's name or a folder of its hosts",
-                "skypilot": "gs:// and s3://",
-            }
-            raise MaxlmError(f"{scheduler} cannot mount {source}", fix=f"use {able[scheduler]}")
+        mountable, able = {
+            "slurm": (source.startswith("/"), "a folder of its hosts"),
+            "jobset": (
+                source.startswith("gs://") or not mount.bucket,
+                "gs://, a volume claim's name or a folder of its hosts",
+            ),
+            "skypilot": (bool(mount.bucket), "gs:// and s3://"),
+        }[scheduler]
+        if not mountable:
+            raise MaxlmError(f"{scheduler} cannot mount {source}", fix=f"use {able}")
         # Where pyxis, and gcsfuse's options, end one and begin the next.
         listed = scheduler == "slurm" or (scheduler == "jobset" and mount.bucket)
         if listed and "," in pair:
-            raise MaxlmError(
-                f"--mount {pair}: a comma would end it there",
-                fix="mount the folder above, or rename it",
-            )
+            what = f"--mount {pair}: a comma would end it there"
+            raise MaxlmError(what, fix="mount the folder above, or rename it")
         found.append(mount)
     return tuple(found)
 
 
 def check_url(text: str, where: str) -> None:
-    """Refuse a bucket whose scheme is misspelt; nobody is asked whether it is there.
-
-    Raises:
-        MaxlmError: naming the schemes.
-    """
+    """Refuse a bucket whose scheme is misspelt; nobody is asked whether it is there."""
     found = re.match(r"([A-Za-z][A-Za-z0-9+.]*):(/*)([^/]*)", text)
     if found and (found[1] not in SCHEMES or found[2] != "//" or not found[3]):
         raise MaxlmError(f"'{text}' is no bucket's URL", where=where, fix="write gs:// or s3://")
 
 
 def parse_time_limit_seconds(text: str) -> int:
-    """Returns a time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d.
-
-    Raises:
-        MaxlmError: anything else, or nothing.
-    """
-    unit = re.fullmatch(r"(\d+)([mhd])", text)
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    """Returns a time limit as SLURM writes it (minutes, H:MM:SS, D-HH:MM:SS) or as 90m, 24h, 7d."""
     total = 0
-    if unit:
+    if unit := re.fullmatch(r"(\d+)([mhd])", text):
         total = int(unit[1]) * {"m": 60, "h": 3600, "d": 86400}[unit[2]]
-    elif clock:
-        days, first, second, third = (int(part or 0) for part in clock.groups())
-        if clock[1] is not None:
-            total = 86400 * days + 3600 * first + 60 * second + third
-        elif clock[4] is not None:
-            total = 3600 * first + 60 * second + third
-        else:  # MM or MM:SS
-            total = 60 * first + second
+    elif clock := re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text):
+        days, *parts = (int(part) if part else 0 for part in clock.groups())
+        minutes_first = clock[1] is None and clock[4] is None
+        units = (60, 1, 0) if minutes_first else (3600, 60, 1)
+        total = 86400 * days + sum(map(mul, parts, units))
     if total <= 0:
         raise MaxlmError(f"--time {text} is no time limit", fix="write 24:00:00, 1-12:00:00 or 24h")
     return total

@@ -37,25 +37,19 @@ def check_paths(
     Args:
         inside: it runs in a container, which sees what is mounted.
         own_template: it may mount folders, or say where a job begins.
-
-    Raises:
-        MaxlmError: naming the setting.
     """
     named = _places(run)
     for key, place in named.items():
         if ".documents." not in key:
             check_url(place, key)
-    if not run.data.sources:
-        raise MaxlmError(
-            "no text to train on", where="data.sources", fix="name documents or a store there"
-        )
-    documents = any(source.documents for source in run.data.sources)
-    if not (documents or run.tokenizer.path or run.train.start_from):
-        raise MaxlmError(
-            "a store was made with a tokenizer, and none is named",
-            where="tokenizer.path",
-            fix="name the folder of the tokenizer the stores were built with",
-        )
+    sources, tokenizer = run.data.sources, run.tokenizer.path or run.train.start_from
+    if not sources:
+        fix = "name documents or a store there"
+        raise MaxlmError("no text to train on", where="data.sources", fix=fix)
+    if not (tokenizer or any(source.documents for source in sources)):
+        what = "a store was made with a tokenizer, and none is named"
+        fix = "name the folder of the tokenizer the stores were built with"
+        raise MaxlmError(what, where="tokenizer.path", fix=fix)
     if own_template or (scheduler == "slurm" and not inside):
         return
     for key, place in named.items():
@@ -66,41 +60,30 @@ def check_paths(
 
 def _places(run: RunConfig) -> dict[str, str]:
     """Setting → what it names: folders, files, globs, URLs."""
-    found = {"folder": run.folder}
+    found: dict[str, str | None] = {"folder": run.folder}
     for i, source in enumerate(run.data.sources):
-        found |= {
-            f"data.sources.{i}.documents.{j}": each
-            for j, each in enumerate(source.documents)
-            if each != PYTHON_STDLIB
-        }
-        found |= {
-            f"data.sources.{i}.{key}": place
-            for key in ("store", "heldout_store")
-            if (place := getattr(source, key))
-        }
-    others = {
-        "tokenizer.path": run.tokenizer.path,
-        "train.start_from": run.train.start_from,
-        "checkpoint.remote_folder": run.checkpoint.remote_folder,
-    }
-    return found | {key: place for key, place in others.items() if place}
+        for j, each in enumerate(source.documents):
+            found[f"data.sources.{i}.documents.{j}"] = None if each == PYTHON_STDLIB else each
+        found[f"data.sources.{i}.store"] = source.store
+        found[f"data.sources.{i}.heldout_store"] = source.heldout_store
+    found["tokenizer.path"] = run.tokenizer.path
+    found["train.start_from"] = run.train.start_from
+    found["checkpoint.remote_folder"] = run.checkpoint.remote_folder
+    return {key: place for key, place in found.items() if place}
 
 
 def _check_place(key: str, place: str, scheduler: str, mounted: Sequence[Mount] | None) -> None:
     """On hosts that do not see this machine's files; `mounted` is None where nothing need be."""
     if not place.startswith("/"):
         shown = "runs" if key == "folder" else place.lstrip("./~")
-        raise MaxlmError(
-            f"{key}={place} is another one on each host",
-            fix=f"name one that all see: {key}=/data/{shown}",
-        )
+        what = f"{key}={place} is another one on each host"
+        raise MaxlmError(what, fix=f"name one that all see: {key}=/data/{shown}")
     path = PurePosixPath(normpath(place))
     if mounted is None or any(path.is_relative_to(mount.path) for mount in mounted):
         return
     top = PurePosixPath(*path.parts[:2])
     mount = f"--mount {top if scheduler == 'slurm' else 'gs://bucket'}:{top}"
     if key == "folder":
-        raise MaxlmError(
-            f"{key}={place} would be lost with its hosts", fix=f"mount what is to keep it: {mount}"
-        )
+        what = f"{key}={place} would be lost with its hosts"
+        raise MaxlmError(what, fix=f"mount what is to keep it: {mount}")
     raise MaxlmError(f"{key}={place} is not in the container", fix=f"mount what holds it: {mount}")

@@ -3,8 +3,8 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from maxlm.config import MaxlmError
@@ -30,26 +30,17 @@ def job_file_name(scheduler: str) -> str:
 
 
 def render_job(job: Job, template: Path | None = None) -> str:
-    """Renders the job from its scheduler's template.
-
-    Args:
-        template: the user's own, in place of the shipped one.
-
-    Raises:
-        MaxlmError: a template that cannot be read, or asks for what there is not.
-    """
+    """Renders the job from its scheduler's template, or from the user's own in its place."""
     from jinja2 import Environment, StrictUndefined, TemplateError
 
     path = template or find_asset(f"launch/{TEMPLATES[job.scheduler]}")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {
-        "shell": _shell,
-        "yaml": _yaml,
-        "python": _python,
-        "kubernetes": _kubernetes,
-    }
+    # JSON's strings and objects of them are Python's too.
+    python = partial(json.dumps, ensure_ascii=False)
+    filters = {"shell": _shell, "yaml": _yaml, "python": python, "kubernetes": _kubernetes}
+    environment.filters |= filters
     parts = (job.options, job)
     values = {field.name: getattr(part, field.name) for part in parts for field in fields(part)}
     try:
@@ -60,16 +51,8 @@ def render_job(job: Job, template: Path | None = None) -> str:
         raise MaxlmError(f"cannot be read: {reason}", where=str(path)) from None
     except TemplateError as error:
         line = f":{line}" if (line := getattr(error, "lineno", None)) else ""
-        raise MaxlmError(
-            f"{error}",
-            where=f"{path}{line}",
-            fix=f"compare with the shipped launch/{TEMPLATES[job.scheduler]}",
-        ) from None
-
-
-def _python(value: str | Mapping[str, str]) -> str:
-    """JSON's strings and objects of them are Python's too."""
-    return json.dumps(value, ensure_ascii=False)
+        fix = f"compare with the shipped launch/{TEMPLATES[job.scheduler]}"
+        raise MaxlmError(f"{error}", where=f"{path}{line}", fix=fix) from None
 
 
 def _yaml(value: str) -> str:

@@ -20,11 +20,7 @@ def job_file_path(job: Job, run: RunConfig) -> Path:
 
 
 def write_job_file(text: str, path: Path) -> None:
-    """Write a rendered job.
-
-    Raises:
-        MaxlmError: it cannot be written.
-    """
+    """Write a rendered job."""
     with convert_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(path) as temporary:
@@ -32,14 +28,8 @@ def write_job_file(text: str, path: Path) -> None:
 
 
 def submit_job(job: Job, path: Path) -> int:
-    """Hand a job's file to the client of its scheduler, which speaks for itself.
-
-    Returns:
-        Its exit code.
-
-    Raises:
-        MaxlmError: there is no such client here.
-    """
+    """Hand a job's file to the client of its scheduler, which speaks for itself; return the
+    client's exit code."""
     for command in list_submit_commands(job, path):
         if shutil.which(command[0]) is None:
             raise MaxlmError(
