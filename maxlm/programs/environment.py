@@ -10,7 +10,7 @@ from typing import Any
 
 import maxlm
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # What changes how programs are compiled or run, and what a scheduler calls the job: never a
 # variable that may hold a secret.
 VARIABLES = (

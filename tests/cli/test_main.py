@@ -14,7 +14,7 @@ from maxlm import __version__
 from maxlm.cli import main as cli
 from maxlm.config import MaxlmError
 
-HEAVY = ("jax", "flax", "pydantic", "grain", "yaml", "numpy", "tokenizers")
+HEAVY = ("jax", "flax", "pydantic", "yaml", "numpy", "tokenizers")
 
 
 @pytest.fixture

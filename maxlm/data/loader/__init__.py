@@ -6,9 +6,7 @@ from maxlm.data.loader.loader import (
     check_num_steps,
     load_batches,
     make_batches,
-    make_loader,
     make_one_pass,
-    read_once,
 )
 from maxlm.data.loader.mixture import Mixing, Phase
 from maxlm.data.loader.packing import TokenSource
@@ -24,8 +22,6 @@ __all__ = [
     "check_num_steps",
     "load_batches",
     "make_batches",
-    "make_loader",
     "make_one_pass",
     "mixture_table",
-    "read_once",
 ]

@@ -6,7 +6,6 @@ every batch can be made by anyone, at any time, in any number of processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,44 +30,6 @@ positions    0, 1, ... within each piece. A piece that continues a cut document 
 """
 
 
-class Order(Protocol):
-    """Where each global index [n] lies: store numbers [n] and sequences [n] of those stores."""
-
-    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]: ...
-
-
-@dataclass(frozen=True)
-class EndlessOrder:
-    """Stores mixed by weight, each read epoch after epoch, each epoch in an order of its own."""
-
-    mixture: Mixture
-    num_sequences: tuple[int, ...]
-    shuffle_keys: tuple[int, ...] | None
-    """A key for each store; None reads every epoch in store order."""
-
-    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        stores, streams = self.mixture.locate(indices)
-        sequences = np.empty_like(streams)
-        for store in np.unique(stores):
-            here = stores == store
-            size = self.num_sequences[store]
-            epochs, within = np.divmod(streams[here], size)
-            if self.shuffle_keys is not None:
-                within = permute(within, size, derive_keys(self.shuffle_keys[store], epochs))
-            sequences[here] = within
-        return stores, sequences
-
-
-@dataclass(frozen=True)
-class OnePassOrder:
-    """One store, once, in store order; past its end every index is `PADDING`."""
-
-    num_sequences: int
-
-    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
-        return np.where(indices < self.num_sequences, 0, PADDING), indices
-
-
 @dataclass(frozen=True)
 class PackedStore:
     """A store and its packing."""
@@ -79,50 +40,67 @@ class PackedStore:
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes any rows of any step's batch. Small to pickle: stores reopen where they arrive."""
+    """Makes any rows of any step's batch. Small to pickle: stores reopen where they arrive.
+
+    Stores are mixed by weight, each read epoch after epoch, each epoch in an order of its own; or
+    one store is read once, in store order.
+    """
 
     sources: tuple[PackedStore, ...]
-    order: Order
+    order: Mixture | None
+    """None: one pass over the only source; past its end there is padding."""
+    shuffle_keys: tuple[int, ...] | None
+    """A key for each store; None reads every epoch in store order."""
     seq_len: int
     batch_size: int
 
     @property
     def mixture(self) -> Mixture:
-        """The mixture that rows are drawn from; `read_once` has none."""
-        assert isinstance(self.order, EndlessOrder)
-        return self.order.mixture
+        """The mixture that rows are drawn from; one pass has none."""
+        assert self.order is not None
+        return self.order
 
     @property
     def num_steps(self) -> int | None:
         """Batches of the one pass, or whole ones until every source of the mixture was read as
         often as it may; None: no end."""
-        if isinstance(self.order, OnePassOrder):
-            return -(-self.order.num_sequences // self.batch_size)
-        end = self.mixture.end
-        return None if end == ENDLESS else end // self.batch_size
+        if self.order is None:
+            return -(-self.sources[0].packing.num_sequences // self.batch_size)
+        return None if self.order.end == ENDLESS else self.order.end // self.batch_size
+
+    def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
+        """Where each global index [n] lies: store numbers [n] (`PADDING` past the end of the one
+        pass) and sequences [n] of those stores."""
+        if self.order is None:
+            size = self.sources[0].packing.num_sequences
+            return np.where(indices < size, 0, PADDING), indices
+        stores, streams = self.order.locate(indices)
+        sequences = np.empty_like(streams)
+        for store in np.unique(stores):
+            here = stores == store
+            size = self.sources[store].packing.num_sequences
+            epochs, within = np.divmod(streams[here], size)
+            if self.shuffle_keys is not None:
+                within = permute(within, size, derive_keys(self.shuffle_keys[store], epochs))
+            sequences[here] = within
+        return stores, sequences
 
     def rows(self, step: int, rows: Sequence[int] | ArrayLike | None = None) -> Batch:
         """The given global rows [n] of the batch of `step`, in the order given; None is all."""
         wanted = np.arange(self.batch_size) if rows is None else np.asarray(rows, dtype=np.int64)
-        stores, sequences = self.order.locate(step * self.batch_size + wanted)
-        batch = create_empty_batch(wanted.size, self.seq_len)
+        stores, sequences = self.locate(step * self.batch_size + wanted)
+        shape = (wanted.size, self.seq_len)
+        names = ("tokens", "targets", "segment_ids", "positions")
+        batch: Batch = {name: np.zeros(shape, np.int32) for name in names}
+        batch["weights"] = np.zeros(shape, np.float32)
         for number in np.unique(stores[stores != PADDING]):
             source = self.sources[number]
             here = np.flatnonzero(stores == number)
-            fill(batch, here, source.packing.pieces(sequences[here]), source.store)
+            _fill(batch, here, source.packing.pieces(sequences[here]), source.store)
         return batch
 
 
-def create_empty_batch(rows: int, seq_len: int) -> Batch:
-    """A batch of padding."""
-    shape = (rows, seq_len)
-    names = ("tokens", "targets", "segment_ids", "positions")
-    return {name: np.zeros(shape, np.int32) for name in names} | {
-        "weights": np.zeros(shape, np.float32)
-    }
-
-
-def fill(batch: Batch, rows: Int64s, pieces: DocumentSpans, store: TokenSource) -> None:
+def _fill(batch: Batch, rows: Int64s, pieces: DocumentSpans, store: TokenSource) -> None:
     """Writes one sequence's pieces into each of the given rows [n], reading all at once."""
     counts, starts, lengths, ends = pieces
     seq_len = batch["tokens"].shape[1]
@@ -187,10 +165,11 @@ def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:
     """Returns what steps `start` to `stop` of a mixture's batches read from each source; the steps
     past its end count as nothing. O(1) in the number of steps.
     """
-    first, last = (batches.mixture.counts(step * batches.batch_size) for step in (start, stop))
+    mixture = batches.mixture
+    first, last = (mixture.counts(step * batches.batch_size) for step in (start, stop))
     counts = [b - a for a, b in zip(first, last, strict=True)]
     rows = []
-    for name, count, source in zip(batches.mixture.names, counts, batches.sources, strict=True):
+    for name, count, source in zip(mixture.names, counts, batches.sources, strict=True):
         epochs = count / source.packing.num_sequences
         share = count / max(1, sum(counts))
         rows.append(MixtureRow(name, count, share, round(epochs * source.store.num_tokens), epochs))

@@ -7,16 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.loader.batches import (
-    Batch,
-    Batches,
-    EndlessOrder,
-    OnePassOrder,
-    PackedStore,
-)
-from maxlm.data.loader.best_fit import open_best_fit
+from maxlm.data.loader.batches import Batch, Batches, PackedStore
 from maxlm.data.loader.mixture import Mixing
-from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource
+from maxlm.data.loader.packing import ConcatPacking, TokenSource, open_best_fit
 from maxlm.data.loader.permutation import derive_key
 
 if TYPE_CHECKING:
@@ -64,11 +57,9 @@ def make_batches(
     the seed and its name, not on the other stores.
 
     Args:
-        stores: by name.
         mixing: each store's share of the sequences, by name (need not sum to 1); or how shares
             depend on sizes, epochs and steps.
         config: seq_len, batch_size, packing and shuffle are used.
-        seed: any integer.
 
     Raises:
         MaxlmError: no stores, names that differ, a bad weight or phase, a store shorter than one
@@ -85,47 +76,52 @@ def make_batches(
     tokens = {name: store.num_tokens for name, store in stores.items()}
     # Weights are checked before any index is built; the true sizes do not change the answer.
     mixing.mixture(tokens, tokens, config.batch_size, None)
-    for name, store in stores.items():
-        if store.num_tokens < config.seq_len:
+    for name, count in tokens.items():
+        if count < config.seq_len:
             raise MaxlmError(
-                f"the corpus has {store.num_tokens} tokens, fewer than seq_len={config.seq_len}",
+                f"the corpus has {count} tokens, fewer than seq_len={config.seq_len}",
                 where=f"store {name!r}",
                 fix="give more text, or lower seq_len",
             )
     sources = tuple(
-        PackedStore(
-            store, open_packing(store, config.packing, config.seq_len, config.packing_block)
-        )
+        open_packed(store, config.packing, config.seq_len, config.packing_block)
         for store in stores.values()
     )
-    sizes = tuple(source.packing.num_sequences for source in sources)
+    sequences = {n: s.packing.num_sequences for n, s in zip(stores, sources, strict=True)}
     mixture_key = derive_key(seed, "mixture") if config.shuffle else None
-    sequences = dict(zip(stores, sizes, strict=True))
     mixture = mixing.mixture(tokens, sequences, config.batch_size, mixture_key)
     keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
-    order = EndlessOrder(mixture, sizes, keys)
-    return Batches(sources, order, config.seq_len, config.batch_size)
+    return Batches(sources, mixture, keys, config.seq_len, config.batch_size)
 
 
-def make_loader(
-    stores: Mapping[str, TokenSource],
-    mixing: Mapping[str, float] | Mixing,
-    config: LoaderConfig,
+def make_one_pass(
+    store: TokenSource,
+    seq_len: int,
+    batch_size: int,
     *,
-    seed: int,
-    start_step: int,
-    num_steps: int | None = None,
-    rows: Sequence[int] | None = None,
-) -> "Prefetcher":
-    """Iterates over rows of the batches of a mixture; see `make_batches` and `load_batches`.
+    packing: PackingMethod = "concat",
+    packing_block: int = 16384,
+) -> Batches:
+    """The batches of one pass over a store in order: every token in exactly one batch.
 
-    Args:
-        rows: the global rows to take; None takes all.
+    All batches have one shape: the last is filled up with rows of weight 0. With either packing
+    the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
+    token but a document's first is a target once. The store may be shorter than one sequence.
+
+    Raises:
+        MaxlmError: an empty store, or a best_fit index that cannot be written.
     """
-    rows = range(config.batch_size) if rows is None else rows
-    batches = make_batches(stores, mixing, config, seed=seed)
-    pace = {"workers": config.workers, "prefetch": config.prefetch}
-    return load_batches(batches, rows, start_step=start_step, num_steps=num_steps, **pace)
+    if store.num_tokens == 0:
+        raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
+    source = open_packed(store, packing, seq_len, packing_block)
+    return Batches((source,), None, None, seq_len, batch_size)
+
+
+def open_packed(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> PackedStore:
+    """The store and its sequences; builds the best_fit index where there is none."""
+    if method == "best_fit":
+        return PackedStore(store, open_best_fit(store, seq_len, block))
+    return PackedStore(store, ConcatPacking(store, seq_len))
 
 
 def load_batches(
@@ -174,62 +170,3 @@ def check_num_steps(batches: "BatchSource", steps: int) -> None:
             where="data.sources",
             fix="raise max_epochs of a source or give it more text, or train for fewer steps",
         )
-
-
-def read_once(
-    store: TokenSource,
-    seq_len: int,
-    batch_size: int,
-    *,
-    packing: PackingMethod = "concat",
-    packing_block: int = 16384,
-    max_batches: int | None = None,
-    rows: Sequence[int] | None = None,
-    workers: int = 0,
-    prefetch: int = 4,
-) -> "Prefetcher":
-    """Iterates over `make_one_pass(...)`.
-
-    Args:
-        max_batches: stop after so many; None reads all.
-        rows: the global rows to take; None takes all.
-        workers, prefetch: see `LoaderConfig`.
-    """
-    rows = range(batch_size) if rows is None else rows
-    source = make_one_pass(store, seq_len, batch_size, packing=packing, packing_block=packing_block)
-    most = None if max_batches is None else min(source.num_steps or 0, max_batches)
-    return load_batches(source, rows, num_steps=most, workers=workers, prefetch=prefetch)
-
-
-def make_one_pass(
-    store: TokenSource,
-    seq_len: int,
-    batch_size: int,
-    *,
-    packing: PackingMethod = "concat",
-    packing_block: int = 16384,
-) -> Batches:
-    """The batches of one pass over a store in order: every token in exactly one batch.
-
-    All batches have one shape: the last is filled up with rows of weight 0. With either packing
-    the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
-    token but a document's first is a target once.
-
-    Args:
-        store: may be shorter than one sequence.
-
-    Raises:
-        MaxlmError: an empty store, or a best_fit index that cannot be written.
-    """
-    if store.num_tokens == 0:
-        raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    source = PackedStore(store, open_packing(store, packing, seq_len, packing_block))
-    order = OnePassOrder(source.packing.num_sequences)
-    return Batches((source,), order, seq_len, batch_size)
-
-
-def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:
-    """The store's sequences; builds the best_fit index where there is none."""
-    if method == "best_fit":
-        return open_best_fit(store, seq_len, block)
-    return ConcatPacking(store, seq_len)

@@ -14,7 +14,7 @@ before it, so each store's stream goes on without a gap or a repeat.
 
 import heapq
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -35,9 +35,6 @@ _SHARE_BITS = 31
 
 # A ramp is so many steps of a stair: each change of weights costs a look-up one segment more.
 RAMP_STAIRS = 16
-# Far below the least share that a mixture can keep, far above where floats end.
-_LEAST_SIZE = 1e-100
-_LARGE, _SMALLER = 2.0**900, 2.0**-200
 
 Int64s = NDArray[np.int64]
 Weights = Mapping[str, float]
@@ -78,24 +75,22 @@ class Mixture:
     @classmethod
     def of(
         cls,
-        weights: Mapping[str, float],
+        weights: Weights,
         key: int | None,
         *,
-        changes: Sequence[tuple[int, Mapping[str, float]]] = (),
+        changes: Sequence[tuple[int, Weights]] = (),
         most: Mapping[str, int] | None = None,
     ) -> "Mixture":
         """Stores are numbered in the order of `weights`; weights need not sum to 1.
 
         Args:
-            weights: of every store, from index 0 on.
-            key: see `key`.
             changes: (first index, weights of every store) of later phases, in rising order.
             most: how many sequences a store gives in all, for stores that do not go on for ever.
                 Its weight then goes to the others, in proportion to theirs.
 
         Raises:
             MaxlmError: no stores, or a weight that is not a finite number, or below 0, or 0 from
-                beginning to end, or all weights of a phase 0.
+                beginning to end.
         """
         names = tuple(weights)
         phases = [(0, weights), *changes]
@@ -140,16 +135,18 @@ class Mixture:
     def counts(self, index: int) -> tuple[int, ...]:
         """How many of the first `index` sequences are each store's, but for the shuffling of the
         block that `index` cuts."""
-        number = bisect_right(self.segments, index, key=lambda segment: segment.start) - 1
-        segment = self.segments[number]
+        segment = self._segment_at(index)
         here = _counts(segment.tree, min(index, self.end) - segment.start)
         return tuple(before + here.get(i, 0) for i, before in enumerate(segment.before))
 
     def shares(self, index: int) -> dict[str, float]:
         """Each store's share of the sequences around a global index, by name; they sum to 1."""
-        number = bisect_right(self.segments, index, key=lambda segment: segment.start) - 1
-        weights = self.segments[number].weights
+        weights = self._segment_at(index).weights
         return {n: w / sum(weights) for n, w in zip(self.names, weights, strict=True)}
+
+    def _segment_at(self, index: int) -> MixtureSegment:
+        number = bisect_right(self.segments, index, key=lambda segment: segment.start)
+        return self.segments[number - 1]
 
     def _shuffled(self, indices: Int64s, number: int) -> Int64s:
         """Indices within segment `number`, each moved within its block."""
@@ -169,7 +166,7 @@ class Mixture:
         return blocks * BLOCK + within
 
 
-def _check(names: Sequence[str], phases: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+def _check(names: Sequence[str], phases: Sequence[tuple[int, Weights]]) -> None:
     if not names:
         raise MaxlmError("no stores to mix", where="weights", fix="name at least one store")
     for name in names:
@@ -181,13 +178,9 @@ def _check(names: Sequence[str], phases: Sequence[tuple[int, Mapping[str, float]
                 where="weights",
                 fix="give a weight above 0, or leave the store out",
             )
-    for start, weights in phases:
-        if not any(weights.values()):
-            what = f"from sequence {start:,} on all weights are 0"
-            raise MaxlmError(what, where="weights", fix="give a store a weight above 0 there")
 
 
-def _tree(weights: Mapping[str, float]) -> _Split | int:
+def _tree(weights: Weights) -> _Split | int:
     """The tree of the stores with weights above 0; leaves are places in `weights`."""
     # Huffman's order: small stores share a node, so each share keeps its precision. Ties go by
     # name and not by place: the mixture must not depend on the order of a mapping.
@@ -204,18 +197,11 @@ def _tree(weights: Mapping[str, float]) -> _Split | int:
 
 def _until_full(tree: _Split | int, left: Mapping[int, int], length: int) -> int:
     """The fewest sequences after which a store has given all it has `left`; at most `length`."""
-    low, high = 0, 1
-    while high < length and not _any_full(tree, left, high):
-        low, high = high, high * 2
-    high = min(high, length)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _any_full(tree, left, middle) else (middle, high)
-    return high
 
+    def is_any_full(total: int) -> bool:
+        return any(count >= left[store] for store, count in _counts(tree, total).items())
 
-def _any_full(tree: _Split | int, left: Mapping[int, int], total: int) -> bool:
-    return any(count >= left[store] for store, count in _counts(tree, total).items())
+    return min(length, 1 + bisect_left(range(1, length), True, key=is_any_full))
 
 
 def _counts(node: _Split | int, total: int) -> dict[int, int]:
@@ -290,16 +276,10 @@ class Mixing:
         if self.temperature is not None:
             largest = max([*tokens.values(), 1])
             for name, count in tokens.items():
-                sizes[name] = max((count / largest) ** (1 / self.temperature), _LEAST_SIZE)
+                sizes[name] = (count / largest) ** (1 / self.temperature)
 
         def scaled(weights: Weights) -> dict[str, float]:
-            products = {name: weights[name] * size for name, size in sizes.items()}
-            # Sums must stay finite; a power of two leaves every ratio as it is.
-            if max(products.values(), default=0) > _LARGE and all(
-                map(math.isfinite, weights.values())
-            ):
-                return {name: product * _SMALLER for name, product in products.items()}
-            return products
+            return {name: weights[name] * size for name, size in sizes.items()}
 
         steps: list[tuple[int, Weights]] = [(0, scaled(self.weights))]
         for number, phase in enumerate(self.phases):
@@ -345,13 +325,9 @@ def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
 def _ramp(phase: Phase, before: Weights, after: Weights) -> Iterator[tuple[int, Weights]]:
     """(first step, weights) of each stair and of what follows."""
     low, high = sum(before.values()), sum(after.values())
-    if low > 0 and high > 0:  # Else the mixture refuses the zeros.
-        stairs = min(RAMP_STAIRS, phase.ramp_steps)
-        for stair in range(stairs):
-            part = (stair + 0.5) / stairs
-            step = phase.from_step + stair * phase.ramp_steps // stairs
-            yield (
-                step,
-                {n: (1 - part) * before[n] / low + part * after[n] / high for n in before},
-            )
+    stairs = min(RAMP_STAIRS, phase.ramp_steps) if low and high else 0
+    for stair in range(stairs):
+        part = (stair + 0.5) / stairs
+        mixed = {n: (1 - part) * before[n] / low + part * after[n] / high for n in before}
+        yield phase.from_step + stair * phase.ramp_steps // stairs, mixed
     yield phase.from_step + phase.ramp_steps, after

@@ -6,20 +6,33 @@ exactly one sequence:
   concat    the documents one after another, cut every seq_len tokens. Nothing is stored and
             nothing is padded but the very end; most documents lose context at a cut.
   best_fit  documents kept whole where they fit (Ding et al. 2024, "Fewer Truncations Improve
-            Language Modeling"): see best_fit.py. A little padding, an index beside the store.
+            Language Modeling"). A little padding, an index beside the store.
+
+Best fit first cuts documents longer than seq_len into seq_len pieces and a remainder. Within a
+block of documents, remainders and short documents go, longest first, each into the fullest sequence
+that still has room (best-fit decreasing: Johnson 1973). The block bounds the memory of the build
+and keeps each sequence's documents near one another in the store. The index lies in
+STORE/packing/best_fit-<seq_len>-<block>-<hash>/ as memory-mapped .npy files; they are checked
+against their checksums at the start of a run.
 """
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maxlm.config import MaxlmError
+from maxlm.data.store.checksums import find_damaged_files, write_checksums
+
 Int64s = NDArray[np.int64]
-
-
+_ARRAYS = ("starts", "lengths", "ends", "sequence_offsets")
 Offsets = Any
 """int64 [num_documents + 1], from 0 to num_tokens: an array, or what can be indexed by slices and
 arrays and has `size` and `searchsorted` as one does."""
@@ -113,3 +126,172 @@ class ConcatPacking:
 def measure_utilisation(packing: Packing, num_tokens: int, seq_len: int) -> float:
     """The share of the sequences' places that hold a token; the rest is padding."""
     return num_tokens / (packing.num_sequences * seq_len)
+
+
+@dataclass(frozen=True)
+class PackingIndex:
+    """DocumentSpans in sequence order; sequence i has pieces [sequence_offsets[i], [i + 1])."""
+
+    starts: Int64s
+    lengths: NDArray[np.int32]
+    ends: NDArray[np.bool_]
+    sequence_offsets: Int64s
+
+
+@dataclass(frozen=True)
+class BestFitPacking:
+    """Looks sequences up in an index: in a folder (mapped on first use), or held in memory."""
+
+    source: Path | PackingIndex
+
+    @cached_property
+    def index(self) -> PackingIndex:
+        if isinstance(self.source, PackingIndex):
+            return self.source
+        files = {name: self.source / f"{name}.npy" for name in _ARRAYS}
+        try:
+            maps = {name: np.asarray(np.load(f, mmap_mode="r")) for name, f in files.items()}
+        except (OSError, ValueError) as error:
+            fix = "delete this folder, which will be made again"
+            what = f"damaged packing index: {error}"
+            raise MaxlmError(what, where=str(self.source), fix=fix) from error
+        return PackingIndex(**maps)
+
+    def __reduce__(self):  # A worker process maps the files itself.
+        return BestFitPacking, (self.source,)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.index.sequence_offsets.size - 1
+
+    def pieces(self, sequences: Int64s) -> DocumentSpans:
+        index = self.index
+        first = index.sequence_offsets[sequences]
+        counts = index.sequence_offsets[sequences + 1] - first
+        at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        return DocumentSpans(
+            counts, index.starts[at], index.lengths[at].astype(np.int64), index.ends[at]
+        )
+
+
+def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPacking:
+    """The store's best-fit packing, from the index beside it, which is built if missing.
+
+    Safe when several processes or hosts build it at once: each builds its own copy (they are
+    equal) and the first to finish wins.
+
+    Raises:
+        MaxlmError: the index cannot be written into the store's folder, or is damaged.
+    """
+    if store.path is None:
+        return BestFitPacking(build_index(store.offsets, seq_len, block))
+    # The offsets alone decide the index, so their hash in its name leaves nothing to go stale.
+    digest = store.offsets_sha256[:12]
+    folder = Path(store.path) / "packing" / f"best_fit-{seq_len}-{block}-{digest}"
+    if not folder.is_dir():
+        try:
+            _write(folder, store.offsets, seq_len, block)
+        except OSError as error:
+            raise MaxlmError(
+                f"cannot write the packing index ({error.strerror})",
+                where=str(folder),
+                fix="make the store's folder writable once, or use packing=concat",
+            ) from error
+    for name, fault in find_damaged_files(folder, None):
+        fix = "delete its folder, which will be made again"
+        raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)
+    return BestFitPacking(folder)
+
+
+def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:
+    """The index in memory, from document offsets int64 [num_documents + 1]."""
+    *pieces, counts = map(np.concatenate, zip(*_blocks(offsets, seq_len, block), strict=True))
+    return PackingIndex(*pieces, np.cumsum([0, *counts]))
+
+
+def _blocks(
+    offsets: Offsets, seq_len: int, block: int
+) -> Iterator[tuple[Int64s, NDArray[np.int32], NDArray[np.bool_], Int64s]]:
+    """Each block's pieces (start, length, ends), in order of their sequences, and how many pieces
+    each of its sequences has."""
+    for first in range(0, offsets.size - 1, block):
+        bounds = np.asarray(offsets[first : first + block + 1])
+        counts = -(-np.diff(bounds) // seq_len)
+        starts = np.repeat(bounds[:-1], counts)
+        nth = np.arange(starts.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = starts + nth * seq_len
+        stops = np.repeat(bounds[1:], counts)
+        lengths = np.minimum(starts + seq_len, stops) - starts
+        sequences = pack_best_fit(lengths, seq_len)
+        order = np.argsort(sequences, kind="stable")
+        ends = starts + lengths == stops
+        yield (
+            starts[order],
+            lengths[order].astype(np.int32),
+            ends[order],
+            np.bincount(sequences),
+        )
+
+
+def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:
+    """The bin of each item [n] under best-fit decreasing, bins numbered from 0 without gaps.
+
+    Bins with room r > 0 wait on the stack of r; bit r of one big integer says that the stack is
+    not empty, so "the fullest bin that fits" is the lowest set bit from the item's length up.
+    """
+    bins = np.empty(lengths.size, np.int64)
+    full = lengths == capacity
+    num_bins = int(full.sum())
+    bins[full] = np.arange(num_bins)
+    items = np.flatnonzero(~full)
+    items = items[np.argsort(-lengths[items], kind="stable")]
+    waiting: dict[int, list[int]] = {}
+    rooms, chosen = 0, []
+    for length in lengths[items].tolist():
+        if fitting := rooms >> length:
+            room = length + (fitting & -fitting).bit_length() - 1
+            stack = waiting[room]
+            target = stack.pop()
+            if not stack:
+                rooms ^= 1 << room
+            room -= length
+        else:
+            target, room = num_bins, capacity - length
+            num_bins += 1
+        chosen.append(target)
+        if room:
+            stack = waiting.setdefault(room, [])
+            if not stack:
+                rooms |= 1 << room
+            stack.append(target)
+    bins[items] = chosen
+    return bins
+
+
+def _write(folder: Path, offsets: Offsets, seq_len: int, block: int) -> None:
+    """Write the pieces block by block, so that memory grows with the number of sequences only."""
+    folder.parent.mkdir(exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    blocks = (offsets[i : i + block + 1] for i in range(0, offsets.size - 1, block))
+    size = sum(int((-(-np.diff(bounds) // seq_len)).sum()) for bounds in blocks)
+    try:
+        counts = [np.zeros(1, np.int64)]
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(temporary / f"{n}.npy", "wb")) for n in _ARRAYS[:3]]
+            for file, dtype in zip(files, (np.int64, np.int32, np.bool_), strict=True):
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (size,)}
+                np.lib.format.write_array_header_1_0(file, header)
+            for *pieces, of_block in _blocks(offsets, seq_len, block):
+                counts.append(of_block)
+                for file, array in zip(files, pieces, strict=True):
+                    file.write(array.data)
+        np.save(temporary / f"{_ARRAYS[3]}.npy", np.cumsum(np.concatenate(counts)))
+        write_checksums(temporary)
+        temporary.chmod(0o755)  # mkdtemp's folders are for their maker alone.
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # Else another process was first.
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

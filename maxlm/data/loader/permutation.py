@@ -33,15 +33,10 @@ def derive_keys(key: int, indices: ArrayLike) -> UInt64s:
 
 
 def permute(indices: ArrayLike, n: int, keys: int | UInt64s) -> NDArray[np.int64]:
-    """Where the permutation of range(n) chosen by `keys` sends each index.
+    """Where the permutation of range(n), n up to 2^62, chosen by `keys` sends each index [m].
 
     Args:
-        indices: integers [m] in range(n).
-        n: the permutation's size, 1 <= n <= 2^62.
         keys: one key for all, or an array [m] with one for each index.
-
-    Returns:
-        int64 [m] in range(n); distinct for distinct indices under one key.
 
     Raises:
         ValueError: n or an index out of range.

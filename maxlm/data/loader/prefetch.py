@@ -1,42 +1,32 @@
-"""Grain pipelines that make batches ahead of the train step, in threads or worker processes.
+"""Batches made ahead of the train step, in threads or worker processes.
 
-The only module that imports Grain. Order is exact whatever the number of workers: Grain deals
-steps to the workers in turn and collects them in turn.
+Order is exact: threads and workers take steps in turn, and batches are collected in turn.
 """
 
-import gc
 import os
-import re
 import signal
 import sys
 import threading
+import traceback
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
-from multiprocessing import parent_process
-from typing import Self
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
+from typing import Any, Self
 
-import grain
-import numpy as np
-from absl import flags
-
-from maxlm.config.errors import Lost, MaxlmError
+from maxlm.config.errors import Lost
 from maxlm.data.loader.batches import Batch
-from maxlm.runtime.signals import STOP_SIGNALS, ignore_signals, start_resource_tracker
+from maxlm.runtime.signals import block_signals, ignore_signals, start_resource_tracker
 
-# Runs of at most so many steps use threads: worker processes take seconds to start.
+MakeBatch = Callable[[int], Batch]
+"""Returns the batch of a step."""
+
+# Runs of at most so many steps start no workers.
 SHORT_RUN_STEPS = 32
-# Stands for "no end". Grain counts steps in Python ints and C ssize_t.
-ENDLESS = 1 << 62
-_CLOSE_SECONDS = 30.0
 _THREADS = 2
-# Grain says in words alone that a worker died; a negative code is the signal that killed it.
-_KILLED = re.compile(r"terminated unexpectedly with exit code -(\d+)")
-_LIKELY_CAUSES: dict[int, str] = {
-    signal.SIGKILL: ", probably out of memory",
-    signal.SIGBUS: ", probably because /dev/shm is full",
-}
+_LIKELY_CAUSES = {signal.SIGKILL: ", probably out of memory"}
 
 
 class Prefetcher(Iterator[Batch]):
@@ -47,59 +37,46 @@ class Prefetcher(Iterator[Batch]):
 
     Args:
         make: returns the batch of a step; it must pickle if there are workers.
+        stop: None: there is no end.
         workers: processes; 0, or a short run, uses threads of this process.
         prefetch: batches made ahead, by each worker.
     """
 
     def __init__(
-        self,
-        make: Callable[[int], Batch],
-        start: int,
-        stop: int | None,
-        *,
-        workers: int,
-        prefetch: int,
+        self, make: MakeBatch, start: int, stop: int | None, *, workers: int, prefetch: int
     ):
         self.step = start
         """The step of the next batch."""
-        self._stop = ENDLESS if stop is None else stop
-        if self._stop - start <= SHORT_RUN_STEPS:
+        self._stop = stop
+        if stop is not None and stop - start <= SHORT_RUN_STEPS:
             workers = 0
-        iterator = _open_pipeline(make, start, self._stop, workers, prefetch)
-        # Grain starts its workers in this thread, and they inherit its signal mask.
-        block_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOP_SIGNALS)
-        self._thread = ThreadPoolExecutor(1, "next-batch", initializer=block_signals)
-        # Lists, so that the finalizer sees the current batch and lets go of the iterator.
-        self._iterator, self._next = [iterator], [self._thread.submit(_fetch, iterator)]
+        self._prefetch = prefetch * max(workers, 1)
+        processes = [_Worker(make) for _ in range(workers)]
+        self._makers: Sequence[MakeBatch] = processes or [make] * min(_THREADS, prefetch)
+        self._threads = [ThreadPoolExecutor(1, "batches") for _ in self._makers]
+        self._batches: deque[Future[Batch]] = deque()
         # Also closes when the prefetcher is dropped, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _close, self._iterator, self._thread, self._next)
+        self._finalizer = weakref.finalize(self, _close, self._threads, self._batches, processes)
+        self._submit()
+
+    def _submit(self) -> None:
+        while len(self._batches) < self._prefetch:
+            step = self.step + len(self._batches)
+            if self._stop is not None and step >= self._stop:
+                return
+            turn = step % len(self._makers)
+            self._batches.append(self._threads[turn].submit(self._makers[turn], step))
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
             raise ValueError("the batch iterator is closed")
-        if self.step >= self._stop:
+        if not self._batches:
             self.close()
             raise StopIteration
-        try:
-            batch = self._next[0].result()
-        except MaxlmError as error:
-            # The thread's frames hold the iterator, whose shared memory Python would call leaked.
-            raise error.with_traceback(None) from None
-        except RuntimeError as error:
-            if (killed := _KILLED.search(str(error))) is None:
-                raise
-            number = int(killed[1])
-            name, cause = signal.strsignal(number), _LIKELY_CAUSES.get(number, "")
-            raise Lost(
-                f"a loader worker was killed by signal {number} ({name}){cause}",
-                where="data.workers",
-                fix="run the same command to go on from the last checkpoint, with fewer "
-                "data.workers or more memory if it happens again",
-            ) from error
-        if batch is None:
-            raise RuntimeError("the Grain pipeline ended before the last step")
-        self._next[0] = self._thread.submit(_fetch, self._iterator[0])
+        batch = self._batches[0].result()
+        self._batches.popleft()
         self.step += 1
+        self._submit()
         return batch
 
     def close(self) -> None:
@@ -114,55 +91,85 @@ class Prefetcher(Iterator[Batch]):
 
 
 def _close(
-    iterator: list[grain.DatasetIterator], thread: ThreadPoolExecutor, next_batch: list[Future]
+    threads: Sequence[ThreadPoolExecutor],
+    batches: deque[Future[Batch]],
+    workers: Sequence["_Worker"],
 ) -> None:
-    # Grain loses workers that it is still starting when closed: let the fetch end first.
-    wait(next_batch, timeout=_CLOSE_SECONDS)
-    iterator.pop().close()
-    thread.shutdown()
-    next_batch.clear()
-    # Grain's iterators are caught in cycles that hold semaphores and the last batch's shared
-    # memory; left to the interpreter's end, they would fail loudly there.
-    gc.collect()
+    for batch in batches:
+        batch.cancel()
+    for worker in workers:
+        worker.process.kill()
+    for thread in threads:
+        thread.shutdown()
+    for worker in workers:
+        worker.process.join()
 
 
-def _fetch(iterator: grain.DatasetIterator) -> Batch | None:
-    """The next batch in this process's own memory, or None at the end.
+class _Worker:
+    """A process that makes batches. Until it has started they are made here, so that the first
+    step does not wait for it."""
 
-    Grain's arrays from a worker are views of shared memory: a file that outlives a process which
-    still holds one when it ends, and that JAX on a CPU may alias.
-    """
-    batch = next(iterator, None)
-    return batch and {name: np.array(array) for name, array in batch.items()}
-
-
-def _open_pipeline(
-    make: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int
-) -> grain.DatasetIterator:
-    options = grain.ReadOptions(num_threads=min(_THREADS, prefetch), prefetch_buffer_size=prefetch)
-    dataset = grain.MapDataset.range(start, stop).map(make).to_iter_dataset(options)
-    if workers:
-        # Grain reads absl flags, which absl refuses before a command line was parsed; ours never
-        # is.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
+    def __init__(self, make: MakeBatch):
         start_resource_tracker()
-        processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-        dataset = dataset.mp_prefetch(processes, _start_worker)
-    return dataset.__iter__()
+        context = get_context("spawn")
+        self._make, self._started = make, False
+        self._connection, its_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(make, its_end), daemon=True)
+        with block_signals():
+            self.process.start()
+        its_end.close()  # Else its death would go unseen.
+
+    def __call__(self, step: int) -> Batch:
+        try:
+            if not self._started and self._connection.poll():
+                self._started = self._connection.recv()
+            if not self._started:
+                return self._make(step)
+            self._connection.send(step)
+            batch, error = self._connection.recv()
+        except (EOFError, ConnectionError) as lost:
+            self.process.join()
+            raise _describe_death(self.process.exitcode) from lost
+        if error is not None:
+            raise error
+        return batch
 
 
-def _start_worker(worker: int, workers: int) -> None:
-    """Runs in each worker before its first batch."""
-    del worker, workers
+def _describe_death(exit_code: int | None) -> Lost:
+    how = f"ended with exit code {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        name, cause = signal.strsignal(-exit_code), _LIKELY_CAUSES.get(-exit_code, "")
+        how = f"was killed by signal {-exit_code} ({name}){cause}"
+    return Lost(
+        f"a loader worker {how}",
+        where="data.workers",
+        fix="run the same command to go on from the last checkpoint, with fewer data.workers or "
+        "more memory if it happens again",
+    )
+
+
+def _serve(make: MakeBatch, connection: Connection) -> None:
+    """Runs in a worker: makes the batch of each step that it receives."""
     ignore_signals()
-    if (jax := sys.modules.get("jax")) is not None:  # Grain imports it.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if (jax := sys.modules.get("jax")) is not None:  # A task may import it.
         jax.config.update("jax_platforms", "cpu")  # Never touch the trainer's accelerator.
-    # Grain's workers wait for ever on a parent that was killed.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    connection.send(True)
+    while True:
+        try:
+            step = connection.recv()
+        except EOFError:
+            return
+        answer: tuple[Any, Exception | None]
+        try:
+            answer = make(step), None
+        except Exception as error:
+            error.add_note(f"in a loader worker:\n{traceback.format_exc()}")
+            answer = None, error
+        connection.send(answer)
 
 
-def _die_with_parent() -> None:
+def _end_with_parent() -> None:
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)

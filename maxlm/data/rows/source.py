@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArray
 from maxlm.data.loader.batches import Batch
-from maxlm.data.loader.best_fit import pack_best_fit
+from maxlm.data.loader.packing import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
 from maxlm.data.rows.files import RowFile
 

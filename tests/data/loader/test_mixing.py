@@ -1,4 +1,5 @@
-"""Mixtures that change: caps on epochs, temperature, phases; and constant ones that must not."""
+"""Weights are kept, every stream is read in full, any index is answered alone; caps on epochs,
+temperature, phases."""
 
 import hashlib
 
@@ -10,8 +11,9 @@ from pydantic import ValidationError
 
 from maxlm.config import MaxlmError
 from maxlm.data.config import DataConfig
-from maxlm.data.loader import LoaderConfig, Mixing, Phase, make_batches, make_loader, mixture_table
-from maxlm.data.loader.mixture import ENDLESS, Mixture
+from maxlm.data.loader import Mixing, Phase, load_batches, make_batches, mixture_table
+from maxlm.data.loader.mixture import BLOCK, ENDLESS, Mixture
+from tests.data.loader.memory import MemoryStore, config
 
 names = ("a", "b", "c", "d")
 weights = st.fixed_dictionaries({name: st.just(0.0) | st.floats(0.01, 10) for name in names})
@@ -101,10 +103,6 @@ def test_realised_shares_of_any_thousand_batches(first, later, most, batch):
     assert not drift.size or drift.max() <= 0.005
 
 
-def config(**changes):
-    return LoaderConfig(**{"seq_len": 16, "batch_size": 8, "packing_block": 7, **changes})
-
-
 @pytest.mark.parametrize(
     ("shuffle", "packing", "digest"),
     [
@@ -114,10 +112,10 @@ def config(**changes):
         (False, "best_fit", "a382f25c5b5158f1"),
     ],
 )
-def test_batches_of_constant_weights_stay_as_they_were(memory_store, shuffle, packing, digest):
+def test_batches_of_constant_weights_stay_as_they_were(shuffle, packing, digest):
     """A run begun with an older version goes on with the batches it would have had."""
     lengths = {"web": [5, 60, 20] * 9, "code": [33] * 7, "wiki": [17, 2] * 8}
-    stores = {name: memory_store(each) for name, each in lengths.items()}
+    stores = {name: MemoryStore(each) for name, each in lengths.items()}
     shares = {"web": 0.7, "code": 0.2, "wiki": 0.1}
     made = make_batches(stores, shares, config(shuffle=shuffle, packing=packing), seed=3)
     found = hashlib.sha256()
@@ -128,15 +126,15 @@ def test_batches_of_constant_weights_stay_as_they_were(memory_store, shuffle, pa
 
 
 @pytest.mark.parametrize("method", ["concat", "best_fit"])
-def test_a_capped_store_is_read_exactly_so_often(memory_store, method):
-    stores = {"small": memory_store([30, 9, 40] * 4), "large": memory_store([50] * 40)}
+def test_a_capped_store_is_read_exactly_so_often(method):
+    stores = {"small": MemoryStore([30, 9, 40] * 4), "large": MemoryStore([50] * 40)}
     mixing = Mixing({"small": 1, "large": 1}, max_epochs={"small": 2, "large": 1})
     made = make_batches(stores, mixing, config(packing=method, batch_size=1), seed=0)
     assert made.num_steps == sum(
         s.packing.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
     )
     for name, store, epochs in (("small", 0, 2), ("large", 1, 1)):
-        steps = [s for s in range(made.num_steps) if made.order.locate(np.array([s]))[0] == store]
+        steps = [s for s in range(made.num_steps) if made.locate(np.array([s]))[0] == store]
         rows = [made.rows(step) for step in steps]
         seen = np.concatenate([r["tokens"][r["segment_ids"] > 0] for r in rows])
         every = np.repeat(np.arange(stores[name].num_tokens), epochs)
@@ -145,13 +143,14 @@ def test_a_capped_store_is_read_exactly_so_often(memory_store, method):
         made.rows(made.num_steps)
 
 
-def test_a_loader_ends_with_its_mixture_or_refuses(memory_store):
-    stores = {"web": memory_store([160])}
-    mixing, made = Mixing({"web": 1}, max_epochs={"web": 2.5}), config(workers=0)
-    with make_loader(stores, mixing, made, seed=0, start_step=1) as loader:
+def test_a_loader_ends_with_its_mixture_or_refuses():
+    stores = {"web": MemoryStore([160])}
+    mixing = Mixing({"web": 1}, max_epochs={"web": 2.5})
+    made = make_batches(stores, mixing, config(), seed=0)
+    with load_batches(made, range(8), start_step=1) as loader:
         assert len(list(loader)) == 2  # 25 sequences are 3 whole batches of 8.
     with pytest.raises(MaxlmError) as error:
-        make_loader(stores, mixing, made, seed=0, start_step=1, num_steps=5)
+        load_batches(made, range(8), start_step=1, num_steps=5)
     assert str(error.value) == (
         "data.sources: the mixture ends after 3 of 6 steps: every source that has a weight then "
         "was read max_epochs times; raise max_epochs of a source or give it more text, or train "
@@ -159,42 +158,29 @@ def test_a_loader_ends_with_its_mixture_or_refuses(memory_store):
     )
 
 
-def shares_of(memory_store, mixing, step, sizes=(1600, 16000, 160000)):
-    stores = {n: memory_store([size]) for n, size in zip("abc", sizes, strict=True)}
+def shares_of(mixing, step, sizes=(1600, 16000, 160000)):
+    stores = {n: MemoryStore([size]) for n, size in zip("abc", sizes, strict=True)}
     return make_batches(stores, mixing, config(), seed=0).mixture.shares(step * 8)
 
 
-def test_temperature_is_mt5_s(memory_store):
+def test_temperature_is_mt5_s():
     for temperature, alpha in ((1.0, 1.0), (1 / 0.3, 0.3), (1e9, 0.0)):
-        found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1), temperature=temperature), 0)
+        found = shares_of(Mixing(dict.fromkeys("abc", 1), temperature=temperature), 0)
         powers = np.array([1600, 16000, 160000]) ** alpha
         assert np.allclose(list(found.values()), powers / powers.sum())
-    weighted = shares_of(memory_store, Mixing({"a": 2, "b": 1, "c": 1}, temperature=1e9), 0)
+    weighted = shares_of(Mixing({"a": 2, "b": 1, "c": 1}, temperature=1e9), 0)
     assert np.allclose(list(weighted.values()), [0.5, 0.25, 0.25])
 
 
-def test_extreme_numbers_are_taken(memory_store):
-    """A cold temperature, weights whose sum no float holds, and a cap of less than a sequence."""
-    found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1), temperature=0.001), 0)
-    assert found["c"] == 1
-    assert 0 < found["a"] < 1e-9
-    phase = Phase(from_step=9, ramp_steps=4, weights={"a": 1e308})
-    found = shares_of(memory_store, Mixing(dict.fromkeys("abc", 1e308), phases=(phase,)), 10)
-    assert np.allclose(list(found.values()), 1 / 3)
-    mixing = Mixing(dict.fromkeys("abc", 1), max_epochs={"a": 1e-9})
-    made = make_batches({n: memory_store([1600]) for n in "abc"}, mixing, config(), seed=0)
-    assert made.mixture.counts(10**6)[0] == 1
-
-
-def test_phases_begin_with_their_step(memory_store):
+def test_phases_begin_with_their_step():
     """Also within a block of shuffling, and a source waits at weight 0 for its phase."""
-    stores = {n: memory_store([16000]) for n in "abc"}
+    stores = {n: MemoryStore([16000]) for n in "abc"}
     phases = (
         Phase(from_step=11, weights={"a": 0, "c": 1}),
         Phase(from_step=50, weights={"b": 0}),
     )
     made = make_batches(stores, Mixing({"a": 1, "b": 1, "c": 0}, phases=phases), config(), seed=1)
-    owners = made.order.locate(np.arange(100 * 8))[0].reshape(100, 8)
+    owners = made.locate(np.arange(100 * 8))[0].reshape(100, 8)
     assert [set(np.unique(owners[a:b])) for a, b in ((0, 11), (11, 50), (50, 100))] == [
         {0, 1},
         {1, 2},
@@ -203,25 +189,25 @@ def test_phases_begin_with_their_step(memory_store):
     assert made.mixture.shares(11 * 8) == {"a": 0, "b": 0.5, "c": 0.5}
 
 
-def test_a_ramp_moves_shares_along_a_line(memory_store):
+def test_a_ramp_moves_shares_along_a_line():
     phase = Phase(from_step=1000, ramp_steps=3200, weights={"a": 8, "b": 1, "c": 1})
     mixing = Mixing({"a": 1, "b": 0.5, "c": 0.5}, phases=(phase,))
     for step in range(0, 6000, 100):
         expected = 0.5 + 0.3 * min(max((step - 1000) / 3200, 0), 1)
-        assert abs(shares_of(memory_store, mixing, step)["a"] - expected) <= 0.3 / 16
-    assert shares_of(memory_store, mixing, 999)["a"] == 0.5
-    assert shares_of(memory_store, mixing, 4200)["a"] == 0.8
+        assert abs(shares_of(mixing, step)["a"] - expected) <= 0.3 / 16
+    assert shares_of(mixing, 999)["a"] == 0.5
+    assert shares_of(mixing, 4200)["a"] == 0.8
 
 
-def test_the_table_counts_what_batches_hold(memory_store):
-    stores = {"web": memory_store([300, 20] * 20), "code": memory_store([100] * 3)}
+def test_the_table_counts_what_batches_hold():
+    stores = {"web": MemoryStore([300, 20] * 20), "code": MemoryStore([100] * 3)}
     mixing = Mixing(
         {"web": 3, "code": 1},
         max_epochs={"code": 4},
         phases=(Phase(from_step=20, weights={"code": 9}),),
     )
     made = make_batches(stores, mixing, config(shuffle=False), seed=0)
-    owners, _ = made.order.locate(np.arange(5 * 8, 200 * 8))
+    owners, _ = made.locate(np.arange(5 * 8, 200 * 8))
     web, code = mixture_table(made, 5, 200)
     assert (web.source, code.source) == ("web", "code")
     assert [web.sequences, code.sequences] == np.bincount(owners).tolist()
@@ -231,7 +217,7 @@ def test_the_table_counts_what_batches_hold(memory_store):
     assert mixture_table(made, 0, 10**6)[1].epochs == 4
 
 
-def test_refusals(memory_store):
+def test_refusals():
     def refused(**settings):
         sources = [{"name": n, "documents": ["x"], "weight": w} for n, w in (("web", 1), ("q", 0))]
         with pytest.raises(ValidationError) as error:
@@ -251,7 +237,7 @@ def test_refusals(memory_store):
             f"phases.1: from_step={step} is not past the phase before and its ramp; begin at step "
             "15 or later, in rising order"
         ) in refused(phases=[ramp, late])
-    stores = {"web": memory_store([50]), "q": memory_store([50])}
+    stores = {"web": MemoryStore([50]), "q": MemoryStore([50])}
     for mixing, message in (
         (Mixing({"web": 1, "q": 0}), "weights: the weight of store 'q' is 0, not a positive"),
         (
@@ -262,3 +248,59 @@ def test_refusals(memory_store):
         with pytest.raises(MaxlmError) as error:
             make_batches(stores, mixing, config(), seed=0)
         assert str(error.value).startswith(message)
+
+
+weight_lists = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=6)
+
+
+def even(weights, key=5):
+    return Mixture.of({str(i): w for i, w in enumerate(weights)}, key)
+
+
+@given(weights=weight_lists, total=st.integers(1, 5000))
+def test_counts_stay_within_two_of_the_weights(weights, total):
+    stores, _ = even(weights, None).locate(np.arange(total))
+    counts = np.bincount(stores, minlength=len(weights))
+    assert np.abs(counts - total * np.array(weights) / sum(weights)).max() <= 2
+
+
+def test_far_along_the_weights_hold():
+    """A drift of a share would show in the streams' own indices by now."""
+    weights = np.array([3.0, 1.0, 1e-6])
+    stores, streams = even(weights).locate(np.arange(10**17, 10**17 + 10**4))
+    for store in (0, 1):
+        expected = 10**17 * weights[store] / weights.sum()
+        assert abs(streams[stores == store].mean() / expected - 1) < 1e-6
+
+
+@given(weights=weight_lists, key=keys, high=st.integers(1, 2**30))
+def test_no_sequence_is_lost_where_the_arithmetic_is_split(weights, key, high):
+    first = high * 2**31 - BLOCK
+    stores, streams = even(weights, key).locate(np.arange(first, first + 2 * BLOCK))
+    for store in np.unique(stores):
+        given_out = np.sort(streams[stores == store])
+        assert (np.diff(given_out) == 1).all()
+
+
+def test_no_store_sits_at_fixed_rows():
+    stores, _ = even([1, 1]).locate(np.arange(8 * 400))
+    share = stores.reshape(400, 8).mean(0)
+    assert (np.abs(share - 0.5) < 0.15).all()
+    plain, _ = even([1, 1], None).locate(np.arange(8 * 400))
+    assert (np.abs(plain.reshape(400, 8).mean(0) - 0.5) == 0.5).all()
+
+
+def test_the_order_of_the_mapping_does_not_matter():
+    a = Mixture.of({"x": 1, "y": 1, "z": 2}, 3).locate(np.arange(999))[0]
+    b = Mixture.of({"z": 2, "y": 1, "x": 1}, 3).locate(np.arange(999))[0]
+    assert np.array_equal(np.array(list("xyz"))[a], np.array(list("zyx"))[b])
+
+
+@pytest.mark.parametrize("weight", [0, -1.5, float("nan"), float("inf")])
+def test_refuses_weights(weight):
+    with pytest.raises(MaxlmError) as error:
+        Mixture.of({"web": 1.0, "code": weight}, 0)
+    assert str(error.value) == (
+        f"weights: the weight of store 'code' is {weight}, not a positive number; "
+        "give a weight above 0, or leave the store out"
+    )

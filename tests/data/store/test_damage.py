@@ -1,6 +1,5 @@
 """A bit that flips on the disk is an error that names the file, and is never read as a token."""
 
-import collections
 import importlib
 import json
 import re
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.data.loader import LoaderConfig, make_loader
 from maxlm.data.store import TokenStore, arrays
 
 
@@ -47,19 +45,6 @@ def test_the_file_the_chunk_and_what_is_lost_are_named(store, file, at, lost):
     path = re.escape(f"{store.path / file}: cannot read {lost}: ")
     advice = "put an undamaged copy of the file there, or build the store again"
     assert re.fullmatch(f"{path}.+; {advice} .*", str(caught.value))
-
-
-def test_a_worker_that_meets_a_damaged_chunk_ends_the_loader_with_its_line(store):
-    """It is met after the steps that threads of this process make; those before are good."""
-    flip(store.path / "segments/000002/tokens/c/2", 5)
-    config = LoaderConfig(seq_len=64, batch_size=8, shuffle=False, workers=1, prefetch=1)
-    with make_loader({"a": store}, {"a": 1}, config, seed=0, start_step=0) as loader:
-        lost = r"/000002/tokens/c/2: cannot read chunk 0 \(tokens 4,240 "
-        with pytest.raises(MaxlmError, match=lost) as caught:
-            collections.deque(loader, maxlen=0)
-        assert loader.step == 4240 // 512
-        # Its iterator holds shared memory, of which Python would warn at exit.
-        assert "_fetch" not in {entry.name for entry in caught.traceback}
 
 
 def test_stores_without_checksums_read_as_before(store):
