@@ -143,15 +143,15 @@ def trainer(tmp_path):
     process.communicate()
 
 
-def has_ended(pid):
+def alive(pid):
     stat = read_proc(f"/proc/{pid}/stat")
-    return not stat or stat.rpartition(")")[2].split()[0] == "Z"
+    return bool(stat) and stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_kill_9_leaves_no_workers(trainer):
     process, worker = trainer
     process.kill()
-    wait_until(lambda: has_ended(worker))
+    wait_until(lambda: not alive(worker))
 
 
 def test_notices_spare_the_workers_and_the_exit_is_clean(trainer):
@@ -163,4 +163,4 @@ def test_notices_spare_the_workers_and_the_exit_is_clean(trainer):
     os.kill(process.pid, signal.SIGINT)
     out, errors = process.communicate(timeout=300)
     assert (errors, out, process.returncode) == ("", f"went on {worker}\n", 0)
-    wait_until(lambda: has_ended(worker))
+    wait_until(lambda: not alive(worker))
