@@ -218,9 +218,6 @@ def _print_wire(cost: Any) -> None:
     for c in large:
         size = f"{c.payload_bytes / MB:8.1f} MB"
         print(f"    {c.count:>4} × {size} over {c.axes}: {c.shape} {c.op_name}")
-    print("  the largest arrays made, MB:")
-    for array in cost.arrays[:10]:
-        print(f"    {array.nbytes / MB:9.1f} {array.shape} {array.op_name}")
     for c in cost.custom_calls:
         flops = "" if c.flops is None else f", {c.flops / TERA:.1f} TFLOP by its own account"
         print(f"  not seen by the compiler: {c.count} × {c.target} {c.op_name}{flops}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from maxlm.config import find_asset, load_config
 from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import flatten_names, param_specs
-from maxlm.plan.flops import count_active_parameters
+from maxlm.plan.layout import count_active_parameters
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from maxlm.plan.show import format_bytes, format_seconds
+from maxlm.plan.show import format_bytes, format_seconds, make_table
 
 _FACTS = (
     "devices",
@@ -25,46 +24,37 @@ def compare_plans(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[s
     """Compares two plans: facts, memory, time, communication, and the layout of parameters.
 
     Args:
-        first, second: plans as ``Plan.to_json`` gives them.
+        first, second: plans as ``RunPlan.to_json`` gives them.
 
     Returns:
         Each part's entries as [first, second]; None where one has none.
     """
+    one, other = _list_parts(first), _list_parts(second)
     return {
-        "facts": _pairs(_facts(first), _facts(second)),
-        "mesh": _pairs(first["mesh"], second["mesh"]),
-        "memory": _pairs(_memory(first), _memory(second)),
-        "time": _pairs(first.get("time") or {}, second.get("time") or {}),
-        "communication": _pairs(_sent(first), _sent(second)),
-        "parameters": _pairs(_layouts(first), _layouts(second)),
+        part: {
+            key: [a.get(key), other[part].get(key)]
+            for key in dict.fromkeys([*a, *other[part]])
+            if a.get(key) != other[part].get(key)
+        }
+        for part, a in one.items()
     }
 
 
-def _facts(plan: Mapping[str, Any]) -> dict[str, Any]:
+def _list_parts(plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     machine, good = plan.get("machine"), plan.get("goodput")
     facts = {"machine": machine and machine["name"]} | {k: plan.get(k) for k in _FACTS}
-    return facts | {"goodput": good and round(good["best"], 4)}
-
-
-def _memory(plan: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in plan["memory"].items() if k != "working_sets"}
-
-
-def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
-    keys = dict.fromkeys([*a, *b])
-    return {key: [a.get(key), b.get(key)] for key in keys if a.get(key) != b.get(key)}
-
-
-def _sent(plan: Mapping[str, Any]) -> dict[str, float]:
-    total: dict[str, float] = {}
+    sent: dict[str, float] = {}
     for c in plan.get("collectives") or ():
         key = f"{c['kind']} over {'+'.join(c['axes'])}"
-        total[key] = total.get(key, 0.0) + c["sent_bytes"]
-    return total
-
-
-def _layouts(plan: Mapping[str, Any]) -> dict[str, str]:
-    return {row["path"]: _layout(row) for row in plan["rows"]}
+        sent[key] = sent.get(key, 0.0) + c["sent_bytes"]
+    return {
+        "facts": facts | {"goodput": good and round(good["best"], 4)},
+        "mesh": plan["mesh"],
+        "memory": {k: v for k, v in plan["memory"].items() if k != "working_sets"},
+        "time": plan.get("time") or {},
+        "communication": sent,
+        "parameters": {row["path"]: _layout(row) for row in plan["rows"]},
+    }
 
 
 def _layout(row: Mapping[str, Any]) -> str:
@@ -77,21 +67,22 @@ def _layout(row: Mapping[str, Any]) -> str:
 
 def render_diff_tables(found: Mapping[str, Any], names: tuple[str, str]) -> Group:
     """Renders a comparison for a terminal."""
-    if not any(found.values()):
-        return Group(Text("no difference"))
-    parts: list[Any] = []
-    for part, entries in found.items():
-        if not entries:
-            continue
-        table = Table(box=None, pad_edge=False)
-        table.add_column("what", overflow="fold")
-        for name in names:
-            table.add_column(name, justify="right", overflow="fold")
-        table.add_column("", justify="right")
-        for what, (a, b) in entries.items():
-            table.add_row(what, _word(part, what, a), _word(part, what, b), _change(a, b))
-        parts += [Text(f"\n{part}", style="italic"), table]
-    return Group(*parts)
+    columns = ("what", *names, "")
+    tables = [
+        make_table(
+            part,
+            columns,
+            [
+                (k, _word(part, k, a), _word(part, k, b), _change(a, b))
+                for k, (a, b) in pairs.items()
+            ],
+            right=columns[1:],
+            wrap=columns,
+        )
+        for part, pairs in found.items()
+        if pairs
+    ]
+    return Group(*tables) if tables else Group(Text("no difference"))
 
 
 def _word(part: str, what: str, value: Any) -> str:

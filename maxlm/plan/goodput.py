@@ -54,23 +54,18 @@ def estimate_goodput(
         state_bytes: of a checkpoint, a device's share of it.
         every: steps between the run's checkpoints; 0: there are none.
     """
-    interval_seconds = every * step_seconds
-    mean = reliability.device_mtbf_hours * 3600 / devices
+    mean, restart = reliability.device_mtbf_hours * 3600 / devices, reliability.restart_seconds
     write = reliability.checkpoint_seconds
     write = state_bytes / STORAGE_RATE if write is None else write
     best = max(best_interval_seconds(mean, write), step_seconds)
-    share = {
-        tau: progress_ratio(tau, mean, write, reliability.restart_seconds)
-        for tau in (best, interval_seconds)
-    }
     return Goodput(
         mtbf_hours=mean / 3600,
         checkpoint_seconds=write,
-        restart_seconds=reliability.restart_seconds,
+        restart_seconds=restart,
         best_interval_seconds=best,
-        best=share[best],
-        configured_interval_seconds=interval_seconds,
-        configured=share[interval_seconds],
+        best=progress_ratio(best, mean, write, restart),
+        configured_interval_seconds=every * step_seconds,
+        configured=progress_ratio(every * step_seconds, mean, write, restart),
     )
 
 

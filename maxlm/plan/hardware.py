@@ -4,6 +4,7 @@ A row is one device as JAX counts them. Peaks are dense. What a program reaches 
 ``plan/timing.py``.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Chip:
 
 
 _TPU, _NVIDIA = 1e-6, 2e-5
+_A100 = {"bf16": 312 * TERA, "tf32": 156 * TERA}
+_B200 = {"bf16": 2250 * TERA, "fp8": 4500 * TERA, "tf32": 1100 * TERA}
 _H100 = {"bf16": 989.4 * TERA, "tf32": 494.7 * TERA}
 # The share of a GPU's memory that training asks JAX for (cli/train.py); JAX's own default is 0.75.
 GPU_SHARE = 0.92
@@ -86,12 +89,7 @@ CHIPS = {
             "docs.cloud.google.com/tpu/docs/tpu7x, halves of a chip",
         ),
         Chip(
-            *(
-                "a100",
-                "nvidia",
-                ("NVIDIA A100-SXM4-80GB",),
-                {"bf16": 312 * TERA, "tf32": 156 * TERA},
-            ),
+            *("a100", "nvidia", ("NVIDIA A100-SXM4-80GB",), _A100),
             *(GPU_SHARE * 85_100_068_864.0, 2039 * GB, 300 * GB, 25 * GB, 9.7 * TERA, _NVIDIA),
             f"NVIDIA A100 datasheet, SXM 80 GB; network: DGX A100 datasheet; {_XLA}",
             domain=8,
@@ -109,12 +107,7 @@ CHIPS = {
             domain=8,
         ),
         Chip(
-            *(
-                "b200",
-                "nvidia",
-                ("NVIDIA B200",),
-                {"bf16": 2250 * TERA, "fp8": 4500 * TERA, "tf32": 1100 * TERA},
-            ),
+            *("b200", "nvidia", ("NVIDIA B200",), _B200),
             *(GPU_SHARE * 191_514_411_008.0, 7672 * GB, 900 * GB, 50 * GB, 37.2 * TERA, _NVIDIA),
             f"NVIDIA Blackwell architecture brief, HGX B200; bandwidth, {_XLA}",
             domain=8,
@@ -141,46 +134,39 @@ def measure_cpu(devices: int) -> Chip:
     matmul, add = jax.jit(jnp.matmul), jax.jit(jnp.add)
     silu = jax.jit(jax.nn.silu, donate_argnums=0)
 
-    def product() -> None:
-        matmul(square, square).block_until_ready()
-
     # An element-wise map as programs have them, which here computes rather than waits for memory.
     # In place: fresh pages cost several times more, and are counted apart.
     def element_wise() -> None:
         nonlocal mapped
         mapped = silu(mapped).block_until_ready()
 
-    # The C library hands an array of this size back to the system at once.
-    def new_memory() -> None:
-        add(large, large).block_until_ready()
-
-    quickest = measure_fastest_seconds((product, element_wise, new_memory), seconds=1.5)
+    runs = (
+        lambda: matmul(square, square).block_until_ready(),
+        element_wise,
+        # The C library hands an array of this size back to the system at once.
+        lambda: add(large, large).block_until_ready(),
+    )
+    quickest = measure_fastest_seconds(runs, seconds=1.5)
     work = (2 * 1024**3, 2 * large.nbytes, large.nbytes)
     peak, bandwidth, pages = (w / q / devices for w, q in zip(work, quickest, strict=True))
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Chip(
-        *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, _machine_memory() / devices),
+        *("cpu", "cpu", ("cpu",), {"fp32": peak, "bf16": peak}, memory / devices),
         *(bandwidth, bandwidth / 2, bandwidth / 2, bandwidth / 8, 3e-4),
         "measured on this machine",
         pages=pages,
     )
 
 
-def measure_fastest_seconds(runs: Sequence[Callable[[], None]], seconds: float) -> list[float]:
+def measure_fastest_seconds(runs: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
     """Measures the quickest time of each, in seconds, in turns and for longer than others' busy
     moments last: such a moment (0.3 s were seen) would halve one figure and leave the rest."""
-    best = [inf] * len(runs)
     for run in runs:  # compile
         run()
-    end = time.perf_counter() + seconds
+    best, end = [inf] * len(runs), time.perf_counter() + seconds
     while time.perf_counter() < end:
         for i, run in enumerate(runs):
             began = time.perf_counter()
             run()
             best[i] = min(best[i], time.perf_counter() - began)
     return best
-
-
-def _machine_memory() -> float:
-    import os
-
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,24 +1,20 @@
-"""How a run's arrays lie on a mesh, parameter by parameter; no device is needed."""
+"""How a run's arrays lie on a mesh, parameter by parameter, and its model's FLOPs; no device is
+needed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from maxlm.models.architectures import ModelConfig
 from maxlm.models.params import ParamSpec, flatten_names
 from maxlm.plan.fit import place_run
-from maxlm.plan.flops import count_active_parameters, count_training_flops
 from maxlm.plan.notes import list_layout_notes
-from maxlm.plan.workload import TokensPerRow
+from maxlm.plan.workload import MeshSplit, RunWorkload
 from maxlm.run import RunConfig
-from maxlm.sharding import Placement, abstract_mesh
-from maxlm.train.optimizer import abstract_opt_state, make_optimizer
-from maxlm.train.schedule import make_schedule
-from maxlm.train.state import param_shardings
-from maxlm.train.trainable import select_trainable
+from maxlm.sharding import Placement
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class RunLayout:
     tokens_per_step: int
     tokens_total: int
     flops_per_token: float
-    """Training, of a token of text, causal attention counted at half; see plan/flops.py."""
+    """Training, of a token of text, causal attention counted at half; see count_training_flops."""
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
     """How the run is parallel, in words."""
@@ -76,27 +72,20 @@ def lay_out_run(
     """Place every array of a run on a mesh of given sizes.
 
     Args:
-        links: what each mesh axis runs over (``describe_links``), where devices are at hand.
+        links: what each mesh axis runs over, where devices are at hand.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, a batch that does not
             divide, too much unsharded.
     """
     placed = place_run(config, sizes, jnp.float32)
-    tree, specs = placed.specs, flatten_names(placed.specs)
-    devices = prod(sizes.values())
+    work, split = RunWorkload.of(config, jnp.float32), MeshSplit(config, sizes)
+    specs, devices = flatten_names(placed.specs), prod(sizes.values())
     rows = tuple(_row(name, specs[name], placed.placements[name], devices) for name in specs)
-    schedule = make_schedule(config.schedule, config.train.steps)
-    trained = select_trainable(tree, config.train.trainable)
-    names = [name for name, spec in flatten_names(trained).items() if spec is not None]
-    optimizer = make_optimizer(config.optimizer, schedule, trained)
-    mesh = abstract_mesh(sizes)
-    state = abstract_opt_state(optimizer, tree, param_shardings(tree, placed.optimizer, mesh))
-    gradients = flatten_names(param_shardings(tree, placed.gradients, mesh))
     parameter_bytes = sum(row.bytes_per_device for row in rows)
-    lengths = TokensPerRow.of(config)
-    flops = count_training_flops(placed.model, *lengths)
-    a_token = lengths.own / config.data.seq_len
+    gradients = split.held_bytes(split.gradients, work.select_trained(work.specs))
+    flops = count_training_flops(work)
+    a_token = work.rows.own / config.data.seq_len
     tokens = config.data.batch_size * config.data.seq_len
     return RunLayout(
         name=config.name,
@@ -106,18 +95,14 @@ def lay_out_run(
         active_parameters=round(count_active_parameters(specs, config.model)),
         rows=rows,
         parameter_bytes=parameter_bytes,
-        gradient_bytes=sum(
-            prod(gradients[name].shard_shape(specs[name].shape))
-            * jnp.dtype(specs[name].dtype).itemsize
-            for name in names
-        ),
-        optimizer_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
+        gradient_bytes=round(gradients),
+        optimizer_bytes=round(split.held_bytes(split.optimizer, work.optimizer)),
         average_bytes=parameter_bytes if config.train.ema_decay is not None else 0,
         tokens_per_step=tokens,
         tokens_total=tokens * config.train.steps,
         flops_per_token=flops.causal * a_token,
         flops_per_token_full_attention=flops.full * a_token,
-        notes=list_layout_notes(config, placed, sizes, links),
+        notes=tuple(list_layout_notes(config, placed, sizes, links)),
     )
 
 
@@ -135,6 +120,45 @@ def _row(name: str, spec: ParamSpec, placement: Placement, devices: int) -> Para
     )
 
 
-def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
-    assert leaf.sharding is not None
-    return prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Training FLOPs a token (forward and backward), under both conventions for attention."""
+
+    full: float
+    """Causal attention counted as if nothing were masked (Chowdhery et al. 2022, appendix B)."""
+    causal: float
+    """Causal attention counted at half, as a kernel computes it."""
+
+
+def count_active_parameters(flat: Mapping[str, ParamSpec], config: ModelConfig) -> float:
+    """Parameters that one token meets: all but the routed experts it is not sent to."""
+    share = config.expert_share
+    return sum(s.size * (share if "expert" in s.axes else 1) for s in flat.values())
+
+
+def count_training_flops(work: RunWorkload) -> TrainingFlops:
+    """FLOPs a token of a training step, whatever an implementation spends; of an encoder and a
+    decoder, a token of the decoder's.
+
+    6 for every weight a token is multiplied with (2 forward, 4 backward): hidden matrices, of
+    routed experts those a token meets, routers and the output head, tied or not, but not table
+    look-ups, norms, biases and what an adapter adds. Attention's two products, and what layers
+    state beside, take their forward FLOPs and twice as many backward.
+    """
+    weights = float(sum(kernel.size for kernel in (*work.outer_kernels, work.head)))
+    full = causal = 0.0
+    for stack in work.stacks:
+        tokens = stack.depth * stack.rate
+        for group in stack.matmuls:
+            met = work.config.model.expert_share if group.has_experts else 1
+            weights += group.size * stack.depth * group.rate * met
+        if stack.router is not None:
+            weights += stack.router.size * tokens
+        other = sum(branch.costs.flops for branch in stack.branches) * tokens
+        full, causal = full + other, causal + other
+        for own, layers in stack.attention.items():
+            width = own.heads.num_heads * (own.heads.head_dim + own.heads.value_dim)
+            products = 2.0 * width * layers * own.rate * own.key_len
+            full += products
+            causal += products * (0.5 if own.causal else 1.0)
+    return TrainingFlops(full=6.0 * weights + 3 * full, causal=6.0 * weights + 3 * causal)

@@ -14,18 +14,10 @@ from typing import Any
 import numpy as np
 
 from maxlm.models.remat import SAVED
-from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import StepShape, count_received_rows
-from maxlm.plan.sizes import (
-    count_hidden_elements,
-    count_latent_elements,
-    count_output_elements,
-    head_sizes,
-)
 from maxlm.plan.stacks import Stack
 from maxlm.plan.working import LOSS, UPDATE, Parts, list_end_working_sets, list_layer_working_sets
-from maxlm.plan.workload import MeshSplit, Number
-from maxlm.sharding import AxisRules
+from maxlm.plan.workload import FP32, Number
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,8 @@ class DeviceMemory:
 # Of a layer's residual stream without remat: norms' outputs, and their inputs but for the layer's.
 _STREAMS = {"pre": 3.0, "post": 3.0, "sandwich": 5.0, "parallel": 2.0, "parallel_shared": 1.0}
 PARTS = (
-    "parameters",
-    "optimizer",
-    "average",
-    "frozen",
-    "batch",
-    "gradients",
-    "activations",
-    "working",
+    *("parameters", "optimizer", "average", "frozen", "batch"),
+    *("gradients", "activations", "working"),
 )
 
 
@@ -109,10 +95,9 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
 def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
-    trained = work.select_trained(work.specs)
-    sums = _spread(split, split.gradients, [(s.nbytes, s.axes) for s in trained])
     added = np.greater(shape.micro, 1) | shape.pipelined
-    sums = np.where(added, sums, 0.0)
+    held = split.held_bytes(split.gradients, work.select_trained(work.specs))
+    sums = np.where(added, held, 0.0)
     kept = list(accumulate(_kept(shape, stack) + _carried(shape, stack) for stack in stacks))
     own = [_gradients(shape, stack) for stack in stacks]
     phases = {}
@@ -124,8 +109,7 @@ def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
             parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
-    ends = [(s.nbytes, s.axes) for s in work.select_trained(work.outer_specs)]
-    outer = _spread(split, split.gradients, ends)
+    outer = split.held_bytes(split.gradients, work.select_trained(work.outer_specs))
     beside = {LOSS: (sums, kept[-1]), UPDATE: (sum(own) + sums + outer, 0.0)}
     return phases | {
         phase: (*beside[phase], parts) for phase, parts in list_end_working_sets(shape).items()
@@ -134,44 +118,36 @@ def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
 
 def resting_bytes(shape: StepShape) -> dict[str, Number]:
     """Parameters, optimizer state, their moving average, frozen models, and the batch."""
-    work, split = shape.work, shape.split
-    config = work.config
-    parameters = _spread(split, split.storage, [(s.nbytes, s.axes) for s in work.specs.values()])
-    state = [(np.prod(a.shape) * a.dtype.itemsize, a.axes) for a in work.optimizer]
+    work, split, config = shape.work, shape.split, shape.work.config
+    parameters = split.held_bytes(split.storage, work.specs.values())
     arrays = config.task.batch_arrays(config.data.seq_len).values()
     row = sum(np.prod(each.shape) * np.dtype(each.dtype).itemsize for each in arrays)
-    spread = split.ways((*split.compute.batch, *split.compute.seq))
     return {
         "parameters": parameters,
-        "optimizer": _spread(split, split.optimizer, state),
+        "optimizer": split.held_bytes(split.optimizer, work.optimizer),
         "average": parameters if config.train.ema_decay is not None else 0.0,
-        "frozen": _spread(split, split.storage, [(s.nbytes, s.axes) for s in work.frozen]),
-        "batch": config.data.batch_size * row / spread,
+        "frozen": split.held_bytes(split.storage, work.frozen),
+        "batch": config.data.batch_size
+        * row
+        / split.ways((*split.compute.batch, *split.compute.seq)),
     }
-
-
-def _spread(split: MeshSplit, rules: AxisRules, arrays: list[tuple[Any, Any]]) -> Number:
-    return sum((nbytes / split.shards(rules, axes) for nbytes, axes in arrays), start=0.0)
 
 
 def _turn(shape: StepShape, stack: Stack) -> Parts:
     """Counts what a scan whose turns have several layers takes out of their stack at once."""
     if not 1 < stack.period < stack.depth:
         return {}
-    arrays = [(s.nbytes, s.axes) for s in stack.specs.values()]
-    whole = _spread(shape.split, shape.split.storage, arrays) + _gradients(shape, stack)
-    return {"parameters of a turn's layers, gradients": whole * stack.period / stack.depth}
+    held = shape.split.held_bytes(shape.split.storage, stack.specs.values())
+    turns = stack.period / stack.depth
+    return {"parameters of a turn's layers, gradients": (held + _gradients(shape, stack)) * turns}
 
 
 def _gradients(shape: StepShape, stack: Stack) -> Number:
     """Counts gradients of scanned layers, in the compute dtype, while these are differentiated."""
-    return _spread(
-        shape.split,
-        shape.split.gradients,
-        [
-            (s.size * (shape.work.dtype_bytes if s.role == "matrix" else FP32), s.axes)
-            for s in shape.work.select_trained(stack.specs)
-        ],
+    split, itemsize = shape.split, shape.work.dtype_bytes
+    return sum(
+        s.size * (itemsize if s.role == "matrix" else FP32) / split.shards(split.gradients, s.axes)
+        for s in shape.work.select_trained(stack.specs)
     )
 
 
@@ -185,7 +161,7 @@ def _carried(shape: StepShape, stack: Stack) -> Number:
         inputs = 2 * stages - 1
     else:
         inputs = shape.ticks + 3 * micro / stages
-    memory = work.encoder_rate if stack.cross_attention else 0.0
+    memory = work.rows.encoder_rate if stack.cross_attention else 0.0
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
@@ -196,11 +172,11 @@ def _kept(shape: StepShape, stack: Stack) -> Number:
     if shape.remat == "none":
         kept = ("qkv", "attention", "mlp_up")
     own, crossing = stack.heads(), stack.heads("cross_attention")
-    dense = [m for m in stack.maps if m.branch == "ffn" and m.writes == "mlp" and not m.experts]
-    hidden = sum(count_hidden_elements(m, split) for m in dense)
+    dense = [m for m in stack.matmuls if m.is_dense_ffn]
+    hidden = sum(split.hidden_width(m) for m in dense)
     within = 0.0
-    for heads, seen in ((own, stack.rate), (crossing, work.encoder_rate)):
-        sizes = head_sizes(heads, split)
+    for heads, seen in ((own, stack.rate), (crossing, work.rows.encoder_rate)):
+        sizes = split.head_sizes(heads)
         if "qkv" in kept:
             within += sizes.queries + (sizes.keys + sizes.values) * seen / stack.rate
         if "attention" in kept:
@@ -209,24 +185,17 @@ def _kept(shape: StepShape, stack: Stack) -> Number:
         within += hidden
     residual = 0.0
     if shape.remat == "none":
-        within += sum(count_hidden_elements(m, split) / len(m.kernels) for m in dense)
+        within += sum(split.hidden_width(m) / len(m.kernels) for m in dense)
         # Narrow vectors before their norms and after, and heads before theirs.
-        within += 2 * sum(count_latent_elements(m) for m in stack.maps)
-        sizes = head_sizes(own, split)
+        within += 2 * sum(m.latent_width for m in stack.matmuls)
+        sizes = split.head_sizes(own)
         within += sizes.queries + sizes.keys if own and own.qk_norm else 0.0
         if own is None:
-            within += sum(
-                count_output_elements(m, split) for m in stack.maps if m.branch == "mixer"
-            )
+            within += sum(split.inner_width(m) for m in stack.matmuls if m.branch == "mixer")
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
     layers = shape.held(stack.depth) / shape.groups
     tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
-    return layers * (tokens * itemsize + _kept_of_experts(shape, stack))
-
-
-def _kept_of_experts(shape: StepShape, stack: Stack) -> Number:
-    if not stack.experts or shape.remat != "none":
-        return 0.0
-    return count_received_rows(shape) * (
-        shape.work.config.model.d_model * shape.work.dtype_bytes + FP32
-    )
+    experts = 0.0
+    if stack.experts and shape.remat == "none":
+        experts = count_received_rows(shape) * (model.d_model * itemsize + FP32)
+    return layers * (tokens * itemsize + experts)

@@ -10,18 +10,24 @@ Algorithms are rings: (n − 1) / n of an array for an all-gather or a reduce-sc
 an all-reduce. An all-to-all on a ring of n sends its bytes n / 4 hops on average.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import log, prod
+from itertools import product
+from math import log
+from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 
-from maxlm.plan.hardware import Chip
+from maxlm.plan.hardware import CHIPS, Chip
 from maxlm.plan.topology import Topology
 from maxlm.plan.workload import MeshSplit, Number
 from maxlm.sharding import MESH_AXES
-from maxlm.sharding.links import BETWEEN_SLICES
+from maxlm.sharding.links import BETWEEN_SLICES, arrange_devices
 
-_PASSES = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
+Phase = Literal["forward", "backward", "once"]
+PASSES: tuple[Phase, Phase] = ("forward", "backward")
+_PASSES_OVER_ARRAY = {"all-gather": 1.0, "reduce-scatter": 1.0, "all-reduce": 2.0}
 
 
 def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
@@ -34,7 +40,28 @@ def sent_bytes(kind: str, ways: Number, whole: Number) -> Number:
     """
     if kind == "collective-permute":
         return np.where(np.greater(ways, 1), whole, 0.0)
-    return _PASSES.get(kind, 1.0) * whole * (ways - 1) / ways
+    return _PASSES_OVER_ARRAY.get(kind, 1.0) * whole * (ways - 1) / ways
+
+
+@dataclass(frozen=True)
+class PlannedCollective:
+    """All runs of one collective in a step."""
+
+    what: str
+    kind: str
+    axes: tuple[str, ...]
+    whole_bytes: Number
+    """See :func:`sent_bytes`."""
+    count: Number
+    """Runs a step."""
+    phase: Phase
+    waits: bool
+    """Whether the computation next in line needs it at once: activations do; weights can be
+    gathered, and their gradients scattered, beside other layers' work."""
+
+    def sent(self, split: MeshSplit) -> Number:
+        """Bytes that a device sends in a step."""
+        return self.count * sent_bytes(self.kind, split.ways(self.axes), self.whole_bytes)
 
 
 @dataclass(frozen=True)
@@ -88,13 +115,10 @@ class Network:
     def _on_torus(
         self, kind: str, axes: tuple[str, ...], whole: Number, split: MeshSplit
     ) -> Number:
-        shape, chip, cores = self.topology.shape, self.chip, 1
-        if self.topology.kind == "tpu7x":
-            cores = 2
-        chips = cores * prod(shape)
+        shape, chip = self.topology.shape, self.chip
         across = self._across(axes, split)
         inner = split.ways(axes) / across
-        share = np.log(np.maximum(inner, 1)) / log(max(chips, 2))
+        share = np.log(np.maximum(inner, 1)) / log(max(self.topology.slice_devices, 2))
         closed = float(np.mean([1.0 if wraps else 0.5 for wraps in self.topology.wraps]))
         dimensions = sum(n > 1 for n in shape) or 1
         links = np.maximum(2 * dimensions * share * closed, 1.0)
@@ -127,3 +151,36 @@ class Network:
             return far + whole * (inner - 1) / ways / chip.link + latency
         rate = np.where(leaves, np.minimum(inner * chip.network, chip.link), chip.link)
         return sent_bytes(kind, ways, whole) / rate + latency
+
+
+def describe_torus_dimensions(topology: Topology, sizes: Mapping[str, int]) -> dict[str, str]:
+    """For each mesh axis of more than one device, the dimensions of a TPU's torus that neighbours
+    along it differ in, as ``x·y``; "" for one that only crosses slices. The layout is that of a
+    run, for devices that are coordinates alone.
+
+    Raises:
+        MaxlmError: a mesh that the layout cannot place.
+    """
+    sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
+    places = product(*map(range, (topology.slices, *reversed(sides), topology.devices_per_chip)))
+    devices = [
+        SimpleNamespace(
+            id=i,
+            platform="tpu",
+            device_kind=CHIPS[topology.kind].device_kinds[0],
+            coords=(x, y, z),
+            core_on_chip=core,
+            slice_index=part,
+            process_index=part,
+        )
+        for i, (part, z, y, x, core) in enumerate(places)
+    ]
+    grid = arrange_devices(sizes, devices)
+    coords = np.array([device.coords for device in grid.ravel()]).reshape(*grid.shape, 3)
+    found = {}
+    for dim, axis in enumerate(sizes):
+        if sizes[axis] > 1:
+            along = np.moveaxis(coords, dim, 0)
+            differs = (along != along[:1]).any(axis=tuple(range(along.ndim - 1)))
+            found[axis] = "·".join(np.array(["x", "y", "z"])[differs])
+    return found

@@ -1,6 +1,7 @@
 """The plan of a run on a machine: memory, communication and time, before it starts."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,17 +9,17 @@ import jax
 import numpy as np
 
 from maxlm.models.dtypes import compute_dtype
-from maxlm.plan.communication import PlannedCollective, list_collectives
+from maxlm.models.remat import RematPolicy
+from maxlm.plan.communication import list_collectives
 from maxlm.plan.goodput import Goodput, Reliability, estimate_goodput
 from maxlm.plan.hardware import CHIPS, Chip, find_chip, measure_cpu
 from maxlm.plan.layout import RunLayout, lay_out_run
 from maxlm.plan.memory import DeviceMemory, estimate_memory
-from maxlm.plan.network import Network
-from maxlm.plan.physical import list_torus_dimensions
+from maxlm.plan.network import Network, PlannedCollective, describe_torus_dimensions
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import EFFICIENCY, StepTime, estimate_time
 from maxlm.plan.topology import Topology, count_torus_dimensions, parse_topology
-from maxlm.plan.workload import MeshSplit, RunWorkload
+from maxlm.plan.workload import FP32, MeshSplit, Number, RunWorkload
 from maxlm.run import RunConfig, resolve_micro_batches
 from maxlm.sharding import MESH_AXES, mesh_sizes
 from maxlm.sharding.links import check_tensor_within_host, split_over_slices
@@ -33,7 +34,6 @@ class Machine:
     """The machine that a run is planned for."""
 
     name: str
-    words: str
     topology: Topology
     chip: Chip
 
@@ -45,9 +45,9 @@ class Machine:
             MaxlmError: no such machine.
         """
         topology = parse_topology(name)
-        if topology.platform == "cpu":
-            return cls(name, topology.words, topology, measure_cpu(topology.devices))
-        return cls(name, topology.words, topology, CHIPS[topology.kind])
+        is_cpu = topology.platform == "cpu"
+        chip = measure_cpu(topology.devices) if is_cpu else CHIPS[topology.kind]
+        return cls(name, topology, chip)
 
     @classmethod
     def from_devices(cls, devices: Sequence[Any]) -> "Machine | None":
@@ -58,9 +58,9 @@ class Machine:
         chip = find_chip(first)
         if chip is None:
             return None
-        limit = _memory_limit(first)
-        if limit:
-            chip = replace(chip, memory=float(limit))
+        with suppress(AttributeError, jax.errors.JaxRuntimeError):  # only described
+            limit = (first.memory_stats() or {}).get("bytes_limit")
+            chip = replace(chip, memory=float(limit or chip.memory))
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         shape = (len(devices),)
         if first.platform == "gpu":
@@ -73,17 +73,7 @@ class Machine:
             sides = tuple(int(n) for n in places.max(0) - places.min(0) + 1)
             shape = sides[: count_torus_dimensions(chip.name)]
         topology = Topology(first.platform, chip.name, shape, slices)
-        return cls(topology.words, topology.words, topology, chip)
-
-    @property
-    def ragged(self) -> bool:
-        """Whether devices exchange as many rows as there are (``parallel/experts.py``)."""
-        return self.topology.kind not in ("v5e", "cpu")
-
-    @property
-    def fused_attention(self) -> bool:
-        """Whether a kernel keeps attention's scores on the chip (``pallas_kernels/attention``)."""
-        return self.topology.platform in ("tpu", "gpu")
+        return cls(topology.words, topology, chip)
 
     @property
     def network(self) -> Network:
@@ -136,9 +126,10 @@ class RunPlan:
     sends: tuple[CollectiveCost, ...]
     time: StepTime | None
     goodput: Goodput | None
-    remat: str
-    micro_batches: int
-    checkpoint_every: int
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.shape.work.config.checkpoint.every_steps
 
     @property
     def limit(self) -> float | None:
@@ -187,40 +178,42 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the layout's first."""
-        machine = self.machine
-        limit = self.limit
-        result: dict[str, Any] = {"format": FORMAT, **self.layout.to_json()}
-        result["remat"], result["micro_batches"] = self.remat, self.micro_batches
+        machine, limit, hours = self.machine, self.limit, self.run_hours
         margin = None if limit is None else limit - float(self.memory.total)
-        result["memory"] = {**self.memory.to_json(), "limit": limit, "margin": margin}
-        result["checkpoint_every"] = self.checkpoint_every
-        result["fits"] = self.fits
-        result["collectives"] = [asdict(sent) for sent in self.sends]
-        result["machine"] = machine and {
-            "name": machine.name,
-            "words": machine.words,
-            "chip": machine.chip.name,
-            "shape": list(machine.topology.shape),
-            "slices": machine.topology.slices,
-            "memory": machine.chip.memory,
-            "peak": machine.chip.peak["bf16"],
-            "bandwidth": machine.chip.bandwidth,
-            "sources": machine.chip.sources,
-            "efficiency": asdict(EFFICIENCY[machine.chip.family]),
+        return {
+            "format": FORMAT,
+            **self.layout.to_json(),
+            "remat": self.shape.remat,
+            "micro_batches": self.shape.micro,
+            "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},
+            "checkpoint_every": self.checkpoint_every,
+            "fits": self.fits,
+            "collectives": [asdict(sent) for sent in self.sends],
+            "machine": machine
+            and {
+                "name": machine.name,
+                "words": machine.topology.words,
+                "chip": machine.chip.name,
+                "shape": list(machine.topology.shape),
+                "slices": machine.topology.slices,
+                "memory": machine.chip.memory,
+                "peak": machine.chip.peak["bf16"],
+                "bandwidth": machine.chip.bandwidth,
+                "sources": machine.chip.sources,
+                "efficiency": asdict(EFFICIENCY[machine.chip.family]),
+            },
+            "time": self.time
+            and {
+                **{part: float(value) for part, value in asdict(self.time).items()},
+                "step": self.step_seconds,
+                "tokens_per_second": self.tokens_per_second,
+                "mfu": self.mfu(),
+                "mfu_full_attention": self.mfu(full_attention=True),
+                "run_hours": hours,
+                "device_hours": None if hours is None else hours * self.layout.devices,
+            },
+            "goodput": self.goodput and asdict(self.goodput),
         }
-        result["time"] = self.time and {
-            **{part: float(value) for part, value in asdict(self.time).items()},
-            "step": self.step_seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "mfu": self.mfu(),
-            "mfu_full_attention": self.mfu(full_attention=True),
-            "run_hours": self.run_hours,
-            "device_hours": None
-            if self.run_hours is None
-            else self.run_hours * self.layout.devices,
-        }
-        result["goodput"] = self.goodput and asdict(self.goodput)
-        return result
 
 
 def plan_run(
@@ -247,34 +240,35 @@ def plan_run(
         assert machine is not None
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
-    split = MeshSplit(config, sizes)
     network = machine.network if machine else None
+    work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
+    shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
     if links is None and network:
-        links = _links(network, split)
+        links = _links(network, shape.split)
     layout = lay_out_run(config, sizes, links)
-    work = RunWorkload.of(config, dtype)
-    shape = StepShape(
-        *(work, split, config.train.micro_batches, config.model.remat),
-        ragged=machine is None or machine.ragged,
-        fused_attention=machine is not None and machine.fused_attention,
-    )
     held, sends, time = estimate_costs(shape, machine)
     good = None
     if time:
         state = float(held.parameters) + float(held.optimizer) + float(held.average)
         every = config.checkpoint.every_steps
         good = estimate_goodput(reliability, layout.devices, state, float(time.total), every)
-    return RunPlan(
-        layout=layout,
-        machine=machine,
-        shape=shape,
-        memory=held,
-        sends=tuple(s for s in (_sent(c, split, network) for c in sends) if s.sent_bytes > 0),
-        time=time,
-        goodput=good,
-        remat=config.model.remat,
-        micro_batches=config.train.micro_batches,
-        checkpoint_every=config.checkpoint.every_steps,
+    costs = (_cost(c, shape.split, network) for c in sends)
+    sent = tuple(cost for cost in costs if cost.sent_bytes > 0)
+    return RunPlan(layout, machine, shape, held, sent, time, good)
+
+
+def make_step_shape(
+    work: RunWorkload,
+    sizes: Mapping[str, Number],
+    micro: Number,
+    remat: RematPolicy,
+    machine: Machine | None,
+) -> StepShape:
+    """A run on a mesh, or on many, as its machine's kernels and collectives take it."""
+    return StepShape(
+        *(work, MeshSplit(work.config, sizes), micro, remat),
+        ragged=machine is None or machine.topology.kind not in ("v5e", "cpu"),
+        fused_attention=machine is not None and machine.topology.platform in ("tpu", "gpu"),
     )
 
 
@@ -286,55 +280,38 @@ def estimate_costs(
     held, sends = estimate_memory(shape), list_collectives(shape)
     if machine is None:
         return held, sends, None
-    time = estimate_time(
-        *(shape, machine.network, sends),
-        dtype=matmul_dtype(shape.work.dtype_bytes, machine),
-        allocated=held.allocated,
-    )
+    # By JAX's default precision fp32 products are TF32 on NVIDIA's GPUs, and one pass of bf16 on
+    # TPUs.
+    wanted = ("fp32", "tf32", "bf16") if shape.work.dtype_bytes == FP32 else ("bf16",)
+    dtype = next(dtype for dtype in wanted if dtype in machine.chip.peak)
+    allocated = held.allocated
+    time = estimate_time(shape, machine.network, sends, dtype=dtype, allocated=allocated)
     return held, sends, time
-
-
-def _memory_limit(device: Any) -> float | None:
-    """Bytes that JAX may take of a device that is here; None: not told, or only described."""
-    try:
-        stats = device.memory_stats()
-    except (AttributeError, jax.errors.JaxRuntimeError):
-        return None
-    return (stats or {}).get("bytes_limit")
-
-
-def matmul_dtype(itemsize: int, machine: Machine) -> str:
-    """Returns the column of a chip's peaks. By JAX's default precision fp32 products are TF32 on
-    NVIDIA's GPUs, and one pass of bf16 on TPUs."""
-    wanted = ("fp32", "tf32", "bf16") if itemsize == 4 else ("bf16",)
-    return next(dtype for dtype in wanted if dtype in machine.chip.peak)
 
 
 def _links(network: Network, split: MeshSplit) -> dict[str, str]:
     """Returns the link that each mesh axis runs over, on a TPU with the dimensions of the torus."""
     links = {a: network.link((a,), split) for a in MESH_AXES if split.sizes[a] > 1}
     if network.topology.platform == "tpu":
-        along = list_torus_dimensions(network.topology, split.sizes)
+        along = describe_torus_dimensions(network.topology, split.sizes)
         links = {a: f"{link} along {along[a]}" if along[a] else link for a, link in links.items()}
     return links
 
 
-def _sent(c: PlannedCollective, split: MeshSplit, network: Network | None) -> CollectiveCost:
+def _cost(c: PlannedCollective, split: MeshSplit, network: Network | None) -> CollectiveCost:
     axes = tuple(axis for axis in MESH_AXES if axis in c.axes and split.sizes[axis] > 1)
-    taken = None
+    seconds = None
     if network:
         one = network.seconds(c.kind, c.axes, c.whole_bytes, split)
-        taken = float(c.count * one / EFFICIENCY[network.chip.family].network)
+        seconds = float(c.count * one / EFFICIENCY[network.chip.family].network)
     return CollectiveCost(
-        what=c.what,
-        kind=c.kind,
-        axes=axes,
+        *(c.what, c.kind, axes),
         devices=round(float(split.ways(axes))),
         link=network.link(axes, split) if network else None,
         count=round(float(c.count)),
         whole_bytes=float(c.whole_bytes),
         sent_bytes=float(c.sent(split)),
-        seconds=taken,
+        seconds=seconds,
         phase=c.phase,
         waits=c.waits,
     )

@@ -1,6 +1,6 @@
 """A plan as tables for a terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from maxlm.models.architectures.config import strip_stack
 from maxlm.plan.layout import ParamRow, RunLayout
 from maxlm.plan.predict import RunPlan
-from maxlm.plan.search import Candidate, SearchResult
+from maxlm.plan.search import SearchResult
 
 # Hoffmann et al. 2022 (arXiv 2203.15556): about as many tokens a parameter are compute-optimal.
 OPTIMAL = 20
@@ -60,11 +60,14 @@ def render_plan_tables(plan: RunPlan, *, price: float | None = None) -> Group:
     parts: list[Any] = [render_layout_facts(plan.layout)]
     if plan.machine:
         parts += [
-            Text(f"{plan.machine.name}: {plan.machine.words}"),
+            Text(f"{plan.machine.name}: {plan.machine.topology.words}"),
             Text(format_fit_verdict(plan), style="bold"),
             Text(format_run_estimate(plan, price)),
         ]
     parts += [_parameters(plan.layout), _memory(plan)]
+    if size := plan.shape.work.cache_bytes:
+        tokens = f"{plan.shape.work.rows.own:,} tokens"
+        parts.append(Text(f"caches of one row of {tokens} in generation: {format_bytes(size)}"))
     if plan.sends:
         parts.append(_communication(plan))
     if plan.machine:
@@ -113,22 +116,36 @@ def format_fit_verdict(plan: RunPlan) -> str:
     )
 
 
+def make_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Container[str] = (),
+    wrap: Container[str] = (),
+) -> Group:
+    """Makes a table under a title, which may be wider; columns align right and wrap by name."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        justify = "right" if name in right else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in wrap, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(f"\n{title}", style="italic"), table)
+
+
 def _parameters(layout: RunLayout) -> Group:
     dtypes = ", ".join(sorted({row.dtype for row in layout.rows}))
-    table = _table()
-    table.add_column("parameter", no_wrap=True)
-    table.add_column("layout: logical axis = size → mesh axes", overflow="fold")
-    for column in ("bytes", "a device", "copies"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in layout.rows:
-        table.add_row(
-            row.path,
-            _dimensions(row),
-            format_bytes(row.bytes_total),
-            format_bytes(row.bytes_per_device),
-            str(row.replicas),
+    where, *sizes = "layout: logical axis = size → mesh axes", "bytes", "a device", "copies"
+    rows = (
+        (
+            *(row.path, _dimensions(row), format_bytes(row.bytes_total)),
+            *(format_bytes(row.bytes_per_device), str(row.replicas)),
         )
-    return _titled(f"Parameters ({dtypes})", table)
+        for row in layout.rows
+    )
+    columns = ("parameter", where, *sizes)
+    return make_table(f"Parameters ({dtypes})", columns, rows, right=sizes, wrap=(where,))
 
 
 def _dimensions(row: ParamRow) -> str:
@@ -141,9 +158,6 @@ def _dimensions(row: ParamRow) -> str:
 
 
 def _memory(plan: RunPlan) -> Group:
-    table = _table()
-    for column in ("what", "bytes", ""):
-        table.add_column(column, justify="left" if column == "what" else "right")
     held = plan.memory
     parts = {
         "parameters (fp32)": held.parameters,
@@ -152,60 +166,42 @@ def _memory(plan: RunPlan) -> Group:
         "frozen models (fp32)": held.frozen,
         "batch": held.batch,
         "gradients": held.gradients,
-        f"activations kept ({plan.remat})": held.activations,
+        f"activations kept ({plan.shape.remat})": held.activations,
         f"working set of {held.phase}": held.working,
         **{f"  {what}": size for what, size in held.working_sets[held.phase].items()},
         "together": held.total,
     }
     if plan.limit is not None:
         parts |= {"limit": plan.limit, "margin": plan.limit - float(held.total)}
-    for name, size in parts.items():
-        if float(size):
-            table.add_row(name, f"{float(size):,.0f}", format_bytes(float(size)))
-    return _titled("Memory of each device, at the peak of a step", table)
+    sizes = ((name, float(size)) for name, size in parts.items())
+    rows = [(name, f"{size:,.0f}", format_bytes(size)) for name, size in sizes if size]
+    title = "Memory of each device, at the peak of a step"
+    return make_table(title, ("what", "bytes", ""), rows, right=("bytes", ""))
 
 
 def _communication(plan: RunPlan) -> Group:
-    table = _table()
-    timed = ("time",) if plan.machine else ()
-    for column in ("what", "kind", "over", "runs", "sent", *timed, "computation"):
-        justify: Any = "right" if column in ("runs", "sent", "time") else "left"
-        words = column in ("what", "over")
-        table.add_column(column, justify=justify, no_wrap=not words, overflow="fold")
-    for key, (runs, sent, taken) in group_collectives(plan).items():
-        what, kind, axes, link, waits = key
-        table.add_row(
-            what,
-            kind,
-            f"{axes} ({link})" if link else axes,
-            f"{runs:,}",
-            format_bytes(sent),
-            *(() if taken is None else (format_seconds(taken),)),
-            "waits" if waits else "can hide it",
-        )
-    return _titled("Communication of each device, in a step", table)
-
-
-def group_collectives(plan: RunPlan) -> dict[tuple[Any, ...], tuple[int, float, float | None]]:
-    """(what, kind, axes, link, waits) → (runs, bytes sent, seconds): kernels together, and both
-    passes."""
+    """Kernels together, and both passes."""
     kernels = {strip_stack(row.path).partition(".kernel")[0] for row in plan.layout.rows}
     kernels |= {"head"}
-    total: dict[tuple[Any, ...], tuple[int, float, float | None]] = {}
+    total: dict[tuple[Any, ...], tuple[int, float, float]] = {}
     for s in plan.sends:
         owner, _, rest = s.what.partition(": ")
         what = f"kernels{f': {rest}s' if rest else ''}" if owner in kernels else s.what
-        key = (what, s.kind, ", ".join(s.axes), s.link, s.waits)
-        runs, sent, taken = total.get(key, (0, 0.0, None if s.seconds is None else 0.0))
-        more = None if taken is None or s.seconds is None else taken + s.seconds
-        total[key] = (runs + s.count, sent + s.sent_bytes, more)
-    return total
+        over = f"{', '.join(s.axes)} ({s.link})" if s.link else ", ".join(s.axes)
+        key = (what, s.kind, over, "waits" if s.waits else "can hide it")
+        runs, sent, seconds = total.get(key, (0, 0.0, 0.0))
+        total[key] = (runs + s.count, sent + s.sent_bytes, seconds + (s.seconds or 0.0))
+    timed = ("time",) if plan.machine else ()
+    rows = (
+        (*key, f"{runs:,}", format_bytes(sent), *[format_seconds(seconds) for _ in timed], hidden)
+        for (*key, hidden), (runs, sent, seconds) in total.items()
+    )
+    columns = ("what", "kind", "over", "runs", "sent", *timed, "computation")
+    title, right = "Communication of each device, in a step", ("runs", "sent", "time")
+    return make_table(title, columns, rows, right=right, wrap=("what", "over"))
 
 
 def _time(plan: RunPlan) -> Group:
-    table = _table()
-    for column in ("what", "time", "share"):
-        table.add_column(column, justify="left" if column == "what" else "right")
     time = plan.time
     assert time is not None
     parts = {
@@ -216,11 +212,9 @@ def _time(plan: RunPlan) -> Group:
         "pipeline idle": time.idle,
         "together": time.total,
     }
-    for name, value in parts.items():
-        if float(value):
-            share = float(value) / float(time.total)
-            table.add_row(name, format_seconds(float(value)), f"{share:.1%}")
-    return _titled("Time of a step", table)
+    seconds = ((name, float(value)) for name, value in parts.items())
+    rows = [(n, format_seconds(s), f"{s / float(time.total):.1%}") for n, s in seconds if s]
+    return make_table("Time of a step", ("what", "time", "share"), rows, right=("time", "share"))
 
 
 def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
@@ -258,13 +252,12 @@ def format_run_estimate(plan: RunPlan, price: float | None = None) -> str:
 
 def render_comparison_table(rows: Mapping[str, tuple[float, float]], title: str) -> Group:
     """Renders analytic figures beside the compiler's."""
-    table = _table()
-    for column in ("what", "plan", "compiler", "plan ÷ compiler"):
-        table.add_column(column, justify="left" if column == "what" else "right")
-    for what, (ours, theirs) in rows.items():
-        ratio = f"{ours / theirs:.3f}" if theirs else ""
-        table.add_row(what, f"{ours:,.3f}", f"{theirs:,.3f}", ratio)
-    return _titled(title, table)
+    cells = (
+        (what, f"{ours:,.3f}", f"{theirs:,.3f}", f"{ours / theirs:.3f}" if theirs else "")
+        for what, (ours, theirs) in rows.items()
+    )
+    what, *right = "what", "plan", "compiler", "plan ÷ compiler"
+    return make_table(title, (what, *right), cells, right=right)
 
 
 def render_candidates_table(
@@ -275,38 +268,16 @@ def render_candidates_table(
     Args:
         verified: of some, by their place, the compiler's peak in bytes; infinite: no room.
     """
-    table = _table()
-    for column in ("mesh", "micro-\nbatches", "remat", "residual"):
-        table.add_column(column, no_wrap=column not in ("mesh", "residual"))
-    for column in ("step", "memory", "of\nlimit", *(["by the\ncompiler"] if verified else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for place, own in enumerate(found.best):
-        cells = _candidate(own, limit)
-        if verified:
-            peak = verified.get(place)
-            room = "" if peak is None else format_bytes(peak) if peak < inf else "no room"
-            cells.append(room)
-        table.add_row(*cells)
-    return _titled("The quickest that fit", table)
-
-
-def _candidate(own: Candidate, limit: float) -> list[str]:
-    mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
-    return [
-        mesh,
-        str(own.micro_batches),
-        own.remat,
-        ", ".join(own.residual) or "whole",
-        format_seconds(own.seconds),
-        format_bytes(own.memory),
-        f"{own.memory / limit:.0%}",
-    ]
-
-
-def _table() -> Table:
-    return Table(box=None, pad_edge=False)
-
-
-def _titled(title: str, table: Table) -> Group:
-    # A table's own title is as narrow as the table.
-    return Group(Text(f"\n{title}", style="italic"), table)
+        mesh = " ".join(f"{axis}={n}" for axis, n in own.sizes.items() if n > 1) or "one device"
+        residual = ", ".join(own.residual) or "whole"
+        peak = verified.get(place)
+        room = "" if peak is None else format_bytes(peak) if peak < inf else "no room"
+        share = f"{own.memory / limit:.0%}"
+        figures = (format_seconds(own.seconds), format_bytes(own.memory), share, room)
+        rows.append((mesh, str(own.micro_batches), own.remat, residual, *figures))
+    right = ("step", "memory", "of\nlimit", "by the\ncompiler" if verified else "")
+    columns = ("mesh", "micro-\nbatches", "remat", "residual", *right)
+    wrap = ("mesh", "residual")
+    return make_table("The quickest that fit", columns, rows, right=right, wrap=wrap)

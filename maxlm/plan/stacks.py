@@ -1,11 +1,9 @@
 """A model's stacks of layers as costs are counted: what each layer states of itself
-(``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees.
+(``models/costs.py``), joined with its parameters' declarations and with the tokens that it sees."""
 
-Layers of several stacks that have the same map count as so many of one kind.
-"""
-
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -41,20 +39,41 @@ class Kernel:
         return "mlp" if "mlp" in axes else "residual"
 
 
+def make_kernel(name: str, spec: ParamSpec, needed_raw: bool = False) -> Kernel:
+    """A layer's own part of a stack of matrices."""
+    shape, axes = spec.shape[spec.lead :], spec.axes[spec.lead :]
+    own = strip_stack(name).removesuffix(".kernel")
+    return Kernel(own, shape, axes, len(spec.contract), needed_raw)
+
+
 @dataclass(frozen=True)
-class Map:
+class MatmulGroup:
     """Matrices of one module that read the same input, in one program (``parallel/linear.py``)."""
 
-    name: str
     kernels: tuple[Kernel, ...]
     branch: Branch
     reads: Side
-    experts: bool
-    """Whether tokens choose among these, which lie in one array."""
-    depth: int
-    """Layers that have it."""
-    rate: float = 1.0
+    rate: float
     """Tokens that it maps for each of the batch: an encoder may have more or fewer."""
+
+    @property
+    def name(self) -> str:
+        kernels = ", ".join(kernel.name.rpartition(".")[2] for kernel in self.kernels)
+        return f"{self.module}: {kernels}"
+
+    @property
+    def module(self) -> str:
+        return self.kernels[0].name.rpartition(".")[0]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether tokens choose among these, which lie in one array."""
+        return "expert" in self.kernels[0].axes
+
+    @property
+    def is_dense_ffn(self) -> bool:
+        """Whether it makes the hidden layer of an FFN that every token passes."""
+        return self.branch == "ffn" and self.writes == "mlp" and not self.has_experts
 
     @property
     def size(self) -> int:
@@ -65,27 +84,27 @@ class Map:
         return self.kernels[0].writes
 
     @property
-    def module(self) -> str:
-        return self.name.partition(":")[0]
-
-    @property
-    def width(self) -> int:
+    def input_width(self) -> int:
         """Width of what it reads; not of experts'."""
         return prod(self.kernels[0].shape[: self.kernels[0].inputs])
 
+    @property
+    def latent_width(self) -> int:
+        """Width of the narrow latent vectors that it writes."""
+        return sum(k.shape[-1] for k in self.kernels if k.writes == "latent")
 
-class Pairs(NamedTuple):
-    """Layers whose attention has scores of the same pairs of tokens."""
 
-    layers: float
-    queries: int
+class AttentionShape(NamedTuple):
+    """Attention whose scores are of the same pairs of tokens."""
+
+    query_len: int
     """Tokens of a row that look, ..."""
-    keys: int
+    key_len: int
     """... and tokens that they look at."""
     causal: bool
     window: int | None
     heads: HeadCosts
-    rate: float = 1.0
+    rate: float
     """Tokens that look for each of the batch."""
     biased: bool = False
     """Whether scores gain learnt biases by distance."""
@@ -100,15 +119,14 @@ class Stack:
     period: int
     """Layers that one turn of the scan runs."""
     specs: Mapping[str, ParamSpec]
-    base_specs: Mapping[str, ParamSpec]
-    """The same without what an adapter adds: what a step computes is counted of these."""
-    maps: tuple[Map, ...]
-    pairs: tuple[Pairs, ...]
+    branches: tuple[BranchCosts, ...]
+    matmuls: tuple[MatmulGroup, ...]
+    """By name; without what an adapter adds, like the router."""
+    router: Kernel | None
+    attention: Counter[AttentionShape]
+    """Layers of each."""
     rate: float
     """Tokens that go through for each of the batch."""
-    is_encoder: bool
-    """Whether these are an encoder's, beside a decoder's."""
-    branches: tuple[BranchCosts, ...]
 
     @property
     def cross_attention(self) -> bool:
@@ -123,119 +141,75 @@ class Stack:
     def experts(self) -> ExpertCosts | None:
         return next((own.costs.experts for own in self.branches if own.costs.experts), None)
 
-    @property
-    def router(self) -> Kernel | None:
-        """The router of its experts; None: it has none."""
-        for own in self.branches:
-            if own.costs.experts:
-                name = f"{self.name}.{own.module}.{own.costs.experts.router}"
-                return make_kernel(name, self.base_specs[name])
-        return None
 
-
-def list_stacks(model: Model, seq_len: int, encoder_len: int) -> tuple[Stack, ...]:
+def list_stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
     """Lists all stacks, in the order in which they are run.
 
     Args:
         encoder_len: tokens in a row of an encoder's, beside ``seq_len`` of its decoder's.
     """
-    return tuple(_stacks(model, seq_len, encoder_len))
-
-
-def _stacks(model: Model, seq_len: int, encoder_len: int) -> Iterator[Stack]:
-    tree, inputs = param_specs(model), encoder_len / seq_len
-    both = flatten_names(tree), flatten_names(select_base(tree))
+    tree, encoder_rate = param_specs(model), encoder_len / seq_len
+    all_specs, base_specs = flatten_names(tree), flatten_names(select_base(tree))
     biased = model.config.positions.kind == "relative"
     for trunk in model.config.trunks:
-        blocks = model.trunks[trunk.prefix].parts
-        length, rate = (encoder_len, inputs) if trunk.is_encoder else (seq_len, 1.0)
+        length, rate = (encoder_len, encoder_rate) if trunk.is_encoder else (seq_len, 1.0)
         for part in trunk.parts:
-            name, branches = f"{trunk.prefix}{part.name}", blocks[part.name].costs()
-            own, base = (
-                {n: s for n, s in specs.items() if n.startswith(f"{name}.")} for specs in both
+            name = f"{trunk.prefix}{part.name}"
+            branches = model.trunks[trunk.prefix].parts[part.name].costs()
+            specs, base = (
+                {n: spec for n, spec in each.items() if n.startswith(f"{name}.")}
+                for each in (all_specs, base_specs)
             )
-            pairs = []
+            attention: Counter[AttentionShape] = Counter()
+            router = None
             for branch in branches:
-                if not (heads := branch.costs.heads):
-                    continue
-                if branch.branch == "cross_attention":
-                    pairs.append(Pairs(part.depth, length, encoder_len, False, None, heads, rate))
-                    continue
-                layers = part.depth / len(part.kinds)
-                one = Pairs(layers, length, length, trunk.causal, None, heads, rate, biased)
-                pairs += [one._replace(window=kind.window) for kind in part.kinds]
-            maps = _maps(name, branches, base, part.depth, rate, inputs)
+                heads, experts = branch.costs.heads, branch.costs.experts
+                if heads and branch.branch == "cross_attention":
+                    own = AttentionShape(length, encoder_len, False, None, heads, rate)
+                    attention[own] += part.depth
+                elif heads:
+                    for kind in part.kinds:
+                        seen = trunk.causal, kind.window, heads, rate, biased
+                        own = AttentionShape(length, length, *seen)
+                        attention[own] += part.depth // len(part.kinds)
+                if experts:
+                    path = f"{name}.{branch.module}.{experts.router}"
+                    router = make_kernel(path, base[path])
             yield Stack(
                 name=name,
                 depth=part.depth,
                 period=len(part.kinds),
-                specs=own,
-                base_specs=base,
-                maps=maps,
-                pairs=merge_pairs(pairs),
-                rate=rate,
-                is_encoder=trunk.is_encoder,
+                specs=specs,
                 branches=branches,
+                matmuls=_list_matmuls(name, branches, base, rate, encoder_rate),
+                router=router,
+                attention=attention,
+                rate=rate,
             )
 
 
-def _maps(
+def _list_matmuls(
     stack: str,
-    branches: Iterable[BranchCosts],
+    branches: Sequence[BranchCosts],
     specs: Mapping[str, ParamSpec],
-    depth: int,
     rate: float,
     encoder_rate: float,
-) -> tuple[Map, ...]:
+) -> tuple[MatmulGroup, ...]:
     """Joins the groups of matrices of one stack with their declarations.
 
     Raises:
         ValueError: costs that leave a matrix out.
     """
-    maps, missing = [], {name for name, spec in specs.items() if spec.role == "matrix"}
+    groups, missing = [], {name for name, spec in specs.items() if spec.role == "matrix"}
     for branch in branches:
         for group in branch.costs.matrices:
             kernels = []
             for own in sorted(group.names):
                 name = f"{stack}.{branch.module}.{own}"
-                kernel = make_kernel(name, specs[name])
-                kernels.append(replace(kernel, needed_raw=own in group.needed_raw))
+                kernels.append(make_kernel(name, specs[name], own in group.needed_raw))
                 missing.discard(name)
-            module = kernels[0].name.rpartition(".")[0]
-            map_ = Map(
-                name=f"{module}: {', '.join(each.name.rpartition('.')[2] for each in kernels)}",
-                kernels=tuple(kernels),
-                branch=branch.branch,
-                reads=group.reads,
-                experts="expert" in kernels[0].axes,
-                depth=depth,
-                rate=encoder_rate if group.reads == "memory" else rate,
-            )
-            maps.append(map_)
+            tokens = encoder_rate if group.reads == "memory" else rate
+            groups.append(MatmulGroup(tuple(kernels), branch.branch, group.reads, tokens))
     if missing:
         raise ValueError(f"the costs of its module leave out the matrix {min(missing)}")
-    return tuple(sorted(maps, key=lambda each: each.kernels[0].name.split(".")))
-
-
-def make_kernel(name: str, spec: ParamSpec) -> Kernel:
-    """A layer's own part of a stack of matrices."""
-    own = strip_stack(name).removesuffix(".kernel")
-    return Kernel(own, spec.shape[spec.lead :], spec.axes[spec.lead :], len(spec.contract))
-
-
-def merge_maps(maps: Iterable[Map]) -> tuple[Map, ...]:
-    """Each map once, with the layers of all that are equal."""
-    depths: dict[Map, int] = {}
-    for map_ in maps:
-        alike = replace(map_, depth=0)
-        depths[alike] = depths.get(alike, 0) + map_.depth
-    return tuple(replace(map_, depth=depth) for map_, depth in depths.items())
-
-
-def merge_pairs(pairs: Iterable[Pairs]) -> tuple[Pairs, ...]:
-    """The same of pairs."""
-    layers: dict[Pairs, float] = {}
-    for own in pairs:
-        alike = own._replace(layers=0)
-        layers[alike] = layers.get(alike, 0) + own.layers
-    return tuple(own._replace(layers=count) for own, count in layers.items())
+    return tuple(sorted(groups, key=lambda group: group.kernels[0].name.split(".")))

@@ -22,14 +22,11 @@ from math import prod
 
 import numpy as np
 
-from maxlm.plan.communication.collective import FP32, PASSES, PlannedCollective
-from maxlm.plan.hardware import Chip
 from maxlm.plan.memory import resting_bytes
-from maxlm.plan.network import Network
+from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
 from maxlm.plan.shape import StepShape, count_expert_rows
-from maxlm.plan.sizes import count_hidden_elements, count_latent_elements, head_sizes
-from maxlm.plan.stacks import Pairs, Stack
-from maxlm.plan.workload import Number
+from maxlm.plan.stacks import AttentionShape, Stack
+from maxlm.plan.workload import FP32, Number
 from maxlm.train.adafactor import get_matrix_dims
 
 # Vector operations for each score of attention: softmax and masks, forward; their gradients and the
@@ -99,10 +96,6 @@ class DeviceFlops:
     backward: Number
     attention_forward: Number
     attention_backward: Number
-    scores: Number
-    """How many attention has in one pass and keeps on the chip."""
-    scores_again: Number
-    """How often the backward pass makes them as the forward pass did."""
     loss: Number
     """Its forward part, for all micro-batches; the backward part is twice that."""
 
@@ -119,28 +112,27 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
     """Counts what a device computes: its layers for one micro-batch, the loss for all."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     forward = backward = 0.0
-    for map_ in work.maps:
+    for group, layers in work.matmuls.items():
         share = 1.0
-        if map_.experts and work.experts is not None:
+        if group.has_experts and work.experts is not None:
             share = count_expert_rows(shape) / work.experts.num_experts
-        tokens = shape.held(map_.depth) * map_.rate * shape.tokens
-        for kernel in map_.kernels:
+        tokens = shape.held(layers) * group.rate * shape.tokens
+        for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
             one = 2 * kernel.size * share * tokens / split.shards(rules, axes)
             forward += one
-            backward += one * (3 if work.recomputed(map_, kernel, shape.remat) else 2)
-            if map_.experts and shape.remat == "none" and map_.writes == "mlp":
+            backward += one * (3 if work.recomputed(group, kernel, shape.remat) else 2)
+            if group.has_experts and shape.remat == "none" and group.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if work.router is not None:
         tokens = shape.held(work.expert_layers) * shape.residual_tokens
         router = 2 * work.router.size * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
-    again = np.where(shape.pipelined, 1, 0) + work.attention_recomputed(shape.remat)
     once = gradients = 0.0
-    for pairs in work.pairs:
-        scores, head, value = _scores(shape, pairs), pairs.heads.head_dim, pairs.heads.value_dim
+    for own, layers in work.attention.items():
+        scores, head, value = _scores(shape, own, layers), own.heads.head_dim, own.heads.value_dim
         once += 2 * scores * (head + value)
         # Scores, and gradients of weights, queries, keys and values.
         gradients += 2 * scores * (3 * head + 2 * value)
@@ -151,23 +143,30 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         forward=forward,
         backward=backward + np.where(shape.pipelined, forward, 0.0),
         attention_forward=once,
-        attention_backward=gradients + again * once,
-        scores=count_scores(shape, fused=True),
-        scores_again=again,
+        attention_backward=gradients + _attention_again(shape) * once,
         loss=2 * shape.losses * loss,
     )
+
+
+def _attention_again(shape: StepShape) -> Number:
+    """How often the backward pass makes attention's scores as the forward pass did."""
+    return np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
 
 
 def count_scores(shape: StepShape, *, fused: bool) -> Number:
     """Scores of attention on a device in one pass of its layers, as far as they are computed: those
     that a kernel keeps on the chip, or the others."""
-    own = [pairs for pairs in shape.work.pairs if shape.fused(pairs.biased) == fused]
-    return sum((_scores(shape, pairs) for pairs in own), start=0.0)
+    scores = (
+        _scores(shape, own, layers)
+        for own, layers in shape.work.attention.items()
+        if shape.fused(own.biased) == fused
+    )
+    return sum(scores, start=0.0)
 
 
-def _scores(shape: StepShape, pairs: Pairs) -> Number:
-    seen = pairs.layers * pairs.rate * pairs.keys * computed_score_ratio(pairs)
-    heads = pairs.heads.num_heads / shape.split.ways(shape.split.compute.heads)
+def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
+    seen = layers * own.rate * own.key_len * computed_score_ratio(own)
+    heads = own.heads.num_heads / shape.split.ways(shape.split.compute.heads)
     return shape.held(seen) * shape.tokens * heads
 
 
@@ -181,13 +180,13 @@ def count_other_flops(shape: StepShape) -> Number:
     return flops
 
 
-def computed_score_ratio(pairs: Pairs) -> float:
+def computed_score_ratio(own: AttentionShape) -> float:
     """The share of all pairs that is computed: under a causal mask tiles of queries skip the keys
     after them, and those before their window."""
-    if not pairs.causal:
+    if not own.causal:
         return 1.0
-    length = pairs.queries
-    window = min(pairs.window or length, length)
+    length = own.query_len
+    window = min(own.window or length, length)
     tile = max(128, -(-length // 16))
     starts = np.arange(0, length, tile)
     stops = np.minimum(starts + tile, length)
@@ -237,19 +236,19 @@ def _moved(shape: StepShape, stack: Stack) -> Number:
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""
     work, split = shape.work, shape.split
-    model, sizes = work.config.model, head_sizes(stack.heads(), split)
+    model, sizes = work.config.model, split.head_sizes(stack.heads())
     stream = shape.residual_tokens * stack.rate * model.d_model
     tokens = shape.tokens * stack.rate
     keys, narrow, hidden = sizes.keys + sizes.values, 0.0, 0.0
     each = sizes.queries + sizes.output + keys
     if crossing := stack.heads("cross_attention"):
-        sizes = head_sizes(crossing, split)
+        sizes = split.head_sizes(crossing)
         keys = sizes.keys + sizes.values
-        each += sizes.queries + sizes.output + keys * work.encoder_rate
-    for map_ in stack.maps:
-        served = count_expert_rows(shape) if map_.experts else 1.0
-        hidden += tokens * served * count_hidden_elements(map_, split)
-        narrow += 2 * count_latent_elements(map_)
+        each += sizes.queries + sizes.output + keys * work.rows.encoder_rate
+    for group in stack.matmuls:
+        served = count_expert_rows(shape) if group.has_experts else 1.0
+        hidden += tokens * served * split.hidden_width(group)
+        narrow += 2 * group.latent_width
     streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)
     return streams * stream + tokens * (2 * each + narrow) + 1.5 * hidden
 
@@ -257,9 +256,8 @@ def _moved(shape: StepShape, stack: Stack) -> Number:
 def score_traffic(shape: StepShape) -> tuple[Number, Number]:
     """The same of attention's scores, forward and backward, where they go through memory."""
     one = count_scores(shape, fused=False) * FP32
-    again = np.where(shape.pipelined, 1, 0) + shape.work.attention_recomputed(shape.remat)
     forward = one * _SCORE_PASSES["forward"]
-    return forward, one * _SCORE_PASSES["backward"] + again * forward
+    return forward, one * _SCORE_PASSES["backward"] + _attention_again(shape) * forward
 
 
 def estimate_time(
@@ -279,56 +277,59 @@ def estimate_time(
         dtype: of matrix products.
         allocated: bytes that a step takes and gives back.
     """
-    chip = network.chip
+    chip, slots, micro = network.chip, shape.slots, shape.micro
     own = efficiency or EFFICIENCY[chip.family]
-    work = count_device_flops(shape)
-    rate, attention_rate = chip.peak[dtype] * own.matmul, _attention_peak(chip, dtype) * own.matmul
-    bandwidth = chip.bandwidth * own.memory
-    vector = {
-        phase: work.scores * ops / chip.vector if shape.fused_attention else 0.0
-        for phase, ops in _SCORE_OPS.items()
-    }
+    flops, bandwidth = count_device_flops(shape), chip.bandwidth * own.memory
+    rate = chip.peak[dtype] * own.matmul
+    # Attention is in bf16 where other products are in fp8.
+    attention_rate = chip.peak["bf16" if dtype == "fp8" else dtype] * own.matmul
+    kept = count_scores(shape, fused=True) if shape.fused_attention else 0.0
+    softmax, softmax_back = (kept * ops / chip.vector for ops in _SCORE_OPS.values())
+    softmax_back += _attention_again(shape) * softmax
     ahead, back, loss_bytes, update = estimate_traffic(shape)
-    scores = score_traffic(shape)
-    products = {"forward": work.forward / rate, "backward": work.backward / rate}
-    softmax = vector["forward"], vector["backward"] + work.scores_again * vector["forward"]
-    attention = {
-        "forward": work.attention_forward / attention_rate + softmax[0] + scores[0] / bandwidth,
-        "backward": work.attention_backward / attention_rate + softmax[1] + scores[1] / bandwidth,
-    }
+    scores, scores_back = score_traffic(shape)
     other = count_other_flops(shape) / chip.vector
     again = 2 + np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
-    moved = {"forward": ahead / bandwidth + other, "backward": back / bandwidth + again * other}
-    loss = work.loss / rate + loss_bytes / bandwidth, 2 * work.loss / rate
-    slots, exposed, communication = shape.slots, 0.0, 0.0
+    # Of matrix products, attention and the rest.
+    passes = {
+        "forward": (
+            flops.forward / rate,
+            flops.attention_forward / attention_rate + softmax + scores / bandwidth,
+            ahead / bandwidth + other,
+        ),
+        "backward": (
+            flops.backward / rate,
+            flops.attention_backward / attention_rate + softmax_back + scores_back / bandwidth,
+            back / bandwidth + again * other,
+        ),
+    }
+    loss = flops.loss / rate + loss_bytes / bandwidth, 2 * flops.loss / rate
 
-    def one(c: PlannedCollective) -> Number:
-        taken = network.seconds(c.kind, c.axes, c.whole_bytes, shape.split)
-        return taken / own.network
+    def send(phase: Phase) -> Number:
+        taken = (
+            c.count * (network.seconds(c.kind, c.axes, c.whole_bytes, shape.split) / own.network)
+            for c in sends
+            if c.phase == phase
+        )
+        return sum(taken, start=0.0)
 
+    exposed = communication = 0.0
     for phase, end in zip(PASSES, loss, strict=True):
-        sent = sum((c.count * one(c) for c in sends if c.phase == phase), start=0.0)
-        busy = slots * (products[phase] + attention[phase] + moved[phase]) + end
+        sent, busy = send(phase), slots * sum(passes[phase]) + end
         exposed += sent - np.minimum(sent * own.hidden, busy)
         communication += sent
-    once = sum((c.count * one(c) for c in sends if c.phase == "once"), start=0.0)
-    micro = shape.micro
+    once = send("once")
     share = (slots - micro) / slots
-    parts = [sum(part.values()) * micro for part in (products, attention, moved)]
+    parts = [sum(pair) * micro for pair in zip(*passes.values(), strict=True)]
     # From there to a tenth more it may be either: the plan's bytes are off by some per cent.
     new = allocated * np.clip(10 * (allocated / _KEPT_BLOCK - 1), 0, 1)
     idle = sum(parts) / micro * (slots - micro) + exposed * share
     return StepTime(
-        products=parts[0] + (3 * work.loss + update_flops(shape)) / rate,
+        products=parts[0] + (3 * flops.loss + update_flops(shape)) / rate,
         attention=parts[1],
         traffic=parts[2] + (loss_bytes + update) / bandwidth + new / chip.pages,
         exposed=exposed * (1 - share) + once,
         idle=idle,
         communication=communication + once,
-        forward=micro * (products["forward"] + attention["forward"] + moved["forward"]) + loss[0],
+        forward=micro * sum(passes["forward"]) + loss[0],
     )
-
-
-def _attention_peak(chip: Chip, dtype: str) -> float:
-    """Attention is in bf16 where other products are in fp8."""
-    return chip.peak["bf16" if dtype == "fp8" else dtype]

@@ -9,16 +9,9 @@ import numpy as np
 
 from maxlm.models.costs import HeadCosts
 from maxlm.models.remat import SAVED
-from maxlm.plan.communication.collective import FP32
 from maxlm.plan.shape import StepShape, count_received_rows
-from maxlm.plan.sizes import (
-    count_hidden_elements,
-    count_latent_elements,
-    count_output_elements,
-    head_sizes,
-)
-from maxlm.plan.stacks import Map, Stack
-from maxlm.plan.workload import Number
+from maxlm.plan.stacks import MatmulGroup, Stack
+from maxlm.plan.workload import FP32, Number
 
 Parts = dict[str, Number]
 """What → bytes on each device."""
@@ -38,11 +31,11 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     else:
         sets["a layer's mixer"] = _mixer(shape, stack)
     if heads := stack.heads("cross_attention"):
-        seen = shape.work.encoder_rate
+        seen = shape.work.rows.encoder_rate
         sets["a layer's cross-attention"] = _attention(shape, stack, heads, seen, False)
-    for map_ in stack.maps:
-        if map_.branch == "ffn" and map_.writes == "mlp" and not map_.experts:
-            sets[f"a layer's {map_.module}"] = _mlp(shape, stack, map_)
+    for group in stack.matmuls:
+        if group.is_dense_ffn:
+            sets[f"a layer's {group.module}"] = _mlp(shape, stack, group)
     if stack.experts:
         sets["a layer's experts"] = _experts(shape, stack)
     if shape.work.config.model.placement == "sandwich":
@@ -50,7 +43,7 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
         branch = 2 * _stream(shape, stack) / shape.work.dtype_bytes * FP32
         sets = {phase: parts | {_BRANCH: branch} for phase, parts in sets.items()}
     if stack.cross_attention:
-        whole = _stream(shape, stack) / stack.rate * shape.work.encoder_rate
+        whole = _stream(shape, stack) / stack.rate * shape.work.rows.encoder_rate
         sets = {phase: parts | {_MEMORY: whole} for phase, parts in sets.items()}
     return sets
 
@@ -66,13 +59,13 @@ def _stream(shape: StepShape, stack: Stack) -> Number:
     return shape.residual_tokens * stack.rate * width
 
 
-def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
+def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     """Its maps' outputs and their cotangents, their kernels, the stream and its gradient, norms'
     inputs and outputs."""
     work, itemsize = shape.work, shape.work.dtype_bytes
-    beside = (m for m in stack.maps if m.module == map_.module)
-    count, tokens = len(map_.kernels), shape.tokens * stack.rate
-    one = tokens * count_hidden_elements(map_, shape.split) / count * itemsize
+    beside = (m for m in stack.matmuls if m.module == group.module)
+    count, tokens = len(group.kernels), shape.tokens * stack.rate
+    one = tokens * shape.split.hidden_width(group) / count * itemsize
     outputs = count + 1
     if shape.remat == "none":
         outputs = 0  # all kept
@@ -90,8 +83,8 @@ def _mlp(shape: StepShape, stack: Stack, map_: Map) -> Parts:
 
 def _mixer(shape: StepShape, stack: Stack) -> Parts:
     """A mixer without heads: its matrices' products, their fp32 states and gradients."""
-    maps, tokens = [m for m in stack.maps if m.branch == "mixer"], shape.tokens * stack.rate
-    inner = tokens * sum(count_output_elements(m, shape.split) for m in maps)
+    maps, tokens = [m for m in stack.matmuls if m.branch == "mixer"], shape.tokens * stack.rate
+    inner = tokens * sum(shape.split.inner_width(m) for m in maps)
     return {
         "kernels, gathered": sum((_weights(m, shape) for m in maps), start=0.0),
         "its products and their gradients": 2 * inner * (shape.work.dtype_bytes + FP32),
@@ -108,14 +101,14 @@ def _attention(
         biased: whether scores gain learnt biases.
     """
     split, work = shape.split, shape.work
-    sizes, itemsize = head_sizes(heads, split), work.dtype_bytes
+    sizes, itemsize = split.head_sizes(heads), work.dtype_bytes
     tokens = shape.tokens * stack.rate
     length, keys = (work.rows.own * rate for rate in (stack.rate, seen))
     # A tile of queries with all keys.
     scores = shape.rows * sizes.count * min(max(128, length / 16), length) * keys * FP32
     scores = 0.0 if shape.fused(biased) else 3 * np.minimum(scores, _SCORE_BYTES)
     whole = shape.tokens * seen * split.ways(split.compute.seq)
-    narrow = sum(count_latent_elements(map_) for map_ in stack.maps)
+    narrow = sum(group.latent_width for group in stack.matmuls)
     parts = {
         "queries, output and their gradients": tokens
         * (sizes.queries * (itemsize + FP32) + sizes.output * 2 * itemsize),
@@ -133,11 +126,11 @@ def _attention(
 def _experts(shape: StepShape, stack: Stack) -> Parts:
     work, rows, itemsize = shape.work, count_received_rows(shape), shape.work.dtype_bytes
     width = work.config.model.d_model
-    maps = [m for m in stack.maps if m.experts]
+    maps = [m for m in stack.matmuls if m.has_experts]
     weights = sum(_weights(m, shape) for m in maps)
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
     inner = next(m for m in maps if m.writes == "mlp")
-    hidden = rows * count_hidden_elements(inner, shape.split) / len(inner.kernels) * itemsize
+    hidden = rows * shape.split.hidden_width(inner) / len(inner.kernels) * itemsize
     return {
         "kernels, gathered, and one's gradient": (1 + largest) * weights,
         "rows received and their gradients": rows * width * (2 * itemsize + FP32),
@@ -178,9 +171,9 @@ def _update(shape: StepShape) -> Parts:
     return {"updates, gathered": largest.sum(axis=0)}
 
 
-def _weights(map_: Map, shape: StepShape) -> Number:
+def _weights(group: MatmulGroup, shape: StepShape) -> Number:
     """Bytes of a map's kernels in use."""
     split = shape.split
     return sum(
-        k.size * shape.work.dtype_bytes / split.shards(split.compute, k.axes) for k in map_.kernels
+        k.size * shape.work.dtype_bytes / split.shards(split.compute, k.axes) for k in group.kernels
     )

@@ -6,6 +6,7 @@ them, one element a candidate: every formula holds for both, so that the search 
 times over.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,20 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from maxlm.models.adapters import build_adapted_model
-from maxlm.models.architectures import Model
-from maxlm.models.costs import ExpertCosts
+from maxlm.models.architectures import Decoder, Model
+from maxlm.models.costs import ExpertCosts, HeadCosts
 from maxlm.models.params import ParamSpec, flatten_names, param_specs, select_base
 from maxlm.models.remat import SAVED, RematPolicy
-from maxlm.plan.stacks import (
-    Kernel,
-    Map,
-    Pairs,
-    Stack,
-    list_stacks,
-    make_kernel,
-    merge_maps,
-    merge_pairs,
-)
+from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup, Stack, list_stacks, make_kernel
 from maxlm.run import RunConfig, read_frozen_configs
 from maxlm.sharding import AxisRules
 from maxlm.train.optimizer import StateArray, described_opt_state, make_optimizer
@@ -38,6 +30,8 @@ from maxlm.train.trainable import select_trainable
 
 Number = Any
 """A float, or an array of them with an element for every candidate."""
+FP32 = 4
+"""Bytes of a number."""
 
 
 class TokensPerRow(NamedTuple):
@@ -50,6 +44,11 @@ class TokensPerRow(NamedTuple):
     @classmethod
     def of(cls, config: RunConfig) -> "TokensPerRow":
         return cls(*config.task.row_lengths(config.data.seq_len))
+
+    @property
+    def encoder_rate(self) -> float:
+        """Tokens of an encoder beside the decoder for each of the decoder's."""
+        return self.inputs / self.own
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class RunWorkload:
     """The names of the parameters that are trained."""
     frozen: tuple[ParamSpec, ...] = ()
     """The parameters of other models that the task reads."""
+    cache_bytes: int = 0
+    """Caches of one row in generation, on all devices together; 0: the model does not generate."""
 
     @classmethod
     def of(cls, config: RunConfig, dtype: Any) -> "RunWorkload":
@@ -82,30 +83,30 @@ class RunWorkload:
         """
 
         def build(run: RunConfig) -> Model:
-            how: dict[str, Any] = {"rules": AxisRules(), "dtype": dtype}
-            return build_adapted_model(run.model, run.adapter, **how)
+            return build_adapted_model(run.model, run.adapter, rules=AxisRules(), dtype=dtype)
 
-        model = build(config)
-        tree, rows = param_specs(model), TokensPerRow.of(config)
-        stacks, inputs = list_stacks(model, *rows), rows.inputs / rows.own
-        rates = {t.prefix: inputs if t.is_encoder else 1.0 for t in config.model.trunks}
-        tables = {
-            name: tuple(rates[prefix] for prefix in trunks)
-            for name, trunks in model.list_lookups().items()
-        }
-        schedule = make_schedule(config.schedule, config.train.steps)
+        model, rows = build(config), TokensPerRow.of(config)
+        tree = param_specs(model)
+        rates = {t.prefix: rows.encoder_rate if t.is_encoder else 1.0 for t in config.model.trunks}
         trained = select_trainable(tree, config.train.trainable)
-        state = described_opt_state(make_optimizer(config.optimizer, schedule, trained), tree)
-        leaves = tuple(jax.tree.leaves(state))
-        frozen = tuple(
-            spec
-            for run in read_frozen_configs(config).values()
-            for spec in jax.tree.leaves(param_specs(build(run)))
+        schedule = make_schedule(config.schedule, config.train.steps)
+        optimizer = make_optimizer(config.optimizer, schedule, trained)
+        frozen = (param_specs(build(run)) for run in read_frozen_configs(config).values())
+        return cls(
+            config=config,
+            dtype_bytes=jnp.dtype(dtype).itemsize,
+            specs=flatten_names(tree),
+            base_specs=flatten_names(select_base(tree)),
+            stacks=tuple(list_stacks(model, *rows)),
+            tables={
+                name: tuple(rates[prefix] for prefix in trunks)
+                for name, trunks in model.list_lookups().items()
+            },
+            optimizer=tuple(jax.tree.leaves(described_opt_state(optimizer, tree))),
+            trained=frozenset(n for n, spec in flatten_names(trained).items() if spec is not None),
+            frozen=tuple(spec for specs in frozen for spec in jax.tree.leaves(specs)),
+            cache_bytes=count_cache_bytes(model, 1, rows.own) if isinstance(model, Decoder) else 0,
         )
-        names = frozenset(name for name, s in flatten_names(trained).items() if s is not None)
-        size, base = jnp.dtype(dtype).itemsize, flatten_names(select_base(tree))
-        flat = flatten_names(tree)
-        return cls(config, size, flat, base, stacks, tables, leaves, names, frozen)
 
     @cached_property
     def rows(self) -> TokensPerRow:
@@ -129,15 +130,6 @@ class RunWorkload:
     def expert_layers(self) -> int:
         return sum(stack.depth for stack in self.stacks if stack.experts)
 
-    @property
-    def encoder_rate(self) -> float:
-        """Tokens of an encoder beside the decoder for each of the decoder's; without one, 0."""
-        return max((stack.rate for stack in self.stacks if stack.is_encoder), default=0.0)
-
-    @cached_property
-    def layer_specs(self) -> dict[str, ParamSpec]:
-        return {name: spec for name, spec in self.specs.items() if spec.lead}
-
     @cached_property
     def outer_specs(self) -> dict[str, ParamSpec]:
         """Parameters before the layers and after them."""
@@ -148,14 +140,15 @@ class RunWorkload:
         return [spec for name, spec in specs.items() if name in self.trained]
 
     @cached_property
-    def maps(self) -> tuple[Map, ...]:
-        """The matrix products of layers, by stack and in order of their names."""
-        return merge_maps(map_ for stack in self.stacks for map_ in stack.maps)
+    def matmuls(self) -> Counter[MatmulGroup]:
+        """The matrix products of layers, by stack and in order of their names: layers of each."""
+        stacks = (dict.fromkeys(stack.matmuls, stack.depth) for stack in self.stacks)
+        return sum(map(Counter, stacks), Counter())
 
     @cached_property
-    def pairs(self) -> tuple[Pairs, ...]:
+    def attention(self) -> Counter[AttentionShape]:
         """Whom tokens look at, in how many layers."""
-        return merge_pairs(pairs for stack in self.stacks for pairs in stack.pairs)
+        return sum((stack.attention for stack in self.stacks), Counter())
 
     @cached_property
     def outer_kernels(self) -> tuple[Kernel, ...]:
@@ -170,33 +163,53 @@ class RunWorkload:
         model = self.config.model
         return Kernel("head", (model.d_model, model.vocab_size), ("embed", "vocab"), 1)
 
-    def recomputed(self, map_: Map, kernel: Kernel, remat: RematPolicy) -> bool:
+    def recomputed(self, group: MatmulGroup, kernel: Kernel, remat: RematPolicy) -> bool:
         """Whether the backward pass multiplies by a kernel once more, for what it has not kept."""
         if remat == "none":
             return False
         kept = SAVED[remat]
         if kernel.writes == "residual":
-            return self.ends_wanted(map_)
+            return self.ends_wanted(group)
         if kernel.writes == "mlp":
-            return map_.experts or map_.branch != "ffn" or "mlp_up" not in kept
+            return group.has_experts or group.branch != "ffn" or "mlp_up" not in kept
         if kernel.writes == "latent":
             return True  # for what is made of it next
         return "qkv" not in kept or kernel.needed_raw
 
-    def ends_wanted(self, map_: Map) -> bool:
+    def ends_wanted(self, group: MatmulGroup) -> bool:
         """Whether the backward pass wants what a residual branch adds, of which this is the last
-        map: for a norm behind it, or for the branch after it."""
+        group: for a norm behind it, or for the branch after it."""
         placement = self.config.model.placement
-        return placement in ("sandwich", "post") or (placement == "pre" and map_.branch != "ffn")
+        return placement in ("sandwich", "post") or (placement == "pre" and group.branch != "ffn")
 
-    def beside_attention(self, map_: Map) -> bool:
-        """Whether a map's branch is added to the stream together with attention's: what it adds
+    def beside_attention(self, group: MatmulGroup) -> bool:
+        """Whether a group's branch is added to the stream together with attention's: what it adds
         has the same gradient."""
         beside = self.config.model.placement in ("parallel", "parallel_shared")
-        return beside and map_.branch == "ffn"
+        return beside and group.branch == "ffn"
 
     def attention_recomputed(self, remat: RematPolicy) -> bool:
         return remat != "none" and "attention" not in SAVED[remat]
+
+
+def count_cache_bytes(model: Decoder, batch: int, length: int) -> int:
+    """Counts the bytes of all layers' caches, for rows of so many tokens, on all devices."""
+    total = 0
+    for layers, kinds in model.cache_specs(batch, length).values():
+        for array in jax.tree.leaves(kinds):
+            total += layers * prod(array.shape) * jnp.dtype(array.dtype or model.dtype).itemsize
+    return total
+
+
+class HeadSizes(NamedTuple):
+    """Elements a token of attention's arrays."""
+
+    queries: Number
+    output: Number
+    keys: Number
+    values: Number
+    count: Number
+    """Query heads, and log-sum-exps."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +236,11 @@ class MeshSplit:
     def compute(self) -> AxisRules:
         return self.config.sharding.compute
 
+    @cached_property
+    def sequence_parallel(self) -> tuple[str, ...]:
+        """Mesh axes that split the residual stream's sequence, but not that within layers."""
+        return tuple(a for a in self.compute.residual if a not in self.compute.seq)
+
     def ways(self, mesh_axes: Iterable[str]) -> Number:
         """Devices along mesh axes together."""
         return prod((self.sizes[axis] for axis in dict.fromkeys(mesh_axes)), start=1.0)
@@ -236,3 +254,31 @@ class MeshSplit:
         used = {axis for logical in kernel.axes for axis in self.compute.mesh_axes(logical)}
         at_rest = (axis for logical in kernel.axes for axis in rules.mesh_axes(logical))
         return tuple(dict.fromkeys(axis for axis in at_rest if axis not in used))
+
+    def held_bytes(self, rules: AxisRules, arrays: Iterable[ParamSpec | StateArray]) -> Number:
+        """Bytes of arrays on each device."""
+        return sum((a.nbytes / self.shards(rules, a.axes) for a in arrays), start=0.0)
+
+    def head_sizes(self, heads: HeadCosts | None) -> HeadSizes:
+        """One branch's heads on a device; without any, zeros."""
+        if heads is None:
+            return HeadSizes(0.0, 0.0, 0.0, 0.0, 0.0)
+        own = heads.num_heads / self.ways(self.compute.heads)
+        kv = heads.num_kv_heads / self.ways(self.compute.mesh_axes(heads.kv_axis))
+        size, value = heads.head_dim, heads.value_dim
+        return HeadSizes(own * size, own * value, kv * size, kv * value, own)
+
+    def hidden_width(self, group: MatmulGroup) -> Number:
+        """Elements a token that matrices write into the FFN's width on a device."""
+        if group.writes != "mlp":
+            return 0.0
+        return sum(k.shape[-1] / self.shards(self.compute, k.axes[-1:]) for k in group.kernels)
+
+    def inner_width(self, group: MatmulGroup) -> Number:
+        """Elements a token that matrices write within their layer on a device."""
+        outputs = (
+            (k.shape[k.inputs :], k.axes[k.inputs :])
+            for k in group.kernels
+            if k.writes != "residual"
+        )
+        return sum((prod(n) / self.shards(self.compute, axes) for n, axes in outputs), start=0.0)

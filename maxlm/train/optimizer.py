@@ -177,6 +177,10 @@ class StateArray:
     owner: tuple[str, ...] | None
     """The path of the parameter whose dimensions it has."""
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
 
 def described_opt_state(optimizer: optax.GradientTransformation, specs: Params) -> optax.OptState:
     """The optimizer's state with a :class:`StateArray` for every array.

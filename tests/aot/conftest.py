@@ -1,8 +1,9 @@
 """A small model's training step, compiled by the TPU's and the GPU's own compilers; skipped where
 those are not installed (``make test-aot`` installs the TPU's)."""
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -10,7 +11,6 @@ from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import CompiledStep, compile_step, has_compiler
 from maxlm.run import RunConfig
 from pallas_kernels.chips import CHIPS
-from tests.aot import vmem
 
 MACHINES = ("v5p:4x4x4", "v5e:16x16", "v6e:8x8", "h100:8x8")
 # Wide enough that a shard of 256 still fills the tiles of a TPU: smaller ones it gathers by other
@@ -77,32 +77,30 @@ def compiled() -> Callable[..., CompiledStep]:
     return compile_once
 
 
-@pytest.fixture
-def report_vmem(record_property) -> Callable[[str, str, str], list[vmem.Vmem]]:
-    """``report_vmem(chip, case, text)``: the kernels in a program's text, each within the VMEM that
-    it asks for; they stand in the table that the session ends with."""
+class Vmem(NamedTuple):
+    """Bytes of one kernel."""
 
-    def report(chip: str, case: str, text: str) -> list[vmem.Vmem]:
-        found = vmem.kernels(text)
-        for name, limit, used in found:
-            assert 0 < used <= limit <= CHIPS[chip].vmem
-            record_property("vmem", (chip, case, name, used, limit))
-        return found
-
-    return report
+    name: str
+    limit: int
+    """That it asks for; all of the chip's if it says nothing."""
+    used: int
+    """That the compiler takes."""
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Properties come with the reports of other workers too."""
-    reports = (r for found in terminalreporter.stats.values() for r in found)
-    rows = [
-        value
-        for report in reports
-        if getattr(report, "when", None) == "call"
-        for name, value in report.user_properties
-        if name == "vmem"
-    ]
-    if rows:
-        terminalreporter.section("VMEM that kernels take / ask for, MiB")
-        for line in vmem.table(rows):
-            terminalreporter.write_line(line)
+def read_vmem(chip: str, text: str) -> list[Vmem]:
+    """The Pallas kernels in a TPU program's text, by the names that they were given, each within
+    the VMEM that it asks for."""
+    kernels = []
+    for line in text.splitlines():
+        if 'custom_call_target="tpu_custom_call"' in line:
+            name = re.search(r'op_name="[^"]*?(\w+)\)*/pallas_call', line)
+            limit, used = (
+                re.search(rf'"{key}":\[{{"memory_space":"1","offset":"0","size":"(\d+)"', line)
+                for key in ("scoped_memory_configs", "used_scoped_memory_configs")
+            )
+            assert name
+            assert limit
+            assert used
+            kernels.append(Vmem(name[1], int(limit[1]), int(used[1])))
+    assert all(0 < own.used <= own.limit <= CHIPS[chip].vmem for own in kernels)
+    return kernels

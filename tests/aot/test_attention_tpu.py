@@ -1,22 +1,22 @@
 """The TPU's attention kernels compile for chips that are not here, each feature among them, with
 blocks by rule and within the VMEM that they ask for."""
 
-import importlib.util
-import os
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from maxlm.plan.topology import parse_topology
+from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels import attention as kernel
 from pallas_kernels.chips import CHIPS, get_chip
+from tests.aot.conftest import read_vmem
 
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no TPU compiler"),
+    pytest.mark.skipif(not has_compiler("tpu"), reason="the compiler is not installed"),
     pytest.mark.timeout(900),
 ]
 
@@ -61,9 +61,7 @@ MANY_ON_V4 = Case((1, 1024, 8192, 2, 1, 128, 128), {"q_offset": 7168}, ("sinks",
 @cache
 def mesh(chip: str) -> Mesh:
     """Of one of a chip's devices, where nothing can run."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    device = get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    device = get_topology_devices(parse_topology(CHIPS[chip].topology))[0]
     return jax.make_mesh((1,), ("one",), devices=[device], axis_types=(AxisType.Explicit,))
 
 
@@ -90,7 +88,7 @@ def arguments(case: Case, chip: str) -> tuple[list[Any], dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_both_passes_compile(chip, case, report_vmem):
+def test_both_passes_compile(chip, case):
     own = MANY_ON_V4 if (chip, case) == ("v4", "many keys, sinks") else CASES[case]
     operands, options = arguments(own, chip)
 
@@ -104,7 +102,7 @@ def test_both_passes_compile(chip, case, report_vmem):
     with jax.set_mesh(mesh(chip)):
         assert get_chip() == CHIPS[chip]
         text = jax.jit(run).lower(*operands, options).compile().as_text()
-    found = report_vmem(chip, case, text)
+    found = read_vmem(chip, text)
     assert {x.name for x in found} == {"attention_forward", "attention_backward"}
     parts = max(sum(x.name == name for x in found) for name, *_ in found)
     if case == "many keys, sinks":

@@ -10,6 +10,7 @@ from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels.chips import CHIPS, find_chip
 from pallas_kernels.linear_cross_entropy import loss_and_gradients
+from tests.aot.conftest import read_vmem
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -29,38 +30,23 @@ def compiled(device, T, D, V, dtype=jnp.bfloat16, **options):
         sums, gradients = loss_and_gradients(hidden, table.T, targets, weights, **options)
         return sums, gradients and (gradients[0], gradients[1].T)
 
-    def argument(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=on)
-
     mesh = Mesh(np.array([device]), ("all",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
-        return (
-            jax.jit(run)
-            .lower(
-                argument((T, D), dtype),
-                argument((V, D), dtype),
-                argument((T,), jnp.int32),
-                argument((T,), jnp.float32),
-            )
-            .compile()
-        )
+        arrays = ((T, D), dtype), ((V, D), dtype), ((T,), jnp.int32), ((T,), jnp.float32)
+        arguments = (jax.ShapeDtypeStruct(*array, sharding=on) for array in arrays)
+        return jax.jit(run).lower(*arguments).compile()
 
 
-@pytest.fixture
-def names(device, report_vmem):
+def names(device, step) -> list[str]:
     """Of a program's kernels, without what all begin with."""
-
-    def names(case, step) -> list[str]:
-        found = report_vmem(find_chip(device).name, case, step.as_text())
-        return [kernel.name.removeprefix("linear_cross_entropy_") for kernel in found]
-
-    return names
+    found = read_vmem(find_chip(device).name, step.as_text())
+    return [kernel.name.removeprefix("linear_cross_entropy_") for kernel in found]
 
 
-def test_a_tpu_gets_the_kernels_and_holds_no_logits(device, names):
+def test_a_tpu_gets_the_kernels_and_holds_no_logits(device):
     T, D, V = 2048, 2048, 32000
     step = compiled(device, T, D, V, z_loss=1e-4)
-    assert set(names("D 2048", step)) == {"forward", "head_gradient"}
+    assert set(names(device, step)) == {"forward", "head_gradient"}
     temp = step.memory_analysis().temp_size_in_bytes
     # The mean and the targets' rows in fp32, and change; a chunk's logits would be twice that, and
     # the head's gradient in fp32 ten times.
@@ -68,18 +54,18 @@ def test_a_tpu_gets_the_kernels_and_holds_no_logits(device, names):
 
 
 @pytest.mark.parametrize(
-    ("case", "T", "D", "V", "dtype", "options"),
+    ("T", "D", "V", "dtype", "options"),
     [
-        ("odd sizes, cap", 300, 576, 50257, jnp.bfloat16, {"soft_cap": 30.0}),
-        ("fp32", 100, 100, 1000, jnp.float32, {}),
-        ("loss alone", 500, 1024, 32000, jnp.bfloat16, {"gradient": False}),
+        (300, 576, 50257, jnp.bfloat16, {"soft_cap": 30.0}),
+        (100, 100, 1000, jnp.float32, {}),
+        (500, 1024, 32000, jnp.bfloat16, {"gradient": False}),
     ],
 )
-def test_the_kernels_take_odd_sizes_caps_and_fp32(device, names, case, T, D, V, dtype, options):
+def test_the_kernels_take_odd_sizes_caps_and_fp32(device, T, D, V, dtype, options):
     step = compiled(device, T, D, V, dtype, implementation="tpu", **options)
-    assert "forward" in names(case, step)
+    assert "forward" in names(device, step)
 
 
-def test_wide_models_get_the_kernels_where_vmem_holds_their_blocks(device, names):
+def test_wide_models_get_the_kernels_where_vmem_holds_their_blocks(device):
     step = compiled(device, 256, 16384, 1024)
-    assert ("forward" in names("D 16384", step)) == (device.device_kind != "TPU v4")
+    assert ("forward" in names(device, step)) == (device.device_kind != "TPU v4")

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from maxlm.plan.physical import list_torus_dimensions
+from maxlm.plan.network import describe_torus_dimensions
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compare import compare
@@ -47,6 +47,6 @@ def test_devices_that_a_compiler_describes_are_the_machine(machine):
     sides = (*topology.shape, *(1,) * (3 - len(topology.shape)))
     assert {tuple(d.coords) for d in devices} == set(product(*map(range, sides)))
     sizes = {axis: len(devices) if axis == "fsdp" else 1 for axis in MESH_AXES}
-    assert list_torus_dimensions(topology, sizes) == {
+    assert describe_torus_dimensions(topology, sizes) == {
         "fsdp": "x·y·z"[: 2 * len(topology.shape) - 1]
     }

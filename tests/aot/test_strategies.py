@@ -34,26 +34,22 @@ class Strategy:
 FSDP = {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
 # An embedding's rows and gradients; the exchange of halves that ends a scatter in two steps.
 EXCHANGE = {("all-to-all", "fsdp"), ("collective-permute", "fsdp")}
-STAGES = {("collective-permute", "stage")}
 MOE = {
     "mlp": None,
     "moe": {"num_experts": 8, "experts_per_token": 2, "d_ff": D, "balance_loss": 0.01},
 }
 
 
-def sharding(**rules: Any) -> dict[str, Any]:
-    return {"sharding": rules}
-
-
-def pipe(schedule: str, groups: int = 1) -> dict[str, Any]:
-    return {
-        "parallel": {"schedule": schedule, "layer_groups": groups},
-        "train": {"micro_batches": MICRO},
-    }
-
-
-def context(method: str) -> dict[str, Any]:
-    return {"parallel": {"context": method}}
+def pipeline(schedule: str, groups: int = 1) -> Strategy:
+    return Strategy(
+        {"stage": 2, "fsdp": -1},
+        FSDP | {("collective-permute", "stage")},
+        EXCHANGE | {("all-reduce", "stage")},
+        {
+            "parallel": {"schedule": schedule, "layer_groups": groups},
+            "train": {"micro_batches": MICRO},
+        },
+    )
 
 
 # Data parallelism and FSDP alone: test_collectives.py.
@@ -63,46 +59,39 @@ STRATEGIES = {
         {"fsdp": -1},
         {("all-reduce", "fsdp"), ("all-gather", "fsdp")},
         EXCHANGE,
-        sharding(storage=WHOLE, gradients=WHOLE, optimizer={}),
+        {"sharding": {"storage": WHOLE, "gradients": WHOLE, "optimizer": {}}},
     ),
-    "zero2": Strategy({"fsdp": -1}, FSDP, EXCHANGE, sharding(storage=WHOLE, gradients={})),
+    "zero2": Strategy(
+        {"fsdp": -1}, FSDP, EXCHANGE, {"sharding": {"storage": WHOLE, "gradients": {}}}
+    ),
     "tp+sp": Strategy(
         {"fsdp": -1, "tensor": 4},
         FSDP | {("all-gather", "tensor"), ("reduce-scatter", "tensor")},
         EXCHANGE | {("collective-permute", "tensor")},
-        sharding(compute={"residual": ["context", "tensor"]}),
+        {"sharding": {"compute": {"residual": ["context", "tensor"]}}},
     ),
     "cp all-gather": Strategy(
         {"fsdp": -1, "context": 4},
         FSDP | {("all-gather", "context"), ("reduce-scatter", "context")},
         EXCHANGE | {("all-reduce", "context"), ("collective-permute", "context")},
-        context("all_gather"),
+        {"parallel": {"context": "all_gather"}},
     ),
     "cp ring": Strategy(
         {"fsdp": -1, "context": 4},
         FSDP | {("collective-permute", "context")},
         EXCHANGE | {("all-reduce", "context")},
-        context("ring"),
+        {"parallel": {"context": "ring"}},
     ),
     "cp ulysses": Strategy(
         {"fsdp": -1, "context": 4},
         FSDP | {("all-to-all", "context")},
         EXCHANGE | {("all-reduce", "context")},
-        context("ulysses"),
+        {"parallel": {"context": "ulysses"}},
     ),
     # All-reduces over stages are of the embedding's and the head's gradients alone.
-    "pp gpipe": Strategy(
-        {"stage": 2, "fsdp": -1}, FSDP | STAGES, EXCHANGE | {("all-reduce", "stage")}, pipe("gpipe")
-    ),
-    "pp circular": Strategy(
-        {"stage": 2, "fsdp": -1},
-        FSDP | STAGES,
-        EXCHANGE | {("all-reduce", "stage")},
-        pipe("circular", 2),
-    ),
-    "pp 1f1b": Strategy(
-        {"stage": 2, "fsdp": -1}, FSDP | STAGES, EXCHANGE | {("all-reduce", "stage")}, pipe("1f1b")
-    ),
+    "pp gpipe": pipeline("gpipe"),
+    "pp circular": pipeline("circular", 2),
+    "pp 1f1b": pipeline("1f1b"),
     "ep": Strategy(
         {"fsdp": -1, "expert": 8},
         FSDP | {("ragged-all-to-all", "expert")},

@@ -96,7 +96,7 @@ def test_the_page_and_json(tmp_path, capsys):
     assert main([*FITS, "--html", str(tmp_path / "nowhere" / "report.html")]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert main([*FITS, "--html", "."]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 

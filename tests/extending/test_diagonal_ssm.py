@@ -26,9 +26,9 @@ from maxlm.models.params import (
     materialize,
     param_specs,
 )
-from maxlm.plan.cache import count_cache_bytes
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.timing import count_other_flops
+from maxlm.plan.workload import count_cache_bytes
 from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
@@ -186,7 +186,7 @@ def test_the_plan_counts_its_parameters_flops_and_cache(stated, tmp_path, monkey
     recurrence = LAYERS * 3 * F if stated else 0
     assert plan.layout.flops_per_token == 6 * (matrices + VOCAB * D) + 3 * recurrence
     assert count_other_flops(plan.shape) == recurrence * 8 * SEQ
-    assert "ssm: gate, up" in [map_.name for map_ in plan.shape.work.maps]
+    assert "ssm: gate, up" in [group.name for group in plan.shape.work.matmuls]
     assert "a layer's mixer" in plan.memory.working_sets
     assert (plan.step_seconds or 0) > 0
     model: Any = make_run(tmp_path).model.build(rules=AxisRules(), dtype=jnp.bfloat16)

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import load_config
-from maxlm.plan.compiled.cost import ring_bytes
 from maxlm.plan.hardware import CHIPS
-from maxlm.plan.network import Network, sent_bytes
+from maxlm.plan.network import Network
 from maxlm.plan.topology import parse_topology
 from maxlm.plan.workload import MeshSplit
 from maxlm.run import RunConfig
@@ -26,24 +25,11 @@ def split(**sizes: int) -> MeshSplit:
     return MeshSplit(CONFIG, {axis: sizes.get(axis, 1) for axis in MESH_AXES})
 
 
-@given(
-    kind=st.sampled_from(["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]),
-    n=st.integers(1, 64),
-    size=st.integers(1, 10**9),
-)
-def test_bytes_are_those_read_off_compiled_programs(kind, n, size):
-    """There the operand is counted, here the whole array."""
-    operand = size / n if kind == "all-gather" else size
-    assert sent_bytes(kind, n, size) == pytest.approx(ring_bytes(kind, n, operand), rel=1e-9)
-
-
 def test_a_whole_torus_uses_all_its_links():
     """v5p:4x4x4, six links of 90 GB/s each way."""
     taken = network("v5p-128").seconds("all-gather", ("fsdp",), 64e9, split(fsdp=64))
     assert float(taken) == pytest.approx(63e9 / (6 * 90e9), rel=0.001)
-
-
-def test_an_axis_along_one_dimension_uses_two():
+    # An axis along one dimension uses two.
     own = split(fsdp=16, tensor=4)
     taken = network("v5p-128").seconds("reduce-scatter", ("tensor",), 1e9, own)
     assert float(taken) == pytest.approx(0.75e9 / (2 * 90e9), rel=0.01)
@@ -82,10 +68,8 @@ def test_gpus_within_a_host_and_between_hosts():
 @pytest.mark.parametrize(
     ("name", "sizes", "axes", "link"),
     [
-        ("h100x64", {"data": 8, "fsdp": 8}, ("fsdp",), "NVLink"),
         ("h100x64", {"data": 8, "fsdp": 8}, ("data",), "network"),
         ("h100x64", {"fsdp": 64}, ("fsdp",), "NVLink + network"),
-        ("2xv5p-128", {"data": 2, "fsdp": 64}, ("data",), "DCN"),
         ("2xv5p-128", {"data": 4, "fsdp": 32}, ("data",), "ICI + DCN"),
         ("2xv5p-128", {"data": 4, "fsdp": 32}, ("fsdp",), "ICI"),
         ("2xv5p-128", {"stage": 2, "fsdp": 64}, ("stage",), "DCN"),

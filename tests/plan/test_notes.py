@@ -19,11 +19,8 @@ def layout(mesh: dict[str, int], links=None, **settings: object) -> RunLayout:
     return lay_out_run(config.value, sizes, links)
 
 
-def test_one_device_needs_no_words():
-    assert layout({}).notes == ()
-
-
 def test_axes_are_named_with_what_they_run_over():
+    assert layout({}).notes == ()  # one device needs no words
     notes = layout({"data": 2, "fsdp": 4}, LINKS).notes
     assert notes == (
         "devices, from the slowest links to the fastest: data=2 (network between slices) → fsdp=4 "

@@ -8,7 +8,6 @@ import jax
 import pytest
 
 from maxlm.config import MaxlmError, load_config
-from maxlm.plan import hardware
 from maxlm.plan.diff import compare_plans
 from maxlm.plan.hardware import CHIPS, find_chip
 from maxlm.plan.predict import Machine, plan_run
@@ -43,30 +42,10 @@ def test_recomputing_trades_memory_for_time():
     assert plans["none"].step_seconds < plans["full"].step_seconds
 
 
-def test_fp32_is_slower_than_bf16_on_a_gpu():
-    auto, fp32 = (
-        plan_run(run("llama3_8b", f"compute_dtype={dtype}"), Machine.from_name("h100x64")).time
-        for dtype in ("bfloat16", "float32")
-    )
-    assert float(fp32.products / auto.products) == pytest.approx(2)
-
-
 def test_one_device_sends_nothing():
     plan = plan_run(run("gpt2", "data.batch_size=8"), Machine.from_name("v5e-1"))
     assert plan.sends == ()
     assert float(plan.time.communication) == float(plan.time.exposed) == 0
-
-
-def test_more_micro_batches_take_less_memory():
-    totals = [
-        float(
-            plan_run(
-                run("llama3_8b", f"train.micro_batches={n}"), Machine.from_name("v5p-64")
-            ).memory.activations
-        )
-        for n in (1, 2, 4, 8)
-    ]
-    assert [totals[0] / t for t in totals] == pytest.approx([1, 2, 4, 8])
 
 
 def test_a_pipeline_idles_as_its_schedule_says():
@@ -135,17 +114,10 @@ def test_a_mesh_that_the_machine_cannot_have(on, settings, words):
 
 # What JAX calls them.
 KINDS = {
-    "TPU v4": "v4",
     "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
     "TPU7x": "tpu7x",
     "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H200": "h200",
-    "TPU v5e": "v5e",
     "NVIDIA A100-SXM4-40GB": None,
-    "NVIDIA H100 PCIe": None,
     "Tesla T4": None,
 }
 
@@ -155,21 +127,6 @@ def test_devices_are_recognised(kind):
     platform = "tpu" if kind.startswith("TPU") else "gpu"
     found = find_chip(SimpleNamespace(platform=platform, device_kind=kind))
     assert (found and found.name) == KINDS[kind]
-
-
-def test_a_busy_moment_leaves_no_mark_on_the_measured_figures(monkeypatch):
-    now = 0.0
-
-    def work(seconds):
-        def run():
-            nonlocal now
-            now += seconds * (4 if now < 1.2 else 1)  # others have the machine at first
-
-        return run
-
-    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: now))
-    found = hardware.measure_fastest_seconds((work(0.01), work(0.02), work(0.004)), seconds=1.5)
-    assert found == pytest.approx([0.01, 0.02, 0.004])
 
 
 def tpu(coords, slice_index: int = 0):

@@ -6,9 +6,10 @@ output lie (the table in ``parallel/linear.py``), and so for attention, experts,
 loss, pipelines and the optimizer. Where an axis has one device, a collective has no bytes.
 """
 
+from itertools import chain
+
 import numpy as np
 
-from maxlm.plan.communication.collective import PlannedCollective
 from maxlm.plan.communication.ends import (
     list_end_collectives,
     list_pipeline_collectives,
@@ -16,22 +17,17 @@ from maxlm.plan.communication.ends import (
 )
 from maxlm.plan.communication.experts import list_expert_collectives
 from maxlm.plan.communication.layers import list_layer_collectives
+from maxlm.plan.network import PlannedCollective
 from maxlm.plan.shape import StepShape
-
-__all__ = ["PlannedCollective", "list_collectives"]
 
 
 def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
     """Every collective of a step that sends more than a few scalars."""
-    return tuple(
-        c
-        for part in (
-            list_layer_collectives,
-            list_expert_collectives,
-            list_end_collectives,
-            list_pipeline_collectives,
-            list_update_collectives,
-        )
-        for c in part(shape)
-        if c.axes and np.any(np.greater(c.whole_bytes, 0))
+    found = chain(
+        list_layer_collectives(shape),
+        list_expert_collectives(shape),
+        list_end_collectives(shape),
+        list_pipeline_collectives(shape),
+        list_update_collectives(shape),
     )
+    return tuple(c for c in found if c.axes and np.any(np.greater(c.whole_bytes, 0)))

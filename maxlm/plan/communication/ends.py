@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 
-from maxlm.plan.communication.collective import PASSES, PlannedCollective
-from maxlm.plan.communication.layers import list_weight_collectives
+from maxlm.plan.communication.layers import list_gradient_collectives, list_weight_collectives
+from maxlm.plan.network import PASSES, PlannedCollective
 from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import Kernel
 
 
 def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Lists those of the embedding, learned positions, matrices outside the layers and the loss."""
-    yield from _loss(shape)
+    yield from _list_loss_collectives(shape)
     work, rules, runs = shape.work, shape.split.compute, shape.losses
     for kernel in work.outer_kernels:
         tokens = (*rules.batch, *rules.residual, *_stages(shape))
@@ -20,36 +20,28 @@ def list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
             table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
             first = name == next(iter(work.tables))
             for rate in work.tables[name]:
-                yield from _lookup(shape, table, rate, first)
+                yield from _list_lookup_collectives(shape, table, rate, first)
 
 
-def _loss(shape: StepShape) -> Iterator[PlannedCollective]:
+def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.losses
     head, hidden = work.head, shape.end_tokens * work.config.model.d_model * work.dtype_bytes
     yield from list_weight_collectives(shape, head, runs, 0 * runs, ())
-    used = head.size * work.dtype_bytes / split.shards(rules, head.axes)
-    scattered = split.extra(split.gradients, head)
-    rest = tuple(
-        axis
-        for axis in (*rules.batch, *rules.residual, *_stages(shape))
-        if axis not in (*scattered, *rules.vocab)
-    )
-    what = "head: gradient"
-    yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
-    left = used / split.ways(scattered)
-    yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
-    sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
-    vocab = tuple(axis for axis in rules.vocab if axis not in sequence)
+    tokens = (*rules.batch, *rules.residual, *_stages(shape))
+    rest = tuple(axis for axis in tokens if axis not in rules.vocab)
+    yield from list_gradient_collectives(shape, head, runs, rest)
+    sequence = split.sequence_parallel
     shared = tuple(axis for axis in sequence if axis in rules.vocab)
+    others = tuple(axis for axis in rules.vocab if axis not in sequence)
     for what, kind, axes in (
         ("loss: hidden states", "all-gather", shared),
         ("loss: their gradient", "reduce-scatter", shared),
-        ("loss: their gradient", "all-reduce", vocab),
+        ("loss: their gradient", "all-reduce", others),
     ):
         yield PlannedCollective(what, kind, axes, hidden, runs, "backward", True)
 
 
-def _lookup(
+def _list_lookup_collectives(
     shape: StepShape, table: Kernel, rate: float, first: bool
 ) -> Iterator[PlannedCollective]:
     """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
@@ -61,33 +53,22 @@ def _lookup(
         first: whether this is the table of tokens.
     """
     work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
-    vocab = rules.mesh_axes(table.axes[0])
-    extra = split.extra(split.gradients, table)
-    exchanged = tuple(axis for axis in extra if axis in (*rules.batch, *rules.seq))
-    sequence = tuple(axis for axis in rules.residual if axis not in rules.seq)
-    summed = tuple(axis for axis in vocab if axis not in sequence)
+    vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
+    tokens = (*rules.batch, *rules.seq)
+    exchanged = tuple(a for a in split.extra(split.gradients, table) if a in tokens)
     rows = shape.end_tokens * rate * work.config.model.d_model * work.dtype_bytes
-    for kind, axes, whole in (
-        ("all-to-all", exchanged, rows / split.ways(sequence)),
-        ("reduce-scatter", sequence, rows),
-        ("all-reduce", summed, rows),
-    ):
-        yield PlannedCollective(f"{table.name}: rows", kind, axes, whole, runs, "forward", True)
+    what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
+    some = rows / split.ways(sequence)
+    yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward", True)
+    yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward", True)
+    summed = tuple(axis for axis in vocab if axis not in sequence)
+    yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward", True)
     held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
-    tokens = (*rules.batch, *rules.seq, *_stages(shape))
-    rest = tuple(axis for axis in tokens if axis not in (*exchanged, *vocab))
-    yield PlannedCollective(
-        f"{table.name}: gradient", "all-reduce", rest, held, runs, "backward", False
-    )
-    if first:
-        # Once for all tables: rows of each are added up, and have the same gradient.
-        for kind, axes, whole in (
-            ("all-to-all", exchanged, rows / split.ways(sequence)),
-            ("all-gather", sequence, rows),
-        ):
-            yield PlannedCollective(
-                f"{table.name}: gradient", kind, axes, whole, runs, "backward", True
-            )
+    rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
+    yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
+    if first:  # once for all tables: rows of each are added up, and have the same gradient
+        yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward", True)
+        yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward", True)
 
 
 def _stages(shape: StepShape) -> tuple[str, ...]:
@@ -99,19 +80,15 @@ def _stages(shape: StepShape) -> tuple[str, ...]:
 def list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     """Activations to the next stage and gradients to the one before, a turn; a circular pipeline
     carries inputs and results as well."""
-    work, axes = shape.work, shape.split.compute.layers
+    work, split, axes = shape.work, shape.split, shape.split.compute.layers
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    streams = 1 if work.config.parallel.schedule == "1f1b" else 3
+    one_f_one_b = work.config.parallel.schedule == "1f1b"
+    runs = (1 if one_f_one_b else 3) * shape.ticks
     for what, phase in zip(("to the next stage", "to the one before"), PASSES, strict=True):
-        yield PlannedCollective(
-            *(f"pipeline: {what}", "collective-permute", axes, one),
-            *(streams * shape.ticks, phase, True),
-        )
-    if work.config.parallel.schedule == "1f1b":
-        ends = sum(
-            spec.nbytes / shape.split.shards(shape.split.gradients, spec.axes)
-            for spec in work.outer_specs.values()
-        )
+        what = f"pipeline: {what}"
+        yield PlannedCollective(what, "collective-permute", axes, one, runs, phase, True)
+    if one_f_one_b:
+        ends = split.held_bytes(split.gradients, work.outer_specs.values())
         yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once", True)
 
 
@@ -126,6 +103,6 @@ def list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
         at_rest = {a for axis in spec.axes for a in split.storage.mesh_axes(axis)}
         finer = (a for axis in spec.axes for a in split.optimizer.mesh_axes(axis))
         axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
-        whole = spec.nbytes / split.shards(split.storage, spec.axes)
+        whole = split.held_bytes(split.storage, [spec])
         what = f"{name.partition('.kernel')[0]}: update"
         yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once", True)

@@ -1,6 +1,5 @@
 """Floating-point operations of the matrix products in a compiled program."""
 
-import json
 import re
 from functools import lru_cache
 from math import prod
@@ -9,6 +8,7 @@ import numpy as np
 
 from maxlm.plan.compiled.hlo import Computation, HloShape, Instruction
 
+_CONTRACTED = "lhs_contracting_dims"
 _PADDING = re.compile(r"(-?\d+)_(-?\d+)(?:_(-?\d+))?")
 
 
@@ -24,9 +24,10 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> int:
         return _convolution(instruction, operands[0][0], operands[1][0])
     if opcode == "ragged-dot":
         return _ragged(instruction, operands[0][0], operands[1][0])
-    if "gemm" in instruction.target:
-        contracted = _gemm_contraction(instruction.attributes)
-        return _dot(operands[0][0], instruction.shapes[0], contracted) if contracted else 0
+    found = re.search(r'"lhs_contracting_dimensions":\["?(\d[^\]]*)\]', instruction.attributes)
+    if "gemm" in instruction.target and found:
+        contracted = tuple(int(n) for n in re.findall(r"\d+", found[1]))
+        return _dot(operands[0][0], instruction.shapes[0], contracted)
     return 0
 
 
@@ -34,9 +35,6 @@ def declared_flops(instruction: Instruction) -> int | None:
     """Returns the FLOPs that a custom kernel declares (``pl.CostEstimate``); None: none."""
     found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', instruction.attributes)
     return int(found[1]) if found else None
-
-
-_CONTRACTED = "lhs_contracting_dims"
 
 
 def _dot(lhs: HloShape, result: HloShape, contracted: tuple[int, ...]) -> int:
@@ -48,18 +46,9 @@ def _ragged(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:
     contracted = instruction.integers(_CONTRACTED)
     ragged = instruction.integers("lhs_ragged_dims")
     if set(ragged) <= set(contracted):
-        kept = [n for d, n in enumerate(rhs.dims) if d not in _rhs_contracted(instruction)]
-        return 2 * lhs.size * prod(kept)
+        summed = instruction.integers("rhs_contracting_dims")
+        return 2 * lhs.size * prod(n for d, n in enumerate(rhs.dims) if d not in summed)
     return _dot(lhs, instruction.shapes[0], contracted)
-
-
-def _rhs_contracted(instruction: Instruction) -> tuple[int, ...]:
-    return instruction.integers("rhs_contracting_dims")
-
-
-def _gemm_contraction(attributes: str) -> tuple[int, ...]:
-    found = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', attributes)
-    return tuple(int(n) for n in json.loads(found[1])) if found else ()
 
 
 def _convolution(instruction: Instruction, lhs: HloShape, rhs: HloShape) -> int:

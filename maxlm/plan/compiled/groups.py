@@ -15,11 +15,11 @@ import numpy as np
 from maxlm.plan.compiled.hlo import Instruction
 
 _EXPLICIT = re.compile(r"replica_groups=\{((?:\{[\d, ]*\},?\s*)*)\}")
-_IOTA = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-_ASSIGNED = re.compile(rf"replica_groups={_IOTA}")
+_ASSIGNED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]\s*(?:,\s*device_ids=\(([^{]*)\)\s*)?\s*\{([^}]*)\}"
 )
+_COUNTED = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXIS = re.compile(r"([^',:()\s]+)'?(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{[\d, ]*\},?\s*)*)\}")
 
@@ -35,10 +35,7 @@ class DeviceGroup:
 
 
 def find_device_group(instruction: Instruction, sizes: Mapping[str, int]) -> DeviceGroup:
-    """Returns the mesh axes of a collective.
-
-    Args:
-        sizes: mesh axis → devices, outermost first.
+    """Returns a collective's reach in a mesh of ``sizes``, outermost axis first.
 
     Raises:
         ValueError: groups in a form that is not known.
@@ -74,7 +71,7 @@ def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     if explicit:
         return _lists(explicit[1]) or [list(range(devices))]
     if assigned:
-        return _iota(*assigned.groups()).tolist()
+        return _iota(_integers(assigned[1]), assigned[2], assigned[3]).tolist()
     if mesh:
         return _mesh_groups(*mesh.groups())
     if text.startswith("replica_groups="):
@@ -82,10 +79,10 @@ def parse_replica_groups(text: str, devices: int) -> list[list[int]]:
     return [list(range(devices))]
 
 
-def _iota(shape: str, base: str, order: str | None) -> np.ndarray:
+def _iota(shape: Sequence[int], base: str, order: str | None) -> np.ndarray:
     dims = _integers(base)
     ids = np.arange(np.prod(dims)).reshape(dims)
-    return (ids.transpose(_integers(order)) if order else ids).reshape(_integers(shape))
+    return (ids.transpose(_integers(order)) if order else ids).reshape(shape)
 
 
 def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[int]]:
@@ -106,19 +103,14 @@ def _mesh_groups(axes: str, device_ids: str | None, spanned: str) -> list[list[i
     for name, before, size in wanted:
         inner = [k for k in place if k[0] == name and before <= k[1] < before * size]
         last += [place[k] for k in sorted(inner)]
-    ids = _device_ids(device_ids, int(np.prod(dims))).reshape(dims)
+    ids = np.arange(np.prod(dims)).reshape(dims)
+    if counted := _COUNTED.fullmatch(device_ids or ""):
+        ids = _iota(dims, counted[1], counted[2])
+    elif device_ids:
+        ids = np.reshape(_integers(device_ids), dims)
     first = [d for d in range(len(dims)) if d not in last]
     members = int(np.prod([dims[d] for d in last]))
     return ids.transpose(*first, *last).reshape(-1, members).tolist()
-
-
-def _device_ids(text: str | None, count: int) -> np.ndarray:
-    if not text:
-        return np.arange(count)
-    counted = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if counted:
-        return _iota(str(count), counted[1], counted[2])
-    return np.array(_integers(text))
 
 
 def _axes(groups: Sequence[Sequence[int]], sizes: tuple[tuple[str, int], ...]) -> str:

@@ -1,65 +1,37 @@
 """Trip counts of compiled loops."""
 
-import operator
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from maxlm.plan.compiled.hlo import Computation, HloModule, Instruction
 
 _KNOWN = re.compile(r'"?known_trip_count"?[^\d}]*"?n"?:"?(\d+)')
-_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-    "NE": operator.ne,
-}
 # What only moves or renames a value.
 _MOVES = ("copy", "copy-start", "copy-done", "bitcast", "reshape", "optimization-barrier")
 
 
 def count_trips(loop: Instruction, caller: Computation, module: HloModule) -> int | None:
     """Returns the trips of a ``while``: as the compiler states them, else from its condition, where
-    that compares a counter with a constant start and step to a constant; None where neither
-    tells."""
+    that is `counter < constant` for a counter of constant start and step, as scans have it; None
+    where neither tells."""
     known = _KNOWN.search(loop.attributes)
     if known:
         return int(known[1])
     condition, body = (module.computations[loop.calls(n)[0]] for n in ("condition", "body"))
     compare = _origin(_Place(condition, condition.root), module)
-    sides = [_origin(place, module) for place in compare.operands()]
-    holds = _COMPARISONS.get(compare.instruction.attribute("direction") or "")
-    if holds is None or compare.instruction.opcode != "compare":
+    if compare.instruction.opcode != "compare":
         return None
-    starts, steps = [], []
-    for side in sides:
-        value = _integer(side.instruction)
-        if value is not None:
-            starts.append(value)
-            steps.append(0)
-        elif side.instruction.opcode == "get-tuple-element":
-            index = side.instruction.integers("index")[0]
-            starts.append(_start(loop, caller, index, module))
-            steps.append(_step(body, index, module))
-    if len(starts) != 2 or None in (*starts, *steps):
+    counter, end = (_origin(place, module) for place in compare.operands())
+    direction, stop = compare.instruction.attribute("direction"), _integer(end.instruction)
+    if (direction, counter.instruction.opcode) != ("LT", "get-tuple-element") or stop is None:
         return None
-    return _count(holds, starts, steps)
-
-
-def _count(holds: Callable[[int, int], bool], starts: list[int], steps: list[int]) -> int | None:
-    """Trips until the comparison fails; None: it never does."""
-    (a, b), closing = starts, steps[0] - steps[1]
-    if not holds(a, b):
-        return 0
-    if not closing:
+    index = counter.instruction.integers("index")[0]
+    start = _element(_Place(caller, loop.operands[0]), index, module)
+    first = start and _integer(start.instruction)
+    step = _step(body, index, module)
+    if first is None or step is None or step < 1:
         return None
-    # The first trip at which a - b, moving by `closing`, no longer compares as it did.
-    near = max(abs(b - a) // abs(closing) - 1, 0)
-    for trips in range(near, near + 4):
-        if not holds(a + trips * steps[0], b + trips * steps[1]):
-            return trips
-    return None
+    return max(-((first - stop) // step), 0)
 
 
 @dataclass(frozen=True)
@@ -92,45 +64,34 @@ def _origin(place: _Place, module: HloModule) -> _Place:
             body = module.computations[found.calls("calls")[0]]
             place = _Place(body, body.root, place)
         elif found.opcode == "parameter" and place.outer is not None:
-            outer, number = place.outer, int(found.literal)
-            place = outer.beside(outer.instruction.operands[number])
+            place = place.outer.operands()[int(found.literal)]
         elif found.opcode == "get-tuple-element":
-            whole = _origin(place.beside(found.operands[0]), module)
-            if whole.instruction.opcode != "tuple":
+            index = found.integers("index")[0]
+            element = _element(place.beside(found.operands[0]), index, module)
+            if element is None:
                 return place
-            place = whole.operands()[found.integers("index")[0]]
+            place = element
         else:
             return place
 
 
-def _start(loop: Instruction, caller: Computation, index: int, module: HloModule) -> int | None:
-    """Returns the initial value of an element of the loop's tuple."""
-    whole = _origin(_Place(caller, loop.operands[0]), module)
-    if whole.instruction.opcode != "tuple":
-        return None
-    return _integer(_origin(whole.operands()[index], module).instruction)
+def _element(whole: _Place, index: int, module: HloModule) -> _Place | None:
+    """Where an element of a tuple comes from; None: the tuple is made elsewhere."""
+    made = _origin(whole, module)
+    is_tuple = made.instruction.opcode == "tuple"
+    return _origin(made.operands()[index], module) if is_tuple else None
 
 
 def _step(body: Computation, index: int, module: HloModule) -> int | None:
-    """By how much a trip moves an element of the tuple: a constant added to it, or taken off."""
-    root = _origin(_Place(body, body.root), module)
-    if root.instruction.opcode != "tuple":
-        return None
-    moved = _origin(root.operands()[index], module)
-    if moved.instruction.opcode not in ("add", "subtract"):
+    """The constant that a trip adds to an element of the loop's tuple."""
+    moved = _element(_Place(body, body.root), index, module)
+    if moved is None or moved.instruction.opcode != "add":
         return None
     sides = [_origin(place, module).instruction for place in moved.operands()]
-    if moved.instruction.opcode == "subtract":
-        value = _integer(sides[1])
-        return -value if value is not None and _is_element(sides[0], index) else None
     for one, other in (sides, sides[::-1]):
-        if _is_element(one, index):
+        if one.opcode == "get-tuple-element" and one.integers("index") == (index,):
             return _integer(other)
     return None
-
-
-def _is_element(instruction: Instruction, index: int) -> bool:
-    return instruction.opcode == "get-tuple-element" and instruction.integers("index") == (index,)
 
 
 def _integer(instruction: Instruction) -> int | None:
