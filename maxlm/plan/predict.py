@@ -241,11 +241,11 @@ def plan_run(
         sizes = machine.mesh(config)
     config = resolve_micro_batches(config, sizes)
     network = machine.network if machine else None
+    if links is None and network:
+        links = _links(network, MeshSplit(config, sizes))
+    layout = lay_out_run(config, sizes, links)
     work, micro = RunWorkload.of(config, dtype), config.train.micro_batches
     shape = make_step_shape(work, sizes, micro, config.model.remat, machine)
-    if links is None and network:
-        links = _links(network, shape.split)
-    layout = lay_out_run(config, sizes, links)
     held, sends, time = estimate_costs(shape, machine)
     good = None
     if time:

@@ -2,13 +2,12 @@
 those are not installed (``make test-aot`` installs the TPU's)."""
 
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compile import CompiledStep, compile_step, has_compiler
+from maxlm.programs.compile import has_compiler
 from maxlm.run import RunConfig
 from pallas_kernels.chips import CHIPS
 
@@ -51,7 +50,7 @@ def small_run(
     )
 
 
-# A machine's steps in one worker, which compiles each once.
+# A machine's steps in one worker.
 @pytest.fixture(
     scope="session", params=[pytest.param(m, marks=pytest.mark.xdist_group(m)) for m in MACHINES]
 )
@@ -59,22 +58,6 @@ def machine(request) -> str:
     if not has_compiler(parse_topology(request.param).platform):
         pytest.skip("the compiler is not installed")
     return request.param
-
-
-@pytest.fixture(scope="session")
-def compiled() -> Callable[..., CompiledStep]:
-    """``compiled(machine, {"fsdp": 64})``: the step on a mesh, compiled once a session."""
-    done: dict[Any, CompiledStep] = {}
-
-    def compile_once(machine: str, mesh: dict[str, int], **top: Any) -> CompiledStep:
-        key = (machine, *mesh.items(), repr(top))
-        if key not in done:
-            devices = parse_topology(machine).devices
-            config = small_run(devices=devices, mesh={"fsdp": 1, **mesh}, **top)
-            done[key] = compile_step(config, machine)
-        return done[key]
-
-    return compile_once
 
 
 class Vmem(NamedTuple):

@@ -15,7 +15,6 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="the compiler is not 
 
 TRIPS = (5, 0, 7, 2)
 N = 256
-STEPS = 20
 
 
 def looping(*, semantics: str, rows: int = 2 * N):
@@ -71,53 +70,6 @@ def test_counted_products_are_those_of_the_loops(chip, semantics):
         runs = [loop.runs for loop in kernel.inner_loops]
         assert runs == [sum(TRIPS), sum(t % 2 for t in TRIPS)]
         assert kernel.cycles == sum(region.cycles for region in kernel.regions)
-
-
-def dividing(*, divisor: int):
-    """Three products of different operands, each where a quotient or remainder says so."""
-
-    def kernel(divisors, x, o, seen):
-        step = pl.program_id(0)
-
-        @pl.when(lax.rem(step, divisors[0]) == 1)
-        def _():
-            o[...] = jnp.dot(x[...], x[...], preferred_element_type=jnp.float32)
-
-        seen[lax.div(step, divisor)] = step
-
-        @pl.when(lax.div(step * 5, divisors[0]) < 4)
-        def _():
-            o[...] += jnp.dot(x[...], x[...].T, preferred_element_type=jnp.float32)
-
-        @pl.when(jnp.maximum(seen[lax.div(step, divisor)], 3) > 5)
-        def _():
-            o[...] += jnp.dot(x[...] + 1, x[...].T, preferred_element_type=jnp.float32)
-
-    program = pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((STEPS * N, N), jnp.float32),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(STEPS,),
-            in_specs=[pl.BlockSpec((N, N), lambda i, _: (lax.div(i, divisor), 0))],
-            out_specs=pl.BlockSpec((N, N), lambda i, _: (i, 0)),
-            scratch_shapes=[pltpu.SMEM((STEPS,), jnp.int32)],
-        ),
-    )
-    x = jax.ShapeDtypeStruct((STEPS * N, N), jnp.bfloat16)
-    return program, (np.array([divisor], np.int32), x)
-
-
-@pytest.mark.parametrize("chip", ["v5p", "v6e"])
-@pytest.mark.parametrize("divisor", [3, 7])
-def test_counts_follow_division_and_scalar_scratch(chip, divisor):
-    costs = measure(Spec(f"{__name__}:dividing", {"divisor": divisor}), chip)
-    steps = np.arange(STEPS)
-    assert [loop.runs for loop in costs.kernels[0].inner_loops] == [
-        (steps % divisor == 1).sum(),
-        (steps * 5 // divisor < 4).sum(),
-        (steps > 5).sum(),
-    ]
 
 
 def test_a_peers_masked_blocks_are_not_counted():

@@ -1,13 +1,16 @@
 """Every strategy compiles for every machine, and what it sends goes over its own mesh axes."""
 
 from dataclasses import dataclass, field
+from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
 
 from maxlm.plan.compiled.cost import CompiledCost
 from maxlm.plan.topology import parse_topology
-from tests.aot.conftest import SEQ, D
+from maxlm.programs.compile import compile_step
+from tests.aot.conftest import SEQ, D, small_run
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -52,8 +55,9 @@ def pipeline(schedule: str, groups: int = 1) -> Strategy:
     )
 
 
-# Data parallelism and FSDP alone: test_collectives.py.
 STRATEGIES = {
+    "dp": Strategy({"data": -1}, {("all-reduce", "data")}),
+    "fsdp": Strategy({"fsdp": -1}, FSDP, EXCHANGE),
     "hsdp": Strategy({"data": 2, "fsdp": -1}, FSDP, EXCHANGE | {("all-reduce", "data")}),
     "zero1": Strategy(
         {"fsdp": -1},
@@ -108,15 +112,14 @@ STRATEGIES = {
 }
 
 
-def compile_strategy(compiled: Any, machine: str, strategy: Strategy) -> CompiledCost:
-    width, machine = WIDTHS[machine], FEWER.get(machine, machine)
+@cache
+def compile_strategy(machine: str, name: str) -> CompiledCost:
+    strategy, width, machine = STRATEGIES[name], WIDTHS[machine], FEWER.get(machine, machine)
     devices = parse_topology(machine).devices
-    fixed = 1
-    for size in strategy.mesh.values():
-        fixed *= max(size, 1)
-    mesh = {axis: devices // fixed if n == -1 else n for axis, n in strategy.mesh.items()}
-    changes = {"model_changes": strategy.model, **strategy.settings}
-    return compiled(machine, mesh, width=width, **changes).cost
+    rest = devices // prod(max(size, 1) for size in strategy.mesh.values())
+    mesh = {"fsdp": 1} | {axis: rest if n == -1 else n for axis, n in strategy.mesh.items()}
+    config = small_run(1, devices, strategy.model, width, mesh=mesh, **strategy.settings)
+    return compile_step(config, machine).cost
 
 
 def portable(kind: str, machine: str) -> str:
@@ -125,9 +128,9 @@ def portable(kind: str, machine: str) -> str:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_strategy_sends_over_its_own_axes(machine, compiled, name):
+def test_a_strategy_sends_over_its_own_axes(machine, name):
     strategy, matrix = STRATEGIES[name], 2 * WIDTHS[machine] ** 2
-    cost = compile_strategy(compiled, machine, strategy)
+    cost = compile_strategy(machine, name)
     # Smaller ones are sums of norms and metrics; integers are tokens.
     large = {
         (c.kind, c.axes)
@@ -141,9 +144,9 @@ def test_a_strategy_sends_over_its_own_axes(machine, compiled, name):
 
 
 @pytest.mark.parametrize("name", ["pp gpipe", "pp circular", "pp 1f1b"])
-def test_no_layer_crosses_stages(machine, compiled, name):
+def test_no_layer_crosses_stages(machine, name):
     """What is all-reduced over stages is at most the embedding and the head, once a step."""
-    cost, width = compile_strategy(compiled, machine, STRATEGIES[name]), WIDTHS[machine]
+    cost, width = compile_strategy(machine, name), WIDTHS[machine]
     sums = [c for c in cost.collectives if c.kind == "all-reduce" and "stage" in c.axes]
     assert sum(c.payload_bytes * c.count for c in sums) <= 1.1 * 4 * 2 * width * 2 * width
     moved = cost.wire_bytes(kind="collective-permute", axes="stage")

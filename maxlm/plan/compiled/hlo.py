@@ -13,8 +13,10 @@ from math import prod
 
 _LEAF = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(
+    r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\) -> [^\n]* \{\n(.*?)^\}", re.MULTILINE | re.DOTALL
+)
+_INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = (.*)$", re.MULTILINE)
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _BRACKET = re.compile(r"[()]")
 # A kernel's metadata and cost estimate stand on lines of their own within the instruction.
@@ -149,35 +151,27 @@ def parse_hlo(text: str) -> HloModule:
     """
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
-    name, is_entry, root, found = "", False, "", {}
-    for line in _CONTINUED.sub(" ", text).splitlines():
-        if line.startswith("}") and name:
-            computations[name] = Computation(name, found, root)
-            entry = computations[name] if is_entry and entry is None else entry
-            name = ""
-        elif name:
-            head = _INSTRUCTION.match(line)
-            if head:
-                found[head[2]] = _instruction(head[2], line[head.end() :])
-                root = head[2] if head[1] else root
-        else:
-            header = _HEADER.match(line)
-            if header:
-                is_entry, name, root, found = bool(header[1]), header[2], "", {}
+    for is_entry, name, body in _COMPUTATION.findall(_CONTINUED.sub(" ", text)):
+        found, root = {}, ""
+        for is_root, own, rest in _INSTRUCTION.findall(body):
+            found[own] = _parse_instruction(own, rest)
+            root = own if is_root else root
+        computations[name] = Computation(name, found, root)
+        if is_entry and entry is None:
+            entry = computations[name]
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of an HLO module")
     return HloModule(computations, entry, _frames(text))
 
 
-def parse_shapes(text: str) -> tuple[HloShape, ...]:
+def _parse_shapes(text: str) -> tuple[HloShape, ...]:
     """Returns the arrays in the text of a type, tuples flattened."""
-    return tuple(_shape(*found) for found in _LEAF.findall(text))
-
-
-def _shape(dtype: str, dims: str, layout: str) -> HloShape:
-    space = _SPACE.search(layout)
-    sizes = tuple(int(n) for n in re.findall(r"\d+", dims))
-    return HloShape(dtype, sizes, int(space[1]) if space else 0)
+    shapes = []
+    for dtype, dims, layout in _LEAF.findall(text):
+        space = _SPACE.search(layout)
+        sizes = tuple(int(n) for n in re.findall(r"\d+", dims))
+        shapes.append(HloShape(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(shapes)
 
 
 def _bits(dtype: str) -> int:
@@ -186,10 +180,10 @@ def _bits(dtype: str) -> int:
     return int(width[0]) if width else 8 if dtype == "pred" else 0
 
 
-def _instruction(name: str, text: str) -> Instruction:
+def _parse_instruction(name: str, text: str) -> Instruction:
     """From what follows ``%name =``: ``type opcode(operands), attributes``."""
     end = _balanced(text, 0) if text.startswith("(") else text.index(" ")
-    shapes = parse_shapes(text[:end])
+    shapes = _parse_shapes(text[:end])
     opcode = _OPCODE.match(text, end)
     if opcode is None:
         raise ValueError(f"no opcode in: %{name} = {text[:200]}")

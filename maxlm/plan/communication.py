@@ -1,0 +1,347 @@
+"""Every collective of a training step, from layouts alone.
+
+All communication of maxlm is written out in programs on shards (``maxlm/parallel``), so that it can
+be told without tracing anything: what a map sends follows from how its input, its kernels and its
+output lie (the table in ``parallel/linear.py``), and so for attention, experts, the embedding, the
+loss, pipelines and the optimizer. Where an axis has one device, a collective has no bytes.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+
+from maxlm.plan.network import PASSES, Phase, PlannedCollective
+from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
+from maxlm.plan.workload import FP32, Number
+
+
+def list_collectives(shape: StepShape) -> tuple[PlannedCollective, ...]:
+    """Every collective of a step that sends more than a few scalars."""
+    found = chain(
+        _list_layer_collectives(shape),
+        _list_expert_collectives(shape),
+        _list_end_collectives(shape),
+        _list_pipeline_collectives(shape),
+        _list_update_collectives(shape),
+    )
+    return tuple(c for c in found if c.axes and np.any(np.greater(c.whole_bytes, 0)))
+
+
+def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    work, compute = shape.work, shape.split.compute
+    for group, layers in work.matmuls.items():
+        if not group.has_experts:
+            yield from _list_matmul_collectives(shape, group, *_count_passes(shape, layers))
+    for attention, layers in work.attention.items():
+        yield from _list_attention_collectives(shape, attention, *_count_passes(shape, layers))
+    _, runs = _count_passes(shape, work.layers)
+    vectors = (s for s in work.specs.values() if s.lead and s.role == "vector")
+    size = sum(s.size for s in vectors if not s.sign_update) / work.layers * FP32
+    axes = (*compute.batch, *compute.residual)
+    yield PlannedCollective("norms: gradients", "all-reduce", axes, size, runs, "backward", False)
+
+
+def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
+    """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
+    backward pass runs a stage forward once more, to differentiate it."""
+    runs = shape.slots * shape.held(layers)
+    return runs * np.where(shape.pipelined, 2, 1), runs
+
+
+def _list_matmul_collectives(
+    shape: StepShape, group: MatmulGroup, forward: Number, backward: Number
+) -> Iterator[PlannedCollective]:
+    work, rules, kernels = shape.work, shape.split.compute, group.kernels
+    width = work.config.model.d_model if group.reads != "latent" else group.input_width
+    size = shape.tokens * group.rate * work.dtype_bytes * width
+    sequence = shape.split.sequence_parallel
+    again = backward if shape.remat != "none" and work.ends_wanted(group) else 0
+    for kernel in kernels:
+        tokens = (*rules.batch, *rules.seq)
+        yield from _list_weight_collectives(shape, kernel, forward, backward, tokens)
+    inputs = {a for k in kernels for x in k.axes[: k.inputs] for a in rules.mesh_axes(x)}
+    outputs = {a for k in kernels for x in k.axes[k.inputs :] for a in rules.mesh_axes(x)}
+
+    def send(what: str, kind: str, axes: tuple[str, ...], runs: Number, phase: Phase):
+        return PlannedCollective(f"{group.name}: {what}", kind, axes, size, runs, phase, True)
+
+    beside = work.beside_attention(group)
+    # The compiler gathers the same array once: what both branches read, or all layers.
+    shared = beside and work.config.model.placement == "parallel_shared"
+    if group.reads == "latent":
+        yield send("its gradient", "all-reduce", tuple(sorted(outputs)), backward, "backward")
+    if group.reads == "memory":
+        yield send("input", "all-gather", sequence, shape.slots, "forward")
+    if group.reads == "residual" and not shared:
+        yield send("input", "all-gather", sequence, forward, "forward")
+        yield send("input", "all-gather", sequence, backward, "backward")
+    if group.reads in ("residual", "memory"):
+        yield send("its gradient", "reduce-scatter", sequence, backward, "backward")
+        rest = tuple(sorted(outputs.difference(sequence)))
+        yield send("its gradient", "all-reduce", rest, backward, "backward")
+    if group.writes == "residual":
+        yield send("output", "reduce-scatter", sequence, forward, "forward")
+        yield send("output", "reduce-scatter", sequence, again, "backward")
+        gathers = 0 if beside else backward
+        yield send("its gradient", "all-gather", sequence, gathers, "backward")
+        rest = tuple(sorted(inputs.difference(sequence)))
+        yield send("output", "all-reduce", rest, forward, "forward")
+        yield send("output", "all-reduce", rest, again, "backward")
+
+
+def _list_weight_collectives(
+    shape: StepShape, kernel: Kernel, forward: Number, backward: Number, token_axes: tuple[str, ...]
+) -> Iterator[PlannedCollective]:
+    """Kernels gathered from storage, and their gradients reduced into it.
+
+    Under ZeRO-2 kernels are at hand whole, and gradients go to shares of their own; but experts',
+    and all of a 1F1B pipeline, are gathered from such shares too.
+    """
+    split, name = shape.split, kernel.name
+    used = kernel.size * shape.work.dtype_bytes / split.shards(split.compute, kernel.axes)
+    scattered, here = split.extra(split.gradients, kernel), 1.0
+    if split.gradients != split.storage and "expert" not in kernel.axes:
+        one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
+        here = np.where(shape.pipelined & one_f_one_b, 1.0, 0.0)
+    for runs, phase in zip((forward, backward), PASSES, strict=True):
+        yield PlannedCollective(name, "all-gather", scattered, used, here * runs, phase, False)
+    yield from _list_gradient_collectives(shape, kernel, backward, token_axes)
+
+
+def _list_gradient_collectives(
+    shape: StepShape, kernel: Kernel, runs: Number, token_axes: tuple[str, ...]
+) -> Iterator[PlannedCollective]:
+    """A kernel's gradient, reduced into its shares and over the axes that split the tokens."""
+    split, what = shape.split, f"{kernel.name}: gradient"
+    used = kernel.size * shape.work.dtype_bytes / split.shards(split.compute, kernel.axes)
+    scattered = split.extra(split.gradients, kernel)
+    yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
+    rest = tuple(axis for axis in token_axes if axis not in scattered)
+    left = used / split.ways(scattered)
+    yield PlannedCollective(what, "all-reduce", rest, left, runs, "backward", False)
+
+
+def _list_attention_collectives(
+    shape: StepShape, attention: AttentionShape, forward: Number, backward: Number
+) -> Iterator[PlannedCollective]:
+    """Lists those of a sequence split over devices, and of kv heads that are whole on several."""
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    heads, axes = attention.heads, rules.seq
+    kv_axes = rules.mesh_axes(heads.kv_axis)
+    ways, kv_ways = split.ways(axes), split.ways(kv_axes)
+    query_heads = heads.num_heads / split.ways(rules.heads)
+    kv_heads = heads.num_kv_heads / kv_ways
+    tokens, value = shape.tokens * attention.rate, heads.value_dim
+    # Of a key and its value, or a query and its output, each.
+    either = tokens * (heads.head_dim + value) / 2
+    itemsize = work.dtype_bytes
+    again = backward if work.attention_recomputed(shape.remat) else 0
+    # Each device takes those kv heads that its query heads read.
+    read = np.minimum(kv_heads, np.maximum(kv_heads * kv_ways / split.ways(rules.heads), 1))
+
+    def send(what: str, kind: str, size: Number, runs: Number, phase: Phase, over=axes):
+        return PlannedCollective(what, kind, over, size, runs, phase, True)
+
+    both, gradients = "attention: keys and values", "attention: their gradients"
+    method = work.config.parallel.context
+    if method == "all_gather":
+        whole = either * read * ways
+        for runs, phase in zip((forward, backward), PASSES, strict=True):
+            yield send(both, "all-gather", whole * itemsize, 2 * runs, phase)
+        yield send(gradients, "reduce-scatter", whole * FP32, 2 * backward, "backward")
+    elif method == "ring":
+        block, steps = either * read, _count_ring_steps(shape, attention, ways)
+        back = np.where(np.greater(steps, 0), steps + 1, 0)
+        for what, size, runs, phase in (
+            (both, block * itemsize, 2 * steps * forward, "forward"),
+            (both, block * itemsize, 2 * steps * (backward + again), "backward"),
+            (gradients, block * FP32, 2 * back * backward, "backward"),
+        ):
+            yield send(what, "collective-permute", size, runs, phase)
+    else:
+        copies = ways / np.gcd(np.asarray(np.maximum(read, 1), int), np.asarray(ways, int))
+        keys = either * read * copies
+        queries, output = (tokens * n * query_heads * itemsize for n in (heads.head_dim, value))
+        wire = np.where(np.greater(copies, 1), FP32, itemsize)
+        for what, size, runs, phase in (
+            ("queries", queries, forward, "forward"),
+            ("keys and values", keys * itemsize, 2 * forward, "forward"),
+            ("queries", queries, backward, "backward"),
+            ("keys and values", keys * itemsize, 2 * backward, "backward"),
+            ("output", output, forward + again, "forward"),
+            ("gradients", (queries + output) / 2, 2 * backward, "backward"),
+            ("gradients of keys and values", keys * wire, 2 * backward, "backward"),
+        ):
+            yield send(f"attention: {what}", "all-to-all", size, runs, phase)
+    if heads.shared_dim:
+        what, shared = "attention: shared keys' gradient", tokens * heads.shared_dim * itemsize
+        yield send(what, "all-reduce", shared, backward, "backward", rules.heads)
+    if rules.heads and not kv_axes:
+        # What blocks add up is in fp32; attention of a whole sequence gives its own dtype.
+        wire = np.where(np.greater(ways, 1) & (method != "ulysses"), FP32, itemsize)
+        whole = either * heads.num_kv_heads * wire * attention.key_len / attention.query_len
+        what = "whole kv heads: gradients"
+        yield send(what, "all-reduce", whole, 2 * backward, "backward", rules.heads)
+
+
+def _count_ring_steps(shape: StepShape, attention: AttentionShape, ways: Number) -> Number:
+    """Turns of a ring in which keys come from another device (``parallel/context.py``)."""
+    if attention.window is None or shape.work.config.parallel.balance_sequence:
+        return ways - 1
+    rows = attention.query_len / ways
+    return np.minimum(ways - 1, np.floor((attention.window + rows - 2) / rows))
+
+
+def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    work, split, rules = shape.work, shape.split, shape.split.compute
+    experts, router, groups = work.experts, work.router, [m for m in work.matmuls if m.has_experts]
+    if experts is None or router is None:
+        return
+    forward, runs = _count_passes(shape, work.expert_layers)
+    again = runs if shape.remat != "none" else 0
+    wanted = again if any(work.ends_wanted(group) for group in groups) else 0
+    width = work.config.model.d_model * work.dtype_bytes
+    split_over = tuple(a for a in (*rules.batch, *rules.seq) if a not in rules.expert)
+    for kernel in (kernel for group in groups for kernel in group.kernels):
+        yield from _list_weight_collectives(shape, kernel, forward, runs, split_over)
+    axes, size = split.extra(split.storage, router), router.size * FP32
+    yield PlannedCollective("router", "all-gather", axes, size, forward, "forward", False)
+    yield PlannedCollective("router", "all-gather", axes, size, runs, "backward", False)
+    axes, what = (*rules.batch, *rules.residual), "router: gradient"
+    yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
+    rows = shape.tokens * experts.experts_per_token
+    if experts.capacity_factor is not None or not shape.ragged:
+        rows = count_received_rows(shape)
+    routed = rows * width
+    ragged = shape.ragged and experts.capacity_factor is None
+    kind = "ragged-all-to-all" if ragged else "all-to-all"
+    exchanges: tuple[tuple[str, Number, Phase], ...] = (
+        ("rows there", forward, "forward"),
+        ("rows back", forward, "forward"),
+        ("rows there", again, "backward"),
+        ("rows back", wanted, "backward"),
+        ("gradients there", runs, "backward"),
+        ("gradients back", runs, "backward"),
+    )
+    for what, count, phase in exchanges:
+        what = f"experts: {what}"
+        yield PlannedCollective(what, kind, rules.expert, routed, count, phase, True)
+    sequence = split.sequence_parallel
+    rest = tuple(axis for axis in rules.mlp if axis not in sequence)
+    tokens = shape.tokens * width
+    # Shared experts gather the same arrays, and so does attention beside; the compiler gathers them
+    # once.
+    beside = any(work.beside_attention(group) for group in groups)
+    same_input = beside and work.config.model.placement == "parallel_shared"
+    inputs = () if experts.has_shared or same_input else sequence
+    gradients = () if experts.has_shared or beside else sequence
+    for what, kind, axes, ahead, back in (
+        ("output", "reduce-scatter", sequence, forward, runs + wanted),
+        ("output", "all-reduce", rest, forward, runs + wanted),
+        ("input", "all-gather", inputs, forward, runs),
+        ("output's gradient", "all-gather", gradients, 0, runs),
+    ):
+        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, ahead, "forward", True)
+        yield PlannedCollective(f"experts: {what}", kind, axes, tokens, back, "backward", True)
+
+
+def _list_end_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    """Lists those of the embedding, learned positions, matrices outside the layers and the loss."""
+    yield from _list_loss_collectives(shape)
+    work, rules, runs = shape.work, shape.split.compute, shape.losses
+    for kernel in work.outer_kernels:
+        tokens = (*rules.batch, *rules.residual, *_stages(shape))
+        yield from _list_weight_collectives(shape, kernel, runs, runs, tokens)
+    for name, spec in work.base_specs.items():
+        if name in work.tables:
+            table = Kernel(name.removesuffix(".table"), spec.shape, spec.axes, 1)
+            first = name == next(iter(work.tables))
+            for rate in work.tables[name]:
+                yield from _list_lookup_collectives(shape, table, rate, first)
+
+
+def _list_loss_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.losses
+    head, hidden = work.head, shape.end_tokens * work.config.model.d_model * work.dtype_bytes
+    yield from _list_weight_collectives(shape, head, runs, 0 * runs, ())
+    tokens = (*rules.batch, *rules.residual, *_stages(shape))
+    rest = tuple(axis for axis in tokens if axis not in rules.vocab)
+    yield from _list_gradient_collectives(shape, head, runs, rest)
+    sequence = split.sequence_parallel
+    shared = tuple(axis for axis in sequence if axis in rules.vocab)
+    others = tuple(axis for axis in rules.vocab if axis not in sequence)
+    for what, kind, axes in (
+        ("loss: hidden states", "all-gather", shared),
+        ("loss: their gradient", "reduce-scatter", shared),
+        ("loss: their gradient", "all-reduce", others),
+    ):
+        yield PlannedCollective(what, kind, axes, hidden, runs, "backward", True)
+
+
+def _list_lookup_collectives(
+    shape: StepShape, table: Kernel, rate: float, first: bool
+) -> Iterator[PlannedCollective]:
+    """Columns of a table in storage are exchanged for tokens; rows split over the vocabulary are
+    partial sums, and what splits the residual stream further is scattered
+    (``parallel/embedding.py``).
+
+    Args:
+        rate: tokens that are looked up for each of the batch.
+        first: whether this is the table of tokens.
+    """
+    work, split, rules, runs = shape.work, shape.split, shape.split.compute, shape.lookups
+    vocab, sequence = rules.mesh_axes(table.axes[0]), split.sequence_parallel
+    tokens = (*rules.batch, *rules.seq)
+    exchanged = tuple(a for a in split.extra(split.gradients, table) if a in tokens)
+    rows = shape.end_tokens * rate * work.config.model.d_model * work.dtype_bytes
+    what, gradient = f"{table.name}: rows", f"{table.name}: gradient"
+    some = rows / split.ways(sequence)
+    yield PlannedCollective(what, "all-to-all", exchanged, some, runs, "forward", True)
+    yield PlannedCollective(what, "reduce-scatter", sequence, rows, runs, "forward", True)
+    summed = tuple(axis for axis in vocab if axis not in sequence)
+    yield PlannedCollective(what, "all-reduce", summed, rows, runs, "forward", True)
+    held = table.size * work.dtype_bytes / split.shards(split.gradients, table.axes)
+    rest = tuple(a for a in (*tokens, *_stages(shape)) if a not in (*exchanged, *vocab))
+    yield PlannedCollective(gradient, "all-reduce", rest, held, runs, "backward", False)
+    if first:  # once for all tables: rows of each are added up, and have the same gradient
+        yield PlannedCollective(gradient, "all-to-all", exchanged, some, runs, "backward", True)
+        yield PlannedCollective(gradient, "all-gather", sequence, rows, runs, "backward", True)
+
+
+def _stages(shape: StepShape) -> tuple[str, ...]:
+    """Mesh axes of a pipeline over which tokens lie spread before its layers and after."""
+    one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
+    return () if one_f_one_b else shape.split.compute.layers
+
+
+def _list_pipeline_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    """Activations to the next stage and gradients to the one before, a turn; a circular pipeline
+    carries inputs and results as well."""
+    work, split, axes = shape.work, shape.split, shape.split.compute.layers
+    one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
+    one_f_one_b = work.config.parallel.schedule == "1f1b"
+    runs = (1 if one_f_one_b else 3) * shape.ticks
+    for what, phase in zip(("to the next stage", "to the one before"), PASSES, strict=True):
+        what = f"pipeline: {what}"
+        yield PlannedCollective(what, "collective-permute", axes, one, runs, phase, True)
+    if one_f_one_b:
+        ends = split.held_bytes(split.gradients, work.outer_specs.values())
+        yield PlannedCollective("ends: gradients", "all-reduce", axes, ends, 1.0, "once", True)
+
+
+def _list_update_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
+    """Where moments lie in smaller shares than parameters (ZeRO-1 and 2), updates are gathered."""
+    work, split = shape.work, shape.split
+    if split.optimizer == split.storage:
+        return
+    for name, spec in work.specs.items():
+        if name not in work.trained:
+            continue
+        at_rest = {a for axis in spec.axes for a in split.storage.mesh_axes(axis)}
+        finer = (a for axis in spec.axes for a in split.optimizer.mesh_axes(axis))
+        axes = tuple(dict.fromkeys(axis for axis in finer if axis not in at_rest))
+        whole = split.held_bytes(split.storage, [spec])
+        what = f"{name.partition('.kernel')[0]}: update"
+        yield PlannedCollective(what, "all-gather", axes, whole, 1.0, "once", True)
