@@ -46,7 +46,7 @@ def _list_layer_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
 def _count_passes(shape: StepShape, layers: Number) -> tuple[Number, Number]:
     """Forward and backward passes of single layers in a step, of so many in all: a pipeline's
     backward pass runs a stage forward once more, to differentiate it."""
-    runs = shape.slots * shape.held(layers)
+    runs = shape.slots * shape.per_stage(layers)
     return runs * np.where(shape.pipelined, 2, 1), runs
 
 

@@ -75,7 +75,7 @@ PARTS = (
 
 def estimate_memory(shape: StepShape) -> DeviceMemory:
     """Counts the bytes that a training step needs on each device."""
-    phases = _phases(shape)
+    phases = _list_phases(shape)
     sizes = [(*beside, sum(parts.values(), start=0.0)) for *beside, parts in phases.values()]
     totals = np.stack(np.broadcast_arrays(*(sum(phase) for phase in sizes)))
     peak = np.argmax(totals, axis=0)
@@ -92,19 +92,23 @@ def estimate_memory(shape: StepShape) -> DeviceMemory:
     )
 
 
-def _phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
+def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
     """Phase → gradients, kept activations and what is alive besides, beside what rests."""
     work, split, stacks = shape.work, shape.split, shape.work.stacks
     added = np.greater(shape.micro, 1) | shape.pipelined
     held = split.held_bytes(split.gradients, work.select_trained(work.specs))
     sums = np.where(added, held, 0.0)
-    kept = list(accumulate(_kept(shape, stack) + _carried(shape, stack) for stack in stacks))
+    kept = list(
+        accumulate(
+            _saved_activations(shape, stack) + _scan_inputs(shape, stack) for stack in stacks
+        )
+    )
     own = [_gradients(shape, stack) for stack in stacks]
     phases = {}
     for i, stack in enumerate(stacks):
         through = np.where(added, 0.0, sum(own[i + 1 :], start=0.0))  # or among the sums
         gradients = own[i] + through + sums
-        turn = _turn(shape, stack)
+        turn = _turn_parameters(shape, stack)
         for phase, parts in list_layer_working_sets(shape, stack).items():
             parts = parts | turn
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
@@ -133,7 +137,7 @@ def resting_bytes(shape: StepShape) -> dict[str, Number]:
     }
 
 
-def _turn(shape: StepShape, stack: Stack) -> Parts:
+def _turn_parameters(shape: StepShape, stack: Stack) -> Parts:
     """Counts what a scan whose turns have several layers takes out of their stack at once."""
     if not 1 < stack.period < stack.depth:
         return {}
@@ -151,12 +155,12 @@ def _gradients(shape: StepShape, stack: Stack) -> Number:
     )
 
 
-def _carried(shape: StepShape, stack: Stack) -> Number:
+def _scan_inputs(shape: StepShape, stack: Stack) -> Number:
     """Layers' inputs, which the scan keeps under any policy; of a pipeline, stages' inputs too;
     and an encoder's output for layers that look at it."""
     work, stages, micro = shape.work, shape.stages, shape.micro
     one = shape.residual_tokens * work.config.model.d_model * work.dtype_bytes
-    layers = shape.held(stack.depth) / shape.groups * stack.rate
+    layers = shape.per_stage(stack.depth) / shape.groups * stack.rate
     if work.config.parallel.schedule == "1f1b":
         inputs = 2 * stages - 1
     else:
@@ -165,7 +169,7 @@ def _carried(shape: StepShape, stack: Stack) -> Number:
     return one * (layers + memory + np.where(shape.pipelined, inputs, 0))
 
 
-def _kept(shape: StepShape, stack: Stack) -> Number:
+def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     """Counts what the remat policy keeps of the layers that are differentiated together."""
     work, split, model = shape.work, shape.split, shape.work.config.model
     itemsize, kept = work.dtype_bytes, SAVED.get(shape.remat, ())
@@ -193,7 +197,7 @@ def _kept(shape: StepShape, stack: Stack) -> Number:
         if own is None:
             within += sum(split.inner_width(m) for m in stack.matmuls if m.branch == "mixer")
         residual = model.d_model * (_STREAMS[model.placement] + 2 * stack.cross_attention)
-    layers = shape.held(stack.depth) / shape.groups
+    layers = shape.per_stage(stack.depth) / shape.groups
     tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
     experts = 0.0
     if stack.experts and shape.remat == "none":

@@ -47,7 +47,7 @@ class StepShape:
     def stages(self) -> Number:
         return self.split.ways(self.split.compute.layers)
 
-    def held(self, layers: Number) -> Number:
+    def per_stage(self, layers: Number) -> Number:
         """Returns how many of these layers a device holds."""
         return layers / self.stages
 

@@ -116,7 +116,7 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
         share = 1.0
         if group.has_experts and work.experts is not None:
             share = count_expert_rows(shape) / work.experts.num_experts
-        tokens = shape.held(layers) * group.rate * shape.tokens
+        tokens = shape.per_stage(layers) * group.rate * shape.tokens
         for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
             axes = tuple(axis for axis in kernel.axes if axis != "expert")
@@ -126,7 +126,7 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
             if group.has_experts and shape.remat == "none" and group.writes == "mlp":
                 backward += one  # experts' hidden activations are never kept
     if work.router is not None:
-        tokens = shape.held(work.expert_layers) * shape.residual_tokens
+        tokens = shape.per_stage(work.expert_layers) * shape.residual_tokens
         router = 2 * work.router.size * tokens
         forward += router
         backward += router * (2 if shape.remat == "none" else 3)
@@ -167,7 +167,7 @@ def count_scores(shape: StepShape, *, fused: bool) -> Number:
 def _scores(shape: StepShape, own: AttentionShape, layers: int) -> Number:
     seen = layers * own.rate * own.key_len * computed_score_ratio(own)
     heads = own.heads.num_heads / shape.split.ways(shape.split.compute.heads)
-    return shape.held(seen) * shape.tokens * heads
+    return shape.per_stage(seen) * shape.tokens * heads
 
 
 def count_other_flops(shape: StepShape) -> Number:
@@ -175,7 +175,7 @@ def count_other_flops(shape: StepShape) -> Number:
     work, split, flops = shape.work, shape.split, 0.0
     for stack in work.stacks:
         for own in (branch.costs for branch in stack.branches if branch.costs.flops):
-            tokens = shape.held(stack.depth) * stack.rate * shape.tokens
+            tokens = shape.per_stage(stack.depth) * stack.rate * shape.tokens
             flops += own.flops * tokens / split.shards(split.compute, own.flops_axes)
     return flops
 
@@ -218,7 +218,9 @@ def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     one micro-batch, the loss's of all, and of the update."""
     work, split, rules = shape.work, shape.split, shape.split.compute
     model, itemsize = work.config.model, work.dtype_bytes
-    forward = shape.held(sum(stack.depth * _moved(shape, stack) for stack in work.stacks))
+    forward = shape.per_stage(
+        sum(stack.depth * _count_elementwise(shape, stack) for stack in work.stacks)
+    )
     forward *= itemsize
     again = np.where(shape.pipelined, 1, 0) + (shape.remat != "none")
     chunk = model.vocab_size / split.ways(rules.vocab)
@@ -231,7 +233,7 @@ def estimate_traffic(shape: StepShape) -> tuple[Number, Number, Number, Number]:
     return forward, forward * (2 + again), loss, update
 
 
-def _moved(shape: StepShape, stack: Stack) -> Number:
+def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
     """Elements that a layer's element-wise maps read and write in a forward pass: norms the stream
     and the narrow vectors of latent attention, additions the stream twice; rotations queries,
     output, keys and values; the activation."""

@@ -2,8 +2,11 @@
 those are not installed (``make test-aot`` installs the TPU's)."""
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from maxlm.plan.topology import parse_topology
@@ -58,6 +61,27 @@ def machine(request) -> str:
     if not has_compiler(parse_topology(request.param).platform):
         pytest.skip("the compiler is not installed")
     return request.param
+
+
+def attention_operands(
+    shape: tuple[int, ...], dtype: Any, names: tuple[str, ...], sharding: Any
+) -> tuple[Any, ...]:
+    """Operands q, k, v and d_o, and those of the options that are arrays; ``shape`` is
+    B, S, T, N, K, H, Hv."""
+    B, S, T, N, K, H, Hv = shape
+    like = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    options = {
+        "q_positions": like((B, S), jnp.int32),
+        "k_positions": like((1, T), jnp.int32),
+        "segment_ids": (like((B, S), jnp.int32), like((B, T), jnp.int32)),
+        "q_offset": like((), jnp.int32),
+        "k_offset": like((), jnp.int32),
+        "prefix": like((B,), jnp.int32),
+        "slopes": like((N,), jnp.float32),
+        "sinks": like((N,), jnp.float32),
+    }
+    shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
+    return *(like(each, dtype) for each in shapes), {name: options[name] for name in names}
 
 
 class Vmem(NamedTuple):

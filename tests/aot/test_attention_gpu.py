@@ -12,13 +12,14 @@ from jax.sharding import AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels import attention as kernel
+from tests.aot.conftest import attention_operands
 
 pytestmark = [
     pytest.mark.skipif(not has_compiler("gpu"), reason="the compiler is not installed"),
     pytest.mark.timeout(1800),
 ]
 
-BF16, FP32, INT32 = jnp.bfloat16, jnp.float32, jnp.int32
+BF16, FP32 = jnp.bfloat16, jnp.float32
 B, N = 2, 8
 # (S, T, K, H, Hv, dtype, static options, arrays among the options)
 CASES: dict[str, tuple[Any, ...]] = {
@@ -36,36 +37,11 @@ CASES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def operands(S, T, K, H, Hv, dtype, names):
-    """Shapes of q, k, v, d_o and of the options that are arrays."""
-    like = jax.ShapeDtypeStruct
-    options = {
-        "q_positions": like((B, S), INT32),
-        "k_positions": like((1, T), INT32),
-        "segment_ids": (like((B, S), INT32), like((B, T), INT32)),
-        "q_offset": like((), INT32),
-        "prefix": like((B,), INT32),
-        "slopes": like((N,), FP32),
-        "sinks": like((N,), FP32),
-    }
-    shapes = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
-    return *(like(shape, dtype) for shape in shapes), {name: options[name] for name in names}
-
-
-def compiled(kind: str, function, arguments):
+def compile_passes(kind, static, sizes, names, dtype):
+    """The program of output and gradients in ``dtype``, which takes no memory to speak of."""
     (device,) = get_topology_devices(parse_topology(f"{kind}x1"))
-    sharding = SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-    )
-    # The card that Pallas lowers for; without it, that of this machine.
-    card = jax.sharding.AbstractDevice(device.device_kind, None, "gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
-        return jax.jit(function).lower(*arguments).compile()
-
-
-def both_passes(static, dtype):
-    """A function of (q, k, v, d_o, arrays among the options): output and gradients in ``dtype``."""
+    S, T, K, H, Hv, own = sizes
+    arguments = attention_operands((B, S, T, N, K, H, Hv), own, names, SingleDeviceSharding(device))
 
     def run(q, k, v, d_o, arrays):
         options = {**static, **arrays}
@@ -73,20 +49,19 @@ def both_passes(static, dtype):
         delta = kernel.compute_row_delta(o, d_o)
         return o, kernel.attention_backward(q, k, v, lse, delta, d_o, dtype=dtype, **options)
 
-    return run
+    # The card that Pallas lowers for; without it, that of this machine.
+    card = jax.sharding.AbstractDevice(device.device_kind, None, "gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
+        found = jax.jit(run).lower(*arguments).compile()
+    assert found.memory_analysis().temp_size_in_bytes < 0.05 * 4 * B * N * S * T
+    return found
 
 
 @pytest.mark.parametrize("kind", ["h100", "a100"])
 @pytest.mark.parametrize("case", CASES)
 def test_triton_kernels_compile(case, kind):
     *sizes, static, names = CASES[case]
-    arguments = operands(*sizes, names)
-    run = both_passes({**static, "backend": "triton"}, arguments[0].dtype)
-    check_memory(compiled(kind, run, arguments), *sizes[:2])
-
-
-def check_memory(found, S, T):
-    assert found.memory_analysis().temp_size_in_bytes < 0.05 * 4 * B * N * S * T
+    compile_passes(kind, {**static, "backend": "triton"}, sizes, names, sizes[-1])
 
 
 # Those that the Hopper kernels take, and one of 256, whose gradients are Triton's.
@@ -110,7 +85,6 @@ def test_hopper_kernels_compile(case, dtype):
     """Chosen by the card. With results of the operands' width and, as a ring's steps want them, in
     fp32."""
     *sizes, static, names = HOPPER[case]
-    found = compiled("h100", both_passes(static, dtype), operands(*sizes, names))
+    found = compile_passes("h100", static, sizes, names, dtype)
     targets = " ".join(re.findall(r'custom_call_target="([^"]*)"', found.as_text()))
     assert ("mosaic_gpu" in targets, "triton" in targets) == (True, case == "256")
-    check_memory(found, *sizes[:2])

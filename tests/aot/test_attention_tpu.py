@@ -13,7 +13,7 @@ from maxlm.plan.topology import parse_topology
 from maxlm.programs.compile import get_topology_devices, has_compiler
 from pallas_kernels import attention as kernel
 from pallas_kernels.chips import CHIPS, get_chip
-from tests.aot.conftest import read_vmem
+from tests.aot.conftest import attention_operands, read_vmem
 
 pytestmark = [
     pytest.mark.skipif(not has_compiler("tpu"), reason="the compiler is not installed"),
@@ -65,32 +65,12 @@ def mesh(chip: str) -> Mesh:
     return jax.make_mesh((1,), ("one",), devices=[device], axis_types=(AxisType.Explicit,))
 
 
-def arguments(case: Case, chip: str) -> tuple[list[Any], dict[str, Any]]:
-    """Operands and the output's cotangent; options that are arrays."""
-    (B, S, T, N, K, H, Hv), here = case.shape, NamedSharding(mesh(chip), PartitionSpec())
-    shapes = {
-        "q_offset": ((), jnp.int32),
-        "k_offset": ((), jnp.int32),
-        "prefix": ((B,), jnp.int32),
-        "slopes": ((N,), jnp.float32),
-        "sinks": ((N,), jnp.float32),
-    }
-
-    def like(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-
-    options: Any = {name: like(*shapes[name]) for name in case.arrays if name in shapes}
-    if "segment_ids" in case.arrays:
-        options["segment_ids"] = like((B, S), jnp.int32), like((B, T), jnp.int32)
-    operands = (B, S, N, H), (B, T, K, H), (B, T, K, Hv), (B, S, N, Hv)
-    return [like(shape, case.dtype) for shape in operands], options
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_both_passes_compile(chip, case):
     own = MANY_ON_V4 if (chip, case) == ("v4", "many keys, sinks") else CASES[case]
-    operands, options = arguments(own, chip)
+    here = NamedSharding(mesh(chip), PartitionSpec())
+    arguments = attention_operands(own.shape, own.dtype, own.arrays, here)
 
     def run(q, k, v, d_o, options):
         def attend(q, k, v):
@@ -101,7 +81,7 @@ def test_both_passes_compile(chip, case):
 
     with jax.set_mesh(mesh(chip)):
         assert get_chip() == CHIPS[chip]
-        text = jax.jit(run).lower(*operands, options).compile().as_text()
+        text = jax.jit(run).lower(*arguments).compile().as_text()
     found = read_vmem(chip, text)
     assert {x.name for x in found} == {"attention_forward", "attention_backward"}
     parts = max(sum(x.name == name for x in found) for name, *_ in found)
