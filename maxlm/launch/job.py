@@ -128,7 +128,7 @@ def make_job(
         )
     _check_times(limit, grace if supports_option(scheduler, "grace") else None, plan)
     config, settings, text = _config(run, source, settings, scheduler, options, name)
-    title = f"{run.name} on {on}: {machine.words}"
+    title = f"{run.name} on {on}: {machine.topology.words}"
     if placeholders := find_placeholders(run):
         title += f"; REPLACE THE PLACEHOLDERS in {', '.join(placeholders)}"
     job = Job(
