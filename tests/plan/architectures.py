@@ -26,11 +26,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "dense_layers": 2,
         "num_layers": 5,
     },
-    "parallel": {
-        "attention": _HEADS | {"clip": 8.0},
-        "mlp": _PLAIN,
-        "placement": "parallel",
-    },
     "parallel_shared": {
         "attention": _HEADS,
         "mlp": _PLAIN,

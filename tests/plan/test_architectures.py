@@ -6,7 +6,7 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.plan.layout import lay_out_run
-from maxlm.plan.predict import Machine, plan_run
+from maxlm.plan.predict import Machine
 from maxlm.plan.search import search_layouts
 from maxlm.plan.shape import StepShape
 from maxlm.plan.timing import count_device_flops, count_scores, score_traffic
@@ -18,32 +18,11 @@ from tests.plan.architectures import run
 
 SEQ = 448
 ALONE = dict.fromkeys(MESH_AXES, 1)
-# A preset of each kind of layer, with what its task is.
-PRESETS = {
-    "gemma3_1b": "clm",
-    "deepseek_v2_lite": "clm",
-    "falcon_7b": "clm",
-    "phi_2": "clm",
-    "bert_base": "mlm",
-    "t5_small": "ul2",
-}
 
 
-def preset(name: str, *settings: str) -> RunConfig:
-    own = [f"data.seq_len={SEQ}", "data.batch_size=64", f"task.kind={PRESETS[name]}"]
+def preset(name: str, task: str, *settings: str) -> RunConfig:
+    own = [f"data.seq_len={SEQ}", "data.batch_size=64", f"task.kind={task}"]
     return load_config(RunConfig, name, [*own, *settings]).value
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_planned_and_searched(name):
-    machine, config = Machine.from_name("v5p-64"), preset(name)
-    plan = plan_run(config, machine)
-    assert plan.step_seconds is not None
-    assert 0.01 < plan.mfu() < 0.5
-    assert plan.memory.total > 12 * plan.layout.parameters / machine.topology.devices
-    best = search_layouts(config, machine, top=1).best
-    if plan.fits and not plan.close:
-        assert 0 < best[0].seconds <= plan.step_seconds * (1 + 1e-9)
 
 
 def test_deepseek_by_hand():
@@ -58,20 +37,20 @@ def test_deepseek_by_hand():
     expert, router, dense, table = 3 * d * 1408, d * 64, 3 * d * 10944, 102400 * d
     norms = 27 * (2 * d + rank) + d
     met = 27 * attention + dense + 26 * (router + (6 + 2) * expert)
-    layout = lay_out_run(preset("deepseek_v2_lite"), ALONE)
+    layout = lay_out_run(preset("deepseek_v2_lite", "clm"), ALONE)
     assert layout.active_parameters == met + norms + 2 * table
     assert layout.parameters == layout.active_parameters + 26 * (64 - 6) * expert == 15_706_484_224
     # Scores of queries and keys, and of weights and values, forward and twice backward.
     pairs = 27 * SEQ * heads * 3 * 2 * (plain + rotary + value)
     assert layout.flops_per_token_full_attention == 6 * (met + table) + pairs
     assert layout.flops_per_token == 6 * (met + table) + pairs / 2
-    both_ways = lay_out_run(preset("bert_base"), ALONE)  # nothing is masked in an encoder
+    both_ways = lay_out_run(preset("bert_base", "mlm"), ALONE)  # nothing is masked in an encoder
     assert both_ways.flops_per_token == both_ways.flops_per_token_full_attention
 
 
 def test_an_encoder_and_a_decoder_by_hand():
     """T5 small: six layers each, and rows of so many tokens."""
-    config = preset("t5_small", "task.encoder_len=464", "task.decoder_len=312")
+    config = preset("t5_small", "ul2", "task.encoder_len=464", "task.decoder_len=312")
     layout = lay_out_run(config, ALONE)
     d, heads = 512, 8 * 64
     projection, mlp = d * heads, 2 * d * 2048
