@@ -100,7 +100,7 @@ def _list_weight_collectives(
     and all of a 1F1B pipeline, are gathered from such shares too.
     """
     split, name = shape.split, kernel.name
-    used = kernel.size * shape.work.dtype_bytes / split.shards(split.compute, kernel.axes)
+    used = shape.used_bytes(kernel)
     scattered, here = split.extra(split.gradients, kernel), 1.0
     if split.gradients != split.storage and "expert" not in kernel.axes:
         one_f_one_b = shape.work.config.parallel.schedule == "1f1b"
@@ -115,8 +115,7 @@ def _list_gradient_collectives(
 ) -> Iterator[PlannedCollective]:
     """A kernel's gradient, reduced into its shares and over the axes that split the tokens."""
     split, what = shape.split, f"{kernel.name}: gradient"
-    used = kernel.size * shape.work.dtype_bytes / split.shards(split.compute, kernel.axes)
-    scattered = split.extra(split.gradients, kernel)
+    used, scattered = shape.used_bytes(kernel), split.extra(split.gradients, kernel)
     yield PlannedCollective(what, "reduce-scatter", scattered, used, runs, "backward", False)
     rest = tuple(axis for axis in token_axes if axis not in scattered)
     left = used / split.ways(scattered)

@@ -16,7 +16,12 @@ import numpy as np
 from maxlm.models.remat import SAVED
 from maxlm.plan.shape import StepShape, count_received_rows
 from maxlm.plan.stacks import Stack
-from maxlm.plan.working import LOSS, UPDATE, Parts, list_end_working_sets, list_layer_working_sets
+from maxlm.plan.working import (
+    Parts,
+    list_layer_working_sets,
+    loss_working_set,
+    update_working_set,
+)
 from maxlm.plan.workload import FP32, Number
 
 
@@ -114,10 +119,9 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
     outer = split.held_bytes(split.gradients, work.select_trained(work.outer_specs))
-    beside = {LOSS: (sums, kept[-1]), UPDATE: (sum(own) + sums + outer, 0.0)}
-    return phases | {
-        phase: (*beside[phase], parts) for phase, parts in list_end_working_sets(shape).items()
-    }
+    phases["the loss"] = (sums, kept[-1], loss_working_set(shape))
+    phases["the update"] = (sum(own) + sums + outer, 0.0, update_working_set(shape))
+    return phases
 
 
 def resting_bytes(shape: StepShape) -> dict[str, Number]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from maxlm.models.remat import RematPolicy
+from maxlm.plan.stacks import Kernel, MatmulGroup
 from maxlm.plan.workload import MeshSplit, Number, RunWorkload
 
 
@@ -26,6 +27,13 @@ class StepShape:
     def fused(self, biased: bool) -> bool:
         """The same of one attention: no kernel has learnt biases."""
         return self.fused_attention and not biased
+
+    def used_bytes(self, matrices: Kernel | MatmulGroup) -> Number:
+        """Bytes of matrices as a device multiplies by them."""
+        itemsize, split = self.work.dtype_bytes, self.split
+        if isinstance(matrices, MatmulGroup):
+            return sum(map(self.used_bytes, matrices.kernels))
+        return matrices.size * itemsize / split.shards(split.compute, matrices.axes)
 
     @property
     def rows(self) -> Number:

@@ -15,7 +15,6 @@ from maxlm.plan.workload import FP32, Number
 
 Parts = dict[str, Number]
 """What → bytes on each device."""
-LOSS, UPDATE = "the loss", "the update"
 _BRANCH = "what a branch adds before its last norm, its gradient"
 _MEMORY = "gradient of the encoder's output"
 # At once: scores of attention (pallas_kernels/attention/xla.py), an expert's hidden activations.
@@ -48,11 +47,6 @@ def list_layer_working_sets(shape: StepShape, stack: Stack) -> dict[str, Parts]:
     return sets
 
 
-def list_end_working_sets(shape: StepShape) -> dict[str, Parts]:
-    """The same of what is behind the layers."""
-    return {LOSS: _loss(shape), UPDATE: _update(shape)}
-
-
 def _stream(shape: StepShape, stack: Stack) -> Number:
     """One array of the residual stream's width."""
     width = shape.work.config.model.d_model * shape.work.dtype_bytes
@@ -75,7 +69,7 @@ def _mlp(shape: StepShape, stack: Stack, group: MatmulGroup) -> Parts:
     # Where the sequence is gathered, the stream's width is there five times in both lengths.
     width = np.where(np.greater(inner, stream), 5 * inner + 4 * stream, 5 * stream)
     return {
-        "kernels, gathered": sum((_weights(m, shape) for m in beside), start=0.0),
+        "kernels, gathered": sum(map(shape.used_bytes, beside), start=0.0),
         "hidden activations and their gradients": one * (outputs + count),
         "residual stream, norms, their gradients": width,
     }
@@ -86,7 +80,7 @@ def _mixer(shape: StepShape, stack: Stack) -> Parts:
     maps, tokens = [m for m in stack.matmuls if m.branch == "mixer"], shape.tokens * stack.rate
     inner = tokens * sum(shape.split.inner_width(m) for m in maps)
     return {
-        "kernels, gathered": sum((_weights(m, shape) for m in maps), start=0.0),
+        "kernels, gathered": sum(map(shape.used_bytes, maps), start=0.0),
         "its products and their gradients": 2 * inner * (shape.work.dtype_bytes + FP32),
         "residual stream, norms, their gradients": 5 * _stream(shape, stack),
     }
@@ -95,11 +89,7 @@ def _mixer(shape: StepShape, stack: Stack) -> Parts:
 def _attention(
     shape: StepShape, stack: Stack, heads: HeadCosts, seen: float, biased: bool
 ) -> Parts:
-    """
-    Args:
-        seen: tokens that are looked at for each of the batch.
-        biased: whether scores gain learnt biases.
-    """
+    """Attention that looks at ``seen`` tokens for each of the batch, with learnt biases or not."""
     split, work = shape.split, shape.work
     sizes, itemsize = split.head_sizes(heads), work.dtype_bytes
     tokens = shape.tokens * stack.rate
@@ -127,7 +117,7 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     work, rows, itemsize = shape.work, count_received_rows(shape), shape.work.dtype_bytes
     width = work.config.model.d_model
     maps = [m for m in stack.matmuls if m.has_experts]
-    weights = sum(_weights(m, shape) for m in maps)
+    weights = sum(map(shape.used_bytes, maps))
     largest = max(k.size for m in maps for k in m.kernels) / sum(m.size for m in maps)
     inner = next(m for m in maps if m.writes == "mlp")
     hidden = rows * shape.split.hidden_width(inner) / len(inner.kernels) * itemsize
@@ -139,7 +129,7 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     }
 
 
-def _loss(shape: StepShape) -> Parts:
+def loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
@@ -155,25 +145,14 @@ def _loss(shape: StepShape) -> Parts:
     }
 
 
-def _update(shape: StepShape) -> Parts:
+def update_working_set(shape: StepShape) -> Parts:
     """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
     two largest parameters' are alive together."""
     work, split = shape.work, shape.split
-    whole = [
-        np.where(
-            np.greater(split.shards(split.optimizer, s.axes), split.shards(split.storage, s.axes)),
-            s.nbytes / split.shards(split.storage, s.axes),
-            0.0,
-        )
-        for s in work.select_trained(work.specs)
-    ]
+    whole = []
+    for spec in work.select_trained(work.specs):
+        held = split.held_bytes(split.storage, [spec])
+        finer = split.held_bytes(split.optimizer, [spec]) < held
+        whole.append(np.where(finer, held, 0.0))
     largest = np.sort(np.stack(np.broadcast_arrays(*whole)), axis=0)[-2:]
     return {"updates, gathered": largest.sum(axis=0)}
-
-
-def _weights(group: MatmulGroup, shape: StepShape) -> Number:
-    """Bytes of a map's kernels in use."""
-    split = shape.split
-    return sum(
-        k.size * shape.work.dtype_bytes / split.shards(split.compute, k.axes) for k in group.kernels
-    )

@@ -142,13 +142,18 @@ class RunWorkload:
     @cached_property
     def matmuls(self) -> Counter[MatmulGroup]:
         """The matrix products of layers, by stack and in order of their names: layers of each."""
-        stacks = (dict.fromkeys(stack.matmuls, stack.depth) for stack in self.stacks)
-        return sum(map(Counter, stacks), Counter())
+        layers: Counter[MatmulGroup] = Counter()
+        for stack in self.stacks:
+            layers.update(dict.fromkeys(stack.matmuls, stack.depth))
+        return layers
 
     @cached_property
     def attention(self) -> Counter[AttentionShape]:
         """Whom tokens look at, in how many layers."""
-        return sum((stack.attention for stack in self.stacks), Counter())
+        layers: Counter[AttentionShape] = Counter()
+        for stack in self.stacks:
+            layers.update(stack.attention)
+        return layers
 
     @cached_property
     def outer_kernels(self) -> tuple[Kernel, ...]:
