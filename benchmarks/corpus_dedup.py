@@ -40,9 +40,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.sparse import csr_array
 
-from maxlm.corpus.dedup.minhash import compute_band_keys
+from maxlm.corpus.dedup.minhash import compute_band_keys, make_shingle_set
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
-from maxlm.corpus.stage import CorpusStage
+from maxlm.corpus.stage import CorpusStage, JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from maxlm.corpus.stages.near import NearStage
 from maxlm.data.documents import PYTHON_STDLIB, SourceConfig, read_documents
@@ -118,7 +118,7 @@ def run(stage: CorpusStage, shards: list[StageShardView], scratch: Path) -> tupl
     views = [replace(shard, out=stage.title) for shard in shards]
     start = time.process_time()
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, pool, ignore_progress)
+        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
     seconds = time.process_time() - start
     return pa.concat_tables(pq.read_table(view.path(stage.title)) for view in views), seconds
 
@@ -222,7 +222,7 @@ def main() -> None:
         signature = []
         for _ in range(5):
             start = time.process_time()
-            compute_band_keys(texts, stage.ngram, banding)
+            compute_band_keys([make_shingle_set(text, stage.ngram) for text in texts], banding)
             signature.append(time.process_time() - start)
         ours = {"signature": sorted(signature)[2]}
         labels, ours["all"] = run(stage, shards, folder / "near")

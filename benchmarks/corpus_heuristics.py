@@ -9,7 +9,7 @@ timed twice: every filter on every document, which is what the labels of this st
 as a pipeline, where a document that one filter drops does not reach the next. Its filters share the
 words of a document through a cache, as they do in a pipeline. Below, how often the published
 expressions over our labels and its filters agree: with its own words, and with the words of
-`maxlm.corpus.tokens` handed to it.
+`maxlm.corpus.text` handed to it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from maxlm.corpus.expression import Expression
 from maxlm.corpus.stages.heuristics import PUBLISHED, HeuristicsStage
-from maxlm.corpus.tokens import split_tokens
+from maxlm.corpus.text import split_tokens
 from maxlm.data.documents import SourceConfig, read_documents
 
 

@@ -34,6 +34,7 @@ import pyarrow as pa
 
 from maxlm.corpus.dedup.windows import concatenate_texts, find_words, get_code_points, hash_windows
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
+from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
@@ -85,7 +86,7 @@ def run(stage: SubstringStage, shards: Sequence[StageShardView], scratch: Path) 
     scratch.mkdir()
     views = [replace(shard, out=stage.title) for shard in shards]
     with WorkerPool(1) as pool:
-        stage.label(views, scratch, pool, ignore_progress)
+        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
 
 
 def measure(stage, small, shards, scratch, connection) -> None:

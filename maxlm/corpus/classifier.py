@@ -15,9 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from maxlm.config import Config, MaxlmError
+from maxlm.corpus.stage import check_packages
 from maxlm.corpus.words import WORD_PATTERN
 from maxlm.data.documents.heldout import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
@@ -25,6 +26,7 @@ from maxlm.runtime.files import convert_write_errors, replace_file
 TRAIN = "maxlm corpus train-quality"
 """The command that makes a model."""
 _BATCH = 1024
+_PARTS = ("train", "calibrate", "measure")
 _LONGEST = 1 << 20  # Characters of a text that are looked at.
 
 
@@ -123,10 +125,7 @@ class Classifier:
         with convert_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as new:
-            try:
-                save_file({"weights": self.weights}, new, metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+            new.write_bytes(save({"weights": self.weights}, metadata))
 
 
 def load_classifier(path: Path, where: str | None = None) -> Classifier:
@@ -169,17 +168,21 @@ def train_classifier(
     Raises:
         MaxlmError: too few documents of one kind in one of the three parts; no scikit-learn.
     """
+    check_packages(("scikit-learn",), "training a quality classifier")
     rows, kinds, parts, digests = [], [], [], []
     for kind, texts in ((True, iter(positive)), (False, iter(negative))):
         while batch := list(islice(texts, _BATCH)):
             decoded = [text.decode("utf-8", "replace") for text in batch]
             rows.append(_make_features(decoded, settings))
             kinds += [kind] * len(batch)
-            parts += [_choose_part(text, settings.heldout) for text in batch]
+            parts += [
+                is_heldout(text, settings.heldout) + is_heldout(text, settings.heldout / 2)
+                for text in batch
+            ]
             digests += [hashlib.sha256(text).digest()[:8] for text in batch]
-    labels, parts, ids = np.array(kinds, bool), np.array(parts, object), np.array(digests, "S8")
+    labels, parts, ids = np.array(kinds, bool), np.array(parts, np.int8), np.array(digests, "S8")
     both = np.isin(ids, np.intersect1d(ids[labels], ids[~labels]))
-    parts[both] = ""
+    parts[both] = -1
     _check_parts(parts, labels, settings)
 
     from scipy.sparse import vstack
@@ -187,7 +190,7 @@ def train_classifier(
     from sklearn.metrics import brier_score_loss, precision_score, recall_score, roc_auc_score
 
     features: Any = vstack(rows, format="csr")
-    train, middle, last = (parts == part for part in ("train", "calibrate", "measure"))
+    train, middle, last = (parts == part for part in range(len(_PARTS)))
     model = LogisticRegression(class_weight="balanced", C=10, max_iter=1000)
     weights = model.fit(features[train], labels[train]).coef_[0].astype(np.float32)
     scores = features @ weights.astype(np.float64)
@@ -235,12 +238,9 @@ def choose_threshold(
 
 def _make_features(texts: Sequence[str], settings: ClassifierConfig) -> Any:
     """Hashes the n-grams of texts: a sparse matrix [texts, weights] with rows of norm 1."""
-    try:
-        from scipy.sparse import hstack
-        from sklearn.feature_extraction.text import HashingVectorizer
-    except ImportError as error:
-        what = "the quality classifier needs scikit-learn, which is not installed"
-        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     size, longest = 1 << settings.buckets, settings.word_ngrams
     texts = [text[:_LONGEST] for text in texts]
     words = HashingVectorizer(n_features=size, ngram_range=(1, longest), token_pattern=WORD_PATTERN)
@@ -257,16 +257,10 @@ def _sigmoid(values: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(0.5 * values))
 
 
-def _choose_part(text: bytes, heldout: float) -> str:
-    if is_heldout(text, heldout / 2):
-        return "measure"
-    return "calibrate" if is_heldout(text, heldout) else "train"
-
-
 def _check_parts(parts: np.ndarray, labels: np.ndarray, settings: ClassifierConfig) -> None:
     for kind, chosen in (("positive", labels), ("negative", ~labels)):
-        for part in ("train", "calibrate", "measure"):
-            if not np.any(chosen & (parts == part)):
+        for number, part in enumerate(_PARTS):
+            if not np.any(chosen & (parts == number)):
                 what = f"{chosen.sum()} {kind} documents: none of them falls to the part to {part}"
                 fix = f"give more documents, or raise heldout (it is {settings.heldout:g})"
                 raise MaxlmError(what, fix=fix)

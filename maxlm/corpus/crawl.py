@@ -48,22 +48,12 @@ class RawDocument:
     """What is known of date (ISO 8601), content_type and charset (both as HTTP gave them)."""
 
 
-@dataclass(frozen=True)
-class _Record:
-    """A record of an archive."""
-
-    kind: str
-    """WARC-Type."""
-    id: str
-    url: str | None
-    date: str | None
-    content_type: str
-    """Media type of the block: "application/http; ..." for responses."""
-    block: bytes
-
-
 class _PassOver(Exception):
     """The record is no document; the argument says why."""
+
+
+class _Damaged(_PassOver):
+    """The record is not all there: what follows may be anything."""
 
 
 def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[RawDocument]:
@@ -89,11 +79,7 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
                 count("broken")
                 return
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                for record in _read_records(file, view, path.name, count, max_bytes):
-                    try:
-                        yield _document(record, max_bytes)
-                    except _PassOver as why:
-                        count(str(why))
+                yield from _read_records(file, view, path.name, count, max_bytes)
     except OSError as error:
         what = f"cannot read: {error.strerror or error}"
         raise MaxlmError(what, where=str(path), fix="check the file and its permissions") from error
@@ -101,15 +87,16 @@ def read_warc(path: Path, count: Count, max_bytes: int = MAX_BYTES) -> Iterator[
 
 def _read_records(
     file: io.BufferedReader, view: mmap.mmap, name: str, count: Count, max_bytes: int
-) -> Iterator[_Record]:
-    """Yields the records; starts again at the next possible place when one is broken."""
-    try:
-        from fastwarc.warc import ArchiveIterator
-    except ImportError as error:
-        what = "reading a WARC needs fastwarc, which is not installed"
-        raise MaxlmError(what, where=name, fix="pip install 'maxlm[corpus]'") from error
+) -> Iterator[RawDocument]:
+    """Yields the documents; starts again at the next possible place when a record is broken."""
+    from fastwarc.warc import ArchiveIterator
 
-    mark = _find_mark(view, name)
+    # What a record begins with; told by the file's name where its beginning is damaged.
+    marks = {".gz": _GZIP, ".zst": _ZSTD}
+    mark = next((m for m in marks.values() if view[:4].startswith(m)), None)
+    if mark is None:
+        is_plain = view[:5] == b"WARC/"
+        mark = _LINE_START if is_plain else marks.get(Path(name).suffix, _LINE_START)
     start, false_starts, is_counted = 0, 0, False
     while start >= 0 and false_starts < _MOST_FALSE_STARTS:
         file.seek(start)
@@ -119,11 +106,11 @@ def _read_records(
             for record in ArchiveIterator(file, parse_http=False):
                 false_starts, start = 0, record.stream_pos
                 try:
-                    yield _convert_record(record, name, max_bytes)
+                    yield _read_document(record, name, max_bytes)
                     is_counted = False
                 except _PassOver as why:
                     count(str(why))
-                    is_counted = str(why) == "broken"
+                    is_counted = isinstance(why, _Damaged)
                     if is_counted or record.content_length > _BOMB:
                         break
             else:
@@ -138,78 +125,50 @@ def _read_records(
         start += mark == _LINE_START and start >= 0
 
 
-def _find_mark(view: mmap.mmap, name: str) -> bytes:
-    """Returns the bytes that a record begins with; by the name where the first is damaged."""
-    marks = {".gz": _GZIP, ".zst": _ZSTD}
-    for mark in marks.values():
-        if view[:4].startswith(mark):
-            return mark
-    return _LINE_START if view[:5] == b"WARC/" else marks.get(Path(name).suffix, _LINE_START)
-
-
-def _convert_record(record: Any, name: str, max_bytes: int) -> _Record:
-    """Converts a record of fastwarc's.
-
-    Raises:
-        _PassOver: a type that is never a document; the block is too long, or not all there.
-    """
-    kind = str(record.record_type)
+def _read_document(record: Any, name: str, max_bytes: int) -> RawDocument:
+    """Reads a record of fastwarc's. Raises _PassOver: it is no document, or broken."""
+    kind, headers = str(record.record_type), record.headers
     if kind not in ("response", "resource", "conversion"):
         raise _PassOver(kind)
     if record.content_length > max_bytes:
         raise _PassOver("too_large")
-    block = record.reader.read()
+    body = record.reader.read()
     # A Content-Length that is too large swallows the records that follow; a wrong one reads as 0.
-    cut = len(block) < (record.content_length or kind == "response")
-    if cut or b"\r\n\r\nWARC/" in block:
-        raise _PassOver("broken")
-    headers = record.headers
-    id_ = (headers.get("WARC-Record-ID") or "").strip("<> ").removeprefix("urn:uuid:")
-    url = (headers.get("WARC-Target-URI") or "").strip("<> ")  # wget writes <URL>
-    return _Record(
-        kind,
-        id_ or f"{name}:{record.stream_pos}",
-        url or None,
-        headers.get("WARC-Date"),
-        headers.get("Content-Type") or "",
-        block,
-    )
-
-
-def _document(record: _Record, max_bytes: int) -> RawDocument:
-    """Raises _PassOver."""
-    body, content_type, codings = record.block, record.content_type, ()
+    if len(body) < (record.content_length or kind == "response") or b"\r\n\r\nWARC/" in body:
+        raise _Damaged("broken")
+    content_type, codings = headers.get("Content-Type") or "", ()
     if body.startswith(b"HTTP/"):
-        headers, body = _http(body)
-        content_type = headers.get("content-type", "")
+        http, body = _parse_http(body)
+        content_type = http.get("content-type", "")
         names = ("transfer-encoding", "content-encoding")
-        codings = [c for name in names for c in reversed(headers.get(name, "").split(","))]
+        codings = [c for each in names for c in reversed(http.get(each, "").split(","))]
     elif content_type.startswith("application/http"):
         raise _PassOver("broken")
     media = content_type.partition(";")[0].strip().lower()
-    is_text = media == "text/plain" and record.kind != "response"
+    is_text = media == "text/plain" and kind != "response"
     if media and media not in _HTML_TYPES and not is_text:
         raise _PassOver("not_html")
     for coding in codings:
         body = _undo(body, coding.strip().lower(), max_bytes)
     if not body.strip():
         raise _PassOver("empty")
-    charset = _CHARSET.search(content_type[:_SNIFF])
-    found = {
-        "date": record.date,
-        "content_type": media,
-        "charset": charset[1] if charset else None,
-    }
-    meta = {key: value for key, value in found.items() if value}
-    if is_text:
-        text, _ = decode(body, meta.get("charset"))
-        return RawDocument(record.id, record.url, None, clean(text), meta)
     if not media and not _HTML.search(body, 0, _SNIFF):
         raise _PassOver("not_html")
-    return RawDocument(record.id, record.url, body, None, meta)
+    charset = _CHARSET.search(content_type[:_SNIFF])
+    found = {"date": headers.get("WARC-Date"), "content_type": media}
+    found["charset"] = charset[1] if charset else None
+    meta = {key: value for key, value in found.items() if value}
+    id_ = (headers.get("WARC-Record-ID") or "").strip("<> ").removeprefix("urn:uuid:")
+    return RawDocument(
+        id=id_ or f"{name}:{record.stream_pos}",
+        url=(headers.get("WARC-Target-URI") or "").strip("<> ") or None,  # wget writes <URL>
+        html=None if is_text else body,
+        text=clean(decode(body, meta.get("charset"))[0]) if is_text else None,
+        meta=meta,
+    )
 
 
-def _http(message: bytes) -> tuple[Mapping[str, str], bytes]:
+def _parse_http(message: bytes) -> tuple[Mapping[str, str], bytes]:
     """The headers, by names in lower case, and the body of a successful response.
 
     Raises:

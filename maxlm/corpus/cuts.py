@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from maxlm.corpus.characters import ALONE, get_character_classes
+from maxlm.corpus.text import ALONE, get_character_classes
 
 CUTS = pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))
 """The type of a label that holds spans of a text, in characters."""

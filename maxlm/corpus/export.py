@@ -21,6 +21,7 @@ from maxlm.corpus.recipe import Rules
 from maxlm.corpus.report.summary import find_language_label
 from maxlm.corpus.settling import settle_duplicates
 from maxlm.corpus.shards import DOCUMENTS, StageShardView
+from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import convert_write_errors, lock_folder
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -75,14 +76,9 @@ def export_corpus(
     language = find_language_label(corpus)
     columns = ("id", "source", "url", "meta", *([language] if language else []))
     building = out.with_name(f".{out.name}.exporting")
-    new, old = building / "new", building / "old"
     with lock_folder(building), convert_write_errors(out):
-        # A killed export may leave the one that it replaces, and its own files.
-        if old.exists() and not out.exists():
-            os.rename(old, out)
-            _check_replaceable(out, force)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(new, ignore_errors=True)
+        new = building / "new"
+        shutil.rmtree(new, ignore_errors=True)  # Of a killed export.
         new.mkdir()
         shards = settle_duplicates(corpus, rules, progress)
         ends = accumulate(shard.path(DOCUMENTS).stat().st_size for shard in shards)
@@ -92,15 +88,13 @@ def export_corpus(
             for number, (_, part) in enumerate(parts)
         ]
         counts = Counter[str](dict.fromkeys(_COUNTS, 0))
-        for done, each in enumerate(engine.map(_export_shards, jobs), 1):
+        for each in JobRunner("export", engine, progress)(_export_shards, jobs):
             counts.update(each)
-            progress("export", done, len(jobs))
         keep = {name: rule.text for name, rule in rules.keep.items()}
         about = {"corpus": str(corpus.folder), "format": format, "keep": keep, "cut": rules.cut}
         (new / _MANIFEST).write_text(json.dumps(about | counts, indent=1))
-        _check_replaceable(out, force)  # It may have appeared meanwhile.
         if out.exists():
-            os.rename(out, old)
+            shutil.rmtree(out)
         os.rename(new, out)
         shutil.rmtree(building)
     return counts

@@ -9,10 +9,11 @@ with null is neither true nor false, and a document is taken only where the whol
 # pyright: reportAttributeAccessIssue=false
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ _COMPARE: dict[type, tuple[str, Callable]] = {
     ast.GtE: (">=", pc.greater_equal),
 }
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-_NEGATED = {"<": ">=", "<=": ">", ">": "<=", ">=": "<", "==": "!=", "!=": "=="}
 # In float64: integers of labels would silently wrap around.
 _ARITHMETIC: dict[type, Callable] = {
     ast.Add: pc.add,
@@ -49,8 +49,6 @@ class Threshold:
     label: str
     comparison: str
     value: float
-    decides: bool = True
-    """Whether a document on its far side is dropped whatever else the expression says."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,8 @@ class Expression:
     def true(self, table: pa.RecordBatch | pa.Table) -> np.ndarray:
         """Where it holds: bool [rows]. `table` has a column for each of `names`."""
         value = _evaluate(self._tree, table)
-        if isinstance(value, pa.Scalar | bool):
-            return np.full(
-                table.num_rows, bool(value.as_py() if isinstance(value, pa.Scalar) else value)
-            )
+        if isinstance(value, pa.Scalar):
+            return np.full(table.num_rows, bool(value.as_py()))
         filled = pc.fill_null(value, False)
         if isinstance(filled, pa.ChunkedArray):
             filled = filled.combine_chunks()
@@ -106,9 +102,7 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
     """
     try:
         tree = _parse(text)
-    except (RecursionError, MemoryError) as error:
-        raise _too_deep(text, where) from error
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = getattr(error, "msg", str(error))
         raise MaxlmError(f"{text!r} is no expression: {reason}", where=where, fix=_FIX) from error
     expression = Expression(text)
@@ -125,10 +119,9 @@ def parse(text: str, labels: Mapping[str, pa.DataType], where: str) -> Expressio
         raise MaxlmError(what, where=where, fix=_FIX) from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
         what = f"{text!r} compares things of different kinds ({str(error).splitlines()[0]})"
-        raise MaxlmError(what, where=where, fix=f"labels: {_kinds(names, labels)}") from error
-    except RecursionError as error:
-        raise _too_deep(text, where) from error
-    if not isinstance(value, bool) and not pa.types.is_boolean(value.type):
+        kinds = ", ".join(f"{name} is {labels[name]}" for name in names)
+        raise MaxlmError(what, where=where, fix=f"labels: {kinds}") from error
+    if not pa.types.is_boolean(value.type):
         what = f"{text!r} is a value, not a condition"
         raise MaxlmError(what, where=where, fix="compare it with something") from None
     return expression
@@ -145,11 +138,6 @@ class _Unknown(Exception):
     """Syntax that has no meaning in an expression."""
 
 
-def _too_deep(text: str, where: str) -> MaxlmError:
-    what = f"no expression of {len(text):,} characters can be nested so deeply"
-    return MaxlmError(what, where=where, fix="make it several rules")
-
-
 def make_unknown_label_error(
     name: str, labels: Mapping[str, pa.DataType], where: str
 ) -> MaxlmError:
@@ -160,10 +148,6 @@ def make_unknown_label_error(
     listed = ", ".join(near or list(labels)[:8]) or "no stage gives any"
     fix = f"did you mean {listed}?" if near else f"there are: {listed}"
     return MaxlmError(f'there is no label "{name}"', where=where, fix=fix)
-
-
-def _kinds(names: tuple[str, ...], labels: Mapping[str, pa.DataType]) -> str:
-    return ", ".join(f"{name} is {labels[name]}" for name in names)
 
 
 def _dotted(node: ast.expr) -> str | None:
@@ -180,27 +164,19 @@ def _names(node: ast.AST) -> list[str]:
     return [name for child in ast.iter_child_nodes(node) for name in _names(child)]
 
 
-def _thresholds(node: ast.expr, negated: bool = False, decides: bool = True) -> list[Threshold]:
-    """`decides`: whether a document is dropped if the comparison (negated or not) does not hold."""
-    match node:
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return _thresholds(operand, not negated, decides)
-        case ast.BoolOp(op=op, values=values):
-            decides = decides and isinstance(op, ast.Or if negated else ast.And)
-            return [each for value in values for each in _thresholds(value, negated, decides)]
-        case ast.Compare(left=left, ops=ops, comparators=comparators):
-            sides, found = [left, *comparators], []
-            decides = decides and not (negated and len(ops) > 1)
-            for one, sign, other in zip(sides, ops, sides[1:], strict=False):
-                text = _COMPARE.get(type(sign), ("", None))[0]
-                name, value = _dotted(one), _number(other)
-                if name is None:
-                    name, value, text = _dotted(other), _number(one), _MIRRORED.get(text, text)
-                if text and name is not None and value is not None:
-                    text = _NEGATED[text] if negated else text
-                    found.append(Threshold(name, text, value, decides))
-            return found
-    return []
+def _thresholds(tree: ast.expr) -> Iterator[Threshold]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Compare):
+            continue
+        for one, sign, other in zip(
+            [node.left, *node.comparators], node.ops, node.comparators, strict=False
+        ):
+            text = _COMPARE.get(type(sign), ("", None))[0]
+            name, value = _dotted(one), _number(other)
+            if name is None:
+                name, value, text = _dotted(other), _number(one), _MIRRORED.get(text, text)
+            if text and name is not None and value is not None:
+                yield Threshold(name, text, value)
 
 
 def _number(node: ast.expr) -> float | None:
@@ -208,7 +184,9 @@ def _number(node: ast.expr) -> float | None:
         value = ast.literal_eval(node)
     except ValueError:
         return None
-    return float(value) if isinstance(value, int | float) and value is not True else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+        return None
+    return float(value)
 
 
 def _evaluate(node: ast.expr, table: pa.RecordBatch | pa.Table) -> Any:

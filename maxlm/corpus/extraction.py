@@ -7,7 +7,6 @@ Processor time, because a limit on wall time would depend on what else the machi
 """
 
 import logging
-import math
 import os
 import resource
 import signal
@@ -39,10 +38,8 @@ class Extractor:
         self._end: Callable[[], object] = lambda: None
 
     def read(self, pages: Sequence[tuple[bytes, str | None]]) -> list[Page]:
-        """Read pages, given as (HTML, charset of the HTTP header).
-
-        What takes too long or crashes in one way is tried in the next. Some pages at a time are
-        faster than one, and are in memory twice.
+        """Read pages, given as (HTML, charset of the HTTP header). What takes too long or fails in
+        one way is tried in the next.
 
         Raises:
             MaxlmError: the child process does not start.
@@ -67,23 +64,13 @@ class Extractor:
             try:
                 connection.send((pages[len(found) :], *way))
                 while len(found) < len(pages):
-                    late = not self._answers(connection)
-                    if late:  # The kernel should have ended it long ago, unless it sleeps.
-                        process.kill()
                     found.append(connection.recv())
-                    if late:  # It had answered just then: another reads the rest.
-                        self.close()
-                        break
             except (EOFError, OSError):
                 # It answers page by page: the next one was its end.
-                stopped = process.wait() in (-signal.SIGPROF, -signal.SIGKILL)
+                stopped = process.wait() == -signal.SIGPROF
                 found.append(Page("timeout" if stopped else "broken"))
                 self.close()
         return found
-
-    def _answers(self, connection: Connection) -> bool:
-        """Whether it does, in time of which a suspension of both (Ctrl-Z) costs a second only."""
-        return any(connection.poll(1) for _ in range(math.ceil(60 + 20 * self._seconds)))
 
     def _start(self) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = socket.socketpair()
@@ -110,12 +97,7 @@ def _stop(process: subprocess.Popen, connection: Connection) -> None:
 
 
 def serve(fd: int, seconds: float, quality: bool) -> None:
-    """Read pages for the process at the other end, until it ends.
-
-    Args:
-        seconds: processor time for a page.
-        quality: whether trafilatura will be asked for.
-    """
+    """Read pages for the process at the other end, until it ends; see `Extractor`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent decides.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
@@ -130,16 +112,11 @@ def serve(fd: int, seconds: float, quality: bool) -> None:
             pages, *way = connection.recv()
             for page in pages:
                 signal.setitimer(signal.ITIMER_PROF, seconds)
-                found = _read(page, way)
+                try:
+                    found = read_page(*page, *way)
+                except Exception:  # The parsers raise what they like; the label says so.
+                    found = Page("broken")
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 connection.send(found)
     except (EOFError, ConnectionError):
         pass
-
-
-def _read(page: tuple[bytes, str | None], way: Sequence[bool]) -> Page:
-    try:
-        return read_page(*page, *way)
-    # The parsers raise what they like; the label says so, and the manifest counts it.
-    except Exception:
-        return Page("broken")

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import regex
 
-from maxlm.corpus.tokens import has_letter, is_word, split_tokens
+from maxlm.corpus.text import has_letter, is_word, split_tokens
 
 Measures = dict[str, float | None]
 """Values by label; None for what a text does not have."""

@@ -141,8 +141,7 @@ def read_kept(
     Args:
         shard: with duplicates settled (`settle_duplicates`).
     """
-    names = [name for rule in rules.keep.values() for name in rule.names]
-    for table in shard.groups(list(dict.fromkeys([*columns, "text", *names, *rules.cut]))):
+    for table in shard.groups(list(dict.fromkeys([*columns, "text", *rules.names, *rules.cut]))):
         keep = mark_kept(table, rules)
         texts = iter(table.column("text").filter(pa.array(keep)).to_pylist())
         spans = [table.column(label).to_pylist() for label in rules.cut]

@@ -72,7 +72,9 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
         markdown: headings, emphasis and fences around code; only for trafilatura.
     """
     source, encoding = decode(data, charset)
-    if not _TAG.search(source) or _is_binary(data, encoding):
+    # A tenth of random bytes are controls, and they are no UTF-8.
+    binary = not encoding.startswith("utf") and count_controls(data) > len(data) // 20
+    if binary or not _TAG.search(source):
         return Page("not_html", encoding=encoding)
     raw = source.encode() if encoding.startswith("utf-16") else data
     few = raw.count(b"<") <= (MOST_DEPTH if quality else TOO_DEEP)
@@ -95,11 +97,6 @@ def read_page(data: bytes, charset: str | None, quality: bool, markdown: bool) -
     return replace(page, status="empty")
 
 
-def _is_binary(data: bytes, encoding: str) -> bool:
-    # A tenth of random bytes are controls, and they are no UTF-8.
-    return not encoding.startswith("utf") and count_controls(data) > len(data) // 20
-
-
 def load_parsers(quality: bool) -> None:
     """Import what `read_page` needs, which takes longer than most pages."""
     import resiliparse.extract.html2text  # noqa: F401
@@ -111,17 +108,13 @@ def load_parsers(quality: bool) -> None:
 def _trafilatura(source: str, markdown: bool) -> str:
     import trafilatura
 
-    try:
-        text = trafilatura.extract(
-            source,
-            fast=True,
-            include_comments=False,
-            include_tables=True,
-            output_format="markdown" if markdown else "txt",
-        )
-    # Whatever it stumbles over, there is the other one, and the label `mode` names that.
-    except Exception:
-        return ""
+    text = trafilatura.extract(
+        source,
+        fast=True,
+        include_comments=False,
+        include_tables=True,
+        output_format="markdown" if markdown else "txt",
+    )
     return clean(text or "").strip()
 
 

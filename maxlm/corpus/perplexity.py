@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.kneser_ney import KneserNeyConfig, KneserNeyReport, estimate_kneser_ney
+from maxlm.corpus.stage import check_packages
 from maxlm.corpus.words import Lines, WordsConfig, open_lines
 from maxlm.runtime.files import convert_write_errors, hash_file, replace_file
 
@@ -87,17 +88,14 @@ class PerplexityModel:
 
 
 def open_model(folder: Path) -> PerplexityModel:
-    """Raises: MaxlmError: see `read_cutoffs`; KenLM is missing or cannot read the model."""
+    """Raises: MaxlmError: see `read_cutoffs`; KenLM cannot read the model."""
     kept = read_cutoffs(folder)
     return PerplexityModel(open_lines(kept.words), _load(folder / MODEL), kept.cutoffs)
 
 
 def _load(path: Path) -> Callable[[str], float]:
-    try:
-        import kenlm
-    except ImportError as error:
-        what = "perplexity needs KenLM, which is not installed"
-        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    import kenlm
+
     config = kenlm.Config()
     config.show_progress = False
     config.arpa_complain = kenlm.ARPALoadComplain.NONE
@@ -140,11 +138,7 @@ def hash_model(folder: Path) -> str:
             its tokenizer is not there.
     """
     kept, path = read_cutoffs(folder), folder / MODEL
-    try:
-        found = hash_file(path)
-    except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
-    if found != kept.model_sha256:
+    if not path.is_file() or hash_file(path) != kept.model_sha256:
         raise _unreadable(path, f"it is not the one that {CUTOFFS} was written for")
     parts = [kept.model_dump_json()]
     if kept.words.tokenizer is not None:
@@ -183,6 +177,7 @@ def train_perplexity(
     Raises:
         MaxlmError: too few documents or words, the disk is full, or a package is missing.
     """
+    check_packages(("kenlm-ex",), "training a perplexity model")
     config = config or PerplexityConfig()
     with convert_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ class CorpusReader:
         corpus = OpenCorpus.open(folder)
         chosen = source if isinstance(source, SourceConfig) else None
         rules = corpus.rules(chosen and chosen.keep, chosen and chosen.cut)
-        labels = [name for rule in rules.keep.values() for name in rule.names] + list(rules.cut)
+        labels = [*rules.names, *rules.cut]
         files, digests = [], {}
         for shard in settle_duplicates(corpus, rules):
             stages = {stage for label in labels for stage, _ in shard.find_label_files(label)}

@@ -21,7 +21,7 @@ from maxlm.corpus.stages import AnyStage
 from maxlm.corpus.stages.heuristics import PUBLISHED
 from maxlm.runtime.executor import ExecutorName
 
-_LABELS_OF_DOCUMENTS = ("id", "source", "url")
+_DOCUMENT_LABELS = {name: DOCUMENT_SCHEMA.field(name).type for name in ("id", "source", "url")}
 
 
 class RecipeConfig(Config):
@@ -49,11 +49,9 @@ class RecipeConfig(Config):
 
     @model_validator(mode="after")
     def _names_differ(self):
+        sources = [source.name for source in self.sources]
         titles = [stage.title for stage in self.stages]
-        for kind, names in (
-            ("sources", [source.name for source in self.sources]),
-            ("stages", titles),
-        ):
+        for kind, names in (("sources", sources), ("stages", titles)):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {kind} are called {name}: give one another name")
@@ -83,6 +81,11 @@ class Rules:
     keep: Mapping[str, Expression]
     cut: tuple[str, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """The labels that rules of `keep` name, each once."""
+        return list(dict.fromkeys(name for rule in self.keep.values() for name in rule.names))
+
 
 def resolve(recipe: RecipeConfig) -> list[BoundStage]:
     """The stages in their places.
@@ -91,7 +94,7 @@ def resolve(recipe: RecipeConfig) -> list[BoundStage]:
         MaxlmError: an expression is wrong, or names a label that no earlier stage gives; a stage
             reads a label that is not there.
     """
-    labels = {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS}
+    labels = dict(_DOCUMENT_LABELS)
     texts, keys, steps = [DOCUMENTS], {DOCUMENTS: ""}, []
     wholes: set[str] = set()
     for number, stage in enumerate(recipe.stages):
@@ -112,7 +115,7 @@ def resolve(recipe: RecipeConfig) -> list[BoundStage]:
         whole = isinstance(stage, CorpusStage) or bool(wholes & {*sources, *seen})
         wholes |= {stage.title} if whole else set()
         steps.append(BoundStage(stage, tuple(texts), where, keys[stage.title], whole))
-        labels |= {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
+        labels |= _list_labels(stage)
         if "text" in stage.schema().names:
             texts.append(stage.title)
     resolve_rules(recipe, recipe.keep, recipe.cut, "")
@@ -125,7 +128,8 @@ def _check_names(
     """Whether what a stage's settings name is of the right kind."""
     fix = "name a label that does"
     for label in stage.ranks_by if isinstance(stage, CorpusStage) else ():
-        if not is_number(labels.get(label, pa.null())):
+        type_ = labels.get(label, pa.null())
+        if not (types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)):
             what = f'"{label}" holds no numbers to choose the best document by'
             raise MaxlmError(what, where=f"{place}.keep_by", fix=fix)
     for label in stage.strings:
@@ -138,19 +142,17 @@ def _check_names(
             raise MaxlmError(f'there is no source "{source}"', where=place, fix=fix)
 
 
+def _list_labels(stage: Stage) -> dict[str, pa.DataType]:
+    """The type of each label that a stage gives, by its whole name."""
+    return {f"{stage.title}.{f.name}": f.type for f in stage.schema() if f.name != "text"}
+
+
 def get_label_types(recipe: RecipeConfig) -> dict[str, pa.DataType]:
     """The type of each label that a corpus of this recipe has."""
-    return {name: DOCUMENT_SCHEMA.field(name).type for name in _LABELS_OF_DOCUMENTS} | {
-        f"{stage.title}.{field.name}": field.type
-        for stage in recipe.stages
-        for field in stage.schema()
-        if field.name != "text"
-    }
-
-
-def is_number(type_: pa.DataType) -> bool:
-    """Whether a label is a score: numbers, or flags as 0 and 1."""
-    return types.is_integer(type_) or types.is_floating(type_) or types.is_boolean(type_)
+    labels = dict(_DOCUMENT_LABELS)
+    for stage in recipe.stages:
+        labels |= _list_labels(stage)
+    return labels
 
 
 def get_text_stages(recipe: RecipeConfig) -> tuple[str, ...]:
@@ -207,14 +209,10 @@ def find_comparing_stages(
     Stages that drop whole documents come first: a dropped document keeps no passage.
     """
     labels, found = get_label_types(recipe), []
-    named = {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
-    for number in reversed(range(len(recipe.stages))):
-        stage = recipe.stages[number]
-        if isinstance(stage, CorpusStage) and named & {
-            f"{stage.title}.{v}" for v in stage.verdicts
-        }:
-            place = f"stages.{number}.where"
-            where = None if stage.where is None else parse(stage.where, labels, place)
+    named = {*rules.names, *rules.cut}
+    for stage in reversed(recipe.stages):
+        if isinstance(stage, CorpusStage) and named & stage.verdict_labels:
+            where = None if stage.where is None else parse(stage.where, labels, "")
             named |= set(where.names if where else ())
             found.insert(0, (stage, where))
     return sorted(found, key=lambda each: "duplicate" not in each[0].verdicts)
@@ -225,35 +223,46 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
     that they, or a stage that is settled, look at may depend on it before.
 
     Raises:
-        MaxlmError: a label that does.
+        MaxlmError: a label that does; a `where` needs the verdict of a stage that is settled later;
+            two stages drop documents for others that they are only like.
     """
-    stages = find_comparing_stages(recipe, rules)
-    wheres = {name for _, where_ in stages if where_ for name in where_.names}
-    used = wheres | {name for rule in rules.keep.values() for name in rule.names} | {*rules.cut}
-    _check_order(recipe, stages, where)
+    stages, labels = find_comparing_stages(recipe, rules), get_label_types(recipe)
+    wheres = {name for _, expression in stages if expression for name in expression.names}
+    used = {*wheres, *rules.names, *rules.cut}
+    for index, (stage, expression) in enumerate(stages):
+        later = set().union(*(each.verdict_labels for each, _ in stages[index:]))
+        if label := next((n for n in (expression.names if expression else ()) if n in later), None):
+            what = f"{label} is settled after the duplicates that {stage.title} finds"
+            place = f"stages.{recipe.stages.index(stage)}.where"
+            raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
+    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
+    if len(near) > 1:
+        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
+        raise MaxlmError(what, where=where or "keep", fix="name one of them")
     # Label → the verdict that it depends on, and the place of the `where` by which it does.
     early: dict[str, tuple[str, str]] = {}
     for number, stage in enumerate(recipe.stages):
-        labels = {f"{stage.title}.{field.name}" for field in stage.schema()}
+        others = {f"{stage.title}.{field.name}" for field in stage.schema()}
         needs = set(stage.reads)
         if stage.where is not None:
-            needs |= set(parse(stage.where, get_label_types(recipe), "").names)
+            needs |= set(parse(stage.where, labels, "").names)
         cause = next((label for label in early if label in needs), None)
         if isinstance(stage, CorpusStage):
+            settled = others & {*stage.verdict_labels, f"{stage.title}.of"}
+            early |= {label: (label, "") for label in settled}
+            others -= settled
             if "duplicate" in stage.verdicts and f"{stage.title}.of" in used:
                 what = f"{stage.title}.of is the copy that is best before any rule is applied"
                 fix = f"write {stage.title}.duplicate"
                 raise MaxlmError(what, where=where or "keep", fix=fix)
-            settled = {f"{stage.title}.{verdict}" for verdict in (*stage.verdicts, "of")}
-            early |= {label: (label, "") for label in settled & labels}
-            labels -= settled
         if cause is None:
             continue
         verdict, place = early[cause]
         place = place or f"stages.{number}.where"
-        early |= dict.fromkeys(labels, (verdict, place))
-        rewrites = bool(stages) and f"{stage.title}.text" in labels
-        if (label := min(labels & used, default=None)) or rewrites:
+        early |= dict.fromkeys(others, (verdict, place))
+        if (label := min(others & used, default=None)) or (
+            stages and f"{stage.title}.text" in others
+        ):
             what = (
                 f"{stage.title} leaves documents out by {verdict}, which is settled only when the "
                 f"rules are applied, and they need {label or 'its text'} of whichever is kept"
@@ -264,33 +273,10 @@ def _check_settling(recipe: RecipeConfig, rules: Rules, where: str) -> None:
         raise MaxlmError(what, where="cut", fix="name one of them")
 
 
-def _check_order(
-    recipe: RecipeConfig, stages: Sequence[tuple[CorpusStage, Expression | None]], where: str
-) -> None:
-    """Check that verdicts can be settled in the order of `find_comparing_stages`.
-
-    Raises:
-        MaxlmError: a `where` needs a later verdict, or two stages drop documents for others that
-            they are only like.
-    """
-    for index, (stage, expression) in enumerate(stages):
-        later = {f"{each.title}.{label}" for each, _ in stages[index:] for label in each.verdicts}
-        for label in expression.names if expression else ():
-            if label in later:
-                what = f"{label} is settled after the duplicates that {stage.title} finds"
-                place = f"stages.{recipe.stages.index(stage)}.where"
-                raise MaxlmError(what, where=place, fix=f"leave {label} out of it")
-    near = [stage.title for stage, _ in stages if "jaccard" in stage.verdicts]
-    if len(near) > 1:
-        what = f"the document that {near[0]} keeps of two might be dropped by {near[1]} for a third"
-        raise MaxlmError(what, where=where or "keep", fix="name one of them")
-
-
 def _holds_spans(type_: pa.DataType) -> bool:
-    if not pa.types.is_list(type_) or not pa.types.is_struct(type_.value_type):
+    if not types.is_list(type_) or not types.is_struct(type_.value_type):
         return False
-    fields = {type_.value_type.field(i).name for i in range(type_.value_type.num_fields)}
-    return {"start", "end"} <= fields
+    return {"start", "end"} <= {field.name for field in type_.value_type}
 
 
 def get_recipe_path(folder: Path) -> Path:

@@ -5,9 +5,9 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from maxlm.corpus.opened import get_manifest_path
 from maxlm.corpus.reading import ReadJob, ReadPlan, plan_shards, read_shard
 from maxlm.corpus.recipe import BoundStage, RecipeConfig, get_recipe_path, resolve
 from maxlm.corpus.shards import DOCUMENTS, StageShardView, add_counts, read_counts
-from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
+from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller, check_packages
 from maxlm.runtime.executor import Executor, open_executor
 from maxlm.runtime.files import (
     convert_write_errors,
@@ -46,24 +46,27 @@ def run_recipe(recipe: RecipeConfig, progress: Progress = ignore_progress) -> Pa
     """
     folder = Path(recipe.out).expanduser()
     steps = resolve(recipe)
+    for step in steps:
+        check_packages(step.stage.packages(), f"the stage {step.stage.title}")
     _check_place(folder, recipe)
     planned = plan_shards(folder, recipe.sources, recipe.shard_bytes)
     _check_outside(folder, planned.jobs)
-    shards = [job.shard for job in planned.jobs]
-    if len({shard.name for shard in shards}) < len(shards):
+    names = [job.shard.name for job in planned.jobs]
+    if len(set(names)) < len(names):
         what = "a source names the same files twice"
         raise MaxlmError(what, where="sources", fix="name each file once")
-    documents = hashlib.sha256("".join(shard.name for shard in shards).encode()).hexdigest()
-    keys = {step.stage.title: _key(step, documents) for step in steps}
-    read = f"{documents} {planned.num_binary}"
+    documents = hashlib.sha256("".join(names).encode()).hexdigest()
+    # Labels may depend on which other documents there are.
+    keys = {s.stage.title: f"{s.key} {documents}" if s.whole else s.key for s in steps}
+    keys[DOCUMENTS] = f"{documents} {planned.num_binary}"
     with lock_folder(folder), open_executor(recipe.engine, recipe.workers) as engine:
         # Before anything else, so that a run that is stopped leaves no corpus of two recipes.
-        for title, key in {DOCUMENTS: read, **keys}.items():
-            _forget_stale_manifest(folder / title, key, [shard.name for shard in shards])
+        for title, key in keys.items():
+            _forget_stale_manifest(folder / title, key, names)
         _write_json(get_recipe_path(folder), recipe.model_dump(mode="json"))
-        _read(folder, read, planned, recipe, engine, progress)
+        _read_sources(folder, keys[DOCUMENTS], planned, recipe, engine, progress)
         for step in steps:
-            _run_step(folder, step, keys[step.stage.title], shards, engine, progress)
+            _run_step(folder, step, keys[step.stage.title], names, engine, progress)
     return folder
 
 
@@ -92,11 +95,6 @@ def _check_outside(folder: Path, jobs: Sequence[ReadJob]) -> None:
                 raise MaxlmError(what, where=str(folder), fix=fix)
 
 
-def _key(step: BoundStage, documents: str) -> str:
-    """Makes the key of a stage's labels, which may depend on which documents there are."""
-    return f"{step.key} {documents}" if step.whole else step.key
-
-
 def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
     path = get_manifest_path(home)
     try:
@@ -109,7 +107,7 @@ def _forget_stale_manifest(home: Path, key: str, shards: Sequence[str]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read(
+def _read_sources(
     folder: Path,
     key: str,
     planned: ReadPlan,
@@ -117,66 +115,55 @@ def _read(
     engine: Executor,
     progress: Progress,
 ) -> None:
-    began, jobs = time.time(), planned.jobs
-    pending = [job for job in jobs if not job.shard.path(DOCUMENTS).exists()]
-    _map(DOCUMENTS, read_shard, pending, len(jobs), engine, progress)
-    sources = [source.model_dump(mode="json") for source in recipe.sources]
-    shards = [job.shard for job in jobs]
+    jobs = {job.shard.name: job for job in planned.jobs}
+
+    def read(pending: Sequence[StageShardView]) -> None:
+        run = JobRunner(DOCUMENTS, engine, progress)
+        run(read_shard, [jobs[s.name] for s in pending], num_done=len(jobs) - len(pending))
+
     inputs = [
-        {"shard": job.shard.name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
-        for job in jobs
+        {"shard": name, "files": list(dict.fromkeys(s.file.name for s in job.slices))}
+        for name, job in jobs.items()
     ]
-    if pending or not get_manifest_path(folder / DOCUMENTS).exists():
-        details = {"key": key, "sources": sources, "inputs": inputs}
-        last = _last_run(began, len(pending), ())
-        _finish(folder, DOCUMENTS, shards, details, last, {"binary_files": planned.num_binary})
+    sources = [source.model_dump(mode="json") for source in recipe.sources]
+    details = {"key": key, "sources": sources, "inputs": inputs}
+    shards = [job.shard for job in planned.jobs]
+    _make_shards(folder / DOCUMENTS, shards, read, details, (), binary_files=planned.num_binary)
 
 
 def _run_step(
     folder: Path,
     step: BoundStage,
     key: str,
-    shards: Sequence[StageShardView],
+    names: Sequence[str],
     engine: Executor,
     progress: Progress,
 ) -> None:
-    began, title = time.time(), step.stage.title
-    home = folder / title
-    views = [StageShardView(folder, s.name, step.texts, step.where, title) for s in shards]
+    stage, home = step.stage, folder / step.stage.title
+    views = [StageShardView(folder, name, step.texts, step.where, stage.title) for name in names]
+    run = JobRunner(stage.title, engine, progress)
+
+    def label(pending: list[StageShardView]) -> None:
+        if isinstance(stage, LabelStage):
+            # The largest first, or all would wait for one that begins last.
+            pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
+            run(ShardLabeller(stage), pending, num_done=len(views) - len(pending))
+        elif isinstance(stage, CorpusStage):
+            with convert_write_errors(home):
+                (home / "scratch").mkdir(exist_ok=True)
+            stage.label(views, home / "scratch", run)
+
     with convert_write_errors(home):
         _forget_other_labels(home, key)
-    pending = [view for view in views if not view.path(title).exists()]
-    if isinstance(step.stage, LabelStage):
-        # The largest first, or all would wait for one that begins last.
-        pending.sort(key=lambda view: -view.path(DOCUMENTS).stat().st_size)
-        _map(title, ShardLabeller(step.stage), pending, len(views), engine, progress)
-    elif isinstance(step.stage, CorpusStage) and (pending or not get_manifest_path(home).exists()):
-        scratch = home / "scratch"
-        with convert_write_errors(home):
-            scratch.mkdir(exist_ok=True)
-        step.stage.label(views, scratch, engine, progress)
     details = {
         "key": key,
-        "stage": step.stage.model_dump(mode="json"),
-        "version": step.stage.version,
-        "reads": list(step.stage.reads),
+        "stage": stage.model_dump(mode="json"),
+        "version": stage.version,
+        "reads": list(stage.reads),
         "texts": list(step.texts),
     }
-    if pending or not get_manifest_path(home).exists():
-        last = _last_run(began, len(pending), step.stage.packages())
-        _finish(folder, title, shards, details, last)
-    with convert_write_errors(home):
-        shutil.rmtree(home / "scratch", ignore_errors=True)
-
-
-def _map(
-    title: str, function: Any, jobs: Sequence[Any], total: int, engine: Executor, progress: Progress
-) -> None:
-    done = total - len(jobs)
-    progress(title, done, total)
-    for _ in engine.map(function, jobs):
-        done += 1
-        progress(title, done, total)
+    _make_shards(home, views, label, details, stage.packages())
+    shutil.rmtree(home / "scratch", ignore_errors=True)
 
 
 def _forget_other_labels(home: Path, key: str) -> None:
@@ -193,56 +180,43 @@ def _forget_other_labels(home: Path, key: str) -> None:
         new.write_text(key)
 
 
-def _finish(
-    folder: Path,
-    title: str,
+def _make_shards(
+    home: Path,
     shards: Sequence[StageShardView],
+    make: Callable[[list[StageShardView]], None],
     details: dict[str, Any],
-    last_run: dict[str, Any],
-    more_counts: Mapping[str, int] | None = None,
+    packages: Sequence[str],
+    **counts: int,
 ) -> None:
-    """Write a stage's manifest, and delete the shards of files that are no longer sources."""
-    home = folder / title
+    """Make the shards of a stage that are not there, then its manifest; delete the shards of files
+    that are no longer sources."""
+    began, paths = time.time(), {shard.name: shard.path(home.name) for shard in shards}
+    pending = [shard for shard in shards if not paths[shard.name].exists()]
+    if not pending and get_manifest_path(home).exists():
+        return
+    number = len(pending)
+    make(pending)
     with convert_write_errors(home):
         home.mkdir(exist_ok=True)
-    wanted = {shard.path(title).name for shard in shards}
-    for path in home.glob("*.parquet"):
-        if path.name not in wanted:
-            path.unlink()
-    for path in home.glob(".*.parquet.*"):
-        path.unlink()  # Left by a killed worker.
-    counts = {shard.name: read_counts(shard.path(title)) for shard in shards}
+    for path in {*home.glob("*.parquet"), *home.glob(".*.parquet.*")} - {*paths.values()}:
+        path.unlink()  # Also of killed workers.
+    found = {name: read_counts(path) for name, path in paths.items()}
     with ThreadPoolExecutor(count_workers()) as threads:
-        digests = list(threads.map(hash_file, (shard.path(title) for shard in shards)))
-    _write_json(
-        get_manifest_path(home),
-        details
-        | {
-            "counts": {"rows": 0, "labelled": 0, **(more_counts or {})}
-            | add_counts(counts.values()),
-            "shards": {name: each["rows"] for name, each in counts.items()},
-            "shards_sha256": dict(zip(counts, digests, strict=True)),
-            "last_run": last_run,
-        },
-    )
-
-
-def _last_run(began: float, shards: int, packages: Sequence[str]) -> dict[str, Any]:
-    """How the shards were made that were made in this run; others may be of earlier ones."""
-    return {
-        "shards": shards,
-        "packages": {name: _version(name) for name in (*_PACKAGES, *packages)},
+        digests = list(threads.map(hash_file, paths.values()))
+    last_run = {
+        "shards": number,  # Others may be of earlier runs.
+        "packages": {name: version(name) for name in (*_PACKAGES, *packages)},
         "python": platform.python_version(),
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "seconds": round(time.time() - began, 3),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    manifest = details | {
+        "counts": {"rows": 0, "labelled": 0, **counts} | add_counts(found.values()),
+        "shards": {name: each["rows"] for name, each in found.items()},
+        "shards_sha256": dict(zip(found, digests, strict=True)),
+        "last_run": last_run,
+    }
+    _write_json(get_manifest_path(home), manifest)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.columns import concatenate, open_columns
 from maxlm.corpus.dedup.components import SimilarPairs, resolve_duplicates
@@ -44,7 +44,6 @@ from maxlm.corpus.recipe import Rules, find_comparing_stages
 from maxlm.corpus.shards import DOCUMENTS, ShardWriter, StageShardView
 from maxlm.corpus.stage import CorpusStage
 from maxlm.corpus.stages.near import NearStage
-from maxlm.runtime.files import convert_write_errors
 from maxlm.runtime.progress import Progress, ignore_progress
 
 _VERSION = 1
@@ -61,7 +60,7 @@ def settle_duplicates(
     """The corpus's shards, with verdicts as they are among the documents that `rules` keep.
 
     Raises:
-        MaxlmError: another version of maxlm made the labels, or the folder cannot be written.
+        MaxlmError: another version of maxlm made the labels, or the disk is full.
     """
     stages = find_comparing_stages(corpus.recipe, rules)
     if not stages:
@@ -78,13 +77,9 @@ def settle_duplicates(
         new = home.with_name(f".{key}.{os.getpid()}")
         try:
             _Settling(corpus, rules, stages, progress).write(new.relative_to(corpus.folder), names)
-            with convert_write_errors(home):
-                new.mkdir(parents=True, exist_ok=True)  # Of no shards.
-                try:
-                    os.rename(new, home)
-                except OSError:
-                    if not home.exists():  # Else another process was faster.
-                        raise
+            new.mkdir(parents=True, exist_ok=True)  # Of no shards.
+            with suppress(OSError):  # Another process was faster.
+                new.rename(home)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     folder = str(home.relative_to(corpus.folder))
@@ -122,10 +117,10 @@ def add_verdict_columns(
 
 def list_rule_input_columns(rules: Rules, stages: Compared) -> list[str]:
     """List the columns that `add_verdict_columns` and the rules read."""
-    wheres = [where for _, where in stages if where is not None]
-    names = [name for each in (*rules.keep.values(), *wheres) for name in each.names]
-    verdicts = {f"{stage.title}.{label}" for stage, _ in stages for label in stage.verdicts}
-    return list(dict.fromkeys(["source", *(name for name in names if name not in verdicts)]))
+    wheres = [name for _, where in stages if where is not None for name in where.names]
+    verdicts = set().union(*(stage.verdict_labels for stage, _ in stages))
+    names = dict.fromkeys(["source", *rules.names, *wheres])
+    return [name for name in names if name not in verdicts]
 
 
 class _Settling:
@@ -329,13 +324,9 @@ def _unite(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _read_pairs(folder: Path) -> dict[str, np.ndarray]:
-    found = {}
-    for name, kinds in ("pairs", ("low", "high", "jaccard")), ("copies", ("copy", "best")):
-        try:
-            with open_columns(folder / f"{name}.arrow") as columns:
-                found |= {kind: columns[kind] for kind in kinds}
-        except OSError as error:
-            what = f"{name}.arrow is not here: another version of maxlm made these labels"
-            fix = "delete the stage's folder and run the recipe again"
-            raise MaxlmError(what, where=str(folder), fix=fix) from error
-    return found
+    with open_columns(folder / "pairs.arrow") as columns:
+        found = {name: columns[name] for name in ("low", "high", "jaccard")}
+    if (path := folder / "copies.arrow").exists():  # Of versions that kept copies apart.
+        with open_columns(path) as columns:
+            return found | {name: columns[name] for name in ("copy", "best")}
+    return found | dict.fromkeys(("copy", "best"), np.empty(0, np.int64))

@@ -8,9 +8,10 @@ has a column "text" writes a new version, which the stages after it read.
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 from pydantic import Field
@@ -20,8 +21,34 @@ from maxlm.corpus.shards import StageShardView
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.progress import Progress
 
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 Label = Callable[[pa.RecordBatch], pa.RecordBatch]
 """From the columns a stage reads to the columns it adds, row by row. Pure."""
+
+
+class JobRunner:
+    """Runs the jobs of a stage and shows their progress."""
+
+    def __init__(self, title: str, engine: Executor, progress: Progress):
+        self._title, self._engine, self._progress = title, engine, progress
+
+    def __call__(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Sequence[Job],
+        step: str | None = None,
+        num_done: int = 0,
+    ) -> list[Result]:
+        """Runs a function over jobs, `num_done` more being done before; returns its results in
+        order of completion."""
+        title = self._title if step is None else f"{self._title}: {step}"
+        results, total = [], len(jobs) + num_done
+        self._progress(title, num_done, total)
+        for result in self._engine.map(function, jobs):
+            results.append(result)
+            self._progress(title, num_done + len(results), total)
+        return results
 
 
 class Stage(Config):
@@ -71,16 +98,29 @@ class Stage(Config):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def packages(self) -> tuple[str, ...]:
-        """The distributions whose versions go into the manifest."""
+        """The distributions that it needs, whose versions go into the manifest."""
         return ()
 
 
 class LabelStage(Stage):
-    """A stage that labels each document by itself."""
+    """A stage that labels each document by itself. Models are loaded when it is opened, once in
+    each process (on Ray: for each shard)."""
 
-    @abstractmethod
+    def open_row(self) -> Callable[..., Mapping[str, Any]]:
+        """A function from a row's values of `reads` to its labels by name."""
+        raise NotImplementedError
+
     def open(self) -> Label:
-        """The labelling function; loads models, once in each process (on Ray: for each shard)."""
+        """The labelling function: that of `open_row`, for a stage that looks at many rows at once
+        another."""
+        label, schema = self.open_row(), self.schema()
+
+        def label_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
+            # A row at a time: as Python values a batch would take several times its size.
+            rows = [label(*(v.as_py() for v in row)) for row in zip(*batch.columns, strict=True)]
+            return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+        return label_rows
 
 
 class CorpusStage(Stage):
@@ -102,17 +142,20 @@ class CorpusStage(Stage):
         return ("text", *self.ranks_by)
 
     @property
+    def verdict_labels(self) -> set[str]:
+        """The whole names of `verdicts`."""
+        return {f"{self.title}.{verdict}" for verdict in self.verdicts}
+
+    @property
     def ranks_by(self) -> tuple[str, ...]:
         """The label that `keep_by` names, if any."""
         return () if self.keep_by is None else (self.keep_by.removeprefix("-"),)
 
     @abstractmethod
-    def label(
-        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
-    ) -> None:
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
         """Write the labels of every shard (`StageShardView.writer`).
 
-        Large work goes through `engine.map`, in jobs whose memory does not grow with the corpus;
+        Large work goes through `run`, in jobs whose memory does not grow with the corpus;
         they pass data on by files in `scratch`, which stays if the run is killed and is deleted
         when the stage is done. The labels must not depend on the order in which jobs finish.
         """
@@ -144,3 +187,17 @@ class ShardLabeller:
         except MaxlmError as error:
             where = error.where or f"{stage.title}, shard {shard.name}"
             raise MaxlmError(error.what, where=where, fix=error.fix) from error
+
+
+def check_packages(packages: Sequence[str], user: str) -> None:
+    """Checks that packages of the extra `corpus` are installed.
+
+    Raises:
+        MaxlmError: one is not; names it and `user`, which needs it.
+    """
+    for package in packages:
+        try:
+            version(package)
+        except PackageNotFoundError as error:
+            what = f"{user} needs {package}, which is not installed"
+            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maxlm.config import Config
-from maxlm.corpus.characters import ALONE_RANGES
-from maxlm.corpus.normalization import normalize
+from maxlm.corpus.text import ALONE_RANGES, normalize
 
 # Scripts written without spaces, here with Katakana: each character is a word.
 _SOLID = "".join(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from maxlm.corpus.shards import DOCUMENT_SCHEMA, DOCUMENTS, ShardWriter, StageShardView
-from maxlm.corpus.stage import CorpusStage, LabelStage, ShardLabeller
+from maxlm.corpus.stage import CorpusStage, JobRunner, LabelStage, ShardLabeller
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
 
@@ -65,7 +65,7 @@ def run_stage(
         return
     scratch.mkdir(parents=True, exist_ok=True)
     with WorkerPool(workers) as pool:
-        stage.label(views, scratch, pool, ignore_progress)
+        stage.label(views, scratch, JobRunner(stage.title, pool, ignore_progress))
     shutil.rmtree(scratch)
 
 

@@ -201,10 +201,10 @@ def test_sets_without_anything_to_look_for(tmp_path: Path) -> None:
         shortest=1,
         max_items=1,
     )
-    with pytest.raises(MaxlmError, match="common to more than 1 of its items"):
+    with pytest.raises(MaxlmError, match="common to more than 1 items"):
         common.open()
     empty = DecontaminateStage(sets={"q": write_set(tmp_path / "q.jsonl", [])})
-    with pytest.raises(MaxlmError, match='no items in "q"'):
+    with pytest.raises(MaxlmError, match="no text of 8 words"):
         empty.open()
     with pytest.raises(MaxlmError):
         DecontaminateStage(

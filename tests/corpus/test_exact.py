@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
+from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.exact import ExactStage
 from tests.corpus.corpora import add_labels, labels, make_corpus, run_stage
 
@@ -145,25 +146,6 @@ def test_an_index_knows_a_corpus_in_another_place_and_by_a_stage_of_another_name
     assert len(list((tmp_path / "index").glob("*.digests"))) == 1
 
 
-def test_other_files_in_an_index_are_none_of_it_and_damaged_ones_are_named(tmp_path: Path) -> None:
-    made, index = make_corpus(tmp_path / "corpus", ["a"]), tmp_path / "index"
-    stage = ExactStage(index=str(index))
-    index.mkdir()
-    for name in ("notes.digests", "x-y.digests", "1x-y.digests"):
-        (index / name).write_bytes(hashlib.sha256(b"a").digest())
-    run_stage(stage, made, tmp_path / "scratch")
-    assert labels(made, stage)["seen_before"].to_pylist() == [False]
-    settings = index / "settings.json"
-    whole = settings.read_text()
-    settings.write_text(whole[:5])
-    with pytest.raises(MaxlmError, match=r"settings\.json"):
-        run_stage(stage, made, tmp_path / "scratch")
-    settings.write_text(whole)
-    (index / "000000-other.digests").write_bytes(b"x" * 33)
-    with pytest.raises(MaxlmError, match="damaged"):
-        run_stage(stage, made, tmp_path / "scratch")
-
-
 def test_an_index_of_other_settings_is_refused(tmp_path: Path) -> None:
     made = make_corpus(tmp_path / "corpus", ["a"])
     run_stage(ExactStage(index=str(tmp_path / "index")), made, tmp_path / "scratch")
@@ -185,11 +167,8 @@ def _run_until(corpus: Path, index: Path, scratch: Path, step: str) -> None:
     scratch.mkdir(exist_ok=True)
     with WorkerPool(1) as pool:
         stage = ExactStage(index=str(index))
-        stage.label([_out(view) for view in views], scratch, pool, progress)
-
-
-def _out(shard):
-    return replace(shard, out="exact")
+        views = [replace(view, out="exact") for view in views]
+        stage.label(views, scratch, JobRunner("exact", pool, progress))
 
 
 def test_a_killed_run_goes_on_and_enters_the_index_once(tmp_path: Path) -> None:

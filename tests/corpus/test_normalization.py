@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxlm.corpus.normalization import normalize
 from maxlm.corpus.stages.exact import ExactStage
+from maxlm.corpus.text import normalize
 from maxlm.corpus.words import WordsConfig, open_lines
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")

@@ -183,15 +183,6 @@ def test_odd_texts_get_a_number_or_null(text, trained):
     assert one["value"] is None or 1 < one["value"] < 1e12
 
 
-def test_an_empty_batch_and_nothing_but_unknown_languages_need_no_kenlm(trained, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "kenlm", None)
-    stage = PerplexityStage(models={"en": trained[0]})
-    assert label(stage, [], []) == []
-    assert label(stage, ["x"], ["fr"]) == [{"value": None, "bucket": None}]
-    with pytest.raises(MaxlmError, match=r"maxlm\[corpus\]"):
-        label(stage, ["x"], ["en"])
-
-
 def test_a_missing_or_damaged_model_names_the_command_that_trains_one(trained, tmp_path):
     stage = PerplexityStage(models={"en": tmp_path / "none"})
     for call in (stage.open, stage.key):

@@ -23,6 +23,7 @@ from maxlm.corpus.reader import find_document
 from maxlm.corpus.report import summarize, write_report
 from maxlm.corpus.run import run_recipe
 from maxlm.corpus.shards import add_counts
+from maxlm.corpus.stages.pii import PiiStage
 from maxlm.data.documents import SourceConfig, read_documents
 from maxlm.data.store import build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
@@ -232,6 +233,16 @@ def test_a_full_disk_is_an_error_and_the_next_run_completes(whole, crawl, tmp_pa
 def test_mistakes_are_found_before_anything_is_written(crawl, tmp_path, settings, message):
     with pytest.raises(MaxlmError, match=message):
         run_recipe(recipe(crawl, tmp_path / "corpus", **settings))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_package_that_is_not_installed_is_named_before_anything_is_written(
+    crawl, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PiiStage, "packages", lambda self: ("no-such-package",))
+    with pytest.raises(MaxlmError, match=r"stage pii needs no-such-package") as error:
+        run_recipe(recipe(crawl, tmp_path / "corpus"))
+    assert error.value.fix == "pip install 'maxlm[corpus]'"
     assert not (tmp_path / "corpus").exists()
 
 

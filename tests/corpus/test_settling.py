@@ -224,7 +224,7 @@ def test_what_cannot_be_settled_is_refused_before_the_run(tmp_path, changes, mes
 
 
 @pytest.mark.parametrize("to", ["parquet", "jsonl"])
-def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd, monkeypatch):
+def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd):
     rows = crawl(2)
     rows[7]["text"] += " write to jean.dupont@example.org"
     stages = [STAGES[0], {"stage": "language"}, {"stage": "pii"}, *STAGES[1:]]
@@ -261,8 +261,6 @@ def test_an_export_is_what_the_store_is_built_from(tmp_path, to, capfd, monkeypa
     assert f"{counts['dropped']:,} dropped by rules" in told
     assert main(export) == 2
     assert "there is an export here; choose another folder" in capfd.readouterr().err
-    (tmp_path / ".out.exporting" / "old" / "of a killed export").mkdir(parents=True)
+    (tmp_path / ".out.exporting" / "new" / "of a killed export").mkdir(parents=True)
     assert main([*export, "--force"]) == 0
-    monkeypatch.chdir(out)
-    assert main([*export[:-1], ".", "--force"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

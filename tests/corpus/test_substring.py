@@ -20,7 +20,7 @@ from maxlm.config import MaxlmError
 from maxlm.corpus.cuts import cut
 from maxlm.corpus.dedup import substrings
 from maxlm.corpus.expression import parse
-from maxlm.corpus.stages import substring as stage_module
+from maxlm.corpus.stage import JobRunner
 from maxlm.corpus.stages.substring import SubstringStage
 from maxlm.runtime.pool import WorkerPool
 from maxlm.runtime.progress import ignore_progress
@@ -307,14 +307,13 @@ class Dying:
     """An engine whose `after`th job is never done."""
 
     def __init__(self, after):
-        self.left, self.functions = after, []
+        self.left = after
 
     def map(self, function, jobs):
         for job in jobs:
             if self.left == 0:
                 raise KeyboardInterrupt
             self.left -= 1
-            self.functions.append(function.__name__)
             yield function(job)
 
 
@@ -326,11 +325,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_labels(tmp_path, after):
     made = make_corpus(tmp_path / "corpus", texts, shards=4)
     views = [replace(shard, out=stage.title) for shard in made]
     with pytest.raises(KeyboardInterrupt):
-        stage.label(views, tmp_path / "scratch", Dying(after), ignore_progress)
+        stage.label(views, tmp_path / "scratch", JobRunner("", Dying(after), ignore_progress))
     left = {p: p.stat().st_mtime_ns for p in (tmp_path / "scratch").rglob("*.windows")}
     assert len(left) == min(after, 4)
     with WorkerPool(1) as pool:
-        stage.label(views, tmp_path / "scratch", pool, ignore_progress)
+        stage.label(views, tmp_path / "scratch", JobRunner("", pool, ignore_progress))
     assert read(made, stage)[0] == expected
     assert all(path.stat().st_mtime_ns == time for path, time in left.items())
     assert not list((tmp_path / "scratch").rglob(".*"))
@@ -347,16 +346,6 @@ def test_empty_corpora_and_very_long_lines(tmp_path):
     cuts, shares = run(tmp_path / "2", [line, glued, glued, f"{line} end"], rows_per_group=1)
     assert cuts == [[], [], [], [(0, len(line))]]
     assert shares[3] == pytest.approx(len(line) / (len(line) + 4))
-
-
-def test_places_in_a_block_fit_their_type_whatever_the_memory(tmp_path, monkeypatch):
-    largest = []
-    monkeypatch.setattr(stage_module, "write_shard_blocks", lambda *args: largest.append(args[3]))
-    (shard,) = make_corpus(tmp_path, ["a"], shards=1)
-    for memory in (1 << 30, 1 << 40):
-        stage = SubstringStage(memory=memory)
-        stage_module._index(stage_module._IndexJob(stage, tmp_path, shard))
-    assert largest == [1 << 24, 1 << 31]
 
 
 def test_a_document_that_spans_cannot_measure_is_refused(tmp_path, monkeypatch):

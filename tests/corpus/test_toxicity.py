@@ -1,7 +1,6 @@
 """The toxicity stage: listed words are counted, and the classifier is the package's own."""
 
 import re
-import sys
 from importlib import resources
 
 import numpy as np
@@ -135,12 +134,3 @@ def test_chunks_are_the_text(text, size):
     assert "".join(parts) == text
     assert all(parts)
     assert all(len(part) <= size + size // 4 + 1 for part in parts)
-
-
-def test_without_the_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "profanity_check", None)
-    with pytest.raises(
-        MaxlmError, match=r"pip install 'maxlm\[corpus\]', or set classifier: false"
-    ):
-        ToxicityStage().open()
-    assert label(ToxicityStage(classifier=False), "what the fuck")[0]["words"] == 1

@@ -37,7 +37,7 @@ def split_pairs(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _band_file(scratch: Path, shard: str) -> Path:
-    """A shard's keys of each band: columns key0 (sorted), member0 (within the shard), key1, ..."""
+    """A shard's keys of each band: columns key1 (sorted), member1 (within the shard), key2, ..."""
     return scratch / "bands" / f"{shard}.arrow"
 
 
@@ -45,81 +45,36 @@ def write_bands(scratch: Path, shard: str, keys: np.ndarray, worded: np.ndarray)
     """Write keys (uint64 [bands, members]) of the members that have words (bool [members])."""
     places = np.flatnonzero(worded).astype(np.int32)
     columns = {}
-    for band, row in enumerate(keys[:, worded]):
+    for band, row in enumerate(keys[:, worded], 1):
         order = np.argsort(row, kind="stable")
         columns |= {f"key{band}": row[order], f"member{band}": places[order]}
     write_columns(_band_file(scratch, shard), columns)
 
 
-def _read_band(
-    members: Members, band: int, num_ranges: int, range_index: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yields each shard, its keys of one band in one of `num_ranges` ranges, sorted, and their
-    members, which rise within a key."""
-    starts = hash_range_starts(num_ranges)
-    for shard, name in enumerate(members.shards):
-        with open_columns(_band_file(members.folder, name)) as columns:
-            part = find_range(columns[f"key{band}"], starts, range_index)
-            member = columns[f"member{band}"][part] + np.int64(members.first[shard])
-            yield shard, columns[f"key{band}"][part], member
-
-
-def find_copies(
-    members: Members, num_ranges: int, range_index: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Members with the same words in the same order as a better one: (member, the best).
-
-    Of each shard only the best with a key is compared with those of other shards. So a text that
-    is everywhere takes memory for what is returned, 35 bytes a copy, and little else.
-    """
-    keys, bests, ranks = [], [], []
-    for shard, key, member in _read_band(members, 0, num_ranges, range_index):
-        with open_columns(members.file(shard)) as columns:
-            rank = columns["rank"][member - members.first[shard]]
-        best = _best_of_keys(key, rank)
-        keys.append(key[best])
-        bests.append(member[best])
-        ranks.append(rank[best])
-    key, member = concatenate(keys, np.uint64), concatenate(bests, np.int64)
-    best = _best_of_keys(key, concatenate(ranks, np.float64))
-    known, kept = key[best], member[best]
-
-    copies, originals = [], []
-    for _, key, member in _read_band(members, 0, num_ranges, range_index):
-        best = kept[np.searchsorted(known, key)]
-        copies.append(member[member != best])
-        originals.append(best[member != best])
-    return concatenate(copies, np.int64), concatenate(originals, np.int64)
-
-
-def _best_of_keys(key: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """Which is the best of each key, in order of keys; of those as good the first."""
-    order = np.lexsort((-rank, key))
-    return order[mark_run_starts(key[order])]
-
-
 def find_pairs(
-    members: Members, band: int, num_ranges: int, range_index: int, copies: np.ndarray, limit: int
+    members: Members, band: int, num_ranges: int, range_index: int, limit: int
 ) -> Iterator[np.ndarray]:
-    """Pairs that share a key of a band, in pieces; `copies` (sorted) take no part.
+    """Pairs that share a key of a band (from 1) in a range of keys, in pieces.
 
-    In a group of up to `limit` members all are paired. In a larger one, such as the pages of a
-    template, each is paired with the limit / 4 best and the limit / 4 that follow it, which is as
-    many as a group of the limit has for a member: the pairs stay in proportion to the members.
+    In a group of up to `limit` members all are paired. In a larger one, such as the copies of a
+    text or the pages of a template, each is paired with the limit / 4 best and the limit / 4 that
+    follow it, which is as many as a group of the limit has for a member: the pairs stay in
+    proportion to the members.
 
     The members of one key are in one range, however many they are: about 80 bytes each.
     """
-    keys, found = [], []
-    for _, key, member in _read_band(members, band, num_ranges, range_index):
-        takes_part = ~_among(copies, member)
-        keys.append(key[takes_part])
-        found.append(member[takes_part])
+    keys, found, starts = [], [], hash_range_starts(num_ranges)
+    for shard, name in enumerate(members.shards):
+        with open_columns(_band_file(members.folder, name)) as columns:
+            part = find_range(columns[f"key{band}"], starts, range_index)
+            keys.append(columns[f"key{band}"][part])
+            found.append(columns[f"member{band}"][part] + np.int64(members.first[shard]))
     key, member = concatenate(keys, np.uint64), concatenate(found, np.int64)
     del keys, found
     order = np.argsort(key, kind="stable")
-    order = order[_in_groups(key[order])]
+    first = mark_run_starts(key[order])
+    order = order[~(first & np.append(first[1:], True))]  # Those whose key occurs more than once.
     key, member = key[order], member[order]
-    del order
     starts = np.flatnonzero(mark_run_starts(key))
     sizes = np.diff(starts, append=len(key))
     for size in np.unique(sizes):
@@ -141,28 +96,10 @@ def _pair_large(members: Members, group: np.ndarray, limit: int) -> Iterator[np.
     step = max(1, _PIECE // (2 * few))
     for i in range(0, len(group), step):
         here = np.arange(i, min(i + step, len(group)))[:, None]
-        others = np.concatenate(
-            [
-                np.broadcast_to(np.arange(few), (len(here), few)),
-                np.minimum(here + np.arange(1, few + 1), len(group) - 1),
-            ],
-            axis=1,
-        )
-        a, b = np.broadcast_arrays(here, others)
+        best = np.broadcast_to(np.arange(few), (len(here), few))
+        following = np.minimum(here + np.arange(1, few + 1), len(group) - 1)
+        a, b = np.broadcast_arrays(here, np.concatenate([best, following], axis=1))
         yield np.unique(join_pairs(group[a[a != b]], group[b[a != b]]))
-
-
-def _among(known: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Which members are among the sorted ones."""
-    if not len(known):
-        return np.zeros(len(members), np.bool_)
-    return known[np.minimum(np.searchsorted(known, members), len(known) - 1)] == members
-
-
-def _in_groups(keys: np.ndarray) -> np.ndarray:
-    """Which sorted keys occur more than once."""
-    first = mark_run_starts(keys)
-    return ~(first & np.append(first[1:], True))
 
 
 def count_pairs(files: Sequence[Path]) -> int:

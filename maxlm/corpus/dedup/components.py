@@ -1,7 +1,8 @@
 """From verified pairs to what is kept: clusters, and a decision for each document in one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -32,24 +33,9 @@ class SimilarPairs:
     high: np.ndarray
     jaccard: np.ndarray
     """float64 [pairs], as the two before (int64)."""
-    copy: np.ndarray
-    best: np.ndarray
-    """int64 [copies]: those with the same words as a better one, which are in no other pair."""
-
-
-def separate_exact_copies(
-    pairs: tuple[np.ndarray, np.ndarray],
-    jaccard: np.ndarray,
-    copies: tuple[np.ndarray, np.ndarray],
-) -> SimilarPairs:
-    """Tell copies from other pairs; `pairs` (int64, with their similarity) hold those of both."""
-    (low, high), (copy, best) = pairs, copies
-    of_copy = np.isin(high, copy) | np.isin(low, copy)
-    # A hash of all words may have lied: then they are no copies, and not alike either.
-    same = of_copy & (jaccard == 1)
-    confirmed = np.isin(copy, np.concatenate([low[same], high[same]]))
-    low, high, jaccard = (each[~of_copy] for each in (low, high, jaccard))
-    return SimilarPairs(low, high, jaccard, copy[confirmed], best[confirmed])
+    copy: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
+    best: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
+    """int64 [copies]: those with the same text as a better one, which are in no other pair."""
 
 
 def resolve_duplicates(
@@ -64,8 +50,7 @@ def resolve_duplicates(
     documents are visited from the best to the worst, and one is a duplicate only if it is itself
     like a document that is kept. Of any two that are alike one at least is then a duplicate.
 
-    Memory grows with what was found: about 110 bytes for each pair (24 of them the arguments), and
-    90 for each document in one; for each copy 130 (40 of them the arguments).
+    Memory is about 110 bytes for each pair, 90 for each document in one, and 130 for each copy.
 
     Args:
         rank_of: how good each of some members is, the higher the better; float64.

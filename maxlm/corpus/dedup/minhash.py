@@ -16,8 +16,7 @@ from math import ceil, log, log1p
 
 import numpy as np
 
-from maxlm.corpus.normalization import normalize
-from maxlm.corpus.tokens import WORD
+from maxlm.corpus.text import WORD, normalize
 
 _SEED = np.uint64(0xCBF29CE484222325)
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
@@ -72,7 +71,7 @@ def _hash_word(word: str) -> int:
 
 
 def hash_words(text: str) -> np.ndarray:
-    """Hashes the words of a text: uint64 [words]. See `tokens.WORD`."""
+    """Hashes the words of a text: uint64 [words]. See `text.WORD`."""
     return np.array([_hash_word(word) for word in WORD.findall(text)], np.uint64)
 
 
@@ -97,37 +96,24 @@ def make_shingle_set(text: str, size: int) -> np.ndarray:
     return np.unique(hash_shingles(hash_words(text), size))
 
 
-def compute_band_keys(
-    texts: Sequence[str], size: int, banding: Banding
-) -> tuple[np.ndarray, np.ndarray]:
-    """Computes a hash of all words of each text, and one for each band of its signature.
-
-    Args:
-        size: words in a shingle.
+def compute_band_keys(sets: Sequence[np.ndarray], banding: Banding) -> np.ndarray:
+    """Computes a hash for each band of each text's signature, from its set of shingles.
 
     Returns:
-        uint64 [bands + 1, texts]; the number of words, int64 [texts]. A text without words has no
-        shingles, and its keys mean nothing.
+        uint64 [bands, texts]. Those of a text without shingles mean nothing.
     """
     random = np.random.Generator(np.random.PCG64(0))
     functions = random.integers(0, 2**32, (2, banding.bands * banding.rows), np.uint32)
     factors, terms = functions[0, :, None] | np.uint32(1), functions[1, :, None]
-    keys = np.zeros((banding.bands + 1, len(texts)), np.uint64)
-    signatures = np.full((len(texts), factors.size), 2**32 - 1, np.uint32)
-    counts = np.zeros(len(texts), np.int64)
-    for i, text in enumerate(texts):
-        words = hash_words(text)
-        counts[i] = len(words)
-        digest = hashlib.blake2b(words.tobytes(), digest_size=8).digest()
-        keys[0, i] = int.from_bytes(digest, "little")
-        shingles = (np.unique(hash_shingles(words, size)) >> _HALF).astype(np.uint32)
+    signatures = np.full((len(sets), factors.size), 2**32 - 1, np.uint32)
+    for i, each in enumerate(sets):
+        shingles = (each >> _HALF).astype(np.uint32)
         for first in range(0, len(shingles), _CHUNK):
             least = (factors * shingles[first : first + _CHUNK] + terms).min(1)
             np.minimum(signatures[i], least, out=signatures[i])
     bands = np.arange(banding.bands, dtype=np.uint64)[:, None] ^ _SEED
-    rows = signatures.reshape(len(texts), banding.bands, banding.rows)
+    rows = signatures.reshape(len(sets), banding.bands, banding.rows)
     for j in range(banding.rows):
         bands = (bands ^ rows[:, :, j].T) * _PRIME
         bands ^= bands >> _HALF
-    keys[1:] = mix_bits(bands)
-    return keys, counts
+    return mix_bits(bands)

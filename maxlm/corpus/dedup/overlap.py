@@ -10,8 +10,8 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.corpus.dedup.columns import concatenate, mark_run_starts
-from maxlm.corpus.dedup.minhash import hash_shingles, hash_words
-from maxlm.corpus.tokens import WORD
+from maxlm.corpus.dedup.minhash import hash_shingles, hash_words, mix_bits
+from maxlm.corpus.text import WORD
 from maxlm.data.documents.config import SourceConfig
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.reader import read_documents
@@ -74,7 +74,13 @@ def _index(plain: str, content: str, n: int, shortest: int, max_items: int) -> G
         items = _read_items(source, n, shortest)
         wanted = _wanted(items, n, max_items)
         if not wanted.any():
-            raise _nothing(name, items, shortest, max_items)
+            what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
+            if items.words.any():
+                what = (
+                    f'all text of evaluation set "{name}" is common to more than {max_items} items'
+                )
+            fix = "check its files and text_field, lower shortest, or raise max_items"
+            raise MaxlmError(what, fix=fix)
         is_size[np.minimum(items.words[items.words > 0], n)] = True
         gram, owner = _pairs(items.grams[wanted], items.owners[wanted])
         grams.append(gram)
@@ -141,7 +147,8 @@ def _wanted(items: _Items, n: int, max_items: int) -> np.ndarray:
     firsts = np.flatnonzero(mark_run_starts(gram))
     count = np.diff(np.append(firsts, len(gram)))
     # One number for a set of items. Two sets have the same by chance only.
-    whose = np.add.reduceat(_scatter(owner), firsts) if len(gram) else _scatter(owner)
+    hashes = mix_bits(owner.astype(np.uint64) + np.uint64(1))
+    whose = np.add.reduceat(hashes, firsts) if len(gram) else hashes
     quoted = 2 * count <= np.count_nonzero(items.words)
 
     place = np.searchsorted(gram[firsts], items.grams)
@@ -161,26 +168,6 @@ def _pairs(grams: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarra
     grams, owners = grams[order], owners[order]
     keep = mark_run_starts(grams) | mark_run_starts(owners)
     return grams[keep], owners[keep]
-
-
-def _scatter(numbers: np.ndarray) -> np.ndarray:
-    """Different 64-bit hashes of different numbers: SplitMix64's (Steele et al. 2014)."""
-    x = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _nothing(name: str, items: _Items, shortest: int, max_items: int) -> MaxlmError:
-    if not items.ids:
-        return MaxlmError(f'no items in "{name}"', fix="check its files and text_field")
-    if items.words.any():
-        what = (
-            f'all text of evaluation set "{name}" is common to more than {max_items} of its items'
-        )
-        return MaxlmError(what, fix="raise max_items")
-    what = f'evaluation set "{name}" has no text of {shortest} words or more to look for'
-    return MaxlmError(what, fix="check its files and text_field, or lower shortest")
 
 
 def find_grams(index: GramIndex, text: str) -> np.ndarray:

@@ -27,17 +27,16 @@ every copy is compared with its source byte by byte before anything is cut, so o
 share a hash by chance none is cut for it.
 
 Three passes over files in a folder, none of which holds more than a block of text or a range of
-hashes: `write_shard_blocks` sorts the windows of each block and leaves out what the block repeats
-itself; `match_range` finds the first occurrence of each window that several blocks have, for one
-range of hashes; `find_cuts` follows each copy to its source, compares, and takes the union. It also
-lists where each copied run came first, for which documents are kept is not known yet: what is
-cut of them is settled later (`corpus.settling`).
+hashes: `write_shard_blocks` sorts the windows of each block; `match_range` finds the first
+occurrence of each window that comes several times, for one range of hashes; `find_cuts` follows
+each copy to its source, compares, and takes the union. It also lists where each copied run came
+first, for which documents are kept is not known yet: what is cut of them is settled later
+(`corpus.settling`).
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,47 +71,36 @@ _SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some documents of a shard end to end, the best first."""
-
-    text: np.ndarray
-    offsets: np.ndarray
-    rows: np.ndarray
-    rank: np.ndarray
-
-
 def write_shard_blocks(
-    folder: Path, shard: StageShardView, size: int, block_characters: int, keep_by: str | None
+    folder: Path, size: int, block_characters: int, keep_by: str | None, shard: StageShardView
 ) -> None:
     """Writes a shard's blocks of so many characters, or of a document: FOLDER/blocks/SHARD-N.*
 
     - text, and for each document its row, its rank, and the character of text where it ends
-    - for each different window its hash, sorted, and the character of text where it comes first
-    - for each further window the place where it comes again, rising, and the leader: where first
+    - for each window its hash, sorted, and the character of text where it begins
     """
     done = _block_file(folder, shard.name)
     if Path(f"{done}.windows").exists():
         return
     windows = []
-    for number, block in enumerate(_blocks(shard, block_characters, keep_by)):
+    for number, (texts, rows, rank) in enumerate(_blocks(shard, block_characters, keep_by)):
         path = _block_file(folder, f"{shard.name}-{number}")
-        _write(path, row=block.rows, rank=block.rank, end=block.offsets[1:], text=block.text)
-        starts, stops, first = find_words(block.text, block.offsets)
-        hashes, begins = hash_windows(block.text, starts, stops, first, size)
+        order = np.argsort(-rank, kind="stable")  # The best document first.
+        text, offsets = concatenate_texts([texts[i] for i in order])
+        _write(path, row=rows[order], rank=rank[order], end=offsets[1:], text=text)
+        starts, stops, first = find_words(text, offsets)
+        hashes, begins = hash_windows(text, starts, stops, first, size)
         order = np.argsort(hashes, kind="stable")
-        hashes, place = hashes[order], starts[begins[order]]
-        leads = mark_run_starts(hashes)
-        leader = place[leads][np.cumsum(leads) - 1]
-        again = np.flatnonzero(~leads)[np.argsort(place[~leads])]
-        _write(path, again=place[again], leader=leader[again])
-        _write(path, hash=hashes[leads], place=place[leads])
-        windows.append(np.count_nonzero(leads))
+        _write(path, hash=hashes[order], place=starts[begins[order]])
+        windows.append(len(hashes))
     _write(done, windows=np.array(windows, np.int64))
 
 
-def _blocks(shard: StageShardView, block_characters: int, keep_by: str | None) -> Iterator[_Block]:
-    texts, rows, rank, size = [], [], [], 0
+def _blocks(
+    shard: StageShardView, block_characters: int, keep_by: str | None
+) -> Iterator[tuple[list[np.ndarray], np.ndarray, np.ndarray]]:
+    """Yields the texts, rows and ranks of some documents of a shard at a time."""
+    texts, rows, ranks, size = [], [], [], 0
     columns = ("text",) if keep_by is None else ("text", keep_by.removeprefix("-"))
     for group in shard.rows(columns):
         column = group.batch.column("text")
@@ -124,27 +112,21 @@ def _blocks(shard: StageShardView, block_characters: int, keep_by: str | None) -
                 where = f"{shard.path('documents')}, row {row}"
                 raise MaxlmError(what, where=where, fix="leave it out, or cut it into several")
             if texts and size + len(text) > block_characters:
-                yield _block(texts, rows, rank)
-                texts, rows, rank, size = [], [], [], 0
+                yield texts, np.array(rows, np.int64), np.array(ranks)
+                texts, rows, ranks, size = [], [], [], 0
             texts.append(text)
             rows.append(row)
-            rank.append(good[i])
+            ranks.append(good[i])
             size += len(text)
     if texts:
-        yield _block(texts, rows, rank)
-
-
-def _block(texts: list[np.ndarray], rows: list[int], rank: list[float]) -> _Block:
-    order = np.argsort(-np.array(rank), kind="stable")
-    text, ends = concatenate_texts([texts[i] for i in order])
-    return _Block(text, ends, np.array(rows, np.int64)[order], np.array(rank)[order])
+        yield texts, np.array(rows, np.int64), np.array(ranks)
 
 
 def list_blocks(folder: Path, shards: Sequence[StageShardView]) -> int:
     """Write the list of all blocks, in order, for `match_range` and `find_cuts`.
 
     Returns:
-        How many different windows the blocks have, each counted by itself.
+        How many windows the blocks have.
     """
     windows = [_read(_block_file(folder, shard.name), "windows").tolist() for shard in shards]
     blocks = [
@@ -164,9 +146,9 @@ def _listed(folder: Path) -> list[tuple[str, Path, int]]:
     return [(shard, _block_file(folder, name), first) for shard, name, first in blocks]
 
 
-def match_range(folder: Path, num_ranges: int, range_index: int, ranked: bool) -> None:
-    """Write the positions of windows that another block has earlier, rising, and where the first
-    of all is: FOLDER/ranges/NUMBER-WHICH.
+def match_range(folder: Path, num_ranges: int, ranked: bool, range_index: int) -> None:
+    """Write the positions of windows that occur earlier, rising, and where the first of all is:
+    FOLDER/ranges/NUMBER-WHICH.
 
     Args:
         num_ranges, range_index: how many ranges of hashes there are, and which this one is.
@@ -222,7 +204,7 @@ def _cut_block(
     blocks = [path for _, path, _ in listed]
     rows, ends, text = (_read(blocks[block], name) for name in ("row", "end", "text"))
     offsets = np.concatenate([[0], ends])
-    place, source = _sources(folder, blocks[block], block, num_ranges)
+    place, source = _find_sources(folder, block, num_ranges)
     starts, stops, first = find_words(text, offsets)
     words = np.searchsorted(starts, place.astype(np.int64))
     reach = stops[words + size - 1].astype(np.uint64) - place
@@ -276,11 +258,9 @@ def _by_block(source: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             yield int(source[these[0]] >> _PLACE), these
 
 
-def _sources(
-    folder: Path, path: Path, block: int, num_ranges: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes where windows begin that occur earlier, rising, and the positions where first."""
-    own, leader = (_read(path, name).astype(np.uint64) for name in ("again", "leader"))
+def _find_sources(folder: Path, block: int, num_ranges: int) -> tuple[np.ndarray, np.ndarray]:
+    """The characters where windows begin that occur earlier, rising, and the positions where
+    first."""
     places, sources = [], []
     bounds = np.array([block, block + 1], np.uint64) << _PLACE
     for range_index in range(num_ranges):
@@ -289,14 +269,6 @@ def _sources(
         places.append(position[part] & _LOW)
         sources.append(_read(file, "source")[part])
     place, source = concatenate(places, np.uint64), concatenate(sources, np.uint64)
-    order = np.argsort(place)
-    place, source = place[order], source[order]
-    # Where another block has it before the block's own first, that is the first of all.
-    at = np.searchsorted(place, leader)
-    elsewhere = np.flatnonzero(np.append(place, _LOW + 1)[at] == leader)
-    leader |= bounds[0]
-    leader[elsewhere] = source[at[elsewhere]]
-    place, source = np.concatenate([place, own]), np.concatenate([source, leader])
     order = np.argsort(place)
     return place[order], source[order]
 
@@ -348,11 +320,9 @@ def _range_file(folder: Path, num_ranges: int, range_index: int) -> Path:
     return folder / "ranges" / f"{num_ranges}-{range_index}"
 
 
-_KINDS = {
-    "row": np.int64, "rank": np.float64, "end": np.int64, "text": np.uint32, "windows": np.int64,
-    "hash": np.uint64, "place": np.uint32, "again": np.uint32, "leader": np.uint32,
-    "position": np.uint64, "source": np.uint64,
-}  # fmt: skip
+_KINDS = dict.fromkeys(("text", "place"), np.uint32)
+_KINDS |= dict.fromkeys(("hash", "position", "source"), np.uint64)
+_KINDS |= dict.fromkeys(("row", "end", "windows"), np.int64) | {"rank": np.float64}
 
 
 def _write(path: Path, **arrays: np.ndarray) -> None:
@@ -366,7 +336,5 @@ def _write(path: Path, **arrays: np.ndarray) -> None:
 
 def _read(path: Path, name: str) -> np.ndarray:
     """An array of a file, on disk until it is looked at."""
-    file = f"{path}.{name}"
-    return (
-        np.memmap(file, _KINDS[name], "r") if os.path.getsize(file) else np.empty(0, _KINDS[name])
-    )
+    file, kind = f"{path}.{name}", _KINDS[name]
+    return np.memmap(file, kind, "r") if os.path.getsize(file) else np.empty(0, kind)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maxlm.corpus.characters import ALONE, EXTEND, SPACE, get_character_classes
 from maxlm.corpus.dedup.minhash import mix_bits
+from maxlm.corpus.text import ALONE, EXTEND, SPACE, get_character_classes
 
 _BASE = 0x9FB21C651E98DF25  # Odd, and so invertible modulo 2^64.
 _BLOCK = 4096

@@ -1,13 +1,12 @@
 """E-mail and IP addresses."""
 
-import importlib.util
 import ipaddress
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.pii.match import PiiMatch, find_lead_words
 
 _LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" + "".join(
@@ -15,8 +14,8 @@ _LOCAL = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%+'-" 
 )
 _LABEL = r"[0-9A-Za-zÀ-ɏ](?:[0-9A-Za-zÀ-ɏ-]{0,61}[0-9A-Za-zÀ-ɏ])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL}){{1,8}}")
-_IPV4 = re.compile(r"[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}(?![\w-]|\.[0-9])", re.ASCII)
-_IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:.])", re.ASCII)
+_IPV4 = re.compile(r"(?<![\w.-])[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![\w-]|\.[0-9])")
+_IPV6 = re.compile(r"(?<![\w:.-])[23][0-9a-fA-F]{3}:[0-9a-fA-F:]{2,34}(?![\w:.])")
 _VERSION = re.compile(
     r"(?:\bv|version|release|firmware|build|driver|\bver\.?|section|§|kernel)\W*$"
 )
@@ -56,7 +55,12 @@ def _domain_end(text: str, start: int) -> int | None:
     while len(labels) > 1 and not _is_top(labels[-1]):
         labels.pop()
     # The first word of the next sentence may be a top-level domain too: example.com.So
-    while len(labels) > 2 and _begins_sentence(labels):
+    while (
+        len(labels) > 2
+        and labels[-1][0].isupper()
+        and ".".join(labels[:-1]).islower()
+        and _is_top(labels[-2])
+    ):
         labels.pop()
     return start + len(".".join(labels)) if len(labels) > 1 else None
 
@@ -70,22 +74,14 @@ def _before_next(labels: list[str]) -> list[str]:
     return labels
 
 
-def _begins_sentence(labels: list[str]) -> bool:
-    *rest, last = labels
-    return last[0].isupper() and ".".join(rest).islower() and _is_top(rest[-1])
-
-
 def _is_top(label: str) -> bool:
     return label.lower() in _top_level()
 
 
 @cache
 def _top_level() -> frozenset[str]:
-    package = importlib.util.find_spec("tldextract")
-    if package is None or package.origin is None:
-        what = "finding e-mail addresses needs tldextract, which is not installed"
-        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'")
-    snapshot = Path(package.origin).with_name(".tld_set_snapshot").read_text("utf-8")
+    path = distribution("tldextract").locate_file("tldextract/.tld_set_snapshot")
+    snapshot = Path(str(path)).read_text("utf-8")
     rules = [line for line in snapshot.split("\n") if line and not line.startswith("//")]
     names = {rule.rpartition(".")[2] for rule in rules}  # Of some there are only rules below: *.np
     return frozenset(names | {name.encode("idna").decode() for name in names})
@@ -100,22 +96,13 @@ def find_ips(text: str) -> Iterator[PiiMatch]:
     are below 25: one address in a thousand, and most numbers of sections.
     """
     for found in _IPV4.finditer(text):
-        start, end = found.span()
-        if text[max(0, start - 1) : start].isalnum() or text[max(0, start - 1) : start] in (
-            "-",
-            ".",
-        ):
-            continue
         numbered = max(map(int, found[0].split(".")[1:])) < 25
-        if numbered or _VERSION.search(find_lead_words(text, start)):
-            continue
-        if _is_public(found[0]):
-            yield PiiMatch(start, end, "ip")
+        numbered = numbered or _VERSION.search(find_lead_words(text, found.start()))
+        if not numbered and _is_public(found[0]):
+            yield PiiMatch(*found.span(), "ip")
     for found in _IPV6.finditer(text):
-        start, end = found.span()
-        previous = text[max(0, start - 1) : start]
-        if not previous.isalnum() and previous not in (":", ".", "-") and _is_public(found[0]):
-            yield PiiMatch(start, end, "ip")
+        if _is_public(found[0]):
+            yield PiiMatch(*found.span(), "ip")
 
 
 def _is_public(address: str) -> bool:

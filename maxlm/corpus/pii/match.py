@@ -13,7 +13,6 @@ _PRIORITY: tuple[Kind, ...] = ("key", "email", "iban", "card", "ssn", "ip", "pho
 _LEAD = 40
 _LEAD_START = re.compile(r"[0-9\n]|@\S+|[.!?]\s+(?=[A-ZÀ-Þ])|[^\W\d]{6}[.!?]$")
 
-
 NOT_OURS = re.compile(
     r"(?:isbn|issn|doi|ean|imei|order|product|stock|catalog\w*|docket|invoice|ticket|case|part|"
     r"serial|sku|item|tracking|version|article|bestell\w*|rechnung\w*|commande|pedido|ordine|"

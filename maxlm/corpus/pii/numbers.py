@@ -17,7 +17,6 @@ _ISSUERS = (
     (r"62", (16, 19)),  # UnionPay
     (r"50|5[6-8]|63|67", (16,)),  # Maestro
 )
-_CARD_RANGES = tuple((re.compile(prefix), lengths) for prefix, lengths in _ISSUERS)
 _CARD = re.compile(
     r"[1-6][0-9]{3}(?:[0-9]{10,15}|([ -])(?:[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{6}\1[0-9]{4,5}))"
 )
@@ -31,45 +30,25 @@ _CALLS = re.compile(r"(?:phone|fax|\b(?:tel|mobile|cell))[\s.:#-]*(?:no|number)?
 _VOID_SSNS = ("078051120", "219099999")  # Printed in advertisements; the SSA voided them.
 
 # Countries by the length of their IBANs (SWIFT's IBAN Registry).
-_IBAN_COUNTRIES = {
-    15: "NO",
-    16: "BE",
-    18: "DK FI FK FO GL NL SD",
-    19: "MK SI",
-    20: "AT BA EE KZ LT LU MN XK",
-    21: "CH HR LI LV",
-    22: "BG BH CR DE GB GE IE ME RS VA",
-    23: "AE GI IL IQ OM SO TL",
-    24: "AD CZ ES MD PK RO SA SE SK TN VG",
-    25: "LY PT ST",
-    26: "IS TR",
-    27: "BI DJ FR GR IT MC MR SM",
-    28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
-    29: "BR EG PS QA UA",
-    30: "JO KW MU YE",
-    31: "MT SC",
-    32: "LC",
-    33: "RU",
+_IBAN_COUNTRIES = """
+    15 NO; 16 BE; 18 DK FI FK FO GL NL SD; 19 MK SI; 20 AT BA EE KZ LT LU MN XK; 21 CH HR LI LV;
+    22 BG BH CR DE GB GE IE ME RS VA; 23 AE GI IL IQ OM SO TL; 24 AD CZ ES MD PK RO SA SE SK TN VG;
+    25 LY PT ST; 26 IS TR; 27 BI DJ FR GR IT MC MR SM; 28 AL AZ BY CY DO GT HN HU LB NI PL SV;
+    29 BR EG PS QA UA; 30 JO KW MU YE; 31 MT SC; 32 LC; 33 RU"""
+_IBAN_LENGTHS = {
+    country: int(length)
+    for length, *countries in map(str.split, _IBAN_COUNTRIES.split(";"))
+    for country in countries
 }
-_IBAN_LENGTHS = {c: length for length, cs in _IBAN_COUNTRIES.items() for c in cs.split()}
 _IBAN = re.compile(r"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,29}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)")
 _WORD = re.compile(r"[A-Z0-9]+")
+_GOES_ON = re.compile(r"\w|[-.,/]\d")
 
 
 def _inside(text: str, start: int, end: int) -> bool:
     """Whether text[start:end] is only a part of a longer word or number."""
-    around = text[max(0, start - 1) : start], text[end : end + 1]
-    return any(each.isalnum() or each == "_" for each in around) or (
-        _joined(text[max(0, start - 2) : start][::-1]) or _joined(text[end : end + 2])
-    )
-
-
-def _joined(pair: str) -> bool:
-    return len(pair) == 2 and pair[0] in "-.,/" and pair[1].isdigit()
-
-
-def _counts(text: str, start: int) -> bool:
-    return NOT_OURS.search(find_lead_words(text, start)) is not None
+    before = text[max(0, start - 2) : start][::-1]
+    return _GOES_ON.match(before) is not None or _GOES_ON.match(text, end) is not None
 
 
 def find_cards(text: str) -> Iterator[PiiMatch]:
@@ -81,11 +60,12 @@ def find_cards(text: str) -> Iterator[PiiMatch]:
     at, refused = 0, False
     while found := _CARD.search(text, at):
         start, end = found.span()
-        after_group = refused and start == at + 1
-        table = after_group and _GROUP_AFTER.match(text, end)
-        digits = found[0].replace(" ", "").replace("-", "")
-        refused = (
-            _inside(text, start, end) or not _is_card(digits) or _counts(text, start) or bool(table)
+        in_table = refused and start == at + 1 and _GROUP_AFTER.match(text, end)
+        refused = bool(
+            in_table
+            or _inside(text, start, end)
+            or not _is_card(found[0].replace(" ", "").replace("-", ""))
+            or NOT_OURS.search(find_lead_words(text, start))
         )
         if not refused:
             yield PiiMatch(start, end, "card")
@@ -99,13 +79,10 @@ def _end_of(group: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _is_card(digits: str) -> bool:
-    known = any(len(digits) in lengths and p.match(digits) for p, lengths in _CARD_RANGES)
-    return known and len(set(digits)) > 1 and _luhn(digits)
-
-
-def _luhn(digits: str) -> bool:
-    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
-    return (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
+    known = any(len(digits) in lengths and re.match(p, digits) for p, lengths in _ISSUERS)
+    doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]  # Luhn.
+    right = (sum(doubled) + sum(map(int, digits[-1::-2]))) % 10 == 0
+    return known and right and len(set(digits)) > 1
 
 
 def find_ssns(text: str) -> Iterator[PiiMatch]:

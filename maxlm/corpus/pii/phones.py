@@ -48,11 +48,8 @@ class PhoneFinder:
     """
 
     def __init__(self, regions: tuple[str, ...]):
-        try:
-            import phonenumbers
-        except ImportError as error:
-            what = "finding telephone numbers needs phonenumbers, which is not installed"
-            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+        import phonenumbers
+
         for region in regions:
             if region not in phonenumbers.SUPPORTED_REGIONS:
                 fix = "use codes of ISO 3166 such as US, GB, DE"

@@ -7,9 +7,9 @@ n-grams among those of all kept ones, of a passage its words, byte for byte, in 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from maxlm.corpus.settling import (
     settle_duplicates,
 )
 from maxlm.corpus.shards import StageShardView
+from maxlm.corpus.stage import JobRunner
 from maxlm.runtime.executor import Executor
 from maxlm.runtime.files import replace_file
 from maxlm.runtime.progress import Progress, ignore_progress
@@ -55,19 +56,6 @@ class LostText:
         )
 
 
-@dataclass(frozen=True)
-class _Job:
-    shard: StageShardView
-    rules: Rules
-    stages: Compared
-    most: int
-    sizes: tuple[int, int]
-    """Words of a document's n-gram, and of a passage's window."""
-
-    def get_hash_file(self, kind: int) -> Path:
-        return self.shard.folder / self.shard.settled_folder / f"hashes-{kind}.arrow"
-
-
 def count_lost(
     corpus: OpenCorpus, rules: Rules, engine: Executor, progress: Progress = ignore_progress
 ) -> LostText:
@@ -78,96 +66,92 @@ def count_lost(
     shards = settle_duplicates(corpus, rules, progress)
     if not stages or not shards:
         return LostText()
-    path = corpus.folder / shards[0].settled_folder / "lost.json"
+    home = corpus.folder / shards[0].settled_folder
+    path = home / "lost.json"
     if path.exists():
         return LostText(**json.loads(path.read_text()))
-    ngram = min((getattr(stage, "ngram", 5) for stage, _ in stages), default=5)
-    window = min((getattr(stage, "min_tokens", 50) for stage, _ in stages), default=50)
-    sizes = ngram, window
-    jobs = [_Job(s, rules, stages, -(-_MOST // len(shards)), sizes) for s in shards]
-    removed = []
-    for each in engine.map(_list_removed, jobs):
-        removed.append(each)
-        progress("text lost: dropped", len(removed), len(jobs))
-    for kind in range(2):
-        hashes = concatenate([found[kind][0] for found, _ in removed], np.uint64)
-        write_columns(jobs[0].get_hash_file(kind), {"hash": np.unique(hashes)})
-    seen: list[Any] = [False, False]
-    for done, each in enumerate(engine.map(_find_removed, jobs), 1):
-        seen = [a | b for a, b in zip(seen, each, strict=True)]
-        progress("text lost: kept", done, len(jobs))
+    run = JobRunner("text lost", engine, progress)
+    # Words of a document's n-gram, and of a passage's window.
+    sizes = (
+        min((getattr(stage, "ngram", 5) for stage, _ in stages), default=5),
+        min((getattr(stage, "min_tokens", 50) for stage, _ in stages), default=50),
+    )
+    list_removed = partial(_list_removed, rules, stages, -(-_MOST // len(shards)), sizes)
+    removed = run(list_removed, shards, "dropped")
     alike = min((getattr(stage, "jaccard", 1.0) for stage, _ in stages), default=1.0)
-    lost = [0, 0]
-    for kind, share in enumerate((alike - _DOUBT, 1.0)):
-        with open_columns(jobs[0].get_hash_file(kind)) as columns:
-            wanted = columns["hash"]
-        for found, _ in removed:
-            hashes, text = found[kind]
-            there = np.bincount(text, seen[kind][np.searchsorted(wanted, hashes)])
-            lost[kind] += int(np.sum(there < share * np.bincount(text)))
+    lost, whole = [], Rules(rules.keep, ())  # Documents count with what is cut of them.
+    looks = ((whole, _hash_grams, alike - _DOUBT), (rules, _hash_windows, 1.0))
+    for kind, (kept, hash_texts, share) in enumerate(looks):
+        wanted = np.unique(concatenate([found[kind][0] for found, _ in removed], np.uint64))
+        file = home / f"hashes-{kind}.arrow"
+        write_columns(file, {"hash": wanted})
+        find = partial(_find_hashes, kept, file, hash_texts, sizes[kind])
+        seen = np.any([np.zeros(len(wanted), np.bool_), *run(find, shards, "kept")], axis=0)
+        there = [
+            np.bincount(text, seen[np.searchsorted(wanted, hashes)]) < share * np.bincount(text)
+            for hashes, text in (found[kind] for found, _ in removed)
+        ]
+        lost.append(int(sum(map(np.count_nonzero, there))))
     total = LostText(*lost, *(sum(counts[kind] for _, counts in removed) for kind in range(2)))
     with replace_file(path) as new:
         new.write_text(json.dumps(asdict(total)))
     return total
 
 
-def _list_removed(job: _Job) -> tuple[tuple[Hashes, Hashes], tuple[int, int]]:
+def _list_removed(
+    rules: Rules, stages: Compared, most: int, sizes: tuple[int, int], shard: StageShardView
+) -> tuple[tuple[Hashes, Hashes], list[int]]:
     """Hashes of dropped documents and of cut passages, and how many there are of each."""
-    columns, rules = list_rule_input_columns(job.rules, job.stages), job.rules
-    cuts = {name for name in job.shard.settled if name.endswith(".cuts")}
-    whole = [name for name in job.shard.settled if name.endswith((".duplicate", ".jaccard"))]
+    columns = ["text", *list_rule_input_columns(rules, stages)]
+    cuts = {name for name in shard.settled if name.endswith(".cuts")}
+    others = sorted({*rules.cut} - cuts)
     documents, passages, counts = [], [], [0, 0]
-    for table in job.shard.groups(
-        ["text", *columns, *job.shard.settled, *sorted({*rules.cut} - cuts)]
-    ):
+    for table in shard.groups([*columns, *shard.settled, *others]):
         # By no verdict, by those on whole documents, and by all.
-        none = add_verdict_columns(table.select([*columns, "text"]), job.stages)
-        some = none
-        for name in whole:
-            some = some.set_column(some.schema.get_field_index(name), name, table.column(name))
+        none = some = add_verdict_columns(table.select(columns), stages)
+        for name in shard.settled:
+            if name.endswith((".duplicate", ".jaccard")):
+                place = some.schema.get_field_index(name)
+                some = some.set_column(place, name, table.column(name))
         unruled, single, stays = (mark_kept(each, rules) for each in (none, some, table))
         texts = table.column("text").to_pylist()
-        for row in np.flatnonzero(unruled & ~single & ~stays):
-            documents.append(texts[row])
-        spans = {name: table.column(name).to_pylist() for name in {*cuts, *rules.cut}}
+        documents += [texts[row] for row in np.flatnonzero(unruled & ~single & ~stays)]
+        spans = {name: table.column(name).to_pylist() for name in {*cuts, *others}}
         for row in np.flatnonzero(single):
-            other = [span for name in {*rules.cut} - cuts for span in spans[name][row] or ()]
+            other = [span for name in others for span in spans[name][row] or ()]
             for name in cuts & {*rules.cut} if stays[row] else cuts:
                 for start, end in (span.values() for span in spans[name][row] or ()):
                     # But for what is cut for another reason.
                     if not any(o["start"] < end and start < o["end"] for o in other):
                         passages.append(texts[row][start:end])
         for kind, found in enumerate((documents, passages)):
-            counts[kind] += max(0, len(found) - job.most)
-            del found[job.most :]
-    counts = (counts[0] + len(documents), counts[1] + len(passages))
-    sample = _sample(_hash_grams(documents, job.sizes[0]), _HASHES[0])
-    return (sample, _sample(_hash_windows(passages, job.sizes[1]), _HASHES[1])), counts
+            counts[kind] += max(0, len(found) - most)
+            del found[most:]
+    counts = [counts[0] + len(documents), counts[1] + len(passages)]
+    sample = _sample(_hash_grams(documents, sizes[0]), _HASHES[0])
+    return (sample, _sample(_hash_windows(passages, sizes[1]), _HASHES[1])), counts
 
 
 def _sample(hashes: Hashes, most: int) -> Hashes:
-    value, text = hashes
     value, text = (each[np.lexsort(hashes)] for each in hashes)
     few = np.arange(len(text)) - np.searchsorted(text, text) < most
     return value[few], text[few]
 
 
-def _find_removed(job: _Job) -> list[np.ndarray]:
-    """Which hashes are those of kept documents: in their texts, and in what stays of these."""
-    whole = Rules(job.rules.keep, ())
-    looks = ((whole, _hash_grams), (job.rules, _hash_windows))
-    return [_find(job, kind, *look) for kind, look in enumerate(looks)]
-
-
-def _find(
-    job: _Job, kind: int, rules: Rules, hash_texts: Callable[[Sequence[str], int], Hashes]
+def _find_hashes(
+    rules: Rules,
+    file: Path,
+    hash_texts: Callable[[Sequence[str], int], Hashes],
+    size: int,
+    shard: StageShardView,
 ) -> np.ndarray:
-    with open_columns(job.get_hash_file(kind)) as columns:
+    """Which hashes of a file are those of kept texts: bool [hashes]."""
+    with open_columns(file) as columns:
         wanted = columns["hash"]
     seen = np.zeros(len(wanted), np.bool_)
-    texts = (text for _, text in read_kept(job.shard, rules) if text)
+    texts = (text for _, text in read_kept(shard, rules) if text)
     while len(wanted) and (batch := list(islice(texts, _BATCH))):
-        hashes, _ = hash_texts(batch, job.sizes[kind])
+        hashes, _ = hash_texts(batch, size)
         place = np.searchsorted(wanted, hashes) % len(wanted)
         seen[place[wanted[place] == hashes]] = True
     return seen

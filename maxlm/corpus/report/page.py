@@ -19,7 +19,6 @@ from maxlm.runtime.files import replace_file
 _BINS = 48
 _MOST_ITEMS = 100
 _WIDTH, _HEIGHT = 440, 120
-_DROPS = {"<": "above", "<=": "above", ">": "below", ">=": "below"}
 
 
 def write_report(
@@ -34,41 +33,32 @@ def write_report(
 
     template = files("maxlm.corpus.report").joinpath("page.html").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "size": _size, "share": _share, "value": _value}
+    environment.filters |= {
+        "number": "{:,.0f}".format, "share": "{:.1%}".format, "value": _format_value
+    }  # fmt: skip
+    sources, stages = sorted({source for _, source in summary.documents}), corpus.recipe.stages
+    contaminated = [
+        item
+        for stage in stages
+        if isinstance(stage, DecontaminateStage)
+        for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
+    ]
     page = environment.from_string(template).render(
-        lost=lost, **make_page_context(corpus, rules, summary)
+        lost=lost,
+        name=corpus.folder.resolve().name,
+        sources=sources,
+        read=corpus.manifest(DOCUMENTS)["counts"],
+        funnel=compute_funnel(rules, summary, sources),
+        stages=[(stage.title, corpus.manifest(stage.title)) for stage in stages],
+        histograms=_draw_histograms(rules, summary),
+        rules=[(n, rule.text, summary.dropped.get(n, [])) for n, rule in rules.keep.items()],
+        kept=summary.kept,
+        mixture=_list_mixture(summary),
+        cut=", ".join(rules.cut),
+        contaminated=contaminated,
     )
     with replace_file(path) as new:
         new.write_text(page, "utf-8")
-
-
-def make_page_context(corpus: OpenCorpus, rules: Rules, summary: Summary) -> dict[str, Any]:
-    """Makes the values that fill the template."""
-    sources = sorted({source for _, source in summary.documents})
-    return {
-        "name": corpus.folder.resolve().name,
-        "sources": sources,
-        "read": [
-            (reason, number)
-            for reason, number in corpus.manifest(DOCUMENTS)["counts"].items()
-            if number and reason not in ("rows", "labelled")
-        ],
-        "funnel": compute_funnel(rules, summary, sources),
-        "stages": [(stage.title, corpus.manifest(stage.title)) for stage in corpus.recipe.stages],
-        "histograms": _histograms(rules, summary),
-        "rules": [
-            (name, rule.text, summary.dropped.get(name, [])) for name, rule in rules.keep.items()
-        ],
-        "kept": summary.kept,
-        "mixture": _mixture(summary),
-        "cut": ", ".join(rules.cut),
-        "contaminated": [
-            item
-            for stage in corpus.recipe.stages
-            if isinstance(stage, DecontaminateStage)
-            for item in count_items(stage, corpus.shards)[:_MOST_ITEMS]
-        ],
-    }
 
 
 def compute_funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -92,7 +82,7 @@ def compute_funnel(rules: Rules, summary: Summary, sources: Sequence[str]) -> li
     return rows
 
 
-def _mixture(summary: Summary) -> list[dict[str, Any]]:
+def _list_mixture(summary: Summary) -> list[dict[str, Any]]:
     rows = []
     for (source, language), (documents, size, tried, tokens) in sorted(
         summary.mixture.items(), key=lambda item: (item[0][0], -item[1][1])
@@ -103,7 +93,7 @@ def _mixture(summary: Summary) -> list[dict[str, Any]]:
     return rows
 
 
-def _histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
+def _draw_histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
     """Labels that rules compare first, each with the values at which it is cut."""
     thresholds: dict[str, list[Threshold]] = {}
     for rule in rules.keep.values():
@@ -113,16 +103,14 @@ def _histograms(rules: Rules, summary: Summary) -> list[dict[str, Any]]:
     for label in sorted(summary.values, key=lambda label: (label not in thresholds, label)):
         values = summary.values[label][1]
         values = values[np.isfinite(values)]
-        if not values.size:
-            continue
-        marks = thresholds.get(label, [])
-        charts.append({"label": label, "number": values.size, "svg": _svg(label, values, marks)})
+        if values.size:
+            svg = _draw_histogram(label, values, thresholds.get(label, []))
+            charts.append({"label": label, "number": values.size, "svg": svg})
     return charts
 
 
-def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
-    """A histogram with a line at each threshold; what lies on the dropped side is grey."""
-    marks = [mark for mark in marks if np.isfinite(mark.value)]
+def _draw_histogram(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
+    """A histogram with a line at each threshold, as SVG."""
     points = [*np.quantile(values, (0.005, 0.995)), *(mark.value for mark in marks)]
     low, high = min(points), max(points)
     # Counts and perplexities span decades.
@@ -130,26 +118,21 @@ def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
     scale = np.log1p if logarithmic else np.asarray
     left, right = float(scale(low)), float(scale(high))
     right = right if right > left else left + 1
-    edges = np.linspace(left, right, _BINS + 1)
-    counts, _ = np.histogram(np.clip(scale(values), left, right), edges)
+    counts, _ = np.histogram(np.clip(scale(values), left, right), _BINS, (left, right))
     height = np.sqrt(counts / max(1, counts.max())) * (_HEIGHT - 24)  # roots: rare values show
-    width = _WIDTH / _BINS
-    parts = []
-    for i, each in enumerate(height):
-        middle = (edges[i] + edges[i + 1]) / 2
-        dropped = any(_drops(mark, middle, float(scale(mark.value))) for mark in marks)
-        parts.append(
-            f'<rect x="{i * width:.1f}" y="{_HEIGHT - 16 - each:.1f}" width="{width - 1:.1f}" '
-            f'height="{each:.1f}" class="{"out" if dropped else "in"}"/>'
-        )
+    width, floor = _WIDTH / _BINS, _HEIGHT - 16
+    parts = [
+        f'<rect x="{i * width:.1f}" y="{floor - each:.1f}" width="{width - 1:.1f}" '
+        f'height="{each:.1f}" class="in"/>'
+        for i, each in enumerate(height)
+    ]
     for mark in marks:
         x = (float(scale(mark.value)) - left) / (right - left) * _WIDTH
         anchor = "end" if x > _WIDTH / 2 else "start"
-        text = html.escape(f"{mark.comparison} {mark.value:g}")
+        text = html.escape(f" {mark.comparison} {mark.value:g} ")
         parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{_HEIGHT - 16}"/>'
-            f'<text x="{x + (-4 if anchor == "end" else 4):.1f}" y="10" text-anchor="{anchor}">'
-            f"{text}</text>"
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{floor}"/>'
+            f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">{text}</text>'
         )
     ends = (f"{low:.4g}", f"{high:.4g}{' (log)' if logarithmic else ''}")
     parts.append(f'<text x="0" y="{_HEIGHT - 2}">{ends[0]}</text>')
@@ -158,27 +141,7 @@ def _svg(label: str, values: np.ndarray, marks: Sequence[Threshold]) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{title}{"".join(parts)}</svg>'
 
 
-def _drops(mark: Threshold, place: float, at: float) -> bool:
-    side = _DROPS.get(mark.comparison) if mark.decides else None
-    return (side == "above" and place > at) or (side == "below" and place < at)
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _size(value: float) -> str:
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:,.1f} {unit}"
-    return f"{value:,.0f} B"
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}"
-
-
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):

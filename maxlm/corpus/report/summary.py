@@ -130,7 +130,7 @@ def _is_score(name: str, type_: pa.DataType) -> bool:
 
 def _summarize_shard(job: _Job) -> Summary:
     summary = Summary()
-    names = [name for rule in job.rules.keep.values() for name in rule.names]
+    names = job.rules.names
     language = [job.language] if job.language else []
     columns = ["id", "source", "text", *names, *job.numeric, *language, *job.rules.cut]
     columns = list(dict.fromkeys(columns))
@@ -150,7 +150,7 @@ def _summarize_shard(job: _Job) -> Summary:
             summary.dropped[name] = heapq.nsmallest(SAMPLES, summary.dropped.get(name, []) + fell)
             keep = keep & passes
             _count(summary, name, sources, sizes, keep)
-        kept = _samples(table, np.flatnonzero(keep), list(dict.fromkeys(names)))
+        kept = _samples(table, np.flatnonzero(keep), names)
         summary.kept = heapq.nsmallest(SAMPLES, summary.kept + kept)
         for label in job.numeric:
             values = pc.cast(table.column(label), pa.float64()).drop_null().to_numpy()

@@ -1,6 +1,6 @@
 """Decontamination: documents that hold items of evaluation sets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.overlap import GramIndex, build_gram_index, find_grams, hash_evaluation_sets
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.text import UNICODE
 from maxlm.data.documents.config import SourceConfig
 
 
@@ -21,7 +21,7 @@ class DecontaminateStage(LabelStage):
     "Language Models are Few-Shot Learners" (Brown et al. 2020, arXiv 2005.14165, appendix C).
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
-    is a word (`maxlm.corpus.tokens`). A shorter item is looked for as a whole.
+    is a word (`maxlm.corpus.text`). A shorter item is looked for as a whole.
     """
 
     stage: Literal["decontaminate"] = "decontaminate"
@@ -63,8 +63,8 @@ class DecontaminateStage(LabelStage):
     def packages(self) -> tuple[str, ...]:
         return ("regex",)
 
-    def open(self) -> Label:
-        """The labelling function.
+    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+        """See `LabelStage`.
 
         Raises:
             MaxlmError: an evaluation set can't be read or has nothing to look for.
@@ -73,16 +73,11 @@ class DecontaminateStage(LabelStage):
             self.sets, self.ngram, min(self.shortest, self.ngram), self.max_items
         )
 
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            rows = _empty(batch.num_rows)
-            for row, text in enumerate(batch.column("text").to_pylist()):
-                found = find_grams(index, text or "")
-                if len(found):
-                    for name, value in self._judge(index, found[:, 0]).items():
-                        rows[name][row] = value
-                    rows["cuts"][row] = _unite_spans(found[:, 1:])
-            arrays = [pa.array(rows[field.name], field.type) for field in self.schema()]
-            return pa.RecordBatch.from_arrays(arrays, schema=self.schema())
+        def label(text: str | None) -> dict[str, Any]:
+            found = find_grams(index, text or "")
+            if not len(found):
+                return {"contaminated": False, "overlap": 0.0, "cuts": []}
+            return self._judge(index, found[:, 0]) | {"cuts": _unite_spans(found[:, 1:])}
 
         return label
 
@@ -101,13 +96,6 @@ class DecontaminateStage(LabelStage):
             "set": index.sets[item],
             "item": index.ids[item],
         }
-
-
-def _empty(rows: int) -> dict[str, list]:
-    nothing = {"contaminated": False, "overlap": 0.0, "set": None, "item": None}
-    return {name: [value] * rows for name, value in nothing.items()} | {
-        "cuts": [[] for _ in range(rows)]
-    }
 
 
 def _unite_spans(spans: np.ndarray) -> list[dict[str, int]]:

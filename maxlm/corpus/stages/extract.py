@@ -1,6 +1,5 @@
 """The text of HTML pages."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -9,7 +8,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from maxlm.config import MaxlmError
 from maxlm.corpus.extraction import Extractor
 from maxlm.corpus.pages import Page
 from maxlm.corpus.stage import Label, LabelStage
@@ -69,11 +67,6 @@ class ExtractStage(LabelStage):
         )
 
     def open(self) -> Label:
-        """Raises: MaxlmError: a package is missing."""
-        for package in self.packages():
-            if importlib.util.find_spec(package) is None:
-                what = f"extraction needs {package}, which is not installed"
-                raise MaxlmError(what, fix="pip install 'maxlm[corpus]'")
         extractor = Extractor(self.mode == "quality", self.markdown, self.seconds)
         schema = self.schema()
 

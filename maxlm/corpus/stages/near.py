@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -12,17 +12,14 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.dedup.columns import open_columns, write_columns
-from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates, separate_exact_copies
+from maxlm.corpus.dedup.components import DuplicateMarks, resolve_duplicates
 from maxlm.corpus.dedup.members import Members, write_labels
 from maxlm.corpus.dedup.minhash import choose_banding
 from maxlm.corpus.dedup.search import NearSearch, find_alike
-from maxlm.corpus.dedup.steps import StepRunner
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CorpusStage
-from maxlm.runtime.executor import Executor
-from maxlm.runtime.progress import Progress
+from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.text import UNICODE
 
 _SHOWN = 3  # Clusters and documents that an alarm names.
 
@@ -37,7 +34,7 @@ class NearStage(CorpusStage):
     chains of likeness delete nothing.
 
     Words are compared without case, accents and punctuation; in scripts without spaces each letter
-    is a word (`maxlm.corpus.tokens`). A document of fewer words than an n-gram is one n-gram; one
+    is a word (`maxlm.corpus.text`). A document of fewer words than an n-gram is one n-gram; one
     without words is like no other.
     """
 
@@ -99,30 +96,23 @@ class NearStage(CorpusStage):
     def packages(self) -> tuple[str, ...]:
         return ("regex", "scipy")
 
-    def label(
-        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
-    ) -> None:
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
         """See `CorpusStage.label`; the steps are those of `dedup.search`.
 
         Raises:
             MaxlmError: a source would lose more than it may.
         """
-        steps = StepRunner(self.title, engine, progress)
-        found = find_alike(self.search(), shards, scratch, steps)
-        members = found.members
-        alike = separate_exact_copies(found.pairs, found.jaccard, found.copies)
+        members, alike = find_alike(self.search(), shards, scratch, run)
         marks = resolve_duplicates(alike, lambda number: members.take("rank", number).to_numpy())
         write_columns(scratch / "marks.arrow", vars(marks))
-        jobs = [_LabelJob(self, shard, members, i) for i, shard in enumerate(shards)]
-        counts = steps.run("count", _count_sources, jobs)
+        parts = list(enumerate(shards))
+        counts = run(partial(_count_sources, members), parts, "count")
         if shards:
             self._check_shares(members, marks, counts, shards[0].folder)
-            ends = (members.documents(each) for each in (alike.low, alike.high))
-            columns = dict(zip(("low", "high"), ends, strict=True)) | {"jaccard": alike.jaccard}
-            write_columns(shards[0].path(self.title).with_name("pairs.arrow"), columns)
-            ends = {name: members.documents(getattr(alike, name)) for name in ("copy", "best")}
-            write_columns(shards[0].path(self.title).with_name("copies.arrow"), ends)
-        steps.run("label", _label_shard, jobs)
+            ends = {name: members.documents(getattr(alike, name)) for name in ("low", "high")}
+            path = shards[0].path(self.title).with_name("pairs.arrow")
+            write_columns(path, ends | {"jaccard": alike.jaccard})
+        run(partial(_label_shard, members, self.schema()), parts, "label")
 
     def _check_shares(
         self,
@@ -134,7 +124,8 @@ class NearStage(CorpusStage):
         documents = sum((each for each, _ in counts), Counter())
         lost = sum((each for _, each in counts), Counter())
         for source in sorted(lost, key=str):
-            share, most = lost[source] / documents[source], self._most(source)
+            share = lost[source] / documents[source]
+            most = self.max_shares.get(source, self.max_share)
             if share > most and documents[source] >= self.alarm_from:
                 raise MaxlmError(
                     f'source "{source}" would lose {lost[source]} of {documents[source]} documents'
@@ -144,9 +135,6 @@ class NearStage(CorpusStage):
                     f"go, set max_shares: {{{source}: {min(1.0, share + 0.01):.2f}}}; if not, "
                     "raise jaccard or leave them out by where",
                 )
-
-    def _most(self, source: str) -> float:
-        return self.max_shares.get(source, self.max_share)
 
 
 def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
@@ -165,47 +153,38 @@ def _largest(members: Members, marks: DuplicateMarks, source: str) -> str:
     return f"Largest clusters: {'; '.join(told)}"
 
 
-@dataclass(frozen=True)
-class _LabelJob:
-    stage: NearStage
-    shard: StageShardView
-    members: Members
-    which: int
-
-    def marks(self) -> DuplicateMarks:
-        """The marks of this shard's members."""
-        with open_columns(self.members.folder / "marks.arrow") as columns:
-            ends = self.members.first[self.which : self.which + 2]
-            part = slice(*np.searchsorted(columns["member"], ends))
-            return DuplicateMarks(
-                *(columns[name][part] for name in DuplicateMarks.__dataclass_fields__)
-            )
+def _read_marks(members: Members, number: int) -> DuplicateMarks:
+    """Reads the marks of a shard's members."""
+    with open_columns(members.folder / "marks.arrow") as columns:
+        part = slice(*np.searchsorted(columns["member"], members.first[number : number + 2]))
+        names = DuplicateMarks.__dataclass_fields__
+        return DuplicateMarks(*(columns[name][part] for name in names))
 
 
-def _count_sources(job: _LabelJob) -> tuple[Counter, Counter]:
+def _count_sources(members: Members, part: tuple[int, StageShardView]) -> tuple[Counter, Counter]:
     """Documents of each source, and those of them that are marked."""
-    marks = job.marks()
-    marked = marks.member[marks.of >= 0] - job.members.first[job.which]
-    with open_columns(job.members.file(job.which)) as columns:
+    marks = _read_marks(members, part[0])
+    marked = marks.member[marks.of >= 0] - members.first[part[0]]
+    with open_columns(members.file(part[0])) as columns:
         sources = columns.array("source")
         return Counter(sources.to_pylist()), Counter(sources.take(pa.array(marked)).to_pylist())
 
 
-def _label_shard(job: _LabelJob) -> None:
-    marks, members = job.marks(), job.members
-    with open_columns(members.file(job.which)) as columns:
+def _label_shard(members: Members, schema: pa.Schema, part: tuple[int, StageShardView]) -> None:
+    number, shard = part
+    marks = _read_marks(members, number)
+    with open_columns(members.file(number)) as columns:
         rows = columns["row"]
     mark = np.full(len(rows), -1, np.int64)  # Of each member: its mark.
-    mark[marks.member - members.first[job.which]] = np.arange(len(marks.member))
+    mark[marks.member - members.first[number]] = np.arange(len(marks.member))
     clustered = pa.array(mark, mask=mark < 0)
     of = pa.array(marks.of, mask=marks.of < 0).take(clustered)
     lost = pa.array(np.cumsum(of.is_valid()) - 1, mask=of.is_null().to_numpy(False))
-    jaccard = pa.array(marks.jaccard, mask=marks.of < 0).take(clustered)
     labels = {
         "duplicate": of.is_valid(),
         "of": members.take("id", of.drop_null().to_numpy()).cast(pa.large_string()).take(lost),
-        "jaccard": jaccard,
+        "jaccard": pa.array(marks.jaccard, mask=marks.of < 0).take(clustered),
         "cluster": pa.array(marks.cluster).take(clustered),
         "cluster_size": pc.fill_null(pa.array(marks.size).take(clustered), 1),
     }
-    write_labels(job.shard, job.stage.schema(), rows, labels)
+    write_labels(shard, schema, rows, labels)

@@ -4,12 +4,11 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.perplexity import (
     PerplexityModel,
     choose_bucket,
@@ -17,7 +16,8 @@ from maxlm.corpus.perplexity import (
     open_model,
     read_cutoffs,
 )
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
+from maxlm.corpus.text import UNICODE
 
 ANY = "*"
 """In place of a language: every one that is not named."""
@@ -77,31 +77,20 @@ class PerplexityStage(LabelStage):
     def packages(self) -> tuple[str, ...]:
         return ("kenlm-ex",)
 
-    def open(self) -> Label:
-        """Models are read when the first document in their language comes."""
+    def open_row(self) -> Callable[..., dict[str, Any]]:
+        """See `LabelStage`. Models are read when the first document in their language comes."""
         for folder in self.models.values():
             read_cutoffs(folder)
         opened: Callable[[Path], PerplexityModel] = cache(open_model)
 
-        def label_one(text: str, language: str | None) -> tuple[float | None, str | None]:
+        def label(text: str, language: str | None = None) -> dict[str, Any]:
             key = language if language in self.models else ANY
             if key not in self.models:
-                return None, None
+                return {}
             model = opened(self.models[key])
-            value = model.perplexity(text)
-            cutoffs = self.cutoffs.get(key, model.cutoffs)
-            return value, None if value is None else choose_bucket(value, cutoffs)
-
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            texts = batch.column("text").to_pylist()
-            languages = (
-                batch.column(self.language).to_pylist() if self.language else [None] * len(texts)
-            )
-            pairs = [label_one(*each) for each in zip(texts, languages, strict=True)]
-            columns = [[value for value, _ in pairs], [name for _, name in pairs]]
-            return pa.RecordBatch.from_arrays(
-                [pa.array(c, f.type) for c, f in zip(columns, self.schema(), strict=True)],
-                schema=self.schema(),
-            )
+            if (value := model.perplexity(text)) is None:
+                return {}
+            bucket = choose_bucket(value, self.cutoffs.get(key, model.cutoffs))
+            return {"value": value, "bucket": bucket}
 
         return label

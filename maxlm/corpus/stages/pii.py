@@ -1,14 +1,14 @@
 """Personal data: found, and masked in a new version of the text."""
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
 from maxlm.corpus.pii import KINDS, Kind, PiiFinder, PiiMatch
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
 
 _SPAN = pa.struct(
     [
@@ -62,12 +62,12 @@ class PiiStage(LabelStage):
     def packages(self) -> tuple[str, ...]:
         return ("phonenumbers", "tldextract")
 
-    def open(self) -> Label:
-        """Raises: MaxlmError: a package is missing, or a region has no numbering plan."""
-        finder, schema = PiiFinder(self.regions), self.schema()
+    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+        """See `LabelStage`. Raises: MaxlmError: a region has no numbering plan."""
+        finder = PiiFinder(self.regions)
         placeholders = {k: self.placeholders.get(k, f"<{k.upper()}>") for k in self.mask}
 
-        def row(text: str | None) -> dict:
+        def label(text: str | None) -> dict[str, Any]:
             matches = finder.find(text) if text else []
             masked, spans = mask(text or "", matches, placeholders)
             counts = Counter(match.kind for match in matches)
@@ -77,11 +77,6 @@ class PiiStage(LabelStage):
                 **{kind: counts[kind] for kind in KINDS},
                 "spans": spans,
             }
-
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            # A text at a time: as Python strings a batch would take several times its size.
-            rows = [row(text.as_py()) for text in batch.column("text")]
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
 
         return label
 

@@ -1,17 +1,15 @@
 """Substring deduplication: passages that a corpus has more than once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.cuts import CUTS
 from maxlm.corpus.dedup.members import write_labels
-from maxlm.corpus.dedup.steps import StepRunner
 from maxlm.corpus.dedup.substrings import (
     REPEATS,
     find_cuts,
@@ -20,9 +18,8 @@ from maxlm.corpus.dedup.substrings import (
     write_shard_blocks,
 )
 from maxlm.corpus.shards import StageShardView
-from maxlm.corpus.stage import CorpusStage
-from maxlm.runtime.executor import Executor
-from maxlm.runtime.progress import Progress
+from maxlm.corpus.stage import CorpusStage, JobRunner
+from maxlm.corpus.text import UNICODE
 
 _BYTES_OF_CHARACTER = 64  # Of its block, in an index job.
 _BYTES_OF_WINDOW = 64  # In a range job.
@@ -34,7 +31,7 @@ class SubstringStage(CorpusStage):
     another, become spans to cut; the first copy stays (Lee et al. 2022, arXiv 2107.06499).
 
     A word is what white space separates, and in scripts without spaces each letter with its marks
-    (see `maxlm.corpus.characters`), so spans begin and end between words; passages are the same if
+    (see `maxlm.corpus.text`), so spans begin and end between words; passages are the same if
     their characters are, white space included. `dedup.substrings` states the rule and its
     guarantees. No document is split, so one of more characters than `memory` / 64 takes more.
     What is cut is settled among the documents that the rules keep; `where` saves time by leaving
@@ -58,59 +55,24 @@ class SubstringStage(CorpusStage):
     def packages(self) -> tuple[str, ...]:
         return ()
 
-    def label(
-        self, shards: Sequence[StageShardView], scratch: Path, engine: Executor, progress: Progress
-    ) -> None:
-        """See `CorpusStage.label`. The scratch files take six times the text.
+    def label(self, shards: Sequence[StageShardView], scratch: Path, run: JobRunner) -> None:
+        """See `CorpusStage.label`. The scratch files take eight times the text.
 
         Raises:
             MaxlmError: a document of 2^31 characters or more.
         """
-        folder = scratch / str(self.memory)  # A killed run may have had another.
-        steps = StepRunner(self.title, engine, progress)
-        steps.run("index", _index, [_IndexJob(self, folder, shard) for shard in shards])
+        folder = scratch / f"windows-{self.memory}"  # A killed run may have had another.
+        largest = min(self.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
+        index = partial(write_shard_blocks, folder, self.min_tokens, largest, self.keep_by)
+        run(index, shards, "index")
         windows = list_blocks(folder, shards)
         number = max(1, -(-windows * _BYTES_OF_WINDOW // self.memory))
-        steps.run("match", _match, [_RangeJob(self, folder, number, i) for i in range(number)])
-        steps.run("cut", _cut, [_CutJob(self, folder, number, shard) for shard in shards])
+        match = partial(match_range, folder, number, self.keep_by is not None)
+        run(match, range(number), "match")
+        run(partial(_cut, self, folder, number), shards, "cut")
 
 
-@dataclass(frozen=True)
-class _IndexJob:
-    stage: SubstringStage
-    folder: Path
-    shard: StageShardView
-
-
-def _index(job: _IndexJob) -> None:
-    stage = job.stage
-    block_characters = min(stage.memory // _BYTES_OF_CHARACTER, _LARGEST_BLOCK)
-    write_shard_blocks(job.folder, job.shard, stage.min_tokens, block_characters, stage.keep_by)
-
-
-@dataclass(frozen=True)
-class _RangeJob:
-    stage: SubstringStage
-    folder: Path
-    number: int
-    which: int
-
-
-def _match(job: _RangeJob) -> None:
-    match_range(job.folder, job.number, job.which, job.stage.keep_by is not None)
-
-
-@dataclass(frozen=True)
-class _CutJob:
-    stage: SubstringStage
-    folder: Path
-    number: int
-    shard: StageShardView
-
-
-def _cut(job: _CutJob) -> None:
-    stage = job.stage
-    found = find_cuts(job.folder, job.shard.name, job.number, stage.min_tokens)
-    rows = found.column("row").to_numpy()
+def _cut(stage: SubstringStage, folder: Path, number: int, shard: StageShardView) -> None:
+    found = find_cuts(folder, shard.name, number, stage.min_tokens)
     labels = {name: found.column(name) for name in stage.schema().names}
-    write_labels(job.shard, stage.schema(), rows, labels)
+    write_labels(shard, stage.schema(), found.column("row").to_numpy(), labels)

@@ -11,9 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from maxlm.config import MaxlmError
-from maxlm.corpus.characters import UNICODE
 from maxlm.corpus.stage import Label, LabelStage
-from maxlm.corpus.tokens import is_word, split_tokens
+from maxlm.corpus.text import UNICODE, is_word, split_tokens
 
 _SHIPPED = resources.files("maxlm.corpus") / "lists" / "toxic"
 
@@ -66,7 +65,9 @@ class ToxicityStage(LabelStage):
 
     def open(self) -> Label:
         listed = _index_phrases(read_lists(self.lists))
-        predict = _load_classifier() if self.classifier else None
+        predict = None
+        if self.classifier:
+            from profanity_check import predict_prob as predict
 
         def label(batch: pa.RecordBatch) -> pa.RecordBatch:
             texts = batch.column("text")
@@ -163,14 +164,3 @@ def _index_phrases(phrases: Sequence[str]) -> dict[str, list[list[str]]]:
         if tokens:
             listed.setdefault(tokens[0], []).append(tokens)
     return listed
-
-
-def _load_classifier() -> Callable[[list[str]], np.ndarray]:
-    """From texts to the probability that each is offensive."""
-    try:
-        from profanity_check import predict_prob
-    except ImportError as error:
-        what = "toxicity.score needs alt-profanity-check, which is not installed"
-        fix = "pip install 'maxlm[corpus]', or set classifier: false"
-        raise MaxlmError(what, where="toxicity", fix=fix) from error
-    return predict_prob

@@ -2,18 +2,17 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 from pydantic import Field
 
-from maxlm.config import MaxlmError
-from maxlm.corpus.stage import Label, LabelStage
+from maxlm.corpus.stage import LabelStage
 from maxlm.data.documents.streams import COMPRESSIONS, open_stream
 
 _SHIPPED = Path(__file__).parents[1] / "lists"
@@ -75,37 +74,28 @@ class UrlStage(LabelStage):
     def packages(self) -> tuple[str, ...]:
         return ("tldextract",)
 
-    def open(self) -> Label:
-        """Raises: MaxlmError: a list cannot be read; tldextract is missing."""
-        try:
-            from tldextract import TLDExtract
-        except ImportError as error:
-            what = "the registered domain needs tldextract, which is not installed"
-            raise MaxlmError(what, fix="pip install 'maxlm[corpus]'") from error
+    def open_row(self) -> Callable[[str | None], dict[str, Any]]:
+        """See `LabelStage`. Raises: MaxlmError: a list cannot be read."""
+        from tldextract import TLDExtract
+
         suffixes = TLDExtract(suffix_list_urls=(), cache_dir=None)  # Only what it ships.
         names = frozenset(map(_ascii, _entries(self.domains)))
         words = _Words.read(self.words, self.subwords, self.soft_words, self.soft_count)
         nsfw = _Words.read(*_nsfw_lists(), self.soft_count) if self.nsfw else None
-        schema = self.schema()
 
-        def look(url: str | None) -> tuple[str | None, str | None, bool | None, str | None]:
+        def label(url: str | None) -> dict[str, Any]:
             if url is None:
-                return None, None, None, None
+                return {}
             host, rest = _split(url)
             if not host:
-                return None, None, False, None
+                return {"blocked": False}
             found = suffixes.extract_str(host)
             domain = f"{found.domain}.{found.suffix}" if found.domain and found.suffix else None
             rule = _rule(host, domain, names)
             if rule is None:
                 address = f"{_unicode(host)}/{rest}"
                 rule = words.rule(address) or ("nsfw" if nsfw and nsfw.rule(address) else None)
-            return host, domain, rule is not None, rule
-
-        def label(batch: pa.RecordBatch) -> pa.RecordBatch:
-            found = [look(url) for url in batch.column(0).to_pylist()]
-            rows = [dict(zip(schema.names, each, strict=True)) for each in found]
-            return pa.RecordBatch.from_pylist(rows, schema=schema)
+            return {"host": host, "domain": domain, "blocked": rule is not None, "rule": rule}
 
         return label
 
