@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from maxlm.huggingface.dtypes import NUMPY, split_into_slabs
-from maxlm.huggingface.files import list_stored_tensors
-from maxlm.huggingface.writer import SafetensorsWriter
+from maxlm.huggingface.files import SafetensorsWriter, list_stored_tensors
 from maxlm.models.architectures import DecoderConfig
-from maxlm.models.families.entries import TensorEntry
 from maxlm.models.families.llama import LLAMA
+from maxlm.models.families.names import TensorEntry
 
 LAYERS, HEAD = 16, 64
 
@@ -46,13 +45,13 @@ def llama(parameters: float) -> DecoderConfig:
 
 def make(folder: Path, entries: list[TensorEntry], dtype: str) -> None:
     random = np.random.default_rng(0)
-    with SafetensorsWriter(folder, {e.theirs: (dtype, e.shape) for e in entries}) as writer:
-        for entry in entries:
-            values = np.empty(entry.shape, NUMPY[dtype])
-            for slab in split_into_slabs(values):
-                slab[...] = random.standard_normal(slab.shape, np.float32) * 0.02
-            writer.write(entry.theirs, values)
-        writer.commit()
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = SafetensorsWriter(folder, {e.theirs: (dtype, e.shape) for e in entries})
+    for entry in entries:
+        values = np.empty(entry.shape, NUMPY[dtype])
+        for slab in split_into_slabs(values):
+            slab[...] = random.standard_normal(slab.shape, np.float32) * 0.02
+        writer.write(entry.theirs, values)
 
 
 def resident(field: str) -> int:

@@ -43,11 +43,7 @@ class ZarrArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, index: Shape = ()) -> np.ndarray:
-        """The slice at some leading indices.
-
-        Raises:
-            MaxlmError: it is damaged.
-        """
+        """Reads the slice at some leading indices."""
         values = np.empty(self.shape[len(index) :], self.dtype)
         here = self._store[index] if index else self._store
         with _Explained(self._where):
@@ -58,16 +54,12 @@ class ZarrArray:
         return values
 
     def read_box(self, box: Box) -> np.ndarray:
-        """Any part; decodes all tiles that it touches at once."""
+        """Reads any part; decodes all tiles that it touches at once."""
         with _Explained(self._where):
             return self._store[box].read().result()
 
     def write(self, index: Shape, values: np.ndarray) -> None:
-        """The slice at some leading indices; returns when it is on disk.
-
-        Raises:
-            MaxlmError: the disk is full or cannot be written.
-        """
+        """Writes the slice at some leading indices, and waits for the disk."""
         assert values.shape == self.shape[len(index) :]
         here = self._store[index] if index else self._store
         with _Explained(self._where, _WRITING):
@@ -86,11 +78,7 @@ def split_into_boxes(shape: Shape, step: Shape) -> Iterator[Box]:
 
 
 def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
-    """Returns a new fp32 array, to be written whole, in slices at ``lead`` leading indices.
-
-    Raises:
-        MaxlmError: the folder cannot be written.
-    """
+    """Returns a new fp32 array, to be written whole, in slices at ``lead`` leading indices."""
     tile, file = choose_chunk_shapes(shape[lead:])
     tile, file = (1,) * lead + tile, (1,) * lead + file
     codecs = [
@@ -111,12 +99,7 @@ def create_array(folder: Path, shape: Shape, lead: int) -> ZarrArray:
 
 
 def open_array(folder: Path, name: str) -> ZarrArray:
-    """Returns an array of the state of a checkpoint, whether one file holds many arrays (OCDBT) or
-    not.
-
-    Raises:
-        MaxlmError: it is missing or damaged.
-    """
+    """Opens an array of a checkpoint's state, whether one file holds many (OCDBT) or not."""
     store: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if (folder / "manifest.ocdbt").exists():
         store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}

@@ -8,7 +8,6 @@ few JSON files are written here. What is read is any checkpoint that maxlm wrote
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +20,10 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape, ZarrArray, create_array, open_array, split_into_boxes
-from maxlm.huggingface.writer import PARTIAL
 
 ReadSlice = Callable[[Shape], np.ndarray]
 """Leading indices → the slice there."""
 
-_TEMPORARY = ".orbax-checkpoint-tmp"  # Whoever opens the folder to train removes what ends so.
 _WHOLE_BYTES = 64 << 20
 _HANDLERS = {
     "state": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
@@ -35,81 +32,37 @@ _HANDLERS = {
 
 
 class RunCheckpointWriter:
-    """A checkpoint in the making; a context manager.
+    """A checkpoint in the making: ``declare`` all parameters, ``write`` all slices, ``commit``."""
 
-    Nothing is made before the first :meth:`declare`; leaving without :meth:`commit` leaves
-    nothing behind.
-
-    Args:
-        folder: of checkpoints.
-        name: the part of a training state that is written.
-
-    Raises:
-        MaxlmError: there is a checkpoint of this step.
-    """
-
-    def __init__(self, folder: str | Path, *, step: int = 0, name: str = "params"):
-        self.folder, self.step, self._name = Path(folder).absolute(), step, name
-        self._final = self.folder / str(step)
-        self._partial = self.folder / f"{step}{_TEMPORARY}"
+    def __init__(self, folder: str | Path, *, step: int = 0):
+        self._step, self._folder = step, Path(folder).absolute() / str(step)
         self._arrays: dict[str, ZarrArray] = {}
-        if self._final.exists():
-            fix = "choose another run folder"
-            raise MaxlmError(f"a checkpoint of step {step} exists", where=str(folder), fix=fix)
 
     def declare(self, name: str, shape: Shape, lead: int = 0) -> None:
-        """Announce a parameter, which will be written in slices at ``lead`` leading indices.
-
-        Raises:
-            MaxlmError: the folder cannot be written.
-        """
-        if not self._arrays:
-            shutil.rmtree(self._partial, ignore_errors=True)  # of a writer that was killed
-        full = f"{self._name}.{name}"
-        self._arrays[name] = create_array(self._partial / "state" / full, shape, lead)
+        """Announces a parameter, which will be written in slices at ``lead`` leading indices."""
+        full = f"params.{name}"
+        self._arrays[name] = create_array(self._folder / "state" / full, shape, lead)
 
     def write(self, name: str, index: Shape, values: np.ndarray) -> None:
-        """The fp32 slice of a parameter at some leading indices; returns when it is on disk.
-
-        Raises:
-            MaxlmError: the folder cannot be written.
-        """
+        """Writes the fp32 slice of a parameter at some leading indices, and waits for the disk."""
         assert values.dtype == np.float32, name
         self._arrays[name].write(index, values)
 
     def commit(self, metadata: Mapping[str, Any]) -> None:
-        """Complete the checkpoint; to be called once, when every slice is written.
+        """Completes the checkpoint.
 
         Args:
             metadata: JSON values; ``step`` and ``versions`` are added.
-
-        Raises:
-            MaxlmError: the folder cannot be written.
         """
         versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
-        metadata = {"step": self.step, "versions": versions, **metadata}
-        tree = {f"{self._name}.{name}": list(a.shape) for name, a in self._arrays.items()}
+        metadata = {"step": self._step, "versions": versions, **metadata}
+        tree = {f"params.{name}": list(a.shape) for name, a in self._arrays.items()}
         now = time.time_ns()
         kind = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
-        times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
-        try:
-            _write_json(self._partial / "state" / "_METADATA", _state_metadata(tree))
-            _write_json(self._partial / "metadata" / "metadata", metadata)
-            _write_json(
-                self._partial / "_CHECKPOINT_METADATA", kind | times | {"custom_metadata": {}}
-            )
-            os.rename(self._partial, self._final)
-        except OSError as error:
-            what = f"a checkpoint was not written ({error.strerror or error})"
-            fix = "free some space or rights, run again"
-            raise MaxlmError(what, where=str(self.folder), fix=fix) from error
-
-    def __enter__(self) -> "RunCheckpointWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._arrays:
-            shutil.rmtree(self._partial, ignore_errors=True)
+        kind |= {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now, "custom_metadata": {}}
+        _write_json(self._folder / "state" / "_METADATA", _state_metadata(tree))
+        _write_json(self._folder / "metadata" / "metadata", metadata)
+        _write_json(self._folder / "_CHECKPOINT_METADATA", kind)
 
 
 class RunCheckpointReader:
@@ -145,33 +98,20 @@ class RunCheckpointReader:
         """Of all parameters, by canonical name."""
 
     def open(self, name: str) -> ZarrArray:
-        """A parameter's array.
-
-        Raises:
-            MaxlmError: it is missing or damaged.
-        """
+        """Opens a parameter's array."""
         return open_array(self.folder / "state", self._prefix + name)
 
     def read_slice(self, name: str, index: Shape = ()) -> np.ndarray:
-        """A parameter, or its slice at some leading indices (layer, expert), as it is stored.
-
-        What was stored with it, and can only be decoded with it, is read as well: to read all
-        slices of a parameter see :meth:`slices`.
-
-        Raises:
-            MaxlmError: it is damaged.
-        """
+        """Reads a parameter, or its slice at some leading indices (layer, expert), with all that
+        can only be decoded with it; to read all slices see :meth:`slices`."""
         return self.open(name).read(index)
 
     @contextmanager
     def slices(self, name: str, lead: int, scratch: Path) -> Iterator[ReadSlice]:
-        """To read all slices of a parameter, at ``lead`` leading indices, one by one.
+        """Opens a parameter to read its slices, at ``lead`` leading indices, one by one.
 
         Training stores many layers in one compressed piece. Such a parameter is decoded once:
         into memory if it is small, else into a file in the folder ``scratch``, then removed.
-
-        Raises:
-            MaxlmError: it is damaged, or ``scratch`` is full.
         """
         array = self.open(name)
         if math.prod(array.tile_shape[:lead]) <= 1:
@@ -180,27 +120,23 @@ class RunCheckpointReader:
             whole = array.read()
             yield lambda index: whole[index]
         else:
-            with tempfile.NamedTemporaryFile(dir=scratch, suffix=PARTIAL) as file:
+            with tempfile.NamedTemporaryFile(dir=scratch, suffix=".maxlm-scratch") as file:
                 _unpack(array, lead, file)
                 # A map that is dropped after each slice holds no memory for longer.
                 yield lambda index: np.array(_mapped(array, file.name)[index])
 
 
 def _unpack(array: ZarrArray, lead: int, file: Any) -> None:
-    try:
-        # Writing to a map of a file for which the disk has no room would end the process.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, array.nbytes)
-        else:
-            file.truncate(array.nbytes)
-        for box in split_into_boxes(array.shape, array.tile_shape):
-            values = array.read_box(box)
-            for at in np.ndindex(values.shape[:lead]):
-                there = tuple(part.start + i for part, i in zip(box, at, strict=False))
-                _mapped(array, file.name)[there + box[lead:]] = values[at]
-    except OSError as error:
-        what = f"no room to unpack {array.nbytes / 1e9:.1f} GB ({error.strerror or error})"
-        raise MaxlmError(what, where=str(Path(file.name).parent), fix="free some space") from error
+    # Writing to a map of a file for which the disk has no room would end the process.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, array.nbytes)
+    else:
+        file.truncate(array.nbytes)
+    for box in split_into_boxes(array.shape, array.tile_shape):
+        values = array.read_box(box)
+        for at in np.ndindex(values.shape[:lead]):
+            there = tuple(part.start + i for part, i in zip(box, at, strict=False))
+            _mapped(array, file.name)[there + box[lead:]] = values[at]
 
 
 def _mapped(array: ZarrArray, path: str) -> np.ndarray:
@@ -234,10 +170,9 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values), "utf-8")
 
 
-def _read_json(path: Path, key: str | None = None) -> dict[str, Any]:
+def _read_json(path: Path, key: str) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text("utf-8"))
-        return values[key] if key else values
+        return json.loads(path.read_text("utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"damaged checkpoint ({error})"
         raise MaxlmError(what, where=str(path), fix="use another") from error

@@ -1,32 +1,37 @@
-"""Published weights to a checkpoint and back, one tensor in memory at a time."""
+"""Published weights to a checkpoint and back, one tensor in memory at a time.
 
+That a family's table, the files and our parameters agree is checked before anything is written.
+"""
+
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.huggingface.arrays import Shape
-from maxlm.huggingface.check import check_coverage, match_entries
 from maxlm.huggingface.checkpoint import ReadSlice, RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.dtypes import NUMPY, TensorDtypes, is_floating, split_into_slabs
-from maxlm.huggingface.files import StoredTensor, list_stored_tensors, read_tensor
-from maxlm.huggingface.writer import SHARD_BYTES, SafetensorsWriter
-from maxlm.models.families.entries import TensorEntry
+from maxlm.huggingface.files import (
+    SHARD_BYTES,
+    SafetensorsWriter,
+    StoredTensor,
+    iterate_pieces,
+    list_stored_tensors,
+    read_tensor,
+)
+from maxlm.models.families.names import TensorEntry
 
 Progress = Callable[[int, int, str], Any]
 """Called after each tensor: bytes of tensors done, bytes in all, its name."""
-
-
-class HasShape(Protocol):
-    """The part of ``ParamSpec`` that an import reads."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+_OTHER_CONFIG = "check that the config is this model's"
+_SHOWN = 4
 
 
 def ignore_progress(done: int, total: int, name: str) -> None:
@@ -36,7 +41,7 @@ def ignore_progress(done: int, total: int, name: str) -> None:
 def import_tensors(
     folder: str | Path,
     entries: Sequence[TensorEntry],
-    specs: Mapping[str, HasShape],
+    shapes: Mapping[str, Shape],
     writer: RunCheckpointWriter,
     progress: Progress = ignore_progress,
     *,
@@ -47,7 +52,7 @@ def import_tensors(
     """Write all parameters of a folder of safetensors files into a checkpoint, as fp32.
 
     Args:
-        specs: the declarations of all parameters by canonical name, ``named(param_specs(model))``.
+        shapes: of all parameters, by canonical name.
         ignored: patterns of tensors that may be there without being used (``*.inv_freq``).
         lossy: round fp64 values.
         warn: called with a line if values are NaN or infinite.
@@ -60,7 +65,6 @@ def import_tensors(
             tensor of ``entries`` once and nothing else, or entries that do not fill each parameter
             once; later: a full disk, or fp64 values that would be rounded.
     """
-    shapes = {name: tuple(spec.shape) for name, spec in specs.items()}
     leads = check_coverage(entries, shapes)
     pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
     for name, shape in shapes.items():
@@ -86,44 +90,34 @@ def export_tensors(
     progress: Progress = ignore_progress,
     *,
     lossy: bool = False,
-    overwrite: bool = False,
 ) -> None:
-    """Write all parameters of a checkpoint into a folder of safetensors files.
+    """Write all parameters of a checkpoint into an empty folder, as safetensors files.
 
     Args:
         dtypes: the number formats of tensors: those they were imported with, or others.
         shard_bytes: the most that a file holds, unless one tensor is larger.
         lossy: round to these formats; otherwise a value that would change is an error.
-        overwrite: replace the model in a folder that is not empty; other files in it stay.
 
     Raises:
-        MaxlmError: entries that do not use each parameter of the checkpoint once, a folder that is
-            not empty, a damaged checkpoint, values that would change, a full disk. The folder is
-            left as it was.
+        MaxlmError: entries that do not use each parameter of the checkpoint once, a damaged
+            checkpoint, values that would change.
     """
     leads = check_coverage(entries, checkpoint.shapes)
     kinds = {entry.theirs: (dtypes.of(entry.theirs), tuple(entry.shape)) for entry in entries}
-    for dtype in {dtype for dtype, _ in kinds.values()}:
-        if dtype not in NUMPY or not is_floating(dtype):
-            known = ", ".join(filter(is_floating, NUMPY))
-            raise MaxlmError(f"no number format {dtype!r} for weights", fix=f"use one of {known}")
     sizes = {name: prod(shape) * NUMPY[dtype].itemsize for name, (dtype, shape) in kinds.items()}
     total, done = sum(sizes.values()), 0
-    with SafetensorsWriter(folder, kinds, shard_bytes, overwrite=overwrite) as writer:
-        # Parameter by parameter, so that each need only be decoded once.
-        for names, group in groupby(sorted(entries, key=_names), key=_names):
-            with ExitStack() as stack:
-                slices = {
-                    name: stack.enter_context(
-                        checkpoint.slices(name, leads[name], scratch=writer.folder)
-                    )
-                    for name in set(names)
-                }
-                for entry in group:
-                    _export_one(slices, entry, writer, lossy)
-                    done += sizes[entry.theirs]
-                    progress(done, total, entry.theirs)
-        writer.commit()
+    writer = SafetensorsWriter(folder, kinds, shard_bytes)
+    # Parameter by parameter, so that each need only be decoded once.
+    for names, group in groupby(sorted(entries, key=_names), key=_names):
+        with ExitStack() as stack:
+            slices = {
+                name: stack.enter_context(checkpoint.slices(name, leads[name], writer.folder))
+                for name in set(names)
+            }
+            for entry in group:
+                _export_one(slices, entry, writer, lossy)
+                done += sizes[entry.theirs]
+                progress(done, total, entry.theirs)
 
 
 def _import_one(
@@ -155,3 +149,87 @@ def _export_one(
 
 def _names(entry: TensorEntry) -> tuple[str, ...]:
     return tuple(place.name for place in entry.ours)
+
+
+def match_entries(
+    tensors: Mapping[str, StoredTensor],
+    entries: Sequence[TensorEntry],
+    ignored: Iterable[str],
+    where: str,
+) -> list[tuple[StoredTensor, TensorEntry]]:
+    """Returns the tensor of each entry: by its name or, where the files lack it, by an alias.
+
+    Raises:
+        MaxlmError: a tensor that the files lack, one that no entry uses, one of another shape, one
+            that does not hold floating-point numbers, or two that should be the same and are not.
+    """
+    pairs: list[tuple[StoredTensor, TensorEntry]] = []
+    again: list[tuple[StoredTensor, StoredTensor]] = []
+    missing: list[str] = []
+    left, ignored = dict(tensors), list(ignored)
+    for entry in entries:
+        stored = [left.pop(name) for name in (entry.theirs, *entry.aliases) if name in left]
+        if not stored:
+            missing.append(entry.theirs)
+            continue
+        pairs.append((stored[0], entry))
+        for tensor in stored:
+            _check_fits(tensor, entry)
+        again += [(stored[0], tensor) for tensor in stored[1:]]
+    extra = [name for name in left if not any(fnmatchcase(name, glob) for glob in ignored)]
+    faults = [f"lack {_listed(missing)}"] if missing else []
+    faults += [f"hold {_listed(sorted(extra))}, which this model does not use"] if extra else []
+    if faults:
+        raise MaxlmError(f"the files {' and '.join(faults)}", where=where, fix=_OTHER_CONFIG)
+    for one, other in again:
+        _check_same(one, other)
+    return pairs
+
+
+def check_coverage(entries: Iterable[TensorEntry], shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Checks that the table fills every element of every parameter exactly once, and returns the
+    number of leading indices at which each is cut.
+
+    Raises:
+        MaxlmError: naming a parameter, and the index, that is not, or that does not exist.
+    """
+    indices: dict[str, list[Shape]] = {name: [] for name in shapes}
+    for place in (place for entry in entries for place in entry.ours):
+        if place.name not in shapes:
+            raise MaxlmError("this model has no such parameter", where=place.name)
+        indices[place.name].append(place.index)
+    leads = {name: max(map(len, own), default=0) for name, own in indices.items()}
+    for name, shape in shapes.items():
+        found, want = Counter(indices[name]), Counter(np.ndindex(*shape[: leads[name]]))
+        for index in sorted((want - found) | (found - want)):
+            at = "".join(f"[{i}]" for i in index)
+            fault = "filled twice or not there" if index in found else "nothing fills it"
+            raise MaxlmError(fault, where=name + at, fix=_OTHER_CONFIG)
+    return leads
+
+
+def _check_fits(stored: StoredTensor, entry: TensorEntry) -> None:
+    where = str(stored.path)
+    if stored.shape != tuple(entry.shape):
+        there, here = list(stored.shape), list(entry.shape)
+        what = f"{stored.name} is {there} there, {here} in this model"
+        raise MaxlmError(what, where=where, fix=_OTHER_CONFIG)
+    if not is_floating(stored.dtype):
+        what = f"{stored.name} is stored as {stored.dtype}, so quantized"
+        raise MaxlmError(what, where=where, fix="use the model in bf16, fp16 or fp32")
+
+
+def _check_same(one: StoredTensor, other: StoredTensor) -> None:
+    same = one.dtype == other.dtype and all(
+        a.tobytes() == b.tobytes()
+        for a, b in zip(iterate_pieces(one), iterate_pieces(other), strict=True)
+    )
+    if not same:
+        what = f"{other.name} differs from {one.name}, which this model ties it to"
+        fix = "set tie_word_embeddings to false in config.json if it is an output head of its own"
+        raise MaxlmError(what, where=str(other.path), fix=fix)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

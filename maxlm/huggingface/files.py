@@ -1,24 +1,31 @@
-"""Reading a folder of safetensors files, a tensor at a time.
+"""Folders of safetensors files, read and written a tensor at a time.
 
-The safetensors library checks each header (lengths, offsets, holes, shapes); the bytes are read
-here, because into NumPy it has no float8 and cannot cast on the way. Nothing is unpickled.
+The safetensors library checks each header (lengths, offsets, holes, shapes); bytes are read and
+written here, because into NumPy it has no float8, cannot cast on the way, and writes whole files
+alone. Nothing is unpickled.
 """
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.dtypes import NUMPY, SLAB_BYTES, cast_values
+from maxlm.huggingface.dtypes import NUMPY, SLAB_BYTES, cast_values, split_into_slabs
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+"""As large as published files are."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _AGAIN = "download it again"
+
+Kind = tuple[str, tuple[int, ...]]
+"""A dtype as safetensors names it, and a shape."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,22 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     headers.
 
     Raises:
-        MaxlmError: no such files, only pickled ones, a damaged file, an index that does not agree
-            with its files, a tensor in two of them, or a number format that NumPy does not have.
+        MaxlmError: no such files, only pickled ones, a damaged file, or a number format that NumPy
+            does not have.
     """
     folder = Path(folder)
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
-        fix = "remove the one that does not belong"
-        raise MaxlmError(f"both {SINGLE} and {INDEX}", where=str(folder), fix=fix)
     if single.exists():
-        return {stored.name: stored for stored in _header(single)}
-    if index.exists():
-        return _indexed(folder, _weight_map(index))
-    raise _nothing_to_read(folder)
+        files = [SINGLE]
+    elif index.exists():
+        try:
+            files = sorted({str(f) for f in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = "no index of safetensors files (a JSON object with a weight_map)"
+            raise MaxlmError(what, where=str(index), fix=_AGAIN) from error
+    else:
+        raise _describe_lack(folder)
+    return {stored.name: stored for file in files for stored in _read_header(folder / file)}
 
 
 def read_tensor(
@@ -73,9 +83,8 @@ def read_tensor(
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
     flat, done = values.reshape(-1), 0
     for piece in iterate_pieces(stored):
-        flat[done : done + len(piece)] = cast_values(
-            piece, flat.dtype, where=stored.name, lossy=lossy
-        )
+        cast = cast_values(piece, flat.dtype, where=stored.name, lossy=lossy)
+        flat[done : done + len(piece)] = cast
         done += len(piece)
     return values
 
@@ -96,7 +105,7 @@ def iterate_pieces(stored: StoredTensor) -> Iterator[np.ndarray]:
         raise MaxlmError(f"cannot be read ({error})", where=str(stored.path), fix=_AGAIN) from error
 
 
-def _header(path: Path) -> list[StoredTensor]:
+def _read_header(path: Path) -> list[StoredTensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -107,7 +116,8 @@ def _header(path: Path) -> list[StoredTensor]:
         with path.open("rb") as file:
             offset = 8 + int.from_bytes(file.read(8), "little")
     except (SafetensorError, OSError) as error:
-        what = f"no complete safetensors file ({_first_words(error)})"
+        reason = str(error).removeprefix("Error while deserializing header: ").splitlines()
+        what = f"no complete safetensors file ({(reason or [type(error).__name__])[0][:100]})"
         raise MaxlmError(what, where=str(path), fix=_AGAIN) from error
     tensors = []
     for name in names:  # One after the other without holes: the library has checked that.
@@ -120,58 +130,96 @@ def _header(path: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _first_words(error: Exception) -> str:
-    text = str(error).removeprefix("Error while deserializing header: ")
-    return text.splitlines()[0][:100] if text else type(error).__name__
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        ok = all(isinstance(file, str) for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        ok, weight_map = False, {}
-    if not ok:
-        what = "no index of safetensors files (a JSON object with a weight_map)"
-        raise MaxlmError(what, where=str(index), fix=_AGAIN)
-    return weight_map
-
-
-def _indexed(folder: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
-    index = str(folder / INDEX)
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            fix = "keep the files beside their index"
-            raise MaxlmError(f"names {file!r}, which is no file here", where=index, fix=fix)
-        if not (folder / file).exists():
-            raise MaxlmError(f"names {file}, which is missing", where=index, fix=_AGAIN)
-        for stored in _header(folder / file):
-            if other := tensors.get(stored.name):
-                what = f"{stored.name} is in two files, {other.path.name} and {file}"
-                raise MaxlmError(what, where=str(folder), fix=_AGAIN)
-            tensors[stored.name] = stored
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].path.name != file:
-            what = f"says that {name} is in {file}, which lacks it"
-            raise MaxlmError(what, where=index, fix=_AGAIN)
-    return tensors
-
-
-def _nothing_to_read(folder: Path) -> MaxlmError:
-    where, files = str(folder), []
+def _describe_lack(folder: Path) -> MaxlmError:
+    where, fix = str(folder), "name a folder with safetensors files"
     if not folder.is_dir():
-        return MaxlmError("no folder here", where=where, fix="name one with safetensors files")
-    files = sorted(path.name for path in folder.iterdir())
-    if any(name.endswith(".safetensors") for name in files):
-        what = f"safetensors files, but neither {SINGLE} nor {INDEX}"
-        return MaxlmError(what, where=where, fix="fetch the index, or rename a lone file")
-    pickles = [name for name in files if name.endswith(_PICKLES)]
-    if pickles:
-        what = f"{pickles[0]} is a pickle, which can run any code when it is read"
-        fix = (
-            "fetch the model as safetensors; or, only if you trust it, load it with transformers "
-            "(from_pretrained) and write it with save_pretrained"
-        )
-        return MaxlmError(what, where=where, fix=fix)
-    return MaxlmError(f"no {SINGLE} here", where=where, fix="name a folder with safetensors files")
+        return MaxlmError("no folder here", where=where, fix=fix)
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(_PICKLES):
+            what = f"{path.name} is a pickle, which can run any code when it is read"
+            fix = (
+                "fetch the model as safetensors; or, only if you trust it, load it with "
+                "transformers (from_pretrained) and write it with save_pretrained"
+            )
+            return MaxlmError(what, where=where, fix=fix)
+    return MaxlmError(f"neither {SINGLE} nor {INDEX} here", where=where, fix=fix)
+
+
+class SafetensorsWriter:
+    """Safetensors files of which all tensors are still to be written, in any order.
+
+    Shapes and formats are known beforehand, so each file begins with its final header, and every
+    tensor goes straight to its place.
+
+    Args:
+        folder: an empty one.
+        tensors: dtype and shape of each, by name.
+        shard_bytes: the most that a file holds, unless one tensor is larger.
+    """
+
+    def __init__(
+        self, folder: str | Path, tensors: Mapping[str, Kind], shard_bytes: int = SHARD_BYTES
+    ):
+        self.folder = Path(folder)
+        self._places: dict[str, StoredTensor] = {}
+        shards = _split_into_shards(tensors, shard_bytes)
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            path = self.folder / (name if len(shards) > 1 else SINGLE)
+            header, placed = _place_tensors(path, shard)
+            with path.open("wb") as file:
+                file.write(header)
+                file.truncate(len(header) + sum(stored.nbytes for stored in shard))
+            self._places |= {stored.name: stored for stored in placed}
+        if len(shards) > 1:
+            files = {name: stored.path.name for name, stored in sorted(self._places.items())}
+            total = sum(stored.nbytes for stored in self._places.values())
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
+        """Writes one tensor, cast to the format it was announced with.
+
+        Raises:
+            MaxlmError: another shape than announced, or a cast that would change values and not
+                ``lossy``.
+        """
+        stored = self._places[name]
+        if values.shape != stored.shape:
+            what = f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"
+            raise MaxlmError(what, where=name, fix="use the config it was trained with")
+        with stored.path.open("r+b") as file:
+            file.seek(stored.offset)
+            for slab in split_into_slabs(values):
+                data = cast_values(slab, NUMPY[stored.dtype], where=name, lossy=lossy)
+                file.write(data.reshape(-1).view(np.uint8).data)
+
+
+def _split_into_shards(tensors: Mapping[str, Kind], shard_bytes: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        stored = StoredTensor(name, Path(), dtype, tuple(shape), 0)
+        if shards[-1] and filled + stored.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(stored)
+        filled += stored.nbytes
+    return shards
+
+
+def _place_tensors(path: Path, tensors: list[StoredTensor]) -> tuple[bytes, list[StoredTensor]]:
+    """A file's header, padded to 8 bytes, and its tensors, wide formats first: all lie aligned."""
+    tensors = sorted(tensors, key=lambda stored: -NUMPY[stored.dtype].itemsize)
+    ends = list(accumulate((stored.nbytes for stored in tensors), initial=0))
+    head: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for stored, offsets in zip(tensors, pairwise(ends), strict=True):
+        shape = list(stored.shape)
+        head[stored.name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": offsets}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, [
+        replace(stored, path=path, offset=len(header) + start)
+        for stored, start in zip(tensors, ends, strict=False)
+    ]

@@ -20,8 +20,7 @@ from maxlm.data.tokenizer import Tokenizer, export_tokenizer, import_tokenizer, 
 from maxlm.huggingface.checkpoint import RunCheckpointReader, RunCheckpointWriter
 from maxlm.huggingface.convert import Progress, export_tensors, ignore_progress, import_tensors
 from maxlm.huggingface.dtypes import TensorDtypes
-from maxlm.huggingface.files import list_stored_tensors
-from maxlm.huggingface.writer import SHARD_BYTES
+from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.params import flatten_names, param_specs
@@ -116,27 +115,28 @@ def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) 
     config, marks = _with_tokenizer(config, target, tokenizer)
     notes += told + marks
     specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
+    shapes = {name: spec.shape for name, spec in specs.items()}
     entries = family.list_entries(config.model, tensors)
     with _whole(target) as folder:
-        with RunCheckpointWriter(folder / "checkpoints") as writer:
-            how: dict[str, Any] = {"ignored": family.ignored, "warn": notes.append}
-            dtypes = import_tensors(source, entries, specs, writer, progress, **how)
-            used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
-            notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
-            # The way back asks under the usual names.
-            usual = [entry.theirs for entry in family.list_entries(config.model)]
-            dtypes = dtypes.with_names(dict(zip((e.theirs for e in entries), usual, strict=True)))
-            writer.commit(
-                {
-                    "config": config.model_dump(mode="json"),
-                    "tokenizer": tokenizer.fingerprint if tokenizer else None,
-                    "published": {
-                        "family": family.name,
-                        "dtypes": dtypes.model_dump(),
-                        "tokens": {key: values[key] for key in _TOKENS if key in values},
-                    },
-                }
-            )
+        writer = RunCheckpointWriter(folder / "checkpoints")
+        how: dict[str, Any] = {"ignored": family.ignored, "warn": notes.append}
+        dtypes = import_tensors(source, entries, shapes, writer, progress, **how)
+        used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
+        notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
+        # The way back asks under the usual names.
+        usual = [entry.theirs for entry in family.list_entries(config.model)]
+        dtypes = dtypes.with_names(dict(zip((e.theirs for e in entries), usual, strict=True)))
+        writer.commit(
+            {
+                "config": config.model_dump(mode="json"),
+                "tokenizer": tokenizer.fingerprint if tokenizer else None,
+                "published": {
+                    "family": family.name,
+                    "dtypes": dtypes.model_dump(),
+                    "tokens": {key: values[key] for key in _TOKENS if key in values},
+                },
+            }
+        )
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         (folder / "config.yaml").write_text(to_yaml(config))

@@ -63,9 +63,3 @@ def test_what_was_not_written_is_an_error(tmp_path):
     np.testing.assert_array_equal(read.read((0,)), np.zeros(3))
     with pytest.raises(MaxlmError, match=f"{tmp_path}/a: array error: .*; check the disk"):
         read.read((1,))
-
-
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MaxlmError, match=r"array error: .*; free some space"):
-        create_array(tmp_path / "file" / "a", (3,), 0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maxlm.config import MaxlmError
-from maxlm.huggingface.check import check_coverage
+from maxlm.huggingface.convert import check_coverage
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.params import flatten_names, param_specs
 from maxlm.sharding import AxisRules

@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "shares of experts as they are": (
         nested("dbrx", "ffn_config", moe_normalize_expert_weights=None),
-        f"ffn_config: moe_normalize_expert_weights=None {ONLY.format('1 or 1.0')}",
+        f"ffn_config: moe_normalize_expert_weights=None {ONLY.format('1.0 or 1')}",
     ),
     "a null that is false where true is usual": (
         change("gemma2_9b", tie_word_embeddings=None),

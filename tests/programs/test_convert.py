@@ -56,11 +56,11 @@ def alike(run: Path, model: dict[str, Any]) -> Path:
     config = RunConfig.model_validate(config.model_dump() | {"name": "other", "model": model})
     specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=np.float32)))
     random = np.random.default_rng(0)
-    with RunCheckpointWriter(folder / "checkpoints") as writer:
-        for name, spec in specs.items():
-            writer.declare(name, spec.shape)
-            writer.write(name, (), random.normal(size=spec.shape).astype(np.float32))
-        writer.commit({"config": config.model_dump(mode="json")})
+    writer = RunCheckpointWriter(folder / "checkpoints")
+    for name, spec in specs.items():
+        writer.declare(name, spec.shape)
+        writer.write(name, (), random.normal(size=spec.shape).astype(np.float32))
+    writer.commit({"config": config.model_dump(mode="json")})
     shutil.copytree(run / "tokenizer", folder / "tokenizer")
     (folder / "config.yaml").write_text(to_yaml(config))
     return folder

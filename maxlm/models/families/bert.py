@@ -2,15 +2,10 @@
 
 from typing import Any
 
-from maxlm.models.architectures.encoder import EncoderConfig
 from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.fields import activation, number, only, size
 from maxlm.models.families.forms import copy, map_linear, map_norm
-from maxlm.models.families.gpt2 import (
-    multi_head_config,
-    plain_mlp_config,
-    read_activation,
-    to_hf_activation,
-)
+from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
@@ -33,60 +28,42 @@ TABLE: NameTable = {
     **map_norm(f"{HEAD}.transform.LayerNorm", "head_layer.norm"),
     f"{HEAD}.bias": copy("head_bias", f"{HEAD}.decoder.bias"),
 }
-
 POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 
 
-def _read(reader: ConfigReader) -> dict[str, Any]:
-    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
-    reader.require("position_embedding_type", "absolute")
-    reader.require("add_cross_attention", False)
-    reader.require("is_decoder", False)  # true: nothing sees what follows
-    act = read_activation(reader, "hidden_act", "gelu")
-    return {
-        "architecture": "encoder",
-        "vocab_size": reader.size("vocab_size"),
-        "num_layers": reader.size("num_hidden_layers"),
-        "d_model": width,
-        "max_seq_len": reader.size("max_position_embeddings"),
-        "attention": multi_head_config(width, heads),
-        "mlp": plain_mlp_config(reader.size("intermediate_size"), act),
-        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_eps", 1e-12), "bias": True},
-        "placement": "post",
-        "final_norm": False,
-        "positions": {"kind": "learned"},
-        "embedding_norm": True,
-        "token_types": reader.size("type_vocab_size", 2),
-        "head_activation": act,
-        "head_bias": True,
-        "tie_embeddings": reader.require("tie_word_embeddings", True),
-    }
-
-
-def _write(config: EncoderConfig) -> dict[str, Any]:
-    assert config.mlp is not None
-    return {
-        "vocab_size": config.vocab_size,
-        "num_hidden_layers": config.num_layers,
-        "hidden_size": config.d_model,
-        "max_position_embeddings": config.max_seq_len,
-        "num_attention_heads": config.attention.num_heads,
-        "intermediate_size": config.mlp.d_ff,
-        "hidden_act": to_hf_activation(config.mlp.activation),
-        "layer_norm_eps": config.norm.eps,
-        "type_vocab_size": config.token_types,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": True,
-    }
+def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    settings["head_activation"] = settings["mlp"]["activation"]
 
 
 BERT = ModelFamily(
     "bert",
     "bert",
     "BertForMaskedLM",
-    _read,
-    _write,
-    lambda config: TABLE,
+    {
+        "vocab_size": size("vocab_size"),
+        "num_hidden_layers": size("num_layers"),
+        "hidden_size": size("d_model"),
+        "max_position_embeddings": size("max_seq_len"),
+        "num_attention_heads": size("attention.num_heads"),
+        "intermediate_size": size("mlp.d_ff"),
+        "hidden_act": activation("mlp.activation", "gelu"),
+        "layer_norm_eps": number("norm.eps", 1e-12),
+        "type_vocab_size": size("token_types", 2),
+        "tie_word_embeddings": only(True, ours="tie_embeddings"),
+        "position_embedding_type": only("absolute"),
+        "add_cross_attention": only(False),
+        "is_decoder": only(False),  # true: nothing sees what follows
+    },
+    TABLE,
+    {
+        **BIASED,
+        "placement": "post",
+        "final_norm": False,
+        "positions.kind": "learned",
+        "embedding_norm": True,
+        "head_bias": True,
+    },
+    read=_read,
     # Position numbers, and the head of the task that was trained beside.
     ignored=("bert.embeddings.position_ids", "bert.pooler.*", "cls.seq_relationship.*"),
     spellings={"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"},

@@ -2,10 +2,17 @@
 
 from typing import Any
 
-from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.forms import copy, map_linear, map_norm, split_grouped_qkv
-from maxlm.models.families.gpt2 import QKV, multi_head_config, plain_mlp_config
+from maxlm.models.families.fields import number, only, size
+from maxlm.models.families.forms import (
+    QKV_BIASES,
+    QKV_KERNELS,
+    copy,
+    map_linear,
+    map_norm,
+    split_grouped_qkv,
+)
+from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
 
@@ -14,8 +21,8 @@ TABLE: NameTable = {
     "transformer.word_embeddings.weight": copy("embedding.table", "lm_head.weight"),
     **map_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
     **map_norm(f"{H}.input_layernorm", "attention_norm"),
-    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*(f"{x}.kernel" for x in QKV)),
-    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*(f"{x}.bias" for x in QKV)),
+    f"{H}.self_attention.query_key_value.weight": split_grouped_qkv(*QKV_KERNELS),
+    f"{H}.self_attention.query_key_value.bias": split_grouped_qkv(*QKV_BIASES),
     **map_linear(f"{H}.self_attention.dense", "attention.out"),
     **map_norm(f"{H}.post_attention_layernorm", "mlp_norm"),
     **map_linear(f"{H}.mlp.dense_h_to_4h", "mlp.up"),
@@ -24,48 +31,32 @@ TABLE: NameTable = {
 }
 
 
-def _read(reader: ConfigReader) -> dict[str, Any]:
-    width, heads = (
-        reader.size("hidden_size", also="n_embed"),
-        reader.size("n_head", also="num_attention_heads"),
-    )
-    reader.require("n_inner", None, 4 * width)
-    reader.require("apply_residual_connection_post_layernorm", False)
-    return {
-        "architecture": "decoder",
-        "vocab_size": reader.size("vocab_size"),
-        "num_layers": reader.size("n_layer", also="num_hidden_layers"),
-        "d_model": width,
-        "max_seq_len": reader.size("seq_length", 2048),  # of training; ALiBi has no limit
-        "attention": multi_head_config(width, heads),
-        "mlp": plain_mlp_config(4 * width, "gelu_tanh"),
-        "norm": {"kind": "layernorm", "eps": reader.number("layer_norm_epsilon"), "bias": True},
-        "positions": {"kind": "alibi"},
-        "embedding_norm": True,
-        "tie_embeddings": reader.require("tie_word_embeddings", True),
-    }
-
-
-def _write(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": config.vocab_size,
-        "n_layer": config.num_layers,
-        "hidden_size": config.d_model,
-        "seq_length": config.max_seq_len,
-        "n_head": config.attention.num_heads,
-        "layer_norm_epsilon": config.norm.eps,
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": True,
-    }
+def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
+    reader.require("n_inner", None, settings["mlp"]["d_ff"])
 
 
 BLOOM = ModelFamily(
     "bloom",
     "bloom",
     "BloomForCausalLM",
-    _read,
-    _write,
-    lambda config: TABLE,
+    {
+        "vocab_size": size("vocab_size"),
+        "n_layer": size("num_layers", also="num_hidden_layers"),
+        "hidden_size": size("d_model", also="n_embed"),
+        "seq_length": size("max_seq_len", 2048),  # of training; ALiBi has no limit
+        "n_head": size("attention.num_heads", also="num_attention_heads"),
+        "layer_norm_epsilon": number("norm.eps"),
+        "tie_word_embeddings": only(True, ours="tie_embeddings"),
+        "apply_residual_connection_post_layernorm": only(False),
+    },
+    TABLE,
+    {
+        **BIASED,
+        "mlp.activation": "gelu_tanh",
+        "positions.kind": "alibi",
+        "embedding_norm": True,
+    },
+    read=_read,
     prefix="transformer.",
     inert=[
         "attention_softmax_in_fp32",

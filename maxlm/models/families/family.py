@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.models.families.entries import TensorEntry
-from maxlm.models.families.names import NameTable, list_entries
+from maxlm.models.families.fields import ConfigFields, put_nested, read_fields, write_fields
+from maxlm.models.families.names import NameTable, TensorEntry, list_entries
 from maxlm.models.families.reader import ConfigReader
+from maxlm.models.families.rope import read_positions, write_positions
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,18 @@ class ModelFamily:
     """As config.json has it."""
     architecture: str
     """The class that a converted checkpoint is for, first of config.json's architectures."""
-    read: Callable[[ConfigReader], dict[str, Any]]
-    """config.json → settings of a model's config."""
-    write: Callable[[Any], dict[str, Any]]
-    """A model's config → config.json, less what every family has."""
-    table: Callable[[Any], NameTable]
-    """A model's config → the names of its tensors."""
+    fields: ConfigFields
+    """The keys of config.json."""
+    table: NameTable | Callable[[Any], NameTable]
+    """The names of its tensors; some follow the model's config."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that all its models have, by dotted path."""
+    rope: Mapping[str, Any] | None = None
+    """Arguments of ``read_positions``; None: it has no rotary positions, or reads them itself."""
+    read: Callable[[ConfigReader, dict[str, Any]], None] = lambda reader, settings: None
+    """Reads into the settings what ``fields`` cannot say."""
+    write: Callable[[Any], dict[str, Any]] = lambda config: {}
+    """The inverse."""
     ignored: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
     prefix: str = ""
@@ -33,6 +40,8 @@ class ModelFamily:
     """Ends of names, and how some published files spell them."""
     inert: Sequence[str] = ()
     """Further names in config.json that say nothing of the maths."""
+    init_key: str | None = "initializer_range"
+    """The deviation of initial weights there."""
     other_architectures: Sequence[str] = ()
     shape: str = "decoder"
     """The architecture of its models, as our configs name it."""
@@ -43,7 +52,8 @@ class ModelFamily:
         Args:
             tensors: names in files at hand, whose variants are followed.
         """
-        there, found = frozenset(tensors), list_entries(config, self.table(config))
+        table = self.table(config) if callable(self.table) else self.table
+        there, found = frozenset(tensors), list_entries(config, table)
         if not there:
             return found
         bare = self.prefix and not any(name.startswith(self.prefix) for name in there)
@@ -61,11 +71,15 @@ class ModelFamily:
 
     def write_config(self, config: Any) -> dict[str, Any]:
         """Returns a model's config.json."""
-        return {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
-            **self.write(config),
-        }
+        values: dict[str, Any] = {"architectures": [self.architecture]}
+        values |= {"model_type": self.model_type, **write_fields(config, self.fields)}
+        if self.init_key:
+            values[self.init_key] = config.init_std
+        if self.rope is not None:
+            latent = config.attention.latent
+            turned = latent.rotary_dim if latent else config.attention.head_dim
+            values |= write_positions(config.positions, turned)
+        return values | self.write(config)
 
     def read_config(
         self, values: Mapping[str, Any], where: str, tensors: Iterable[str] = ()
@@ -80,10 +94,7 @@ class ModelFamily:
         """
         reader = ConfigReader(values, where, frozenset(tensors))
         try:
-            settings = self.read(reader)
-            for key in ("initializer_range", "init_std"):
-                if reader.has(key) and (std := reader.number(key, least=0)):
-                    settings |= {"init_std": std}
+            settings = self._read_settings(reader)
             return settings, reader.finish(*self.inert)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A value of a kind that no published file has there.
@@ -92,3 +103,26 @@ class ModelFamily:
                 where=where,
                 fix="compare it with the published model's",
             ) from error
+
+    def _read_settings(self, reader: ConfigReader) -> dict[str, Any]:
+        settings: dict[str, Any] = {"architecture": self.shape}
+        for path, value in self.fixed.items():
+            put_nested(settings, path, value)
+        read_fields(reader, self.fields, settings)
+        width, attention = settings["d_model"], settings["attention"]
+        heads = attention["num_heads"]
+        settings["attention"] = attention = {
+            "num_kv_heads": heads,
+            "head_dim": width // heads,
+            **attention,
+        }
+        if "mlp" in settings:
+            settings["mlp"].setdefault("d_ff", 4 * width)
+        if self.rope is not None:
+            turned = attention.get("latent", {}).get("rotary_dim", attention["head_dim"])
+            settings["positions"] = read_positions(reader, turned, **self.rope)
+        self.read(reader, settings)
+        for key in ("initializer_range", "init_std"):
+            if reader.has(key) and (std := reader.number(key, least=0)):
+                settings["init_std"] = std
+        return settings

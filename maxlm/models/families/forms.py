@@ -7,6 +7,10 @@ import numpy as np
 
 from maxlm.models.families.names import Array, NameTable, ParamPiece, TensorForm, TensorRule
 
+QKV = ("attention.query", "attention.key", "attention.value")
+QKV_KERNELS = tuple(f"{name}.kernel" for name in QKV)
+QKV_BIASES = tuple(f"{name}.bias" for name in QKV)
+
 
 def linear(*ours: str) -> TensorRule:
     """Matrices [outputs, inputs] as torch has them, several one above the other; or their biases,

@@ -3,12 +3,11 @@ experts, two a token, norms before and after each branch, capped scores, scaled 
 
 from typing import Any
 
-from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.families import llama
 from maxlm.models.families.family import ModelFamily
+from maxlm.models.families.fields import ConfigField, balance_loss, number, only, size
 from maxlm.models.families.forms import copy, linear
 from maxlm.models.families.names import NameTable
-from maxlm.models.families.reader import ConfigReader
 
 L = "model.layers.{layer}"
 E = f"{L}.moe_block.experts.{{expert}}"
@@ -30,45 +29,30 @@ TABLE: NameTable = {
 }
 
 
-def _read(reader: ConfigReader) -> dict[str, Any]:
-    settings = llama.read_common(reader)
-    settings["attention"] |= {
-        "scale": reader.number("attn_output_multiplier"),
-        "soft_cap": reader.number("max_attn_value", 30.0),
-    }
-    k = reader.size("num_experts_per_tok")
-    settings["moe"] = {
-        "num_experts": reader.size("num_experts"),
-        "experts_per_token": k,
-        "d_ff": reader.size("intermediate_size"),
-        "activation": "gelu_tanh",
-        "gated": True,
-        "renormalise": False,
-        # Its shares of assignments sum to k, ours to 1.
-        "balance_loss": reader.number("router_aux_loss_coef", 0.001, least=0) * k,
-    }
-    return settings | {
-        "placement": "sandwich",
-        "embedding_scale": reader.number("embedding_multiplier_scale"),
-        "logit_scale": reader.number("output_multiplier_scale"),
-        "tie_embeddings": reader.require("tie_word_embeddings", True),
-    }
+def write_scale(config: Any) -> float:
+    """The factor on q·k."""
+    return config.attention.scale or config.attention.head_dim**-0.5
 
 
-def _write(config: DecoderConfig) -> dict[str, Any]:
-    moe, attention = config.moe, config.attention
-    assert moe is not None
-    return {
-        **llama.write_common(config),
-        "attn_output_multiplier": attention.scale or attention.head_dim**-0.5,
-        "max_attn_value": attention.soft_cap,
-        "embedding_multiplier_scale": config.embedding_scale,
-        "output_multiplier_scale": config.logit_scale,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.experts_per_token,
-        "intermediate_size": moe.d_ff,
-        "router_aux_loss_coef": moe.balance_loss / moe.experts_per_token,
-    }
-
-
-GROK1 = ModelFamily("grok1", "grok-1", "Grok1ModelForCausalLM", _read, _write, lambda config: TABLE)
+GROK1 = ModelFamily(
+    "grok1",
+    "grok-1",
+    "Grok1ModelForCausalLM",
+    {
+        **llama.COMMON,
+        "attn_output_multiplier": ConfigField(
+            lambda own, key: own.number(key), "attention.scale", write_scale
+        ),
+        "max_attn_value": number("attention.soft_cap", 30.0),
+        "embedding_multiplier_scale": number("embedding_scale"),
+        "output_multiplier_scale": number("logit_scale"),
+        "num_experts": size("moe.num_experts"),
+        "num_experts_per_tok": size("moe.experts_per_token"),
+        "intermediate_size": size("moe.d_ff"),
+        "router_aux_loss_coef": balance_loss(0.001),
+        "tie_word_embeddings": only(True, ours="tie_embeddings"),
+    },
+    TABLE,
+    {"moe.activation": "gelu_tanh", "moe.renormalise": False, "placement": "sandwich"},
+    rope={},
+)

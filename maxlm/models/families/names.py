@@ -9,21 +9,29 @@ found when a table is used: every parameter must be filled exactly once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maxlm.models.families.entries import ParamSlice, TensorEntry
 from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.sharding import AxisRules
 
 Array = np.ndarray
 
 
+class ParamSlice(NamedTuple):
+    """A parameter, or the part of it that belongs to one layer (and one expert)."""
+
+    name: str
+    """Canonical, as in "layers.attention.query.kernel"."""
+    index: tuple[int, ...] = ()
+    """Leading indices: the layer, and maybe the expert; none for all of the parameter."""
+
+
 class ParamPiece(NamedTuple):
-    """One of our parameters, or a layer's or an expert's part of it."""
+    """The shape of a parameter, or of a slice."""
 
     shape: tuple[int, ...]
     inputs: int
@@ -50,13 +58,33 @@ class TensorRule:
     aliases: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of theirs and where it lies in ours.
+
+    ``split`` and ``join`` are pure, see fp32, and may return views of what they were given.
+    """
+
+    theirs: str
+    """Its full name in the safetensors files."""
+    shape: tuple[int, ...]
+    """There."""
+    ours: tuple[ParamSlice, ...]
+    split: Callable[[Array], Sequence[Array]] = lambda tensor: (tensor,)
+    """Theirs → an array for each place, in the shape of the parameter at its index."""
+    join: Callable[[Sequence[Array]], Array] = lambda parts: parts[0]
+    """The inverse."""
+    aliases: tuple[str, ...] = ()
+    """Names under which the same tensor may be stored again (tied heads)."""
+
+
 NameTable = Mapping[str, TensorRule]
 
 
 def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
     """Returns all tensors of a model under its family's names."""
     specs = flatten_names(param_specs(config.build(rules=AxisRules(), dtype=np.float32)))
-    experts = config.moe.num_experts if config.moe else 0
+    experts = range(config.moe.num_experts if config.moe else 0)
     found: list[TensorEntry] = []
     for name, rule in table.items():
         if "{encoder_layer}" in name:
@@ -70,11 +98,12 @@ def list_entries(config: Any, table: NameTable) -> list[TensorEntry]:
         for layer in range(config.num_layers):
             part, index = config.place_of(layer)
             ours = tuple(f"{part}.{own}" for own in rule.ours)
-            for expert in range(experts) if "{expert}" in name else (None,):
+            for expert in experts if "{expert}" in name else (None,):
                 full = name.format(layer=layer, expert=expert)
                 at = (index,) if expert is None else (index, expert)
                 found += _entry(full, rule, specs, ours, at)
-    return found
+    own = {entry.theirs for entry in found}  # an untied head is no other name of the table
+    return [replace(e, aliases=tuple(a for a in e.aliases if a not in own)) for e in found]
 
 
 def _entry(
@@ -82,8 +111,7 @@ def _entry(
 ) -> list[TensorEntry]:
     if any(own not in specs for own in ours):
         return []
-    pieces = tuple(_piece(specs[own], len(at)) for own in ours)
-    form = rule.form(pieces)
+    form = rule.form(tuple(_piece(specs[own], len(at)) for own in ours))
     places = tuple(ParamSlice(own, at) for own in ours)
     return [TensorEntry(name, form.shape, places, form.split, form.join, rule.aliases)]
 

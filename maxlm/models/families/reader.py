@@ -6,14 +6,15 @@ from typing import Any
 
 from maxlm.config import MaxlmError
 
-_REQUIRED = object()
+REQUIRED: Any = object()
+"""The default of a key that must be there."""
 
 # What says nothing of the maths in any family: names, tokens, how to sample, how sums are rounded,
 # how matrices were cut in training, bookkeeping of the library that wrote the file.
 _INERT = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class
     _commit_hash _experts_implementation _flash_attn_2_enabled _from_auto _from_model_config
-    _model_name_or_path _name_or_path _num_labels _use_flash_attention_2 architectures
+    _model_name_or_path _name_or_path _num_labels _use_flash_attention_2 architectures attn_impl
     attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id
     chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id ep_size
@@ -56,14 +57,14 @@ class ConfigReader:
     ):
         self.values, self.where, self.tensors = dict(values), where, tensors
         self._seen: set[str] = set()
-        self._inside: dict[str, tuple[ConfigReader, tuple[str, ...]]] = {}
+        self._inside: dict[str, ConfigReader] = {}
 
     def has(self, key: str) -> bool:
         """Whether a value is there that is not null."""
         return self.values.get(key) is not None
 
     def get(
-        self, key: str, default: Any = _REQUIRED, *, also: str = "", nullable: bool = False
+        self, key: str, default: Any = REQUIRED, *, also: str = "", nullable: bool = False
     ) -> Any:
         """A value of any type.
 
@@ -86,7 +87,7 @@ class ConfigReader:
             return self.values[key]
         if nullable and key in self.values:
             return None
-        if default is not _REQUIRED:
+        if default is not REQUIRED:
             return default
         raise MaxlmError(
             f"{key} is {'null' if key in self.values else 'missing'}",
@@ -115,7 +116,7 @@ class ConfigReader:
             fix=f"only {which} can be converted",
         )
 
-    def size(self, key: str, default: Any = _REQUIRED, *, least: int = 1, **how: Any) -> Any:
+    def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **how: Any) -> Any:
         """A number of things or dimensions, at least ``least``; ``how`` and errors as of
         :meth:`get`, and for values of other types."""
         value = self.get(key, default, **how)
@@ -126,7 +127,7 @@ class ConfigReader:
         return value
 
     def number(
-        self, key: str, default: Any = _REQUIRED, *, least: int | None = None, **how: Any
+        self, key: str, default: Any = REQUIRED, *, least: int | None = None, **how: Any
     ) -> Any:
         """A finite number of at least ``least``, or above 0, as a float; ``how`` and errors as of
         :meth:`get`, and for values of other types."""
@@ -147,11 +148,8 @@ class ConfigReader:
             raise self._wrong(key, value, "true or false")
         return value
 
-    def read_nested(self, key: str, *ignored: str) -> "ConfigReader":
+    def read_nested(self, key: str) -> "ConfigReader":
         """A nested mapping, to be finished with this one.
-
-        Args:
-            ignored: names in it that say nothing of the maths.
 
         Raises:
             MaxlmError: it is something else.
@@ -160,9 +158,9 @@ class ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, Mapping | None):
             raise self._wrong(key, value, "a mapping")
-        found = ConfigReader(value or {}, f"{self.where}: {key}")
-        self._inside[key] = found, ignored
-        return found
+        if key not in self._inside:
+            self._inside[key] = ConfigReader(value or {}, f"{self.where}: {key}")
+        return self._inside[key]
 
     def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
         return MaxlmError(
@@ -192,6 +190,6 @@ class ConfigReader:
             for key in sorted(DROPOUT)
             if self.has(key) and self.number(key, least=0)
         ]
-        for key, (nested, names) in self._inside.items():
-            notes += [f"{key}.{note}" for note in nested.finish(*names)]
+        for key, nested in self._inside.items():
+            notes += [f"{key}.{note}" for note in nested.finish()]
         return notes

@@ -6,18 +6,24 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.families.reader import ConfigReader
 from maxlm.models.layers.positions import PositionsConfig
-from maxlm.models.layers.rope import (
-    DynamicNtkScaling,
-    LinearScaling,
-    Llama3Scaling,
-    YarnScaling,
-)
 
-_KINDS = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
+_SCALINGS = {
+    "linear": "linear",
+    "dynamic": "dynamic_ntk",
+    "ntk": "dynamic_ntk",
+    "yarn": "yarn",
+    "llama3": "llama3",
+}
+"""Our kinds, by theirs; the first of several is written."""
 
 
 def read_positions(
-    reader: ConfigReader, head_dim: int, *, theta: float = 10_000.0, partial: float | None = None
+    reader: ConfigReader,
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    partial: float | None = None,
+    own: ConfigReader | None = None,
 ) -> dict[str, Any]:
     """Returns settings of ``PositionsConfig``.
 
@@ -25,8 +31,10 @@ def read_positions(
         theta: where the file names none.
         partial: the share of dimensions that turn, where the file names none; None: the published
             code turns all, whatever it names.
+        own: the nested mapping, where it has another place than usual.
     """
-    own = reader.read_nested("rope_parameters" if reader.has("rope_parameters") else "rope_scaling")
+    usual = "rope_parameters" if reader.has("rope_parameters") else "rope_scaling"
+    own = own or reader.read_nested(usual)
     theta, share = own.number("rope_theta", reader.number("rope_theta", theta)), 1.0
     for source in (reader, own):
         if partial is None:
@@ -49,7 +57,7 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
         MaxlmError: a kind that is not implemented, or a value that is no number.
     """
     kind = reader.get("rope_type", "default", also="type")
-    if kind not in _KINDS:
+    if kind not in ("default", *_SCALINGS):
         raise MaxlmError(
             f"rope_type={kind!r} is not implemented",
             where=reader.where,
@@ -58,22 +66,20 @@ def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, A
     if kind == "default":
         reader.get("factor", None)
         return None
-    found: dict[str, Any] = {"factor": reader.number("factor", least=1)}
+    found: dict[str, Any] = {"kind": _SCALINGS[kind], "factor": reader.number("factor", least=1)}
     original = reader.size("original_max_position_embeddings", None) or max_positions
-    if kind == "linear":
-        found["kind"] = "linear"
-    elif kind == "yarn":
-        found |= {"kind": "yarn", "original_length": original}
+    if kind in ("yarn", "llama3"):
+        found["original_length"] = original
+    elif kind != "linear":
+        # There the length is max_position_embeddings, whatever else is written.
+        found["original_length"] = max_positions
+    if kind == "yarn":
         for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
             found |= {} if (value := reader.number(key, None, least=0)) is None else {key: value}
-        found |= {"truncate": reader.require("truncate", True, False)}
+        found["truncate"] = reader.require("truncate", True, False)
     elif kind == "llama3":
-        found |= {"kind": "llama3", "original_length": original}
         for key in ("low_freq_factor", "high_freq_factor"):
             found[key] = reader.number(key)
-    else:
-        # There the length is max_position_embeddings, whatever else is written.
-        found |= {"kind": "dynamic_ntk", "original_length": max_positions}
     return found
 
 
@@ -99,22 +105,17 @@ def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
     scaling: Any = positions.scaling
     if scaling is None:
         return None
-    kinds = {
-        LinearScaling: "linear",
-        DynamicNtkScaling: "dynamic",
-        YarnScaling: "yarn",
-        Llama3Scaling: "llama3",
-    }
-    if type(scaling) not in kinds:
+    kind = next((theirs for theirs, ours in _SCALINGS.items() if ours == scaling.kind), None)
+    if kind is None:
         raise MaxlmError(
             f"positions.scaling.kind={scaling.kind} has no name in config.json",
             fix="write it as a larger positions.theta: theta · factor^(d/(d−2))",
         )
     values = scaling.model_dump(exclude={"kind"}, exclude_none=True, exclude_defaults=True)
-    if isinstance(scaling, DynamicNtkScaling):
+    if kind == "dynamic":
         del values["original_length"]
     elif "original_length" in values:
         values["original_max_position_embeddings"] = values.pop("original_length")
-    if isinstance(scaling, Llama3Scaling):  # no defaults there
+    if kind == "llama3":  # no defaults there
         values |= scaling.model_dump(include={"low_freq_factor", "high_freq_factor"})
-    return {"rope_type": kinds[type(scaling)], **values}
+    return {"rope_type": kind, **values}

@@ -1,0 +1,155 @@
+"""Keys of config.json beside settings of ours: one table, read in both directions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.models.families.reader import REQUIRED, ConfigReader
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Our names of them, by those in config.json; the first of several is written."""
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """What stands at a key of config.json."""
+
+    read: Callable[[ConfigReader, str], Any]
+    """The reader and the key → our value; None: our config's default."""
+    ours: str = ""
+    """The setting it is, as a dotted path; "": none, it is only checked."""
+    write: Callable[[Any], Any] | None = None
+    """A model's config → the value; None: it is not written."""
+
+
+ConfigFields = Mapping[str, ConfigField]
+"""By key; one of a nested mapping is ``attn_config.clip_qkv``."""
+
+
+def size(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
+    """Declares a number of things or dimensions; ``how`` as of :meth:`ConfigReader.size`."""
+    return ConfigField(lambda own, key: own.size(key, default, **how), ours, attrgetter(ours))
+
+
+def number(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
+    """Declares a finite number; ``how`` as of :meth:`ConfigReader.number`."""
+    return ConfigField(lambda own, key: own.number(key, default, **how), ours, attrgetter(ours))
+
+
+def flag(ours: str, default: bool) -> ConfigField:
+    """Declares true or false."""
+    return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
+
+
+def only(*allowed: Any, ours: str = "", written: bool = False) -> ConfigField:
+    """Declares a key of which these values alone are implemented; the first is usual."""
+    write = (lambda config: allowed[0]) if ours or written else None
+    return ConfigField(lambda own, key: own.require(key, *allowed), ours, write)
+
+
+def activation(ours: str, default: str) -> ConfigField:
+    """Declares an activation's name; ``default`` is theirs."""
+
+    def write(config: Any) -> str:
+        return to_hf_activation(attrgetter(ours)(config))
+
+    return ConfigField(lambda own, key: read_activation(own, key, default), ours, write)
+
+
+def balance_loss(default: float, per_token: str = "num_experts_per_tok") -> ConfigField:
+    """Declares a coefficient whose shares of assignments sum to ``per_token``, ours to 1."""
+    return ConfigField(
+        lambda own, key: own.number(key, default, least=0) * own.size(per_token),
+        "moe.balance_loss",
+        lambda config: config.moe.balance_loss / config.moe.experts_per_token,
+    )
+
+
+def read_activation(reader: ConfigReader, key: str, default: str) -> str:
+    """Our name of an activation."""
+    name = reader.get(key, default)
+    return ACTIVATIONS[name if name in [*ACTIVATIONS] else reader.require(key, *ACTIVATIONS)]
+
+
+def to_hf_activation(name: str) -> str:
+    """The inverse of :func:`read_activation`."""
+    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == name)
+
+
+def read_fields(reader: ConfigReader, fields: ConfigFields, settings: dict[str, Any]) -> None:
+    """Reads all keys into nested settings."""
+    for path, field in fields.items():
+        own, (*outer, key) = reader, path.split(".")
+        for name in outer:
+            own = own.read_nested(name)
+        value = field.read(own, key)
+        if field.ours and value is not None:
+            put_nested(settings, field.ours, value)
+
+
+def write_fields(config: Any, fields: ConfigFields) -> dict[str, Any]:
+    """The inverse of :func:`read_fields`."""
+    values: dict[str, Any] = {}
+    for path, field in fields.items():
+        if field.write is not None:
+            put_nested(values, path, field.write(config))
+    return values
+
+
+def put_nested(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts a value at a dotted path of nested mappings."""
+    *outer, key = path.split(".")
+    for name in outer:
+        tree = tree.setdefault(name, {})
+    tree[key] = value
+
+
+def read_pattern(
+    reader: ConfigReader, usual: Sequence[str], meaning: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the shortest pattern that gives ``layer_types``, as settings of a decoder; none where
+    all layers are as the model says.
+
+    Args:
+        usual: each layer's kind where there is no such list.
+        meaning: of each kind, settings of ``LayerKind``.
+
+    Raises:
+        MaxlmError: a kind that is not implemented, or a list that is not one of all layers.
+    """
+    kinds = reader.get("layer_types", None) or usual
+    if not isinstance(kinds, Sequence) or len(kinds) != len(usual):
+        raise MaxlmError(
+            f"layer_types does not name the kinds of {len(usual)} layers",
+            where=reader.where,
+            fix="take it from the published model",
+        )
+    for kind in kinds:
+        if kind not in [*meaning]:
+            raise MaxlmError(
+                f"layer_types has {kind!r}, which is not implemented",
+                where=reader.where,
+                fix=f"only {' and '.join(meaning)} can be converted",
+            )
+    period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
+    pattern = [meaning[kind] for kind in kinds[:period]]
+    return {"pattern": pattern} if any(pattern) else {}
+
+
+def write_pattern(config: Any) -> tuple[list[str], int | None]:
+    """Returns the kind of each layer by its window, and the window (None: no layer has one)."""
+    kinds = [config.kinds[layer % len(config.kinds)] for layer in range(config.num_layers)]
+    windows = [kind.window for kind in kinds]
+    window = next((window for window in windows if window is not None), None)
+    return [GLOBAL if window is None else LOCAL for window in windows], window
