@@ -1,5 +1,5 @@
-"""Tiny models of every family, with the logits that another implementation computes from them:
-tests/parity/make_golden.py writes them."""
+"""Published models' config.json, and tiny models of every family with the logits that another
+implementation computes from them: tests/parity/make_golden.py writes those."""
 
 import json
 from functools import cache
@@ -7,12 +7,35 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 _PREFIX = "golden."
+
+
+def read_models(path: Path) -> dict[str, dict[str, Any]]:
+    """Return a file's ``models`` by name, each with the values of its ``base``."""
+    tree = yaml.safe_load(path.read_text())
+
+    def resolve(values: dict[str, Any]) -> dict[str, Any]:
+        own = dict(values)
+        base = own.pop("base", None)
+        return {**(resolve(tree["bases"][base]) if base else {}), **own}
+
+    return {name: resolve(values) for name, values in tree["models"].items()}
+
+
+PUBLISHED = read_models(Path(__file__).parent / "published_configs.yaml")
+"""The config.json of each preset's model, and of a few without one."""
+COUNTS = {
+    name: (count, values.pop("active", count))
+    for name, values in PUBLISHED.items()
+    if (count := values.pop("parameters", None))
+}
+"""Each preset's parameters, and those that a token meets, as published with the weights."""
 
 
 class Golden(NamedTuple):
