@@ -13,8 +13,8 @@ from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.inference.sampling import SamplesConfig, check_samples
 from maxlm.models.adapters import AdapterConfig
 from maxlm.models.architectures import ModelConfig
-from maxlm.models.checks import check_latent_split
 from maxlm.models.dtypes import ComputeDtype
+from maxlm.models.placement import check_latent_split
 from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import MeshConfig, ShardingConfig
 from maxlm.tasks import ClmTask, FrozenModelSource, TaskConfig, check_task

@@ -100,21 +100,31 @@ def register_mixer(config: type[Config], build: Callable[..., Mixer]) -> None:
     MIXERS[config] = build
 
 
-def parse_mixer(given: Any) -> Any:
-    """The config of a registered mixer from plain data with its ``kind``; entry points named so in
-    the group ``maxlm.mixers`` are called first, to register it."""
+def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> None:
+    """Let stacks with such a config, for ``model.ffn``, have another feed-forward; as
+    :func:`register_mixer`, but ``build`` is called without norm config and parallel."""
+    FEED_FORWARDS[config] = build
+
+
+def _parse_registered(builders: Mapping[type[Config], Any], what: str, given: Any) -> Any:
+    """The config of a registered kind from plain data with its ``kind``; entry points named so in
+    the group ``maxlm.<what>s`` are called first, to register it."""
     if not isinstance(given, Mapping):
         return given
     kind = given.get("kind")
-    for entry in entry_points(group="maxlm.mixers", name=str(kind)):
+    for entry in entry_points(group=f"maxlm.{what}s", name=str(kind)):
         entry.load()()
-    kinds = {c.model_fields["kind"].default: c for c in MIXERS if "kind" in c.model_fields}
+    kinds = {c.model_fields["kind"].default: c for c in builders if "kind" in c.model_fields}
     if kind not in kinds:
         raise MaxlmError(
-            f"no mixer of kind={kind}",
+            f"no {what} of kind={kind}",
             fix=f"use one of {', '.join(kinds)}" if kinds else "install the package that has it",
         )
     return kinds[kind].model_validate(given)
+
+
+parse_mixer = partial(_parse_registered, MIXERS, "mixer")
+parse_ffn = partial(_parse_registered, FEED_FORWARDS, "ffn")
 
 
 class BlockConfig(NamedTuple):

@@ -1,5 +1,5 @@
-"""What is wrong in a published config.json is refused in a line that names it; what is rare there is
-read as the published code reads it."""
+"""What is wrong in a published config.json is refused in a line that names it; what is rare
+is read as the published code reads it."""
 
 import json
 from typing import Any

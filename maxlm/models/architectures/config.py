@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self, TypeAlias
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from maxlm.config import Config, MaxlmError
-from maxlm.models.blocks import Placement, parse_mixer
+from maxlm.models.blocks import Placement, parse_ffn, parse_mixer
 from maxlm.models.layers.attention import AttentionConfig
 from maxlm.models.layers.mlp import MlpConfig
 from maxlm.models.layers.moe import MoeConfig
@@ -82,6 +82,8 @@ class TransformerConfig(Config):
     mlp: MlpConfig | None = None
     moe: MoeConfig | None = None
     """A mixture of experts in place of ``mlp``."""
+    ffn: Annotated[SerializeAsAny[Config] | None, BeforeValidator(parse_ffn)] = None
+    """In place of both: another feed-forward, by the kind it is registered with."""
     dense_layers: int = Field(default=0, ge=0)
     """How many layers, the first ones, have ``mlp`` all the same (DeepSeek-V2 has one)."""
     pattern: tuple[LayerKind, ...] = ()
@@ -114,34 +116,30 @@ class TransformerConfig(Config):
     mlp, attention, full (only each layer's input: least memory, one more forward pass)."""
 
     @model_validator(mode="after")
-    def _mlp_or_moe(self) -> Self:
+    def _parts_fit(self) -> Self:
         if (self.attention is None) == (self.mixer is None):
             given = "neither attention nor" if self.mixer is None else "both attention and"
             raise MaxlmError(f"{given} mixer", fix="give one of them")
-        if self.mlp is None and self.moe is None:
+        dense, both = self.dense_layers, self.mlp is not None and self.moe is not None
+        if not (self.mlp or self.moe or self.ffn):
             raise MaxlmError("neither mlp nor moe", fix="give one of them")
-        if self.mlp is not None and self.moe is not None and not self.dense_layers:
-            raise MaxlmError(
-                "both mlp and moe", fix="set one of them to null, or dense_layers above 0"
-            )
-        if self.dense_layers and (self.mlp is None or self.moe is None):
-            raise MaxlmError(
-                f"dense_layers={self.dense_layers} stand before layers with experts",
-                fix="give both mlp and moe, or set it to 0",
-            )
-        if self.dense_layers >= self.num_layers:
-            raise MaxlmError(
-                f"dense_layers={self.dense_layers} of num_layers={self.num_layers}",
-                fix="leave some layers for the experts, or set moe to null",
-            )
-        if self.dense_layers and self.pattern:
+        if self.ffn and (self.mlp or self.moe):
+            raise MaxlmError("ffn beside mlp or moe", fix="leave the others out")
+        if both and not dense:
+            fix = "set one of them to null, or dense_layers above 0"
+            raise MaxlmError("both mlp and moe", fix=fix)
+        if dense and not both:
+            what = f"dense_layers={dense} stand before layers with experts"
+            raise MaxlmError(what, fix="give both mlp and moe, or set it to 0")
+        if dense >= self.num_layers:
+            what = f"dense_layers={dense} of num_layers={self.num_layers}"
+            raise MaxlmError(what, fix="leave some layers for the experts, or set moe to null")
+        if dense and self.pattern:
             raise MaxlmError("dense_layers with a pattern", fix="leave one of them out")
         if self.pattern and self.attention and self.attention.window is not None:
-            raise MaxlmError(
-                f"attention.window={self.attention.window} with a pattern",
-                where="pattern",
-                fix="give windows to its kinds of layers alone",
-            )
+            what = f"attention.window={self.attention.window} with a pattern"
+            fix = "give windows to its kinds of layers alone"
+            raise MaxlmError(what, where="pattern", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -150,50 +148,36 @@ class TransformerConfig(Config):
             self._check_positions(kind.positions or self.positions)
         scheme, own = self.positions.kind, [kind.positions for kind in self.pattern]
         if any(positions and positions.kind != scheme for positions in own):
-            raise MaxlmError(
-                f"a pattern of other positions than {scheme}",
-                where="pattern",
-                fix="let all layers have one kind",
-            )
+            what = f"a pattern of other positions than {scheme}"
+            raise MaxlmError(what, where="pattern", fix="let all layers have one kind")
         if scheme not in ("rope", "alibi") and any(own):
-            raise MaxlmError(
-                f"a pattern of positions of kind={scheme}, of which a model has one",
-                where="pattern",
-                fix="leave them out",
-            )
+            what = f"a pattern of positions of kind={scheme}, of which a model has one"
+            raise MaxlmError(what, where="pattern", fix="leave them out")
         return self
 
     def _check_positions(self, positions: PositionsConfig) -> None:
         if self.attention is None:
             if positions.kind not in ("learned", "sinusoidal", "none"):
-                raise MaxlmError(
-                    f"positions.kind={positions.kind} without attention",
-                    fix="use learned, sinusoidal or none",
-                )
+                what = f"positions.kind={positions.kind} without attention"
+                raise MaxlmError(what, fix="use learned, sinusoidal or none")
             return
-        latent, head = self.attention.latent, self.attention.head_dim
+        latent, head, turned = self.attention.latent, self.attention.head_dim, positions.rotary_dim
         if latent is not None and positions.kind != "rope":
             raise MaxlmError("latent attention turns queries", fix="use positions.kind=rope")
-        if latent is not None and positions.rotary_dim is not None:
-            raise MaxlmError(
-                f"positions.rotary_dim={positions.rotary_dim} with latent attention",
-                fix="set attention.latent.rotary_dim alone",
-            )
+        if latent is not None and turned is not None:
+            what = f"positions.rotary_dim={turned} with latent attention"
+            raise MaxlmError(what, fix="set attention.latent.rotary_dim alone")
         if positions.kind != "rope":
             return
-        size = latent.rotary_dim if latent else positions.rotary_dim or head
+        size = latent.rotary_dim if latent else turned or head
         if size % 2:
             raise ValueError(f"rope needs an even head_dim, not {size}")
         if size > head:
-            raise MaxlmError(
-                f"positions.rotary_dim={size} of attention.head_dim={head}",
-                fix="turn at most all dimensions",
-            )
+            what = f"positions.rotary_dim={size} of attention.head_dim={head}"
+            raise MaxlmError(what, fix="turn at most all dimensions")
         if size == 2 and isinstance(positions.scaling, NtkScaling | DynamicNtkScaling):
-            raise MaxlmError(
-                f"scaling.kind={positions.scaling.kind} of one pair of dimensions",
-                fix="turn more of them, or use another scaling",
-            )
+            what = f"scaling.kind={positions.scaling.kind} of one pair of dimensions"
+            raise MaxlmError(what, fix="turn more of them, or use another scaling")
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -248,14 +232,10 @@ class TransformerConfig(Config):
         return self.moe.experts_per_token / self.moe.num_experts if self.moe else 1.0
 
     def shrunk(self, *, vocab_size: int, num_layers: int, head_dim: int, seq_len: int) -> Self:
-        """A small model of the same structure: the ratio of query to kv heads stays (up to 8), so
-        do that of the FFN to the width, the kinds of layers (each once), ties, biases, norms,
-        positions, gating and remat; experts are 8 at most. A mixer of another kind stays as it is.
-
-        Args:
-            vocab_size, num_layers: upper bounds.
-            head_dim, seq_len: the new sizes.
-        """
+        """Returns a small model of the same structure: the ratio of query to kv heads stays (up to
+        8), so do that of the FFN to the width, the kinds of layers (each once), ties, biases,
+        norms, positions, gating and remat; experts are 8 at most, registered mixers and
+        feed-forwards as they are; ``vocab_size`` and ``num_layers`` are upper bounds."""
         attention, small, d_model = self.attention, None, 2 * head_dim
         if attention is not None:
             small = attention.shrunk(head_dim, seq_len)
@@ -274,13 +254,9 @@ class TransformerConfig(Config):
             size = max(2, round(share * head_dim / 2) * 2)
             return positions.model_copy(update={"rotary_dim": size})
 
+        window = max(2, seq_len // 4)
         pattern = tuple(
-            kind.model_copy(
-                update={
-                    "window": kind.window and max(2, seq_len // 4),
-                    "positions": turned(kind.positions),
-                }
-            )
+            LayerKind(window=kind.window and window, positions=turned(kind.positions))
             for kind in dict.fromkeys(self.pattern)
         )
         # T5's, without which a narrow model's logits would hardly differ.

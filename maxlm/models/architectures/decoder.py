@@ -4,8 +4,6 @@ from typing import Any, Literal
 
 from maxlm.models.architectures.config import TransformerConfig
 from maxlm.models.architectures.transformer import Transformer
-from maxlm.parallel.config import ParallelConfig
-from maxlm.sharding import AxisRules
 
 
 class DecoderConfig(TransformerConfig):
@@ -13,11 +11,9 @@ class DecoderConfig(TransformerConfig):
 
     architecture: Literal["decoder"] = "decoder"
 
-    def build(
-        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
-    ) -> "Decoder":
-        """The model; see :class:`Decoder`."""
-        return Decoder(self, rules=rules, dtype=dtype, parallel=parallel)
+    def build(self, **how: Any) -> "Decoder":
+        """Builds the model; ``how`` as of :class:`Transformer`."""
+        return Decoder(self, **how)
 
 
 class Decoder(Transformer):

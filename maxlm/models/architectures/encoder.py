@@ -15,7 +15,6 @@ from maxlm.models.layers.embedding import Embedding
 from maxlm.models.layers.linear import Linear
 from maxlm.models.layers.mlp import ACTIVATIONS, Activation
 from maxlm.models.layers.norm import Norm
-from maxlm.parallel.config import ParallelConfig
 from maxlm.sharding import AxisRules
 
 
@@ -39,11 +38,9 @@ class EncoderConfig(TransformerConfig):
         """See :attr:`TransformerConfig.trunks`."""
         return (TrunkParts(self.parts, causal=False),)
 
-    def build(
-        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
-    ) -> "Encoder":
-        """The model; see :class:`Encoder`."""
-        return Encoder(self, rules=rules, dtype=dtype, parallel=parallel)
+    def build(self, **how: Any) -> "Encoder":
+        """Builds the model; ``how`` as of :class:`Transformer`."""
+        return Encoder(self, **how)
 
 
 class HeadLayer(nnx.Module):
@@ -67,16 +64,9 @@ class Encoder(Transformer):
 
     config: EncoderConfig
 
-    def __init__(
-        self,
-        config: EncoderConfig,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig = ParallelConfig(),
-    ):
+    def __init__(self, config: EncoderConfig, *, rules: AxisRules, dtype: Any, **how: Any):
         kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        super().__init__(config, parallel=parallel, causal=False, **kw)
+        super().__init__(config, causal=False, **how, **kw)
         rows = (None, config.token_types, config.d_model, config.init_std)
         self.types = Embedding(*rows, **kw) if config.token_types else None
         self.head_layer = HeadLayer(config, **kw) if config.head_activation else None

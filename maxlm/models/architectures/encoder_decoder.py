@@ -15,8 +15,6 @@ from maxlm.models.aux import Aux
 from maxlm.models.blocks import Block, EncoderOutput
 from maxlm.models.layers.attention import KeysValues
 from maxlm.models.params import bind, get_values
-from maxlm.parallel.config import ParallelConfig
-from maxlm.sharding import AxisRules
 
 Tokens = tuple[jax.Array, jax.Array, jax.Array | None]
 """Token ids, positions and segment ids, int [B, S]."""
@@ -34,20 +32,16 @@ class EncoderDecoderConfig(TransformerConfig):
     @model_validator(mode="after")
     def _plain(self):
         if self.pattern or any(kind.window for kind in self.kinds) or self.dense_layers:
-            raise MaxlmError(
-                "an encoder and a decoder with windows, a pattern or dense_layers",
-                fix="leave them out; such layers are for decoders alone",
-            )
+            what = "an encoder and a decoder with windows, a pattern or dense_layers"
+            raise MaxlmError(what, fix="leave them out; such layers are for decoders alone")
         if self.placement not in ("pre", "post"):
-            raise MaxlmError(
-                f"placement={self.placement} with cross-attention", fix="use pre or post"
-            )
+            what = f"placement={self.placement} with cross-attention"
+            raise MaxlmError(what, fix="use pre or post")
         if self.attention is None:
             raise MaxlmError("cross-attention without attention", fix="give attention, not mixer")
         if self.attention.latent is not None:
-            raise MaxlmError(
-                "cross-attention with attention.latent", fix="leave it out, or use a decoder alone"
-            )
+            fix = "leave it out, or use a decoder alone"
+            raise MaxlmError("cross-attention with attention.latent", fix=fix)
         return self
 
     @property
@@ -61,11 +55,9 @@ class EncoderDecoderConfig(TransformerConfig):
         encoder = TrunkParts(self.encoder.parts, "encoder.", causal=False, is_encoder=True)
         return encoder, TrunkParts(self.parts, cross_attention=True)
 
-    def build(
-        self, *, rules: AxisRules, dtype: Any, parallel: ParallelConfig = ParallelConfig()
-    ) -> "EncoderDecoder":
-        """The model; see :class:`EncoderDecoder`."""
-        return EncoderDecoder(self, rules=rules, dtype=dtype, parallel=parallel)
+    def build(self, **how: Any) -> "EncoderDecoder":
+        """Builds the model; ``how`` as of :class:`Transformer`."""
+        return EncoderDecoder(self, **how)
 
     def shrunk(self, **sizes: int) -> "EncoderDecoderConfig":
         """See :meth:`TransformerConfig.shrunk`."""
@@ -80,17 +72,9 @@ class EncoderDecoder(Transformer):
 
     config: EncoderDecoderConfig
 
-    def __init__(
-        self,
-        config: EncoderDecoderConfig,
-        *,
-        rules: AxisRules,
-        dtype: Any,
-        parallel: ParallelConfig = ParallelConfig(),
-    ):
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype, "parallel": parallel}
-        super().__init__(config, cross_attention=True, **kw)
-        self.encoder = Trunk(config.encoder, causal=False, **kw)
+    def __init__(self, config: EncoderDecoderConfig, **how: Any):
+        super().__init__(config, cross_attention=True, **how)
+        self.encoder = Trunk(config.encoder, causal=False, **how)
 
     @property
     def trunks(self) -> dict[str, Trunk]:

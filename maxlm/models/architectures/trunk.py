@@ -54,7 +54,7 @@ class Trunk(nnx.Module):
         *,
         rules: AxisRules,
         dtype: Any,
-        parallel: ParallelConfig,
+        parallel: ParallelConfig = ParallelConfig(),
         causal: bool = True,
         cross_attention: bool = False,
     ):
@@ -71,10 +71,10 @@ class Trunk(nnx.Module):
         shape = (positions.buckets, config.attention.num_heads if relative else 0)
         self.relative = declare(shape, (None, "heads"), **biases) if relative else None
         for part in config.parts:
-            mlp = config.mlp if part.dense else config.moe
-            assert mlp is not None
+            ffn = config.ffn or (config.mlp if part.dense else config.moe)
+            assert ffn is not None
             sizes = (config.placement, D, config.num_layers, std, cross_attention)
-            layer = BlockConfig(config.mixer or config.attention, mlp, config.norm, *sizes)
+            layer = BlockConfig(config.mixer or config.attention, ffn, config.norm, *sizes)
             block = Block(layer, parallel=parallel, **kw)
             groups = self.layer_groups if part.name == "layers" else 1
             setattr(self, part.name, stack(block, part.depth, groups))

@@ -69,15 +69,14 @@ class AttentionConfig(Config):
         if self.latent is None:
             return self
         if self.num_kv_heads != self.num_heads:
-            raise MaxlmError(
-                f"latent attention with num_kv_heads={self.num_kv_heads} of {self.num_heads} heads",
-                fix="every query head has its own keys there: set it to num_heads",
+            what = (
+                f"latent attention with num_kv_heads={self.num_kv_heads} of {self.num_heads} heads"
             )
+            fix = "every query head has its own keys there: set it to num_heads"
+            raise MaxlmError(what, fix=fix)
         if self.latent.rotary_dim >= self.head_dim:
-            raise MaxlmError(
-                f"latent.rotary_dim={self.latent.rotary_dim} of head_dim={self.head_dim}",
-                fix="leave some dimensions without positions",
-            )
+            what = f"latent.rotary_dim={self.latent.rotary_dim} of head_dim={self.head_dim}"
+            raise MaxlmError(what, fix="leave some dimensions without positions")
         if self.qk_norm or self.clip:
             raise MaxlmError("latent attention with qk_norm or clip", fix="leave them out")
         return self

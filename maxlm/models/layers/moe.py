@@ -76,33 +76,24 @@ class MoeConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self):
+        size, met = self.num_experts // self.groups, self.groups_per_token
+        k = f"experts_per_token={self.experts_per_token}"
         if self.experts_per_token > self.num_experts:
-            raise MaxlmError(
-                f"experts_per_token={self.experts_per_token} of num_experts={self.num_experts}",
-                fix="choose at most as many experts as there are",
-            )
+            what = f"{k} of num_experts={self.num_experts}"
+            raise MaxlmError(what, fix="choose at most as many experts as there are")
         if self.num_experts % self.groups:
-            raise MaxlmError(
-                f"num_experts={self.num_experts} is not a multiple of groups={self.groups}",
-                fix="make groups a divisor of num_experts",
-            )
-        if self.groups_per_token > self.groups:
-            raise MaxlmError(
-                f"groups_per_token={self.groups_per_token} of groups={self.groups}",
-                fix="choose at most as many groups as there are",
-            )
-        size = self.num_experts // self.groups
-        if self.experts_per_token > self.groups_per_token * size:
-            raise MaxlmError(
-                f"experts_per_token={self.experts_per_token} cannot come from groups_per_token="
-                f"{self.groups_per_token} groups of {size} experts",
-                fix="raise groups_per_token, or lower experts_per_token or groups",
-            )
+            what = f"num_experts={self.num_experts} is not a multiple of groups={self.groups}"
+            raise MaxlmError(what, fix="make groups a divisor of num_experts")
+        if met > self.groups:
+            what = f"groups_per_token={met} of groups={self.groups}"
+            raise MaxlmError(what, fix="choose at most as many groups as there are")
+        if self.experts_per_token > met * size:
+            what = f"{k} cannot come from groups_per_token={met} groups of {size} experts"
+            fix = "raise groups_per_token, or lower experts_per_token or groups"
+            raise MaxlmError(what, fix=fix)
         if self.group_score == "top2" and size < 2:
-            raise MaxlmError(
-                f"group_score=top2 with groups of {size} expert",
-                fix="use group_score: max, or fewer groups",
-            )
+            what = f"group_score=top2 with groups of {size} expert"
+            raise MaxlmError(what, fix="use group_score: max, or fewer groups")
         return self
 
     def fewer(self, most: int) -> Self:
