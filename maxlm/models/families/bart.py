@@ -3,7 +3,7 @@
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import activation, only, size
+from maxlm.models.families.fields import map_activation, map_size, require_value
 from maxlm.models.families.forms import copy, map_linear, map_norm, take_row
 from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
@@ -83,23 +83,23 @@ BART = ModelFamily(
     "bart",
     "BartForConditionalGeneration",
     {
-        "vocab_size": size("vocab_size"),
-        "decoder_layers": size("num_layers"),
-        "encoder_layers": size("encoder_layers", also="num_hidden_layers"),
-        "d_model": size("d_model"),
-        "max_position_embeddings": size("max_seq_len"),
-        "decoder_attention_heads": size("attention.num_heads"),
-        "decoder_ffn_dim": size("mlp.d_ff"),
-        "activation_function": activation("mlp.activation", "gelu"),
-        "is_encoder_decoder": only(True, written=True),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
+        "vocab_size": map_size("vocab_size"),
+        "decoder_layers": map_size("num_layers"),
+        "encoder_layers": map_size("encoder_layers", also="num_hidden_layers"),
+        "d_model": map_size("d_model"),
+        "max_position_embeddings": map_size("max_seq_len"),
+        "decoder_attention_heads": map_size("attention.num_heads"),
+        "decoder_ffn_dim": map_size("mlp.d_ff"),
+        "activation_function": map_activation("mlp.activation", "gelu"),
+        "is_encoder_decoder": require_value(True, written=True),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
         # Of early files, which had other placements besides.
-        "normalize_before": only(False),
-        "add_final_layer_norm": only(False),
-        "add_bias_logits": only(False),
-        "normalize_embedding": only(True),
-        "static_position_embeddings": only(False),
-        "extra_pos_embeddings": only(2),
+        "normalize_before": require_value(False),
+        "add_final_layer_norm": require_value(False),
+        "add_bias_logits": require_value(False),
+        "normalize_embedding": require_value(True),
+        "static_position_embeddings": require_value(False),
+        "extra_pos_embeddings": require_value(2),
     },
     TABLE,
     {

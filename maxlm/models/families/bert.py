@@ -3,7 +3,7 @@
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import activation, number, only, size
+from maxlm.models.families.fields import map_activation, map_number, map_size, require_value
 from maxlm.models.families.forms import copy, map_linear, map_norm
 from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
@@ -40,19 +40,19 @@ BERT = ModelFamily(
     "bert",
     "BertForMaskedLM",
     {
-        "vocab_size": size("vocab_size"),
-        "num_hidden_layers": size("num_layers"),
-        "hidden_size": size("d_model"),
-        "max_position_embeddings": size("max_seq_len"),
-        "num_attention_heads": size("attention.num_heads"),
-        "intermediate_size": size("mlp.d_ff"),
-        "hidden_act": activation("mlp.activation", "gelu"),
-        "layer_norm_eps": number("norm.eps", 1e-12),
-        "type_vocab_size": size("token_types", 2),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
-        "position_embedding_type": only("absolute"),
-        "add_cross_attention": only(False),
-        "is_decoder": only(False),  # true: nothing sees what follows
+        "vocab_size": map_size("vocab_size"),
+        "num_hidden_layers": map_size("num_layers"),
+        "hidden_size": map_size("d_model"),
+        "max_position_embeddings": map_size("max_seq_len"),
+        "num_attention_heads": map_size("attention.num_heads"),
+        "intermediate_size": map_size("mlp.d_ff"),
+        "hidden_act": map_activation("mlp.activation", "gelu"),
+        "layer_norm_eps": map_number("norm.eps", 1e-12),
+        "type_vocab_size": map_size("token_types", 2),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "position_embedding_type": require_value("absolute"),
+        "add_cross_attention": require_value(False),
+        "is_decoder": require_value(False),  # true: nothing sees what follows
     },
     TABLE,
     {

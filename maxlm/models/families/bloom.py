@@ -3,7 +3,7 @@
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import number, only, size
+from maxlm.models.families.fields import map_number, map_size, require_value
 from maxlm.models.families.forms import (
     QKV_BIASES,
     QKV_KERNELS,
@@ -40,14 +40,14 @@ BLOOM = ModelFamily(
     "bloom",
     "BloomForCausalLM",
     {
-        "vocab_size": size("vocab_size"),
-        "n_layer": size("num_layers", also="num_hidden_layers"),
-        "hidden_size": size("d_model", also="n_embed"),
-        "seq_length": size("max_seq_len", 2048),  # of training; ALiBi has no limit
-        "n_head": size("attention.num_heads", also="num_attention_heads"),
-        "layer_norm_epsilon": number("norm.eps"),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
-        "apply_residual_connection_post_layernorm": only(False),
+        "vocab_size": map_size("vocab_size"),
+        "n_layer": map_size("num_layers", also="num_hidden_layers"),
+        "hidden_size": map_size("d_model", also="n_embed"),
+        "seq_length": map_size("max_seq_len", 2048),  # of training; ALiBi has no limit
+        "n_head": map_size("attention.num_heads", also="num_attention_heads"),
+        "layer_norm_epsilon": map_number("norm.eps"),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "apply_residual_connection_post_layernorm": require_value(False),
     },
     TABLE,
     {

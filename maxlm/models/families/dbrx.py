@@ -4,7 +4,13 @@ off at ± 8."""
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigField, balance_loss, number, only, size
+from maxlm.models.families.fields import (
+    ConfigField,
+    map_balance_loss,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import QKV_KERNELS, copy, linear, unstack_experts
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -44,24 +50,24 @@ DBRX = ModelFamily(
     "dbrx",
     "DbrxForCausalLM",
     {
-        "vocab_size": size("vocab_size"),
-        "n_layers": size("num_layers"),
-        "d_model": size("d_model"),
-        "max_seq_len": size("max_seq_len"),
-        "n_heads": size("attention.num_heads"),
-        "attn_config.kv_n_heads": size("attention.num_kv_heads", 1),
-        "attn_config.clip_qkv": number("attention.clip", None),
-        "attn_config.rope_theta": number("positions.theta", None),
+        "vocab_size": map_size("vocab_size"),
+        "n_layers": map_size("num_layers"),
+        "d_model": map_size("d_model"),
+        "max_seq_len": map_size("max_seq_len"),
+        "n_heads": map_size("attention.num_heads"),
+        "attn_config.kv_n_heads": map_size("attention.num_kv_heads", 1),
+        "attn_config.clip_qkv": map_number("attention.clip", None),
+        "attn_config.rope_theta": map_number("positions.theta", None),
         "ffn_config.hidden_size": ConfigField(lambda own, key: None, write=lambda c: c.d_model),
-        "ffn_config.ffn_hidden_size": size("moe.d_ff"),
-        "ffn_config.ffn_act_fn.name": only("silu", ours="moe.activation"),
-        "ffn_config.moe_num_experts": size("moe.num_experts"),
-        "ffn_config.moe_top_k": size("moe.experts_per_token"),
-        "ffn_config.moe_normalize_expert_weights": only(1.0, 1, written=True),
-        "ffn_config.moe_loss_weight": balance_loss(0.01, "moe_top_k"),
-        "ffn_config.moe_jitter_eps": only(None, 0, 0.01),  # noise, in training alone
-        "ffn_config.uniform_expert_assignment": only(False),
-        "tie_word_embeddings": only(False, ours="tie_embeddings"),
+        "ffn_config.ffn_hidden_size": map_size("moe.d_ff"),
+        "ffn_config.ffn_act_fn.name": require_value("silu", ours="moe.activation"),
+        "ffn_config.moe_num_experts": map_size("moe.num_experts"),
+        "ffn_config.moe_top_k": map_size("moe.experts_per_token"),
+        "ffn_config.moe_normalize_expert_weights": require_value(1.0, 1, written=True),
+        "ffn_config.moe_loss_weight": map_balance_loss(0.01, "moe_top_k"),
+        "ffn_config.moe_jitter_eps": require_value(None, 0, 0.01),  # noise, in training alone
+        "ffn_config.uniform_expert_assignment": require_value(False),
+        "tie_word_embeddings": require_value(False, ours="tie_embeddings"),
     },
     TABLE,
     {"norm.kind": "layernorm", "norm.eps": 1e-5},

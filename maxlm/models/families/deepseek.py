@@ -6,7 +6,7 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.families import llama, qwen
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigField, flag, number, only, size
+from maxlm.models.families.fields import ConfigField, map_flag, map_number, map_size, require_value
 from maxlm.models.families.forms import copy, linear, map_linear, permute_rotary, split_heads
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -83,33 +83,33 @@ DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
     {
-        "vocab_size": size("vocab_size"),
-        "num_hidden_layers": size("num_layers"),
-        "hidden_size": size("d_model"),
-        "max_position_embeddings": size("max_seq_len"),
-        "num_attention_heads": size("attention.num_heads"),
-        "attention_bias": flag("attention.bias", False),
-        "q_lora_rank": size("attention.latent.q_rank", nullable=True),
-        "kv_lora_rank": size("attention.latent.kv_rank"),
-        "qk_rope_head_dim": size("attention.latent.rotary_dim"),
-        "v_head_dim": size("attention.latent.value_dim"),
-        "moe_intermediate_size": size("moe.d_ff"),
-        "hidden_act": only("silu", ours="moe.activation"),
-        "n_routed_experts": size("moe.num_experts"),
-        "num_experts_per_tok": size("moe.experts_per_token"),
+        "vocab_size": map_size("vocab_size"),
+        "num_hidden_layers": map_size("num_layers"),
+        "hidden_size": map_size("d_model"),
+        "max_position_embeddings": map_size("max_seq_len"),
+        "num_attention_heads": map_size("attention.num_heads"),
+        "attention_bias": map_flag("attention.bias", False),
+        "q_lora_rank": map_size("attention.latent.q_rank", nullable=True),
+        "kv_lora_rank": map_size("attention.latent.kv_rank"),
+        "qk_rope_head_dim": map_size("attention.latent.rotary_dim"),
+        "v_head_dim": map_size("attention.latent.value_dim"),
+        "moe_intermediate_size": map_size("moe.d_ff"),
+        "hidden_act": require_value("silu", ours="moe.activation"),
+        "n_routed_experts": map_size("moe.num_experts"),
+        "num_experts_per_tok": map_size("moe.experts_per_token"),
         "n_shared_experts": ConfigField(
             lambda own, key: own.size(key, 2, nullable=True),
             "moe.shared_experts",
             lambda config: config.moe.shared_experts or None,
         ),
         # Published with all; implementations differ in true.
-        "norm_topk_prob": only(False, ours="moe.renormalise"),
-        "routed_scaling_factor": number("moe.scale", 1.0),
-        "aux_loss_alpha": number("moe.balance_loss", 0.001, least=0),
-        "rms_norm_eps": only(1e-6, ours="norm.eps"),
-        "tie_word_embeddings": flag("tie_embeddings", False),
-        "scoring_func": only("softmax"),
-        "moe_layer_freq": only(1),
+        "norm_topk_prob": require_value(False, ours="moe.renormalise"),
+        "routed_scaling_factor": map_number("moe.scale", 1.0),
+        "aux_loss_alpha": map_number("moe.balance_loss", 0.001, least=0),
+        "rms_norm_eps": require_value(1e-6, ours="norm.eps"),
+        "tie_word_embeddings": map_flag("tie_embeddings", False),
+        "scoring_func": require_value("softmax"),
+        "moe_layer_freq": require_value(1),
     },
     _table,
     rope={},

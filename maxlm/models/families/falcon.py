@@ -4,7 +4,13 @@ kv heads. The 1B models with ALiBi scale and round their slopes in a way of thei
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import activation, flag, number, only, size
+from maxlm.models.families.fields import (
+    map_activation,
+    map_flag,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import (
     QKV_BIASES,
     QKV_KERNELS,
@@ -68,18 +74,18 @@ FALCON = ModelFamily(
     "falcon",
     "FalconForCausalLM",
     {
-        "vocab_size": size("vocab_size"),
-        "num_hidden_layers": size("num_layers"),
-        "hidden_size": size("d_model"),
-        "max_position_embeddings": size("max_seq_len", 2048),
-        "num_attention_heads": size("attention.num_heads"),
-        "bias": flag("attention.bias", False),
-        "ffn_hidden_size": size("mlp.d_ff", None),
-        "activation": activation("mlp.activation", "gelu"),
-        "layer_norm_epsilon": number("norm.eps", 1e-5),
-        "tie_word_embeddings": flag("tie_embeddings", True),
-        "alibi": only(False, written=True),
-        "apply_residual_connection_post_layernorm": only(False),
+        "vocab_size": map_size("vocab_size"),
+        "num_hidden_layers": map_size("num_layers"),
+        "hidden_size": map_size("d_model"),
+        "max_position_embeddings": map_size("max_seq_len", 2048),
+        "num_attention_heads": map_size("attention.num_heads"),
+        "bias": map_flag("attention.bias", False),
+        "ffn_hidden_size": map_size("mlp.d_ff", None),
+        "activation": map_activation("mlp.activation", "gelu"),
+        "layer_norm_epsilon": map_number("norm.eps", 1e-5),
+        "tie_word_embeddings": map_flag("tie_embeddings", True),
+        "alibi": require_value(False, written=True),
+        "apply_residual_connection_post_layernorm": require_value(False),
     },
     _table,
     {"mlp.gated": False, "norm.kind": "layernorm", "norm.bias": True},

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class ConfigField:
-    """What stands at a key of config.json."""
+    """A key of config.json."""
 
     read: Callable[[ConfigReader, str], Any]
     """The reader and the key → our value; None: our config's default."""
@@ -37,28 +37,28 @@ ConfigFields = Mapping[str, ConfigField]
 """By key; one of a nested mapping is ``attn_config.clip_qkv``."""
 
 
-def size(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
+def map_size(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
     """Declares a number of things or dimensions; ``how`` as of :meth:`ConfigReader.size`."""
     return ConfigField(lambda own, key: own.size(key, default, **how), ours, attrgetter(ours))
 
 
-def number(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
+def map_number(ours: str, default: Any = REQUIRED, **how: Any) -> ConfigField:
     """Declares a finite number; ``how`` as of :meth:`ConfigReader.number`."""
     return ConfigField(lambda own, key: own.number(key, default, **how), ours, attrgetter(ours))
 
 
-def flag(ours: str, default: bool) -> ConfigField:
+def map_flag(ours: str, default: bool) -> ConfigField:
     """Declares true or false."""
     return ConfigField(lambda own, key: own.flag(key, default), ours, attrgetter(ours))
 
 
-def only(*allowed: Any, ours: str = "", written: bool = False) -> ConfigField:
+def require_value(*allowed: Any, ours: str = "", written: bool = False) -> ConfigField:
     """Declares a key of which these values alone are implemented; the first is usual."""
     write = (lambda config: allowed[0]) if ours or written else None
     return ConfigField(lambda own, key: own.require(key, *allowed), ours, write)
 
 
-def activation(ours: str, default: str) -> ConfigField:
+def map_activation(ours: str, default: str) -> ConfigField:
     """Declares an activation's name; ``default`` is theirs."""
 
     def write(config: Any) -> str:
@@ -67,7 +67,7 @@ def activation(ours: str, default: str) -> ConfigField:
     return ConfigField(lambda own, key: read_activation(own, key, default), ours, write)
 
 
-def balance_loss(default: float, per_token: str = "num_experts_per_tok") -> ConfigField:
+def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> ConfigField:
     """Declares a coefficient whose shares of assignments sum to ``per_token``, ours to 1."""
     return ConfigField(
         lambda own, key: own.number(key, default, least=0) * own.size(per_token),

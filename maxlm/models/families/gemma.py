@@ -9,12 +9,12 @@ from maxlm.models.families.fields import (
     GLOBAL,
     LOCAL,
     ConfigFields,
-    flag,
-    number,
-    only,
+    map_flag,
+    map_number,
+    map_size,
     read_activation,
     read_pattern,
-    size,
+    require_value,
     to_hf_activation,
     write_pattern,
 )
@@ -38,12 +38,12 @@ FIXED = {"norm.zero_centred": True}
 def _declare_fields(kv_heads: int) -> ConfigFields:
     return {
         **llama.COMMON,
-        **llama.count_kv_heads(kv_heads),
-        "head_dim": size("attention.head_dim", 256, nullable=True),
-        "attention_bias": flag("attention.bias", False),
-        "intermediate_size": size("mlp.d_ff"),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
-        "use_bidirectional_attention": only(None, False),
+        **llama.map_kv_heads(kv_heads),
+        "head_dim": map_size("attention.head_dim", 256, nullable=True),
+        "attention_bias": map_flag("attention.bias", False),
+        "intermediate_size": map_size("mlp.d_ff"),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "use_bidirectional_attention": require_value(None, False),
     }
 
 
@@ -70,8 +70,8 @@ def _declare_local_fields(soft_cap: float | None, logit_cap: float | None) -> Co
     """Declares what Gemma 2 and 3 add; caps are null where the file says so."""
     return {
         **_declare_fields(4),
-        "attn_logit_softcapping": number("attention.soft_cap", soft_cap, nullable=True),
-        "final_logit_softcapping": number("logit_cap", logit_cap, nullable=True),
+        "attn_logit_softcapping": map_number("attention.soft_cap", soft_cap, nullable=True),
+        "final_logit_softcapping": map_number("logit_cap", logit_cap, nullable=True),
     }
 
 
@@ -168,7 +168,7 @@ GEMMA3 = ModelFamily(
     {
         **_declare_local_fields(None, None),
         # The published code does not apply it.
-        "attn_logit_softcapping": only(None, ours="attention.soft_cap"),
+        "attn_logit_softcapping": require_value(None, ours="attention.soft_cap"),
     },
     SANDWICH,
     {**FIXED, "placement": "sandwich", "attention.qk_norm": True},

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019): learnt positions, LayerNorm, biases everywhere."""
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import activation, number, only, size
+from maxlm.models.families.fields import map_activation, map_number, map_size, require_value
 from maxlm.models.families.forms import QKV_BIASES, QKV_KERNELS, copy, linear, map_norm, transpose
 from maxlm.models.families.names import NameTable
 
@@ -35,18 +35,18 @@ GPT2 = ModelFamily(
     "gpt2",
     "GPT2LMHeadModel",
     {
-        "vocab_size": size("vocab_size"),
-        "n_layer": size("num_layers"),
-        "n_embd": size("d_model"),
-        "n_positions": size("max_seq_len"),
-        "n_head": size("attention.num_heads"),
-        "n_inner": size("mlp.d_ff", None),
-        "activation_function": activation("mlp.activation", "gelu_new"),
-        "layer_norm_epsilon": number("norm.eps"),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
-        "scale_attn_weights": only(True),
-        "scale_attn_by_inverse_layer_idx": only(False),
-        "add_cross_attention": only(False),
+        "vocab_size": map_size("vocab_size"),
+        "n_layer": map_size("num_layers"),
+        "n_embd": map_size("d_model"),
+        "n_positions": map_size("max_seq_len"),
+        "n_head": map_size("attention.num_heads"),
+        "n_inner": map_size("mlp.d_ff", None),
+        "activation_function": map_activation("mlp.activation", "gelu_new"),
+        "layer_norm_epsilon": map_number("norm.eps"),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
+        "scale_attn_weights": require_value(True),
+        "scale_attn_by_inverse_layer_idx": require_value(False),
+        "add_cross_attention": require_value(False),
     },
     TABLE,
     {**BIASED, "positions.kind": "learned"},

@@ -5,7 +5,13 @@ from typing import Any
 
 from maxlm.models.families import llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigField, balance_loss, number, only, size
+from maxlm.models.families.fields import (
+    ConfigField,
+    map_balance_loss,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import copy, linear
 from maxlm.models.families.names import NameTable
 
@@ -43,14 +49,14 @@ GROK1 = ModelFamily(
         "attn_output_multiplier": ConfigField(
             lambda own, key: own.number(key), "attention.scale", write_scale
         ),
-        "max_attn_value": number("attention.soft_cap", 30.0),
-        "embedding_multiplier_scale": number("embedding_scale"),
-        "output_multiplier_scale": number("logit_scale"),
-        "num_experts": size("moe.num_experts"),
-        "num_experts_per_tok": size("moe.experts_per_token"),
-        "intermediate_size": size("moe.d_ff"),
-        "router_aux_loss_coef": balance_loss(0.001),
-        "tie_word_embeddings": only(True, ours="tie_embeddings"),
+        "max_attn_value": map_number("attention.soft_cap", 30.0),
+        "embedding_multiplier_scale": map_number("embedding_scale"),
+        "output_multiplier_scale": map_number("logit_scale"),
+        "num_experts": map_size("moe.num_experts"),
+        "num_experts_per_tok": map_size("moe.experts_per_token"),
+        "intermediate_size": map_size("moe.d_ff"),
+        "router_aux_loss_coef": map_balance_loss(0.001),
+        "tie_word_embeddings": require_value(True, ours="tie_embeddings"),
     },
     TABLE,
     {"moe.activation": "gelu_tanh", "moe.renormalise": False, "placement": "sandwich"},

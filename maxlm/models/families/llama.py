@@ -3,7 +3,14 @@ SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang et al.
 2401.04088; eight experts, two a token): pre-norm, RoPE, grouped queries, SwiGLU."""
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigFields, balance_loss, flag, number, only, size
+from maxlm.models.families.fields import (
+    ConfigFields,
+    map_balance_loss,
+    map_flag,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import copy, linear, map_linear
 from maxlm.models.families.names import NameTable
 
@@ -45,32 +52,32 @@ MIXTRAL_TABLE: NameTable = {
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 
-def count_kv_heads(default: int | None) -> ConfigFields:
+def map_kv_heads(default: int | None) -> ConfigFields:
     """Declares the kv heads; where the file does not say, ``default``, or as many as heads."""
-    return {"num_key_value_heads": size("attention.num_kv_heads", default, nullable=True)}
+    return {"num_key_value_heads": map_size("attention.num_kv_heads", default, nullable=True)}
 
 
 # Of all of Llama's relatives: sizes, heads, RMSNorm, ties; not the FFN.
 COMMON: ConfigFields = {
-    "vocab_size": size("vocab_size"),
-    "num_hidden_layers": size("num_layers"),
-    "hidden_size": size("d_model"),
+    "vocab_size": map_size("vocab_size"),
+    "num_hidden_layers": map_size("num_layers"),
+    "hidden_size": map_size("d_model"),
     # The second name is that of early files.
-    "max_position_embeddings": size("max_seq_len", also="max_sequence_length"),
-    "num_attention_heads": size("attention.num_heads"),
-    **count_kv_heads(None),
-    "head_dim": size("attention.head_dim", None, nullable=True),
-    "rms_norm_eps": number("norm.eps"),
-    "tie_word_embeddings": flag("tie_embeddings", False),
+    "max_position_embeddings": map_size("max_seq_len", also="max_sequence_length"),
+    "num_attention_heads": map_size("attention.num_heads"),
+    **map_kv_heads(None),
+    "head_dim": map_size("attention.head_dim", None, nullable=True),
+    "rms_norm_eps": map_number("norm.eps"),
+    "tie_word_embeddings": map_flag("tie_embeddings", False),
 }
 SWIGLU: ConfigFields = {
-    "intermediate_size": size("mlp.d_ff"),
-    "hidden_act": only("silu", ours="mlp.activation"),
+    "intermediate_size": map_size("mlp.d_ff"),
+    "hidden_act": require_value("silu", ours="mlp.activation"),
 }
 EXPERTS: ConfigFields = {
-    "num_experts_per_tok": size("moe.experts_per_token"),
-    "hidden_act": only("silu", ours="moe.activation"),
-    "router_aux_loss_coef": balance_loss(0.001),
+    "num_experts_per_tok": map_size("moe.experts_per_token"),
+    "hidden_act": require_value("silu", ours="moe.activation"),
+    "router_aux_loss_coef": map_balance_loss(0.001),
 }
 LLAMA = ModelFamily(
     "llama",
@@ -79,9 +86,9 @@ LLAMA = ModelFamily(
     {
         **COMMON,
         **SWIGLU,
-        "attention_bias": flag("attention.bias", False),
-        "mlp_bias": flag("mlp.bias", False),
-        "rope_interleaved": only(False),
+        "attention_bias": map_flag("attention.bias", False),
+        "mlp_bias": map_flag("mlp.bias", False),
+        "rope_interleaved": require_value(False),
     },
     TABLE,
     rope={},
@@ -93,9 +100,9 @@ MISTRAL = ModelFamily(
     "MistralForCausalLM",
     {
         **COMMON,
-        **count_kv_heads(8),
+        **map_kv_heads(8),
         **SWIGLU,
-        "sliding_window": size("attention.window", 4096, nullable=True),
+        "sliding_window": map_size("attention.window", 4096, nullable=True),
     },
     TABLE,
     rope={},
@@ -107,12 +114,12 @@ MIXTRAL = ModelFamily(
     "MixtralForCausalLM",
     {
         **COMMON,
-        **count_kv_heads(8),
+        **map_kv_heads(8),
         **EXPERTS,
-        "num_local_experts": size("moe.num_experts", also="num_experts"),
-        "intermediate_size": size("moe.d_ff"),
-        "sliding_window": size("attention.window", None),
-        "router_jitter_noise": only(0.0),
+        "num_local_experts": map_size("moe.num_experts", also="num_experts"),
+        "intermediate_size": map_size("moe.d_ff"),
+        "sliding_window": map_size("attention.window", None),
+        "router_jitter_noise": require_value(0.0),
     },
     MIXTRAL_TABLE,
     rope={"theta": 1_000_000.0},

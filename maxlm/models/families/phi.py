@@ -3,7 +3,14 @@ et al. 2024, arXiv 2404.14219)."""
 
 from maxlm.models.families import llama
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigField, activation, flag, number, only, size
+from maxlm.models.families.fields import (
+    ConfigField,
+    map_activation,
+    map_flag,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import QKV_KERNELS, copy, linear, map_linear, map_norm
 from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
@@ -38,17 +45,17 @@ PHI = ModelFamily(
     "phi",
     "PhiForCausalLM",
     {
-        "vocab_size": size("vocab_size"),
-        "num_hidden_layers": size("num_layers"),
-        "hidden_size": size("d_model"),
-        "max_position_embeddings": size("max_seq_len"),
-        "num_attention_heads": size("attention.num_heads"),
-        "num_key_value_heads": size("attention.num_kv_heads", None),
-        "qk_layernorm": flag("attention.qk_norm", False),
-        "intermediate_size": size("mlp.d_ff"),
-        "hidden_act": activation("mlp.activation", "gelu_new"),
-        "layer_norm_eps": number("norm.eps", 1e-5),
-        "tie_word_embeddings": only(False, ours="tie_embeddings"),
+        "vocab_size": map_size("vocab_size"),
+        "num_hidden_layers": map_size("num_layers"),
+        "hidden_size": map_size("d_model"),
+        "max_position_embeddings": map_size("max_seq_len"),
+        "num_attention_heads": map_size("attention.num_heads"),
+        "num_key_value_heads": map_size("attention.num_kv_heads", None),
+        "qk_layernorm": map_flag("attention.qk_norm", False),
+        "intermediate_size": map_size("mlp.d_ff"),
+        "hidden_act": map_activation("mlp.activation", "gelu_new"),
+        "layer_norm_eps": map_number("norm.eps", 1e-5),
+        "tie_word_embeddings": require_value(False, ours="tie_embeddings"),
         # Overwritten where fewer dimensions turn.
         "partial_rotary_factor": ConfigField(lambda own, key: None, write=lambda config: 1.0),
     },
@@ -63,8 +70,8 @@ PHI3 = ModelFamily(
     {
         **llama.COMMON,
         **llama.SWIGLU,
-        "attention_bias": only(False),
-        "sliding_window": size("attention.window", None),
+        "attention_bias": require_value(False),
+        "sliding_window": map_size("attention.window", None),
     },
     PHI3_TABLE,
     rope={"partial": 1.0},

@@ -4,7 +4,13 @@
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ACTIVATIONS, number, only, size, to_hf_activation
+from maxlm.models.families.fields import (
+    ACTIVATIONS,
+    map_number,
+    map_size,
+    require_value,
+    to_hf_activation,
+)
 from maxlm.models.families.forms import copy, linear
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -85,19 +91,19 @@ T5 = ModelFamily(
     "t5",
     "T5ForConditionalGeneration",
     {
-        "vocab_size": size("vocab_size"),
-        "num_decoder_layers": size("num_layers", None),
-        "num_layers": size("encoder_layers"),
-        "d_model": size("d_model"),
-        "n_positions": size("max_seq_len", 512),  # of pretraining; nothing depends on it
-        "num_heads": size("attention.num_heads"),
-        "d_kv": size("attention.head_dim"),
-        "d_ff": size("mlp.d_ff"),
-        "layer_norm_epsilon": number("norm.eps", 1e-6),
-        "relative_attention_num_buckets": size("positions.buckets", 32),
-        "relative_attention_max_distance": size("positions.max_distance", 128),
-        "decoder_start_token_id": size("start_id", 0, least=0),
-        "is_encoder_decoder": only(True, written=True),
+        "vocab_size": map_size("vocab_size"),
+        "num_decoder_layers": map_size("num_layers", None),
+        "num_layers": map_size("encoder_layers"),
+        "d_model": map_size("d_model"),
+        "n_positions": map_size("max_seq_len", 512),  # of pretraining; nothing depends on it
+        "num_heads": map_size("attention.num_heads"),
+        "d_kv": map_size("attention.head_dim"),
+        "d_ff": map_size("mlp.d_ff"),
+        "layer_norm_epsilon": map_number("norm.eps", 1e-6),
+        "relative_attention_num_buckets": map_size("positions.buckets", 32),
+        "relative_attention_max_distance": map_size("positions.max_distance", 128),
+        "decoder_start_token_id": map_size("start_id", 0, least=0),
+        "is_encoder_decoder": require_value(True, written=True),
     },
     _table,
     {"attention.scale": 1.0, "positions.kind": "relative"},

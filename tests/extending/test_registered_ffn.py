@@ -1,0 +1,71 @@
+"""A feed-forward as an external package writes it, named in a config by its kind."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from maxlm.config import Config, MaxlmError
+from maxlm.models.architectures.decoder import DecoderConfig
+from maxlm.models.aux import Aux
+from maxlm.models.blocks import register_ffn
+from maxlm.models.layers.linear import Linear
+from maxlm.models.params import bind, flatten_names, init_params, param_specs
+from maxlm.sharding import AxisRules
+
+
+class SquaredReluConfig(Config):
+    kind: Literal["squared_relu"] = "squared_relu"
+    width: int
+
+
+class SquaredRelu(nnx.Module):
+    """``down(relu(up(x))²)`` (So et al. 2021, arXiv 2109.08668)."""
+
+    name = "squared"
+
+    def __init__(self, config, d_model, num_layers, init_std, *, rules, dtype):
+        kw: dict[str, Any] = {"bias": False, "std": init_std, "rules": rules, "dtype": dtype}
+        self.up = Linear({"embed": d_model}, {"mlp": config.width}, **kw)
+        self.down = Linear({"mlp": config.width}, {"embed": d_model}, **kw)
+
+    def feed(self, x, segment_ids):
+        return self.down(jnp.square(jax.nn.relu(self.up(x))), seq="residual"), Aux()
+
+
+register_ffn(SquaredReluConfig, SquaredRelu)
+SETTINGS = {
+    "vocab_size": 31,
+    "num_layers": 1,
+    "d_model": 14,
+    "max_seq_len": 16,
+    "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6},
+    "ffn": {"kind": "squared_relu", "width": 10},
+}
+
+
+def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):
+    config = DecoderConfig.model_validate(SETTINGS)
+    assert DecoderConfig.model_validate(config.model_dump()) == config
+    with jax.set_mesh(one_device_mesh):
+        model = config.build(rules=AxisRules(), dtype=jnp.float32)
+        params = init_params(param_specs(model), jax.random.key(0))
+        own = [n for n in flatten_names(params) if n.startswith("layers.squared.")]
+        assert own == ["layers.squared.down.kernel", "layers.squared.up.kernel"]
+        x = np.random.default_rng(0).normal(size=(2, 5, 14)).astype(np.float32)
+        layer = jax.tree.map(lambda p: p[0], params["layers"])
+        found, _ = bind(model.parts["layers"], layer).ffn.feed(x, None)
+    up, down = (np.asarray(layer["squared"][name]["kernel"]) for name in ("up", "down"))
+    np.testing.assert_allclose(found, np.maximum(x @ up, 0) ** 2 @ down, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"ffn": {"kind": "cubed"}}, "no ffn of kind=cubed"), ({"mlp": {"d_ff": 8}}, "ffn beside")],
+)
+def test_an_unknown_kind_and_two_feed_forwards_are_refused(changes, what):
+    with pytest.raises(MaxlmError, match=what):
+        DecoderConfig.model_validate(SETTINGS | changes)
