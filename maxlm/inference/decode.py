@@ -3,33 +3,51 @@
 Call them on the mesh that the parameters lie on: ``bind_mesh(mesh, jax.jit(prefill, ...))``.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import reshard
 
-from maxlm.inference.cache import init_cache
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.architectures.transformer import Cache, CrossAttentionCache, Transformer
+from maxlm.models.caches import CacheArray
 from maxlm.models.params import Params, bind, cast_matrices, param_specs
+from maxlm.sharding import resolve_placement
 
 
 def cast_params(model: Transformer, params: Params) -> Params:
-    """Matrices and tables in the compute dtype, once rather than at every token; no copy where
+    """Casts matrices and tables to the compute dtype, once rather than at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
     roles = "matrix", "table"
     return cast_matrices(param_specs(model), params, lambda x: x.astype(model.dtype), roles)
 
 
+def init_cache(model: Transformer, batch: int, length: int) -> Cache:
+    """Returns empty caches of ``length`` tokens a row, in their compute layout on the current mesh;
+    pure, also under jit.
+
+    Raises:
+        MaxlmError: rows or kv heads that do not divide over their mesh axes.
+    """
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+
+    def allocate(layers: int, array: CacheArray) -> jax.Array:
+        shape, axes = (layers, *array.shape), ("layers", *array.axes)
+        spec = resolve_placement("cache", shape, axes, model.rules, sizes).spec
+        return jnp.zeros(shape, array.dtype or model.dtype, out_sharding=spec)
+
+    return {
+        name: jax.tree.map(partial(allocate, layers), own)
+        for name, (layers, own) in model.cache_specs(batch, length).items()
+    }
+
+
 def encode(
     model: Transformer, params: Params, tokens: jax.Array, lengths: jax.Array
 ) -> CrossAttentionCache | None:
-    """The cross-attention cache of whole prompts, for a decoder beside an encoder; None: there is
-    no encoder.
-
-    Args:
-        tokens: int [B, S], padded on the right.
-        lengths: int [B], tokens of each row that are not padding, ≥ 1.
-    """
+    """Returns the cross-attention cache of whole prompts, arguments as of :func:`prefill`; None:
+    there is no encoder."""
     if not isinstance(model, EncoderDecoder):
         return None
     positions, rows = _places(model, tokens.shape), model.rules.spec("batch", None)
@@ -47,10 +65,7 @@ def prefill(
     cache_length: int,
     memory: CrossAttentionCache | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run whole prompts, padded on the right, through the model.
-
-    Padding lies after every real token, which causal attention cannot see; caches are told how
-    many tokens of each row are real.
+    """Runs whole prompts, padded on the right, through the model.
 
     Args:
         tokens: int [B, S].

@@ -55,9 +55,7 @@ def generate(
         itself is yielded. Stops when every row has ended.
 
     Raises:
-        MaxlmError: before anything runs: an encoder alone, no or empty prompts, ids outside the
-            vocabulary, more tokens than the model's positions or ``cache_length``, a mesh that
-            splits the sequence or no mesh.
+        MaxlmError: before anything runs, if the model cannot continue these prompts.
     """
     if isinstance(model, Encoder):
         raise MaxlmError(
@@ -124,10 +122,8 @@ def _start(
 ) -> tuple[jax.Array, jax.Array, Cache, CrossAttentionCache | None]:
     memory = encode(model, params, tokens, lengths)
     if isinstance(model, EncoderDecoder):
-        tokens, lengths = (
-            jnp.full_like(tokens[:, :1], model.config.start_id),
-            jnp.ones_like(lengths),
-        )
+        tokens = jnp.full_like(tokens[:, :1], model.config.start_id)
+        lengths = jnp.ones_like(lengths)
     logits, cache = prefill(model, params, tokens, lengths, cache_length, memory)
     first = _next(model, sampling, logits, lengths, seeds, key, vocab_size)
     return first, _whole(lengths), cache, memory

@@ -37,11 +37,7 @@ def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
 
 
 def parse_adapter(given: Any) -> Any:
-    """Read the config of a registered or installed adapter from plain data with its ``kind``.
-
-    Raises:
-        MaxlmError: there is none of this kind.
-    """
+    """Reads the config of a registered or installed adapter from plain data with its ``kind``."""
     if not isinstance(given, Mapping):
         return given
     kind = str(given.get("kind"))
@@ -62,11 +58,6 @@ AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter
 
 
 def build_adapted_model(config: ModelConfig, adapter: Adapter | None, **how: Any) -> Model:
-    """Build a model whose parameters rest as its adapter says.
-
-    Args:
-        adapter: None leaves all parameters as they are.
-        how: the arguments of ``config.build``.
-    """
+    """Builds a model, ``how`` as of ``config.build``, whose parameters rest as its adapter says."""
     model = config.build(**how)
     return model if adapter is None else declare_at_rest(model, adapter.adapt(param_specs(model)))

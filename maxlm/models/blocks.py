@@ -72,11 +72,8 @@ class FeedForward(Protocol):
     name: str
 
     def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """[B, S, D] to the same, and what the layer adds to the loss and the log.
-
-        Args:
-            segment_ids: int [B, S], 0 for padding; None: there is none.
-        """
+        """[B, S, D] to the same, and what the layer adds to the loss and the log; ``segment_ids``
+        are int [B, S], 0 for padding, None where there is none."""
         ...
 
 

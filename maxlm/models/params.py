@@ -116,22 +116,16 @@ class ParamUse:
         return self.spec.axes[self.spec.lead + len(self.spec.contract) :]
 
     def read(self, held: "jax.Array | Leaf", axes: tuple[str | None, ...] = ()) -> Weight:
-        """An array, or a leaf's value, cast to ``dtype``.
-
-        Casting comes first, so that under ZeRO-3 the compute dtype crosses the wire.
-
-        Args:
-            axes: logical axes of its dimensions; default: the parameter's own.
-        """
+        """An array, or a leaf's value, cast to ``dtype``: first, so that under ZeRO-3 the compute
+        dtype crosses the wire. ``axes`` are its logical axes; default: the parameter's own."""
         if isinstance(held, Leaf):
             own = replace(self, spec=replace(self.spec, axes=axes)) if axes else self
             return held.materialize(own)
         value = held.astype(self.dtype)
         own = (axes or self.spec.axes)[-value.ndim :]  # a scan takes the leading layer axis away
         used = parse_spec(self.rules.spec(*own), value.ndim)
-        if any(
-            have[: len(want)] != want for have, want in zip(get_layout(value), used, strict=True)
-        ):
+        pairs = zip(get_layout(value), used, strict=True)
+        if any(have[: len(want)] != want for have, want in pairs):
             value = reshard(value, self.rules.spec(*own))  # stored on other axes altogether
         return Weight(value, used)
 
@@ -170,11 +164,8 @@ class Leaf:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GatheredParam(Leaf):
-    """A parameter that is at hand whole, with the share of it that its gradient is kept for.
-
-    ZeRO-2: the gradient is reduced straight to that share, ``value``; ``whole`` is only read, and
-    saves gathering it.
-    """
+    """A parameter that is at hand whole. ZeRO-2: the gradient is reduced straight to ``value``, the
+    share it is kept for; ``whole`` is only read, and saves gathering it."""
 
     value: jax.Array
     whole: jax.Array
@@ -198,22 +189,12 @@ def materialize(param: nnx.Param, rules: AxisRules, dtype: Any) -> jax.Array:
 
 
 def stack(module: ModuleT, depth: int, groups: int = 1) -> ModuleT:
-    """Give every parameter of ``module`` a leading ``layers`` axis of size ``depth``.
-
-    Args:
-        groups: of layers in a pipeline stage; for more than one the axis becomes two,
-            [groups, depth / groups], so that splitting the second gives each stage its share of
-            every group.
-
-    Raises:
-        MaxlmError: a depth that does not divide into groups.
-    """
+    """Gives every parameter of ``module`` a leading ``layers`` axis of size ``depth``; for several
+    groups of layers in a pipeline stage two, [groups, depth / groups], so that splitting the second
+    gives each stage its share of every group."""
     if depth % groups:
-        raise MaxlmError(
-            f"{depth} layers do not divide into {groups} groups a stage",
-            where="parallel.layer_groups",
-            fix=f"use a divisor of {depth}",
-        )
+        what = f"{depth} layers do not divide into {groups} groups a stage"
+        raise MaxlmError(what, where="parallel.layer_groups", fix=f"use a divisor of {depth}")
     lead = (depth,) if groups == 1 else (groups, depth // groups)
     graphdef, state = nnx.split(module)
 
@@ -238,11 +219,8 @@ def param_specs(module: nnx.Module) -> Params:
 
 
 def declare_at_rest(module: ModuleT, specs: Params) -> ModuleT:
-    """The module with other leaves for its parameters, such as adapted or quantized ones; pure.
-
-    Args:
-        specs: :func:`param_specs` of the module, some replaced by a :class:`Leaf` of declarations.
-    """
+    """The module with other leaves for its parameters; pure. ``specs`` are its :func:`param_specs`,
+    some replaced by a :class:`Leaf` of declarations."""
     return _replaced(module, specs, lambda param, rest: {"spec": get_spec(param), "rest": rest})
 
 
@@ -339,10 +317,8 @@ def cast_matrices(specs: Params, params: Params, cast: Callable, roles: Sequence
 
 
 def init_params(specs: Params, key: jax.Array) -> Params:
-    """Initial values: each parameter's depend on ``key`` and its own name and layer alone.
-
-    Pure; under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device.
-    """
+    """Initial values: each parameter's depend on ``key`` and its own name and layer alone. Pure;
+    under ``maxlm.sharding.jit_sharded`` no parameter is ever whole on one device."""
 
     def init(name: str, spec: ParamSpec) -> jax.Array:
         own = jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -56,12 +56,7 @@ def require_trainable(
     shape: TrainingShape,
     compute: AxisRules,
 ) -> Iterator[Requirement]:
-    """A model can be trained on a mesh, but for how its parameters divide.
-
-    Args:
-        sizes: mesh axis → devices.
-        compute: compute rules; those of ``sharding``, or without mesh axes of size 1.
-    """
+    """A model can be trained on a mesh, but for how its parameters divide."""
     yield from require_pipeline(model, sharding, parallel, sizes, shape.micro_batches)
     yield from require_experts(model, sharding.compute, sizes)
     yield from require_whole_sequences(model, sharding.compute, sizes)
@@ -89,14 +84,11 @@ def place_model(
     training: TrainingShape | None,
     adapter: Adapter | None = None,
 ) -> PlacedModel:
-    """Lay a model out on a mesh of given sizes.
+    """Lays a model out on a mesh of given sizes, by axis.
 
     Args:
-        sizes: mesh axis → devices.
-        dtype: of the maths.
         training: None where the model is to generate: a row's tokens come one at a time through
             all layers, so that neither is split.
-        adapter: how its parameters rest; None: each as one array.
 
     Raises:
         MaxlmError: an axis that does not divide, two on one mesh axis, too much unsharded.

@@ -8,38 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.sharding import ShardingConfig, resolve_placement
+from tests.models import building
 
 VOCAB = 66
 # A large init_std: logits of a random model must differ enough for a wrong cache to show.
-LLAMA = {
-    "vocab_size": VOCAB,
-    "num_layers": 3,
-    "d_model": 20,
-    "max_seq_len": 48,
-    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
-    "mlp": {"d_ff": 28},
-    "init_std": 0.5,
+CONFIGS = {
+    "llama": {
+        "vocab_size": VOCAB,
+        "num_layers": 3,
+        "d_model": 20,
+        "max_seq_len": 48,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6},
+        "mlp": {"d_ff": 28},
+        "init_std": 0.5,
+    },
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "num_layers": 2,
+        "d_model": 24,
+        "max_seq_len": 40,
+        "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 8, "bias": True, "window": 6},
+        "mlp": {"d_ff": 36, "activation": "gelu_tanh", "gated": False, "bias": True},
+        "norm": {"kind": "layernorm", "bias": True},
+        "positions": {"kind": "learned"},
+        "tie_embeddings": True,
+        "init_std": 0.5,
+    },
 }
-GPT2 = {
-    "vocab_size": VOCAB,
-    "num_layers": 2,
-    "d_model": 24,
-    "max_seq_len": 40,
-    "attention": {"num_heads": 3, "num_kv_heads": 3, "head_dim": 8, "bias": True, "window": 6},
-    "mlp": {"d_ff": 36, "activation": "gelu_tanh", "gated": False, "bias": True},
-    "norm": {"kind": "layernorm", "bias": True},
-    "positions": {"kind": "learned"},
-    "tie_embeddings": True,
-    "init_std": 0.5,
-}
-
-
-CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
 
 
 @dataclass(frozen=True)
@@ -72,25 +70,18 @@ def _forward(model, params, ids):
 
 def build(config: dict, mesh, dtype=jnp.float32) -> Tiny:
     """The same values on any mesh, none of them special: biases and scales matter too."""
-    sharding, sizes = ShardingConfig(), dict(mesh.shape)
     with jax.set_mesh(mesh):
-        model = Decoder(
-            DecoderConfig(**config), rules=sharding.compute.for_mesh(sizes), dtype=dtype
-        )
+        model = building.decoder(DecoderConfig(**config), mesh, dtype)
+        specs = param_specs(model)
 
         def value(spec):
             drawn = np.random.default_rng(spec.shape).normal(0, 1, spec.shape)
             if spec.role == "vector":
-                drawn = 0.3 * drawn + spec.init(jax.random.key(0), spec.shape, jnp.float32)
-            else:
-                drawn *= config["init_std"]
-            drawn = np.asarray(drawn, np.float32)
-            placed = resolve_placement(
-                "", spec.shape, spec.axes, sharding.storage.for_mesh(sizes), sizes
-            )
-            return jax.device_put(drawn, NamedSharding(mesh, placed.spec))
+                return 0.3 * drawn + spec.init(jax.random.key(0), spec.shape, jnp.float32)
+            return drawn * config["init_std"]
 
-        return Tiny(model, jax.tree.map(value, param_specs(model)))
+        values = jax.tree.map(value, specs)
+        return Tiny(model, building.on_devices(values, building.shardings(specs, mesh)))
 
 
 @pytest.fixture(scope="session")

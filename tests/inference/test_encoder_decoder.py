@@ -88,19 +88,12 @@ def scaled(params: Any, name: str, factor: float) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-@pytest.mark.parametrize("name", ["query", "key"])
-def test_queries_and_keys_across_are_normalised(name, one_device_mesh):
-    """So that their sizes do not matter."""
+def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):
+    """So sizes of the former do not matter; of values far beyond the limit only signs are left."""
     with jax.set_mesh(one_device_mesh):
-        model, params = built()
-        large = scaled(params, f"layers.cross.{name}.kernel", 3.0)
-        got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in (params, large))
-    np.testing.assert_allclose(got, same, rtol=1e-3, atol=1e-3)
-
-
-def test_values_across_are_cut_off(both):
-    """Far beyond the limit only their signs are left."""
-    model, params = both
-    large = [scaled(params, "layers.cross.value.kernel", factor) for factor in (1e5, 1e6)]
-    got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in large)
-    np.testing.assert_allclose(got, same, rtol=1e-4, atol=1e-4)
+        for name, factors, clip in (("query", (1, 3), None), ("value", (1e5, 1e6), 2.0)):
+            model, params = built(clip=clip)
+            for kernel in (name, "key") if name == "query" else (name,):
+                both = [scaled(params, f"layers.cross.{kernel}.kernel", f) for f in factors]
+                got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in both)
+                np.testing.assert_allclose(got, same, rtol=1e-3, atol=1e-3)

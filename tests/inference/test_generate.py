@@ -4,27 +4,27 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError
 from maxlm.inference import generate as generation
 from maxlm.inference.generate import generate, round_up_to_bucket
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import bind
+from tests.errors import message
 
 PROMPTS = [[1], [5, 9, 2, 40, 3, 8, 8], [7, 7], list(range(20, 33))]
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=9)
 SAMPLED = SamplingConfig(temperature=3.0, top_k=60, top_p=0.98, max_new_tokens=8)
 
 
-def rows(tiny, prompts, sampling, *, eos_id=None, seed=0, **options) -> list[list[int]]:
-    """Each prompt's new tokens, with the Nones checked to be a tail."""
+def steps(tiny, prompts, sampling, *, eos_id=None, seed=0, **options):
+    key = jax.random.key(seed)
     options = {"cache_length": 32, **options}  # one size, few compilations
-    steps = list(
-        generate(
-            tiny.model, tiny.params, prompts, sampling, eos_id=eos_id,
-            key=jax.random.key(seed), **options,
-        )
-    )  # fmt: skip
-    columns = [list(column) for column in zip(*steps, strict=True)]
+    return generate(tiny.model, tiny.params, prompts, sampling, eos_id=eos_id, key=key, **options)
+
+
+def rows(tiny, prompts, sampling, **how) -> list[list[int]]:
+    """Each prompt's new tokens, with the Nones checked to be a tail."""
+    found = steps(tiny, prompts, sampling, **how)
+    columns = [list(column) for column in zip(*found, strict=True)]
     kept = [[token for token in column if token is not None] for column in columns]
     assert all(c == k + [None] * (len(c) - len(k)) for c, k in zip(columns, kept, strict=True))
     return kept
@@ -82,15 +82,7 @@ def test_a_row_stops_at_eos_and_the_others_go_on(llama):
     expected = [row[: row.index(eos) + 1] if eos in row else row for row in full]
     assert len(expected[1]) < 9
     assert rows(llama, PROMPTS, GREEDY, eos_id=eos) == expected
-
-
-def test_generation_ends_with_the_last_row(llama):
-    (row,) = rows(llama, [[5, 9]], GREEDY)
-    steps = generate(
-        llama.model, llama.params, [[5, 9]], GREEDY, eos_id=row[0],
-        key=jax.random.key(0), cache_length=32,
-    )  # fmt: skip
-    assert list(steps) == [[row[0]]]
+    assert list(steps(llama, [PROMPTS[1]], GREEDY, eos_id=full[1][0])) == [[full[1][0]]]
 
 
 def test_nothing_compiles_after_the_second_token_or_for_a_similar_prompt(llama):
@@ -113,14 +105,10 @@ def test_the_first_tokens_come_before_the_last_are_computed(llama, monkeypatch):
     monkeypatch.setattr(
         generation, "_advance", lambda *a, **k: dispatched.append(1) or original(*a, **k)
     )
-    steps = generate(
-        llama.model, llama.params, [[1]], GREEDY, eos_id=None,
-        key=jax.random.key(0), cache_length=32,
-    )  # fmt: skip
-    next(steps)
-    assert len(dispatched) == 1
-    next(steps)
-    assert len(dispatched) == 2
+    found = steps(llama, [[1]], GREEDY)
+    for count in (1, 2):
+        next(found)
+        assert len(dispatched) == count
 
 
 @pytest.mark.parametrize(("length", "new"), [(17, 1), (16, 3)])
@@ -147,31 +135,21 @@ def test_buckets(n, size):
     assert round_up_to_bucket(n) == size
 
 
-def refusal(tiny, prompts, sampling=GREEDY, **options) -> str:
-    with pytest.raises(MaxlmError) as refused:  # at the call, not at the first step
-        generate(
-            tiny.model, tiny.params, prompts, sampling, eos_id=None,
-            key=jax.random.key(0), **options,
-        )  # fmt: skip
-    return str(refused.value)
+def refusal(tiny, prompts, **options) -> str:
+    # At the call, not at the first step.
+    return message(steps, tiny, prompts, GREEDY, **{"cache_length": None, **options})
 
 
 def test_rope_goes_past_max_seq_len(llama):
     assert rows(llama, [[1] * 45], GREEDY, cache_length=None) == [llama.greedy([1] * 45, 9)]
 
 
-def test_past_the_learned_positions(gpt2):
+def test_past_the_learned_positions_and_past_the_cache(llama, gpt2):
     assert refusal(gpt2, [[1], [1] * 35]) == (
         "generate: a prompt of 35 tokens and 9 new ones make 44; the model has positions "
         "for 40; ask for at most 5 new tokens"
     )
-    assert refusal(gpt2, [[1] * 40]) == (
-        "generate: a prompt of 40 tokens and 9 new ones make 49; the model has positions "
-        "for 40; shorten the prompt"
-    )
-
-
-def test_past_the_cache(llama):
+    assert refusal(gpt2, [[1] * 40]).endswith("positions for 40; shorten the prompt")
     assert refusal(llama, [[1] * 8], cache_length=16) == (
         "generate: a prompt of 8 tokens and 9 new ones make 17; the cache has slots for 16; "
         "ask for at most 8 new tokens"

@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError
 from maxlm.inference import generate as generation
-from maxlm.inference.cache import init_cache
-from maxlm.inference.decode import prefill
+from maxlm.inference.decode import init_cache, prefill
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.decoder import Decoder
 from maxlm.sharding import AxisRules
+from tests.errors import message
 
 PROMPTS = [[1, 2], [5, 9, 2, 40, 3], [7]]  # 3 rows on 4 shards of the batch
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=6)
@@ -74,21 +73,14 @@ def test_the_cache_stays_split_and_is_never_sent(sharded, eight):
     assert moved == []  # neither the cache nor the new keys and values: [rows, slots, heads, 6]
 
 
-def test_a_mesh_that_splits_the_sequence_is_refused(tinies):
-    model = tinies["llama"].model
-    model = Decoder(model.config, rules=AxisRules(seq=("context",)), dtype=model.dtype)
-    with pytest.raises(MaxlmError) as refused:
-        generate(model, tinies["llama"].params, [[1]], GREEDY, eos_id=None, key=jax.random.key(0))
-    assert str(refused.value) == (
+def test_a_mesh_that_splits_the_sequence_and_no_mesh_are_refused(tinies):
+    model, params = tinies["llama"].model, tinies["llama"].params
+    split = Decoder(model.config, rules=AxisRules(seq=("context",)), dtype=model.dtype)
+    how = {"eos_id": None, "key": jax.random.key(0)}
+    assert message(generate, split, params, [[1]], GREEDY, **how) == (
         "mesh: the sequence is split over context; generate on a mesh with context=1"
     )
-
-
-def test_parameters_that_lie_on_no_mesh_are_refused(tinies):
-    tiny = tinies["llama"]
-    loose = jax.tree.map(lambda p: jax.device_put(np.asarray(p), jax.devices()[0]), tiny.params)
-    with pytest.raises(MaxlmError) as refused:
-        generate(tiny.model, loose, [[1]], GREEDY, eos_id=None, key=jax.random.key(0))
-    assert str(refused.value) == (
+    loose = jax.tree.map(lambda p: jax.device_put(np.asarray(p), jax.devices()[0]), params)
+    assert message(generate, model, loose, [[1]], GREEDY, **how) == (
         "generate: the parameters lie on no mesh; place them with a NamedSharding"
     )

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from maxlm.models.layers.moe import Moe, MoeConfig
 from maxlm.models.params import Params, bind, param_specs
-from maxlm.sharding import AxisRules, ShardingConfig, resolve_placement
-from tests.models.building import QUICK
+from maxlm.sharding import AxisRules, ShardingConfig
+from tests.models.building import QUICK, on_devices, shardings
 
 D_MODEL = 12
 SMALL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 3, "d_ff": 6}
@@ -76,14 +76,8 @@ def inputs(shape=(8, 6), seed: int = 1):
 
 def placed(mesh: Mesh, config: MoeConfig, params: Params) -> Params:
     """Parameters in the default storage layout."""
-    sizes = dict(mesh.shape)
-    rules = ShardingConfig().storage.for_mesh(sizes)
-
-    def put(spec, value):
-        spec = resolve_placement("", spec.shape, spec.axes, rules, sizes).spec
-        return jax.device_put(np.asarray(value, np.float32), NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, param_specs(layer(config, AxisRules())), params)
+    specs = param_specs(layer(config, AxisRules()))
+    return on_devices(params, shardings(specs, mesh))
 
 
 def outputs_and_gradients(mesh: Mesh, config: MoeConfig, **settings: Any) -> Any:

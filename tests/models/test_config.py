@@ -29,7 +29,19 @@ def refused(config: DecoderConfig, **changes) -> str:
     return f"{'.'.join(map(str, only['loc']))}: {only['msg']}"
 
 
-def test_query_heads_must_be_a_multiple_of_kv_heads():
+def test_a_setting_that_is_wrong_alone_is_named():
+    positive = "Input should be greater than 0"
+    cases = {
+        "attention__head_dim": (7, ": Value error, rope needs an even head_dim, not 7"),
+        "dropout": (0.1, "dropout: Extra inputs are not permitted"),
+        "vocab_size": (0, f"vocab_size: {positive}"),
+        "attention__num_kv_heads": (0, f"attention.num_kv_heads: {positive}"),
+        "mlp__d_ff": (0, f"mlp.d_ff: {positive}"),
+        "norm__eps": (0, f"norm.eps: {positive}"),
+    }
+    for key, (value, what) in cases.items():
+        assert refused(LLAMA_GQA, **{key: value}) == what
+    assert GPT2.attention.head_dim % 2  # learned positions need no pairs
     with pytest.raises(MaxlmError) as error:
         AttentionConfig(num_heads=4, num_kv_heads=3, head_dim=6)
     assert str(error.value) == (
@@ -38,41 +50,8 @@ def test_query_heads_must_be_a_multiple_of_kv_heads():
     )
 
 
-def test_rope_needs_pairs():
-    assert refused(LLAMA_GQA, attention__head_dim=7) == (
-        ": Value error, rope needs an even head_dim, not 7"
-    )
-    assert GPT2.attention.head_dim % 2  # learned positions do not
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "vocab_size",
-        "num_layers",
-        "d_model",
-        "max_seq_len",
-        "init_std",
-        "attention__num_heads",
-        "attention__num_kv_heads",
-        "attention__head_dim",
-        "mlp__d_ff",
-        "norm__eps",
-    ],
-)
-def test_sizes_are_positive(key):
-    dotted = key.replace("__", ".")
-    assert refused(LLAMA_GQA, **{key: 0}) == f"{dotted}: Input should be greater than 0"
-
-
-def test_unknown_keys_and_names_are_refused():
-    assert refused(LLAMA_GQA, dropout=0.1) == "dropout: Extra inputs are not permitted"
-    assert refused(LLAMA_GQA, remat="some") == (
-        "remat: Input should be 'none', 'full', 'attention', 'mlp' or 'matmuls'"
-    )
-
-
 BOTH = {"architecture": "encoder_decoder", "encoder_layers": 2}
+FAR = {"kind": "llama3", "factor": 8, "original_length": 64, "low_freq_factor": 4}
 LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
 
 
@@ -80,26 +59,12 @@ LATENT = {"kv_rank": 8, "rotary_dim": 4, "value_dim": 6}
     ("config", "changes", "what"),
     [
         (BOTH, {"placement": "parallel"}, "placement=parallel with cross-attention"),
-        (BOTH, {"placement": "sandwich"}, "placement=sandwich with cross-attention"),
         (BOTH, {"attention": {"num_kv_heads": 4, "latent": LATENT}}, "cross-attention with"),
         ({}, {"attention": {"window": 4}, "pattern": [{}]}, "attention.window=4 with a pattern"),
         ({}, {"positions": {"theta": 1.0}}, "greater than 1"),
         ({}, {"positions": {"rotary_dim": 2, "scaling": {"kind": "ntk", "factor": 2}}}, "one pair"),
         ({}, {"positions": {"kind": "relative", "buckets": 8, "max_distance": 4}}, "not beyond"),
-        (
-            {},
-            {
-                "positions": {
-                    "scaling": {
-                        "kind": "llama3",
-                        "factor": 8,
-                        "original_length": 64,
-                        "low_freq_factor": 4,
-                    }
-                }
-            },
-            "low_freq_factor=4.0 is not below",
-        ),
+        ({}, {"positions": {"scaling": FAR}}, "low_freq_factor=4.0 is not below"),
         (
             {},
             {"attention": {"num_kv_heads": 4, "latent": LATENT | {"rotary_dim": 3}}},

@@ -21,66 +21,38 @@ def reference_loss(config, params, batch):
     return total
 
 
-def batch_of(config):
-    tokens, targets, weights = building.tokens_and_targets(config.vocab_size, SEGMENTS.shape)
-    return {
-        "tokens": tokens,
-        "positions": POSITIONS,
-        "segments": SEGMENTS,
-        "targets": targets,
-        "weights": weights * (SEGMENTS > 0),
-    }
-
-
-def computed(config, mesh, params, batch):
+def computed(config, mesh, params):
     """(loss, (hidden, logits)) and gradients."""
     with jax.set_mesh(mesh):
-        model = building.decoder(config, mesh)
         placed = building.on_devices(params, building.storage(config, mesh))
-        arrays = dict(zip(batch, building.rows(mesh, *batch.values()), strict=True))
-        step = jax.jit(
-            jax.value_and_grad(lambda p, b: building.loss(model, p, b), has_aux=True),
-            compiler_options=building.QUICK,
-        )
-        return jax.device_get(step(placed, arrays))
+        step = building.gradient_step(building.decoder(config, mesh))
+        return jax.device_get(step(placed, building.placed_batch(config.vocab_size, mesh)))
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def run(request, one_device_mesh):
     """One model's results, and all that the reference needs to recompute them."""
     config, mesh = CONFIGS[request.param], one_device_mesh
-    params, batch = building.random_params(config, mesh), batch_of(config)
-    (loss, (hidden, logits)), grads = computed(config, mesh, params, batch)
-    return {
-        "config": config.model_dump(),
-        "params": params,
-        "batch": batch,
-        "loss": loss,
-        "hidden": hidden,
-        "logits": logits,
-        "grads": grads,
-    }
+    params = building.random_params(config, mesh)
+    return config, params, *computed(config, mesh, params)
 
 
-def test_hidden_states_and_logits_equal_the_reference(run):
-    batch = run["batch"]
+def test_hidden_states_logits_and_loss_equal_the_reference(run):
+    config, params, (loss, found), _ = run
+    batch = building.batch(config.vocab_size)
     for row in range(len(SEGMENTS)):
-        hidden, logits = reference.decoder(
-            run["config"], run["params"], batch["tokens"][row], POSITIONS[row], SEGMENTS[row]
-        )
-        assert np.abs(run["hidden"][row] - hidden).max() <= 1e-5 * np.abs(hidden).max()
-        assert np.abs(run["logits"][row] - logits).max() <= 1e-5 * np.abs(logits).max()
-
-
-def test_loss_equals_the_reference(run):
-    expected = reference_loss(run["config"], run["params"], run["batch"])
-    assert run["loss"] == pytest.approx(expected, rel=1e-5)
+        given = batch["tokens"][row], POSITIONS[row], SEGMENTS[row]
+        wanted = reference.decoder(config.model_dump(), params, *given)
+        for got, want in zip(found, wanted, strict=True):
+            assert np.abs(got[row] - want).max() <= 1e-5 * np.abs(want).max()
+    assert loss == pytest.approx(reference_loss(config.model_dump(), params, batch), rel=1e-5)
 
 
 def test_gradient_of_every_parameter_equals_finite_differences(run):
     """Along one random direction for each parameter, central differences in float64."""
     rng, step = np.random.default_rng(2), 1e-5
-    grads = flatten_names(run["grads"])
+    config, params, _, grads = run
+    grads, batch = flatten_names(grads), building.batch(config.vocab_size)
 
     def at(name, value):
         def replace(tree, prefix):
@@ -91,9 +63,9 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
                 for k, v in tree.items()
             }
 
-        return reference_loss(run["config"], replace(run["params"], ""), run["batch"])
+        return reference_loss(config.model_dump(), replace(params, ""), batch)
 
-    for name, value in flatten_names(run["params"]).items():
+    for name, value in flatten_names(params).items():
         direction = rng.standard_normal(value.shape)
         direction /= np.linalg.norm(direction)
         slope = (at(name, value + step * direction) - at(name, value - step * direction)) / 2 / step
@@ -104,7 +76,7 @@ def test_gradient_of_every_parameter_equals_finite_differences(run):
 def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device_mesh):
     """Five layers of two kinds are two periods and a rest; as a pattern of five, one period, in
     which every layer is written out."""
-    mesh, batch = one_device_mesh, batch_of(PATTERN)
+    mesh = one_device_mesh
     params = building.random_params(PATTERN, mesh)
     kinds = tuple(PATTERN.pattern[i % 2] for i in range(5))
     unrolled = PATTERN.model_copy(update={"pattern": kinds})
@@ -116,8 +88,8 @@ def test_a_pattern_that_leaves_layers_over_equals_its_layers_unrolled(one_device
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *stacks)
         return {k: v for k, v in tree.items() if k != "last_layers"} | {"layers": joined}
 
-    (loss, aux), grads = computed(PATTERN, mesh, params, batch)
-    (expected, same), wanted = computed(unrolled, mesh, as_one(params), batch)
+    (loss, aux), grads = computed(PATTERN, mesh, params)
+    (expected, same), wanted = computed(unrolled, mesh, as_one(params))
     assert loss == pytest.approx(expected, rel=1e-6)
     # XLA orders sums by the processor: 1.4e-5 apart was seen.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), aux, same)

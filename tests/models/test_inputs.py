@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.inference.cache import init_cache
+from maxlm.inference.decode import init_cache
 from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.params import bind
 from tests.models import building, reference
@@ -15,9 +15,7 @@ from tests.models.building import CONFIGS, GPT2, LLAMA_GQA, POSITIONS, QUICK, SE
 def forward(config: DecoderConfig, mesh, dtype=jnp.float32):
     """A jitted ``(tokens, positions, segments) -> (hidden, logits)`` of NumPy arrays."""
     model = building.decoder(config, mesh, dtype)
-    params = building.on_devices(
-        building.random_params(config, mesh), building.storage(config, mesh)
-    )
+    params = building.placed_params(config, mesh)
 
     @jax.jit(compiler_options=QUICK)
     def run(params, tokens, positions, segments):
@@ -49,7 +47,7 @@ def gpt2(one_device_mesh):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_packed_document_equals_the_same_document_alone(name, request):
     run = request.getfixturevalue(name)
-    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens, _, _ = building.tokens_and_targets(23)
     packed, _ = run(tokens, POSITIONS, SEGMENTS)
     for row, first, last in ((1, 0, 4), (1, 4, 9), (2, 0, 8), (2, 8, 11)):
         alone, positions, segments = np.zeros((3, *SEGMENTS.shape), np.int32)
@@ -61,7 +59,7 @@ def test_a_packed_document_equals_the_same_document_alone(name, request):
 
 
 def test_later_tokens_and_other_documents_change_nothing(llama):
-    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens, _, _ = building.tokens_and_targets(23)
     before, _ = llama(tokens, POSITIONS, SEGMENTS)
     changed = tokens.copy()
     changed[1, :4] += 1  # the first document of row 1
@@ -73,7 +71,7 @@ def test_later_tokens_and_other_documents_change_nothing(llama):
 
 
 def test_without_segments_each_row_is_one_document(llama):
-    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens, _, _ = building.tokens_and_targets(23)
     positions = np.broadcast_to(np.arange(11), SEGMENTS.shape)
     bare, _ = llama(tokens, positions)
     ones, _ = llama(tokens, positions, np.ones_like(SEGMENTS))
@@ -82,7 +80,7 @@ def test_without_segments_each_row_is_one_document(llama):
 
 @pytest.mark.parametrize("bad", [-1, GPT2.vocab_size, 2**31 - 1])
 def test_a_token_outside_the_vocabulary_gives_nan_in_its_row_alone(gpt2, bad):
-    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens, _, _ = building.tokens_and_targets(23)
     tokens[1, 3] = bad
     hidden, _ = gpt2(tokens, POSITIONS, SEGMENTS)
     assert np.isnan(hidden[1, 3]).all()
@@ -91,7 +89,7 @@ def test_a_token_outside_the_vocabulary_gives_nan_in_its_row_alone(gpt2, bad):
 
 @pytest.mark.parametrize("bad", [-1, GPT2.max_seq_len])
 def test_a_position_past_the_learned_table_gives_nan(gpt2, bad):
-    tokens, _, _ = building.tokens_and_targets(23, SEGMENTS.shape)
+    tokens, _, _ = building.tokens_and_targets(23)
     positions = POSITIONS.copy()
     positions[2, 5] = bad
     hidden, _ = gpt2(tokens, positions, SEGMENTS)
@@ -102,22 +100,15 @@ def test_a_position_past_the_learned_table_gives_nan(gpt2, bad):
 def test_bf16_computes_in_bf16_and_keeps_parameters_and_gradients_in_fp32(one_device_mesh):
     mesh = one_device_mesh
     values = building.random_params(LLAMA_GQA, mesh)
-    tokens, targets, weights = building.tokens_and_targets(LLAMA_GQA.vocab_size, SEGMENTS.shape)
     with jax.set_mesh(mesh):
         params = building.on_devices(values, building.storage(LLAMA_GQA, mesh))
-        names = ("tokens", "positions", "segments", "targets", "weights")
-        arrays = building.rows(mesh, tokens, POSITIONS, SEGMENTS, targets, weights)
-        batch = dict(zip(names, arrays, strict=True))
-        model = building.decoder(LLAMA_GQA, mesh, jnp.bfloat16)
-        step = jax.jit(
-            jax.value_and_grad(lambda p, b: building.loss(model, p, b), has_aux=True),
-            compiler_options=QUICK,
-        )
+        step = building.gradient_step(building.decoder(LLAMA_GQA, mesh, jnp.bfloat16))
+        batch = building.placed_batch(LLAMA_GQA.vocab_size, mesh)
         (_, (hidden, logits)), grads = step(params, batch)
     assert hidden.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves((params, grads))} == {jnp.dtype(jnp.float32)}
-    config = LLAMA_GQA.model_dump()
+    config, tokens = LLAMA_GQA.model_dump(), np.asarray(batch["tokens"])
     for row in range(len(SEGMENTS)):
         _, exact = reference.decoder(config, values, tokens[row], POSITIONS[row], SEGMENTS[row])
         error = np.abs(np.asarray(logits)[row] - exact).max() / np.abs(exact).max()

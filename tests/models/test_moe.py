@@ -87,18 +87,15 @@ def test_gradients_equal_finite_differences_of_the_reference(name, computed):
         check(moved, grad, direction)
 
 
-def test_the_selection_bias_gets_load_minus_mean_load_and_adds_nothing(computed):
-    _, aux, (d_params, _) = computed("deepseek_v3")
-    np.testing.assert_array_equal(d_params["selection_bias"], aux.load - aux.load.mean())
-
-
-def test_padding_is_served_by_shared_experts_alone(computed):
+def test_padding_is_served_by_shared_experts_alone_and_the_bias_gets_the_load(computed):
     _, counted, _ = building.inputs()
     y, aux, (_, d_x) = computed("mixtral")
     assert not counted.all()
     assert (y[~counted] == 0).all()
     assert (d_x[~counted] == 0).all()
     assert aux.load.sum() == 3 * counted.sum()
+    _, aux, (d_params, _) = computed("deepseek_v3")
+    np.testing.assert_array_equal(d_params["selection_bias"], aux.load - aux.load.mean())
 
 
 def test_capacity_keeps_first_choices_of_first_tokens(one_device_mesh):
@@ -185,19 +182,13 @@ def _imbalance_after_training(mesh, config, bias_step=0.0, steps=60):
     return worst[0], np.mean(worst[-5:])
 
 
-def test_the_balance_loss_balances_a_skewed_router(one_device_mesh):
-    config = MoeConfig(**SMALL, balance_loss=0.0)
+@pytest.mark.parametrize("by", ["loss", "bias"])
+def test_the_balance_loss_and_the_selection_bias_balance_a_skewed_router(one_device_mesh, by):
+    own = {"selection_bias": True, "score": "sigmoid"} if by == "bias" else {}
+    config = MoeConfig(**SMALL, balance_loss=0.0, **own)
     before, without = _imbalance_after_training(one_device_mesh, config)
-    config = config.model_copy(update={"balance_loss": 1.0})
-    _, balanced = _imbalance_after_training(one_device_mesh, config)
-    assert before > 2.2
-    assert without > 2.0
-    assert balanced < 1.6
-
-
-def test_the_selection_bias_rule_balances_a_skewed_router(one_device_mesh):
-    config = MoeConfig(**SMALL, balance_loss=0.0, selection_bias=True, score="sigmoid")
-    before, without = _imbalance_after_training(one_device_mesh, config)
+    if by == "loss":
+        config = config.model_copy(update={"balance_loss": 1.0})
     _, balanced = _imbalance_after_training(one_device_mesh, config, bias_step=0.02)
     assert before > 2.2
     assert without > 2.0

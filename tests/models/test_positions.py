@@ -25,7 +25,6 @@ from maxlm.models.layers.rope import (
     YarnScaling,
     compute_frequencies,
     compute_rotary,
-    compute_yarn_mscale,
     rotary_factor,
     rotate,
 )
@@ -44,28 +43,19 @@ def close(found, expected, rtol=1e-12):
     np.testing.assert_allclose(found, expected, rtol=rtol)
 
 
-@pytest.mark.parametrize(("theta", "size"), SHAPES)
-def test_frequencies_fall_geometrically_from_one_radian_a_token(theta, size):
-    close(compute_frequencies(theta, size), plain(theta, size))
-    dynamic = DynamicNtkScaling(factor=8.0, original_length=32)
-    close(compute_frequencies(theta, size, dynamic), plain(theta, size))
-
-
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize(("theta", "size"), SHAPES)
-def test_linear_scaling_divides_every_frequency(theta, size, factor):
-    close(
-        compute_frequencies(theta, size, LinearScaling(factor=factor)), plain(theta, size) / factor
-    )
-
-
-@pytest.mark.parametrize("factor", FACTORS)
-@pytest.mark.parametrize(("theta", "size"), SHAPES)
-def test_ntk_keeps_the_first_frequency_and_divides_the_last(theta, size, factor):
-    """What fixes the new base: a geometric sequence, the ends of which are known."""
-    last = plain(theta, size)[-1] / factor
+def test_frequencies_fall_geometrically_and_are_scaled_as_a_whole(theta, size, factor):
+    """NTK's new base is that of a geometric sequence, the ends of which are known: the first stays,
+    the last is divided."""
+    own = plain(theta, size)
+    close(compute_frequencies(theta, size), own)
+    dynamic = DynamicNtkScaling(factor=factor, original_length=32)
+    close(compute_frequencies(theta, size, dynamic), own)
+    close(compute_frequencies(theta, size, LinearScaling(factor=factor)), own / factor)
     pairs = np.arange(size // 2) / (size // 2 - 1)
-    close(compute_frequencies(theta, size, NtkScaling(factor=factor)), last**pairs)
+    wanted = (own[-1] / factor) ** pairs
+    close(compute_frequencies(theta, size, NtkScaling(factor=factor)), wanted)
 
 
 def yarn(theta, size, scaling):
@@ -119,17 +109,15 @@ def test_yarn_stretches_slow_pairs_alone_with_a_ramp_between(theta, length, beta
     assert ((found < own) & (found > own / 8))[between].all()
 
 
-def test_yarn_ramps_begin_at_a_pair_that_there_is():
-    """In 200 tokens no pair turns 32 times: the ramp begins at the first."""
+def test_yarn_ramps_begin_and_end_at_a_pair_that_there_is():
+    """In 200 tokens no pair turns 32 times: the ramp begins at the first. Where even the slowest
+    pair turns it would end at the 8th, and does at the 7th, the head's last dimension."""
     scaling = YarnScaling(factor=8.0, original_length=200)
     found = compute_frequencies(1e4, 128, scaling)
     close(found, yarn(1e4, 128, scaling))
     assert found[0] == 1
     assert (found[1:] < plain(1e4, 128)[1:]).all()
 
-
-def test_yarn_ramps_end_at_the_head_s_last_dimension_at_most():
-    """Where even the slowest pair turns: it would end at the 8th, and does at the 7th."""
     scaling = YarnScaling(factor=8.0, original_length=10**8, beta_fast=1e6)
     found, own = compute_frequencies(1e4, 8, scaling), plain(1e4, 8)
     close(found, yarn(1e4, 8, scaling))
@@ -155,22 +143,6 @@ def test_llama3_has_three_regimes_that_meet(theta):
         assert got == pytest.approx(expected, rel=1e-12)
         counts[regime] += 1
     assert min(counts.values()) > 5
-
-
-@pytest.mark.parametrize("pair", [20, 40, 60])
-def test_llama3_meets_its_neighbours_at_the_borders(pair):
-    own = plain(5e5, 128)[pair]
-    turns = 8192 * own / (2 * pi)
-
-    def at(low, high):
-        factors = {"low_freq_factor": low, "high_freq_factor": high}
-        scaling = Llama3Scaling(factor=8.0, original_length=8192, **factors)
-        return compute_frequencies(5e5, 128, scaling)[pair]
-
-    assert at(turns, 2 * turns) == pytest.approx(own / 8, rel=1e-12)
-    assert at(turns / 2, turns) == pytest.approx(own, rel=1e-12)
-    assert own / 8 < at(turns * 0.999, 2 * turns) < own / 8 * 1.01
-    assert own > at(turns / 2, turns * 1.001) > own * 0.99
 
 
 def angles(positions, turns):
@@ -223,12 +195,6 @@ def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
     assert rotary_factor(scaling) == pytest.approx(expected, rel=1e-12)
     found = compute_rotary(jnp.arange(9, dtype=jnp.int32)[None], 8, 1e4, scaling)
     np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
-
-
-def test_yarn_sharpens_attention_by_the_square_of_its_root():
-    """Peng et al. 2023, eq. 22: √(1/t) = 0.1 ln(s) + 1, and both queries and keys have it."""
-    assert compute_yarn_mscale(16.0) ** 2 == pytest.approx((0.1 * log(16) + 1) ** 2)
-    assert compute_yarn_mscale(1.0, 0.7) == 1.0
 
 
 def turned_reference(x, positions, theta, size):
@@ -292,32 +258,20 @@ def test_the_gradient_of_turning_is_turning_back():
             np.testing.assert_allclose(d_x[0, s, :, h], d_y[0, s] @ turned, atol=1e-5)
 
 
-def test_alibi_slopes_of_8_heads_are_the_published_ones():
-    """Press et al. 2022, §3."""
-    expected = [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
-    assert compute_alibi_slopes(8).tolist() == expected
-
-
-def test_alibi_slopes_of_12_heads_are_the_published_ones():
-    """Those of 8, and the first four of 16 that 8 do not have."""
-    between = [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]
-    np.testing.assert_allclose(compute_alibi_slopes(12)[8:], between, rtol=1e-6)
-    np.testing.assert_array_equal(compute_alibi_slopes(12)[:8], compute_alibi_slopes(8))
+def test_alibi_slopes_are_the_published_ones():
+    """Press et al. 2022, §3; those of 12 heads are of 8, and the first of 16 that 8 do not have.
+    The smallest can be given, as by MPT's alibi_bias_max."""
+    close(compute_alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
+    close(compute_alibi_slopes(12)[8:], 2.0 ** -np.arange(0.5, 4), rtol=1e-6)
+    close(compute_alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6)
 
 
 @given(st.integers(1, 130))
 def test_alibi_slopes_equal_the_reference_and_differ(heads):
-    expected = [reference.alibi_slope(head, heads) for head in range(heads)]
-    np.testing.assert_allclose(compute_alibi_slopes(heads), expected, rtol=1e-6)
-    assert len(set(compute_alibi_slopes(heads).tolist())) == heads
-    assert compute_alibi_slopes(heads).dtype == np.float32
-
-
-def test_alibi_s_smallest_slope_is_given():
-    """MPT's alibi_bias_max."""
-    np.testing.assert_allclose(
-        compute_alibi_slopes(4, 6.0), [2**-1.5, 2**-3, 2**-4.5, 2**-6], rtol=1e-6
-    )
+    found = compute_alibi_slopes(heads)
+    close(found, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6)
+    assert len(set(found.tolist())) == heads
+    assert found.dtype == np.float32
 
 
 @pytest.mark.parametrize("width", [7, 8])
@@ -336,13 +290,6 @@ def buckets_of(config, causal):
     reach = config.max_distance
     assert at.shape == (2 * reach + 1,)
     return {distance: at[reach - distance] for distance in range(-reach, reach + 1)}
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_t5_s_own_buckets_equal_the_reference(causal):
-    found = buckets_of(PositionsConfig(kind="relative"), causal)
-    for distance, bucket in found.items():
-        assert bucket == reference.relative_bucket(distance, 32, 128, causal)
 
 
 def test_t5_s_own_buckets_as_its_paper_tells():

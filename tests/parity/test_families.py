@@ -49,12 +49,6 @@ def test_continues_alike(name):
     assert here == there
 
 
-@every
-def test_config_comes_back(name):
-    own = measure.case(name)
-    assert compare.read(own.family.write_config(own.config))[1] == own.config
-
-
 @pytest.mark.parametrize("name", [name for name in measure.CASES if name != "grok1"])
 def test_an_absent_key_means_what_it_means_there(name):
     own = measure.case(name)

@@ -119,11 +119,7 @@ class Transformer(Trunk):
     def run_embedded(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
-        """Hidden states of inputs that a frontend has embedded.
-
-        Args:
-            x: [..., S, D], as :meth:`embed_inputs` returns it.
-        """
+        """Hidden states of inputs [..., S, D] that a frontend has embedded."""
         run = self.layers_fn or self.run_layers
         x, aux = run(x, (positions, segment_ids))
         return self.apply_final_norm(x), aux
@@ -156,16 +152,11 @@ class Transformer(Trunk):
         memory: CrossAttentionCache | None = None,
         lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """For inference: hidden states of tokens that come after those in the cache.
+        """For inference: hidden states [B, S, D] of tokens int [B, S] that come after those in the
+        cache, and the cache with them in it.
 
         Args:
-            tokens, positions: int [B, S].
-            cache: see inference/cache.py.
-            memory: of an encoder, if there is one.
             lengths: int [B], tokens of each row so far, where others are padding; None: none are.
-
-        Returns:
-            [B, S, D], and the cache with these tokens in it.
         """
 
         def layer(inputs: AttentionInputs, block: Block, x: jax.Array, held: Any):

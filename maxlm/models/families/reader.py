@@ -66,14 +66,7 @@ class ConfigReader:
     def get(
         self, key: str, default: Any = REQUIRED, *, also: str = "", nullable: bool = False
     ) -> Any:
-        """A value of any type.
-
-        Args:
-            also: another name for it.
-
-        Raises:
-            MaxlmError: it is not there and has no default, or its two names have two values.
-        """
+        """A value of any type; ``also`` is another name for it."""
         self._seen |= {key, also or key}
         if also and self.has(also):
             value = self.values[also]
@@ -97,11 +90,7 @@ class ConfigReader:
 
     def require(self, key: str, *allowed: Any) -> Any:
         """A value that must be one of those that are implemented, or absent (the first); a null
-        means what false and 0 do.
-
-        Raises:
-            MaxlmError: it is another.
-        """
+        means what false and 0 do."""
         self._seen.add(key)
         value = self.values.get(key, allowed[0])
         if value is None and not allowed[0]:
@@ -117,8 +106,7 @@ class ConfigReader:
         )
 
     def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **how: Any) -> Any:
-        """A number of things or dimensions, at least ``least``; ``how`` and errors as of
-        :meth:`get`, and for values of other types."""
+        """A number of things or dimensions, at least ``least``; ``how`` as of :meth:`get`."""
         value = self.get(key, default, **how)
         if value is not None and (type(value) is not int or value < least):
             raise self._wrong(key, value, f"a whole number above {least - 1}")
@@ -129,8 +117,8 @@ class ConfigReader:
     def number(
         self, key: str, default: Any = REQUIRED, *, least: int | None = None, **how: Any
     ) -> Any:
-        """A finite number of at least ``least``, or above 0, as a float; ``how`` and errors as of
-        :meth:`get`, and for values of other types."""
+        """A finite number of at least ``least``, or above 0, as a float; ``how`` as of
+        :meth:`get`."""
         value = self.get(key, default, **how)
         if value is None:
             return None
@@ -149,11 +137,7 @@ class ConfigReader:
         return value
 
     def read_nested(self, key: str) -> "ConfigReader":
-        """A nested mapping, to be finished with this one.
-
-        Raises:
-            MaxlmError: it is something else.
-        """
+        """A nested mapping, to be finished with this one."""
         self._seen.add(key)
         value = self.values.get(key)
         if not isinstance(value, Mapping | None):
@@ -170,14 +154,8 @@ class ConfigReader:
         )
 
     def finish(self, *ignored: str) -> list[str]:
-        """Checks that every value was read, and returns notes for the user.
-
-        Args:
-            ignored: further names that say nothing of the maths.
-
-        Raises:
-            MaxlmError: a value that nobody asked for; null is none.
-        """
+        """Checks that every value was read, but for null and ``ignored`` names, and returns notes
+        for the user."""
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
         for key in sorted(key for key in left if self.values[key] is not None):
             raise MaxlmError(

@@ -169,16 +169,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, inputs: AttentionInputs, cache: Any = None
     ) -> tuple[jax.Array, Any]:
-        """Self-attention; a sequence split over devices stands in the order of
-        ``maxlm.parallel.context.sequence_order_indices``.
-
-        Args:
-            x: [B, S, D].
-            cache: of earlier tokens (see :meth:`cache_spec`); the returned one holds these too.
-
-        Returns:
-            [B, S, D], and the cache (None if none was given).
-        """
+        """Self-attention of x [B, S, D]; see :class:`~maxlm.models.blocks.Mixer`. A sequence split
+        over devices stands in the order of ``maxlm.parallel.context.sequence_order_indices``."""
         q, k, v = self._clipped(*project(x, self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -224,16 +216,8 @@ class Attention(nnx.Module):
     def cross_attend(
         self, x: jax.Array, keys: KeysValues, segment_ids: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
-        """Cross-attention: every token sees all of an encoder's in its segment, without positions.
-
-        Args:
-            x: [B, S, D].
-            keys: :meth:`project_keys_values` of the encoder's output.
-            segment_ids: int [B, S] and [B, T].
-
-        Returns:
-            [B, S, D].
-        """
+        """Cross-attention of x [B, S, D]: every token sees all of an encoder's in its segment,
+        without positions; ``segment_ids`` are int [B, S] and [B, T]."""
         (q,) = self._clipped(self.query(x))
         q = q if self.query_norm is None else self.query_norm(q)
         y = sharded_attention(

@@ -183,14 +183,11 @@ class Moe(nnx.Module):
         biased = config.selection_bias
         bias: dict[str, Any] = {"init": zeros, "role": "vector", "sign_update": True}
         self.selection_bias = declare((e,), (None,), **bias) if biased else None
-        dense = MlpConfig(
-            d_ff=max(1, config.shared_experts) * f,
-            activation=config.activation,
-            gated=config.gated,
-        )
-        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
-        shared = config.shared_experts > 0
-        self.shared = Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
+        self.shared = None
+        if config.shared_experts:
+            width, kw = config.shared_experts * f, {"rules": rules, "dtype": dtype}
+            dense = MlpConfig(d_ff=width, activation=config.activation, gated=config.gated)
+            self.shared = Mlp(dense, d_model, num_layers, init_std, **kw)
 
     def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
@@ -217,28 +214,20 @@ class Moe(nnx.Module):
         return LayerCosts(tuple(groups), experts=experts)
 
     def __call__(self, x: jax.Array, counted: jax.Array | None = None) -> tuple[jax.Array, MoeAux]:
-        """One layer.
+        """x [B, S, D] → the same in the compute dtype, and what there is to add to the loss and to
+        log.
 
         Args:
-            x: [B, S, D].
             counted: bool [B, S], laid out as x; False for padding, which no routed expert serves
                 and no statistic counts. None: all tokens.
-
-        Returns:
-            [B, S, D] in the compute dtype, and what there is to add to the loss and to log.
-
-        Raises:
-            MaxlmError: experts split over mesh axes that tokens are not split over; sequences
-                split over devices with ``dispatch: capacity``.
         """
         config = self.config
         x = x.astype(self.dtype)
         logits = self._logits(x)
         bias = None
         if self.selection_bias is not None:
-            bias = read_weight(
-                self.selection_bias, self.rules, accumulation_dtype(self.dtype)
-            ).value
+            wide = accumulation_dtype(self.dtype)
+            bias = read_weight(self.selection_bias, self.rules, wide).value
         routing = route(logits, bias, config)
         if counted is None:
             counted = jnp.ones_like(logits[..., 0], dtype=bool)
