@@ -17,7 +17,7 @@ from maxlm.sharding import resolve_placement
 
 
 def cast_params(model: Transformer, params: Params) -> Params:
-    """Casts matrices and tables to the compute dtype, once rather than at every token; no copy where
+    """Casts matrices and tables to the compute dtype, once and not at every token; no copy where
     they are in it already. Norm scales stay fp32, as the norms compute with them."""
     roles = "matrix", "table"
     return cast_matrices(param_specs(model), params, lambda x: x.astype(model.dtype), roles)

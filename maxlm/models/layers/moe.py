@@ -183,11 +183,11 @@ class Moe(nnx.Module):
         biased = config.selection_bias
         bias: dict[str, Any] = {"init": zeros, "role": "vector", "sign_update": True}
         self.selection_bias = declare((e,), (None,), **bias) if biased else None
-        self.shared = None
-        if config.shared_experts:
-            width, kw = config.shared_experts * f, {"rules": rules, "dtype": dtype}
-            dense = MlpConfig(d_ff=width, activation=config.activation, gated=config.gated)
-            self.shared = Mlp(dense, d_model, num_layers, init_std, **kw)
+        kw: dict[str, Any] = {"rules": rules, "dtype": dtype}
+        width, kind = max(1, config.shared_experts) * f, config.activation
+        dense = MlpConfig(d_ff=width, activation=kind, gated=gated)
+        shared = config.shared_experts > 0
+        self.shared = Mlp(dense, d_model, num_layers, init_std, **kw) if shared else None
 
     def feed(self, x: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Aux]:
         """See :class:`~maxlm.models.blocks.FeedForward`."""
