@@ -1,5 +1,7 @@
 """Promise: the cache has the shape, size and layout that the rules give it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.caches import kv_cache_spec
 from maxlm.parallel.attention import sharded_attention
 from maxlm.sharding import AxisRules, ShardingConfig
+from tests.models.building import QUICK
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -58,6 +61,16 @@ def test_a_ring_is_as_long_as_its_window_and_answers_as_a_whole_cache(one_device
     random = np.random.default_rng(0)
     q, k, v = (jnp.asarray(random.normal(size=(2, 30, 2, 4)), jnp.float32) for _ in range(3))
     lengths = jnp.asarray([9, 3], jnp.int32)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def answer(cache, positions, real):
+        q_, k_, v_ = (jnp.take_along_axis(x, positions[..., None, None], axis=1) for x in (q, k, v))
+        cache, keys = cache.append(k_, v_, positions, real, rules)
+        how = {"rules": rules, "window": window, **keys.mask}
+        y = sharded_attention(q_, keys.key, keys.value, **how)
+        live = positions < (positions[:, -1:] + 1 if real is None else real[:, None])
+        return jnp.where(live[..., None, None], y, 0), cache
+
     with jax.set_mesh(one_device_mesh):
         specs = [kv_cache_spec(2, 30, w, (2, 4), (2, 4), "kv_heads") for w in (window, None)]
         ring, whole = (jax.tree.map(lambda a: jnp.zeros(a.shape), spec) for spec in specs)
@@ -66,19 +79,7 @@ def test_a_ring_is_as_long_as_its_window_and_answers_as_a_whole_cache(one_device
         first = jnp.zeros(2, jnp.int32)
         for count, real in ((12, lengths), (3, None), (1, None), (1, None), (7, None)):
             positions = first[:, None] + jnp.arange(count, dtype=jnp.int32)
-            own = [jnp.take_along_axis(x, positions[..., None, None], axis=1) for x in (q, k, v)]
-            answers = []
-            for cache in (ring, whole):
-                cache, keys = cache.append(own[1], own[2], positions, real, rules)
-                answers.append(
-                    sharded_attention(
-                        own[0], keys.key, keys.value, rules=rules, window=window, **keys.mask
-                    )
-                )
-                ring, whole = (cache, whole) if len(answers) == 1 else (ring, cache)
-            ends = first + count if real is None else real
-            live = (positions < ends[:, None])[..., None, None]
-            np.testing.assert_allclose(
-                jnp.where(live, answers[0], 0), jnp.where(live, answers[1], 0), atol=1e-6
-            )
-            first = ends
+            found, ring = answer(ring, positions, real)
+            wanted, whole = answer(whole, positions, real)
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+            first = first + count if real is None else real

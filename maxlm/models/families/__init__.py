@@ -59,30 +59,19 @@ def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
     Raises:
         MaxlmError: none that maxlm knows.
     """
-    names = values.get("architectures") or []
+    names, kind = values.get("architectures") or [], values.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise MaxlmError(
-            f"architectures={names!r} is not a list of names",
-            where=where,
-            fix="take it from the published model",
-        )
+        what = f"architectures={names!r} is not a list of names"
+        raise MaxlmError(what, where=where, fix="take it from the published model")
     for family in FAMILIES.values():
         known = {family.architecture, *family.other_architectures}
-        kind = values.get("model_type")
         if not (known & {*names} or (not names and kind == family.model_type)):
             continue
         if kind not in (None, family.model_type):
-            raise MaxlmError(
-                f"model_type={kind!r} is not that of {family.architecture}",
-                where=where,
-                fix="take it from the published model",
-            )
+            what = f"model_type={kind!r} is not that of {family.architecture}"
+            raise MaxlmError(what, where=where, fix="take it from the published model")
         return family
-    named = ", ".join(names) or f"model_type={values.get('model_type')!r}"
-    known = [family.architecture for family in FAMILIES.values()]
-    near = [name for name in known if name.lower() == named.lower()]  # LLaMAForCausalLM
-    raise MaxlmError(
-        f"the architecture {named} is not supported",
-        where=where,
-        fix=f"did you mean {near[0]}?" if near else f"supported are {', '.join(known)}",
-    )
+    named = ", ".join(names) or f"model_type={kind!r}"
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    what = f"the architecture {named} is not supported"
+    raise MaxlmError(what, where=where, fix=f"supported are {supported}")

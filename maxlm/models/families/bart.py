@@ -80,7 +80,6 @@ def _write(config: Any) -> dict[str, Any]:
 
 BART = ModelFamily(
     "bart",
-    "bart",
     "BartForConditionalGeneration",
     {
         "vocab_size": map_size("vocab_size"),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import map_activation, map_number, map_size, require_value
+from maxlm.models.families.fields import SIZES, map_activation, map_number, map_size, require_value
 from maxlm.models.families.forms import copy, map_linear, map_norm
 from maxlm.models.families.gpt2 import BIASED
 from maxlm.models.families.names import NameTable
@@ -37,14 +37,9 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 BERT = ModelFamily(
     "bert",
-    "bert",
     "BertForMaskedLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "num_hidden_layers": map_size("num_layers"),
-        "hidden_size": map_size("d_model"),
-        "max_position_embeddings": map_size("max_seq_len"),
-        "num_attention_heads": map_size("attention.num_heads"),
+        **SIZES,
         "intermediate_size": map_size("mlp.d_ff"),
         "hidden_act": map_activation("mlp.activation", "gelu"),
         "layer_norm_eps": map_number("norm.eps", 1e-12),

@@ -37,7 +37,6 @@ def _read(reader: ConfigReader, settings: dict[str, Any]) -> None:
 
 BLOOM = ModelFamily(
     "bloom",
-    "bloom",
     "BloomForCausalLM",
     {
         "vocab_size": map_size("vocab_size"),

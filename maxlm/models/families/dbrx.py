@@ -47,7 +47,6 @@ def _write(config: Any) -> dict[str, Any]:
 
 DBRX = ModelFamily(
     "dbrx",
-    "dbrx",
     "DbrxForCausalLM",
     {
         "vocab_size": map_size("vocab_size"),

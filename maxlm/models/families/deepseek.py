@@ -6,7 +6,14 @@ from typing import Any
 from maxlm.config import MaxlmError
 from maxlm.models.families import llama, qwen
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.families.fields import ConfigField, map_flag, map_number, map_size, require_value
+from maxlm.models.families.fields import (
+    SIZES,
+    ConfigField,
+    map_flag,
+    map_number,
+    map_size,
+    require_value,
+)
 from maxlm.models.families.forms import copy, linear, map_linear, permute_rotary, split_heads
 from maxlm.models.families.names import NameTable
 from maxlm.models.families.reader import ConfigReader
@@ -80,14 +87,9 @@ def _write(config: Any) -> dict[str, Any]:
 
 DEEPSEEK_V2 = ModelFamily(
     "deepseek_v2",
-    "deepseek_v2",
     "DeepseekV2ForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "num_hidden_layers": map_size("num_layers"),
-        "hidden_size": map_size("d_model"),
-        "max_position_embeddings": map_size("max_seq_len"),
-        "num_attention_heads": map_size("attention.num_heads"),
+        **SIZES,
         "attention_bias": map_flag("attention.bias", False),
         "q_lora_rank": map_size("attention.latent.q_rank", nullable=True),
         "kv_lora_rank": map_size("attention.latent.kv_rank"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.fields import (
+    SIZES,
     map_activation,
     map_flag,
     map_number,
@@ -71,14 +72,10 @@ def _write(config: Any) -> dict[str, Any]:
 
 FALCON = ModelFamily(
     "falcon",
-    "falcon",
     "FalconForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "num_hidden_layers": map_size("num_layers"),
-        "hidden_size": map_size("d_model"),
+        **SIZES,
         "max_position_embeddings": map_size("max_seq_len", 2048),
-        "num_attention_heads": map_size("attention.num_heads"),
         "bias": map_flag("attention.bias", False),
         "ffn_hidden_size": map_size("mlp.d_ff", None),
         "activation": map_activation("mlp.activation", "gelu"),

@@ -16,8 +16,6 @@ class ModelFamily:
     """Everything is pure; nothing is allocated."""
 
     name: str
-    model_type: str
-    """As config.json has it."""
     architecture: str
     """The class that a converted checkpoint is for, first of config.json's architectures."""
     fields: ConfigFields
@@ -32,6 +30,8 @@ class ModelFamily:
     """Reads into the settings what ``fields`` cannot say."""
     write: Callable[[Any], dict[str, Any]] = lambda config: {}
     """The inverse."""
+    published_type: str | None = None
+    """Its ``model_type``, where that is not its name."""
     ignored: Sequence[str] = ()
     """Patterns (``*.inv_freq``) of tensors that hold no parameter: buffers, other tasks' heads."""
     prefix: str = ""
@@ -45,6 +45,11 @@ class ModelFamily:
     other_architectures: Sequence[str] = ()
     shape: str = "decoder"
     """The architecture of its models, as our configs name it."""
+
+    @property
+    def model_type(self) -> str:
+        """As config.json has it."""
+        return self.published_type or self.name
 
     def list_entries(self, config: Any, tensors: Iterable[str] = ()) -> list[TensorEntry]:
         """Lists every tensor of a model, and where it lies in ours.

@@ -76,6 +76,16 @@ def map_balance_loss(default: float, per_token: str = "num_experts_per_tok") -> 
     )
 
 
+SIZES: ConfigFields = {
+    "vocab_size": map_size("vocab_size"),
+    "num_hidden_layers": map_size("num_layers"),
+    "hidden_size": map_size("d_model"),
+    "max_position_embeddings": map_size("max_seq_len"),
+    "num_attention_heads": map_size("attention.num_heads"),
+}
+"""Under the names that most families have."""
+
+
 def read_activation(reader: ConfigReader, key: str, default: str) -> str:
     """Our name of an activation."""
     name = reader.get(key, default)

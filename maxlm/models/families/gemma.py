@@ -140,7 +140,6 @@ def _write_gemma3(config: Any) -> dict[str, Any]:
 
 GEMMA = ModelFamily(
     "gemma",
-    "gemma",
     "GemmaForCausalLM",
     _declare_fields(16),
     llama.TABLE,
@@ -150,7 +149,6 @@ GEMMA = ModelFamily(
     write=_write,
 )
 GEMMA2 = ModelFamily(
-    "gemma2",
     "gemma2",
     "Gemma2ForCausalLM",
     _declare_local_fields(50.0, 30.0),
@@ -163,7 +161,6 @@ GEMMA2 = ModelFamily(
 )
 GEMMA3 = ModelFamily(
     "gemma3",
-    "gemma3_text",
     "Gemma3ForCausalLM",
     {
         **_declare_local_fields(None, None),
@@ -175,4 +172,5 @@ GEMMA3 = ModelFamily(
     read=_read_gemma3,
     write=_write_gemma3,
     inert=INERT,
+    published_type="gemma3_text",
 )

@@ -32,7 +32,6 @@ BIASED = {
 
 GPT2 = ModelFamily(
     "gpt2",
-    "gpt2",
     "GPT2LMHeadModel",
     {
         "vocab_size": map_size("vocab_size"),

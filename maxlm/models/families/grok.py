@@ -42,7 +42,6 @@ def write_scale(config: Any) -> float:
 
 GROK1 = ModelFamily(
     "grok1",
-    "grok-1",
     "Grok1ModelForCausalLM",
     {
         **llama.COMMON,
@@ -61,4 +60,5 @@ GROK1 = ModelFamily(
     TABLE,
     {"moe.activation": "gelu_tanh", "moe.renormalise": False, "placement": "sandwich"},
     rope={},
+    published_type="grok-1",
 )

@@ -4,6 +4,7 @@ SmolLM2, Mistral (Jiang et al. 2023, arXiv 2310.06825) and Mixtral (Jiang et al.
 
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.fields import (
+    SIZES,
     ConfigFields,
     map_balance_loss,
     map_flag,
@@ -59,12 +60,9 @@ def map_kv_heads(default: int | None) -> ConfigFields:
 
 # Of all of Llama's relatives: sizes, heads, RMSNorm, ties; not the FFN.
 COMMON: ConfigFields = {
-    "vocab_size": map_size("vocab_size"),
-    "num_hidden_layers": map_size("num_layers"),
-    "hidden_size": map_size("d_model"),
+    **SIZES,
     # The second name is that of early files.
     "max_position_embeddings": map_size("max_seq_len", also="max_sequence_length"),
-    "num_attention_heads": map_size("attention.num_heads"),
     **map_kv_heads(None),
     "head_dim": map_size("attention.head_dim", None, nullable=True),
     "rms_norm_eps": map_number("norm.eps"),
@@ -81,7 +79,6 @@ EXPERTS: ConfigFields = {
 }
 LLAMA = ModelFamily(
     "llama",
-    "llama",
     "LlamaForCausalLM",
     {
         **COMMON,
@@ -96,7 +93,6 @@ LLAMA = ModelFamily(
 )
 MISTRAL = ModelFamily(
     "mistral",
-    "mistral",
     "MistralForCausalLM",
     {
         **COMMON,
@@ -109,7 +105,6 @@ MISTRAL = ModelFamily(
     ignored=BUFFERS,
 )
 MIXTRAL = ModelFamily(
-    "mixtral",
     "mixtral",
     "MixtralForCausalLM",
     {

@@ -19,7 +19,6 @@ TABLE: NameTable = {
 
 MPT = ModelFamily(
     "mpt",
-    "mpt",
     "MptForCausalLM",
     {
         "vocab_size": map_size("vocab_size"),

@@ -4,6 +4,7 @@ et al. 2024, arXiv 2404.14219)."""
 from maxlm.models.families import llama
 from maxlm.models.families.family import ModelFamily
 from maxlm.models.families.fields import (
+    SIZES,
     ConfigField,
     map_activation,
     map_flag,
@@ -42,14 +43,9 @@ PHI3_TABLE: NameTable = {
 
 PHI = ModelFamily(
     "phi",
-    "phi",
     "PhiForCausalLM",
     {
-        "vocab_size": map_size("vocab_size"),
-        "num_hidden_layers": map_size("num_layers"),
-        "hidden_size": map_size("d_model"),
-        "max_position_embeddings": map_size("max_seq_len"),
-        "num_attention_heads": map_size("attention.num_heads"),
+        **SIZES,
         "num_key_value_heads": map_size("attention.num_kv_heads", None),
         "qk_layernorm": map_flag("attention.qk_norm", False),
         "intermediate_size": map_size("mlp.d_ff"),
@@ -64,7 +60,6 @@ PHI = ModelFamily(
     rope={"partial": 0.5},
 )
 PHI3 = ModelFamily(
-    "phi3",
     "phi3",
     "Phi3ForCausalLM",
     {

@@ -61,7 +61,6 @@ def _write_window(config: Any) -> dict[str, Any]:
 
 QWEN2 = ModelFamily(
     "qwen2",
-    "qwen2",
     "Qwen2ForCausalLM",
     {**llama.COMMON, **llama.map_kv_heads(32), **llama.SWIGLU, "use_mrope": require_value(False)},
     llama.TABLE,
@@ -71,7 +70,6 @@ QWEN2 = ModelFamily(
     write=_write_windows,
 )
 QWEN3 = ModelFamily(
-    "qwen3",
     "qwen3",
     "Qwen3ForCausalLM",
     {
@@ -88,7 +86,6 @@ QWEN3 = ModelFamily(
     write=_write_windows,
 )
 QWEN3_MOE = ModelFamily(
-    "qwen3_moe",
     "qwen3_moe",
     "Qwen3MoeForCausalLM",
     {

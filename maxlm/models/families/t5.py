@@ -88,7 +88,6 @@ def _write(config: Any) -> dict[str, Any]:
 
 T5 = ModelFamily(
     "t5",
-    "t5",
     "T5ForConditionalGeneration",
     {
         "vocab_size": map_size("vocab_size"),
