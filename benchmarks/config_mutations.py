@@ -294,7 +294,7 @@ def draw_models(cases: list[str], number: int, seed: int, verbose: bool) -> bool
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", help="of tests/parity/tiny.py; default: one a family")
+    parser.add_argument("--cases", help="of tests/parity/cases.yaml; default: one a family")
     parser.add_argument("--random", type=int, help="so many random models instead")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--verbose", action="store_true", help="a line each config")
