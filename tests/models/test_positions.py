@@ -1,8 +1,8 @@
-"""Position schemes are what their papers say, in float64 and by other formulas than the code's."""
+"""Position schemes are what their papers say, in float64 and by other formulas than the code has.
+That queries, keys and scores get them is checked in whole models (test_decoder.py)."""
 
 from math import log, pi
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from maxlm.models.layers.positions import (
     PositionsConfig,
     compute_alibi_slopes,
-    compute_relative_biases,
     compute_relative_buckets,
-    compute_sinusoids,
 )
 from maxlm.models.layers.rope import (
     DynamicNtkScaling,
@@ -26,7 +24,6 @@ from maxlm.models.layers.rope import (
     compute_frequencies,
     compute_rotary,
     rotary_factor,
-    rotate,
 )
 from tests.models import reference
 
@@ -197,67 +194,6 @@ def test_yarn_alone_changes_the_size_of_what_is_turned(scaling, expected):
     np.testing.assert_allclose(found.cos**2 + found.sin**2, expected**2, rtol=1e-5)
 
 
-def turned_reference(x, positions, theta, size):
-    return np.array(
-        [
-            [[reference.rotate(head, at, theta, size) for head in token] for token, at in row]
-            for row in (list(zip(a, b, strict=True)) for a, b in zip(x, positions, strict=True))
-        ]
-    )
-
-
-def drawn(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("size", [2, 6, 10])
-def test_turning_equals_the_reference_and_leaves_other_dimensions_as_they_are(size):
-    x, positions = drawn(2, 5, 3, 10), np.array([[0, 1, 2, 3, 4], [0, 1, 0, 7, 31]], np.int32)
-    found = np.asarray(rotate(jnp.asarray(x), compute_rotary(jnp.asarray(positions), size, 50.0)))
-    np.testing.assert_allclose(
-        found, turned_reference(x.astype(np.float64), positions, 50.0, size), atol=2e-5
-    )
-    np.testing.assert_array_equal(found[..., size:], x[..., size:])
-    assert np.abs(found[:, 1:, :, :size] - x[:, 1:, :, :size]).max() > 0.1
-    np.testing.assert_allclose(
-        np.linalg.norm(found, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [None, LinearScaling(factor=3.0), YarnScaling(factor=4.0, original_length=32)],
-)
-def test_scores_depend_on_distance_alone(scaling):
-    """Su et al. 2021, eq. 16."""
-    q, k = drawn(8), drawn(8, seed=1)
-    count = 40
-    turns = compute_rotary(jnp.arange(count, dtype=jnp.int32)[None], 8, 30.0, scaling)
-
-    def everywhere(x):
-        return np.asarray(rotate(jnp.broadcast_to(x, (1, count, 1, 8)), turns))[0, :, 0]
-
-    scores = everywhere(q) @ everywhere(k).T
-    for distance in range(-count + 1, count):
-        diagonal = np.diagonal(scores, distance)
-        np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-5)
-    assert scores[0].std() > 0.1
-
-
-def test_the_gradient_of_turning_is_turning_back():
-    x, d_y = drawn(1, 4, 2, 9), drawn(1, 4, 2, 9, seed=1)
-    turns = compute_rotary(jnp.asarray([[0, 3, 5, 11]], jnp.int32), 6, 20.0)
-    _, pull = jax.vjp(lambda x: rotate(x, turns), jnp.asarray(x))
-    (d_x,) = pull(jnp.asarray(d_y))
-    # A turn is linear: <turned(e), d_y> for every unit vector e.
-    for h in range(9):
-        unit = np.zeros(9)
-        unit[h] = 1
-        for s, at in enumerate((0, 3, 5, 11)):
-            turned = reference.rotate(unit, at, 20.0, 6)
-            np.testing.assert_allclose(d_x[0, s, :, h], d_y[0, s] @ turned, atol=1e-5)
-
-
 def test_alibi_slopes_are_the_published_ones():
     """Press et al. 2022, §3; those of 12 heads are of 8, and the first of 16 that 8 do not have.
     The smallest can be given, as by MPT's alibi_bias_max."""
@@ -272,16 +208,6 @@ def test_alibi_slopes_equal_the_reference_and_differ(heads):
     close(found, [reference.alibi_slope(head, heads) for head in range(heads)], rtol=1e-6)
     assert len(set(found.tolist())) == heads
     assert found.dtype == np.float32
-
-
-@pytest.mark.parametrize("width", [7, 8])
-def test_sinusoids_are_sines_and_cosines_by_turns(width):
-    positions = np.array([[0, 1, 2], [511, 0, 90]], np.int32)
-    found = compute_sinusoids(jnp.asarray(positions), width)
-    assert found.shape == (2, 3, width)
-    for row, column in np.ndindex(2, 3):
-        expected = [reference.wave(positions[row, column], i, width) for i in range(width)]
-        np.testing.assert_allclose(found[row, column], expected, atol=5e-5)
 
 
 def buckets_of(config, causal):
@@ -325,18 +251,3 @@ def test_buckets_grow_with_distance_on_each_side(half, reach, causal):
             k = expected - exact
             assert power == reach**k * exact ** (per_side - exact - k)
             assert bucket == expected - 1
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_biases_by_distance_and_their_gradient(causal):
-    """A bucket's gradient is the sum over the distances that share it."""
-    config = PositionsConfig(kind="relative", buckets=6, max_distance=9)
-    at = compute_relative_buckets(config, causal=causal)
-    table, d_y = drawn(6, 3), drawn(3, 19, seed=1)
-    found, pull = jax.vjp(
-        lambda table: compute_relative_biases(table, config, causal=causal), jnp.asarray(table)
-    )
-    np.testing.assert_array_equal(found, table[at].T)
-    (d_table,) = pull(jnp.asarray(d_y))
-    for bucket in range(6):
-        np.testing.assert_allclose(d_table[bucket], d_y[:, at == bucket].sum(axis=1), atol=1e-5)

@@ -19,7 +19,6 @@ from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.params import bind
 from maxlm.programs.convert import convert
-from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
 from maxlm.train.records import read_records
 
@@ -38,19 +37,9 @@ PROMPTS = [
     "Water boils at",
     "def fibonacci(n):\n",
     "Once upon a time, in a small village,",
-    "The three primary colours are",
-    "In 1969, humans first",
-    "To make a cup of tea, you",
-    "The mitochondria is",
-    "Dear Sir or Madam,\n\n",
     "1, 1, 2, 3, 5, 8,",
-    "The opposite of hot is",
     "SELECT name FROM users WHERE",
-    "Photosynthesis is the process by which",
-    "My favourite book is",
-    "The quick brown fox",
     "A haiku about autumn:\n",
-    "import numpy as np\n\n",
     "The largest planet in the solar system is",
     "Q: What is 7 times 8?\nA:",
     "She opened the door and saw",
@@ -100,6 +89,7 @@ def test_greedy_continuations_are_the_same(theirs, ours, prompts):
     greedy = SamplingConfig(temperature=0, max_new_tokens=TOKENS)
     steps = generate(ours.model, ours.params, prompts, greedy, eos_id=None, key=jax.random.key(0))
     found = np.array(list(steps)).T
+    assert ours.tokenizer.decode(found[0].tolist()).startswith(" Paris")
     # One look at the whole text tells what transformers would have said after every token of it.
     for prompt, continuation in zip(prompts, found, strict=True):
         with torch.no_grad():
@@ -128,12 +118,6 @@ def test_perplexity_is_the_same_to_four_digits(theirs, ours, folders):
         found = float(np.exp(loss(ours.params, *put)))
     assert found == pytest.approx(expected, rel=5e-5)
     assert 1 < found < 30
-
-
-def test_it_knows_the_capital_of_france(ours):
-    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
-    pieces = generate_text(ours.model, ours.params, ours.tokenizer, [PROMPTS[0]], greedy)
-    assert "".join(text for (text,) in pieces).startswith(" Paris")
 
 
 def test_fine_tuning_lowers_the_loss_of_held_out_text(folders, tmp_path):
