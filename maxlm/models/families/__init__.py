@@ -72,6 +72,8 @@ def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
             raise MaxlmError(what, where=where, fix="take it from the published model")
         return family
     named = ", ".join(names) or f"model_type={kind!r}"
-    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    supported = [family.architecture for family in FAMILIES.values()]
+    near = [name for name in supported if name.lower() == named.lower()]  # LLaMAForCausalLM
     what = f"the architecture {named} is not supported"
-    raise MaxlmError(what, where=where, fix=f"supported are {supported}")
+    fix = f"did you mean {near[0]}?" if near else f"supported are {', '.join(supported)}"
+    raise MaxlmError(what, where=where, fix=fix)
