@@ -67,7 +67,7 @@ class MetricsCallback(Callback):
         self._display.update(step, record)
         self._log.log(step, record)
 
-    def on_evaluate(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._display.message(_summarize_evaluation(step, metrics))
         self._log.log(step, metrics)
 

@@ -17,10 +17,10 @@ from maxlm.programs.setup import Setup
 from maxlm.run import RunConfig
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.train import callbacks
-from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
+from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.display import ConsoleDisplay, plot_loss
 from maxlm.train.state import TrainState
-from maxlm.train.trainer import StepTimer, Trainer
+from maxlm.train.trainer import RollbackDecision, StepTimer, Trainer
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,18 @@
-"""Detects updates that are not finite and loss spikes: a pure function of a run's scalars."""
+"""Detects updates that are not finite and loss spikes, from a run's scalars alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from statistics import median
 from typing import Any
 
 from maxlm.train.config import FaultsConfig
+from maxlm.train.trainer import Callback, RollbackDecision, Trainer
 
 # The standard deviation of a normal distribution over its median absolute deviation (the inverse
 # of the third quartile of a standard normal), and the least deviation, as a share of the loss.
 _DEVIATIONS_PER_MAD = 1.4826
 _LEAST_DEVIATION = 0.005
-
-
-@dataclass(frozen=True)
-class RollbackDecision:
-    """The updates of steps ``first`` to ``last`` are bad: the run must return to a checkpoint from
-    before them."""
-
-    first: int
-    last: int
-    reason: str
 
 
 class LossSpikeDetector:
@@ -62,10 +53,8 @@ class LossSpikeDetector:
                 self._spikes += 1
             if self._skipped < self._config.max_skipped:
                 return None
-            first = step - self._skipped + 1
-            return RollbackDecision(
-                first, step, f"{self._skipped} updates in a row were not finite"
-            )
+            reason = f"{self._skipped} updates in a row were not finite"
+            return RollbackDecision(step - self._skipped + 1, step, reason)
         loss = metrics["loss"]
         limit = self._spike_limit()
         if loss <= limit:
@@ -85,3 +74,17 @@ class LossSpikeDetector:
         middle = median(self._losses)
         deviation = _DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in self._losses)
         return middle + threshold * max(deviation, _LEAST_DEVIATION * abs(middle))
+
+
+@dataclass
+class LossSpikeCallback(Callback):
+    """Reports updates that were skipped because they were not finite, and asks for a rollback after
+    several of them, or several loss spikes, in a row."""
+
+    detector: LossSpikeDetector
+    event: Callable[..., None]
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        if metrics.get("skipped"):
+            self.event("skip", step, reason="the loss or a gradient is not finite")
+        trainer.rollback = trainer.rollback or self.detector.update(step, metrics)

@@ -2,13 +2,14 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from maxlm.config import MaxlmError
+from maxlm.runtime.files import replace_file
 from maxlm.train.records import read_records
 
 
@@ -20,7 +21,7 @@ def format_duration(seconds: float) -> str:
 
 
 def summarize_record(record: Mapping[str, Any]) -> str:
-    """The parts of a metrics record that one watches, on one line; what is missing is left out."""
+    """The main numbers of a metrics record on one line; what is missing is left out."""
     parts = {
         "loss": "loss {:.4f}",
         "learning_rate": "lr {:.2e}",
@@ -42,10 +43,8 @@ class ConsoleDisplay:
     compiles; evaluations and checkpoints after it count.
 
     Args:
-        total_steps: of the whole run.
         start_step: steps made before this start (a resumed run).
         show: False on all processes but the first: every method then does nothing.
-        stream: where to print (default: stderr).
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class ConsoleDisplay:
             )
 
     def update(self, step: int, record: Mapping[str, Any]) -> None:
-        """Show that ``step`` steps are done. ``record``: see :func:`summary`."""
+        """Shows that ``step`` steps are done, with the main numbers of a metrics record."""
         if not self._show:
             return
         now = time.monotonic()
@@ -101,7 +100,7 @@ class ConsoleDisplay:
             print(f"step {step}/{self.total_steps} · {text}", file=self._stream, flush=True)
 
     def message(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Prints a line above the bar."""
         if self._progress:
             self._progress.console.print(text, markup=False, highlight=False)
         elif self._show:
@@ -117,59 +116,47 @@ class ConsoleDisplay:
             self._progress.stop()
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Means over a centred window of 1% of the values, shorter at both ends."""
-    half = len(values) // 200
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    first, last = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (sums[last] - sums[first]) / (last - first)
-
-
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
-    """Draw the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` as a PNG.
+    """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG.
 
     Training losses are drawn twice, faintly each and boldly their means over 1% of the steps. The
-    x axis is ``tokens`` where every step has them (in any of its records), else steps; it is
-    logarithmic, so that the early fall and the late crawl can both be read.
+    x axis is logarithmic, so that the early fall and the late crawl can both be read.
 
     Raises:
         MaxlmError: the file is missing, or holds no loss.
     """
     records = list(read_records(Path(metrics)))
-    train = [r for r in records if r.get("loss") is not None]
-    held_out = [r for r in records if r.get("eval_loss") is not None]
-    if not train and not held_out:
-        raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
-    tokens = {r["step"]: r["tokens"] for r in records if "tokens" in r}
-    counted = all(r["step"] in tokens for r in train + held_out)
+    tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
 
-    def where(record: Mapping[str, Any]) -> int:
-        return tokens[record["step"]] if counted else record["step"]
+    def select_points(name: str) -> np.ndarray:
+        points = [(tokens.get(r["step"]), r.get(name)) for r in records]
+        return np.array([point for point in points if None not in point], float).reshape(-1, 2).T
+
+    (x, losses), (x_eval, eval_losses) = select_points("loss"), select_points("eval_loss")
+    if not losses.size and not eval_losses.size:
+        raise MaxlmError("no losses to plot", where=str(metrics), fix="train for a few steps first")
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
-    if train:
-        x, y = [where(r) for r in train], [r["loss"] for r in train]
-        axes.plot(x, y, color="#4C78A8", linewidth=0.8, alpha=0.3)
-        axes.plot(x, _smooth(y), color="#4C78A8", linewidth=1.5, label="training")
-    if held_out:
-        x, y = [where(r) for r in held_out], [r["eval_loss"] for r in held_out]
-        axes.plot(x, y, color="#E45756", linewidth=1.5, marker="o", markersize=4, label="held out")
-        axes.annotate(
-            f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 5), textcoords="offset points", fontsize=9
-        )
+    if losses.size:
+        width = np.ones(2 * (losses.size // 200) + 1)
+        means = np.convolve(losses, width, "same") / np.convolve(np.ones_like(x), width, "same")
+        axes.plot(x, losses, color="#4C78A8", linewidth=0.8, alpha=0.3)
+        axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
+    if eval_losses.size:
+        style = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
+        axes.plot(x_eval, eval_losses, color="#E45756", **style)
+        last = x_eval[-1], eval_losses[-1]
+        text = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(f"{last[1]:.3f}", last, **text)
     axes.set_xscale("log")
-    axes.set_xlabel("tokens seen" if counted else "step")
+    axes.set_xlabel("tokens seen")
     axes.set_ylabel("loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(frameon=False)
-
-    image = Path(image)
-    temporary = image.with_name(f".{image.name}.tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(image)
+    with replace_file(Path(image)) as temporary:
+        figure.savefig(temporary, format="png")

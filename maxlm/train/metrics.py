@@ -4,19 +4,19 @@ A metrics record is a flat dict of JSON numbers with an integer ``step``; the st
 updates made so far.
 """
 
-import time
+import resource
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from maxlm.runtime.files import convert_write_errors
-from maxlm.train.records import Record, RecordFile
-from maxlm.train.reporting import ReportingConfig
-from maxlm.train.sinks import open_sinks
+from maxlm.train.records import RecordSink
+from maxlm.train.reporting import ReportingConfig, Sink, open_sinks
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -55,9 +55,6 @@ def measure_memory() -> dict[str, float]:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"device_memory_peak": stats["peak_bytes_in_use"]}
-    import resource
-    import sys
-
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return {"process_memory_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
@@ -88,69 +85,39 @@ class MetricsLog:
         write: bool = True,
         reporting: ReportingConfig = ReportingConfig(),
     ):
-        self._write, self.stopped = write, False
+        self.stopped = False
         """Whether the attempt's end was written down."""
         self.damaged_lines = 0
         """How many lines of ``metrics.jsonl`` hold no record."""
-        if not write:
-            return
-        folder = Path(folder)
-        with convert_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._sinks = []
+        self._sinks: list[Sink] = []
         with ExitStack() as stack:
-            self._metrics = RecordFile(folder / "metrics.jsonl")
-            stack.callback(self._metrics.close)
-            # A run that begins anew has no step 0 in its records.
-            self.damaged_lines = self._metrics.keep(resume_step if resume_step else -1)
-            self._events = RecordFile(folder / "events.jsonl")
-            stack.callback(self._events.close)
-            for sink in open_sinks(reporting, folder, resume_step):
-                stack.callback(sink.close)
-                self._sinks.append(sink)
+            if write:
+                records = RecordSink(Path(folder), resume_step)
+                self.damaged_lines = records.damaged_lines
+                for sink in chain([records], open_sinks(reporting, Path(folder), resume_step)):
+                    stack.callback(sink.close)
+                    self._sinks.append(sink)
             self._open = stack.pop_all()
 
-    def log(self, step: int, values: Record) -> None:
-        """Append one record: ``step`` and finite or non-finite numbers (written as null)."""
-        if not self._write:
-            return
-        numbers = {name: _number(value) for name, value in values.items()}
-        self._metrics.append({"step": step, **{n: _or_null(v) for n, v in numbers.items()}})
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one record: ``step`` and finite or non-finite numbers (written as null)."""
+        numbers = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
         for sink in self._sinks:
             sink.log(step, numbers)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
-        """Append an event with the wall time in seconds; docs/runs.md lists them."""
+        """Appends an event with the wall time in seconds; docs/runs.md lists them."""
         self.stopped = kind == "stop"
-        if not self._write:
-            return
-        self._events.append({"event": kind, "step": step, "time": time.time(), **details})
         for sink in self._sinks:
-            sink.event(kind, details)
+            sink.event(kind, step, details)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after ``step``: training goes on from there once more."""
-        if not self._write:
-            return
-        self._metrics.keep(step)
+        """Drops the records after ``step``: training goes on from there once more."""
         for sink in self._sinks:
             sink.rewind(step)
-
-    def close(self) -> None:
-        """Write everything out."""
-        if self._write:
-            self._open.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _number(value: Any) -> int | float:
-    return value if isinstance(value, int) else float(value)
-
-
-def _or_null(value: int | float) -> int | float | None:
-    return value if abs(value) < float("inf") else None  # also None for NaN: JSON has neither
+        self._open.close()

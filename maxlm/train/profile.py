@@ -32,10 +32,9 @@ def parse_steps(text: str) -> tuple[int, int]:
 class Profiler(Callback):
     """Traces steps ``first`` to ``last`` into ``folder``/profile.
 
-    A host's trace begins once the step before it is done, and ends when the last one is: it holds
-    all the devices' work on these steps and no other. Every process traces its own devices; of
-    several, each writes to profile/process-N, as files are named after hosts, which may run more
-    than one. A run that resumes between the two steps is traced from its first one.
+    A host's trace begins once the step before it is done, and ends when the last one is. Every
+    process traces its own devices; of several, each writes to profile/process-N, as files are named
+    after hosts. A run that resumes between the two steps is traced from its first one.
 
     Raises (every hook):
         MaxlmError: another trace is being taken in this process, or it cannot be written.
@@ -65,14 +64,10 @@ class Profiler(Callback):
         if step >= self._last:
             self._stop()
 
-    def on_train_end(self, trainer: Trainer, step: int, state: Any) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self._stop()
 
-    def on_rollback(self, trainer: Trainer, decision: Any) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
-        self._stop()
+    on_rollback = on_exception = on_train_end
 
     def _stop(self) -> None:
         if self._is_tracing:

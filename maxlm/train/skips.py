@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from maxlm.config import MaxlmError
-from maxlm.runtime.collectives import broadcast_from_process_0
+from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import replace_file
 
 BatchRange = tuple[int, int]
@@ -22,27 +22,11 @@ Skips = tuple[BatchRange, ...]
 _FILE = "skipped_batches.json"
 
 
-def _merge(skips: Sequence[BatchRange]) -> Iterator[BatchRange]:
-    """Yields the same batches as sorted ranges that do not touch."""
-    first, last = 0, -2
-    for one, other in sorted(skips):
-        if one > last + 1:
-            if last >= first:
-                yield first, last
-            first, last = one, other
-        last = max(last, other)
-    if last >= first:
-        yield first, last
-
-
 def get_batch_number(step: int, skips: Sequence[BatchRange]) -> int:
     """Returns the number of the batch taken after ``step`` updates; without skips, ``step``."""
-    number = step
-    for first, last in _merge(skips):
-        if first > number:
-            break
-        number += last - first + 1
-    return number
+    for skipped in sorted({n for first, last in skips for n in range(first, last + 1)}):
+        step += skipped <= step
+    return step
 
 
 def contiguous_ranges(
@@ -50,13 +34,11 @@ def contiguous_ranges(
 ) -> Iterator[tuple[int, int]]:
     """Yields (first batch, number of batches) for each range of consecutive batches taken by the
     updates after ``start`` to ``stop``."""
-    step = start
-    while step < stop:
-        number = get_batch_number(step, skips)
-        ends = [first - number for first, _ in skips if first > number]
-        count = min([stop - step, *ends])
+    while start < stop:
+        number = get_batch_number(start, skips)
+        count = min([stop - start, *(first - number for first, _ in skips if first > number)])
         yield number, count
-        step += count
+        start += count
 
 
 def has_same_batches(step: int, one: Sequence[BatchRange], other: Sequence[BatchRange]) -> bool:
@@ -70,22 +52,23 @@ def get_skips(metadata: Mapping[str, Any]) -> Skips:
 
 
 def read_skips(folder: Path) -> Skips | None:
-    """Returns the batches recorded in a run's folder; None without a record.
-
-    Raises:
-        MaxlmError: the record is damaged.
-    """
+    """Returns the batches recorded in a run's folder; None without a record. Raises MaxlmError if
+    the record is damaged."""
     path = folder / _FILE
-    record = None
-    if jax.process_index() == 0 and path.exists():
+
+    def read() -> list[BatchRange] | None:
+        if jax.process_index() > 0 or not path.exists():
+            return None
         try:
-            record = [_parse_range(each["batches"]) for each in json.loads(path.read_text())]
+            ranges: Any = [tuple(each["batches"]) for each in json.loads(path.read_text())]
+            if all(type(a) is type(b) is int and 0 <= a <= b for a, b in ranges):
+                return ranges
         except (ValueError, TypeError, KeyError):
-            record = "damaged"
-    record = broadcast_from_process_0(record)
-    if record == "damaged":
+            pass
         fix = 'rewrite it from the rollbacks in events.jsonl: [{"batches": [first, last]}]'
         raise MaxlmError("is no list of ranges of batches", where=str(path), fix=fix)
+
+    record = broadcast_from_process_0(raise_on_all_hosts(read))
     return None if record is None else tuple((first, last) for first, last in record)
 
 
@@ -96,14 +79,3 @@ def record_skip(folder: Path, skips: Skips, skip: BatchRange, reason: str) -> No
     with replace_file(path) as temporary:
         entries = [*known, {"batches": skip, "reason": reason}]
         temporary.write_text(f"{json.dumps(entries, indent=2)}\n")
-
-
-def _parse_range(written: Any) -> BatchRange:
-    """
-    Raises:
-        ValueError, TypeError: not a first and a last batch.
-    """
-    first, last = written
-    if not all(type(n) is int for n in (first, last)) or not 0 <= first <= last:
-        raise ValueError(written)
-    return first, last

@@ -1,16 +1,89 @@
 """The training loop. It takes steps; callbacks record, evaluate, save and watch."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from maxlm.runtime.signals import StopRequest
-from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.state import TrainState
 from maxlm.train.step import Batch, Sums
-from maxlm.train.timer import StepTimer
+
+# Seconds between two ``progress`` events: what a killed run loses of its account.
+PROGRESS_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RollbackDecision:
+    """The updates of steps ``first`` to ``last`` are bad: the run must return to a checkpoint from
+    before them."""
+
+    first: int
+    last: int
+    reason: str
+
+
+@dataclass
+class StepTimer:
+    """Measures each step, from the end of the one before, and adds up seconds by activity."""
+
+    event: Callable[..., None]
+    """Takes (kind, step, **details): ``compiled`` after the first step, ``progress`` with the
+    totals now and then."""
+    start: int
+    """Steps made before."""
+    spent: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("stepping", "loading", "saving", "evaluating"), 0.0)
+    )
+
+    def __post_init__(self) -> None:
+        self._reported = time.monotonic()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._step_began, self._waited = time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def timed(self, activity: str) -> Iterator[Callable[[], float]]:
+        """Times an activity that is no part of a step; yields a function that returns its seconds
+        once it is over."""
+        began = time.perf_counter()
+        ended = began
+        try:
+            yield lambda: ended - began
+        finally:
+            ended = time.perf_counter()
+            self.spent[activity] += ended - began
+            self._step_began += ended - began
+
+    def finish_step(self, step: int) -> dict[str, float]:
+        """Returns a step's ``seconds`` and ``loader_wait``, the share spent waiting for data."""
+        seconds = max(time.perf_counter() - self._step_began, 1e-9)
+        waited = min(self._waited, seconds)
+        self._restart()
+        if step == self.start + 1:
+            self.event("compiled", step, seconds=seconds - waited)
+        else:
+            self.spent["stepping"] += seconds - waited
+        self.spent["loading"] += waited
+        if time.monotonic() - self._reported >= PROGRESS_SECONDS:
+            self.report(step)
+        return {"seconds": seconds, "loader_wait": waited / seconds}
+
+    def report(self, step: int) -> None:
+        """Writes the totals as a ``progress`` event."""
+        self._reported = time.monotonic()
+        self.event("progress", step, **{k: round(v, 6) for k, v in self.spent.items()})
 
 
 class Callback:
@@ -21,7 +94,7 @@ class Callback:
     """
 
     def on_train_begin(self, trainer: "Trainer", step: int) -> None:
-        """Training begins after ``step`` updates."""
+        """Training begins, after ``step`` updates."""
 
     def on_step_begin(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """Step ``step`` is about to be dispatched; ``state`` is still being computed."""
@@ -40,7 +113,7 @@ class Callback:
     def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The state after ``step``, whose :meth:`on_step_end` has run, and no next step has."""
 
-    def on_evaluate(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
+    def on_evaluation_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
         """An evaluation is done."""
 
     def on_checkpoint(self, trainer: "Trainer", step: int, tier: str) -> None:
@@ -76,10 +149,7 @@ class Trainer:
     """Why the run must return to a checkpoint."""
 
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
-        """Trains from ``state.step`` to ``num_steps``.
-
-        Args:
-            batches: on the mesh, from step ``state.step`` on.
+        """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step`` on.
 
         Returns:
             The final state, or the decision to roll back, after which nothing was saved.

@@ -28,13 +28,13 @@ _REPORT_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class _Awaited:
-    """The work that is under way."""
+class AwaitedWork:
+    """The work that is under way, in words, and the seconds that it may take."""
 
     step: int
     words: str
     began: float
-    limit: float  # seconds
+    limit: float
 
 
 class Watchdog(Callback):
@@ -62,7 +62,7 @@ class Watchdog(Callback):
         self._step_seconds: deque[float] = deque(maxlen=_MEDIAN_STEPS)
         self._done, self._is_first_step = threading.Event(), True
         # The training thread replaces it, the watching thread reads it.
-        self._awaited = _Awaited(0, "", time.monotonic(), float("inf"))
+        self.awaited = AwaitedWork(0, "", time.monotonic(), float("inf"))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def on_train_begin(self, trainer: Trainer, step: int) -> None:
@@ -76,32 +76,23 @@ class Watchdog(Callback):
         self._step_seconds.append(metrics["seconds"])
 
     def expect(self, step: int, what: str = "step") -> None:
-        """Says what is under way from now on: ``"step"``, or what takes longer (``"first step"``,
-        ``"evaluation"``, ``"save"``, ``"restore"``) and is limited by ``idle_seconds``."""
-        typical = self._typical_seconds(what)
-        median_words = "" if typical is None else f" ({typical:.3g} s is the median)"
-        words = f"{what} {step}{median_words}"
-        self._awaited = _Awaited(step, words, time.monotonic(), self.limit_seconds(what))
-
-    def limit_seconds(self, what: str) -> float:
-        """Seconds that it may take: for a step a multiple of the median of those before it, once
-        there are enough of them."""
-        typical = self._typical_seconds(what)
-        if typical is None:
-            return self._config.idle_seconds
-        return max(self._config.hang_seconds, self._config.hang_factor * typical)
-
-    def _typical_seconds(self, what: str) -> float | None:
-        known = what == "step" and len(self._step_seconds) >= _LEAST_STEPS
-        return median(self._step_seconds) if known else None
+        """Says what is under way from now on: ``"step"``, limited by a multiple of the median of
+        those before it, once there are enough; or what takes longer (``"first step"``,
+        ``"evaluation"``, ``"save"``, ``"restore"``), limited by ``idle_seconds``."""
+        words, limit = f"{what} {step}", self._config.idle_seconds
+        if what == "step" and len(self._step_seconds) >= _LEAST_STEPS:
+            typical = median(self._step_seconds)
+            words += f" ({typical:.3g} s is the median)"
+            limit = max(self._config.hang_seconds, self._config.hang_factor * typical)
+        self.awaited = AwaitedWork(step, words, time.monotonic(), limit)
 
     def restart(self) -> None:
         """Restarts the time of what is under way, which has made progress."""
-        self._awaited = replace(self._awaited, began=time.monotonic())
+        self.awaited = replace(self.awaited, began=time.monotonic())
 
     def pause(self) -> None:
         """Expects nothing until the next :meth:`expect`."""
-        self._awaited = replace(self._awaited, limit=float("inf"))
+        self.awaited = replace(self.awaited, limit=float("inf"))
 
     def __enter__(self) -> "Watchdog":
         self._thread.start()
@@ -113,7 +104,7 @@ class Watchdog(Callback):
 
     def _watch(self) -> None:
         while True:
-            awaited = self._awaited
+            awaited = self.awaited
             seconds = time.monotonic() - awaited.began
             if seconds >= awaited.limit:
                 if self._handle_hang(awaited, seconds):
@@ -121,7 +112,7 @@ class Watchdog(Callback):
             elif self._done.wait(min(awaited.limit - seconds, 1.0)):
                 return
 
-    def _handle_hang(self, awaited: _Awaited, seconds: float) -> bool:
+    def _handle_hang(self, awaited: AwaitedWork, seconds: float) -> bool:
         """Reports a hang and ends the process, unless the work is done after all; then False."""
         # In a thread of its own: the disk that it writes to may be what hangs.
         report = threading.Thread(target=self._report, args=(awaited, seconds), daemon=True)
@@ -129,17 +120,16 @@ class Watchdog(Callback):
         report.join(_REPORT_SECONDS)
         if self._done.wait(min(_GRACE_SHARE * awaited.limit, _MAX_GRACE_SECONDS)):
             return True
-        if self._awaited is awaited:
+        if self.awaited is awaited:
             self._end(LOST)
             return True
         words = f"{self.folder}: process {self._process}: {awaited.words} is done after all"
         print(f"{words}, training continues", file=sys.stderr, flush=True)
         return False
 
-    def _report(self, awaited: _Awaited, seconds: float) -> None:
+    def _report(self, awaited: AwaitedWork, seconds: float) -> None:
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        name = f"process-{self._process}-step-{awaited.step}.txt"
-        path = self.folder / "hangs" / name
+        path = self.folder / "hangs" / f"process-{self._process}-step-{awaited.step}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:

@@ -403,7 +403,7 @@ def start_from(folder: Path, setup: Setup) -> TrainState:
         fresh = set_up(alone, devices_of(alone))
         with FolderTier(folder) as keeper:
             keeper.save(0, fresh.init(), {})
-    with FolderTier(folder, read_only=True, grouped=group_sizes(setup.specs)) as keeper:
+    with FolderTier(folder, read_only=True) as keeper:
         return keeper.restore(0, setup.abstract_state)
 
 

@@ -5,8 +5,9 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
+from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.config import FaultsConfig
+from maxlm.train.trainer import RollbackDecision
 
 CONFIG = FaultsConfig(max_skipped=3, spike_threshold=10.0, spike_steps=2, spike_window=16)
 NAN = float("nan")

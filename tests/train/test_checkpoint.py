@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
 from maxlm.train.checkpoint import FolderTier, check_same, named_leaves
@@ -123,16 +124,6 @@ def test_one_device_eight_devices_and_two_processes_read_each_others_bits(tmp_pa
             assert_same(checkpoints.restore(None, abstract(want)), want)
 
 
-def test_all_processes_see_what_the_first_sees(tmp_path, monkeypatch):
-    """Of the folder of a run that goes on, each may have seen something else."""
-    save(tmp_path, 12)
-    monkeypatch.setattr(
-        "maxlm.train.checkpoint.folder.broadcast_from_process_0", lambda steps: [*steps, 13]
-    )
-    with FolderTier(tmp_path, read_only=True) as checkpoints:
-        assert (checkpoints.steps(), checkpoints.latest()) == ([12, 13], 13)
-
-
 # Saves states filled with their own step, one after the other, until killed.
 SAVES_FOR_EVER = """
 import itertools, runpy, sys
@@ -161,20 +152,18 @@ def kill_mid_save(process, folder):
 
 
 def test_kill_9_while_saving_leaves_the_old_or_the_new_checkpoint(tmp_path):
-    for _ in range(2):
-        process = start(SAVES_FOR_EVER, tmp_path)
-        begun = [int(process.stdout.readline()) for _ in range(2)]
-        kill_mid_save(process, tmp_path)
-        begun += map(int, process.communicate()[0].split())
-        with FolderTier(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
-            step = checkpoints.latest()
-            # A save is only begun once the one before it is complete.
-            assert begun[-1] - 1 <= step <= begun[-1] + 1
-            want = make_state(step)
-            assert_same(checkpoints.restore(step, abstract(want)), want)
-            assert checkpoints.metadata(step)["at"] == step
-        leftovers = {path.name for path in tmp_path.iterdir()} - {str(step)}
-        assert not leftovers, "of the interrupted save"
+    process = start(SAVES_FOR_EVER, tmp_path)
+    begun = [int(process.stdout.readline()) for _ in range(2)]
+    kill_mid_save(process, tmp_path)
+    begun += map(int, process.communicate()[0].split())
+    with FolderTier(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+        step = checkpoints.latest()
+        # A save is only begun once the one before it is complete.
+        assert begun[-1] - 1 <= step <= begun[-1] + 1
+        want = make_state(step)
+        assert_same(checkpoints.restore(step, abstract(want)), want)
+        assert checkpoints.metadata(step)["at"] == step
+    assert {path.name for path in tmp_path.iterdir()} == {str(step)}  # no interrupted save
 
 
 def test_arrays_can_be_donated_as_soon_as_save_returns(tmp_path):
@@ -188,21 +177,15 @@ def test_arrays_can_be_donated_as_soon_as_save_returns(tmp_path):
         assert_same(checkpoints.restore(1, abstract(want)), want)
 
 
-def test_saves_every_so_many_steps_and_once_a_step(tmp_path):
-    state = {"params": {"a": jnp.ones(3)}}
-    with FolderTier(tmp_path, CheckpointConfig(every_steps=4, keep_last=9)) as checkpoints:
-        assert checkpoints.latest() is None
-        assert [step for step in range(1, 10) if checkpoints.is_due(step)] == [4, 8]
-        assert [checkpoints.save(step, state, {}) for step in (4, 8, 8, 9)] == [1, 1, 0, 1]
-        assert (checkpoints.steps(), checkpoints.latest()) == ([4, 8, 9], 9)
-    with FolderTier(tmp_path / "never", CheckpointConfig(every_steps=0)) as checkpoints:
-        assert not checkpoints.is_due(0)
-
-
 def test_keeps_the_newest_and_the_multiples(tmp_path):
-    save(tmp_path, *range(1, 9), state={"params": np.ones(2)}, keep_last=2, keep_every=3)
-    with FolderTier(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.steps() == [3, 6, 7, 8]
+    state = {"params": jnp.ones(2)}
+    config = CheckpointConfig(every_steps=4, keep_last=2, keep_every=3)
+    with FolderTier(tmp_path, config) as checkpoints:
+        assert checkpoints.latest() is None
+        assert [step for step in range(10) if checkpoints.is_due(step)] == [0, 4, 8]
+        assert all(checkpoints.save(step, state, {}) for step in range(1, 9))
+        assert not checkpoints.save(8, state, {})
+        assert (checkpoints.steps(), checkpoints.latest()) == ([3, 6, 7, 8], 8)
 
 
 def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
@@ -231,86 +214,68 @@ def test_restores_parameters_alone_in_another_dtype(tmp_path):
     assert_same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), want))
 
 
-def test_names_are_paths_of_keys_attributes_and_indices():
-    names = list(named_leaves(make_state()))
-    assert names[:2] == ["opt_state.1.count", "opt_state.1.mu.embed.table"]
-    assert names[-2:] == ["params.layers.up", "step"]
-
-
-def test_a_missing_folder_or_checkpoint_is_an_error(tmp_path):
+def test_missing_folder_or_step_is_an_error(tmp_path):
     missing = tmp_path / "missing"
-    with pytest.raises(MaxlmError) as error:
+    with pytest.raises(MaxlmError, match="missing: no checkpoints here; name a run that has saved"):
         FolderTier(missing, read_only=True)
-    assert str(error.value) == f"{missing}: no checkpoints here; name a run that has saved one"
     assert not missing.exists()
-    with FolderTier(tmp_path) as checkpoints:
-        empty = f"{tmp_path}: no checkpoint here; train for longer"
-        assert message(checkpoints.restore, None, {}) == empty
-        assert message(checkpoints.metadata) == empty
+    with FolderTier(tmp_path / "run") as checkpoints:
+        empty = f"{tmp_path}/run: no checkpoint here; train for longer"
         assert message(checkpoints.restore_params, 3, {}) == empty
-
-
-def test_a_missing_step_is_an_error_that_names_those_there_are(tmp_path):
-    save(tmp_path, 2, 4, state={"params": np.ones(2)})
-    with FolderTier(tmp_path, read_only=True) as checkpoints:
-        assert message(checkpoints.metadata, 3) == (
-            f"{tmp_path}: no checkpoint of step 3; use one of 2, 4"
-        )
-
-
-def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+        checkpoints.save(2, {"params": jnp.ones(2)}, {})
+        assert message(checkpoints.metadata, 3).endswith("no checkpoint of step 3; use one of 2")
     (tmp_path / "file").write_text("")
-    folder = tmp_path / "file" / "checkpoints"
-    with pytest.raises(MaxlmError) as error:
-        FolderTier(folder)
-    assert str(error.value).startswith(f"{folder}: cannot keep checkpoints here (")
-    assert str(error.value).endswith("; name a folder that can be written")
+    with pytest.raises(
+        MaxlmError, match=r"file/x: cannot keep checkpoints here \(.*; name a folder"
+    ):
+        FolderTier(tmp_path / "file" / "x")
 
 
-def test_another_models_checkpoint_is_refused_naming_the_first_parameter(tmp_path):
+def test_checkpoint_of_another_model_is_refused_by_the_first_parameter_that_differs(tmp_path):
     save(tmp_path, 1)
-    fix = "use the config it was trained with, or another run folder"
+    wider, more, other = make_state(), make_state(), make_state() | {"opt_state": ()}
+    wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
+    more["params"]["head"] = np.ones((8, 10), np.float32)
     with FolderTier(tmp_path, read_only=True) as checkpoints:
-        wider = make_state()
-        wider["params"]["layers"]["up"] = np.ones((3, 8, 15), np.float32)
-        assert message(checkpoints.restore, 1, abstract(wider)) == (
-            f"{tmp_path}/1: checkpoint of another model: params.layers.up is [3, 8, 14] in it, "
-            f"[3, 8, 15] in this run; {fix}"
-        )
-        assert "params.layers.up" in message(
-            checkpoints.restore_params, 1, abstract(wider["params"])
-        )
-        more = make_state()
-        more["params"]["head"] = np.ones((8, 10), np.float32)
-        assert message(checkpoints.restore, 1, abstract(more)) == (
-            f"{tmp_path}/1: checkpoint of another model: params.head is absent in it, "
-            f"[8, 10] in this run; {fix}"
-        )
-        fewer = make_state()
-        del fewer["params"]["embed"]
-        assert message(checkpoints.restore_params, 1, abstract(fewer["params"])) == (
-            f"{tmp_path}/1: checkpoint of another model: params.embed.table is [10, 8] in it, "
-            f"absent in this run; {fix}"
-        )
-        other = make_state() | {"opt_state": ()}
-        assert message(checkpoints.restore, 1, abstract(other)) == (
-            f"{tmp_path}/1: checkpoint of another optimizer or training state: opt_state.1.count "
-            f"is [] in it, absent in this run; {fix}"
-        )
+        for state, what in (
+            (wider, "model: params.layers.up is [3, 8, 14] in it, [3, 8, 15]"),
+            (more, "model: params.head is absent in it, [8, 10]"),
+            (other, "optimizer or training state: opt_state.1.count is [] in it, absent"),
+        ):
+            assert message(checkpoints.restore, 1, abstract(state)) == (
+                f"{tmp_path}/1: checkpoint of another {what} in this run; use the config it was "
+                "trained with, or another run folder"
+            )
+        del more["params"]["embed"]
+        text = message(checkpoints.check_params, 1, abstract(more["params"]))
+        assert "params.embed.table is [10, 8] in it, absent in this run" in text
 
 
-def test_an_unreadable_checkpoint_is_an_error(tmp_path):
-    save(tmp_path, 1, 2)
-    for path in (tmp_path / "2").rglob("*"):
-        if path.is_file() and "commit_success" not in path.name:
-            path.write_bytes(b"\x00broken")
+def test_layers_held_in_groups_are_stored_in_a_row_and_read_either_way(tmp_path, mesh):
+    """Layer g · 4 + i is element [g, i]; stages hold the second axis here, the first on disk."""
+    on, flat = mesh(stage=2, fsdp=2), np.arange(48, dtype=np.float32).reshape(8, 6)
+    held_as = NamedSharding(on, PartitionSpec(None, "stage", "fsdp"))
+    held = jax.device_put(flat.reshape(2, 4, 6), held_as)
+    factor = jax.device_put(flat[:, 0].reshape(2, 4), NamedSharding(on, PartitionSpec(None)))
+    place_holder = jax.device_put(np.ones((1,)), NamedSharding(on, PartitionSpec()))
+    state = {
+        "params": {"layers": {"up": held}, "otherlayers": {"up": held}},
+        "opt_state": {"mu": {"layers": {"up": held}}, "v_row": {"layers": {"up": factor}}},
+        "v": {"layers": {"up": place_holder}},
+    }
+    with FolderTier(tmp_path, grouped={"layers.up": (2, 4)}) as checkpoints:
+        checkpoints.save(1, state, {})
+    abstract_of = partial(
+        jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    )
+    alone = jax.tree.map(np.asarray, state)
+    alone["params"]["layers"]["up"] = alone["opt_state"]["mu"]["layers"]["up"] = flat
+    alone["opt_state"]["v_row"]["layers"]["up"] = flat[:, 0]
     with FolderTier(tmp_path, read_only=True) as checkpoints:
-        for call in (checkpoints.restore, checkpoints.restore_params):
-            text = message(call, 2, abstract(make_state()))
-            assert text.startswith(f"{tmp_path}/2: unreadable (")
-            assert text.endswith("; restore another step")
-        assert message(checkpoints.metadata, 2).startswith(f"{tmp_path}/2: unreadable (")
-        assert_same(checkpoints.restore(1, abstract(make_state())), make_state())
+        again = checkpoints.restore(1, abstract_of(state))
+        assert_same(checkpoints.restore(1, abstract(alone)), alone)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert again["params"]["layers"]["up"].sharding == held_as
 
 
 def test_a_different_config_is_refused_where_it_must_be_the_same():

@@ -13,10 +13,10 @@ from maxlm.config.errors import Preempted
 from maxlm.programs.evaluation import sum_over_batches
 from maxlm.runtime.collectives import FlagAllReduce
 from maxlm.runtime.signals import StopRequest, handle_signals
-from maxlm.train import callbacks, timer
-from maxlm.train.anomaly import LossSpikeDetector, RollbackDecision
+from maxlm.train import callbacks, trainer
+from maxlm.train.anomaly import LossSpikeDetector
 from maxlm.train.config import FaultsConfig
-from maxlm.train.trainer import Callback, StepTimer, Trainer
+from maxlm.train.trainer import Callback, RollbackDecision, StepTimer, Trainer
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Journal(Callback):
         self.lines.append(("record", step))
         self.records.setdefault(step, {}).update(metrics)
 
-    def on_evaluate(self, trainer, step, metrics):
+    def on_evaluation_end(self, trainer, step, metrics):
         self.lines.append(("evaluated", step))
         self.records[step].update(metrics)
 
@@ -241,7 +241,7 @@ def test_the_share_of_time_spent_waiting_for_data(alone, monkeypatch):
         monotonic = perf_counter
 
     clock, journal = Clock(), Journal()
-    monkeypatch.setattr(timer, "time", clock)
+    monkeypatch.setattr(trainer, "time", clock)
 
     def slow_batches():
         for number in range(10):

@@ -4,22 +4,18 @@ A run resumes from the newest checkpoint that can be read, in whichever place it
 """
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
-
 from maxlm.runtime.collectives import all_gather_json
 from maxlm.train.checkpoint.folder import FolderTier
 from maxlm.train.checkpoint.local import LocalTier
-from maxlm.train.checkpoint.reading import PyTree, Unreadable
-from maxlm.train.checkpoint.remote import FETCHED, RemoteTier
+from maxlm.train.checkpoint.reading import Groups, PyTree, Unreadable
+from maxlm.train.checkpoint.remote import RemoteTier
 from maxlm.train.config import CheckpointConfig
-from maxlm.train.grouped import Groups
 
 
 class CheckpointTier(Protocol):
@@ -92,7 +88,6 @@ class Checkpointer:
         folder: the run's folder of checkpoints.
         name: of the run, under which its files lie in places that runs share.
         grouped, read_only: see :class:`FolderTier`.
-        clock: seconds.
 
     Raises:
         MaxlmError: a place cannot be written, or reached.
@@ -106,21 +101,17 @@ class Checkpointer:
         *,
         grouped: Groups | None = None,
         read_only: bool = False,
-        clock: Callable[[], float] = time.monotonic,
     ):
-        self._config, self._clock = config or CheckpointConfig(), clock
-        # Runs of the same name in other folders may use the same disk.
-        owner = str(Path(folder).absolute())
+        self._config = config or CheckpointConfig()
+        self.folder = Path(folder).absolute()
         self._local = self._remote = None
         if disk := self._config.local_folder:
-            digest = hashlib.sha256(owner.encode()).hexdigest()[:8]
-            every_steps = self._config.local_every_steps
-            self._local = LocalTier(disk, f"{name}-{digest}", every_steps)
-        if not read_only and jax.process_index() == 0:  # left by a kill
-            shutil.rmtree(Path(folder) / FETCHED, ignore_errors=True)
-        self._suspect_free: set[int] = set()
+            # Runs of the same name in other folders may use the same disk.
+            own_name = f"{name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}"
+            self._local = LocalTier(disk, own_name, self._config.local_every_steps)
         if place := self._config.remote_folder:
-            self._remote = RemoteTier(f"{place}/{name}", self._config, Path(owner), grouped)
+            self._remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
+        self._suspect_free: set[int] = set()
         self._folder = FolderTier(
             folder,
             config,
@@ -130,14 +121,10 @@ class Checkpointer:
         )
         tiers = (self._local, self._folder, self._remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
-        self._saved_at = clock()
+        self._saved_at = time.monotonic()
 
     def _get_held_steps(self) -> set[int]:
         return self._suspect_free | (self._remote.busy_steps if self._remote else set())
-
-    @property
-    def folder(self) -> Path:
-        return self._folder.folder
 
     @property
     def remote_place(self) -> str | None:
@@ -147,7 +134,7 @@ class Checkpointer:
         """Whether ``every_minutes`` have passed since the last checkpoint began (or the start), by
         this process's clock."""
         minutes = self._config.every_minutes
-        return minutes is not None and self._clock() - self._saved_at >= 60 * minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def is_due(self, step: int) -> bool:
         """Whether something is to be written at ``step``, whatever the time."""
@@ -181,8 +168,8 @@ class Checkpointer:
             if not self._folder.save(step, state, metadata):
                 return None
             if self._remote:
-                self._remote.save(step, state, metadata)
-            self._saved_at = self._clock()
+                self._remote.save(step)
+            self._saved_at = time.monotonic()
             return self._folder.name
         if self._local and self._local.is_due(step):
             self._local.save(step, state, metadata)
@@ -208,7 +195,10 @@ class Checkpointer:
     @property
     def missing_copy(self) -> str | None:
         """Why the newest checkpoint has no copy, if it should have one; waits for copies."""
-        failure = self._remote.wait_for_copies() if self._remote else None
+        if not self._remote:
+            return None
+        self._remote.wait()
+        failure = self._remote.failure
         return failure and f"the last checkpoint is not in {self.remote_place}: {failure}"
 
     def find(self) -> tuple[list[FoundCheckpoint], list[SkippedCheckpoint]]:
@@ -238,8 +228,7 @@ class Checkpointer:
         """
         skipped = []
         for each in found:
-            why = refuse(each)
-            if why is not None:
+            if (why := refuse(each)) is not None:
                 skipped.append(SkippedCheckpoint(each.step, each.tier, why, is_damaged=False))
                 continue
             try:
@@ -265,11 +254,8 @@ class Checkpointer:
         self._folder.reload()
 
     def wait(self) -> None:
-        """Waits until nothing is being written; copies may still be made.
-
-        Raises:
-            MaxlmError: the last checkpoint could not be written.
-        """
+        """Waits until nothing is being written; copies may still be made. Raises MaxlmError if the
+        last checkpoint could not be written."""
         self._folder.wait()
         if self._local:
             self._local.wait()

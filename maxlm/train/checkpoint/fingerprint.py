@@ -26,13 +26,9 @@ def compute_fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     if not arrays:
         return {}
     mesh = next((m for x in arrays.values() if (m := getattr(x.sharding, "mesh", None))), None)
-    compute = jax.jit(_all)
+    compute = jax.jit(lambda arrays: {name: _fingerprint(array) for name, array in arrays.items()})
     values = (bind_mesh(mesh, compute) if mesh is not None else compute)(dict(arrays))
     return {name: int(value) for name, value in jax.device_get(values).items()}
-
-
-def _all(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _fingerprint(array) for name, array in arrays.items()}
 
 
 def _fingerprint(array: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.files import convert_write_errors
 from maxlm.train.checkpoint.reading import (
+    Groups,
     PyTree,
     check_arrays,
     describe_error,
@@ -32,7 +33,8 @@ from maxlm.train.checkpoint.reading import (
     with_retries,
 )
 from maxlm.train.config import CheckpointConfig
-from maxlm.train.grouped import Groups
+
+_NOT_WRITTEN = "a checkpoint was not written", "free some space or rights, resume"
 
 
 class FolderTier:
@@ -42,7 +44,7 @@ class FolderTier:
         folder: made if missing. What an interrupted save left behind in it is removed.
         read_only: change nothing, so that a run that is still writing can be read.
         grouped: for parameters that a circular pipeline holds as [groups, layers / groups, ...],
-            by canonical name, these two sizes; on disk they are [layers, ...].
+            by canonical name, these two sizes; needed to write, not to read.
         get_held_steps: called at each save; returns steps that must stay besides those that
             ``config`` keeps.
 
@@ -93,19 +95,15 @@ class FolderTier:
             )
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written at ``step``."""
         every = self._config.every_steps
         return every > 0 and step % every == 0
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
-        """Starts writing a checkpoint; the arrays may then be donated.
+        """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one.
 
         Args:
             state: any pytree of arrays; with several processes, arrays over all their devices.
-            metadata: JSON values; see :func:`make_metadata`.
-
-        Returns:
-            False if ``step`` has a checkpoint already.
+            metadata: JSON values.
 
         Raises:
             MaxlmError: this checkpoint, or the one before it, could not be written.
@@ -113,9 +111,8 @@ class FolderTier:
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(named_leaves(state), self._groups)
-        on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
-        metadata = make_metadata(step, on_devices, metadata)
-        with self._explain("a checkpoint was not written", "free some space or rights, resume"):
+        metadata = make_metadata(step, arrays, metadata)
+        with self._explain(*_NOT_WRITTEN):
             self._pending.append(step)
             return self._manager.save(
                 step,
@@ -147,15 +144,11 @@ class FolderTier:
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint at ``step``."""
         return self.folder / str(step)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """Returns what was saved beside the state at ``step`` (default: the newest).
-
-        Raises:
-            MaxlmError: no such checkpoint, or an unreadable one.
-        """
+        """Returns what was saved beside the state at ``step`` (default: the newest); raises
+        MaxlmError if there is none, or Unreadable."""
         path = self.path(self._find_step(step))
         return raise_on_all_hosts(lambda: read_metadata(path))
 
@@ -173,60 +166,41 @@ class FolderTier:
             MaxlmError: no such checkpoint, or one of another model or optimizer (names the first
                 array that differs, parameters before others).
         """
-        return restore_from(self.path(self._find_step(step)), abstract, self._groups)
+        return restore_from(self.path(self._find_step(step)), abstract)
 
     def restore_params(self, step: int | None, abstract: PyTree, name: str = "params") -> PyTree:
-        """Returns one sub-tree of a saved state (its parameters), reading nothing else.
-
-        See :meth:`restore`; ``abstract`` is the sub-tree alone.
-        """
-        return restore_from(self.path(self._find_step(step)), abstract, self._groups, subtree=name)
+        """Returns one sub-tree of a saved state, which ``abstract`` describes, reading nothing
+        else; see :meth:`restore`."""
+        return restore_from(self.path(self._find_step(step)), abstract, subtree=name)
 
     def check_params(self, step: int | None, abstract: PyTree, name: str = "params") -> None:
-        """Checks, reading no array, that :meth:`restore_params` would find what it looks for.
-
-        Raises:
-            MaxlmError: see there.
-        """
-        check_arrays(self.path(self._find_step(step)), abstract, self._groups, subtree=name)
+        """Checks, reading no array, that :meth:`restore_params` would find what it looks for;
+        raises as it does."""
+        check_arrays(self.path(self._find_step(step)), abstract, subtree=name)
 
     def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
-        """Takes checkpoints out of the way of those to come: renames damaged ones to
-        ``40.damaged``, for what cannot be read now may be repaired, and deletes others.
-
-        Args:
-            steps: whether each is damaged.
-            resume_step: that the run resumes from.
-        """
+        """Takes checkpoints (step -> whether it is damaged) out of the way of those to come:
+        renames damaged ones to ``40.damaged``, as they may be repaired, and deletes others."""
         for step, is_damaged in steps.items() if jax.process_index() == 0 else ():
             path = self.path(step)
             # A kill leaves half of an old one that was being deleted.
             is_half = step < resume_step and not (path / "metadata" / "metadata").exists()
-            is_kept = is_damaged and not is_half
-            aside = path.with_name(f"{step}.{'damaged' if is_kept else 'left'}")
-            shutil.rmtree(aside, ignore_errors=True)
-            if path.exists():
-                with convert_write_errors(path):
+            with convert_write_errors(path):
+                if is_damaged and not is_half:
+                    aside = path.with_name(f"{step}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
                     path.rename(aside)
-            if not is_kept:
-                shutil.rmtree(aside, ignore_errors=True)
+                else:
+                    shutil.rmtree(path)
 
     def reload(self) -> None:
-        """Lists again what other processes changed in the folder.
-
-        Raises:
-            Unreadable: it cannot be listed.
-        """
+        """Lists again what other processes changed in the folder; raises Unreadable."""
         # It fails while another run deletes a checkpoint.
         raise_on_all_hosts(lambda: with_retries(self.folder, self._manager.reload))
 
     def wait(self) -> None:
-        """Waits until nothing is being written.
-
-        Raises:
-            MaxlmError: the last checkpoint could not be written.
-        """
-        with self._explain("a checkpoint was not written", "free some space or rights, resume"):
+        """Waits until nothing is being written; raises MaxlmError if the last one was not."""
+        with self._explain(*_NOT_WRITTEN):
             self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""Names, metadata and arrays of a checkpoint's folder: ``state/`` (Orbax, zarr3) and
+"""A checkpoint's folder: ``state/``, every array under its canonical name (Orbax, zarr3), and
 ``metadata/metadata`` (JSON, with a checksum of its own).
 
-Each process reads what its own devices hold and waits for no other, so that one that cannot read
-does not block the others.
+On disk layers are [layers, ...]; a circular pipeline holds them as [groups, layers / groups, ...],
+in the same order. Each process reads what its own devices hold and waits for no other, so that one
+that cannot read does not block the others.
 """
 
 import hashlib
@@ -16,17 +17,19 @@ from typing import Any, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm import __version__
 from maxlm.config import MaxlmError, compare_configs
 from maxlm.runtime.collectives import raise_on_all_hosts
+from maxlm.sharding import bind_mesh, jit_sharded
 from maxlm.train.checkpoint.fingerprint import compute_fingerprints
-from maxlm.train.grouped import Groups, flatten_groups, is_grouped, reshape_arrays
 
 Result = TypeVar("Result")
 PyTree = Any
 Leaves = dict[str, Any]
+Groups = Mapping[str, tuple[int, ...]]
+"""By canonical name of a parameter that is held in groups: (groups, layers a group)."""
 
 _RETRY_SECONDS = (0.1, 1.0)  # pauses between tries
 _CHECKSUM = "sha256"
@@ -48,11 +51,16 @@ def group_sizes(specs: PyTree) -> Groups:
     return {name: spec.shape[:2] for name, spec in named_leaves(specs).items() if spec.lead == 2}
 
 
-def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> dict[str, jax.Array]:
+def flatten_layer_groups(leaves: Mapping[str, jax.Array], groups: Groups) -> Leaves:
     """Returns arrays in the shapes that are written: all layers along one axis."""
-    grouped = {n: leaf for n, leaf in leaves.items() if is_grouped(n, leaf.shape, groups)}
-    want = {name: flatten_groups(_as_shape_dtype_struct(leaf)) for name, leaf in grouped.items()}
-    return dict(leaves) | reshape_arrays(grouped, want)
+
+    def is_grouped(name: str, shape: tuple[int, ...]) -> bool:
+        owner = next((own for own in groups if f".{name}".endswith(f".{own}")), None)
+        return owner is not None and shape[:2] == groups[owner]
+
+    want = {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
+    want = {n: _flatten_groups(x) if is_grouped(n, x.shape) else x for n, x in want.items()}
+    return _reshape(leaves, want)
 
 
 def make_metadata(
@@ -88,15 +96,11 @@ def _compute_checksum(metadata: Mapping[str, Any]) -> str:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Returns what was saved beside the state.
-
-    Raises:
-        Unreadable: it is not there, or is damaged.
-    """
+    """Returns what was saved beside the state; raises Unreadable."""
     return with_retries(path, lambda: parse_metadata((path / "metadata" / "metadata").read_text()))
 
 
-def restore_from(path: Path, abstract: PyTree, groups: Groups, *, subtree: str = "") -> PyTree:
+def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
     """Returns the state in a checkpoint's folder, checked against its fingerprints; see
     :meth:`FolderTier.restore`. All processes call it together, and it ends alike on all.
 
@@ -107,7 +111,7 @@ def restore_from(path: Path, abstract: PyTree, groups: Groups, *, subtree: str =
 
     def read() -> tuple[dict[str, int], Leaves, Leaves]:
         known = read_metadata(path).get("fingerprints", {})
-        dtypes, wanted = check_arrays(path, abstract, groups, subtree=subtree)
+        dtypes, wanted = check_arrays(path, abstract, subtree=subtree)
         arguments = ocp.args.PyTreeRestore(
             item=wanted,
             restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
@@ -119,14 +123,11 @@ def restore_from(path: Path, abstract: PyTree, groups: Groups, *, subtree: str =
     known, dtypes, arrays = raise_on_all_hosts(read)
     check_fingerprints(path, arrays, known, dtypes)
     held = _describe_leaves(abstract, subtree)
-    grouped = {name for name, leaf in held.items() if is_grouped(name, leaf.shape, groups)}
-    arrays = arrays | reshape_arrays({name: arrays[name] for name in grouped}, held)
+    arrays = _reshape(arrays, held)
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in held])
 
 
-def check_arrays(
-    path: Path, abstract: PyTree, groups: Groups, *, subtree: str = ""
-) -> tuple[Leaves, Leaves]:
+def check_arrays(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
     """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads.
 
     Returns:
@@ -139,12 +140,12 @@ def check_arrays(
     """
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
-    held = _describe_leaves(abstract, subtree)
-    wanted = {
-        n: flatten_groups(x) if is_grouped(n, x.shape, groups) else x for n, x in held.items()
-    }
     prefix = f"{subtree}." if subtree else ""
     shapes = {n: tuple(m.shape) for n, m in stored.items() if n.startswith(prefix)}
+    wanted = _describe_leaves(abstract, subtree)
+    for name, leaf in wanted.items():
+        if len(leaf.shape) > 1 and (flat := _flatten_groups(leaf)).shape == shapes.get(name):
+            wanted[name] = flat
     names = {*shapes, *wanted}
     for name in sorted(names, key=lambda name: (not name.startswith("params."), name)):
         there = str(list(shapes[name])) if name in shapes else "absent"
@@ -176,6 +177,35 @@ def check_fingerprints(
         raise Unreadable(what, where=str(path), fix="restore another step")
 
 
+def _flatten_groups(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns shape and sharding on disk of an array that is held in groups."""
+    sharding: Any = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
+def _reshape(
+    arrays: Mapping[str, jax.Array], want: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Returns arrays in other shapes of the same order, in place on their devices.
+
+    One program reshapes all: hosts would run several in different orders, and wait for each other.
+    """
+    changed = {n: x for n, x in arrays.items() if n in want and x.shape != want[n].shape}
+    if not changed:
+        return dict(arrays)
+    shardings: Any = {name: want[name].sharding for name in changed}
+
+    def reshape(changed: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: array.reshape(want[name].shape) for name, array in changed.items()}
+
+    mesh = getattr(next(iter(shardings.values())), "mesh", None)
+    run = reshape if mesh is None else bind_mesh(mesh, jit_sharded(reshape, shardings))
+    return dict(arrays) | run(changed)
+
+
 def _describe_leaves(abstract: PyTree, subtree: str) -> dict[str, jax.ShapeDtypeStruct]:
     leaves = named_leaves(abstract, f"{subtree}." if subtree else "")
     return {name: _as_shape_dtype_struct(leaf) for name, leaf in leaves.items()}
@@ -191,7 +221,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_zarr3=True)
 
 
-def with_retries(path: Path, read: Callable[[], Result]) -> Result:
+def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
     """Returns what ``read`` returns. Storage fails in as many ways as there are backends, and some
     errors pass: it is tried again before the checkpoint counts as unreadable.
 
@@ -207,7 +237,7 @@ def with_retries(path: Path, read: Callable[[], Result]) -> Result:
         except Exception as error:
             if (pause := next(pauses, None)) is None:
                 what = f"unreadable ({describe_error(error)})"
-                raise Unreadable(what, where=str(path), fix="restore another step") from error
+                raise Unreadable(what, where=str(place), fix="restore another step") from error
         time.sleep(pause)
 
 
@@ -229,7 +259,6 @@ def check_same(
     """Checks that a saved config has the same values as the current one where it must.
 
     Args:
-        saved, current: configs as (nested) JSON values.
         keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
         what: was done with the saved config, for the message.
 

@@ -1,18 +1,18 @@
 """Copies of complete checkpoints in an object store, or another folder.
 
 A copy of step 40 is the files of its folder below ``40/`` and then, written last, ``40/COMPLETE``:
-their sizes and SHA-256. Without this file a copy is incomplete. Object stores are TensorStore's,
-with the credentials and addresses that ``maxlm.runtime.storage`` describes. Copies are made while
-training continues: a failure is reported, and the next checkpoint is copied again.
+their sizes. Without this file a copy is incomplete. Object stores are TensorStore's, with the
+credentials and addresses that ``maxlm.runtime.storage`` describes. Copies are made while training
+continues: a failure is reported, and the next checkpoint is copied again.
 """
 
-import hashlib
 import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,22 @@ import jax
 
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
-from maxlm.runtime.files import convert_write_errors
-from maxlm.runtime.storage import join_place, make_kvstore_spec, read_failure_hint, to_place
+from maxlm.runtime.storage import (
+    make_kvstore_spec,
+    read_failure_hint,
+    read_file,
+    to_place,
+)
 from maxlm.train.checkpoint.reading import (
     PyTree,
-    Unreadable,
     describe_error,
     parse_metadata,
     restore_from,
+    with_retries,
 )
 from maxlm.train.config import CheckpointConfig
-from maxlm.train.grouped import Groups
 
-FETCHED = ".fetched"
-_COMPLETE, _OWNER = "COMPLETE", "OWNER"
+_FETCHED, _COMPLETE, _OWNER = ".fetched", "COMPLETE", "OWNER"
 _POLL_SECONDS = 0.1
 _FILES_IN_MEMORY = 4
 
@@ -53,14 +55,16 @@ class RemoteTier:
 
     name = "remote"
 
-    def __init__(
-        self, place: str, config: CheckpointConfig, folder: Path, grouped: Groups | None = None
-    ):
-        self.place, self._folder, self._groups = place, folder, grouped or {}
-        lead = jax.process_index() == 0
-        self._copier = raise_on_all_hosts(
-            lambda: _Copier(place, config, str(folder)) if lead else None
-        )
+    def __init__(self, place: str, config: CheckpointConfig, folder: Path):
+        self.place, self._folder = place, folder
+
+        def open_copier() -> _Copier | None:
+            if jax.process_index() > 0:
+                return None
+            shutil.rmtree(folder / _FETCHED, ignore_errors=True)  # left by a kill
+            return _Copier(place, config, str(folder))
+
+        self._copier = raise_on_all_hosts(open_copier)
 
     @property
     def busy_steps(self) -> set[int]:
@@ -72,7 +76,7 @@ class RemoteTier:
     ) -> bool:
         """Copies a checkpoint from the folder once it is complete there."""
         if self._copier:
-            self._copier.copy(self._folder / str(step))
+            self._copier.start_copy(self._folder / str(step))
         return True
 
     def steps(self) -> list[int]:
@@ -88,16 +92,10 @@ class RemoteTier:
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state; its files are fetched to where all processes read them."""
-        path, copier = self._folder / FETCHED / str(step), self._copier
-
-        def fetch() -> None:
-            if copier:
-                shutil.rmtree(path.parent, ignore_errors=True)
-                copier.fetch(step, path)
-
-        raise_on_all_hosts(fetch)
+        path, copier = self._folder / _FETCHED / str(step), self._copier
+        raise_on_all_hosts(lambda: copier and copier.fetch(step, path))
         try:
-            return restore_from(path, abstract, self._groups)
+            return restore_from(path, abstract)
         finally:
             all_gather_json(None)  # all have read it
             if copier:
@@ -114,9 +112,9 @@ class RemoteTier:
         if self._copier:
             self._copier.wait()
 
-    def wait_for_copies(self) -> str | None:
-        """Waits for copies; returns, on process 0, why the newest one failed."""
-        self.wait()
+    @property
+    def failure(self) -> str | None:
+        """Why the newest copy is missing, on process 0; None: it is there, or under way."""
         return self._copier and self._copier.failure
 
     def close(self) -> None:
@@ -137,12 +135,11 @@ class _Copier:
 
         self._place = to_place(Path(place).expanduser() if "://" not in place else place)
         self._config = config
-        self._thread: threading.Thread | None = None
-        self._current: Path | None = None
-        self._next: Path | None = None
-        self._lock, self._cancelling = threading.Lock(), threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._copies: dict[int, Future[None]] = {}
+        self._newest: Path | None = None
+        self._cancelling = threading.Event()
         self.failure: str | None = None
-        """Why the newest copy is missing; None: it is there, or under way."""
         with self._explain():
             ts.KvStore.open(make_kvstore_spec(self._place, patient=False)).result().list().result()
             self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
@@ -153,36 +150,31 @@ class _Copier:
 
     @property
     def busy_steps(self) -> set[int]:
-        with self._lock:
-            return {int(folder.name) for folder in (self._current, self._next) if folder}
+        return {step for step, copy in list(self._copies.items()) if not copy.done()}
 
-    def copy(self, folder: Path) -> None:
+    def start_copy(self, folder: Path) -> None:
         """Copies a checkpoint's folder once it has its name, which Orbax gives a complete one.
         While one is being copied the newest waits, and others are left out."""
-        with self._lock:
-            self._next = folder
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, daemon=True)
-                self._thread.start()
+        self._newest = folder
+        for copy in self._copies.values():
+            copy.cancel()  # unless it has begun
+        self._copies = {step: copy for step, copy in self._copies.items() if not copy.done()}
+        self._copies[int(folder.name)] = self._thread.submit(self._try_copy, folder)
 
     def fetch(self, step: int, to: Path) -> None:
-        """Copies a step back into the folder ``to``.
+        """Copies a step back into the folder ``to``; raises Unreadable."""
 
-        Raises:
-            Unreadable: it is not there, or is damaged.
-            MaxlmError: ``to`` cannot be written.
-        """
-        for name, (size, digest) in self._read(step, _COMPLETE, json.loads).items():
-            value = self._read(step, name, bytes)
-            if len(value) != size or hashlib.sha256(value).hexdigest() != digest:
-                where, fix = str(join_place(self._place, str(step))), "restore another step"
-                raise Unreadable(f"unreadable: {name} is damaged", where=where, fix=fix)
-            with convert_write_errors(to):
+        def copy_back() -> None:
+            for name in json.loads(read_file(self._place, f"{step}/{_COMPLETE}")):
                 (to / name).parent.mkdir(parents=True, exist_ok=True)
-                (to / name).write_bytes(value)
+                (to / name).write_bytes(read_file(self._place, f"{step}/{name}"))
+
+        shutil.rmtree(to.parent, ignore_errors=True)
+        with_retries(self._place, copy_back)
 
     def read_metadata(self, step: int) -> dict[str, Any]:
-        return self._read(step, "metadata/metadata", parse_metadata)
+        name = f"{step}/metadata/metadata"
+        return with_retries(self._place, lambda: parse_metadata(read_file(self._place, name)))
 
     def delete(self, step: int) -> None:
         """Deletes the copy of a step: what makes it complete first."""
@@ -196,37 +188,14 @@ class _Copier:
         self.complete_steps = [each for each in self.complete_steps if each != step]
 
     def wait(self) -> None:
-        while (thread := self._thread) is not None:
-            thread.join()
+        wait(self._copies.values())
 
     def cancel(self) -> None:
         """Cancels what is being copied. A thread that returns from TensorStore while the
         interpreter shuts down would abort the process: none is left."""
-        with self._lock:
-            self._next = None
         self._cancelling.set()
         self.wait()
         self._cancelling.clear()
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._current, self._next = self._next, None
-                if self._current is None:
-                    self._thread = None
-                    return
-                folder = self._current
-            with suppress(_Cancelled):
-                if self._wait_for_checkpoint(folder):
-                    self._try_copy(folder)
-
-    def _wait_for_checkpoint(self, folder: Path) -> bool:
-        """Waits until a checkpoint has its name; False: another has come in its place."""
-        while not folder.is_dir():
-            if self._next is not None or self._cancelling.is_set():
-                return False
-            time.sleep(_POLL_SECONDS)
-        return True
 
     def _try_copy(self, folder: Path) -> None:
         """Copies a checkpoint and deletes old copies. Training continues whatever fails."""
@@ -239,7 +208,7 @@ class _Copier:
                 if every is None or old % every:
                     self.delete(old)
         except _Cancelled:
-            raise
+            pass
         except Exception as error:
             if folder.name in what:
                 self.failure = describe_error(error)
@@ -256,18 +225,22 @@ class _Copier:
         raise _Cancelled
 
     def _copy(self, folder: Path) -> None:
-        step, writes, manifest = int(folder.name), [], {}
+        step, writes, sizes = int(folder.name), [], {}
+        while not folder.is_dir():
+            if self._cancelling.is_set() or self._newest != folder:  # Another is in its place.
+                raise _Cancelled
+            time.sleep(_POLL_SECONDS)
         # Of another save of this step.
         self._await(self._store.write(f"{step}/{_COMPLETE}", None))
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name, value = path.relative_to(folder).as_posix(), path.read_bytes()
-            manifest[name] = [len(value), hashlib.sha256(value).hexdigest()]
+            sizes[name] = len(value)
             writes.append(self._store.write(f"{step}/{name}", value))
             if len(writes) >= _FILES_IN_MEMORY:
                 self._await(writes.pop(0))
         for each in writes:
             self._await(each)
-        self._await(self._store.write(f"{step}/{_COMPLETE}", json.dumps(manifest).encode()))
+        self._await(self._store.write(f"{step}/{_COMPLETE}", json.dumps(sizes).encode()))
         self.complete_steps = sorted({*self.complete_steps, step})
 
     def _clear(self, step: int) -> None:
@@ -296,16 +269,6 @@ class _Copier:
             steps |= {int(path.name) for path in self._place.iterdir() if path.name.isdigit()}
         complete = {step for step in steps if f"{step}/{_COMPLETE}" in keys}
         return sorted(complete), sorted(steps - complete)
-
-    def _read(self, step: int, name: str, parse: Callable[[bytes], Any]) -> Any:
-        try:
-            return parse(self._store.read(f"{step}/{name}").result().value)
-        except ValueError as error:
-            where, what = (
-                str(join_place(self._place, str(step))),
-                f"unreadable ({describe_error(error)})",
-            )
-            raise Unreadable(what, where=where, fix="restore another step") from error
 
     @contextmanager
     def _explain(self) -> Iterator[None]:

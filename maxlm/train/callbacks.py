@@ -1,0 +1,147 @@
+"""Callbacks of the trainer: evaluation, checkpoints and stop requests. Others are beside what they
+watch: loss spikes, the watchdog, the profiler."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from maxlm.config import MaxlmError
+from maxlm.config.errors import Preempted
+from maxlm.runtime.collectives import FlagAllReduce
+from maxlm.runtime.signals import SignalHandler, StopRequest
+from maxlm.train.anomaly import LossSpikeCallback, LossSpikeDetector
+from maxlm.train.checkpoint import Checkpointer
+from maxlm.train.profile import Profiler
+from maxlm.train.state import TrainState, remove_frozen
+from maxlm.train.step import Sums
+from maxlm.train.trainer import Callback, RollbackDecision, Trainer
+from maxlm.train.watchdog import Watchdog
+
+__all__ = [
+    "CheckpointCallback",
+    "EvaluationCallback",
+    "LossSpikeCallback",
+    "Profiler",
+    "StopCallback",
+    "Watchdog",
+]
+
+
+@dataclass
+class EvaluationCallback(Callback):
+    """Evaluates every so many steps, but not after the last one: the program ends with a longer
+    evaluation."""
+
+    evaluate: Callable[[TrainState], Mapping[str, float]]
+    every_steps: int
+    """0: never."""
+    watchdog: Watchdog
+    event: Callable[..., None]
+
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        return bool(self.every_steps) and step % self.every_steps == 0 and step < trainer.num_steps
+
+    def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        if not self.needs_state(trainer, step):
+            return
+        self.watchdog.expect(step, "evaluation")
+        with trainer.timer.timed("evaluating") as seconds:
+            trainer.notify("on_evaluation_end", step, self.evaluate(state))
+        self.event("evaluate", step, seconds=seconds())
+
+
+@dataclass
+class CheckpointCallback(Callback):
+    """Saves where a checkpoint is due, where one was requested, and at the end."""
+
+    checkpointer: Checkpointer
+    metadata: Mapping[str, Any]
+    """Saved with every checkpoint, with the losses that ``detector`` remembers."""
+    detector: LossSpikeDetector
+    watchdog: Watchdog
+    event: Callable[..., None]
+
+    def needs_state(self, trainer: Trainer, step: int) -> bool:
+        return self.checkpointer.is_due(step)
+
+    def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        if self.needs_state(trainer, step) or trainer.stop_request:
+            self._save(trainer, step, state, force=bool(trainer.stop_request))
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        self._report_completed()
+
+    def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        self._save(trainer, step, state, force=True)
+        self.watchdog.expect(step, "save")
+        with trainer.timer.timed("saving"):
+            self.checkpointer.wait()
+        self._report_completed()
+        trainer.timer.report(step)
+
+    def on_rollback(self, trainer: Trainer, decision: RollbackDecision) -> None:
+        trainer.timer.report(decision.last)
+
+    def _save(self, trainer: Trainer, step: int, state: TrainState, *, force: bool) -> None:
+        self.watchdog.expect(step, "save")
+        metadata = {**self.metadata, "losses": self.detector.memory}
+        suspect = self.detector.first_suspect_step(step)
+        with trainer.timer.timed("saving") as seconds:
+            saved = remove_frozen(state)
+            tier = self.checkpointer.save(step, saved, metadata, force=force, suspect=suspect)
+        if tier is not None:
+            trainer.timer.report(step)
+            self.event("checkpoint", step, tier=tier, seconds=seconds())
+            trainer.notify("on_checkpoint", step, tier)
+
+    def _report_completed(self) -> None:
+        """Writes an event for each checkpoint of the run's folder that has become complete."""
+        for step in self.checkpointer.pop_completed():
+            self.event("saved", step)
+
+
+class StopCallback(Callback):
+    """Combines what processes request with every step. Put it last: where a run stops early, it
+    raises once the other callbacks have ended.
+
+    Args:
+        signals: this process's requests.
+        all_reduce: combines them behind the step, without waiting for it.
+        save_is_due: whether this process's clock asks for a checkpoint.
+        event: takes (kind, step, **details).
+        folder: the run's folder, for messages.
+    """
+
+    def __init__(
+        self,
+        signals: SignalHandler,
+        all_reduce: FlagAllReduce,
+        save_is_due: Callable[[], bool],
+        event: Callable[..., None],
+        folder: str,
+    ):
+        self._signals, self._all_reduce, self._save_is_due = signals, all_reduce, save_is_due
+        self._event, self._folder = event, folder
+        self._reductions: deque[Any] = deque()
+
+    def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
+        save = StopRequest.SAVE if self._save_is_due() else StopRequest.NONE
+        self._reductions.append(self._all_reduce.start(self._signals.request | save))
+
+    def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+        trainer.stop_request |= self._all_reduce.finish(self._reductions.popleft())
+
+    def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
+        if not trainer.stop_request.stops or step == trainer.num_steps:
+            return
+        preempted = StopRequest.PREEMPT in trainer.stop_request
+        self._event("stop", step, reason="preempted" if preempted else "interrupt")
+        kind, words = (Preempted, "preempted") if preempted else (MaxlmError, "interrupted")
+        error = kind(
+            f"{words} at step {step} of {trainer.num_steps}, which is saved",
+            where=self._folder,
+            fix="run the same command to resume",
+        )
+        error.on_all_processes = True
+        raise error
