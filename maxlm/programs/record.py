@@ -8,7 +8,7 @@ from maxlm.plan.predict import RunPlan
 from maxlm.programs.prepare import PreparedText
 from maxlm.programs.setup import Setup
 from maxlm.train.display import ConsoleDisplay
-from maxlm.train.metrics import MetricsLog, compute_mfu, measure_memory
+from maxlm.train.metrics import MetricsLog, measure_memory
 from maxlm.train.trainer import Callback, Trainer
 
 
@@ -60,10 +60,8 @@ class MetricsCallback(Callback):
                 share * self._bytes_per_target[name] for name, share in shares.items()
             )
         if peak is not None:
-            record["mfu"] = compute_mfu(rate, layout.flops_per_token, peak)
-            record["mfu_full_attention"] = compute_mfu(
-                rate, layout.flops_per_token_full_attention, peak
-            )
+            record["mfu"] = rate * layout.flops_per_token / peak
+            record["mfu_full_attention"] = rate * layout.flops_per_token_full_attention / peak
         self._display.update(step, record)
         self._log.log(step, record)
 

@@ -17,8 +17,7 @@ from maxlm.models.architectures import ModelConfig
 from maxlm.tasks.clm import ClmTask
 from maxlm.tasks.denoising import SpanCorruptionTask, Ul2Task
 from maxlm.tasks.mlm import MlmTask
-from maxlm.tasks.task import FrozenModelSource, Models, SourceInputs, Task
-from maxlm.tasks.vocabulary import Vocabulary
+from maxlm.tasks.task import FrozenModelSource, Models, SourceInputs, Task, Vocabulary
 
 _Builtin = ClmTask | MlmTask | SpanCorruptionTask | Ul2Task
 _TASKS: dict[str, type[Task]] = {
@@ -27,13 +26,13 @@ _TASKS: dict[str, type[Task]] = {
 
 
 def register_task(task: type[Task]) -> type[Task]:
-    """Make a task known by its kind; also as a decorator."""
+    """Makes a task known by its kind; also as a decorator."""
     _TASKS[task.model_fields["kind"].default] = task
     return task
 
 
 def find_task(kind: str) -> type[Task] | None:
-    """Return the task of a kind, from an installed package if need be; None if there is none."""
+    """Returns the task of a kind, from an installed package if need be; None if there is none."""
     if kind not in _TASKS:
         for entry in entry_points(group="maxlm.tasks", name=kind):
             register_task(entry.load())
@@ -41,16 +40,13 @@ def find_task(kind: str) -> type[Task] | None:
 
 
 def get_kinds(architecture: str) -> list[str]:
-    """Return the kinds of known tasks that train models of an architecture."""
+    """Returns the kinds of known tasks that train models of an architecture."""
     return [kind for kind, task in _TASKS.items() if task.architecture == architecture]
 
 
 def check_task(task: Task, model: ModelConfig, seq_len: int) -> None:
-    """Check that a task can train a model on rows of ``seq_len`` tokens of text.
-
-    Raises:
-        MaxlmError: naming the settings.
-    """
+    """Checks that a task can train a model on rows of ``seq_len`` tokens of text; raises MaxlmError
+    naming the settings."""
     if model.architecture != task.architecture:
         raise MaxlmError(
             f"task.kind={task.kind} trains a model of architecture {task.architecture}, "

@@ -1,8 +1,8 @@
 """Span corruption (T5) and mixtures of denoisers (UL2): write what was taken out of a text."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from itertools import count
 from typing import ClassVar, Literal, Self
 
@@ -17,13 +17,11 @@ from maxlm.tasks.corrupt import (
     SentinelIds,
     compute_max_lengths,
     corrupt_row,
-    count_max_spans,
     make_ul2_denoisers,
 )
 from maxlm.tasks.loss import ENCODER_ARRAYS, seq2seq_loss
-from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs
-from maxlm.tasks.text import TextTask
-from maxlm.tasks.vocabulary import Vocabulary
+from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs, Vocabulary
+from maxlm.tasks.text import Row, RowTransform, TextTask
 
 # Sequences are as long as tiles and shards like.
 _MULTIPLE = 8
@@ -63,7 +61,18 @@ class DenoisingTask(TextTask):
         return super().batch_arrays(seq_len) | inputs
 
     def transform(self, inputs: SourceInputs) -> Transform:
-        return SpanDenoising(self, inputs.vocabulary, inputs.start_id, inputs.seed)
+        change = partial(self._corrupt_row, inputs.vocabulary, inputs.start_id)
+        return RowTransform(change, inputs.seed)
+
+    def _corrupt_row(
+        self, vocabulary: Vocabulary, start_id: int, row: Row, rng: np.random.Generator
+    ) -> Row:
+        first = vocabulary.size - 1 if self.first_sentinel is None else self.first_sentinel
+        ids = SentinelIds(first, self.sentinels, vocabulary.eos, start_id, vocabulary.opening)
+        decoder_len, encoder_len = self.row_lengths(row["tokens"].size)
+        text = _remove_marks(row["tokens"], row["segment_ids"], vocabulary)
+        lengths = {"encoder_len": encoder_len, "decoder_len": decoder_len}
+        return corrupt_row(*text, self.mixture, ids, rng, **lengths)
 
     def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
         """See :func:`seq2seq_loss`."""
@@ -90,7 +99,8 @@ class DenoisingTask(TextTask):
 
     def check(self, seq_len: int, vocab_size: int) -> None:
         super().check(seq_len, vocab_size)
-        if (spans := count_max_spans(seq_len, self.mixture)) > self.sentinels:
+        spans = max(denoiser.count_noise(seq_len)[1] for denoiser in self.mixture)
+        if spans > self.sentinels:
             raise MaxlmError(
                 f"data.seq_len={seq_len} tokens can have {spans} spans taken out, and there are "
                 f"{self.sentinels} sentinels",
@@ -152,47 +162,11 @@ class Ul2Task(DenoisingTask):
         return make_ul2_denoisers(self.regular_id, self.sequential_id, self.extreme_id)
 
 
-@dataclass(frozen=True)
-class SpanDenoising:
-    """Takes tokens out of a batch's rows, each by its own number: pure in (seed, step, row)."""
-
-    task: DenoisingTask
-    vocabulary: Vocabulary
-    start_id: int
-    """The token that a decoder reads first."""
-    seed: int
-
-    def __call__(
-        self, batch: dict[str, np.ndarray], step: int, row_numbers: Sequence[int]
-    ) -> dict[str, np.ndarray]:
-        task, vocabulary = self.task, self.vocabulary
-        first = vocabulary.size - 1 if task.first_sentinel is None else task.first_sentinel
-        opening = vocabulary.opening
-        ids = SentinelIds(first, task.sentinels, vocabulary.eos, self.start_id, opening)
-        decoder_len, encoder_len = task.row_lengths(batch["tokens"].shape[1])
-        found = [
-            corrupt_row(
-                *_text_alone(batch["tokens"][i], batch["segment_ids"][i], vocabulary),
-                task.mixture,
-                ids,
-                np.random.default_rng((self.seed, step, int(row))),
-                encoder_len=encoder_len,
-                decoder_len=decoder_len,
-            )
-            for i, row in enumerate(row_numbers)
-        ]
-        out = {name: np.stack([row.decoder[name] for row in found]) for name in found[0].decoder}
-        for name in ENCODER_ARRAYS:
-            out[name] = np.stack([row.encoder[name.removeprefix("input_")] for row in found])
-        return out
-
-
-def _text_alone(
+def _remove_marks(
     tokens: np.ndarray, segment_ids: np.ndarray, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray]:
     """A row without the marks that documents open and close with: each piece gets its own."""
     opens = np.diff(segment_ids, prepend=0) != 0
     closes = np.diff(segment_ids, append=0) != 0
     mark = (opens & np.isin(tokens, vocabulary.opening)) | (closes & (tokens == vocabulary.eos))
-    kept = ~mark
-    return tokens[kept], segment_ids[kept]
+    return tokens[~mark], segment_ids[~mark]

@@ -21,12 +21,11 @@ def token_loss(
     z_loss: float,
     chunk_tokens: int,
 ) -> LossResult:
-    """The cross-entropy of a batch's targets, summed over tokens.
+    """The cross-entropy of a batch's ``targets``, weighted by ``weights``, summed over tokens.
 
     Args:
         hidden: [..., S, D], what the model made of the batch.
         aux: what its layers add.
-        batch: ``targets`` and ``weights`` [..., S] are used.
         z_loss, chunk_tokens: see ``fused_cross_entropy_loss``.
     """
     head = model.head_of(hidden)
@@ -54,7 +53,6 @@ def compute_log_probs(
     Args:
         hidden: [..., S, D], what the model made of a batch.
         targets: int [..., S].
-        chunk_tokens: see ``fused_cross_entropy_loss``.
     """
     head = model.head_of(hidden)
     return compute_fused_log_probs(
@@ -75,7 +73,6 @@ def token_prediction_loss(
     """The loss of a model of one sequence: next tokens, or masked ones.
 
     Args:
-        model: bound to its parameters.
         batch: int32 tokens, targets, positions, segment_ids and fp32 weights, all [B, S], or
             [M, B, S] on pipeline stages.
     """
@@ -89,15 +86,10 @@ def seq2seq_loss(
     """The loss of a decoder that writes an output for an encoder's input.
 
     Args:
-        model: bound to its parameters.
         batch: as :func:`token_prediction_loss` has it, for the decoder [B, S_dec]; and int32
             input_tokens, input_positions and input_segment_ids [B, S_enc].
     """
     tokens, positions, segment_ids = (batch[name] for name in ENCODER_ARRAYS)
-    hidden, aux = model(
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        inputs=(tokens, positions, segment_ids),
-    )
+    inputs = (tokens, positions, segment_ids)
+    hidden, aux = model(batch["tokens"], batch["positions"], batch["segment_ids"], inputs=inputs)
     return token_loss(model, hidden, aux, batch, z_loss=z_loss, chunk_tokens=chunk_tokens)

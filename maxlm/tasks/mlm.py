@@ -1,18 +1,19 @@
 """Masked language modelling: predict the tokens that were hidden (Devlin et al. 2019, §3.1)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import Transform
-from maxlm.tasks.corrupt import mask_tokens
-from maxlm.tasks.task import SourceInputs
-from maxlm.tasks.text import TextTask
-from maxlm.tasks.vocabulary import Vocabulary
+from maxlm.tasks.corrupt import Flags, Ids
+from maxlm.tasks.task import SourceInputs, Vocabulary
+from maxlm.tasks.text import Row, RowTransform, TextTask
 
 # Texts of published tokenizers' masks.
 _MASKS = ("[MASK]", "<mask>")
@@ -50,7 +51,21 @@ class MlmTask(TextTask):
         return self if mask is None else self.model_copy(update={"mask_id": mask})
 
     def transform(self, inputs: SourceInputs) -> Transform:
-        return TokenMasking(self, inputs.vocabulary, inputs.seed)
+        return RowTransform(partial(self._mask_row, inputs.vocabulary), inputs.seed)
+
+    def _mask_row(self, vocabulary: Vocabulary, row: Row, rng: Generator) -> Row:
+        masked = mask_tokens(
+            row["tokens"],
+            row["segment_ids"],
+            rng,
+            mask_id=vocabulary.size - 1 if self.mask_id is None else self.mask_id,
+            special=vocabulary.special,
+            share=self.share,
+            masked=self.masked,
+            random=self.random,
+            starts_word=vocabulary.starts_word if self.whole_words else None,
+        )
+        return row | masked
 
     @model_validator(mode="after")
     def _check_parts(self):
@@ -62,33 +77,62 @@ class MlmTask(TextTask):
         return self
 
 
-@dataclass(frozen=True)
-class TokenMasking:
-    """Masks a batch's rows, each by its own number: pure in (seed, step, row)."""
+def mask_tokens(
+    tokens: Ids,
+    segment_ids: Ids,
+    rng: Generator,
+    *,
+    mask_id: int,
+    special: Flags,
+    share: float = 0.15,
+    masked: float = 0.8,
+    random: float = 0.1,
+    starts_word: Flags | None = None,
+) -> Row:
+    """Masks tokens of a row (Devlin et al. 2019, §3.1): ``share`` of those that are neither special
+    nor padding are chosen, rounded and at least one. Of the chosen, each on its own, a part becomes
+    the mask, a part another id, and the rest stays.
 
-    task: MlmTask
-    vocabulary: Vocabulary
-    seed: int
+    Args:
+        tokens, segment_ids: int32 [S], as the loader's; 0 is padding.
+        special: bool [V], ids that are never chosen, nor put for another.
+        masked, random: the parts that become ``mask_id``, and any id that is not special.
+        starts_word: bool [V], ids with which a word begins; None chooses tokens. Words are chosen
+            whole, in random order, while they fit what is left of the share: it may stay short of
+            it, by less than the shortest word left. Special tokens and segments' ends end words.
 
-    def __call__(
-        self, batch: dict[str, np.ndarray], step: int, row_numbers: Sequence[int]
-    ) -> dict[str, np.ndarray]:
-        task, vocabulary = self.task, self.vocabulary
-        mask = vocabulary.size - 1 if task.mask_id is None else task.mask_id
-        out = dict(batch)
-        for name in ("tokens", "targets", "weights"):
-            out[name] = batch[name].copy()
-        for i, row in enumerate(row_numbers):
-            found = mask_tokens(
-                batch["tokens"][i],
-                batch["segment_ids"][i],
-                np.random.default_rng((self.seed, step, int(row))),
-                mask_id=mask,
-                special=vocabulary.special,
-                share=task.share,
-                masked=task.masked,
-                random=task.random,
-                starts_word=vocabulary.starts_word if task.whole_words else None,
-            )
-            out["tokens"][i], out["targets"][i], out["weights"][i] = found
-        return out
+    Returns:
+        int32 [S] ``tokens``, ``targets`` (the token that a chosen place held; 0 elsewhere) and fp32
+        ``weights``, 1 where a place was chosen.
+    """
+    candidate = (segment_ids != 0) & ~special[tokens]
+    places = np.flatnonzero(candidate)
+    budget = max(1, round(share * places.size)) if places.size else 0
+    if starts_word is None:
+        chosen = rng.choice(places, budget, replace=False)
+    else:
+        begins = starts_word[tokens] | ~candidate
+        begins[1:] |= segment_ids[1:] != segment_ids[:-1]
+        chosen = places[_whole_words(np.cumsum(begins)[places], budget, rng)]
+    chosen = np.sort(chosen)
+
+    out, targets, weights = tokens.copy(), np.zeros_like(tokens), np.zeros(tokens.size, np.float32)
+    targets[chosen], weights[chosen] = tokens[chosen], 1
+    lot = rng.random(chosen.size)
+    out[chosen[lot < masked]] = mask_id
+    other = chosen[(lot >= masked) & (lot < masked + random)]
+    out[other] = rng.choice(np.flatnonzero(~special), other.size)
+    return {"tokens": out, "targets": targets, "weights": weights}
+
+
+def _whole_words(words: NDArray[np.integer], budget: int, rng: Generator) -> Flags:
+    """Flags those tokens [n] whose words, given by number, fill the budget."""
+    _, word_of, sizes = np.unique(words, return_inverse=True, return_counts=True)
+    chosen = np.zeros(sizes.size, bool)
+    for word in rng.permutation(sizes.size):
+        size = int(sizes[word])
+        if size <= budget:
+            chosen[word], budget = True, budget - size
+        if budget == 0:
+            break
+    return chosen[word_of]

@@ -6,18 +6,35 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import jax
+import numpy as np
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
 from maxlm.data.batch_source import BatchArray, BatchSource
 from maxlm.data.loader import LoaderConfig, Mixing, TokenSource
 from maxlm.data.tokenizer import Tokenizer
-from maxlm.tasks.vocabulary import Vocabulary
 
 DeviceBatch = dict[str, jax.Array]
 LossResult = tuple[jax.Array, dict[str, jax.Array]]
 """The loss to differentiate, summed over what is counted, and sums to log: ``tokens`` (the weight
 that everything is divided by) among them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """The ids of a model's table, and what they stand for."""
+
+    size: int
+    """Ids that text and reserved ids may have: the rows of the model's table."""
+    text: int
+    """Ids that the tokenizer knows; those above are free."""
+    opening: tuple[int, ...]
+    """The tokens that a document begins with in a store."""
+    eos: int
+    special: np.ndarray
+    """bool [size]: ids that no text has."""
+    starts_word: np.ndarray
+    """bool [size]: ids with which a word begins."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +72,8 @@ class SourceInputs:
 
 
 class Task(Config):
-    """A goal to train a model for. A subclass has a ``kind`` of its own, a Literal.
-
-    To add one, write a subclass and register it (``maxlm.tasks.register_task``, or in an installed
-    package an entry point of the group ``maxlm.tasks`` named as its kind).
-    """
+    """A goal to train a model for. A subclass has a ``kind`` of its own, a Literal, and is
+    registered; see ``maxlm.tasks``."""
 
     architecture: ClassVar[str] = "decoder"
     """The architecture of the models that it trains."""
@@ -87,11 +101,7 @@ class Task(Config):
 
     @abstractmethod
     def batch_source(self, inputs: SourceInputs) -> BatchSource:
-        """The batches to train on.
-
-        Raises:
-            MaxlmError: they cannot be made of these inputs.
-        """
+        """The batches to train on; raises MaxlmError if they cannot be made of these inputs."""
 
     def evaluation_sources(self, inputs: SourceInputs) -> Mapping[str, BatchSource]:
         """Finite sources to evaluate on, by name."""
@@ -121,7 +131,7 @@ class Task(Config):
         """The task with the reserved ids that a published tokenizer has.
 
         Args:
-            ids: of the tokenizer's special tokens, by their text.
+            ids: of its special tokens, by their text.
         """
         return self
 
@@ -130,11 +140,8 @@ class Task(Config):
         return self.model_copy(update=dict.fromkeys(self.reserved_ids))
 
     def check(self, seq_len: int, vocab_size: int) -> None:
-        """Check that this can be done to rows of ``seq_len``, for a table of so many ids.
-
-        Raises:
-            MaxlmError: naming the setting.
-        """
+        """Checks that this can be done to rows of ``seq_len``, for a table of so many ids; raises
+        MaxlmError naming the setting."""
         for name, reserved in self.reserved_ids.items():
             if reserved is not None and reserved >= vocab_size:
                 raise MaxlmError(
@@ -144,31 +151,21 @@ class Task(Config):
                 )
 
     def name_row_lengths(self, seq_len: int) -> dict[str, int]:
-        """Return the lengths of :meth:`row_lengths` by the settings that decide them."""
-        named = zip(
-            ("task.decoder_len", "task.encoder_len"), self.row_lengths(seq_len), strict=True
-        )
-        return {"data.seq_len" if n == seq_len else setting: n for setting, n in named}
+        """Returns the lengths of :meth:`row_lengths` by the settings that decide them."""
+        decoder, encoder = self.row_lengths(seq_len)
+        named = {"task.decoder_len": decoder, "task.encoder_len": encoder}
+        return {"data.seq_len" if n == seq_len else setting: n for setting, n in named.items()}
 
     def check_vocab_size(self, tokenizer_ids: int, table_rows: int) -> None:
-        """Check that every id of the tokenizer has a row in the model's table, and that there are
-        as many more as the task reserves.
-
-        Raises:
-            MaxlmError: naming both sizes.
-        """
+        """Checks that every id of the tokenizer has a row in the model's table, and that there are
+        as many more as the task reserves; raises MaxlmError naming both sizes."""
         free = self.num_free_ids
-        if free and tokenizer_ids + free > table_rows:
+        if (least := tokenizer_ids + free) > table_rows:
+            reserved = f" and task.kind={self.kind} needs {free} more" if free else ""
+            other = "name ids of the tokenizer's own in the task"
             raise MaxlmError(
-                f"the tokenizer has {tokenizer_ids} ids and task.kind={self.kind} needs {free} "
-                f"more, model.vocab_size={table_rows}",
+                f"the tokenizer has {tokenizer_ids} ids{reserved}, model.vocab_size={table_rows}",
                 where="model.vocab_size",
-                fix=f"set it to {tokenizer_ids + free} or more, or name ids of the tokenizer's own "
-                "in the task",
-            )
-        if tokenizer_ids > table_rows:
-            raise MaxlmError(
-                f"the tokenizer has {tokenizer_ids} ids, model.vocab_size={table_rows}",
-                where="model.vocab_size",
-                fix=f"set it to {tokenizer_ids} or more, or train a smaller tokenizer",
+                fix=f"set it to {least} or more, or "
+                + (other if free else "train a smaller tokenizer"),
             )

@@ -1,6 +1,7 @@
 """Tasks on text: rows of token stores, packed, of which every token may become a target."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -10,6 +11,27 @@ from maxlm.data.batch_source import BatchArray, BatchSource, Transform, Transfor
 from maxlm.data.loader import make_batches, make_one_pass
 from maxlm.tasks.loss import token_prediction_loss
 from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs, Task
+
+Row = dict[str, np.ndarray]
+"""One row of a batch, each array without the batch's dimension."""
+
+
+@dataclass(frozen=True)
+class RowTransform:
+    """Changes a batch's rows, each by its own number: pure in (seed, step, row)."""
+
+    change: Callable[[Row, np.random.Generator], Row]
+    seed: int
+
+    def __call__(self, batch: Row, step: int, row_numbers: Sequence[int]) -> Row:
+        rows = [
+            self.change(
+                {name: array[i] for name, array in batch.items()},
+                np.random.default_rng((self.seed, step, int(row))),
+            )
+            for i, row in enumerate(row_numbers)
+        ]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class TextTask(Task):

@@ -18,10 +18,7 @@ def batch_sharding(
     rules: AxisRules, mesh: Mesh, axes: Sequence[str | None] = ("seq",)
 ) -> NamedSharding:
     """The sharding of arrays [A, B / A, ...]: micro-batches are whole, over pipeline stages too.
-
-    Args:
-        axes: logical axis of each dimension of a row.
-    """
+    ``axes``: the logical axis of each dimension of a row."""
     return NamedSharding(mesh, rules.spec(None, "batch", *axes))
 
 
@@ -36,7 +33,7 @@ def require_batch_split(
 
     Args:
         row_lengths: tokens of the sequences in a row, by the setting that decides them.
-        sizes: mesh axis → devices.
+        sizes: devices, by mesh axis.
     """
 
     def name_split(axes: Sequence[str]) -> str:
@@ -71,14 +68,14 @@ def require_batch_split(
 
 
 def get_local_rows(sharding: NamedSharding, lead: tuple[int, ...]) -> list[int]:
-    """Return the rows of a global batch that this process's devices hold, ascending.
+    """Returns the rows of a global batch that this process's devices hold, ascending.
 
     Args:
         sharding: of arrays with these leading axes alone; see :func:`batch_sharding`.
         lead: (rows,) or (micro-batches, rows); rows are counted over both axes together,
             micro-batch by micro-batch.
     """
-    numbers = _number_rows(lead)
+    numbers = np.arange(prod(lead)).reshape(lead)
     slices: Any = sharding.addressable_devices_indices_map(lead).values()
     return sorted({row for index in slices for row in numbers[index].ravel().tolist()})
 
@@ -92,15 +89,14 @@ def put_batch(
     lead: tuple[int, ...],
     token_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
-    """A process's rows as its part of the global arrays.
+    """A process's rows as its part of the global arrays, whose leading axes are ``lead``.
 
     Args:
         batch: arrays [len(rows), ...], row i being global row ``rows[i]``.
         arrays: a row of each.
-        lead: the global arrays' leading axes: (rows,) or (micro-batches, rows).
         token_order: the token that stands at each place of a sequence; default: its own.
     """
-    numbers = _number_rows(lead)
+    numbers = np.arange(prod(lead)).reshape(lead)
     place_of = {row: i for i, row in enumerate(rows)}
 
     def put(array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
@@ -117,7 +113,3 @@ def put_batch(
         return jax.make_array_from_callback((*lead, *array.shape[1:]), sharding, piece)
 
     return {name: put(array, arrays[name].axes) for name, array in batch.items()}
-
-
-def _number_rows(lead: tuple[int, ...]) -> np.ndarray:
-    return np.arange(prod(lead)).reshape(lead)

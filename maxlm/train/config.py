@@ -30,10 +30,7 @@ class TrainConfig(Config):
     """Batches of one such evaluation; the one at the end reads all held-out text."""
 
     def check_micro_batches(self, batch_size: int) -> None:
-        """
-        Raises:
-            MaxlmError: the micro-batches do not divide the batch.
-        """
+        """Raises MaxlmError if the micro-batches do not divide the batch."""
         if self.max_device_rows is None and batch_size % self.micro_batches:
             raise MaxlmError(
                 f"data.batch_size={batch_size} does not divide into "
@@ -42,7 +39,7 @@ class TrainConfig(Config):
             )
 
     def resolve_micro_batches(self, batch_size: int, ways: int, stages: int) -> "TrainConfig":
-        """Return the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
+        """Returns the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
         fewest parts of the batch that leave every device no more sequences at once.
 
         Args:

@@ -12,26 +12,20 @@ from maxlm.config import MaxlmError
 from maxlm.runtime.files import replace_file
 from maxlm.train.records import read_records
 
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "loader_wait": "loader wait {:.1%}",
+}
+
 
 def format_duration(seconds: float) -> str:
     """``75`` as ``1:15``, ``3723`` as ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def summarize_record(record: Mapping[str, Any]) -> str:
-    """The main numbers of a metrics record on one line; what is missing is left out."""
-    parts = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.2e}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "mfu": "MFU {:.1%}",
-        "loader_wait": "loader wait {:.1%}",
-    }
-    return " · ".join(
-        form.format(record[name]) for name, form in parts.items() if record.get(name) is not None
-    )
 
 
 class ConsoleDisplay:
@@ -92,7 +86,8 @@ class ConsoleDisplay:
         if steps > 0:
             left = f"ETA {format_duration((self.total_steps - step) * seconds / steps)}"
             speed = f"{steps / max(seconds, 1e-9):.2f} steps/s"
-        text = " · ".join(filter(None, [left, summarize_record(record), speed]))
+        shown = [f.format(record[n]) for n, f in _SHOWN.items() if record.get(n) is not None]
+        text = " · ".join(filter(None, [left, *shown, speed]))
         if self._progress:
             self._progress.update(self._task, completed=step, text=text)
         elif now - self._printed >= self._every or step >= self.total_steps:
@@ -147,10 +142,10 @@ def plot_loss(metrics: str | Path, image: str | Path) -> None:
         axes.plot(x, losses, color="#4C78A8", linewidth=0.8, alpha=0.3)
         axes.plot(x, means, color="#4C78A8", linewidth=1.5, label="training")
     if eval_losses.size:
-        style = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
+        style: Any = {"linewidth": 1.5, "marker": "o", "markersize": 4, "label": "held out"}
         axes.plot(x_eval, eval_losses, color="#E45756", **style)
         last = x_eval[-1], eval_losses[-1]
-        text = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
+        text: Any = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 9}
         axes.annotate(f"{last[1]:.3f}", last, **text)
     axes.set_xscale("log")
     axes.set_xlabel("tokens seen")

@@ -35,23 +35,9 @@ def divide_by_tokens(sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {k: v / (loads if k.startswith("expert_") else tokens) for k, v in own.items()}
 
 
-def compute_mfu(tokens_per_second: float, flops_per_token: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation (PaLM, appendix B): the share of peak spent on the model's own work.
-
-    Args:
-        flops_per_token: of forward and backward passes, without rematerialisation. Which
-            convention (causal attention counted in full, or halved) is the caller's choice.
-        peak_flops: FLOP/s of all devices together, in the dtype of the matrix products.
-    """
-    return tokens_per_second * flops_per_token / peak_flops
-
-
 def measure_memory() -> dict[str, float]:
-    """Peak memory in bytes: of the first local device, or else of this process.
-
-    ``device_memory_peak`` where the backend counts it (GPU, TPU), ``process_memory_peak``
-    (resident set, JAX's and Python's together) on CPU. Never both: they are not comparable.
-    """
+    """Peak memory in bytes: ``device_memory_peak`` of the first local device where the backend
+    counts it (GPU, TPU), else ``process_memory_peak`` (resident set, JAX's and Python's)."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return {"device_memory_peak": stats["peak_bytes_in_use"]}
@@ -70,11 +56,10 @@ class MetricsLog:
         folder: the run folder; made if missing.
         resume_step: keep records up to and including this step; 0 begins anew.
         write: False on all processes but the first: every method then does nothing.
-        reporting: where else the numbers go.
 
     Raises:
-        MaxlmError: a file cannot be written (no place, no permission), here and in every method;
-            anything about ``reporting``.
+        MaxlmError: a file cannot be written, here and in every method; anything about
+            ``reporting``.
     """
 
     def __init__(

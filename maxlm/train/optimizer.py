@@ -66,10 +66,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The transformation ``update(grads, state, params) -> (updates, state)``.
 
-    Gradients and parameters are fp32 trees like ``specs`` (a nested dict of ``ParamSpec``, of the
-    trained parameters), each pair in one layout; updates come out in that layout, to be *added* to
-    the parameters. ``init`` takes all of a model's. The state is fp32. Runs on explicit meshes,
-    inside or outside jit.
+    Gradients and parameters are fp32 trees like ``specs`` (of the trained parameters), each pair in
+    one layout; updates come out in that layout, to be *added* to the parameters. ``init`` takes all
+    of a model's. The state is fp32. Runs on explicit meshes, inside or outside jit.
     """
     inner = _by_gradient(config, schedule, specs)
     if any(spec.sign_update for spec in jax.tree.leaves(specs)):
@@ -100,11 +99,8 @@ def _by_gradient(
 def shard_update(
     inner: optax.GradientTransformation, specs: Params, rules: AxisRules, storage: AxisRules
 ) -> optax.GradientTransformation:
-    """An optimizer whose state, and so its work, lies by ``rules``; updates come out in storage.
-
-    Where the two differ (ZeRO-1 and 2), each device updates its share of every parameter, and the
-    updates are gathered.
-    """
+    """An optimizer whose state, and so its work, lies by ``rules``: each device updates its share
+    of every parameter, and the updates are gathered (ZeRO-1 and 2)."""
     if rules == storage:
         return inner
 
@@ -209,13 +205,8 @@ def abstract_opt_state(
     optimizer: optax.GradientTransformation, specs: Params, shardings: Params
 ) -> optax.OptState:
     """The optimizer's state as ``ShapeDtypeStruct`` leaves with shardings; no device is touched.
-
-    Where an array has an axis of its parameter's, it lies as the parameter does.
-
-    Args:
-        specs: nested dict of ``ParamSpec``.
-        shardings: the same tree of ``NamedSharding``, over a real or an abstract mesh.
-    """
+    Where an array has an axis of its parameter's, it lies as the parameter does, by ``shardings``
+    (the same tree as ``specs``, over a real or an abstract mesh)."""
     layouts = {_names(path): sharding for path, sharding in _leaves(shardings)}
     mesh = next(iter(layouts.values())).mesh
 
@@ -228,13 +219,6 @@ def abstract_opt_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(place, described_opt_state(optimizer, specs))
-
-
-def opt_state_shardings(
-    optimizer: optax.GradientTransformation, specs: Params, shardings: Params
-) -> optax.OptState:
-    """The sharding of every leaf of the optimizer's state; see :func:`abstract_opt_state`."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_opt_state(optimizer, specs, shardings))
 
 
 def _leaves(tree: Params) -> list[tuple[tuple, Any]]:

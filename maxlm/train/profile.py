@@ -64,10 +64,14 @@ class Profiler(Callback):
         if step >= self._last:
             self._stop()
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Trainer, step: int, state: Any) -> None:
         self._stop()
 
-    on_rollback = on_exception = on_train_end
+    def on_rollback(self, trainer: Trainer, decision: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, error: BaseException) -> None:
+        self._stop()
 
     def _stop(self) -> None:
         if self._is_tracing:

@@ -37,11 +37,9 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> optax.Schedule:
     """
     peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_fraction
     if warmup > total_steps:
-        raise MaxlmError(
-            f"warmup_steps={warmup} is longer than the run of {total_steps} steps",
-            where="schedule",
-            fix=f"set warmup_steps to {total_steps} or less, or train for longer",
-        )
+        what = f"warmup_steps={warmup} is longer than the run of {total_steps} steps"
+        fix = f"set warmup_steps to {total_steps} or less, or train for longer"
+        raise MaxlmError(what, where="schedule", fix=fix)
     rest = total_steps - warmup
     if config.kind == "constant":
         shape = optax.constant_schedule(peak)

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from maxlm.models.params import Params, ParamSpec, init_params, join_path
 from maxlm.sharding import AxisRules, resolve_placement
-from maxlm.train.optimizer import opt_state_shardings
+from maxlm.train.optimizer import abstract_opt_state
 
 
 @jax.tree_util.register_dataclass
@@ -49,11 +49,8 @@ def remove_frozen(state: TrainState) -> TrainState:
 
 
 def param_shardings(specs: Params, rules: AxisRules, mesh: Mesh | AbstractMesh) -> Params:
-    """Where every parameter rests.
-
-    Raises:
-        MaxlmError: an axis that does not divide, or two on one mesh axis.
-    """
+    """Where every parameter rests; raises MaxlmError for an axis that does not divide, or two on
+    one mesh axis."""
     sizes = dict(mesh.shape)
 
     def sharding(path: tuple, spec: ParamSpec) -> NamedSharding:
@@ -79,17 +76,14 @@ def state_shardings(
         rules: storage rules on this mesh.
         optimizer_rules: by which moments lie; default: where their parameter does.
         frozen: declarations of other models, by name.
-
-    Raises:
-        MaxlmError: as :func:`param_shardings`.
     """
     params = param_shardings(specs, rules, mesh)
+    layout = param_shardings(specs, optimizer_rules or rules, mesh)
+    opt_state = abstract_opt_state(optimizer, specs, layout)
     return TrainState(
         step=NamedSharding(mesh, rules.spec()),
         params=params,
-        opt_state=opt_state_shardings(
-            optimizer, specs, param_shardings(specs, optimizer_rules or rules, mesh)
-        ),
+        opt_state=jax.tree.map(lambda leaf: leaf.sharding, opt_state),
         ema=params if ema else None,
         frozen={name: param_shardings(own, rules, mesh) for name, own in frozen.items()},
     )

@@ -44,11 +44,10 @@ def train_step(
             through a pipeline. Their losses are summed and divided by the tokens of the whole
             batch, so that A changes memory and nothing else (but for the balance of experts,
             which is measured over a micro-batch).
-        model: the module whose parameters ``state.params`` holds.
+        model, frozen_models: the modules whose parameters the state holds.
         schedule: the optimizer's, to be reported.
         gradient_layouts: see ``compute_loss_and_gradients``.
         trainable: the declarations of the parameters that are trained; default: all.
-        frozen_models: the modules whose parameters ``state.frozen`` holds, by name.
 
     Returns:
         The next state, and fp32 scalars: ``loss`` and the task's other sums per counted
@@ -97,7 +96,7 @@ def train_step(
         "update_norm": update_norm,
         "skipped": 1.0 - finite.astype(jnp.float32),
     }
-    opt_state = _counted(opt_state, state.opt_state)
+    opt_state = jax.tree.map(_count_on, opt_state, state.opt_state)
     params = merge_params(trained, untrained)
     ema = None if ema is None or ema_rest is None else merge_params(ema, ema_rest)
     return TrainState(state.step + 1, params, opt_state, ema, state.frozen), metrics
@@ -110,13 +109,9 @@ def _held(array: jax.Array) -> jax.Array:
     return array if mesh.empty else reshard(array, jax.typeof(array).sharding)
 
 
-def _counted(opt_state: Any, before: Any) -> Any:
-    """With counts that go on, and with them the schedule, where an update was left out."""
-
-    def count(new: jax.Array, old: jax.Array) -> jax.Array:
-        return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
-
-    return jax.tree.map(count, opt_state, before)
+def _count_on(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Counts, and with them the schedule, go on where an update was left out."""
+    return old + 1 if new.ndim == 0 and jnp.issubdtype(new.dtype, jnp.integer) else new
 
 
 def _learned(specs: Params, tree: Any) -> Any:
@@ -144,7 +139,4 @@ def evaluate_step(
     if getattr(model, "schedule", None) is not None:
         return sums_of(batch)
 
-    def body(_, micro):
-        return None, sums_of(micro)
-
-    return jax.tree.map(lambda x: x.sum(0), lax.scan(body, None, batch)[1])
+    return jax.tree.map(lambda x: x.sum(0), lax.map(sums_of, batch))

@@ -5,7 +5,7 @@ A part of a tree of parameters is that tree with None for the arrays that are no
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import filter as filter_names
 
 import jax
 
@@ -14,35 +14,26 @@ from maxlm.models.params import GatheredParam, Params, join_path
 
 
 def select_trainable(specs: Params, patterns: Sequence[str]) -> Params:
-    """Return the part of a tree of declarations whose names match a pattern.
-
-    Args:
-        patterns: of canonical names, such as ``layers.attention.*``.
-
-    Raises:
-        MaxlmError: a pattern that no name matches.
-    """
-    names = _list_names(specs)
+    """Returns the part of a tree of declarations whose canonical names match a pattern, such as
+    ``layers.attention.*``; raises MaxlmError for one that no name matches."""
+    names, matched = _list_names(specs), set[str]()
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not (found := filter_names(names, pattern)):
             near = get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
-            raise MaxlmError(
-                f"{pattern!r} matches no parameter",
-                where="train.trainable",
-                fix=f"use a pattern of names such as {', '.join(near)}",
-            )
-    matched = {name for name in names if any(fnmatchcase(name, p) for p in patterns)}
+            fix = f"use a pattern of names such as {', '.join(near)}"
+            raise MaxlmError(f"{pattern!r} matches no parameter", where="train.trainable", fix=fix)
+        matched.update(found)
     return _keep(specs, matched)
 
 
 def split_params(params: Params, part: Params) -> tuple[Params, Params]:
-    """Split parameters into those that a part of their tree has, and the others."""
+    """Splits parameters into those that a part of their tree has, and the others."""
     ours = set(_list_names(part))
     return _keep(params, ours), _keep(params, {*_list_names(params)} - ours)
 
 
 def merge_params(a: Params, b: Params) -> Params:
-    """Join two parts of one tree; the inverse of :func:`split_params`."""
+    """Joins two parts of one tree; the inverse of :func:`split_params`."""
 
     def is_whole(held: object) -> bool:
         return held is None or isinstance(held, GatheredParam)

@@ -8,22 +8,15 @@ import pytest
 
 from maxlm.config import MaxlmError
 from maxlm.train.profile import Profiler, parse_steps
+from tests.errors import message
 
 
-@pytest.mark.parametrize(
-    ("text", "steps"), [("10:13", (10, 13)), ("10", (10, 10)), ("1:1", (1, 1))]
-)
-def test_steps(text, steps):
-    assert parse_steps(text) == steps
-
-
-@pytest.mark.parametrize("text", ["", "a", "0", "13:10", "10:", ":5", "1:2:3", "-1:4", "1.5"])
-def test_what_names_no_steps(text):
-    with pytest.raises(MaxlmError) as error:
-        parse_steps(text)
-    assert str(error.value) == (
-        f"--profile: '{text}' names no steps; write the first and last: 10:13"
-    )
+def test_steps_are_one_or_the_first_and_last():
+    assert [parse_steps(text) for text in ("10:13", "10")] == [(10, 13), (10, 10)]
+    for text in ("", "0", "13:10", "10:", ":5", "1:2:3", "1.5"):
+        assert message(parse_steps, text) == (
+            f"--profile: '{text}' names no steps; write the first and last: 10:13"
+        )
 
 
 def loop(profiler, steps):
@@ -55,23 +48,20 @@ def traces(folder):
         yield sorted(steps), sum(event.name.startswith("wrapped_sine") for event in events)
 
 
-def test_a_trace_has_these_steps_and_no_others(tmp_path):
-    loop(Profiler(tmp_path, 3, 5), range(1, 9))
-    assert list(traces(tmp_path / "profile")) == [([3, 4, 5], 3)]
-
-
-def test_a_run_that_ends_or_begins_between_them(tmp_path):
-    loop(Profiler(tmp_path / "ends", 3, 50), range(1, 5))
-    loop(Profiler(tmp_path / "begins", 3, 5), range(5, 9))
-    assert list(traces(tmp_path / "ends")) == [([3, 4], 2)]
-    assert list(traces(tmp_path / "begins")) == [([5], 1)]
-
-
-def test_none_is_taken_unasked(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    loop(Profiler(tmp_path, 10, 12), range(1, 4))
-    loop(Profiler(tmp_path, 10, 12), range(13, 15))
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("first", "last", "steps", "traced"),
+    [
+        (3, 5, range(1, 9), [3, 4, 5]),
+        (3, 50, range(1, 5), [3, 4]),
+        (3, 5, range(5, 9), [5]),
+        (10, 12, range(1, 4), []),
+        (10, 12, range(13, 15), []),
+    ],
+)
+def test_trace_has_the_steps_asked_for_that_the_run_takes(tmp_path, first, last, steps, traced):
+    loop(Profiler(tmp_path, first, last), steps)
+    want = [(traced, len(traced))] if traced else []
+    assert list(traces(tmp_path)) == want
 
 
 def test_a_second_trace_or_no_place_for_it_is_an_error(tmp_path):

@@ -6,6 +6,7 @@ A run resumes from the newest checkpoint that can be read, in whichever place it
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,32 +29,25 @@ class CheckpointTier(Protocol):
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
         """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one."""
-        ...
 
     def steps(self) -> list[int]:
         """Returns the steps of which there are checkpoints."""
-        ...
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state; raises Unreadable."""
-        ...
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state, each array in the sharding of ``abstract``; raises Unreadable, or
         MaxlmError for one of another model or optimizer."""
-        ...
 
     def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to come."""
-        ...
 
     def wait(self) -> None:
         """Waits until nothing is being written."""
-        ...
 
     def close(self) -> None:
         """Ends what is under way."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,9 +79,8 @@ class Checkpointer:
     context manager.
 
     Args:
-        folder: the run's folder of checkpoints.
+        folder, grouped, read_only: see :class:`FolderTier`.
         name: of the run, under which its files lie in places that runs share.
-        grouped, read_only: see :class:`FolderTier`.
 
     Raises:
         MaxlmError: a place cannot be written, or reached.
@@ -113,17 +106,13 @@ class Checkpointer:
             self._remote = RemoteTier(f"{place}/{name}", self._config, self.folder)
         self._suspect_free: set[int] = set()
         self._folder = FolderTier(
-            folder,
-            config,
-            grouped=grouped,
-            read_only=read_only,
-            get_held_steps=self._get_held_steps,
+            folder, config, grouped=grouped, read_only=read_only, get_held_steps=self._held_steps
         )
         tiers = (self._local, self._folder, self._remote)  # by how quickly they are read
         self.tiers: list[CheckpointTier] = [tier for tier in tiers if tier]
         self._saved_at = time.monotonic()
 
-    def _get_held_steps(self) -> set[int]:
+    def _held_steps(self) -> set[int]:
         return self._suspect_free | (self._remote.busy_steps if self._remote else set())
 
     @property
@@ -188,7 +177,7 @@ class Checkpointer:
             self._remote.save(newest)
 
     def stop_copying(self) -> None:
-        """Cancels copies under way; ``catch_up`` starts them again."""
+        """Cancels copies under way, which ``catch_up`` starts again."""
         if self._remote:
             self._remote.close()
 
@@ -224,7 +213,7 @@ class Checkpointer:
             refuse: returns why one is not to be resumed from.
 
         Returns:
-            The state and its checkpoint, None twice if there is none; those skipped on the way.
+            The state and its checkpoint (None twice if there is none), and those skipped.
         """
         skipped = []
         for each in found:
@@ -238,11 +227,8 @@ class Checkpointer:
         return None, None, skipped
 
     def quarantine(self, skipped: Sequence[SkippedCheckpoint], resume_step: int) -> None:
-        """Takes checkpoints that cannot be resumed from out of the way of those to come.
-
-        Args:
-            resume_step: that the run resumes from; 0: it starts.
-        """
+        """Takes checkpoints that cannot be resumed from out of the way of those to come, in a run
+        that resumes from ``resume_step`` (0: it starts)."""
         for tier in self.tiers:
             steps = {each.step: each.is_damaged for each in skipped if each.tier is tier}
             tier.quarantine(steps, resume_step)
@@ -269,9 +255,6 @@ class Checkpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop_copying()
-        try:
-            self._folder.close()
-        finally:
-            if self._local:
-                self._local.close()
+        with ExitStack() as stack:
+            for tier in self.tiers:
+                stack.callback(tier.close)

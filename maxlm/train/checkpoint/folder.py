@@ -182,7 +182,8 @@ class FolderTier:
         """Takes checkpoints (step -> whether it is damaged) out of the way of those to come:
         renames damaged ones to ``40.damaged``, as they may be repaired, and deletes others."""
         for step, is_damaged in steps.items() if jax.process_index() == 0 else ():
-            path = self.path(step)
+            if not (path := self.path(step)).exists():
+                continue
             # A kill leaves half of an old one that was being deleted.
             is_half = step < resume_step and not (path / "metadata" / "metadata").exists()
             with convert_write_errors(path):

@@ -11,9 +11,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import jax
 from maxlm.config import MaxlmError
 from maxlm.runtime.collectives import all_gather_json, broadcast_from_process_0, raise_on_all_hosts
 from maxlm.runtime.storage import (
+    join_place,
     make_kvstore_spec,
     read_failure_hint,
     read_file,
@@ -41,9 +43,13 @@ _POLL_SECONDS = 0.1
 _FILES_IN_MEMORY = 4
 
 
+class _Cancelled(Exception):
+    """A copy that nobody waits for any more."""
+
+
 class RemoteTier:
     """Copies of a folder's checkpoints. All processes call every method together; process 0 makes
-    the copies, one at a time.
+    the copies, one at a time, in a thread.
 
     Args:
         place: ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own.
@@ -56,161 +62,140 @@ class RemoteTier:
     name = "remote"
 
     def __init__(self, place: str, config: CheckpointConfig, folder: Path):
-        self.place, self._folder = place, folder
+        self.place, self._folder, self._config = place, folder, config
+        self._place = to_place(Path(place).expanduser() if "://" not in place else place)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._copies: dict[int, Future[None]] = {}
+        self._newest = -1
+        self._cancelling = threading.Event()
+        self._complete_steps: list[int] = []
+        self.failure: str | None = None
+        """Why the newest copy is missing, on process 0; None: it is there, or under way."""
+        self._is_lead = jax.process_index() == 0
+        self._run_on_process_0(self._open)
 
-        def open_copier() -> _Copier | None:
-            if jax.process_index() > 0:
-                return None
-            shutil.rmtree(folder / _FETCHED, ignore_errors=True)  # left by a kill
-            return _Copier(place, config, str(folder))
+    def _run_on_process_0(self, function: Callable[[], Any]) -> Any:
+        """Returns or raises on all processes what ``function`` does."""
+        result = raise_on_all_hosts(lambda: function() if self._is_lead else None)
+        return broadcast_from_process_0(result)
 
-        self._copier = raise_on_all_hosts(open_copier)
+    def _open(self) -> None:
+        import tensorstore as ts
+
+        shutil.rmtree(self._folder / _FETCHED, ignore_errors=True)  # left by a kill
+        with self._explain():
+            ts.KvStore.open(make_kvstore_spec(self._place, patient=False)).result().list().result()
+            self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
+            self._claim()
+            keys = {key.decode() for key in self._store.list().result()}
+            steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
+            if isinstance(self._place, Path):  # A kill leaves temporary files, which are not keys.
+                steps |= {int(path.name) for path in self._place.iterdir() if path.name.isdigit()}
+            for step in sorted(steps):
+                if f"{step}/{_COMPLETE}" in keys:
+                    self._complete_steps.append(step)
+                else:
+                    self._clear(step)
+
+    def _claim(self) -> None:
+        """Refuses a place of another run, of the same name in another folder."""
+        found, owner = self._store.read(_OWNER).result(), str(self._folder)
+        if found.state == "missing":
+            self._store.write(_OWNER, owner.encode()).result()
+        elif (other := found.value.decode(errors="replace")) != owner:
+            raise MaxlmError(
+                f"holds the copies of the run in {other}, and this one is in {owner}",
+                where=str(self._place),
+                fix="give this run another name=..., or delete the file OWNER there to take over "
+                "what it holds",
+            )
 
     @property
     def busy_steps(self) -> set[int]:
         """Steps whose folders are being read, or wait to be: they must stay."""
-        return self._copier.busy_steps if self._copier else set()
+        return {step for step, copy in list(self._copies.items()) if not copy.done()}
 
     def save(
         self, step: int, state: PyTree = None, metadata: Mapping[str, Any] | None = None
     ) -> bool:
-        """Copies a checkpoint from the folder once it is complete there."""
-        if self._copier:
-            self._copier.start_copy(self._folder / str(step))
+        """Copies a checkpoint from the folder once it is complete there. While one is being copied
+        the newest waits, and others are left out."""
+        if self._is_lead:
+            self._newest = step
+            for copy in self._copies.values():
+                copy.cancel()  # unless it has begun
+            self._copies = {step: copy for step, copy in self._copies.items() if not copy.done()}
+            self._copies[step] = self._thread.submit(self._try_copy, step)
         return True
 
     def steps(self) -> list[int]:
         """Returns the steps that were copied completely, oldest first."""
-        return broadcast_from_process_0(self._copier and list(self._copier.complete_steps))
+        return broadcast_from_process_0(self._complete_steps)
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns what was saved beside the state; raises Unreadable."""
-        copier = self._copier
-        return broadcast_from_process_0(
-            raise_on_all_hosts(lambda: copier and copier.read_metadata(step))
+        return self._run_on_process_0(
+            lambda: self._read(step, lambda read: parse_metadata(read("metadata/metadata")))
         )
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """Returns the state; its files are fetched to where all processes read them."""
-        path, copier = self._folder / _FETCHED / str(step), self._copier
-        raise_on_all_hosts(lambda: copier and copier.fetch(step, path))
+        path = self._folder / _FETCHED / str(step)
+        self._run_on_process_0(lambda: self._fetch(step, path))
         try:
             return restore_from(path, abstract)
         finally:
             all_gather_json(None)  # all have read it
-            if copier:
+            if self._is_lead:
                 shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _fetch(self, step: int, to: Path) -> None:
+        def copy_back(read: Callable[[str], bytes]) -> None:
+            for name in json.loads(read(_COMPLETE)):
+                (to / name).parent.mkdir(parents=True, exist_ok=True)
+                (to / name).write_bytes(read(name))
+
+        shutil.rmtree(to.parent, ignore_errors=True)
+        self._read(step, copy_back)
+
+    def _read(self, step: int, read_all: Callable[[Callable[[str], bytes]], Any]) -> Any:
+        """Returns what ``read_all`` makes of a function that reads a step's files by name."""
+        place = join_place(self._place, str(step))
+        return with_retries(place, lambda: read_all(partial(read_file, place)))
 
     def quarantine(self, steps: Mapping[int, bool], resume_step: int) -> None:
         """Ignores damaged copies, which may be readable another day, and deletes others."""
-        if copier := self._copier:
-            for step, is_damaged in steps.items():
-                (copier.ignore if is_damaged else copier.delete)(step)
+        for step, is_damaged in steps.items() if self._is_lead else ():
+            if is_damaged:
+                self._complete_steps.remove(step)
+            else:
+                self._delete(step)
 
     def wait(self) -> None:
         """Waits until nothing is being copied."""
-        if self._copier:
-            self._copier.wait()
-
-    @property
-    def failure(self) -> str | None:
-        """Why the newest copy is missing, on process 0; None: it is there, or under way."""
-        return self._copier and self._copier.failure
-
-    def close(self) -> None:
-        """Cancels what is being copied."""
-        if self._copier:
-            self._copier.cancel()
-
-
-class _Cancelled(Exception):
-    """A copy that nobody waits for any more."""
-
-
-class _Copier:
-    """The copies as process 0 makes and reads them, in a thread."""
-
-    def __init__(self, place: str, config: CheckpointConfig, owner: str):
-        import tensorstore as ts
-
-        self._place = to_place(Path(place).expanduser() if "://" not in place else place)
-        self._config = config
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._copies: dict[int, Future[None]] = {}
-        self._newest: Path | None = None
-        self._cancelling = threading.Event()
-        self.failure: str | None = None
-        with self._explain():
-            ts.KvStore.open(make_kvstore_spec(self._place, patient=False)).result().list().result()
-            self._store = ts.KvStore.open(make_kvstore_spec(self._place)).result()
-            self._claim(owner)
-            self.complete_steps, incomplete = self._list()
-            for step in incomplete:
-                self._clear(step)
-
-    @property
-    def busy_steps(self) -> set[int]:
-        return {step for step, copy in list(self._copies.items()) if not copy.done()}
-
-    def start_copy(self, folder: Path) -> None:
-        """Copies a checkpoint's folder once it has its name, which Orbax gives a complete one.
-        While one is being copied the newest waits, and others are left out."""
-        self._newest = folder
-        for copy in self._copies.values():
-            copy.cancel()  # unless it has begun
-        self._copies = {step: copy for step, copy in self._copies.items() if not copy.done()}
-        self._copies[int(folder.name)] = self._thread.submit(self._try_copy, folder)
-
-    def fetch(self, step: int, to: Path) -> None:
-        """Copies a step back into the folder ``to``; raises Unreadable."""
-
-        def copy_back() -> None:
-            for name in json.loads(read_file(self._place, f"{step}/{_COMPLETE}")):
-                (to / name).parent.mkdir(parents=True, exist_ok=True)
-                (to / name).write_bytes(read_file(self._place, f"{step}/{name}"))
-
-        shutil.rmtree(to.parent, ignore_errors=True)
-        with_retries(self._place, copy_back)
-
-    def read_metadata(self, step: int) -> dict[str, Any]:
-        name = f"{step}/metadata/metadata"
-        return with_retries(self._place, lambda: parse_metadata(read_file(self._place, name)))
-
-    def delete(self, step: int) -> None:
-        """Deletes the copy of a step: what makes it complete first."""
-        with self._explain():
-            self._await(self._store.write(f"{step}/{_COMPLETE}", None))
-            self.ignore(step)
-            self._clear(step)
-
-    def ignore(self, step: int) -> None:
-        """Leaves a copy as it is, and does not count it among those kept."""
-        self.complete_steps = [each for each in self.complete_steps if each != step]
-
-    def wait(self) -> None:
         wait(self._copies.values())
 
-    def cancel(self) -> None:
+    def close(self) -> None:
         """Cancels what is being copied. A thread that returns from TensorStore while the
         interpreter shuts down would abort the process: none is left."""
         self._cancelling.set()
         self.wait()
         self._cancelling.clear()
 
-    def _try_copy(self, folder: Path) -> None:
+    def _try_copy(self, step: int) -> None:
         """Copies a checkpoint and deletes old copies. Training continues whatever fails."""
-        what = f"checkpoint {folder.name} was not copied to {self._place}"
+        what = f"checkpoint {step} was not copied to {self._place}"
         try:
-            self._copy(folder)
+            self._copy(step)
             self.failure, what = None, "older copies were not deleted"
             every = self._config.keep_every
-            for old in self.complete_steps[: -self._config.keep_last]:
+            for old in self._complete_steps[: -self._config.keep_last]:
                 if every is None or old % every:
-                    self.delete(old)
+                    self._delete(old)
         except _Cancelled:
             pass
         except Exception as error:
-            if folder.name in what:
+            if step not in self._complete_steps:
                 self.failure = describe_error(error)
             print(f"{what}: {describe_error(error)}", file=sys.stderr, flush=True)
 
@@ -224,14 +209,13 @@ class _Copier:
         future.cancel()
         raise _Cancelled
 
-    def _copy(self, folder: Path) -> None:
-        step, writes, sizes = int(folder.name), [], {}
-        while not folder.is_dir():
-            if self._cancelling.is_set() or self._newest != folder:  # Another is in its place.
+    def _copy(self, step: int) -> None:
+        folder, writes, sizes = self._folder / str(step), [], {}
+        while not folder.is_dir():  # Orbax gives a complete one its name.
+            if self._cancelling.is_set() or self._newest != step:
                 raise _Cancelled
             time.sleep(_POLL_SECONDS)
-        # Of another save of this step.
-        self._await(self._store.write(f"{step}/{_COMPLETE}", None))
+        self._invalidate(step)  # another save of this step
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             name, value = path.relative_to(folder).as_posix(), path.read_bytes()
             sizes[name] = len(value)
@@ -241,34 +225,21 @@ class _Copier:
         for each in writes:
             self._await(each)
         self._await(self._store.write(f"{step}/{_COMPLETE}", json.dumps(sizes).encode()))
-        self.complete_steps = sorted({*self.complete_steps, step})
+        self._complete_steps = sorted({*self._complete_steps, step})
+
+    def _delete(self, step: int) -> None:
+        with self._explain():
+            self._invalidate(step)
+            self._clear(step)
+
+    def _invalidate(self, step: int) -> None:
+        self._await(self._store.write(f"{step}/{_COMPLETE}", None))
+        self._complete_steps = [each for each in self._complete_steps if each != step]
 
     def _clear(self, step: int) -> None:
         import tensorstore as ts
 
         self._await(self._store.delete_range(ts.KvStore.KeyRange(f"{step}/", f"{step}0")))
-
-    def _claim(self, owner: str) -> None:
-        """Refuses a place of another run, of the same name in another folder."""
-        found = self._store.read(_OWNER).result()
-        if found.state == "missing":
-            self._store.write(_OWNER, owner.encode()).result()
-        elif (other := found.value.decode(errors="replace")) != owner:
-            raise MaxlmError(
-                f"holds the copies of the run in {other}, and this one is in {owner}",
-                where=str(self._place),
-                fix="give this run another name=..., or delete the file OWNER there to take over "
-                "what it holds",
-            )
-
-    def _list(self) -> tuple[list[int], list[int]]:
-        """Lists the steps that are complete, and those of which only files are there."""
-        keys = {key.decode() for key in self._store.list().result()}
-        steps = {int(name) for key in keys if (name := key.split("/")[0]).isdigit()}
-        if isinstance(self._place, Path):  # A kill leaves temporary files, which are not listed.
-            steps |= {int(path.name) for path in self._place.iterdir() if path.name.isdigit()}
-        complete = {step for step in steps if f"{step}/{_COMPLETE}" in keys}
-        return sorted(complete), sorted(steps - complete)
 
     @contextmanager
     def _explain(self) -> Iterator[None]:
