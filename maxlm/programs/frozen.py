@@ -13,7 +13,7 @@ from maxlm.config import MaxlmError, load_config
 from maxlm.models.params import Params
 from maxlm.programs.setup import Setup
 from maxlm.run import RunConfig
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.checkpoint.fingerprint import compute_fingerprints
 from maxlm.train.checkpoint.reading import named_leaves
 
@@ -36,7 +36,8 @@ def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[
         config = load_config(RunConfig, Path(source.folder) / "config.yaml").value
         kept = "params" if config.train.ema_decay is None else "ema"
         folder = Path(source.folder) / "checkpoints"
-        with FolderTier(folder, read_only=True) as checkpoints:
+        groups = group_sizes(setup.frozen_models[name].specs)
+        with FolderTier(folder, read_only=True, grouped=groups) as checkpoints:
             abstract = setup.abstract_state.frozen[name]
             loaded[name] = checkpoints.restore_params(None, abstract, name=kept)
     return loaded

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maxlm.models.params import replace_base, select_base
 from maxlm.programs.setup import Setup
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint import FolderTier, group_sizes
 from maxlm.train.state import TrainState
 
 
@@ -26,7 +26,7 @@ def find_init_checkpoint(setup: Setup, stack: ExitStack) -> FolderTier | None:
     if setup.config.train.start_from is None:
         return None
     folder = Path(setup.config.train.start_from) / "checkpoints"
-    tier = FolderTier(folder, read_only=True)
+    tier = FolderTier(folder, read_only=True, grouped=group_sizes(setup.specs))
     stack.enter_context(tier)
     wanted = setup.abstract_state.params
     wanted = wanted if _is_adapted(tier) else select_base(wanted)

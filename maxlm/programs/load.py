@@ -13,7 +13,7 @@ from maxlm.models.params import Params
 from maxlm.programs.setup import set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
-from maxlm.train.checkpoint import FolderTier
+from maxlm.train.checkpoint import FolderTier, group_sizes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def load_run(
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
     average = config.train.ema_decay is not None
-    with FolderTier(folder / "checkpoints", read_only=True) as checkpoints:
+    with FolderTier(
+        folder / "checkpoints", read_only=True, grouped=group_sizes(setup.specs)
+    ) as checkpoints:
         step = checkpoints.latest() if step is None else step
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),

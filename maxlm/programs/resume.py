@@ -13,6 +13,7 @@ from maxlm.programs.init_checkpoint import find_init_checkpoint, init_state
 from maxlm.programs.resume_checks import raise_unreadable
 from maxlm.programs.resume_source import ResumeSource
 from maxlm.programs.setup import Setup
+from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint import (
     Checkpointer,
     FolderTier,
@@ -21,7 +22,6 @@ from maxlm.train.checkpoint import (
 )
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
-from maxlm.train.trainer import RollbackDecision
 
 
 @dataclass(frozen=True)

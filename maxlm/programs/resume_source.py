@@ -10,7 +10,12 @@ from maxlm.config import MaxlmError
 from maxlm.programs.prepare import check_prepared
 from maxlm.programs.resume_checks import check_not_lost, check_same_config, raise_unreadable
 from maxlm.programs.setup import Setup
-from maxlm.train.checkpoint import Checkpointer, FoundCheckpoint, SkippedCheckpoint
+from maxlm.train.checkpoint import (
+    Checkpointer,
+    FoundCheckpoint,
+    SkippedCheckpoint,
+    group_sizes,
+)
 
 Say = Callable[[str], None]
 
@@ -61,11 +66,11 @@ def find_resume_source(
         if resume is None:
             check_prepared(setup.config, checkpointer.folder.parent)
             return None
-        home = Path(resume) / "checkpoints"
+        home, grouped = Path(resume) / "checkpoints", group_sizes(setup.specs)
         if not home.is_dir():
             fix = "name a run that has saved one"
             raise MaxlmError("no checkpoints here", where=str(home), fix=fix)
-        other = stack.enter_context(Checkpointer(home, "", read_only=True))
+        other = stack.enter_context(Checkpointer(home, "", grouped=grouped, read_only=True))
         source = ResumeSource(other, False, *other.find())
         if not source.found and source.skipped:
             raise_unreadable(other, source.skipped)

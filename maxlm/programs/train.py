@@ -87,18 +87,13 @@ def train_model(
                         watchdog,
                         *profiler,
                         MetricsCallback(setup, corpus, run.plan, log, display),
-                        callbacks.LossSpikeCallback(detector, log.event),
-                        callbacks.EvaluationCallback(
-                            evaluator.evaluate_for_record, every_steps, watchdog, log.event
-                        ),
-                        callbacks.CheckpointCallback(
-                            saver, metadata, detector, watchdog, log.event
-                        ),
+                        callbacks.LossSpikeCallback(detector),
+                        callbacks.EvaluationCallback(evaluator.evaluate_for_record, every_steps),
+                        callbacks.CheckpointCallback(saver, metadata, detector),
                         callbacks.StopCallback(
                             run.signals,
                             FlagAllReduce(setup.mesh),
                             saver.is_late,
-                            log.event,
                             str(run.folder),
                         ),
                     ],

@@ -6,7 +6,6 @@ from functools import partial
 from itertools import count
 from typing import ClassVar, Literal, Self
 
-import jax
 import numpy as np
 from pydantic import Field, model_validator
 
@@ -19,8 +18,8 @@ from maxlm.tasks.corrupt import (
     corrupt_row,
     make_ul2_denoisers,
 )
-from maxlm.tasks.loss import ENCODER_ARRAYS, seq2seq_loss
-from maxlm.tasks.task import DeviceBatch, LossResult, Models, SourceInputs, Vocabulary
+from maxlm.tasks.loss import ENCODER_ARRAYS
+from maxlm.tasks.task import SourceInputs, Vocabulary
 from maxlm.tasks.text import Row, RowTransform, TextTask
 
 # Sequences are as long as tiles and shards like.
@@ -73,12 +72,6 @@ class DenoisingTask(TextTask):
         text = _remove_marks(row["tokens"], row["segment_ids"], vocabulary)
         lengths = {"encoder_len": encoder_len, "decoder_len": decoder_len}
         return corrupt_row(*text, self.mixture, ids, rng, **lengths)
-
-    def loss(self, models: Models, batch: DeviceBatch, key: jax.Array) -> LossResult:
-        """See :func:`seq2seq_loss`."""
-        return seq2seq_loss(
-            models.trained, batch, z_loss=self.z_loss, chunk_tokens=self.chunk_tokens
-        )
 
     @property
     def reserved_ids(self) -> Mapping[str, int | None]:

@@ -1,6 +1,6 @@
 """Detects updates that are not finite and loss spikes, from a run's scalars alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from statistics import median
@@ -82,9 +82,8 @@ class LossSpikeCallback(Callback):
     several of them, or several loss spikes, in a row."""
 
     detector: LossSpikeDetector
-    event: Callable[..., None]
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         if metrics.get("skipped"):
-            self.event("skip", step, reason="the loss or a gradient is not finite")
+            trainer.event("skip", step, reason="the loss or a gradient is not finite")
         trainer.rollback = trainer.rollback or self.detector.update(step, metrics)

@@ -3,7 +3,7 @@ watch: loss spikes, the watchdog, the profiler."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from maxlm.config import MaxlmError
@@ -36,8 +36,6 @@ class EvaluationCallback(Callback):
     evaluate: Callable[[TrainState], Mapping[str, float]]
     every_steps: int
     """0: never."""
-    watchdog: Watchdog
-    event: Callable[..., None]
 
     def needs_state(self, trainer: Trainer, step: int) -> bool:
         return bool(self.every_steps) and step % self.every_steps == 0 and step < trainer.num_steps
@@ -45,10 +43,10 @@ class EvaluationCallback(Callback):
     def on_state(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not self.needs_state(trainer, step):
             return
-        self.watchdog.expect(step, "evaluation")
+        trainer.notify("on_work_begin", step, "evaluation")
         with trainer.timer.timed("evaluating") as seconds:
             trainer.notify("on_evaluation_end", step, self.evaluate(state))
-        self.event("evaluate", step, seconds=seconds())
+        trainer.event("evaluate", step, seconds=seconds())
 
 
 @dataclass
@@ -59,8 +57,6 @@ class CheckpointCallback(Callback):
     metadata: Mapping[str, Any]
     """Saved with every checkpoint, with the losses that ``detector`` remembers."""
     detector: LossSpikeDetector
-    watchdog: Watchdog
-    event: Callable[..., None]
 
     def needs_state(self, trainer: Trainer, step: int) -> bool:
         return self.checkpointer.is_due(step)
@@ -70,21 +66,21 @@ class CheckpointCallback(Callback):
             self._save(trainer, step, state, force=bool(trainer.stop_request))
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        self._report_completed()
+        self._report_completed(trainer)
 
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self._save(trainer, step, state, force=True)
-        self.watchdog.expect(step, "save")
+        trainer.notify("on_work_begin", step, "save")
         with trainer.timer.timed("saving"):
             self.checkpointer.wait()
-        self._report_completed()
+        self._report_completed(trainer)
         trainer.timer.report(step)
 
     def on_rollback(self, trainer: Trainer, decision: RollbackDecision) -> None:
         trainer.timer.report(decision.last)
 
     def _save(self, trainer: Trainer, step: int, state: TrainState, *, force: bool) -> None:
-        self.watchdog.expect(step, "save")
+        trainer.notify("on_work_begin", step, "save")
         metadata = {**self.metadata, "losses": self.detector.memory}
         suspect = self.detector.first_suspect_step(step)
         with trainer.timer.timed("saving") as seconds:
@@ -92,55 +88,43 @@ class CheckpointCallback(Callback):
             tier = self.checkpointer.save(step, saved, metadata, force=force, suspect=suspect)
         if tier is not None:
             trainer.timer.report(step)
-            self.event("checkpoint", step, tier=tier, seconds=seconds())
-            trainer.notify("on_checkpoint", step, tier)
+            trainer.event("checkpoint", step, tier=tier, seconds=seconds())
 
-    def _report_completed(self) -> None:
-        """Writes an event for each checkpoint of the run's folder that has become complete."""
+    def _report_completed(self, trainer: Trainer) -> None:
         for step in self.checkpointer.pop_completed():
-            self.event("saved", step)
+            trainer.event("saved", step)
 
 
+@dataclass
 class StopCallback(Callback):
     """Combines what processes request with every step. Put it last: where a run stops early, it
-    raises once the other callbacks have ended.
+    raises once the other callbacks have ended."""
 
-    Args:
-        signals: this process's requests.
-        all_reduce: combines them behind the step, without waiting for it.
-        save_is_due: whether this process's clock asks for a checkpoint.
-        event: takes (kind, step, **details).
-        folder: the run's folder, for messages.
-    """
-
-    def __init__(
-        self,
-        signals: SignalHandler,
-        all_reduce: FlagAllReduce,
-        save_is_due: Callable[[], bool],
-        event: Callable[..., None],
-        folder: str,
-    ):
-        self._signals, self._all_reduce, self._save_is_due = signals, all_reduce, save_is_due
-        self._event, self._folder = event, folder
-        self._reductions: deque[Any] = deque()
+    signals: SignalHandler
+    """This process's requests."""
+    all_reduce: FlagAllReduce
+    save_is_due: Callable[[], bool]
+    """Whether this process's clock asks for a checkpoint."""
+    folder: str
+    """The run's, for messages."""
+    _reductions: deque[Any] = field(default_factory=deque)
 
     def on_step_dispatched(self, trainer: Trainer, step: int, sums: Sums) -> None:
-        save = StopRequest.SAVE if self._save_is_due() else StopRequest.NONE
-        self._reductions.append(self._all_reduce.start(self._signals.request | save))
+        save = StopRequest.SAVE if self.save_is_due() else StopRequest.NONE
+        self._reductions.append(self.all_reduce.start(self.signals.request | save))
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
-        trainer.stop_request |= self._all_reduce.finish(self._reductions.popleft())
+        trainer.stop_request |= self.all_reduce.finish(self._reductions.popleft())
 
     def on_train_end(self, trainer: Trainer, step: int, state: TrainState) -> None:
         if not trainer.stop_request.stops or step == trainer.num_steps:
             return
         preempted = StopRequest.PREEMPT in trainer.stop_request
-        self._event("stop", step, reason="preempted" if preempted else "interrupt")
+        trainer.event("stop", step, reason="preempted" if preempted else "interrupt")
         kind, words = (Preempted, "preempted") if preempted else (MaxlmError, "interrupted")
         error = kind(
             f"{words} at step {step} of {trainer.num_steps}, which is saved",
-            where=self._folder,
+            where=self.folder,
             fix="run the same command to resume",
         )
         error.on_all_processes = True

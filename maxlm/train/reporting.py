@@ -45,11 +45,7 @@ class ReportingConfig(Config):
     for IPv6) anyone who reaches it, such as a cluster's Prometheus."""
 
     def check(self) -> None:
-        """Check that the packages for it are here.
-
-        Raises:
-            MaxlmError: one is missing.
-        """
+        """Checks that the packages for it are here; raises MaxlmError if one is missing."""
         needed = {
             "wandb": self.wandb is not None and self.wandb.mode != "disabled",
             "prometheus_client": self.prometheus_port is not None,

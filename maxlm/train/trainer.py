@@ -113,11 +113,11 @@ class Callback:
     def on_state(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The state after ``step``, whose :meth:`on_step_end` has run, and no next step has."""
 
+    def on_work_begin(self, trainer: "Trainer", step: int, what: str) -> None:
+        """Work that is no step begins: an ``"evaluation"`` or a ``"save"``."""
+
     def on_evaluation_end(self, trainer: "Trainer", step: int, metrics: dict[str, float]) -> None:
         """An evaluation is done."""
-
-    def on_checkpoint(self, trainer: "Trainer", step: int, tier: str) -> None:
-        """A checkpoint has begun to be written."""
 
     def on_train_end(self, trainer: "Trainer", step: int, state: TrainState) -> None:
         """The last step is done, or the one that the run stops at."""
@@ -162,6 +162,10 @@ class Trainer:
         except BaseException as error:
             self.notify("on_exception", error)
             raise
+
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """Writes an event of the run."""
+        self.timer.event(kind, step, **details)
 
     def notify(self, hook: str, *arguments: Any) -> None:
         """Calls a hook of every callback."""

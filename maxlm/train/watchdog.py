@@ -44,7 +44,6 @@ class Watchdog(Callback):
 
     Args:
         folder: the run's.
-        process: this process's index.
         event: takes ``event("hang", step, process=..., seconds=...)``; may be set later.
         end: ends the process with an exit code; tests replace it.
     """
@@ -71,6 +70,9 @@ class Watchdog(Callback):
     def on_step_begin(self, trainer: Trainer, step: int, state: TrainState) -> None:
         self.expect(step, "first step" if self._is_first_step else "step")
         self._is_first_step = False
+
+    def on_work_begin(self, trainer: Trainer, step: int, what: str) -> None:
+        self.expect(step, what)
 
     def on_step_end(self, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
         self._step_seconds.append(metrics["seconds"])
@@ -114,7 +116,7 @@ class Watchdog(Callback):
 
     def _handle_hang(self, awaited: AwaitedWork, seconds: float) -> bool:
         """Reports a hang and ends the process, unless the work is done after all; then False."""
-        # In a thread of its own: the disk that it writes to may be what hangs.
+        # The disk that it writes to may be what hangs.
         report = threading.Thread(target=self._report, args=(awaited, seconds), daemon=True)
         report.start()
         report.join(_REPORT_SECONDS)

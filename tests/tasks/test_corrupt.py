@@ -250,7 +250,7 @@ def test_room_for_a_document_is_no_more_than_is_used(denoiser):
     rng = np.random.default_rng(0)
     found = [corrupt_tokens(text(50), denoiser, SENTINELS, rng) for _ in range(400)]
     most = tuple(max(pair[i].size for pair in found) for i in (0, 1))
-    assert most == compute_max_lengths(50, (denoiser, Denoiser(0.01, 1)))
+    assert most == compute_max_lengths(50, (denoiser,))
 
 
 SPECIAL = np.isin(np.arange(WORDS), [0, 1, 2, 3, 4])

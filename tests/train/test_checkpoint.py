@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from maxlm.config import MaxlmError
-from maxlm.train.checkpoint import FolderTier, check_same, named_leaves
+from maxlm.train.checkpoint import FolderTier, check_same
 from maxlm.train.config import CheckpointConfig
 from tests.errors import message
 from tests.ports import free_port
@@ -188,21 +188,14 @@ def test_keeps_the_newest_and_the_multiples(tmp_path):
         assert (checkpoints.steps(), checkpoints.latest()) == ([3, 6, 7, 8], 8)
 
 
-def test_metadata_is_what_was_saved_with_step_and_versions(tmp_path):
+def test_metadata_is_what_was_saved_with_step_versions_and_fingerprints(tmp_path):
     save(tmp_path, 3, 5)
     with FolderTier(tmp_path, read_only=True) as checkpoints:
         metadata = checkpoints.metadata()
     added = {name: metadata[name] for name in ("versions", "fingerprints")}
     assert metadata == METADATA | {"step": 5, **added}
-    assert set(added["fingerprints"]) == set(named_leaves(make_state()))
+    assert {"params.layers.up", "opt_state.1.mu.embed.table"} < set(added["fingerprints"])
     assert metadata["versions"]["jax"] == jax.__version__
-
-
-def test_synchronous_saving_is_complete_when_save_returns(tmp_path):
-    with FolderTier(tmp_path, CheckpointConfig(asynchronous=False)) as checkpoints:
-        checkpoints.save(1, on_one_device(make_state()), METADATA)
-        with FolderTier(tmp_path, read_only=True) as reader:
-            assert_same(reader.restore(1, abstract(make_state())), make_state())
 
 
 def test_restores_parameters_alone_in_another_dtype(tmp_path):

@@ -93,7 +93,6 @@ class Journal(Callback):
 def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
     detector = LossSpikeDetector(FaultsConfig(), {"losses": [1.0] * start})
     watchdog = callbacks.Watchdog(FaultsConfig(), None)
-    event = journal.event
     with handle_signals("runs/x") as signals, signals.deferred():
         reduce, late = FlagAllReduce(mesh), journal.is_late
         trainer = Trainer(
@@ -102,12 +101,12 @@ def run(journal, mesh, *, steps, start=0, eval_every=0, batches=None):
             [
                 watchdog,
                 journal,
-                callbacks.LossSpikeCallback(detector, event),
-                callbacks.EvaluationCallback(journal.evaluate, eval_every, watchdog, event),
-                callbacks.CheckpointCallback(journal, {"meta": 1}, detector, watchdog, event),
-                callbacks.StopCallback(signals, reduce, late, event, "runs/x"),
+                callbacks.LossSpikeCallback(detector),
+                callbacks.EvaluationCallback(journal.evaluate, eval_every),
+                callbacks.CheckpointCallback(journal, {"meta": 1}, detector),
+                callbacks.StopCallback(signals, reduce, late, "runs/x"),
             ],
-            StepTimer(event, start),
+            StepTimer(journal.event, start),
         )
         return trainer.run(State(start), batches or iter(range(start, 1000)))
 

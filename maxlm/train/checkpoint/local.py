@@ -62,11 +62,9 @@ class LocalTier:
                 left.unlink(missing_ok=True)
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written at ``step``."""
         return step % self._every_steps == 0
 
     def path(self, step: int) -> Path:
-        """This process's file of a step."""
         return self.folder / f"{step}{_SUFFIX}"
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
@@ -142,11 +140,7 @@ class LocalTier:
         return with_retries(self.path(step), read)
 
     def restore(self, step: int, abstract: PyTree) -> PyTree:
-        """Returns the state, each device's part from its process's file.
-
-        Raises:
-            Unreadable: it is damaged, or holds other shards.
-        """
+        """Returns the state, each device's part from its process's file; raises Unreadable."""
         path, wanted = self.path(step), named_leaves(abstract)
 
         def read() -> tuple[dict[str, int], dict[str, jax.Array]]:
