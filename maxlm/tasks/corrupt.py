@@ -106,11 +106,8 @@ def compute_max_lengths(n: int, denoisers: Sequence[Denoiser]) -> tuple[int, int
 
 
 def replace_spans(tokens: Ids, noise: Flags, special: SentinelIds) -> tuple[Ids, Ids]:
-    """(inputs, targets) of tokens [n]; see the module.
-
-    Raises:
-        MaxlmError: more spans than sentinels.
-    """
+    """(inputs, targets) of tokens [n], see the module; raises MaxlmError for more spans than
+    sentinels."""
     opens = noise & ~np.concatenate([[False], noise[:-1]])
     number = np.cumsum(opens) - 1
     if opens.sum() > special.sentinels:
@@ -157,9 +154,6 @@ def corrupt_row(
         the decoder, int32 [decoder_len] tokens (the targets one step later, behind the start id),
         targets, positions and segment_ids, and fp32 weights, 1 where there is a target. All are 0
         in padding.
-
-    Raises:
-        MaxlmError: more spans in a segment than sentinels.
     """
     used = {"input_": 0, "": 0}
     sizes = {"input_": encoder_len, "": decoder_len}

@@ -40,15 +40,8 @@ class TrainConfig(Config):
 
     def resolve_micro_batches(self, batch_size: int, ways: int, stages: int) -> "TrainConfig":
         """Returns the config on a mesh: where ``max_device_rows`` is set, ``micro_batches`` is the
-        fewest parts of the batch that leave every device no more sequences at once.
-
-        Args:
-            ways: devices that the rows of a micro-batch are split over.
-            stages: pipeline stages.
-
-        Raises:
-            MaxlmError: the batch does not divide over the mesh.
-        """
+        fewest parts of the batch that leave every device no more sequences at once. ``ways``:
+        devices that the rows of a micro-batch are split over; ``stages`` of a pipeline."""
         most = self.max_device_rows
         if most is None:
             return self

@@ -113,13 +113,9 @@ class ConsoleDisplay:
 
 def plot_loss(metrics: str | Path, image: str | Path) -> None:
     """Draws the ``loss`` and ``eval_loss`` of a ``metrics.jsonl`` over ``tokens`` as a PNG.
-
     Training losses are drawn twice, faintly each and boldly their means over 1% of the steps. The
-    x axis is logarithmic, so that the early fall and the late crawl can both be read.
-
-    Raises:
-        MaxlmError: the file is missing, or holds no loss.
-    """
+    x axis is logarithmic, so that the early fall and the late crawl can both be read. Raises
+    MaxlmError without any loss."""
     records = list(read_records(Path(metrics)))
     tokens = {record["step"]: record["tokens"] for record in records if "tokens" in record}
 

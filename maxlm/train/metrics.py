@@ -57,9 +57,7 @@ class MetricsLog:
         resume_step: keep records up to and including this step; 0 begins anew.
         write: False on all processes but the first: every method then does nothing.
 
-    Raises:
-        MaxlmError: a file cannot be written, here and in every method; anything about
-            ``reporting``.
+    Raises MaxlmError where a file cannot be written, here and in every method.
     """
 
     def __init__(

@@ -12,11 +12,7 @@ from maxlm.train.trainer import Callback, Trainer
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """Returns the first and last step to trace of ``"10:13"``, or of ``"10"``.
-
-    Raises:
-        MaxlmError: the text is neither.
-    """
+    """Returns the first and last step to trace of ``"10:13"``, or of ``"10"``."""
     first, _, last = text.partition(":")
     try:
         steps = int(first), int(last or first)
@@ -35,9 +31,6 @@ class Profiler(Callback):
     A host's trace begins once the step before it is done, and ends when the last one is. Every
     process traces its own devices; of several, each writes to profile/process-N, as files are named
     after hosts. A run that resumes between the two steps is traced from its first one.
-
-    Raises (every hook):
-        MaxlmError: another trace is being taken in this process, or it cannot be written.
     """
 
     def __init__(self, folder: str | Path, first: int, last: int):

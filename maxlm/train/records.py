@@ -27,11 +27,8 @@ def read_records(path: Path, damaged: list[bytes] | None = None) -> Iterator[dic
 
 class RecordFile:
     """A JSONL file that one process appends to: each record as a whole, or not at all. A last line
-    that a kill cut short is removed first. Threads may share it.
-
-    Raises:
-        MaxlmError: it cannot be written, here and in every method.
-    """
+    that a kill cut short is removed first. Threads may share it. Where it cannot be written every
+    method raises MaxlmError."""
 
     def __init__(self, path: Path):
         self.path = path

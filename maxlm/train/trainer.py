@@ -151,11 +151,8 @@ class Trainer:
     def run(self, state: TrainState, batches: Iterator[Batch]) -> TrainState | RollbackDecision:
         """Trains from ``state.step`` to ``num_steps``, on batches from ``state.step`` on.
 
-        Returns:
-            The final state, or the decision to roll back, after which nothing was saved.
-
-        Raises:
-            MaxlmError: what a callback raises, such as ``Preempted``.
+        Returns the final state, or the decision to roll back, after which nothing was saved. Raises
+        what a callback raises, such as ``Preempted``.
         """
         try:
             return self._run(state, batches)

@@ -81,9 +81,6 @@ class Checkpointer:
     Args:
         folder, grouped, read_only: see :class:`FolderTier`.
         name: of the run, under which its files lie in places that runs share.
-
-    Raises:
-        MaxlmError: a place cannot be written, or reached.
     """
 
     def __init__(
@@ -147,9 +144,6 @@ class Checkpointer:
 
         Returns:
             The name of the tier where one was begun; None: nowhere, or the folder has this one.
-
-        Raises:
-            MaxlmError: this checkpoint, or the one before it, could not be written to the folder.
         """
         if force or self._folder.is_due(step):
             good = [each for each in self._folder.begun_steps() if suspect and each < suspect]

@@ -47,9 +47,6 @@ class FolderTier:
             by canonical name, these two sizes; needed to write, not to read.
         get_held_steps: called at each save; returns steps that must stay besides those that
             ``config`` keeps.
-
-    Raises:
-        MaxlmError: the folder cannot be made; or, ``read_only``, does not exist.
     """
 
     name = "folder"
@@ -100,18 +97,17 @@ class FolderTier:
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> bool:
         """Starts writing a checkpoint; the arrays may then be donated. False: ``step`` has one.
+        Raises MaxlmError if this one, or the one before it, could not be written.
 
         Args:
             state: any pytree of arrays; with several processes, arrays over all their devices.
             metadata: JSON values.
-
-        Raises:
-            MaxlmError: this checkpoint, or the one before it, could not be written.
         """
         if step in self._manager.all_steps():
             return False
         arrays = flatten_layer_groups(named_leaves(state), self._groups)
-        metadata = make_metadata(step, arrays, metadata)
+        on_devices = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
+        metadata = make_metadata(step, on_devices, metadata)
         with self._explain(*_NOT_WRITTEN):
             self._pending.append(step)
             return self._manager.save(

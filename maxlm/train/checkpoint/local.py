@@ -42,9 +42,6 @@ class LocalTier:
     Args:
         folder: on this host's own disk; made if missing.
         name: of the run, unlike any other's that uses the disk.
-
-    Raises:
-        MaxlmError: it cannot be written.
     """
 
     name = "local"
@@ -114,11 +111,8 @@ class LocalTier:
         return sorted(set().union(*all_gather_json(self._own_steps())))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Returns what was saved beside the state.
-
-        Raises:
-            Unreadable: a process has no file, or a damaged one; files are of different saves.
-        """
+        """Returns what was saved beside the state; raises Unreadable where a process has no file,
+        or a damaged one, or files are of different saves."""
         has_file = all_gather_json(self.path(step).exists())
         if not all(has_file):
             what = f"process {has_file.index(False)} has none"

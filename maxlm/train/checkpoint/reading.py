@@ -75,11 +75,8 @@ def make_metadata(
 
 
 def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """Returns what :func:`make_metadata` returned, without its checksum.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Returns what :func:`make_metadata` returned, without its checksum; raises ValueError if it is
+    damaged."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("its metadata is no JSON object")
@@ -128,15 +125,11 @@ def restore_from(path: Path, abstract: PyTree, *, subtree: str = "") -> PyTree:
 
 
 def check_arrays(path: Path, abstract: PyTree, *, subtree: str = "") -> tuple[Leaves, Leaves]:
-    """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads.
+    """Checks, reading no array, that a checkpoint has the arrays that :func:`restore_from` reads;
+    raises as :meth:`FolderTier.restore`.
 
     Returns:
         By name: dtypes as they are stored, and ``ShapeDtypeStruct`` as wanted, in shapes on disk.
-
-    Raises:
-        Unreadable: damaged.
-        MaxlmError: another model or optimizer; names the first array that differs, parameters
-            before others.
     """
     state = epath.Path(path) / "state"
     stored = with_retries(path, lambda: _handler().metadata(state).tree)
@@ -164,11 +157,7 @@ def check_fingerprints(
     path: Path, arrays: Leaves, known: Mapping[str, int], dtypes: Mapping[str, Any]
 ) -> None:
     """Checks arrays against the fingerprints saved with them, where there are any, and where they
-    were not cast. All processes call it together; it ends alike on all.
-
-    Raises:
-        Unreadable: naming an array that is not what was saved.
-    """
+    were not cast; raises Unreadable. All processes call it together; it ends alike on all."""
     same = {n: x for n, x in arrays.items() if n in known and x.dtype == dtypes.get(n, x.dtype)}
     changed = [name for name, value in compute_fingerprints(same).items() if value != known[name]]
     if changed:
@@ -223,11 +212,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 
 def with_retries(place: Path | str, read: Callable[[], Result]) -> Result:
     """Returns what ``read`` returns. Storage fails in as many ways as there are backends, and some
-    errors pass: it is tried again before the checkpoint counts as unreadable.
-
-    Raises:
-        Unreadable: it fails each time.
-    """
+    errors pass: it is tried again before the checkpoint counts as Unreadable."""
     pauses = iter(_RETRY_SECONDS)
     while True:
         try:
@@ -256,14 +241,12 @@ def check_same(
     where: str = "resume",
     what: str = "the checkpoint was written",
 ) -> None:
-    """Checks that a saved config has the same values as the current one where it must.
+    """Checks that a saved config has the same values as the current one where it must; raises
+    MaxlmError naming every key that differs, with both values.
 
     Args:
         keys: dotted keys that must be equal, each with all below it ("model", "data.seed").
         what: was done with the saved config, for the message.
-
-    Raises:
-        MaxlmError: naming every key that differs, with both values.
     """
     different = [
         f"{key}={theirs!r} became {ours!r}"

@@ -54,9 +54,6 @@ class RemoteTier:
     Args:
         place: ``gs://bucket/path``, ``s3://bucket/path`` or a folder; the run's own.
         folder: that is copied, and that copies are fetched into; it also names their owner.
-
-    Raises:
-        MaxlmError: the place cannot be reached, or holds another run's copies.
     """
 
     name = "remote"
