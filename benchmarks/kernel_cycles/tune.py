@@ -1,17 +1,14 @@
 """Search for the block sizes with which attention is fastest, and keep them in a table.
 
 ``python -m benchmarks.kernel_cycles.tune --chip v5p --seq 4096 --mask causal --write``
-compiles for a TPU that need not be here and counts the cycles of each candidate. On a machine with
-a GPU, and without ``--chip``, candidates run and are timed. ``--all --write`` searches for every
-shape that the table holds, from what it holds.
+compiles for a TPU that need not be here and counts the cycles of each candidate. ``--all --write``
+searches for every shape that the table holds, from what it holds.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import jax
 
 from benchmarks.kernel_cycles.static.measure import has_compiler
 from benchmarks.kernel_cycles.static.problems import Shape, shapes
@@ -20,21 +17,17 @@ from benchmarks.kernel_cycles.tuning import (
     Problem,
     axes,
     descend,
-    gpu_search,
-    microseconds,
     starts,
     static_cost,
     versions,
 )
 from pallas_kernels.attention import tuned
-from pallas_kernels.attention.tpu_blocks import TpuBlocks
-from pallas_kernels.attention.tuned import PASSES, TunedEntry
+from pallas_kernels.attention.tpu_blocks import PASSES, TpuBlocks
+from pallas_kernels.attention.tuned import TunedEntry
 from pallas_kernels.chips import CHIPS
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ALL_CHIPS = ("v6e", "v5p")
-
-_MOST_TIMED = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for chip in chips:
                 entry = _on_tpu(problem, chip, options.most)
                 _keep(entry, options.write)
-            if not chips:
-                _keep(_on_gpu(problem), options.write)
     except ValueError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
@@ -57,13 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernel_cycles.tune",
-        description="Find attention's fastest block sizes: for a TPU by static cycles of its own "
-        "compiler (it needs no TPU, but libtpu), on a GPU by time.",
+        description="Find attention's fastest block sizes: by static cycles of the TPU's own "
+        "compiler (it needs no TPU, but libtpu).",
         epilog="A candidate takes the compiler from seconds to a minute.",
     )
-    parser.add_argument(
-        "--chip", action="append", choices=CHIPS, help="a TPU; may be repeated. None: this GPU"
-    )
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="a TPU; may be repeated")
     parser.add_argument("--head-dim", type=_positive, help="default 128")
     parser.add_argument("--v-head-dim", type=_positive, help="of v; default as of q and k")
     parser.add_argument("--seq", type=_positive, help="tokens a row; default 4096")
@@ -90,13 +79,12 @@ def _positive(text: str) -> int:
 
 
 def _chips(options: argparse.Namespace) -> list[str]:
-    """The TPUs to compile for; none: the GPU here."""
+    """The TPUs to compile for."""
     chips = options.chip or (ALL_CHIPS if options.all else [])
-    if chips and not has_compiler():
+    if not chips:
+        raise ValueError("name a TPU with --chip, or --all")
+    if not has_compiler():
         raise ValueError("no TPU compiler here: pip install libtpu")
-    if not chips and jax.default_backend() != "gpu":
-        backend = jax.default_backend()
-        raise ValueError(f"no candidates for this backend, {backend}: name a TPU with --chip")
     return list(chips)
 
 
@@ -135,25 +123,6 @@ def _on_tpu(problem: Problem, name: str, most: int) -> TunedEntry:
     blocks, _ = descend(starts(problem, chip), axes(problem, chip), rank, most)
     count, spills = found[blocks]
     return problem.entry(name, blocks, count, versions("jax", "libtpu"), spills)
-
-
-def _on_gpu(problem: Problem) -> TunedEntry:
-    kernel, rule, axes = gpu_search(problem)
-    name = tuned.name_gpu_kernel(kernel)
-    print(f"{name} {problem}", flush=True)
-
-    def cost(block_sizes) -> float:
-        try:
-            spent = microseconds(problem, block_sizes)
-        except Exception as error:  # each compiler has its own for what does not fit
-            spent, reason = float("inf"), str(error).splitlines()[0]
-            print(f"  {tuple(block_sizes)}: {reason}", flush=True)
-        else:
-            print(f"  {tuple(block_sizes)}: {spent:.1f} µs", flush=True)
-        return spent
-
-    block_sizes, spent = descend([rule], axes, cost, _MOST_TIMED)
-    return problem.entry(name, block_sizes, round(spent, 1), versions("jax", "jaxlib"))
 
 
 def _keep(entry: TunedEntry, write: bool) -> None:

@@ -1,14 +1,11 @@
 """How fast attention is with given blocks, and the search for the fastest.
 
 For a TPU, which need not be here, the compiler's final schedule is counted
-(:mod:`benchmarks.kernel_cycles.static`); on a GPU the candidates run.
+(:mod:`benchmarks.kernel_cycles.static`).
 """
 
-import importlib
 import importlib.metadata
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,15 +16,16 @@ import numpy as np
 
 from benchmarks.kernel_cycles.static import CompileError, Spec, measure
 from benchmarks.kernel_cycles.static.problems import Mask
-from pallas_kernels.attention import attention_backward, attention_forward, dispatch, tuned
-from pallas_kernels.attention.params import validate_arguments
+from pallas_kernels.attention import attention_backward, attention_forward, tuned
 from pallas_kernels.attention.tpu_blocks import (
+    FORWARD,
     AttentionSizes,
     TpuBlocks,
     TpuBlockSizes,
     check_blocks,
+    choose_blocks_by_rule,
 )
-from pallas_kernels.attention.tuned import FORWARD, TunedEntry
+from pallas_kernels.attention.tuned import TunedEntry
 from pallas_kernels.chips import TpuChip
 
 _SPILLS_COST = 0.25
@@ -237,7 +235,7 @@ def _sound(problem: Problem, chip: TpuChip, way: Axis, blocks: TpuBlocks) -> Ite
 def starts(problem: Problem, chip: TpuChip) -> list[TpuBlocks]:
     """Where a search begins: what the table has for the problem, or near it; and the rule."""
     found = tuned.find_tuned_blocks(chip, problem.direction, problem.sizes, problem.kind)
-    rule = tuned.choose_blocks_by_rule(chip, problem.direction, problem.sizes)
+    rule = choose_blocks_by_rule(chip, problem.direction, problem.sizes)
     return [rule] if found in (None, rule) else [found, rule]
 
 
@@ -274,48 +272,6 @@ def descend(
     if math.isinf(costs[best()]):
         raise ValueError(f"none of {', '.join(map(str, costs))} compiles")
     return best(), costs[best()]
-
-
-def gpu_search(problem: Problem) -> tuple[str, Any, list[Axis]]:
-    """The kernel that this GPU's dispatch chooses; its ``block_sizes`` by rule; and the ways to
-    change these: by its module's ``candidates(direction, H, Hv, dtype)``, values of each field.
-
-    Raises:
-        ValueError: XLA, which has no blocks.
-    """
-    operands = problem.operands()[:3]
-    ids = problem.segment_ids()
-    options = problem.options() | {"segment_ids": None if ids is None else (ids, ids)}
-    name = dispatch.choose_backend(None, *operands, *validate_arguments(*operands, **options))  # pyright: ignore
-    if name == dispatch.XLA:
-        raise ValueError(f"no candidates for this backend: {problem} runs on {name}")
-    module = importlib.import_module(f"pallas_kernels.attention.{name}")
-    sizes = problem.head_dim, problem.v_head_dim, jnp.dtype(problem.dtype)
-    rule, fields = module.list_block_candidates(problem.direction, *sizes)
-
-    def changed(field: str, values: Sequence[Any]) -> Axis:
-        return lambda b: [b._replace(**{field: value}) for value in values]
-
-    return name, rule, [changed(field, values) for field, values in fields.items()]
-
-
-def microseconds(problem: Problem, block_sizes: Any, rounds: int = 5, calls: int = 10) -> float:
-    """Of a call on this machine's device: the median round's, of random operands."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    arrays = [
-        jax.random.normal(key, x.shape, x.dtype)
-        for key, x in zip(keys, problem.operands(), strict=False)
-    ]
-    ids = problem.segment_ids()
-    run = jax.jit(problem.attention(block_sizes))
-    given = arrays if ids is None else [*arrays, jnp.asarray(ids)]
-    jax.block_until_ready(run(*given))
-    spent = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready([run(*given) for _ in range(calls)])
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent) / calls * 1e6
 
 
 def versions(*packages: str) -> str:

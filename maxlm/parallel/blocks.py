@@ -49,17 +49,15 @@ def attend_shard_forward(
     segments: Segments,
     added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns this device's rows of the output, and their log-sum-exps.
+    """Returns this device's rows of the output, [B, S / n, N, Hv] in v's dtype, and their
+    log-sum-exps, fp32 [B, S / n, N].
 
     Args:
-        number: int32 scalar, this device's number along the context axes.
-        q: [B, S / n, N, H], this device's rows; k [B, S / n, K, H] and v [B, S / n, K, Hv]
-            likewise, with those kv heads that the query heads read.
+        device_index: int32 scalar, this device's number along the context axes.
+        q, k, v: this device's rows, [B, S / n, ...], and of k and v those kv heads that the query
+            heads read.
         segments: int [B, S / n] of queries and of keys, or None.
         added: of these query heads.
-
-    Returns:
-        o [B, S / n, N, Hv] in v's dtype; log-sum-exps, fp32 [B, S / n, N].
     """
     run = _ring_forward if split.method == "ring" else _gathered_forward
     q_segments, k_segments = segments or (None, None)
@@ -81,13 +79,8 @@ def attend_shard_backward(
     d_o: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """fp32 gradients of this device's q, k and v; and of biases, where there are any, a term of the
-    sum over devices.
-
-    Keys and values are sent again, not kept from the forward pass: memory for one layer's, not for
-    every layer's.
-
-    Args: as :func:`forward`'s, its results, and the output's cotangent.
-    """
+    sum over devices. Keys and values are sent again, not kept from the forward pass: memory for one
+    layer's, not for every layer's."""
     run = _ring_backward if split.method == "ring" else _gathered_backward
     q_segments, k_segments = segments or (None, None)
     arrays = q, lse, compute_row_delta(o, d_o), d_o

@@ -23,7 +23,6 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maxlm.config import MaxlmError
@@ -74,7 +73,8 @@ class SequenceSplit(NamedTuple):
     def chunk_starts(self, number: Any, size: int) -> list[Any]:
         """The index in the sequence of the first token of each chunk, of ``size`` tokens, of the
         device with a number along ``axes``."""
-        return _chunk_starts(number, size, self.ways, self.balanced)
+        last = (2 * self.ways - 1 - number) * size
+        return [number * size, last] if self.balanced else [number * size]
 
 
 class DistanceBias(NamedTuple):
@@ -198,21 +198,3 @@ def sequence_order_indices(length: int, num_shards: int, balanced: bool) -> np.n
         return np.arange(length)
     chunks = np.arange(length).reshape(2 * num_shards, -1)
     return np.stack([chunks[:num_shards], chunks[num_shards:][::-1]], axis=1).reshape(-1)
-
-
-def shard_token_indices(
-    shard_index: jax.Array, length: int, num_shards: int, balanced: bool
-) -> jax.Array:
-    """Returns the indices in the whole sequence of a device's own rows, int32 [length / ways].
-
-    Args:
-        number: int32 scalar, the device's number along the context axes (``axis_indices``).
-        length: of the whole sequence.
-    """
-    size = length // (num_shards * (2 if balanced else 1))
-    starts = _chunk_starts(shard_index, size, num_shards, balanced)
-    return jnp.concatenate([start + jnp.arange(size, dtype=jnp.int32) for start in starts])
-
-
-def _chunk_starts(number: Any, size: int, ways: int, balanced: bool) -> list[Any]:
-    return [number * size, (2 * ways - 1 - number) * size] if balanced else [number * size]

@@ -50,12 +50,11 @@ def fused_cross_entropy_loss(
         weights: fp32 [...], likewise; 0 leaves a token out.
         used: the mesh axes of the head's dimensions in use.
         whole: the head in use, where it need not be gathered; gradients go to ``head``.
-        bias: fp32 [V] in any layout, or None. Each device adds the share of it that goes with its
-            share of the head, ``used[1]``; no axes in use need be named, nor a whole one given.
+        bias: fp32 [V] in any layout, or None.
         soft_cap: logits become cap · tanh(logits / cap), the bias included (Gemma 2, Riviere et al.
             2024, §2); None leaves them.
         z_loss: coefficient of Σ weight · logsumexp², which keeps logits from drifting
-            (Chowdhery et al. 2022, §5); of apply_soft_cap logits where they are apply_soft_cap.
+            (Chowdhery et al. 2022, §5).
         chunk: tokens whose logits exist at once on a device; larger is a little faster.
 
     Returns:
@@ -65,10 +64,8 @@ def fused_cross_entropy_loss(
     Raises:
         ValueError: shapes or dtypes that do not belong together, or soft_cap ≤ 0.
     """
-    if bias is not None and get_layout(bias)[0][: len(used[1])] != used[1]:
-        bias = reshard(bias, make_spec(used[1:]))
     how = _How(used, soft_cap, z_loss, chunk)
-    return _fused(hidden, head, bias, whole, targets, weights, how)
+    return _fused(hidden, head, how.place(bias), whole, targets, weights, how)
 
 
 def compute_fused_log_probs(
@@ -87,9 +84,8 @@ def compute_fused_log_probs(
     Differentiable in ``hidden``, ``head`` and ``bias``; its gradient is the cross-entropy's,
     weighted by the cotangents.
     """
-    if bias is not None and get_layout(bias)[0][: len(used[1])] != used[1]:
-        bias = reshard(bias, make_spec(used[1:]))
-    return _log_probs(hidden, head, bias, whole, targets, _How(used, soft_cap, 0.0, chunk))
+    how = _How(used, soft_cap, 0.0, chunk)
+    return _log_probs(hidden, head, how.place(bias), whole, targets, how)
 
 
 class _How(NamedTuple):
@@ -97,6 +93,34 @@ class _How(NamedTuple):
     soft_cap: float | None
     z_loss: float
     chunk: int
+
+    def place(self, bias: jax.Array | None) -> jax.Array | None:
+        """Splits a bias over the vocabulary's axes, or more of them."""
+        vocab = self.used[1]
+        done = bias is None or get_layout(bias)[0][: len(vocab)] == vocab
+        return bias if done else reshard(bias, make_spec((vocab,)))
+
+
+def _lay_out(hidden, head, bias, whole, used: Dims):
+    """Returns the layout of tokens in use, the specs of these arguments, and a function that brings
+    hidden, head and bias into use on shards."""
+    have, stored, vocab = get_layout(hidden), get_layout(head), used[1]
+    bias_stored = None if bias is None else get_layout(bias)
+    # Devices that share a token's vocabulary all need the token.
+    tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
+
+    def bring(hidden, head, bias, whole):
+        hidden = gather(hidden, have, tokens)
+        head = gather(head, stored, used) if whole is None else whole
+        return hidden, head, None if bias is None else gather(bias, bias_stored, (vocab,))
+
+    specs = (
+        make_spec(have),
+        make_spec(stored),
+        None if bias_stored is None else make_spec(bias_stored),
+        None if whole is None else make_spec(used),
+    )
+    return tokens, specs, bring
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -117,21 +141,16 @@ _fused.defvjp(_forward, _backward)
 
 
 def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
-    have, stored, used = get_layout(hidden), get_layout(head), how.used
-    vocab, bias_stored = used[1], None if bias is None else get_layout(bias)
-    # Devices that share a token's vocabulary all need the token.
-    tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
+    tokens, specs, bring = _lay_out(hidden, head, bias, whole, how.used)
+    have, stored, vocab = get_layout(hidden), get_layout(head), how.used[1]
+    bias_stored = None if bias is None else get_layout(bias)
     token_axes = tuple(axis for axes in tokens for axis in axes)
     targets, weights = (reshard(a, make_spec(tokens[:-1])) for a in (targets, weights))
 
     def local(hidden, head, bias, whole, targets, weights, number):
-        hidden = gather(hidden, have, tokens)
-        head = gather(head, stored, used) if whole is None else whole
-        if bias_stored is not None:
-            bias = gather(bias, bias_stored, (vocab,))
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        hidden, head, bias = bring(hidden, head, bias, whole)
         sums, gradients = loss_and_gradients(
-            rows,
+            hidden.reshape(-1, hidden.shape[-1]),
             head,
             targets.ravel(),
             weights.ravel(),
@@ -147,7 +166,7 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         sums = tuple(lax.psum(s, token_axes) if token_axes else s for s in sums)
         if gradients is None:
             return sums, None
-        d_head = reduce(gradients.head, token_axes, used, stored)
+        d_head = reduce(gradients.head, token_axes, how.used, stored)
         d_bias = gradients.bias
         if d_bias is not None and bias_stored is not None:
             d_bias = reduce(d_bias, token_axes, (vocab,), bias_stored)
@@ -156,36 +175,22 @@ def _sharded(hidden, head, bias, whole, targets, weights, how, *, gradient):
         d_head, d_hidden = lax.optimization_barrier((d_head, d_hidden))
         return sums, (reduce(d_hidden, vocab, tokens, have), d_head, d_bias)
 
-    hidden_spec, head_spec, scalar = make_spec(have), make_spec(stored), make_spec(())
-    bias_spec = None if bias_stored is None else make_spec(bias_stored)
-    token_spec = make_spec(tokens[:-1])
+    rows, scalar = make_spec(tokens[:-1]), make_spec(())
     return map_shards(
         local,
-        (
-            hidden_spec,
-            head_spec,
-            bias_spec,
-            None if whole is None else make_spec(used),
-            token_spec,
-            token_spec,
-            make_spec((vocab,)),
-        ),
-        ((scalar, scalar), (hidden_spec, head_spec, bias_spec) if gradient else None),
+        (*specs, rows, rows, make_spec((vocab,))),
+        ((scalar, scalar), specs[:3] if gradient else None),
     )(hidden, head, bias, whole, targets, weights, axis_indices(vocab))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _log_probs(hidden, head, bias, whole, targets, how):
-    have, stored, used = get_layout(hidden), get_layout(head), how.used
-    vocab, bias_stored = used[1], None if bias is None else get_layout(bias)
-    tokens = tuple(tuple(a for a in axes if a not in vocab) for axes in have)
-    targets = reshard(targets, make_spec(tokens[:-1]))
+    tokens, specs, bring = _lay_out(hidden, head, bias, whole, how.used)
+    rows, vocab = make_spec(tokens[:-1]), how.used[1]
+    targets = reshard(targets, rows)
 
     def local(hidden, head, bias, whole, targets, number):
-        hidden = gather(hidden, have, tokens)
-        head = gather(head, stored, used) if whole is None else whole
-        if bias_stored is not None:
-            bias = gather(bias, bias_stored, (vocab,))
+        hidden, head, bias = bring(hidden, head, bias, whole)
         first = number[0] * head.shape[1]
 
         def one(token):
@@ -202,19 +207,8 @@ def _log_probs(hidden, head, bias, whole, targets, how):
         own = lax.psum(own, vocab) if vocab else own
         return (own - reduce_logsumexp(normalizer, vocab)).reshape(targets.shape)
 
-    token_spec = make_spec(tokens[:-1])
-    return map_shards(
-        local,
-        (
-            make_spec(have),
-            make_spec(stored),
-            None if bias_stored is None else make_spec(bias_stored),
-            None if whole is None else make_spec(used),
-            token_spec,
-            make_spec((vocab,)),
-        ),
-        token_spec,
-    )(hidden, head, bias, whole, targets, axis_indices(vocab))
+    run = map_shards(local, (*specs, rows, make_spec((vocab,))), rows)
+    return run(hidden, head, bias, whole, targets, axis_indices(vocab))
 
 
 def _log_probs_forward(hidden, head, bias, whole, targets, how):

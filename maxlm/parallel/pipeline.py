@@ -66,8 +66,8 @@ def schedule_1f1b(stages: int, micro_batches: int) -> np.ndarray:
     """Returns the table of 1F1B: int [ticks, stages, 2], the micro-batch of each stage's forward
     and backward pass; −1 none."""
     ticks = np.arange(micro_batches + 2 * (stages - 1))[:, None]
-    at = ticks, np.arange(stages)[None], stages
-    slots = np.stack([_forward_turn(*at), _backward_turn(*at)], axis=-1)
+    own = np.arange(stages)[None]
+    slots = np.stack([ticks - own, _backward_turn(ticks, own, stages)], axis=-1)
     return np.where((slots >= 0) & (slots < micro_batches), slots, -1)
 
 
@@ -83,11 +83,6 @@ def _circular(tick, stage, stages: int, micro_batches: int, groups: int):
     batch, within = turn // (stages * groups), turn % (stages * groups)
     works = (turn >= 0) & (turn < micro_batches * groups)
     return batch * stages + within % stages, within // stages, works
-
-
-def _forward_turn(tick, stage, stages: int):
-    del stages
-    return tick - stage
 
 
 def _backward_turn(tick, stage, stages: int):
@@ -110,9 +105,16 @@ def _group(params: Any, group: jax.Array, groups: int) -> Any:
     return params if groups == 1 else _at(params, group)
 
 
+def _add(totals: Any, terms: Any, counts: jax.Array | bool = True) -> Any:
+    """Adds terms, where they count."""
+    if counts is True:
+        return jax.tree.map(jnp.add, totals, terms)
+    return jax.tree.map(lambda s, p: s + jnp.where(counts, p, 0), totals, terms)
+
+
 def _add_to_group(total: Any, part: Any, group: jax.Array, groups: int) -> Any:
     if groups == 1:
-        return jax.tree.map(jnp.add, total, part)
+        return _add(total, part)
     return jax.tree.map(lambda t, p: t.at[group].add(p), total, part)
 
 
@@ -176,7 +178,7 @@ def _pipeline_forward(stage, micro_batches, groups, params, x, context):
             given = jnp.where(fresh, incoming, current)
             micro = _place(micro, stages, micro_batches)
             y, part = stage(_group(params, group, groups), given, _at(context, micro))
-            sums = jax.tree.map(lambda s, p: s + jnp.where(works, p, 0), sums, part)
+            sums = _add(sums, part, works)
             outgoing = jnp.where(own == stages - 1, y, outgoing)
             due = (t >= delivered) & ((t - delivered) % rounds == 0)
             results = _store(results, outgoing, due, (t - delivered) // rounds)
@@ -184,7 +186,7 @@ def _pipeline_forward(stage, micro_batches, groups, params, x, context):
             return (_to_next(y, stages), *streams, results, sums), given
 
         part = jax.eval_shape(stage, _group(params, own, groups), empty, _at(context, own))[1]
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), part)
+        sums = _zeros(part)
         results = jnp.concatenate([jnp.zeros_like(x), empty[None]])
         ticks = jnp.arange(micro_batches * groups + stages - 1)
         carry, given = lax.scan(tick, (empty, empty, empty, results, sums), ticks)
@@ -284,7 +286,7 @@ def run_1f1b_pipeline(
         sums_cotangent: the loss's derivative in a stage's sums (of their shapes).
 
     Returns:
-        ((loss, sums of ``last``, sums of ``stage``), each added up over micro-batches, and stages),
+        ((loss, sums of ``last``, of ``stage``), each added up over micro-batches and stages),
         (gradients of ``ends``, of ``params``).
     """
     stages = axis_size((STAGE,))
@@ -301,12 +303,12 @@ def run_1f1b_pipeline(
 
         def forward(t, state):
             """One forward pass: what is kept, and what goes to the next stage."""
-            turn = _forward_turn(t, own, stages)
+            turn = t - own
             x, context = first(ends, micro(turn))
             x = jnp.where(own == 0, x, state["x"])
             y, part = stage(params, x, context)
             works = (turn >= 0) & (turn < micro_batches)
-            parts = jax.tree.map(lambda s, p: s + jnp.where(works, p, 0), state["parts"], part)
+            parts = _add(state["parts"], part, works)
             inputs = lax.dynamic_update_index_in_dim(state["inputs"], x, turn % kept, 0)
             return y, state | {"inputs": inputs, "parts": parts}
 
@@ -323,12 +325,9 @@ def run_1f1b_pipeline(
                 nothing = jax.tree.map(jnp.zeros_like, sums)
                 d_ends, d_last = pull((jnp.where(counts, 1.0, 0.0).astype(loss.dtype), nothing))
                 d_y = jnp.where(is_last, d_last, state["d_y"])
-                totals = jax.tree.map(
-                    lambda s, p: s + jnp.where(counts, p, 0), state["totals"], (loss, sums)
-                )
                 state |= {
-                    "totals": totals,
-                    "d_ends": jax.tree.map(jnp.add, state["d_ends"], d_ends),
+                    "totals": _add(state["totals"], (loss, sums), counts),
+                    "d_ends": _add(state["d_ends"], d_ends),
                 }
             (_, context), pull_first = jax.vjp(lambda e: first(e, ours), ends)
             # A stage without a turn may take anything; `d_y` has this pass wait for the forward one
@@ -338,14 +337,10 @@ def run_1f1b_pipeline(
             (_, part), pull = jax.vjp(lambda p, x: stage(p, x, context), params, given)
             d_part = jax.tree.map(lambda d: jnp.where(works, d, 0), sums_cotangent(part))
             d_params, d_x = pull((jnp.where(works, d_y, 0), d_part))
-            (d_ends,) = pull_first(
-                (jnp.where(own == 0, d_x, 0), jax.tree.map(_no_gradient, context))
-            )
-            state |= {
-                "d_params": jax.tree.map(jnp.add, state["d_params"], d_params),
-                "d_ends": jax.tree.map(jnp.add, state["d_ends"], d_ends),
-            }
-            return d_x, state
+            none = jax.tree.map(_no_gradient, context)
+            (d_ends,) = pull_first((jnp.where(own == 0, d_x, 0), none))
+            sums = _add((state["d_params"], state["d_ends"]), (d_params, d_ends))
+            return d_x, state | dict(zip(("d_params", "d_ends"), sums, strict=True))
 
         def warm_up(state, t):
             y, state = forward(t, state)

@@ -27,19 +27,8 @@ def attend_shard_forward(
     segments: Segments,
     added: DistanceBias,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns this device's rows of the output, and the log-sum-exps of its heads.
-
-    Args:
-        number: int32 scalar, this device's number along the context axes.
-        q: [B, S / n, N, H], this device's rows; k [B, S / n, K, H] and v [B, S / n, K, Hv]
-            likewise, with those kv heads that the query heads read. N divides by n.
-        segments: int [B, S / n] of queries and of keys, or None.
-        added: of these query heads.
-
-    Returns:
-        o [B, S / n, N, Hv] in v's dtype; log-sum-exps of all rows in sequence order and this
-        device's share of heads, fp32 [B, S, N / n].
-    """
+    """As :func:`blocks.attend_shard_forward`, where n divides N; log-sum-exps are of all rows in
+    sequence order and this device's share of heads, fp32 [B, S, N / n]."""
     q, k, v = _whole_rows(split, q, k, v)
     o, lse = attention_forward(q, k, v, **_options(split, device_index, segments, added))
     return _to_rows(o, split), lse
@@ -57,13 +46,7 @@ def attend_shard_backward(
     lse: jax.Array,
     d_o: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Returns gradients of this device's q, k and v; and of biases, where there are any, a term of
-    the sum over devices.
-
-    q, k and v are sent again, not kept a second time from the forward pass.
-
-    Args: as :func:`forward`'s, its results, and the output's cotangent.
-    """
+    """As :func:`blocks.attend_shard_backward`; q, k and v are sent again."""
     copies = _copies(k.shape[2], split.ways)
     delta = _to_heads(compute_row_delta(o, d_o), split)
     d_o = _to_heads(d_o, split)

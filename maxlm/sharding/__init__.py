@@ -1,12 +1,13 @@
 """How arrays lie on devices: meshes, axis rules, partitions. No maths."""
 
-from maxlm.sharding.create import bind_mesh, jit_sharded
 from maxlm.sharding.links import describe_links
 from maxlm.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
     abstract_mesh,
+    bind_mesh,
     count_min_devices,
+    jit_sharded,
     make_mesh,
     mesh_sizes,
     parse_mesh,

@@ -1,11 +1,12 @@
-"""Device meshes: six named axes, always explicit."""
+"""Device meshes: six named axes, always explicit; and programs on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from math import prod
 from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, auto_axes
 
 from maxlm.config import Config, MaxlmError
 from maxlm.sharding.links import arrange_devices
@@ -47,17 +48,14 @@ def parse_mesh(text: str) -> MeshConfig:
     for part in filter(None, (p.strip() for p in text.split(","))):
         axis, _, size = part.partition("=")
         if axis not in MESH_AXES:
-            raise MaxlmError(
-                f"unknown mesh axis '{axis}'", where="--mesh", fix=f"use {', '.join(MESH_AXES)}"
-            )
+            fix = f"use {', '.join(MESH_AXES)}"
+            raise MaxlmError(f"unknown mesh axis '{axis}'", where="--mesh", fix=fix)
         if axis in sizes:
-            raise MaxlmError(
-                f"axis '{axis}' is given twice", where="--mesh", fix="give each axis once"
-            )
+            fix = "give each axis once"
+            raise MaxlmError(f"axis '{axis}' is given twice", where="--mesh", fix=fix)
         if not size.isdecimal() or int(size) < 1:
-            raise MaxlmError(
-                f"'{part}' is not AXIS=SIZE", where="--mesh", fix="write fsdp=8,tensor=2"
-            )
+            fix = "write fsdp=8,tensor=2"
+            raise MaxlmError(f"'{part}' is not AXIS=SIZE", where="--mesh", fix=fix)
         sizes[axis] = int(size)
     return MeshConfig(**{"fsdp": 1, **sizes})
 
@@ -73,13 +71,11 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
     free = [axis for axis, n in sizes.items() if n == -1]
     for axis, n in sizes.items():
         if n < 1 and n != -1:
-            raise MaxlmError(
-                f"mesh.{axis}={n}", where="mesh", fix="use a size ≥ 1, or -1 for the rest"
-            )
+            fix = "use a size ≥ 1, or -1 for the rest"
+            raise MaxlmError(f"mesh.{axis}={n}", where="mesh", fix=fix)
     if len(free) > 1:
-        raise MaxlmError(
-            f"{' and '.join(free)} are both -1", where="mesh", fix="leave one of them at -1"
-        )
+        fix = "leave one of them at -1"
+        raise MaxlmError(f"{' and '.join(free)} are both -1", where="mesh", fix=fix)
     fixed = prod(n for n in sizes.values() if n != -1)
     if free and num_devices % fixed == 0:
         sizes[free[0]] = num_devices // fixed
@@ -111,3 +107,29 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Explicit,) * len(sizes)
     )
+
+
+def jit_sharded(function: Callable[..., Any], shardings: Any) -> Callable[..., Any]:
+    """``function`` jitted so that every output is computed in its shards, never whole on a device.
+
+    Under an explicit mesh, values made from nothing are replicated by their type: with plain
+    ``out_shardings`` each device would make every array whole and cut it at the end. Here the
+    compiler lays out the computation, from the outputs backwards.
+
+    Args:
+        function: takes replicated arguments (a random key).
+        shardings: one for every output, on the mesh in use (``jax.set_mesh``).
+    """
+    return jax.jit(auto_axes(function, out_sharding=shardings), out_shardings=shardings)
+
+
+def bind_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with ``mesh`` as JAX's current one, which layers read while being traced.
+    ``__wrapped__`` is ``function`` itself, say to lower it."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return call

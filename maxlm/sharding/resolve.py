@@ -1,6 +1,5 @@
 """From logical axes to partitions, with loud errors: nothing is dropped silently."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -44,13 +43,11 @@ def resolve_placement(
     Args:
         array_name: for errors.
         shape, axes: size and logical axis of each dimension.
-        rules: logical axis → mesh axes.
-        sizes: mesh axis → devices.
 
     Raises:
         MaxlmError: a dimension that its mesh axes do not divide; two dimensions on one mesh axis.
     """
-    matched, used = [], Counter()
+    matched = []
     for size, axis in zip(shape, axes, strict=True):
         names = rules.mesh_axes(axis)
         ways = prod(mesh_sizes[name] for name in names)
@@ -62,22 +59,34 @@ def resolve_placement(
                 fix=f"change the mesh to a divisor of {size}, or set '{axis}' to null in "
                 "sharding.storage and sharding.compute to keep it whole",
             )
-        used.update(name for name in names if mesh_sizes[name] > 1)
         if names:
             matched.append(f"{axis}→{'+'.join(names)}")
-    for name, count in used.items():
-        if count > 1:
-            both = [axis for axis in axes if axis and name in rules.mesh_axes(axis)]
-            raise MaxlmError(
-                f"axes {' and '.join(both)} are both on mesh axis '{name}'",
-                where=array_name,
-                fix="give one of them another mesh axis, or null",
-            )
+    used = _check_distinct(axes, rules, mesh_sizes, where=array_name)
     return Placement(
         spec=rules.spec(*axes),
         rule=", ".join(matched) or "whole",
         num_shards=prod(mesh_sizes[name] for name in used),
     )
+
+
+def _check_distinct(
+    axes: Sequence[str | None], rules: AxisRules, sizes: Mapping[str, int] | None = None, *, where
+) -> dict[str, str]:
+    """Refuse two logical axes of one array on one mesh axis, of those that have several devices;
+    returns the mesh axes with their logical ones."""
+    seen: dict[str, str] = {}
+    for axis in filter(None, axes):
+        for name in rules.mesh_axes(axis):
+            if sizes is not None and sizes[name] == 1:
+                continue
+            if name in seen:
+                raise MaxlmError(
+                    f"axes {seen[name]} and {axis} are both on mesh axis '{name}'",
+                    where=where,
+                    fix="give one of them another mesh axis, or null",
+                )
+            seen[name] = axis
+    return seen
 
 
 def check_activations(rules: AxisRules) -> None:
@@ -90,31 +99,20 @@ def check_activations(rules: AxisRules) -> None:
     Raises:
         MaxlmError: naming the logical axes.
     """
-    for axis in ("embed", "expert_embed"):
+    width = "the residual stream's width, which norms, experts and the loss need"
+    for axis, what in (
+        ("embed", width),
+        ("expert_embed", width),
+        ("head_dim", "a head's width, which attention needs"),
+    ):
         if names := rules.mesh_axes(axis):
             raise MaxlmError(
-                f"mesh axis '{names[0]}' splits the residual stream's width, which norms, experts "
-                "and the loss need whole",
+                f"mesh axis '{names[0]}' splits {what} whole",
                 where=f"sharding.compute.{axis}",
                 fix=f"set it to null (sharding.storage.{axis} splits weights at rest)",
             )
-    if rules.head_dim:
-        raise MaxlmError(
-            f"mesh axis '{rules.head_dim[0]}' splits a head's width, which attention needs whole",
-            where="sharding.compute.head_dim",
-            fix="set it to null and split heads",
-        )
     for axes in ACTIVATIONS:
-        seen: dict[str, str] = {}
-        for axis in axes:
-            for name in rules.mesh_axes(axis):
-                if name in seen:
-                    raise MaxlmError(
-                        f"axes {seen[name]} and {axis} are both on mesh axis '{name}'",
-                        where="sharding.compute",
-                        fix="give one of them another mesh axis, or null",
-                    )
-                seen[name] = axis
+        _check_distinct(axes, rules, where="sharding.compute")
 
 
 def check_unsharded_share(
@@ -123,8 +121,8 @@ def check_unsharded_share(
     """Refuse a plan that leaves too many parameter bytes whole on every device.
 
     Args:
-        parts: path → (bytes, placement).
-        limit: the largest share allowed; only meshes that split parameters are held to it.
+        placements: path → (bytes, placement).
+        max_share: the largest share allowed; only meshes that split parameters are held to it.
 
     Raises:
         MaxlmError: naming the share and the largest whole parameter.

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import segments
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 
 FIELDS = 8
+_FAR = 2**30
 
 
 class BlockVisits(NamedTuple):
@@ -83,7 +83,7 @@ def _judged(
             some, whole = some | (k_low < prefix), whole | (k_high < prefix)
     if operands.q_segments is not None:
         assert operands.k_segments is not None
-        share, one = segments.compare_block_segments(
+        share, one = compare_block_segments(
             operands.q_segments, operands.k_segments, block_q, block_k
         )
         some, whole = some & share, whole & one
@@ -96,7 +96,7 @@ def _positions(positions, offset, length: int, block: int) -> tuple[jax.Array, j
         high = jnp.minimum(low + block, length) - 1
         offset = 0 if offset is None else offset
         return low + offset, high + offset
-    blocks = segments.split_into_blocks(positions, block)
+    blocks = split_into_blocks(positions, block)
     return blocks.min(axis=2), blocks.max(axis=2)
 
 
@@ -123,3 +123,27 @@ def _runs(some: jax.Array, whole: jax.Array) -> jax.Array:
     ]
     count = end - begin - full[1] - gap[1]
     return jnp.stack([begin, count, full_begin, full_end, *cuts], axis=2).astype(jnp.int32)
+
+
+def compare_block_segments(
+    q_segments: jax.Array, k_segments: jax.Array, block_q: int, block_k: int
+) -> tuple[jax.Array, jax.Array]:
+    """bool [B, blocks of queries, blocks of keys]: whether they may have a segment in common; and
+    whether all of their tokens are of one. Past the last token, both are as if it went on."""
+    q_least, q_low, q_high = (x[:, :, None] for x in _bounds(q_segments, block_q))
+    k_least, k_low, k_high = (x[:, None] for x in _bounds(k_segments, block_k))
+    one = (q_least == q_high) & (k_least == k_high) & (q_high == k_high) & (k_least > 0)
+    return (q_low <= k_high) & (k_low <= q_high), one
+
+
+def split_into_blocks(x: jax.Array, size: int) -> jax.Array:
+    """[B, n] → [B, blocks, size], the last value repeated."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), mode="edge")
+    return x.reshape(x.shape[0], -1, size)
+
+
+def _bounds(segments: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns each block's least segment, least that is not padding, and greatest."""
+    cut = split_into_blocks(segments, size)
+    real = jnp.where(cut > 0, cut, _FAR)
+    return cut.min(axis=2), real.min(axis=2), cut.max(axis=2)

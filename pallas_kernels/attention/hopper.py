@@ -9,7 +9,7 @@ ptxas of CUDA 12.8.0 to 12.9.0 miscompiles kernels of this kind with a causal ma
 (``jax.experimental.pallas.ops.gpu.attention_mgpu``) says in refusing it: have 12.9.1 or later.
 """
 
-from itertools import product
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_blocks, hopper_backward, triton, tuned
+from pallas_kernels.attention import gpu_blocks, hopper_backward, triton
 from pallas_kernels.attention import hopper_tile as parts
 from pallas_kernels.attention.hopper_tile import ROWS, WARPGROUPS, HopperScoreTile, HopperStatics
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
-from pallas_kernels.attention.tpu_blocks import AttentionSizes
 from pallas_kernels.attention.triton_program import LN2, LOG2E
 
 _BACKWARD_HEADS = 128
@@ -43,14 +42,10 @@ class HopperBlockSizes(NamedTuple):
     """Triton's with the heads whose backward pass is Triton's."""
 
 
-def _checked(sizes: Any) -> HopperBlockSizes:
-    """A caller's.
-
-    Raises:
-        ValueError: others than this module's, or blocks that warpgroups cannot multiply.
+def _checked(sizes: HopperBlockSizes) -> HopperBlockSizes:
+    """Raises:
+    ValueError: blocks that warpgroups cannot multiply.
     """
-    if not isinstance(sizes, HopperBlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.HopperBlockSizes")
     for blocks in sizes:
         if not isinstance(blocks, triton.TritonBlockSizes):
             *rows, stages = blocks
@@ -62,8 +57,7 @@ def _checked(sizes: Any) -> HopperBlockSizes:
 def supports(
     q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
 ) -> bool:
-    """Returns whether :func:`forward` computes this, on a card of compute capability 9.0: by
-    shapes, dtypes and which arrays are given, not by values."""
+    """bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order."""
     return (
         q.shape[-1] in (64, 128, 256)
         and v.shape[-1] == q.shape[-1]
@@ -79,55 +73,11 @@ def supports(
     )
 
 
-def supports_backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> bool:
-    """Returns whether its gradients are this module's own: sums of dK and dV fit in registers."""
-    return supports(q, k, v, operands, params) and q.shape[-1] <= _BACKWARD_HEADS
-
-
 def default_block_sizes(H: int, dtype: Any) -> HopperBlockSizes:
     """Returns block sizes that fit in 227 KB of shared memory."""
     if H <= _BACKWARD_HEADS:
         return HopperBlockSizes(HopperForwardBlocks(128, 2), hopper_backward.default_block_sizes(H))
     return HopperBlockSizes(HopperForwardBlocks(64, 2), triton.default_block_sizes(H, H, dtype))
-
-
-def list_block_candidates(
-    direction: str, H: int, Hv: int, dtype: Any
-) -> tuple[HopperBlockSizes, dict[str, list[Any]]]:
-    """Returns, for ``tuning``, the rule's block sizes, and blocks to try in the field that a pass
-    reads."""
-    rule = default_block_sizes(H, dtype)
-    if direction == tuned.FORWARD:
-        return rule, {"forward": [HopperForwardBlocks(*b) for b in product((64, 128, 192), (2, 3))]}
-    if H <= _BACKWARD_HEADS:
-        blocks = product((64, 128), (64, 128), (1, 2, 3))
-        return rule, {"backward": [hopper_backward.HopperBackwardBlocks(*b) for b in blocks]}
-    _, fields = triton.list_block_candidates(direction, H, Hv, dtype)
-    own = rule.backward
-    assert isinstance(own, triton.TritonBlockSizes)
-    return rule, {"backward": [own._replace(**{f: t}) for f in fields for t in fields[f]]}
-
-
-def _chosen(
-    direction: str, q: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> HopperBlockSizes:
-    """From the table, or by rule."""
-    found = tuned.find_gpu_blocks(
-        "hopper",
-        direction,
-        AttentionSizes.of(q, v, v.dtype),
-        tuned.name_mask_kind(params, operands),
-    )
-    if found is None:
-        return default_block_sizes(q.shape[-1], q.dtype)
-    forward, own = HopperForwardBlocks(*found["forward"]), found["backward"]
-    if q.shape[-1] <= _BACKWARD_HEADS:
-        return HopperBlockSizes(forward, hopper_backward.HopperBackwardBlocks(*own))
-    return HopperBlockSizes(
-        forward, triton.TritonBlockSizes(*(triton.TritonTiles(*tiles) for tiles in own))
-    )
 
 
 def forward(
@@ -141,25 +91,8 @@ def forward(
     block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention's output and log-sum-exps, where :func:`supports`.
-
-    Args:
-        q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, H]; N a multiple of K.
-        operands, params: the mask and what is added to scores.
-        dtype: of the output.
-        block_sizes: default those in the table of :mod:`tuned`, or by rule.
-        interpret: run by Pallas's GPU interpreter, on a CPU: True, or its parameters.
-
-    Returns:
-        o [B, S, N, H], zeros where a query has no key; the log-sum-exp of each query's scores, its
-        sink included, fp32 [B, S, N], −inf where it has none.
-
-    Raises:
-        ValueError: not supported.
-    """
-    if not supports(q, k, v, operands, params):
-        raise _refusal(q, k, v)
-    sizes = _checked(block_sizes or _chosen(tuned.FORWARD, q, v, operands, params)).forward
+    """As :mod:`api` says of an implementation."""
+    sizes = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).forward
     operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
     (B, S, N, H), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
@@ -179,17 +112,11 @@ def forward(
         "v": blocks,
         "lse": plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
         "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=1 + s.segments),
-        "k_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=1 + s.segments),
-        "v_ready": plgpu.Barrier(num_barriers=s.stages),
-        "k_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
-        "v_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
+        **parts.make_barriers(s, k=1 + s.segments, v=1),
         "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        **parts.make_staging_buffer("o", dtype, q.dtype),
+        **parts.make_segments(s, "q", "k"),
     }
-    if jnp.dtype(dtype) != q.dtype:
-        scratch["o"] = parts.make_staging_buffer(dtype)
-    if s.segments:
-        scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
-        scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
     shapes = (
         jax.ShapeDtypeStruct(q.shape, dtype),
         jax.ShapeDtypeStruct((B, N, tiles * block_q), jnp.float32),
@@ -212,32 +139,12 @@ def backward(
     block_sizes: HopperBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients that pass through these keys, where :func:`supports`: by Triton's
-    kernels where not :func:`supports_backward`.
-
-    Args:
-        q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.
-        lse: fp32 [B, S, N], over all the keys that the queries see.
-        delta: fp32 [B, S, N], d_o · o.
-        d_o: [B, S, N, H], the output's cotangent.
-        dtype: of the results, which are summed in fp32.
-
-    Returns:
-        dQ, dK, dV, shaped as q, k and v.
-
-    Raises:
-        ValueError: not supported.
-    """
-    if not supports(q, k, v, operands, params):
-        raise _refusal(q, k, v)
-    sizes: Any = _checked(block_sizes or _chosen(tuned.BACKWARD, q, v, operands, params)).backward
-    if not supports_backward(q, k, v, operands, params):
+    """As :mod:`api` says of an implementation; by Triton's kernels where sums of dK and dV do not
+    fit in registers."""
+    sizes: Any = _checked(block_sizes or default_block_sizes(q.shape[-1], q.dtype)).backward
+    if q.shape[-1] > _BACKWARD_HEADS:
         options = {"block_sizes": sizes, "interpret": bool(interpret)}
         return triton.backward(q, k, v, lse, delta, d_o, operands, params, dtype, **options)
-    if not isinstance(sizes, hopper_backward.HopperBackwardBlocks):
-        raise ValueError(
-            f"block_sizes: backward {sizes!r}: not {hopper_backward.__name__}.HopperBackwardBlocks"
-        )
     operands, interpret = merge_offsets(operands, params), parts.resolve_interpreter(interpret)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     arrays = q, k, v, d_o.astype(q.dtype), lse, delta.transpose(0, 2, 1)
@@ -245,31 +152,10 @@ def backward(
     return d_q, *hopper_backward.compute_d_kv(arrays, operands, params, dtype, sizes, interpret)
 
 
-def _refusal(q, k, v) -> ValueError:
-    return ValueError(
-        f"q {q.shape} {q.dtype}, k {k.shape} {k.dtype}, v {v.shape} {v.dtype}: the Hopper kernels "
-        "take bf16 or fp16, heads of 64, 128 or 256, lengths that 8 divides, positions in order"
-    )
-
-
 def _forward_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    head, row = lax.axis_index("head"), lax.axis_index("row")
-    tile = lax.axis_index("tile")
-    if s.params.causal:  # the last tiles, the longest, start first
-        tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
-    me = lax.axis_index("warpgroup")
-    visits = parts.read_visits(refs, row, tile)
-
-    @pl.when(me == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
-
-    @pl.when(me < WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        start = (tile * WARPGROUPS + me) * ROWS
-        _attend(s, refs, outputs, shared, visits, row, head, start, me)
+    copy = partial(parts.copy_keys, s, refs, shared)
+    multiply = partial(_attend, s, refs, outputs, shared)
+    parts.run_warpgroups(s, refs, copy, multiply, last_first=s.params.causal)
 
 
 def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
@@ -277,12 +163,10 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     block_k = s.block
     q, H = shared["q"].at[me], shared["q"].shape[-1]
     mine = pl.ds(start, ROWS)
-    plgpu.copy_gmem_to_smem(refs["q"].at[row, mine, head], q, shared["q_ready"].at[me])
+    sources = {"q": refs["q"].at[row, mine, head]}
     if s.segments:
-        plgpu.copy_gmem_to_smem(
-            refs["q_segments"].at[row, mine], shared["q_segments"].at[me], shared["q_ready"].at[me]
-        )
-    plgpu.barrier_wait(shared["q_ready"].at[me])
+        sources["q_segments"] = refs["q_segments"].at[row, mine]
+    parts.copy_own(shared, "q_ready", me, sources)
     if s.segments:
         own_segments = parts.load_shared(shared["q_segments"].at[me], parts.ALONG_ROWS)
         own_segments = parts.broadcast_rows(own_segments, block_k)
@@ -334,12 +218,9 @@ def _attend(s: HopperStatics, refs, outputs, shared, visits, row, head, start, m
     )
     pl.when(me == 1)(take_turn)
     carry = parts.make_zeros(ROWS, H), top, total
-    if visits is not None:
-        carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
-    carry = lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
+    o, top, total = parts.visit_blocks(visits, masked, count, step, carry)
     pl.when(me == 0)(take_turn)
 
-    o, top, total = carry
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top * LN2 + jnp.log(safe), -jnp.inf)
     shared["lse"].at[me][...] = lse

@@ -1,6 +1,7 @@
 """Gradients of attention for Hopper: dQ by blocks of keys, dK and dV by blocks of queries, so that
 no sum is atomic and results repeat bit for bit."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def compute_d_q(
     """dQ of (q, k, v, d_o, lse, delta): the last two [B, N, S], lse in base 2 and +inf where a
     query has no key."""
     q, k, v, d_o, lse, delta = arrays
-    (B, S, N, H), T = q.shape, k.shape[1]
+    (B, S, N, _), T = q.shape, k.shape[1]
     block_q = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, block_q)}
     inputs |= parts.list_mask_inputs(operands, params, block_q, sizes.k)
@@ -48,22 +49,12 @@ def compute_d_q(
         inputs["visits"] = gpu_blocks.plan_query_visits(S, T, block_q, sizes.k, operands, params)
     group = N // k.shape[2]
     s = HopperStatics(params, S, T, group, sizes.k, sizes.stages, tuple(inputs), bool(interpret))
-    own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
-    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
     row = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
-    scratch = {"q": own, "d_o": own, "k": blocks, "v": blocks, "lse": row, "delta": row}
-    scratch |= {
-        "own_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=4 + s.segments),
-        "k_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=1 + s.segments),
-        "v_ready": plgpu.Barrier(num_barriers=s.stages),
-        "k_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
-        "v_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
-    }
-    if s.segments:
-        scratch["q_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
-        scratch["k_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
-    if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.make_staging_buffer(dtype)
+    scratch = _scratch(s, q, ("q", "d_o"), ("k", "v"), row, 4) | parts.make_barriers(
+        s, k=1 + s.segments, v=1
+    )
+    scratch |= parts.make_segments(s, "q", "k")
+    scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = (jax.ShapeDtypeStruct(q.shape, dtype),)
     grid = N, pl.cdiv(S, block_q), B
     (out,) = parts.run_kernel(_d_q_kernel, s, inputs, shapes, scratch, grid, interpret)
@@ -80,7 +71,7 @@ def compute_d_kv(
 ) -> tuple[jax.Array, jax.Array]:
     """dK and dV, summed over the query heads of a kv head; of what :func:`compute_d_q` takes."""
     q, k, v, d_o, lse, delta = arrays
-    (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
+    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     block_k = ROWS * WARPGROUPS
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, **_filled(lse, delta, sizes.q)}
     inputs |= parts.list_mask_inputs(operands, params, sizes.q, block_k)
@@ -88,26 +79,27 @@ def compute_d_kv(
     if gpu_blocks.needs_mask(params, operands, block_k, block_k):
         inputs["visits"] = gpu_blocks.plan_key_visits(S, T, sizes.q, block_k, operands, params)
     s = HopperStatics(params, S, T, N // K, sizes.q, sizes.stages, tuple(inputs), bool(interpret))
-    own = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
-    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
     row = plgpu.SMEM((s.stages, s.block), jnp.float32)
-    scratch = {"k": own, "v": own, "q": blocks, "d_o": blocks, "lse": row, "delta": row}
-    scratch |= {
-        "own_ready": plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=2 + s.segments),
-        "q_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=2 + s.segments),
-        "d_o_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=2),
-        "q_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
-        "d_o_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS),
-    }
-    if s.segments:
-        scratch["k_segments"] = plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)
-        scratch["q_segments"] = plgpu.SMEM((s.stages, s.block), jnp.int32)
-    if jnp.dtype(dtype) != q.dtype:
-        scratch["staged"] = parts.make_staging_buffer(dtype)
+    scratch = _scratch(s, q, ("k", "v"), ("q", "d_o"), row, 2) | parts.make_barriers(
+        s, q=2 + s.segments, d_o=2
+    )
+    scratch |= parts.make_segments(s, "k", "q")
+    scratch |= parts.make_staging_buffer("staged", dtype, q.dtype)
     shapes = tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in range(2))
     grid = K, pl.cdiv(T, block_k), B
     d_k, d_v = parts.run_kernel(_d_kv_kernel, s, inputs, shapes, scratch, grid, interpret)
     return d_k, d_v
+
+
+def _scratch(s: HopperStatics, q, own, visited, row, arrivals: int) -> dict[str, Any]:
+    """Buffers of a warpgroup's own rows and of the blocks that they visit, ``row`` for each of
+    log-sum-exps and deltas, and the barrier of the own ones."""
+    H = q.shape[3]
+    rows = plgpu.SMEM((WARPGROUPS, ROWS, H), q.dtype, transforms=parts.SWIZZLED)
+    blocks = plgpu.SMEM((s.stages, s.block, H), q.dtype, transforms=parts.SWIZZLED)
+    ready = plgpu.Barrier(num_barriers=WARPGROUPS, num_arrivals=arrivals + s.segments)
+    buffers = dict.fromkeys(own, rows) | dict.fromkeys(visited, blocks)
+    return buffers | {"lse": row, "delta": row, "own_ready": ready}
 
 
 def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array]:
@@ -120,22 +112,9 @@ def _filled(lse: jax.Array, delta: jax.Array, block: int) -> dict[str, jax.Array
 
 
 def _d_q_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
-    if s.params.causal:  # the last tiles, the longest, start first
-        tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
-    me = lax.axis_index("warpgroup")
-    visits = parts.read_visits(refs, row, tile)
-
-    @pl.when(me == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        parts.copy_keys(s, refs, shared, visits, row, lax.div(head, s.group))
-
-    @pl.when(me < WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        start = (tile * WARPGROUPS + me) * ROWS
-        _sum_d_q(s, refs, outputs, shared, visits, row, head, start, me)
+    copy = partial(parts.copy_keys, s, refs, shared)
+    multiply = partial(_sum_d_q, s, refs, outputs, shared)
+    parts.run_warpgroups(s, refs, copy, multiply, last_first=s.params.causal)
 
 
 def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, me) -> None:
@@ -145,9 +124,7 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
     sources |= {name: refs[name].at[row, head, mine] for name in ("lse", "delta")}
     if s.segments:
         sources["q_segments"] = refs["q_segments"].at[row, mine]
-    for name, source in sources.items():
-        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared["own_ready"].at[me])
-    plgpu.barrier_wait(shared["own_ready"].at[me])
+    parts.copy_own(shared, "own_ready", me, sources)
 
     def own(name):
         return parts.broadcast_rows(
@@ -178,29 +155,15 @@ def _sum_d_q(s: HopperStatics, refs, outputs, shared, visits, row, head, start, 
         return d_q
 
     masked, count, block_of = parts.order_visits(visits, pl.cdiv(s.T, block_k))
-    d_q = parts.make_zeros(ROWS, H)
-    if visits is not None:
-        d_q = lax.fori_loop(0, masked, lambda at, d_q: step(at, d_q, True), d_q)
-    d_q = lax.fori_loop(masked, count, lambda at, d_q: step(at, d_q, False), d_q)
+    d_q = parts.visit_blocks(visits, masked, count, step, parts.make_zeros(ROWS, H))
     staged = shared.get("staged", shared["q"]).at[me]
     parts.send_tile(staged, outputs[0].at[row, mine, head], d_q * s.params.scale)
 
 
 def _d_kv_kernel(s: HopperStatics, refs, outputs, shared) -> None:
-    kv_head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
-    me = lax.axis_index("warpgroup")
-    visits = parts.read_visits(refs, row, tile)
-
-    @pl.when(me == WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        _copy_queries(s, refs, shared, visits, row, kv_head)
-
-    @pl.when(me < WARPGROUPS)
-    def _():
-        plgpu.set_max_registers(240, action="increase")
-        start = (tile * WARPGROUPS + me) * ROWS
-        _sum_d_kv(s, refs, outputs, shared, visits, row, kv_head, start, me)
+    copy = partial(_copy_queries, s, refs, shared)
+    multiply = partial(_sum_d_kv, s, refs, outputs, shared)
+    parts.run_warpgroups(s, refs, copy, multiply, last_first=False)
 
 
 def _each(s: HopperStatics, visits, body, carry):
@@ -244,9 +207,7 @@ def _sum_d_kv(s: HopperStatics, refs, outputs, shared, visits, row, kv_head, sta
     sources = {name: refs[name].at[row, mine, kv_head] for name in ("k", "v")}
     if s.segments:
         sources["k_segments"] = refs["k_segments"].at[row, mine]
-    for name, source in sources.items():
-        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared["own_ready"].at[me])
-    plgpu.barrier_wait(shared["own_ready"].at[me])
+    parts.copy_own(shared, "own_ready", me, sources)
 
     def step(at, member, block, masked, carry):
         d_k, d_v = carry

@@ -96,7 +96,7 @@ def read_visits(refs: dict[str, Any], row, i) -> BlockVisits | None:
 
 
 def order_visits(visits: BlockVisits | None, blocks: int) -> tuple[Any, Any, Callable[[Any], Any]]:
-    """Returns Returns (visits with a mask, which come first; all visits; the block of a visit).."""
+    """Returns (visits with a mask, which come first; all visits; the block of a visit)."""
     if visits is None:
         return 0, blocks, lambda at: at
     masked = visits.count
@@ -229,15 +229,82 @@ def send_tile(staged, target, x: jax.Array) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def make_staging_buffer(dtype: Any) -> Any:
-    """Returns the buffer for columns of a warpgroup's tile in another dtype than the operands'."""
+def make_staging_buffer(name: str, dtype: Any, own: Any) -> dict[str, Any]:
+    """Returns the buffer for columns of a warpgroup's results, if not of the operands' dtype."""
+    if jnp.dtype(dtype) == own:
+        return {}
     columns, swizzled = (32, SWIZZLED_FP32) if jnp.dtype(dtype).itemsize == 4 else (64, SWIZZLED)
-    return plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)
+    return {name: plgpu.SMEM((WARPGROUPS, ROWS, columns), dtype, transforms=swizzled)}
 
 
-def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, kv_head) -> None:
+def run_warpgroups(
+    s: HopperStatics, refs, copy: Callable, multiply: Callable, *, last_first: bool
+) -> None:
+    """In a kernel: ``copy(visits, row, head)`` in the warpgroup that copies, and in the others
+    ``multiply(visits, row, head, start, me)``, of 64 rows from ``start``.
+
+    Args:
+        last_first: start with the last tiles of queries, with a causal mask the longest.
+    """
+    head, row, tile = (lax.axis_index(name) for name in ("head", "row", "tile"))
+    if last_first:
+        tile = pl.cdiv(s.S, ROWS * WARPGROUPS) - 1 - tile
+    me = lax.axis_index("warpgroup")
+    visits = read_visits(refs, row, tile)
+
+    @pl.when(me == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        copy(visits, row, head)
+
+    @pl.when(me < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(240, action="increase")
+        multiply(visits, row, head, (tile * WARPGROUPS + me) * ROWS, me)
+
+
+def visit_blocks(visits: BlockVisits | None, masked, count, step: Callable, carry: Any) -> Any:
+    """``step(at, carry, is_masked)`` for the visits of :func:`order_visits`."""
+    if visits is not None:
+        carry = lax.fori_loop(0, masked, lambda at, carry: step(at, carry, True), carry)
+    return lax.fori_loop(masked, count, lambda at, carry: step(at, carry, False), carry)
+
+
+def copy_own(shared, ready: str, me, sources: dict[str, Any]) -> None:
+    """Copies what a warpgroup keeps all the time, and waits for it."""
+    for name, source in sources.items():
+        plgpu.copy_gmem_to_smem(source, shared[name].at[me], shared[ready].at[me])
+    plgpu.barrier_wait(shared[ready].at[me])
+
+
+def make_barriers(s: HopperStatics, **arrivals: int) -> dict[str, Any]:
+    """Returns barriers of blocks that are copied together: "ready" after so many arrivals, and
+    "free" when all warpgroups that multiply have read them."""
+    ready = {
+        f"{name}_ready": plgpu.Barrier(num_barriers=s.stages, num_arrivals=number)
+        for name, number in arrivals.items()
+    }
+    free = {
+        f"{name}_free": plgpu.Barrier(num_barriers=s.stages, num_arrivals=WARPGROUPS)
+        for name in arrivals
+    }
+    return ready | free
+
+
+def make_segments(s: HopperStatics, own: str, visited: str) -> dict[str, Any]:
+    """Returns the buffers of segments, if there are any: a warpgroup's own, and the blocks'."""
+    if not s.segments:
+        return {}
+    return {
+        f"{own}_segments": plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32),
+        f"{visited}_segments": plgpu.SMEM((s.stages, s.block), jnp.int32),
+    }
+
+
+def copy_keys(s: HopperStatics, refs, shared, visits: BlockVisits | None, row, head) -> None:
     """Copies blocks of keys and values, in the warpgroup that copies; keys past the last are
     zeros."""
+    kv_head = lax.div(head, s.group)
     _, total, block_of = order_visits(visits, pl.cdiv(s.T, s.block))
 
     @pl.loop(0, total)

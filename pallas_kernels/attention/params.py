@@ -1,7 +1,7 @@
 """Parameters and operands of an attention, and their checks."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,49 @@ Segments = tuple[jax.Array, jax.Array]
 Offset = int | jax.Array
 
 
+class AttentionOptions(TypedDict, total=False):
+    """Options of an attention, each with its default where it is left out (None, unless said)."""
+
+    causal: bool
+    """A query sees keys of its own position and below; default True."""
+    window: int | None
+    """Of those, only the last ``window`` (1: itself alone); None: all. Causal only."""
+    prefix: jax.Array | None
+    """int [B]: keys at positions below are visible to all queries, whatever ``causal`` and
+    ``window`` say (Raffel et al. 2020, §3.2.1). Causal only."""
+    q_offset: Offset
+    """Position of the first query, default 0; others follow. A Python int lets an implementation
+    leave out at compile time what the mask empties; a traced int scalar serves a shard that learns
+    its place at run time."""
+    k_offset: Offset
+    """Likewise of the first key."""
+    q_positions: jax.Array | None
+    """int [B, S], or [1, S] for all rows alike: positions one by one, instead of an offset."""
+    k_positions: jax.Array | None
+    """int [B or 1, T], likewise."""
+    segment_ids: Segments | None
+    """int [B, S] and [B, T]; tokens attend within their own segment, 0 is padding."""
+    scale: float | None
+    """Of q·k; None: H ** -0.5."""
+    soft_cap: float | None
+    """Scores become cap·tanh(score / cap) (Gemma Team 2024, §2)."""
+    slopes: jax.Array | None
+    """fp32 [N]: scores lose slope·|distance| after scale and cap (Press et al. 2022, ALiBi)."""
+    sinks: jax.Array | None
+    """fp32 [N]: a logit beside the scores in each head's softmax, whose weight goes to no value
+    (Xiao et al. 2024, §3.3, learned per head as in gpt-oss). −inf: none."""
+    biases: jax.Array | None
+    """fp32 [N, 2R + 1]: scores gain biases[n, clip(distance, −R, R) + R] after scale, cap and
+    slopes, distance being the key's position less the query's (Raffel et al. 2020, §2.1: T5's
+    relative positions, each bucket written out). XLA alone has them."""
+
+
 class AttentionParams(NamedTuple):
     """Static choices. A score is cap·tanh(scale·q·k / cap) − slope·|i − j| + bias[j − i], then
     masked."""
 
     causal: bool
-    """A query sees keys of its own position and below, and the prefix."""
     window: int | None
-    """Of those, only the last so many, and the prefix; with ``causal``."""
     soft_cap: float | None
     scale: float
     q_offset: int = 0
@@ -41,34 +76,17 @@ class AttentionOperands(NamedTuple):
     k_segments: jax.Array | None = None
     """int32 [B, T]; there where ``q_segments`` is."""
     prefix: jax.Array | None = None
-    """int32 [B]: keys at positions below are visible to every query; with ``causal``."""
+    """int32 [B]."""
     slopes: jax.Array | None = None
-    """fp32 [N]: of the linear biases."""
+    """fp32 [N]."""
     sinks: jax.Array | None = None
-    """fp32 [N]: a further logit in each head's softmax, with no value. Only a forward pass reads
-    it: log-sum-exps hold it afterwards."""
+    """fp32 [N]; only a forward pass reads it: log-sum-exps hold it afterwards."""
     biases: jax.Array | None = None
-    """fp32 [N, 2R + 1]: learned, of keys R or more before a query, .., R or more after it."""
+    """fp32 [N, 2R + 1]."""
 
 
 def validate_arguments(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    prefix: jax.Array | None = None,
-    q_offset: Offset = 0,
-    k_offset: Offset = 0,
-    q_positions: jax.Array | None = None,
-    k_positions: jax.Array | None = None,
-    segment_ids: Segments | None = None,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
-    biases: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, **options: Unpack[AttentionOptions]
 ) -> tuple[AttentionOperands, AttentionParams]:
     """Checks the arguments of :func:`~pallas_kernels.attention.attention` and returns them in two
     parts.
@@ -76,17 +94,31 @@ def validate_arguments(
     Raises:
         ValueError: as there.
     """
-    (B, S, N, _), T = _sizes(q, k, v), k.shape[1]
-    wide = wide_type(q)
+    if unknown := options.keys() - AttentionOptions.__annotations__.keys():
+        raise TypeError(f"unknown options of attention: {', '.join(sorted(unknown))}")
+    get, causal, window = options.get, options.get("causal", True), options.get("window")
+    scale, soft_cap, biases = get("scale"), get("soft_cap"), get("biases")
+    q_positions, k_positions, prefix = get("q_positions"), get("k_positions"), get("prefix")
+    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"{shapes} are not [batch, sequence, heads, head size] each")
+    (B, S, N, H), (T, K) = q.shape, k.shape[1:3]
+    if k.shape[0] != B or k.shape[:3] != v.shape[:3] or k.shape[3] != H:
+        raise ValueError(f"{shapes} do not belong together")
+    if N % K:
+        raise ValueError(f"{N} query heads do not divide over {K} kv heads")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"window={window} with causal={causal}: windows look back, 1 key or more")
     if prefix is not None and not causal:
         raise ValueError("a prefix without causal: every query sees every key already")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap={soft_cap}: it must be above 0")
-    q_segments, k_segments = segment_ids or (None, None)
-    static_q, traced_q = _offset("q", q_offset, q_positions)
-    static_k, traced_k = _offset("k", k_offset, k_positions)
+    if biases is not None and (np.ndim(biases) != 2 or np.shape(biases)[1] % 2 == 0):
+        raise ValueError(f"biases of shape {np.shape(biases)}: want ({N}, an odd number)")
+    q_segments, k_segments = get("segment_ids") or (None, None)
+    static_q, traced_q = _offset("q", get("q_offset", 0), q_positions)
+    static_k, traced_k = _offset("k", get("k_offset", 0), k_positions)
+    wide = wide_type(q)
     operands = AttentionOperands(
         _array("q_positions", q_positions, jnp.int32, (B, S), (1, S)),
         _array("k_positions", k_positions, jnp.int32, (B, T), (1, T)),
@@ -95,11 +127,11 @@ def validate_arguments(
         _array("segment_ids of queries", q_segments, jnp.int32, (B, S)),
         _array("segment_ids of keys", k_segments, jnp.int32, (B, T)),
         _array("prefix", prefix, jnp.int32, (B,)),
-        _array("slopes", slopes, wide, (N,)),
-        _array("sinks", sinks, wide, (N,)),
-        _biases(biases, N, wide),
+        _array("slopes", get("slopes"), wide, (N,)),
+        _array("sinks", get("sinks"), wide, (N,)),
+        _array("biases", biases, wide, (N, np.shape(biases)[-1] if biases is not None else 0)),
     )
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    scale = 1 / math.sqrt(H) if scale is None else scale
     return operands, AttentionParams(causal, window, soft_cap, scale, static_q, static_k)
 
 
@@ -129,17 +161,6 @@ def merge_offsets(operands: AttentionOperands, params: AttentionParams) -> Atten
     )
 
 
-def _sizes(q, k, v) -> tuple[int, int, int, int]:
-    shapes = f"q {q.shape}, k {k.shape} and v {v.shape}"
-    if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"{shapes} are not [batch, sequence, heads, head size] each")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes} do not belong together")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} kv heads")
-    return q.shape
-
-
 def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | None]:
     """Splits an offset into its static and its traced part."""
     if isinstance(offset, (int, np.integer)):
@@ -152,15 +173,6 @@ def _offset(side: str, offset: Any, positions: Any) -> tuple[int, jax.Array | No
     if positions is not None and (static or traced is not None):
         raise ValueError(f"{side}_offset beside {side}_positions: positions are whole already")
     return static, traced
-
-
-def _biases(x: Any, N: int, dtype: Any) -> jax.Array | None:
-    if x is None:
-        return None
-    shape = jnp.shape(x)
-    if len(shape) != 2 or shape[0] != N or shape[1] % 2 == 0:
-        raise ValueError(f"biases of shape {shape}: these sizes want ({N}, an odd number)")
-    return jnp.asarray(x, dtype)
 
 
 def _array(name: str, x: Any, dtype: Any, *shapes: tuple[int, ...]) -> jax.Array | None:

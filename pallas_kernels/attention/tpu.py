@@ -12,18 +12,18 @@ from pallas_kernels.attention import tpu_backward, tpu_forward
 from pallas_kernels.attention.combine import merge_attention
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.tpu_blocks import (
+    BACKWARD,
+    FORWARD,
     LANES,
     SUBLANES,
     AttentionSizes,
     TpuBlockSizes,
-    backward_vmem_bytes,
     count_keys_in_vmem,
     count_value_rows,
-    forward_vmem_bytes,
-    select_blocks,
+    vmem_bytes,
 )
 from pallas_kernels.attention.tpu_call import KeyPart, TpuKernelCall, pad_last_axis
-from pallas_kernels.attention.tuned import BACKWARD, FORWARD, choose_blocks, name_mask_kind
+from pallas_kernels.attention.tuned import choose_blocks, name_mask_kind
 from pallas_kernels.chips import get_chip
 
 F32 = jnp.float32
@@ -46,19 +46,11 @@ def forward(
     block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """o [B, S, N, Hv] in ``dtype`` and the log-sum-exps, fp32 [B, S, N], −inf without a key.
-
-    Keys that VMEM does not hold at once are taken in parts, whose results are merged.
-
-    Raises:
-        ValueError: blocks that do not fit.
-    """
+    """As :mod:`api` says of an implementation. Keys that VMEM does not hold at once are taken in
+    parts, whose results are merged."""
     sizes = AttentionSizes.of(q, v, dtype)
-    kind = name_mask_kind(params, operands)
-    blocks = (
-        select_blocks(block_sizes, FORWARD) if block_sizes else choose_blocks(FORWARD, sizes, kind)
-    )
-    held = count_keys_in_vmem(blocks, sizes, forward_vmem_bytes, get_chip())
+    blocks = choose_blocks(FORWARD, sizes, name_mask_kind(params, operands), block_sizes)
+    held = count_keys_in_vmem(FORWARD, blocks, sizes, get_chip())
     parts = _parts(k.shape[1], operands, params, held)
     k, v = (_heads_first(x, len(parts) * held) for x in (k, v))
     out = dtype if len(parts) == 1 else F32
@@ -92,7 +84,7 @@ def _forward(q, k, v, sizes, part, dtype, blocks, interpret):
             *_tiles(slots, (SUBLANES, blocks.tile_q), F32, F32),
             *_tiles(slots, tile, v.dtype),
         ],
-        vmem=forward_vmem_bytes(blocks, sizes, part.held),
+        vmem=vmem_bytes(FORWARD, blocks, sizes, part.held),
         products=H + Hv,
         interpret=interpret,
         name="attention_forward",
@@ -113,23 +105,12 @@ def backward(
     block_sizes: TpuBlockSizes | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dQ, dK and dV in ``dtype``.
-
-    Keys that VMEM does not hold at once are taken in parts, where they lie: each adds to dQ, and
-    writes its own of dK and dV.
-
-    Raises:
-        ValueError: blocks that do not fit.
-    """
+    """As :mod:`api` says of an implementation. Keys that VMEM does not hold at once are taken in
+    parts, where they lie: each adds to dQ, and writes its own of dK and dV."""
     (B, S), T = q.shape[:2], k.shape[1]
     sizes = AttentionSizes.of(q, v, dtype)
-    kind = name_mask_kind(params, operands)
-    blocks = (
-        select_blocks(block_sizes, BACKWARD)
-        if block_sizes
-        else choose_blocks(BACKWARD, sizes, kind)
-    )
-    held = count_keys_in_vmem(blocks, sizes, backward_vmem_bytes, get_chip())
+    blocks = choose_blocks(BACKWARD, sizes, name_mask_kind(params, operands), block_sizes)
+    held = count_keys_in_vmem(BACKWARD, blocks, sizes, get_chip())
     parts = _parts(T, operands, params, held)
     rows = -(-S // blocks.q) * blocks.q
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
@@ -188,7 +169,7 @@ def _backward(shape, saved, sizes, part, sums, dtypes, blocks, interpret):
             *(_tiles(slots, tile, F32) if part.params.soft_cap is not None else [None]),
             *_tiles(slots, tile, q.dtype, q.dtype),
         ],
-        vmem=backward_vmem_bytes(blocks, sizes, part.held),
+        vmem=vmem_bytes(BACKWARD, blocks, sizes, part.held),
         products=3 * H + 2 * Hv,
         interpret=interpret,
         name="attention_backward",

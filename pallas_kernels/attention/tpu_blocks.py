@@ -1,6 +1,5 @@
 """Block sizes of the TPU kernels, and the VMEM that they take."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.chips import TpuChip
 
+FORWARD, BACKWARD = PASSES = ("forward", "backward")
 LANES, SUBLANES = 128, 8
 SUMS = 16
 """Rows of ones on top of the forward pass's turned values, as many as bf16 packs together."""
@@ -64,39 +64,22 @@ class AttentionSizes(NamedTuple):
         return cls(S, T, H, Hv, q.dtype.itemsize, jnp.dtype(dtype).itemsize)
 
 
-def choose_forward_blocks(sizes: AttentionSizes, chip: TpuChip) -> TpuBlocks:
-    """Chooses blocks by rule: large ones, whose loop's body hides its own beginning and end, and
-    tiles as wide as the matrix unit, of which nothing spills or little."""
+def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) -> TpuBlocks:
+    """Forward, large blocks, whose loop's body hides its own beginning and end, and tiles as wide
+    as the matrix unit, of which nothing spills or little; backward, tiles so small that nothing of
+    them spills. From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all.
+    """
     stages = {"ahead": 3, "pace": 3} if chip.mxu == 256 else {"ahead": 3, "behind": 2}
 
     def blocks(most: int) -> TpuBlocks:
-        q, k = _square(sizes, most)
+        q = _fit(sizes.S, most)
+        k = min(q, _fit(sizes.T, most))
+        if direction == BACKWARD:
+            return TpuBlocks(q, k, LANES, min(chip.mxu, k))
         return TpuBlocks(q, k, min(chip.mxu, q), min(chip.mxu, k), **stages)
 
-    return _largest(blocks, sizes, forward_vmem_bytes, chip)
-
-
-def choose_backward_blocks(sizes: AttentionSizes, chip: TpuChip) -> TpuBlocks:
-    """Chooses blocks by rule: tiles so small that nothing of them spills."""
-
-    def blocks(most: int) -> TpuBlocks:
-        q, k = _square(sizes, most)
-        return TpuBlocks(q, k, LANES, min(chip.mxu, k))
-
-    return _largest(blocks, sizes, backward_vmem_bytes, chip)
-
-
-def _square(sizes: AttentionSizes, most: int) -> tuple[int, int]:
-    q = _fit(sizes.S, most)
-    return q, min(q, _fit(sizes.T, most))
-
-
-def _largest(
-    blocks: Callable[[int], TpuBlocks], sizes: AttentionSizes, needed: Any, chip: TpuChip
-) -> TpuBlocks:
-    """From 1024 down, the first whose queries leave VMEM for ``_KEYS`` keys, or for all."""
-    most, room, keys = 1024, int(chip.vmem * _USABLE), min(sizes.T, _KEYS)
-    while most > LANES and needed(blocks(most), sizes, -(-keys // LANES) * LANES) > room:
+    most, room, keys = 1024, int(chip.vmem * _USABLE), -(-min(sizes.T, _KEYS) // LANES) * LANES
+    while most > LANES and vmem_bytes(direction, blocks(most), sizes, keys) > room:
         most //= 2
     return blocks(most)
 
@@ -119,43 +102,40 @@ def count_value_rows(Hv: int) -> int:
     return SUMS + -(-Hv // SUBLANES) * SUBLANES
 
 
-def forward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
-    """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch."""
+def vmem_bytes(direction: str, blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
+    """Returns bytes of VMEM: operands and results twice, so that copies overlap, and scratch; of
+    the backward pass, the sums of dK and dV over all queries too."""
     H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
-    operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
-    results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
-    turned = sizes.bytes * keys * count_value_rows(sizes.Hv)
-    sums = 4 * blocks.q * (SUBLANES + count_value_rows(sizes.Hv))
-    tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
-    return 2 * (operands + results) + turned + sums + blocks.slots * tile
-
-
-def backward_vmem_bytes(blocks: TpuBlocks, sizes: AttentionSizes, keys: int) -> int:
-    """Returns bytes of VMEM likewise, and the sums of dK and dV over all queries."""
-    H, Hv = _lanes(sizes.H), _lanes(sizes.Hv)
-    operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
-    results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
-    sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
-    tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
+    if direction == FORWARD:
+        operands = sizes.bytes * (blocks.q * H + keys * (H + Hv))
+        results = blocks.q * (Hv * sizes.out_bytes + 8 * 4)
+        sums = sizes.bytes * keys * count_value_rows(sizes.Hv)
+        sums += 4 * blocks.q * (SUBLANES + count_value_rows(sizes.Hv))
+        tile = blocks.tile_q * (blocks.k * (4 + sizes.bytes) + 2 * SUBLANES * 4)
+    else:
+        operands = sizes.bytes * (blocks.q + keys) * (H + Hv) + 2 * blocks.q * 8 * 4
+        results = blocks.q * H * (sizes.out_bytes + 4) + keys * (H + Hv) * sizes.out_bytes
+        sums = 4 * keys * (H + Hv) + 4 * blocks.q * H
+        tile = blocks.tile_q * blocks.tile_k * (3 * 4 + 2 * sizes.bytes)
     return 2 * (operands + results) + sums + blocks.slots * tile
 
 
-def count_keys_in_vmem(blocks: TpuBlocks, sizes: AttentionSizes, needed: Any, chip: TpuChip) -> int:
+def count_keys_in_vmem(
+    direction: str, blocks: TpuBlocks, sizes: AttentionSizes, chip: TpuChip
+) -> int:
     """Returns the number of keys of a head that VMEM holds, in whole blocks.
-
-    Args:
-        needed: :func:`forward_vmem_bytes` or :func:`backward_vmem_bytes`.
 
     Raises:
         ValueError: not one block.
     """
     keys, room = -(-sizes.T // blocks.k) * blocks.k, int(chip.vmem * _USABLE)
-    while keys > blocks.k and needed(blocks, sizes, keys) > room:
+    while keys > blocks.k and vmem_bytes(direction, blocks, sizes, keys) > room:
         keys = -(-(keys // 2) // blocks.k) * blocks.k
-    if needed(blocks, sizes, keys) > room:
+    needed = vmem_bytes(direction, blocks, sizes, keys)
+    if needed > room:
         raise ValueError(
-            f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take "
-            f"{needed(blocks, sizes, keys)} bytes of VMEM, of which a {chip.name} has {chip.vmem}"
+            f"blocks {tuple(blocks)} with head sizes {sizes.H} and {sizes.Hv} take {needed} bytes "
+            f"of VMEM, of which a {chip.name} has {chip.vmem}"
         )
     return keys
 
@@ -172,19 +152,6 @@ def check_blocks(blocks: TpuBlocks) -> None:
         raise ValueError(f"blocks {tuple(blocks)}: tiles do not divide their blocks")
     if min(blocks.ahead, blocks.behind, blocks.pace) < 0:
         raise ValueError(f"blocks {tuple(blocks)}: ahead, behind and pace are 0 or more")
-
-
-def select_blocks(sizes: Any, direction: str) -> TpuBlocks:
-    """Returns a pass's blocks of a caller's sizes.
-
-    Raises:
-        ValueError: no :class:`TpuBlockSizes`, or as :func:`check_blocks`.
-    """
-    if not isinstance(sizes, TpuBlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.TpuBlockSizes")
-    blocks = getattr(sizes, direction)
-    check_blocks(blocks)
-    return blocks
 
 
 def _lanes(width: int) -> int:

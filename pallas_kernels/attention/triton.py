@@ -9,20 +9,17 @@ Scores are kept in base 2: exp2 is an instruction. Head sizes are cut into power
 128 and 64, which is what Triton's tiles may be.
 """
 
-from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention import gpu_blocks, tuned
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams, merge_offsets
-from pallas_kernels.attention.tpu_blocks import AttentionSizes
-from pallas_kernels.attention.triton_call import TritonKernelCall
 from pallas_kernels.attention.triton_program import (
     LN2,
     LOG2E,
+    TritonKernelCall,
     TritonProgram,
     TritonTiles,
     multiply,
@@ -30,6 +27,7 @@ from pallas_kernels.attention.triton_program import (
     split_head,
     store_row,
     store_tile,
+    whole_spec,
 )
 
 # Compute capabilities with about 100 KB of shared memory for a block, not 163 or 227.
@@ -44,14 +42,10 @@ class TritonBlockSizes(NamedTuple):
     d_kv: TritonTiles
 
 
-def validate_block_sizes(sizes: Any) -> TritonBlockSizes:
-    """Checks a caller's block sizes.
-
-    Raises:
-        ValueError: others than this module's, or blocks that Triton has not.
+def _checked(sizes: TritonBlockSizes) -> TritonBlockSizes:
+    """Raises:
+    ValueError: blocks that Triton has not.
     """
-    if not isinstance(sizes, TritonBlockSizes):
-        raise ValueError(f"block_sizes={sizes!r}: not a {__name__}.TritonBlockSizes")
     for q, k, warps, stages in sizes:
         powers = all(n > 0 and n & (n - 1) == 0 for n in (q, k, warps))
         if not powers or min(q, k) < 16 or stages < 1:
@@ -104,29 +98,6 @@ def default_block_sizes(H: int, Hv: int, dtype: Any) -> TritonBlockSizes:
     return TritonBlockSizes(forward, TritonTiles(64, 32, 8, 2), TritonTiles(32, 64, 8, 2))
 
 
-def list_block_candidates(
-    direction: str, H: int, Hv: int, dtype: Any
-) -> tuple[TritonBlockSizes, dict[str, list[TritonTiles]]]:
-    """Returns, for ``tuning``, the rule's block sizes, and tiles to try in the fields that a pass
-    reads."""
-    tiles = [TritonTiles(*t) for t in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
-    fields = ("forward",) if direction == tuned.FORWARD else ("d_q", "d_kv")
-    return default_block_sizes(H, Hv, dtype), dict.fromkeys(fields, tiles)
-
-
-def _chosen(
-    direction: str, q: jax.Array, v: jax.Array, operands: AttentionOperands, params: AttentionParams
-) -> TritonBlockSizes:
-    """From the table, or by rule."""
-    sizes = AttentionSizes.of(q, v, v.dtype)
-    found = tuned.find_gpu_blocks(
-        "triton", direction, sizes, tuned.name_mask_kind(params, operands)
-    )
-    if found is None:
-        return default_block_sizes(sizes.H, sizes.Hv, q.dtype)
-    return TritonBlockSizes(**{kernel: TritonTiles(*tiles) for kernel, tiles in found.items()})
-
-
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -138,38 +109,20 @@ def forward(
     block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention's output and log-sum-exps.
-
-    Args:
-        q: [B, S, N, H]; k: [B, T, K, H]; v: [B, T, K, Hv]; N a multiple of K. One dtype.
-        operands, params: the mask and what is added to scores.
-        dtype: of the output.
-        block_sizes: default those in the table of :mod:`tuned`, or by rule.
-        interpret: run by the interpreter, on any device.
-
-    Returns:
-        o [B, S, N, Hv], zeros where a query has no key; the log-sum-exp of each query's scores,
-        its sink included, fp32 [B, S, N], −inf where it has none.
-    """
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    """As :mod:`api` says of an implementation."""
+    B, S, N, _ = q.shape
     operands = merge_offsets(operands, params)
-    sizes = validate_block_sizes(block_sizes or _chosen(tuned.FORWARD, q, v, operands, params))
+    sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     tiles = sizes.forward
-    blocks = pl.cdiv(S, tiles.q)
-    table = gpu_blocks.plan_query_visits(S, T, tiles.q, tiles.k, operands, params)
-    call = TritonKernelCall(
-        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table
+    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
+    call.add(call.heads(tiles.q), q=q)
+    call.add(call.heads(tiles.k, call.group), k=k, v=v)
+    call.add(whole_spec, sinks=operands.sinks)
+    outputs = (
+        (jax.ShapeDtypeStruct((B, S, N, v.shape[3]), dtype), call.heads(tiles.q)),
+        (jax.ShapeDtypeStruct((B, N, S), jnp.float32), call.rows(tiles.q)),
     )
-    call.add("q", q, call.heads(tiles.q))
-    call.add("k", k, call.shared_heads(tiles.k))
-    call.add("v", v, call.shared_heads(tiles.k))
-    call.add("sinks", operands.sinks, call.whole)
-    shapes = (
-        jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
-        jax.ShapeDtypeStruct((B, N, S), jnp.float32),
-    )
-    specs = call.heads(tiles.q)(shapes[0]), call.rows(tiles.q)(shapes[1])
-    o, lse = call(_forward_kernel, (blocks, N, B), shapes, specs)
+    o, lse = call(_forward_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
     return o, lse.transpose(0, 2, 1)
 
 
@@ -187,55 +140,29 @@ def backward(
     block_sizes: TritonBlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients that pass through these keys, which may be a block of all that queries
-    see.
-
-    Args:
-        q, k, v, where, how, block_sizes, interpret: as :func:`forward`'s.
-        lse: fp32 [B, S, N], over all the keys that the queries see.
-        delta: fp32 [B, S, N], d_o · o.
-        d_o: [B, S, N, Hv], the output's cotangent.
-        dtype: of the results, which are summed in fp32.
-
-    Returns:
-        dQ, dK, dV, shaped as q, k and v.
-    """
-    (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
+    """As :mod:`api` says of an implementation."""
+    (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     operands = merge_offsets(operands, params)
-    sizes = validate_block_sizes(block_sizes or _chosen(tuned.BACKWARD, q, v, operands, params))
+    sizes = _checked(block_sizes or default_block_sizes(q.shape[3], v.shape[3], q.dtype))
     # +inf where no key is left: its weights are then exp2(score − inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2E).transpose(0, 2, 1)
     delta, d_o = delta.transpose(0, 2, 1), d_o.astype(v.dtype)
 
     tiles = sizes.d_q
-    table = gpu_blocks.plan_query_visits(S, T, tiles.q, tiles.k, operands, params)
-    call = TritonKernelCall(
-        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=True, table=table
-    )
-    for name, x in (("q", q), ("d_o", d_o)):
-        call.add(name, x, call.heads(tiles.q))
-    for name, x in (("k", k), ("v", v)):
-        call.add(name, x, call.shared_heads(tiles.k))
-    for name, x in (("lse", lse), ("delta", delta)):
-        call.add(name, x, call.rows(tiles.q))
-    shape = jax.ShapeDtypeStruct(q.shape, dtype)
-    grid = pl.cdiv(S, tiles.q), N, B
-    (d_q,) = call(_d_q_kernel, grid, (shape,), (call.heads(tiles.q)(shape),))
+    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=True)
+    call.add(call.heads(tiles.q), q=q, d_o=d_o)
+    call.add(call.heads(tiles.k, call.group), k=k, v=v)
+    call.add(call.rows(tiles.q), lse=lse, delta=delta)
+    outputs = ((jax.ShapeDtypeStruct(q.shape, dtype), call.heads(tiles.q)),)
+    (d_q,) = call(_d_q_kernel, (pl.cdiv(S, tiles.q), N, B), outputs)
 
     tiles = sizes.d_kv
-    table = gpu_blocks.plan_key_visits(S, T, tiles.q, tiles.k, operands, params)
-    call = TritonKernelCall(
-        operands, params, tiles, (S, T, H, Hv), N // K, interpret, per_query=False, table=table
-    )
-    for name, x in (("q", q), ("d_o", d_o)):
-        call.add(name, x, call.groups(tiles.q))
-    for name, x in (("k", k), ("v", v)):
-        call.add(name, x, call.heads(tiles.k))
-    for name, x in (("lse", lse), ("delta", delta)):
-        call.add(name, x, call.group_rows(tiles.q))
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in (k, v))
-    specs = tuple(call.heads(tiles.k)(shape) for shape in shapes)
-    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), shapes, specs)
+    call = TritonKernelCall(q, k, v, operands, params, tiles, interpret, per_query=False)
+    call.add(call.groups(tiles.q), q=q, d_o=d_o)
+    call.add(call.heads(tiles.k), k=k, v=v)
+    call.add(call.rows(tiles.q, call.group), lse=lse, delta=delta)
+    outputs = tuple((jax.ShapeDtypeStruct(x.shape, dtype), call.heads(tiles.k)) for x in (k, v))
+    d_k, d_v = call(_d_kv_kernel, (pl.cdiv(T, tiles.k), K, B), outputs)
     return d_q, d_k, d_v
 
 

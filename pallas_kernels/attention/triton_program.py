@@ -1,4 +1,5 @@
-"""Shared parts of the Triton kernels: how a program reads, scores, masks and visits."""
+"""Shared parts of the Triton kernels: how arrays come to one, how a program reads and scores, what
+it masks and visits."""
 
 from functools import reduce
 from math import log, log2
@@ -13,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
-from pallas_kernels.attention.params import AttentionParams
+from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 
 LOG2E = log2(2.718281828459045)
 LN2 = log(2)
@@ -197,6 +198,122 @@ class TritonProgram:
         carry = loop(0, visits.count, visits.masked, True, carry)
         full = visits.full_end - visits.full_begin
         return loop(visits.full_begin, full, lambda at: at, False, carry)
+
+
+class TritonKernelCall:
+    """A kernel's named inputs and their specs, over a grid (blocks, heads, rows of the batch). Each
+    program's window is whole sequences of its own row and head, with their last block filled up;
+    kernels mask what lies outside.
+
+    Args:
+        per_query: whether blocks are of queries, which visit blocks of keys; or the reverse.
+    """
+
+    def __init__(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        operands: AttentionOperands,
+        params: AttentionParams,
+        tiles: TritonTiles,
+        interpret: bool,
+        *,
+        per_query: bool,
+    ):
+        (S, N, H), (T, K, Hv) = q.shape[1:], v.shape[1:]
+        self.inputs: dict[str, jax.Array] = {}
+        self.specs: list[pl.BlockSpec] = []
+        self.group = N // K
+        masked = gpu_blocks.needs_mask(params, operands, T if per_query else tiles.k, tiles.k)
+        self.statics = TritonStatics(params, tiles, S, T, H, Hv, self.group, masked, interpret)
+        plan = gpu_blocks.plan_query_visits if per_query else gpu_blocks.plan_key_visits
+        table = plan(S, T, tiles.q, tiles.k, operands, params)
+        if masked:
+            self.add(lambda x: self._per_row(x, x.shape[1:]), visits=table)
+        if params.causal or operands.slopes is not None:
+            for side, block in (("q", tiles.q), ("k", tiles.k)):
+                positions = getattr(operands, f"{side}_positions")
+                offset = getattr(operands, f"{side}_offset")
+                self.add(self.tokens(block), **{f"{side}_positions": positions})
+                if positions is None and offset is not None:
+                    self.add(whole_spec, **{f"{side}_offset": jnp.asarray(offset, jnp.int32)[None]})
+        if operands.q_segments is not None:
+            self.add(self.tokens(tiles.q), q_segments=operands.q_segments)
+            self.add(self.tokens(tiles.k), k_segments=operands.k_segments)
+        self.add(whole_spec, prefix=operands.prefix, slopes=operands.slopes)
+
+    def add(self, spec, **arrays: jax.Array | None) -> None:
+        for name, x in arrays.items():
+            if x is not None:
+                self.inputs[name] = x
+                self.specs.append(spec(x))
+
+    def __call__(self, kernel, grid, outputs):
+        """Runs a kernel.
+
+        Args:
+            outputs: (shape, spec by it) of each result.
+        """
+        names = tuple(self.inputs)
+        tiles = self.statics.tiles
+
+        def body(*refs):
+            inputs = dict(zip(names, refs[: len(names)], strict=True))
+            kernel(TritonProgram(inputs, self.statics), *refs[len(names) :])
+
+        return pl.pallas_call(
+            body,
+            grid=grid,
+            in_specs=self.specs,
+            out_specs=tuple(spec(shape) for shape, spec in outputs),
+            out_shape=tuple(shape for shape, _ in outputs),
+            compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+            interpret=self.statics.interpret,
+            name=kernel.__name__.strip("_"),
+        )(*self.inputs.values())
+
+    # Specs by what an array is.
+
+    def _per_row(self, x, shape) -> pl.BlockSpec:
+        rest = (0,) * len(shape)
+        shared = x.shape[0] == 1
+        return pl.BlockSpec((None, *shape), lambda i, n, b: (0 if shared else b, *rest))
+
+    def tokens(self, block: int):
+        """[B or 1, length]"""
+        return lambda x: self._per_row(x, (round_up(x.shape[1], block),))
+
+    def heads(self, block: int, share: int = 1):
+        """[B, length, heads, H], of the program's head; or of one that ``share`` heads read."""
+
+        def spec(x):
+            shape = None, round_up(x.shape[1], block), None, pad_head_size(x.shape[3])
+            return pl.BlockSpec(shape, lambda i, n, b: (b, 0, lax.div(n, share), 0))
+
+        return spec
+
+    def groups(self, block: int):
+        """[B, length, N, H] → [length, group, H] of the program's kv head."""
+
+        def spec(x):
+            shape = None, round_up(x.shape[1], block), self.group, pad_head_size(x.shape[3])
+            return pl.BlockSpec(shape, lambda i, n, b: (b, 0, n, 0))
+
+        return spec
+
+    def rows(self, block: int, group: int | None = None):
+        """[B, N, S], of the program's head; or [group, S] of its kv head."""
+
+        def spec(x):
+            shape = None, group, round_up(x.shape[2], block)
+            return pl.BlockSpec(shape, lambda i, n, b: (b, n, 0))
+
+        return spec
+
+
+def whole_spec(x) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda i, n, b: (0,) * len(x.shape))
 
 
 def split_head(H: int) -> list[tuple[int, int]]:

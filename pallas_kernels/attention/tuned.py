@@ -12,16 +12,21 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import tpu_blocks
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams
-from pallas_kernels.attention.tpu_blocks import AttentionSizes, TpuBlocks
+from pallas_kernels.attention.tpu_blocks import (
+    AttentionSizes,
+    TpuBlocks,
+    TpuBlockSizes,
+    check_blocks,
+    choose_blocks_by_rule,
+    count_keys_in_vmem,
+    has_little_padding,
+)
 from pallas_kernels.chips import TpuChip, get_chip
 
 TABLE = resources.files("pallas_kernels.attention") / "tuned.json"
-FORWARD, BACKWARD = PASSES = ("forward", "backward")
 CAUSAL, FULL, WINDOW, SEGMENTS = "causal", "full", "window", "segments"
 
 
@@ -40,11 +45,11 @@ class TunedEntry(NamedTuple):
     dtype: str
     """Of q, k and v."""
     blocks: dict[str, Any]
-    """As the chip's kernel names them: on a TPU, :class:`TpuBlocks`."""
+    """:class:`TpuBlocks`."""
     cost: float
-    """Cycles on a TPU, microseconds on a GPU; of one row of ``heads`` heads."""
+    """Cycles, of one row of ``heads`` heads."""
     spills: int | None
-    """Registers that a TPU's inner loops store away; None: not known."""
+    """Registers that the inner loops store away; None: not known."""
     heads: int
     made_with: str
     """Versions of what compiled it."""
@@ -80,22 +85,16 @@ def name_mask_kind(params: AttentionParams, operands: AttentionOperands) -> str:
     return CAUSAL if params.window is None else name_window_kind(params.window)
 
 
-def choose_blocks(direction: str, sizes: AttentionSizes, kind: str) -> TpuBlocks:
-    """Returns a TPU kernel's blocks, for the chip that the program being traced is for: from the
-    table, or by rule."""
-    chip = get_chip()
-    return find_tuned_blocks(chip, direction, sizes, kind) or choose_blocks_by_rule(
-        chip, direction, sizes
-    )
-
-
-def choose_blocks_by_rule(chip: TpuChip, direction: str, sizes: AttentionSizes) -> TpuBlocks:
-    blocks = (
-        tpu_blocks.choose_forward_blocks
-        if direction == FORWARD
-        else tpu_blocks.choose_backward_blocks
-    )
-    return blocks(sizes, chip)
+def choose_blocks(
+    direction: str, sizes: AttentionSizes, kind: str, given: TpuBlockSizes | None
+) -> TpuBlocks:
+    """Returns a TPU kernel's blocks, for the chip that the program being traced is for: those
+    given, checked, or from the table, or by rule."""
+    if given is not None:
+        check_blocks(getattr(given, direction))
+        return getattr(given, direction)
+    found = find_tuned_blocks(get_chip(), direction, sizes, kind)
+    return found or choose_blocks_by_rule(get_chip(), direction, sizes)
 
 
 def find_tuned_blocks(
@@ -105,68 +104,27 @@ def find_tuned_blocks(
     kind: str,
     entries: Iterable[TunedEntry] | None = None,
 ) -> TpuBlocks | None:
-    """Returns a TPU kernel's blocks in the table, or None.
-
-    Args:
-        direction: of ``PASSES``.
-        kind: :func:`name_mask_kind`.
-        entries: of another table.
-    """
-    found = (
-        TpuBlocks(**blocks)
-        for blocks in find_nearest_entries(chip.name, direction, sizes, kind, entries)
-    )
-    return next(
-        (blocks for blocks in found if can_use_blocks(blocks, chip, direction, sizes)), None
-    )
-
-
-def find_nearest_entries(
-    chip: str,
-    direction: str,
-    sizes: AttentionSizes,
-    kind: str,
-    entries: Iterable[TunedEntry] | None = None,
-) -> list[dict[str, Any]]:
-    """Returns blocks of all entries that differ in the sequence alone, the nearest first."""
+    """Returns a kernel's blocks in the table, or in another one; None: there is no entry that
+    differs in the sequence alone, and whose blocks can be used."""
     alike = [
         entry
         for entry in (load_table() if entries is None else entries)
-        if (entry.chip, entry.direction, entry.kind) == (chip, direction, kind)
+        if (entry.chip, entry.direction, entry.kind) == (chip.name, direction, kind)
         and entry.head_sizes == (sizes.H, sizes.Hv)
         and jnp.dtype(entry.dtype).itemsize == sizes.bytes
     ]
     alike.sort(key=lambda entry: abs(math.log(entry.seq / max(sizes.S, sizes.T, 1))))
-    return [entry.blocks for entry in alike]
-
-
-def find_gpu_blocks(
-    kernel: str, direction: str, sizes: AttentionSizes, kind: str
-) -> dict[str, Any] | None:
-    """Block sizes in the table of a GPU's kernel on the card that the program being traced is for,
-    as JSON has them; or None."""
-    found = find_nearest_entries(name_gpu_kernel(kernel), direction, sizes, kind)
-    return found[0] if found else None
-
-
-def name_gpu_kernel(kernel: str) -> str:
-    """Returns the table's name of a kernel on that card."""
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.local_devices()[0]
-    return f"{device.device_kind}, {kernel}"
+    found = (TpuBlocks(**entry.blocks) for entry in alike)
+    return next((x for x in found if can_use_blocks(x, chip, direction, sizes)), None)
 
 
 def can_use_blocks(blocks: TpuBlocks, chip: TpuChip, direction: str, sizes: AttentionSizes) -> bool:
     """Returns whether VMEM holds them, and they pad queries and keys by little."""
-    needed = (
-        tpu_blocks.forward_vmem_bytes if direction == FORWARD else tpu_blocks.backward_vmem_bytes
-    )
     try:
-        tpu_blocks.count_keys_in_vmem(blocks, sizes, needed, chip)
+        count_keys_in_vmem(direction, blocks, sizes, chip)
     except ValueError:
         return False
-    return tpu_blocks.has_little_padding(sizes.S, blocks.q) and tpu_blocks.has_little_padding(
-        sizes.T, blocks.k
-    )
+    return has_little_padding(sizes.S, blocks.q) and has_little_padding(sizes.T, blocks.k)
 
 
 @cache

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attention import segments
+from pallas_kernels.attention.gpu_blocks import compare_block_segments
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams, sum_offsets
 
 COLUMNS = 8
@@ -210,7 +210,7 @@ def _segment_blocks(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """For each block of queries [B, nq]: the run of key blocks that may share a segment with it,
     and within it the first run of those of one and the same segment as all of its queries."""
-    share, one = segments.compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
+    share, one = compare_block_segments(q_segments, k_segments, walk.bq, walk.bk)
     index = jnp.arange(walk.nk)
     begin = jnp.where(share, index, walk.nk).min(-1)
     end = jnp.where(share, index + 1, 0).max(-1)
@@ -296,10 +296,3 @@ def visit_key_blocks(
     alone = (begin == j) & (end == j + 1) & (one_from <= j) & (one_to > j)
     pl.when(alone)(lambda: tiles(lead.tiles, j, -lead.offset * walk.bk, True, True))
     pl.when(~alone)(walk_on)
-
-
-def needs_segment_mask(row: list[Any]) -> Any:
-    """Returns whether a block of queries visits keys with which it has to compare segments."""
-    masked_from, plain_from, plain_to, masked_to, begin, end, one_from, one_to = row
-    looped = (masked_from < plain_from) | (plain_to < masked_to)
-    return looped | (begin < one_from) | (end > one_to)

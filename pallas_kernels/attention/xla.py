@@ -1,18 +1,18 @@
-"""Attention in a form that any XLA backend compiles, a tile of queries at a time.
+"""Attention in a form that any XLA backend compiles, a tile of queries at a time, and a part of the
+batch and of the heads.
 
 Where a causal mask and positions are known when the program is compiled, a tile of queries reads
 only the keys between its first row's window and its own end: causal, 5/8 of the work at 4 tiles,
 1/2 in the limit. Elsewhere every tile reads all keys, and tiles are a loop.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention.params import AttentionOperands, AttentionParams, wide_type
-from pallas_kernels.attention.parts import BatchSlice
 from pallas_kernels.attention.tiles import (
     MASKED,
     ScoreTile,
@@ -37,35 +37,13 @@ def forward(
     dtype: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """As :func:`~pallas_kernels.attention.attention_forward`."""
-    return _forward(
-        q, k, v, fill_positions(operands, params, q.shape[1], k.shape[1]), params, dtype
-    )
-
-
-def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    d_o: jax.Array,
-    operands: AttentionOperands,
-    params: AttentionParams,
-    dtype: Any,
-) -> tuple[jax.Array, ...]:
-    """As :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
-    and log-sum-exps."""
-    operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
-    return _backward(q, k, v, lse, delta, d_o, operands, params, dtype)
-
-
-def _forward(q, k, v, operands: AttentionOperands, params: AttentionParams, dtype):
+    operands = fill_positions(operands, params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
 
         def one_part(out, i):
             own_q, own_k, own_v = part.cut(i, (q, k, v))
-            own = _forward(own_q, own_k, own_v, _of_part(part, i, operands), params, dtype)
+            own = forward(own_q, own_k, own_v, part.operands(i, operands), params, dtype)
             return part.put(i, out, own), None
 
         out = jnp.zeros((B, S, N, Hv), dtype), jnp.zeros((B, S, N), wide_type(q))
@@ -75,7 +53,7 @@ def _forward(q, k, v, operands: AttentionOperands, params: AttentionParams, dtyp
 
         def one(rows):
             (q,), own = rows
-            return _forward(q, k, v, operands._replace(**own), params, dtype)
+            return forward(q, k, v, operands._replace(**own), params, dtype)
 
         return _joined(lax.map(one, _rows((q,), operands, S, count)))
 
@@ -106,9 +84,20 @@ def _forward(q, k, v, operands: AttentionOperands, params: AttentionParams, dtyp
     return o, lse[..., 0].transpose(0, 3, 1, 2).reshape(B, S, N)
 
 
-def _backward(
-    q, k, v, lse, delta, d_o, operands: AttentionOperands, params: AttentionParams, dtype
-):
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    d_o: jax.Array,
+    operands: AttentionOperands,
+    params: AttentionParams,
+    dtype: Any,
+) -> tuple[jax.Array, ...]:
+    """As :func:`~pallas_kernels.attention.attention_backward`: weights are recomputed from scores
+    and log-sum-exps."""
+    operands = fill_positions(operands._replace(sinks=None), params, q.shape[1], k.shape[1])
     (B, S, N, H), (T, K, Hv) = q.shape, v.shape[1:]
     if part := _part(q, k):
         like = q, k, v
@@ -118,8 +107,8 @@ def _backward(
             read = zip(part.cut(i, places), like, strict=True)
             own_q, own_k, own_v = (x.astype(whole.dtype) for x, whole in read)
             own_lse, own_delta, own_d_o = part.cut(i, (lse, delta, d_o))
-            at = _of_part(part, i, operands)
-            d_q, d_k, d_v, *terms = _backward(
+            at = part.operands(i, operands)
+            d_q, d_k, d_v, *terms = backward(
                 own_q, own_k, own_v, own_lse, own_delta, own_d_o, at, params, dtype
             )
             return (part.put(i, places, (d_q, d_k, d_v)), part.add_heads(i, sums, terms)), None
@@ -136,7 +125,7 @@ def _backward(
         def add(sums, rows):
             (q, lse, delta, d_o), own = rows
             own = operands._replace(**own)
-            d_q, *terms = _backward(q, k, v, lse, delta, d_o, own, params, wide)
+            d_q, *terms = backward(q, k, v, lse, delta, d_o, own, params, wide)
             return tuple(x + y for x, y in zip(sums, terms, strict=True)), d_q.astype(dtype)
 
         rows = _rows((q, lse, delta, d_o), operands, S, count)
@@ -187,20 +176,103 @@ def _no_biases(operands: AttentionOperands) -> tuple[jax.Array, ...]:
     return () if operands.biases is None else (jnp.zeros_like(operands.biases),)
 
 
+class BatchSlice(NamedTuple):
+    """Rows of the batch and kv heads, with their query heads, that are attended to at once. They
+    are cut from arrays as they lie, and put back in place: no copy in another order."""
+
+    shape: tuple[int, int]
+    """B and K of the whole."""
+    rows: int
+    kv_heads: int
+
+    @classmethod
+    def of(cls, batch: int, kv_heads: int, most: int) -> "BatchSlice":
+        """Parts of at most ``most`` pairs of a row and a kv head, or one: whole rows where these
+        fit."""
+        if most >= kv_heads:
+            return cls((batch, kv_heads), _divisor(batch, most // kv_heads), kv_heads)
+        return cls((batch, kv_heads), 1, _divisor(kv_heads, most))
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] // self.rows * (self.shape[1] // self.kv_heads)
+
+    def cut(self, i: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Part i of arrays [B, S, N or K, ...]."""
+        return tuple(
+            lax.dynamic_slice(
+                x,
+                self._start(i, x),
+                (self.rows, x.shape[1], x.shape[2] // self._head_parts, *x.shape[3:]),
+            )
+            for x in arrays
+        )
+
+    def cut_rows(self, i: jax.Array, tree: Any) -> Any:
+        """The rows of part i of arrays [B or 1, ...] that all heads share."""
+        row = i // self._head_parts * self.rows
+        return jax.tree.map(
+            lambda x: x if len(x) == 1 else lax.dynamic_slice_in_dim(x, row, self.rows), tree
+        )
+
+    def cut_heads(self, i: jax.Array, tree: Any) -> Any:
+        """The query heads of part i of arrays [N, ...]."""
+        head = i % self._head_parts
+
+        def cut(x):
+            size = len(x) // self._head_parts
+            return lax.dynamic_slice_in_dim(x, head * size, size)
+
+        return jax.tree.map(cut, tree)
+
+    def operands(self, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
+        """Those of part i."""
+        by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
+        by_head = ("slopes", "sinks", "biases")
+        own = self.cut_rows(i, {name: getattr(operands, name) for name in by_row})
+        own |= self.cut_heads(i, {name: getattr(operands, name) for name in by_head})
+        return operands._replace(**own)
+
+    def add_heads(self, i: jax.Array, tree: Any, terms: Any) -> Any:
+        """Arrays [N, ...] with a part's terms added to those of its query heads."""
+        head = i % self._head_parts
+
+        def add(x, own):
+            start = head * len(own)
+            own += lax.dynamic_slice_in_dim(x, start, len(own))
+            return lax.dynamic_update_slice_in_dim(x, own, start, axis=0)
+
+        return tuple(add(x, own) for x, own in zip(tree, terms, strict=True))
+
+    def put(
+        self, i: jax.Array, arrays: tuple[jax.Array, ...], parts: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """The arrays with these parts in their places."""
+        return tuple(
+            lax.dynamic_update_slice(x, own.astype(x.dtype), self._start(i, x))
+            for x, own in zip(arrays, parts, strict=True)
+        )
+
+    @property
+    def _head_parts(self) -> int:
+        return self.shape[1] // self.kv_heads
+
+    def _start(self, i: jax.Array, x: jax.Array) -> tuple[jax.Array | int, ...]:
+        row, heads = i // self._head_parts, i % self._head_parts
+        return row * self.rows, 0, heads * (x.shape[2] // self._head_parts), *(0,) * (x.ndim - 3)
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is not above ``most``; 1 at least."""
+    return next(d for d in range(max(1, min(n, most)), 0, -1) if n % d == 0)
+
+
 def _part(q, k) -> BatchSlice | None:
     """Returns the part attended to at once, so that a tile's scores stay in bounds; None: all."""
     (B, S, N, _), (T, K) = q.shape, k.shape[1:3]
     score_bytes = 4 * (N // K) * min(tile_size(S), S) * T
     part = BatchSlice.of(B, K, SCORE_BYTES // score_bytes)
     return part if part.count > 1 else None
-
-
-def _of_part(part: BatchSlice, i: jax.Array, operands: AttentionOperands) -> AttentionOperands:
-    by_row = ("q_positions", "k_positions", "q_segments", "k_segments", "prefix")
-    by_head = ("slopes", "sinks", "biases")
-    own = part.cut_rows(i, {name: getattr(operands, name) for name in by_row})
-    own |= part.cut_heads(i, {name: getattr(operands, name) for name in by_head})
-    return operands._replace(**own)
 
 
 # Where every tile reads all keys, tiles of one size are a loop: the program is one tile's.

@@ -39,11 +39,11 @@ def grouped_matmul(
     Args:
         rows: [R, D]; group g's follow those of the groups before it. Rows behind the last group's
             may hold anything, NaN too.
-        kernels: [G, D, F], or [G, F, D] when ``transposed``. Operands are bf16, fp32, int8 or
-            float8 (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip
-            does not multiply is widened in the kernel. fp32 has the precision that
+        kernels: [G, D, F], or [G, F, D] when transposed. Operands are bf16, fp32, int8 or float8
+            (e4m3fn, e5m2), kernels perhaps narrower than rows; an 8-bit type that the chip does not
+            multiply is widened in the kernel. fp32 has the precision that
             ``jax.default_matmul_precision`` says.
-        sizes: int32 [G], rows of each group, which may be 0; their sum is at most R.
+        group_sizes: int32 [G], rows of each group, which may be 0; their sum is at most R.
         row_scales, column_scales: fp32 [R] and [G, F], of 8-bit operands: what their elements are
             multiplied by, after the product.
         dtype: of the result. Default: the rows'; of int8 without scales int32, of other 8-bit
@@ -62,15 +62,9 @@ def grouped_matmul(
     G, D, F = (*kernels.shape, 0, 0, 0)[:3]
     D, F = (F, D) if transpose_kernels else (D, F)
     if kernels.ndim != 3 or rows.ndim != 2 or rows.shape[1] != D or group_sizes.shape != (G,):
-        transposed = " transposed" if transpose_kernels else ""
-        raise ValueError(
-            f"rows {rows.shape}, kernels {kernels.shape}{transposed} "
-            f"and sizes {group_sizes.shape} do not belong together"
-        )
-    for scales, operand, shape in (
-        (row_scales, rows, (len(rows),)),
-        (column_scales, kernels, (G, F)),
-    ):
+        _refuse_shapes(rows=rows, kernels=kernels, sizes=group_sizes)
+    pairs = (row_scales, rows, (len(rows),)), (column_scales, kernels, (G, F))
+    for scales, operand, shape in pairs:
         if scales is not None and (scales.shape != shape or operand.dtype not in _EIGHT_BITS):
             raise ValueError(f"scales {scales.shape} of {operand.dtype}: want {shape} of 8 bits")
     scaled = row_scales is not None or column_scales is not None
@@ -100,14 +94,16 @@ def grouped_outer_product(
         [G, D, F], summed in fp32 (of int8 in int32); zeros of an empty group.
     """
     if rows.ndim != 2 or others.ndim != 2 or len(rows) != len(others) or group_sizes.ndim != 1:
-        raise ValueError(
-            f"rows {rows.shape}, others {others.shape} and sizes {group_sizes.shape} do not belong "
-            "together"
-        )
+        _refuse_shapes(rows=rows, others=others, sizes=group_sizes)
     how = _how(rows, others, group_sizes, dtype, False, backend, blocks)
     if rows.dtype in _EIGHT_BITS or others.dtype in _EIGHT_BITS:
         return _forward_only(rows, others, group_sizes, None, None, "outer", how)
     return _outer(rows, others, group_sizes, how)
+
+
+def _refuse_shapes(**arrays: jax.Array) -> None:
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in arrays.items())
+    raise ValueError(f"{shapes} do not belong together")
 
 
 class _How(NamedTuple):

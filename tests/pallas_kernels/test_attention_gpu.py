@@ -12,12 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import attention as kernel
 from pallas_kernels.attention import hopper, hopper_backward, triton
-from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.triton_program import TritonTiles
 from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import Case, check
 
-FULL = AttentionParams(causal=False, window=None, soft_cap=None, scale=0.2)
 SMALL = triton.TritonBlockSizes(
     TritonTiles(32, 16, 4, 1), TritonTiles(16, 32, 4, 1), TritonTiles(16, 32, 4, 1)
 )
@@ -41,17 +39,14 @@ CASES = {
     "MLA": Case((1, 33, 33, 2, 1, 192, 128)),
     "a query": Case((1, 1, 37, 3, 1, 80, 80), place="static", seed=0),
     "full": Case((1, 64, 64, 2, 2, 32, 32), causal=False),
+    "bf16": Case((2, 96, 96, 4, 2, 32, 32), "bfloat16"),
     "full, slopes, packed": Case((2, 45, 70, 4, 2, 40, 40), causal=False, slopes=True, packed=True),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_triton_kernels_equal_the_reference(case):
-    check_with(TRITON, CASES[case])
-
-
-def test_half_precision_costs_no_more_than_in_plain_attention():
-    check_with(TRITON, Case((2, 96, 96, 4, 2, 32, 32), "bfloat16"), rounding=0)
+    check_with(TRITON, CASES[case], rounding=0)
 
 
 # One compiled program for the tests that follow.
@@ -96,46 +91,6 @@ def test_gradients_at_any_positions_and_segments(seed, spread):
         np.testing.assert_array_equal(np.asarray(x)[places["segment_ids"][0] == 0], 0)
 
 
-def test_what_one_query_sees_never_leaks_to_another():
-    """Any finite value may lie in the future, in another document, in padding."""
-    segments = tuple(
-        np.repeat(np.array([[1, 2, 0]], np.int32).repeat(B, axis=0), cuts, axis=1)
-        for cuts in ((20, 20, 10), (30, 30, 17))
-    )
-    places = {
-        "q_positions": np.arange(S, dtype=np.int32)[None].repeat(B, axis=0),
-        "k_positions": np.arange(T, dtype=np.int32)[None] - 10,
-        "segment_ids": segments,
-    }
-    q, k, v, d_o = operands()
-    (own,), (keys,) = np.nonzero(segments[0][0] == 2), np.nonzero(segments[1][0] == 2)
-    keys = keys[keys - 10 <= own[-1]]
-    elsewhere = np.setdiff1d(np.arange(T), keys)
-    d_o[:, np.setdiff1d(np.arange(S), own)] = 0
-    clean = attended(q, k, v, d_o, places)
-    k[:, elsewhere], v[:, elsewhere] = -3e38, 3e38
-    dirty = attended(q, k, v, d_o, places)
-    for x, y, mine in zip(dirty[:4], clean[:4], (own, own, keys, keys), strict=True):
-        assert np.any(y[:, mine])
-        np.testing.assert_array_equal(x[:, mine], y[:, mine])
-
-
-def test_triton_takes_one_dtype_and_heads_of_256_at_most():
-    def supported(H=64, Hv=64, k_dtype=jnp.float32, dtype=jnp.float32, S=9):
-        q, k, v = (
-            jax.ShapeDtypeStruct((1, S, 2, size), x)
-            for size, x in ((H, dtype), (H, k_dtype), (Hv, dtype))
-        )
-        return triton.supports(q, k, v, AttentionOperands(), FULL)
-
-    assert supported()
-    assert supported(1, 256)
-    assert not supported(257)
-    assert not supported(k_dtype=jnp.bfloat16)
-    assert not supported(dtype=jnp.int8, k_dtype=jnp.int8)
-    assert not supported(S=0)
-
-
 # Hopper's kernels.
 
 INTERPRETED = pytest.mark.skipif(
@@ -175,11 +130,43 @@ def test_jax_differentiates_hopper_kernels_in_blocks_of_any_size():
         np.testing.assert_allclose(np.asarray(x, np.float64), y, atol=0.02)
 
 
-@pytest.mark.skipif(hasattr(plgpu, "InterpretGPUParams"), reason="there is an interpreter")
-def test_without_an_interpreter_asking_for_it_is_refused():
-    q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
-    with pytest.raises(ValueError, match="no interpreter for Hopper's kernels"):
-        kernel.attention(q, q, q, backend="hopper", interpret=True)
+def test_what_a_kernel_does_not_take_is_refused():
+    def run(backend, H, k_dtype=jnp.bfloat16, S=128, **options):
+        q = jax.ShapeDtypeStruct((1, S, 2, H), jnp.bfloat16)
+        k = jax.ShapeDtypeStruct((1, 128, 2, H), k_dtype)
+        jax.eval_shape(partial(kernel.attention, backend=backend, **options), q, k, k)
+
+    positions = np.zeros((1, 128), np.int32)
+    run("triton", 256, S=9, q_positions=positions[:, :9])
+    run("hopper", 256)
+    for refused in (
+        partial(run, "triton", 257),
+        partial(run, "triton", 64, jnp.float32),
+        partial(run, "triton", 64, biases=np.zeros((2, 7))),
+        partial(run, "hopper", 80),
+        partial(run, "hopper", 64, jnp.float32),
+        partial(run, "hopper", 128, S=129),
+        partial(run, "hopper", 64, q_positions=positions),
+        partial(run, "hopper", 64, biases=np.zeros((2, 7))),
+        partial(run, "tpu", 64, biases=np.zeros((2, 7))),
+    ):
+        with pytest.raises(ValueError, match=r"no \w+ kernel for q bfloat16"):
+            refused()
+
+
+def test_block_sizes_that_no_kernel_has_are_refused():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    tiles = TritonTiles(64, 64, 4, 1)
+    wrong = {
+        "triton": triton.TritonBlockSizes(tiles, tiles._replace(k=48), tiles),
+        "hopper": hopper.HopperBlockSizes(
+            hopper.HopperForwardBlocks(96, 2), hopper_backward.HopperBackwardBlocks(64, 64, 2)
+        ),
+    }
+    for backend, sizes in wrong.items():
+        attend = partial(kernel.attention, backend=backend, block_sizes=sizes)
+        with pytest.raises(ValueError, match=r"powers of two|multiples of 64"):
+            jax.eval_shape(attend, q, q, q)
 
 
 def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
@@ -194,23 +181,3 @@ def test_gradients_of_heads_of_256_are_by_triton_on_hopper_too():
     found = kernel.attention_backward(q, k, v, lse, delta, d_o, **options)
     for x, y in zip(found, wanted, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02)
-
-
-def test_what_hopper_does_not_take_is_refused():
-    def refused(H, S=128, operands=None, dtype=jnp.bfloat16):
-        q, k, v = (jnp.zeros((1, n, 2, H), dtype) for n in (S, 128, 128))
-        row = jnp.zeros(q.shape[:3])
-        operands = operands or AttentionOperands()
-        assert not hopper.supports(q, k, v, operands, FULL)
-        with pytest.raises(ValueError, match=rf"q \(1, {S}, 2, {H}\)"):
-            hopper.forward(q, k, v, operands, FULL, dtype)
-        with pytest.raises(ValueError, match=rf"q \(1, {S}, 2, {H}\)"):
-            hopper.backward(q, k, v, row, row, q, operands, FULL, dtype)
-
-    refused(80)
-    refused(128, S=129)
-    refused(128, dtype=jnp.float32)
-    refused(64, operands=AttentionOperands(q_positions=jnp.zeros((1, 128), jnp.int32)))
-    q = jnp.zeros((1, 128, 2, 256), jnp.bfloat16)
-    assert hopper.supports(q, q, q, AttentionOperands(), FULL)
-    assert not hopper.supports_backward(q, q, q, AttentionOperands(), FULL)

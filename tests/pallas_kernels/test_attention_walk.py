@@ -1,12 +1,10 @@
 """The TPU kernels' way through the keys: every visible pair once, and no more blocks than said."""
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +12,6 @@ from pallas_kernels.attention.params import AttentionOperands, AttentionParams
 from pallas_kernels.attention.walk import (
     KeyWalk,
     make_walk_table,
-    needs_segment_mask,
     plan_walk,
     visit_key_blocks,
 )
@@ -120,14 +117,12 @@ def visited(case: Case, options: dict) -> list[Visited]:
         seen = Visited(walk, np.zeros(size, int), *flags, *counts, [])
         for i in range(walk.nq):
             row = list(rows[b % len(rows), i])
-            visit_key_blocks(
-                walk, row, i, case.shift, *recorders(case, seen, i, needs_segment_mask(row))
-            )
+            visit_key_blocks(walk, row, i, case.shift, *recorders(case, seen, i))
         found.append(seen)
     return found
 
 
-def recorders(case: Case, seen: Visited, i: int, mixed):
+def recorders(case: Case, seen: Visited, i: int):
     bq, bk = case.blocks
 
     def start():
@@ -144,7 +139,6 @@ def recorders(case: Case, seen: Visited, i: int, mixed):
             assert (seen.begun[q0:q1] == 1).all()
             assert not seen.ended[q0:q1].any()
             seen.ended[q0:q1] += last
-            assert mixed or not tile.packed
             seen.times[q0:q1, k0:k1] += 1
             seen.masked[q0:q1, k0:k1] |= tile.masked
             seen.packed[q0:q1, k0:k1] |= tile.packed
@@ -223,17 +217,3 @@ def no_more_than_needed(case: Case, options: dict, seen: Visited, pairs: np.ndar
             own = options["segment_ids"][0]
             rows = [set(x[block[0] : block[1]]) & set(x[block[2] : block[3]]) - {0} for x in own]
             assert any(rows)
-
-
-@pytest.mark.parametrize("window", [200, 512, 700])
-@pytest.mark.parametrize("tile", [(128, 128), (128, 256), (256, 128)])
-def test_neighbours_at_a_windows_far_edge_have_other_keys(window, tile):
-    params = AttentionParams(True, window, None, 1.0, 0, 0)
-    walk = plan_walk(2048, 2048, params, AttentionOperands(), (1024, 512), tile, joined=False)
-    far = [[each.k0 for each in edge.tiles] for edge in walk.edges if edge.offset < 0]
-    assert far
-    for keys in far:
-        most = max(keys.count(k0) for k0 in keys)
-        alike = sum(a == b for a, b in pairwise(keys))
-        # Where one piece of keys has more than half of the tiles, some are neighbours.
-        assert alike == max(2 * most - len(keys) - 1, 0)

@@ -1,39 +1,28 @@
-"""The table of attention's figures: what it shows, what it misses, and what is measured for it."""
+"""The table of attention's figures: what it shows, and that nothing is measured again unless what
+it follows from has changed."""
 
-import argparse
-from importlib import import_module
+from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cycles.contests import BENCHMARKS, Benchmark, Contender, Pass
-from benchmarks.kernel_cycles.contests.contest import FAR, OWN, Row, contest
-from benchmarks.kernel_cycles.contests.survey import Cell, survey
+from benchmarks.kernel_cycles import bench
+from benchmarks.kernel_cycles.contests import Contender, Pass, cache
+from benchmarks.kernel_cycles.contests.contest import OWN, Row
+from benchmarks.kernel_cycles.contests.survey import Cell
 from benchmarks.kernel_cycles.contests.table import table
-from benchmarks.kernel_cycles.static import CallCosts, CompileError, Spec
+from benchmarks.kernel_cycles.static import CallCosts, KernelCosts, Spec
 from benchmarks.kernel_cycles.static.problems import Shape
 from tests.pallas_kernels.costs import costs
 
 FORWARD, BACKWARD = Pass("forward", 0, False), Pass("backward", 0, True)
 SHAPE = Shape(64, 4096, "window:1024")
-PEERS = ("jax splash", "jax flash", "tokamax splash")
-
-
-def contender(name: str, count: int = 1) -> Contender:
-    """Of programs that name themselves."""
-    programs = {
-        of.name: [Spec("m:f", {"who": name, "pass": of.name, "n": n}) for n in range(count)]
-        for of in (FORWARD, BACKWARD)
-    }
-    return Contender(name, programs, peer=name != OWN)
 
 
 def outcomes(of: Pass, **found) -> dict:
-    """By contender's name, of costs or exceptions."""
-    names = {"own": OWN, "splash": PEERS[0], "flash": PEERS[1], "tokamax": PEERS[2]}
+    """By contender's name, of costs."""
+    names = {"own": OWN, "splash": "jax splash", "flash": "jax flash"}
     return {
-        names[key]: value
-        if isinstance(value, Exception)
-        else Row(contender(names[key]), of, Spec("m:f"), value)
+        names[key]: Row(Contender(names[key], {}, key != "own"), of, Spec("m:f"), value)
         for key, value in found.items()
     }
 
@@ -63,73 +52,71 @@ def test_a_cell_shows_time_ratio_spills_and_memory_beside_the_best_peer():
     ]
 
 
-def test_peers_far_behind_try_no_more_blocks():
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """A cache's; what it measures is counted."""
     asked = []
-    times = {
-        ("jax splash", 0): 10.0,
-        ("jax splash", 1): 10.0 * FAR**2,  # its best one still counts
-        ("jax flash", 0): 10.5 * FAR,  # left
-        ("tokamax splash", 0): 9.9 * FAR,
-        ("tokamax splash", 1): 8.0,
-        (OWN, 0): 99.0,  # tried on though others are far ahead
-        (OWN, 1): 1.0,
-    }
 
-    def measure(spec: Spec, chip: str) -> CallCosts:
-        who = spec.kwargs["who"], spec.kwargs["n"]
-        asked.append(who)
-        if who == ("tokamax splash", 2):
-            raise CompileError("VMEM")
-        return costs(times.get(who, 50.0))
+    def measure(spec, chip):
+        asked.append(spec)
+        return costs(100.0, 200.0, 12345, spills=6)
 
-    who = [contender(name, 3) for name in (*PEERS, OWN)]
-    found = contest(who, FORWARD, "v5p", measure)
-    best = {name: found[name].microseconds for name in found}
-    assert best == pytest.approx(
-        {"jax splash": 10.0, "jax flash": 10.5 * FAR, "tokamax splash": 8.0, OWN: 1.0}, rel=1e-3
-    )
-    assert ("jax flash", 1) not in asked
-    # Behind 8 µs in the third turn.
-    assert ("jax splash", 2) not in asked
-    assert {("tokamax splash", 2), (OWN, 1), (OWN, 2)} <= set(asked)
+    monkeypatch.setattr(cache, "measure", measure)
+    monkeypatch.setattr(cache, "versions", lambda *names: ", ".join(names))
+    return tmp_path / "deep" / "folder", asked
 
 
-def test_all_contests_are_held_peers_first():
-    asked, lines = [], []
-    benchmark = Benchmark("", [contender(OWN), contender("jax flash", 2)], [FORWARD, BACKWARD])
+def test_what_costs_follow_from_is_measured_again(folder, monkeypatch):
+    where, asked = folder
+    own = Spec("benchmarks.kernel_cycles.contests.attention:own_attention", {"seq": 1})
+    peer = Spec("benchmarks.kernel_cycles.static.peers:tokamax_splash", {"seq": 1})
 
-    def measure(spec: Spec, chip: str) -> CallCosts:
-        asked.append(spec.kwargs["who"])
-        return costs(5.0, 6.0)
+    def measured() -> list[str]:
+        asked.clear()
+        for spec in (own, peer):
+            cache.Cache(where).measure(spec, "v5p")
+        return [spec.function.rpartition(":")[2] for spec in asked]
 
-    chips = ["v5p", "v6e"]
-    found = survey({SHAPE: benchmark}, chips, measure, lambda *_: True, lines.append, lambda: 0)
-    assert list(found) == [Cell(SHAPE, chip, of.name) for chip in chips for of in benchmark.passes]
-    assert all(list(one) == ["jax flash", OWN] for one in found.values())
-    assert asked == ["jax flash"] * 8 + [OWN] * 4
-    assert lines[1] == "[2/8] v5p 64, 4,096, window:1024 backward: jax flash 6.0 µs"
+    both = ["own_attention", "tokamax_splash"]
+    assert (measured(), measured()) == (both, [])
+    read = Path.read_bytes
+
+    def edited(name):
+        def read_bytes(path):
+            return read(path) + b"#" if path.name == name else read(path)
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+    for name, expected in {
+        "tpu_backward.py": ["own_attention"],
+        "tuned.json": ["own_attention"],
+        "control.py": both,
+        "bench.py": [],
+        "table.py": [],
+    }.items():
+        edited(name)
+        assert (name, measured()) == (name, expected)
+        assert measured() == []
+    monkeypatch.setattr(cache, "versions", lambda *names: f"{names} 2")
+    assert measured() == both
+    cache.Cache(where).measure(own, "v6e")
+    assert len(asked) == 3
 
 
-@pytest.mark.parametrize(
-    ("mask", "tokamax", "names"),
-    [
-        ("causal", True, PEERS),
-        ("window:1024", True, (PEERS[0], PEERS[2])),
-        ("segments:8", False, PEERS[:2]),
-    ],
-)
-@pytest.mark.parametrize("seq", [640, 32768])
-def test_peers_contend_where_they_can_win_with_blocks_that_divide(
-    mask, tokamax, names, seq, monkeypatch
-):
-    # The package's attribute of this name is a function.
-    module = import_module("benchmarks.kernel_cycles.contests.attention")
-    monkeypatch.setattr(module, "find_spec", lambda name: tokamax or None)
-    options = argparse.Namespace(mask=mask, seq=seq, batch=1, heads=8, head_dim=64, peers=True)
-    own, *peers = BENCHMARKS["attention"](options).contenders
-    assert (own.name, {c.name for c in peers}) == (OWN, set(names))
-    for specs in (specs for c in peers for specs in c.programs.values()):
-        assert specs
-        for blocks in ("forward", "backward", "backward_dq"):
-            sizes = {n for spec in specs for n in spec.kwargs.get(blocks, ())}
-            assert all(seq % n == 0 for n in sizes)
+def test_the_command_prints_the_table_and_measures_once(folder, capsys, monkeypatch):
+    where, asked = folder
+    monkeypatch.setattr(bench, "has_compiler", lambda: True)
+    one = costs(100.0, 200.0)
+    many = [KernelCosts(**vars(k) | {"mxu_cycles": 10**12}) for k in one.kernels]
+    enough = CallCosts(one.chip, tuple(many), (), 0)
+    monkeypatch.setattr(cache, "measure", lambda spec, chip: asked.append(spec) or enough)
+    arguments = ["--all", "--cache", str(where), "--head-dim", "64", "--seq", "4096"]
+    tables = []
+    for _ in range(2):
+        assert bench.main([*arguments, "--chip", "v6e"]) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]  # a list, as JSON makes of a tuple, is the same
+    shown = [line.split(" | ")[0] for line in tables[0].splitlines() if "ours" in line]
+    masks = "causal", "window:1024", "segments:8"
+    assert shown == [f"| 64 4,096 {mask}" for mask in masks]
+    assert len(asked) == 6

@@ -3,8 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pallas_kernels.attention import gpu_blocks
 from pallas_kernels.attention.gpu_blocks import BlockVisits
@@ -47,45 +45,6 @@ def judged(S, T, block_q, block_k, options):
         for fill in (False, True)
     )
     return some.any(axis=(2, 4)), whole.all(axis=(2, 4))
-
-
-@settings(max_examples=10)
-@given(
-    st.integers(0, 9999),
-    st.sampled_from([None, 1, 7, 30]),
-    st.booleans(),
-    st.booleans(),
-    st.booleans(),
-)
-def test_blocks_are_visited_once_and_none_that_counts_is_missed(
-    seed, window, prefix, packed, mixed
-):
-    rng = np.random.default_rng(seed)
-    S, T = 43, 61
-    options = {"window": window}
-    if mixed:
-        options["q_positions"] = rng.integers(0, 60, (2 if prefix or packed else 1, S))
-    else:
-        options |= {"q_offset": int(rng.integers(0, 30)), "k_offset": int(rng.integers(0, 9))}
-    if prefix:
-        options["prefix"] = rng.integers(0, T, 2)
-    if packed:
-        options["segment_ids"] = tuple(reference.packed(rng, 2, n) for n in (S, T))
-    some, whole = judged(S, T, 8, 4, options)
-    pairs = zip(
-        tables(S, T, 8, 4, options),
-        (some, some.swapaxes(1, 2)),
-        (whole, whole.swapaxes(1, 2)),
-        strict=True,
-    )
-    for table, some, whole in pairs:
-        found = visited(table)
-        for b, i in np.ndindex(table.shape[:2]):
-            masked, full = found[b][i]
-            blocks = masked + full
-            assert len(set(blocks)) == len(blocks)
-            assert set(np.flatnonzero(some[b, i])) <= set(blocks)
-            assert whole[b, i, full].all()
 
 
 PACKED = 2 * (np.repeat([[1, 2, 3, 4, 0]], [100, 200, 30, 100, 82], axis=1),)

@@ -115,16 +115,6 @@ def test_the_tpu_kernels_equal_the_reference(T, D, V, scale, options):
     agree(own, reference(*arguments, **options), 3e-6 * max(1, scale / 4))
 
 
-def test_the_tpu_kernel_follows_logits_that_rise_far_from_zero():
-    """Later blocks' logits 100 above earlier ones', all of them far below 0."""
-    hidden, head, targets, weights = operands(4, 8, 384)
-    hidden[:, 0] = 1.0
-    head[0] = -500 + np.repeat([0.0, 100.0, 30.0], 128)
-    arguments = hidden, head, targets, weights
-    own = found(arguments, implementation="tpu", blocks=SMALL, interpret=AS_TPU)
-    agree(own, reference(*arguments), 1e-4)
-
-
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
 def test_error_in_bfloat16_is_that_of_rounding(implementation):
     """A confident token's gradient is a small difference: it keeps its digits."""
@@ -158,15 +148,6 @@ def test_gradients_are_those_of_finite_differences():
             way[which] = np.asarray(arguments[which], np.float64) + sign * 1e-5 * step
         slope = np.subtract(*(reference(*way)[0] for way in moved)) / 2e-5
         np.testing.assert_allclose(np.sum(gradient * step), slope, rtol=1e-5)
-
-
-def test_a_biased_gradient_in_bfloat16_is_summed_in_fp32():
-    """Over 4,000 tokens, of parts that round to bfloat16 before they meet the head."""
-    hidden, head, targets, weights = operands(4000, 16, 5)
-    hidden, head = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
-    arguments, bias = (hidden, head, targets, weights), offsets(5)
-    d_bias = found(arguments, bias=bias, chunk=64)[-1]
-    np.testing.assert_allclose(d_bias, reference(*arguments, bias=bias)[-1], rtol=1e-4)
 
 
 def test_only_the_loss_without_gradients_is_computed_where_none_is_wanted():
@@ -234,34 +215,20 @@ def test_blocks_fit_fill_the_matrix_unit_and_waste_little(T, D, V, of_chip):
             assert part_rows_size(size, chip) % 16 == 0
 
 
+LARGE = CrossEntropyTiling(CrossEntropyBlocks(2048, 8192), CrossEntropyBlocks(128, 128))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"head": np.zeros((7, 16), np.float32)}, r"\(4, 8\).*\(7, 16\)"),
         ({"head": np.zeros((8, 16), np.float16)}, "float32, float16"),
         ({"soft_cap": 0.0}, "soft_cap.*0.0"),
-        ({"bias": np.zeros(15, np.float32)}, r"V = 16; got float32 \(15,\)"),
         ({"bias": np.zeros(16, np.float32)}, "tpu.*no bias"),
-        (
-            {
-                "blocks": CrossEntropyTiling(
-                    CrossEntropyBlocks(100, 128), CrossEntropyBlocks(128, 128)
-                )
-            },
-            r"128; got \(100, 128\)",
-        ),
-        (
-            {
-                "blocks": CrossEntropyTiling(
-                    CrossEntropyBlocks(2048, 8192), CrossEntropyBlocks(128, 128)
-                )
-            },
-            r"\(2048, 8192\).*D = 8.*VMEM",
-        ),
+        ({"blocks": LARGE}, r"\(2048, 8192\).*D = 8.*VMEM"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(change, message):
-    hidden, head, targets, weights = operands(4, 8, 16)
-    arguments = {"hidden": hidden, "head": head, "targets": targets, "weights": weights}
+    arguments = dict(zip(("hidden", "head", "targets", "weights"), operands(4, 8, 16), strict=True))
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**{**arguments, "implementation": "tpu", **change})

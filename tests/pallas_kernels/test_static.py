@@ -1,6 +1,5 @@
 """The reader of the TPU compiler's schedules, on one written here, and what is made of it."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,16 +11,13 @@ from hypothesis import strategies as st
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.kernel_cycles import bench
-from benchmarks.kernel_cycles.contests import Benchmark, Contender, Pass
-from benchmarks.kernel_cycles.contests.contest import CountError, contest
-from benchmarks.kernel_cycles.static import CHIPS, CallCosts, CompileError, Spec
+from benchmarks.kernel_cycles.static import CHIPS
 from benchmarks.kernel_cycles.static.control import run_counts
 from benchmarks.kernel_cycles.static.costs import call_costs, kernel_costs
 from benchmarks.kernel_cycles.static.prefetch import KernelCall, kernel_calls, words
 from benchmarks.kernel_cycles.static.problems import Mask, attention_flops
 from benchmarks.kernel_cycles.static.scalar import UNKNOWN, Unknown, bundle_lines, signed
-from benchmarks.kernel_cycles.static.schedule import parse_schedule, read_schedules
+from benchmarks.kernel_cycles.static.schedule import parse_schedule
 
 # A loop of eight steps, on core 0 alone, over a table in scalar memory. A step multiplies
 # matrices; where its entry is positive, a predicated region spills.
@@ -82,20 +78,6 @@ def schedule(bundles: str = BUNDLES):
 
 def table(*values: int) -> dict[int, np.ndarray]:
     return {0: words(np.array(values, np.int32), "{0:T(128)}")[:8]}
-
-
-def test_regions_nest_and_begin_behind_their_branch():
-    read = schedule()
-    assert [(r.name, r.depth, r.start, r.stop) for r in read.regions] == [
-        ("0", 0, 0, 27),
-        ("2", 1, 7, 26),
-        ("5", 2, 9, 25),
-        ("7", 3, 16, 18),
-    ]
-    assert read.regions[2].own() == [(9, 16), (18, 25)]
-    assert read.grid == (2, 4)
-    assert read.branch_delay == 4
-    assert read.operands == {0: "s32[8]"}
 
 
 @settings(max_examples=30, deadline=None)
@@ -168,19 +150,6 @@ def test_scalar_instructions(a, b):
         assert int(_executed(text, s0=a, s1=b)["s3"]) == value, operation
 
 
-@pytest.mark.parametrize(("predicate", "kept"), [(0, True), (1, False)])
-def test_predicated_instructions(predicate, kept):
-    registers = {"p2": predicate, "s0": 5, "s1": 7, "s3": 9}
-    for text, otherwise, value in [
-        ("%s4_s3 = sadd.s32 (%p1_p2), %s1_s0, %s2_s1", 9, 12),
-        ("%s4_s3 = smov.u32 (%p1_p2, %s8_s0), 3", 5, 3),
-        ("%s4_s3 = scalar_select %p1_p2, 3, %s2_s1", 7, 3),
-    ]:
-        found = _executed(text, **registers)["s3"]
-        assert int(found) == (otherwise if kept else value)
-        assert _executed(text, **registers | {"p2": UNKNOWN})["s3"] is UNKNOWN
-
-
 def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
     """Registers after one bundle."""
     read = schedule()
@@ -188,24 +157,6 @@ def _executed(bundle: str, **registers: Any) -> dict[str, Any]:
     names = {"M": 2**32 - 1, "UNKNOWN": UNKNOWN, "Unknown": Unknown, "signed": signed, **registers}
     exec("\n".join(bundle_lines(read, 0, set())), names)
     return names
-
-
-def test_a_dump_is_read_by_file_names(tmp_path: Path):
-    for number, (kind, text) in enumerate(
-        {
-            "packed-bundles-post-ra": BUNDLES,
-            "post-bundle-packing-post-ra": REGIONS,
-            "pre-delay_hlo-static-per-bundle-utilization": unit_use(),
-            "schedule-analysis_packed-bundles-post-ra": "something else",
-        }.items()
-    ):
-        (tmp_path / f"123-kernel-a.1-{60 + number}-{kind}.txt").write_text(text)
-    (read,) = read_schedules(tmp_path)
-    assert (read.name, len(read.bundles), len(read.regions)) == ("kernel-a.1", 27, 4)
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match="no schedule"):
-        read_schedules(tmp_path)
 
 
 HLO = """
@@ -281,59 +232,9 @@ def test_prefetched_values_are_computed_and_nothing_else():
     assert first.values == {}
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 12), st.integers(1, 14))
-def test_pairs_of_a_mask(segments, length, window):
-    seq = segments * length
-    q, k = np.indices((seq, seq))
-    causal = k <= q
-    same = q // length == k // length
-    assert Mask().pairs(seq) == causal.sum()
-    assert Mask(window=window).pairs(seq) == (causal & (q - k < window)).sum()
-    assert Mask(segments=segments).pairs(seq) == (causal & same).sum()
-
-
 def test_bounds_are_those_of_the_matrix_units():
     forward, backward = attention_flops(Mask(), 1, 8, 4096, 128)
     assert forward / CHIPS["v5p"].peak_flops * 1e6 == pytest.approx(74.9, abs=0.1)
     assert backward / forward == 2.5
     assert CHIPS["v5p"].clock == pytest.approx(1.75e9, rel=1e-3)
     assert CHIPS["v6e"].clock == pytest.approx(1.75e9, rel=1e-3)
-
-
-def _costs(cycles: int) -> CallCosts:
-    """As many cycles as positive entries of a table decide."""
-    call = KernelCall(["s32[8]"], {0: np.array([1] * cycles + [0] * (8 - cycles), np.int32)})
-    forward = HLO.replace("transpose(", "(")
-    return call_costs([schedule()], forward, [call], CHIPS["v5p"], 2_000_000)
-
-
-def test_the_fastest_blocks_count_and_the_table_shows_them():
-    def measure(spec: Spec, chip: str) -> CallCosts:
-        if spec.kwargs["forward"] == [3]:
-            raise CompileError("VMEM")
-        return _costs(spec.kwargs["forward"][0])
-
-    contenders = [
-        Contender(name, {"forward": [Spec("m:f", {"forward": [b]}) for b in blocks]}, peer)
-        for name, blocks, peer in [("ours", (3, 2, 6), False), ("theirs", (8,), True)]
-    ]
-    forward = Pass("forward", 48 * 2 * 128**2, False, ("forward",))
-    benchmark = Benchmark("problem", contenders, [forward])
-    rows = list(contest(contenders, forward, "v5p", measure).values())
-    assert rows[0].spec.kwargs["forward"] == [2]
-    text = bench.report(benchmark, rows, CHIPS["v5p"], "v5p")
-    ours = next(line for line in text.splitlines() if line.startswith("| ours "))
-    cells = [cell.strip() for cell in ours.strip("|").split("|")]
-    fast, slow = OUTSIDE + 8 * STEP + 2 * SPILLING, OUTSIDE + 8 * STEP + 8 * SPILLING
-    assert cells[:5] == ["ours", "forward", "2", "1", str(fast)]
-    assert cells[7:9] == [f"{fast / slow:.2f}", "1.00"]
-    assert cells[-1] == "2.0"
-
-    more = Pass("forward", 49 * 2 * 128**2 + 10**6, False)
-    (wrong,) = contest(contenders[:1], more, "v5p", measure).values()
-    assert isinstance(wrong, CountError)
-    assert "needed" in str(wrong)
-    only = Contender("ours", {"forward": [Spec("m:f", {"forward": [3]})]})
-    (refused,) = contest([only], forward, "v5p", measure).values()
-    assert str(refused) == "VMEM"

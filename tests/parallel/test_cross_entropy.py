@@ -1,5 +1,6 @@
-"""The fused head and loss on shards: sums and gradients in every layout are those of every logit in
-float64, with a bias, a cap and the z term or without; gradients lie as what they are of does."""
+"""The fused head and loss on shards: sums, log-probabilities and gradients in every layout are
+those of every logit in float64, with a bias, a cap and the z term or without; gradients lie as what
+they are of does."""
 
 from typing import NamedTuple
 
@@ -56,39 +57,72 @@ def operands():
     return hidden, head, rng.standard_normal(V), targets, weights
 
 
-def plain(hidden, head, bias, targets, weights, cap, z_loss):
-    """Both sums, from [B, S, V]."""
-    logits = hidden @ head + bias
-    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    entropy = jnp.sum(weights * (normaliser - own))
-    return entropy + z_loss * jnp.sum(weights * normaliser**2), entropy
-
-
-def exact(biased, cap, z_loss):
-    """Of :func:`operands` in float64: (sums, gradients of the loss in hidden, head and bias)."""
-    hidden, head, bias, targets, weights = operands()
-    with jax.enable_x64(True):
-        of = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)
-        bias = bias if biased else np.zeros(V)
-        sums, gradients = of(hidden, head, bias, targets, weights, cap, z_loss)
-        return jax.tree.map(np.asarray, (sums, gradients))
-
-
 def placed(on: Mesh, case: Case):
     hidden, head, bias, targets, weights = operands()
 
     def put(array, dims):
         return jax.device_put(array, NamedSharding(on, make_spec(dims)))
 
-    return (
-        put(hidden.astype(np.float32), case.hidden),
-        put(head.astype(np.float32), case.stored),
-        put(bias.astype(np.float32), case.bias),
-        put(targets, case.hidden[:2]),
-        put(weights.astype(np.float32), case.hidden[:2]),
-    )
+    rows = case.hidden[:2]
+    arrays = (np.float32(a) for a in (hidden, head, bias, weights))
+    hidden, head, bias, weights = map(put, arrays, (case.hidden, case.stored, case.bias, rows))
+    return hidden, head, bias, put(targets, rows), weights
+
+
+COTANGENT = np.random.default_rng(1).standard_normal((B, S))
+
+
+def exact(biased, cap, z_loss):
+    """Of :func:`operands` in float64, from [B, S, V]: both sums and the log-probabilities, and the
+    gradients in hidden, head and bias of the loss and of Σ ``COTANGENT`` · log-probabilities."""
+    hidden, head, bias, targets, weights = operands()
+
+    def plain(hidden, head, bias):
+        logits = hidden @ head + bias
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - normaliser
+        entropy = -jnp.sum(weights * own)
+        loss = entropy + z_loss * jnp.sum(weights * normaliser**2)
+        return (loss, jnp.sum(own * COTANGENT)), (loss, entropy, own)
+
+    with jax.enable_x64(True):
+        bias = bias if biased else np.zeros(V)
+        _, pull, values = jax.vjp(plain, hidden, head, bias, has_aux=True)
+        slopes = [pull(jax.tree.map(jnp.float64, at)) for at in ((1, 0), (0, 1))]
+        return jax.tree.map(np.asarray, (values, slopes))
+
+
+def check(case, mesh, biased, cap, z_loss, whole=False):
+    on = mesh(**case.mesh)
+    options = {"used": case.used, "soft_cap": cap, "chunk": 5}
+
+    def run(hidden, head, bias, targets, weights, whole):
+        def both(hidden, head, bias):
+            own = options | {"bias": bias if biased else None, "whole": whole}
+            sums = fused_cross_entropy_loss(hidden, head, targets, weights, z_loss=z_loss, **own)
+            return (sums[0], compute_fused_log_probs(hidden, head, targets, **own)), sums[1]
+
+        (loss, own), pull, entropy = jax.vjp(both, hidden, head, bias, has_aux=True)
+        cotangent = jax.sharding.reshard(jnp.float32(COTANGENT), jax.typeof(own).sharding.spec)
+        # A cotangent of the loss that is not 1.
+        of_loss, of_own = pull((jnp.float32(3), 0 * own)), pull((0 * loss, cotangent))
+        for gradient, value in zip(of_loss, (hidden, head, bias), strict=True):
+            assert get_layout(gradient) == get_layout(value)
+            assert gradient.dtype == jnp.float32
+        return (loss, entropy, own), ([g / 3 for g in of_loss], of_own)
+
+    with jax.set_mesh(on):
+        arrays = placed(on, case)
+        in_use = NamedSharding(on, make_spec(case.used))
+        whole = jax.device_put(arrays[1], in_use) if whole else None
+        values, slopes = jax.jit(run, compiler_options=QUICK)(*arrays, whole)
+    true_values, true_slopes = exact(biased, cap, z_loss)
+    for own, true in zip(values, true_values, strict=True):
+        np.testing.assert_allclose(own, true, rtol=2e-6, atol=2e-5)
+    for own, true in zip(slopes, true_slopes, strict=True):
+        for gradient, want in zip(own[: 2 + biased], true, strict=False):
+            np.testing.assert_allclose(gradient, want, rtol=2e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(("biased", "cap", "z_loss"), OPTIONS)
@@ -98,61 +132,13 @@ def test_sums_and_gradients_equal_the_formula(name, biased, cap, z_loss, mesh):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_layout_of_the_bias_will_do(name, mesh):
+def test_any_layout_will_do(name, mesh):
     check(CASES[name], mesh, True, 3.0, 0.2)
-
-
-def check(case, mesh, biased, cap, z_loss):
-    on = mesh(**case.mesh)
-
-    def run(hidden, head, bias, targets, weights):
-        def loss(hidden, head, bias):
-            total, entropy = fused_cross_entropy_loss(
-                *(hidden, head, targets, weights),
-                used=case.used,
-                bias=bias if biased else None,
-                soft_cap=cap,
-                z_loss=z_loss,
-                chunk=5,
-            )
-            return 3 * total, entropy  # a cotangent that is not 1
-
-        of = jax.value_and_grad(loss, (0, 1, 2) if biased else (0, 1), has_aux=True)
-        (total, entropy), gradients = of(hidden, head, bias)
-        for gradient, value in zip(gradients, (hidden, head, bias), strict=False):
-            assert get_layout(gradient) == get_layout(value)
-            assert gradient.dtype == jnp.float32
-        return (total / 3, entropy), [gradient / 3 for gradient in gradients]
-
-    with jax.set_mesh(on):
-        sums, gradients = jax.jit(run, compiler_options=QUICK)(*placed(on, case))
-    true_sums, true_gradients = exact(biased, cap, z_loss)
-    np.testing.assert_allclose(sums, true_sums, rtol=2e-6)
-    assert len(gradients) == 2 + biased
-    for own, true in zip(gradients, true_gradients, strict=False):
-        np.testing.assert_allclose(own, true, rtol=2e-5, atol=2e-6)
 
 
 def test_a_whole_head_is_used_and_its_share_gets_the_gradient(mesh):
     """ZeRO-2, in which the bias's share is gathered all the same."""
-    case = CASES["all, bias in shares"]
-    on = mesh(**case.mesh)
-
-    def run(hidden, head, whole, bias, targets, weights):
-        def loss(head, bias):
-            options = {"used": case.used, "whole": whole, "bias": bias, "soft_cap": 3.0}
-            return fused_cross_entropy_loss(hidden, head, targets, weights, **options)[0]
-
-        return jax.grad(loss, (0, 1))(head, bias)
-
-    hidden, head, *rest = placed(on, case)
-    whole = jax.device_put(
-        operands()[1].astype(np.float32), NamedSharding(on, make_spec(case.used))
-    )
-    with jax.set_mesh(on):
-        gradients = jax.jit(run, compiler_options=QUICK)(hidden, head, whole, *rest)
-    for own, true in zip(gradients, exact(True, 3.0, 0.0)[1][1:], strict=True):
-        np.testing.assert_allclose(own, true, rtol=2e-5, atol=2e-6)
+    check(CASES["all, bias in shares"], mesh, True, 3.0, 0.0, whole=True)
 
 
 def test_no_device_holds_more_logits_than_a_chunk(mesh):
@@ -174,37 +160,3 @@ def test_no_device_holds_more_logits_than_a_chunk(mesh):
     assert f"f32[{chunk},{V}]" in text
     assert f"f32[{tokens},{V}]" not in text
     assert f"f32[{tokens // chunk},{chunk},{V}]" not in text
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_log_probabilities_and_their_gradients_are_those_of_every_logit(name, mesh):
-    case, cap = CASES[name], 3.0
-    hidden, head, bias, targets, _ = operands()
-    cotangent = np.random.default_rng(1).standard_normal((B, S))
-
-    def plain(hidden, head, bias):
-        logits = cap * jnp.tanh((hidden @ head + bias) / cap)
-        own = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-        return jnp.sum(own * cotangent), own
-
-    with jax.enable_x64(True):
-        run = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)
-        (_, want), slopes = jax.tree.map(np.asarray, run(hidden, head, bias))
-    grid = mesh(**case.mesh)
-    dims = (case.hidden, case.stored, case.bias)
-    arrays = [
-        jax.device_put(np.float32(a), NamedSharding(grid, make_spec(d)))
-        for a, d in zip((hidden, head, bias), dims, strict=True)
-    ]
-
-    def fused(hidden, head, bias):
-        how = {"used": case.used, "soft_cap": cap, "chunk": 7}
-        own = compute_fused_log_probs(hidden, head, targets, bias=bias, **how)
-        spec = jax.typeof(own).sharding.spec
-        return jnp.sum(own * jax.sharding.reshard(jnp.float32(cotangent), spec)), own
-
-    with jax.set_mesh(grid):
-        (_, got), found = jax.jit(jax.value_and_grad(fused, (0, 1, 2), has_aux=True))(*arrays)
-    np.testing.assert_allclose(got, want, atol=2e-5)
-    for ours, theirs in zip(found, slopes, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=5e-5)

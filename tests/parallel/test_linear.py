@@ -75,10 +75,8 @@ def arrays(outputs: tuple[int, ...]):
     return x, [draw((6, n)) for n in outputs], [draw((4, 12, n)) for n in outputs]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_equal_the_formula(name, mesh):
-    case = CASES[name]
-    on = mesh(**case.mesh)
+def lowered(case: Case, on: Mesh):
+    """The lowered (ys, d_x, d_kernels), and its arguments."""
     x, kernels, d_ys = arrays(case.outputs)
 
     def run(x, kernels, d_ys):
@@ -89,14 +87,22 @@ def test_values_and_gradients_equal_the_formula(name, mesh):
         assert get_layout(d_x) == case.x
         return ys, d_x, d_kernels
 
+    pairs = zip(d_ys, case.used, strict=True)
+    arguments = (
+        placed(on, x, case.x),
+        tuple(placed(on, k, s) for k, s in zip(kernels, case.stored, strict=True)),
+        tuple(placed(on, d, (*case.tokens, used[1])) for d, used in pairs),
+    )
     with jax.set_mesh(on):
-        ys, d_x, d_kernels = jax.jit(run, compiler_options=QUICK)(
-            placed(on, x, case.x),
-            tuple(placed(on, k, s) for k, s in zip(kernels, case.stored, strict=True)),
-            tuple(
-                placed(on, d, (*case.tokens, u[1])) for d, u in zip(d_ys, case.used, strict=True)
-            ),
-        )
+        return jax.jit(run).lower(*arguments), arguments
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_formula(name, mesh):
+    case = CASES[name]
+    x, kernels, d_ys = arrays(case.outputs)
+    program, arguments = lowered(case, mesh(**case.mesh))
+    ys, d_x, d_kernels = program.compile(compiler_options=QUICK)(*arguments)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     for y, d_kernel, kernel, d_y in zip(ys, d_kernels, kernels, d_ys, strict=True):
         close(y, x @ kernel)
@@ -104,50 +110,33 @@ def test_values_and_gradients_equal_the_formula(name, mesh):
     close(d_x, sum(d_y @ kernel.T for d_y, kernel in zip(d_ys, kernels, strict=True)))
 
 
-def collectives(case: Case, on: Mesh) -> set[tuple[str, int]]:
-    """(kind, elements of a device's result) of all there are, forward and backward."""
-    x, kernels, d_ys = arrays(case.outputs)
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
-    def run(x, kernels, d_ys):
-        _, back = jax.vjp(lambda x, k: project(x, k, case.used, case.tokens), x, kernels)
-        return back(d_ys)
 
-    with jax.set_mesh(on):
-        text = (
-            jax.jit(run)
-            .lower(
-                placed(on, x, case.x),
-                tuple(placed(on, k, s) for k, s in zip(kernels, case.stored, strict=True)),
-                tuple(
-                    placed(on, d, (*case.tokens, u[1]))
-                    for d, u in zip(d_ys, case.used, strict=True)
-                ),
-            )
-            .compile(compiler_options=QUICK)
-            .as_text()
-        )
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    return {
-        (kind, prod(map(int, shape.split(","))))
-        for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text)
+@pytest.mark.parametrize(
+    ("name", "axes", "expected"),
+    [
+        # Whole kernels, 60 and 84 elements, come by all-gather alone; gradients go by halves.
+        (
+            "fsdp",
+            {"fsdp": 2},
+            "all-gather 60, all-gather 84, reduce-scatter 30, reduce-scatter 42",
+        ),
+        # x has 288 elements; of 144 each device has its share of the gradient.
+        (
+            "columns, x split over the sequence",
+            {"tensor": 2},
+            "all-gather 288, reduce-scatter 144",
+        ),
+        ("columns", {"tensor": 2}, "all-reduce 288"),
+    ],
+)
+def test_nothing_else_crosses_the_wire(name, axes, expected, mesh):
+    """(kind, elements of a device's result) of all that does."""
+    text = lowered(CASES[name], mesh(**axes))[0].compile(compiler_options=QUICK).as_text()
+    found = {
+        f"{kind} {prod(map(int, shape.split(',')))}"
+        for result, kind in re.findall(rf" = (.*?) ({KINDS})(?:-start)?\(", text)
         for shape in re.findall(r"f32\[([\d,]+)\]", result)
     }
-
-
-def test_fsdp_gathers_kernels_and_scatters_their_gradients(mesh):
-    """60 and 84 elements of kernels: whole ones come by all-gather alone, gradients go by halves,
-    and there is no all-reduce of anything."""
-    found = collectives(CASES["fsdp"], mesh(fsdp=2))
-    assert found == {
-        ("all-gather", 60), ("all-gather", 84), ("reduce-scatter", 30), ("reduce-scatter", 42)
-    }  # fmt: skip
-
-
-def test_sequence_parallelism_gathers_and_scatters_activations_alone(mesh):
-    """x has 288 elements; of 144 each device has its share of the gradient."""
-    found = collectives(CASES["columns, x split over the sequence"], mesh(tensor=2))
-    assert found == {("all-gather", 288), ("reduce-scatter", 144)}
-
-
-def test_plain_tensor_parallelism_reduces_activations_alone(mesh):
-    assert collectives(CASES["columns"], mesh(tensor=2)) == {("all-reduce", 288)}
+    assert found == set(expected.split(", "))

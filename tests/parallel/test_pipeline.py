@@ -72,23 +72,6 @@ def test_1f1b_does_everything_once_and_in_order(stages, rounds):
     assert (slots[len(slots) - stages + 1 :, :, 0] == -1).all()
 
 
-@given(stages=STAGES, rounds=ROUNDS)
-def test_1f1b_keeps_few_inputs(stages, rounds):
-    """Of stage i at most 2(S − 1 − i) + 1, so that places number turn mod (2S − 1) never clash."""
-    slots = schedule_1f1b(stages, stages * rounds)
-    most = 0
-    for stage in range(stages):
-        held: set[int] = set()
-        for forward, backward in slots[:, stage].tolist():
-            held |= {forward} - {-1}
-            most = max(most, len(held))
-            assert len(held) <= 2 * (stages - 1 - stage) + 1
-            assert len({turn % (2 * stages - 1) for turn in held}) == len(held)
-            held -= {backward}
-        assert not held
-    assert most == min(2 * stages - 1, stages * rounds)
-
-
 @given(stages=STAGES, rounds=ROUNDS, groups=st.integers(1, 4))
 def test_the_idle_share_of_the_tables_is_the_formula(stages, rounds, groups):
     micro = stages * rounds

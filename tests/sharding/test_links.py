@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from maxlm.config import MaxlmError
 from maxlm.sharding import MESH_AXES
 from maxlm.sharding.links import arrange_devices, describe_links
+from tests.errors import message
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,6 @@ def test_neighbours_on_a_torus_are_neighbours_in_the_mesh(shape, kind, axes):
     )
 
 
-def test_axes_that_are_no_product_of_the_torus_share_its_dimensions():
-    devices = tpus((4, 4, 4))
-    grid = arrange_devices(sizes(fsdp=8, expert=8), devices)
-    assert grid.size == len(set(map(id, grid.flat))) == len(devices)
-
-
 @pytest.mark.parametrize("fault", [NotImplementedError, ValueError])
 def test_a_mesh_that_jax_finds_no_place_for(fault, monkeypatch):
     """Which meshes these are, and how JAX says so, differs between its versions."""
@@ -121,15 +116,6 @@ def test_slices_are_crossed_by_data_or_else_by_stage(axis):
     }
 
 
-def test_only_data_and_stage_may_cross_slices():
-    with pytest.raises(MaxlmError) as error:
-        arrange_devices(sizes(fsdp=8), tpus((2, 2, 1), slices=2))
-    assert str(error.value) == (
-        "mesh: 2 slices, but neither data=1 nor stage=1 divides over them; set mesh.data to a "
-        "multiple of 2: only it or stage may cross slices"
-    )
-
-
 def test_tensor_stays_within_a_host_of_gpus():
     grid = arrange_devices(sizes(fsdp=4, tensor=4), gpus(2))
     for row in groups(grid, "tensor"):
@@ -138,16 +124,21 @@ def test_tensor_stays_within_a_host_of_gpus():
     assert described(grid) == {"fsdp": "network between hosts", "tensor": "links within a host"}
 
 
-def test_tensor_across_hosts_of_gpus_is_refused():
-    with pytest.raises(MaxlmError) as error:
-        arrange_devices(sizes(tensor=16), gpus(2))
-    assert str(error.value) == (
-        "mesh.tensor: tensor=16 would lie across hosts of 8 GPUs; use a divisor of 8"
-    )
-
-
-def test_other_devices_are_told_apart_by_process():
-    cpus = [Device(i, i // 4, "cpu", "cpu") for i in range(8)]
-    grid = arrange_devices(sizes(data=2, fsdp=4), cpus)
-    assert described(grid) == {"data": "network between processes", "fsdp": "one process"}
-    assert described(arrange_devices(sizes(), cpus[:1])) == {}
+@pytest.mark.parametrize(
+    ("axes", "devices", "expected"),
+    [
+        (
+            {"fsdp": 8},
+            tpus((2, 2, 1), slices=2),
+            "mesh: 2 slices, but neither data=1 nor stage=1 divides over them; set mesh.data to a "
+            "multiple of 2: only it or stage may cross slices",
+        ),
+        (
+            {"tensor": 16},
+            gpus(2),
+            "mesh.tensor: tensor=16 would lie across hosts of 8 GPUs; use a divisor of 8",
+        ),
+    ],
+)
+def test_axes_that_may_not_cross_slices_or_hosts_are_refused(axes, devices, expected):
+    assert message(arrange_devices, sizes(**axes), devices) == expected
