@@ -49,14 +49,14 @@ pytest := XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(bin)/pyth
 corpus_tests := tests/corpus $(wildcard tests/data/documents)
 
 test: $(ready) ## run the test suite
-	$(pytest) -m 'not layouts' \
+	$(pytest) -m 'not slow' \
 		$(addprefix --ignore=,tests/aot tests/parity tests/cluster $(corpus_tests))
 
 test-corpus: $(ready) ## run the tests of the corpus and of reading documents
 	$(pytest) $(corpus_tests) $(if $(K),-k '$(K)')
 
-test-layouts: $(ready) ## train every model in every layout (make test: a pairwise cover; K=name: some)
-	$(pytest) tests/programs/test_parity.py $(if $(K),-k '$(K)')
+test-layouts: $(ready) ## train every model in every layout, smoke every config (make test: a cover; K=name: some)
+	$(pytest) tests/programs/test_parity.py tests/programs/test_hosts.py tests/programs/test_smoke.py $(if $(K),-k '$(K)')
 
 test-parity: $(ready) ## compare models with transformers (PyTorch: 0.7 GB on Python 3.11; K=name: some)
 	$(pip) -e '.[dev,parity]'
@@ -81,6 +81,7 @@ corpus-demo: $(ready) ## a crawl of a few thousand pages to a tokenizer, a token
 	$(bin)/maxlm corpus report corpora/demo --tokenizer runs/corpus-demo/tokenizer
 
 torture: $(ready) ## kill runs on one and two hosts 100 times, and compare their ends (half an hour)
+	$(bin)/python -m pytest -q tests/programs/test_torture.py
 	$(bin)/python benchmarks/torture.py --kills 100
 
 check: $(ready) ## formatting, lint, types, directions of imports, names

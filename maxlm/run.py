@@ -87,14 +87,8 @@ class RunConfig(Config):
 def read_frozen_configs(
     config: RunConfig, sources: Mapping[str, FrozenModelSource] | None = None
 ) -> dict[str, RunConfig]:
-    """Return the runs whose models a run's task only reads, by name.
-
-    Args:
-        sources: default, those of the task.
-
-    Raises:
-        MaxlmError: a run that is not there.
-    """
+    """Return the runs whose models a run's task only reads, by name; ``sources``: default, those of
+    the task."""
     sources = config.task.frozen_models() if sources is None else sources
     runs = {
         name: load_config(RunConfig, Path(source.folder) / "config.yaml").value

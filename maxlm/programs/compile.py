@@ -40,11 +40,7 @@ class CompiledStep:
 
     @cached_property
     def text(self) -> str:
-        """Scheduled HLO.
-
-        Raises:
-            MaxlmError: a compiler too new for this JAX to read.
-        """
+        """Scheduled HLO; raises MaxlmError if a compiler too new for this JAX wrote it."""
         try:
             return self.compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
@@ -55,11 +51,8 @@ class CompiledStep:
 
     @cached_property
     def cost(self) -> CompiledCost:
-        return read_compiled_cost(
-            self.text,
-            dict(self.setup.mesh.shape),
-            on_chip=_ON_CHIP.get(self.topology.platform, ()),
-        )
+        on_chip = _ON_CHIP.get(self.topology.platform, ())
+        return read_compiled_cost(self.text, dict(self.setup.mesh.shape), on_chip=on_chip)
 
     @property
     def memory(self) -> CompiledMemory:
@@ -82,7 +75,6 @@ def compile_step(
         options: of the compiler (XLA flags).
 
     Raises:
-        MaxlmError: an unknown machine, its compiler not installed, or a mesh it cannot have.
         DoesNotFit: too little memory (TPUs; a GPU's compiler lays out any amount).
     """
     machine = parse_topology(topology)
@@ -125,24 +117,18 @@ def get_topology_devices(topology: Topology) -> list[Any]:
 
     Sets two variables of the TPU library's, unless they are set: not to ask a metadata server
     which TPU this is, and not to insist on being the only process that loads it.
-
-    Raises:
-        MaxlmError: the compiler is not installed, or knows no such machine.
     """
     from jax.experimental.topologies import get_topology_desc
 
     if topology.platform == "cpu":
         here = jax.devices("cpu")
         if len(here) < topology.devices:
-            raise MaxlmError(
-                f"{topology.devices} CPU devices, {len(here)} here",
-                fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}",
-            )
+            what = f"{topology.devices} CPU devices, {len(here)} here"
+            raise MaxlmError(what, fix=f"set JAX_NUM_CPU_DEVICES={topology.devices}")
         return here[: topology.devices]
     if not has_compiler(topology.platform):
-        raise MaxlmError(
-            f"no compiler for {topology.platform.upper()}s is installed", fix=_install(topology)
-        )
+        what = f"no compiler for {topology.platform.upper()}s is installed"
+        raise MaxlmError(what, fix=_install(topology))
     try:
         if topology.platform == "tpu":
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -23,7 +23,7 @@ from maxlm.huggingface.dtypes import TensorDtypes
 from maxlm.huggingface.files import SHARD_BYTES, list_stored_tensors
 from maxlm.models.families import FAMILIES, find_family
 from maxlm.models.families.family import ModelFamily
-from maxlm.models.params import flatten_names, param_specs
+from maxlm.models.params import ParamSpec, flatten_names, param_specs
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.tasks import get_kinds
@@ -69,9 +69,6 @@ def convert(
 
     Args:
         family, dtype, step, shard_bytes: of ``to_published``; the other way knows no choice.
-
-    Raises:
-        MaxlmError: neither is there, or anything wrong with it; a choice where there is none.
     """
     source, target = Path(source), Path(target)
     how: dict[str, Any] = {"family": family, "dtype": dtype, "step": step}
@@ -81,12 +78,8 @@ def convert(
         how["shard-gb"] = None if shard_bytes == SHARD_BYTES else shard_bytes / 1e9
         for option, value in how.items():
             if value is not None:
-                raise MaxlmError(
-                    f"--{option} {value} says how a run is written, and this is a published "
-                    "checkpoint",
-                    where=str(source),
-                    fix="leave it out",
-                )
+                what = f"--{option} {value} says how a run is written, and this is a published "
+                raise MaxlmError(f"{what}checkpoint", where=str(source), fix="leave it out")
         return to_run(source, target, progress=progress)
     raise MaxlmError(
         "no such folder" if not source.exists() else "neither config.json nor config.yaml here",
@@ -114,13 +107,14 @@ def to_run(source: Path, target: Path, *, progress: Progress = ignore_progress) 
     tokenizer, told = _import_tokenizer(source, config)
     config, marks = _with_tokenizer(config, target, tokenizer)
     notes += told + marks
-    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
+    specs = _list_specs(config)
     shapes = {name: spec.shape for name, spec in specs.items()}
     entries = family.list_entries(config.model, tensors)
     with _whole(target) as folder:
         writer = RunCheckpointWriter(folder / "checkpoints")
-        how: dict[str, Any] = {"ignored": family.ignored, "warn": notes.append}
-        dtypes = import_tensors(source, entries, shapes, writer, progress, **how)
+        dtypes = import_tensors(
+            source, entries, shapes, writer, progress, ignored=family.ignored, warn=notes.append
+        )
         used = {name for entry in entries for name in (entry.theirs, *entry.aliases)}
         notes += [f"left out: {name}" for name in sorted(tensors.keys() - used)]
         # The way back asks under the usual names.
@@ -176,34 +170,35 @@ def to_published(
     average = config.train.ema_decay is not None
     reader = RunCheckpointReader(source / "checkpoints", step, name="ema" if average else "params")
     published = read_metadata(reader.folder).get("published") or {}
-    chosen = _chosen(config.model, family or published.get("family"))
+    chosen = _choose_family(config.model, family or published.get("family"))
     values = chosen.write_config(config.model)
     home = source / "tokenizer"
     tokenizer = load_tokenizer(home) if home.exists() else None
-    values |= published.get("tokens") or _tokens_of(tokenizer)
+    values |= published.get("tokens") or (_list_token_ids(tokenizer) if tokenizer else {})
     entries = chosen.list_entries(config.model)
     kept = TensorDtypes.model_validate(published.get("dtypes") or {"default": "F32"})
     if dtype is not None:
-        kept = TensorDtypes(default=_known_dtype(dtype))
+        if dtype not in DTYPES:
+            raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
+        kept = TensorDtypes(default=DTYPES[dtype])
     values["dtype"] = next((ours for ours, f in DTYPES.items() if f == kept.default), "float32")
     _check_free(target)
-    how: dict[str, Any] = {"progress": progress, "lossy": dtype is not None}
     with _whole(target) as folder:
-        export_tensors(reader, entries, kept, folder, shard_bytes, **how)
+        lossy = dtype is not None
+        export_tensors(reader, entries, kept, folder, shard_bytes, progress=progress, lossy=lossy)
         if tokenizer is not None:
             export_tokenizer(home, folder)
         (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    specs = flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
-    parameters = sum(spec.size for spec in specs.values())
+    parameters = sum(spec.size for spec in _list_specs(config).values())
     return Converted(chosen.name, target, parameters, kept.default, [])
 
 
-def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
-    """A run that goes on from these weights, on text to be named.
+def _list_specs(config: RunConfig) -> dict[str, ParamSpec]:
+    return flatten_names(param_specs(config.model.build(rules=AxisRules(), dtype=jnp.float32)))
 
-    Raises:
-        MaxlmError: settings that no model has.
-    """
+
+def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunConfig:
+    """A run that goes on from these weights, on text to be named."""
     longest = settings["max_seq_len"]
     seq_len = min(longest * 2 // 3, 512) if isinstance(longest, int) else 1
     tree = {
@@ -217,11 +212,7 @@ def _run_config(settings: Mapping[str, Any], target: Path, where: Path) -> RunCo
 
 
 def _import_tokenizer(source: Path, config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer beside a model, and what is worth telling.
-
-    Raises:
-        MaxlmError: it gives text ids that the model's table has no rows for.
-    """
+    """The tokenizer beside a model, and what is worth telling."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         notes = ["no tokenizer: there is no tokenizer.json or tokenizer.model beside it"]
         name = "generation_config.json"
@@ -262,29 +253,29 @@ def _with_tokenizer(
     return found, []
 
 
-def _chosen(model: Any, name: str | None) -> ModelFamily:
+def _choose_family(model: Any, name: str | None) -> ModelFamily:
     """The family of a name, or the first that can say what a model computes."""
-    if name is not None:
-        if name not in FAMILIES:
-            raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
-        if fault := _lost(model, FAMILIES[name]):
-            raise MaxlmError(
-                f"{FAMILIES[name].architecture} has no word for {fault}",
-                where="config.yaml: model",
-                fix="name another --family, or change the model",
-            )
-        return FAMILIES[name]
-    for family in FAMILIES.values():
-        if _lost(model, family) is None:
-            return family
-    raise MaxlmError(
-        "no published family computes what this model does",
-        where="config.yaml: model",
-        fix="--family NAME says what one of them has no word for",
-    )
+    if name is None:
+        for family in FAMILIES.values():
+            if _find_inexpressible(model, family) is None:
+                return family
+        raise MaxlmError(
+            "no published family computes what this model does",
+            where="config.yaml: model",
+            fix="--family NAME says what one of them has no word for",
+        )
+    if name not in FAMILIES:
+        raise MaxlmError(f"no family {name!r}", fix=f"known are {', '.join(FAMILIES)}")
+    if fault := _find_inexpressible(model, FAMILIES[name]):
+        raise MaxlmError(
+            f"{FAMILIES[name].architecture} has no word for {fault}",
+            where="config.yaml: model",
+            fix="name another --family, or change the model",
+        )
+    return FAMILIES[name]
 
 
-def _lost(model: Any, family: ModelFamily) -> str | None:
+def _find_inexpressible(model: Any, family: ModelFamily) -> str | None:
     """Returns a setting that a family's config.json cannot express; None: all are."""
     if model.architecture != family.shape:
         return f"model.architecture={model.architecture}"
@@ -304,34 +295,24 @@ def _lost(model: Any, family: ModelFamily) -> str | None:
     return None
 
 
-def _tokens_of(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
+def _list_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     stops = [*tokenizer.stop_ids]
     ids = tokenizer.bos_id, stops if len(stops) > 1 else stops[0], tokenizer.pad_id
     return dict(zip(_TOKENS, ids, strict=True))
-
-
-def _known_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise MaxlmError(f"no number format {dtype!r}", fix=f"use one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
 
 
 def _check_free(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise MaxlmError("not an empty folder", where=str(target), fix="name a new one")
     if target.resolve() == Path.cwd():
-        raise MaxlmError(
-            "the folder that this runs in cannot be replaced", where=str(target), fix="name another"
-        )
+        what = "the folder that this runs in cannot be replaced"
+        raise MaxlmError(what, where=str(target), fix="name another")
 
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder that appears under its name when it is complete."""
+    """A folder that appears under its name when it is complete; nothing is left of it else."""
     part = target.with_name(f".{target.name}.part.{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
     made = [parent for parent in part.parents if not parent.exists()]
     try:
         part.mkdir(parents=True)
@@ -353,12 +334,11 @@ def _whole(target: Path) -> Iterator[Path]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    fix = "download it again"
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise MaxlmError(
-            f"cannot be read ({error})", where=str(path), fix="download it again"
-        ) from error
+        raise MaxlmError(f"cannot be read ({error})", where=str(path), fix=fix) from error
     if not isinstance(values, dict):
-        raise MaxlmError("not a mapping", where=str(path), fix="download it again")
+        raise MaxlmError("not a mapping", where=str(path), fix=fix)
     return values

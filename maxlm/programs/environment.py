@@ -8,7 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import maxlm
+from maxlm.runtime.collectives import all_gather_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "numpy")
 # What changes how programs are compiled or run, and what a scheduler calls the job: never a
@@ -29,8 +32,6 @@ VARIABLES = (
     "TPU_NAME",
     "TPU_ACCELERATOR_TYPE",
 )
-# Bytes that a host's name may have, of those of all processes.
-_NAME = 64
 
 
 def describe_environment() -> dict[str, Any]:
@@ -39,8 +40,6 @@ def describe_environment() -> dict[str, Any]:
     Packages that are missing, variables that are not set and a source that is no checkout are None
     or left out.
     """
-    import jax
-
     device = jax.devices()[0]
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -51,7 +50,7 @@ def describe_environment() -> dict[str, Any]:
         "git": read_git_state(Path(maxlm.__file__).parents[1]),
         "devices": {"kind": device.device_kind, "count": jax.device_count()},
         "processes": jax.process_count(),
-        "hosts": _hosts(),
+        "hosts": all_gather_json(platform.node()),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -81,20 +80,6 @@ def get_process_start() -> float:
     except (OSError, AttributeError):
         age = 0.0
     return time.time() - max(0.0, age)
-
-
-def _hosts() -> list[str]:
-    """The host of each process, in their order."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    name = platform.node().encode()[:_NAME]
-    if jax.process_count() == 1:
-        return [name.decode(errors="replace")]
-    own = np.frombuffer(name.ljust(_NAME, b"\0"), np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(own))
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,6 @@ from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures import Model
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder
 from maxlm.models.params import Params
-from maxlm.programs.vocabulary import encode_prompts
 
 
 def generate_text(
@@ -46,6 +45,20 @@ def generate_text(
     )
     continued = [not whole and bool(tokenizer.encode(prompt)) for prompt in prompts]
     return _decode(steps, tokenizer, [StreamDecoder(tokenizer, continued=c) for c in continued])
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str | bytes], *, whole: bool
+) -> list[list[int]]:
+    """Return the ids that a model is given for each prompt, at least one.
+
+    Args:
+        whole: prompts are whole documents, as an encoder reads them, rather than openings.
+    """
+    end = [tokenizer.eos_id] if whole else []
+    encoded = [[*tokenizer.opening, *tokenizer.encode(prompt), *end] for prompt in prompts]
+    # A model needs a token to start from, even where documents open without one.
+    return [ids or [tokenizer.bos_id] for ids in encoded]
 
 
 def get_separator(model: Model) -> str:

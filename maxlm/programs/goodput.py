@@ -49,16 +49,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """Steps taken one after the other, without going back."""
-
-    points: tuple[tuple[float, float], ...]
-    """(unix seconds, step), as far as events tell."""
-    kept: float
-    """The step up to which they are part of the run; infinite: all."""
-
-
-@dataclass(frozen=True)
 class Attempt:
     """One start of the program."""
 
@@ -72,7 +62,8 @@ class Attempt:
     """A reason of the ``stop`` event, ``hang`` after one, ``killed`` without either, or
     ``running``."""
     devices: int | None
-    stretches: tuple[Stretch, ...]
+    points: tuple[tuple[float, int], ...]
+    """(unix seconds, step reached), as far as events tell; a rollback goes back."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +137,8 @@ def summarize_events(events: Iterable[Event], now: float) -> History:
 
 
 def _find_kept_steps(logs: Sequence[Sequence[Event]]) -> list[list[float]]:
-    """For each stretch of each attempt, the step up to which the run holds it: the least that any
-    later one began from."""
+    """For the beginning of each attempt and for each of its rollbacks, the step up to which the run
+    holds the steps from there: the least that any later one began from."""
     least, result = inf, []
     for log in reversed(logs):
         own = []
@@ -172,26 +163,17 @@ def _account(
     end = stops[-1] if stops else "hang" if hung else "killed"
     if end == "killed" and now - ended < SILENCE:
         end, ended = "running", max(ended, now)
-    stretches = tuple(_find_stretches(log, times, kept))
-    last_step = int(stretches[-1].points[-1][1])
-    devices = start.get("devices")
-    attempt = Attempt(began, ended, start["step"], last_step, end, devices, stretches)
-    return attempt, list(_find_spans(log, times, kept, attempt))
-
-
-def _find_stretches(
-    log: Sequence[Event], times: Sequence[float], kept: Sequence[float]
-) -> Iterator[Stretch]:
-    points: list[tuple[float, float]] = []
-    limits = iter(kept)
+    points: list[tuple[float, int]] = []
     for time, event in zip(times, log, strict=True):
+        # Steps only grow: a late event may name an earlier one.
+        step = max([event["step"], *(step for _, step in points[-1:])])
         if event["event"] == "rollback":
-            reached = max(event.get("from_step", 0), points[-1][1])
-            yield Stretch((*points, (time, reached)), next(limits))
-            points = []
-        # Steps only grow in a stretch: a late event may name an earlier one.
-        points.append((time, max([event["step"], *(step for _, step in points[-1:])])))
-    yield Stretch(tuple(points), next(limits))
+            points.append((time, max(step, event.get("from_step", 0))))
+            step = event["step"]
+        points.append((time, step))
+    devices, last = start.get("devices"), points[-1][1]
+    attempt = Attempt(began, ended, start["step"], last, end, devices, tuple(points))
+    return attempt, list(_find_spans(log, times, kept, attempt))
 
 
 def _find_spans(

@@ -1,19 +1,30 @@
-"""A finished (or still growing) run, opened for use."""
+"""Parameters of other runs: to use, to start from (``train.start_from``), to read beside one's own.
 
-from dataclasses import dataclass
+A run is used with the moving average of its parameters where it has one.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer
 from maxlm.models.architectures import Model
-from maxlm.models.params import Params
-from maxlm.programs.setup import set_up
+from maxlm.models.params import Params, replace_base, select_base
+from maxlm.programs.setup import Setup, set_up
 from maxlm.run import RunConfig
 from maxlm.sharding import MeshConfig
-from maxlm.train.checkpoint import FolderTier, group_sizes
+from maxlm.train.checkpoint import FolderTier, group_sizes, named_leaves
+from maxlm.train.checkpoint.fingerprint import compute_fingerprints
+from maxlm.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -47,16 +58,93 @@ def load_run(
     config = load_config(RunConfig, folder / "config.yaml").value
     config = config.model_copy(update={"mesh": mesh or MeshConfig()})
     setup = set_up(config, None if mesh else jax.local_devices()[:1], for_training=False)
-    average = config.train.ema_decay is not None
-    with FolderTier(
-        folder / "checkpoints", read_only=True, grouped=group_sizes(setup.specs)
-    ) as checkpoints:
-        step = checkpoints.latest() if step is None else step
+    with _open_checkpoints(folder, setup.specs) as (tier, _, name):
+        step = tier.latest() if step is None else step
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             setup.specs,
             setup.shardings.params,
         )
-        params = checkpoints.restore_params(step, abstract, name="ema" if average else "params")
+        params = tier.restore_params(step, abstract, name)
     tokenizer = load_tokenizer(folder / "tokenizer")
     return LoadedRun(config, setup.mesh, setup.model, params, tokenizer, step or 0)
+
+
+def check_start(setup: Setup) -> dict[str, Any] | None:
+    """Checks the run that this one starts from, if any; returns its checkpoint's metadata.
+
+    Raises:
+        MaxlmError: none there, or of another model.
+    """
+    start, wanted = setup.config.train.start_from, setup.abstract_state.params
+    if start is None:
+        return None
+    with _open_checkpoints(start, setup.specs) as (tier, config, name):
+        tier.check_params(None, wanted if _is_adapted(config) else select_base(wanted), name)
+        return tier.metadata()
+
+
+def init_state(setup: Setup) -> TrainState:
+    """Returns a fresh state, with another run's parameters if the run starts from one. An adapted
+    run takes those of one without an adapter as the base of its own."""
+    state, start = setup.init(), setup.config.train.start_from
+    if start is None:
+        return state
+    abstract = setup.abstract_state.params
+    with _open_checkpoints(start, setup.specs) as (tier, config, name):
+        if _is_adapted(config):
+            params = tier.restore_params(None, abstract, name)
+        else:
+            base = tier.restore_params(None, select_base(abstract), name)
+            params = replace_base(state.params, base)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return replace(state, params=params, ema=ema)
+
+
+def load_frozen_models(setup: Setup, init_params: Callable[[], Params]) -> dict[str, Params]:
+    """Return the parameters of the models that the task only reads, by name.
+
+    Args:
+        init_params: returns the parameters that training starts from.
+
+    Raises:
+        MaxlmError: a run that is not there, or is of another model.
+    """
+    loaded: dict[str, Params] = {}
+    for model, source in setup.frozen_sources.items():
+        if source.folder is None:
+            # A copy: the step is given the memory of the whole state.
+            loaded[model] = jax.tree.map(jnp.copy, init_params())
+            continue
+        specs = setup.frozen_models[model].specs
+        with _open_checkpoints(source.folder, specs) as (tier, _, name):
+            loaded[model] = tier.restore_params(None, setup.abstract_state.frozen[model], name)
+    return loaded
+
+
+def describe_frozen_models(setup: Setup, loaded: Mapping[str, Params]) -> dict[str, Any]:
+    """Return what checkpoints hold of frozen models: where each came from, and its fingerprint."""
+    described = {}
+    for name, params in loaded.items():
+        found = json.dumps(compute_fingerprints(named_leaves(params)), sort_keys=True).encode()
+        source = setup.frozen_sources[name].folder
+        fingerprint = hashlib.sha256(found).hexdigest()
+        described[name] = {"source": source or "start", "fingerprint": fingerprint}
+    return described
+
+
+@contextmanager
+def _open_checkpoints(
+    folder: str | Path, specs: Params
+) -> Iterator[tuple[FolderTier, Mapping[str, Any], str]]:
+    """Yields a run's checkpoints, the config of the newest, and the name that the parameters to use
+    have in them."""
+    home = Path(folder) / "checkpoints"
+    with FolderTier(home, read_only=True, grouped=group_sizes(specs)) as tier:
+        config = tier.metadata()["config"]
+        average = config["train"].get("ema_decay") is not None
+        yield tier, config, "ema" if average else "params"
+
+
+def _is_adapted(config: Mapping[str, Any]) -> bool:
+    return config.get("adapter") is not None

@@ -11,12 +11,10 @@ from maxlm.config import MaxlmError
 from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_prediction
 from maxlm.programs.environment import get_process_start
-from maxlm.programs.frozen import describe_frozen_models
-from maxlm.programs.init_checkpoint import find_init_checkpoint
+from maxlm.programs.load import check_start, describe_frozen_models
 from maxlm.programs.prepare import PreparedText, prepare_on_all_hosts, read_vocab_size
-from maxlm.programs.resume import StateSource, TrainingPosition
+from maxlm.programs.resume import Say, StateSource, TrainingPosition, find_resume_source
 from maxlm.programs.resume_checks import check_not_lost, check_same_text, make_metadata
-from maxlm.programs.resume_source import Say, find_resume_source
 from maxlm.programs.run_folder import (
     create_run_folder,
     describe_run,
@@ -65,9 +63,6 @@ def open_run(
         stack: closes what is opened.
         resume: another run's folder to resume from, where this one has no checkpoint.
         say: takes, on process 0, lines that tell what happens.
-
-    Raises:
-        MaxlmError: anything wrong with the config, the text, the devices or the folder.
     """
     lead = jax.process_index() == 0
     say = say if lead else lambda _: None
@@ -80,23 +75,20 @@ def open_run(
     signals = stack.enter_context(handle_signals(str(folder)))
     stack.enter_context(lock_run_folder(folder, lead=lead))
     with create_run_folder(config, folder, lead=lead):
+        home, grouped = folder / "checkpoints", group_sizes(setup.specs)
         checkpointer = stack.enter_context(
-            Checkpointer(
-                folder / "checkpoints",
-                config.name,
-                config.checkpoint,
-                grouped=group_sizes(setup.specs),
-            )
+            Checkpointer(home, config.name, config.checkpoint, grouped=grouped)
         )
         source = find_resume_source(setup, checkpointer, resume, stack, say)
-        start = None if source else find_init_checkpoint(setup, stack)
+        saved = source.metadata if source else check_start(setup)
         corpus = prepare_on_all_hosts(config, folder)
-        states = StateSource(setup, checkpointer, source, start, stack).refresh()
+    if source and not source.is_own:  # It may have trained on meanwhile, and deleted old ones.
+        source = find_resume_source(setup, checkpointer, resume, stack, say)
+    states = StateSource(setup, checkpointer, source)
     watchdog = stack.enter_context(Watchdog(config.faults, folder, jax.process_index()))
     watchdog.expect(0, "restore")
     frozen = describe_frozen_models(setup, states.load_frozen())
-    metadata = make_metadata(config, corpus, states.saved_metadata, frozen)
-    source = states.resume_source
+    metadata = make_metadata(config, corpus, saved, frozen)
     if source:
         where = str(source.checkpointer.folder)
         check_same_text(config, corpus, source.metadata, metadata, where)
@@ -106,12 +98,10 @@ def open_run(
     position = states.restore(skips)
     if not position.place:
         check_not_lost(checkpointer, resume)
-    _report_position(config, folder, states, position, say)
-    devices = setup.mesh.devices.ravel().tolist()
-    sizes = dict(setup.mesh.shape)
-    plan = plan_run(
-        config, Machine.from_devices(devices), sizes=sizes, links=describe_links(setup.mesh)
-    )
+    _report_position(config, folder, position, say)
+    machine = Machine.from_devices(setup.mesh.devices.ravel().tolist())
+    sizes, links = dict(setup.mesh.shape), describe_links(setup.mesh)
+    plan = plan_run(config, machine, sizes=sizes, links=links)
     say(format_prediction(plan))
     describe_run(folder, config, plan, lead=lead)
     log = _open_log(config, folder, states, position, stack, say)
@@ -135,19 +125,13 @@ def open_run(
     )
 
 
-def _report_position(
-    config: RunConfig, folder: Path, states: StateSource, position: TrainingPosition, say: Say
-) -> None:
-    """
-    Raises:
-        MaxlmError: the run has taken more steps than it is to take.
-    """
+def _report_position(config: RunConfig, folder: Path, position: TrainingPosition, say: Say) -> None:
     for each in position.skipped:
         say(str(each))
     if position.place:
         say(f"resuming from step {position.step} in {position.place}")
-    elif states.init_checkpoint:
-        say(f"starting from the parameters in {states.init_checkpoint.folder.parent}")
+    elif start := config.train.start_from:
+        say(f"starting from the parameters in {start}")
     if position.step > config.train.steps:
         raise MaxlmError(
             f"the run is at step {position.step}, train.steps={config.train.steps}",

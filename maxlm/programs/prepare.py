@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from maxlm.config import MaxlmError, load_config
 from maxlm.data.batch_source import BatchSource
 from maxlm.data.config import MixtureSource
@@ -14,10 +18,10 @@ from maxlm.data.store import TokenStore, build_store, check_tokenizer
 from maxlm.data.store.manifest import Split
 from maxlm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from maxlm.inference.sampling import check_samples
-from maxlm.programs.vocabulary import encode_prompts, make_vocabulary
+from maxlm.programs.generate import encode_prompts
 from maxlm.run import PREPARED, RunConfig
 from maxlm.runtime.progress import show_progress
-from maxlm.tasks import SourceInputs
+from maxlm.tasks import SourceInputs, Vocabulary
 from maxlm.train.checkpoint import check_same
 
 # What of a source says how it is read, and not what is prepared of it.
@@ -41,9 +45,6 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
     """Train the tokenizer and build the stores, where that is not done yet, and open them.
 
     With several processes call it on one of them first: the others then only open.
-
-    Raises:
-        MaxlmError: no sources, or anything wrong with them.
     """
     sources = config.data.sources
     if not sources and config.task.reads_text:
@@ -82,25 +83,40 @@ def prepare(config: RunConfig, folder: Path) -> PreparedText:
 
 
 def prepare_on_all_hosts(config: RunConfig, folder: Path) -> PreparedText:
-    """Prepares on process 0 what is missing; the others wait and open it.
-
-    Raises:
-        MaxlmError: see :func:`prepare`.
-    """
-    import jax
-    from jax.experimental import multihost_utils
-
+    """Prepares on process 0 what is missing; the others wait and open it."""
     prepared = prepare(config, folder) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("corpus")
     return prepared or prepare(config, folder)
 
 
+def make_vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """A tokenizer's ids, as tasks need to know them.
+
+    A word begins where a token's text does not go on with a letter or digit: at a space, a sign,
+    or what a WordPiece vocabulary does not mark as a continuation.
+
+    Args:
+        size: rows of the model's table; those past the tokenizer's ids count as special, and so do
+            ids within that have no text.
+    """
+    special = np.ones(size, bool)
+    special[: tokenizer.vocab_size] = False
+    special[list(tokenizer.special_tokens.values())] = True
+    starts_word = np.ones(size, bool)
+    for token in range(tokenizer.vocab_size):
+        text = tokenizer.decode_bytes([token], continued=True)
+        special[token] |= not text
+        # Bytes of a character in the middle are neither, and go on with what came before.
+        first = text.decode("utf-8", "replace")[:1]
+        starts_word[token] = not (first.isalnum() or first == "\ufffd")
+    return Vocabulary(
+        size, tokenizer.vocab_size, tuple(tokenizer.opening), tokenizer.eos_id, special, starts_word
+    )
+
+
 def check_prepared(config: RunConfig, folder: Path) -> None:
-    """
-    Raises:
-        MaxlmError: the text in the folder was prepared with another config.
-    """
+    """Raises MaxlmError if the text in the folder was prepared with another config."""
     path = folder / "config.yaml"
     if path.exists():
         before, now = (
@@ -118,11 +134,7 @@ def remove_source_settings(config: Mapping[str, Any], names: Sequence[str]) -> d
 
 
 def read_vocab_size(config: RunConfig, folder: Path | None = None) -> int:
-    """Ids of the tokenizer that a run will use; ``folder``: its own, where it may have one already.
-
-    Raises:
-        MaxlmError: it is named and cannot be read.
-    """
+    """Ids of the tokenizer that a run will use; ``folder``: its own, where it may have one."""
     own = folder and folder / "tokenizer"
     path = own if own and own.exists() else _named_tokenizer(config)
     return config.tokenizer.vocab_size if path is None else load_tokenizer(path).vocab_size
@@ -202,13 +214,10 @@ def _named_stores(
 ) -> tuple[TokenStore, TokenStore | None]:
     """Stores built before, if this tokenizer made them."""
     named = ((source.store, source.store_segments), (source.heldout_store, None))
-    stores = [
-        None if path is None else TokenStore.open(path, segments=count) for path, count in named
-    ]
-    for store in filter(None, stores):
+    stores = [TokenStore.open(path, segments=count) for path, count in named if path is not None]
+    for store in stores:
         check_tokenizer(store, tokenizer)
-    assert stores[0] is not None
-    return stores[0], stores[1]
+    return stores[0], stores[1] if len(stores) > 1 else None
 
 
 def _splits(corpus: SourceConfig, fraction: float, folder: Path) -> tuple[Split, ...]:

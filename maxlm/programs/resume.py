@@ -1,27 +1,46 @@
-"""Where a run's state comes from: checkpoints, or fresh initialization."""
+"""Where a run's state comes from: its own checkpoints, another run's, or fresh initialization."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from maxlm.config import MaxlmError
 from maxlm.models.params import Params
-from maxlm.programs.frozen import load_frozen_models
-from maxlm.programs.init_checkpoint import find_init_checkpoint, init_state
-from maxlm.programs.resume_checks import raise_unreadable
-from maxlm.programs.resume_source import ResumeSource
+from maxlm.programs.load import init_state, load_frozen_models
+from maxlm.programs.prepare import check_prepared
+from maxlm.programs.resume_checks import check_not_lost, check_same_config, raise_unreadable
 from maxlm.programs.setup import Setup
 from maxlm.train.anomaly import RollbackDecision
 from maxlm.train.checkpoint import (
     Checkpointer,
-    FolderTier,
     FoundCheckpoint,
     SkippedCheckpoint,
+    group_sizes,
 )
 from maxlm.train.skips import Skips, get_batch_number, get_skips, has_same_batches, record_skip
 from maxlm.train.state import TrainState, remove_frozen
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ResumeSource:
+    """Checkpoints to resume from, newest first, at least one."""
+
+    checkpointer: Checkpointer
+    is_own: bool
+    """They are this run's, not another's."""
+    found: list[FoundCheckpoint]
+    skipped: list[SkippedCheckpoint]
+    """Those known to be unreadable so far."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self.found[0].metadata
 
 
 @dataclass(frozen=True)
@@ -40,39 +59,37 @@ class TrainingPosition:
     """Newer checkpoints that cannot be resumed from."""
 
 
-def restore_latest(
-    setup: Setup, source: ResumeSource, skips: Skips, init: Callable[[], TrainState]
-) -> TrainingPosition:
-    """Restores the newest state that can be read and was trained on this run's batches.
+def find_resume_source(
+    setup: Setup, checkpointer: Checkpointer, resume: str | Path | None, stack: ExitStack, say: Say
+) -> ResumeSource | None:
+    """Returns this run's own checkpoints, else those of the run to resume, else None.
 
-    Args:
-        init: makes a fresh state. Hosts' own disks may be lost: if only they had checkpoints, and
-            none can be used by these hosts, the run starts afresh.
+    Own checkpoints that cannot be resumed from are reported and cleared away.
 
     Raises:
-        MaxlmError: there is none.
+        MaxlmError: they, or the text prepared here, are of another config; none of them can be
+            read; none to resume from.
     """
-
-    def refuse(checkpoint: FoundCheckpoint) -> str | None:
-        if has_same_batches(checkpoint.step, get_skips(checkpoint.metadata), skips):
+    source = ResumeSource(checkpointer, True, *checkpointer.find())
+    if not source.found:
+        if any(each.is_damaged and each.tier.name != "local" for each in source.skipped):
+            raise_unreadable(checkpointer, source.skipped)
+        check_not_lost(checkpointer, resume)
+        for each in source.skipped:
+            say(str(each))
+        checkpointer.quarantine(source.skipped, 0)
+        if resume is None:
+            check_prepared(setup.config, checkpointer.folder.parent)
             return None
-        return "it was trained on batches that are skipped since"
-
-    checkpointer = source.checkpointer
-    state, found, skipped = checkpointer.restore_newest(
-        source.found, remove_frozen(setup.abstract_state), refuse
-    )
-    skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
-    if found is None:
-        if any(each.tier.name != "local" for each in skipped):
-            raise_unreadable(checkpointer, skipped)
-        checkpointer.quarantine(skipped, 0)
-        return TrainingPosition(init(), 0, skips, skipped=skipped)
-    if source.is_own:
-        checkpointer.quarantine(skipped, found.step)
-    newer = [each for each in skipped if each.step >= found.step]
-    losses = found.metadata.get("losses")
-    return TrainingPosition(state, found.step, skips, found.tier.place, losses, newer)
+        home, grouped = Path(resume) / "checkpoints", group_sizes(setup.specs)
+        other = stack.enter_context(Checkpointer(home, "", grouped=grouped, read_only=True))
+        source = ResumeSource(other, False, *other.find())
+        if not source.found and source.skipped:
+            raise_unreadable(other, source.skipped)
+        if not source.found:
+            raise MaxlmError("no checkpoint here", where=str(home), fix="train for longer")
+    check_same_config(setup.config, source.metadata["config"], source.found[0].tier.place)
+    return source
 
 
 @dataclass(frozen=True)
@@ -82,29 +99,12 @@ class StateSource:
     setup: Setup
     checkpointer: Checkpointer
     resume_source: ResumeSource | None
-    init_checkpoint: FolderTier | None
-    stack: ExitStack
-    """Closes what is opened."""
-
-    @property
-    def saved_metadata(self) -> Mapping[str, Any] | None:
-        """Metadata of the checkpoint that the state or the parameters come from."""
-        if self.resume_source:
-            return self.resume_source.metadata
-        return self.init_checkpoint and self.init_checkpoint.metadata()
-
-    def refresh(self) -> "StateSource":
-        """Lists the checkpoints of other runs again, which may have trained on meanwhile."""
-        if self.init_checkpoint:
-            self.init_checkpoint.reload()
-        return replace(self, resume_source=self.resume_source and self.resume_source.refresh())
 
     def restore(self, skips: Skips) -> TrainingPosition:
         """Returns the position to start or resume at; raises MaxlmError if none can be read."""
         if self.resume_source:
-            source = self.resume_source.refresh()
-            return self._add_frozen(restore_latest(self.setup, source, skips, self._init))
-        return self._add_frozen(TrainingPosition(self._init(), 0, skips))
+            return self._restore_latest(self.resume_source, skips)
+        return self._add_frozen(TrainingPosition(init_state(self.setup), 0, skips))
 
     def rollback(
         self, decision: RollbackDecision, skips: Skips, event: Callable[..., None]
@@ -132,17 +132,42 @@ class StateSource:
         if jax.process_index() == 0:
             record_skip(checkpointer.folder.parent, skips, skip, decision.reason)
         skips = (*skips, skip)
-        if position:
-            return replace(position, skips=skips)
-        return self._add_frozen(restore_latest(self.setup, source, skips, self._init))
+        return replace(position, skips=skips) if position else self._restore_latest(source, skips)
 
     def load_frozen(self) -> dict[str, Params]:
         """Returns the parameters of the models that the task reads and does not train."""
-        return load_frozen_models(self.setup, lambda: self._init().params)
+        return load_frozen_models(self.setup, lambda: init_state(self.setup).params)
+
+    def _restore_latest(self, source: ResumeSource, skips: Skips) -> TrainingPosition:
+        """Restores the newest state that can be read and was trained on this run's batches.
+
+        Hosts' own disks may be lost: if only they had checkpoints, and none can be used by these
+        hosts, the run starts afresh.
+        """
+
+        def refuse(checkpoint: FoundCheckpoint) -> str | None:
+            if has_same_batches(checkpoint.step, get_skips(checkpoint.metadata), skips):
+                return None
+            return "it was trained on batches that are skipped since"
+
+        checkpointer = source.checkpointer
+        state, found, skipped = checkpointer.restore_newest(
+            source.found, remove_frozen(self.setup.abstract_state), refuse
+        )
+        skipped = sorted([*source.skipped, *skipped], key=lambda each: -each.step)
+        if found is None:
+            if any(each.tier.name != "local" for each in skipped):
+                raise_unreadable(checkpointer, skipped)
+            checkpointer.quarantine(skipped, 0)
+            fresh = init_state(self.setup)
+            return self._add_frozen(TrainingPosition(fresh, 0, skips, skipped=skipped))
+        if source.is_own:
+            checkpointer.quarantine(skipped, found.step)
+        newer = [each for each in skipped if each.step >= found.step]
+        losses = found.metadata.get("losses")
+        return self._add_frozen(
+            TrainingPosition(state, found.step, skips, found.tier.place, losses, newer)
+        )
 
     def _add_frozen(self, position: TrainingPosition) -> TrainingPosition:
         return replace(position, state=replace(position.state, frozen=self.load_frozen()))
-
-    def _init(self) -> TrainState:
-        checkpoint = self.init_checkpoint or find_init_checkpoint(self.setup, self.stack)
-        return init_state(self.setup, checkpoint)

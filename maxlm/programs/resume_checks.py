@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from maxlm.config import MaxlmError
 from maxlm.data.store import TokenStore
 from maxlm.data.store.manifest import read_manifest
-from maxlm.programs.frozen import check_frozen_models
 from maxlm.programs.prepare import PreparedText, remove_source_settings
 from maxlm.run import IDENTITY, INCIDENTAL, RunConfig
 from maxlm.runtime.collectives import broadcast_from_process_0
@@ -25,12 +24,8 @@ def make_metadata(
     saved: Mapping[str, Any] | None,
     frozen: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the metadata of a run's checkpoints.
-
-    Args:
-        saved: metadata of the checkpoint whose state or parameters the run starts from.
-        frozen: as ``describe_frozen_models`` returns it.
-    """
+    """Returns the metadata of a run's checkpoints; ``saved``: that of the checkpoint whose state or
+    parameters the run starts from."""
     tokenizer = corpus.tokenizer.fingerprint
     return {
         "config": config.model_dump(mode="json"),
@@ -48,16 +43,16 @@ def check_same_text(
     now: Mapping[str, Any],
     where: str,
 ) -> None:
-    """Checks that a checkpoint to resume from was made with this text.
-
-    Args:
-        saved, now: metadata of the checkpoint, and of those to come.
-
-    Raises:
-        MaxlmError: another tokenizer or frozen model, or a store that is not what it was.
-    """
+    """Checks that a checkpoint to resume from was made with this tokenizer, these frozen models and
+    stores; ``saved`` and ``now``: its metadata, and of those to come."""
     check_same(saved, now, ("tokenizer",), where)
-    check_frozen_models(saved.get("frozen", {}), now.get("frozen", {}), where)
+    for name, model in now.get("frozen", {}).items():
+        was = saved.get("frozen", {}).get(name, {})
+        if was.get("fingerprint") != model["fingerprint"]:
+            what = f"the frozen model {name!r} from {model['source']} is not the one that training "
+            what += f"began with, from {was.get('source', 'nowhere')}"
+            fix = "put its parameters back, or train in another run folder"
+            raise MaxlmError(what, where=where, fix=fix)
     before = saved.get("stores", {})  # Checkpoints of older versions do not describe stores.
     for source in config.data.sources:
         name, store = source.name, now["stores"][source.name]
@@ -81,10 +76,7 @@ def check_same_text(
 
 
 def check_same_config(config: RunConfig, saved: Mapping[str, Any], where: str) -> None:
-    """
-    Raises:
-        MaxlmError: settings differ that must be those that the checkpoint was written with.
-    """
+    """Checks the settings that must be those that the checkpoint was written with."""
     # Settings that are newer than the checkpoint get their defaults. The comparison shows what is
     # wrong with a config that is not valid.
     with suppress(ValidationError, MaxlmError):
@@ -132,27 +124,15 @@ def raise_unreadable(checkpointer: Checkpointer, skipped: Sequence[SkippedCheckp
 
 
 def check_not_lost(checkpointer: Checkpointer, resume: str | Path | None) -> None:
-    """Checks, for a run without a checkpoint, that its events report none to resume from.
-
-    Args:
-        resume: the other run whose checkpoints it resumes from, if any.
-
-    Raises:
-        MaxlmError: a checkpoint was saved, or another run's was resumed from.
-    """
+    """Checks, for a run without a checkpoint, that its events report none to resume from, its own
+    or another run's."""
     saved, other = set[int](), None
-    events = list(_read_events(checkpointer.folder.parent))
-    # Earlier versions record only that a save began; the next one shows that it ended.
-    is_old = not any(event.get("event") == "saved" for event in events)
-    begun = set[int]()
-    for event in events:
-        kind, step = event.get("event"), event.get("step", 0)
+    for event in _read_events(checkpointer.folder.parent):
+        kind, step = event["event"], event["step"]
         if kind == "saved":
             saved.add(step)
-        elif is_old and kind == "checkpoint" and event.get("tier") == "folder":
-            saved, begun = saved | begun, {step}
         elif kind in ("start", "resume", "rollback", "discard"):
-            saved, begun = {each for each in saved if each <= step}, set()
+            saved = {each for each in saved if each <= step}
         if kind in ("start", "resume"):
             other = event.get("run")
     newest, other = broadcast_from_process_0([max(saved, default=None), other])
@@ -166,7 +146,7 @@ def check_not_lost(checkpointer: Checkpointer, resume: str | Path | None) -> Non
 
 def count_rollbacks(folder: Path) -> int:
     """Returns how often a run has rolled back in its life."""
-    return broadcast_from_process_0(sum(e.get("event") == "rollback" for e in _read_events(folder)))
+    return broadcast_from_process_0(sum(e["event"] == "rollback" for e in _read_events(folder)))
 
 
 def _read_events(folder: Path) -> Iterable[Mapping[str, Any]]:

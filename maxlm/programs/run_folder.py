@@ -24,11 +24,7 @@ def run_folder_path(config: RunConfig) -> Path:
 
 @contextmanager
 def create_folder(folder: Path) -> Iterator[None]:
-    """Creates a folder for the block, and removes it if it is empty in the end.
-
-    Raises:
-        MaxlmError: it cannot be written.
-    """
+    """Creates a folder for the block, and removes it if it is empty in the end."""
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
@@ -56,9 +52,6 @@ def create_run_folder(config: RunConfig, folder: Path, *, lead: bool = True) -> 
 
     Args:
         lead: whether this process is the one that writes.
-
-    Raises:
-        MaxlmError: it cannot be written.
     """
     path = folder / "config.yaml"
     with create_folder(folder):
@@ -117,11 +110,9 @@ def lock_run_folder(folder: Path, *, lead: bool = True) -> Iterator[None]:
 def describe_run(folder: Path, config: RunConfig, plan: RunPlan, *, lead: bool) -> None:
     """Writes what another person needs to judge the run, or to run it again: its config, plan and
     environment. All processes call it together; the one that leads writes."""
-    texts = {
-        "config.yaml": to_yaml(config),
-        "plan.json": f"{json.dumps(plan.to_json(), indent=2)}\n",
-        "environment.json": f"{json.dumps(describe_environment(), indent=2)}\n",
-    }
+    values = {"plan.json": plan.to_json(), "environment.json": describe_environment()}
+    texts = {name: f"{json.dumps(value, indent=2)}\n" for name, value in values.items()}
+    texts["config.yaml"] = to_yaml(config)
     for name, text in texts.items() if lead else ():
         with replace_file(folder / name) as temporary:
             temporary.write_text(text)

@@ -42,7 +42,7 @@ class RunSummary:
         told = self.history
         attempts = [asdict(attempt) for attempt in told.attempts]
         for attempt in attempts:
-            del attempt["stretches"]
+            del attempt["points"]
         return {
             "name": self.name,
             "state": self.state,
@@ -81,9 +81,6 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
 
     Args:
         now: unix seconds (default: the clock's): an attempt heard of just before may still run.
-
-    Raises:
-        MaxlmError: there is no such folder, or it is no run's.
     """
     folder = Path(folder)
     if not _is_run(folder):
@@ -115,11 +112,7 @@ def read_run(folder: str | Path, now: float | None = None) -> RunSummary:
 
 
 def list_runs(folder: str | Path, now: float | None = None) -> list[RunSummary]:
-    """The runs that lie in a folder, by name.
-
-    Raises:
-        MaxlmError: there is no such folder.
-    """
+    """The runs that lie in a folder, by name."""
     if not Path(folder).is_dir():
         fix = "name the folder that runs lie in"
         raise MaxlmError("no such folder", where=str(folder), fix=fix)

@@ -138,15 +138,12 @@ def set_up(
     for_training: bool = True,
     frozen_sources: Mapping[str, FrozenModelSource] | None = None,
 ) -> Setup:
-    """Mesh, rules, model and optimizer for the devices at hand (default: all).
+    """Mesh, rules, model and optimizer for the devices at hand (default: all); whatever does not fit
+    raises a MaxlmError.
 
     Args:
         for_training: the batch must divide over the mesh.
         frozen_sources: default, those of the task.
-
-    Raises:
-        MaxlmError: whatever does not fit: mesh and devices, a parameter's axis, the batch, a
-            schedule longer than the run, too much unsharded.
     """
     mesh = make_mesh(config.mesh, devices)
     if for_training:

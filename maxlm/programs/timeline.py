@@ -1,13 +1,11 @@
 """A run's history drawn over time: the steps reached, and what the time was spent on."""
 
-from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 
 import numpy as np
 
 from maxlm.config import MaxlmError
-from maxlm.programs.goodput import PARTS, History, Stretch
+from maxlm.programs.goodput import PARTS, History
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 # Good time is one calm colour, lost steps and downtime are loud.
@@ -30,9 +28,8 @@ COLUMNS = 240
 
 
 def draw_history(told: History, image: Path, *, title: str = "") -> None:
-    """Draw a history as a PNG: above, the steps reached, with those that were lost and a mark at
-    each interruption; below, column by column, the shares of time. Its folder is made if missing.
-    """
+    """Draw a history as a PNG: above, the steps reached, with a mark at each interruption; below,
+    column by column, the shares of time. Its folder is made if missing."""
     if told.wall <= 0:
         raise MaxlmError("no time to plot", where=title or None, fix="wait for the run to begin")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,12 +43,8 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
         2, sharex=True, gridspec_kw={"height_ratios": [3, 1.4]}
     )
     for attempt in told.attempts:
-        for stretch in attempt.stretches:
-            good, vain = _cut(stretch)
-            for points, part in ((good, "productive"), (vain, "lost")):
-                if len(points) > 1:
-                    times, steps = (np.array(points).T - [[zero], [0]]) / [[scale], [1]]
-                    above.plot(times, steps, color=COLOURS[part], linewidth=2)
+        times, steps = (np.array(attempt.points).T - [[zero], [0]]) / [[scale], [1]]
+        above.plot(times, steps, color=COLOURS["productive"], linewidth=2)
         if attempt.end not in ("done", "running"):
             at = ((attempt.ended - zero) / scale, attempt.last_step)
             style = {"color": COLOURS["down"], "markersize": 6, "markeredgewidth": 1.5}
@@ -90,18 +83,6 @@ def draw_history(told: History, image: Path, *, title: str = "") -> None:
         image.parent.mkdir(parents=True, exist_ok=True)
     with replace_file(image) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def _cut(stretch: Stretch) -> tuple[Sequence[tuple[float, float]], Sequence[tuple[float, float]]]:
-    """Its points up to the last step that is kept, and those from there on."""
-    points, kept = stretch.points, stretch.kept
-    if kept == inf or points[-1][1] <= kept:
-        return points, ()
-    times, steps = zip(*points, strict=True)
-    good = [point for point in points if point[1] <= kept]
-    # np.interp wants steps to grow; where they stand still, the later time is the last of them.
-    at = (float(np.interp(kept, steps, times)), max(kept, steps[0]))
-    return [*good, at], [at, *(point for point in points if point[1] > kept)]
 
 
 def _compute_shares(told: History) -> np.ndarray:

@@ -112,10 +112,6 @@ def train_model(
 def _roll_back(
     run: OpenRun, decision: RollbackDecision, position: TrainingPosition
 ) -> TrainingPosition:
-    """
-    Raises:
-        MaxlmError: the run has rolled back as often as it may.
-    """
     run.signals.raise_if_signaled()
     faults, count = run.setup.config.faults, count_rollbacks(run.folder)
     if count >= faults.max_rollbacks:

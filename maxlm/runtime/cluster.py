@@ -207,11 +207,7 @@ def _slices(source: str, workers: list[str], worker: int, settings: Mapping[str,
 
 def _attribute(name: str, devices: Path = _DEVICES, server: str = _SERVER) -> str | None:
     """Reads an attribute of this machine from Google's metadata server; None: there is none such,
-    or the machine has no device of Google's.
-
-    Raises:
-        Lost: the server does not say.
-    """
+    or the machine has no device of Google's."""
     import urllib.request
 
     if not any(path.read_text().strip() == _GOOGLE for path in devices.glob("*/vendor")):

@@ -7,6 +7,7 @@ machines share; so both engines give the same files.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Literal, Protocol, TypeVar
 
 from maxlm.config import MaxlmError
@@ -27,15 +28,8 @@ class Executor(Protocol):
 
 
 def open_executor(name: ExecutorName, workers: int | None) -> AbstractContextManager[Executor]:
-    """The engine `name`; to be used as a context.
-
-    Args:
-        workers: processes at most; None: as many as there are cores (local) or as the cluster has
-            CPUs (ray).
-
-    Raises:
-        MaxlmError: Ray is wanted and not installed, or there is no cluster to connect to.
-    """
+    """The engine `name`, as a context, of at most so many processes; None: as many as there are
+    cores (local) or as the cluster has CPUs (ray)."""
     if name == "local":
         return WorkerPool(workers or count_workers())
     return RayExecutor(workers)
@@ -79,10 +73,6 @@ class RayExecutor:
 
         Ray runs a task again whose worker or node died, which does no harm: jobs write files that
         appear when complete.
-
-        Raises:
-            MaxlmError: workers keep dying, most often for want of memory.
-            Exception: whatever `function` raises.
         """
         import ray
         from ray import exceptions
@@ -92,11 +82,8 @@ class RayExecutor:
         waiting, busy = iter(jobs), []
         try:
             while True:
-                while len(busy) < 2 * most if self._workers is None else len(busy) < most:
-                    job = next(waiting, None)
-                    if job is None:
-                        break
-                    busy.append(task.remote(here, function, job))
+                free = (2 * most if self._workers is None else most) - len(busy)
+                busy += [task.remote(here, function, job) for job in islice(waiting, free)]
                 if not busy:
                     return
                 done, busy = ray.wait(busy)

@@ -24,11 +24,7 @@ def convert_write_errors(path: Path) -> Iterator[None]:
 
 
 def check_not_deleted(path: Path) -> None:
-    """Checks that a run's file, or the folder that it is in, is still there.
-
-    Raises:
-        MaxlmError: it was deleted or moved.
-    """
+    """Raises MaxlmError if a run's file, or the folder that it is in, was deleted or moved."""
     if not path.exists():
         raise MaxlmError(
             "this folder, or a file of the run's in it, was deleted or moved during the run",
@@ -40,11 +36,7 @@ def check_not_deleted(path: Path) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write a file to; it replaces `path` if the block ends well.
-
-    Raises:
-        MaxlmError: as `convert_write_errors`; `path` is as before then.
-    """
+    """Yields a path beside `path` to write a file to; it replaces `path` if the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with convert_write_errors(path):
@@ -61,11 +53,7 @@ def hash_file(path: Path) -> str:
 
 
 def write_json(path: Path, text: str) -> None:
-    """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key.
-
-    Raises:
-        MaxlmError: as `convert_write_errors`; `path` is as before then.
-    """
+    """Write a JSON object, indented by one space, with a SHA-256 of its text as one more key."""
     text = text.removesuffix("\n}")
     digest = hashlib.sha256(text.encode()).hexdigest()
     with replace_file(path) as new:
@@ -73,11 +61,8 @@ def write_json(path: Path, text: str) -> None:
 
 
 def strip_digest(text: str) -> str:
-    """Return the JSON that `write_json` was given; JSON that something else wrote as it is.
-
-    Raises:
-        ValueError: the text has changed since it was written.
-    """
+    """Return the JSON that `write_json` was given; JSON that something else wrote as it is. Raises
+    ValueError if the text has changed since it was written."""
     text, found, rest = text.rpartition(_DIGEST)
     if found and rest != f'{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n':
         raise ValueError("it has changed since it was written")
@@ -91,9 +76,6 @@ def lock_folder(folder: Path, *, shared: bool = False, wait: bool = False) -> It
     Args:
         shared: hold it together with others that hold it shared.
         wait: until it is free.
-
-    Raises:
-        MaxlmError: it cannot be created, or (without `wait`) another process holds it.
     """
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:

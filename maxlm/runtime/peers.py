@@ -6,9 +6,7 @@ process 0 (``rendezvous.py``) and keeps the connection for as long as it runs: t
 closes it when a process dies, and TCP's keepalive probes detect a host that is silent.
 """
 
-import json
 import os
-import queue
 import re
 import sys
 import threading
@@ -18,10 +16,9 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from maxlm.config import ABSENT, MaxlmError
 from maxlm.config.errors import LOST, Lost
 from maxlm.runtime.cluster import Cluster
-from maxlm.runtime.rendezvous import NOTICE_SECONDS, Connection, join_processes, wait_for_process_0
+from maxlm.runtime.rendezvous import NOTICE_SECONDS, Connection, describe_processes, join_processes
 
 FAILED = 1
 
@@ -32,38 +29,10 @@ class Peers:
     def __init__(self, cluster: Cluster, hosts: list[str], connections: Mapping[int, Connection]):
         self.cluster, self.hosts = cluster, hosts
         self._connections = connections  # process 0 has one to each, the others one to it
-        self._received: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._ending, self._lead_left = threading.Lock(), threading.Event()
         for process, connection in connections.items():
             arguments = (process, connection)
             threading.Thread(target=self._listen, args=arguments, daemon=True).start()
-
-    def check(self, facts: Mapping[str, Any], *, wait_seconds: float) -> None:
-        """Compares facts (JSON values by name) that must be the same on all processes, which call
-        this in the same order.
-
-        Raises:
-            MaxlmError: on all processes: facts that differ, with each host's value.
-            Lost: a process sent nothing within ``wait_seconds``.
-        """
-        differing = self._exchange(dict(facts), wait_seconds)
-        if not differing:
-            return
-        name, *others = differing
-        values: dict[str, list[int]] = {}
-        for process, value in enumerate(differing[name]):
-            text = value if isinstance(value, str) else json.dumps(value)
-            values.setdefault(text, []).append(process)
-        words = [f"{text[:200]} on {self._describe(who)}" for text, who in values.items()]
-        if others:
-            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-            words.append(f"and on {', '.join(others[:4])}{more}")
-        error = MaxlmError(
-            f"hosts disagree on {name}: {'; '.join(words)}",
-            fix="start all hosts with the same software, config and kind of machine",
-        )
-        error.on_all_processes = True
-        raise error
 
     def leave(self) -> None:
         """Says that this process is done, as all processes are; it may then exit with any code, for
@@ -81,46 +50,19 @@ class Peers:
         """
         if code in (FAILED, LOST):
             time.sleep(NOTICE_SECONDS)
-        self._end(code, f"{self._describe([self.cluster.process_id])}: {text}", None)
-
-    def _exchange(self, facts: dict[str, Any], seconds: float) -> dict[str, list[Any]]:
-        """Returns the facts that not all processes agree on: name → each process's value."""
-        me = self.cluster.process_id
-        if me:
-            self._send({"facts": facts})
-        everyone: dict[int, Any] = {me: facts}
-        deadline = time.monotonic() + seconds + (NOTICE_SECONDS if me else 0)
-        while len(everyone) <= len(self._connections):
-            try:
-                timeout = max(0, deadline - time.monotonic())
-                process, received = self._received.get(timeout=timeout)
-            except queue.Empty:
-                silent = self._describe([p for p in self._connections if p not in everyone])
-                what = f"waited {seconds:g} s for the settings of {silent}"
-                raise Lost(what, fix="see the log there") from None
-            everyone[process] = received
-        if me:
-            return everyone[0]
-        ordered = [everyone[process] for process in sorted(everyone)]
-        names = dict.fromkeys(name for each in ordered for name in each)
-        values = {name: [each.get(name, ABSENT) for each in ordered] for name in names}
-        differing = {k: v for k, v in values.items() if any(each != v[0] for each in v)}
-        self._send({"facts": differing})
-        return differing
+        self._end(code, f"{self._describe(self.cluster.process_id)}: {text}", None)
 
     def _listen(self, process: int, connection: Connection) -> None:
         has_left = False
         while message := connection.receive(None):
-            if "facts" in message:
-                self._received.put((process, message["facts"]))
-            elif "left" in message:
+            if "left" in message:
                 has_left = True
                 self._lead_left.set()  # of no use on process 0
             elif "ended" in message:
                 self._end(int(message["ended"]), str(message.get("text")), process)
         if not has_left:
             state = "the state is that of the last checkpoint"
-            self._end(LOST, f"{self._describe([process])} is gone; {state}", process)
+            self._end(LOST, f"{self._describe(process)} is gone; {state}", process)
 
     def _end(self, code: int, text: str, told_by: int | None) -> NoReturn:
         """Ends this process and, by a message, the others."""
@@ -145,35 +87,31 @@ class Peers:
             if process != except_for:
                 connection.send(message)
 
-    def _describe(self, processes: list[int]) -> str:
-        return " and ".join(f"process {each} ({self.hosts[each]})" for each in processes[:4]) + (
-            f" and {len(processes) - 4} more" if len(processes) > 4 else ""
-        )
+    def _describe(self, process: int) -> str:
+        return describe_processes(self.hosts, [process])
 
 
-def join_cluster(cluster: Cluster, *, wait_seconds: float, peer_seconds: float) -> Peers:
+def join_cluster(
+    cluster: Cluster, facts: dict[str, Any], *, wait_seconds: float, peer_seconds: float
+) -> Peers:
     """Meets the other processes and starts JAX's distributed runtime, before any other use of JAX.
 
     From here on this process ends, with a line on stderr and code LOST, when a peer dies before it
     has left, or its host is silent for ``peer_seconds``; or as a peer says (``end_all``). When a
     peer is alive but stopped, JAX's own service aborts the others (SIGABRT, with a report).
 
+    Args:
+        facts: JSON values by name that must be the same on all, as versions of software must.
+
     Raises:
         Lost: processes did not come, with what each host saw; JAX's runtime did not start.
-        MaxlmError: they claim the same id, or disagree on their number or versions.
+        MaxlmError: they claim the same id, or disagree on their number, versions or facts.
     """
-    hosts, connections = join_processes(cluster, wait_seconds=wait_seconds)
+    versions = {name: version(name) for name in ("maxlm", "jax", "jaxlib")}
+    hosts, connections = join_processes(cluster, versions | facts, wait_seconds=wait_seconds)
     for connection in connections.values():
         connection.keep_alive(0.8 * peer_seconds)
     peers = Peers(cluster, hosts, connections)
-    versions = {name: version(name) for name in ("maxlm", "jax", "jaxlib")}
-    try:
-        peers.check(versions, wait_seconds=wait_seconds)
-    except MaxlmError:
-        peers.leave()  # they raise the same
-        raise
-    if cluster.process_id:
-        wait_for_process_0(cluster, wait_seconds=wait_seconds)  # JAX's service listens there next
     try:
         _start_jax(cluster, wait_seconds, peer_seconds)
     except RuntimeError as error:

@@ -41,10 +41,6 @@ class WorkerPool:
 
         A worker receives the function once, so what a callable object keeps in itself (an open
         model) is there for all the jobs that this worker does, and gone with the next function.
-
-        Raises:
-            MaxlmError: a worker died, most often for want of memory.
-            Exception: whatever `function` raises.
         """
         # What does one job is left to a worker that has imported its modules, if there is one.
         if self._workers == 1 or (len(jobs) < 2 and not self._processes):

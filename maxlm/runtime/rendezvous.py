@@ -1,16 +1,17 @@
-"""How the processes of a run meet: each connects to process 0, on the port that JAX uses later, and
-process 0 answers once all have. The connections stay open: see ``peers.py``."""
+"""How the processes of a run meet and compare their settings: each connects to process 0, on the
+port that JAX uses later, and process 0 answers once all have. The connections stay open: see
+``peers.py``."""
 
 import json
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from maxlm.config import MaxlmError
+from maxlm.config import ABSENT, MaxlmError
 from maxlm.config.errors import Lost
 from maxlm.runtime.cluster import Cluster
 
@@ -67,9 +68,12 @@ class Connection:
 
 
 def join_processes(
-    cluster: Cluster, *, wait_seconds: float
+    cluster: Cluster, facts: Mapping[str, Any], *, wait_seconds: float
 ) -> tuple[list[str], dict[int, Connection]]:
     """Meets the other processes.
+
+    Args:
+        facts: JSON values by name that must be the same on all processes.
 
     Returns:
         The hosts' names by process, and the connections: process 0 has one to each, the others one
@@ -77,21 +81,49 @@ def join_processes(
 
     Raises:
         Lost: processes did not come within ``wait_seconds``, with what each host saw.
-        MaxlmError: they claim the same id, or disagree on their number; the port is taken.
+        MaxlmError: they claim the same id, or disagree on their number or facts; the port is taken.
     """
-    return (_connect if cluster.process_id else _accept_all)(cluster, wait_seconds)
+    return (_connect if cluster.process_id else _accept_all)(cluster, facts, wait_seconds)
 
 
-def wait_for_process_0(cluster: Cluster, *, wait_seconds: float) -> None:
-    """Waits until something listens again at process 0's port."""
-    _reach(cluster, wait_seconds, lambda connection: connection).close()
+def check_same_facts(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) -> None:
+    """Raises MaxlmError if processes disagree, with each one's value of the first that differs."""
+    names = dict.fromkeys(name for each in facts for name in each)
+    values = {name: [each.get(name, ABSENT) for each in facts] for name in names}
+    differing = [name for name, each in values.items() if any(value != each[0] for value in each)]
+    if not differing:
+        return
+    name, *others = differing
+    groups: dict[str, list[int]] = {}
+    for process, value in enumerate(values[name]):
+        text = value if isinstance(value, str) else json.dumps(value)
+        groups.setdefault(text[:200], []).append(process)
+    words = [f"{text} on {describe_processes(hosts, who)}" for text, who in groups.items()]
+    if others:
+        words.append(f"and on {', '.join(others[:4])}{_more(others, 4)}")
+    raise MaxlmError(
+        f"hosts disagree on {name}: {'; '.join(words)}",
+        fix="start all hosts with the same software, config and kind of machine",
+    )
 
 
-def _accept_all(cluster: Cluster, seconds: float) -> tuple[list[str], dict[int, Connection]]:
+def describe_processes(hosts: Sequence[str], processes: Sequence[int]) -> str:
+    """``process 0 (node1) and process 1 (node2)``, of many the first four."""
+    words = [f"process {process} ({hosts[process]})" for process in processes[:4]]
+    return " and ".join(words) + _more(processes, 4)
+
+
+def _more(items: Sequence[Any], shown: int) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _accept_all(
+    cluster: Cluster, facts: Mapping[str, Any], seconds: float
+) -> tuple[list[str], dict[int, Connection]]:
     """Process 0: listens until all have connected."""
     deadline = time.monotonic() + seconds
     hosts, connections = {0: socket.gethostname()}, dict[int, Connection]()
-    accepted: list[Connection] = []
+    all_facts, accepted = {0: facts}, list[Connection]()
     try:
         with _listen(cluster, deadline) as server:
             while len(hosts) < cluster.num_processes:
@@ -106,29 +138,30 @@ def _accept_all(cluster: Cluster, seconds: float) -> tuple[list[str], dict[int, 
                     raise _missing_error(cluster, hosts, seconds)
                 accepted.append(caller)
                 match caller.receive(NOTICE_SECONDS):
-                    case {"process": int(process), "processes": int(count), "host": str(host)}:
+                    case {"process": int(process), "count": int(count), "host": host, "facts": own}:
                         _check_greeting(cluster, hosts, process, count, host)
                         hosts[process], connections[process] = host, caller
+                        all_facts[process] = own
                     case _:  # not one of the run's processes
                         caller.close()
+        names = [hosts[process] for process in range(cluster.num_processes)]
+        check_same_facts(names, [all_facts[process] for process in range(len(names))])
     except MaxlmError as error:
         for connection in accepted:
             refused = [error.what, error.where, error.fix]
             connection.send({"refused": refused, "lost": isinstance(error, Lost)})
         raise
-    names = [hosts[process] for process in range(cluster.num_processes)]
     for connection in connections.values():
         connection.send({"hosts": names})
     return names, connections
 
 
-def _connect(cluster: Cluster, seconds: float) -> tuple[list[str], dict[int, Connection]]:
+def _connect(
+    cluster: Cluster, facts: Mapping[str, Any], seconds: float
+) -> tuple[list[str], dict[int, Connection]]:
     """Other processes: connect to process 0 until it answers, which it does once all are there."""
-    greeting = {
-        "process": cluster.process_id,
-        "processes": cluster.num_processes,
-        "host": socket.gethostname(),
-    }
+    greeting = {"process": cluster.process_id, "count": cluster.num_processes, "facts": facts}
+    greeting["host"] = socket.gethostname()
 
     def greet(connected: socket.socket) -> tuple[Connection, dict[str, Any]] | None:
         connection = Connection(connected)
@@ -167,7 +200,7 @@ def _missing_error(cluster: Cluster, hosts: Mapping[int, str], seconds: float) -
     count = cluster.num_processes
     came = ", ".join(f"{process} ({hosts[process]})" for process in sorted(hosts)[:8])
     absent = [str(process) for process in range(count) if process not in hosts]
-    missing = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if absent[8:] else "")
+    missing = ", ".join(absent[:8]) + _more(absent, 8)
     return Lost(
         f"waited {seconds:g} s at {cluster.coordinator}: {len(hosts)} of {count} processes came: "
         f"{came}; missing: {missing}",

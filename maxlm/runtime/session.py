@@ -11,7 +11,8 @@ from maxlm.config import MaxlmError
 from maxlm.config.errors import LOST, convert_os_error
 from maxlm.config.keys import flatten, join_key
 from maxlm.runtime.cluster import find_cluster
-from maxlm.runtime.peers import FAILED, describe_lost_peer, join_cluster
+from maxlm.runtime.peers import FAILED, Peers, describe_lost_peer, join_cluster
+from maxlm.runtime.rendezvous import check_same_facts
 
 _INTERRUPTED = 130
 
@@ -48,13 +49,10 @@ def distributed_session(
     if cluster is None:
         yield
         return
-    peers = join_cluster(cluster, wait_seconds=join_seconds, peer_seconds=peer_seconds)
-    import jax
-
+    facts = {join_key(key): value for key, value in flatten(settings)}
+    peers = join_cluster(cluster, facts, wait_seconds=join_seconds, peer_seconds=peer_seconds)
     try:
-        facts = {join_key(key): value for key, value in flatten(settings)}
-        facts["devices"] = f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}"
-        peers.check(facts, wait_seconds=join_seconds)
+        _check_same_devices(peers)
         yield
     except MaxlmError as error:
         if not error.on_all_processes:
@@ -76,3 +74,16 @@ def distributed_session(
             traceback.print_exc()
         peers.end_all(LOST if lost else FAILED, lost or repr(error))
     peers.leave()
+
+
+def _check_same_devices(peers: Peers) -> None:
+    import jax
+
+    devices = [jax.local_devices(process) for process in range(jax.process_count())]
+    try:
+        check_same_facts(
+            peers.hosts, [{"devices": f"{len(own)} {own[0].device_kind}"} for own in devices]
+        )
+    except MaxlmError as error:
+        error.on_all_processes = True  # each sees all devices
+        raise

@@ -23,10 +23,7 @@ _FEW_RETRIES = {"max_retries": 5, "initial_delay": "500ms", "max_delay": "4s"}
 
 
 def to_place(path: Path | str) -> Place:
-    """
-    Raises:
-        MaxlmError: a URL of another kind.
-    """
+    """Returns the place of a path or URL; raises MaxlmError for a URL of another kind."""
     # Also from a Path, which has made one slash of two.
     match = re.fullmatch(r"([a-z0-9+]+):/+([^/]+(?:/.*?)?)/*", str(path))
     if match is None:
@@ -76,11 +73,7 @@ def make_kvstore_spec(place: Place, *, patient: bool = True) -> dict[str, Any]:
 
 
 def read_file(place: Place, name: str) -> bytes:
-    """Returns the bytes of a file in a place.
-
-    Raises:
-        OSError: it cannot be read; FileNotFoundError if it is not there.
-    """
+    """Returns the bytes of a file in a place; raises OSError if it cannot be read."""
     if isinstance(place, Path):
         return (place / name).read_bytes()
     with _storage_errors():
@@ -98,11 +91,8 @@ def hash_stored_file(place: Place, name: str) -> str:
 
 
 def copy_folder(place: Place, name: str, to: Path) -> None:
-    """Copy the files below folder `name` of an object store into the folder `to`.
-
-    Raises:
-        OSError: they cannot be listed, or one cannot be read or written.
-    """
+    """Copy the files below folder `name` of an object store into the folder `to`; raises OSError if
+    one cannot be read or written."""
     folder = join_place(place, name)
     with _storage_errors():
         keys = [key.decode() for key in _open(folder).list().result()]

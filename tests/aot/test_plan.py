@@ -8,8 +8,8 @@ import pytest
 from maxlm.plan.network import describe_torus_dimensions
 from maxlm.plan.predict import Machine, plan_run
 from maxlm.plan.topology import parse_topology
-from maxlm.programs.compare import compare
 from maxlm.programs.compile import compile_step, get_topology_devices, has_compiler
+from maxlm.programs.plans import compare
 from maxlm.sharding import MESH_AXES
 from tests.aot.conftest import FF, MATRIX_BYTES, SEQ, D, small_run
 

@@ -11,16 +11,6 @@ from tests.runtime import peers_worker
 PARTS = [sys.executable, str(Path(peers_worker.__file__))]
 
 
-def test_the_tasks_of_a_step_meet(scheduler, tmp_path):
-    command = ["srun", "--nodes=2", "--ntasks-per-node=1", "--label", *PARTS, "once"]
-    environ = tiny.environment(tmp_path) | dict(scheduler)
-    done = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert {"0: process 0 of 2: 3", "1: process 1 of 2: 3"} <= set(done.stdout.splitlines())
-
-
 def test_a_killed_task_ends_the_other(scheduler, tmp_path):
     """The other says who is gone, on which host, and which state is left; srun ends with 137."""
     marks = [tmp_path / "0", tmp_path / "1"]

@@ -18,7 +18,7 @@ from maxlm.data.rows import make_row_source, open_rows
 from maxlm.data.tokenizer import Tokenizer
 from maxlm.models.params import bind, flatten_names
 from maxlm.plan.predict import plan_run
-from maxlm.programs.frozen import load_frozen_models
+from maxlm.programs.load import load_frozen_models
 from maxlm.programs.setup import set_up
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig

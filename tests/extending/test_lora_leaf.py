@@ -1,7 +1,6 @@
 """LoRA as an external package writes it: a leaf class, and an adapter from specs to specs."""
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -31,8 +30,7 @@ from maxlm.models.params import (
     truncated_normal,
 )
 from maxlm.plan.predict import plan_run
-from maxlm.programs.init_checkpoint import find_init_checkpoint, init_state
-from maxlm.programs.load import load_run
+from maxlm.programs.load import init_state, load_run
 from maxlm.programs.setup import set_up
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
@@ -239,9 +237,7 @@ def test_a_run_trains_a_and_b_alone_beside_the_base_that_it_starts_from(
     assert are_equal(load_run(whole.folder).params, whole.state.params)
     again = {"steps": 1, "start_from": str(whole.folder)}
     setup = set_up(make_config("again", mesh, again, adapter=adapter))
-    with ExitStack() as stack:
-        state = init_state(setup, find_init_checkpoint(setup, stack))
-    assert are_equal(state.params, whole.state.params)
+    assert are_equal(init_state(setup).params, whole.state.params)
 
 
 def test_the_plan_counts_no_gradients_and_no_optimizer_for_the_base(make_config):

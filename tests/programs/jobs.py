@@ -1,6 +1,5 @@
 """``maxlm train`` as processes of their own: told things, killed, and asked how they ended."""
 
-import json
 import socket
 import subprocess
 import sys
@@ -9,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maxlm.train.records import read_records
 from tests.ports import free_port
 from tests.programs import tiny
 
 WORKER = Path(__file__).with_name("faults_worker.py")
 HERE = socket.gethostname()
-SAME = ("loss", "grad_norm", "param_norm", "update_norm", "eval_loss", "tokens")
 
 
 class Process:
@@ -27,10 +24,7 @@ class Process:
             self._process = subprocess.Popen(
                 list(map(str, command)), stdout=out, stderr=err, env=dict(environment)
             )
-        self.id = self._process.pid
-
-    def send(self, signum: int) -> None:
-        self._process.send_signal(signum)
+        self.id, self.send = self._process.pid, self._process.send_signal
 
     def ended(self, seconds: float = 600) -> tuple[int, list[str], list[str]]:
         """Its exit code and the lines that it wrote, on stdout and on stderr."""
@@ -51,21 +45,12 @@ class Process:
 
 
 class Jobs:
-    """Starts runs of one config; none outlives the test.
+    """Starts runs of one config, each in a folder of its own in ``folder``; none outlives the test.
+    What they write to stdout and stderr, and what is compiled, lies there too."""
 
-    Args:
-        logs: a folder for what they write to stdout and stderr, and for what is compiled.
-        runs: a folder for theirs; default: the same.
-    """
-
-    def __init__(self, logs: Path, config: str, *settings: str, runs: Path | None = None):
-        self.logs, self.folder, self._config = logs, runs or logs, config
-        self._settings = (f"folder={self.folder}", *settings)
+    def __init__(self, folder: Path, config: str):
+        self.folder, self._config = folder, config
         self._started: list[Process] = []
-
-    def elsewhere(self, runs: Path) -> "Jobs":
-        """The same, with the runs in another folder."""
-        return Jobs(self.logs, self._config, *self._settings[1:], runs=runs)
 
     def train(
         self,
@@ -74,7 +59,6 @@ class Jobs:
         processes: int = 1,
         devices: int = 1,
         faults: Mapping[int, tuple[str, Any]] | None = None,
-        environment: Mapping[str, str] | None = None,
         own: Mapping[int, Sequence[str]] | None = None,
     ) -> list[Process]:
         """Start ``maxlm train`` on the hosts of a cluster, or on one.
@@ -84,7 +68,7 @@ class Jobs:
             faults: of a process by its number, (what, where): see ``faults_worker.py``.
             own: settings of one process alone, by its number.
         """
-        arguments = ["train", self._config, f"name={name}", *self._settings, *settings]
+        arguments = ["train", self._config, f"name={name}", *settings]
         port, begun = free_port(), []
         for number in range(processes):
             cluster = {
@@ -95,10 +79,9 @@ class Jobs:
             }
             fault = (faults or {}).get(number)
             program = [WORKER, *fault] if fault else ["-m", "maxlm.cli.main"]
-            log = self.logs / f"{name}-{len(self._started)}"
+            log = self.folder / f"{name}-{len(self._started)}"
             command = [sys.executable, *program, *arguments, *(own or {}).get(number, ())]
-            variables = tiny.environment(self.logs) | cluster | dict(environment or {})
-            begun.append(Process(command, log, variables))
+            begun.append(Process(command, log, tiny.environment(self.folder) | cluster))
             self._started.append(begun[-1])
         return begun
 
@@ -111,18 +94,7 @@ class Jobs:
 
     def step(self, name: str) -> int:
         """The newest that is on record."""
-        return max((record["step"] for record in self.records(name)), default=0)
-
-    def records(self, name: str) -> list[dict[str, Any]]:
-        return list(read_records(self.folder / name / "metrics.jsonl"))
-
-    def results(self, name: str) -> list[tuple[int, dict[str, float]]]:
-        """What must not depend on how a run got there."""
-        return [(r["step"], {k: r[k] for k in SAME if k in r}) for r in self.records(name)]
-
-    def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
-        lines = (self.folder / name / "events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] in kinds]
+        return max((r["step"] for r in tiny.read_metrics(self.folder / name)), default=0)
 
     def end(self) -> None:
         for process in self._started:

@@ -138,24 +138,6 @@ def test_a_model_of_no_family_is_refused(llama, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_number_formats_come_back(tmp_path):
-    tensors = dict(golden("gpt2").tensors)
-    odd = {
-        "transformer.ln_f.weight": np.linspace(-1, 1, 28, dtype=np.float32),
-        "transformer.ln_f.bias": np.linspace(-1, 1, 28, dtype=np.float16),
-    }
-    source = folder_of("gpt2", tmp_path / "their", tensors | odd)
-    convert(source, tmp_path / "run")
-    convert(tmp_path / "run", tmp_path / "again")
-    check_same_tensors(tmp_path / "again", tensors | odd)
-    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
-
-    done = convert(tmp_path / "run", tmp_path / "half", dtype="float16")
-    assert done.dtype == "F16"
-    kinds = {stored.dtype for stored in list_stored_tensors(tmp_path / "half").values()}
-    assert kinds == {"F16"}
-
-
 def test_many_files_are_one_model(tmp_path):
     source = folder_of("deepseek_v2", tmp_path / "their")
     convert(source, tmp_path / "run")
@@ -190,10 +172,7 @@ def test_a_tokenizers_files_come_back_byte_for_byte(llama, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2"],
-)
+@pytest.mark.parametrize("name", ["llama", "phi3", "qwen3_moe", "deepseek_v2"])
 def test_a_tied_head_may_be_stored_again(name, tmp_path):
     tensors = dict(golden(name).tensors)
     table = tensors["model.embed_tokens.weight"]
@@ -260,6 +239,10 @@ def test_number_formats_come_back_under_usual_names(name, tmp_path):
     convert(tmp_path / "their", tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "again")
     check_same_tensors(tmp_path / "again", usual)
+    assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == "bfloat16"
+    assert convert(tmp_path / "run", tmp_path / "half", dtype="float16").dtype == "F16"
+    stored = list_stored_tensors(tmp_path / "half").values()
+    assert {each.dtype for each in stored} == {"F16"}
 
 
 def test_special_tokens_that_the_table_has_no_rows_for(tmp_path):

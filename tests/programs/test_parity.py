@@ -16,7 +16,7 @@ TOLERANCE = 1e-5
 WRITTEN = dict([*cells.TRAINED, *cells.COVER]).items()
 # `make test` takes a pairwise cover of the matrix, `make test-layouts` all of it.
 TRAINED = [
-    pytest.param(*each, marks=[] if each in cells.COVER else pytest.mark.layouts)
+    pytest.param(*each, marks=[] if each in cells.COVER else pytest.mark.slow)
     for each in cells.TRAINED
 ]
 

@@ -1,5 +1,5 @@
 """A run that starts from another's parameters: refused at once if they do not fit, and on its own
-once it has begun."""
+once it has begun; and one that is traced."""
 
 import pytest
 
@@ -68,3 +68,20 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text
         if how == "start_from"
         else f"resuming from step 3 in {first / 'checkpoints'}"
     )
+
+
+def test_steps_that_never_come_and_steps_that_have_been_taken(tmp_path):
+    path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), train={"steps": 2})
+    config, run, said = load_config(RunConfig, path).value, tmp_path / "tiny", []
+    with pytest.raises(MaxlmError) as error:
+        train_model(config, profile=(3, 5), say=said.append)
+    assert str(error.value) == (
+        "--profile: step 3 never comes: the run has 2 steps; name steps that it takes"
+    )
+    assert not run.exists()
+    train_model(config, profile=(2, 5), say=said.append)
+    assert list((run / "profile").rglob("*.xplane.pb"))
+    assert not [line for line in said if "trace" in line]
+    longer = load_config(RunConfig, path, ["train.steps=3"]).value
+    train_model(longer, profile=(1, 2), say=said.append)  # as a job that is started again does
+    assert "no trace is taken: step 2, the last to trace, has been taken" in said

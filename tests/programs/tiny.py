@@ -1,13 +1,21 @@
-"""Runs small enough to be trained many times, on text made here."""
+"""Runs small enough to be trained many times, on text made here, and what they wrote down."""
 
+import json
 import os
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from maxlm.train.records import read_records
+
 ROOT = Path(__file__).parents[2]
+TEXT = "the sun rises over a quiet sea and grey gulls turn slowly into wind"
+# What must not depend on how a run got there.
+SAME = ("loss", "grad_norm", "param_norm", "update_norm", "eval_loss", "tokens")
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -27,24 +35,8 @@ def write_text(folder: Path, documents: int = 12, seed: int = 0) -> str:
     """Files of words drawn from a short list; the folder's path."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
-    words = [
-        "the",
-        "sun",
-        "rises",
-        "over",
-        "a",
-        "quiet",
-        "sea",
-        "and",
-        "grey",
-        "gulls",
-        "turn",
-        "slowly",
-        "into",
-        "wind",
-    ]
     for number in range(documents):
-        chosen = random.choice(words, int(random.integers(100, 400)))
+        chosen = random.choice(TEXT.split(), int(random.integers(100, 400)))
         (folder / f"{number:02}.txt").write_text(" ".join([f"{number}:", *chosen]) + "\n")
     return str(folder)
 
@@ -86,3 +78,33 @@ def write_config(folder: Path, text: str, **top: Any) -> str:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings(folder, text, **top)))
     return str(path)
+
+
+def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
+    """Let ``change`` have each batch of a run, with its number, before it is trained on."""
+    from maxlm.programs import train
+    from maxlm.train.skips import get_batch_number
+
+    original = train.load_training_batches
+
+    @contextmanager
+    def spoiled(setup: Any, source: Any, start: int, skips: Any = ()):
+        with original(setup, source, start, skips) as batches:
+            numbered = enumerate(batches, start)
+            yield (change(get_batch_number(step, skips), batch) for step, batch in numbered)
+
+    monkeypatch.setattr(train, "load_training_batches", spoiled)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return list(read_records(run / "metrics.jsonl"))
+
+
+def read_results(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """What must not depend on how a run got there."""
+    return [(r["step"], {k: r[k] for k in SAME if k in r}) for r in read_metrics(run)]
+
+
+def read_events(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] in kinds]

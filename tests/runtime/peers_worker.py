@@ -19,7 +19,7 @@ def main() -> int:
     action, cluster, peers = sys.argv[1], find_cluster(os.environ), None
     assert cluster
     try:
-        peers = join_cluster(cluster, wait_seconds=120, peer_seconds=10)
+        peers = join_cluster(cluster, {}, wait_seconds=120, peer_seconds=10)
         add_up(action)
     except Exception as error:
         if isinstance(error, MaxlmError):

@@ -174,14 +174,20 @@ def test_a_metadata_server_that_does_not_answer_at_once_is_asked_again(tmp_path,
         server.shutdown()
 
 
-def meet(port: int, *processes: tuple[int, int], wait: float = 60, host="127.0.0.1") -> list[Any]:
+def meet(
+    port: int, *processes: tuple[int, int], wait: float = 60, host="127.0.0.1", facts: Any = None
+) -> list[Any]:
     """What processes, given by (id, number of all), end with: hosts' names, or the error."""
+
+    def join(process: int, count: int) -> Any:
+        place, own = Cluster("", f"{host}:{port}", count, process), (facts or {}).get(process, {})
+        try:
+            return join_processes(place, own, wait_seconds=wait)[0]
+        except MaxlmError as error:
+            return type(error), str(error)
+
     with ThreadPoolExecutor(len(processes)) as pool:
-        places = [Cluster("", f"{host}:{port}", count, number) for number, count in processes]
-        joined = [pool.submit(join_processes, place, wait_seconds=wait) for place in places]
-    errors = [each.exception() for each in joined]
-    ended = zip(errors, joined, strict=True)
-    return [(type(e), str(e)) if e else each.result()[0] for e, each in ended]
+        return list(pool.map(join, *zip(*processes, strict=True)))
 
 
 @contextmanager
@@ -216,7 +222,8 @@ def call(port: int, words: bytes) -> None:
 
 
 def greeting(process: int, count: int) -> bytes:
-    return json.dumps({"process": process, "processes": count, "host": "dead"}).encode() + b"\n"
+    call = {"process": process, "count": count, "host": "dead", "facts": {}}
+    return json.dumps(call).encode() + b"\n"
 
 
 def test_processes_meet_among_strangers_and_those_that_died_while_they_waited():
@@ -261,6 +268,17 @@ def test_missing_processes():
 )
 def test_processes_that_contradict_each_other(processes, message):
     assert meet(free_port(), *processes) == [(MaxlmError, message)] * len(processes)
+
+
+def test_processes_of_different_settings():
+    same = {"a": 1, "jaxlib": "0.9"}
+    facts = {0: same, 1: same | {"jaxlib": "0.8", "b": [2]}, 2: same}
+    message = (
+        f"hosts disagree on jaxlib: 0.9 on process 0 ({HERE}) and process 2 ({HERE}); 0.8 on "
+        f"process 1 ({HERE}); and on b; start all hosts with the same software, config and kind of "
+        "machine"
+    )
+    assert meet(free_port(), (0, 3), (1, 3), (2, 3), facts=facts) == [(MaxlmError, message)] * 3
 
 
 @pytest.mark.parametrize(

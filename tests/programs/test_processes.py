@@ -1,0 +1,208 @@
+"""Runs of `maxlm train` on several processes that are stopped, killed and moved to other meshes."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from maxlm.config import MaxlmError
+from maxlm.programs.runs import read_run
+from maxlm.programs.setup import set_up
+from maxlm.run import RunConfig
+from tests.data.loader.test_prefetch import alive, wait_until, worker_pids
+from tests.programs import tiny
+from tests.programs.jobs import HERE, Jobs
+from tests.programs.tiny import read_events, read_metrics, read_results
+
+STEPS = 20
+SLOW = {0: ("slow", 0), 1: ("slow", 0)}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """``one`` is trained without a fault, on two devices of one process, with a checkpoint each 5
+    steps."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = tiny.write_config(
+        folder,
+        tiny.write_text(folder / "text"),
+        train={"steps": STEPS, "eval_every": 8, "max_device_rows": 4, "ema_decay": 0.9},
+        checkpoint={"every_steps": 5, "keep_last": 4},
+        reporting={"tensorboard": False},
+    )
+    started = Jobs(folder, config)
+    started.trained("one", devices=2)
+    yield started
+    started.end()
+
+
+def test_two_processes_end_together_if_one_is_told_to_or_hangs_and_go_on_to_the_same_end(jobs):
+    run = jobs.folder / "pair"
+    processes = jobs.train("pair", processes=2, faults=SLOW)
+    processes[0].until(lambda: jobs.step("pair") >= 3)
+    processes[1].send(signal.SIGTERM)
+    ended = [process.ended() for process in processes]
+    words = f"preempted at step {jobs.step('pair')} of {STEPS}, which is saved"
+    line = f"error: {run}: {words}; run the same command to resume"
+    assert [(code, err[-1]) for code, _, err in ended] == [(75, line)] * 2
+
+    # One hangs: both say where they are, also the one that finds it later.
+    hasty = ["faults.hang_seconds=16", "faults.hang_factor=2"]
+    faults = {0: ("hang", 15), 1: ("slow", 0)}
+    ended = [process.ended() for process in jobs.train("pair", *hasty, processes=2, faults=faults)]
+    for number, (code, _, err) in enumerate(ended):
+        [line] = [line for line in err if f"process {number} hangs" in line]
+        assert code == 76
+        [path] = (run / "hangs").glob(f"process-{number}-step-*.txt")
+        step = path.stem.rpartition("-")[2]
+        start, _, rest = line.partition(" s is the median) has taken ")
+        assert start.startswith(f"error: {run}: process {number} hangs: step {step} (")
+        seconds, _, rest = rest.partition(" s; ")
+        assert 16 <= float(seconds) < 3600  # not idle_seconds
+        assert rest == (
+            f"what its threads were doing is in {path}; run the same command to resume from the "
+            "last checkpoint"
+        )
+        assert ("a_place_to_hang" if number == 0 else "_finish_step") in path.read_text()
+    assert read_run(run).history.counts["hang"] == 1
+
+    jobs.trained("pair", processes=2)
+    assert read_results(run) == read_results(jobs.folder / "one")
+    assert json.loads((run / "environment.json").read_text())["hosts"] == [HERE] * 2
+
+
+def as_if_saved_elsewhere(path: Path) -> None:
+    """Let a local file be of a save of other arrays than it was."""
+    with safe_open(path, "np") as file:
+        keys, header = file.keys(), file.metadata()
+        arrays = {key: file.get_tensor(key) for key in keys}
+    metadata = json.loads(header["metadata"])
+    del metadata["sha256"], metadata["versions"]  # as an older version would
+    metadata["fingerprints"] = {name: int(x) + 1 for name, x in metadata["fingerprints"].items()}
+    save_file(arrays, path, header | {"metadata": json.dumps(metadata)})
+
+
+def test_hosts_go_on_from_their_disks_and_from_the_folder_when_one_has_lost_its(jobs, tmp_path):
+    own = ["checkpoint.every_steps=10", "checkpoint.local_every_steps=4", "faults.peer_seconds=10"]
+    own += [f"checkpoint.local_folder={tmp_path}/fast"]
+    run = jobs.folder / "locals"
+    home = run / "checkpoints"
+    place = f"locals-{hashlib.sha256(str(home).encode()).hexdigest()[:8]}"
+    disks = [tmp_path / "fast" / place / f"process-{number}" for number in range(2)]
+
+    def killed(victim, step):
+        """Kill one process after a step is on all disks; what the other said."""
+        processes = jobs.train("locals", *own, processes=2, faults=SLOW)
+        for disk, process in zip(disks, processes, strict=True):
+            process.until((disk / f"{step}.safetensors").exists)
+        processes[victim].send(signal.SIGKILL)
+        code, said, err = processes[1 - victim].ended()
+        state = "the state is that of the last checkpoint"
+        words = f"error: process {victim} ({HERE}) is gone; {state}"
+        assert (code, any(words in line for line in err)) == (76, True)  # JAX may write beside it
+        return [line for line in said if "skipped" in line or "resuming" in line]
+
+    def steps_in(folder):
+        """Of complete checkpoints: folders, or files on a host's own disk."""
+        names = (path.name.removesuffix(".safetensors") for path in folder.iterdir())
+        return {int(name) for name in names if name.isdigit()}
+
+    killed(0, 8)
+    newest = max(steps_in(disks[0]) & steps_in(disks[1]))
+    assert killed(1, 16) == [f"resuming from step {newest} in {disks[0]}"]
+    # One host is back from elsewhere: it has lost a file, and keeps one of the run's other path.
+    folder, lost = max(steps_in(home)), steps_in(disks[0])
+    newest = max(lost & steps_in(disks[1]))
+    for path in disks[1].glob("*.safetensors"):
+        if path.stem == str(newest):
+            as_if_saved_elsewhere(path)
+        else:
+            path.unlink()
+    said = jobs.trained("locals", *own, processes=2)
+    why = dict.fromkeys(lost, "process 1 has none") | {newest: "its files are not of one save"}
+    assert [line for line in said if "skipped" in line or "resuming" in line] == [
+        *(
+            f"local checkpoint {step} is skipped: {why[step]}"
+            for step in sorted(lost, reverse=True)
+            if step >= folder
+        ),
+        f"resuming from step {folder} in {home}",
+    ]
+    assert newest > folder
+    assert read_results(run) == read_results(jobs.folder / "one")
+
+
+def test_hosts_whose_settings_differ_are_told_which_settings(jobs):
+    own = {1: ["data.batch_size=4", "train.eval_every=9"]}
+    line = (
+        f"error: hosts disagree on data.batch_size: 8 on process 0 ({HERE}); 4 on process 1 "
+        f"({HERE}); and on train.eval_every; start all hosts with the same software, config and "
+        "kind of machine"
+    )
+    ended = [process.ended() for process in jobs.train("differ", processes=2, own=own)]
+    assert [(code, err) for code, _, err in ended] == [(2, [line])] * 2
+
+
+def test_a_killed_loader_worker_ends_all_hosts_with_one_line_each(jobs):
+    processes = jobs.train("worker", "data.workers=1", "train.steps=150", processes=2, faults=SLOW)
+    processes[1].until(lambda: jobs.step("worker") > 1)
+    workers = [worker_pids(process.id) for process in processes]
+    assert [len(pids) for pids in workers] == [1, 1]
+    os.kill(workers[1].pop(), signal.SIGKILL)
+    line = (
+        "data.workers: a loader worker was killed by signal 9 (Killed), probably out of memory; "
+        "run the same command to go on from the last checkpoint, with fewer data.workers or more "
+        "memory if it happens again"
+    )
+    said = [f"error: process 1 ({HERE}): {line}", f"error: {line}"]
+    for process, text in zip(processes, said, strict=True):
+        code, _, err = process.ended()
+        # JAX's own words may come behind it.
+        assert (code, err.count(text)) == (76, 1), err
+        assert not [each for each in err if "Traceback" in each]
+    wait_until(lambda: not any(map(alive, workers[0] | workers[1])))
+
+
+def test_a_run_that_moves_from_machine_to_machine_is_the_run_that_stayed(jobs):
+    home = jobs.folder / "moved"
+    machines = [
+        # processes, devices of each, mesh, steps by then, parts of the batch of 8
+        (2, 2, "{data: 2, tensor: 2}", 5, 1),
+        (1, 1, "{fsdp: 1}", 12, 2),
+        (2, 1, "{fsdp: 2}", STEPS, 1),
+    ]
+    before = 0
+    for processes, devices, mesh, until, parts in machines:
+        said = jobs.trained(
+            "moved", f"mesh={mesh}", f"train.steps={until}", processes=processes, devices=devices
+        )
+        resumed = f"resuming from step {before} in {home / 'checkpoints'}"
+        assert (resumed in said) == (before > 0)
+        plan = json.loads((home / "plan.json").read_text())
+        assert plan["micro_batches"] == parts
+        before = until
+    want, got = (
+        [r for r in read_metrics(jobs.folder / name) if "loss" in r] for name in ("one", "moved")
+    )
+    assert [r["step"] for r in got] == [r["step"] for r in want] == list(range(1, STEPS + 1))
+    assert [r["tokens"] for r in got] == [r["tokens"] for r in want]
+    assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in want], rel=1e-5)
+    assert want[-1]["loss"] < want[0]["loss"] - 0.5
+    starts = read_events(home, "start", "resume")
+    assert [(e["processes"], e["devices"]) for e in starts] == [(2, 4), (1, 1), (2, 2)]
+
+
+def test_a_machine_that_the_batch_does_not_divide_over(tmp_path):
+    run = RunConfig.model_validate(tiny.settings(tmp_path, "", train={"max_device_rows": 2}))
+    with pytest.raises(MaxlmError) as error:
+        set_up(run, jax.devices()[:3])
+    assert str(error.value) == (
+        "train.max_device_rows: a batch of 8 sequences does not divide over 3 devices into parts "
+        "of 2 or less; use a mesh whose batch axes and stages divide the batch"
+    )
