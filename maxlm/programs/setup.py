@@ -138,7 +138,7 @@ def set_up(
     for_training: bool = True,
     frozen_sources: Mapping[str, FrozenModelSource] | None = None,
 ) -> Setup:
-    """Mesh, rules, model and optimizer for the devices at hand (default: all); whatever does not fit
+    """Mesh, rules, model and optimizer for the devices at hand (default: all); what does not fit
     raises a MaxlmError.
 
     Args:

@@ -35,8 +35,8 @@ def broadcast_from_process_0(value: Any) -> Any:
 
 
 def raise_on_all_hosts(function: Callable[[], Result]) -> Result:
-    """Calls ``function`` on every process; if it raises a MaxlmError on one, all of them raise: this
-    process's own error, else another's, of the same class."""
+    """Calls ``function`` on every process; if it raises a MaxlmError on one, all raise: their own,
+    else another's, of the same class."""
     result, own = None, None
     try:
         result = function()

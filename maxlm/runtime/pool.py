@@ -1,13 +1,15 @@
 """A pool of spawned worker processes that end with their parent."""
 
-import atexit
+import itertools
 import multiprocessing
-import multiprocessing.util  # before any pool: what it does at exit comes last
 import os
+import pickle
 import threading
-import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from maxlm.config import MaxlmError
@@ -28,7 +30,7 @@ class WorkerPool:
 
     def __init__(self, workers: int):
         self._workers = workers
-        self._processes: dict[Connection, Any] = {}
+        self._started: tuple[int, ProcessPoolExecutor] | None = None
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -43,68 +45,50 @@ class WorkerPool:
         model) is there for all the jobs that this worker does, and gone with the next function.
         """
         # What does one job is left to a worker that has imported its modules, if there is one.
-        if self._workers == 1 or (len(jobs) < 2 and not self._processes):
+        if self._workers == 1 or (len(jobs) < 2 and not self._started):
             yield from map(function, jobs)
             return
-        self._start(min(self._workers, len(jobs)))
-        waiting, finished = iter(jobs), False
-        busy: set[Connection] = set()
-        told: set[Connection] = set()
-
-        def feed(connection: Connection) -> None:
-            for job in waiting:
-                connection.send((None if connection in told else function, job))
-                told.add(connection)
-                busy.add(connection)
-                return
-
+        count, pool = self._start(min(self._workers, len(jobs)))
+        named, waiting = (uuid.uuid4(), pickle.dumps(function)), iter(jobs)
+        busy, finished = set[Future[Result]](), False
         try:
-            for connection in self._processes:
-                feed(connection)
-            while busy:
-                for connection in wait(list(busy)):
-                    assert isinstance(connection, Connection)
-                    result, error = connection.recv()
-                    busy.remove(connection)
-                    if error is not None:
-                        raise error
-                    feed(connection)
-                    yield result
-            finished = True
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            while True:
+                with block_signals():  # Processes start with the first job.
+                    for job in itertools.islice(waiting, 2 * count - len(busy)):
+                        busy.add(pool.submit(_call, *named, job))
+                if not busy:
+                    finished = True
+                    return
+                done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
             raise MaxlmError(
                 "a worker process died, most likely for want of memory",
                 fix="run it again with fewer workers; a script of your own must start under "
                 "if __name__ == '__main__'",
             ) from error
         finally:
-            # Else a later map would be handed the answers still on their way.
             if not finished:
                 self._stop()
 
-    def _start(self, count: int) -> None:
-        start_resource_tracker()
-        # Python's own end of daemons asks them by SIGTERM to end, which these ignore, and waits.
-        atexit.register(self._stop)
-        context = multiprocessing.get_context("spawn")
-        while len(self._processes) < count:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            with block_signals():
-                process.start()
-            # Only the worker must hold its end, or its death would go unseen.
-            theirs.close()
-            self._processes[ours] = process
+    def _start(self, count: int) -> tuple[int, ProcessPoolExecutor]:
+        if self._started is None or self._started[0] < count:
+            self._stop()
+            start_resource_tracker()
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(count, context, initializer=_begin)
+            self._started = count, pool
+        return self._started
 
     def _stop(self) -> None:
-        atexit.unregister(self._stop)
-        # Without their clearing up, which takes half a second: what is done is done.
-        for connection, process in self._processes.items():
-            connection.close()
-            process.kill()
-        for process in self._processes.values():
-            process.join()
-        self._processes = {}
+        if self._started:
+            _, pool = self._started
+            self._started = None
+            # Without their clearing up, which takes half a second: what is done is done.
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            pool.shutdown(cancel_futures=True)
 
 
 def count_workers() -> int:
@@ -127,27 +111,20 @@ def thread_count() -> int:
     return 1 if serial else os.cpu_count() or 1
 
 
-def _serve(connection: Connection) -> None:
+def _begin() -> None:
+    """Begins a worker."""
     use_one_thread()
     ignore_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    function: Any = None
-    while True:
-        try:
-            new, job = connection.recv()
-        except EOFError:
-            return
-        function = function if new is None else new
-        try:
-            reply = function(job), None
-        except Exception as error:
-            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
-            reply = None, error
-        try:
-            connection.send(reply)
-        except Exception as error:  # An answer that cannot be pickled, such as some errors.
-            what = f"a worker's answer cannot be sent ({error}): {reply[1] or reply[0]!r}"
-            connection.send((None, MaxlmError(what)))
+
+
+@lru_cache(maxsize=1)
+def _unpickle(_: uuid.UUID, pickled: bytes) -> Any:
+    return pickle.loads(pickled)
+
+
+def _call(number: uuid.UUID, pickled: bytes, job: Any) -> Any:
+    return _unpickle(number, pickled)(job)
 
 
 def _end_with_parent() -> None:

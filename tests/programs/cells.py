@@ -24,77 +24,59 @@ from tests.models.building import QUICK
 STEPS, MICRO, ROWS, SEQ = 3, 4, 8, 24
 RATE = 1e-2
 
+DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
+CAPACITY, PATTERN, LATENT = "moe capacity", "pattern", "latent"
+_BASE = {"vocab_size": 72, "num_layers": 4, "d_model": 32, "max_seq_len": SEQ}
+_HEADS = {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6}
+_EXPERTS = {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1}
 MODELS: dict[str, dict[str, Any]] = {
-    "mha": {
-        "vocab_size": 72,
-        "num_layers": 4,
+    "mha": _BASE
+    | {
         "d_model": 24,
-        "max_seq_len": SEQ,
         "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 3, "bias": True},
         "mlp": {"d_ff": 40, "gated": False, "activation": "gelu_tanh", "bias": True},
         "norm": {"kind": "layernorm", "bias": True},
         "positions": {"kind": "learned"},
         "tie_embeddings": True,
     },
-    "gqa_window": {
+    "gqa_window": _BASE
+    | {
         "vocab_size": 88,
-        "num_layers": 4,
-        "d_model": 32,
-        "max_seq_len": SEQ,
-        "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "window": 7},
+        "attention": _HEADS | {"window": 7},
         "mlp": {"d_ff": 48},
         "remat": "none",
     },
-    "moe": {
+    "moe": _BASE
+    | {
         "vocab_size": 56,
-        "num_layers": 4,
-        "d_model": 32,
-        "max_seq_len": SEQ,
         "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 6},
-        "moe": {
-            "num_experts": 8,
-            "experts_per_token": 2,
-            "d_ff": 16,
-            "shared_experts": 1,
-            "z_loss": 1e-3,
-        },
+        "moe": _EXPERTS | {"z_loss": 1e-3},
+    },
+    # Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent attention
+    # with a dense layer before those with experts (DeepSeek-V2).
+    PATTERN: _BASE
+    | {
+        "num_layers": 5,
+        "attention": _HEADS | {"qk_norm": True},
+        "mlp": {"d_ff": 48, "activation": "gelu_tanh"},
+        "norm": {"zero_centred": True},
+        "placement": "sandwich",
+        "pattern": [{"window": 5, "positions": {"theta": 100.0}}, {"window": None}],
+        "embedding_scale": 5.0,
+        "tie_embeddings": True,
+    },
+    LATENT: _BASE
+    | {
+        "num_layers": 3,
+        "attention": {"num_heads": 8, "num_kv_heads": 8, "head_dim": 10}
+        | {"latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6}},
+        "mlp": {"d_ff": 48},
+        "moe": _EXPERTS,
+        "dense_layers": 1,
     },
 }
-DENSE, ALL = ("mha", "gqa_window"), ("mha", "gqa_window", "moe")
-CAPACITY = "moe capacity"
 MODELS[CAPACITY] = MODELS["moe"] | {
     "moe": MODELS["moe"]["moe"] | {"dispatch": "capacity", "capacity_factor": 1.0}
-}
-# Layers unlike each other: kinds by turns with some left over (Gemma 3), and latent attention with
-# a dense layer before those with experts (DeepSeek-V2).
-PATTERN, LATENT = "pattern", "latent"
-MODELS[PATTERN] = {
-    "vocab_size": 72,
-    "num_layers": 5,
-    "d_model": 32,
-    "max_seq_len": SEQ,
-    "attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "qk_norm": True},
-    "mlp": {"d_ff": 48, "activation": "gelu_tanh"},
-    "norm": {"zero_centred": True},
-    "placement": "sandwich",
-    "pattern": [{"window": 5, "positions": {"theta": 100.0}}, {"window": None}],
-    "embedding_scale": 5.0,
-    "tie_embeddings": True,
-}
-MODELS[LATENT] = {
-    "vocab_size": 72,
-    "num_layers": 3,
-    "d_model": 32,
-    "max_seq_len": SEQ,
-    "attention": {
-        "num_heads": 8,
-        "num_kv_heads": 8,
-        "head_dim": 10,
-        "latent": {"kv_rank": 16, "rotary_dim": 4, "value_dim": 6},
-    },
-    "mlp": {"d_ff": 48},
-    "moe": {"num_experts": 8, "experts_per_token": 2, "d_ff": 16, "shared_experts": 1},
-    "dense_layers": 1,
 }
 
 
@@ -306,28 +288,17 @@ def _cover_pairs(trained: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 COVER = _cover_pairs(TRAINED)
 
-# The same for eight devices of two processes, which every axis then crosses, and the model of each.
+# The same for eight devices of two processes, which every axis then crosses.
 HOST_CELLS: dict[str, Cell] = {
-    "fsdp": _cell(fsdp=8),
-    "tp+sp": _cell({"sharding": SEQUENCE_PARALLEL}, tensor=8),
-    "pp circular": _cell(_pipe("circular", 2), stage=2, fsdp=4),
-    "pp 1f1b": _cell(_pipe("1f1b"), stage=4, tensor=2),
-    "cp ring": _cell({"parallel": {"context": "ring"}}, context=4, fsdp=2),
-    "cp all-gather": _cell({"parallel": {"context": "all_gather"}}, context=4, fsdp=2),
-    "cp ulysses": _cell({"parallel": {"context": "ulysses"}}, context=4, fsdp=2),
-    "ep": _cell(expert=8),
-    "ep × pp circular": _cell(_pipe("circular", 2), stage=2, expert=4),
-}
-HOST_MODELS = {
-    "fsdp": "gqa_window",
-    "tp+sp": "mha",
-    "pp circular": "gqa_window",
-    "pp 1f1b": "mha",
-    "cp ring": "gqa_window",
-    "cp all-gather": "gqa_window",
-    "cp ulysses": "mha",
-    "ep": "moe",
-    "ep × pp circular": "moe",
+    "fsdp": _cell({}, ("gqa_window",), fsdp=8),
+    "tp+sp": _cell(SP, ("mha",), tensor=8),
+    "pp circular": _cell(_pipe("circular", 2), ("gqa_window",), stage=2, fsdp=4),
+    "pp 1f1b": _cell(_pipe("1f1b"), ("mha",), stage=4, tensor=2),
+    "cp ring": _cell(_context("ring"), ("gqa_window",), context=4, fsdp=2),
+    "cp all-gather": _cell(_context("all_gather"), ("gqa_window",), context=4, fsdp=2),
+    "cp ulysses": _cell(_context("ulysses"), ("mha",), context=4, fsdp=2),
+    "ep": _cell({}, ("moe",), expert=8),
+    "ep × pp circular": _cell(_pipe("circular", 2), ("moe",), stage=2, expert=4),
 }
 
 
@@ -339,9 +310,8 @@ def config_of(model: str, cell: Cell) -> RunConfig:
             "mesh": cell.mesh,
             "train": {"steps": STEPS, "micro_batches": MICRO},
             "schedule": {"kind": "constant", "warmup_steps": 0, "learning_rate": RATE},
-            "optimizer": {
-                "eps": 1e-2
-            },  # smaller: where gradients are small, updates are rounding alone
+            # Smaller: where gradients are small, updates are rounding alone.
+            "optimizer": {"eps": 1e-2},
             "compute_dtype": "float32",
             **cell.settings,
             "sharding": {"max_unsharded": 1.0, **cell.settings.get("sharding", {})},
@@ -377,15 +347,8 @@ def batches(vocab_size: int, packed: bool) -> list[dict[str, np.ndarray]]:
             padding = np.arange(SEQ) >= ends[:, None]
             segments, positions = (np.where(padding, 0, a) for a in (segments, positions))
         weights = rng.random(shape, dtype=np.float32) * (segments > 0)
-        made.append(
-            {
-                "tokens": tokens,
-                "targets": targets,
-                "positions": positions,
-                "segment_ids": segments,
-                "weights": weights,
-            }
-        )
+        batch = {"tokens": tokens, "targets": targets, "weights": weights}
+        made.append(batch | {"positions": positions, "segment_ids": segments})
     return made
 
 

@@ -45,8 +45,8 @@ def table() -> str:
     ]
     for name, cell in cells.CELLS.items():
         entries = " | ".join(entry(name, model) for model in COLUMNS)
-        hosts = cells.HOST_MODELS.get(name)
-        lines.append(f"| {name} | {mesh(cell)} | {entries} | {COLUMNS[hosts] if hosts else ''} |")
+        hosts = COLUMNS[cells.HOST_CELLS[name].models[0]] if name in cells.HOST_CELLS else ""
+        lines.append(f"| {name} | {mesh(cell)} | {entries} | {hosts} |")
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes]) + "\n"
 

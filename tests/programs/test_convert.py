@@ -21,7 +21,6 @@ from maxlm.models.params import flatten_names, param_specs
 from maxlm.programs.convert import convert
 from maxlm.programs.generate import generate_text
 from maxlm.programs.load import load_run
-from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from tests.models import tiny_tokenizers
@@ -45,7 +44,7 @@ def trained(folder: Path) -> Path:
     """A run of a few steps, with a tokenizer of its own."""
     text = tiny.write_text(folder / "text")
     path = tiny.write_config(folder, text, train={"steps": 2})
-    train_model(load_config(RunConfig, path).value, say=lambda _: None)
+    tiny.train(path)
     return folder / "tiny"
 
 
@@ -112,13 +111,11 @@ def test_what_goes_on_from_a_family_goes_out_under_it(llama, tmp_path):
         train={"steps": 1, "start_from": str(tmp_path / "run")},
         schedule={"kind": "constant", "warmup_steps": 0, "learning_rate": 1e-9},
     )
-    train_model(load_config(RunConfig, tuned).value, say=lambda _: None)
+    tiny.train(tuned)
     want, got = parameters(llama), parameters(tmp_path / "tiny")
     for name, value in want.items():
         np.testing.assert_allclose(got[name], value, atol=1e-7, err_msg=name)
-    train_model(
-        load_config(RunConfig, tuned, ["train.steps=2"]).value, say=lambda _: None
-    )  # and resumed
+    tiny.train(tuned, "train.steps=2")  # and resumed
 
     done = convert(tmp_path / "tiny", tmp_path / "out")
     assert (done.family, done.dtype) == ("mistral", "F32")
@@ -312,24 +309,17 @@ def test_a_converted_run_goes_on_with_the_tokenizers_own_marks(name, tmp_path):
     task = load_config(RunConfig, path).value.task.model_dump()
     assert task | marks == task
     text = tiny.write_text(tmp_path / "text")
-    config = load_config(
-        RunConfig,
+    tiny.train(
         path,
-        [
-            "name=tuned",
-            f"train.start_from={tmp_path / 'run'}",
-            f"data.sources=[{{name: text, documents: [{text}]}}]",
-            "data.batch_size=8",
-            "data.workers=0",
-            "data.build_workers=1",
-            "train.steps=1",
-            "schedule.learning_rate=1e-9",
-            "schedule.warmup_steps=0",
-            "compilation_cache=null",
-            "mesh.data=8",
-        ],
-    ).value
-    train_model(config, say=lambda _: None)
+        "name=tuned",
+        f"train.start_from={tmp_path / 'run'}",
+        f"data={{batch_size: 8, workers: 0, sources: [{{name: text, documents: [{text}]}}]}}",
+        "data.build_workers=1",
+        "train.steps=1",
+        "schedule={learning_rate: 1e-9, warmup_steps: 0}",
+        "compilation_cache=null",
+        "mesh.data=8",
+    )
     want, got = parameters(tmp_path / "run"), parameters(tmp_path / "tuned")
     for key, value in want.items():
         np.testing.assert_allclose(got[key], value, atol=1e-6, err_msg=key)

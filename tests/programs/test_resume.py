@@ -8,21 +8,16 @@ import pytest
 import yaml
 
 from maxlm.cli.main import main
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig
 from maxlm.data.store import append_store, build_store
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
 from tests.programs import tiny
+from tests.programs.tiny import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 NEW = ("temperature", "phases"), ("max_epochs", "store_segments", "keep", "cut")
-
-
-def train(path, *overrides):
-    return train_model(load_config(RunConfig, path, overrides).value, say=lambda _: None)
 
 
 def saved_metadata(run, step):
@@ -47,7 +42,7 @@ def test_a_checkpoint_of_an_older_version_is_gone_on_from(tmp_path):
         for name in names:
             del part[name]
     file.write_text(json.dumps(metadata))
-    assert train(path, "train.steps=2").start == 1
+    assert train(path, "train.steps=2")[0].start == 1
     with pytest.raises(MaxlmError, match=r"tokenizer\.chat=None became 'chatml'"):
         train(path, "tokenizer.chat=chatml", "train.steps=3")
 
@@ -76,11 +71,10 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
 
     # Another run goes on from them, and is stopped before it has any of its own.
     (tmp_path / "aside").rename(home)
-    stopped = load_config(RunConfig, path, ["name=other", "train.steps=4"]).value
     with monkeypatch.context() as patch:
         patch.setattr("maxlm.programs.train.load_training_batches", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train_model(stopped, resume=run, say=lambda _: None)
+            train(path, "name=other", "train.steps=4", resume=run)
     refused(
         f"{other}/checkpoints: no checkpoint is here, and the run resumes from {run}; give "
         f"--resume {run} again; to start afresh, move {other} away, or set another name=...",
@@ -91,7 +85,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(tmp_path, monkeypatch):
     shutil.rmtree(home)
     first = next(i for i, line in enumerate(lines) if '"checkpoint"' in line)
     events.write_text("".join(lines[: first + 1]))
-    assert train(path, "train.steps=1").start == 0
+    assert train(path, "train.steps=1")[0].start == 0
 
 
 def config_of_store(folder):
@@ -141,7 +135,7 @@ def test_a_store_that_grew_is_read_as_it_was(tmp_path):
         "; set store_segments: 1 for it, or train in another run folder"
     )
     grown = "data.sources.0.store_segments=1"
-    assert train(path, "train.steps=2", grown).start == 1
+    assert train(path, "train.steps=2", grown)[0].start == 1
     # Both were read: the newest checkpoint is again one of the first segment.
     with pytest.raises(MaxlmError, match="set store_segments: 1"):
         train(path, "train.steps=3", "data.sources.0.store_segments=2")

@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
 from maxlm.programs import resume as resume_module
 from maxlm.programs.resume import StateSource
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
 from maxlm.train.checkpoint import Checkpointer, FolderTier
 from tests.programs import tiny
 from tests.programs.tiny import read_events, read_metrics
@@ -45,11 +43,7 @@ def other_targets(batch):
 def train(tmp_path, text, name, *overrides, resume=None, **top):
     top = {"train": {"steps": STEPS}, "checkpoint": {"every_steps": 4}, "faults": FAULTS} | top
     path = tiny.write_config(tmp_path, text, **top)
-    said = []
-    config = load_config(
-        RunConfig, path, [f"name={name}", "data.heldout_fraction=0", *overrides]
-    ).value
-    return train_model(config, resume=resume, say=said.append), said
+    return tiny.train(path, f"name={name}", "data.heldout_fraction=0", *overrides, resume=resume)
 
 
 def losses(folder):

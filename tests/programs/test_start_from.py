@@ -3,20 +3,16 @@ once it has begun; and one that is traced."""
 
 import pytest
 
-from maxlm.config import MaxlmError, load_config
+from maxlm.config import MaxlmError
 from maxlm.programs import open_run as program
 from maxlm.programs.load import load_run
-from maxlm.programs.train import train_model
-from maxlm.run import RunConfig
 from tests.programs import tiny
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def train(folder, text, *overrides, resume=None, **top) -> list[str]:
-    path, said = tiny.write_config(folder, text, **top), []
-    train_model(load_config(RunConfig, path, overrides).value, resume=resume, say=said.append)
-    return said
+    return tiny.train(tiny.write_config(folder, text, **top), *overrides, resume=resume)[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +66,16 @@ def test_a_run_that_goes_on_meanwhile_is_read_where_it_is_by_then(tmp_path, text
     )
 
 
-def test_steps_that_never_come_and_steps_that_have_been_taken(tmp_path):
-    path = tiny.write_config(tmp_path, tiny.write_text(tmp_path / "text"), train={"steps": 2})
-    config, run, said = load_config(RunConfig, path).value, tmp_path / "tiny", []
+def test_traced_steps_that_never_come_and_that_have_been_taken(tmp_path, text):
+    path, run = tiny.write_config(tmp_path, text, train={"steps": 2}), tmp_path / "tiny"
     with pytest.raises(MaxlmError) as error:
-        train_model(config, profile=(3, 5), say=said.append)
+        tiny.train(path, profile=(3, 5))
     assert str(error.value) == (
         "--profile: step 3 never comes: the run has 2 steps; name steps that it takes"
     )
     assert not run.exists()
-    train_model(config, profile=(2, 5), say=said.append)
+    _, said = tiny.train(path, profile=(2, 5))
     assert list((run / "profile").rglob("*.xplane.pb"))
     assert not [line for line in said if "trace" in line]
-    longer = load_config(RunConfig, path, ["train.steps=3"]).value
-    train_model(longer, profile=(1, 2), say=said.append)  # as a job that is started again does
+    _, said = tiny.train(path, "train.steps=3", profile=(1, 2))  # as one that is started again does
     assert "no trace is taken: step 2, the last to trace, has been taken" in said

@@ -80,6 +80,16 @@ def write_config(folder: Path, text: str, **top: Any) -> str:
     return str(path)
 
 
+def train(path: str | Path, *overrides: str, **how: Any) -> tuple[Any, list[str]]:
+    """A run trained in this process, and what it said."""
+    from maxlm.config import load_config
+    from maxlm.programs.train import train_model
+    from maxlm.run import RunConfig
+
+    said: list[str] = []
+    return train_model(load_config(RunConfig, path, overrides).value, say=said.append, **how), said
+
+
 def spoil_batches(monkeypatch: Any, change: Callable[[int, Any], Any]) -> None:
     """Let ``change`` have each batch of a run, with its number, before it is trained on."""
     from maxlm.programs import train
