@@ -2,13 +2,11 @@
 tokenizers."""
 
 from maxlm.data.tokenizer.chat import encode_chat, render_chat
-from maxlm.data.tokenizer.codec import Tokenizer
+from maxlm.data.tokenizer.codec import StreamDecoder, Tokenizer
 from maxlm.data.tokenizer.config import TokenizerConfig
 from maxlm.data.tokenizer.files import has_tokenizer
-from maxlm.data.tokenizer.importing import export_tokenizer, import_tokenizer
-from maxlm.data.tokenizer.load import load_tokenizer
+from maxlm.data.tokenizer.load import export_tokenizer, import_tokenizer, load_tokenizer
 from maxlm.data.tokenizer.stats import TokenizerStats, compare_tokenizers, measure_tokenizer
-from maxlm.data.tokenizer.stream import StreamDecoder
 from maxlm.data.tokenizer.train import train_tokenizer
 
 __all__ = [

@@ -57,10 +57,6 @@ def render_chat(
         tools: JSON schemas of functions that the model may call.
         add_generation_prompt: end with what opens the assistant's turn.
         variables: further ones of the template, such as ``enable_thinking``.
-
-    Raises:
-        MaxlmError: the tokenizer has no template, or the template refuses this conversation; it is
-            not plain data.
     """
     given: dict[str, Any] = {
         "messages": [_as_templates_read(each) for each in _checked(messages)],
@@ -93,15 +89,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **settings: A
     """
     settings["messages"] = list(_checked(messages))
     text = _as_json(settings)
-    free = (char for char in _MARKS if char not in text and _escaped(char) not in text)
-    mark = next(free, None)
-    if mark is None:
-        raise MaxlmError(
-            "the messages hold every noncharacter from U+FDD0 to U+FDEF",
-            where="messages",
-            fix="remove one of them",
-        )
-
+    mark = next(m for m in _MARKS if m not in text and _escaped(m) not in text)
     literals = list(tokenizer.special.ids)
     beginnings = {literal[:n] for literal in literals for n in range(1, len(literal))}
     longest = max(map(len, beginnings), default=0)
@@ -145,14 +133,11 @@ def _as_templates_read(message: Message) -> Message:
 
 
 def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    whole = isinstance(messages, (list, tuple))
-    if not whole or not all(isinstance(each, Mapping) for each in messages):
-        raise MaxlmError(
-            "messages must be a list of mappings",
-            where="messages",
-            fix='give some like {"role": "user", "content": "hi"}',
-        )
-    return messages
+    is_list = isinstance(messages, (list, tuple))
+    if is_list and all(isinstance(each, Mapping) for each in messages):
+        return messages
+    what, fix = "messages must be a list of mappings", 'give some like {"role": "user", ...}'
+    raise MaxlmError(what, where="messages", fix=fix)
 
 
 def _as_json(value: Any) -> str:

@@ -6,11 +6,13 @@ the library; everything else stays a ``str`` segment. Long segments are cut furt
 can cross the cut, so that one huge document still uses every core and bounded memory.
 """
 
+import codecs
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -54,14 +56,10 @@ class Codec(Protocol):
         """Encode segments of valid Unicode without reserved characters, in parallel."""
         ...
 
-    def encode_marked(self, segments: list[str]) -> list[list[int]]:
-        """The same, with special tokens' ids for their literals, where ``finds_special``."""
-        return self.encode_segments(segments)
-
-    def encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        """``encode_marked`` of a segment without the character ``mark``, where ``finds_special``;
-        literals that contain it are ordinary text."""
-        return self.encode_segments([segment.replace(mark, "")])[0]
+    def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
+        """The same, with special tokens' ids for their literals, where ``finds_special``; see
+        ``Tokenizer.encode_disarmed`` for ``mark``."""
+        raise NotImplementedError
 
     def first_bytes(self, i: int) -> bytes:
         """The bytes of this id at the beginning of a text."""
@@ -141,8 +139,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The ids that end a continuation: ``eos_id``, and those that an imported checkpoint names
-        besides, such as the end of a turn."""
+        """The ids that end a continuation: ``eos_id``, and those that a checkpoint names."""
         return tuple(dict.fromkeys((self.eos_id, *self.stops)))
 
     @property
@@ -175,43 +172,24 @@ class Tokenizer:
         An imported tokenizer may have no ids for stray bytes: it reads U+FFFD instead.
 
         Args:
-            text: what to encode.
             allow_special: True turns each literal of a special token into its id: for templates
                 and prompts that we wrote ourselves. False encodes those literals as the ordinary
                 text they are: for anything a user or a corpus supplied.
         """
-        if not allow_special:
-            return self.encode_batch([text])[0]
-        if self.codec.finds_special:
-            return self._encode([text], self.codec.encode_marked)[0]
-        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-        return self._encode_parts(self.special.split(raw))
+        return self._encode_special(text) if allow_special else self.encode_batch([text])[0]
 
     def encode_disarmed(self, text: str, mark: str) -> list[int]:
-        """``encode(text, allow_special=True)`` as if the character ``mark`` were not there, except
-        that literals which contain it stay ordinary text."""
-        if self.codec.finds_special:
-
-            def encode(segments: list[str]) -> list[list[int]]:
-                return [self.codec.encode_disarmed(segment, mark) for segment in segments]
-
-            return self._encode([text], encode)[0]
-        parts = self.special.split(text.encode("utf-8", "surrogatepass"))
-        return self._encode_parts([part.replace(mark.encode(), b"") for part in parts])
+        """``encode(text, allow_special=True)`` without the character ``mark``: literals that
+        contain it stay ordinary text."""
+        return self._encode_special(text, mark)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        """``encode`` of each text, with all the library's threads.
-
-        Ids come as lists because the libraries return lists: an array would cost a second copy.
-        """
+        """``encode`` of each text, with all the library's threads."""
         return self._encode(texts, self.codec.encode_segments)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; special tokens as their literals, bytes that are not UTF-8 as
         U+FFFD.
-
-        Raises:
-            MaxlmError: an id outside [0, vocab_size).
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -221,9 +199,6 @@ class Tokenizer:
         Args:
             continued: the ids follow others. It matters to imported tokenizers that put a space
                 before a text and take it away again: within a text a space is the text's own.
-
-        Raises:
-            MaxlmError: an id outside [0, vocab_size).
         """
         ids = [int(i) for i in ids]
         # A negative index would silently count from the end.
@@ -242,9 +217,6 @@ class Tokenizer:
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the tokenizer into ``folder``, made if need be; ``load_tokenizer`` reads it back.
         A break on the way into an old folder leaves one that fails to load.
-
-        Raises:
-            MaxlmError: the folder cannot be written.
         """
         metadata = files.TokenizerMetadata(
             format=files.FORMAT,
@@ -268,13 +240,16 @@ class Tokenizer:
         """The files that other tools read: the model file and the carried ones."""
         return {self.codec.file_name: self.codec.data, **self.carried}
 
-    def _encode_parts(self, parts: list[bytes]) -> list[int]:
-        """The ids of what ``SpecialTokens.split`` returns."""
-        ordinary = self.encode_batch(parts[::2])
-        ids = ordinary[0]
-        for literal, following in zip(parts[1::2], ordinary[1:], strict=True):
-            ids.append(self.special.ids[literal.decode()])
-            ids += following
+    def _encode_special(self, text: str | bytes, mark: str | None = None) -> list[int]:
+        if self.codec.finds_special:
+            return self._encode([text], partial(self.codec.encode_marked, mark=mark))[0]
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        parts = self.special.split(raw)
+        if mark is not None:
+            parts = [part.replace(mark.encode(), b"") for part in parts]
+        ids, *ordinary = self.encode_batch(parts[::2])
+        for literal, following in zip(parts[1::2], ordinary, strict=True):
+            ids += [self.special.ids[literal.decode()], *following]
         return ids
 
     def _encode(self, texts: Sequence[str | bytes], encode: EncodeSegments) -> list[list[int]]:
@@ -283,7 +258,8 @@ class Tokenizer:
         size = 0
         for i, text in enumerate(texts):
             if self.codec.byte_ids is None:
-                text = _replace_invalid(text)
+                valid, _ = _to_str(text)
+                text = valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             for segment in split_segments(text, reserved=self.codec.reserved, cut=self.codec.cut):
                 pending.append((i, segment))
                 size += len(segment)
@@ -303,24 +279,44 @@ class Tokenizer:
         encoded = iter(encode(valid) if valid else ())
         byte_ids = self.codec.byte_ids or ()  # Not looked at if there are none: see _encode.
         for i, segment in pending:
-            if isinstance(segment, bytes):
-                ids = [byte_ids[byte] for byte in segment]
+            if isinstance(segment, str):
+                results[i] += next(encoded)
             else:
-                ids = next(encoded)
-            if results[i]:
-                results[i] += ids
-            else:
-                results[i] = ids
+                results[i] += [byte_ids[byte] for byte in segment]
+
+
+class StreamDecoder:
+    """Turns ids into text as soon as whole characters are known.
+
+    All that ``push`` and the final ``flush`` return, joined, is ``tokenizer.decode`` of all ids.
+
+    Args:
+        continued: the ids go on after others, such as a prompt's (see ``Tokenizer.decode_bytes``).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, continued: bool = False):
+        self._tokenizer = tokenizer
+        self._continued = self._within = continued
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes: empty inside a character of several tokens."""
+        data = self._tokenizer.decode_bytes([token_id], continued=self._within)
+        if not self._within:
+            # An id without a token says nothing: the text has not begun.
+            self._within = self._tokenizer.decode_bytes([token_id], continued=True) != b""
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """U+FFFD if a character was left unfinished, else nothing; then ready for another text."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        self._within = self._continued
+        return rest
 
 
 def split_segments(text: str | bytes, *, reserved: str, cut: re.Pattern[str]) -> list[str | bytes]:
-    """Split a text into segments whose UTF-8 bytes, joined, are the text's.
-
-    Args:
-        text: any text; lone surrogates in a str stand for their three (invalid) UTF-8 bytes.
-        reserved: characters that the library would not give back unchanged.
-        cut: a pattern that ends where a text may be cut, and matches somewhere in most texts.
-    """
+    """Split a text into segments whose UTF-8 bytes, joined, are the text's; see ``Codec``."""
     valid, clean = _to_str(text)
     if clean and not any(char in valid for char in reserved):
         return list(cut_text(valid, SEGMENT_CHARS, cut))
@@ -342,12 +338,6 @@ def cut_text(text: str, limit: int, cut: re.Pattern[str]) -> Iterator[str]:
         start = found.end()
     if start < len(text):
         yield text[start:]
-
-
-def _replace_invalid(text: str | bytes) -> str:
-    """The text with U+FFFD for whatever is not valid UTF-8."""
-    valid, clean = _to_str(text)
-    return valid if clean else valid.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _to_str(text: str | bytes) -> tuple[str, bool]:

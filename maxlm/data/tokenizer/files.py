@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from maxlm.config import Config, MaxlmError
 from maxlm.data.tokenizer.config import Kind
 
@@ -54,28 +56,44 @@ def has_tokenizer(folder: str | PathLike[str]) -> bool:
     return any((Path(folder) / name).exists() for name in names)
 
 
-def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
-    """Write files into a folder, each whole or not at all, and remove the stale ones. A new folder
-    appears whole.
-
-    Raises:
-        MaxlmError: the folder cannot be written.
-    """
-    within = folder if folder.exists() else folder.parent
-    part = within / f".tokenizer.part.{os.getpid()}"
-    # A killed process of this id may have left it: in containers ids repeat.
-    shutil.rmtree(part, ignore_errors=True)
+def read_metadata(folder: Path) -> TokenizerMetadata:
+    """Returns what ``folder`` says of its tokenizer."""
+    path = folder / METADATA
+    if not path.exists() and (folder / JSON_FILE).exists():
+        raise MaxlmError(
+            f"no {METADATA} here, but a {JSON_FILE}",
+            where=str(folder),
+            fix="make a tokenizer of it with `maxlm tokenizer import`",
+        )
     try:
-        part.mkdir(parents=True)
+        metadata = TokenizerMetadata.model_validate_json(read_file(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        fault = f"{field}: {first['msg']}" if field else first["msg"]
+        raise describe_damaged_file(path, fault) from error
+    if metadata.format != FORMAT:
+        raise MaxlmError(
+            f"tokenizer format {metadata.format} is not {FORMAT}",
+            where=str(path),
+            fix="read it with the version of maxlm that wrote it",
+        )
+    if unknown := {*metadata.carried} - {*CARRIED}:
+        raise describe_damaged_file(path, f"carried: {min(unknown)}")
+    return metadata
+
+
+def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] = ()) -> None:
+    """Write files into a folder, each whole or not at all, and remove the stale ones."""
+    part = folder / f".part.{os.getpid()}"
+    try:
+        part.mkdir(parents=True, exist_ok=True)
         for name, data in contents.items():
             (part / name).write_bytes(data)
-        if within is not folder:
-            part.rename(folder)
-        else:
-            for name in contents:
-                (part / name).replace(folder / name)
-            for name in stale:
-                (folder / name).unlink(missing_ok=True)
+        for name in contents:
+            (part / name).replace(folder / name)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise MaxlmError(
             f"cannot write the tokenizer: {error.strerror}",
@@ -87,11 +105,7 @@ def write_files(contents: dict[str, bytes], folder: Path, stale: Iterable[str] =
 
 
 def read_file(path: Path) -> bytes:
-    """Returns a file's bytes.
-
-    Raises:
-        MaxlmError: it is missing or cannot be read.
-    """
+    """Returns a file's bytes."""
     try:
         return path.read_bytes()
     except FileNotFoundError as error:

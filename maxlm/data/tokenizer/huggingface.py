@@ -1,4 +1,9 @@
-"""A tokenizer.json, run by Hugging Face's `tokenizers`: trained by maxlm or of a checkpoint."""
+"""A tokenizer.json, run by Hugging Face's `tokenizers`: trained by maxlm or of a checkpoint.
+
+The library decodes whole sequences. The decoders taken here treat tokens one by one, but for the
+first of a text (whose leading space may be one that the encoder put there): so each id has bytes of
+its own, and text can be streamed. Any other decoder is refused.
+"""
 
 import json
 import re
@@ -6,13 +11,8 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.codec import Codec
-from maxlm.data.tokenizer.decoding import (
-    TokenDecoder,
-    build_byte_alphabet,
-    flatten_steps,
-    has_prefix_space,
-)
 from maxlm.data.tokenizer.files import JSON_FILE
 
 # A word, with one space or sign before it; digits by threes at most, so that numbers are spelled in
@@ -27,6 +27,7 @@ PATTERN = (
 # or letter into a space.
 PATTERN_CUT = re.compile(r"\n(?![\r\n])|[!-~](?= )")
 _NEVER = re.compile(r"(?!)")
+_HIGH_BYTE = re.compile(r"<0x([89A-Fa-f][0-9A-Fa-f])>")
 _FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -34,26 +35,12 @@ class HuggingFaceModel(Codec):
     """A tokenizer.json as a ``Codec``; ids are the `tokenizers` library's own.
 
     A document is cut only where maxlm's own PATTERN splits it: another pre-tokeniser or normaliser
-    may look past any character (GPT-2's takes a line end together with the indentation after it,
-    Metaspace marks the first word of whatever it is given). One huge document therefore uses one
-    core there; batches use all.
-
-    What comes back of a text depends on the file. Byte-level BPE with all 256 bytes and no
-    normaliser (GPT-2, Llama 3) is lossless, for any bytes; without some of them (SmolLM2) the
-    library drops the characters that need them; with a normaliser (Qwen: NFC) a text comes back
-    normalised. SentencePiece-like BPE with byte fallback (Llama 2, Mistral, Gemma) returns all
-    valid text but U+2581, which comes back as a space, and, with Metaspace, one leading space.
-    Unigram with Metaspace (T5) changes runs of spaces and rare characters. WordPiece (BERT) is
-    approximate: its normaliser drops case and accents, its decoder guesses where spaces were.
+    may look past any character. What comes back of a text depends on the file: all of it, for any
+    bytes, from byte-level BPE with all 256 bytes and no normaliser.
 
     Args:
-        data: the file.
         special: literals of special tokens, those too that the file does not mark as such. If there
             are any, others that the file marks are unknown here: ``left_out``.
-
-    Raises:
-        MaxlmError: a decoder that needs the whole text.
-        Exception: the library cannot read the file.
     """
 
     file_name = JSON_FILE
@@ -78,8 +65,8 @@ class HuggingFaceModel(Codec):
         ]
         self.token_bytes = [self._bytes_of(i, first=False) for i in range(len(tokens))]
         byte_ids = _byte_ids(spec, vocab)
-        self.byte_ids = None if _changes_ends(spec) else byte_ids
-        self.lossless = self.byte_ids is not None and _keeps_text(spec)
+        self.lossless = byte_ids is not None and _keeps_text(spec)
+        self.byte_ids = byte_ids if self.lossless else None
         ids = [self._library.token_to_id(literal) for literal in self._special]
         self._special_ids = frozenset(i for i in ids if i is not None)
         fallback = _fallback_ids(spec, vocab)
@@ -87,11 +74,11 @@ class HuggingFaceModel(Codec):
         self._respelled = {
             i: self._respell(tokens[i]) for i in self._pieces_to_avoid if vocab.get(tokens[i]) == i
         }
-        self.unknown_ids = frozenset() if byte_ids else _unknown_ids(spec, vocab)
+        unknown = spec["model"].get("unk_id"), vocab.get(spec["model"].get("unk_token"))
+        self.unknown_ids = frozenset(i for i in unknown if i is not None and not byte_ids)
         found = self.unknown_ids.union(fallback, *self._respelled.values())
         self.ordinary = self._special_ids & found
         self._forbidden = self._special_ids - found
-        self._continued: dict[str, Any] = {}
 
     def __reduce__(self):
         return HuggingFaceModel, (self.data, self._special)
@@ -99,36 +86,20 @@ class HuggingFaceModel(Codec):
     def encode_segments(self, segments: list[str]) -> list[list[int]]:
         return [self._without_special(ids) for ids in _encode(self._library, segments)]
 
-    def encode_marked(self, segments: list[str]) -> list[list[int]]:
-        return _encode(self._marked, segments)
+    def encode_marked(self, segments: list[str], mark: str | None = None) -> list[list[int]]:
+        if mark is None:
+            return _encode(self._marked, segments)
+        return [self._encode_disarmed(segment, mark) for segment in segments]
 
-    def encode_disarmed(self, segment: str, mark: str) -> list[int]:
-        longest_first = sorted(self._special, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", segment)
-        added = self._library.get_added_tokens_decoder().values()
-        strips = {token.content: (token.lstrip, token.rstrip) for token in added}
-        for n in range(1, len(parts), 2):  # Spaces beside a special token may belong to it.
-            strips_before, strips_after = strips[parts[n]]
-            parts[n - 1] = parts[n - 1].rstrip() if strips_before else parts[n - 1]
-            parts[n + 1] = parts[n + 1].lstrip() if strips_after else parts[n + 1]
-        first, *rest = (part.replace(mark, "") for part in parts)
-        ids = self.encode_segments([first])[0]
-        for literal, text in zip(rest[::2], rest[1::2], strict=True):
-            ids += [self._library.token_to_id(literal), *self._after(mark, text)]
+    def _encode_disarmed(self, segment: str, mark: str) -> list[int]:
+        # The library sees the mark, so that no literal which contains it is one; its own ids go.
+        encoding = self._marked.encode(segment, add_special_tokens=False)
+        ids: list[int] = []
+        for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+            span = segment[start:stop]
+            if span != mark:
+                ids += self._without_special([i]) if mark in span else [i]
         return ids
-
-    def _after(self, mark: str, text: str) -> list[int]:
-        """The ids of ordinary text without ``mark`` that follows a special token: some tokenizers
-        put a space at the beginning of the whole alone. ``mark`` stands for the special token."""
-        from tokenizers import AddedToken
-
-        if mark not in self._continued:
-            library = _open(self._known, self._special)
-            library.add_tokens([AddedToken(mark, normalized=False)])
-            library.encode_special_tokens = True
-            self._continued[mark] = library
-        ids = self._continued[mark].encode(mark + text, add_special_tokens=False).ids
-        return self._without_special(ids[1:])
 
     def _without_special(self, ids: list[int]) -> list[int]:
         # The library looks for no special token, but the model may have one as a piece.
@@ -202,16 +173,13 @@ def _open(data: bytes, special: Iterable[str]):
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
     marked = []
     for literal in special:
         old = added.get(literal)
-        if old is None:
-            marked.append(AddedToken(literal, special=True, normalized=False))
-        elif not old.special:
-            names = ("single_word", "lstrip", "rstrip", "normalized")
-            marked.append(
-                AddedToken(literal, special=True, **{name: getattr(old, name) for name in names})
-            )
+        given = {name: getattr(old, name, False) for name in flags}
+        if old is None or not old.special:
+            marked.append(AddedToken(literal, special=True, **given))
     tokenizer.add_special_tokens(marked)
     return tokenizer
 
@@ -264,20 +232,6 @@ def _is_cuttable(spec: dict[str, Any]) -> bool:
     )
 
 
-def _changes_ends(spec: dict[str, Any]) -> bool:
-    """Whether a text is given something at its ends, or loses it there: pieces of a text would be
-    too."""
-    for part in flatten_steps(spec["normalizer"]) + flatten_steps(spec["pre_tokenizer"]):
-        match part:
-            case {"type": "Prepend" | "Strip"}:
-                return True
-            case {"type": "Metaspace"} if has_prefix_space(part):
-                return True
-            case {"type": "ByteLevel"} if part.get("add_prefix_space", True):
-                return True
-    return False
-
-
 def _keeps_text(spec: dict[str, Any]) -> bool:
     """Whether all that is between a text and its bytes' ids can be undone."""
     model = spec["model"]
@@ -290,6 +244,7 @@ def _keeps_text(spec: dict[str, Any]) -> bool:
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
         and any(part["type"] == "ByteLevel" for part in pre)
+        and not any(part.get("add_prefix_space") for part in pre)
         and all(part["type"] in known and part.get("behavior") != "Removed" for part in pre)
         and not any(
             (token["lstrip"] or token["rstrip"]) and not token["special"]
@@ -304,8 +259,83 @@ def _fallback_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]
     return frozenset(vocab[name] for name in names if name in vocab)
 
 
-def _unknown_ids(spec: dict[str, Any], vocab: dict[str, int]) -> frozenset[int]:
-    """The id that characters outside the vocabulary become, if there is one."""
-    model = spec["model"]
-    found = model.get("unk_id"), vocab.get(model.get("unk_token"))
-    return frozenset(i for i in found if i is not None)
+def build_byte_alphabet() -> list[str]:
+    """Returns the character of each byte in byte-level vocabularies (GPT-2's convention).
+
+    Visible Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+def flatten_steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the steps of a normalizer, pre_tokenizer or decoder of tokenizer.json."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    (children,) = (value for key, value in part.items() if key != "type")
+    return [step for child in children for step in flatten_steps(child)]
+
+
+class TokenDecoder:
+    """Decodes single tokens.
+
+    Args:
+        library: the ``tokenizers`` decoder, or None.
+        spec: the decoder in tokenizer.json.
+    """
+
+    def __init__(self, library: Any, spec: dict[str, Any] | None):
+        self._library = library
+        kinds = _check_decoder(spec)
+        self._bytes = "ByteFallback" in kinds
+        self._spaced = not kinds or "WordPiece" in kinds
+        alphabet = build_byte_alphabet() if "ByteLevel" in kinds else []
+        self._byte_of_char = {char: byte for byte, char in enumerate(alphabet)}
+
+    def decode(self, token: str, *, first: bool, is_added: bool = False) -> bytes:
+        """Returns a token's bytes, at the beginning of a text or within it.
+
+        Args:
+            is_added: the model does not know the token: it is no piece of its alphabet, but text.
+        """
+        if is_added or self._library is None:
+            return (f" {token}" if self._spaced and not first else token).encode()
+        if self._byte_of_char:
+            known = all(char in self._byte_of_char for char in token)
+            return bytes(self._byte_of_char[char] for char in token) if known else token.encode()
+        if self._bytes and (found := _HIGH_BYTE.fullmatch(token)):
+            return bytes([int(found[1], 16)])
+        if first:
+            return self._library.decode([token]).encode()
+        return self._library.decode(["a", token]).removeprefix("a").encode()
+
+
+def _check_decoder(spec: dict[str, Any] | None) -> set[str]:
+    """The kinds of a decoder's steps."""
+    steps = flatten_steps(spec)
+    fused = False  # Whether the library has made one string of all tokens.
+    for step in steps:
+        match step:
+            case {"type": "ByteLevel"} if len(steps) == 1:
+                pass
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "Replace", "pattern": {"String": old}} if len(old) == 1 or not fused:
+                pass
+            case {"type": "Strip", "start": 0, "stop": 0}:
+                pass
+            case {"type": "Strip", "start": 1, "stop": 0} if fused:
+                pass
+            case {"type": "ByteFallback" | "Metaspace" | "WordPiece"} if not fused:
+                pass
+            case _:
+                raise MaxlmError(
+                    f"maxlm cannot decode token by token with the decoder {step['type']}",
+                    where="tokenizer.json",
+                    fix="use a model whose tokenizer has one of ByteLevel, Metaspace, WordPiece "
+                    "or Replace + ByteFallback + Fuse",
+                )
+    return {step["type"] for step in steps}

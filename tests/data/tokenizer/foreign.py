@@ -90,15 +90,6 @@ def llama2() -> Tokenizer:
     return tokenizer
 
 
-def mistral() -> Tokenizer:
-    """The same with the mark put by Metaspace, before the first word only."""
-    tokenizer = _fallback()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = LLAMA_DECODER
-    tokenizer.post_processor = _opened_by("<s>", tokenizer)
-    return tokenizer
-
-
 def gemma() -> Tokenizer:
     """The same with nothing before a text, and runs of marks among the added tokens."""
     tokenizer = _fallback()
@@ -153,9 +144,7 @@ def bert() -> Tokenizer:
     return tokenizer
 
 
-MAKERS = {
-    make.__name__: make for make in (smollm2, qwen, roberta, llama2, mistral, gemma, t5, bert)
-}
+MAKERS = {make.__name__: make for make in (smollm2, qwen, roberta, llama2, gemma, t5, bert)}
 
 
 def added(content: str) -> dict:
@@ -168,7 +157,6 @@ ROLES = {
     "qwen": {"bos_token": None, "eos_token": "<|endoftext|>", "add_bos_token": False},
     "roberta": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
     "llama2": {"bos_token": added("<s>"), "eos_token": "</s>"},
-    "mistral": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"},
     "gemma": {"bos_token": "<s>", "eos_token": "</s>"},
     "t5": {"eos_token": "</s>", "pad_token": "<pad>"},
     "bert": {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
@@ -193,9 +181,7 @@ def write_checkpoint(folder: Path, name: str) -> Path:
 
 def _train_bytes(tokenizer: Tokenizer) -> None:
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
 

@@ -42,21 +42,7 @@ def fuzz_texts(count: int, seed: int = 0) -> list[str]:
 
 def long_texts(length: int = 100_000) -> list[str]:
     """Runs that make regular expressions and merges work hard."""
-    chars = (
-        "a",
-        " ",
-        "\n",
-        "\t\n",
-        "a ",
-        "!",
-        "1",
-        "猫",
-        "e\u0301",
-        "\U0010ffff",
-        "aB",
-        "' ",
-        "\0",
-    )
+    chars = ("a", " ", "\t\n", "a ", "!", "1", "猫", "e\u0301", "\U0010ffff", "aB", "\0")
     return [char * (length // len(char)) for char in chars] + ["x" + " " * length + "y"]
 
 

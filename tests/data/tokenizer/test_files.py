@@ -61,35 +61,14 @@ def test_fingerprint_tells_roles_and_vocabularies_apart(make_config, texts):
     assert all(len(fingerprint) == 64 for fingerprint in found)
 
 
-def test_fingerprint_ignores_how_the_file_is_laid_out(make_config, texts, tmp_path):
-    tokenizer = train_tokenizer(make_config("bpe"), texts)
-    tokenizer.save(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
-
-
-def test_holds_tokenizer(folder, tmp_path):
+def test_what_is_no_folder_of_a_tokenizer(folder, tmp_path):
     assert has_tokenizer(folder)
-    assert not has_tokenizer(tmp_path / "missing")
     assert not has_tokenizer(tmp_path)
-    (folder / "maxlm_tokenizer.json").unlink()
-    assert has_tokenizer(folder)
-
-
-def test_missing_folder(tmp_path):
-    path = tmp_path / "missing"
-    assert message(load_tokenizer, path) == (
-        f"{path}: no such folder; name a folder that `maxlm tokenizer train` wrote"
-    )
-
-
-def test_a_file_is_not_a_folder(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("")
-    assert message(load_tokenizer, path) == (
-        f"{path}: not a folder; name a folder that `maxlm tokenizer train` wrote"
-    )
+    (tmp_path / "file").write_text("")
+    for name, what in (("missing", "no such folder"), ("file", "not a folder")):
+        assert message(load_tokenizer, tmp_path / name) == (
+            f"{tmp_path / name}: {what}; name a folder that `maxlm tokenizer train` wrote"
+        )
 
 
 def test_missing_files(folder):
@@ -100,49 +79,24 @@ def test_missing_files(folder):
         )
 
 
-def test_a_file_that_cannot_be_read(folder):
-    path = folder / "maxlm_tokenizer.json"
-    path.unlink()
-    path.mkdir()
-    assert (
-        message(load_tokenizer, folder)
-        == f"{path}: cannot read it: Is a directory; make it readable"
-    )
-
-
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ("{", "Invalid JSON: EOF while parsing an object at line 1 column 1"),
-        ("", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
-        ("[]", "Input should be an object"),
+        ("{", "damaged tokenizer file (Invalid JSON: EOF while parsing an object at line 1"),
+        ({"kind": "morphemes"}, "damaged tokenizer file (kind: Input should be 'bpe',"),
+        ({"format": 7}, "tokenizer format 7 is not 1; read it with the version of maxlm that"),
+        ({"carried": ["../config.json"]}, "damaged tokenizer file (carried: ../config.json)"),
     ],
 )
 def test_corrupt_metadata(folder, content, fault):
     path = folder / "maxlm_tokenizer.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
     path.write_text(content)
-    assert message(load_tokenizer, folder) == (
-        f"{path}: damaged tokenizer file ({fault}); "
-        "copy it again from a good tokenizer, or train it again"
-    )
+    assert message(load_tokenizer, folder).startswith(f"{path}: {fault}")
 
 
-def test_metadata_of_another_shape(folder):
-    path = folder / "maxlm_tokenizer.json"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps({**data, "kind": "morphemes"}))
-    assert message(load_tokenizer, folder) == (
-        f"{path}: damaged tokenizer file (kind: Input should be 'bpe', 'sentencepiece_bpe', "
-        "'sentencepiece_unigram', 'wordpiece' or 'huggingface'); "
-        "copy it again from a good tokenizer, or train it again"
-    )
-    path.write_text(json.dumps({**data, "format": 7}))
-    assert message(load_tokenizer, folder) == (
-        f"{path}: tokenizer format 7 is not 1; read it with the version of maxlm that wrote it"
-    )
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\x00garbage", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\x00garbage"])
 def test_corrupt_model(folder, content):
     path = model_file(folder)
     path.write_bytes(content)

