@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from maxlm.config import Config, MaxlmError
 from maxlm.corpus.stage import check_packages
 from maxlm.corpus.words import WORD_PATTERN
-from maxlm.data.documents.heldout import is_heldout
+from maxlm.data.documents.document import is_heldout
 from maxlm.runtime.files import convert_write_errors, replace_file
 
 TRAIN = "maxlm corpus train-quality"

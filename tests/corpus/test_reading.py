@@ -183,23 +183,6 @@ def test_large_values_of_parquet_are_never_python_values(tmp_path, monkeypatch):
     assert counts == {"too_large": 4}
 
 
-def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_BATCH_BYTES", 100_000)
-    texts = [f"{i:05d}" * 4000 for i in range(20)] + [f"{i:05d}" for i in range(20, 40)]
-    table = pa.table({"text": texts})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=20, use_dictionary=False)
-    sizes = []
-    iter_batches = pq.ParquetFile.iter_batches
-    monkeypatch.setattr(
-        pq.ParquetFile,
-        "iter_batches",
-        lambda file, size, **more: (sizes.append(size), iter_batches(file, size, **more))[1],
-    )
-    rows, _ = read(tmp_path, documents=(str(tmp_path / "a.parquet"),))
-    assert [row["text"] for row in rows] == texts
-    assert sizes == [4, 64]
-
-
 def test_files_that_are_no_text_are_counted(tmp_path):
     root = tmp_path / "in"
     root.mkdir()

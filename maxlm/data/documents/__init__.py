@@ -6,9 +6,8 @@ that are read apart (`slices`), by the reader of its format (`formats`).
 """
 
 from maxlm.data.documents.config import PYTHON_STDLIB, SourceConfig
-from maxlm.data.documents.document import Document, SourceFile
+from maxlm.data.documents.document import Document, SourceFile, is_heldout
 from maxlm.data.documents.files import find_files, list_files
-from maxlm.data.documents.heldout import is_heldout
 from maxlm.data.documents.reader import read_documents
 
 __all__ = [

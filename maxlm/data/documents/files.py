@@ -10,11 +10,7 @@ from pathlib import Path
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import PYTHON_STDLIB, FilesConfig
 from maxlm.data.documents.document import SourceFile
-from maxlm.data.documents.formats import (
-    find_file_format,
-    find_folder_format,
-    load_folder_reader,
-)
+from maxlm.data.documents.formats import find_file_format, find_folder_format, load_folder_reader
 from maxlm.data.documents.streams import COMPRESSIONS, DamagedFile, open_stream
 
 _SNIFF_BYTES = 8192
@@ -89,30 +85,20 @@ def find_roots(entry: str) -> list[Path]:
 def _expand(root: Path, named: bool) -> Iterator[tuple[Path, str, bool]]:
     """Yield (path, name, known to be text) for each file of a root; `named`: outright."""
     if str(root) == PYTHON_STDLIB:
-        yield from _python_stdlib()
+        stdlib = Path(sysconfig.get_path("stdlib"))
+        for path in _walk(stdlib, skip=("site-packages", "dist-packages")):
+            # A handful of test fixtures are written in other encodings on purpose.
+            if path.suffix == ".py" and _is_utf8(path):
+                yield path, path.relative_to(stdlib).as_posix(), True
     elif root.is_dir():
-        yield from _walk(root)
+        for path in _walk(root):
+            yield path, path.as_posix(), False
     elif named or root.is_file():
         yield root, root.as_posix(), named
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, str, bool]]:
-    for relative in _relative_paths(root, skip=()):
-        path = root / relative
-        yield path, path.as_posix(), False
-
-
-def _python_stdlib() -> Iterator[tuple[Path, str, bool]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for relative in _relative_paths(root, skip=("site-packages", "dist-packages")):
-        path = root / relative
-        # A handful of test fixtures are written in other encodings on purpose.
-        if relative.endswith(".py") and _is_utf8(path):
-            yield path, relative, True
-
-
-def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
-    """Regular, non-hidden files below `root`, as sorted POSIX paths relative to it."""
+def _walk(root: Path, skip: tuple[str, ...] = ()) -> list[Path]:
+    """Regular, non-hidden files below `root`, in the order of their POSIX paths."""
 
     def fail(error: OSError) -> None:
         what = f"cannot list the folder: {error.strerror}"
@@ -126,8 +112,8 @@ def _relative_paths(root: Path, skip: tuple[str, ...]) -> list[str]:
                 what = f"a {found} lies among the files of this folder"
                 raise MaxlmError(what, where=str(Path(folder, each)), fix="name what is meant")
         files = (Path(folder, name) for name in names if not name.startswith("."))
-        paths += [file.relative_to(root).as_posix() for file in files if file.is_file()]
-    return sorted(paths)
+        paths += [file for file in files if file.is_file()]
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _source_file(path: Path, name: str) -> SourceFile:
@@ -155,9 +141,8 @@ def _is_binary(file: SourceFile, config: FilesConfig) -> bool:
 
 
 def _is_utf8(path: Path) -> bool:
-    with open_stream(path, "none") as stream:
-        try:
-            stream.read().decode()
-        except UnicodeDecodeError:
-            return False
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return False
     return True

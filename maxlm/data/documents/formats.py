@@ -1,4 +1,4 @@
-"""The formats of documents: built-in ones, and those that other packages register.
+"""The formats of documents: built-in ones, and those that other packages add.
 
 A format names its reader as "module:attribute", which is imported when a file of that format is
 first listed or read. So the readers of a corpus come from `maxlm.corpus`, which this package never
@@ -55,24 +55,19 @@ class DocumentFormat:
 _FILES = "maxlm.data.documents.reader:FILE_READER"
 _CRAWL = "maxlm.corpus.reader:CRAWL_READER"
 _CORPUS = "maxlm.corpus.reader:CORPUS_READER"
-FORMATS: dict[str, DocumentFormat] = {}
-
-
-def register_format(format_: DocumentFormat) -> None:
-    """Adds a format, or replaces the one of its name."""
-    FORMATS[format_.name] = format_
-
-
-for _format in (
-    DocumentFormat("text", _FILES),
-    DocumentFormat("jsonl", _FILES, suffixes=(".jsonl", ".ndjson")),
-    DocumentFormat("parquet", _FILES, suffixes=(".parquet",)),
-    DocumentFormat("warc", _CRAWL, suffixes=(".warc", ".wet"), packages=("pyarrow",)),
-    DocumentFormat(
-        "corpus", _CORPUS, folder_entries=("corpus.json", "documents"), packages=("pyarrow",)
-    ),
-):
-    register_format(_format)
+FORMATS: dict[str, DocumentFormat] = {
+    each.name: each
+    for each in (
+        DocumentFormat("text", _FILES),
+        DocumentFormat("jsonl", _FILES, suffixes=(".jsonl", ".ndjson")),
+        DocumentFormat("parquet", _FILES, suffixes=(".parquet",)),
+        DocumentFormat("warc", _CRAWL, suffixes=(".warc", ".wet"), packages=("pyarrow",)),
+        DocumentFormat(
+            "corpus", _CORPUS, folder_entries=("corpus.json", "documents"), packages=("pyarrow",)
+        ),
+    )
+}
+"""By name; a package may add its own."""
 
 
 def find_file_format(suffix: str) -> str:
@@ -89,11 +84,7 @@ def find_folder_format(folder: Path) -> str | None:
 
 
 def check_format_packages(name: str, where: str) -> None:
-    """Checks that the packages that a format's reader imports are installed.
-
-    Raises:
-        MaxlmError: one is not.
-    """
+    """Checks that the packages that a format's reader imports are installed."""
     for package in FORMATS[name].packages:
         if importlib.util.find_spec(package) is None:
             what = f"a {name} needs {package}, which is not installed"
@@ -101,14 +92,7 @@ def check_format_packages(name: str, where: str) -> None:
 
 
 def load_reader(name: str, where: str) -> DocumentReader:
-    """Imports the reader of a format.
-
-    Args:
-        where: the file or folder to read, for the error.
-
-    Raises:
-        MaxlmError: a package is not installed.
-    """
+    """Imports the reader of a format; `where` is what it is to read, for the error."""
     check_format_packages(name, where)
     module, _, attribute = FORMATS[name].reader.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -5,25 +5,28 @@
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
 from maxlm.config import MaxlmError
-from maxlm.data.documents.config import FilesConfig, SourceConfig
+from maxlm.data.documents.config import BadBytes, FilesConfig, SourceConfig
 from maxlm.data.documents.document import Document, FileSlice, LeftOut, SourceFile
-from maxlm.data.documents.encoding import apply_policy, decode_text, encode_text
 from maxlm.data.documents.files import list_files
 from maxlm.data.documents.formats import load_reader
 from maxlm.data.documents.slices import make_whole_slice, open_parquet
 from maxlm.data.documents.streams import open_stream
 
-# Of Parquet, what is decoded at a time.
-_BATCH_ROWS = 64
-_BATCH_BYTES = 64 << 20
+_BATCH_ROWS = 64  # Of Parquet, what is decoded at a time.
 _ROW = 8  # A line of JSON may be so much longer than its text, and so may Parquet's other fields.
 _BOM = b"\xef\xbb\xbf"
+_FIX = (
+    "set on_bad_bytes (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) "
+    'to "replace", "keep" or "skip", or convert the text to UTF-8'
+)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,7 @@ def read_documents(source: SourceConfig, file: SourceFile | None = None) -> Iter
 
 
 def read_slice(source: SourceConfig, part: FileSlice) -> Iterator[Document | LeftOut]:
-    """Reads a part of a file of any format: its documents, and for each one left out the reason.
-
-    Raises:
-        MaxlmError: see `read_documents`.
-    """
+    """Reads a part of a file of any format: its documents, and for each one left out the reason."""
     return load_reader(part.file.format, str(part.file.path)).read(source, part)
 
 
@@ -79,11 +78,7 @@ FILE_READER = FileReader()
 
 
 def read_records(
-    source: FilesConfig,
-    part: FileSlice,
-    *,
-    max_bytes: int | None = None,
-    with_fields: bool = False,
+    source: FilesConfig, part: FileSlice, *, max_bytes: int | None = None, with_fields: bool = False
 ) -> Iterator[Record]:
     """Reads a slice of text, JSONL or Parquet.
 
@@ -107,27 +102,24 @@ def read_records(
 def _read_text(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> Iterator[Record]:
     """Reads a file as one text, or in pieces of whole lines, each the shortest of `piece_bytes`."""
     file, piece_bytes = part.file, source.piece_bytes
-    longest = -1 if max_bytes is None else max_bytes
+    size = piece_bytes or (-1 if max_bytes is None else max_bytes + 1)
     position = 0
     with open_stream(file.path, file.compression) as stream:
         for index in count():
-            piece = stream.read(piece_bytes or (longest if max_bytes is None else longest + 1))
+            piece = stream.read(size)
             if not piece and index:
                 return
-            is_whole = index == 0 and len(piece) <= (piece_bytes or len(piece))
-            is_whole = is_whole and (piece_bytes is None or not stream.peek(1))
+            is_whole = index == 0 and not (piece_bytes and stream.peek(1))
             if piece_bytes and not piece.endswith(b"\n"):
-                piece += stream.readline(longest)
+                piece += stream.readline()
             name = file.name if is_whole else f"{file.name}#{index}"
             if max_bytes is not None and len(piece) > max_bytes:
                 yield Record(name, reason="too_large")
-                if piece_bytes is None:
-                    return
-                while piece and not piece.endswith(b"\n"):
-                    piece = stream.readline(longest)
             else:
-                text = apply_policy(piece, source.on_bad_bytes, str(file.path), position)
+                text = _apply_policy(piece, source.on_bad_bytes, str(file.path), position)
                 yield Record(name, text, reason="bad_bytes" if text is None else "")
+            if piece_bytes is None:
+                return
             position += len(piece)
 
 
@@ -157,7 +149,7 @@ def _read_jsonl(source: FilesConfig, part: FileSlice, max_bytes: int | None) -> 
 
 
 def _parse_line(source: FilesConfig, name: str, line: bytes, where: str) -> Record:
-    decoded = decode_text(line, source.on_bad_bytes, where)
+    decoded = _decode_text(line, source.on_bad_bytes, where)
     if decoded is None:
         return Record(name, reason="bad_bytes")
     try:
@@ -184,7 +176,7 @@ def _from_row(source: FilesConfig, name: str, row: dict[str, Any], where: str) -
     if not isinstance(text, str | bytes):
         what = f'"{source.text_field}" holds {type(text).__name__}, not a string'
         return _broken(name, what, where, "set text_field to the key of the text")
-    convert = apply_policy if isinstance(text, bytes) else encode_text
+    convert = _apply_policy if isinstance(text, bytes) else _encode_text
     text = convert(text, source.on_bad_bytes, where)  # pyright: ignore[reportArgumentType]
     return Record(name, text, row, reason="bad_bytes" if text is None else "")
 
@@ -207,7 +199,8 @@ def _read_parquet(
         if not with_fields:
             _check_text_column(source, parquet.schema_arrow, str(file.path))
         columns = None if with_fields else [source.text_field]
-        for batch in _read_batches(parquet, part, columns):
+        groups = range(part.start, parquet.num_row_groups if part.stop is None else part.stop)
+        for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns):
             named = dict(zip(batch.schema.names, batch.columns, strict=True))
             for i in range(batch.num_rows):
                 name, where = f"{file.name}:{row}", f"{file.path}, row {row}"
@@ -220,52 +213,31 @@ def _read_parquet(
                     yield _from_row(source, name, fields, where)
 
 
-def _read_batches(parquet: Any, part: FileSlice, columns: list[str] | None) -> Iterator[Any]:
-    """Yields a slice's rows, of each row group as many at a time as take at most some MB."""
-    for index in range(part.start, parquet.num_row_groups if part.stop is None else part.stop):
-        group = parquet.metadata.row_group(index)
-        size = sum(group.column(c).total_uncompressed_size for c in range(group.num_columns))
-        fit = _BATCH_BYTES * group.num_rows // max(size, 1)
-        rows = min(max(fit, 1), _BATCH_ROWS)
-        yield from parquet.iter_batches(rows, row_groups=[index], columns=columns)
-
-
 class _TooLarge(Exception):
     """A value is longer than it may be."""
 
 
 def _value(source: FilesConfig, name: str, column: Any, row: int, max_bytes: int | None) -> Any:
-    """Reads a value of a column, None if Python cannot hold it.
-
-    Strings come as bytes, since Arrow does not check that they are UTF-8.
-
-    Raises:
-        _TooLarge
-    """
+    """Reads a value of a column, None if Python cannot hold it; strings come as bytes, since Arrow
+    does not check that they are UTF-8. Raises _TooLarge."""
     import pyarrow as pa
 
-    longest = None
-    if max_bytes is not None:
-        longest = max_bytes * (1 if name == source.text_field else _ROW)
     try:
         scalar = column[row]
         if isinstance(scalar, pa.DictionaryScalar):
             scalar = scalar.value
         if isinstance(scalar, pa.BinaryScalar):
             buffer = scalar.as_buffer()
-            if buffer is None:
-                return None
-            if longest is None or buffer.size <= longest:
-                return buffer.to_pybytes()
-        elif (
-            longest is None
-            or pa.types.is_dictionary(column.type)
-            or column.slice(row, 1).nbytes <= longest
-        ):
-            return scalar.as_py()
+            value = None if buffer is None else buffer.to_pybytes()
+            size = len(value or b"")
+        else:
+            value = scalar.as_py()
+            size = 0 if pa.types.is_dictionary(column.type) else column.slice(row, 1).nbytes
     except Exception:  # Unknown time zones, durations of millions of years, ...: of many types.
         return None
-    raise _TooLarge
+    if max_bytes is not None and size > max_bytes * (1 if name == source.text_field else _ROW):
+        raise _TooLarge
+    return value
 
 
 def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
@@ -279,3 +251,45 @@ def _check_text_column(source: FilesConfig, schema: Any, where: str) -> None:
     if not any(check(value) for check in checks):
         what = f'column "{source.text_field}" holds {type_}, not text'
         raise MaxlmError(what, where=where, fix="set text_field to a column of strings")
+
+
+def _decode_text(data: bytes, policy: BadBytes, where: str, offset: int = 0) -> str | None:
+    """Decodes UTF-8; returns None where the policy "skip" leaves the text out.
+
+    Under "keep", bytes that are not UTF-8 become U+DC80..U+DCFF ("surrogateescape"), which
+    `_encode_text` turns back into themselves.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        if policy == "error":
+            byte, place = error.object[error.start], offset + error.start
+            what = f"byte 0x{byte:02x} at offset {place} is not valid UTF-8"
+            raise MaxlmError(what, where=where, fix=_FIX) from error
+    if policy == "skip":
+        return None
+    return data.decode("utf-8", "replace" if policy == "replace" else "surrogateescape")
+
+
+def _encode_text(text: str, policy: BadBytes, where: str) -> bytes | None:
+    r"""Encodes a string as UTF-8; JSON escapes like "\ud800" can make lone surrogates in it."""
+    found = _SURROGATE.search(text)
+    if found is None:
+        return text.encode()
+    if policy == "error":
+        what = f"character {found.start()} is a lone surrogate (U+{ord(found[0]):04X}), not valid"
+        raise MaxlmError(f"{what} UTF-8", where=where, fix=_FIX)
+    if policy == "skip":
+        return None
+    if policy == "replace":
+        return _SURROGATE.sub("\ufffd", text).encode()
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def _apply_policy(data: bytes, policy: BadBytes, where: str, offset: int = 0) -> bytes | None:
+    """Returns `data` if it is valid UTF-8, else what `policy` makes of it; see `_decode_text`."""
+    text = _decode_text(data, policy, where, offset)
+    return None if text is None else _encode_text(text, policy, where)

@@ -10,11 +10,7 @@ from pathlib import Path
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.document import FileSlice, SourceFile
-from maxlm.data.documents.streams import (
-    DamagedFile,
-    make_missing_package_error,
-    open_stream,
-)
+from maxlm.data.documents.streams import DamagedFile, make_missing_package_error, open_stream
 
 _BLOCK_BYTES = 4 << 20
 
@@ -38,9 +34,6 @@ def check_unchanged(file: SourceFile, mtime_ns: int, making: str) -> None:
 
     Args:
         making: what is made of it, for the error.
-
-    Raises:
-        MaxlmError: it is not, or cannot be read.
     """
     with open_stream(file.path, "none") as stream:
         state = os.fstat(stream.fileno())
@@ -54,22 +47,19 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
 
     Reads the file once; without `digest` (`sha256` is empty then) only to count lines. Cuts depend
     on the file and `slice_bytes` only.
-
-    Raises:
-        MaxlmError: the file cannot be read.
     """
     cut_lines = file.format == "jsonl" and file.compression == "none"
     hasher, cuts = hashlib.sha256(), [(0, 1)]
-    position, line = 0, 1
+    position = 0
     mtime = file.path.stat().st_mtime_ns
     for path in (file.path, *file.extra_paths) if digest or cut_lines else ():
         with open_stream(path, "none") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                if digest:
-                    hasher.update(block)
-                if cut_lines:
-                    line = _cut_block(block, position, line, slice_bytes, cuts)
+            blocks = stream if cut_lines else iter(partial(stream.read, _BLOCK_BYTES), b"")
+            for number, block in enumerate(blocks, 2):
+                hasher.update(block)
                 position += len(block)
+                if cut_lines and position - cuts[-1][0] >= slice_bytes:
+                    cuts.append((position, number))
     if file.format == "parquet":
         slices = tuple(_parquet_slices(file, slice_bytes)) or (make_whole_slice(file),)
     elif cut_lines:
@@ -82,21 +72,6 @@ def scan_file(file: SourceFile, slice_bytes: int, *, digest: bool = True) -> Sca
     else:
         slices = (make_whole_slice(file),)
     return Scan(hasher.hexdigest() if digest else "", mtime, slices)
-
-
-def _cut_block(
-    block: bytes, position: int, line: int, slice_bytes: int, cuts: list[tuple[int, int]]
-) -> int:
-    """Append (byte offset, line number) of each cut in `block`; return the line at its end."""
-    done = 0
-    while True:
-        wanted = max(done, cuts[-1][0] + slice_bytes - 1 - position)
-        newline = block.find(b"\n", wanted) if wanted < len(block) else -1
-        if newline < 0:
-            return line + block.count(b"\n", done)
-        line += block.count(b"\n", done, newline + 1)
-        done = newline + 1
-        cuts.append((position + done, line))
 
 
 def _parquet_slices(file: SourceFile, slice_bytes: int) -> Iterator[FileSlice]:
@@ -122,7 +97,7 @@ def open_parquet(path: Path):
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise make_missing_package_error("pyarrow", path) from error
+        raise make_missing_package_error(path) from error
     checked = partial(pq.ParquetFile, page_checksum_verification=True)
     try:
         with ExitStack() as stack:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents import SourceConfig, list_files, read_documents
-from maxlm.data.documents import slices as slices_module
 from maxlm.data.documents.document import Document
 from maxlm.data.documents.reader import read_slice
 from maxlm.data.documents.slices import scan_file
@@ -30,13 +29,11 @@ LINES = st.lists(st.sampled_from(["", '{"text": ""}', '{"text": "é"}', '{"text"
 
 
 @settings(max_examples=60, deadline=None)
-@given(LINES, st.booleans(), st.integers(1, 90), st.integers(1, 40))
-def test_jsonl(tmp_path_factory, lines, newline_at_end, slice_bytes, block_bytes):
+@given(LINES, st.booleans(), st.integers(1, 90))
+def test_jsonl(tmp_path_factory, lines, newline_at_end, slice_bytes):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_text("\n".join(lines) + "\n" * newline_at_end)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices_module, "_BLOCK_BYTES", block_bytes)
-        slices, cut, whole = cut_and_whole(path, slice_bytes)
+    slices, cut, whole = cut_and_whole(path, slice_bytes)
     assert cut == whole
     assert all(each.size >= slice_bytes for each in slices[:-1])
     assert len(slices) == 1 or all(each.size for each in slices)

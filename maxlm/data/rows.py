@@ -1,22 +1,26 @@
-"""Batches of encoded rows: padded, or several packed into one, shuffled anew each epoch.
+"""Batches from rows of dictionaries: prompts with answers, chosen and rejected ones, messages.
 
-Which examples a row has is a function of the seed alone, and where it stands of the seed and the
-epoch, so that any row of any batch is found in O(1).
+Rows are encoded, padded, or packed several into one, and shuffled anew each epoch. Which examples a
+row has is a function of the seed alone, and where it stands of the seed and the epoch, so that any
+row of any batch is found in O(1).
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maxlm.config import MaxlmError
 from maxlm.data.batch_source import BatchArray
+from maxlm.data.documents.streams import make_missing_package_error
 from maxlm.data.loader.batches import Batch
 from maxlm.data.loader.packing import pack_best_fit
 from maxlm.data.loader.permutation import derive_key, derive_keys, permute
-from maxlm.data.rows.files import RowFile
 
 Encode = Callable[[dict[str, Any]], Mapping[str, Any]]
 """A row of a file to arrays by name; pure, and pickles. Along "seq" an array is as long as the
@@ -24,6 +28,98 @@ example, at most a row's length."""
 
 # Examples that are packed together.
 PACKING_BLOCK = 16384
+
+
+class RowFile(Protocol):
+    """Rows by number; small to pickle."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class JsonlRows:
+    """Lines that are JSON objects; empty ones are passed over."""
+
+    path: Path
+    starts: NDArray[np.int64] = field(repr=False)
+    """Where each row begins, in bytes [rows]."""
+
+    def __len__(self) -> int:
+        return self.starts.size
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(int(self.starts[index]))
+            line = file.readline()
+        try:
+            if isinstance(row := json.loads(line), dict):
+                return row
+        except ValueError:
+            pass
+        what = f"row {index} is no JSON object"
+        raise MaxlmError(what, where=str(self.path), fix="repair the line")
+
+
+@dataclass(frozen=True)
+class ParquetRows:
+    """Rows of a Parquet file, of which a row group is read at once."""
+
+    path: Path
+
+    @cached_property
+    def _group_starts(self) -> NDArray[np.int64]:
+        metadata = _open_parquet(self.path).metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return int(self._group_starts[-1])
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
+        table = _read_group(self.path, group)
+        return table.slice(index - int(self._group_starts[group]), 1).to_pylist()[0]
+
+
+@lru_cache(maxsize=16)
+def _open_parquet(path: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise make_missing_package_error(path) from error
+    return ParquetFile(path)
+
+
+@lru_cache(maxsize=16)
+def _read_group(path: Path, group: int) -> Any:
+    return _open_parquet(path).read_row_group(group)
+
+
+def open_rows(path: str | Path) -> RowFile:
+    """Open a file of rows, by its name's ending: ``.jsonl``, ``.json`` or ``.parquet``."""
+    path = Path(path)
+    if not path.is_file():
+        raise MaxlmError("no such file", where=str(path), fix="name a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        rows: RowFile = ParquetRows(path)
+    elif path.suffix in (".jsonl", ".json"):
+        starts, at = [], 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    starts.append(at)
+                at += len(line)
+        rows = JsonlRows(path, np.array(starts, np.int64))
+    else:
+        raise MaxlmError("no file of rows", where=str(path), fix="name a .jsonl or .parquet file")
+    if not len(rows):
+        raise MaxlmError("the file has no rows", where=str(path), fix="give it some")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -72,7 +168,7 @@ class RowSource:
         start = 0
         for number, example in enumerate(examples, 1):
             encoded = self.encode(self.file[example])
-            check_fits(encoded, self.arrays, f"{self.file.path}: row {example}")
+            length = _measure(encoded, self.arrays, f"{self.file.path}: row {example}")
             for name, array in self.arrays.items():
                 prefix = name.removesuffix("segment_ids").removesuffix("positions")
                 if name in encoded:
@@ -88,28 +184,25 @@ class RowSource:
                     for axis, size in zip(array.axes, value.shape, strict=True)
                 )
                 batch[name][(i, *place)] = value
-            start += measure_length(encoded, self.arrays)
+            start += length
 
 
-def measure_length(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray]) -> int:
+def _measure(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray], where: str) -> int:
     """Return the tokens of an encoded example: those of its longest array along "seq"."""
-    along = {name: a.axes.index("seq") for name, a in arrays.items() if "seq" in a.axes}
-    return max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
-
-
-def check_fits(encoded: Mapping[str, Any], arrays: Mapping[str, BatchArray], where: str) -> None:
-    """Check that an encoded example is no longer than a row.
-
-    Raises:
-        MaxlmError: naming both lengths.
-    """
-    room = min(a.shape[a.axes.index("seq")] for a in arrays.values() if "seq" in a.axes)
-    if (length := measure_length(encoded, arrays)) > room:
+    along = {name: array.axes.index("seq") for name, array in arrays.items() if "seq" in array.axes}
+    length = max(np.shape(encoded[name])[axis] for name, axis in along.items() if name in encoded)
+    if length > (room := _room(arrays)):
         raise MaxlmError(
             f"an example of {length} tokens, where a row of a batch has {room}",
             where=where,
             fix="raise data.seq_len, or let the task cut its examples",
         )
+    return length
+
+
+def _room(arrays: Mapping[str, BatchArray]) -> int:
+    """The tokens of a row."""
+    return min(a.shape[a.axes.index("seq")] for a in arrays.values() if "seq" in a.axes)
 
 
 def make_row_source(
@@ -133,9 +226,6 @@ def make_row_source(
             (best-fit decreasing). Every example is encoded once beforehand, for its length.
         shuffle: False keeps the file's order.
         endless: False reads the file once.
-
-    Raises:
-        MaxlmError: an example that is longer than a row.
     """
     key = derive_key(seed, "rows") if shuffle else None
     examples = np.arange(len(file), dtype=np.int64)
@@ -151,17 +241,12 @@ def _pack(
     file: RowFile, encode: Encode, arrays: Mapping[str, BatchArray], examples: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Examples in order of their rows, and where each row's begin."""
-    room = min(a.shape[a.axes.index("seq")] for a in arrays.values() if "seq" in a.axes)
-    lengths = []
-    for example in examples.tolist():
-        encoded = encode(file[example])
-        check_fits(encoded, arrays, f"{file.path}: row {example}")
-        lengths.append(measure_length(encoded, arrays))
-    lengths = np.array(lengths)
+    where, numbers = f"{file.path}: row", examples.tolist()
+    lengths = np.array([_measure(encode(file[i]), arrays, f"{where} {i}") for i in numbers])
     order, counts = [], []
     for start in range(0, len(examples), PACKING_BLOCK):
         block = slice(start, start + PACKING_BLOCK)
-        rows = pack_best_fit(lengths[block], room)
+        rows = pack_best_fit(lengths[block], _room(arrays))
         order.append(examples[block][np.argsort(rows, kind="stable")])
         counts.append(np.bincount(rows))
     return np.concatenate(order), np.cumsum([0, *np.concatenate(counts)])
