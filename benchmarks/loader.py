@@ -150,7 +150,7 @@ class SimulatedStore:
 
     def __init__(self, num_documents: int):
         self.num_tokens = int(_starts(np.array([num_documents]))[0])
-        self.offsets = Offsets(_computed, num_documents + 1, self.num_tokens)
+        self.offsets = Offsets(_computed, num_documents + 1)
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[np.ndarray]:
         return [np.zeros(b - a, np.uint16) for a, b in zip(starts, stops, strict=True)]

@@ -182,7 +182,7 @@ class RunPlan:
         margin = None if limit is None else limit - float(self.memory.total)
         return {
             "format": FORMAT,
-            **asdict(self.layout),
+            **self.layout.to_json(),
             "remat": self.shape.remat,
             "micro_batches": self.shape.micro,
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},

@@ -107,9 +107,6 @@ def make_one_pass(
     All batches have one shape: the last is filled up with rows of weight 0. With either packing
     the weights of all hosts' batches sum to num_tokens minus the number of documents, as each
     token but a document's first is a target once. The store may be shorter than one sequence.
-
-    Raises:
-        MaxlmError: an empty store, or a best_fit index that cannot be written.
     """
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
@@ -141,9 +138,6 @@ def load_batches(
         rows: the global rows to take, in this order, which are this process's.
         num_steps: how many batches; None is all there are.
         workers, prefetch: see `LoaderConfig`.
-
-    Raises:
-        MaxlmError: the source ends before the last step.
     """
     from maxlm.data.loader.prefetch import Prefetcher
 
@@ -159,10 +153,7 @@ def _make_rows(source: "BatchSource", rows: Sequence[int], step: int) -> Batch:
 
 
 def check_num_steps(batches: "BatchSource", steps: int) -> None:
-    """
-    Raises:
-        MaxlmError: the mixture ends before so many steps.
-    """
+    """Refuses a mixture that ends before so many steps."""
     if batches.num_steps is not None and batches.num_steps < steps:
         raise MaxlmError(
             f"the mixture ends after {batches.num_steps:,} of {steps:,} steps: every source that "

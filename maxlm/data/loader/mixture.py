@@ -87,10 +87,6 @@ class Mixture:
             changes: (first index, weights of every store) of later phases, in rising order.
             most: how many sequences a store gives in all, for stores that do not go on for ever.
                 Its weight then goes to the others, in proportion to theirs.
-
-        Raises:
-            MaxlmError: no stores, or a weight that is not a finite number, or below 0, or 0 from
-                beginning to end.
         """
         names = tuple(weights)
         phases = [(0, weights), *changes]
@@ -265,12 +261,7 @@ class Mixing:
         batch_size: int,
         key: int | None,
     ) -> Mixture:
-        """The mixture of stores of these sizes; stores are numbered in the order of `tokens`.
-
-        Raises:
-            MaxlmError: a phase names no source, or phases out of order, or weights that `Mixture`
-                refuses.
-        """
+        """The mixture of stores of these sizes; stores are numbered in the order of `tokens`."""
         check_phases(self.phases, tuple(self.weights))
         sizes = dict.fromkeys(tokens, 1.0)
         if self.temperature is not None:
@@ -302,11 +293,7 @@ class Mixing:
 
 
 def check_phases(phases: Sequence[Phase], names: Sequence[str]) -> None:
-    """
-    Raises:
-        MaxlmError: a phase names a source that is not there (with the nearest name), or begins
-            before the one ahead of it is over.
-    """
+    """Refuses phases of sources that are not there, or that begin before the one ahead is over."""
     free_from = -1
     for number, phase in enumerate(phases):
         where = f"phases.{number}"

@@ -179,9 +179,6 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
 
     Safe when several processes or hosts build it at once: each builds its own copy (they are
     equal) and the first to finish wins.
-
-    Raises:
-        MaxlmError: the index cannot be written into the store's folder, or is damaged.
     """
     if store.path is None:
         return BestFitPacking(build_index(store.offsets, seq_len, block))
@@ -225,12 +222,7 @@ def _blocks(
         sequences = pack_best_fit(lengths, seq_len)
         order = np.argsort(sequences, kind="stable")
         ends = starts + lengths == stops
-        yield (
-            starts[order],
-            lengths[order].astype(np.int32),
-            ends[order],
-            np.bincount(sequences),
-        )
+        yield (starts[order], lengths[order].astype(np.int32), ends[order], np.bincount(sequences))
 
 
 def pack_best_fit(lengths: Int64s, capacity: int) -> Int64s:

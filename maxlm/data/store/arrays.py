@@ -48,11 +48,7 @@ def open_for_writing(folder: Path, name: str):
 
 
 def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
-    """Write `values` from index `start` of a TensorStore, and wait until they are on disk.
-
-    Raises:
-        MaxlmError: the disk is full or cannot be written; names `folder`.
-    """
+    """Write `values` from index `start` of a TensorStore, and wait until they are on disk."""
     try:
         array[start : start + len(values)].write(values).result()
     except (ValueError, OSError) as error:
@@ -63,9 +59,6 @@ def write_array(array, start: int, values: np.ndarray, folder: Path) -> None:
 def open_for_reading(folders: Sequence[Place], name: str, cache_bytes: int):
     """The TensorStore of an array that lies in pieces in `folders`, with a cache of `cache_bytes`
     decompressed bytes. Of offsets the first piece's first and every piece's others count.
-
-    Raises:
-        MaxlmError: the array is missing or damaged.
     """
     import tensorstore as ts
 

@@ -41,9 +41,6 @@ def assemble(
 
     A shard is one file and is written by one worker in one go, so the result does not depend on
     the number of workers.
-
-    Raises:
-        MaxlmError: the arrays cannot be written.
     """
     begins = np.concatenate([[0], np.cumsum([part.num_tokens for part in parts])])
     total = int(begins[-1])
@@ -62,30 +59,13 @@ def assemble(
 def _write_offsets(
     store: Path, parts_folder: Path, parts: Sequence[FinishedPart], base: int
 ) -> str:
-    """Shard by shard, so that memory does not grow with the number of documents."""
-    size = 1 + sum(part.num_documents for part in parts)
-    array, digest = create_array(store, "offsets", size, "int64"), hashlib.sha256()
-    shard = np.full(min(size, SHARD_TOKENS), base, np.int64)
-    written, filled, last = 0, 1, base
-
-    def write() -> None:
-        nonlocal written, filled
-        digest.update(shard[:filled].data)
-        write_array(array, written, shard[:filled], store)
-        written, filled = written + filled, 0
-
-    for part in parts:
-        offsets = last + np.cumsum(
-            np.fromfile(part_path(parts_folder, part.index, "lengths"), np.int64)
-        )
-        while offsets.size:
-            if filled == shard.size:
-                write()
-            taken = min(offsets.size, shard.size - filled)
-            shard[filled : filled + taken] = offsets[:taken]
-            filled, last, offsets = filled + taken, int(offsets[taken - 1]), offsets[taken:]
-    write()
-    return digest.hexdigest()
+    paths = (part_path(parts_folder, part.index, "lengths") for part in parts)
+    lengths = np.concatenate([np.fromfile(path, np.int64) for path in paths])
+    offsets = np.cumsum(np.append(base, lengths))
+    array = create_array(store, "offsets", offsets.size, "int64")
+    for start in range(0, offsets.size, SHARD_TOKENS):
+        write_array(array, start, offsets[start : start + SHARD_TOKENS], store)
+    return hashlib.sha256(offsets.data).hexdigest()
 
 
 def _shard_jobs(

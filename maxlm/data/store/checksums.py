@@ -27,11 +27,8 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
     """(name, what is wrong) of files that are not as they were written.
 
     Args:
-        digest: the SHA-256 of the list of checksums; None: the store is of an older version, which
-            kept none. It may have no list either, and then no file is known to be damaged.
-
-    Raises:
-        MaxlmError: the list of checksums cannot be read, or is no such list.
+        digest: the SHA-256 of the list of checksums; None: an older version wrote the store, and
+            kept no list at all, or none of its digest.
     """
     where, rebuild = str(join_place(place, CHECKSUMS_NAME)), "build the store again"
     try:

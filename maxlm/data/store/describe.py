@@ -39,7 +39,7 @@ def summary_table(store: TokenStore) -> Table:
     rows = {
         "tokens": f"{manifest.num_tokens:,} ({manifest.dtype})",
         "documents": f"{manifest.num_documents:,}",
-        "segments": f"{max(1, len(manifest.segments)):,}",
+        "segments": f"{len(manifest.segments):,}",
         "text": f"{manifest.text_bytes:,} bytes",
         "bytes per token": f"{about['bytes_per_token']:.3f}",
         "on disk": f"{about['bytes_on_disk']:,} bytes" if store.path else "elsewhere",

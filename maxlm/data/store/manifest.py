@@ -1,7 +1,7 @@
 """The manifest of a token store."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +28,11 @@ class SourceEntry(Config):
     """Bytes on disk."""
     sha256: str
     """Of the bytes on disk."""
-    num_documents: int
+    num_documents: int = 0
     """Documents in the store (so: in its split)."""
-    text_bytes: int
+    text_bytes: int = 0
     """Bytes of those documents' text."""
-    num_left_out: int
+    num_left_out: int = 0
     """Documents that were empty, or left out by `on_bad_bytes="skip"`."""
     num_dropped: int = 0
     """Documents of a corpus that its rules dropped (an older version counts them above)."""
@@ -45,8 +45,8 @@ class StoreSegment(Config):
     num_documents: int
     num_sources: int
     """How many of the manifest's sources are its; they follow those of the segments before."""
-    offsets_sha256: str
-    """Of its offsets, as little-endian int64."""
+    offsets_sha256: str | None = None
+    """Of its offsets, as little-endian int64; null: an older version wrote it."""
     tokens_sha256: str | None = None
     """Of the SHA-256s, in hexadecimal, of each 16 Mi (a shard) of its tokens as little-endian
     numbers of their dtype; null: an older version wrote it."""
@@ -67,10 +67,10 @@ class Manifest(Config):
     """What documents open with; null: nothing."""
     eos_id: int
     dtype: Literal["uint16", "uint32"]
-    num_tokens: int
+    num_tokens: int = 0
     """All tokens, with the bos (if any) and the eos of each document."""
-    num_documents: int
-    text_bytes: int
+    num_documents: int = 0
+    text_bytes: int = 0
     """Bytes of text behind the tokens: what bits per byte divides by."""
     split: Split
     heldout_fraction: float
@@ -84,32 +84,23 @@ class Manifest(Config):
     """Files passed over as binary."""
     sources: tuple[SourceEntry, ...]
     segments: tuple[StoreSegment, ...] = ()
-    """In the order of their documents. None: a store of an older version, which has one."""
+    """In the order of their documents."""
 
     @property
     def offsets_sha256(self) -> str | None:
-        """A hash of all offsets; None for a store of an older version."""
-        digests = [segment.offsets_sha256 for segment in self.segments]
-        if len(digests) < 2:
-            return digests[0] if digests else None
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        """A hash of all offsets; None if an older version wrote some."""
+        digests = [segment.offsets_sha256 or "" for segment in self.segments]
+        return digests[0] or None if len(digests) == 1 else _hash_digests(digests)
 
     @property
     def tokens_sha256(self) -> str | None:
         """A hash of the tokens of all segments; None if an older version wrote one of them."""
-        digests = [segment.tokens_sha256 or "" for segment in self.segments]
-        if not all(digests) or not digests:
-            return None
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        return _hash_digests([segment.tokens_sha256 or "" for segment in self.segments])
 
     def first(self, segments: int) -> "Manifest":
-        """As it was when it had only so many segments (but for `num_binary_files`).
-
-        Raises:
-            MaxlmError: it has fewer, or none is asked for.
-        """
-        if not 1 <= segments <= max(1, len(self.segments)):
-            what = f"the store has {max(1, len(self.segments))} segments, not {segments}"
+        """As it was when it had only so many segments (but for `num_binary_files`)."""
+        if not 1 <= segments <= len(self.segments):
+            what = f"the store has {len(self.segments)} segments, not {segments}"
             raise MaxlmError(what, where="segments", fix="ask for 1 to as many as there are")
         kept = self.segments[:segments]
         if len(kept) == len(self.segments):
@@ -128,6 +119,17 @@ class Manifest(Config):
         )
 
 
+def make_segment(manifest: Manifest, **digests: str) -> StoreSegment:
+    """Returns the one segment of a manifest that has none yet."""
+    return StoreSegment(
+        num_tokens=manifest.num_tokens,
+        num_documents=manifest.num_documents,
+        num_sources=len(manifest.sources),
+        selection=manifest.selection,
+        **digests,
+    )
+
+
 def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
     """Returns the manifest of a store with the segments of both, in this order."""
     selection = _together((existing.selection, new.selection))
@@ -136,6 +138,10 @@ def append_manifest(existing: Manifest, new: Manifest) -> Manifest:
         update={name: getattr(existing, name) + getattr(new, name) for name in sums}
         | {"selection": selection}
     )
+
+
+def _hash_digests(digests: Sequence[str]) -> str | None:
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if all(digests) else None
 
 
 def _together(selections: Iterable[str | None]) -> str | None:
@@ -153,11 +159,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Place) -> Manifest:
-    """The manifest of a store.
-
-    Raises:
-        MaxlmError: no store there, or a manifest that is damaged or of another format version.
-    """
+    """The manifest of a store."""
     path = join_place(folder, MANIFEST_NAME)
     rebuild = "build the store again with maxlm corpus build"
     fix = read_failure_hint(folder, rebuild)
@@ -179,4 +181,59 @@ def read_manifest(folder: Place) -> Manifest:
     if manifest.format_version != FORMAT_VERSION:
         what = f"store format {manifest.format_version}; this maxlm reads {FORMAT_VERSION}"
         raise MaxlmError(what, where=str(path), fix=rebuild)
+    if not manifest.segments:  # An older version wrote it.
+        manifest = manifest.model_copy(update={"segments": (make_segment(manifest),)})
     return manifest
+
+
+def is_appended(where: str, existing: Manifest, planned: Manifest) -> bool:
+    """Whether a segment of the store in `where` holds just the files of the planned one."""
+    for found in _other_settings(existing, planned):
+        fix = "give the store's settings, or build a store of its own and mix the two"
+        raise MaxlmError(f"cannot append: {found}", where=where, fix=fix)
+    files = [(source.sha256, source.format) for source in existing.sources]
+    new = [(source.sha256, source.format) for source in planned.sources]
+    start, selections = 0, (existing.selection or "").split("\n")
+    for segment in existing.segments:
+        same_files = files[start : start + segment.num_sources] == new
+        if same_files and (planned.selection is None or planned.selection in selections):
+            return True
+        start += segment.num_sources
+    # By name, too: other documents may well hold the same text, a licence for one.
+    known = {(source.name, source.sha256) for source in existing.sources}
+    for source in planned.sources:
+        if (source.name, source.sha256) in known:
+            what = f"{source.name} is already in the store"
+            raise MaxlmError(what, where=where, fix="leave it out")
+    return False
+
+
+def describe_difference(existing: Manifest, planned: Manifest) -> str | None:
+    """Describes the first input in which two manifests differ; None if their inputs are equal.
+
+    Counts follow from the inputs and file names do not matter, so neither is compared.
+    """
+    return next(_differences(existing, planned), None)
+
+
+def _differences(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    yield from _other_settings(existing, planned)
+    if existing.selection != planned.selection:
+        yield "the rules by which the corpus's documents are taken have changed"
+    for old, new in zip(existing.sources, planned.sources, strict=False):
+        if (old.sha256, old.format) != (new.sha256, new.format):
+            same = old.name == new.name
+            yield f"{new.name} has changed" if same else f"{old.name} where now {new.name} comes"
+    old, new = len(existing.sources), len(planned.sources)
+    if old != new:
+        yield f"{old} files, now {new}"
+
+
+def _other_settings(existing: Manifest, planned: Manifest) -> Iterator[str]:
+    old, new = existing.tokenizer_fingerprint, planned.tokenizer_fingerprint
+    if old != new:
+        yield f"another tokenizer ({old[:12]}, now {new[:12]})"
+    for name in ("split", "heldout_fraction", "text_field", "on_bad_bytes", "piece_bytes"):
+        old, new = getattr(existing, name), getattr(planned, name)
+        if old != new:
+            yield f"{name} was {old}, now {new}"

@@ -1,15 +1,17 @@
-"""Tokenizing a corpus part by part: the unit of parallel work and of resumption.
+"""A corpus cut into parts that are tokenized apart: the unit of parallel work and of resumption.
 
 A part is a run of whole documents. Its files hold raw tokens (`.tokens`) and the documents'
 lengths in tokens (`.lengths`, int64); the counts (`.json`) are written last and make it finished.
 """
 
 import fcntl
+import hashlib
 import itertools
 import json
-import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +20,21 @@ import numpy as np
 
 from maxlm.config import MaxlmError
 from maxlm.data.documents.config import SourceConfig
-from maxlm.data.documents.document import FileSlice, LeftOut
-from maxlm.data.documents.heldout import is_heldout
+from maxlm.data.documents.document import FileSlice, LeftOut, is_heldout
+from maxlm.data.documents.files import find_files
+from maxlm.data.documents.formats import describe_selected_documents
 from maxlm.data.documents.reader import read_slice
-from maxlm.data.documents.slices import check_unchanged
-from maxlm.data.store.manifest import Manifest, Split
-from maxlm.runtime.files import convert_write_errors
+from maxlm.data.documents.slices import Scan, check_unchanged, scan_file
+from maxlm.data.store.arrays import token_dtype
+from maxlm.data.store.manifest import FORMAT_VERSION, Manifest, SourceEntry, Split
+from maxlm.runtime.files import convert_write_errors, replace_file
+from maxlm.runtime.pool import count_workers
 
 if TYPE_CHECKING:
     from maxlm.data.tokenizer import Tokenizer
 
+MAX_SHARD_BYTES = 64 << 20
+MIN_SHARD_BYTES = 256 << 10
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 4096
 
@@ -54,105 +61,139 @@ class PartJob:
 
 
 @dataclass(frozen=True)
-class SourceCounts:
-    """Documents and bytes of one source file in a part."""
-
-    num_documents: int = 0
-    text_bytes: int = 0
-    num_left_out: int = 0
-    num_dropped: int = 0
-
-    def __add__(self, other: "SourceCounts") -> "SourceCounts":
-        return SourceCounts(
-            self.num_documents + other.num_documents,
-            self.text_bytes + other.text_bytes,
-            self.num_left_out + other.num_left_out,
-            self.num_dropped + other.num_dropped,
-        )
-
-
-@dataclass(frozen=True)
 class FinishedPart:
     """A finished part."""
 
     index: int
     num_tokens: int
     num_documents: int
-    counts: dict[int, SourceCounts]
-    """By source file."""
+    counts: dict[int, Counter[str]]
+    """By source file; named as in a `SourceEntry`."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """The input of a store or a segment: its files, hashed but not yet read."""
+
+    source: SourceConfig
+    tokenizer_folder: Path
+    tokenizer: "Tokenizer"
+    manifest: Manifest
+    """Without counts."""
+    scans: tuple[Scan, ...]
+    shard_bytes: int
+
+    def parts_folder(self, building: Path) -> Path:
+        """Where the parts are made; parts of other inputs lie elsewhere."""
+        text = f"{self.shard_bytes} {self.manifest.model_dump_json()}"
+        return building / f"parts-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def jobs(self, folder: Path) -> list[PartJob]:
+        """Consecutive slices, grouped into parts of at least `shard_bytes`."""
+        units: list[list[PartSlice]] = [[]]
+        size = 0
+        for index, scan in enumerate(self.scans):
+            for each in scan.slices:
+                if size >= self.shard_bytes:
+                    units.append([])
+                    size = 0
+                units[-1].append(PartSlice(index, scan.mtime_ns, each))
+                size += each.size
+        return [
+            PartJob(folder, index, tuple(unit), self.source, self.tokenizer_folder, self.manifest)
+            for index, unit in enumerate(units)
+        ]
+
+
+def plan_build(
+    source: SourceConfig,
+    tokenizer_folder: Path,
+    split: Split,
+    heldout_fraction: float,
+    workers: int | None,
+    shard_bytes: int | None,
+) -> BuildPlan:
+    """Lists, hashes and cuts the files. Raises as `build_store`."""
+    from maxlm.data.tokenizer import load_tokenizer
+
+    if split != "all" and not 0 < heldout_fraction < 1:
+        what = f"heldout_fraction={heldout_fraction} does not lie between 0 and 1"
+        raise MaxlmError(what, fix=f'give a fraction such as 0.01, or split="all" (not "{split}")')
+    if workers is not None and workers < 1:
+        raise MaxlmError(f"workers={workers} is less than 1", fix="give 1 or more")
+    tokenizer = load_tokenizer(tokenizer_folder)
+    listing = find_files(source)
+    if shard_bytes is None:
+        even = sum(file.size for file in listing.files) // 64
+        shard_bytes = min(max(even, MIN_SHARD_BYTES), MAX_SHARD_BYTES)
+    with ThreadPoolExecutor(workers or count_workers()) as threads:
+        scans = tuple(threads.map(lambda file: scan_file(file, shard_bytes), listing.files))
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id if tokenizer.opening else None,
+        eos_id=tokenizer.eos_id,
+        dtype=token_dtype(tokenizer.vocab_size).name,  # pyright: ignore[reportArgumentType]
+        split=split,
+        heldout_fraction=heldout_fraction if split != "all" else 0.0,
+        text_field=source.text_field,
+        on_bad_bytes=source.on_bad_bytes,
+        piece_bytes=source.piece_bytes,
+        selection=describe_selected_documents(listing.files),
+        num_binary_files=listing.num_binary,
+        sources=tuple(
+            SourceEntry(name=file.name, format=file.format, size=file.size, sha256=scan.sha256)
+            for file, scan in zip(listing.files, scans, strict=True)
+        ),
+    )
+    return BuildPlan(source, tokenizer_folder, tokenizer, manifest, scans, shard_bytes)
 
 
 def part_path(folder: Path, index: int, suffix: str) -> Path:
     return folder / f"{index:06d}.{suffix}"
 
 
-def read_finished_part(folder: Path, index: int, itemsize: int) -> FinishedPart | None:
+def read_finished_part(folder: Path, index: int) -> FinishedPart | None:
     """The part as an earlier run left it, or None if that run did not finish it."""
     try:
         record = json.loads(part_path(folder, index, "json").read_text())
-        counts = {
-            int(source): SourceCounts(**each) for source, each in record.pop("counts").items()
-        }
-        part = FinishedPart(counts=counts, **record)
-        whole = (
-            part_path(folder, index, "tokens").stat().st_size == part.num_tokens * itemsize
-            and part_path(folder, index, "lengths").stat().st_size == part.num_documents * 8
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, ValueError):
         return None
-    return part if whole else None
+    counts = {int(source): Counter(each) for source, each in record.pop("counts").items()}
+    return FinishedPart(counts=counts, **record)
 
 
-def make_unclaimed_part(job: PartJob) -> FinishedPart | None:
-    """Make a part unless another process, maybe on another machine, is making it: then None."""
-    with (
-        convert_write_errors(job.folder),
-        open(part_path(job.folder, job.index, "claim"), "w") as claim,
-    ):
+def make_part(job: PartJob) -> FinishedPart | None:
+    """Read, split and tokenize a part's documents and write its files, unless another builder,
+    maybe on another machine, is making it: then None.
+    """
+    claim = part_path(job.folder, job.index, "claim")
+    with convert_write_errors(job.folder), open(claim, "w") as file:
         try:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        itemsize = np.dtype(job.planned.dtype).itemsize
-        return read_finished_part(job.folder, job.index, itemsize) or make_part(job)
+        return read_finished_part(job.folder, job.index) or _make_claimed_part(job)
 
 
-def make_part(job: PartJob) -> FinishedPart:
-    """Read, split and tokenize a part's documents and write its files.
-
-    Raises:
-        MaxlmError: a document cannot be read (see `read_documents`), a source file changed since
-            it was hashed, or the part cannot be written.
-    """
+def _make_claimed_part(job: PartJob) -> FinishedPart:
     tokenizer = _load(job.tokenizer_folder, job.planned.tokenizer_fingerprint)
     bos, eos, dtype = job.planned.bos_id, job.planned.eos_id, np.dtype(job.planned.dtype)
-    counts: dict[int, SourceCounts] = {}
+    counts: dict[int, Counter[str]] = {}
     num_tokens = num_documents = 0
-    temporary = {s: part_path(job.folder, job.index, f"{s}.{os.getpid()}") for s in _SUFFIXES}
-    try:
-        with (
-            convert_write_errors(job.folder),
-            open(temporary["tokens"], "wb") as tokens_file,
-            open(temporary["lengths"], "wb") as lengths_file,
-        ):
-            for texts in _batches(_texts(job, counts)):
-                tokens, lengths = join_documents(tokenizer.encode_batch(texts), bos, eos, dtype)
-                tokens_file.write(tokens.data)
-                lengths_file.write(lengths.data)
-                num_tokens += len(tokens)
-                num_documents += len(lengths)
-        part = FinishedPart(job.index, num_tokens, num_documents, counts)
-        with convert_write_errors(job.folder):
-            temporary["json"].write_text(json.dumps(asdict(part)))
-            for suffix in _SUFFIXES:  # json last: it declares the part finished
-                os.replace(temporary[suffix], part_path(job.folder, job.index, suffix))
-        return part
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-_SUFFIXES = ("tokens", "lengths", "json")
+    names = (part_path(job.folder, job.index, suffix) for suffix in ("tokens", "lengths"))
+    with open(next(names), "wb") as tokens_file, open(next(names), "wb") as lengths_file:
+        for texts in _batches(_texts(job, counts)):
+            tokens, lengths = join_documents(tokenizer.encode_batch(texts), bos, eos, dtype)
+            tokens_file.write(tokens.data)
+            lengths_file.write(lengths.data)
+            num_tokens += len(tokens)
+            num_documents += len(lengths)
+    part = FinishedPart(job.index, num_tokens, num_documents, counts)
+    with replace_file(part_path(job.folder, job.index, "json")) as new:
+        new.write_text(json.dumps(vars(part)))
+    return part
 
 
 def join_documents(
@@ -169,27 +210,21 @@ def join_documents(
     return tokens, lengths
 
 
-def _texts(job: PartJob, counts: dict[int, SourceCounts]) -> Iterator[bytes]:
+def _texts(job: PartJob, counts: dict[int, Counter[str]]) -> Iterator[bytes]:
     """The texts of the job's split; adds up `counts` on the way."""
     split, fraction = job.planned.split, job.planned.heldout_fraction
     for each in job.slices:
-        documents = text_bytes = left_out = dropped = 0
+        count = counts.setdefault(each.source, Counter())
         for document in read_slice(job.config, each.slice):
             if document is LeftOut.RULE:
-                dropped += 1
+                count["num_dropped"] += 1
             elif isinstance(document, LeftOut):
-                left_out += 1
-            elif _in_split(document.text, split, fraction):
-                documents += 1
-                text_bytes += len(document.text)
+                count["num_left_out"] += 1
+            elif split == "all" or is_heldout(document.text, fraction) == (split == "heldout"):
+                count["num_documents"] += 1
+                count["text_bytes"] += len(document.text)
                 yield document.text
         check_unchanged(each.slice.file, each.mtime_ns, "store")
-        new = SourceCounts(documents, text_bytes, left_out, dropped)
-        counts[each.source] = counts.get(each.source, SourceCounts()) + new
-
-
-def _in_split(text: bytes, split: Split, fraction: float) -> bool:
-    return split == "all" or is_heldout(text, fraction) == (split == "heldout")
 
 
 def _batches(texts: Iterator[bytes]) -> Iterator[list[bytes]]:

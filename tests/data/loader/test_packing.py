@@ -1,6 +1,5 @@
 """Both packings lay every token into one sequence, once, in pieces of single documents."""
 
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,13 +10,7 @@ from hypothesis import strategies as st
 from maxlm.config import MaxlmError
 from maxlm.data.loader import packing as packing_module
 from maxlm.data.loader.loader import open_packed
-from maxlm.data.loader.packing import (
-    build_index,
-    measure_utilisation,
-    open_best_fit,
-    pack_best_fit,
-)
-from maxlm.data.store.offsets import Offsets
+from maxlm.data.loader.packing import measure_utilisation, open_best_fit, pack_best_fit
 from tests.data.loader.memory import MemoryStore
 
 documents = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(sum)
@@ -64,12 +57,6 @@ def test_bins_are_those_of_textbook_best_fit_decreasing(items):
         rooms.append((min(fitting) if fitting else 30) - item)
     bins = pack_best_fit(np.array(items), 30)
     assert sorted(30 - np.bincount(bins, items)) == sorted(rooms)
-
-
-@given(lengths=documents, seq_len=st.integers(1, 50))
-def test_best_fit_cuts_only_what_does_not_fit(lengths, seq_len):
-    index = build_index(MemoryStore(lengths).offsets, seq_len, 16)
-    assert index.starts.size == sum(-(-n // seq_len) for n in lengths)
 
 
 def standard_library_lengths(count, seed=0):
@@ -130,26 +117,3 @@ def test_a_damaged_index_is_named(tmp_path):
     (folder / "ends.npy").write_bytes((folder / "ends.npy").read_bytes()[:-9])
     with pytest.raises(MaxlmError, match=r"ends.npy: this file has changed since .*; delete its"):
         _ = open_best_fit(stored_offsets(tmp_path), 32, 100).index
-
-
-def test_memory_does_not_grow_with_the_number_of_documents(tmp_path):
-    """The index is written as it is made, from offsets that are read in blocks."""
-
-    def peak(num_documents, folder):
-        def read(ranges):
-            return [700 * (i := np.arange(a, b)) + i % 300 for a, b in ranges]
-
-        class Source:
-            path, offsets_sha256 = folder, str(num_documents)
-            offsets = Offsets(read, num_documents + 1, 700 * num_documents + num_documents % 300)
-
-        folder.mkdir()
-        tracemalloc.start()
-        packing = open_best_fit(Source, 2048, 1024)
-        used = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert packing.index.lengths.sum() == Source.offsets[num_documents:][0]
-        return used
-
-    small, large = peak(5_000, tmp_path / "small"), peak(80_000, tmp_path / "large")
-    assert large < small + (1 << 20)  # The index grows by 1.2 MB, of which its sequences are held.

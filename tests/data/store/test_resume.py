@@ -3,6 +3,10 @@
 import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -70,23 +74,6 @@ def test_resumes_after_any_part(tmp_path, corpus, byte_tokenizer, folder_bytes):
     assert not (tmp_path / ".store.building").exists()
 
 
-@pytest.mark.parametrize(
-    ("suffix", "damage"), [("tokens", b"x"), ("lengths", b"x"), ("json", b'{"index": 0}')]
-)
-def test_a_damaged_part_is_made_again(
-    tmp_path, corpus, byte_tokenizer, folder_bytes, monkeypatch, suffix, damage
-):
-    build_store(corpus, byte_tokenizer(), tmp_path / "unbroken", **SETTINGS)
-    out = tmp_path / "store"
-    build_until_stopped(corpus, byte_tokenizer(), out, 2, **SETTINGS)
-    path = tmp_path / ".store.building" / "parts" / f"000001.{suffix}"
-    path.write_bytes(path.read_bytes() + damage if suffix != "json" else damage)
-    calls = stop_after(10**9, monkeypatch)
-    build_store(corpus, byte_tokenizer(), out, **SETTINGS)
-    assert calls[0].index == 1
-    assert folder_bytes(out) == folder_bytes(tmp_path / "unbroken")
-
-
 @pytest.mark.parametrize("change", ["text", "tokenizer", "part size"])
 def test_parts_of_other_inputs_are_not_used(tmp_path, corpus, byte_tokenizer, change):
     out, tokenizer, settings = tmp_path / "store", byte_tokenizer(), dict(SETTINGS)
@@ -118,52 +105,59 @@ def test_two_builds_of_one_store_do_not_mix(tmp_path, corpus, byte_tokenizer):
     build_store(corpus, byte_tokenizer(), tmp_path / "store", **SETTINGS)
 
 
-@pytest.mark.parametrize("append", [False, True])
-def test_a_kill_within_the_swap_leaves_the_old_store(
-    tmp_path, corpus, byte_tokenizer, folder_bytes, append
-):
-    out, building = tmp_path / "store", tmp_path / ".store.building"
-    build_store(corpus, byte_tokenizer(), out, **SETTINGS)
-    before, real = folder_bytes(out), os.rename
+JOINED = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[2])
+    from conftest import ByteTokenizer
+    import maxlm.data.tokenizer
+    maxlm.data.tokenizer.load_tokenizer = lambda folder: ByteTokenizer()
+    from maxlm.data.documents import SourceConfig
+    from maxlm.data.store import build_store, parts
+    root = Path(sys.argv[1])
+    real = parts._make_claimed_part
+    def make(job):
+        part = real(job)
+        print(job.index, flush=True)
+        time.sleep(0.05)
+        return part
+    parts._make_claimed_part = make
+    source = SourceConfig(documents=(str(root / "a.jsonl"),))
+    build_store(source, "t", root / "store", workers=1, shard_bytes=100, join=True)
+"""
 
-    def rename(source, target):
-        if str(source).endswith("building/store"):
-            raise Stopped
-        real(source, target)
 
+@pytest.mark.parametrize("kill", [False, True])
+def test_builders_share_the_parts(tmp_path, corpus, byte_tokenizer, folder_bytes, kill):
+    """The same files as one builder's, whoever dies."""
+    build_store(corpus, byte_tokenizer(), tmp_path / "alone", **SETTINGS)
+    script = [sys.executable, "-c", textwrap.dedent(JOINED), str(tmp_path)]
+    script.append(os.path.dirname(__file__))
+    builders = [subprocess.Popen(script, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    first = builders[0].stdout.readline()
+    if kill:
+        builders[0].kill()
+    made = (first + "".join(builder.communicate(timeout=300)[0] for builder in builders)).split()
+    assert [builder.returncode for builder in builders] == [-signal.SIGKILL if kill else 0, 0]
+    # Each part once; of the one being made twice, if its builder was killed.
+    assert len(made) - len(set(made)) <= kill
+    assert folder_bytes(tmp_path / "store") == folder_bytes(tmp_path / "alone")
+    assert not (tmp_path / ".store.building").exists()
+    build_store(corpus, byte_tokenizer(), tmp_path / "store", join=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["make_part", "assemble", "write_checksums", "write_manifest"])
+def test_a_killed_append_goes_on(tmp_path, sources, byte_tokenizer, appended, folder_bytes, name):
+    out, settings = tmp_path / "again", {"workers": 1, "shard_bytes": 300}
+    build_store(sources[0], byte_tokenizer(), out, workers=1)
+    append_store(sources[1], out, **settings)
+    before = (out / "manifest.json").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "rename", rename)
+        stop_after(2 if name == "make_part" else 0, patch, name)
         with pytest.raises(Stopped):
-            build_store(corpus, byte_tokenizer(5), out, force=True, **SETTINGS)
-    assert not out.exists()
-    if append:
-        append_store(corpus, out, **SETTINGS)
-    else:
-        with pytest.raises(MaxlmError, match="built from other inputs"):
-            build_store(corpus, byte_tokenizer(5), out, **SETTINGS)
-    assert folder_bytes(out) == before
-    build_store(corpus, byte_tokenizer(5), out, force=True, **SETTINGS)
-    assert folder_bytes(out) != before
-    assert not building.exists()
-
-
-def test_a_failed_swap_leaves_the_old_store(tmp_path, corpus, byte_tokenizer, folder_bytes):
-    out = tmp_path / "store"
-    build_store(corpus, byte_tokenizer(), out, **SETTINGS)
-    before = folder_bytes(out)
-    real = os.rename
-
-    def rename(source, target):
-        if str(source).endswith("building/store"):
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "rename", rename)
-        with pytest.raises(MaxlmError) as caught:
-            build_store(corpus, byte_tokenizer(5), out, force=True, **SETTINGS)
-    assert str(caught.value) == (
-        f"{tmp_path}/.store.building: cannot write: No space left on device; free some disk "
-        "space, or check the folder and its permissions"
-    )
-    assert folder_bytes(out) == before
+            append_store(sources[2], out, **settings)
+    assert (out / "manifest.json").read_bytes() == before
+    TokenStore.open(out).verify()
+    append_store(sources[2], out, **settings)
+    assert folder_bytes(out) == folder_bytes(appended)
+    assert not (tmp_path / ".again.building").exists()
