@@ -51,13 +51,20 @@ def test_angles_that_grow_with_the_sequence_are_each_row_s_own(one_device_mesh, 
     with jax.set_mesh(one_device_mesh):
         tiny = build_tiny("llama", one_device_mesh, positions={"scaling": scaling})
         together = rows(tiny, prompts, GREEDY, cache_length=64)
+
+        @jax.jit
+        def forward(params, ids, places, segments):
+            bound = bind(tiny.model, params)
+            return bound.logits(bound(ids, places, segments)[0])
+
         for prompt, row in zip(prompts, together, strict=True):
             assert rows(tiny, [prompt], GREEDY, cache_length=64) == [row]
-            # A forward pass of just the prompt.
-            ids, places = np.array([prompt]), np.arange(len(prompt), dtype=np.int32)[None]
-            bound = bind(tiny.model, tiny.params)
-            logits = np.asarray(bound.logits(bound(ids, places)[0]))
-            assert logits[0, -1].argmax() == row[0]
+            # A forward pass of just the prompt: padding is of no segment, and at 0.
+            ids, places, segments = np.zeros((3, 1, 40), np.int32)
+            size = len(prompt)
+            ids[0, :size], places[0, :size], segments[0, :size] = prompt, range(size), 1
+            logits = forward(tiny.params, ids, places, segments)
+            assert logits[0, size - 1].argmax() == row[0]
         plain = rows(build_tiny("llama", one_device_mesh), prompts, GREEDY, cache_length=64)
     assert [a == b for a, b in zip(plain, together, strict=True)] != [True] * len(prompts)
 
