@@ -210,34 +210,12 @@ def refused(tmp_path, values, entries=None, **how):
     return text.replace(str(folder), "FOLDER")
 
 
-def test_missing_and_unexpected_tensors_are_named(tmp_path):
-    values = tensors()
-    values["h.0.bias"] = values.pop("h.0.norm")
-    assert refused(tmp_path, values) == (
-        "FOLDER: the files lack h.0.norm and hold h.0.bias, which this model does not use; "
-        "check that the config is this model's"
-    )
-
-
 def test_buffers_may_be_ignored(tmp_path):
     values = tensors() | {"h.0.rotary.inv_freq": np.ones(3), "h.mask": np.ones(3, np.int64)}
     ignored = ("*.inv_freq", "h.mask")
     imported(save(tmp_path / "a", values), tmp_path / "b", ignored=ignored)
     text = refused(tmp_path, values, ignored=("*.inv_freq",))
     assert "hold h.mask, which this model does not use" in text
-
-
-def test_another_shape_is_named_with_both(tmp_path):
-    values = tensors() | {"h.1.down": np.ones((E, F + 1, D), np.float32)}
-    assert refused(tmp_path, values) == (
-        "FOLDER/model.safetensors: h.1.down is [2, 11, 6] there, [2, 10, 6] in this model; "
-        "check that the config is this model's"
-    )
-
-
-def test_quantized_weights_are_refused(tmp_path):
-    values = tensors() | {"embed": np.ones((V, D), np.int8)}
-    assert "embed is stored as I8, so quantized; use the model in bf16" in refused(tmp_path, values)
 
 
 def aliased():
@@ -255,18 +233,14 @@ def test_a_tied_tensor_may_be_stored_again(tmp_path):
         np.testing.assert_array_equal(table_, values["embed"].astype(np.float32))
 
 
-@pytest.mark.parametrize("change", ["value", "dtype", "shape"])
+@pytest.mark.parametrize("change", ["value", "dtype"])
 def test_a_tied_tensor_that_differs_is_refused(tmp_path, change):
     values = tensors()
-    other = values["embed"].copy()
-    if change == "value":
-        other[-1, -1] += 1
-    other = {"value": other, "dtype": other.astype(np.float32), "shape": other[1:]}[change]
+    other = values["embed"].astype(np.float32 if change == "dtype" else values["embed"].dtype)
+    other[-1, -1] += change == "value"
     text = refused(tmp_path, values | {"tied": other}, aliased())
     reason = "differs from embed, which this model ties it to; set tie_word_embeddings to false"
-    assert text.startswith(
-        f"FOLDER/model.safetensors: tied {'is [10, 6] there' if change == 'shape' else reason}"
-    )
+    assert text.startswith(f"FOLDER/model.safetensors: tied {reason}")
 
 
 def test_each_parameter_is_filled_once(tmp_path):
