@@ -49,11 +49,7 @@ class RunCheckpointWriter:
         self._arrays[name].write(index, values)
 
     def commit(self, metadata: Mapping[str, Any]) -> None:
-        """Completes the checkpoint.
-
-        Args:
-            metadata: JSON values; ``step`` and ``versions`` are added.
-        """
+        """Completes the checkpoint; ``step`` and ``versions`` are added to the metadata."""
         versions = {name: version(name) for name in ("jax", "orbax-checkpoint")}
         metadata = {"step": self._step, "versions": versions, **metadata}
         tree = {f"params.{name}": list(a.shape) for name, a in self._arrays.items()}
@@ -72,9 +68,6 @@ class RunCheckpointReader:
         folder: of checkpoints.
         step: default, the newest.
         name: the part of the state to read ("ema": the average of parameters).
-
-    Raises:
-        MaxlmError: no such checkpoint, a damaged one, or one without that part.
     """
 
     def __init__(self, folder: str | Path, step: int | None = None, *, name: str = "params"):

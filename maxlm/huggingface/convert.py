@@ -61,9 +61,8 @@ def import_tensors(
         The number formats they had, for the checkpoint's metadata.
 
     Raises:
-        MaxlmError: before anything is written: files that cannot be read, or that do not hold each
-            tensor of ``entries`` once and nothing else, or entries that do not fill each parameter
-            once; later: a full disk, or fp64 values that would be rounded.
+        MaxlmError: before anything is written, files that cannot be read or are of another model;
+            later, a full disk, or fp64 values that would be rounded.
     """
     leads = check_coverage(entries, shapes)
     pairs = match_entries(list_stored_tensors(folder), entries, ignored, where=str(folder))
@@ -99,8 +98,7 @@ def export_tensors(
         lossy: round to these formats; otherwise a value that would change is an error.
 
     Raises:
-        MaxlmError: entries that do not use each parameter of the checkpoint once, a damaged
-            checkpoint, values that would change.
+        MaxlmError: entries of another model, a damaged checkpoint, values that would change.
     """
     leads = check_coverage(entries, checkpoint.shapes)
     kinds = {entry.theirs: (dtypes.of(entry.theirs), tuple(entry.shape)) for entry in entries}
@@ -157,12 +155,7 @@ def match_entries(
     ignored: Iterable[str],
     where: str,
 ) -> list[tuple[StoredTensor, TensorEntry]]:
-    """Returns the tensor of each entry: by its name or, where the files lack it, by an alias.
-
-    Raises:
-        MaxlmError: a tensor that the files lack, one that no entry uses, one of another shape, one
-            that does not hold floating-point numbers, or two that should be the same and are not.
-    """
+    """Returns the tensor of each entry: by its name or, where the files lack it, by an alias."""
     pairs: list[tuple[StoredTensor, TensorEntry]] = []
     again: list[tuple[StoredTensor, StoredTensor]] = []
     missing: list[str] = []
@@ -188,11 +181,7 @@ def match_entries(
 
 def check_coverage(entries: Iterable[TensorEntry], shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Checks that the table fills every element of every parameter exactly once, and returns the
-    number of leading indices at which each is cut.
-
-    Raises:
-        MaxlmError: naming a parameter, and the index, that is not, or that does not exist.
-    """
+    number of leading indices at which each is cut."""
     indices: dict[str, list[Shape]] = {name: [] for name in shapes}
     for place in (place for entry in entries for place in entry.ours):
         if place.name not in shapes:

@@ -45,11 +45,7 @@ class TensorDtypes(Config):
         return self.exceptions.get(name, self.default)
 
     def with_names(self, names: Mapping[str, str]) -> "TensorDtypes":
-        """The same under other names.
-
-        Args:
-            names: old → new, of all tensors.
-        """
+        """The same under other names; ``names``: old → new, of all tensors."""
         kinds = {names[name]: dtype for name, dtype in self.exceptions.items()}
         return TensorDtypes(default=self.default, exceptions=kinds)
 

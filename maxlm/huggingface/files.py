@@ -75,11 +75,7 @@ def list_stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 def read_tensor(
     stored: StoredTensor, dtype: np.dtype | None = None, *, lossy: bool = False
 ) -> np.ndarray:
-    """Returns a tensor's values, in its own number format or cast on the way to ``dtype``.
-
-    Raises:
-        MaxlmError: the file cannot be read, or casting would change values and not ``lossy``.
-    """
+    """Returns a tensor's values, in its own number format or cast on the way to ``dtype``."""
     values = np.empty(stored.shape, dtype or NUMPY[stored.dtype])
     flat, done = values.reshape(-1), 0
     for piece in iterate_pieces(stored):
@@ -146,16 +142,9 @@ def _describe_lack(folder: Path) -> MaxlmError:
 
 
 class SafetensorsWriter:
-    """Safetensors files of which all tensors are still to be written, in any order.
-
-    Shapes and formats are known beforehand, so each file begins with its final header, and every
-    tensor goes straight to its place.
-
-    Args:
-        folder: an empty one.
-        tensors: dtype and shape of each, by name.
-        shard_bytes: the most that a file holds, unless one tensor is larger.
-    """
+    """Safetensors files in an empty folder, of which all tensors are still to be written, in any
+    order: dtypes and shapes are known beforehand, so each file begins with its final header, and
+    every tensor goes straight to its place. A file holds ``shard_bytes``, or one larger tensor."""
 
     def __init__(
         self, folder: str | Path, tensors: Mapping[str, Kind], shard_bytes: int = SHARD_BYTES
@@ -178,12 +167,7 @@ class SafetensorsWriter:
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, values: np.ndarray, *, lossy: bool = False) -> None:
-        """Writes one tensor, cast to the format it was announced with.
-
-        Raises:
-            MaxlmError: another shape than announced, or a cast that would change values and not
-                ``lossy``.
-        """
+        """Writes one tensor, cast to the format it was announced with."""
         stored = self._places[name]
         if values.shape != stored.shape:
             what = f"is {list(values.shape)} in the checkpoint, not {list(stored.shape)}"

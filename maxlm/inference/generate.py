@@ -58,18 +58,12 @@ def generate(
         MaxlmError: before anything runs, if the model cannot continue these prompts.
     """
     if isinstance(model, Encoder):
-        raise MaxlmError(
-            "an encoder names masked tokens; it does not continue text",
-            where="generate",
-            fix="use a decoder, or an encoder with a decoder",
-        )
+        what = "an encoder names masked tokens; it does not continue text"
+        raise MaxlmError(what, where="generate", fix="use a decoder, or an encoder with a decoder")
     _check_prompts(model.config, prompts)
     if model.rules.seq:
-        raise MaxlmError(
-            f"the sequence is split over {' and '.join(model.rules.seq)}",
-            where="mesh",
-            fix="generate on a mesh with context=1",
-        )
+        what = f"the sequence is split over {' and '.join(model.rules.seq)}"
+        raise MaxlmError(what, where="mesh", fix="generate on a mesh with context=1")
     longest, new = max(map(len, prompts)), sampling.max_new_tokens
     if isinstance(model, EncoderDecoder):  # the output's slots, behind its start
         width, _ = _sizes(model.config, longest, 0, None)
@@ -175,9 +169,8 @@ def _whole(x: jax.Array) -> jax.Array:
 def _mesh_of(params: Params) -> Mesh:
     sharding = jax.tree.leaves(params)[0].sharding
     if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
-        raise MaxlmError(
-            "the parameters lie on no mesh", where="generate", fix="place them with a NamedSharding"
-        )
+        fix = "place them with a NamedSharding"
+        raise MaxlmError("the parameters lie on no mesh", where="generate", fix=fix)
     return sharding.mesh
 
 
@@ -204,12 +197,8 @@ def _sizes(
     if limit is not None and longest + new > limit:
         room = limit - longest
         fix = f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"
-        raise MaxlmError(
-            f"a prompt of {longest} tokens and {new} new ones make {longest + new}; "
-            f"{reason} for {limit}",
-            where="generate",
-            fix=fix,
-        )
+        what = f"a prompt of {longest} tokens and {new} new ones make {longest + new}"
+        raise MaxlmError(f"{what}; {reason} for {limit}", where="generate", fix=fix)
     length = cache_length or round_up_to_bucket(longest + new)
     length = length if limit is None else min(length, limit)
     return min(round_up_to_bucket(longest), length), length
@@ -223,8 +212,6 @@ def _check_prompts(config: TransformerConfig, prompts: Sequence[Sequence[int]]) 
             raise MaxlmError("no tokens", where=f"prompt {number}", fix="start it with bos")
         for token in prompt:
             if not 0 <= token < config.vocab_size:
-                raise MaxlmError(
-                    f"token {token} is outside the model's vocabulary of {config.vocab_size}",
-                    where=f"prompt {number}",
-                    fix="use the tokenizer the model was trained with",
-                )
+                what = f"token {token} is outside the model's vocabulary of {config.vocab_size}"
+                fix = "use the tokenizer the model was trained with"
+                raise MaxlmError(what, where=f"prompt {number}", fix=fix)

@@ -50,11 +50,8 @@ def check_samples(
         MaxlmError: naming the prompt.
     """
     if samples.prompts and model.architecture == "encoder":
-        raise MaxlmError(
-            "an encoder names masked tokens, and continues no text",
-            where="samples.prompts",
-            fix="set it to []",
-        )
+        what = "an encoder names masked tokens, and continues no text"
+        raise MaxlmError(what, where="samples.prompts", fix="set it to []")
     new, length = samples.max_new_tokens, model.max_seq_len
     # Without a table of positions a model can go on, but what it keeps of a row fills the memory.
     limit = model.position_limit or max(4096, 16 * length)

@@ -126,11 +126,9 @@ def check_latent_split(model: ModelConfig, compute: AxisRules) -> None:
     """Refuses compute rules that split the narrow vectors of latent attention."""
     latent = model.attention is not None and model.attention.latent is not None
     if latent and compute.latent:
-        raise MaxlmError(
-            "latent attention needs its narrow vectors whole",
-            where="sharding.compute.latent",
-            fix="set it to null (sharding.storage.latent splits weights at rest)",
-        )
+        what = "latent attention needs its narrow vectors whole"
+        fix = "set it to null (sharding.storage.latent splits weights at rest)"
+        raise MaxlmError(what, where="sharding.compute.latent", fix=fix)
 
 
 def require_pipeline(

@@ -2,9 +2,8 @@
 needed."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -62,9 +61,6 @@ class RunLayout:
     flops_per_token_full_attention: float
     notes: tuple[str, ...]
     """How the run is parallel, in words."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def lay_out_run(

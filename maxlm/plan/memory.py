@@ -19,8 +19,8 @@ from maxlm.plan.stacks import Stack
 from maxlm.plan.working import (
     Parts,
     list_layer_working_sets,
-    loss_working_set,
-    update_working_set,
+    list_loss_working_set,
+    list_update_working_set,
 )
 from maxlm.plan.workload import FP32, Number
 
@@ -119,8 +119,8 @@ def _list_phases(shape: StepShape) -> dict[str, tuple[Number, Number, Parts]]:
             name = phase if len(stacks) == 1 else f"{phase}, {stack.name}"
             phases[name] = (gradients, kept[i], parts)
     outer = split.held_bytes(split.gradients, work.select_trained(work.outer_specs))
-    phases["the loss"] = (sums, kept[-1], loss_working_set(shape))
-    phases["the update"] = (sum(own) + sums + outer, 0.0, update_working_set(shape))
+    phases["the loss"] = (sums, kept[-1], list_loss_working_set(shape))
+    phases["the update"] = (sum(own) + sums + outer, 0.0, list_update_working_set(shape))
     return phases
 
 

@@ -182,7 +182,7 @@ class RunPlan:
         margin = None if limit is None else limit - float(self.memory.total)
         return {
             "format": FORMAT,
-            **self.layout.to_json(),
+            **asdict(self.layout),
             "remat": self.shape.remat,
             "micro_batches": self.shape.micro,
             "memory": {**self.memory.to_json(), "limit": limit, "margin": margin},

@@ -191,11 +191,11 @@ def _communication(plan: RunPlan) -> Group:
         key = (what, s.kind, over, "waits" if s.waits else "can hide it")
         runs, sent, seconds = total.get(key, (0, 0.0, 0.0))
         total[key] = (runs + s.count, sent + s.sent_bytes, seconds + (s.seconds or 0.0))
+    rows = []
+    for (*key, hidden), (runs, sent, seconds) in total.items():
+        taken = (format_seconds(seconds),) if plan.machine else ()
+        rows.append((*key, f"{runs:,}", format_bytes(sent), *taken, hidden))
     timed = ("time",) if plan.machine else ()
-    rows = (
-        (*key, f"{runs:,}", format_bytes(sent), *[format_seconds(seconds) for _ in timed], hidden)
-        for (*key, hidden), (runs, sent, seconds) in total.items()
-    )
     columns = ("what", "kind", "over", "runs", "sent", *timed, "computation")
     title, right = "Communication of each device, in a step", ("runs", "sent", "time")
     return make_table(title, columns, rows, right=right, wrap=("what", "over"))

@@ -129,7 +129,7 @@ def _experts(shape: StepShape, stack: Stack) -> Parts:
     }
 
 
-def loss_working_set(shape: StepShape) -> Parts:
+def list_loss_working_set(shape: StepShape) -> Parts:
     work, split = shape.work, shape.split
     model, itemsize = work.config.model, work.dtype_bytes
     size = work.head.size / split.shards(split.compute, ("embed", "vocab"))
@@ -145,7 +145,7 @@ def loss_working_set(shape: StepShape) -> Parts:
     }
 
 
-def update_working_set(shape: StepShape) -> Parts:
+def list_update_working_set(shape: StepShape) -> Parts:
     """Where each device updates a part of what it holds (ZeRO-1 and 2), updates are gathered: the
     two largest parameters' are alive together."""
     work, split = shape.work, shape.split

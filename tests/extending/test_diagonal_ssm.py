@@ -32,6 +32,7 @@ from maxlm.programs.smoke import shrink_config
 from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
+from tests.models.building import LLAMA_GQA
 from tests.plan.test_against_compiled import compiled, products, sent
 from tests.programs import tiny
 
@@ -89,18 +90,9 @@ class DiagonalSsm(nnx.Module):
 
 register_mixer(DiagonalSsmConfig, DiagonalSsm)
 
-CONFIG = DecoderConfig.model_validate(
-    {
-        "vocab_size": 31,
-        "num_layers": 3,
-        "d_model": 14,
-        "max_seq_len": 64,
-        "mixer": {"kind": "diagonal_ssm", "width": WIDTH},
-        "mlp": {"d_ff": 18},
-        "positions": {"kind": "none"},
-        "init_std": 0.4,
-    }
-)
+MIXER = {"kind": "diagonal_ssm", "width": WIDTH}
+OWN = {"attention": None, "mixer": MIXER, "positions": {"kind": "none"}, "init_std": 0.4}
+CONFIG = DecoderConfig.model_validate(LLAMA_GQA.model_dump() | OWN)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from maxlm.models.architectures.decoder import Decoder, DecoderConfig
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
+from tests.models.building import GPT2
 
 PATCH, PATCHES, TOKENS = 15, 4, 7
 
@@ -38,18 +39,7 @@ def places(length: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
 
 
-CONFIG = DecoderConfig.model_validate(
-    {
-        "vocab_size": 29,
-        "num_layers": 2,
-        "d_model": 14,
-        "max_seq_len": 16,
-        "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6},
-        "mlp": {"d_ff": 18},
-        "positions": {"kind": "learned"},
-        "embedding_scale": 3.0,
-    }
-)
+CONFIG = GPT2.model_copy(update={"embedding_scale": 3.0})
 RANDOM = np.random.default_rng(0)
 IMAGES = jnp.asarray(RANDOM.normal(size=(2, PATCHES, PATCH)), jnp.float32)
 IDS = jnp.asarray(RANDOM.integers(0, 29, (2, TOKENS)), jnp.int32)

@@ -12,7 +12,6 @@ import pytest
 
 from maxlm.config import MaxlmError, load_config, to_yaml
 from maxlm.models.adapters import Adapter, register_adapter
-from maxlm.models.architectures.decoder import DecoderConfig
 from maxlm.models.params import (
     GatheredParam,
     Leaf,
@@ -36,6 +35,7 @@ from maxlm.programs.train import train_model
 from maxlm.run import RunConfig
 from maxlm.sharding import AxisRules
 from maxlm.train.checkpoint.reading import named_leaves, read_metadata
+from tests.models.building import LLAMA_GQA
 from tests.programs import tiny
 
 RANK, SCALE = 4, 0.7
@@ -93,14 +93,9 @@ class LoraAdapter(Adapter):
         return Lora(spec, a, b, self.scale)
 
 
-CONFIG = DecoderConfig.model_validate(
-    {
-        "vocab_size": 37,
-        "num_layers": 3,
-        "d_model": 14,
-        "max_seq_len": 13,
-        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "bias": True},
-        "mlp": {"d_ff": 18},
+CONFIG = LLAMA_GQA.model_copy(
+    update={
+        "attention": LLAMA_GQA.attention.model_copy(update={"bias": True}),
         "remat": "matmuls",
     }
 )

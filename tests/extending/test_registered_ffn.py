@@ -15,6 +15,7 @@ from maxlm.models.blocks import register_ffn
 from maxlm.models.layers.linear import Linear
 from maxlm.models.params import bind, flatten_names, init_params, param_specs
 from maxlm.sharding import AxisRules
+from tests.models.building import LLAMA_GQA
 
 
 class SquaredReluConfig(Config):
@@ -37,14 +38,7 @@ class SquaredRelu(nnx.Module):
 
 
 register_ffn(SquaredReluConfig, SquaredRelu)
-SETTINGS = {
-    "vocab_size": 31,
-    "num_layers": 1,
-    "d_model": 14,
-    "max_seq_len": 16,
-    "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 6},
-    "ffn": {"kind": "squared_relu", "width": 10},
-}
+SETTINGS = LLAMA_GQA.model_dump() | {"mlp": None, "ffn": {"kind": "squared_relu", "width": 10}}
 
 
 def test_a_model_has_it_in_place_of_an_mlp(one_device_mesh):

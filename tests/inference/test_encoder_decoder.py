@@ -12,8 +12,9 @@ import pytest
 from maxlm.inference.generate import generate
 from maxlm.inference.sampling import SamplingConfig
 from maxlm.models.architectures.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from maxlm.models.params import bind, flatten_names, param_specs
+from maxlm.models.params import bind, param_specs
 from maxlm.sharding import AxisRules
+from tests.models.building import change
 
 BOTH: dict[str, Any] = {
     "vocab_size": 53,
@@ -81,19 +82,15 @@ def test_greedy_rows_equal_whole_passes(both):
     assert len({tuple(row) for row in got}) == len(got)  # the input matters
 
 
-def scaled(params: Any, name: str, factor: float) -> Any:
-    flat = flatten_names(params)
-    assert sum(key.endswith(name) for key in flat) == 1
-    leaves = [value * (factor if key.endswith(name) else 1) for key, value in flat.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
 def test_queries_and_keys_across_are_normalised_and_values_cut_off(one_device_mesh):
     """So sizes of the former do not matter; of values far beyond the limit only signs are left."""
     with jax.set_mesh(one_device_mesh):
         for name, factors, clip in (("query", (1, 3), None), ("value", (1e5, 1e6), 2.0)):
             model, params = built(clip=clip)
             for kernel in (name, "key") if name == "query" else (name,):
-                both = [scaled(params, f"layers.cross.{kernel}.kernel", f) for f in factors]
+                both = [
+                    change(params, f"layers.cross.{kernel}.kernel", lambda x, f=f: f * x)
+                    for f in factors
+                ]
                 got, same = (forward(model, p, PROMPTS[1], [4, 7, 9]) for p in both)
                 np.testing.assert_allclose(got, same, rtol=1e-3, atol=1e-3)

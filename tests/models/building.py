@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from maxlm.models.architectures.decoder import Decoder, DecoderConfig
-from maxlm.models.params import Params, bind, param_specs
+from maxlm.models.params import Params, bind, flatten_names, param_specs
 from maxlm.sharding import ShardingConfig, resolve_placement
 from tests.models.published import read_models
 
@@ -68,6 +68,12 @@ def on_devices(values: Params, shardings: Params) -> Params:
     return jax.tree.map(
         lambda x, s: jax.device_put(np.asarray(x, np.float32), s), values, shardings
     )
+
+
+def change(params: Params, name: str, of: Any) -> Params:
+    """Return parameters of which one is what ``of`` makes of it."""
+    leaves = [of(x) if own == name else x for own, x in flatten_names(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def placed_params(config: DecoderConfig, mesh: Mesh) -> Params:

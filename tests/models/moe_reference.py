@@ -7,7 +7,7 @@ from math import ceil
 
 import numpy as np
 
-from tests.models.reference import activation
+from tests.models.reference import activation, mlp
 
 
 def route(logits, bias, config):
@@ -56,15 +56,6 @@ def expert(x, params, e, config):
     return hidden @ params["down"][e]
 
 
-def dense(x, params, config):
-    up = x @ params["up"]["kernel"]
-    if config["gated"]:
-        hidden = activation(config["activation"], x @ params["gate"]["kernel"]) * up
-    else:
-        hidden = activation(config["activation"], up)
-    return hidden @ params["down"]["kernel"]
-
-
 def moe(params, x, counted, config):
     """x [B, S, D], counted [B, S] → (y, loss, load [E], dropped); ``config`` a plain dict."""
     num_experts, k = config["num_experts"], config["experts_per_token"]
@@ -77,7 +68,7 @@ def moe(params, x, counted, config):
         for t, token in enumerate(row):
             scores, chosen, weights = routes[t]
             if "shared" in params:
-                y[b, t] += dense(token, params["shared"], config)
+                y[b, t] += mlp(token, params["shared"], config)
             if not counted[b, t]:
                 continue
             mass += scores / scores.sum()

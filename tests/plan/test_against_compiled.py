@@ -129,7 +129,9 @@ def test_bytes_sent_and_products(layout, model, off):
     for key in ours | theirs:
         if max(ours[key], theirs[key]) > large:
             assert ours[key] == pytest.approx(theirs[key], rel=3 * off), key
-    assert sum(resting_bytes(shape).values()) == pytest.approx(held.argument, rel=1e-3)
+    # Relative biases leave positions of the batch unread, which the compiler drops.
+    exact = 0.01 if model == "encoder_decoder" else 1e-3
+    assert sum(resting_bytes(shape).values()) == pytest.approx(held.argument, rel=exact)
     if model == "moe" or "cp" in layout:
         return  # products in kernels, or of blocks that the mask skips as the program runs
     # Scores of one tile are computed once for two uses; beside maps and attention a decoder beside

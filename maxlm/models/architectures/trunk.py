@@ -130,13 +130,8 @@ class Trunk(nnx.Module):
         return x, total
 
     def stage(self, layers: Params, x: jax.Array, where: Where) -> tuple[jax.Array, Aux]:
-        """Some layers of a pipeline.
-
-        Args:
-            layers: the parameters of ``layers``, or a part of them along the layer axis.
-            x: [B, S, D].
-            where: positions and segment ids [B, S].
-        """
+        """Some layers of a pipeline, with x [B, S, D]: those of ``layers``, or a part of them along
+        the layer axis."""
         part = next(part for part in self.config.parts if part.name == "layers")
         return self._run(part, layers, x, where, None)
 

@@ -54,11 +54,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
 
 
 def find_family(values: Mapping[str, Any], where: str) -> ModelFamily:
-    """Returns the family that a config.json is of.
-
-    Raises:
-        MaxlmError: none that maxlm knows.
-    """
+    """Returns the family that a config.json is of."""
     names, kind = values.get("architectures") or [], values.get("model_type")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         what = f"architectures={names!r} is not a list of names"

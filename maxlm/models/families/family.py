@@ -52,11 +52,8 @@ class ModelFamily:
         return self.published_type or self.name
 
     def list_entries(self, config: Any, tensors: Iterable[str] = ()) -> list[TensorEntry]:
-        """Lists every tensor of a model, and where it lies in ours.
-
-        Args:
-            tensors: names in files at hand, whose variants are followed.
-        """
+        """Lists every tensor of a model, and where it lies in ours; variants are followed of names
+        in files at hand, ``tensors``."""
         table = self.table(config) if callable(self.table) else self.table
         there, found = frozenset(tensors), list_entries(config, table)
         if not there:
@@ -89,10 +86,8 @@ class ModelFamily:
     def read_config(
         self, values: Mapping[str, Any], where: str, tensors: Iterable[str] = ()
     ) -> tuple[dict[str, Any], list[str]]:
-        """Reads a config.json: returns a model's settings, and notes for the user.
-
-        Args:
-            tensors: names of those beside it.
+        """Reads a config.json, with the names of the tensors beside it: returns a model's settings,
+        and notes for the user.
 
         Raises:
             MaxlmError: a value that maxlm does not implement, or one that is missing.

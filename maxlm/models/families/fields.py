@@ -134,24 +134,16 @@ def read_pattern(
     Args:
         usual: each layer's kind where there is no such list.
         meaning: of each kind, settings of ``LayerKind``.
-
-    Raises:
-        MaxlmError: a kind that is not implemented, or a list that is not one of all layers.
     """
     kinds = reader.get("layer_types", None) or usual
     if not isinstance(kinds, Sequence) or len(kinds) != len(usual):
-        raise MaxlmError(
-            f"layer_types does not name the kinds of {len(usual)} layers",
-            where=reader.where,
-            fix="take it from the published model",
-        )
+        what = f"layer_types does not name the kinds of {len(usual)} layers"
+        raise MaxlmError(what, where=reader.where, fix="take it from the published model")
     for kind in kinds:
         if kind not in [*meaning]:
-            raise MaxlmError(
-                f"layer_types has {kind!r}, which is not implemented",
-                where=reader.where,
-                fix=f"only {' and '.join(meaning)} can be converted",
-            )
+            fix = f"only {' and '.join(meaning)} can be converted"
+            what = f"layer_types has {kind!r}, which is not implemented"
+            raise MaxlmError(what, where=reader.where, fix=fix)
     period = next(n for n in range(1, len(kinds) + 1) if kinds[n:] == kinds[:-n])
     pattern = [meaning[kind] for kind in kinds[:period]]
     return {"pattern": pattern} if any(pattern) else {}

@@ -151,11 +151,8 @@ def split_heads(*ours: str) -> TensorRule:
 
 
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
-    """Returns all experts' matrices, one above the other, each [d_ff, D].
-
-    Args:
-        upright: ours are [E, d_ff, D] too; otherwise [E, D, d_ff].
-    """
+    """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E, d_ff, D] too
+    or, of another orientation, [E, D, d_ff]."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
         (piece,) = pieces

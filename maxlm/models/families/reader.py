@@ -8,6 +8,7 @@ from maxlm.config import MaxlmError
 
 REQUIRED: Any = object()
 """The default of a key that must be there."""
+_TAKE_IT = "take it from the published model"
 
 # What says nothing of the maths in any family: names, tokens, how to sample, how sums are rounded,
 # how matrices were cut in training, bookkeeping of the library that wrote the file.
@@ -71,22 +72,17 @@ class ConfigReader:
         if also and self.has(also):
             value = self.values[also]
             if self.values.setdefault(key, value) != value:
-                raise MaxlmError(
-                    f"{key}={self.values[key]!r} and {also}={value!r} are one setting",
-                    where=self.where,
-                    fix="keep the value that the model was trained with",
-                )
+                what = f"{key}={self.values[key]!r} and {also}={value!r} are one setting"
+                fix = "keep the value that the model was trained with"
+                raise MaxlmError(what, where=self.where, fix=fix)
         if self.has(key):
             return self.values[key]
         if nullable and key in self.values:
             return None
         if default is not REQUIRED:
             return default
-        raise MaxlmError(
-            f"{key} is {'null' if key in self.values else 'missing'}",
-            where=self.where,
-            fix="take it from the published model",
-        )
+        what = f"{key} is {'null' if key in self.values else 'missing'}"
+        raise MaxlmError(what, where=self.where, fix=_TAKE_IT)
 
     def require(self, key: str, *allowed: Any) -> Any:
         """A value that must be one of those that are implemented, or absent (the first); a null
@@ -99,11 +95,8 @@ class ConfigReader:
             if value == one and isinstance(value, bool) == isinstance(one, bool):
                 return one
         which = " or ".join(repr(one) for one in allowed)
-        raise MaxlmError(
-            f"{key}={value!r} is not implemented",
-            where=self.where,
-            fix=f"only {which} can be converted",
-        )
+        what, fix = f"{key}={value!r} is not implemented", f"only {which} can be converted"
+        raise MaxlmError(what, where=self.where, fix=fix)
 
     def size(self, key: str, default: Any = REQUIRED, *, least: int = 1, **how: Any) -> Any:
         """A number of things or dimensions, at least ``least``; ``how`` as of :meth:`get`."""
@@ -147,22 +140,16 @@ class ConfigReader:
         return self._inside[key]
 
     def _wrong(self, key: str, value: Any, wanted: str) -> MaxlmError:
-        return MaxlmError(
-            f"{key}={value!r} is not {wanted}",
-            where=self.where,
-            fix="take it from the published model",
-        )
+        return MaxlmError(f"{key}={value!r} is not {wanted}", where=self.where, fix=_TAKE_IT)
 
     def finish(self, *ignored: str) -> list[str]:
         """Checks that every value was read, but for null and ``ignored`` names, and returns notes
         for the user."""
         left = self.values.keys() - self._seen - INERT - DROPOUT - {*ignored}
         for key in sorted(key for key in left if self.values[key] is not None):
-            raise MaxlmError(
-                f"{key}={self.values[key]!r} is not implemented",
-                where=self.where,
-                fix="convert a model without it; dropping it silently could change the model",
-            )
+            fix = "convert a model without it; dropping it silently could change the model"
+            what = f"{key}={self.values[key]!r} is not implemented"
+            raise MaxlmError(what, where=self.where, fix=fix)
         notes = [
             f"{key}={self.values[key]}: training here has no dropout"
             for key in sorted(DROPOUT)

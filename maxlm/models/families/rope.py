@@ -48,14 +48,8 @@ def read_positions(
 
 
 def read_scaling(reader: ConfigReader, max_positions: int | None) -> dict[str, Any] | None:
-    """Returns settings of a scaling; None where there is none.
-
-    Args:
-        max_positions: what stands for the original length where none is named.
-
-    Raises:
-        MaxlmError: a kind that is not implemented, or a value that is no number.
-    """
+    """Returns settings of a scaling, None where there is none; ``max_positions`` stand for the
+    original length where none is named."""
     kind = reader.get("rope_type", "default", also="type")
     if kind not in ("default", *_SCALINGS):
         raise MaxlmError(
@@ -97,11 +91,7 @@ def write_positions(positions: PositionsConfig, head_dim: int) -> dict[str, Any]
 
 
 def write_scaling(positions: PositionsConfig) -> dict[str, Any] | None:
-    """The inverse of :func:`read_scaling`.
-
-    Raises:
-        MaxlmError: a scaling that config.json has no name for.
-    """
+    """The inverse of :func:`read_scaling`."""
     scaling: Any = positions.scaling
     if scaling is None:
         return None

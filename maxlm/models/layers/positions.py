@@ -36,10 +36,8 @@ class PositionsConfig(Config):
     @model_validator(mode="after")
     def _distances(self):
         if self.kind == "relative" and self.max_distance <= self.buckets // 2:
-            raise ValueError(
-                f"max_distance={self.max_distance} is not beyond the {self.buckets // 2} distances "
-                "with a bucket each"
-            )
+            what = f"is not beyond the {self.buckets // 2} distances with a bucket each"
+            raise ValueError(f"max_distance={self.max_distance} {what}")
         return self
 
     @model_validator(mode="after")
@@ -59,11 +57,7 @@ def compute_alibi_slopes(num_heads: int, max_bias: float = 8.0) -> np.ndarray:
 
 
 def compute_sinusoids(positions: jax.Array, d_model: int) -> jax.Array:
-    """fp32 [..., D]: sin and cos of position / 10000^(2i/D) by turns (Vaswani et al. 2017, §3.5).
-
-    Args:
-        positions: int [...].
-    """
+    """fp32 [..., D]: sines and cosines of position / 10000^(2i/D) (Vaswani et al. 2017, §3.5)."""
     rates = 10_000.0 ** (-np.arange(0, d_model, 2) / d_model)
     angle = positions[..., None].astype(jnp.float32) * rates.astype(np.float32)
     waves = jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -82,10 +82,8 @@ class Llama3Scaling(Config):
     @model_validator(mode="after")
     def _in_order(self):
         if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor} is not below "
-                f"high_freq_factor={self.high_freq_factor}"
-            )
+            high = f"high_freq_factor={self.high_freq_factor}"
+            raise ValueError(f"low_freq_factor={self.low_freq_factor} is not below {high}")
         return self
 
 
@@ -103,12 +101,8 @@ class Rotary(NamedTuple):
 
 
 def compute_frequencies(theta: float, size: int, scaling: Any = None) -> np.ndarray:
-    """Radians a token of each pair, float64 [size / 2], of any scaling but the dynamic one, which
-    counts as none here.
-
-    Args:
-        size: R, the dimensions that are turned.
-    """
+    """Radians a token of each pair of ``size`` dimensions, float64 [size / 2], of any scaling but
+    the dynamic one, which counts as none here."""
     if isinstance(scaling, NtkScaling):
         theta *= scaling.factor ** (size / (size - 2))
     plain = theta ** (-np.arange(0, size, 2) / size)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from maxlm.plan.compiled.hlo import Computation, HloModule, HloShape, Instruction
 
-FREE = (
+_FREE = (
     # Names for what is already there, and what runs other computations.
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
     *("while", "conditional", "call", "async-start"),
@@ -30,7 +30,7 @@ def memory_traffic_bytes(
     """
     opcode = instruction.opcode
     if (
-        opcode in FREE
+        opcode in _FREE
         or opcode.endswith(("-done", "-update"))
         or instruction.target == "AllocateBuffer"
     ):
