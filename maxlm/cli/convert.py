@@ -3,26 +3,18 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import StepOption
+from maxlm.cli.common import StepOption
 
 
 def command(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint's folder, or a run's.")],
-    target: Annotated[
-        Path, typer.Argument(help="What to make of it: a run's folder, or a checkpoint's.")
-    ],
-    family: Annotated[
-        str | None,
-        typer.Option(help="Write a run under this family's names; default: that it came from."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Write float32, bfloat16 or float16; default: as the tensors came."),
-    ] = None,
+    source: Annotated[Path, Argument(help="A Hugging Face checkpoint's folder, or a run's.")],
+    target: Annotated[Path, Argument(help="What to make: a run's folder, or a checkpoint's.")],
+    family: Annotated[str | None, Option(help="The family whose names to write.")] = None,
+    dtype: Annotated[str | None, Option(help="Write float32, bfloat16 or float16.")] = None,
     step: StepOption = None,
-    shard_gb: Annotated[float, typer.Option(help="Most of a file, in GB of 10^9 bytes.")] = 5.0,
+    shard_gb: Annotated[float, Option(help="Most of a file, in GB of 10^9 bytes.")] = 5.0,
 ) -> None:
     """Turn a Hugging Face checkpoint into a run, or a run into one that transformers loads.
 
@@ -30,12 +22,11 @@ def command(
     run, train under a new name with train.start_from=TARGET.
     """
     from maxlm.config import MaxlmError
+    from maxlm.programs.convert import convert
     from maxlm.runtime.progress import show_progress
 
     if not 0 < shard_gb < float("inf"):
         raise MaxlmError(f"--shard-gb {shard_gb}", fix="use a number above 0")
-    from maxlm.programs.convert import convert
-
     with show_progress() as show:
         done = convert(
             source,
@@ -46,6 +37,6 @@ def command(
             shard_bytes=int(shard_gb * 1e9),
             progress=lambda done, total, name: show("converting", done, total),
         )
-    typer.echo(f"{done.folder}: {done.family}, {done.parameters:,} parameters, {done.dtype}")
+    print(f"{done.folder}: {done.family}, {done.parameters:,} parameters, {done.dtype}")
     for note in done.notes:
-        typer.echo(f"  {note}")
+        print(f"  {note}")

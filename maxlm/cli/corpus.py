@@ -1,13 +1,27 @@
 """`maxlm corpus`: from raw documents over labels to token stores, and looking into each."""
 
 import re
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Argument, Option
 
 from maxlm.cli import store
-from maxlm.cli.arguments import JsonOption, KeepOption, SettingsArgument, TextArgument
+from maxlm.cli.common import (
+    JsonOption,
+    KeepOption,
+    SetOption,
+    SettingsArgument,
+    TextArgument,
+    make_table,
+    open_console,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from maxlm.corpus.opened import OpenCorpus
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,12 +33,12 @@ for verb in (store.build, store.append, store.verify, store.mix):
 app.command("info")(store.show_info)
 
 _ROW_COUNTS = ("rows", "labelled")
-CorpusArgument = Annotated[Path, typer.Argument(help="A corpus's folder, as `run` made it.")]
+CorpusArgument = Annotated[Path, Argument(help="A corpus's folder, as `run` made it.")]
 
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file.")],
+    recipe: Annotated[str, Argument(help="A recipe's file.")],
     settings: SettingsArgument = None,
 ) -> None:
     """Read sources and label their documents. Run it again after an interruption to go on.
@@ -36,25 +50,20 @@ def run(
     from maxlm.data.documents.formats import check_format_packages
 
     check_format_packages("corpus", recipe)
-    from maxlm.corpus.opened import OpenCorpus
     from maxlm.corpus.recipe import RecipeConfig
     from maxlm.corpus.run import run_recipe
     from maxlm.runtime.progress import show_progress
 
     with show_progress("parts") as progress:
         folder = run_recipe(load_config(RecipeConfig, recipe, settings or ()).value, progress)
-    _print_funnel(OpenCorpus.open(folder), None, None)
+    _print_funnel(_open_corpus(folder))
 
 
 @app.command()
 def report(
     corpus: CorpusArgument,
-    out: Annotated[
-        Path | None, typer.Option(help="The page's file; by default report.html in the corpus.")
-    ] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="A tokenizer's folder, to count tokens with.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="The page; default: CORPUS/report.html.")] = None,
+    tokenizer: Annotated[Path | None, Option(help="A tokenizer, to count tokens with.")] = None,
     keep: KeepOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,50 +71,48 @@ def report(
 
     "text lost" counts what is dropped as a duplicate, or cut as a repeat, and in no kept document.
     """
-    from maxlm.data.documents.formats import check_format_packages
-
-    check_format_packages("corpus", str(corpus))
-    from maxlm.corpus.opened import OpenCorpus
-
-    opened = OpenCorpus.open(corpus)
-    rules = dict(opened.recipe.keep) | _named(keep or [])
+    opened = _open_corpus(corpus)
+    rules = dict(opened.recipe.keep) | _parse_rules(keep or [])
     _print_funnel(opened, rules, tokenizer, out or corpus / "report.html", as_json)
 
 
 @app.command()
 def export(
     corpus: CorpusArgument,
-    out: Annotated[Path, typer.Option(help="The folder of the files; appears when complete.")],
+    out: Annotated[Path, Option(help="The folder of the files; appears when complete.")],
     to: Annotated[
         Literal["parquet", "jsonl"],
-        typer.Option(help="Parquet with zstd, or lines of JSON with gzip."),
+        Option(help="Parquet with zstd, or lines of JSON with gzip."),
     ] = "parquet",
     keep: KeepOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write the documents that rules keep to files for other programs, with cuts and masks applied:
     the texts that `build` tokenizes, with id, source, url, meta and language."""
-    from maxlm.data.documents.formats import check_format_packages
-
-    check_format_packages("corpus", str(corpus))
+    opened = _open_corpus(corpus)
     from maxlm.corpus.export import export_corpus
-    from maxlm.corpus.opened import OpenCorpus
     from maxlm.runtime.executor import open_executor
     from maxlm.runtime.progress import show_progress
 
-    opened = OpenCorpus.open(corpus)
-    rules = opened.rules(dict(opened.recipe.keep) | _named(keep or []))
+    rules = opened.rules(dict(opened.recipe.keep) | _parse_rules(keep or []))
     engines = open_executor(opened.recipe.engine, opened.recipe.workers)
     with engines as engine, show_progress("parts") as progress:
         made = export_corpus(opened, rules, out, to, engine, force=force, progress=progress)
-    typer.echo("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
-    typer.echo(
-        "left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made)
-    )
-    typer.echo(f"the files: {out}")
+    print("{documents:,} documents, {text_bytes:,} bytes, {files:,} files".format_map(made))
+    print("left out: {dropped:,} dropped by rules, {empty:,} empty after cuts".format_map(made))
+    print(f"the files: {out}")
 
 
-def _named(rules: list[str]) -> dict[str, str]:
+def _open_corpus(folder: Path, unfinished: bool = False) -> "OpenCorpus":
+    from maxlm.data.documents.formats import check_format_packages
+
+    check_format_packages("corpus", str(folder))
+    from maxlm.corpus.opened import OpenCorpus
+
+    return OpenCorpus.open(folder, unfinished=unfinished)
+
+
+def _parse_rules(rules: list[str]) -> dict[str, str]:
     from maxlm.config import MaxlmError
 
     for rule in rules:
@@ -116,17 +123,14 @@ def _named(rules: list[str]) -> dict[str, str]:
 
 
 def _print_funnel(
-    corpus: Any,
-    keep: dict[str, str] | None,
-    tokenizer: Path | None,
+    corpus: "OpenCorpus",
+    keep: dict[str, str] | None = None,
+    tokenizer: Path | None = None,
     page: Path | None = None,
     as_json: bool = False,
 ) -> None:
-    import json
+    """Print what each rule drops and leaves; also into a page, if one is given."""
     from dataclasses import asdict
-
-    from rich.console import Console
-    from rich.table import Table
 
     from maxlm.corpus.report import count_lost, summarize, write_report
     from maxlm.corpus.report.page import compute_funnel
@@ -144,40 +148,35 @@ def _print_funnel(
     if page is not None:
         write_report(corpus, rules, summary, page, str(lost))
     if as_json:
-        typer.echo(json.dumps({"funnel": rows, "text_lost": asdict(lost)}, indent=1))
+        print_json({"funnel": rows, "text_lost": asdict(lost)})
         return
-    table = Table("rule", *("dropped", "left", "MB", *sources), title=str(corpus.folder))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("rule", ("dropped", "left", "MB", *sources), title=str(corpus.folder))
     for row in rows:
         counts = [f"{row['by_source'][source]:,}" for source in sources]
         figures = (f"{row['dropped']:,}", f"{row['left']:,}", f"{row['bytes'] / 1e6:,.1f}")
         table.add_row(row["rule"], *figures, *counts)
-    Console().print(table)
-    typer.echo(lost)
+    open_console().print(table)
+    print(lost)
     read = corpus.manifest(DOCUMENTS)["counts"]
     passed = [f"{n:,} {reason}" for reason, n in read.items() if n and reason not in _ROW_COUNTS]
     if passed:
-        typer.echo(f"passed over in reading: {', '.join(passed)}")
+        print(f"passed over in reading: {', '.join(passed)}")
     if page is not None:
-        typer.echo(f"the page: {page}")
+        print(f"the page: {page}")
 
 
 @app.command("train-perplexity")
 def train_perplexity(
     text: TextArgument,
-    out: Annotated[Path, typer.Option(help="The model's folder.")],
+    out: Annotated[Path, Option(help="The model's folder.")],
     reference: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Documents whose perplexities set the thirds, such as a sample of the crawl; by "
             "default some of TEXT that are kept out of training."
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the training, such as ngrams.order=3."),
-    ] = None,
+    settings: SetOption = None,
 ) -> None:
     """Train an n-gram model of good prose in one language, for the stage `perplexity`."""
     from maxlm.config import load_config
@@ -191,23 +190,20 @@ def train_perplexity(
     config = load_config(perplexity.PerplexityConfig, None, settings or ()).value
     sample = texts(reference) if reference else None
     report = perplexity.train_perplexity(texts(text), out, config, sample)
-    typer.echo(f"{report.documents:,} documents, {report.model.tokens:,} words")
+    print(f"{report.documents:,} documents, {report.model.tokens:,} words")
     percentiles = ", ".join(f"{p}%: {value:,.1f}" for p, value in report.percentiles.items())
-    typer.echo(f"perplexities of {report.reference:,} reference documents: {percentiles}")
+    print(f"perplexities of {report.reference:,} reference documents: {percentiles}")
     low, high = report.cutoffs
-    typer.echo(f"head up to {low:,.1f}, tail beyond {high:,.1f}")
-    typer.echo(f"the model: {out}")
+    print(f"head up to {low:,.1f}, tail beyond {high:,.1f}")
+    print(f"the model: {out}")
 
 
 @app.command("train-quality")
 def train_quality(
-    positive: Annotated[list[str], typer.Option(help="Documents as they should be; repeatable.")],
-    negative: Annotated[list[str], typer.Option(help="Documents as they should not be.")],
-    out: Annotated[Path, typer.Option(help="The model's file, .safetensors.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of the model, such as target_value=0.95."),
-    ] = None,
+    positive: Annotated[list[str], Option(help="Documents as they should be; repeatable.")],
+    negative: Annotated[list[str], Option(help="Documents as they should not be.")],
+    out: Annotated[Path, Option(help="The model's file, .safetensors.")],
+    settings: SetOption = None,
 ) -> None:
     """Train a classifier of good and bad documents for the stage `quality`, and measure it."""
     from maxlm.config import load_config
@@ -225,21 +221,15 @@ def train_quality(
         config,
     )
     model.save(out)
-    typer.echo(report)
-    typer.echo(f"the model: {out}")
+    print(report)
+    print(f"the model: {out}")
 
 
 @app.command()
 def show(
-    folder: Annotated[
-        str, typer.Argument(help="A token store (a folder, s3://... or gs://...) or a corpus.")
-    ],
-    document: Annotated[
-        str, typer.Argument(help="The document's number in the store, from 0; its id in a corpus.")
-    ],
-    tokens: Annotated[
-        bool, typer.Option("--tokens", help="A store's token ids instead of text.")
-    ] = False,
+    folder: Annotated[str, Argument(help="A token store (a folder, s3:// or gs://) or a corpus.")],
+    document: Annotated[str, Argument(help="Its number in the store, from 0; its id in a corpus.")],
+    tokens: Annotated[bool, Option("--tokens", help="A store's ids instead of text.")] = False,
 ) -> None:
     """Print a document: of a corpus with its labels, of a store decoded by its tokenizer."""
     from maxlm.data.documents.formats import find_folder_format
@@ -251,23 +241,17 @@ def show(
 
 
 def _show_labels(corpus: Path, document: str) -> None:
-    import sys
-
-    from maxlm.data.documents.formats import check_format_packages
-
-    check_format_packages("corpus", str(corpus))
-    from maxlm.corpus.opened import OpenCorpus
+    opened = _open_corpus(corpus, unfinished=True)
     from maxlm.corpus.reader import find_document
 
-    opened = OpenCorpus.open(corpus, unfinished=True)
     found, kept = find_document(opened, document)
     text = found.pop("text")
     for name, value in found.items():
-        typer.echo(f"{name}: {value}", err=True)
+        print(f"{name}: {value}", file=sys.stderr)
     for name, passes in kept.items():
-        typer.echo(f"rule {name}: {'kept' if passes else 'dropped'}", err=True)
+        print(f"rule {name}: {'kept' if passes else 'dropped'}", file=sys.stderr)
     sys.stderr.flush()
-    typer.echo(text if text is not None else "", nl=False)
+    print(text if text is not None else "", end="")
 
 
 def _show_stored(store: str, document: str, tokens: bool) -> None:
@@ -280,7 +264,7 @@ def _show_stored(store: str, document: str, tokens: bool) -> None:
         raise MaxlmError(f"{document!r} is no number of a document", where=store, fix=fix)
     opened, index = TokenStore.open(store), int(document)
     if tokens:
-        typer.echo(" ".join(map(str, opened.document(index).tolist())))
+        print(" ".join(map(str, opened.document(index).tolist())))
         return
     tokenizer = load_tokenizer(opened.tokenizer_folder)
     check_tokenizer(opened, tokenizer)

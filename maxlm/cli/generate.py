@@ -7,47 +7,33 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import StepOption
+from maxlm.cli.common import StepOption
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run's folder, such as runs/demo.")],
-    prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="Texts to continue; - is stdin.")
-    ],
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Stop after this many; the end of the text stops it sooner.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0: always the likeliest token; above 1: wilder.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(help="Draw from this many likeliest tokens; 0: all.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest with this probability; 1: all.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    context: typer.Context,
+    run: Annotated[str, Argument(help="A run's folder, such as runs/demo.")],
+    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="Texts; - is stdin.")],
+    max_new_tokens: Annotated[int | None, Option(help="Write at most so many.")] = None,
+    temperature: Annotated[float | None, Option(help="0: the likeliest; above 1: wilder.")] = None,
+    top_k: Annotated[int | None, Option(help="Draw from so many likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[float | None, Option(help="Draw from this probability mass; 1: all.")] = None,
+    seed: Annotated[int | None, Option(help="The same seed gives the same text.")] = None,
     step: StepOption = None,
 ) -> None:
     """Continue prompts with a trained model. Options left out are the run's `samples` settings."""
     from maxlm.config import load_config
     from maxlm.inference.sampling import SamplingConfig
+    from maxlm.programs.generate import generate_text, get_separator
+    from maxlm.programs.load import load_run
 
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    options = {name: context.params[name] for name in names}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     chosen = load_config(SamplingConfig, None, given).value.model_dump(exclude_unset=True)
     texts = [sys.stdin.buffer.read() if p == "-" else os.fsencode(p) for p in prompts]
-
-    from maxlm.programs.generate import generate_text, get_separator
-    from maxlm.programs.load import load_run
 
     opened = load_run(run, step=step)
     samples = opened.config.samples.model_dump(include=set(SamplingConfig.model_fields))

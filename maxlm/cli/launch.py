@@ -4,81 +4,45 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+from maxlm.cli.common import ConfigArgument, SettingsArgument
 
 
 def command(
     context: typer.Context,
-    scheduler: Annotated[str, typer.Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
+    scheduler: Annotated[str, Argument(help="slurm, jobset, skypilot, ray or tpu-vm.")],
     config: ConfigArgument,
     settings: SettingsArgument = None,
     *,
-    on: Annotated[str, typer.Option(help="The machine: v5p-256, 2xv5e-256, h100x64, cpux8, ...")],
-    submitting: Annotated[
-        bool, typer.Option("--submit", help="Hand it to the scheduler's client; keeps a copy.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write it to this file as well.")] = None,
-    template: Annotated[
-        Path | None, typer.Option(help="Your own copy of a template from launch/.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Although the plan says that it does not fit.")
-    ] = False,
-    name: Annotated[str | None, typer.Option(help="The job's; tpu-vm: the TPU's.")] = None,
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="slurm, ray with cpuxN: hosts to spread it over.")
-    ] = None,
-    image: Annotated[
-        str | None, typer.Option(help="Container; slurm (by pyxis), jobset, skypilot.")
-    ] = None,
-    queue: Annotated[
-        str | None, typer.Option("--queue", "--partition", help="slurm; jobset: Kueue's queue.")
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="slurm.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="jobset.")] = None,
-    priority: Annotated[
-        str | None,
-        typer.Option(help="slurm: QOS; jobset: priority class; skypilot: 0 to 1000."),
-    ] = None,
-    reservation: Annotated[str | None, typer.Option(help="slurm, jobset.")] = None,
-    spot: Annotated[
-        bool, typer.Option("--spot", help="Machines that may be taken away: jobset, skypilot.")
-    ] = False,
-    time: Annotated[
-        str | None, typer.Option(help="slurm: the limit of one start, 24:00:00 or 24h.")
-    ] = None,
-    retries: Annotated[
-        int | None,
-        typer.Option(min=0, help="Restarts after exit codes 75, 76 (jobset: 76): 100."),
-    ] = None,
-    grace: Annotated[
-        int | None,
-        typer.Option(min=1, help="Seconds to save in when it is to stop: 120; slurm, jobset, ray."),
-    ] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE; again for more.")] = None,
-    secret: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME of a variable where you submit (slurm, skypilot); jobset: NAME=SECRET/KEY."
-        ),
-    ] = None,
-    mount: Annotated[
-        list[str] | None,
-        typer.Option(help="SOURCE:/PATH; a bucket's URL, jobset's claim, a host's folder."),
-    ] = None,
-    node_selector: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE of nodes' labels: jobset.")
-    ] = None,
-    service_account: Annotated[str | None, typer.Option(help="jobset.")] = None,
-    zone: Annotated[str | None, typer.Option(help="skypilot, tpu-vm.")] = None,
-    project: Annotated[str | None, typer.Option(help="tpu-vm.")] = None,
-    maxlm: Annotated[
-        str | None, typer.Option(help="The program on the hosts, if not on their PATH.")
-    ] = None,
+    on: Annotated[str, Option(help="The machine: v5p-256, 2xv5e-256, h100x64, cpux8, ...")],
+    submitting: Annotated[bool, Option("--submit", help="Hand it to the scheduler.")] = False,
+    out: Annotated[Path | None, Option(help="Write it to this file as well.")] = None,
+    template: Annotated[Path | None, Option(help="Your copy of a template from launch/.")] = None,
+    force: Annotated[bool, Option("--force", help="Even if it does not fit by the plan.")] = False,
+    name: Annotated[str | None, Option(help="The job's; tpu-vm: the TPU's.")] = None,
+    nodes: Annotated[int | None, Option(min=1, help="slurm, ray, for cpuxN: hosts.")] = None,
+    image: Annotated[str | None, Option(help="Container: slurm, jobset, skypilot.")] = None,
+    queue: Annotated[str | None, Option("--queue", "--partition", help="slurm, jobset.")] = None,
+    account: Annotated[str | None, Option(help="slurm.")] = None,
+    namespace: Annotated[str | None, Option(help="jobset.")] = None,
+    priority: Annotated[str | None, Option(help="slurm (QOS), jobset, skypilot.")] = None,
+    reservation: Annotated[str | None, Option(help="slurm, jobset.")] = None,
+    spot: Annotated[bool, Option("--spot", help="Preemptible machines: jobset, skypilot.")] = False,
+    time: Annotated[str | None, Option(help="slurm: limit of a start, 24:00:00 or 24h.")] = None,
+    retries: Annotated[int | None, Option(min=0, help="Restarts after codes 75, 76: 100.")] = None,
+    grace: Annotated[int | None, Option(min=1, help="Seconds to save in: 120.")] = None,
+    env: Annotated[list[str] | None, Option(help="NAME=VALUE; again for more.")] = None,
+    secret: Annotated[list[str] | None, Option(help="NAME; jobset: NAME=SECRET/KEY.")] = None,
+    mount: Annotated[list[str] | None, Option(help="SOURCE:/PATH; again for more.")] = None,
+    node_selector: Annotated[list[str] | None, Option(help="jobset: KEY=VALUE of nodes.")] = None,
+    service_account: Annotated[str | None, Option(help="jobset.")] = None,
+    zone: Annotated[str | None, Option(help="skypilot, tpu-vm.")] = None,
+    project: Annotated[str | None, Option(help="tpu-vm.")] = None,
+    maxlm: Annotated[str | None, Option(help="The program, if not on the hosts' PATH.")] = None,
 ) -> None:
     """Print a scheduler's job for a run, checked against its plan; --submit starts it.
 
@@ -105,8 +69,8 @@ def command(
     check_scheduler(scheduler)
     jax.config.update("jax_platforms", "cpu")  # Planning touches no accelerator of this machine's.
     given = {field.name: context.params[field.name] for field in fields(JobOptions)}
-    lists = {name: tuple(given[name] or ()) for name in ("env", "secret", "mount", "node_selector")}
-    options = JobOptions(**{**given, **lists})
+    several = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    options = JobOptions(**{k: v for k, v in (given | several).items() if v is not None})
     run = load_config(RunConfig, config, settings or ()).value
     placeholders = [] if submitting else make_placeholders(run)
     settings = [*(settings or ()), *placeholders]
@@ -115,7 +79,12 @@ def command(
     if submitting and (named := find_placeholders(run)):
         raise MaxlmError(f"{named[0]} is a placeholder", fix="name a path of your own")
     own_template = template is not None
-    checks = {"scheduler": scheduler, "on": on, "force": force, "own_template": own_template}
+    checks: dict[str, Any] = {
+        "scheduler": scheduler,
+        "on": on,
+        "force": force,
+        "own_template": own_template,
+    }
     job, plan = make_job(run, config, settings, options=options, **checks)
     text = render_job(job, template)
     kept = job_file_path(job, run)
@@ -127,8 +96,8 @@ def command(
         shown = shlex.join(placeholders)
         print(f"warning: the job has placeholders; set paths of your own: {shown}", file=sys.stderr)
     print(f"planned: {summarize_plan(plan)}", file=sys.stderr)
-    if scheduler == "jobset" and spot and job.grace > SPOT_GRACE:
-        words = f"{SPOT_GRACE} s, not {job.grace}, unless their pool says so"
+    if scheduler == "jobset" and spot and options.grace > SPOT_GRACE:
+        words = f"{SPOT_GRACE} s, not {options.grace}, unless their pool says so"
         print(f"note: GKE's Spot nodes give {words}", file=sys.stderr)
     for path in written:
         print(f"written: {path}", file=sys.stderr)

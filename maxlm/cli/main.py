@@ -1,66 +1,40 @@
 """The ``maxlm`` command: finds the verb, runs it, and prints a user's mistake as one line.
 
-A verb is one module here, imported only when it is called, so that ``maxlm --help`` needs Typer
-alone. The convention for ``maxlm/cli/VERB.py``:
-
-- a verb is a plain function ``command`` with Typer annotations; its docstring is its help;
-- a group of verbs is ``app = typer.Typer(...)`` with commands of its own;
-- the module's top imports no JAX, data library or config: those belong inside the function;
-- a mistake of the user raises `MaxlmError`; a run that ends badly raises ``typer.Exit(1)``;
-  ``KeyboardInterrupt("saved step 120 in runs/x")`` ends with that line and code 130.
-
-To add a verb, write its module and one line in `VERBS`.
+A verb is one module here and one line in `VERBS`: a function ``command`` with Typer annotations,
+whose docstring is its help (``subcommands``: functions that a first word calls instead), or a group
+``app = typer.Typer(...)``. It is imported only when it is called, and its top imports neither JAX
+nor data libraries nor configs, so that ``maxlm --help`` needs Typer alone. A mistake of the user
+raises `MaxlmError`; a run that ends badly raises ``typer.Exit(1)``; ``KeyboardInterrupt("saved step
+120 in runs/x")`` ends with that line and code 130.
 """
 
 import gc
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-
-@dataclass(frozen=True)
-class Verb:
-    """Where a verb is written (``module:function`` or ``module:app``) and its line of help."""
-
-    target: str
-    help: str
-    more: Mapping[str, str] = field(default_factory=dict)
-    """Commands of its own, by their first word; all else is the verb's."""
-
-
+# Verb → its line of help.
 VERBS = {
-    "train": Verb("maxlm.cli.train:command", "Train a model, or go on where a run stopped."),
-    "smoke": Verb(
-        "maxlm.cli.smoke:command", "Check on this device, in a minute, that a config works."
-    ),
-    "plan": Verb(
-        "maxlm.cli.plan:command",
-        "Show what a run holds, sends and takes on a machine, before paying for it.",
-        {"diff": "maxlm.cli.plan:compare"},
-    ),
-    "runs": Verb("maxlm.cli.runs:app", "List runs; show how far one is and where its time went."),
-    "launch": Verb("maxlm.cli.launch:command", "Print or submit a cluster scheduler's job."),
-    "generate": Verb("maxlm.cli.generate:command", "Continue a prompt with a trained model."),
-    "convert": Verb(
-        "maxlm.cli.convert:command", "Turn a Hugging Face checkpoint into a run, or a run into one."
-    ),
-    "tokenizer": Verb("maxlm.cli.tokenizer:app", "Train, import and try tokenizers."),
-    "corpus": Verb(
-        "maxlm.cli.corpus:app", "Clean and label documents, and turn them into token stores."
-    ),
-    "config": Verb(
-        "maxlm.cli.config:app", "Show configs, where each value comes from, their schema."
-    ),
+    "train": "Train a model, or go on where a run stopped.",
+    "smoke": "Check on this device, in a minute, that a config works.",
+    "plan": "Show what a run holds, sends and takes on a machine, before paying for it.",
+    "runs": "List runs; show how far one is and where its time went.",
+    "launch": "Print or submit a cluster scheduler's job.",
+    "generate": "Continue a prompt with a trained model.",
+    "convert": "Turn a Hugging Face checkpoint into a run, or a run into one.",
+    "tokenizer": "Train, import and try tokenizers.",
+    "corpus": "Clean and label documents, and turn them into token stores.",
+    "config": "Show configs, where each value comes from, their schema.",
 }
 
 
@@ -71,11 +45,11 @@ class LazyGroup(TyperGroup):
         name, command, rest = super().resolve_command(ctx, args)
         if name not in VERBS:
             return name, command, rest
-        verb = VERBS[name]
-        if rest and rest[0] in verb.more:
-            word, *rest = rest
-            return f"{name} {word}", _import(f"{name} {word}", verb.more[word]), rest
-        return name, _import(name, verb.target), rest
+        module: Any = importlib.import_module(f"maxlm.cli.{name}")
+        found = module.app if hasattr(module, "app") else module.command
+        if rest and (special := getattr(module, "subcommands", {}).get(rest[0])):
+            name, found, rest = f"{name} {rest[0]}", special, rest[1:]
+        return name, _build_command(name, found), rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -100,18 +74,20 @@ def make_app() -> typer.Typer:
     @app.callback()
     def root(
         ctx: typer.Context,
-        version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+        version: bool = Option(False, "--version", help="Print the version and exit."),
     ) -> None:
         if version:
             from maxlm import __version__
 
             print(f"maxlm {__version__}")
-            raise typer.Exit()
-        if ctx.invoked_subcommand is None:
-            typer.echo(ctx.get_help())
+        elif ctx.invoked_subcommand is None:
+            print(ctx.get_help())
+        else:
+            return
+        raise typer.Exit()
 
-    for name, verb in VERBS.items():
-        app.command(name, help=verb.help)(lambda: None)
+    for name, line in VERBS.items():
+        app.command(name, help=line)(lambda: None)
     return app
 
 
@@ -126,11 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run that stopped on a signal and saved, 76 a run that lost a process, 130 interrupted. With
         MAXLM_TRACEBACK=1 in the environment mistakes raise instead.
     """
+    traceback = os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
     if arguments is None:  # the process is ours alone
         # Imports make 150,000 objects that stay. Looking through them after every 700 new ones,
         # the default of Python 3.11, takes a seventh of the time to start.
         gc.set_threshold(10_000, *gc.get_threshold()[1:])
-        if not _wants_traceback():
+        if not traceback:
             from maxlm.cli.orbax_noise import ignore_orbax_complaints
 
             ignore_orbax_complaints()
@@ -138,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = get_command(make_app()).main(arguments, prog_name="maxlm", standalone_mode=False)
     except Exception as error:
         given = sys.argv[1:] if arguments is None else arguments
-        text = None if _wants_traceback() else _explain(error, given)
+        text = None if traceback else _explain(error, given)
         if text is None:
             raise
         print(text, file=sys.stderr)
@@ -149,19 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _import(name: str, target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if isinstance(found, typer.Typer):
-        for verb in found.registered_commands:
-            if verb.callback and not hasattr(verb.callback, "__wrapped__"):
-                verb.callback = _with_local_paths(verb.callback)
-        group = get_group(found)
-        group.name = name
-        return group
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(_with_local_paths(found))
-    return get_command(single)
+def _build_command(name: str, found: Any) -> Any:
+    group = isinstance(found, typer.Typer)
+    app = found if group else typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    if not group:
+        app.command(name)(found)
+    for verb in app.registered_commands:
+        if verb.callback and not hasattr(verb.callback, "__wrapped__"):
+            verb.callback = _with_local_paths(verb.callback)
+    command = get_group(app) if group else get_command(app)
+    command.name = name
+    return command
 
 
 def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -171,11 +146,13 @@ def _with_local_paths(command: Callable[..., Any]) -> Callable[..., Any]:
     def checked(**given: Any) -> Any:
         from maxlm.config import check_local_path
 
+        # The text that `tokenizer encode` takes is no list of paths.
+        lists = [given.get(name) for name in ("text", "positive", "negative", "reference")]
         paths = [value for value in given.values() if isinstance(value, Path)]
-        for name in ("text", "positive", "negative", "reference"):
-            # The text that `tokenizer encode` takes is no list of paths.
-            paths += given[name] if isinstance(given.get(name), list) else ()
-        for path in paths:
+        for path in [
+            *paths,
+            *(each for value in lists if isinstance(value, list) for each in value),
+        ]:
             check_local_path(path)
         return command(**given)
 
@@ -201,20 +178,19 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str | None:
 
 def _explain_usage(error: Any, arguments: Sequence[str]) -> str:
     """Return a usage error with the nearest names, or the help to read."""
-    context = getattr(error, "ctx", None)
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     path = context.command_path if context else "maxlm"
-    text = error.format_message().rstrip(".")
-    option = getattr(error, "option_name", None)
+    text, fix = error.format_message().rstrip("."), f"see '{path} --help'"
     if context is None or option is None or not text.startswith("No such option"):
         text = f"{text[:1].lower()}{text[1:]}".replace(". Did you mean", "; did you mean")
-        return f"{path}: {text}" + ("" if "did you mean" in text else f"; see '{path} --help'")
-    known = [name for parameter in context.command.params for name in parameter.opts]
-    near = get_close_matches(option, [name for name in known if name.startswith("-")], n=3)
-    fix = f"did you mean {' or '.join(near)}?" if near else f"see '{path} --help'"
-    if "." in option:
-        fix = f"a setting takes no dashes: {option.lstrip('-')}=..."
-    settings = any(parameter.name == "settings" for parameter in context.command.params)
-    if settings and (overrides := _find_overrides(option, arguments)):
+        return f"{path}: {text}" + ("" if "did you mean" in text else f"; {fix}")
+    parameters = context.command.params
+    known = [name for each in parameters for name in each.opts if name.startswith("-")]
+    if near := get_close_matches(option, known, n=3):
+        fix = f"did you mean {' or '.join(near)}?"
+    if any(each.name == "settings" for each in parameters) and (
+        overrides := _find_overrides(option, arguments)
+    ):
         fix = f"a setting takes no dashes: {' or '.join(overrides[:3])}"
     return f"{path}: no such option {option}; {fix}"
 
@@ -232,10 +208,6 @@ def _find_overrides(option: str, arguments: Sequence[str]) -> list[str]:
     keys = sorted(dict.fromkeys(iterate_keys([RunConfig])), key=len)
     ends = [key for key in keys if name in ("_".join(map(str, key[i:])) for i in range(len(key)))]
     return [f"{join_key(key)}={value}" for key in ends]
-
-
-def _wants_traceback() -> bool:
-    return os.environ.get("MAXLM_TRACEBACK", "") not in ("", "0")
 
 
 if __name__ == "__main__":

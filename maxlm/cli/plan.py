@@ -2,56 +2,43 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import ConfigArgument, JsonOption, MachineOption, SettingsArgument
+from maxlm.cli.common import (
+    ConfigArgument,
+    JsonOption,
+    MachineOption,
+    SettingsArgument,
+    open_console,
+    print_json,
+)
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-# The largest number of hours or seconds, or price, that is taken.
-_MOST = 1e12
+def _amount(description: str, least: float = 0) -> Any:
+    return Option(min=least, max=1e12, help=description)
 
 
 def command(
     config: ConfigArgument,
     settings: SettingsArgument = None,
     on: MachineOption = None,
-    mesh: Annotated[
-        str | None, typer.Option(help="The mesh, e.g. fsdp=64,tensor=4; default: the config's.")
-    ] = None,
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Without --on: how many devices an axis of -1 is to fill."),
-    ] = None,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Ask the machine's own compiler as well (a minute).")
-    ] = False,
+    mesh: Annotated[str | None, Option(help="Instead of the config's: fsdp=64,tensor=4.")] = None,
+    devices: Annotated[int | None, Option(min=1, help="Without --on: how many devices.")] = None,
+    compiled: Annotated[bool, Option("--compile", help="Ask its compiler too (a minute).")] = False,
     searching: Annotated[
-        bool, typer.Option("--search", help="Find the quickest mesh, micro-batches and remat.")
+        bool, Option("--search", help="Find the quickest mesh and remat.")
     ] = False,
-    top: Annotated[int | None, typer.Option(min=1, help="How many a search shows: 10.")] = None,
-    compile_top: Annotated[
-        int, typer.Option(min=0, help="How many of them to verify by the compiler.")
-    ] = 0,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page to look at, all in one file.")
-    ] = None,
+    top: Annotated[int | None, Option(min=1, help="How many a search shows: 10.")] = None,
+    compile_top: Annotated[int, Option(min=0, help="How many of them to compile.")] = 0,
+    html: Annotated[Path | None, Option(help="Write a page to look at, all in one file.")] = None,
     as_json: JsonOption = False,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="A device's price an hour: shows the run's.")
-    ] = None,
-    device_mtbf: Annotated[
-        float | None, typer.Option(min=1, help="Hours between failures of one device.")
-    ] = None,
-    restart: Annotated[
-        float | None, typer.Option(min=0, help="Seconds from a failure to the next step.")
-    ] = None,
-    checkpoint: Annotated[
-        float | None, typer.Option(min=0, help="Seconds that a checkpoint holds the run up.")
-    ] = None,
+    price: Annotated[float | None, _amount("A device's price an hour: shows the run's.")] = None,
+    device_mtbf: Annotated[float | None, _amount("Hours between a device's failures.", 1)] = None,
+    restart: Annotated[float | None, _amount("Seconds from a failure to the next step.")] = None,
+    checkpoint: Annotated[float | None, _amount("Seconds a checkpoint holds a run up.")] = None,
 ) -> None:
     """Show what a run holds, sends and takes on a machine, before it is paid for.
 
@@ -64,20 +51,19 @@ def command(
     from maxlm.run import RunConfig
     from maxlm.sharding import count_min_devices, mesh_sizes, parse_mesh
 
-    numbers = {
-        "device_mtbf_hours": ("--device-mtbf", device_mtbf),
-        "restart_seconds": ("--restart", restart),
-        "checkpoint_seconds": ("--checkpoint", checkpoint),
-    }
     search = searching or compile_top > 0
+    amounts = {
+        "device_mtbf_hours": device_mtbf,
+        "restart_seconds": restart,
+        "checkpoint_seconds": checkpoint,
+    }
+    given = {name: value for name, value in amounts.items() if value is not None}
     on_machines = {"--compile": compiled, "--search": searching, "--compile-top": compile_top}
-    on_machines["--price"] = price is not None
-    on_machines |= {option: value is not None for option, value in numbers.values()}
+    on_machines |= {"--price": price is not None, "--device-mtbf, --restart or --checkpoint": given}
     _refuse(on_machines if on is None else {}, "needs a machine", "name it: --on v5p-128")
     _refuse({"--devices": devices and on}, "goes without --on", "leave one of the two out")
     _refuse({"--top": top and not search}, "is how many a search shows", "add --search")
     _refuse({"--mesh": mesh and search}, "is what --search chooses", "leave one of the two out")
-    _check_bounds({"--price": price, **dict(numbers.values())})
     run = load_config(RunConfig, config, settings or ()).value
     if mesh:
         run = run.model_copy(update={"mesh": parse_mesh(mesh)})
@@ -87,7 +73,6 @@ def command(
     else:
         _stay_off_devices(on)
         machine = Machine.from_name(on)
-    given = {name: value for name, (_, value) in numbers.items() if value is not None}
     found = None
     if machine and search:
         run, found = _search(run, machine, config, top or 10, compile_top, as_json)
@@ -108,13 +93,11 @@ def command(
 
         write_report(out, html)
     if as_json:
-        import json
-
-        print(json.dumps(out, indent=2, allow_nan=False))
+        print_json(out)
     else:
         from maxlm.plan.show import render_comparison_table, render_plan_tables
 
-        console = _console()
+        console = open_console()
         console.print(render_plan_tables(result, price=price))
         if compared:
             console.print(render_comparison_table(compared, "The plan beside the compiler"))
@@ -127,8 +110,8 @@ def command(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A plan's JSON, a run's folder, or a config.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
+    first: Annotated[str, Argument(help="A plan's JSON, a run's folder, or a config.")],
+    second: Annotated[str, Argument(help="Another.")],
     on: MachineOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -140,20 +123,12 @@ def compare(
         _stay_off_devices(on)
     found = compare_plans(read_plan(first, on), read_plan(second, on))
     if as_json:
-        import json
-
-        print(json.dumps(found, indent=2))
-        return
-    _console().print(render_diff_tables(found, (first, second)))
+        print_json(found)
+    else:
+        open_console().print(render_diff_tables(found, (first, second)))
 
 
-def _console(file: TextIO | None = None) -> "Console":
-    """Return a console at least 80 columns wide; narrower tables would break words."""
-    from rich.console import Console
-
-    console = Console(file=file or sys.stdout, highlight=False)
-    console.width = max(80, console.width)
-    return console
+subcommands = {"diff": compare}
 
 
 def _stay_off_devices(on: str) -> None:
@@ -177,15 +152,6 @@ def _refuse(options: dict[str, Any], what: str, fix: str) -> None:
             raise MaxlmError(f"{option} {what}", fix=fix)
 
 
-def _check_bounds(options: dict[str, float | None]) -> None:
-    """Refuse numbers so large that arithmetic would overflow."""
-    from maxlm.config import MaxlmError
-
-    for option, value in options.items():
-        if value is not None and not value <= _MOST:
-            raise MaxlmError(f"{option}={value} is too much", fix=f"give {_MOST:g} at most")
-
-
 def _search(
     run: Any, machine: Any, source: str, top: int, verify: int, quiet: bool
 ) -> tuple[Any, dict[str, Any]]:
@@ -194,7 +160,6 @@ def _search(
     Raises:
         typer.Exit: nothing fits.
     """
-    import json
     from dataclasses import asdict
     from math import inf
 
@@ -204,7 +169,7 @@ def _search(
 
     found = search_layouts(run, machine, top=max(top, verify))
     counts = {name: getattr(found, name) for name in ("tried", "possible", "fitting", "taken")}
-    console = _console(sys.stderr if quiet else sys.stdout)
+    console = open_console(sys.stderr if quiet else sys.stdout)
     limit = machine.chip.memory
     console.print(
         f"{found.tried:,} candidates in {found.taken:.2f} s "
@@ -219,7 +184,7 @@ def _search(
             words = f"none that fits can be: {found.refusal}"
         console.print(words, markup=False)
         if quiet:
-            print(json.dumps({"fits": False, "search": {**counts, "best": []}}, indent=2))
+            print_json({"fits": False, "search": {**counts, "best": []}})
         raise typer.Exit(1)
     peaks = verify_by_compiling(run, machine, found.best[:verify])
     console.print(render_candidates_table(found, limit, peaks))

@@ -2,23 +2,17 @@
 
 import typer
 
-from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+from maxlm.cli.common import ConfigArgument, SettingsArgument, open_console
 
 
-def command(
-    config: ConfigArgument,
-    settings: SettingsArgument = None,
-) -> None:
+def command(config: ConfigArgument, settings: SettingsArgument = None) -> None:
     """Shrink a run to this device and try all of it: steps, checkpoint, restore, generation."""
     from maxlm.config import load_config
+    from maxlm.programs.smoke import smoke
     from maxlm.run import RunConfig
 
     run = load_config(RunConfig, config, settings or ()).value
-    from rich.console import Console
-
-    from maxlm.programs.smoke import smoke
-
-    console, failed = Console(highlight=False), 0
+    console, failed = open_console(), 0
     for check in smoke(run):
         failed += not check.passed
         verdict = "[green]pass[/]" if check.passed else "[red]FAIL[/]"

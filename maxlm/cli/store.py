@@ -3,69 +3,54 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import (
+from maxlm.cli.common import (
     JsonOption,
     SettingsArgument,
     TextArgument,
     TextFieldOption,
     WorkersOption,
+    make_table,
+    open_console,
+    print_json,
 )
 
-StoreArgument = Annotated[str, typer.Argument(help="A token store: a folder, s3://... or gs://...")]
+StoreArgument = Annotated[str, Argument(help="A token store: a folder, s3://... or gs://...")]
 
 
 def build(
     text: TextArgument,
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's folder.")],
-    out: Annotated[Path, typer.Option(help="The store's folder; appears when complete.")],
+    tokenizer: Annotated[Path, Option(help="A tokenizer's folder.")],
+    out: Annotated[Path, Option(help="The store's folder; appears when complete.")],
     workers: WorkersOption = None,
     split: Annotated[
-        Literal["all", "train", "heldout"], typer.Option(help="Which documents to take.")
+        Literal["all", "train", "heldout"], Option(help="Which documents to take.")
     ] = "all",
-    heldout_fraction: Annotated[
-        float, typer.Option(help="Share of documents held out, by a hash of their text.")
-    ] = 0.01,
+    heldout_fraction: Annotated[float, Option(help="Share held out, by hashes of texts.")] = 0.01,
     text_field: TextFieldOption = "text",
     on_bad_bytes: Annotated[
         Literal["error", "replace", "keep", "skip"],
-        typer.Option(help="What to do with text that is not valid UTF-8."),
+        Option(help="What to do with text that is not valid UTF-8."),
     ] = "error",
-    piece_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer text files into pieces, at line ends.")
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a store of other inputs.")
-    ] = False,
-    join: Annotated[
-        bool,
-        typer.Option("--join", help="Work beside other builders of this store, on a shared disk."),
-    ] = False,
+    piece_bytes: Annotated[int | None, Option(min=1, help="Cut text files at line ends.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace a store of other inputs.")] = False,
+    join: Annotated[bool, Option("--join", help="Work beside other builders of it.")] = False,
 ) -> None:
     """Tokenize documents into a token store. Run it again after an interruption to go on."""
     from maxlm.data.documents import SourceConfig
     from maxlm.data.store import build_store
     from maxlm.runtime.progress import show_progress
 
-    source = SourceConfig(
-        documents=tuple(text),
-        text_field=text_field,
-        on_bad_bytes=on_bad_bytes,
-        piece_bytes=piece_bytes,
-    )
+    reading: dict[str, Any] = {"on_bad_bytes": on_bad_bytes, "piece_bytes": piece_bytes}
+    source = SourceConfig(documents=tuple(text), text_field=text_field, **reading)
+    options: dict[str, Any] = {
+        "split": split,
+        "heldout_fraction": heldout_fraction,
+        "workers": workers,
+    }
     with show_progress() as progress:
-        build_store(
-            source,
-            tokenizer,
-            out,
-            split=split,
-            heldout_fraction=heldout_fraction,
-            workers=workers,
-            progress=progress,
-            force=force,
-            join=join,
-        )
+        build_store(source, tokenizer, out, progress=progress, force=force, join=join, **options)
     show_info(str(out))
     _print_lost(source)
 
@@ -85,11 +70,11 @@ def _print_lost(source: Any) -> None:
 
         corpus = OpenCorpus.open(root)
         with open_executor(corpus.recipe.engine, corpus.recipe.workers) as engine:
-            typer.echo(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
+            print(f"{root}: {count_lost(corpus, corpus.rules(), engine)}")
 
 
 def append(
-    store: Annotated[Path, typer.Argument(help="A token store's folder.")],
+    store: Annotated[Path, Argument(help="A token store's folder.")],
     text: TextArgument,
     workers: WorkersOption = None,
 ) -> None:
@@ -99,12 +84,8 @@ def append(
     from maxlm.runtime.progress import show_progress
 
     made = TokenStore.open(store).manifest
-    source = SourceConfig(
-        documents=tuple(text),
-        text_field=made.text_field,
-        on_bad_bytes=made.on_bad_bytes,
-        piece_bytes=made.piece_bytes,
-    )
+    reading: dict[str, Any] = {"on_bad_bytes": made.on_bad_bytes, "piece_bytes": made.piece_bytes}
+    source = SourceConfig(documents=tuple(text), text_field=made.text_field, **reading)
     with show_progress() as progress:
         append_store(source, store, workers=workers, progress=progress)
     show_info(str(store))
@@ -116,17 +97,14 @@ def verify(store: StoreArgument) -> None:
 
     opened = TokenStore.open(store)
     opened.verify()
-    typer.echo(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
+    print(f"{opened.num_documents:,} documents, {opened.num_tokens:,} tokens: all is well")
 
 
 def mix(
-    config: Annotated[str, typer.Argument(help="A run's config.")],
+    config: Annotated[str, Argument(help="A run's config.")],
     settings: SettingsArgument = None,
 ) -> None:
     """Show what a run reads of each source, over all its steps; builds stores that are missing."""
-    from rich.console import Console
-    from rich.table import Table
-
     from maxlm.config import load_config
     from maxlm.data.loader import make_batches, mixture_table
     from maxlm.programs.prepare import check_prepared, prepare
@@ -139,29 +117,20 @@ def mix(
     with create_run_folder(run, folder):
         stores = prepare(run, folder).training
     batches = make_batches(stores, run.data.mixing(), run.data, seed=run.seed)
-    table = Table("source", "sequences", "share", "tokens", "epochs")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("source", ("sequences", "share", "tokens", "epochs"))
     for row in mixture_table(batches, 0, run.train.steps):
         figures = (f"{row.share:.2%}", f"{row.tokens:,}", f"{row.epochs:.2f}")
         table.add_row(row.source, f"{row.sequences:,}", *figures)
-    Console().print(table)
+    open_console().print(table)
 
 
-def show_info(
-    store: StoreArgument,
-    as_json: JsonOption = False,
-) -> None:
+def show_info(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Show what a store holds, after checking that its arrays have the sizes it claims."""
     from maxlm.data.store import TokenStore
     from maxlm.data.store.describe import describe, summary_table
 
     opened = TokenStore.open(store)
     if as_json:
-        import json
-
-        typer.echo(json.dumps(describe(opened), indent=1))
+        print_json(describe(opened))
     else:
-        from rich.console import Console
-
-        Console().print(summary_table(opened))
+        open_console().print(summary_table(opened))

@@ -5,85 +5,76 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
-from maxlm.cli.arguments import JsonOption, TextArgument, TextFieldOption
+from maxlm.cli.common import (
+    JsonOption,
+    TextArgument,
+    TextFieldOption,
+    make_table,
+    open_console,
+    print_json,
+)
 
 if TYPE_CHECKING:
-    from maxlm.data.documents import SourceConfig
     from maxlm.data.tokenizer import Tokenizer, TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
-TokenizerArgument = Annotated[Path, typer.Argument(help="A tokenizer's folder.")]
+TokenizerArgument = Annotated[Path, Argument(help="A tokenizer's folder.")]
 
 
 @app.command()
 def train(
+    context: typer.Context,
     text: TextArgument,
-    out: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
+    out: Annotated[Path, Option(help="The tokenizer's folder.")],
     kind: Annotated[
         Literal["bpe", "sentencepiece_bpe", "sentencepiece_unigram", "wordpiece"],
-        typer.Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
+        Option(help="Byte-level BPE, a SentencePiece model, or BERT's WordPiece."),
     ] = "bpe",
-    vocab_size: Annotated[int, typer.Option(min=1, help="Ids, special tokens included.")] = 8192,
-    special: Annotated[
-        list[str] | None, typer.Option(help="A further special token; may be repeated.")
-    ] = None,
-    bos: Annotated[str, typer.Option(help="Opens a document.")] = "<|endoftext|>",
-    eos: Annotated[str, typer.Option(help="Closes a document.")] = "<|endoftext|>",
-    pad: Annotated[str | None, typer.Option(help="Pads.")] = None,
-    chat: Annotated[
-        Literal["chatml", "llama3"] | None, typer.Option(help="How conversations are written.")
-    ] = None,
+    vocab_size: Annotated[int, Option(min=1, help="Ids, special tokens included.")] = 8192,
+    special: Annotated[list[str] | None, Option(help="A special token; repeatable.")] = None,
+    bos: Annotated[str, Option(help="Opens a document.")] = "<|endoftext|>",
+    eos: Annotated[str, Option(help="Closes a document.")] = "<|endoftext|>",
+    pad: Annotated[str | None, Option(help="Pads.")] = None,
+    chat: Annotated[Literal["chatml", "llama3"] | None, Option(help="The format of chats.")] = None,
     lowercase: Annotated[
-        bool, typer.Option("--lowercase", help="For wordpiece: drop case and accents.")
+        bool, Option("--lowercase", help="wordpiece: no case, no accents.")
     ] = False,
-    sample_bytes: Annotated[
-        int, typer.Option(min=1, help="Learn from the first so many bytes.")
-    ] = 100_000_000,
+    sample_bytes: Annotated[int, Option(min=1, help="Learn from the first so many.")] = 100_000_000,
     text_field: TextFieldOption = "text",
-    force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Learn a tokenizer from text."""
     from maxlm.data.tokenizer import TokenizerConfig, train_tokenizer
     from maxlm.runtime.progress import show_progress
 
     _require_free(out, force)
-    source = _source(text, text_field)
+    given = {k: v for k, v in context.params.items() if k in TokenizerConfig.model_fields}
+    config = TokenizerConfig(**given, extra_special_tokens=tuple(special or ()))
     with show_progress() as progress:
-        config = TokenizerConfig(
-            kind=kind,
-            vocab_size=vocab_size,
-            bos=bos,
-            eos=eos,
-            pad=pad,
-            extra_special_tokens=tuple(special or ()),
-            chat=chat,
-            lowercase=lowercase,
-            sample_bytes=sample_bytes,
-        )
-        tokenizer = train_tokenizer(config, _counted(source, sample_bytes, progress))
+        texts = _read_texts(text, text_field, progress, sample_bytes)
+        tokenizer = train_tokenizer(config, texts)
     tokenizer.save(out)
-    typer.echo(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
+    print(f"{out}: {kind}, {tokenizer.vocab_size} tokens, {tokenizer.fingerprint[:12]}")
 
 
 @app.command("import")
 def import_(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="A Hugging Face checkpoint's folder; a tokenizer.json, SentencePiece or tiktoken "
             "file; tiktoken:cl100k_base or tiktoken:o200k_base."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
-    bos: Annotated[str | None, typer.Option(help="The token that opens a document.")] = None,
-    eos: Annotated[str | None, typer.Option(help="The token that closes a document.")] = None,
-    pad: Annotated[str | None, typer.Option(help="The token that pads.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="How an unknown tiktoken file splits text, by name.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a tokenizer in --out.")] = False,
+    out: Annotated[Path, Option(help="The tokenizer's folder.")],
+    bos: Annotated[str | None, Option(help="The token that opens a document.")] = None,
+    eos: Annotated[str | None, Option(help="The token that closes a document.")] = None,
+    pad: Annotated[str | None, Option(help="The token that pads.")] = None,
+    pattern: Annotated[str | None, Option(help="How a tiktoken file splits text.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace a tokenizer in --out.")] = False,
 ) -> None:
     """Take in someone else's tokenizer."""
     from maxlm.data.tokenizer import import_tokenizer
@@ -92,13 +83,13 @@ def import_(
     tokenizer = import_tokenizer(source, bos=bos, eos=eos, pad=pad, pattern=pattern)
     tokenizer.save(out)
     exact = "lossless" if tokenizer.lossless else "not every text comes back as it was"
-    typer.echo(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
+    print(f"{out}: {tokenizer.vocab_size} tokens, {exact}, {tokenizer.fingerprint[:12]}")
 
 
 @app.command()
 def export(
     tokenizer: TokenizerArgument,
-    out: Annotated[Path, typer.Option(help="Where to write; other files there stay.")],
+    out: Annotated[Path, Option(help="Where to write; other files there stay.")],
 ) -> None:
     """Write a tokenizer's files for other tools, an imported one's as they came."""
     from maxlm.data.tokenizer import export_tokenizer
@@ -109,25 +100,23 @@ def export(
 @app.command()
 def encode(
     tokenizer: TokenizerArgument,
-    text: Annotated[str, typer.Argument(help="The text; - reads standard input.")] = "-",
-    allow_special: Annotated[
-        bool, typer.Option("--allow-special", help="Special tokens' literals give their ids.")
-    ] = False,
+    text: Annotated[str, Argument(help="The text; - reads standard input.")] = "-",
+    allow_special: Annotated[bool, Option("--allow-special", help="Read special tokens.")] = False,
 ) -> None:
     """Print the ids of a text."""
     from maxlm.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    source = typer.get_binary_stream("stdin").read() if text == "-" else _argument_bytes(text)
-    typer.echo(" ".join(map(str, loaded.encode(source, allow_special=allow_special))))
+    # Python keeps what the shell passed and is no UTF-8 as surrogates.
+    given = text.encode("utf-8", "surrogateescape")
+    source = typer.get_binary_stream("stdin").read() if text == "-" else given
+    print(" ".join(map(str, loaded.encode(source, allow_special=allow_special))))
 
 
 @app.command()
 def decode(
     tokenizer: TokenizerArgument,
-    ids: Annotated[
-        list[str] | None, typer.Argument(help="Ids; none, or -, reads standard input.")
-    ] = None,
+    ids: Annotated[list[str] | None, Argument(help="Ids; none, or -: standard input.")] = None,
 ) -> None:
     """Write the exact bytes of ids to standard output, with no line end added."""
     from maxlm.config import MaxlmError
@@ -156,23 +145,21 @@ def measure(
 
     loaded = load_tokenizer(tokenizer)
     with show_progress() as progress:
-        found = measure_tokenizer(loaded, _counted(_source(text, text_field), None, progress))
+        found = measure_tokenizer(loaded, _read_texts(text, text_field, progress))
     if as_json:
-        import json
-
-        typer.echo(json.dumps(found.as_dict()))
+        print_json(found.as_dict())
     else:
         _print_measures({str(tokenizer): found})
 
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(help="A tokenizer's folder, or what `import` takes.")],
-    second: Annotated[str, typer.Argument(help="Another.")],
+    first: Annotated[str, Argument(help="A tokenizer's folder, or what `import` takes.")],
+    second: Annotated[str, Argument(help="Another.")],
     text: TextArgument,
     by_language: Annotated[
         bool,
-        typer.Option("--by-language", help="Group by detected language, not by TEXT argument."),
+        Option("--by-language", help="Group by language instead."),
     ] = False,
     text_field: TextFieldOption = "text",
     as_json: JsonOption = False,
@@ -186,17 +173,12 @@ def compare(
         texts = (
             (argument, document)
             for argument in text
-            for document in _counted(_source([argument], text_field), None, progress)
+            for document in _read_texts([argument], text_field, progress)
         )
         found = compare_tokenizers(tokenizers, _by_language(texts) if by_language else texts)
     if as_json:
-        import json
-
-        flat = {
-            group: {name: stats.as_dict() for name, stats in of_group.items()}
-            for group, of_group in found.items()
-        }
-        typer.echo(json.dumps(flat))
+        pairs = found.items()
+        print_json({group: {k: v.as_dict() for k, v in each.items()} for group, each in pairs})
     else:
         _print_comparison(found)
 
@@ -206,11 +188,8 @@ def _require_free(out: Path, force: bool) -> None:
     from maxlm.data.tokenizer import has_tokenizer
 
     if has_tokenizer(out) and not force:
-        raise MaxlmError(
-            "there is a tokenizer here already",
-            where=str(out),
-            fix="add --force to replace it, or choose another --out",
-        )
+        fix = "add --force to replace it, or choose another --out"
+        raise MaxlmError("there is a tokenizer here already", where=str(out), fix=fix)
 
 
 def _open(name: str) -> "Tokenizer":
@@ -232,23 +211,16 @@ def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, byte
         yield label(rows).column("name")[0].as_py(), text
 
 
-def _source(text: list[str], text_field: str) -> "SourceConfig":
-    """Return the source of a command's texts; a tokenizer takes undecodable bytes too."""
-    from maxlm.data.documents import SourceConfig
-
-    return SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
-
-
-def _counted(
-    source: "SourceConfig", limit: int | None, progress: Callable[[str, int, int], None]
+def _read_texts(
+    text: list[str], text_field: str, progress: Callable[[str, int, int], None], limit: int = 2**63
 ) -> Iterator[bytes]:
-    """Yield the texts of a source, and report their bytes against its files' size or ``limit``."""
-    from maxlm.data.documents import list_files, read_documents
+    """Yield texts, undecodable bytes too, and report their bytes against their files' size or
+    ``limit``."""
+    from maxlm.data.documents import SourceConfig, list_files, read_documents
 
+    source = SourceConfig(documents=tuple(text), text_field=text_field, on_bad_bytes="keep")
     files = list_files(source)
-    total = sum(file.size for file in files)
-    total = min(total, limit) if limit else total
-    done = 0
+    total, done = min(sum(file.size for file in files), limit), 0
     for file in files:
         for document in read_documents(source, file):
             yield document.text
@@ -259,36 +231,21 @@ def _counted(
         progress("reading", total, total)
 
 
-def _argument_bytes(text: str) -> bytes:
-    """Return the bytes that the shell passed; Python keeps other than UTF-8 as surrogates."""
-    return text.encode("utf-8", "surrogateescape")
-
-
 def _print_comparison(found: "dict[str, dict[str, TokenizerStats]]") -> None:
     """Print bytes per token by group, then all measures over all texts; a column a tokenizer."""
-    from rich.console import Console
-    from rich.table import Table
-
     *_, total = found.values()
-    groups = Table("group", "MB", title="bytes per token (tokens per word)")
-    for name in total:
-        groups.add_column(name, justify="right")
-    for group, of_group in found.items():
-        size = next(iter(of_group.values())).bytes / 1e6
-        cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in of_group.values())
+    groups = make_table("group", ("MB", *total), title="bytes per token (tokens per word)")
+    for group, by_name in found.items():
+        size = next(iter(by_name.values())).bytes / 1e6
+        cells = (f"{s.bytes_per_token:.3f} ({s.fertility:.2f})" for s in by_name.values())
         groups.add_row(group, f"{size:,.2f}", *cells)
-    Console().print(groups)
+    open_console().print(groups)
     _print_measures(total)
 
 
 def _print_measures(found: "dict[str, TokenizerStats]") -> None:
     """Print a row for each measure, and a column for each tokenizer."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("all texts")
-    for name in found:
-        table.add_column(name, justify="right")
+    table = make_table("all texts", list(found))
     measures = {
         "documents": "{0.documents:,}",
         "bytes": "{0.bytes:,}",
@@ -301,4 +258,4 @@ def _print_measures(found: "dict[str, TokenizerStats]") -> None:
     }
     for measure, form in measures.items():
         table.add_row(measure, *(form.format(stats) for stats in found.values()))
-    Console().print(table)
+    open_console().print(table)

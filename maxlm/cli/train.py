@@ -2,26 +2,19 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
-from maxlm.cli.arguments import ConfigArgument, SettingsArgument
+from maxlm.cli.common import ConfigArgument, SettingsArgument
 
 
 def command(
     config: ConfigArgument,
     settings: SettingsArgument = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(help="Resume from this run's newest checkpoint, in a folder of its own."),
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Trace these steps for xprof: 10:13, both of them with it.")
-    ] = None,
-    coordinator: Annotated[
-        str | None, typer.Option(help="Of several processes: host:port of the first.")
-    ] = None,
-    num_processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
-    process_id: Annotated[int | None, typer.Option(help="Which of them this is, from 0.")] = None,
+    resume: Annotated[str | None, Option(help="Go on from this run, in a new folder.")] = None,
+    profile: Annotated[str | None, Option(help="Trace steps 10 to 13 for xprof: 10:13.")] = None,
+    coordinator: Annotated[str | None, Option(help="host:port of the first process.")] = None,
+    num_processes: Annotated[int | None, Option(help="How many there are.")] = None,
+    process_id: Annotated[int | None, Option(help="Which of them this is, from 0.")] = None,
 ) -> None:
     """Train a model. Called again, it resumes from the newest checkpoint in the run's folder.
 
@@ -45,16 +38,13 @@ def command(
     from maxlm.train.profile import parse_steps
 
     traced = parse_steps(profile) if profile else None
-    cluster = {
-        "coordinator": coordinator,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
     with distributed_session(
         run.model_dump(mode="json"),
         join_seconds=run.faults.join_seconds,
         peer_seconds=run.faults.peer_seconds,
-        **cluster,
+        coordinator=coordinator,
+        num_processes=num_processes,
+        process_id=process_id,
     ):
         from maxlm.programs.report import report
         from maxlm.programs.train import train_model

@@ -9,26 +9,19 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_asset(relative: str) -> Path:
-    """Returns a shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``.
-
-    Looks where an installed wheel keeps them, else in the source tree maxlm runs from.
-
-    Raises:
-        MaxlmError: there is no such file in this installation.
-    """
+    """Returns a shipped file or folder, such as ``configs/runs/demo.yaml`` or ``launch``, from
+    where an installed wheel keeps it, else from the source tree that maxlm runs from."""
     installed = _PACKAGE / "_assets"
     root = installed if installed.is_dir() else _PACKAGE.parent
     path = root / relative
     if not path.exists():
-        raise MaxlmError(
-            f"this installation of maxlm has no {relative}", where=str(root), fix="reinstall maxlm"
-        )
+        what = f"this installation of maxlm has no {relative}"
+        raise MaxlmError(what, where=str(root), fix="reinstall maxlm")
     return path
 
 
 def list_shipped_configs() -> list[str]:
-    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``,
-    ..."""
+    """Returns names of the shipped configs, recipes first: ``runs/demo``, ``models/llama3_8b``."""
     root = find_asset("configs")
     return [
         str(path.relative_to(root).with_suffix("").as_posix())
@@ -38,8 +31,7 @@ def list_shipped_configs() -> list[str]:
 
 
 def find_shipped_config(name: str) -> Path | None:
-    """Returns the shipped config of this name (``demo``, ``runs/demo``,
-    ``configs/runs/demo.yaml``)."""
+    """Returns the shipped config named ``demo``, ``runs/demo`` or ``configs/runs/demo.yaml``."""
     stem = name.removeprefix("configs/").removesuffix(".yaml")
     shipped = list_shipped_configs()
     for candidate in (stem, f"runs/{stem}", f"models/{stem}"):
@@ -53,9 +45,6 @@ def resolve_config(name: str) -> Path:
 
     A bare name is looked up among the recipes (configs/runs), then the presets
     (configs/models); ``.yaml`` may be left out.
-
-    Raises:
-        MaxlmError: neither exists; names the nearest ones.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -71,8 +60,7 @@ def resolve_config(name: str) -> Path:
 
 
 def find_similar_configs(path: Path) -> list[str]:
-    """Returns up to three shipped names and neighbouring files that read like `path`, best
-    first."""
+    """Returns up to three shipped names and neighbouring files that read like `path`."""
     stem = path.name.removesuffix(path.suffix)
     by_stem = {name.rsplit("/", 1)[-1]: name for name in reversed(list_shipped_configs())}
     if path.parent.is_dir():

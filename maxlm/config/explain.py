@@ -1,9 +1,8 @@
 """pydantic's errors as one line: the key, what is wrong with it, where it stands, what to do."""
 
 import re
-from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -33,8 +32,7 @@ _WANTED = {
 }
 
 
-@dataclass
-class ConfigFault:
+class ConfigFault(NamedTuple):
     """The errors that pydantic reports for one key: several where all members of a union fail."""
 
     key: Key
@@ -42,7 +40,7 @@ class ConfigFault:
     """The types allowed at the key."""
     siblings: list[Any]
     """The types allowed at its parent."""
-    errors: list[Any] = field(default_factory=list)
+    errors: list[Any]
 
 
 def describe_validation_error(
@@ -80,7 +78,7 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
     if item["type"].startswith("union_tag"):
         part = item["ctx"]["discriminator"].strip("'")
         key, siblings, kinds = (*key, part), kinds, fields.list_child_types(kinds, part)
-    return ConfigFault(key, kinds, siblings)
+    return ConfigFault(key, kinds, siblings, [])
 
 
 def _describe(fault: ConfigFault, cls: type[BaseModel], tree: SettingsTree) -> MaxlmError:

@@ -56,11 +56,7 @@ class SettingsTree:
 
 
 def build_tree(path: Path | None, overrides: Sequence[str]) -> SettingsTree:
-    """Lays `path`, its includes and the overrides over one another and resolves ``${...}``.
-
-    Raises:
-        MaxlmError: whatever is wrong with a file, an override or a reference.
-    """
+    """Lays `path`, its includes and the overrides over one another and resolves ``${...}``."""
     root = Setting({}, COMMAND_LINE)
     for layer in _read_layers(path, ()) if path is not None else ():
         root = _merge(root, layer, ())
@@ -190,14 +186,8 @@ class _ReferenceResolver:
     """Values that references stand for, so far; long text counts more."""
 
     def expand(self, node: Setting, key: Key, origin: SettingOrigin | None, depth: int) -> Setting:
-        """Return the setting at `key` without references.
-
-        Args:
-            origin: of the reference that leads here, at which its values count as written.
-
-        Raises:
-            MaxlmError: a reference that is none, leads nowhere, in a circle or to too much.
-        """
+        """Return the setting at `key` without references; `origin` is that of the reference that
+        leads here, at which its values count as written."""
         if origin:
             self.num_copies += 1 + (len(node.value) // 100 if isinstance(node.value, str) else 0)
         if depth > _MAX_DEPTH or self.num_copies > MAX_COPIES:

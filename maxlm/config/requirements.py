@@ -17,10 +17,7 @@ class Requirement(NamedTuple):
 
 
 def check_requirements(requirements: Iterable[Requirement]) -> None:
-    """
-    Raises:
-        MaxlmError: that of the first requirement that is not met.
-    """
+    """Raise the error of the first requirement that is not met."""
     for requirement in requirements:
         if not requirement.holds:
             raise requirement.error()

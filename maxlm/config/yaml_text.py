@@ -151,9 +151,6 @@ def parse_yaml(text: str, source: str, *, lines: bool = True) -> Setting:
     Args:
         source: the file, or "command line", for messages and origins.
         lines: whether line numbers mean anything to the user.
-
-    Raises:
-        MaxlmError: a syntax error, a duplicate key, a tag, or aliases without end.
     """
     try:
         loader = _Loader(text, source, lines)

@@ -27,9 +27,7 @@ from maxlm.plan.predict import Machine, RunPlan, plan_run
 from maxlm.plan.show import format_bytes
 from maxlm.run import RunConfig
 
-RETRIES = 100
-GRACE = 120
-# What GKE's Spot nodes leave of it, if their pool does not ask for more.
+# What GKE's Spot nodes leave of a job's grace, if their pool does not ask for more.
 SPOT_GRACE = 15
 # From a job's start to its first step: a container to fetch, a checkpoint to read, a compilation.
 START_UP = 300
@@ -48,7 +46,6 @@ class Job:
     title: str
     """The run and its machine, for a reader."""
     hosts: JobHosts
-    maxlm: str
     config: str
     """Of ``maxlm train``: a shipped config's name, or a file's path on the hosts."""
     settings: tuple[str, ...]
@@ -60,14 +57,11 @@ class Job:
     node_selector: Mapping[str, str]
     time: str | None
     """D-HH:MM:SS"""
-    retries: int
-    grace: int
-    """Seconds from the notice of a preemption to its end."""
     options: JobOptions
 
     @property
     def command(self) -> tuple[str, ...]:
-        return (self.maxlm, "train", self.config, *self.settings)
+        return (self.options.maxlm, "train", self.config, *self.settings)
 
     @property
     def script(self) -> str:
@@ -112,7 +106,6 @@ def make_job(
     check_paths(run, scheduler, mounted, bool(inside), own_template)
     name = _job_name(options.name or run.name)
     limit = None if options.time is None else parse_time_limit_seconds(options.time)
-    grace = GRACE if options.grace is None else options.grace
     env, secrets = parse_env(options.env), parse_secrets(options.secret, scheduler)
     if both := [variable for variable in env if variable in secrets]:
         raise MaxlmError(f"{both[0]} is named by --env and by --secret", fix="leave one out")
@@ -126,7 +119,7 @@ def make_job(
             where=run.name,
             fix=f"find what does: maxlm plan {source} --on {on} --search (or --force)",
         )
-    _check_times(limit, grace if supports_option(scheduler, "grace") else None, plan)
+    _check_times(limit, options.grace if supports_option(scheduler, "grace") else None, plan)
     config, settings, text = _config(run, source, settings, scheduler, options, name)
     title = f"{run.name} on {on}: {machine.topology.words}"
     if placeholders := find_placeholders(run):
@@ -137,7 +130,6 @@ def make_job(
         run=run.name,
         title=title,
         hosts=hosts,
-        maxlm=options.maxlm or "maxlm",
         config=config,
         settings=tuple(settings),
         config_text=text,
@@ -146,8 +138,6 @@ def make_job(
         mounts=mounted,
         node_selector=node_selector,
         time=None if limit is None else _clock(limit),
-        retries=RETRIES if options.retries is None else options.retries,
-        grace=grace,
         options=options,
     )
     return job, plan

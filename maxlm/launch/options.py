@@ -30,8 +30,10 @@ class JobOptions:
     reservation: str | None = None
     spot: bool = False
     time: str | None = None
-    retries: int | None = None
-    grace: int | None = None
+    retries: int = 100
+    """Restarts."""
+    grace: int = 120
+    """Seconds from the notice of a preemption to its end."""
     env: tuple[str, ...] = ()
     secret: tuple[str, ...] = ()
     mount: tuple[str, ...] = ()
@@ -39,7 +41,7 @@ class JobOptions:
     service_account: str | None = None
     zone: str | None = None
     project: str | None = None
-    maxlm: str | None = None
+    maxlm: str = "maxlm"
 
 
 # Who has a use for an option; one that is not named here all have.
@@ -95,19 +97,11 @@ def check_options(options: JobOptions, scheduler: str) -> None:
             takers = f"leave it out ({', '.join(_ONLY[field.name])} has it)"
             fix = _INSTEAD.get(field.name, takers)
             raise MaxlmError(f"{scheduler} has no use for {name}", fix=fix)
-    priority, image = options.priority or "0", options.image or ""
-    if scheduler == "slurm" and options.mount and not image:
+    if scheduler == "slurm" and options.mount and not options.image:
         raise MaxlmError("--mount is into a container", fix="add --image, or leave it out")
-    if scheduler == "jobset" and not image:
+    if scheduler == "jobset" and not options.image:
         fix = "add --image; launch/images/ has files to build one from"
         raise MaxlmError("jobset runs a container, and none is named", fix=fix)
-    if scheduler == "jobset" and options.spot and options.reservation:
-        raise MaxlmError("no Spot node is a reserved one", fix="leave out --spot or --reservation")
-    if scheduler == "skypilot" and not (priority.isdecimal() and int(priority) <= 1000):
-        raise MaxlmError(f"--priority {priority} is none of SkyPilot's", fix="use 0 to 1000")
-    if scheduler == "skypilot" and image.startswith("docker:"):
-        fix = f"write --image {image.removeprefix('docker:').lstrip('/')}"
-        raise MaxlmError(f"--image {image}: docker: is put before it", fix=fix)
 
 
 def parse_env(pairs: Sequence[str]) -> dict[str, str]:
@@ -195,11 +189,6 @@ def parse_mounts(pairs: Sequence[str], scheduler: str) -> tuple[Mount, ...]:
         }[scheduler]
         if not mountable:
             raise MaxlmError(f"{scheduler} cannot mount {source}", fix=f"use {able}")
-        # Where pyxis, and gcsfuse's options, end one and begin the next.
-        listed = scheduler == "slurm" or (scheduler == "jobset" and mount.bucket)
-        if listed and "," in pair:
-            what = f"--mount {pair}: a comma would end it there"
-            raise MaxlmError(what, fix="mount the folder above, or rename it")
         found.append(mount)
     return tuple(found)
 

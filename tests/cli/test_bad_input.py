@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from maxlm.cli.main import main
 from maxlm.config import load_config, to_yaml
 from maxlm.data.documents import SourceConfig
 from maxlm.data.store import build_store
@@ -24,8 +23,7 @@ EXPERTS_ON_TENSOR = (
     "sharding.storage.expert=tensor sharding.storage.mlp=null "
     "sharding.compute.expert=tensor sharding.compute.mlp=null"
 )
-KV_WHOLE = "sharding.storage.kv_heads=null sharding.compute.kv_heads=null"
-SHORT = {"$MOE": MOE, "$EXPERTS_ON_TENSOR": EXPERTS_ON_TENSOR, "$KV_WHOLE": KV_WHOLE}
+SHORT = {"$MOE": MOE, "$EXPERTS_ON_TENSOR": EXPERTS_ON_TENSOR}
 
 
 def parse_table(text: str) -> dict[str, str]:
@@ -40,84 +38,42 @@ def parse_table(text: str) -> dict[str, str]:
 REFUSED_AT_ONCE = parse_table("""
 trian.steps=3
     command line: unknown key trian; did you mean train?
-mesh.bogus=2
-    command line: unknown key mesh.bogus; valid here: data, fsdp, expert, context, tensor,
-    stage
-mesh.model=2
-    command line: unknown key mesh.model; did you mean model or reporting.wandb.mode or
-    model.d_model? valid here: data, fsdp, expert, context, tensor, stage
-train.steps=many
-    command line: train.steps must be an integer, not 'many'
 model.attention.num_kv_heads=3
     tiny.yaml:18, command line: model.attention: num_heads=4 is not a multiple of
     num_kv_heads=3; let every kv head serve as many query heads as the others
 mesh.data=3
     mesh: data=3, fsdp=-1 needs a multiple of 3 devices, 8 here; set the axes so that their
     product is 8, or one of them to -1
-mesh.tensor=2 model.attention.num_heads=6 model.attention.num_kv_heads=3 $KV_WHOLE
-    sharding.compute.kv_heads: 3 query heads a device straddle the groups of 2 that share a kv
-    head; split heads over a multiple or a divisor of 3 devices
 $MOE mesh.expert=4
     layers.moe.down: expert=6 does not divide over expert=4; change the mesh to a divisor of
     6, or set 'expert' to null in sharding.storage and sharding.compute to keep it whole
 $MOE mesh.tensor=2 $EXPERTS_ON_TENSOR
     sharding.compute.expert: experts are split over 'tensor', the tokens they serve are not;
     add tensor to sharding.compute.batch, or take it from this rule
-model.mlp=null model.moe={num_experts: 6, experts_per_token: 7, d_ff: 16}
-    command line: model.moe: experts_per_token=7 of num_experts=6; choose at most as many
-    experts as there are
 model.moe={num_experts: 6, experts_per_token: 2, d_ff: 16}
     tiny.yaml:15: model: both mlp and moe; set one of them to null, or dense_layers above 0
-model.mlp=null
-    command line: model: neither mlp nor moe; give one of them
 mesh.context=4 data.seq_len=30
     data.seq_len: a sequence of 30 tokens does not divide over context=4
     (sharding.compute.seq); use a seq_len that is a multiple of 4, or a smaller mesh
 mesh.stage=4 data.batch_size=12 train.micro_batches=6
     train.micro_batches: 6 is not a multiple of the 4 pipeline stages; set it to 8, or
     mesh.stage to a divisor of 6
-mesh.stage=2 train.micro_batches=2 sharding.compute.layers=null
-    sharding.storage.layers, sharding.compute.layers: mesh.stage=2, but layers are not split
-    over it; set both to stage, or mesh.stage=1
-sharding.storage.mlp=[tensor,fsdp]
-    layers.mlp.down.kernel: axes mlp and embed are both on mesh axis 'fsdp'; give one of them
-    another mesh axis, or null
-sharding.compute.seq=contxt
-    command line: sharding.compute.seq.0 must be one of 'stage', 'data', 'fsdp', 'expert',
-    'context', 'tensor', not 'contxt'; did you mean context?
-data.batch_size=12
-    data.batch_size: a micro-batch of 12 sequences does not divide over fsdp=8; use a
-    batch_size that is a multiple of 8, or a smaller mesh
-train.micro_batches=3
-    tiny.yaml:5, command line: data.batch_size=8 does not divide into train.micro_batches=3;
-    make the batch a multiple of the micro-batches
 data.seq_len=64
     command line, tiny.yaml:21: data.seq_len=64 is longer than model.max_seq_len=32; shorten
     the sequences, or raise the model's limit
-schedule.warmup_steps=30
-    schedule: warmup_steps=30 is longer than the run of 20 steps; set warmup_steps to 20 or
-    less, or train for longer
 tokenizer.vocab_size=305
     model.vocab_size: the tokenizer has 305 ids, model.vocab_size=304; set it to 305 or more,
     or train a smaller tokenizer
 tokenizer.path=tokenizer999
     tokenizer999: no such folder; name a folder that `maxlm tokenizer train` wrote
-data.sources=[]
-    data.sources: no text to train on; name documents or a store there
 data.sources.0.documents=[]
     command line: data.sources.0: give either documents or a store
-data.sources.0.documents=[nowhere]
-    nowhere: no such file or folder; give a file, a folder, a quoted glob or python-stdlib
-data.sources=[{name: a, documents: [text]},{name: a, documents: [text]}]
-    tiny.yaml:4: data: source names must differ: a, a
 data.sources=[{name: a, store: store}]
     tokenizer.path: a store was made with a tokenizer, and none is named; name the folder of
     the tokenizer the stores were built with
 data.sources=[{name: a, store: store}] tokenizer.path=tokenizer305 model.vocab_size=320
     store: the store was made with another tokenizer (FINGERPRINT300, not FINGERPRINT305); use
     the tokenizer in store/tokenizer, or build the store again with yours
-data.sources.0.documents=[empty.txt]
-    data.sources: no text to train a tokenizer on; give text that is not empty
 data.sources.0.documents=[bad.txt]
     bad.txt: byte 0xff at offset 7 is not valid UTF-8; set on_bad_bytes
     (data.sources.N.on_bad_bytes of a run, --on-bad-bytes of maxlm corpus build) to "replace",
@@ -127,38 +83,19 @@ data.sources.0.documents=[bad.txt]
 --resume trained model.d_model=48 model.mlp.d_ff=32
     ~/trained/checkpoints: the checkpoint was written with another config: model.d_model=32
     became 48, model.mlp.d_ff=64 became 32; set them back, or train in another run folder
-name=trained model.d_model=48 optimizer.kind=lion
-    ~/trained/checkpoints: the checkpoint was written with another config: model.d_model=32
-    became 48, optimizer.kind='adamw' became 'lion'; set them back, or train in another run
-    folder
 name=untrained tokenizer.vocab_size=290
     ~/untrained: the text here was prepared with another config: tokenizer.vocab_size=300
     became 290; set them back, or train in another run folder
 folder=tiny.yaml/runs
     tiny.yaml/runs/tiny: cannot write the run folder (Not a directory); set folder=PATH to a
     place you may write to
-name=../trained
-    command line: name: '../trained' names no folder; write a plain name such as my_run-2:
-    nothing before a slash or behind it may be empty or begin with a dot, a dash or a space
-folder=/proc/runs
-    /proc/runs/tiny: cannot write the run folder (No such file or directory); set folder=PATH
-    to a place you may write to
 """)
 # The same for other verbs.
 REFUSED_ELSEWHERE = parse_table("""
-train demmo
-    demmo: no such file or shipped config; did you mean runs/demo?
 plan tiny.yaml --mesh fdsp=3
     --mesh: unknown mesh axis 'fdsp'; use stage, data, fsdp, expert, context, tensor
-plan tiny.yaml --mesh tensor=3
-    embedding.table: vocab=304 does not divide over tensor=3; change the mesh to a divisor of
-    304, or set 'vocab' to null in sharding.storage and sharding.compute to keep it whole
 generate nowhere x
     nowhere: no run here (no config.yaml); name a folder like runs/demo
-generate untrained x
-    untrained/checkpoints: no checkpoints here; name a run that has saved one
-generate trained x --step 4
-    ~/trained/checkpoints: no checkpoint of step 4; use one of 3
 """)
 
 
@@ -175,7 +112,6 @@ class Home:
             train_tokenizer(config, words).save(folder / f"tokenizer{size}")
         source = SourceConfig(documents=(text,))
         build_store(source, folder / "tokenizer300", folder / "store", workers=1)
-        (folder / "empty.txt").write_bytes(b"")
         (folder / "short.txt").write_bytes(b"few words")
         (folder / "bad.txt").write_bytes(b"good\nba\xffd\n")
         self._run("trained", checkpoint=True)
@@ -192,11 +128,6 @@ class Home:
                 metadata = {"config": config.model_dump(mode="json"), "tokenizer": "unused"}
                 keeper.save(3, setup.init(), metadata)
 
-    def content(self) -> dict[Path, bytes | None]:
-        """Every file's bytes, and the names of folders."""
-        found = sorted(self.folder.rglob("*"))
-        return {path: path.read_bytes() if path.is_file() else None for path in found}
-
     def fill_in(self, message: str) -> str:
         for size in (300, 305):
             fingerprint = load_tokenizer(self.folder / f"tokenizer{size}").fingerprint
@@ -209,37 +140,22 @@ def home(tmp_path_factory):
     return Home(tmp_path_factory.mktemp("home"))
 
 
-@pytest.fixture
-def run(home, capfd, monkeypatch):
-    """Runs ``maxlm ARGUMENTS`` in the folder: (exit code, lines on stdout, lines on stderr)."""
-    monkeypatch.delenv("MAXLM_TRACEBACK", raising=False)
+@pytest.fixture(autouse=True)
+def _in_home(home, monkeypatch):
     monkeypatch.chdir(home.folder)
-
-    def run(*arguments: str) -> tuple[int, list[str], list[str]]:
-        code = main(arguments)
-        out, err = capfd.readouterr()
-        return code, out.splitlines(), err.splitlines()
-
-    return run
-
-
-def check_refused(home, run, arguments: list[str], message: str) -> None:
-    before = home.content()
-    assert run(*arguments) == (2, [], [f"error: {home.fill_in(message)}"])
-    assert home.content() == before
 
 
 @pytest.mark.parametrize("settings", REFUSED_AT_ONCE)
-def test_train_refuses_and_leaves_the_disk_as_it_was(home, run, settings):
+def test_train_refuses_and_leaves_the_disk_as_it_was(home, check_refused, settings):
     # Values in braces hold spaces.
     parts = settings.replace(": ", ":\0").replace(", ", ",\0").split(" ")
     arguments = ["train", "tiny.yaml", *(part.replace("\0", " ") for part in parts)]
-    check_refused(home, run, arguments, REFUSED_AT_ONCE[settings])
+    check_refused(home.folder, arguments, home.fill_in(REFUSED_AT_ONCE[settings]))
 
 
 @pytest.mark.parametrize("command", REFUSED_ELSEWHERE)
-def test_other_verbs_refuse_too(home, run, command):
-    check_refused(home, run, command.split(" "), REFUSED_ELSEWHERE[command])
+def test_other_verbs(home, check_refused, command):
+    check_refused(home.folder, command.split(" "), home.fill_in(REFUSED_ELSEWHERE[command]))
 
 
 @pytest.fixture
@@ -253,10 +169,10 @@ def run_folder(home):
 
 def test_a_corpus_shorter_than_a_sequence(run, run_folder):
     code, out, err = run("train", "tiny.yaml", "data.sources.0.documents=[short.txt]", NAMED)
-    assert (code, out) == (2, [])
-    assert err[-1] == (
+    assert (code, out) == (2, "")
+    assert err.endswith(
         "error: store 'text': the corpus has 11 tokens, fewer than seq_len=32; give more text, or "
-        "lower seq_len"
+        "lower seq_len\n"
     )
     # What was prepared is whole, and no run was begun.
     assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "data", "tokenizer"}
@@ -267,8 +183,8 @@ def test_a_corpus_shorter_than_a_sequence(run, run_folder):
 def test_undecodable_bytes_met_while_a_store_is_built(home, run, run_folder):
     documents = "data.sources.0.documents=[text,bad.txt]"
     code, out, err = run("train", "tiny.yaml", documents, NAMED)
-    assert (code, out) == (2, [])
-    assert err[-1] == f"error: {REFUSED_AT_ONCE['data.sources.0.documents=[bad.txt]']}"
+    assert (code, out) == (2, "")
+    assert err.endswith(f"error: {REFUSED_AT_ONCE['data.sources.0.documents=[bad.txt]']}\n")
     # A build that was stopped goes on from its hidden folder; no store is there.
     assert {path.name for path in run_folder.iterdir()} == {"config.yaml", "data", "tokenizer"}
     assert all(path.name.startswith(".") for path in (run_folder / "data/text").iterdir())

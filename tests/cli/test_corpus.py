@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from maxlm.cli.main import main
-
 RECIPE = """
 out: {out}
 workers: 1
@@ -35,58 +33,47 @@ def recipe(tmp_path):
     return path
 
 
-def test_from_raw_lines_to_a_store(recipe, tmp_path, capfd):
+def test_from_raw_lines_to_a_store(recipe, tmp_path, run):
     corpus, store, tokenizer = (str(tmp_path / name) for name in ("corpus", "store", "tokenizer"))
-    assert main(["corpus", "run", str(recipe)]) == 0
-    shown = capfd.readouterr()
-    assert "language: 1 of 1 parts" in shown.err
-    for line in ("all documents", "english", "long", "unique"):
-        assert line in shown.out
+    code, out, err = run("corpus", "run", recipe)
+    assert code == 0
+    assert "language: 1 of 1 parts" in err
+    assert [name in out for name in ("all documents", "english", "long", "unique")] == [True] * 4
     page = tmp_path / "page.html"
-    assert main(["corpus", "report", corpus, "--out", str(page)]) == 0
+    assert run("corpus", "report", corpus, "--out", page).code == 0
     assert "broken 1" in page.read_text()
-    assert main(["tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer]) == 0
-    assert main(["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]) == 0
-    capfd.readouterr()
-    assert main(["corpus", "info", store, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["num_documents"] == 8
-    assert main(["corpus", "show", store, "3"]) == 0
-    assert capfd.readouterr().out == ENGLISH * 3 + "Number 3."
-    # The same store is found again, one of other rules is another store.
+    train = run("tokenizer", "train", corpus, "--vocab-size", "300", "--out", tokenizer)
+    assert train.code == 0
     build = ["corpus", "build", corpus, "--tokenizer", tokenizer, "--out", store]
-    assert main(build) == 0
-    assert main(["corpus", "run", str(recipe), "keep.long=heuristics.words >= 10"]) == 0
-    assert main(build) == 2
-    assert "the rules" in capfd.readouterr().err
-    assert main([*build, "--force"]) == 0
-    capfd.readouterr()
-    assert main(["corpus", "info", store, "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["num_documents"] == 9
+    assert run(*build).code == 0
+    assert json.loads(run("corpus", "info", store, "--json").out)["num_documents"] == 8
+    assert run("corpus", "show", store, "3").out == ENGLISH * 3 + "Number 3."
+    # The same store is found again, one of other rules is another store.
+    assert run(*build).code == 0
+    assert run("corpus", "run", recipe, "keep.long=heuristics.words >= 10").code == 0
+    code, _, err = run(*build)
+    assert (code, "the rules" in err) == (2, True)
+    assert run(*build, "--force").code == 0
+    assert json.loads(run("corpus", "info", store, "--json").out)["num_documents"] == 9
 
 
-def test_a_document_is_shown_with_its_labels(recipe, tmp_path, capfd):
-    assert main(["corpus", "run", str(recipe)]) == 0
-    capfd.readouterr()
-    assert main(["corpus", "show", str(tmp_path / "corpus"), "d11"]) == 0
-    shown = capfd.readouterr()
-    assert shown.out == ENGLISH * 3 + "Number 2."
-    assert "exact.of: d2\n" in shown.err
-    assert "rule unique: dropped\n" in shown.err
-    assert "rule long: kept\n" in shown.err
-    assert main(["corpus", "show", str(tmp_path / "corpus"), "d99"]) == 2
-    assert "no document 'd99'" in capfd.readouterr().err
-
-
-def test_a_rule_can_be_tried(recipe, tmp_path, capfd):
-    assert main(["corpus", "run", str(recipe)]) == 0
-    corpus = str(tmp_path / "corpus")
-    capfd.readouterr()
-    assert main(["corpus", "report", corpus, "--keep", "long=heuristics.words > 1000"]) == 0
-    assert "long" in capfd.readouterr().out
-    assert main(["corpus", "report", corpus, "--keep", "long=heuristics.wrods > 10"]) == 2
-    assert "did you mean heuristics.words" in capfd.readouterr().err
-    assert main(["corpus", "report", corpus, "--keep", "heuristics.words > 10"]) == 2
-    assert "has no name" in capfd.readouterr().err
+def test_a_document_is_shown_with_its_labels_and_a_rule_can_be_tried(recipe, tmp_path, run):
+    corpus = tmp_path / "corpus"
+    assert run("corpus", "run", recipe).code == 0
+    _, out, err = run("corpus", "show", corpus, "d11")
+    assert out == ENGLISH * 3 + "Number 2."
+    lines = err.splitlines()
+    assert {"exact.of: d2", "rule unique: dropped", "rule long: kept"} <= {*lines}
+    assert "no document 'd99'" in run("corpus", "show", corpus, "d99").err
+    report = ["corpus", "report", corpus, "--keep"]
+    code, out, _ = run(*report, "long=heuristics.words > 1000")
+    assert (code, "long" in out) == (0, True)
+    for rule, words in (
+        ("long=heuristics.wrods > 10", "did you mean heuristics.words"),
+        ("heuristics.words > 10", "has no name"),
+    ):
+        code, _, err = run(*report, rule)
+        assert (code, words in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -94,35 +81,21 @@ def test_a_rule_can_be_tried(recipe, tmp_path, capfd):
     [
         ("keep.long=heuristics.wrods > 3", "did you mean heuristics.words"),
         ("stages.0.stage=langage", "stages.0"),
-        ("engine=spark", "engine"),
         ("sources.0.documents=[/nowhere]", "/nowhere"),
         ("stages.1.name=exact", "two stages are called exact"),
     ],
 )
-def test_mistakes_end_in_one_line(recipe, tmp_path, capfd, setting, message):
-    assert main(["corpus", "run", str(recipe), setting]) == 2
-    error = capfd.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
-    assert not (tmp_path / "corpus").exists()
-
-
-def test_a_folder_without_a_corpus(tmp_path, capfd):
-    assert main(["corpus", "report", str(tmp_path)]) == 2
-    assert "there is no corpus here" in capfd.readouterr().err
+def test_mistakes_end_in_one_line(recipe, tmp_path, check_refused, setting, message):
+    check_refused(tmp_path, ["corpus", "run", str(recipe), setting], f"...{message}...")
 
 
 @pytest.mark.parametrize(
     "arguments", [("run", "recipe.yaml"), ("report", "corpus"), ("show", "corpus", "d1")]
 )
-def test_without_the_packages(recipe, tmp_path, capfd, monkeypatch, arguments):
+def test_without_the_packages(recipe, tmp_path, check_refused, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus" / "documents").mkdir(parents=True)
     (tmp_path / "corpus" / "corpus.json").write_text("{}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["corpus", *arguments]) == 2
-    error = capfd.readouterr().err
-    assert error == (
-        f"error: {arguments[1]}: a corpus needs pyarrow, which is not installed; "
-        "pip install 'maxlm[corpus]'\n"
-    )
+    what = f"{arguments[1]}: a corpus needs pyarrow, which is not installed; "
+    check_refused(tmp_path, ["corpus", *arguments], f"{what}pip install 'maxlm[corpus]'")

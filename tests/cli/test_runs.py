@@ -4,33 +4,31 @@ import json
 
 import pytest
 
-from maxlm.cli.main import main
 from tests.programs.test_runs import EVENTS, write_run
 
 
-def test_list(tmp_path, capsys):
+def test_list(run, tmp_path):
     write_run(tmp_path / "seven")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.yaml").write_text("train: {steps: 20000}")
-    assert main(["runs", "list", str(tmp_path)]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows == [
+    (tmp_path / "empty").mkdir()
+    assert [line.split() for line in run("runs", "list", tmp_path).out.splitlines()] == [
         ["run", "step", "of", "state", "loss", "goodput"],
         ["new", "0", "20,000", "not", "begun", "-", "-"],
         ["seven", "102", "-", "preempted", "0.0490", "56.0%"],
     ]
-    assert main(["runs", "list", str(tmp_path), "--json"]) == 0
-    assert [run["name"] for run in json.loads(capsys.readouterr().out)] == ["new", "seven"]
-    (tmp_path / "empty").mkdir()
-    assert main(["runs", "list", str(tmp_path / "empty")]) == 0
-    assert capsys.readouterr().out.startswith("no runs in ")
+    listed = json.loads(run("runs", "list", tmp_path, "--json").out)
+    assert [each["name"] for each in listed] == ["new", "seven"]
+    assert run("runs", "list", tmp_path / "empty").out.startswith("no runs in ")
 
 
-def test_show(tmp_path, capsys, monkeypatch):
+def test_show(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     folder = write_run(tmp_path / "seven")
-    assert main(["runs", "show", str(folder)]) == 0
-    out = capsys.readouterr().out
+    shown = json.loads(run("runs", "show", folder, "--json").out)
+    assert shown["interruptions"] == {"killed": 1, "preempted": 1}
+    assert not (folder / "plots").exists()
+    out = run("runs", "show", folder).out
     for words in (
         "seven · preempted · step 102 · loss 0.0490 · held out 1.5000 · 8 devices",
         "goodput 56.0% of 5:30, 0.309 steps/s over all of it",
@@ -46,35 +44,23 @@ def test_show(tmp_path, capsys, monkeypatch):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
-def test_show_as_json_changes_nothing(tmp_path, capsys):
-    folder = write_run(tmp_path / "seven")
-    assert main(["runs", "show", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["interruptions"] == {"killed": 1, "preempted": 1}
-    assert not (folder / "plots").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_shown_all_the_same(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_shown_all_the_same(run, tmp_path):
     folder = write_run(tmp_path / "seven", EVENTS[:3])
     (folder / "plots").write_text("a file where a folder should be")
-    assert main(["runs", "show", str(folder)]) == 0
-    printed = capsys.readouterr()
-    assert "killed, or silent: last heard of" in printed.out
-    assert printed.err.startswith(f"not drawn: {folder / 'plots'}")
+    code, out, err = run("runs", "show", folder)
+    assert code == 0
+    assert "killed, or silent: last heard of" in out
+    assert err.startswith(f"not drawn: {folder / 'plots'}")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["show", "nowhere"], "nowhere: no such folder"),
-        (["show", "."], "is no run's folder"),
-        (["list", "nowhere"], "nowhere: no such folder"),
-        (["show"], "missing argument 'run'"),
+        (["show", "nowhere"], "nowhere: no such folder..."),
+        (["show", "."], "...is no run's folder..."),
+        (["list", "nowhere"], "nowhere: no such folder..."),
     ],
 )
-def test_a_mistake_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(arguments, message, check_refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["runs", *arguments]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert words in printed.err
-    assert len(printed.err.splitlines()) == 1
+    check_refused(tmp_path, ["runs", *arguments], message)

@@ -96,7 +96,6 @@ UNWRITTEN = (
 ONLY = r"only ${key.path} is filled in; for a plain ${ write \${"
 UNKNOWN_KEYS = {
     "model:\n  d_modl: 3": "run.yaml:2: unknown key model.d_modl; did you mean model.d_model?",
-    "\nd_model: 3": "run.yaml:2: unknown key d_model; did you mean model.d_model or model?",
     "model: {weight: 3}": "run.yaml:1: unknown key model.weight; "
     "did you mean data.sources.0.weight? "
     "valid here: d_model, num_heads, num_kv_heads, activation, dtype",
@@ -116,8 +115,6 @@ WRONG_VALUES = {
     "model: [1]": "run.yaml:1: model must be a mapping "
     "(d_model, num_heads, num_kv_heads, activation, dtype), not [1]",
     "optimizer: 3": "run.yaml:1: optimizer must be a mapping (kind, lr, beta), not 3",
-    "data:\n  sources:\n    - a": "run.yaml:3: data.sources.0 must be a mapping (path, weight), "
-    "not 'a'",
     "data: {sources: [{weight: 3}]}": "run.yaml:1: data.sources.0.path is required; "
     "add it, or pass data.sources.0.path=...",
     "name: 3": "run.yaml:1: name must be text, not 3; put quotes around it: '3'",
@@ -129,7 +126,6 @@ WRONG_VALUES = {
     "set it to one of 'adamw', 'lion'",
     "data: {workers: many}": "run.yaml:1: data.workers must be 'auto' or an integer, not 'many'",
     "share: .nan": "run.yaml:1: share must be a finite number, not nan",
-    "mesh:": "run.yaml:1: mesh must be a mapping, not null",
     f"share: {'y' * 90}": f"run.yaml:1: share must be a number, not '{'y' * 56}...",
 }
 
@@ -163,7 +159,6 @@ INCLUDES = {
     "include: bass.yaml": "run.yaml:1: include 'bass.yaml': there is no bass.yaml; "
     "did you mean base.yaml?",
     "name: a\ninclude:\n  - base.yaml\n  - q/zzz": "run.yaml:4: include 'q/zzz': there is no q/zzz",
-    "include:": "run.yaml:1: include must be a path or a list of paths, not null",
     "include: run.yaml": "run.yaml:1: include cycle: run.yaml -> run.yaml; "
     "remove one of these includes",
     "include: base.yaml\nmesh: [1]": "run.yaml:2: mesh is a list here, but a mapping in "
@@ -172,7 +167,6 @@ INCLUDES = {
 
 REFERENCES = {
     "\nname: ${nope}": f"run.yaml:2: name: ${{nope}} {UNWRITTEN}",
-    "data:\n  sources:\n    - path: ${q}": f"run.yaml:3: data.sources.0.path: ${{q}} {UNWRITTEN}",
     "name: ${nope": f"run.yaml:1: name: bad reference ${{nope; {ONLY}",
     "name: ${oc.env:HOME}/x": f"run.yaml:1: name: bad reference ${{oc.env:HOME}}; {ONLY}",
     "name: ${name}": f"run.yaml:1: name: {ENDLESS}",

@@ -120,43 +120,6 @@ def test_an_empty_file_gives_the_defaults_and_overrides_need_no_file(write):
     assert (loaded.origins["extra.a"], loaded.origins["name"]) == (COMMAND_LINE, DEFAULT)
 
 
-def test_includes_merge_in_order_and_the_file_wins(write):
-    write("presets/a.yaml", "name: a\nmodel: {d_model: 1, rate: 0.1, bias: true}\n")
-    write("presets/b.yaml", "name: b\nmodel: {d_model: 2}\nsources: [{path: b1}, {path: b2}]\n")
-    source = write(
-        "runs/run.yaml",
-        """\
-        include: [../presets/a.yaml, ../presets/b.yaml]
-        model:
-          rate: 0.25
-        sources: [{path: own}]
-        """,
-    )
-    loaded = load_config(Run, source)
-    assert loaded.value == Run(
-        name="b", model=Model(d_model=2, rate=0.25, bias=True), sources=[Source(path="own")]
-    )
-    assert origins(loaded) | {
-        "name": "presets/b.yaml:1",
-        "model.d_model": "presets/b.yaml:2",
-        "model.rate": "runs/run.yaml:3",
-        "model.bias": "presets/a.yaml:2",
-        "sources.0.path": "runs/run.yaml:4",
-        "sources.0.weight": "default",
-    } == origins(loaded)
-
-
-def test_includes_are_relative_to_the_including_file_and_may_form_a_diamond(write):
-    write("a/base.yaml", "name: base\nmodel: {d_model: 3}\n")
-    write("a/left.yaml", "include: base.yaml\nname: left\n")
-    write("a/right.yaml", "include: ./base.yaml\nextra: {r: 1}\n")
-    source = write("run.yaml", "include:\n  - a/left.yaml\n  - a/right.yaml\n")
-    # right brings base along again, and comes later than left
-    assert load_config(Run, source).value == Run(
-        name="base", model=Model(d_model=3), extra={"r": 1}
-    )
-
-
 def test_an_include_may_name_a_shipped_config(write, monkeypatch, tmp_path):
     package = tmp_path / "site" / "maxlm"
     write("site/maxlm/_assets/configs/models/tiny.yaml", "model: {d_model: 5}\n")

@@ -1,0 +1,59 @@
+"""Arguments, options and output that several verbs share."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+ConfigArgument = Annotated[str, Argument(help="A YAML file, or a shipped config: demo, llama3_8b.")]
+SettingsArgument = Annotated[
+    list[str] | None,
+    Argument(metavar="[KEY=VALUE]...", help="Settings to override, as key.path=value."),
+]
+TextArgument = Annotated[
+    list[str],
+    Argument(metavar="TEXT...", help="Corpora, files, folders, quoted globs, or python-stdlib."),
+]
+TextFieldOption = Annotated[str, Option(help="JSON key or Parquet column.")]
+WorkersOption = Annotated[int | None, Option(min=1, help="Processes; by default one a core.")]
+KeepOption = Annotated[
+    list[str] | None,
+    Option(help="NAME=EXPRESSION: a rule to try instead of, or beside, the recipe's."),
+]
+SetOption = Annotated[list[str] | None, Option("--set", help="KEY=VALUE of its training.")]
+MachineOption = Annotated[
+    str | None, Option(help="The machine: v5p-256, 2xv5p-512, v5e-256, h100x64, cpux8, ...")
+]
+StepOption = Annotated[int | None, Option(help="Which checkpoint; default: the newest.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+def print_json(value: Any) -> None:
+    """Print plain data; no NaN, which is no JSON."""
+    import json
+
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def open_console(file: TextIO | None = None) -> "Console":
+    """Return a console at least 80 columns wide, by default on stdout; narrower tables would break
+    words."""
+    from rich.console import Console
+
+    console = Console(file=file, highlight=False)
+    console.width = max(80, console.width)
+    return console
+
+
+def make_table(first: str, numbers: Sequence[str], title: str | None = None) -> "Table":
+    """Return a table of a column of names and columns of numbers, on the right."""
+    from rich.table import Table
+
+    table = Table(first, title=title)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
