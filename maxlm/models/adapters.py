@@ -5,14 +5,14 @@ one, write an :class:`Adapter` and register it (:func:`register_adapter`, or in 
 an entry point of the group ``maxlm.adapters`` named as its kind).
 """
 
-from collections.abc import Mapping
-from importlib.metadata import entry_points
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from maxlm.config import Config, MaxlmError
+from maxlm.config import Config
 from maxlm.models.architectures import Model, ModelConfig
+from maxlm.models.blocks import parse_registered
 from maxlm.models.params import Params, declare_at_rest, param_specs
 
 
@@ -27,33 +27,16 @@ class Adapter(Config):
         raise NotImplementedError
 
 
-_ADAPTERS: dict[str, type[Adapter]] = {}
+_ADAPTERS: dict[type[Adapter], type[Adapter]] = {}
 
 
 def register_adapter(adapter: type[Adapter]) -> type[Adapter]:
     """Make an adapter known by its kind; also as a decorator."""
-    _ADAPTERS[adapter.model_fields["kind"].default] = adapter
+    _ADAPTERS[adapter] = adapter
     return adapter
 
 
-def parse_adapter(given: Any) -> Any:
-    """Reads the config of a registered or installed adapter from plain data with its ``kind``."""
-    if not isinstance(given, Mapping):
-        return given
-    kind = str(given.get("kind"))
-    if kind not in _ADAPTERS:
-        for entry in entry_points(group="maxlm.adapters", name=kind):
-            register_adapter(entry.load())
-    if kind not in _ADAPTERS:
-        raise MaxlmError(
-            f"no adapter of kind={kind}",
-            fix=f"use one of {', '.join(_ADAPTERS)}"
-            if _ADAPTERS
-            else "install the package that has it",
-        )
-    return _ADAPTERS[kind].model_validate(given)
-
-
+parse_adapter = partial(parse_registered, _ADAPTERS, "adapter", register=register_adapter)
 AdapterConfig = Annotated[SerializeAsAny[Adapter], BeforeValidator(parse_adapter)]
 
 

@@ -103,14 +103,19 @@ def register_ffn(config: type[Config], build: Callable[..., FeedForward]) -> Non
     FEED_FORWARDS[config] = build
 
 
-def _parse_registered(builders: Mapping[type[Config], Any], what: str, given: Any) -> Any:
-    """The config of a registered kind from plain data with its ``kind``; entry points named so in
-    the group ``maxlm.<what>s`` are called first, to register it."""
+def parse_registered(
+    builders: Mapping[type[Config], Any],
+    what: str,
+    given: Any,
+    register: Callable[[Any], object] = lambda found: found(),
+) -> Any:
+    """Reads the config of a registered kind from plain data with its ``kind``. What entry points of
+    that name in the group ``maxlm.<what>s`` name is first given to ``register``, or called."""
     if not isinstance(given, Mapping):
         return given
     kind = given.get("kind")
     for entry in entry_points(group=f"maxlm.{what}s", name=str(kind)):
-        entry.load()()
+        register(entry.load())
     kinds = {c.model_fields["kind"].default: c for c in builders if "kind" in c.model_fields}
     if kind not in kinds:
         raise MaxlmError(
@@ -120,8 +125,8 @@ def _parse_registered(builders: Mapping[type[Config], Any], what: str, given: An
     return kinds[kind].model_validate(given)
 
 
-parse_mixer = partial(_parse_registered, MIXERS, "mixer")
-parse_ffn = partial(_parse_registered, FEED_FORWARDS, "ffn")
+parse_mixer = partial(parse_registered, MIXERS, "mixer")
+parse_ffn = partial(parse_registered, FEED_FORWARDS, "ffn")
 
 
 class BlockConfig(NamedTuple):
