@@ -85,8 +85,7 @@ def copy(ours: str, *aliases: str) -> TensorRule:
     """Returns a table or a vector as it is."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        (piece,) = pieces
-        return TensorForm(piece.shape, lambda x: [x], lambda parts: parts[0])
+        return TensorForm(pieces[0].shape, lambda x: [x], lambda parts: parts[0])
 
     return TensorRule((ours,), form, aliases)
 
@@ -95,8 +94,8 @@ def take_row(ours: str) -> TensorRule:
     """Returns a vector as a matrix of one row."""
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        (piece,) = pieces
-        return TensorForm((1, *piece.shape), lambda x: [x[0]], lambda parts: parts[0][None])
+        shape = (1, *pieces[0].shape)
+        return TensorForm(shape, lambda x: [x[0]], lambda parts: parts[0][None])
 
     return TensorRule((ours,), form)
 
@@ -153,21 +152,15 @@ def split_heads(*ours: str) -> TensorRule:
 def unstack_experts(ours: str, *, same_orientation: bool) -> TensorRule:
     """Returns all experts' matrices, one above the other, each [d_ff, D]; ours are [E, d_ff, D] too
     or, of another orientation, [E, D, d_ff]."""
+    axes = (0, 1, 2) if same_orientation else (0, 2, 1)
 
     def form(pieces: tuple[ParamPiece, ...]) -> TensorForm:
-        (piece,) = pieces
-        e, *sides = piece.shape
-        d_ff, d = sides if same_orientation else sides[::-1]
-
-        def split(whole: Array) -> list[Array]:
-            each = whole.reshape(e, d_ff, d)
-            return [each if same_orientation else each.transpose(0, 2, 1)]
-
-        def join(parts: Sequence[Array]) -> Array:
-            (each,) = parts
-            return (each if same_orientation else each.transpose(0, 2, 1)).reshape(e * d_ff, d)
-
-        return TensorForm((e * d_ff, d), split, join)
+        e, d_ff, d = (pieces[0].shape[axis] for axis in axes)
+        return TensorForm(
+            (e * d_ff, d),
+            lambda whole: [whole.reshape(e, d_ff, d).transpose(axes)],
+            lambda parts: parts[0].transpose(axes).reshape(e * d_ff, d),
+        )
 
     return TensorRule((ours,), form)
 
