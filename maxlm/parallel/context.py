@@ -73,8 +73,8 @@ class SequenceSplit(NamedTuple):
     def chunk_starts(self, number: Any, size: int) -> list[Any]:
         """The index in the sequence of the first token of each chunk, of ``size`` tokens, of the
         device with a number along ``axes``."""
-        last = (2 * self.ways - 1 - number) * size
-        return [number * size, last] if self.balanced else [number * size]
+        starts = [number * size]
+        return [*starts, (2 * self.ways - 1 - number) * size] if self.balanced else starts
 
 
 class DistanceBias(NamedTuple):

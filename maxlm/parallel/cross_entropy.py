@@ -112,7 +112,9 @@ def _lay_out(hidden, head, bias, whole, used: Dims):
     def bring(hidden, head, bias, whole):
         hidden = gather(hidden, have, tokens)
         head = gather(head, stored, used) if whole is None else whole
-        return hidden, head, None if bias is None else gather(bias, bias_stored, (vocab,))
+        if bias_stored is not None:
+            bias = gather(bias, bias_stored, (vocab,))
+        return hidden, head, bias
 
     specs = (
         make_spec(have),

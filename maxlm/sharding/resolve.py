@@ -70,7 +70,11 @@ def resolve_placement(
 
 
 def _check_distinct(
-    axes: Sequence[str | None], rules: AxisRules, sizes: Mapping[str, int] | None = None, *, where
+    axes: Sequence[str | None],
+    rules: AxisRules,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    where: str,
 ) -> dict[str, str]:
     """Refuse two logical axes of one array on one mesh axis, of those that have several devices;
     returns the mesh axes with their logical ones."""

@@ -195,10 +195,10 @@ class _Call(NamedTuple):
 
     def run(self, direction: str, *arguments: Any) -> Any:
         """Calls the implementation's function with (*arrays, operands, dtype)."""
-        *arguments, dtype = arguments
+        *arrays, dtype = arguments
         options = {"block_sizes": self.block_sizes, "interpret": self.interpret}
         function = getattr(_module(self.backend), direction)
-        return function(*arguments, self.params, dtype, **({} if self.backend == XLA else options))
+        return function(*arrays, self.params, dtype, **({} if self.backend == XLA else options))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -110,6 +110,8 @@ def loss_and_gradients(
         the gradients of the first, or None. Along ``axes`` that of hidden is a term of a sum that
         the caller takes.
     """
+    if unknown := options.keys() - CrossEntropyOptions.__annotations__.keys():
+        raise TypeError(f"unknown options of a cross-entropy: {', '.join(sorted(unknown))}")
     get = options.get
     soft_cap, chunk, implementation = get("soft_cap"), get("chunk", 1024), get("implementation")
     _check(hidden, head, targets, weights, bias, soft_cap, chunk)
@@ -119,8 +121,8 @@ def loss_and_gradients(
     own: dict[str, Any] = {"axes": axes, "gradient": gradient, "soft_cap": soft_cap}
     own["z_loss"] = get("z_loss", 0.0)
     by_xla = partial(xla.loss_and_gradients, **own, bias=bias, chunk=chunk)
-    kernel = {"blocks": get("blocks"), "interpret": get("interpret", False)}
-    by_tpu = partial(tpu.loss_and_gradients, **own, **kernel)
+    own |= {"blocks": get("blocks"), "interpret": get("interpret", False)}
+    by_tpu = partial(tpu.loss_and_gradients, **own)
     sizes = hidden.shape, head.shape[1], hidden.dtype
     if implementation is None and bias is None and can_tile(*sizes, get_chip()):
         return lax.platform_dependent(*share, tpu=by_tpu, default=by_xla)

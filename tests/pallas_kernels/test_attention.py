@@ -136,24 +136,6 @@ def test_jax_differentiates_attention(place, dtype):
         np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=bound, rtol=bound)
 
 
-def test_a_sink_of_minus_infinity_is_none():
-    """For queries with keys and without, gradients too."""
-    q, k, v = operands(1, 4, 4, 2, 1, 3)
-    segments = np.array([[1, 1, 0, 0]], np.int32)
-    options = {"segment_ids": (segments, segments)}
-    sinks = np.array([-np.inf, 1], np.float32)
-
-    def pull(q, k, v, sinks, d_o, **options):
-        attend = partial(kernel.attention, **options)
-        o, back = jax.vjp(lambda *x: attend(*x[:3], sinks=x[3]), q, k, v, sinks)
-        return o, *back(d_o)
-
-    o, *grads = compiled(pull)(q, k, v, sinks, np.ones_like(q), **options)
-    wanted = reference.attention(q, k, v, d_o=np.ones_like(q), sinks=sinks, **options)
-    for found, want in zip((o, *grads), (wanted[0], *wanted[2:]), strict=True):
-        np.testing.assert_allclose(found, want, atol=3e-6)
-
-
 def flops(**options) -> float:
     q, k, v = (jnp.zeros((1, 2048, 1, 8)) for _ in range(3))
     run = partial(kernel.attention, **options)

@@ -21,6 +21,7 @@ from pallas_kernels.attention.tpu_blocks import (
     vmem_bytes,
 )
 from pallas_kernels.chips import CHIPS
+from tests.pallas_kernels import reference
 from tests.pallas_kernels.cases import Case, cases, check, compiled
 from tests.pallas_kernels.reference import operands
 
@@ -49,14 +50,14 @@ def check_tpu(case: Case, blocks: TpuBlockSizes, interpret=True, **more) -> None
 
 
 DRAWN = cases(
-    lengths=(1, 100, 128, 129, 200, 256, 300),
-    heads=((1, 1), (2, 2), (4, 2), (3, 1)),
-    head_sizes=((8, 8), (9, 5), (130, 130), (3, 140)),
+    lengths=(1, 100, 128, 129, 256),
+    heads=((1, 1), (2, 2), (2, 1)),
+    head_sizes=((8, 8), (9, 5), (130, 140)),
     places=("default", "default", "static", "traced"),
 )
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(DRAWN, st.sampled_from(BLOCKS))
 def test_every_kind_equals_the_reference(case, blocks):
     check_tpu(case, blocks)
@@ -67,12 +68,12 @@ ALL = {"window": 150, "prefix": True, "packed": True, "soft_cap": 2.0, "slopes":
 
 @pytest.mark.parametrize("place", ["static", "traced"])
 def test_all_features_at_once(place):
-    check_tpu(Case((2, 260, 300, 4, 2, 6, 9), place=place, sinks=True, **ALL), BLOCKS[1])
+    check_tpu(Case((2, 260, 300, 2, 1, 6, 9), place=place, sinks=True, **ALL), BLOCKS[1])
 
 
 @pytest.mark.parametrize("features", [{}, {"causal": False, "soft_cap": 5.0}])
 def test_half_precision_costs_no_more_than_in_plain_attention(features):
-    check_tpu(Case((1, 256, 256, 4, 2, 32, 32), "bfloat16", **features), BLOCKS[4], rounding=0)
+    check_tpu(Case((1, 256, 256, 2, 1, 32, 32), "bfloat16", **features), BLOCKS[4], rounding=0)
 
 
 @pytest.mark.parametrize(
@@ -93,37 +94,25 @@ DOCUMENTS = [((128, 128, 256), True, False), ((300,), False, False), ((300,), Tr
 
 
 @pytest.mark.parametrize(("lengths", "causal", "traced"), DOCUMENTS)
-def test_a_document_is_as_if_it_were_alone(lengths, causal, traced):
-    total = sum(lengths)
-    q, k, v = operands(1, total, total, 2, 1, 8)
-
-    @compiled
-    def results(q, k, v, **options):
-        attend = partial(
-            kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED
-        )
-        return attend(q, k, v, causal=causal, **options)
-
+def test_documents_that_fill_blocks(lengths, causal, traced):
+    q, k, v = operands(1, sum(lengths), sum(lengths), 2, 1, 8)
     ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)[None]
-    at = {name: np.array(7, np.int32) for name in ("q_offset", "k_offset") if traced}
-    together = results(q, k, v, segment_ids=(ids, ids), **at)
-    ends = np.cumsum(lengths)
-    alone = [
-        results(q[:, a:b], k[:, a:b], v[:, a:b]) for a, b in zip(ends - lengths, ends, strict=True)
-    ]
-    for x, *parts in zip(together, *alone, strict=True):
-        np.testing.assert_allclose(x, np.concatenate(parts, axis=1), atol=1e-6)
+    options = {"causal": causal, "segment_ids": (ids, ids)}
+    options |= {name: np.array(7, np.int32) for name in ("q_offset", "k_offset") if traced}
+    attend = partial(kernel.attention_forward, backend="tpu", block_sizes=SMALL, interpret=POISONED)
+    found = compiled(attend)(q, k, v, **options)
+    for own, want in zip(found, reference.attention(q, k, v, **options), strict=True):
+        np.testing.assert_allclose(own, want, atol=1e-5)
 
 
 PARTS = {
     "causal, sinks, packed": Case((1, 300, 300, 2, 1, 8, 8), packed=True, sinks=True),
     "far window": Case((1, 100, 500, 1, 1, 8, 8), window=400, place="static"),
-    "full, traced": Case((1, 100, 300, 1, 1, 8, 8), "bfloat16", causal=False, sinks=True),
     "prefix, traced": Case((2, 200, 300, 1, 1, 8, 8), prefix=True, place="traced"),
 }
 
 
-@pytest.mark.parametrize(("case", "keys"), list(zip(PARTS, (256, 128, 128, 256), strict=True)))
+@pytest.mark.parametrize(("case", "keys"), list(zip(PARTS, (256, 128, 256), strict=True)))
 def test_keys_that_vmem_does_not_hold_go_in_parts(monkeypatch, case, keys):
     """Forward and backward, each on a chip whose VMEM holds just so many keys."""
     own, parts = PARTS[case], []

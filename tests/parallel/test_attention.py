@@ -334,16 +334,3 @@ def test_sizes_that_do_not_divide_are_refused_with_a_way_out(changes, message):
     with pytest.raises(MaxlmError) as error:
         check_context(**options | {"rules": rules})
     assert message in str(error.value)
-
-
-def test_attention_itself_refuses_before_anything_is_compiled(mesh):
-    axes = mesh(context=2)
-    rules = rules_on(axes, 1)
-    with jax.set_mesh(axes):
-        case = Case({}, (1, 6, 6, 1, 1, 3, 3), {}, packed=True)
-        (q, k, v, _), (ids, _) = laid_out(axes, rules, *arrays(case)[:2])
-        attend = partial(sharded_attention, rules=rules)
-        with pytest.raises(MaxlmError, match="6 does not divide into 4 chunks"):
-            jax.eval_shape(partial(attend, balanced=True), q, k, v)
-        with pytest.raises(ValueError, match="over the tokens of the batch alone"):
-            jax.eval_shape(partial(attend, q_positions=ids), q, k, v)
