@@ -62,8 +62,7 @@ def command(
     from maxlm.launch.job import SPOT_GRACE, make_job, summarize_plan
     from maxlm.launch.options import JobOptions, check_scheduler
     from maxlm.launch.places import find_placeholders, make_placeholders
-    from maxlm.launch.render import render_job
-    from maxlm.launch.submit import job_file_path, submit_job, write_job_file
+    from maxlm.launch.render import job_file_path, render_job, submit_job, write_job_file
     from maxlm.run import RunConfig
 
     check_scheduler(scheduler)

@@ -17,7 +17,7 @@ from maxlm.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from maxlm.data.tokenizer import Tokenizer, TokenizerStats
+    from maxlm.data.tokenizer import TokenizerStats
 
 app = typer.Typer(no_args_is_help=True, help="Train, import and try tokenizers.")
 
@@ -157,18 +157,19 @@ def compare(
     first: Annotated[str, Argument(help="A tokenizer's folder, or what `import` takes.")],
     second: Annotated[str, Argument(help="Another.")],
     text: TextArgument,
-    by_language: Annotated[
-        bool,
-        Option("--by-language", help="Group by language instead."),
-    ] = False,
+    by_language: Annotated[bool, Option("--by-language", help="Group by language.")] = False,
     text_field: TextFieldOption = "text",
     as_json: JsonOption = False,
 ) -> None:
     """Measure two tokenizers on the same text: bytes per token by group, fertility, speed."""
-    from maxlm.data.tokenizer import compare_tokenizers
+    from maxlm.data.tokenizer import compare_tokenizers, import_tokenizer, load_tokenizer
+    from maxlm.data.tokenizer.files import METADATA
     from maxlm.runtime.progress import show_progress
 
-    tokenizers = {name: _open(name) for name in dict.fromkeys((first, second))}
+    tokenizers = {}
+    for name in (first, second):
+        ours = (Path(name) / METADATA).exists()
+        tokenizers[name] = load_tokenizer(name) if ours else import_tokenizer(name)
     with show_progress() as progress:
         texts = (
             (argument, document)
@@ -190,13 +191,6 @@ def _require_free(out: Path, force: bool) -> None:
     if has_tokenizer(out) and not force:
         fix = "add --force to replace it, or choose another --out"
         raise MaxlmError("there is a tokenizer here already", where=str(out), fix=fix)
-
-
-def _open(name: str) -> "Tokenizer":
-    from maxlm.data.tokenizer import import_tokenizer, load_tokenizer
-    from maxlm.data.tokenizer.files import METADATA
-
-    return load_tokenizer(name) if (Path(name) / METADATA).exists() else import_tokenizer(name)
 
 
 def _by_language(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:

@@ -13,7 +13,6 @@ from maxlm.config.keys import (
     Key,
     SettingOrigin,
     format_value,
-    get_child,
     get_descendant,
     join_key,
 )
@@ -72,7 +71,7 @@ def _find_fault(item: Any, cls: type[BaseModel], data: Any) -> ConfigFault:
         written = isinstance(data, dict) and part in data
         if inner or written or isinstance(part, int):
             key, siblings, kinds = (*key, part), kinds, inner
-            data = get_child(data, part)
+            data = get_descendant(data, (part,))
         elif part != "[key]":
             kinds = fields.select_tagged_types(kinds, part)
     if item["type"].startswith("union_tag"):

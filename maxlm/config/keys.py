@@ -53,19 +53,15 @@ def flatten(data: Any, prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
         yield prefix, data
 
 
-def get_child(node: Any, part: str | int) -> Any:
-    """Returns the value at one name or index, or None."""
-    if isinstance(node, Mapping):
-        return node.get(part)
-    if isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
-        return node[part]
-    return None
-
-
 def get_descendant(node: Any, key: Key) -> Any:
     """Returns the value at `key` below `node`, or None."""
     for part in key:
-        node = get_child(node, part)
+        if isinstance(node, Mapping):
+            node = node.get(part)
+        elif isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            return None
     return node
 
 

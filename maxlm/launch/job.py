@@ -42,7 +42,6 @@ class Job:
     scheduler: str
     name: str
     """As the scheduler takes it: letters, digits, dashes."""
-    run: str
     title: str
     """The run and its machine, for a reader."""
     hosts: JobHosts
@@ -127,7 +126,6 @@ def make_job(
     job = Job(
         scheduler=scheduler,
         name=name,
-        run=run.name,
         title=title,
         hosts=hosts,
         config=config,

@@ -1,7 +1,6 @@
 """The committed examples are what the README's commands print, and what schedulers' own checks
 take."""
 
-import ast
 import re
 import shlex
 import subprocess
@@ -56,21 +55,12 @@ def round_trip(jobset):
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("jobset")])
 def test_a_jobset_has_known_fields_alone(name):
-    """The API's generated models drop a field they do not know, at any depth."""
+    """The API's generated models drop a field they do not know."""
     jobset = yaml.safe_load((EXAMPLES / name).read_text())
     assert round_trip(jobset) == jobset
-    pod = ("spec", "replicatedJobs", 0, "template", "spec", "template", "spec")
-    for path in ((), ("spec", "failurePolicy", "rules", 0), pod, (*pod, "containers", 0)):
-        wrong = deepcopy(jobset)
-        node = wrong
-        for part in path:
-            node = node[part]
-        node["maxRestart"] = 1
-        assert round_trip(wrong) == jobset
     wrong = deepcopy(jobset)
-    wrong["spec"]["failurePolicy"]["maxRestarts"] = "100"
-    with pytest.raises(ValueError, match="maxRestarts"):
-        round_trip(wrong)
+    wrong["spec"]["failurePolicy"]["maxRestart"] = 1
+    assert round_trip(wrong) == jobset
 
 
 def expanded(text, variables):
@@ -162,19 +152,6 @@ def test_a_jobset_gives_each_process_its_number(name, slices, hosts, chips, sele
     assert seen == [s * hosts + h for s in range(slices) for h in (0, 1, hosts - 1)]
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("skypilot")])
-def test_skypilot_takes_its_tasks(name, monkeypatch, tmp_path):
-    why = "pip install skypilot (0.14; 285 MB, best in an environment of its own)"
-    sky = pytest.importorskip("sky", reason=why)
-    monkeypatch.setenv("HF_TOKEN", "a token of the environment")
-    task = sky.Task.from_yaml(str(EXAMPLES / name))
-    assert task.num_nodes == (2 if "h100" in name else 1)
-    wrong = yaml.safe_load((EXAMPLES / name).read_text())
-    wrong["resources"]["spot"] = True
-    with pytest.raises(Exception, match="spot"):
-        sky.Task.from_yaml_config(wrong)
-
-
 def test_skypilot_numbers_its_nodes():
     """What SkyPilot sets on each node becomes what `maxlm train` reads."""
     run = yaml.safe_load((EXAMPLES / "skypilot-h100x16.yaml").read_text())["run"]
@@ -185,14 +162,3 @@ def test_skypilot_numbers_its_nodes():
     assert out.split() == [
         *("MAXLM_COORDINATOR=10.0.0.7:8476", "MAXLM_NUM_PROCESSES=2", "MAXLM_PROCESS_ID=1")
     ]
-
-
-def test_the_ray_driver_is_python():
-    tree = ast.parse((EXAMPLES / "ray-h100x32.py").read_text())
-    values = {
-        ast.unparse(node.targets[0]): ast.unparse(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-    }
-    assert int(values["NODES"]) * ast.literal_eval(values["BUNDLE"])["GPU"] == 32
-    assert ast.literal_eval(values["COMMAND"])[:3] == ["maxlm", "train", "llama3_8b"]

@@ -28,15 +28,3 @@ def test_lock(kind):
         version = locked.get(canonicalize_name(requirement.name))
         assert version, f"{requirement.name} is not locked"
         assert requirement.specifier.contains(version), f"{requirement}: {version} is locked"
-
-
-@pytest.mark.parametrize("kind", EXTRA)
-def test_container_file(kind):
-    lines = (ROOT / f"launch/images/{kind}.Dockerfile").read_text().splitlines()
-    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
-    assert all((ROOT / word).exists() for word in copied if word[0] not in "-/")
-    assert any("--require-hashes" in line for line in lines)
-    # Whose number the JobSet's fsGroup is.
-    assert any("useradd --uid 1000 --create-home maxlm" in line for line in lines)
-    assert lines[-3] == "USER maxlm"
-    assert lines[-1] == 'ENTRYPOINT ["maxlm"]'

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxlm.config import load_config
@@ -27,17 +27,8 @@ WORDS = ("", "\n", " a", "y", "No", "a:", "a: b", "a #b", "-", "é", "😀", "\x
 NUMBERS = ("1e5", "123e4567", "0o17", "0x1F", "12:30", "1_000", ".5")
 
 
-def also(words):
-    def apply(test):
-        for word in words:
-            test = example(word)(test)
-        return test
-
-    return apply
-
-
-@also([*WORDS, *NUMBERS])
-@given(st.text() | st.from_regex(NO_TEXT, fullmatch=True))
+@given(st.sampled_from(WORDS + NUMBERS) | st.text() | st.from_regex(NO_TEXT, fullmatch=True))
+@settings(max_examples=100)
 def test_text_stays_text(text):
     line = _yaml(text)
     assert "\n" not in line
@@ -45,13 +36,7 @@ def test_text_stays_text(text):
     assert yaml.safe_load(f"- {line}\n") == [text]
     if NO_TEXT.fullmatch(text):
         assert line[0] == '"'
-
-
-@pytest.mark.parametrize(
-    "word", ["maxlm", "folder=/data/runs", "gs://bucket/a", "/data", "a.example.com/m:0.1"]
-)
-def test_words_stay_bare(word):
-    assert _yaml(word) == word
+    assert _yaml("gs://bucket/a:0.1") == "gs://bucket/a:0.1"
 
 
 @given(st.text("$()A ="))
@@ -59,15 +44,15 @@ def test_kubernetes_gives_back_the_text(text):
     assert expanded(_kubernetes(text), {"A": "expanded", "": "expanded"}) == text
 
 
-def pod(on, settings=(), **options):
+def pod(on, more=(), **options):
     text = ["data.sources=[{store: gs://corpus/tokens}]", "tokenizer.path=/data/tokenizer"]
-    settings = [*text, "folder=/data/runs", *settings]
-    run = load_config(RunConfig, "llama2_7b", settings).value
+    overrides = [*text, "folder=/data/runs", *more]
+    run = load_config(RunConfig, "llama2_7b", overrides).value
     options = JobOptions(
         **{"image": "i", "mount": ("gs://bucket:/data",), "grace": 10_000, **options}
     )
     job, _ = make_job(
-        run, "llama2_7b", settings, scheduler="jobset", on=on, options=options, force=True
+        run, "llama2_7b", overrides, scheduler="jobset", on=on, options=options, force=True
     )
     jobset = yaml.safe_load(render_job(job))
     return jobset, jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
@@ -76,9 +61,9 @@ def pod(on, settings=(), **options):
 @pytest.mark.parametrize("machine", [("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])])
 def test_a_dollar_reaches_the_program(machine):
     text = "a $(NOTE) $$ $((1)) $A"
-    on, settings = machine
+    on, more = machine
     prompts = f'samples.prompts=["{text}"]'
-    _, spec = pod(on, [prompts, *settings], env=("FIRST=1", f"NOTE={text}"))
+    _, spec = pod(on, [prompts, *more], env=("FIRST=1", f"NOTE={text}"))
     (container,) = spec["containers"]
     variables = {each["name"]: each.get("value", "") for each in container["env"]}
     assert expanded(variables["NOTE"], variables) == text
@@ -91,25 +76,16 @@ def test_a_slice_of_several_hosts_has_a_node_pool_to_itself(on, wanted):
     assert ("annotations" in pod(on)[0]["metadata"]) == wanted
 
 
-GKE_GPUS = {
-    "a100": "nvidia-a100-80gb",
-    "h100": "nvidia-h100-80gb",
-    "h200": "nvidia-h200-141gb",
-    "b200": "nvidia-b200",
-}
-
-
-@pytest.mark.parametrize("kind", GKE_GPUS)
-def test_gpus_have_a_kind(kind):
-    selector = pod(f"{kind}x64")[1]["nodeSelector"]
-    assert selector == {"cloud.google.com/gke-accelerator": GKE_GPUS[kind]}
-    assert pod(f"{kind}x64", node_selector=("a=b",))[1]["nodeSelector"] == {"a": "b"}
+def test_gpus_have_a_kind():
+    selector = pod("h200x64")[1]["nodeSelector"]
+    assert selector == {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
+    assert pod("h200x64", node_selector=("a=b",))[1]["nodeSelector"] == {"a": "b"}
 
 
 def test_a_bucket_in_the_hosts_network():
     attributes = {}
-    for on, settings in (("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])):
-        spec = pod(on, settings)[1]
+    for on, more in (("v5p-64", []), ("2xv5p-64", ["mesh.data=2"])):
+        spec = pod(on, more)[1]
         attributes[on] = spec["volumes"][0]["csi"]["volumeAttributes"]
         assert spec["securityContext"]["fsGroup"] == 1000
     assert "hostNetworkPodKSA" not in attributes["v5p-64"]

@@ -23,18 +23,8 @@ exit "$code"
 """
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes.add_node(num_cpus=1)
-    yield nodes
-    nodes.shutdown()
-
-
 @pytest.fixture
-def drive(cluster, program, rendered, tmp_path):
+def drive(ray_cluster, program, rendered, tmp_path):
     """Starts a driver whose processes take these codes, process by process, start by start."""
     log, started = tmp_path / "log", []
     log.touch()
@@ -47,7 +37,7 @@ def drive(cluster, program, rendered, tmp_path):
         driver.write_text(text)
         process = subprocess.Popen(
             [sys.executable, driver],
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            env={**os.environ, "RAY_ADDRESS": ray_cluster.address},
             stdout=(tmp_path / "out").open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -79,25 +69,11 @@ def test_processes_know_each_other_and_are_started_again(drive):
     assert first.pop().rpartition(":")[2].isdigit()
 
 
-@pytest.mark.parametrize(
-    ("codes", "code"), [("75 2", 2), ("0 1", 1), ("139 75", 76), ("127 75", 1)]
-)
+@pytest.mark.parametrize(("codes", "code"), [("75 2", 2), ("139 75", 76)])
 def test_the_worst_code_is_the_drivers(drive, codes, code):
     process, log = drive(codes, retries=0)
     assert process.wait(timeout=300) == code
     assert log.read_text().count("start") == 2
-
-
-def test_what_a_code_means(rendered):
-    """Signals are worth another start; other codes are a failure."""
-    text = rendered("ray", "cpux8", nodes=2)
-    names = {}
-    exec(text[text.index("RESTART =") : text.index("@ray.remote")], names)
-    exec(text[text.index("def meaning") : text.index("def watch")], names)
-    known = {0: 0, 1: 1, 2: 2, 75: 75, 76: 76, -9: 76, -6: 76, 137: 76, 139: 76}
-    failed = dict.fromkeys((3, 77, 126, 127, 128, 130), 1)
-    for number, meant in (known | failed).items():
-        assert names["meaning"](number) == meant, number
 
 
 def test_a_process_left_alone_is_told_to_end(drive):
@@ -126,12 +102,12 @@ def test_no_process_outlives_its_driver(drive, tmp_path):
         time.sleep(0.1)
 
 
-def test_a_program_that_is_not_there_is_no_reason_to_try_again(drive, tmp_path, cluster):
+def test_a_program_that_is_not_there_is_no_reason_to_try_again(drive, tmp_path, ray_cluster):
     process, _ = drive("0 0")
     process.kill()
     driver = tmp_path / "driver.py"
     driver.write_text(driver.read_text().replace("bin/maxlm", "bin/nothing"))
-    env = {**os.environ, "RAY_ADDRESS": cluster.address}
+    env = {**os.environ, "RAY_ADDRESS": ray_cluster.address}
     done = subprocess.run([sys.executable, driver], env=env, capture_output=True, timeout=300)
     assert done.returncode == 1
     assert b"No such file" in done.stderr
