@@ -72,10 +72,7 @@ def measure(
 ) -> None:
     """Prints one packing's lines."""
     batches = make_batches(stores, WEIGHTS, config, seed=0)
-    full = min(
-        measure_utilisation(source.packing, source.store.num_tokens, config.seq_len)
-        for source in batches.sources
-    )
+    full = min(measure_utilisation(source, config.seq_len) for source in batches.sources)
     head = f"seq_len {config.seq_len:5}  {config.packing:9}"
     tokens = config.batch_size * config.seq_len
     for hosts in (1, 4):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,17 +28,6 @@ example, at most a row's length."""
 
 # Examples that are packed together.
 PACKING_BLOCK = 16384
-
-
-class RowFile(Protocol):
-    """Rows by number; small to pickle."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +73,10 @@ class ParquetRows:
         group = int(np.searchsorted(self._group_starts, index, side="right")) - 1
         table = _read_group(self.path, group)
         return table.slice(index - int(self._group_starts[group]), 1).to_pylist()[0]
+
+
+RowFile = JsonlRows | ParquetRows
+"""Rows by number; small to pickle."""
 
 
 @lru_cache(maxsize=16)

@@ -31,14 +31,6 @@ positions    0, 1, ... within each piece. A piece that continues a cut document 
 
 
 @dataclass(frozen=True)
-class PackedStore:
-    """A store and its packing."""
-
-    store: TokenSource
-    packing: Packing
-
-
-@dataclass(frozen=True)
 class Batches:
     """Makes any rows of any step's batch. Small to pickle: stores reopen where they arrive.
 
@@ -46,7 +38,7 @@ class Batches:
     one store is read once, in store order.
     """
 
-    sources: tuple[PackedStore, ...]
+    sources: tuple[Packing, ...]
     order: Mixture | None
     """None: one pass over the only source; past its end there is padding."""
     shuffle_keys: tuple[int, ...] | None
@@ -65,20 +57,20 @@ class Batches:
         """Batches of the one pass, or whole ones until every source of the mixture was read as
         often as it may; None: no end."""
         if self.order is None:
-            return -(-self.sources[0].packing.num_sequences // self.batch_size)
+            return -(-self.sources[0].num_sequences // self.batch_size)
         return None if self.order.end == ENDLESS else self.order.end // self.batch_size
 
     def locate(self, indices: Int64s) -> tuple[Int64s, Int64s]:
         """Where each global index [n] lies: store numbers [n] (`PADDING` past the end of the one
         pass) and sequences [n] of those stores."""
         if self.order is None:
-            size = self.sources[0].packing.num_sequences
+            size = self.sources[0].num_sequences
             return np.where(indices < size, 0, PADDING), indices
         stores, streams = self.order.locate(indices)
         sequences = np.empty_like(streams)
         for store in np.unique(stores):
             here = stores == store
-            size = self.sources[store].packing.num_sequences
+            size = self.sources[store].num_sequences
             epochs, within = np.divmod(streams[here], size)
             if self.shuffle_keys is not None:
                 within = permute(within, size, derive_keys(self.shuffle_keys[store], epochs))
@@ -96,7 +88,7 @@ class Batches:
         for number in np.unique(stores[stores != PADDING]):
             source = self.sources[number]
             here = np.flatnonzero(stores == number)
-            _fill(batch, here, source.packing.pieces(sequences[here]), source.store)
+            _fill(batch, here, source.pieces(sequences[here]), source.store)
         return batch
 
 
@@ -170,7 +162,7 @@ def mixture_table(batches: Batches, start: int, stop: int) -> list[MixtureRow]:
     counts = [b - a for a, b in zip(first, last, strict=True)]
     rows = []
     for name, count, source in zip(mixture.names, counts, batches.sources, strict=True):
-        epochs = count / source.packing.num_sequences
+        epochs = count / source.num_sequences
         share = count / max(1, sum(counts))
         rows.append(MixtureRow(name, count, share, round(epochs * source.store.num_tokens), epochs))
     return rows

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from maxlm.config import Config, MaxlmError
-from maxlm.data.loader.batches import Batch, Batches, PackedStore
+from maxlm.data.loader.batches import Batch, Batches
 from maxlm.data.loader.mixture import Mixing
-from maxlm.data.loader.packing import ConcatPacking, TokenSource, open_best_fit
+from maxlm.data.loader.packing import ConcatPacking, Packing, TokenSource, open_best_fit
 from maxlm.data.loader.permutation import derive_key
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def make_batches(
                 fix="give more text, or lower seq_len",
             )
     sources = tuple(
-        open_packed(store, config.packing, config.seq_len, config.packing_block)
+        open_packing(store, config.packing, config.seq_len, config.packing_block)
         for store in stores.values()
     )
-    sequences = {n: s.packing.num_sequences for n, s in zip(stores, sources, strict=True)}
+    sequences = {n: s.num_sequences for n, s in zip(stores, sources, strict=True)}
     mixture_key = derive_key(seed, "mixture") if config.shuffle else None
     mixture = mixing.mixture(tokens, sequences, config.batch_size, mixture_key)
     keys = tuple(derive_key(seed, "shuffle", name) for name in stores) if config.shuffle else None
@@ -110,15 +110,15 @@ def make_one_pass(
     """
     if store.num_tokens == 0:
         raise MaxlmError("the store has no tokens", where="evaluation", fix="give some text")
-    source = open_packed(store, packing, seq_len, packing_block)
+    source = open_packing(store, packing, seq_len, packing_block)
     return Batches((source,), None, None, seq_len, batch_size)
 
 
-def open_packed(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> PackedStore:
-    """The store and its sequences; builds the best_fit index where there is none."""
+def open_packing(store: TokenSource, method: PackingMethod, seq_len: int, block: int) -> Packing:
+    """The store's sequences; builds the best_fit index where there is none."""
     if method == "best_fit":
-        return PackedStore(store, open_best_fit(store, seq_len, block))
-    return PackedStore(store, ConcatPacking(store, seq_len))
+        return open_best_fit(store, seq_len, block)
+    return ConcatPacking(store, seq_len)
 
 
 def load_batches(

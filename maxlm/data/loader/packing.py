@@ -81,6 +81,9 @@ class Packing(Protocol):
     """A store's sequences, looked up by number."""
 
     @property
+    def store(self) -> TokenSource: ...
+
+    @property
     def num_sequences(self) -> int: ...
 
     def pieces(self, sequences: Int64s) -> DocumentSpans:
@@ -123,9 +126,9 @@ class ConcatPacking:
         )
 
 
-def measure_utilisation(packing: Packing, num_tokens: int, seq_len: int) -> float:
+def measure_utilisation(packing: Packing, seq_len: int) -> float:
     """The share of the sequences' places that hold a token; the rest is padding."""
-    return num_tokens / (packing.num_sequences * seq_len)
+    return packing.store.num_tokens / (packing.num_sequences * seq_len)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class PackingIndex:
 class BestFitPacking:
     """Looks sequences up in an index: in a folder (mapped on first use), or held in memory."""
 
+    store: TokenSource
     source: Path | PackingIndex
 
     @cached_property
@@ -158,7 +162,7 @@ class BestFitPacking:
         return PackingIndex(**maps)
 
     def __reduce__(self):  # A worker process maps the files itself.
-        return BestFitPacking, (self.source,)
+        return BestFitPacking, (self.store, self.source)
 
     @property
     def num_sequences(self) -> int:
@@ -181,7 +185,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     equal) and the first to finish wins.
     """
     if store.path is None:
-        return BestFitPacking(build_index(store.offsets, seq_len, block))
+        return BestFitPacking(store, build_index(store.offsets, seq_len, block))
     # The offsets alone decide the index, so their hash in its name leaves nothing to go stale.
     digest = store.offsets_sha256[:12]
     folder = Path(store.path) / "packing" / f"best_fit-{seq_len}-{block}-{digest}"
@@ -197,7 +201,7 @@ def open_best_fit(store: TokenSource, seq_len: int, block: int) -> BestFitPackin
     for name, fault in find_damaged_files(folder, None):
         fix = "delete its folder, which will be made again"
         raise MaxlmError(f"this file {fault}", where=str(folder / name), fix=fix)
-    return BestFitPacking(folder)
+    return BestFitPacking(store, folder)
 
 
 def build_index(offsets: Offsets, seq_len: int, block: int) -> PackingIndex:

@@ -1,13 +1,11 @@
 """Checksums of a store's files, as `sha256sum` writes and checks them."""
 
-import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from maxlm.config import MaxlmError
 from maxlm.runtime.pool import count_workers
-from maxlm.runtime.storage import Place, hash_stored_file, join_place, read_failure_hint, read_file
+from maxlm.runtime.storage import Place, hash_stored_file, read_file
 
 CHECKSUMS_NAME = "checksums.sha256"
 """Names in it are relative to its folder."""
@@ -30,33 +28,28 @@ def find_damaged_files(place: Place, digest: str | None) -> Iterator[tuple[str, 
         digest: the SHA-256 of the list of checksums; None: an older version wrote the store, and
             kept no list at all, or none of its digest.
     """
-    where, rebuild = str(join_place(place, CHECKSUMS_NAME)), "build the store again"
-    try:
-        data = read_file(place, CHECKSUMS_NAME)
-    except FileNotFoundError:
-        if digest is not None:
-            yield CHECKSUMS_NAME, "is missing"
-        return
-    except OSError as error:
-        what = f"cannot read: {error.strerror or error}"
-        raise MaxlmError(what, where=where, fix=read_failure_hint(place, rebuild)) from error
-    if digest is not None and hashlib.sha256(data).hexdigest() != digest:
-        yield CHECKSUMS_NAME, "has changed since it was written"
-        return
-    pairs = [line.split("  ", 1) for line in data.decode("utf-8", "replace").splitlines()]
-    if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise MaxlmError("damaged list of checksums", where=where, fix=rebuild)
 
-    def fault(pair: list[str]) -> str | None:
+    def find_fault(digest: str, name: str) -> str | None:
         try:
-            same = hash_stored_file(place, pair[1]) == pair[0]
+            same = hash_stored_file(place, name) == digest
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
         return None if same else "has changed since it was written"
 
+    if digest is not None and (found := find_fault(digest, CHECKSUMS_NAME)):
+        yield CHECKSUMS_NAME, found
+        return
+    try:
+        lines = read_file(place, CHECKSUMS_NAME).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return
+    if not lines:
+        yield CHECKSUMS_NAME, "is empty"
+        return
+    digests, _, names = zip(*(line.partition("  ") for line in lines), strict=True)
     with ThreadPoolExecutor(count_workers()) as threads:
-        for pair, found in zip(pairs, threads.map(fault, pairs), strict=True):
+        for name, found in zip(names, threads.map(find_fault, digests, names), strict=True):
             if found:
-                yield pair[1], found
+                yield name, found

@@ -47,7 +47,7 @@ def rows_by_hand(batch, store):
 def test_an_epoch_holds_every_token_once(lengths, method, seed, epoch):
     store = MemoryStore(lengths)
     batches = make_batches({"a": store}, {"a": 1}, config(batch_size=1, packing=method), seed=seed)
-    size = batches.sources[0].packing.num_sequences
+    size = batches.sources[0].num_sequences
     seen = [
         token
         for step in range(epoch * size, (epoch + 1) * size)

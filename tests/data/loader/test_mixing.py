@@ -109,7 +109,7 @@ def test_a_capped_store_is_read_exactly_so_often(method):
     mixing = Mixing({"small": 1, "large": 1}, max_epochs={"small": 2, "large": 1})
     made = make_batches(stores, mixing, config(packing=method, batch_size=1), seed=0)
     assert made.num_steps == sum(
-        s.packing.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
+        s.num_sequences * n for s, n in zip(made.sources, (2, 1), strict=True)
     )
     for name, store, epochs in (("small", 0, 2), ("large", 1, 1)):
         steps = [s for s in range(made.num_steps) if made.locate(np.array([s]))[0] == store]
