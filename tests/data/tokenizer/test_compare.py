@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-import maxlm.data.tokenizer.stats as stats
 from maxlm.cli.main import main
-from maxlm.data.tokenizer import compare_tokenizers, train_tokenizer
+from maxlm.data.tokenizer import train_tokenizer
 from tests.data.tokenizer.test_wordpiece import config as wordpiece
 
 ENGLISH = b"the quick brown fox wraps a paragraph of text \xe2\x98\x83"
@@ -17,28 +16,6 @@ GERMAN = "größer über Straße, où été ☃ ☃".encode()
 def both(make_config, texts):
     kinds = {"bytes": make_config("bpe"), "words": wordpiece()}
     return {name: train_tokenizer(config, texts) for name, config in kinds.items()}
-
-
-def test_each_group_and_all_of_them(both, monkeypatch):
-    monkeypatch.setattr(stats, "_BATCH_TEXTS", 3)
-    texts = [("en", ENGLISH)] * 5 + [("de", GERMAN), ("empty", b"")] + [("en", b"one more")]
-    found = compare_tokenizers(both, iter(texts))
-    assert list(found) == ["de", "en", "all"]  # A group without a token has no ratios.
-    for name, tokenizer in both.items():
-        for group in found:
-            given = [text for of, text in texts if group in (of, "all")]
-            ids = [i for text in given for i in tokenizer.encode(text)]
-            of_group = found[group][name]
-            assert of_group.tokens == len(ids)
-            assert of_group.used_ids == len({*ids})
-            assert of_group.bytes == len(b"".join(given))
-            assert of_group.documents == len(given)
-            words = len(b" ".join(given).decode().split())
-            assert of_group.fertility == pytest.approx(len(ids) / words)
-            unknown = {"bytes": 0, "words": {"en": 5, "de": 2, "all": 7}[group]}[name]
-            assert of_group.unknown == unknown
-            assert of_group.unknown_share == unknown / len(ids)
-            assert of_group.seconds > 0
 
 
 def test_the_verb(both, tmp_path, capfd):
@@ -59,6 +36,10 @@ def test_the_verb(both, tmp_path, capfd):
         tokens = found[groups[1]][name]["tokens"]
         assert tokens == len(tokenizer.encode(GERMAN))
         assert found[groups[1]][name]["bytes_per_token"] == len(GERMAN) / tokens
+        assert found[groups[1]][name]["fertility"] == tokens / len(GERMAN.split())
+        both_groups = found[groups[0]][name]["tokens"] + tokens
+        assert found["all"][name]["tokens"] == both_groups
+    assert [found["all"][name]["unknown"] for name in names] == [0, 9 + 2]
     assert main([argument for argument in arguments if argument != "--json"]) == 0
     table = capfd.readouterr().out
     for words in ("bytes per token", "tokens per word", "unknown", "MB/s", "all texts"):
