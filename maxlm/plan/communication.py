@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 
 from maxlm.plan.network import PASSES, Phase, PlannedCollective
-from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Kernel, MatmulGroup
 from maxlm.plan.workload import FP32, Number
 
@@ -212,7 +212,7 @@ def _list_expert_collectives(shape: StepShape) -> Iterator[PlannedCollective]:
     yield PlannedCollective(what, "all-reduce", axes, size, runs, "backward", False)
     rows = shape.tokens * experts.experts_per_token
     if experts.capacity_factor is not None or not shape.ragged:
-        rows = count_received_rows(shape)
+        rows = shape.received_rows
     routed = rows * width
     ragged = shape.ragged and experts.capacity_factor is None
     kind = "ragged-all-to-all" if ragged else "all-to-all"

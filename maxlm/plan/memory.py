@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from maxlm.models.remat import SAVED
-from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import Stack
 from maxlm.plan.working import (
     Parts,
@@ -205,5 +205,5 @@ def _saved_activations(shape: StepShape, stack: Stack) -> Number:
     tokens = stack.rate * (shape.tokens * within + shape.residual_tokens * residual)
     experts = 0.0
     if stack.experts and shape.remat == "none":
-        experts = count_received_rows(shape) * (model.d_model * itemsize + FP32)
+        experts = shape.received_rows * (model.d_model * itemsize + FP32)
     return layers * (tokens * itemsize + experts)

@@ -107,20 +107,20 @@ class StepShape:
         """Turns of a pipeline: of a stage, or of one of its groups of layers."""
         return self.slots * self.groups
 
+    @property
+    def expert_rows(self) -> float:
+        """Rows of a token that experts multiply, empty places of a capacity included."""
+        experts = self.work.experts
+        assert experts is not None
+        return experts.experts_per_token * (experts.capacity_factor or 1.0)
 
-def count_expert_rows(shape: StepShape) -> float:
-    """Rows of a token that experts multiply, empty places of a capacity included."""
-    experts = shape.work.experts
-    assert experts is not None
-    return experts.experts_per_token * (experts.capacity_factor or 1.0)
-
-
-def count_received_rows(shape: StepShape) -> Number:
-    """Rows of the buffers that experts receive: room for the worst case, or for their capacity."""
-    experts, split = shape.work.experts, shape.split
-    assert experts is not None
-    ways = split.ways(split.compute.expert)
-    if experts.capacity_factor is not None:
-        return shape.tokens * count_expert_rows(shape)
-    here = np.minimum(experts.experts_per_token, experts.num_experts / ways)
-    return shape.tokens * np.where(np.greater(ways, 1), ways * here, experts.experts_per_token)
+    @property
+    def received_rows(self) -> Number:
+        """Rows of the buffers that experts receive: room for the worst case, or their capacity."""
+        experts, ways = self.work.experts, self.split.ways(self.split.compute.expert)
+        assert experts is not None
+        if experts.capacity_factor is not None:
+            return self.tokens * self.expert_rows
+        own = experts.experts_per_token
+        here = np.minimum(own, experts.num_experts / ways)
+        return self.tokens * np.where(np.greater(ways, 1), ways * here, own)

@@ -24,7 +24,7 @@ import numpy as np
 
 from maxlm.plan.memory import resting_bytes
 from maxlm.plan.network import PASSES, Network, Phase, PlannedCollective
-from maxlm.plan.shape import StepShape, count_expert_rows
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import AttentionShape, Stack
 from maxlm.plan.workload import FP32, Number
 from maxlm.train.adafactor import get_matrix_dims
@@ -115,7 +115,7 @@ def count_device_flops(shape: StepShape) -> DeviceFlops:
     for group, layers in work.matmuls.items():
         share = 1.0
         if group.has_experts and work.experts is not None:
-            share = count_expert_rows(shape) / work.experts.num_experts
+            share = shape.expert_rows / work.experts.num_experts
         tokens = shape.per_stage(layers) * group.rate * shape.tokens
         for kernel in group.kernels:
             # Rows go to their experts: over `expert` a device has as many as it had tokens.
@@ -248,7 +248,7 @@ def _count_elementwise(shape: StepShape, stack: Stack) -> Number:
         keys = sizes.keys + sizes.values
         each += sizes.queries + sizes.output + keys * work.rows.encoder_rate
     for group in stack.matmuls:
-        served = count_expert_rows(shape) if group.has_experts else 1.0
+        served = shape.expert_rows if group.has_experts else 1.0
         hidden += tokens * served * split.hidden_width(group)
         narrow += 2 * group.latent_width
     streams = _STREAMS[model.placement] + (4 if stack.cross_attention else 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from maxlm.models.costs import HeadCosts
 from maxlm.models.remat import SAVED
-from maxlm.plan.shape import StepShape, count_received_rows
+from maxlm.plan.shape import StepShape
 from maxlm.plan.stacks import MatmulGroup, Stack
 from maxlm.plan.workload import FP32, Number
 
@@ -114,7 +114,7 @@ def _attention(
 
 
 def _experts(shape: StepShape, stack: Stack) -> Parts:
-    work, rows, itemsize = shape.work, count_received_rows(shape), shape.work.dtype_bytes
+    work, rows, itemsize = shape.work, shape.received_rows, shape.work.dtype_bytes
     width = work.config.model.d_model
     maps = [m for m in stack.matmuls if m.has_experts]
     weights = sum(map(shape.used_bytes, maps))

@@ -28,7 +28,6 @@ CASES = (
     ("zero1", "gqa_window", 0.01),
     ("zero2", "gqa_window", 0.01),
     ("tp, 8 ways, kv heads whole", "gqa_window", 0.01),
-    ("tp+sp", "mha", 0.01),
     ("cp all-gather", "gqa_window", 0.01),
     ("cp ring in order, 8 ways", "gqa_window", 0.01),
     ("cp ulysses", "mha", 0.02),
@@ -41,7 +40,6 @@ CASES = (
     ("zero2 × pp 1f1b", "gqa_window", 0.03),
     # Every kind of layer (architectures.py).
     ("fsdp", "pattern", 0.01),
-    ("fsdp", "latent", 0.01),
     ("tp+sp", "latent", 0.03),
     ("tp+sp", "parallel_shared", 0.01),
     ("tp+sp", "encoder", 0.01),
