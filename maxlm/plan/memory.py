@@ -62,12 +62,14 @@ class DeviceMemory:
 
     def to_json(self) -> dict[str, Any]:
         """Returns one plan as plain data."""
-        sets = {
-            phase: {part: float(size) for part, size in parts.items()}
-            for phase, parts in self.working_sets.items()
+        return {
+            **{part: float(getattr(self, part)) for part in (*PARTS, "total")},
+            "peak_at": self.phase,
+            "working_sets": {
+                phase: {part: float(size) for part, size in parts.items()}
+                for phase, parts in self.working_sets.items()
+            },
         }
-        parts = {part: float(getattr(self, part)) for part in PARTS}
-        return {**parts, "total": float(self.total), "peak_at": self.phase, "working_sets": sets}
 
 
 # Of a layer's residual stream without remat: norms' outputs, and their inputs but for the layer's.

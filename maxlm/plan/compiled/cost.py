@@ -124,13 +124,8 @@ class CompiledMemory:
 
 def read_compiled_memory(compiled: Any) -> CompiledMemory:
     """From ``compiled.memory_analysis()``."""
-    stats = compiled.memory_analysis()
-    return CompiledMemory(
-        argument=stats.argument_size_in_bytes,
-        output=stats.output_size_in_bytes,
-        alias=stats.alias_size_in_bytes,
-        temp=stats.temp_size_in_bytes,
-    )
+    stats, parts = compiled.memory_analysis(), ("argument", "output", "alias", "temp")
+    return CompiledMemory(*(getattr(stats, f"{part}_size_in_bytes") for part in parts))
 
 
 def read_compiled_cost(
